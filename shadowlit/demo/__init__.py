@@ -1,0 +1,1 @@
+"""The embedded pair: a synthetic world, its builder and the demonstration."""

@@ -1,0 +1,27 @@
+"""The errors a user can cause. Each message says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class ShadowlitError(ValueError):
+    """Base of every error that a user's input or configuration can cause."""
+
+
+class PairError(ShadowlitError):
+    """A Base and an Instruct that do not fit together, or a model folder that cannot be read."""
+
+
+class DataError(ShadowlitError):
+    """A data file, a row or a chat template that cannot be trained on."""
+
+
+class GraftError(ShadowlitError):
+    """A selection, an adapter or a state for which the graft is not defined or not exact."""
+
+
+class CheckpointError(ShadowlitError):
+    """A safetensors folder that is broken, incomplete or inconsistent with what was asked of it."""
+
+
+class ExportError(ShadowlitError):
+    """A target that cannot be written, or a written folder that does not reload as what was validated."""

@@ -1,0 +1,1 @@
+"""The equation grafted = instruct + scale * (tuned - base), and the three places where it happens."""

@@ -1,0 +1,1 @@
+"""Training the Base: the module, its objective, its parallelism."""
