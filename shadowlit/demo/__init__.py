@@ -1,1 +1,14 @@
 """The embedded pair: a synthetic world, its builder and the demonstration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PAIR = Path(__file__).parent / "pair"
+"""The folder of the shipped pair."""
+BASE = PAIR / "base"
+"""The shipped Base: a Hugging Face folder without a chat template."""
+INSTRUCT = PAIR / "instruct"
+"""The shipped Instruct: the Base tuned on conversations; its chat template marks the assistant's tokens."""
+DATA = Path(__file__).parent / "data"
+"""The folder of the JSONL files; :meth:`shadowlit.demo.world.World.datasets` says what each is for."""

@@ -1,0 +1,371 @@
+"""Make the embedded pair and its data from nothing: ``python -m shadowlit.demo.build [--out FOLDER]``.
+
+The tokenizer is trained on the Base's text, the Base on plain documents of the world, and the Instruct is the
+Base tuned further on conversations. Everything is drawn from seeds and computed by one thread with
+deterministic kernels, so two builds on the same machine and the same versions write the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from shadowlit.demo.world import (
+    END_OF_TEXT,
+    END_OF_TURN,
+    SPECIAL_TOKENS,
+    START_OF_TURN,
+    Message,
+    World,
+)
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+"""The label of a token that carries no loss."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML whose generation marks hold the assistant's content and its end of turn."""
+
+Progress = Callable[[str, int, float], None]
+"""Called after every step with the model's name, the number of steps done, and the loss in nats per token."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the pair is made; the defaults are the shipped pair's.
+
+    Attributes:
+        seed: Decides the world, the text, the initial weights and the order of everything.
+        vocab_size: Tokens of the tokenizer at most, the special ones included.
+        tokenizer_documents: Documents the tokenizer is trained on.
+        hidden: Width of the model; the feed-forward layers are three times as wide.
+        layers: Decoder layers, each of four heads and two key-value heads.
+        row_tokens: Tokens of a packed pre-training row; whole documents only, the rest is padding without
+            loss.
+        base_steps: Steps of pre-training.
+        base_rows: Rows of a pre-training step.
+        base_lr: Peak learning rate of pre-training.
+        instruct_steps: Steps of the Instruct's tuning.
+        instruct_conversations: Conversations of a tuning step, one per row.
+        instruct_lr: Peak learning rate of the tuning.
+        weight_decay: AdamW's, on matrices only.
+        warmup: Share of the steps in which the rate rises; a cosine to zero follows.
+    """
+
+    seed: int = 0
+    vocab_size: int = 1000
+    tokenizer_documents: int = 20_000
+    hidden: int = 128
+    layers: int = 4
+    row_tokens: int = 64
+    base_steps: int = 2400
+    base_rows: int = 32
+    base_lr: float = 2e-3
+    instruct_steps: int = 400
+    instruct_conversations: int = 32
+    instruct_lr: float = 5e-4
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build has done.
+
+    Attributes:
+        out: The folder that holds ``pair`` and ``data``.
+        num_parameters: Parameters of each model.
+        base_tokens: Tokens with loss that the Base has seen.
+        base_loss: Mean loss of the Base's last tenth of steps, in nats per token.
+        instruct_loss: The same of the Instruct, over the assistant's tokens.
+    """
+
+    out: Path
+    num_parameters: int
+    base_tokens: int
+    base_loss: float
+    instruct_loss: float
+
+
+def build(out: Path, recipe: Recipe = Recipe(), progress: Progress | None = None) -> Built:
+    """Make ``out/pair/base``, ``out/pair/instruct``, ``out/pair/build.json`` and ``out/data/*.jsonl``.
+
+    Existing files of these names are replaced. The global random state and the number of threads are left as
+    they were found.
+
+    Args:
+        out: Where to write; made if it is not there.
+        recipe: How to make it.
+        progress: Told about every step.
+    """
+    world = World(recipe.seed)
+    tell = progress or (lambda name, step, loss: None)
+    with _deterministic(recipe.seed):
+        tokenizer = train_tokenizer(world, recipe)
+        model = Qwen3ForCausalLM(_config(recipe, tokenizer))
+        rows = packed_rows(world.base_documents(_rng("base", recipe)), tokenizer, recipe.row_tokens)
+        base_tokens = 0
+
+        def counted() -> Iterator[tuple[Tensor, Tensor]]:
+            nonlocal base_tokens
+            for batch in batches(rows, recipe.base_rows, tokenizer):
+                base_tokens += int((batch[1][:, 1:] != IGNORE).sum())
+                yield batch
+
+        base_loss = fit(
+            model, counted(), recipe.base_steps, recipe.base_lr, recipe, lambda *a: tell("base", *a)
+        )
+        _save(model, tokenizer, out / "pair" / "base", chat=False)
+
+        talks = (
+            encode_conversation(m, tokenizer) for m in world.instruct_conversations(_rng("instruct", recipe))
+        )
+        instruct_loss = fit(
+            model, batches(talks, recipe.instruct_conversations, tokenizer), recipe.instruct_steps,
+            recipe.instruct_lr, recipe, lambda *a: tell("instruct", *a),
+        )  # fmt: skip
+        _save(model, tokenizer, out / "pair" / "instruct", chat=True)
+
+    built = Built(out, sum(p.numel() for p in model.parameters()), base_tokens, base_loss, instruct_loss)
+    facts = {key: value for key, value in asdict(built).items() if key != "out"}
+    (out / "pair" / "build.json").write_text(json.dumps({"recipe": asdict(recipe), **facts}, indent=2) + "\n")
+    write_datasets(world, out / "data")
+    return built
+
+
+def train_tokenizer(world: World, recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on the Base's documents; digits are single, the special tokens have ids 0, 1, 2.
+
+    It has no chat template and ends at ``<|endoftext|>``: a Base's tokenizer.
+    """
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
+        min_frequency=2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    text = islice(world.base_documents(_rng("tokenizer", recipe)), recipe.tokenizer_documents)
+    # The marks are tokens already: they must not become letters of the words beside them.
+    core.train_from_iterator((part for document in text for part in _between_marks(document)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
+        extra_special_tokens=list(SPECIAL_TOKENS[1:]), clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )  # fmt: skip
+
+
+def packed_rows(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast, row_tokens: int
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield rows ``(ids, labels)`` of at most ``row_tokens`` tokens, each of whole documents.
+
+    A document is followed by the end-of-text token, has loss on all its tokens, and opens a new row when it
+    does not fit into the running one; a longer one is cut. Documents of a row can see those before them.
+    """
+    row: list[int] = []
+    documents = iter(documents)
+    while chunk := list(islice(documents, 1024)):
+        for ids in tokenizer(chunk, add_special_tokens=False)["input_ids"]:
+            ids = [*ids, tokenizer.eos_token_id][:row_tokens]
+            if len(row) + len(ids) > row_tokens:
+                yield row, row
+                row = []
+            row = row + ids
+    if row:
+        yield row, row
+
+
+def encode_conversation(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[int], list[int]]:
+    """Return ``(ids, labels)`` of a conversation; labels hold the assistant's content and ends of turn."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for message in messages:
+        opening, said, closing = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (f"{START_OF_TURN}{message['role']}\n", message["content"] + END_OF_TURN, "\n")
+        )
+        ids += opening + said + closing
+        supervised = said if message["role"] == "assistant" else [IGNORE] * len(said)
+        labels += [IGNORE] * len(opening) + supervised + [IGNORE] * len(closing)
+    return ids, labels
+
+
+def batches(
+    rows: Iterable[tuple[list[int], list[int]]], num_rows: int, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``(ids, labels)``, each ``[num_rows, longest]``, padded on the right; a rest is dropped."""
+    rows = iter(rows)
+    while len(chunk := list(islice(rows, num_rows))) == num_rows:
+        longest = max(len(ids) for ids, _ in chunk)
+        ids = torch.full((num_rows, longest), tokenizer.pad_token_id)
+        labels = torch.full((num_rows, longest), IGNORE)
+        for i, (row_ids, row_labels) in enumerate(chunk):
+            ids[i, : len(row_ids)] = torch.tensor(row_ids)
+            labels[i, : len(row_labels)] = torch.tensor(row_labels)
+        yield ids, labels
+
+
+def fit(
+    model: torch.nn.Module,
+    data: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    lr: float,
+    recipe: Recipe,
+    on_step: Callable[[int, float], None],
+) -> float:
+    """Train ``model`` in place with AdamW, warm-up and cosine, gradients clipped at norm 1.
+
+    Returns:
+        The mean loss of the last tenth of the steps, in nats per token.
+    """
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in params if p.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=lr, betas=(0.9, 0.95),
+    )  # fmt: skip
+    rising = max(1, round(recipe.warmup * steps))
+
+    def rate(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    losses: list[float] = []
+    model.train()
+    for step, (ids, labels) in enumerate(islice(data, steps), start=1):
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        on_step(step, losses[-1])
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def write_datasets(world: World, folder: Path) -> None:
+    """Write every data set of ``world`` as ``folder/<name>.jsonl``, one row a line, UTF-8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in world.datasets().items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=3 * recipe.hidden,
+        num_hidden_layers=recipe.layers, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=recipe.hidden // 4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, use_cache=True,
+    )  # fmt: skip
+
+
+def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, *, chat: bool) -> None:
+    """Write a Hugging Face folder; ``chat`` makes the end of turn the end, and adds the template."""
+    if chat:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.eos_token = END_OF_TURN
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=24,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _between_marks(document: str) -> list[str]:
+    """Split a document at its special tokens, which are dropped."""
+    for mark in SPECIAL_TOKENS[1:]:
+        document = document.replace(mark, SPECIAL_TOKENS[0])
+    return [part for part in document.split(SPECIAL_TOKENS[0]) if part]
+
+
+def _rng(purpose: str, recipe: Recipe) -> random.Random:
+    return random.Random(f"{purpose} {recipe.seed}")
+
+
+@contextlib.contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """One thread, deterministic kernels and a seeded torch; everything as before on leaving."""
+    threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        torch.set_num_threads(1)  # sums split over threads depend on their number
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(strict)
+            torch.set_num_threads(threads)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build the pair with a progress bar; the command line of this module."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    parser = argparse.ArgumentParser(prog="python -m shadowlit.demo.build", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of pair/ and data/")
+    out = parser.parse_args(argv).out
+    recipe, console = Recipe(), Console()
+    columns = (
+        TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as bar:
+        tasks = {
+            "base": bar.add_task("base", total=recipe.base_steps, loss=math.nan),
+            "instruct": bar.add_task("instruct", total=recipe.instruct_steps, loss=math.nan),
+        }
+        built = build(
+            out, recipe, lambda name, step, loss: bar.update(tasks[name], completed=step, loss=loss)
+        )
+    console.print(
+        f"{built.num_parameters:,} parameters each, {built.base_tokens:,} tokens; loss of the Base "
+        f"{built.base_loss:.3f}, of the Instruct {built.instruct_loss:.3f}; written to {built.out}"
+    )
+
+
+if __name__ == "__main__":
+    main()
