@@ -1,0 +1,282 @@
+"""GraftCallback: the metrics of the grafted Instruct, while the Base trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from shadowlit.errors import GraftError
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.live import BASE, LiveGraft
+from shadowlit.training.module import TUNED, ShadowModule
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class GraftCallback(Callback):
+    """Runs every validation a second time on the grafted Instruct, ``W_I + scale * (W_B+ - W_B)``.
+
+    Shadow-FT, arXiv 2505.12716. After the validation loop has scored the trained Base, the grafted weights are
+    swapped into the module in place, the same batches are run again, and the trained weights are put back bit for
+    bit. Everything that the module scores is logged for both: ``val/tuned/*`` and ``val/grafted/*``; and once
+    measured, the untouched models' ``val/base/*`` and ``val/instruct/*`` beside them. ``graft/gain`` is the
+    Instruct's loss minus the grafted one's: above 0, the graft is better. The training trajectory is bit-identical
+    to one without the callback, and no checkpoint ever holds grafted weights.
+
+    Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/survival`` (the
+    share of the update that arrives in the exported dtype), ``graft/seconds`` and ``graft/time_share`` (of the run so
+    far, in all of the callback's passes), ``graft/swap_seconds`` (in the swaps alone).
+
+    Warning:
+        Does not compose with callbacks that swap weights themselves (``WeightAveraging``, ``EMA``).
+
+    Example::
+
+        Trainer(callbacks=[GraftCallback(scales=[1.0, 0.5]), ModelCheckpoint(monitor="val/grafted/loss")])
+
+    Args:
+        select: Which tensors get the update: linear (every linear layer but the output head, as the paper's code),
+            all, or regular expressions searched in the tensors' names.
+        scales: Strengths of the graft to validate. The first is the main one, logged as ``val/grafted/*``; a further
+            one, say 0.5, as ``val/grafted@0.5/*``.
+        dtype: The dtype that the graft is rounded to, in validation and in the export. auto: that of the Instruct's
+            file.
+        offload: Keep the frozen weights of the pair on the CPU.
+        baselines: Measure the untouched Base and Instruct once, in the first full validation.
+        statistics: Log norms and survival of the update at every validation.
+    """
+
+    def __init__(
+        self,
+        select: str | list[str] = "linear",
+        scales: list[float] = [1.0],  # noqa: B006 - read only, and shown by --help
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        offload: bool = False,
+        baselines: bool = True,
+        statistics: bool = True,
+    ) -> None:
+        if not scales or len(set(scales)) < len(scales):
+            raise GraftError(
+                f"graft.scales is {scales}; expected at least one number, and none of them twice."
+            )
+        self.select = select
+        self.scales = list(scales)
+        self.dtype = _DTYPES.get(dtype)
+        self.offload = offload
+        self.baselines = baselines
+        self.statistics = statistics
+        self.graft: LiveGraft | None = None
+        self.constants: dict[
+            str, dict[str, float]
+        ] = {}  # scores of the untouched models: subject -> metric -> value
+        self.seconds = 0.0
+        self._fingerprints: dict[str, str] = {}
+        self._fit_start: float | None = None
+
+    # -- before anything runs ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the pair before any weight is loaded for training."""
+        if not isinstance(pl_module, ShadowModule):
+            raise GraftError(
+                f"GraftCallback needs a ShadowModule or a subclass of it, but the module is a "
+                f"{type(pl_module).__name__}. Derive yours from shadowlit.training.module.ShadowModule."
+            )
+        swapping = [type(c).__name__ for c in trainer.callbacks if type(c).__name__ in _SWAPPING_CALLBACKS]  # type: ignore[attr-defined]
+        if swapping:
+            raise GraftError(
+                f"GraftCallback can't share a run with {', '.join(swapping)}: both swap the module's weights around "
+                "validation. Remove one of them."
+            )
+        pl_module.pair.require_fit(self.select)
+        current = pl_module.pair.fingerprints()
+        if self._fingerprints and self._fingerprints != current:
+            changed = [who for who in current if current[who] != self._fingerprints.get(who)]
+            raise GraftError(_changed_pair(changed))
+        self._fingerprints = current
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Build the graft, say what it covers, and make sure that training starts at the Base."""
+        self._fit_start = time.perf_counter()
+        graft = self._ensure(pl_module)
+        rank_zero_info(f"graft: {graft.coverage}; {_per_parameter(graft)}")
+        if trainer.global_step == 0 and not trainer.ckpt_path and not graft.on_base:
+            raise GraftError(
+                "the module does not start at the Base: its weights differ before the first step. Expected those of "
+                "pair.base. To go on from a checkpoint, pass it as ckpt_path."
+            )
+
+    # -- the grafted passes -----------------------------------------------------------------------------------
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Run the grafted passes, before the module logs the scores of all subjects."""
+        self._passes(trainer, pl_module, "val", trainer.val_dataloaders, _val_batches(trainer))
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation, on the test sets."""
+        self._passes(trainer, pl_module, "test", trainer.test_dataloaders, trainer.num_test_batches)
+
+    @contextmanager
+    def grafted(self, pl_module: LightningModule, scale: float | None = None) -> Iterator[None]:
+        """Let the grafted weights stand in the module within the context; ``scale`` defaults to the main one."""
+        with self._ensure(pl_module).applied(self.scales[0] if scale is None else scale):
+            yield
+
+    # -- never leave or save grafted weights ------------------------------------------------------------------
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the trained weights back, whatever happened."""
+        self._restore(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Put the trained weights back and let go of the pair's."""
+        self._restore(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pair's fingerprints and the untouched models' scores."""
+        return {"fingerprints": self._fingerprints, "constants": self.constants}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the scores over; refuse a checkpoint of another pair."""
+        saved = state_dict["fingerprints"]
+        changed = [who for who, value in self._fingerprints.items() if saved.get(who) != value]
+        if changed:
+            raise GraftError(_changed_pair(changed))
+        self._fingerprints = saved
+        self.constants = state_dict["constants"]
+
+    # -- private ----------------------------------------------------------------------------------------------
+
+    def _ensure(self, pl_module: LightningModule) -> LiveGraft:
+        assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
+        if self.graft is None or self.graft.model is not pl_module.model:
+            base = CheckpointReader(pl_module.pair.base_folder())
+            instruct = CheckpointReader(pl_module.pair.instruct_folder())
+            self.graft = LiveGraft(
+                pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload
+            )
+            # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
+            # signal handler in the middle of a pass.
+            pl_module.register_state_dict_pre_hook(
+                lambda *_: self.graft and self.graft.restore_for_checkpoint()
+            )
+        return self.graft
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        if self.graft is not None:
+            self.graft.restore()
+        if isinstance(pl_module, ShadowModule):
+            pl_module.subject = TUNED
+
+    def _passes(
+        self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list
+    ) -> None:
+        assert isinstance(module, ShadowModule)
+        start = time.perf_counter()
+        graft = self._ensure(module)
+        swap_s = graft.apply_s
+        for number, scale in enumerate(self.scales):
+            self._pass(
+                trainer, module, "grafted" if number == 0 else f"grafted@{scale:g}", scale, loaders, limits
+            )
+        if trainer.sanity_checking:
+            return
+        scores = module.scores("grafted")
+        constants = self._baselines(trainer, module, stage, loaders, limits)
+        self.seconds += time.perf_counter() - start
+        for subject, values in constants.items():
+            for name, value in values.items():
+                module.log(f"{stage}/{subject}/{name}", value)
+        if "instruct" in constants:
+            module.log("graft/gain", constants["instruct"]["loss"] - scores["loss"], prog_bar=True)
+        if self.statistics:
+            for name, value in graft.statistics(self.scales[0]).items():
+                module.log(f"graft/{name}", value)
+        module.log("graft/seconds", time.perf_counter() - start)
+        module.log("graft/swap_seconds", graft.apply_s - swap_s)
+        if self._fit_start is not None:
+            module.log("graft/time_share", self.seconds / (time.perf_counter() - self._fit_start))
+
+    def _baselines(
+        self, trainer: Trainer, module: ShadowModule, stage: str, loaders: Any, limits: list
+    ) -> dict:
+        """Scores of the untouched models: measured in the first full validation, then remembered."""
+        if not self.baselines:
+            return {}
+        if stage == "val" and self.constants:
+            return self.constants
+        measured = {}
+        for subject, state in (("base", BASE), ("instruct", 0.0)):
+            self._pass(trainer, module, subject, state, loaders, limits)
+            measured[subject] = module.take_scores(subject)
+        if stage == "val":
+            self.constants = measured
+        return measured
+
+    def _pass(
+        self,
+        trainer: Trainer,
+        module: ShadowModule,
+        subject: str,
+        state: float | str,
+        loaders: Any,
+        limits: list,
+    ) -> None:
+        """Run the batches of ``loaders`` with the weights of ``state`` and score them as ``subject``."""
+        graft = self._ensure(module)
+        step = trainer.strategy.test_step if trainer.testing else trainer.strategy.validation_step
+        loaders = loaders if isinstance(loaders, list) else [loaders]
+        done = False
+        while not done:
+            module.take_scores(subject)
+            module.subject = subject
+            # Iterating a loader draws a seed from the global generator: the training must not notice.
+            with isolate_rng(), graft.applied(state), _restoring_subject(module):
+                for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
+                    for number, batch in enumerate(islice(loader, int(limit))):
+                        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                        step(trainer.precision_plugin.convert_input(batch), number, index)
+                # False if a signal handler saved a checkpoint on the way, which put the trained weights back.
+                done = graft.state == state
+
+
+_SWAPPING_CALLBACKS = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
+
+
+@contextmanager
+def _restoring_subject(module: ShadowModule) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        module.subject = TUNED
+
+
+def _val_batches(trainer: Trainer) -> list:
+    return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+
+
+def _per_parameter(graft: LiveGraft) -> str:
+    where = "CPU" if graft.offload else "device"
+    return (
+        f"frozen weights of {graft.frozen_bytes / 1e6:.1f} MB per rank on the {where}, "
+        f"{graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} bytes per parameter"
+    )
+
+
+def _changed_pair(changed: list[str]) -> str:
+    return (
+        f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
+        "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was trained "
+        "with, pinned by revision, or start anew without ckpt_path."
+    )

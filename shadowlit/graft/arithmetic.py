@@ -1,0 +1,78 @@
+"""The equation ``grafted = instruct + scale * (tuned - base)`` and what is measured on it.
+
+Shadow-FT, arXiv 2505.12716, equation 5. Every function is pure, takes tensors of one shape, and computes in
+float32 (float64 when an input is float64): a delta is small beside the weights, and bfloat16 arithmetic would
+lose most of it. Rounding to the stored dtype happens once, by the caller.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32, or unchanged when it is float64."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def delta(tuned: Tensor, base: Tensor) -> Tensor:
+    """The update ``tuned - base`` learned from the Base.
+
+    Args:
+        tuned: weights after training, any shape and floating dtype.
+        base: weights before training, same shape.
+
+    Returns:
+        The difference in float32 (float64 for float64 inputs), same shape.
+    """
+    return widen(tuned) - widen(base)
+
+
+def add_delta(instruct: Tensor, update: Tensor, scale: float = 1.0) -> Tensor:
+    """Add an update to the Instruct: ``instruct + scale * update``.
+
+    Args:
+        instruct: weights of the Instruct, any shape and floating dtype.
+        update: a delta of the same shape.
+        scale: the strength λ of the graft; 1 in the paper, 0 gives the Instruct.
+
+    Returns:
+        The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
+    """
+    return torch.add(widen(instruct), widen(update), alpha=scale)
+
+
+def graft(instruct: Tensor, tuned: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:
+    """Graft the Base's update onto the Instruct: ``instruct + scale * (tuned - base)``.
+
+    Args:
+        instruct: weights of the Instruct, any shape and floating dtype.
+        tuned: weights of the trained Base, same shape.
+        base: weights of the Base before training, same shape.
+        scale: the strength λ of the graft; 1 in the paper, 0 gives the Instruct.
+
+    Returns:
+        The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
+    """
+    return add_delta(instruct, delta(tuned, base), scale)
+
+
+def lost_in_rounding(instruct: Tensor, update: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The part of an update that does not arrive when the grafted weights are stored in ``dtype``.
+
+    ``round(instruct + scale * update) - instruct - scale * update``, elementwise. The survival of an update is
+    ``1 - norm(lost) / norm(scale * update)``: 1 when all of it arrives, 0 when the error is as large as the
+    update itself.
+
+    Args:
+        instruct: weights of the Instruct, any shape and floating dtype.
+        update: a delta of the same shape.
+        scale: the strength λ of the graft.
+        dtype: the dtype that the grafted weights are stored in.
+
+    Returns:
+        The error in float32 (float64 for float64 inputs), same shape.
+    """
+    exact = add_delta(instruct, update, scale)
+    return exact.to(dtype).to(exact.dtype) - exact

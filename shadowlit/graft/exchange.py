@@ -1,0 +1,79 @@
+"""Swapping two tensors in place, such that an interruption at any point loses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+def windows(tensor: Tensor) -> Iterator[slice]:
+    """Cut a flat tensor into ranges that bound the transient memory of an elementwise pass over it.
+
+    On a CPU a range fits the cache, so that a temporary of it costs no traffic to memory; elsewhere it is large
+    enough for the launch of a kernel not to count.
+    """
+    step = 2**18 if tensor.device.type == "cpu" else 2**26
+    for start in range(0, tensor.numel(), step):
+        yield slice(start, min(start + step, tensor.numel()))
+
+
+class _Progress(NamedTuple):
+    done: int = 0  # ranges that stand exchanged
+    index: int = 0  # the range in work, where `staged` is set
+    after: int = 0  # what `done` becomes when it is finished
+    staged: Tensor | None = None  # what the live tensor held there before
+    copied: bool = False  # whether the live tensor has its new content there
+
+
+class Exchange:
+    """Exchanges the contents of two equally shaped tensors range by range, and back again.
+
+    A keyboard interrupt or a signal may strike between any two statements. All progress is one attribute, set
+    only after the step that it stands for, and every step may be repeated: :meth:`backward` restores both
+    tensors bit for bit from wherever a call was left.
+
+    Args:
+        live: a contiguous tensor, for example a frozen parameter's shard.
+        held: a contiguous tensor of the same shape and dtype, on any device.
+    """
+
+    def __init__(self, live: Tensor, held: Tensor) -> None:
+        assert live.shape == held.shape and live.dtype == held.dtype
+        self._live, self._held = live.view(-1), held.view(-1)
+        self._ranges = list(windows(self._live))
+        self._progress = _Progress()
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether any part stands exchanged or is in work."""
+        return self._progress.done > 0 or self._progress.staged is not None
+
+    def forward(self) -> None:
+        """Exchange all that is not exchanged yet."""
+        self._finish()
+        while (done := self._progress.done) < len(self._ranges):
+            self._swap(done, after=done + 1)
+
+    def backward(self) -> None:
+        """Put back all that is exchanged."""
+        self._finish()
+        while (done := self._progress.done) > 0:
+            self._swap(done - 1, after=done - 1)
+
+    def _swap(self, index: int, after: int) -> None:
+        staged = self._live[self._ranges[index]].clone()
+        self._progress = _Progress(self._progress.done, index, after, staged)
+        self._finish()
+
+    def _finish(self) -> None:
+        progress = self._progress
+        if progress.staged is None:
+            return
+        part = self._ranges[progress.index]
+        if not progress.copied:
+            self._live[part].copy_(self._held[part])
+            self._progress = progress._replace(copied=True)
+        self._held[part].copy_(progress.staged)
+        self._progress = _Progress(done=progress.after)

@@ -1,0 +1,401 @@
+"""The graft inside a training module: frozen shards beside the parameters, swapped in and out in place."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shadowlit.errors import GraftError
+from shadowlit.graft.adapter import AdaptedLayer, adapted_layers, leaves_residual
+from shadowlit.graft.arithmetic import add_delta, delta, graft, lost_in_rounding
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.exchange import Exchange, windows
+from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
+from shadowlit.graft.selection import Coverage, coverage, kind_of, resolve
+from shadowlit.training.parallel import local, local_slices, reshard_all, whole
+
+BASE = "base"  # the state in which the untouched Base stands in the module
+
+
+@dataclass
+class _Host:
+    """A parameter of the host model and the frozen shards that belong to it; all of one local shape."""
+
+    name: str
+    parameter: nn.Parameter
+    instruct: Tensor
+    base: Tensor | None  # None where the parameter is frozen at the Base's own value
+    selected: bool
+    exchange: Exchange | None  # where `base` is None
+    saved: Tensor | None = None  # the tuned values while others stand in their place
+    adapted: AdaptedLayer | None = None
+
+    def tuned(self) -> Tensor:
+        return local(self.parameter) if self.saved is None else self.saved
+
+
+class LiveGraft:
+    """Puts the grafted, the Instruct's or the Base's weights into a module that trains, and the trained ones back.
+
+    Every operation is elementwise on this rank's shards, and the frozen shards lie as the parameters do; nothing
+    is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
+    the dtype of the export, and come back from a copy. Frozen parameters under an adapter are exchanged with the
+    Instruct's, and the adapter's strength is multiplied by ``scale``: with LoRA nothing is computed at all.
+    Parameters outside the selection become the Instruct's own. Parameters are paired by name.
+
+    The module is left as it was, bit for bit, by :meth:`restore`, from any point at which an exception or an
+    interrupt may have left a call. Does not compose with other callbacks that swap weights (EMA, SWA), nor with
+    a merged adapter.
+
+    Args:
+        model: the trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
+        base: reader of the Base's checkpoint that training started from.
+        instruct: reader of the Instruct's checkpoint.
+        select: ``linear``, ``all`` or patterns; see :func:`shadowlit.graft.selection.resolve`.
+        dtype: the dtype the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
+        offload: keep the frozen shards and the copy of the tuned ones on the CPU.
+
+    Raises:
+        GraftError: a name, a shape or an adapter that can't be paired or grafted, or an empty selection.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: CheckpointReader,
+        instruct: CheckpointReader,
+        *,
+        select: str | list[str] = "linear",
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.model = model
+        self.offload = offload
+        self.state: float | str | None = (
+            None  # the scale that stands in the module, BASE, or None: the tuned weights
+        )
+        self.apply_s = 0.0  # seconds spent swapping in and out since the graft was built
+        self._busy = False
+        self._instruct_reader = instruct
+        parameters = host_parameters(model)
+        _require_pairing(parameters, base, instruct)
+        names = list(parameters)
+        self.selected = resolve(select, names, linear_names(model), _model_type(model))
+        layers = adapted_layers(model)
+        reshard_all(model)
+        self._hosts = [
+            self._host(name, parameter, layers.get(name), base, instruct, dtype)
+            for name, parameter in parameters.items()
+        ]
+        self.dtype = dtype
+        self.coverage = self._coverage()
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of frozen shards that this rank holds between validations."""
+        held = [t for host in self._hosts for t in (host.instruct, host.base) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def num_local_parameters(self) -> int:
+        """Elements of the host's parameters on this rank."""
+        return sum(local(host.parameter).numel() for host in self._hosts)
+
+    @property
+    def on_base(self) -> bool:
+        """Whether every trained parameter on this rank still has the Base's value."""
+        reshard_all(self.model)
+        return all(
+            host.base is None or torch.equal(host.tuned().cpu(), host.base.to(host.tuned().dtype).cpu())
+            for host in self._hosts
+        )
+
+    @contextmanager
+    def applied(self, state: float | str) -> Iterator[None]:
+        """Let the grafted weights of a scale, or those of the ``BASE``, stand in the module within the context."""
+        try:
+            self.apply(state)
+            yield
+        finally:
+            self.restore()
+
+    @torch.no_grad()
+    def apply(self, state: float | str) -> None:
+        """Put the weights of ``state`` into the module.
+
+        Args:
+            state: the scale of a graft (0 gives the Instruct), or ``BASE`` for the untouched Base.
+        """
+        start = time.perf_counter()
+        self._busy = True
+        reshard_all(self.model)
+        self.state = state
+        scale = 0.0 if isinstance(state, str) else state
+        for host in self._hosts:
+            self._put(host, state)
+            if host.adapted is not None:
+                host.adapted.set_scale(scale if host.adapted.selected else 0.0)
+        self._busy = False
+        self.apply_s += time.perf_counter() - start
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the trained weights back, bit for bit; harmless when they are there already."""
+        if self.state is None:
+            return
+        start = time.perf_counter()
+        self._busy = True
+        reshard_all(self.model)
+        for host in self._hosts:
+            if host.exchange is not None:
+                host.exchange.backward()
+            elif host.saved is not None:
+                local(host.parameter).copy_(host.saved)
+                host.saved = None
+            if host.adapted is not None:
+                host.adapted.restore()
+        self.state = None
+        self._busy = False
+        self.apply_s += time.perf_counter() - start
+
+    def restore_for_checkpoint(self) -> None:
+        """Put the trained weights back before anything reads the module's state.
+
+        Raises:
+            GraftError: the request came from a signal handler in the middle of a swap. No checkpoint is written;
+                the weights are put back when the exception unwinds.
+        """
+        if self._busy:
+            raise GraftError(
+                "a checkpoint was requested while weights were being swapped for a grafted validation; none was "
+                "written, since it would not hold the trained weights. The last regular checkpoint stands."
+            )
+        self.restore()
+
+    def update(self, name: str) -> Tensor:
+        """This rank's part of the learned update of tensor ``name``, in float32: ``tuned - base``."""
+        return self._update(next(host for host in self._hosts if host.name == name))
+
+    @torch.no_grad()
+    def statistics(self, scale: float = 1.0) -> dict[str, float]:
+        """Norms of the update and what of it arrives in the exported dtype; a collective when sharded.
+
+        Returns:
+            ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
+            Instruct's), ``survival`` (1: all of the update arrives in the exported dtype, 0: nothing useful does),
+            and ``delta_norm/<layer>`` for every decoder layer.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        squares: dict[str, Tensor] = {}
+        for host in self._hosts:
+            if not host.selected or (host.base is None and host.adapted is None):
+                continue
+            update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+            sums = torch.zeros(3, dtype=torch.float64, device=update.device)
+            for part in windows(update):
+                there = instruct[part].to(update.device)
+                lost = lost_in_rounding(there, update[part], scale, self.dtype or host.instruct.dtype)
+                sums += torch.stack(
+                    [x.square().sum(dtype=torch.float64) for x in (update[part], lost, there.float())]
+                )
+            key = _layer_of(host.name)
+            squares[key] = squares.get(key, 0) + sums
+        table = self._reduce(torch.stack(list(squares.values())))
+        update_square, lost_square, instruct_square = table.sum(0).tolist()
+        lost_share = lost_square / (scale**2 * update_square) if scale and update_square else 0.0
+        return {
+            "delta_norm": update_square**0.5,
+            "relative_delta": (update_square / instruct_square) ** 0.5 if instruct_square else 0.0,
+            "survival": 1 - lost_share**0.5,
+            **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(squares, table.tolist(), strict=True)},
+        }
+
+    @torch.no_grad()
+    def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
+
+        One whole tensor at a time, on the CPU, computed in float32 and rounded once. Every rank must iterate to
+        the end; all ranks get the tensors. What the module has no parameter for passes through unchanged.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        hosts = {host.name: host for host in self._hosts}
+        aliases = _aliases(self.model)
+        for name, info in self._instruct_reader.tensors.items():
+            host = hosts.get(aliases.get(name, name))
+            if host is None:
+                yield name, self._instruct_reader.read(name)
+                continue
+            device = host.parameter.device
+            part = self._grafted(host, scale).to(self.dtype or info.dtype)
+            yield name, whole(part.to(device), host.parameter).cpu()
+
+    @torch.no_grad()
+    def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """The adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
+
+        ``scale`` is folded into the factor that starts at zero, and outside the selection it is zero, so that the
+        adapter on the Instruct is the graft.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        strength = {
+            host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted
+        }
+        tensors = {}
+        for prefix, module in self.model.named_modules():
+            if module not in strength:
+                continue
+            for name, parameter in module.named_parameters():
+                if "lora_" not in name:
+                    continue
+                tensor = whole(local(parameter), parameter).cpu()
+                folded = "lora_B" in name or "lora_embedding_A" in name
+                tensors[f"{prefix}.{name}"] = tensor * strength[module] if folded else tensor.clone()
+        return tensors
+
+    def _host(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        layer: tuple | None,
+        base: CheckpointReader,
+        instruct: CheckpointReader,
+        dtype: torch.dtype | None,
+    ) -> _Host:
+        live = local(parameter)
+        slices = local_slices(parameter)
+        start = base.read_slice(name, slices)
+        target = instruct.read_slice(name, slices)
+        selected = name in self.selected
+        frozen = not parameter.requires_grad and torch.equal(live.cpu(), start.to(live.dtype))
+        if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
+            raise GraftError(
+                f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
+                f"{base.folder}. Check pair.base, and that no other callback changes weights."
+            )
+        if frozen:
+            # What is exchanged with the parameter must be of its dtype. The pair check warns when they differ.
+            target = target.to(live.dtype)
+        held = self._hold(target, live)
+        return _Host(
+            name,
+            parameter,
+            held,
+            None if frozen else self._hold(start, live),
+            selected,
+            Exchange(live, held) if frozen else None,
+            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected) if layer else None,
+        )
+
+    def _hold(self, tensor: Tensor, live: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        if self.offload or live.device.type == "cpu":
+            return tensor.pin_memory() if live.is_cuda else tensor
+        return tensor.to(live.device)
+
+    def _put(self, host: _Host, state: float | str) -> None:
+        live = local(host.parameter)
+        if host.exchange is not None:
+            if state == BASE:
+                host.exchange.backward()
+            else:
+                host.exchange.forward()
+            return
+        assert host.base is not None
+        if host.saved is None:
+            host.saved = live.cpu() if self.offload and live.is_cuda else live.clone()
+        if isinstance(state, str):
+            live.copy_(host.base)
+            return
+        scale = state if host.selected else 0.0
+        out, tuned, base, instruct = (t.view(-1) for t in (live, host.saved, host.base, host.instruct))
+        for part in windows(out):
+            there = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
+            out[part] = graft(*there, scale).to(self._rounding(host))
+
+    def _rounding(self, host: _Host) -> torch.dtype:
+        return self.dtype or host.instruct.dtype
+
+    def _update(self, host: _Host) -> Tensor:
+        device = local(host.parameter).device
+        total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
+        if host.adapted is not None:
+            learned = local(host.adapted.layer.get_delta_weight(host.adapted.adapter)).float()
+            total = learned if total is None else total + learned
+        return torch.zeros(host.instruct.shape, device=device) if total is None else total
+
+    def _grafted(self, host: _Host, scale: float) -> Tensor:
+        instruct = host.instruct.to(local(host.parameter).device)
+        if not host.selected:
+            return instruct
+        if host.adapted is None and host.base is not None:
+            return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
+        return add_delta(instruct, self._update(host), scale)
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        sharded = next((h.parameter for h in self._hosts if isinstance(h.parameter, DTensor)), None)
+        if sharded is not None:
+            dist.all_reduce(sums, group=sharded.device_mesh.get_group())
+        return sums
+
+    def _coverage(self) -> Coverage:
+        trained = {host.name for host in self._hosts if host.base is not None or host.adapted is not None}
+        return coverage(
+            self.selected & trained,
+            frozenset(trained),
+            {host.name: host.parameter.numel() for host in self._hosts},
+        )
+
+
+def _require_pairing(
+    parameters: dict[str, nn.Parameter], base: CheckpointReader, instruct: CheckpointReader
+) -> None:
+    problems = []
+    for title, reader in (("Base", base), ("Instruct", instruct)):
+        missing = [name for name in parameters if name not in reader.tensors]
+        if missing:
+            problems.append(
+                f"the {title}'s checkpoint {reader.folder} has no tensor {', '.join(missing[:5])}"
+            )
+        problems += [
+            f"{name} has the shape {reader.tensors[name].shape} in the {title}'s checkpoint and "
+            f"{tuple(parameter.shape)} in the module"
+            for name, parameter in parameters.items()
+            if name in reader.tensors and reader.tensors[name].shape != tuple(parameter.shape)
+        ][:5]
+    if problems:
+        raise GraftError(
+            "the trained module and the pair can't be paired by name: "
+            + "; ".join(problems)
+            + ". Every parameter "
+            "needs its tensor in both checkpoints. Check pair.base and pair.instruct."
+        )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
+    first = {id(parameter): name for name, parameter in host_parameters(model).items()}
+    return {
+        canonical_name(name): first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in first
+    }
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def _layer_of(name: str) -> str:
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    return f"layer_{int(layer[1]):02d}" if layer else kind_of(name)

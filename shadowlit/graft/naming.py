@@ -1,0 +1,58 @@
+"""Names of parameters: from what wrappers make of them back to what the checkpoint files call them."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+# What peft, torch.compile and activation checkpointing put into a parameter's name.
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.|\bbase_layer\.|\bmodules_to_save\.[^.]+\.|\b_orig_mod\.|\b_checkpoint_wrapped_module\."
+)
+_ADAPTER = re.compile(r"\blora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
+
+
+def canonical_name(name: str) -> str:
+    """Return the name that a checkpoint file uses for the parameter called ``name`` in a wrapped module.
+
+    ``base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight`` becomes
+    ``model.layers.0.self_attn.q_proj.weight``.
+    """
+    return _WRAPPERS.sub("", name)
+
+
+def is_adapter_name(name: str) -> bool:
+    """Say whether ``name`` belongs to an adapter's own factors, which no checkpoint of the Base holds."""
+    return _ADAPTER.search(name) is not None
+
+
+def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of ``model`` that stand for tensors of the checkpoint, by their checkpoint names.
+
+    Adapter factors are left out, and so is the frozen original beside a copy that peft trains
+    (``modules_to_save``): the copy is the one that the forward pass uses. Shared storage appears once.
+    """
+    return {
+        canonical_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if not is_adapter_name(name) and ".original_module." not in name
+    }
+
+
+def linear_names(model: nn.Module) -> frozenset[str]:
+    """Checkpoint names of the weights and biases of every ``nn.Linear`` of ``model`` but its output head.
+
+    The paper's code lists seven projections by name; the modules themselves know better, so architectures that
+    call them ``wqkv`` or ``w1`` are covered too. The output head maps to the vocabulary and is no linear layer
+    in the sense of the paper.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return frozenset(
+        canonical_name(f"{prefix}.{name}")
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in prefix
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, torch.Tensor)
+    )

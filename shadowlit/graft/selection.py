@@ -1,0 +1,113 @@
+"""Which tensors of the Instruct receive the update, and the report of what was left out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shadowlit.errors import GraftError
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a selection covers of a model.
+
+    Attributes:
+        num_selected: tensors that receive an update.
+        num_tensors: tensors of the model.
+        num_selected_parameters: elements in the selected tensors.
+        num_parameters: elements of the model.
+        left_out: names of tensors that were trained but receive no update, so that their learning is dropped.
+    """
+
+    num_selected: int
+    num_tensors: int
+    num_selected_parameters: int
+    num_parameters: int
+    left_out: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.num_selected} of {self.num_tensors} tensors, {_count(self.num_selected_parameters)} of "
+            f"{_count(self.num_parameters)} parameters"
+        )
+        if self.left_out:
+            kinds = Counter(kind_of(name) for name in self.left_out)
+            listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
+            text += f"; trained but left out: {listed}"
+        return text
+
+
+def kind_of(name: str) -> str:
+    """The last module's name in a parameter's name: ``q_proj`` for ``model.layers.0.self_attn.q_proj.weight``."""
+    parts = name.split(".")
+    return parts[-2] if len(parts) > 1 else parts[0]
+
+
+def resolve(
+    select: str | list[str], names: Iterable[str], linear: frozenset[str], model_type: str
+) -> frozenset[str]:
+    """Return the names that ``select`` chooses.
+
+    Args:
+        select: ``linear`` (every linear layer but the output head, as in the paper), ``all``, or one or several
+            regular expressions, searched in the names.
+        names: all tensor names of the model.
+        linear: the names that ``linear`` stands for.
+        model_type: the architecture's name, for the message.
+
+    Raises:
+        GraftError: a pattern is not a regular expression, or one of them matches nothing.
+    """
+    names = list(names)
+    if select == "all":
+        return frozenset(names)
+    if select == "linear":
+        chosen = frozenset(names) & linear
+        if not chosen:
+            raise _nothing(select, names, model_type)
+        return chosen
+    chosen_names: set[str] = set()
+    for pattern in [select] if isinstance(select, str) else select:
+        try:
+            matcher = re.compile(pattern)
+        except re.error as error:
+            raise GraftError(
+                f"graft.select has {pattern!r}, which is not a regular expression ({error}). "
+                "Expected 'linear', 'all', or regular expressions such as 'self_attn'."
+            ) from None
+        matched = {name for name in names if matcher.search(name)}
+        if not matched:
+            raise _nothing(pattern, names, model_type)
+        chosen_names |= matched
+    if not chosen_names:
+        raise _nothing(str(select), names, model_type)
+    return frozenset(chosen_names)
+
+
+def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[str, int]) -> Coverage:
+    """Report what ``selected`` covers of a model with tensors of ``sizes`` elements, ``trained`` ones named."""
+    return Coverage(
+        num_selected=len(selected),
+        num_tensors=len(sizes),
+        num_selected_parameters=sum(sizes[name] for name in selected),
+        num_parameters=sum(sizes.values()),
+        left_out=tuple(sorted(trained - selected)),
+    )
+
+
+def _nothing(select: str, names: list[str], model_type: str) -> GraftError:
+    kinds = ", ".join(dict.fromkeys(kind_of(name) for name in names))
+    return GraftError(
+        f"0 of {len(names)} tensors matched selection {select!r} for model type {model_type!r}; its tensors belong "
+        f"to {kinds}. Set graft.select to 'all' or to a pattern that matches them, e.g. '(q_proj|v_proj)'."
+    )
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

@@ -1,0 +1,142 @@
+"""From a checkpoint folder to a model that trains: built on the meta device, filled with each rank's own rows."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.graft.adapter import starts_from_weights
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.naming import canonical_name, is_adapter_name
+from shadowlit.training.parallel import local, local_slices
+
+log = logging.getLogger(__name__)
+
+
+def load_for_training(
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    adapter: LoraConfig | None,
+    device: torch.device,
+    mesh: DeviceMesh | None,
+    parallelize: Callable[[nn.Module], None],
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> nn.Module:
+    """Build the model of ``folder`` for training, with float32 masters for everything that learns.
+
+    Full tuning trains float32 copies of all weights. With an adapter the weights stay frozen in the dtype they
+    are stored in and the factors are float32. No rank ever holds the whole model: it is built on the meta device,
+    sharded there, and filled from the safetensors files by rows.
+
+    Args:
+        folder: local folder with config and safetensors files.
+        config: the model's configuration.
+        adapter: LoRA settings; ``None`` for full tuning. Without ``target_modules`` all linear layers are adapted.
+        device: where the parameters shall live.
+        mesh: the data-parallel mesh of FSDP2, or ``None``.
+        parallelize: applied between building and filling; see :func:`shadowlit.training.parallel.parallelize`.
+        attn_implementation: transformers' name of the attention kernel.
+        trust_remote_code: run modelling code that comes with the folder.
+        seed: seeds the adapter's start, the same on any number of ranks.
+
+    Raises:
+        CheckpointError: the folder lacks a tensor that the model needs.
+        GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded.
+    """
+    with CheckpointReader(folder) as reader:
+        stored = _stored_dtype(reader)
+        from_weights = adapter is not None and starts_from_weights(adapter)
+        # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
+        dtype = torch.float32 if adapter is None or from_weights else stored
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+            )
+        if adapter is not None and from_weights:
+            if mesh is not None:
+                raise GraftError(
+                    f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices, "
+                    "but FSDP2 holds only shards of them. Use init_lora_weights=true or 'gaussian', one device, or DDP."
+                )
+            _fill(model, reader, torch.device("cpu"), seed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = get_peft_model(model, adapter)
+            parallelize(model)
+            return model.to(device).train()
+        if adapter is not None:
+            with torch.device("meta"):
+                model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        parallelize(model)
+        _fill(model, reader, device, seed, adapter)
+    return model.train()
+
+
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    reader: CheckpointReader,
+    device: torch.device,
+    seed: int,
+    adapter: LoraConfig | None = None,
+) -> None:
+    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model.to_empty(device=device)
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        host.tie_weights()  # type: ignore[operator] # to_empty gives every module storage of its own; FSDP2 re-ties
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        if is_adapter_name(name):
+            assert adapter is not None
+            start = _adapter_start(name, parameter, adapter, seed)
+            local(parameter).copy_(start[local_slices(parameter)])
+            continue
+        stored_name = canonical_name(name.replace(".original_module.", "."))
+        if stored_name not in reader.tensors:
+            raise CheckpointError(
+                f"{reader.folder} has no tensor {stored_name!r}, which the model of its config.json needs. "
+                "Expected one tensor per parameter. Download the checkpoint again, or convert it with transformers."
+            )
+        local(parameter).copy_(reader.read_slice(stored_name, local_slices(parameter)))
+    # Buffers that no checkpoint holds (rotary frequencies, embedding scales): transformers' own initialisation
+    # leaves alone every parameter marked above.
+    host.initialize_weights()  # type: ignore[operator]
+
+
+def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int) -> Tensor:
+    """peft's own start of a LoRA factor, drawn whole from a generator of its own: equal on any number of ranks."""
+    digest = hashlib.sha256(f"{seed}:{canonical_name(name)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    start = torch.zeros(parameter.shape)
+    if "lora_A" in name and adapter.init_lora_weights == "gaussian":
+        start.normal_(std=1 / start.shape[0], generator=generator)
+    elif "lora_A" in name or ("lora_B" in name and name.endswith("weight") and not adapter.init_lora_weights):
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    elif "lora_embedding_B" in name:
+        start.normal_(generator=generator)
+    return start
+
+
+def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
+    """The dtype that most elements of a checkpoint are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for info in reader.tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_elements
+    return max(sizes, key=lambda dtype: sizes[dtype])

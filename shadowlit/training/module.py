@@ -1,0 +1,318 @@
+"""ShadowModule: trains the Base; the steps, nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.evaluation.scores import TokenScores
+from shadowlit.graft.adapter import require_graftable
+from shadowlit.pair import ModelPair
+from shadowlit.training.loading import load_for_training
+from shadowlit.training.objective import cross_entropy_sum
+from shadowlit.training.parallel import local, parallelize
+
+log = logging.getLogger(__name__)
+
+Batch = Mapping[str, Tensor]
+TUNED = "tuned"
+
+
+class ShadowModule(LightningModule):
+    """Trains the Base of a pair on conversations, and scores whatever weights stand in it.
+
+    The loss is the cross entropy summed over the supervised tokens of the whole effective batch (micro-batches ×
+    ranks), divided by their number: accumulation and unequal lengths change nothing. Everything that learns is
+    float32; ``trainer.precision: bf16-mixed`` computes in bfloat16. The dropout masks of a batch follow from the
+    seed and the batch's number, so that a resumed run repeats them.
+
+    Validation adds each batch to the scores of the current :attr:`subject` (the ``tuned`` model; callbacks that put
+    other weights in name theirs) and logs ``val/<subject>/<metric>`` at its end, over all sets together and, where
+    there are several, ``val/<subject>/<set>/<metric>`` for each.
+
+    Args:
+        pair: The Base that is trained and the Instruct that gets the update.
+        adapter: Any argument of ``peft.LoraConfig``; null for full tuning. Without ``target_modules`` all linear
+            layers but the output head are adapted.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay; on matrices only, not on norms and biases.
+        betas: Decay rates of AdamW's two moments.
+        eps: AdamW's epsilon.
+        schedule: How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all.
+        warmup_ratio: Share of all optimizer steps in which the rate rises from 0, between 0 and 1.
+        activation_checkpointing: Recompute each decoder layer in the backward pass; less memory, about a third more
+            time.
+        compile_layers: Compile each decoder layer with ``torch.compile``.
+        attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …
+        seed: Seeds the adapter's start and the dropout.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        adapter: LoraConfig | None = None,
+        lr: float = 1e-5,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup_ratio: float = 0.1,
+        activation_checkpointing: bool = False,
+        compile_layers: bool = False,
+        attn_implementation: str = "sdpa",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup_ratio <= 1:
+            raise ShadowlitError(f"model.warmup_ratio is {warmup_ratio}; expected a share between 0 and 1.")
+        if lr <= 0:
+            raise ShadowlitError(f"model.lr is {lr}; expected a positive learning rate, e.g. 2e-4 for LoRA.")
+        require_graftable(adapter)
+        self.pair = pair
+        self.adapter = adapter
+        if adapter is not None and adapter.target_modules is None and adapter.target_parameters is None:
+            adapter.target_modules = "all-linear"
+        self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
+        self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
+        self.attn_implementation = attn_implementation
+        self.seed = seed
+        self.model: nn.Module | None = None
+        self.subject = TUNED
+        self._scores: dict[tuple[str, str], Metric] = {}  # by subject and set; the set "" is all of them
+        self._sums: Tensor | None = None  # loss and supervised tokens of the effective batch so far
+        # An adapter's checkpoint holds the factors only.
+        self.strict_loading = adapter is None
+
+    def configure_model(self) -> None:
+        """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""
+        if self.model is not None:
+            return
+        config = self.pair.base_config()
+        config.use_cache = False
+        mesh = self._data_parallel_mesh()
+        self.model = load_for_training(
+            self.pair.base_folder(),
+            config,
+            adapter=self.adapter,
+            device=self._device_to_fill(),
+            mesh=mesh,
+            parallelize=partial(
+                parallelize,
+                mesh=mesh,
+                activation_checkpointing=self.activation_checkpointing,
+                compile_layers=self.compile_layers,
+                compute_dtype=_compute_dtype(self.trainer.precision),
+            ),
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.pair.trust_remote_code,
+            seed=self.seed,
+        )
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` and ``attention_mask`` ``[B, T]``."""
+        assert self.model is not None
+        output = self.model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        return output.logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
+        self._seed_dropout()
+        loss, num_tokens = cross_entropy_sum(self(batch), batch["labels"])
+        sums = torch.stack([loss.detach().double(), num_tokens.double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the supervised tokens of the whole effective batch, before any clipping."""
+        assert self._sums is not None
+        sums, self._sums = self._sums, None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        loss, num_tokens = sums.tolist()
+        gradients = [
+            local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        torch._foreach_mul_(gradients, 1 / max(num_tokens, 1))
+        self.log("train/loss", loss / max(num_tokens, 1), prog_bar=True)
+        self.log("train/tokens", num_tokens)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the scores of the weights that stand in the module."""
+        self._score(batch, self._set_name(dataloader_idx))
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As :meth:`validation_step`, on the test sets."""
+        self._score(batch, self._set_name(dataloader_idx))
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Answer the prompts of a left-padded batch greedily, with the weights that stand in the module.
+
+        Returns:
+            One ``{"index": row in the file, "answer": text}`` per prompt.
+        """
+        assert self.model is not None
+        tokenizer = self.pair.tokenizer()
+        generated = self.model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=self._greedy(),
+            synced_gpus=self.trainer.world_size > 1,
+        )
+        answers = tokenizer.batch_decode(
+            generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        return [
+            {"index": index, "answer": answer}
+            for index, answer in zip(batch["index"].tolist(), answers, strict=True)
+            if index >= 0
+        ]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of every subject that was put in since the validation began."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of every subject on the test sets."""
+        self._log_scores("test")
+
+    def configure_scores(self) -> Metric:
+        """The metric each set is scored with. Override to log more, for every subject alike.
+
+        Its ``update(logits, labels)`` gets ``[B, T, V]`` and ``[B, T]`` tensors; its ``compute()`` returns a dict from
+        metric names to numbers.
+        """
+        return TokenScores()
+
+    def scores(self, subject: str) -> dict[str, float]:
+        """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
+
+        Reduced over all ranks; every rank must call it.
+        """
+        named = {name: metric for (who, name), metric in self._scores.items() if who == subject}
+        if len(named) == 2:  # one set: the same numbers as all sets together
+            named = {"": named[""]}
+        return {
+            f"{name}/{what}" if name else what: value
+            for name, metric in named.items()
+            for what, value in metric.compute().items()
+        }
+
+    def take_scores(self, subject: str) -> dict[str, float]:
+        """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
+        taken = self.scores(subject)
+        self._scores = {key: metric for key, metric in self._scores.items() if key[0] != subject}
+        return taken
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The module's state; with an adapter only what is trained, since the rest lies in the Base's files."""
+        state = super().state_dict(*args, **kwargs)
+        if self.adapter is None or self.model is None:
+            return state
+        trained = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: tensor for name, tensor in state.items() if name in trained}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW on whatever requires a gradient; the schedule counts optimizer steps."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = math.ceil(self.warmup_ratio * total)
+        schedule = LambdaLR(optimizer, partial(_rate, total=total, warmup=warmup, schedule=self.schedule))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _score(self, batch: Batch, set_name: str) -> None:
+        logits = self(batch)
+        for name in ("", set_name):
+            key = (self.subject, name)
+            if key not in self._scores:
+                self._scores[key] = self.configure_scores().to(self.device)
+            self._scores[key].update(logits, batch["labels"])
+
+    def _log_scores(self, stage: str) -> None:
+        for subject in dict.fromkeys(who for who, _ in self._scores):
+            for name, value in self.scores(subject).items():
+                self.log(f"{stage}/{subject}/{name}", value, prog_bar=name == "loss")
+        self._scores.clear()
+
+    def _set_name(self, dataloader_idx: int) -> str:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = getattr(data, "test_names" if self.trainer.testing else "validation_names", None)
+        return names[dataloader_idx] if names else str(dataloader_idx)
+
+    def _seed_dropout(self) -> None:
+        """Make this batch's random numbers a function of the seed, the batch's number and the rank."""
+        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(hash((self.seed, number, self.trainer.global_rank)) % 2**63)
+
+    def _device_to_fill(self) -> torch.device:
+        device = self.trainer.strategy.root_device
+        assert isinstance(device, torch.device)
+        return device
+
+    def _data_parallel_mesh(self) -> Any:
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, ModelParallelStrategy):
+            return None
+        assert self.device_mesh is not None
+        sizes = dict(zip(self.device_mesh.mesh_dim_names or (), self.device_mesh.shape, strict=True))
+        if sizes["tensor_parallel"] != 1:
+            raise ShadowlitError(
+                f"ModelParallelStrategy has a mesh of {sizes}: it would split tensors, and shard nothing. Set its "
+                f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1."
+            )
+        return self.device_mesh["data_parallel"]
+
+    def _greedy(self) -> Any:
+        from transformers import GenerationConfig
+
+        config = GenerationConfig.from_model_config(self.pair.config())
+        folder = self.pair.instruct_folder()
+        if (folder / "generation_config.json").is_file():
+            config = GenerationConfig.from_pretrained(folder)
+        config.update(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
+        config.pad_token_id = self.pair.tokenizer().pad_token_id
+        return config
+
+
+def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:
+    """The learning rate of ``step`` as a share of its peak."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
+        schedule
+    ]
+
+
+def _compute_dtype(precision: str) -> torch.dtype:
+    if precision == "32-true":
+        return torch.float32
+    if precision == "bf16-mixed":
+        return torch.bfloat16
+    raise ShadowlitError(
+        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. What learns is kept in float32, since "
+        "a small update does not survive in half precision ('bf16-true' would also round the rotary frequencies)."
+    )

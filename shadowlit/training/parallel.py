@@ -1,0 +1,82 @@
+"""Parallelism as one free function outside the model, and the local view of sharded parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh | None,
+    *,
+    activation_checkpointing: bool = False,
+    compile_layers: bool = False,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """Apply activation checkpointing, then compilation, then sharding, in place.
+
+    The order matters: a layer recomputes what it checkpointed inside its compiled graph, and FSDP2's hooks stand
+    outside of both, so that one all-gather serves one layer.
+
+    Args:
+        model: a transformers causal language model, with or without peft's adapters, on the meta device when it
+            is to be sharded.
+        mesh: a one-dimensional mesh over the data-parallel ranks; ``None`` leaves the parameters whole.
+        activation_checkpointing: recompute every decoder layer in the backward pass instead of storing it.
+        compile_layers: compile every decoder layer with ``torch.compile``.
+        compute_dtype: dtype of the all-gathered parameters under FSDP2; gradients are reduced in float32.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if activation_checkpointing:
+        # transformers' own hooks; the non-reentrant form works with frozen inputs, as LoRA has them.
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if compile_layers:
+        for layer in layers:
+            layer.compile()
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of ``parameter`` on this rank, detached and sharing its storage; all of it when it isn't sharded."""
+    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of ``parameter`` lies in the whole tensor: one slice per dimension."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """Gather ``part``, this rank's share of a tensor placed as ``like`` is; a collective over its mesh."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Make every FSDP unit hold its shards again.
+
+    Must stand before every read or write of local shards: after a forward pass the root unit keeps its parameters
+    gathered, and what is written to them then is lost at the next reshard without a word.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
