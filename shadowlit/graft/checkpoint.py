@@ -1,6 +1,7 @@
 """Safetensors folders: a lazy reader, a streaming writer, and a folder that appears whole or not at all.
 
-Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here unpickles.
+Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here
+unpickles.
 """
 
 from __future__ import annotations
@@ -88,15 +89,16 @@ class _Entry:
 class CheckpointReader:
     """Reads tensors, or some of their rows, from a safetensors folder without loading the rest.
 
-    Headers are read and checked at once, data only when asked for. Files are opened when first needed and kept
-    open until :meth:`close`. As in transformers, ``model.safetensors`` is taken where both forms are present.
+    Headers are read and checked at once, data only when asked for. Files are opened when first needed and
+    kept open until :meth:`close`. As in transformers, ``model.safetensors`` is taken where both forms are
+    present.
 
     Args:
         folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
 
     Raises:
-        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is broken, or
-            the index and the shards disagree.
+        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
+            broken, or the index and the shards disagree.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -118,14 +120,15 @@ class CheckpointReader:
 
         Args:
             name: The tensor's name.
-            slices: One slice per leading dimension, as in ``tensor[slices]``; an empty tuple is the whole tensor.
+            slices: One slice per leading dimension, as in ``tensor[slices]``; an empty tuple is the whole
+                tensor.
 
         Returns:
             ``tensor[slices]`` in its stored dtype, in memory of its own.
 
         Raises:
-            CheckpointError: There is no such tensor, there are more slices than dimensions, or the file can no
-                longer be read.
+            CheckpointError: There is no such tensor, there are more slices than dimensions, or the file can
+                no longer be read.
         """
         info = self.info(name)
         if len(slices) > len(info.shape):
@@ -137,8 +140,8 @@ class CheckpointReader:
             part = self._open(info.file).get_slice(name)[slices]
         except (SafetensorError, OSError) as error:
             raise _broken(self.folder / info.file, str(error)) from error
-        # The library returns a view of the mapped file, the same one for every read: what a caller writes into it
-        # would be what the next caller reads.
+        # The library returns a view of the mapped file, the same one for every read: what a caller writes
+        # into it would be what the next caller reads.
         return part.clone(memory_format=torch.contiguous_format)
 
     def info(self, name: str) -> TensorInfo:
@@ -150,18 +153,18 @@ class CheckpointReader:
         if name not in self.tensors:
             raise CheckpointError(
                 f"There is no tensor '{name}' in {self.folder}, which holds {len(self.tensors)} tensors "
-                f"({_some(self.tensors)}). Check the name, or whether this is the right model."
+                f"({some_of(self.tensors)}). Check the name, or whether this is the right model."
             )
         return self.tensors[name]
 
     def fingerprint(self) -> str:
         """A sha256 that tells two checkpoints apart, from all headers and a sample of the data.
 
-        Hashed are the sorted names, dtypes and shapes, and from every tensor up to 32 evenly spread blocks of 16 KiB,
-        its beginning and end included (fewer blocks per tensor where there are more than 64 tensors, about 2,048 in
-        all; smaller tensors whole). So it takes well under a second for 16 GB, does not depend on how the tensors are
-        spread over files, and does not see a change that lies between the sampled blocks of a large tensor: it
-        recognises a checkpoint, it is no proof against forgery.
+        Hashed are the sorted names, dtypes and shapes, and from every tensor up to 32 evenly spread blocks of
+        16 KiB, its beginning and end included (fewer blocks per tensor where there are more than 64 tensors,
+        about 2,048 in all; smaller tensors whole). So it takes well under a second for 16 GB, does not depend
+        on how the tensors are spread over files, and does not see a change that lies between the sampled
+        blocks of a large tensor: it recognises a checkpoint, it is no proof against forgery.
         """
         digest = hashlib.sha256()
         num_blocks = min(32, max(2, _SAMPLE_READS // max(1, len(self._entries))))
@@ -241,13 +244,13 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     outside = [file for file in files if file in ("", ".", "..") or re.search(r"[/\\\0]", file)]
     if outside:
         raise CheckpointError(
-            f"{path} names files that do not lie beside it: {_some(outside)}. Shards must be plain file names in the "
-            "index's own folder; save the model again, and do not trust this one."
+            f"{path} names files that do not lie beside it: {some_of(outside)}. Shards must be plain file "
+            "names in the index's own folder; save the model again, and do not trust this one."
         )
     missing = [file for file in files if not (path.parent / file).is_file()]
     if missing:
         raise CheckpointError(
-            f"{path} names {len(files)} files, of which {len(missing)} are missing: {_some(missing)}. "
+            f"{path} names {len(files)} files, of which {len(missing)} are missing: {some_of(missing)}. "
             "Finish the download, or copy the missing shards beside the index."
         )
     return weight_map
@@ -258,15 +261,17 @@ def _match_index(folder: Path, weight_map: dict[str, str], headers: dict[str, di
     absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
     unlisted = sorted(
         name for file, entries in headers.items() for name in entries if weight_map.get(name) != file
-    )  # fmt: skip
+    )
     if absent or unlisted:
-        told = [f"{len(absent)} tensors are not in the file it names ({_some(absent)})"] if absent else []
+        told = [f"{len(absent)} tensors are not in the file it names ({some_of(absent)})"] if absent else []
         told += (
-            [f"{len(unlisted)} tensors of the shards are not listed ({_some(unlisted)})"] if unlisted else []
+            [f"{len(unlisted)} tensors of the shards are not listed ({some_of(unlisted)})"]
+            if unlisted
+            else []
         )
         raise CheckpointError(
-            f"{folder / INDEX_FILE} does not match its shards: {'; '.join(told)}. The folder mixes files of two saves; "
-            "download or save the model again into an empty folder."
+            f"{folder / INDEX_FILE} does not match its shards: {'; '.join(told)}. The folder mixes files of "
+            "two saves; download or save the model again into an empty folder."
         )
 
 
@@ -310,8 +315,9 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> _Entry:
         raise _broken(path, f"shape {shape} or offsets [{start}, {stop}] of tensor '{name}' are not counts")
     if code not in DTYPES:
         raise CheckpointError(
-            f"Tensor '{name}' in {path} has dtype {code}; known are {', '.join(DTYPES)}. Convert the model to one of "
-            "the floating-point dtypes, e.g. bfloat16, with transformers and save it as safetensors."
+            f"Tensor '{name}' in {path} has dtype {code}; known are {', '.join(DTYPES)}. Convert the model "
+            "to one of the floating-point dtypes, e.g. bfloat16, with transformers and save it as "
+            "safetensors."
         )
     info = TensorInfo(name, DTYPES[code], tuple(shape), path.name)
     if info.num_bytes != stop - start:
@@ -327,18 +333,16 @@ def _no_safetensors(folder: Path) -> CheckpointError:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
-        found = f"but other safetensors files ({_some(others)})"
+        found = f"but other safetensors files ({some_of(others)})"
         remedy = f"Merge an adapter into its model first; rename a single weight file to {SINGLE_FILE}."
     elif pickles:
-        found = (
-            f"only pickled weights ({_some(pickles)}), which are never loaded here because they can run code"
-        )
+        found = f"only pickled weights ({some_of(pickles)}), never loaded here because they can run code"
         remedy = (
             "Convert them once, on a machine where you trust them: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
         )
     else:
-        found = f"{len(names)} other files ({_some(names)})" if names else "nothing at all"
+        found = f"{len(names)} other files ({some_of(names)})" if names else "nothing at all"
         remedy = "Give the folder into which the model was saved, or finish its download."
     return CheckpointError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}, {found}. {remedy}")
 
@@ -346,11 +350,12 @@ def _no_safetensors(folder: Path) -> CheckpointError:
 def _broken(path: Path, what: str) -> CheckpointError:
     """The error for a file that is not a valid safetensors file."""
     return CheckpointError(
-        f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it again."
+        f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it "
+        "again."
     )
 
 
-def _some(names: Any, limit: int = 5) -> str:
+def some_of(names: Any, limit: int = 5) -> str:
     """The first names of a collection, and how many more there are."""
     listed = [str(name) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
@@ -371,13 +376,15 @@ class _Shard:
 class CheckpointWriter:
     """Writes tensors one after the other into shards, in the layout that transformers saves and loads.
 
-    Every tensor goes to the disk when it is added, so no more than one is held in memory. :meth:`close` gives the
-    shards their final names and writes the index; as a context manager the writer closes itself, and after an
-    exception it removes what it wrote. Together with :func:`atomic_folder` a crash leaves nothing behind.
+    Every tensor goes to the disk when it is added, so no more than one is held in memory. :meth:`close` gives
+    the shards their final names and writes the index; as a context manager the writer closes itself, and
+    after an exception it removes what it wrote. Together with :func:`atomic_folder` a crash leaves nothing
+    behind.
 
     Args:
         folder: The folder to write to; created if it is missing.
-        max_shard_bytes: The largest number of data bytes per file; a single larger tensor gets a file of its own.
+        max_shard_bytes: The largest number of data bytes per file; a single larger tensor gets a file of its
+            own.
         metadata: Strings for the header of every file, e.g. where the weights come from.
 
     Raises:
@@ -396,7 +403,8 @@ class CheckpointWriter:
         present = sorted(p.name for p in self.folder.iterdir() if ".safetensors" in p.name)
         if present:
             raise CheckpointError(
-                f"{self.folder} holds safetensors files already ({_some(present)}). Write to an empty folder."
+                f"{self.folder} holds safetensors files already ({some_of(present)}). Write to an empty "
+                "folder."
             )
         self.max_shard_bytes = max_shard_bytes
         # transformers refuses a file whose metadata do not name the framework.
@@ -414,7 +422,8 @@ class CheckpointWriter:
             tensor: Any shape, any device; not a sharded one.
 
         Raises:
-            CheckpointError: The name was added before, the dtype cannot be stored, or a value is NaN or infinite.
+            CheckpointError: The name was added before, the dtype cannot be stored, or a value is NaN or
+                infinite.
         """
         if self._closed:
             raise CheckpointError(
@@ -431,8 +440,14 @@ class CheckpointWriter:
         entry: dict[str, Any] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape)}
         shard = self._shard_for(flat.nbytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
         entry["data_offsets"] = [shard.num_bytes, shard.num_bytes + flat.nbytes]
-        if flat.numel():
-            shard.stream.write(memoryview(flat.view(torch.uint8).numpy()))
+        try:
+            if flat.numel():
+                shard.stream.write(flat.view(torch.uint8).numpy().data)
+        except OSError as error:
+            self.abort()  # the file now holds half a tensor
+            raise CheckpointError(
+                f"Tensor '{name}' could not be written to {self.folder}: {error}. Free some disk space."
+            ) from error
         shard.entries[name] = entry
         shard.num_bytes += flat.nbytes
         self._files[name] = len(self._shards) - 1
@@ -507,7 +522,7 @@ class CheckpointWriter:
         return shard
 
     def _finish_shard(self) -> None:
-        """Write the header of the open shard into the room left for it, padded with spaces as the format allows."""
+        """Write the open shard's header into its room, padded with spaces as the format allows."""
         shard = self._shards[-1]
         room = shard.stream.tell() - shard.num_bytes - 8
         header = json.dumps({"__metadata__": self.metadata, **shard.entries}).encode()
@@ -531,8 +546,9 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
     if not bool(finite.all()):
         count = int((~finite).sum())
         raise CheckpointError(
-            f"Tensor '{name}' has {count} of {tensor.numel()} values that are NaN or infinite. Nothing was exported; "
-            "look for a diverged run (lower the learning rate), or a dtype too small for the values (use bfloat16)."
+            f"Tensor '{name}' has {count} of {tensor.numel()} values that are NaN or infinite. Nothing was "
+            "exported; look for a diverged run (lower the learning rate), or a dtype too small for the "
+            "values (use bfloat16)."
         )
 
 
@@ -540,12 +556,13 @@ def _check_finite(name: str, tensor: torch.Tensor) -> None:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """A folder that appears at ``target`` complete, or not at all.
 
-    Yields a temporary folder beside ``target``. When the block ends well, its files are flushed to the disk and it is
-    renamed to ``target``; after any exception it is removed. Only a killed process or a power cut can leave it behind,
-    as ``.<name>.partial-*``.
+    Yields a temporary folder beside ``target``. When the block ends well, its files are flushed to the disk
+    and it is renamed to ``target``; after any exception it is removed. Only a killed process or a power cut
+    can leave it behind, as ``.<name>.partial-*``.
 
     Args:
-        target: Where the folder shall appear; may exist only if it is an empty folder. Missing parents are created.
+        target: Where the folder shall appear; may exist only if it is an empty folder. Missing parents are
+            created.
 
     Raises:
         ExportError: ``target`` exists and is not an empty folder, or its parent cannot be written.
@@ -572,7 +589,8 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         partial.rename(path)
     except OSError as error:
         raise ExportError(
-            f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
+            f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it "
+            "yourself."
         ) from error
     _sync_folder(path.parent)
 
@@ -583,8 +601,8 @@ def _refuse_existing(path: Path) -> None:
         present = sorted(p.name for p in path.iterdir())
         if present:
             raise ExportError(
-                f"{path} exists and is not empty ({_some(present)}). Nothing was written. Choose another target, or "
-                "delete the folder first if it is no longer needed."
+                f"{path} exists and is not empty ({some_of(present)}). Nothing was written. Choose another "
+                "target, or delete the folder first if it is no longer needed."
             )
     elif path.exists():
         raise ExportError(f"{path} exists and is a file. Nothing was written. Choose another target.")
