@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -210,9 +210,7 @@ def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:
 def _read_entries(folder: Path) -> dict[str, _Entry]:
     """All tensors of a folder, sorted by name, checked against the index if there is one."""
     if not folder.is_dir():
-        raise CheckpointError(
-            f"There is no folder {folder}. Give the folder that holds the model's safetensors files."
-        )
+        raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
     if (folder / SINGLE_FILE).is_file():
         return dict(sorted(_read_header(folder, SINGLE_FILE).items()))
     if not (folder / INDEX_FILE).is_file():
@@ -228,15 +226,9 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is not readable JSON ({error}). Download or save the model again."
-        ) from error
+        raise CheckpointError(f"{path} is not readable JSON ({error}). Download or save the model again.") from error
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(f, str) for f in weight_map.values())
-    ):
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise CheckpointError(
             f"{path} has no 'weight_map' from tensor names to file names. Download or save the model again."
         )
@@ -259,16 +251,10 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 def _match_index(folder: Path, weight_map: dict[str, str], headers: dict[str, dict[str, _Entry]]) -> None:
     """Check that index and shards name the same tensors in the same files."""
     absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
-    unlisted = sorted(
-        name for file, entries in headers.items() for name in entries if weight_map.get(name) != file
-    )
+    unlisted = sorted(name for file, entries in headers.items() for name in entries if weight_map.get(name) != file)
     if absent or unlisted:
         told = [f"{len(absent)} tensors are not in the file it names ({some_of(absent)})"] if absent else []
-        told += (
-            [f"{len(unlisted)} tensors of the shards are not listed ({some_of(unlisted)})"]
-            if unlisted
-            else []
-        )
+        told += [f"{len(unlisted)} tensors of the shards are not listed ({some_of(unlisted)})"] if unlisted else []
         raise CheckpointError(
             f"{folder / INDEX_FILE} does not match its shards: {'; '.join(told)}. The folder mixes files of "
             "two saves; download or save the model again into an empty folder."
@@ -321,9 +307,7 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> _Entry:
         )
     info = TensorInfo(name, DTYPES[code], tuple(shape), path.name)
     if info.num_bytes != stop - start:
-        raise _broken(
-            path, f"tensor '{name}' of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}"
-        )
+        raise _broken(path, f"tensor '{name}' of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}")
     return _Entry(info, data_start + start)
 
 
@@ -350,13 +334,12 @@ def _no_safetensors(folder: Path) -> CheckpointError:
 def _broken(path: Path, what: str) -> CheckpointError:
     """The error for a file that is not a valid safetensors file."""
     return CheckpointError(
-        f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it "
-        "again."
+        f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it again."
     )
 
 
-def some_of(names: Any, limit: int = 5) -> str:
-    """The first names of a collection, and how many more there are."""
+def some_of(names: Iterable[Any], limit: int = 5) -> str:
+    """The first ``limit`` names of a collection, and how many more there are: for messages."""
     listed = [str(name) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
@@ -396,15 +379,12 @@ class CheckpointWriter:
     ) -> None:
         self.folder = Path(folder)
         if max_shard_bytes <= 0:
-            raise CheckpointError(
-                f"max_shard_bytes is {max_shard_bytes}; give a positive number, e.g. 5_000_000_000."
-            )
+            raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; give a positive number, e.g. 5_000_000_000.")
         self.folder.mkdir(parents=True, exist_ok=True)
         present = sorted(p.name for p in self.folder.iterdir() if ".safetensors" in p.name)
         if present:
             raise CheckpointError(
-                f"{self.folder} holds safetensors files already ({some_of(present)}). Write to an empty "
-                "folder."
+                f"{self.folder} holds safetensors files already ({some_of(present)}). Write to an empty folder."
             )
         self.max_shard_bytes = max_shard_bytes
         # transformers refuses a file whose metadata do not name the framework.
@@ -426,16 +406,14 @@ class CheckpointWriter:
                 infinite.
         """
         if self._closed:
-            raise CheckpointError(
-                f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before."
-            )
+            raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
         if name in self._files:
             raise CheckpointError(f"Tensor '{name}' was added twice to {self.folder}. Add every tensor once.")
         if tensor.dtype not in _CODES:
             raise CheckpointError(
                 f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot store. Convert it first."
             )
-        _check_finite(name, tensor)
+        check_finite(name, tensor)
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         entry: dict[str, Any] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape)}
         shard = self._shard_for(flat.nbytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
@@ -462,16 +440,12 @@ class CheckpointWriter:
         if self._closed:
             return
         if not self._shards:
-            raise CheckpointError(
-                f"No tensor was added to {self.folder}. Add the model's tensors before closing."
-            )
+            raise CheckpointError(f"No tensor was added to {self.folder}. Add the model's tensors before closing.")
         self._finish_shard()
         self._closed = True
         count = len(self._shards)
         names = (
-            [SINGLE_FILE]
-            if count == 1
-            else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            [SINGLE_FILE] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         )
         for shard, name in zip(self._shards, names, strict=True):
             shard.path.rename(self.folder / name)
@@ -495,9 +469,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.close()
         else:
@@ -536,8 +508,16 @@ def _round_up(num_bytes: int, multiple: int = 4096) -> int:
     return -(-num_bytes // multiple) * multiple
 
 
-def _check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse NaN and infinities: a model that holds one is useless, and loads without a word."""
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinities: a model that holds one is useless, and loads without a word.
+
+    Args:
+        name: The tensor's name, for the message.
+        tensor: Any shape and dtype.
+
+    Raises:
+        CheckpointError: A value is NaN or infinite.
+    """
     if not tensor.dtype.is_floating_point:
         return
     # isfinite is not implemented for the 8-bit floats
@@ -574,9 +554,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     except OSError as error:
-        raise ExportError(
-            f"Cannot write beside {path}: {error}. Choose a target in a folder you can write."
-        ) from error
+        raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
     try:
         partial.chmod(0o777 & ~_umask())  # mkdtemp's own mode would hide the result from everybody else
         yield partial
@@ -589,8 +567,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         partial.rename(path)
     except OSError as error:
         raise ExportError(
-            f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it "
-            "yourself."
+            f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
         ) from error
     _sync_folder(path.parent)
 
