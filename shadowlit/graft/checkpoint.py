@@ -559,12 +559,11 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         partial.chmod(0o777 & ~_umask())  # mkdtemp's own mode would hide the result from everybody else
         yield partial
         _sync(partial)
-        _refuse_existing(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     try:
-        partial.rename(path)
+        partial.rename(path)  # fails, as it must, if something has come to lie there meanwhile
     except OSError as error:
         raise ExportError(
             f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
