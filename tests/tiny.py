@@ -52,7 +52,8 @@ def make_config(arch: str, *, tied: bool, vocab_size: int = 272, layers: int = 2
 
 def save_model(
     folder: Path, arch: str = "qwen3", *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32,
-    near: Path | None = None, distance: float = 0.1, chat_template: str | None = CHATML, shard_size: str = "5GB", **size: int,
+    near: Path | None = None, distance: float = 0.1, chat_template: str | None = CHATML, shard_size: str = "5GB",
+    **size: int,
 ) -> Path:  # fmt: skip
     """Save a random model and tokenizer to ``folder``; with ``near``, that folder's weights moved by ``distance``.
 

@@ -67,9 +67,7 @@ class GraftCallback(Callback):
         statistics: bool = True,
     ) -> None:
         if not scales or len(set(scales)) < len(scales):
-            raise GraftError(
-                f"graft.scales is {scales}; expected at least one number, and none of them twice."
-            )
+            raise GraftError(f"graft.scales is {scales}; expected at least one number, and none of them twice.")
         self.select = select
         self.scales = list(scales)
         self.dtype = _DTYPES.get(dtype)
@@ -77,9 +75,8 @@ class GraftCallback(Callback):
         self.baselines = baselines
         self.statistics = statistics
         self.graft: LiveGraft | None = None
-        self.constants: dict[
-            str, dict[str, float]
-        ] = {}  # scores of the untouched models: subject -> metric -> value
+        self.constants: dict[str, dict[str, float]] = {}  # scores of the untouched models: subject -> metric -> value
+        self.metrics: dict[str, float] = {}  # what the last validation logged
         self.seconds = 0.0
         self._fingerprints: dict[str, str] = {}
         self._fit_start: float | None = None
@@ -109,7 +106,7 @@ class GraftCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the graft, say what it covers, and make sure that training starts at the Base."""
         self._fit_start = time.perf_counter()
-        graft = self._ensure(pl_module)
+        graft = self.build(pl_module)
         rank_zero_info(f"graft: {graft.coverage}; {_per_parameter(graft)}")
         if trainer.global_step == 0 and not trainer.ckpt_path and not graft.on_base:
             raise GraftError(
@@ -123,6 +120,11 @@ class GraftCallback(Callback):
         """Run the grafted passes, before the module logs the scores of all subjects."""
         self._passes(trainer, pl_module, "val", trainer.val_dataloaders, _val_batches(trainer))
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember what was logged; checkpoint callbacks run after this, so a checkpoint holds its own metrics."""
+        if not trainer.sanity_checking:
+            self.metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in validation, on the test sets."""
         self._passes(trainer, pl_module, "test", trainer.test_dataloaders, trainer.num_test_batches)
@@ -130,8 +132,22 @@ class GraftCallback(Callback):
     @contextmanager
     def grafted(self, pl_module: LightningModule, scale: float | None = None) -> Iterator[None]:
         """Let the grafted weights stand in the module within the context; ``scale`` defaults to the main one."""
-        with self._ensure(pl_module).applied(self.scales[0] if scale is None else scale):
+        with self.build(pl_module).applied(self.scales[0] if scale is None else scale):
             yield
+
+    def build(self, pl_module: LightningModule) -> LiveGraft:
+        """The graft of the module's model; its frozen shards are read when it is first asked for."""
+        assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
+        if self.graft is None or self.graft.model is not pl_module.model:
+            base = CheckpointReader(pl_module.pair.base_folder())
+            instruct = CheckpointReader(pl_module.pair.instruct_folder())
+            self.graft = LiveGraft(
+                pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload
+            )
+            # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
+            # signal handler in the middle of a pass.
+            pl_module.register_state_dict_pre_hook(lambda *_: self.graft and self.graft.restore_for_checkpoint())
+        return self.graft
 
     # -- never leave or save grafted weights ------------------------------------------------------------------
 
@@ -144,8 +160,8 @@ class GraftCallback(Callback):
         self._restore(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pair's fingerprints and the untouched models' scores."""
-        return {"fingerprints": self._fingerprints, "constants": self.constants}
+        """The pair's fingerprints, the untouched models' scores, and the metrics of the last validation."""
+        return {"fingerprints": self._fingerprints, "constants": self.constants, "metrics": self.metrics}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores over; refuse a checkpoint of another pair."""
@@ -155,23 +171,9 @@ class GraftCallback(Callback):
             raise GraftError(_changed_pair(changed))
         self._fingerprints = saved
         self.constants = state_dict["constants"]
+        self.metrics = state_dict["metrics"]
 
     # -- private ----------------------------------------------------------------------------------------------
-
-    def _ensure(self, pl_module: LightningModule) -> LiveGraft:
-        assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
-        if self.graft is None or self.graft.model is not pl_module.model:
-            base = CheckpointReader(pl_module.pair.base_folder())
-            instruct = CheckpointReader(pl_module.pair.instruct_folder())
-            self.graft = LiveGraft(
-                pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload
-            )
-            # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
-            # signal handler in the middle of a pass.
-            pl_module.register_state_dict_pre_hook(
-                lambda *_: self.graft and self.graft.restore_for_checkpoint()
-            )
-        return self.graft
 
     def _restore(self, pl_module: LightningModule) -> None:
         if self.graft is not None:
@@ -179,17 +181,13 @@ class GraftCallback(Callback):
         if isinstance(pl_module, ShadowModule):
             pl_module.subject = TUNED
 
-    def _passes(
-        self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list
-    ) -> None:
+    def _passes(self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list) -> None:
         assert isinstance(module, ShadowModule)
         start = time.perf_counter()
-        graft = self._ensure(module)
+        graft = self.build(module)
         swap_s = graft.apply_s
         for number, scale in enumerate(self.scales):
-            self._pass(
-                trainer, module, "grafted" if number == 0 else f"grafted@{scale:g}", scale, loaders, limits
-            )
+            self._pass(trainer, module, "grafted" if number == 0 else f"grafted@{scale:g}", scale, loaders, limits)
         if trainer.sanity_checking:
             return
         scores = module.scores("grafted")
@@ -208,9 +206,7 @@ class GraftCallback(Callback):
         if self._fit_start is not None:
             module.log("graft/time_share", self.seconds / (time.perf_counter() - self._fit_start))
 
-    def _baselines(
-        self, trainer: Trainer, module: ShadowModule, stage: str, loaders: Any, limits: list
-    ) -> dict:
+    def _baselines(self, trainer: Trainer, module: ShadowModule, stage: str, loaders: Any, limits: list) -> dict:
         """Scores of the untouched models: measured in the first full validation, then remembered."""
         if not self.baselines:
             return {}
@@ -234,7 +230,7 @@ class GraftCallback(Callback):
         limits: list,
     ) -> None:
         """Run the batches of ``loaders`` with the weights of ``state`` and score them as ``subject``."""
-        graft = self._ensure(module)
+        graft = self.build(module)
         step = trainer.strategy.test_step if trainer.testing else trainer.strategy.validation_step
         loaders = loaders if isinstance(loaders, list) else [loaders]
         done = False

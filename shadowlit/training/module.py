@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +28,9 @@ from shadowlit.training.objective import cross_entropy_sum
 from shadowlit.training.parallel import local, parallelize
 
 log = logging.getLogger(__name__)
+
+# What is logged here has been reduced over the ranks already, once and exactly.
+warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test|graft)/.*sync_dist=True")
 
 Batch = Mapping[str, Tensor]
 TUNED = "tuned"
@@ -126,9 +130,7 @@ class ShadowModule(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` and ``attention_mask`` ``[B, T]``."""
         assert self.model is not None
-        output = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
+        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         return output.logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -147,9 +149,7 @@ class ShadowModule(LightningModule):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         loss, num_tokens = sums.tolist()
-        gradients = [
-            local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
+        gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / max(num_tokens, 1))
         self.log("train/loss", loss / max(num_tokens, 1), prog_bar=True)
         self.log("train/tokens", num_tokens)
@@ -177,9 +177,7 @@ class ShadowModule(LightningModule):
             generation_config=self._greedy(),
             synced_gpus=self.trainer.world_size > 1,
         )
-        answers = tokenizer.batch_decode(
-            generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        answers = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [
             {"index": index, "answer": answer}
             for index, answer in zip(batch["index"].tolist(), answers, strict=True)
@@ -302,9 +300,7 @@ def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[
-        schedule
-    ]
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
 
 
 def _compute_dtype(precision: str) -> torch.dtype:
@@ -313,6 +309,6 @@ def _compute_dtype(precision: str) -> torch.dtype:
     if precision == "bf16-mixed":
         return torch.bfloat16
     raise ShadowlitError(
-        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. What learns is kept in float32, since "
-        "a small update does not survive in half precision ('bf16-true' would also round the rotary frequencies)."
+        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. What learns is kept in float32, "
+        "since a small update does not survive in half precision ('bf16-true' would also round the rotary frequencies)."
     )

@@ -35,7 +35,7 @@ def parallelize(
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if activation_checkpointing:
         # transformers' own hooks; the non-reentrant form works with frozen inputs, as LoRA has them.
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if compile_layers:
         for layer in layers:
             layer.compile()
@@ -56,9 +56,7 @@ def local_slices(parameter: Tensor) -> tuple[slice, ...]:
     """Where this rank's part of ``parameter`` lies in the whole tensor: one slice per dimension."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
