@@ -81,7 +81,7 @@ class Recipe:
     base_steps: int = 2400
     base_rows: int = 32
     base_lr: float = 2e-3
-    instruct_steps: int = 400
+    instruct_steps: int = 800
     instruct_conversations: int = 32
     instruct_lr: float = 5e-4
     weight_decay: float = 0.01
