@@ -35,6 +35,8 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _TOKEN_TENSOR = re.compile(
     r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
 )
+# The files of which a tokenizer needs at least one.
+_TOKENIZER_FILE = re.compile(r"^(tokenizer\.json|tekken\.json|vocab\..*|.*\.model|.*\.tiktoken)$")
 # Tokens that were put aside for later, and that no Base saw in training.
 _PLACEHOLDER = re.compile(r"reserved|unused|extra_?id|placeholder|dummy", re.IGNORECASE)
 # Texts on which tokenizers with equal vocabularies show other merges, normalizers or digit rules.
@@ -208,8 +210,8 @@ class ModelPair:
         base = _open_side("base", self.base_folder, self.base_tokenizer, trust, problems)
         instruct = _open_side("instruct", self.instruct_folder, self.tokenizer, trust, problems)
         try:
-            problems += _check_revision("base", self.base, self.base_revision)
-            problems += _check_revision("instruct", self.instruct, self.instruct_revision)
+            problems += _check_revision(base, self.base, self.base_revision)
+            problems += _check_revision(instruct, self.instruct, self.instruct_revision)
             for check in _CHECKS:
                 problems += check(base, instruct, select)
         finally:
@@ -231,7 +233,9 @@ class ModelPair:
         if errors:
             listed = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(errors, 1))
             count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
-            raise PairError(f"Base '{self.base}' and Instruct '{self.instruct}' do not fit together, {count}:{listed}")
+            raise PairError(
+                f"Base '{self.base}' and Instruct '{self.instruct}' do not fit together, {count}:{listed}"
+            )
 
     @cached_property
     def _base_folder(self) -> Path:
@@ -255,8 +259,9 @@ def _resolve(who: str, source: str, revision: str | None, trust_remote_code: boo
     folder = Path(source).expanduser()
     if source and folder.is_dir():
         return folder
-    if not _HUB_ID.fullmatch(source) or folder.exists():
-        kind = "is a file" if folder.exists() else "is no folder, and cannot be a hub id"
+    is_file = folder.is_file()
+    if is_file or not _HUB_ID.fullmatch(source):
+        kind = "is a file" if is_file else "is no folder, and cannot be a hub id"
         raise _ProblemError(
             Problem(
                 "error",
@@ -279,7 +284,7 @@ def _resolve(who: str, source: str, revision: str | None, trust_remote_code: boo
                 "error",
                 f"{who} model",
                 f"there is no folder '{source}', and the hub does not give '{source}'{at} "
-                f"({type(error).__name__}: {str(error).splitlines()[0]})",
+                f"({_first_line(error)})",
                 "a model's folder or a reachable hub id",
                 f"check the spelling of pair.{who}; for a gated model accept its licence and log in with "
                 "'hf auth login'; without a network download it elsewhere and give the folder.",
@@ -324,6 +329,11 @@ def _read_json(who: str, path: Path) -> dict[str, Any]:
     return value
 
 
+def _first_line(error: Exception) -> str:
+    """The error's type and what its first line says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def _load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The config of a folder, by transformers."""
     from transformers import AutoConfig
@@ -336,7 +346,7 @@ def _load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedC
             Problem(
                 "error",
                 f"{who} config.json",
-                f"transformers cannot load {folder / 'config.json'} ({error})",
+                f"transformers cannot load {folder / 'config.json'} ({_first_line(error)})",
                 "a model type that this transformers knows",
                 "upgrade transformers; if the model brings its own code and you trust its author, set "
                 "pair.trust_remote_code=true.",
@@ -349,13 +359,16 @@ def _load_tokenizer(who: str, folder: Path, trust_remote_code: bool) -> PreTrain
     from transformers import AutoTokenizer
 
     try:
+        # Without any file, transformers makes an empty tokenizer of the config's model type and says nothing.
+        if not any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir()):
+            raise FileNotFoundError("no file with a vocabulary")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _ProblemError(
             Problem(
                 "error",
                 f"{who} tokenizer",
-                f"transformers cannot load the tokenizer in {folder} ({error})",
+                f"transformers cannot load the tokenizer in {folder} ({_first_line(error)})",
                 "tokenizer.json and tokenizer_config.json beside the weights",
                 "copy the model's tokenizer files into the folder, or download it again.",
             )
@@ -397,9 +410,13 @@ class _Side:
     def get(self, key: str) -> Any:
         return (self.config or {}).get(key)
 
+    def has(self, file: str) -> bool:
+        return self.folder is not None and (self.folder / file).exists()
+
     def vocabulary(self) -> dict[str, TensorInfo]:
         """The embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
-        return {name: info for name, info in self.tensors.items() if _has_token_rows(info, self.get("vocab_size"))}
+        return {name: info for name, info in self.tensors.items() if _has_token_rows(info,
+        self.get("vocab_size"))}
 
     def close(self) -> None:
         if self.reader:
@@ -418,7 +435,7 @@ def _open_side(
     if side.folder is not None:
         path = side.folder
         side.config = _attempt(who, lambda: _flat_config(_load_config(who, path, trust_remote_code)), problems)
-        if (path / "generation_config.json").exists():
+        if side.has("generation_config.json"):
             side.generation = _attempt(who, lambda: _read_json(who, path / "generation_config.json"), problems)
         side.reader = _attempt(who, lambda: CheckpointReader(path), problems)
         side.tokenizer = _attempt(who, tokenizer, problems)
@@ -459,24 +476,26 @@ def _selects(select: Select, names: Iterable[str]) -> bool:
     return any(re.search(pattern, name) for pattern in patterns for name in names)
 
 
-def _check_revision(who: str, source: str, revision: str | None) -> Iterator[Problem]:
+def _check_revision(side: _Side, source: str, revision: str | None) -> Iterator[Problem]:
     """A revision that is ignored, or one that is missing."""
+    if side.folder is None:
+        return
     local = Path(source).expanduser().is_dir()
     if local and revision:
         yield Problem(
             "warning",
-            f"{who} revision",
+            f"{side.who} revision",
             f"'{revision}' is ignored, because '{source}' is a folder",
             "",
-            f"remove pair.{who}_revision, or give the hub id.",
+            f"remove pair.{side.who}_revision, or give the hub id.",
         )
     if not local and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         yield Problem(
             "note",
-            f"{who} revision",
+            f"{side.who} revision",
             f"'{source}' is read at {revision or 'its main branch'}, which can move",
             "a commit",
-            f"set pair.{who}_revision to the commit that the manifest of the run names.",
+            f"set pair.{side.who}_revision to the commit that the manifest of the run names.",
         )
 
 
@@ -522,7 +541,8 @@ def _check_quantised(base: _Side, instruct: _Side, select: Select) -> Iterator[P
         if method or coarse:
             said = f"config.json has quantization_config ({_quantiser(method)})" if method else ""
             stored = sorted({str(info.dtype).removeprefix("torch.") for info in coarse})
-            held = f"{len(coarse)} tensors are stored as {', '.join(stored)} ({some_of(i.name for i in coarse)})"
+            names = some_of(info.name for info in coarse)
+            held = f"{len(coarse)} tensors are stored as {', '.join(stored)} ({names})"
             yield Problem(
                 "error",
                 f"{side.who} quantised",
@@ -589,7 +609,8 @@ def _check_shapes(base: _Side, instruct: _Side, select: Select) -> Iterator[Prob
             f"set graft.select=linear, which leaves them out (it is {select!r}); or bring the smaller model "
             "to the same number with resize_token_embeddings and save it."
             if touched
-            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' is refused.",
+            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' "
+            "is refused.",
         )
 
 
@@ -671,7 +692,8 @@ def _check_positions(base: _Side, instruct: _Side, select: Select) -> Iterator[P
             "context length",
             f"{key} is {base.get(key)} in the Base, {instruct.get(key)} in the Instruct",
             "",
-            f"keep data.max_length at most {min(filter(None, (base.get(key), instruct.get(key))), default=0)}.",
+            "keep data.max_length at most "
+            f"{min(filter(None, (base.get(key), instruct.get(key))), default=0)}.",
         )
 
 
@@ -705,7 +727,8 @@ def _check_tokenizers(base: _Side, instruct: _Side, select: Select) -> Iterator[
             "tokenizer",
             "both have the same tokens, but cut a text differently",
             "the same cuts",
-            "compare merges and normalizers; the Instruct's tokenizer is used, the Base learned with its own.",
+            "compare merges and normalizers; the Instruct's tokenizer is used, the Base learned with its "
+            "own.",
         )
 
 
@@ -743,7 +766,8 @@ def _compare_vocabularies(old: dict[str, int], new: dict[str, int]) -> Iterator[
             "tokenizer",
             f"{len(extra)} tokens are only in the Instruct's ({some_of(extra)})",
             "the same tokens",
-            "nothing, unless they appear in your data: the Base never saw them (no row at all: see 'base vocabulary').",
+            "nothing, unless they appear in your data: the Base never saw them (no row at all: see 'base "
+            "vocabulary').",
         )
     lost = [f"{token!r}" for i, token in sorted(old_at.items()) if token not in new and i not in new_at]
     if lost:
@@ -812,7 +836,7 @@ def _check_template(base: _Side, instruct: _Side, select: Select) -> Iterator[Pr
         yield Problem(
             "error",
             "chat template",
-            f"it cannot be rendered ({type(error).__name__}: {error})",
+            f"it cannot be rendered ({_first_line(error)})",
             "a template that renders user and assistant turns",
             "repair chat_template.jinja in the Instruct's folder.",
         )
@@ -834,6 +858,8 @@ def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
             "add it to the template, or expect generations that run on.",
         )
         return
+    if instruct.generation is None and instruct.has("generation_config.json"):
+        return  # unreadable, and reported
     stops = (instruct.generation or {}).get("eos_token_id") or instruct.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
     if use.end_of_turn not in stops:
@@ -841,9 +867,11 @@ def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
         yield Problem(
             "warning",
             "end of turn",
-            f"the template ends a turn with {name!r} (id {use.end_of_turn}), generation stops at {stops or 'nothing'}",
+            f"the template ends a turn with {name!r} (id {use.end_of_turn}), generation stops at "
+            f"{stops or 'nothing'}",
             "the former among the latter",
-            f"add {use.end_of_turn} to eos_token_id in the Instruct's generation_config.json, or generations run on.",
+            f"add {use.end_of_turn} to eos_token_id in the Instruct's generation_config.json, or generations "
+            "run on.",
         )
 
 
@@ -885,7 +913,8 @@ def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterato
         yield Problem(
             "warning",
             "untrained tokens",
-            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(told)}",
+            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: "
+            f"{some_of(told)}",
             "rows like those of other tokens",
             "train the embeddings too (LoRA: modules_to_save=[embed_tokens, lm_head]; full tuning: "
             "graft.select=all), or let it be: with graft.select=linear the grafted model has the "

@@ -423,8 +423,7 @@ def _check_adapter_names(adapter_state: Mapping[str, torch.Tensor]) -> None:
     """PEFT ignores names that it does not know, and would load an adapter that does nothing."""
     wrong = [key for key in adapter_state if not key.startswith("base_model.model.") or ".default." in key]
     if wrong or not adapter_state:
-        found = f"{len(wrong)} of {len(adapter_state)} names ({some_of(wrong)})" if wrong else "no tensor at "
-        "all"
+        found = f"{len(wrong)} of {len(adapter_state)} names ({some_of(wrong)})" if wrong else "no tensor"
         raise ExportError(
             f"The adapter has {found} that PEFT would not load. Give the names of its saved form, "
             "'base_model.model.<module>.lora_A.weight', as from peft.get_peft_model_state_dict(model)."

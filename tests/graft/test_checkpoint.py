@@ -192,7 +192,7 @@ class TestBrokenFolders:
     @pytest.mark.parametrize("size", [0, 5, 8, 100, -1])
     def test_truncated(self, tmp_path, single, size):
         (tmp_path / "model.safetensors").write_bytes((single / "model.safetensors").read_bytes()[:size])
-        with pytest.raises(CheckpointError, match="not a valid safetensors file.*download or save it again"):
+        with pytest.raises(CheckpointError, match=r"not a valid safetensors file.*download or save it again"):
             CheckpointReader(tmp_path)
 
     def test_absurd_header_length_is_not_allocated(self, tmp_path):
@@ -314,10 +314,12 @@ class TestWriter:
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
     def test_refuses_nan_and_inf(self, tmp_path, value, dtype):
-        with pytest.raises(CheckpointError, match=r"'bad' has 1 of 3 values .*NaN or infinite.*learning rate"):
-            with CheckpointWriter(tmp_path) as writer:
-                writer.add("good", torch.ones(3))
-                writer.add("bad", torch.tensor([1.0, value, 2.0]).to(dtype))
+        with (
+            pytest.raises(CheckpointError, match=r"'bad' has 1 of 3 values .*NaN or infinite.*learning rate"),
+            CheckpointWriter(tmp_path) as writer,
+        ):
+            writer.add("good", torch.ones(3))
+            writer.add("bad", torch.tensor([1.0, value, 2.0]).to(dtype))
         assert list(tmp_path.iterdir()) == []
 
     def test_refuses_misuse(self, tmp_path, single):
@@ -377,9 +379,11 @@ class TestAtomicFolder:
         target = tmp_path / "out"
         target.mkdir()
         (target / "precious").write_text("x")
-        with pytest.raises(ExportError, match=r"exists and is not empty \(precious\).*Choose another target"):
-            with atomic_folder(target):
-                pytest.fail("must not be entered")
+        with (
+            pytest.raises(ExportError, match=r"exists and is not empty \(precious\).*Choose another target"),
+            atomic_folder(target),
+        ):
+            pytest.fail("must not be entered")
         with pytest.raises(ExportError, match="is a file"), atomic_folder(target / "precious"):
             pytest.fail("must not be entered")
         assert (target / "precious").read_text() == "x" and [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -394,11 +398,13 @@ class TestAtomicFolder:
 
     def test_target_that_appears_meanwhile_loses_neither(self, tmp_path):
         target = tmp_path / "out"
-        with pytest.raises(ExportError, match=r"finished folder was kept as .*partial") as error:
-            with atomic_folder(target) as folder:
-                (folder / "ours").write_text("x")
-                target.mkdir()
-                (target / "theirs").write_text("y")
+        with (
+            pytest.raises(ExportError, match=r"finished folder was kept as .*partial") as error,
+            atomic_folder(target) as folder,
+        ):
+            (folder / "ours").write_text("x")
+            target.mkdir()
+            (target / "theirs").write_text("y")
         assert (target / "theirs").read_text() == "y"
         assert (folder / "ours").read_text() == "x" and str(folder) in str(error.value)
 
