@@ -1,0 +1,260 @@
+"""The graft inside a module, against the equation computed in float64 by independent code."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
+
+from shadowlit.errors import GraftError
+from shadowlit.graft.adapter import require_graftable
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.live import BASE, LiveGraft
+from shadowlit.training.loading import load_for_training
+from tests.tiny import ARCHITECTURES, save_pair
+
+IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(7))
+
+
+def load(folder, adapter=None, device="cpu"):
+    from transformers import AutoConfig
+
+    return load_for_training(
+        folder, AutoConfig.from_pretrained(folder), adapter=adapter, device=torch.device(device), mesh=None,
+        parallelize=lambda model: None,
+    )  # fmt: skip
+
+
+def open_graft(model, folders, **options):
+    return LiveGraft(model, *(CheckpointReader(folder) for folder in folders), **options)
+
+
+def train_a_bit(model, size=0.02, seed=3):
+    """Move everything that is trained, as an optimizer would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def effective_weights(model):
+    """Weights of the trained model with the adapter merged by peft itself, by checkpoint name, in float64."""
+    merged = copy.deepcopy(model)
+    if hasattr(merged, "merge_and_unload"):
+        merged = merged.double().merge_and_unload()
+    return {name: p.detach().double() for name, p in merged.named_parameters()}
+
+
+def truth(folders, model, scale, selected):
+    """An Instruct with W_I + scale (W_B+ - W_B) on the selected tensors, computed in float64."""
+    base, instruct = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in folders)
+    start, tuned = dict(base.named_parameters()), effective_weights(model)
+    with torch.no_grad():
+        for name, parameter in instruct.named_parameters():
+            if name in selected:
+                parameter.add_(scale * (tuned[name] - start[name]))
+    return instruct
+
+
+ADAPTERS = {
+    "full": None,
+    "lora": {"r": 4},
+    "rslora": {"r": 4, "use_rslora": True, "lora_alpha": 16},
+    "patterns": {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
+    "embedding": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+    "bias": {"r": 4, "bias": "all"},
+    "pissa": {"r": 4, "init_lora_weights": "pissa"},
+    "olora": {"r": 4, "init_lora_weights": "olora"},
+    "modules_to_save": {"r": 4, "modules_to_save": ["lm_head", "norm"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_graft_is_exact_for_every_adapter(tmp_path, kind, scale):
+    warnings.simplefilter("ignore")
+    folders = save_pair(tmp_path, "qwen2", tied=False)
+    options = ADAPTERS[kind]
+    adapter = None if options is None else LoraConfig(**{"target_modules": "all-linear", **options})
+    require_graftable(adapter)
+    model = load(folders[0], adapter)
+    train_a_bit(model)
+    tuned = logits(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    graft = open_graft(model, folders, select="all")
+    expected = truth(folders, model, scale, graft.selected)
+    with graft.applied(scale):
+        got = logits(model)
+    change = (expected(IDS).logits - AutoModelForCausalLM.from_pretrained(folders[1])(IDS).logits).norm()
+    assert (got - expected(IDS).logits).norm() < 2e-5 * change
+    exported = dict(graft.grafted_tensors(scale))
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(exported[name].double(), parameter, rtol=0, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+def test_five_architectures(tmp_path, arch, tied, adapter):
+    folders = save_pair(tmp_path, arch, tied=tied, dtype=torch.bfloat16)
+    model = load(folders[0], adapter and LoraConfig(**adapter, target_modules="all-linear"))
+    if adapter is None:  # the start is the Base as transformers loads it, in float32
+        assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)))
+    graft = open_graft(model, folders, dtype=torch.float32)
+    assert graft.on_base
+    with graft.applied(1.0):  # nothing learned yet: the graft is the Instruct
+        reference = AutoModelForCausalLM.from_pretrained(folders[1], dtype="auto" if adapter else torch.float32)
+        assert torch.equal(logits(model), logits(reference))
+    train_a_bit(model)
+    assert graft.on_base is (adapter is not None)  # under an adapter the host never moves
+    expected = truth(folders, model, 1.0, graft.selected)
+    exported = dict(graft.grafted_tensors())
+    assert set(exported) == set(CheckpointReader(folders[1]).tensors)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(exported[name].double(), parameter, rtol=0, atol=1e-6)
+    with graft.applied(BASE):
+        reference = AutoModelForCausalLM.from_pretrained(folders[0], dtype="auto" if adapter else torch.float32)
+        assert torch.equal(logits(model), logits(reference))
+
+
+def test_a_tied_embedding_is_grafted_once(tmp_path):
+    folders = save_pair(tmp_path, "llama", tied=True)
+    model = load(folders[0])
+    train_a_bit(model)
+    graft = open_graft(model, folders, select="all")
+    expected = truth(folders, model, 1.0, graft.selected)
+    assert "lm_head.weight" not in graft.selected
+    with graft.applied(1.0):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        torch.testing.assert_close(model.lm_head.weight.double(), expected.lm_head.weight, rtol=0, atol=1e-7)
+
+
+def test_outside_the_selection_stands_the_instruct_itself(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0])
+    train_a_bit(model)
+    graft = open_graft(model, folders, select=["q_proj"])
+    instruct = dict(AutoModelForCausalLM.from_pretrained(folders[1]).named_parameters())
+    with graft.applied(1.0):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, instruct[name]) is ("q_proj" not in name)
+    assert len(graft.coverage.left_out) == 24 - 2
+
+
+def test_several_scales_in_a_row_need_no_restore_between(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    for adapter in (None, LoraConfig(r=4, target_modules="all-linear")):
+        model = load(folders[0], adapter)
+        train_a_bit(model)
+        graft = open_graft(model, folders)
+        alone = {}
+        for scale in (0.0, 0.5, 1.5, BASE):
+            with graft.applied(scale):
+                alone[scale] = logits(model)
+        for scale in (0.5, BASE, 1.5, 0.0):
+            graft.apply(scale)
+            assert torch.equal(logits(model), alone[scale])
+        graft.restore()
+
+
+def test_validated_weights_are_those_of_the_exported_dtype(tmp_path):
+    """Full tuning: the float32 masters hold the values that a bfloat16 file will hold."""
+    folders = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
+    model = load(folders[0])
+    train_a_bit(model, size=1e-4)
+    graft = open_graft(model, folders)
+    exported = dict(graft.grafted_tensors())
+    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+    with graft.applied(1.0):
+        assert all(torch.equal(p, exported[name].float()) for name, p in model.named_parameters())
+
+
+def test_statistics_against_independent_numbers(tmp_path):
+    folders = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
+    for adapter in (None, LoraConfig(r=4, target_modules="all-linear")):
+        model = load(folders[0], adapter)
+        train_a_bit(model, size=1e-4 if adapter is None else 0.01)
+        graft = open_graft(model, folders)
+        numbers = graft.statistics(0.5)
+        start = dict(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float64).named_parameters())
+        goal = dict(AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float64).named_parameters())
+        tuned = effective_weights(model)
+        updates = {name: tuned[name] - start[name] for name in graft.selected}
+        lost = {
+            name: (goal[name] + 0.5 * update).bfloat16().double() - goal[name] - 0.5 * update
+            for name, update in updates.items()
+        }
+        norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()  # noqa: E731
+        assert numbers["delta_norm"] == pytest.approx(norm(updates.values()), rel=1e-4)
+        assert numbers["survival"] == pytest.approx(1 - norm(lost.values()) / norm(updates.values()) / 0.5, abs=2e-3)
+        assert numbers["survival"] < 0.99
+        in_layer = [update for name, update in updates.items() if "layers.1." in name]
+        assert numbers["delta_norm/layer_01"] == pytest.approx(norm(in_layer), rel=1e-4)
+
+
+def test_adapter_export_folds_scale_and_selection(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules="all-linear"))
+    train_a_bit(model)
+    graft = open_graft(model, folders, select=["q_proj"])
+    tensors = graft.adapter_tensors(0.5)
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert set(tensors) == set(factors)
+    for name, tensor in tensors.items():
+        strength = 1.0 if "lora_A" in name else 0.5 if "q_proj" in name else 0.0
+        assert torch.equal(tensor, factors[name] * strength)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "use_dora=True can't be grafted exactly: its column norms depend on the weights"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["mlp.experts.w"]}, "target_parameters"),
+        ({"lora_bias": True}, "lora_bias=True can't be grafted exactly"),
+        ({"layer_replication": [(0, 2)]}, "layer_replication"),
+    ],
+)
+def test_what_can_not_be_exact_is_refused_with_the_reason(options, reason):
+    with pytest.raises(GraftError, match=reason):
+        require_graftable(LoraConfig(**options))
+
+
+def test_a_frozen_weight_that_is_not_the_bases_is_an_error(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.model.model.norm.weight.data[0] += 1
+    with pytest.raises(GraftError, match=r"model\.norm\.weight is frozen .* but is not the Base's"):
+        open_graft(model, folders)
+
+
+def test_unmatched_names_are_an_error(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    (tmp_path / "other").mkdir()
+    others = save_pair(tmp_path / "other", "llama")
+    with pytest.raises(GraftError, match=r"Instruct's checkpoint .* has no tensor .*q_norm"):
+        open_graft(load(folders[0]), (folders[0], others[1]))
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._active_adapter = ["default", "second"]
+    with pytest.raises(GraftError, match="active adapters"):
+        open_graft(model, folders)
