@@ -233,9 +233,7 @@ class ModelPair:
         if errors:
             listed = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(errors, 1))
             count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
-            raise PairError(
-                f"Base '{self.base}' and Instruct '{self.instruct}' do not fit together, {count}:{listed}"
-            )
+            raise PairError(f"Base '{self.base}' and Instruct '{self.instruct}' do not fit together, {count}:{listed}")
 
     @cached_property
     def _base_folder(self) -> Path:
@@ -283,8 +281,7 @@ def _resolve(who: str, source: str, revision: str | None, trust_remote_code: boo
             Problem(
                 "error",
                 f"{who} model",
-                f"there is no folder '{source}', and the hub does not give '{source}'{at} "
-                f"({_first_line(error)})",
+                f"there is no folder '{source}', and the hub does not give '{source}'{at} ({_first_line(error)})",
                 "a model's folder or a reachable hub id",
                 f"check the spelling of pair.{who}; for a gated model accept its licence and log in with "
                 "'hf auth login'; without a network download it elsewhere and give the folder.",
@@ -415,8 +412,7 @@ class _Side:
 
     def vocabulary(self) -> dict[str, TensorInfo]:
         """The embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
-        return {name: info for name, info in self.tensors.items() if _has_token_rows(info,
-        self.get("vocab_size"))}
+        return {name: info for name, info in self.tensors.items() if _has_token_rows(info, self.get("vocab_size"))}
 
     def close(self) -> None:
         if self.reader:
@@ -609,8 +605,7 @@ def _check_shapes(base: _Side, instruct: _Side, select: Select) -> Iterator[Prob
             f"set graft.select=linear, which leaves them out (it is {select!r}); or bring the smaller model "
             "to the same number with resize_token_embeddings and save it."
             if touched
-            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' "
-            "is refused.",
+            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' is refused.",
         )
 
 
@@ -692,8 +687,7 @@ def _check_positions(base: _Side, instruct: _Side, select: Select) -> Iterator[P
             "context length",
             f"{key} is {base.get(key)} in the Base, {instruct.get(key)} in the Instruct",
             "",
-            "keep data.max_length at most "
-            f"{min(filter(None, (base.get(key), instruct.get(key))), default=0)}.",
+            f"keep data.max_length at most {min(filter(None, (base.get(key), instruct.get(key))), default=0)}.",
         )
 
 
@@ -727,8 +721,7 @@ def _check_tokenizers(base: _Side, instruct: _Side, select: Select) -> Iterator[
             "tokenizer",
             "both have the same tokens, but cut a text differently",
             "the same cuts",
-            "compare merges and normalizers; the Instruct's tokenizer is used, the Base learned with its "
-            "own.",
+            "compare merges and normalizers; the Instruct's tokenizer is used, the Base learned with its own.",
         )
 
 
@@ -766,8 +759,7 @@ def _compare_vocabularies(old: dict[str, int], new: dict[str, int]) -> Iterator[
             "tokenizer",
             f"{len(extra)} tokens are only in the Instruct's ({some_of(extra)})",
             "the same tokens",
-            "nothing, unless they appear in your data: the Base never saw them (no row at all: see 'base "
-            "vocabulary').",
+            "nothing, unless they appear in your data: the Base never saw them (no row at all: see 'base vocabulary').",
         )
     lost = [f"{token!r}" for i, token in sorted(old_at.items()) if token not in new and i not in new_at]
     if lost:
@@ -867,11 +859,9 @@ def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
         yield Problem(
             "warning",
             "end of turn",
-            f"the template ends a turn with {name!r} (id {use.end_of_turn}), generation stops at "
-            f"{stops or 'nothing'}",
+            f"the template ends a turn with {name!r} (id {use.end_of_turn}), generation stops at {stops or 'nothing'}",
             "the former among the latter",
-            f"add {use.end_of_turn} to eos_token_id in the Instruct's generation_config.json, or generations "
-            "run on.",
+            f"add {use.end_of_turn} to eos_token_id in the Instruct's generation_config.json, or generations run on.",
         )
 
 
@@ -913,8 +903,7 @@ def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterato
         yield Problem(
             "warning",
             "untrained tokens",
-            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: "
-            f"{some_of(told)}",
+            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(told)}",
             "rows like those of other tokens",
             "train the embeddings too (LoRA: modules_to_save=[embed_tokens, lm_head]; full tuning: "
             "graft.select=all), or let it be: with graft.select=linear the grafted model has the "
