@@ -67,7 +67,7 @@ _SEEN_ELSEWHERE = frozenset([
     "pad_token_id", "attention_dropout", "output_hidden_states", "output_attentions", "return_dict",
     "id2label", "label2id", "problem_type", "text_config", "vision_config", "auto_map",
     "chunk_size_feed_forward", "pretraining_tp", "router_aux_loss_coef", "output_router_logits",
-    "cache_implementation", "unsloth_version",
+    "cache_implementation", "unsloth_version", "max_window_layers",
 ]) | set(_ROPE_KEYS)
 # fmt: on
 
@@ -227,7 +227,7 @@ class ModelPair:
         """
         problems = self.check(select)
         for problem in problems:
-            if problem.severity != "error":
+            if problem.severity != "error" and _is_rank_zero():
                 log.log(logging.WARNING if problem.severity == "warning" else logging.INFO, "%s", problem)
         errors = [problem for problem in problems if problem.severity == "error"]
         if errors:
@@ -250,6 +250,12 @@ class ModelPair:
     @cached_property
     def _instruct_tokenizer(self) -> PreTrainedTokenizerBase:
         return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
+
+
+def _is_rank_zero() -> bool:
+    """Whether this process may log: of several ranks that check the same pair, one is enough."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
 def _resolve(who: str, source: str, revision: str | None, trust_remote_code: bool) -> Path:
@@ -275,7 +281,7 @@ def _resolve(who: str, source: str, revision: str | None, trust_remote_code: boo
     try:
         # Safe for several ranks at once: the hub's cache locks every file.
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the hub, of httpx, of the disk: many types, one remedy
         at = f" at revision '{revision}'" if revision else ""
         raise _ProblemError(
             Problem(
@@ -469,7 +475,10 @@ def _selects(select: Select, names: Iterable[str]) -> bool:
     if select == "all":
         return True
     patterns = [select] if isinstance(select, str) else select
-    return any(re.search(pattern, name) for pattern in patterns for name in names)
+    try:
+        return any(re.search(pattern, name) for pattern in patterns for name in names)
+    except re.error:  # the selection itself reports a broken pattern
+        return True
 
 
 def _check_revision(side: _Side, source: str, revision: str | None) -> Iterator[Problem]:
@@ -779,10 +788,15 @@ def _encode(side: _Side, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class _TemplateUse:
-    """The special and added tokens that a chat template writes, and the one that ends an assistant's turn."""
+    """What a chat template writes.
+
+    Attributes:
+        ids: The special and added tokens of a small conversation, and of a prompt for an answer.
+        ends: Those after the last answer, in order; None if the template does not write the answer as it is.
+    """
 
     ids: list[int]
-    end_of_turn: int | None
+    ends: list[int] | None
 
 
 def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
@@ -804,8 +818,7 @@ def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
         return [i for i in tokenizer(part, add_special_tokens=False)["input_ids"] if i in special]
 
     _, answer, tail = text.rpartition(turns[-1]["content"])
-    ends = used(tail) if answer else []
-    return _TemplateUse(sorted({*used(text), *used(prompt)}), ends[0] if ends else None)
+    return _TemplateUse(sorted({*used(text), *used(prompt)}), used(tail) if answer else None)
 
 
 def _check_template(base: _Side, instruct: _Side, select: Select) -> Iterator[Problem]:
@@ -841,7 +854,9 @@ def _check_template(base: _Side, instruct: _Side, select: Select) -> Iterator[Pr
 def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
     """Generation stops where the template ends an assistant's turn."""
     assert instruct.tokenizer is not None
-    if use.end_of_turn is None:
+    if use.ends is None:
+        return
+    if not use.ends:
         yield Problem(
             "warning",
             "end of turn",
@@ -854,14 +869,15 @@ def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
         return  # unreadable, and reported
     stops = (instruct.generation or {}).get("eos_token_id") or instruct.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-    if use.end_of_turn not in stops:
-        name = instruct.tokenizer.convert_ids_to_tokens(use.end_of_turn)
+    end = use.ends[0]
+    if end not in stops:
+        name = instruct.tokenizer.convert_ids_to_tokens(end)
         yield Problem(
             "warning",
             "end of turn",
-            f"the template ends a turn with {name!r} (id {use.end_of_turn}), generation stops at {stops or 'nothing'}",
+            f"the template ends a turn with {name!r} (id {end}), generation stops at {stops or 'nothing'}",
             "the former among the latter",
-            f"add {use.end_of_turn} to eos_token_id in the Instruct's generation_config.json, or generations run on.",
+            f"add {end} to eos_token_id in the Instruct's generation_config.json, or generations run on.",
         )
 
 

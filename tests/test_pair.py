@@ -340,6 +340,10 @@ class TestTemplate:
         self.set_template(tied, refusing + text)
         assert fresh(tied).check() == []
 
+    def test_that_writes_no_answer_as_it_is_gives_no_judgement(self, tied):
+        self.set_template(tied, "{% for m in messages %}<|im_start|>{{ m.content | upper }}{% endfor %}")
+        assert tied.check() == []
+
     def test_end_of_turn_is_no_stop(self, tied):
         edit_json(Path(tied.instruct) / "generation_config.json", eos_token_id=[257])
         problem = only(tied.check())
@@ -435,6 +439,9 @@ class TestReport:
             ModelPair(str(tmp_path / "empty"), "./nowhere").require_fit()
         assert "base config.json" in str(error.value) and "base weights" in str(error.value)
         assert "instruct model: './nowhere'" in str(error.value)
+
+    def test_broken_pattern_is_left_to_the_selection(self, tied):
+        assert tied.check("(") == []
 
     def test_order(self, tied):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5, max_position_embeddings=64, head_dim=16)

@@ -18,12 +18,12 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from shadowlit.errors import CheckpointError, ExportError
 
@@ -103,7 +103,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._handles: dict[str, Any] = {}
+        self._streams: dict[str, FileIO] = {}
         self._entries = _read_entries(self.folder)
         self.tensors: dict[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
@@ -116,7 +116,7 @@ class CheckpointReader:
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """A part of a tensor; only the pages that hold it are read from the disk.
+        """A part of a tensor; of the file only the rows (of the first dimension) from the first to the last are read.
 
         Args:
             name: The tensor's name.
@@ -136,13 +136,16 @@ class CheckpointReader:
                 f"{len(slices)} slices were asked of tensor '{name}', which has {len(info.shape)} dimensions "
                 f"{info.shape}. Give at most one slice per dimension."
             )
-        try:
-            part = self._open(info.file).get_slice(name)[slices]
-        except (SafetensorError, OSError) as error:
-            raise _broken(self.folder / info.file, str(error)) from error
-        # The library returns a view of the mapped file, the same one for every read: what a caller writes
-        # into it would be what the next caller reads.
-        return part.clone(memory_format=torch.contiguous_format)
+        first = slices[0] if slices else slice(None)
+        rows = range(*first.indices(info.shape[0] if info.shape else 1))
+        if rows.step < 1:
+            raise CheckpointError(f"Slice {first} of tensor '{name}' has a negative step. Read forwards, then flip.")
+        start, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
+        part = self._read_rows(name, start, stop)
+        if not info.shape:
+            return part.reshape(())
+        trimmed = part[(slice(None, None, rows.step), *slices[1:])]
+        return part if trimmed.shape == part.shape else trimmed.clone(memory_format=torch.contiguous_format)
 
     def info(self, name: str) -> TensorInfo:
         """What the header says of ``name``.
@@ -168,23 +171,20 @@ class CheckpointReader:
         """
         digest = hashlib.sha256()
         num_blocks = min(32, max(2, _SAMPLE_READS // max(1, len(self._entries))))
-        with contextlib.ExitStack() as stack:
-            files: dict[str, BinaryIO] = {}
-            for name, entry in sorted(self._entries.items()):
-                info = entry.info
-                digest.update(json.dumps([name, _CODES[info.dtype], info.shape]).encode())
-                if info.file not in files:
-                    files[info.file] = stack.enter_context((self.folder / info.file).open("rb"))
-                for start, size in _sample_blocks(info.num_bytes, num_blocks):
-                    files[info.file].seek(entry.start + start)
-                    digest.update(files[info.file].read(size))
+        for name, entry in sorted(self._entries.items()):
+            info = entry.info
+            digest.update(json.dumps([name, _CODES[info.dtype], info.shape]).encode())
+            for start, size in _sample_blocks(info.num_bytes, num_blocks):
+                block = bytearray(size)
+                self._fill(memoryview(block), info.file, entry.start + start)
+                digest.update(block)
         return digest.hexdigest()
 
     def close(self) -> None:
         """Close all files; a later read opens them again."""
-        for handle in self._handles.values():
-            handle.__exit__(None, None, None)
-        self._handles.clear()
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -192,11 +192,33 @@ class CheckpointReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, file: str) -> Any:
-        """The open handle of ``file``."""
-        if file not in self._handles:
-            self._handles[file] = safe_open(str(self.folder / file), framework="pt", device="cpu").__enter__()
-        return self._handles[file]
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop``, [stop - start, ...]; a scalar has one row.
+
+        Read into memory of their own, not mapped: ``safe_open`` hands out views of one mapping, in which what a
+        caller writes is what the next caller reads, and whose pages count as the process's memory.
+        """
+        entry = self._entries[name]
+        shape = (stop - start, *entry.info.shape[1:])
+        row_bytes = math.prod(shape[1:]) * entry.info.dtype.itemsize
+        buffer = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
+        self._fill(buffer.numpy().data, entry.info.file, entry.start + start * row_bytes)
+        return buffer.view(entry.info.dtype).view(shape) if len(buffer) else torch.empty(shape, dtype=entry.info.dtype)
+
+    def _fill(self, buffer: memoryview, file: str, offset: int) -> None:
+        """Read bytes of a file, from ``offset``, until ``buffer`` is full."""
+        path = self.folder / file
+        try:
+            if file not in self._streams:
+                self._streams[file] = FileIO(path)
+            while len(buffer):
+                # Positional, so that threads may share the file; the system reads at most 2 GiB at once.
+                count = os.preadv(self._streams[file].fileno(), [buffer], offset)
+                if not count:
+                    raise _broken(path, f"it ends before byte {offset + len(buffer)}")
+                buffer, offset = buffer[count:], offset + count
+        except OSError as error:
+            raise _broken(path, str(error)) from error
 
 
 def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:
@@ -520,16 +542,16 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     """
     if not tensor.dtype.is_floating_point:
         return
-    # isfinite is not implemented for the 8-bit floats
+    # The smallest and the largest value are NaN if any value is: one pass without a copy. The 8-bit floats lack it.
     values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        count = int((~finite).sum())
-        raise CheckpointError(
-            f"Tensor '{name}' has {count} of {tensor.numel()} values that are NaN or infinite. Nothing was "
-            "exported; look for a diverged run (lower the learning rate), or a dtype too small for the "
-            "values (use bfloat16)."
-        )
+    if not values.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(values)):
+        return
+    count = int((~torch.isfinite(values)).sum())
+    raise CheckpointError(
+        f"Tensor '{name}' has {count} of {tensor.numel()} values that are NaN or infinite. Nothing was "
+        "exported; look for a diverged run (lower the learning rate), or a dtype too small for the values "
+        "(use bfloat16)."
+    )
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ def raw_file(path: Path, header: object, data: bytes = b"") -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+def _closed(reader: CheckpointReader) -> CheckpointReader:
+    reader.close()
+    return reader
+
+
 class TestReader:
     @pytest.mark.parametrize("form", ["single", "sharded"])
     def test_reads_what_transformers_saved(self, form, request):
@@ -73,6 +78,23 @@ class TestReader:
             slices = tuple(part(size) for size in whole.shape[: data.draw(st.integers(0, whole.dim()))])
             assert torch.equal(reader.read_slice(name, slices), whole[slices])
 
+    def test_read_slice_reads_only_its_rows(self, single, monkeypatch):
+        read, preadv = [], os.preadv
+        monkeypatch.setattr(
+            os, "preadv", lambda fd, buffers, at: read.append(len(buffers[0])) or preadv(fd, buffers, at)
+        )
+        CheckpointReader(single).read_slice("model.embed_tokens.weight", (slice(100, 103), slice(4, 8)))
+        assert read == [3 * 32 * 2]
+
+    def test_file_that_shrinks_after_opening(self, tmp_path):
+        reader = CheckpointReader(save(tmp_path, {"a": torch.ones(1000)}))
+        os.truncate(tmp_path / "model.safetensors", 2000)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not .*ends before byte .*download"):
+            reader.read("a")
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match="No such file"):
+            _closed(reader).read("a")
+
     def test_what_is_read_belongs_to_the_caller(self, single):
         with CheckpointReader(single) as reader:
             before = reader.read("model.norm.weight").clone()
@@ -98,6 +120,8 @@ class TestReader:
             reader.read("nope")
         with pytest.raises(CheckpointError, match=r"2 slices .* 1 dimensions \(32,\)"):
             reader.read_slice("model.norm.weight", (slice(1), slice(1)))
+        with pytest.raises(CheckpointError, match=r"slice\(None, None, -1\) .* negative step"):
+            reader.read_slice("model.norm.weight", (slice(None, None, -1),))
 
     def test_single_file_before_index_as_in_transformers(self, sharded, single, tmp_path):
         for file in sharded.iterdir():
