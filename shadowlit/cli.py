@@ -1,14 +1,36 @@
-"""The LightningCLI: ``fit``, ``validate``, ``test`` and ``predict`` from one configuration."""
+"""The LightningCLI: ``fit``, ``validate``, ``test``, ``predict`` and ``preview`` from one configuration."""
 
 from __future__ import annotations
 
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.data.module import ShadowData
+from shadowlit.data.preview import preview
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
+
+
+class ShadowTrainer(Trainer):
+    """Lightning's Trainer, and a look at the data that it would train on."""
+
+    def preview(
+        self, model: LightningModule, datamodule: ShadowData, split: str = "train", num_samples: int = 3
+    ) -> None:
+        """Print samples token by token, with what carries loss in colour, and what was cut or dropped.
+
+        Args:
+            model: Not used.
+            datamodule: The data.
+            split: train, or the name of a validation or test set.
+            num_samples: How many samples to print.
+        """
+        preview(datamodule, split, num_samples)
 
 
 class ShadowCLI(LightningCLI):
@@ -19,6 +41,7 @@ class ShadowCLI(LightningCLI):
         parser.add_class_arguments(ModelPair, "pair")
         parser.add_lightning_class_args(GraftCallback, "graft")
         parser.add_lightning_class_args(ExportCallback, "export")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")
         parser.link_arguments("pair", "data.pair", apply_on="instantiate")
         parser.set_defaults(
@@ -35,15 +58,25 @@ class ShadowCLI(LightningCLI):
             }
         )
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own, and ``preview``."""
+        return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """As configured; a preview needs none of the devices that a configuration asks for."""
+        if self.subcommand == "preview":
+            return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        return super().instantiate_trainer(**kwargs)
+
 
 def main(args: ArgsType = None) -> ShadowCLI:
-    """Run one of LightningCLI's subcommands."""
+    """Run one of the subcommands; ``args`` default to the command line's."""
     return ShadowCLI(
         ShadowModule,
         ShadowData,
+        trainer_class=ShadowTrainer,
         seed_everything_default=0,
         auto_configure_optimizers=False,
-        save_config_callback=SaveConfigCallback,
-        parser_kwargs={"default_env": False},
         args=args,
     )

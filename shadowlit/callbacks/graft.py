@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from shadowlit.errors import GraftError
+from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.live import BASE, LiveGraft
 from shadowlit.training.module import TUNED, ShadowModule
@@ -129,6 +130,14 @@ class GraftCallback(Callback):
         """As in validation, on the test sets."""
         self._passes(trainer, pl_module, "test", trainer.test_dataloaders, trainer.num_test_batches)
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the grafted Instruct answer the prompts."""
+        self.build(pl_module).apply(self.scales[0])
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the trained weights back."""
+        self._restore(pl_module)
+
     @contextmanager
     def grafted(self, pl_module: LightningModule, scale: float | None = None) -> Iterator[None]:
         """Let the grafted weights stand in the module within the context; ``scale`` defaults to the main one."""
@@ -139,7 +148,7 @@ class GraftCallback(Callback):
         """The graft of the module's model; its frozen shards are read when it is first asked for."""
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
         if self.graft is None or self.graft.model is not pl_module.model:
-            base = CheckpointReader(pl_module.pair.base_folder())
+            base = AlignedReader.open(pl_module.pair.base_folder(), pl_module.pair.instruct_folder())
             instruct = CheckpointReader(pl_module.pair.instruct_folder())
             self.graft = LiveGraft(
                 pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload

@@ -16,7 +16,7 @@ from shadowlit.graft.naming import canonical_name
 _REFUSED = {
     "use_dora": "its column norms depend on the weights it sits on, so what it learns on the Base is another update "
     "on the Instruct",
-    "lora_bias": "the bias of its factors has no place in linear layers without one, so no Instruct can hold the update",
+    "lora_bias": "the bias of its factors has no place in linear layers without one, so no Instruct can hold it",
     "trainable_token_indices": "it trains rows of the embedding beside the factors, which the graft does not pair",
     "target_parameters": "it adapts bare parameters instead of modules, which the graft does not pair",
     "layer_replication": "it repeats layers, so the trained model has layers that the Instruct hasn't",

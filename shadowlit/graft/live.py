@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.adapter import AdaptedLayer, adapted_layers, leaves_residual
+from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.arithmetic import add_delta, delta, graft, lost_in_rounding
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.exchange import Exchange, windows
@@ -70,7 +71,7 @@ class LiveGraft:
     def __init__(
         self,
         model: nn.Module,
-        base: CheckpointReader,
+        base: AlignedReader,
         instruct: CheckpointReader,
         *,
         select: str | list[str] = "linear",
@@ -79,9 +80,7 @@ class LiveGraft:
     ) -> None:
         self.model = model
         self.offload = offload
-        self.state: float | str | None = (
-            None  # the scale that stands in the module, BASE, or None: the tuned weights
-        )
+        self.state: float | str | None = None  # the scale that stands in the module, BASE, or None: the tuned weights
         self.apply_s = 0.0  # seconds spent swapping in and out since the graft was built
         self._busy = False
         self._instruct_reader = instruct
@@ -204,9 +203,7 @@ class LiveGraft:
             for part in windows(update):
                 there = instruct[part].to(update.device)
                 lost = lost_in_rounding(there, update[part], scale, self.dtype or host.instruct.dtype)
-                sums += torch.stack(
-                    [x.square().sum(dtype=torch.float64) for x in (update[part], lost, there.float())]
-                )
+                sums += torch.stack([x.square().sum(dtype=torch.float64) for x in (update[part], lost, there.float())])
             key = _layer_of(host.name)
             squares[key] = squares.get(key, 0) + sums
         table = self._reduce(torch.stack(list(squares.values())))
@@ -248,9 +245,7 @@ class LiveGraft:
         """
         assert self.state is None
         reshard_all(self.model)
-        strength = {
-            host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted
-        }
+        strength = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
         tensors = {}
         for prefix, module in self.model.named_modules():
             if module not in strength:
@@ -268,7 +263,7 @@ class LiveGraft:
         name: str,
         parameter: nn.Parameter,
         layer: tuple | None,
-        base: CheckpointReader,
+        base: AlignedReader,
         instruct: CheckpointReader,
         dtype: torch.dtype | None,
     ) -> _Host:
@@ -357,16 +352,13 @@ class LiveGraft:
         )
 
 
-def _require_pairing(
-    parameters: dict[str, nn.Parameter], base: CheckpointReader, instruct: CheckpointReader
-) -> None:
+def _require_pairing(parameters: dict[str, nn.Parameter], base: AlignedReader, instruct: CheckpointReader) -> None:
     problems = []
-    for title, reader in (("Base", base), ("Instruct", instruct)):
+    readers: tuple[tuple[str, AlignedReader | CheckpointReader], ...] = (("Base", base), ("Instruct", instruct))
+    for title, reader in readers:
         missing = [name for name in parameters if name not in reader.tensors]
         if missing:
-            problems.append(
-                f"the {title}'s checkpoint {reader.folder} has no tensor {', '.join(missing[:5])}"
-            )
+            problems.append(f"the {title}'s checkpoint {reader.folder} has no tensor {', '.join(missing[:5])}")
         problems += [
             f"{name} has the shape {reader.tensors[name].shape} in the {title}'s checkpoint and "
             f"{tuple(parameter.shape)} in the module"
@@ -375,9 +367,7 @@ def _require_pairing(
         ][:5]
     if problems:
         raise GraftError(
-            "the trained module and the pair can't be paired by name: "
-            + "; ".join(problems)
-            + ". Every parameter "
+            "the trained module and the pair can't be paired by name: " + "; ".join(problems) + ". Every parameter "
             "needs its tensor in both checkpoints. Check pair.base and pair.instruct."
         )
 

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.adapter import starts_from_weights
-from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.naming import canonical_name, is_adapter_name
 from shadowlit.training.parallel import local, local_slices
 
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def load_for_training(
-    folder: Path,
+    reader: AlignedReader,
     config: PreTrainedConfig,
     *,
     adapter: LoraConfig | None,
@@ -36,14 +35,14 @@ def load_for_training(
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> nn.Module:
-    """Build the model of ``folder`` for training, with float32 masters for everything that learns.
+    """Build the model of a checkpoint for training, with float32 masters for everything that learns.
 
     Full tuning trains float32 copies of all weights. With an adapter the weights stay frozen in the dtype they
     are stored in and the factors are float32. No rank ever holds the whole model: it is built on the meta device,
     sharded there, and filled from the safetensors files by rows.
 
     Args:
-        folder: local folder with config and safetensors files.
+        reader: the Base's checkpoint, in the shape of its Instruct.
         config: the model's configuration.
         adapter: LoRA settings; ``None`` for full tuning. Without ``target_modules`` all linear layers are adapted.
         device: where the parameters shall live.
@@ -54,45 +53,44 @@ def load_for_training(
         seed: seeds the adapter's start, the same on any number of ranks.
 
     Raises:
-        CheckpointError: the folder lacks a tensor that the model needs.
+        CheckpointError: the checkpoint lacks a tensor that the model needs.
         GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded.
     """
-    with CheckpointReader(folder) as reader:
-        stored = _stored_dtype(reader)
-        from_weights = adapter is not None and starts_from_weights(adapter)
-        # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
-        dtype = torch.float32 if adapter is None or from_weights else stored
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                trust_remote_code=trust_remote_code,
+    stored = _stored_dtype(reader)
+    from_weights = adapter is not None and starts_from_weights(adapter)
+    # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
+    dtype = torch.float32 if adapter is None or from_weights else stored
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+    if adapter is not None and from_weights:
+        if mesh is not None:
+            raise GraftError(
+                f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices, "
+                "but FSDP2 holds only shards of them. Use init_lora_weights=true or 'gaussian', one device, or DDP."
             )
-        if adapter is not None and from_weights:
-            if mesh is not None:
-                raise GraftError(
-                    f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices, "
-                    "but FSDP2 holds only shards of them. Use init_lora_weights=true or 'gaussian', one device, or DDP."
-                )
-            _fill(model, reader, torch.device("cpu"), seed)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = get_peft_model(model, adapter)
-            parallelize(model)
-            return model.to(device).train()
-        if adapter is not None:
-            with torch.device("meta"):
-                model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        _fill(model, reader, torch.device("cpu"), seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = get_peft_model(model, adapter)
         parallelize(model)
-        _fill(model, reader, device, seed, adapter)
+        return model.to(device).train()
+    if adapter is not None:
+        with torch.device("meta"):
+            model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    parallelize(model)
+    _fill(model, reader, device, seed, adapter)
     return model.train()
 
 
 @torch.no_grad()
 def _fill(
     model: nn.Module,
-    reader: CheckpointReader,
+    reader: AlignedReader,
     device: torch.device,
     seed: int,
     adapter: LoraConfig | None = None,
@@ -134,7 +132,7 @@ def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int)
     return start
 
 
-def _stored_dtype(reader: CheckpointReader) -> torch.dtype:
+def _stored_dtype(reader: AlignedReader) -> torch.dtype:
     """The dtype that most elements of a checkpoint are stored in."""
     sizes: dict[torch.dtype, int] = {}
     for info in reader.tensors.values():

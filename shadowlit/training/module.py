@@ -20,8 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.evaluation.generation import generate_answers, greedy_config
 from shadowlit.evaluation.scores import TokenScores
 from shadowlit.graft.adapter import require_graftable
+from shadowlit.graft.alignment import AlignedReader
 from shadowlit.pair import ModelPair
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.objective import cross_entropy_sum
@@ -62,6 +64,7 @@ class ShadowModule(LightningModule):
             time.
         compile_layers: Compile each decoder layer with ``torch.compile``.
         attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …
+        max_new_tokens: Longest answer that ``predict`` generates, in tokens.
         seed: Seeds the adapter's start and the dropout.
     """
 
@@ -78,6 +81,7 @@ class ShadowModule(LightningModule):
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
         attn_implementation: str = "sdpa",
+        max_new_tokens: int = 512,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -94,6 +98,7 @@ class ShadowModule(LightningModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
         self.attn_implementation = attn_implementation
+        self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.model: nn.Module | None = None
         self.subject = TUNED
@@ -108,9 +113,10 @@ class ShadowModule(LightningModule):
             return
         config = self.pair.base_config()
         config.use_cache = False
+        config.vocab_size = self.pair.config().vocab_size
         mesh = self._data_parallel_mesh()
         self.model = load_for_training(
-            self.pair.base_folder(),
+            AlignedReader.open(self.pair.base_folder(), self.pair.instruct_folder()),
             config,
             adapter=self.adapter,
             device=self._device_to_fill(),
@@ -171,13 +177,15 @@ class ShadowModule(LightningModule):
         """
         assert self.model is not None
         tokenizer = self.pair.tokenizer()
-        generated = self.model.generate(  # type: ignore[operator]
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            generation_config=self._greedy(),
+        config = greedy_config(self.pair.instruct_folder(), tokenizer, self.max_new_tokens)
+        answers = generate_answers(
+            self.model,
+            tokenizer,
+            config,
+            batch["input_ids"],
+            batch["attention_mask"],
             synced_gpus=self.trainer.world_size > 1,
         )
-        answers = tokenizer.batch_decode(generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         return [
             {"index": index, "answer": answer}
             for index, answer in zip(batch["index"].tolist(), answers, strict=True)
@@ -282,17 +290,6 @@ class ShadowModule(LightningModule):
                 f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1."
             )
         return self.device_mesh["data_parallel"]
-
-    def _greedy(self) -> Any:
-        from transformers import GenerationConfig
-
-        config = GenerationConfig.from_model_config(self.pair.config())
-        folder = self.pair.instruct_folder()
-        if (folder / "generation_config.json").is_file():
-            config = GenerationConfig.from_pretrained(folder)
-        config.update(do_sample=False, temperature=None, top_p=None, top_k=None, num_beams=1)
-        config.pad_token_id = self.pair.tokenizer().pad_token_id
-        return config
 
 
 def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:

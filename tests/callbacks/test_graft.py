@@ -249,7 +249,7 @@ def test_two_pairs_are_not_mixed_up_on_resume(tmp_path, folders):
     checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     fit(tmp_path, folders, callbacks=[GraftCallback(), checkpoint], max_epochs=1)
     module = make_module((folders[0], other))
-    with pytest.raises(GraftError, match="written with another instruct than pair.instruct is now"):
+    with pytest.raises(GraftError, match=r"written with another instruct than pair.instruct is now"):
         make_trainer(tmp_path, GraftCallback()).fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
 
 

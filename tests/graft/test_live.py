@@ -7,29 +7,29 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.adapter import require_graftable
+from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.live import BASE, LiveGraft
 from shadowlit.training.loading import load_for_training
-from tests.tiny import ARCHITECTURES, save_pair
+from tests.tiny import ARCHITECTURES, save_model, save_pair
 
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(7))
 
 
 def load(folder, adapter=None, device="cpu"):
-    from transformers import AutoConfig
-
     return load_for_training(
-        folder, AutoConfig.from_pretrained(folder), adapter=adapter, device=torch.device(device), mesh=None,
+        AlignedReader.open(folder, folder),
+        AutoConfig.from_pretrained(folder), adapter=adapter, device=torch.device(device), mesh=None,
         parallelize=lambda model: None,
     )  # fmt: skip
 
 
 def open_graft(model, folders, **options):
-    return LiveGraft(model, *(CheckpointReader(folder) for folder in folders), **options)
+    return LiveGraft(model, AlignedReader.open(*folders), CheckpointReader(folders[1]), **options)
 
 
 def train_a_bit(model, size=0.02, seed=3):
@@ -258,3 +258,29 @@ def test_several_active_adapters_are_refused(tmp_path):
             module._active_adapter = ["default", "second"]
     with pytest.raises(GraftError, match="active adapters"):
         open_graft(model, folders)
+
+
+@pytest.mark.parametrize("sizes", [(272, 280), (280, 272)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_unequal_vocabularies_take_the_instructs_rows(tmp_path, sizes, tied):
+    base = save_model(tmp_path / "base", "qwen3", tied=tied, vocab_size=sizes[0])
+    instruct = save_model(tmp_path / "instruct", "qwen3", tied=tied, vocab_size=sizes[1], seed=1)
+    reader = AlignedReader.open(base, instruct)
+    assert reader.num_aligned == (1 if tied else 2)
+    model = load_for_training(
+        reader, AutoConfig.from_pretrained(base, vocab_size=sizes[1]), adapter=None, device=torch.device("cpu"),
+        mesh=None, parallelize=lambda model: None,
+    )  # fmt: skip
+    own, other = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (base, instruct))
+    shared = min(sizes)
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding[:shared], own[:shared])
+    assert torch.equal(embedding[shared:], other[shared:])
+    assert torch.equal(reader.read_slice("model.embed_tokens.weight", (slice(268, 271), slice(0, 5))),
+                       embedding[268:271, :5])  # fmt: skip
+    train_a_bit(model)
+    graft = open_graft(model, (base, instruct))
+    with graft.applied(1.0):
+        assert torch.equal(embedding, other)  # outside the selection: the Instruct's own, all of its rows
+    exported = dict(graft.grafted_tensors())
+    assert exported["model.embed_tokens.weight"].shape[0] == sizes[1]

@@ -1,0 +1,1 @@
+"""Reading runs and deltas: plots and similarity."""

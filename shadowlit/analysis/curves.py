@@ -1,0 +1,107 @@
+"""The picture of a run: how the tuned Base and the grafted Instruct fare while the training goes on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from shadowlit.errors import DataError
+
+# Okabe and Ito's palette, which every kind of colour vision tells apart; line styles say the same again.
+_STYLES = {
+    "grafted": {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "grafted Instruct"},
+    "tuned": {"color": "#0072B2", "linestyle": "-", "marker": "s", "label": "tuned Base"},
+    "instruct": {"color": "#D55E00", "linestyle": "--", "label": "Instruct, untouched"},
+    "base": {"color": "#0072B2", "linestyle": ":", "label": "Base, untouched"},
+}
+_UNITS = {
+    "loss": "loss (nats per token)",
+    "accuracy": "token accuracy",
+    "sequence_accuracy": "answers right in every token",
+}
+
+
+def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read Lightning's ``metrics.csv``.
+
+    Returns:
+        For every metric its values with the optimizer step they were logged at, in order.
+
+    Raises:
+        DataError: there is no such file, or it has no steps.
+    """
+    if not file.is_file():
+        raise DataError(f"there is no {file}. Expected the metrics.csv that CSVLogger writes into a run's folder.")
+    series: dict[str, list[tuple[int, float]]] = {}
+    with file.open(encoding="utf-8", newline="") as rows:
+        for row in csv.DictReader(rows):
+            if "step" not in row:
+                raise DataError(f"{file} has no column 'step'. Expected the metrics.csv of a run.")
+            for name, value in row.items():
+                if value and name not in ("step", "epoch"):
+                    series.setdefault(name, []).append((int(row["step"]) + 1, float(value)))
+    return series
+
+
+def plot_curves(
+    metrics: Path, target: Path, sets: Sequence[str] = ("",), whats: Sequence[str] = ("loss", "accuracy")
+) -> Path:
+    """Draw the validation metrics of a run, one panel per set and metric.
+
+    The untouched models are horizontal lines; where the curves start, at step 0, the tuned model is the Base and the
+    grafted one is the Instruct.
+
+    Args:
+        metrics: the run's ``metrics.csv``.
+        target: the picture's path; its ending gives the format (png, pdf, svg).
+        sets: names of validation sets; the empty name is all of them together.
+        whats: metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
+
+    Returns:
+        ``target``.
+
+    Raises:
+        DataError: the run logged none of what was asked for.
+    """
+    series = read_metrics(metrics)
+    figure, axes = plt.subplots(
+        len(whats), len(sets), figsize=(4.2 * len(sets), 3.1 * len(whats)), squeeze=False, layout="constrained"
+    )
+    drawn = 0
+    for column, name in enumerate(sets):
+        for row, what in enumerate(whats):
+            axis = axes[row][column]
+            drawn += _panel(axis, series, f"{name}/{what}" if name else what)
+            axis.set_ylabel(_UNITS.get(what, what))
+            axis.set_title(name or "all validation sets")
+            axis.set_xlabel("optimizer step")
+            axis.grid(alpha=0.25)
+            if what != "loss":
+                axis.set_ylim(-0.03, 1.03)
+    if not drawn:
+        raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(target, dpi=150)
+    plt.close(figure)
+    return target
+
+
+def _panel(axis: plt.Axes, series: dict[str, list[tuple[int, float]]], metric: str) -> int:
+    """Draw the four lines of one metric; return how many there were."""
+    found = {who: series[f"val/{who}/{metric}"] for who in _STYLES if f"val/{who}/{metric}" in series}
+    for who, points in found.items():
+        style = _STYLES[who]
+        if who in ("instruct", "base"):
+            axis.axhline(points[-1][1], **style)
+            continue
+        start = found.get({"grafted": "instruct", "tuned": "base"}[who])
+        steps, values = zip(*([(0, start[0][1])] if start else []) + points, strict=True)
+        axis.plot(steps, values, markersize=3.5, **style)
+    return len(found)

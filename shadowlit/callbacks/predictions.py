@@ -1,0 +1,53 @@
+"""PredictionWriter: leaves the answers of ``predict`` in one file, in the order of the prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Gathers the answers of all ranks and writes ``predictions.jsonl`` into the run's folder.
+
+    One line ``{"index": row of the prompts' file, "answer": text}`` per prompt, sorted by row.
+
+    Args:
+        file: Where to; null for ``predictions.jsonl`` in the run's own folder.
+    """
+
+    def __init__(self, file: str | None = None) -> None:
+        super().__init__(write_interval="epoch")
+        self.file = file
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write the file, beside its place and renamed into it."""
+        answers = [answer for batch in _flat(predictions) for answer in batch]
+        if dist.is_available() and dist.is_initialized():
+            gathered: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, answers)
+            answers = [answer for part in gathered for answer in part]
+        if not trainer.is_global_zero:
+            return
+        target = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_suffix(".partial")
+        lines = (json.dumps(answer, ensure_ascii=False) for answer in sorted(answers, key=lambda a: a["index"]))
+        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        beside.replace(target)
+        rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct lie in {target}")
+
+
+def _flat(predictions: Sequence[Any]) -> list[Any]:
+    """One list of batches, whether Lightning gives one per loader or only one loader's."""
+    if predictions and isinstance(predictions[0], list) and predictions[0] and isinstance(predictions[0][0], list):
+        return [batch for loader in predictions for batch in loader]
+    return list(predictions)

@@ -1,0 +1,266 @@
+"""The training steps: one loss whatever the batching, masters in float32, exact resume."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from shadowlit.errors import GraftError, ShadowlitError
+from shadowlit.evaluation.scores import TokenScores
+from shadowlit.pair import ModelPair
+from shadowlit.training.module import ShadowModule, _rate
+from shadowlit.training.objective import cross_entropy_sum, token_sums
+from tests.synthetic import RandomData, random_samples
+from tests.tiny import save_pair
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    base, instruct = save_pair(tmp_path_factory.mktemp("pair"), "qwen3", dtype=torch.bfloat16)
+    return ModelPair(str(base), str(instruct))
+
+
+def train(module, data=None, ckpt_path=None, callbacks=(), **options):
+    seed_everything(0)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=bool(callbacks), enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, limit_val_batches=0, callbacks=list(callbacks),
+        **{"max_epochs": 1, **options},
+    )  # fmt: skip
+    trainer.fit(module, data or RandomData(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def parameters(module):
+    return torch.cat([p.detach().float().flatten() for p in module.model.parameters()])
+
+
+# -- the objective ------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand():
+    """Two positions are supervised; uniform logits over 4 tokens cost log 4, and a margin of log 3 costs log 2."""
+    logits = torch.zeros(1, 4, 4)
+    logits[0, 1, 2] = math.log(3)  # predicts position 2: probability 3/6 for token 2
+    labels = torch.tensor([[-100, 3, 2, -100]])
+    loss, tokens = cross_entropy_sum(logits, labels)
+    assert tokens == 2
+    assert loss.item() == pytest.approx(math.log(4) + math.log(2))
+
+
+def test_the_first_label_has_no_prediction_and_the_last_logits_no_label():
+    loss, tokens = cross_entropy_sum(torch.randn(1, 3, 5), torch.tensor([[4, -100, -100]]))
+    assert (loss.item(), tokens.item()) == (0.0, 0)
+
+
+def test_a_batch_without_supervision_has_a_gradient_of_zero():
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    cross_entropy_sum(logits, torch.full((2, 3), -100))[0].backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_token_sums_by_hand():
+    logits = torch.zeros(3, 3, 2)
+    logits[:, :, 1] = 1.0  # token 1 is always the most probable
+    labels = torch.tensor([[-100, 1, 1], [-100, 1, 0], [-100, -100, -100]])
+    sums = token_sums(logits, labels)
+    assert (sums.num_tokens, sums.num_correct, sums.num_samples, sums.num_exact) == (4, 3, 2, 1)
+
+
+def test_scores_are_no_mean_of_means():
+    scores = TokenScores()
+    logits = torch.zeros(1, 5, 4)
+    logits[0, 0, 1] = 50.0
+    scores.update(logits, torch.tensor([[-100, 1, -100, -100, -100]]))  # one token, loss 0
+    scores.update(torch.zeros(1, 5, 4), torch.tensor([[-100, 1, 2, 3, 2]]))  # four tokens, loss log 4 each
+    assert scores.compute()["loss"] == pytest.approx(4 * math.log(4) / 5)
+    assert scores.compute()["perplexity"] == pytest.approx(4 ** (4 / 5))
+    assert scores.compute()["sequence_accuracy"] == 0.5
+    assert math.isnan(TokenScores().compute()["loss"])
+
+
+# -- batching -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_accumulated_is_the_whole_batch(pair, kind):
+    """1 × 8, 4 × 2 and 8 × 1 samples of unequal lengths: the gradient and loss of one batch."""
+    results = {}
+    for batch_size, accumulate in ((8, 1), (2, 4), (1, 8)):
+        module = ShadowModule(pair, LoraConfig(r=4, bias="all") if kind == "lora" else None, lr=1e-3, warmup_ratio=0)
+        trainer = train(module, RandomData(8, batch_size), accumulate_grad_batches=accumulate)
+        results[batch_size] = parameters(module), trainer.callback_metrics["train/loss"].item()
+    start = ShadowModule(pair, module.adapter, lr=1e-3)
+    moved = (results[8][0] - initial(start)).abs().max()
+    assert moved > 5e-4
+    for batch_size in (1, 2):
+        assert (results[batch_size][0] - results[8][0]).abs().max() < 1e-2 * moved
+        assert results[batch_size][1] == pytest.approx(results[8][1], rel=1e-6)
+
+
+def initial(module):
+    trainer = train(module, max_steps=0)
+    del trainer
+    return parameters(module)
+
+
+def test_the_logged_loss_is_that_of_the_whole_effective_batch(pair):
+    module = ShadowModule(pair)
+    trainer = train(module, RandomData(4, 1), accumulate_grad_batches=4)
+    model = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32)
+    loss, tokens = 0.0, 0
+    for sample in random_samples(4, 0):
+        batch = {name: value[None] for name, value in sample.items()}
+        own, number = cross_entropy_sum(model(**{k: batch[k] for k in ("input_ids", "attention_mask")}).logits,
+                                        batch["labels"])  # fmt: skip
+        loss, tokens = loss + own.item(), tokens + number.item()
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss / tokens, rel=1e-6)
+    assert trainer.callback_metrics["train/tokens"].item() == tokens
+
+
+def test_clipping_sees_the_mean_gradient(pair):
+    """A bound far above the mean gradient's norm, but below the sum's, changes nothing."""
+    free, bound = (ShadowModule(pair, lr=1e-3) for _ in range(2))
+    train(free)
+    train(bound, gradient_clip_val=30.0)
+    assert torch.equal(parameters(free), parameters(bound))
+
+
+# -- precision and adapters ---------------------------------------------------------------------------------------
+
+
+def test_what_learns_is_float32_and_what_is_frozen_stays_as_stored(pair):
+    full, lora = ShadowModule(pair), ShadowModule(pair, LoraConfig(r=2))
+    train(full, max_steps=1)
+    train(lora, max_steps=1)
+    assert {p.dtype for p in full.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in lora.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in lora.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    adapted = {n.split(".")[-4] for n, _ in lora.model.named_parameters() if "lora_A" in n}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def test_bf16_mixed_computes_in_bfloat16_and_keeps_the_masters(pair):
+    module = ShadowModule(pair, lr=1e-3)
+    trainer = train(module, precision="bf16-mixed")
+    assert {p.dtype for p in module.model.parameters()} == {torch.float32}
+    assert math.isfinite(trainer.callback_metrics["train/loss"].item())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_other_precisions_are_refused_with_the_reason(pair, precision):
+    with pytest.raises(ShadowlitError, match=f"trainer.precision is '{precision}'; expected '32-true' or 'bf16-mixed'"):
+        train(ShadowModule(pair), precision=precision)
+
+
+def test_an_adapter_that_can_not_be_grafted_is_refused_at_once(pair):
+    with pytest.raises(GraftError, match="use_dora"):
+        ShadowModule(pair, LoraConfig(use_dora=True))
+
+
+@pytest.mark.parametrize(("options", "message"), [({"lr": 0}, "model.lr is 0"), ({"warmup_ratio": 3}, "warmup_ratio")])
+def test_values_out_of_range(pair, options, message):
+    with pytest.raises(ShadowlitError, match=message):
+        ShadowModule(pair, **options)
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+def test_activation_checkpointing_changes_no_bit(pair, adapter):
+    runs = []
+    for checkpointing in (False, True):
+        module = ShadowModule(pair, adapter and LoraConfig(**adapter), lr=1e-3, activation_checkpointing=checkpointing)
+        train(module)
+        runs.append(parameters(module))
+    assert torch.equal(*runs)
+
+
+def test_schedule():
+    rates = [_rate(step, total=10, warmup=2, schedule="cosine") for step in range(11)]
+    assert rates[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert rates[6] == pytest.approx(0.5) and rates[10] == pytest.approx(0)
+    assert _rate(6, total=10, warmup=2, schedule="linear") == pytest.approx(0.5)
+    assert _rate(9, total=10, warmup=2, schedule="constant") == 1.0
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_checkpoint_holds_the_factors_only(pair, tmp_path):
+    train(ShadowModule(pair, LoraConfig(r=2)), callbacks=[ModelCheckpoint(tmp_path, save_last=True)])
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert state and all("lora_" in name for name in state)
+
+
+RUN = """
+    import os, signal, sys
+    import torch
+    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from peft import LoraConfig
+    from shadowlit.callbacks.graft import GraftCallback
+    from shadowlit.data.module import ShadowData
+    from shadowlit.pair import ModelPair
+    from shadowlit.training.module import ShadowModule
+
+    base, instruct, data, root, kind, kill_at = sys.argv[1:]
+
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step == int(kill_at):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    seed_everything(0)
+    torch.set_num_threads(1)
+    adapter = LoraConfig(r=4, lora_dropout=0.2) if kind == "lora" else None
+    pair = ModelPair(base, instruct)
+    module = ShadowModule(pair, adapter, lr=1e-2 if adapter else 1e-3)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_progress_bar=False, val_check_interval=4,
+        enable_model_summary=False, use_distributed_sampler=False, accumulate_grad_batches=2, gradient_clip_val=1.0,
+        callbacks=[GraftCallback(), Kill(), ModelCheckpoint(root, save_last=True, every_n_train_steps=1)],
+    )
+    last = os.path.join(root, "last.ckpt")
+    data = ShadowData(pair, train=data, validation=data, batch_size=2, max_length=64)
+    trainer.fit(module, data, ckpt_path=last if os.path.exists(last) else None)
+    moments = [s["exp_avg"] for s in trainer.optimizers[0].state.values()]
+    metrics = {k: v for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
+    torch.save([list(module.model.parameters()), moments, metrics], os.path.join(root, "end.pt"))
+"""
+
+
+def run_killable(pair, data, root, kind, kill_at):
+    root.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(RUN), pair.base, pair.instruct, data, root, kind, str(kill_at)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(pair, tmp_path, kind):
+    """SIGKILL in the second of three epochs, between two checkpoints; with dropout and a grafted validation."""
+    import json
+
+    data = tmp_path / "data.jsonl"
+    rows = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "x" * (i % 5 + 1)}]
+            for i in range(18)]  # fmt: skip
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    whole = run_killable(pair, data, tmp_path / "whole", kind, -1)
+    assert whole.returncode == 0, whole.stderr
+    killed = run_killable(pair, data, tmp_path / "killed", kind, 7)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    resumed = run_killable(pair, data, tmp_path / "killed", kind, -1)
+    assert resumed.returncode == 0, resumed.stderr
+    ends = [torch.load(tmp_path / run / "end.pt", weights_only=False) for run in ("whole", "killed")]
+    for left, right in zip(ends[0][0] + ends[0][1], ends[1][0] + ends[1][1], strict=True):
+        assert torch.equal(left, right)
+    assert ends[0][2] == ends[1][2]
