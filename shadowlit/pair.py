@@ -35,6 +35,8 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _TOKEN_TENSOR = re.compile(
     r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
 )
+# Those of them that a tie makes superfluous.
+_HEAD_TENSOR = re.compile(r"(lm_head|embed_out|output)\.weight$")
 # The files of which a tokenizer needs at least one.
 _TOKENIZER_FILE = re.compile(r"^(tokenizer\.json|tekken\.json|vocab\..*|.*\.model|.*\.tiktoken)$")
 # Tokens that were put aside for later, and that no Base saw in training.
@@ -624,8 +626,18 @@ def _check_ties(base: _Side, instruct: _Side, select: Select) -> Iterator[Proble
         return
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
     alone = sorted(base.vocabulary().keys() ^ instruct.vocabulary().keys())
+    heads = [name for name in alone if _HEAD_TENSOR.search(name)]
+    lost = [name for name in alone if name not in heads or not any(ties)]
+    if lost:
+        yield Problem(
+            "error",
+            "tensors",
+            f"{some_of(lost)} is in one model only, and no tie stands for it",
+            "the same names in both",
+            "set pair.base to the Base of this Instruct, and finish its download.",
+        )
     if ties[0] != ties[1]:
-        touched = _selects(select, alone or base.vocabulary())
+        touched = _selects(select, heads or base.vocabulary())
         yield Problem(
             "error" if touched else "warning",
             "tied embeddings",
@@ -635,21 +647,13 @@ def _check_ties(base: _Side, instruct: _Side, select: Select) -> Iterator[Proble
             if touched
             else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's.",
         )
-    elif alone and all(ties):
+    elif heads and all(ties):
         yield Problem(
             "note",
             "tied embeddings",
-            f"only one model stores {some_of(alone)}, which both tie to their embeddings",
+            f"only one model stores {some_of(heads)}, which both tie to their embeddings",
             "",
             "nothing: the tie decides.",
-        )
-    elif alone:
-        yield Problem(
-            "error",
-            "tensors",
-            f"{some_of(alone)} is in one model only, and neither ties it",
-            "the same names in both",
-            "set pair.base to the Base of this Instruct, and finish its download.",
         )
 
 

@@ -259,6 +259,11 @@ class TestVocabulary:
         problem = only(tied.check("all"))
         assert problem.severity == "note" and "lm_head.weight" in problem.found
 
+    def test_embedding_that_is_missing(self, tied):
+        edit_weights(tied.base, lambda t: t.pop("model.embed_tokens.weight"))
+        problem = only(tied.check())
+        assert problem.severity == "error" and "model.embed_tokens.weight is in one model only" in problem.found
+
     def test_untied_head_that_is_missing(self, untied):
         edit_weights(untied.base, lambda t: t.pop("lm_head.weight"))
         assert "lm_head.weight is in one model only" in only(untied.check()).found

@@ -421,16 +421,21 @@ class CheckpointWriter:
 
         Args:
             name: The tensor's name, not yet used.
-            tensor: Any shape, any device; not a sharded one.
+            tensor: Any shape, any device; a whole one, not sharded.
 
         Raises:
-            CheckpointError: The name was added before, the dtype cannot be stored, or a value is NaN or
-                infinite.
+            CheckpointError: The name was added before, the dtype cannot be stored, the values are elsewhere
+                (sharded, or on the meta device), or one is NaN or infinite.
         """
         if self._closed:
             raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
         if name in self._files:
             raise CheckpointError(f"Tensor '{name}' was added twice to {self.folder}. Add every tensor once.")
+        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+            raise CheckpointError(
+                f"Tensor '{name}' is {'on the meta device' if tensor.is_meta else 'sharded'}, so that its values are "
+                "not here. Gather or load it first."
+            )
         if tensor.dtype not in _CODES:
             raise CheckpointError(
                 f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot store. Convert it first."

@@ -145,8 +145,8 @@ def export_folder(
 ) -> Path:
     """Write a model folder that is the Instruct's in everything but the weights.
 
-    Tensors are written as they come, so a generator keeps one of them in memory. The folder appears at
-    ``target`` complete or not at all.
+    Tensors are written as they come, so a generator keeps one of them in memory. Of several ranks one calls this. The
+    folder appears at ``target`` complete or not at all.
 
     Args:
         target: The folder to make; must not exist, or be empty.

@@ -355,6 +355,8 @@ class TestWriter:
             writer.add("x", torch.ones(2))
         with pytest.raises(CheckpointError, match="complex128, which safetensors cannot store"):
             writer.add("y", torch.ones(2, dtype=torch.complex128))
+        with pytest.raises(CheckpointError, match="'y' is on the meta device"):
+            writer.add("y", torch.ones(2, device="meta"))
         writer.close()
         writer.close()
         with pytest.raises(CheckpointError, match="closed writer"):
