@@ -886,24 +886,34 @@ def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
 
 
 def _check_template_rows(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
-    """Every token that can appear in training has a row in the Base."""
+    """Every token of the Instruct's tokenizer has a row; those that the Base lacks are taken from the Instruct."""
     assert instruct.tokenizer is not None
+    vocabulary = instruct.tokenizer.get_vocab()
     for side in (base, instruct):
         rows = min((info.shape[0] for info in side.vocabulary().values()), default=None)
-        beyond = {t: i for t, i in instruct.tokenizer.get_vocab().items() if rows is not None and i >= rows}
+        beyond = [t for t, i in vocabulary.items() if rows is not None and i >= rows]
         if not beyond:
             continue
-        needed = [t for t, i in beyond.items() if i in use.ids]
+        needed = [t for t in beyond if vocabulary[t] in use.ids]
         written = ", and the chat template writes some" if needed else ""
-        yield Problem(
-            "error" if needed or side is instruct else "warning",
-            f"{side.who} vocabulary",
-            f"{len(beyond)} tokens of the Instruct's tokenizer ({some_of(map(repr, needed or beyond))}) lie "
-            f"beyond the {rows} rows of the {side.title}'s embedding{written}",
-            f"at least {max(beyond.values()) + 1} rows",
-            f"load the {side.title}, call resize_token_embeddings({max(beyond.values()) + 1}) and save it "
-            "to a new folder; a text with one of these tokens stops the training.",
-        )
+        found = f"{len(beyond)} tokens of the Instruct's tokenizer ({some_of(map(repr, needed or beyond))}) lie beyond "
+        found += f"the {rows} rows of the {side.title}'s embedding{written}"
+        if side is base:
+            yield Problem(
+                "warning",
+                "base vocabulary",
+                found,
+                "a row for every token",
+                "nothing: while the Base trains it gets the Instruct's rows for them, which fit it less than its own.",
+            )
+        else:
+            yield Problem(
+                "error" if needed else "warning",
+                "instruct vocabulary",
+                found,
+                "a row for every token",
+                "give the tokenizer that belongs to these weights; a text with one of these tokens stops the training.",
+            )
 
 
 def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:

@@ -300,14 +300,29 @@ class TestVocabulary:
         path.write_text(json.dumps(state))
         assert "cut a text differently" in only(tied.check()).found
 
-    def test_template_token_without_a_row_in_the_base(self, tmp_path):
+    @pytest.mark.parametrize(("select", "severity"), [("linear", "warning"), ("all", "error")])
+    def test_template_token_without_a_row_in_the_base(self, tmp_path, select, severity):
         base = save_model(tmp_path / "base", vocab_size=257)
         instruct = save_model(tmp_path / "instruct", vocab_size=272)
-        problem, warning = ModelPair(str(base), str(instruct)).check("linear")
-        assert (problem.severity, problem.subject) == ("error", "base vocabulary")
-        assert "2 tokens of the Instruct's tokenizer ('<|im_start|>')" in problem.found
-        assert "and the chat template writes some" in problem.found
-        assert "resize_token_embeddings(259)" in problem.remedy and warning.subject == "vocabulary"
+        rows, lacking = ModelPair(str(base), str(instruct)).check(select)
+        assert (rows.severity, rows.subject) == (severity, "vocabulary")
+        assert (lacking.severity, lacking.subject) == ("warning", "base vocabulary")
+        assert "2 tokens of the Instruct's tokenizer ('<|im_start|>') lie beyond the 257 rows" in lacking.found
+        assert "and the chat template writes some" in lacking.found and "the Instruct's rows" in lacking.remedy
+
+    def test_template_token_without_a_row_in_the_instruct(self, tmp_path):
+        folder = save_model(tmp_path / "both", vocab_size=257)
+        problems = {p.subject: p for p in ModelPair(str(folder), str(folder)).check()}
+        assert problems["instruct vocabulary"].severity == "error"
+        assert "tokenizer that belongs to these weights" in problems["instruct vocabulary"].remedy
+
+    def test_other_token_without_a_row_in_the_instruct(self, tied):
+        tokenizer = make_tokenizer()
+        tokenizer.add_tokens([AddedToken(f"<{i}>", special=True) for i in range(20)])
+        tokenizer.save_pretrained(tied.instruct)
+        problems = {p.subject: p for p in tied.check()}
+        assert problems["instruct vocabulary"].severity == problems["base vocabulary"].severity == "warning"
+        assert "7 tokens" in problems["instruct vocabulary"].found
 
 
 def rename(folder: Path, names: dict[str, str]) -> None:
