@@ -360,9 +360,12 @@ class World:
         Why two styles of reference: the teacher-forced loss on a file answers one question, and the reference
         says which. ``new`` asks whether the task was learnt as it was taught, so it is in the style of the
         training rows. ``old``, ``format`` and ``refusal`` ask what is left of the Instruct, so they hold what
-        the untouched Instruct ought to say. A model that drops the house style therefore pays on ``old`` even
-        where its values are right; whether they are right is what :func:`shadowlit.demo.scoring.is_correct`
-        judges, in whichever of the two styles they come.
+        the untouched Instruct ought to say. A loss never separates the value from its style: a grafted
+        Instruct that answers 98 of 100 new questions rightly, in house style, has a loss of 8 nats per token
+        on ``new`` and of 0.01 on ``new_house``, while the tuned Base has 0.2 and 13. So the loss on ``new``
+        compares arms that speak as the training rows do, the loss on ``new_house`` arms that speak as the
+        Instruct does, and only the share of right values compares them all:
+        :func:`shadowlit.demo.scoring.is_correct` takes both styles.
         """
         rng = random.Random(f"datasets {self._seed}")
         train = self._distinct(
