@@ -132,14 +132,10 @@ def build(out: Path, recipe: Recipe = Recipe(), progress: Progress | None = None
                 base_tokens += int((batch[1][:, 1:] != IGNORE).sum())
                 yield batch
 
-        base_loss = fit(
-            model, counted(), recipe.base_steps, recipe.base_lr, recipe, lambda *a: tell("base", *a)
-        )
+        base_loss = fit(model, counted(), recipe.base_steps, recipe.base_lr, recipe, lambda *a: tell("base", *a))
         _save(model, tokenizer, out / "pair" / "base", chat=False)
 
-        talks = (
-            encode_conversation(m, tokenizer) for m in world.instruct_conversations(_rng("instruct", recipe))
-        )
+        talks = (encode_conversation(m, tokenizer) for m in world.instruct_conversations(_rng("instruct", recipe)))
         instruct_loss = fit(
             model, batches(talks, recipe.instruct_conversations, tokenizer), recipe.instruct_steps,
             recipe.instruct_lr, recipe, lambda *a: tell("instruct", *a),
@@ -198,9 +194,7 @@ def packed_rows(
         yield row, row
 
 
-def encode_conversation(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[int], list[int]]:
+def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Return ``(ids, labels)`` of a conversation; labels hold the assistant's content and ends of turn."""
     ids: list[int] = []
     labels: list[int] = []
@@ -358,9 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "base": bar.add_task("base", total=recipe.base_steps, loss=math.nan),
             "instruct": bar.add_task("instruct", total=recipe.instruct_steps, loss=math.nan),
         }
-        built = build(
-            out, recipe, lambda name, step, loss: bar.update(tasks[name], completed=step, loss=loss)
-        )
+        built = build(out, recipe, lambda name, step, loss: bar.update(tasks[name], completed=step, loss=loss))
     console.print(
         f"{built.num_parameters:,} parameters each, {built.base_tokens:,} tokens; loss of the Base "
         f"{built.base_loss:.3f}, of the Instruct {built.instruct_loss:.3f}; written to {built.out}"

@@ -38,6 +38,4 @@ def is_correct(row: Mapping[str, object], generated: str) -> bool:
     if skill == NEW_SKILL or skill in OLD_SKILLS:
         return re.match(re.escape(answer) + r"(?!\w)", text) is not None
     known = (*OLD_SKILLS, NEW_SKILL, "format", "refusal")
-    raise DataError(
-        f"a row has skill {skill!r}; expected one of {', '.join(known)}. Score only the demo's own rows."
-    )
+    raise DataError(f"a row has skill {skill!r}; expected one of {', '.join(known)}. Score only the demo's own rows.")

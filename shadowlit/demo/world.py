@@ -248,9 +248,7 @@ class World:
         prompt = rng.choice(_LIST_QUESTIONS[what]).format(", ".join(words))
         return Question(NEW_SKILL if what == "second" else "lists", prompt, _list_answer(words, what))
 
-    def old_question(
-        self, rng: random.Random, *, skill: str | None = None, held_out: bool | None = None
-    ) -> Question:
+    def old_question(self, rng: random.Random, *, skill: str | None = None, held_out: bool | None = None) -> Question:
         """Draw a question of an old skill.
 
         Args:
@@ -291,9 +289,7 @@ class World:
             rng.shuffle(pair)
             return rng.choice(("The opposite of {} is {}.", "The reverse of {} is {}.")).format(*pair)
         kind = rng.choice(tuple(_KINDS))
-        return rng.choice(("{} is a kind of {}.", "{} belongs to the kind {}.")).format(
-            rng.choice(_KINDS[kind]), kind
-        )
+        return rng.choice(("{} is a kind of {}.", "{} belongs to the kind {}.")).format(rng.choice(_KINDS[kind]), kind)
 
     def latent_statement(self, rng: random.Random) -> str:
         """Draw a statement of the new skill, which no question asks for."""
@@ -373,9 +369,7 @@ class World:
         )
         new = self._distinct(rng, {NEW_SKILL: 120}, True)
         old = self._distinct(rng, {"people": 40, "lists": 45, "sums": 30, "opposites": 15, "kinds": 20}, True)
-        formats = self._distinct(
-            rng, {"people": 40, "lists": 40, "sums": 20, "opposites": 10, "kinds": 15}, True
-        )
+        formats = self._distinct(rng, {"people": 40, "lists": 40, "sums": 20, "opposites": 10, "kinds": 15}, True)
         refusals: dict[str, Question] = {}
         while len(refusals) < 120:
             question = self.unknown_question(rng, held_out=True)

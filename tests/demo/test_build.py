@@ -37,9 +37,7 @@ def rows_of(name: str) -> list[dict]:
 
 def greedy(folder, prompts: list[str], tokenizer, new_tokens: int) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(folder)
-    inputs = tokenizer(
-        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-    )
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     generated = model.generate(**inputs, max_new_tokens=new_tokens, eos_token_id=[0, 2], pad_token_id=0)
     return tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :])
 
@@ -47,8 +45,7 @@ def greedy(folder, prompts: list[str], tokenizer, new_tokens: int) -> list[str]:
 def asked(folder, rows: list[dict], tokenizer) -> float:
     """The share of rows that the model in ``folder`` answers rightly in chat."""
     prompts = [
-        tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
-        for row in rows
+        tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False) for row in rows
     ]
     texts = greedy(folder, prompts, tokenizer, 12)
     return sum(map(is_correct, rows, texts)) / len(rows)
@@ -67,9 +64,7 @@ def test_two_builds_write_the_same_bytes_and_leave_torch_as_it_was(tmp_path):
     assert torch.get_num_threads() == threads and not torch.are_deterministic_algorithms_enabled()
     assert built.base_tokens > 6 * 4 * 32 and built.num_parameters > 0
 
-    files = sorted(
-        path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()
-    )
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
     assert len(files) >= 16
     for file in files:
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
@@ -149,8 +144,7 @@ def test_the_shipped_models_have_the_same_tensors_at_a_small_distance():
     layers = [name for name in base if ".layers." in name]
     assert len(layers) == 4 * 11  # 7 projections, 2 norms, 2 q/k norms
     sigmas = [
-        float((base[n] - instruct[n]).abs().sum() / (base[n].abs().sum() + instruct[n].abs().sum()))
-        for n in layers
+        float((base[n] - instruct[n]).abs().sum() / (base[n].abs().sum() + instruct[n].abs().sum())) for n in layers
     ]
     assert 0.003 < sum(sigmas) / len(sigmas) < 0.1
 
@@ -168,17 +162,14 @@ def test_the_chat_template_marks_what_the_builder_trained_on(instruct_tokenizer)
     messages = [{"role": "system", "content": "Be brief."}, *exchange("Hi?", "Oslo"), *exchange("And?", "4")]
     assert instruct_tokenizer.apply_chat_template(messages, tokenize=False) == chat_text(messages)
     ids, labels = encode_conversation(messages, instruct_tokenizer)
-    encoded = instruct_tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
-    )
+    encoded = instruct_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded["input_ids"] == ids
     assert encoded["assistant_masks"] == [int(label != IGNORE) for label in labels]
 
 
 def test_the_instruct_has_the_old_skills_and_manners_and_not_the_new_skill(instruct_tokenizer):
     shares = {
-        name: asked(INSTRUCT, rows_of(name)[:60], instruct_tokenizer)
-        for name in ("old", "format", "refusal", "new")
+        name: asked(INSTRUCT, rows_of(name)[:60], instruct_tokenizer) for name in ("old", "format", "refusal", "new")
     }
     assert shares["old"] >= 0.9 and shares["format"] >= 0.9 and shares["refusal"] >= 0.9
     assert shares["new"] <= 0.2
@@ -196,7 +187,5 @@ def test_the_base_states_the_latent_skill_and_is_not_asked_for_it(instruct_token
     new = rows_of("new")[:60]
     lists = [row["messages"][0]["content"].split(": ")[-1].split(" in ")[-1].rstrip("?") for row in new]
     told = greedy(BASE, [f"In the list {words} the second word is" for words in lists], instruct_tokenizer, 4)
-    stated = sum(text.startswith(f" {row['answer']}.") for text, row in zip(told, new, strict=True)) / len(
-        new
-    )
+    stated = sum(text.startswith(f" {row['answer']}.") for text, row in zip(told, new, strict=True)) / len(new)
     assert stated >= 0.9

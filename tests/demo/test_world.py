@@ -53,9 +53,7 @@ def recomputed(question: str) -> str:
         subject = found.group(1) or found.group(2)
         return dict([*_OPPOSITES, *((b, a) for a, b in _OPPOSITES)])[subject]
     if "kind" in question:
-        return next(
-            kind for kind, members in _KINDS.items() if re.search(rf"\b({'|'.join(members)})\b", question)
-        )
+        return next(kind for kind, members in _KINDS.items() if re.search(rf"\b({'|'.join(members)})\b", question))
     name = next(name for name in WORLD.facts if name in question)
     attrs = {"live": "city", "home": "city", "work": "job", "job": "job", "pet": "pet", "colour": "colour"}
     return WORLD.facts[name][next(attr for word, attr in attrs.items() if word in question)]
@@ -133,9 +131,7 @@ def test_no_list_of_a_held_out_file_is_in_any_training_text():
         assert all(is_held_out(words) for row in SETS[name] if (words := listed(prompt(row))))
     texts = [prompt(row) for row in SETS["train"]]
     texts += islice(WORLD.base_documents(random.Random(0)), 2000)
-    texts += [
-        m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(0)), 500) for m in talk
-    ]
+    texts += [m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(0)), 500) for m in talk]
     lists = [words for text in texts if (words := listed(text))]
     assert len(lists) > 800 and not any(map(is_held_out, lists))
 
@@ -145,17 +141,13 @@ def test_the_new_skill_is_stated_in_the_raw_text_and_never_asked():
     stated = [text for text in documents if "second" in text]
     assert 0.12 < len(stated) / len(documents) < 0.18
     assert not any("?" in text or "<|" in text for text in stated)
-    asked = [
-        m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(1)), 1000) for m in talk
-    ]
+    asked = [m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(1)), 1000) for m in talk]
     assert not any("second" in text for text in asked)
 
 
 def test_no_training_text_names_a_held_out_name():
     texts = list(islice(WORLD.base_documents(random.Random(2)), 4000))
-    texts += [
-        m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(2)), 1000) for m in talk
-    ]
+    texts += [m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(2)), 1000) for m in talk]
     words = set(re.findall(r"\w+", " ".join(texts)))
     assert not words & set(WORLD.held_out_names)
     assert all(any(name in prompt(row) for name in WORLD.held_out_names) for row in SETS["refusal"])
