@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,16 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from shadowlit.demo.world import (
-    END_OF_TEXT,
-    END_OF_TURN,
-    SPECIAL_TOKENS,
-    START_OF_TURN,
-    Message,
-    World,
-)
-
-log = logging.getLogger(__name__)
+from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World
 
 IGNORE = -100
 """The label of a token that carries no loss."""
@@ -46,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 """ChatML whose generation marks hold the assistant's content and its end of turn."""
 
-Progress = Callable[[str, int, float], None]
+OnStep = Callable[[str, int, float], None]
 """Called after every step with the model's name, the number of steps done, and the loss in nats per token."""
 
 
@@ -107,7 +97,7 @@ class Built:
     instruct_loss: float
 
 
-def build(out: Path, recipe: Recipe = Recipe(), progress: Progress | None = None) -> Built:
+def build(out: Path, recipe: Recipe = Recipe(), progress: OnStep | None = None) -> Built:
     """Make ``out/pair/base``, ``out/pair/instruct``, ``out/pair/build.json`` and ``out/data/*.jsonl``.
 
     Existing files of these names are replaced. The global random state and the number of threads are left as
