@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 from shadowlit.errors import CheckpointError, PairError
-from shadowlit.pair import ModelPair, Problem, untrained_rows
+from shadowlit.pair import ModelPair, Problem
+from shadowlit.pair_check import untrained_rows
 from tests.tiny import ARCHITECTURES, SPECIAL, make_tokenizer, save_model, save_pair
 
 
