@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -14,7 +15,7 @@ import matplotlib.pyplot as plt
 from shadowlit.errors import DataError
 
 # Okabe and Ito's palette, which every kind of colour vision tells apart; line styles say the same again.
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "grafted": {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "grafted Instruct"},
     "tuned": {"color": "#0072B2", "linestyle": "-", "marker": "s", "label": "tuned Base"},
     "instruct": {"color": "#D55E00", "linestyle": "--", "label": "Instruct, untouched"},

@@ -160,7 +160,7 @@ def _load_best(trainer: Trainer, module: ShadowModule, callback: GraftCallback) 
 
 def _first_batch(trainer: Trainer) -> dict[str, Tensor]:
     """A few rows of validation data, the same on every rank."""
-    loaders = trainer.val_dataloaders or trainer.train_dataloader
+    loaders: Any = trainer.val_dataloaders or trainer.train_dataloader
     with isolate_rng():
         batch = next(iter(loaders[0] if isinstance(loaders, list) else loaders))
     rows = {name: value[:_PROBE_ROWS] for name, value in batch.items() if isinstance(value, Tensor)}

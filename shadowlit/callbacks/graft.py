@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -155,7 +156,7 @@ class GraftCallback(Callback):
             )
             # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
             # signal handler in the middle of a pass.
-            pl_module.register_state_dict_pre_hook(lambda *_: self.graft and self.graft.restore_for_checkpoint())
+            pl_module.register_state_dict_pre_hook(self._before_state_dict)
         return self.graft
 
     # -- never leave or save grafted weights ------------------------------------------------------------------
@@ -183,6 +184,10 @@ class GraftCallback(Callback):
         self.metrics = state_dict["metrics"]
 
     # -- private ----------------------------------------------------------------------------------------------
+
+    def _before_state_dict(self, *_: Any) -> None:
+        if self.graft is not None:
+            self.graft.restore_for_checkpoint()
 
     def _restore(self, pl_module: LightningModule) -> None:
         if self.graft is not None:
@@ -247,11 +252,17 @@ class GraftCallback(Callback):
             module.take_scores(subject)
             module.subject = subject
             # Iterating a loader draws a seed from the global generator: the training must not notice.
-            with isolate_rng(), graft.applied(state), _restoring_subject(module):
+            with (
+                isolate_rng(),
+                graft.applied(state),
+                _restoring_subject(module),
+                _progress(trainer, subject, sum(map(int, limits))) as advance,
+            ):
                 for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
                     for number, batch in enumerate(islice(loader, int(limit))):
                         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
                         step(trainer.precision_plugin.convert_input(batch), number, index)
+                        advance()
                 # False if a signal handler saved a checkpoint on the way, which put the trained weights back.
                 done = graft.state == state
 
@@ -265,6 +276,21 @@ def _restoring_subject(module: ShadowModule) -> Iterator[None]:
         yield
     finally:
         module.subject = TUNED
+
+
+@contextmanager
+def _progress(trainer: Trainer, subject: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show the pass as a line of the running rich progress bar, if there is one."""
+    bar = trainer.progress_bar_callback
+    display = bar.progress if isinstance(bar, RichProgressBar) and bar.is_enabled else None
+    if display is None:
+        yield lambda: None
+        return
+    task = display.add_task(f"[white]{subject}", total=total)
+    try:
+        yield lambda: display.advance(task)
+    finally:
+        display.remove_task(task)
 
 
 def _val_batches(trainer: Trainer) -> list:

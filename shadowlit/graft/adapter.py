@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.naming import canonical_name
@@ -67,6 +67,10 @@ class AdaptedLayer:
     adapter: str
     scaling: float
     selected: bool
+
+    def delta_weight(self) -> Tensor:
+        """The update of the host's weight as the factors train it, in its shape and placement."""
+        return self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
 
     def set_scale(self, scale: float) -> None:
         """Let the factors act with ``scale`` times their own strength."""

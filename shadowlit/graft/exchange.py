@@ -14,14 +14,14 @@ def windows(tensor: Tensor) -> Iterator[slice]:
     On a CPU a range fits the cache, so that a temporary of it costs no traffic to memory; elsewhere it is large
     enough for the launch of a kernel not to count.
     """
-    step = 2**18 if tensor.device.type == "cpu" else 2**26
+    step = 2**20 if tensor.device.type == "cpu" else 2**26
     for start in range(0, tensor.numel(), step):
         yield slice(start, min(start + step, tensor.numel()))
 
 
 class _Progress(NamedTuple):
     done: int = 0  # ranges that stand exchanged
-    index: int = 0  # the range in work, where `staged` is set
+    part: int = 0  # the range in work, where `staged` is set
     after: int = 0  # what `done` becomes when it is finished
     staged: Tensor | None = None  # what the live tensor held there before
     copied: bool = False  # whether the live tensor has its new content there
@@ -62,18 +62,18 @@ class Exchange:
         while (done := self._progress.done) > 0:
             self._swap(done - 1, after=done - 1)
 
-    def _swap(self, index: int, after: int) -> None:
-        staged = self._live[self._ranges[index]].clone()
-        self._progress = _Progress(self._progress.done, index, after, staged)
+    def _swap(self, part: int, after: int) -> None:
+        staged = self._live[self._ranges[part]].clone()
+        self._progress = _Progress(self._progress.done, part, after, staged)
         self._finish()
 
     def _finish(self) -> None:
         progress = self._progress
         if progress.staged is None:
             return
-        part = self._ranges[progress.index]
+        window = self._ranges[progress.part]
         if not progress.copied:
-            self._live[part].copy_(self._held[part])
+            self._live[window].copy_(self._held[window])
             self._progress = progress._replace(copied=True)
-        self._held[part].copy_(progress.staged)
+        self._held[window].copy_(progress.staged)
         self._progress = _Progress(done=progress.after)

@@ -315,8 +315,8 @@ class LiveGraft:
         scale = state if host.selected else 0.0
         out, tuned, base, instruct = (t.view(-1) for t in (live, host.saved, host.base, host.instruct))
         for part in windows(out):
-            there = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
-            out[part] = graft(*there, scale).to(self._rounding(host))
+            goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
+            out[part] = graft(goal, end, start, scale).to(self._rounding(host))
 
     def _rounding(self, host: _Host) -> torch.dtype:
         return self.dtype or host.instruct.dtype
@@ -325,7 +325,7 @@ class LiveGraft:
         device = local(host.parameter).device
         total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
         if host.adapted is not None:
-            learned = local(host.adapted.layer.get_delta_weight(host.adapted.adapter)).float()
+            learned = local(host.adapted.delta_weight()).float()
             total = learned if total is None else total + learned
         return torch.zeros(host.instruct.shape, device=device) if total is None else total
 

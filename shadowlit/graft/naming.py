@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-import torch
 from torch import nn
 
 # What peft, torch.compile and activation checkpointing put into a parameter's name.
@@ -41,6 +41,12 @@ def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def host_of(model: nn.Module) -> Any:
+    """The transformers model itself, taken out of peft's wrapper where there is one."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()  # type: ignore[operator]
+
+
 def linear_names(model: nn.Module) -> frozenset[str]:
     """Checkpoint names of the weights and biases of every ``nn.Linear`` of ``model`` but its output head.
 
@@ -48,11 +54,11 @@ def linear_names(model: nn.Module) -> frozenset[str]:
     call them ``wqkv`` or ``w1`` are covered too. The output head maps to the vocabulary and is no linear layer
     in the sense of the paper.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    host = host_of(model)
+    head = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
     return frozenset(
         canonical_name(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in prefix
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(parameter, torch.Tensor)
+        for name, _ in module.named_parameters(recurse=False)
     )

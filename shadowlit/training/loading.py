@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.adapter import starts_from_weights
 from shadowlit.graft.alignment import AlignedReader
-from shadowlit.graft.naming import canonical_name, is_adapter_name
+from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
 from shadowlit.training.parallel import local, local_slices
 
 log = logging.getLogger(__name__)
@@ -95,10 +95,10 @@ def _fill(
     seed: int,
     adapter: LoraConfig | None = None,
 ) -> None:
-    host = model.get_base_model() if hasattr(model, "get_base_model") else model
+    host = host_of(model)
     model.to_empty(device=device)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
-        host.tie_weights()  # type: ignore[operator] # to_empty gives every module storage of its own; FSDP2 re-ties
+        host.tie_weights()  # to_empty gives every module storage of its own; FSDP2 re-ties
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
@@ -115,7 +115,7 @@ def _fill(
         local(parameter).copy_(reader.read_slice(stored_name, local_slices(parameter)))
     # Buffers that no checkpoint holds (rotary frequencies, embedding scales): transformers' own initialisation
     # leaves alone every parameter marked above.
-    host.initialize_weights()  # type: ignore[operator]
+    host.initialize_weights()
 
 
 def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int) -> Tensor:

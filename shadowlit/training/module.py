@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -228,7 +229,7 @@ class ShadowModule(LightningModule):
         self._scores = {key: metric for key, metric in self._scores.items() if key[0] != subject}
         return taken
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The module's state; with an adapter only what is trained, since the rest lies in the Base's files."""
         state = super().state_dict(*args, **kwargs)
         if self.adapter is None or self.model is None:
@@ -236,7 +237,7 @@ class ShadowModule(LightningModule):
         trained = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: tensor for name, tensor in state.items() if name in trained}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW on whatever requires a gradient; the schedule counts optimizer steps."""
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [

@@ -49,7 +49,7 @@ def parallelize(
 
 def local(parameter: Tensor) -> Tensor:
     """The part of ``parameter`` on this rank, detached and sharing its storage; all of it when it isn't sharded."""
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
