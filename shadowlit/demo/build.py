@@ -45,7 +45,9 @@ class Recipe:
     """How the pair is made; the defaults are the shipped pair's.
 
     Attributes:
-        seed: Decides the world, the text, the initial weights and the order of everything.
+        seed: Decides the world, the text, the initial weights and the order of everything. Copying from a list is
+            learnt suddenly and late: with seed 0 inside ``base_steps``, with seed 1 not yet (its Base answers 42 of
+            100 list questions). Give another seed more steps, and look at what it has learnt before using it.
         vocab_size: Tokens of the tokenizer at most, the special ones included.
         tokenizer_documents: Documents the tokenizer is trained on.
         hidden: Width of the model; the feed-forward layers are three times as wide.
