@@ -1,0 +1,65 @@
+"""From samples to tensors: padded on the right to train, on the left to generate. Picklable, so workers can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shadowlit.training.objective import IGNORE
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Pads samples on the right to the longest of the batch.
+
+    Attributes:
+        pad_token_id: Fills ``input_ids``; its attention is 0 and its label -100, so any token will do.
+        pad_to_multiple_of: Round the length up to a multiple, which spares recompilations; None for not at all.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[B, T]``."""
+        length = _round_up(max(len(sample["input_ids"]) for sample in samples), self.pad_to_multiple_of)
+
+        def pad(rows: list[list[int]], value: int) -> Tensor:
+            return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)
+
+        return {
+            "input_ids": pad([sample["input_ids"] for sample in samples], self.pad_token_id),
+            "attention_mask": pad([[1] * len(sample["input_ids"]) for sample in samples], 0),
+            "labels": pad([sample["labels"] for sample in samples], IGNORE),
+        }
+
+
+@dataclass(frozen=True)
+class PromptCollate:
+    """Pads prompts on the left, so that answers are generated at the right end of every row.
+
+    Attributes:
+        pad_token_id: Fills ``input_ids`` where the attention is 0.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, and ``index``, int64 ``[B]``."""
+        length = max(len(sample["input_ids"]) for sample in samples)
+        rows = [sample["input_ids"] for sample in samples]
+        return {
+            "input_ids": torch.tensor([[self.pad_token_id] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+            "index": torch.tensor([sample["index"] for sample in samples]),
+        }
+
+
+def _round_up(length: int, multiple: int | None) -> int:
+    return length if multiple is None else -(-length // multiple) * multiple

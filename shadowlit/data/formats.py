@@ -1,0 +1,276 @@
+"""The four formats of instruction data, each turned into ``messages`` at the edge by one pure function.
+
+===================  ==================================================================================
+``messages``         ``{"messages": [{"role": "user", "content": "…"}, …]}``
+``sharegpt``         ``{"conversations": [{"from": "human", "value": "…"}, …], "system": "…"}``
+``alpaca``           ``{"instruction": "…", "input": "…", "output": "…", "system": "…"}``
+``prompt_completion``  ``{"prompt": "…", "completion": "…"}``; either may be a list of messages instead
+===================  ==================================================================================
+
+``system`` and alpaca's ``input`` may be missing or empty. Other columns are left alone. An assistant message may
+carry ``"train": false`` (or ``"weight": 0``), which keeps it out of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from shadowlit.errors import DataError
+
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Beside role and content, what a chat template may look at.
+_EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """A format: the columns that name it, those that a prompt alone needs, those that it also reads."""
+
+    convert: Callable[[Mapping[str, Any], bool], list[Message]]
+    required: tuple[str, ...]
+    prompt: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = False) -> list[Message]:
+    """Turn a row into messages and check them.
+
+    Args:
+        row: The columns of one sample.
+        format: A format's name, not ``auto``.
+        prompts_only: Accept a row that has nothing to learn from: no assistant turn, no answer.
+
+    Returns:
+        Messages with ``role`` and ``content``, and ``train: False`` where a turn stays out of the loss.
+
+    Raises:
+        DataError: The row is malformed. The message doesn't say which row it is.
+    """
+    messages = _SPECS[format].convert(row, prompts_only)
+    if not prompts_only and not any(message["role"] == "assistant" for message in messages):
+        raise DataError("has no assistant turn, so there is nothing to learn. Remove the row or add the answer.")
+    return messages
+
+
+def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = False) -> str:
+    """The format that ``columns`` belong to.
+
+    Args:
+        columns: Names of the columns that were found.
+        source: The file, for the error.
+        prompts_only: Also accept columns that hold a prompt without an answer.
+
+    Raises:
+        DataError: No format has these columns, or more than one has.
+    """
+    found = set(columns)
+    matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.required)]
+    if not matching and prompts_only:
+        matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.prompt)]
+    if not matching:
+        raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. Rename the columns.")
+    if len(matching) > 1:
+        raise DataError(
+            f"{source} has the columns of several formats: {', '.join(matching)}. "
+            f"Set data.format to one of them, e.g. data.format={matching[0]}."
+        )
+    return matching[0]
+
+
+def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_only: bool = False) -> None:
+    """Raise where a forced ``format`` lacks columns.
+
+    Raises:
+        DataError: A column of ``format`` is missing.
+    """
+    found = set(columns)
+    spec = _SPECS[format]
+    missing = [name for name in (spec.prompt if prompts_only else spec.required) if name not in found]
+    if missing:
+        raise DataError(
+            f"{source} has the columns {_listed(found)}, without {_listed(missing)}, which data.format={format} needs; "
+            f"{_accepted(prompts_only)}. Set data.format=auto or rename the columns."
+        )
+
+
+def unused_columns(columns: Iterable[str], format: str) -> list[str]:
+    """The columns that ``format`` doesn't read, sorted."""
+    spec = _SPECS[format]
+    return sorted(set(columns) - {*spec.required, *spec.optional})
+
+
+def from_messages(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
+    """``{"messages": [{"role", "content"}, …]}`` to messages.
+
+    Raises:
+        DataError: A field is missing, of the wrong type, empty, or has an unknown role.
+    """
+    return _turns(_field(row, "messages", list), "messages")
+
+
+def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
+    """``{"conversations": [{"from", "value"}, …]}`` to messages; turns with role and content are read as well.
+
+    Raises:
+        DataError: A field is missing, of the wrong type, empty, or has an unknown speaker.
+    """
+    turns = []
+    for number, turn in enumerate(_field(row, "conversations", list)):
+        where = f"conversations[{number}]"
+        if not isinstance(turn, Mapping):
+            raise DataError(f"has {_shown(turn)} in {where}; expected an object with 'from' and 'value'.")
+        if turn.get("from") is None and turn.get("role") is not None:
+            turns.append(turn)
+            continue
+        speaker = _field(turn, "from", str, where)
+        if speaker not in _SPEAKERS:
+            raise DataError(
+                f"has the unknown speaker {speaker!r} in {where}; expected one of {', '.join(_SPEAKERS)}. Rename it."
+            )
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
+        turns.append({**rest, "role": _SPEAKERS[speaker], "content": _field(turn, "value", str, where)})
+    return _system(row) + _turns(turns, "conversations")
+
+
+def from_alpaca(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
+    r"""``{"instruction", "input", "output", "system"}`` to messages: the user says ``instruction + "\n" + input``.
+
+    Raises:
+        DataError: A field is missing, of the wrong type or empty.
+    """
+    instruction = _field(row, "instruction", str)
+    context = _field(row, "input", str, default="")
+    user = f"{instruction}\n{context}" if instruction and context else instruction or context
+    turns = [{"role": "user", "content": _filled(user, "instruction")}]
+    if not (prompts_only and row.get("output") is None):
+        turns.append({"role": "assistant", "content": _filled(_field(row, "output", str), "output")})
+    return _system(row) + turns
+
+
+def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
+    """``{"prompt", "completion"}``, strings or lists of messages, to messages; loss on the completion only.
+
+    Raises:
+        DataError: A field is missing, of the wrong type or empty, or the completion holds no assistant turn.
+    """
+    prompt = _said(row, "prompt", "user")
+    # A prompt's own assistant turns are context.
+    prompt = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
+    if prompts_only and row.get("completion") is None:
+        return prompt
+    completion = _said(row, "completion", "assistant")
+    if not any(turn["role"] == "assistant" for turn in completion):
+        raise DataError("has a 'completion' without an assistant turn. Give the answer the role assistant.")
+    return prompt + completion
+
+
+_SPECS: dict[str, _Spec] = {
+    "messages": _Spec(from_messages, ("messages",), ("messages",)),
+    "sharegpt": _Spec(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
+    "alpaca": _Spec(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system")),
+    "prompt_completion": _Spec(from_prompt_completion, ("prompt", "completion"), ("prompt",)),
+}
+
+
+def _said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
+    """The messages in a field that is a text of ``role`` or a list of messages."""
+    value = row.get(name)
+    if isinstance(value, str):
+        return [{"role": role, "content": _filled(value, name)}]
+    if isinstance(value, list):
+        return _turns(value, name)
+    if name not in row:
+        raise DataError(f"lacks the field '{name}'. Add it.")
+    raise DataError(f"has {_shown(value)} in '{name}'; expected a text or a list of messages.")
+
+
+def _turns(turns: Sequence[Any], name: str) -> list[Message]:
+    """Check a list of messages; keep of each what a template or the loss looks at."""
+    if not turns:
+        raise DataError(f"has an empty list in '{name}'. Remove the row.")
+    return [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns)]
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"has {_shown(turn)} in {where}; expected an object with 'role' and 'content'.")
+    role = _field(turn, "role", str, where)
+    if role not in ROLES:
+        raise DataError(f"has the unknown role {role!r} in {where}; expected one of {', '.join(ROLES)}. Rename it.")
+    # Parquet gives every message every key; None means absent.
+    extras = {key: turn[key] for key in _EXTRAS if turn.get(key) is not None}
+    content = _field(turn, "content", str, where, default="" if extras.get("tool_calls") else None)
+    if role in ("user", "assistant") and not extras.get("tool_calls"):
+        _filled(content, f"content' of '{where}")
+    message = {"role": role, "content": content, **extras}
+    if role == "assistant" and not _trained(turn, where):
+        message["train"] = False
+    return message
+
+
+def _trained(turn: Mapping[str, Any], where: str) -> bool:
+    """Whether an assistant turn carries loss."""
+    train, weight = turn.get("train"), turn.get("weight")
+    if train not in (None, True, False):
+        raise DataError(f"has 'train': {_shown(train)} in {where}; expected true or false.")
+    if weight not in (None, 0, 1):
+        raise DataError(f"has 'weight': {_shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise.")
+    return train is not False and weight != 0
+
+
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    text = _field(row, "system", str, default="")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def _field(row: Mapping[str, Any], name: str, kind: type, where: str = "", default: Any = None) -> Any:
+    """``row[name]``, checked; ``default`` where it is missing or null, unless that is None."""
+    place = f" in {where}" if where else ""
+    value = row.get(name)
+    if value is None and default is not None:
+        return default
+    if name not in row:
+        raise DataError(f"lacks the field '{name}'{place}. Add it or remove the row.")
+    if not isinstance(value, kind):
+        expected = {str: "a text", list: "a list"}[kind]
+        raise DataError(f"has {_shown(value)} in '{name}'{place}; expected {expected}. Correct or remove the row.")
+    return value
+
+
+def _filled(text: str, name: str) -> str:
+    if not text.strip():
+        raise DataError(f"has an empty '{name}'. Fill it or remove the row.")
+    return text
+
+
+def _shown(value: Any) -> str:
+    """A value in an error: its type and its first characters."""
+    if value is None:
+        return "null"
+    text = repr(value)
+    return f"{text[:40]}{'…' if len(text) > 40 else ''} ({type(value).__name__})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
+
+
+def _accepted(prompts_only: bool) -> str:
+    formats = (f"{', '.join(s.prompt if prompts_only else s.required)} ({name})" for name, s in _SPECS.items())
+    return "accepted are " + ", or ".join(formats)

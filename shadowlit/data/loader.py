@@ -1,0 +1,86 @@
+"""A DataLoader that knows where it is, and goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from shadowlit.data.sampler import ShardedBatchSampler
+
+
+class ResumableLoader(DataLoader):
+    """Iterates over one epoch after the other; its state is the next batch to deliver.
+
+    A batch counts when it is handed to the training loop, so what workers have fetched ahead doesn't matter. With
+    the last batch of an epoch the state is already the start of the next one. ``len`` is always that of a whole
+    epoch: after a resume at batch b Lightning counts on from b, and the loader delivers the rest.
+
+    Lightning saves and restores the state of a training loader by itself, except in checkpoints from the end of an
+    epoch, whose loader states it saves but doesn't restore (``_FitLoop._load_combined_loader_states`` asks for
+    ``restarting``). ``ShadowData`` therefore keeps the position in its own state too.
+
+    An iterator that is left before its end (an epoch cut short) isn't taken up again: the next one begins the next
+    epoch, as it does with any other loader.
+
+    Args:
+        dataset: Map-style; index -1 must give the filler.
+        batch_sampler: Decides the batches.
+        epoch: The first epoch to deliver.
+        batches_per_epoch: Batches after which the training loop ends an epoch, where it doesn't take them all
+            (``limit_train_batches``); at most ``len``.
+        options: Passed to ``torch.utils.data.DataLoader``.
+    """
+
+    batch_sampler: ShardedBatchSampler
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_sampler: ShardedBatchSampler,
+        *,
+        epoch: int = 0,
+        batches_per_epoch: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **_quiet(options))
+        self._epoch, self._batch = epoch, 0
+        self._exact = True  # the position was set, and doesn't stem from an iterator left half-way
+        self._last = min(batches_per_epoch or len(batch_sampler), len(batch_sampler))
+
+    def state_dict(self) -> dict[str, int]:
+        """``{"epoch", "batch"}`` of the next batch to deliver, both from 0."""
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from a position that :meth:`state_dict` gave."""
+        self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]
+        self._exact = True
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """The rest of the epoch. A generator: Lightning opens iterators early and drops them unused."""
+        if self._batch and not self._exact:
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._exact = False
+        epoch, start = self._epoch, self._batch
+        self.batch_sampler.seek(epoch, start)
+        for number, batch in enumerate(super().__iter__(), start + 1):
+            self._epoch, self._batch = (epoch, number) if number < self._last else (epoch + 1, 0)
+            yield batch
+
+
+def make_loader(dataset: Dataset, batch_sampler: ShardedBatchSampler, **options: Any) -> DataLoader:
+    """A plain loader over this rank's part of an evaluation set, in the set's order.
+
+    Built of a sampler and a batch size instead of the batch sampler, which Lightning can't rebuild for ``predict``:
+    all batches but the last are full, so cutting the flat list gives the same batches.
+    """
+    own = [index for batch in batch_sampler for index in batch]
+    return DataLoader(dataset, sampler=own, batch_size=batch_sampler.batch_size, **_quiet(options))
+
+
+def _quiet(options: dict[str, Any]) -> dict[str, Any]:
+    """Give the loader a generator of its own: else every iteration draws from the global one, and shifts dropout."""
+    return {"generator": torch.Generator().manual_seed(0), **options}

@@ -1,0 +1,285 @@
+"""Reads files and hub data sets into conversations; every error names the file, the row and the cure.
+
+JSON is parsed here rather than by ``datasets``, whose reader knows no line numbers and refuses rows of unequal
+keys. Everything is kept in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from shadowlit.data.formats import Message, check_columns, convert_row, detect_format, unused_columns
+from shadowlit.errors import DataError
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
+MAX_SHOWN = 5
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of one row, and where they came from.
+
+    Attributes:
+        messages: ``{"role", "content", …}`` in order.
+        source: The file or hub data set, as the user named it.
+        row: 0-based index in the source.
+        line: 1-based line of a JSONL file, else None.
+    """
+
+    messages: list[Message]
+    source: str
+    row: int
+    line: int | None = None
+
+    def __str__(self) -> str:
+        """``sample 17 of train.jsonl (line 18)``."""
+        return _place(self.source, self.row, self.line)
+
+
+@dataclass(frozen=True)
+class _Row:
+    index: int
+    line: int | None
+    columns: Any
+
+
+def read_conversations(
+    source: str, format: str = "auto", *, use: str = "train", prompts_only: bool = False
+) -> list[Conversation]:
+    """Read all rows of a file or a hub data set.
+
+    Args:
+        source: ``.json`` (a list of objects, or one object per line), ``.jsonl``, ``.parquet``, a folder that
+            ``datasets`` can read, or a hub data set ``org/name[/config][@revision][:split]``.
+        format: ``auto``, or a format's name.
+        use: ``train``, ``validation`` or ``test``: the split of a folder or hub data set where none is named.
+        prompts_only: Accept rows without an answer.
+
+    Raises:
+        DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
+            of those are listed.
+    """
+    rows = _read_rows(source, use)
+    if not rows:
+        raise DataError(f"{source} has no rows. Give a file with at least one sample.")
+    # The columns of one row may be missing in another, which is that row's error and not the file's.
+    first = next((row.columns for row in rows if isinstance(row.columns, dict)), {})
+    if format == "auto":
+        format = detect_format(first, source=source, prompts_only=prompts_only)
+    else:
+        check_columns(first, format, source=source, prompts_only=prompts_only)
+    if unused := unused_columns(first, format):
+        rank_zero_info(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}")
+    if first.get("tools"):
+        rank_zero_warn(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.")
+
+    def convert(row: _Row) -> Conversation:
+        where = _place(source, row.index, row.line)
+        if not isinstance(row.columns, dict):
+            raise DataError(f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it.")
+        try:
+            messages = convert_row(row.columns, format, prompts_only=prompts_only)
+        except DataError as error:
+            raise DataError(f"{where} {error}") from None
+        return Conversation(messages, source, row.index, row.line)
+
+    return collect(convert, rows)
+
+
+def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """``[function(item) for item in items]``, with the DataErrors of all items in one.
+
+    Raises:
+        DataError: The only error, or up to five of several and their number.
+    """
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(function(item))
+        except DataError as error:
+            errors.append(str(error))
+    raise_all(errors)
+    return results
+
+
+def raise_all(errors: list[str]) -> None:
+    """Raise what was collected, if anything.
+
+    Raises:
+        DataError: ``errors`` isn't empty; up to five are listed.
+    """
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise DataError(errors[0])
+    shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))
+    more = f"\n  … and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
+    raise DataError(f"{len(errors)} problems with the data:{shown}{more}")
+
+
+def is_remote(source: str) -> bool:
+    """Whether ``source`` has to be fetched from the hub."""
+    return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
+
+
+def _place(source: str, row: int, line: int | None) -> str:
+    return f"sample {row} of {source}" + (f" (line {line})" if line is not None else "")
+
+
+def _read_rows(source: str, use: str) -> list[_Row]:
+    path = Path(source).expanduser()
+    folder, split = _folder_of(source)
+    if folder:
+        return _enumerate(_read_folder(source, folder, split, use))
+    if path.is_file():
+        reader = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
+        if path.suffix.lower() not in reader:
+            raise DataError(
+                f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}. "
+                "Convert the file, or rename it if it is one of these."
+            )
+        if path.stat().st_size == 0:
+            raise DataError(f"{source} is empty. Give a file with at least one sample.")
+        return reader[path.suffix.lower()](source, path)
+    if _looks_local(source):
+        raise DataError(f"{source} does not exist (looked in {path.absolute().parent}). Correct the path.")
+    return _enumerate(_read_hub(source, use))
+
+
+def _looks_local(source: str) -> bool:
+    path = Path(source)
+    if path.suffix.lower() in (*EXTENSIONS, ".csv", ".txt", ".gz", ".zst") or source.startswith((".", "/", "~")):
+        return True
+    return _HUB.fullmatch(source) is None
+
+
+def _folder_of(source: str) -> tuple[Path | None, str | None]:
+    """The local folder that ``source`` names, and the split behind its colon."""
+    for name, split in ((source, None), source.rsplit(":", 1) if ":" in source else (source, None)):
+        if (path := Path(name).expanduser()).is_dir():
+            return path, split
+    return None, None
+
+
+def _enumerate(rows: Iterable[Any]) -> list[_Row]:
+    return [_Row(index, None, row) for index, row in enumerate(rows)]
+
+
+def _read_text(source: str, path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}. Convert it, "
+            f"e.g. `iconv -f latin1 -t utf-8 {source}`."
+        ) from None
+
+
+def _read_json(source: str, path: Path) -> list[_Row]:
+    text = _read_text(source, path)
+    if not text.lstrip().startswith("["):  # many .json files hold one object per line
+        return _read_lines(source, text)
+    try:
+        return _enumerate(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source} is broken JSON in line {error.lineno}, column {error.colno}: {error.msg}. Correct it; "
+            "a .json file holds a list of objects, or one object per line."
+        ) from None
+
+
+def _read_jsonl(source: str, path: Path) -> list[_Row]:
+    return _read_lines(source, _read_text(source, path))
+
+
+def _read_lines(source: str, text: str) -> list[_Row]:
+    # Not splitlines(), which also breaks at characters that JSON strings may hold.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+    def parse(item: tuple[int, tuple[int, str]]) -> _Row:
+        index, (number, line) = item
+        try:
+            return _Row(index, number, json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{_place(source, index, number)} is broken JSON: {error.msg} in column {error.colno}. Correct or "
+                "remove the line; each line holds one whole object."
+            ) from None
+
+    return collect(parse, enumerate(lines))
+
+
+def _read_parquet(source: str, path: Path) -> list[_Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return _enumerate(pyarrow.parquet.read_table(path).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
+
+
+def _read_folder(source: str, folder: Path, split: str | None, use: str) -> Iterator[Any]:
+    import datasets
+
+    try:
+        if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            data = datasets.load_from_disk(str(folder))
+        else:
+            data = datasets.load_dataset(str(folder))
+    except Exception as error:
+        raise DataError(
+            f"the folder {source} is no data set that can be read: {_first_line(error)} Name a file, or a folder "
+            "of Parquet or JSONL files."
+        ) from error
+    return iter(_choose_split(source, data, split, use))
+
+
+def _read_hub(source: str, use: str) -> Iterator[Any]:
+    import datasets
+
+    parts = _HUB.fullmatch(source)
+    assert parts is not None
+    try:
+        data = datasets.load_dataset(parts["repo"], name=parts["config"], revision=parts["revision"])
+    except Exception as error:  # hub, network and parsing errors share no base class
+        raise DataError(
+            f"the data set '{source}' can't be read from the hub, and there is no such file: {_first_line(error)} "
+            "Expected a file, a folder or org/name[/config][@revision][:split]; correct the name, or without "
+            "network give a local file."
+        ) from error
+    return iter(_choose_split(source, data, parts["split"], use))
+
+
+def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:
+    """The named split; without a name the only one, or the one called as it is used."""
+    if not isinstance(data, dict):
+        return data
+    names = list(data)
+    if split is None:
+        split = names[0] if len(names) == 1 else use
+    if split not in names:
+        raise DataError(
+            f"the data set '{source}' has the splits {', '.join(names)}, and no '{split}'. Name one behind a colon, "
+            f"e.g. '{source.split(':')[0]}:{names[0]}'."
+        )
+    return data[split]
+
+
+def _first_line(error: Exception) -> str:
+    text = f"{error}".strip() or type(error).__name__
+    line = text.splitlines()[0].rstrip(".")
+    return f"{line}."
