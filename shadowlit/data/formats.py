@@ -230,7 +230,9 @@ def _trained(turn: Mapping[str, Any], where: str) -> bool:
     if train not in (None, True, False):
         raise DataError(f"has 'train': {_shown(train)} in {where}; expected true or false.")
     if weight not in (None, 0, 1):
-        raise DataError(f"has 'weight': {_shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise.")
+        raise DataError(
+            f"has 'weight': {_shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise."
+        )
     return train is not False and weight != 0
 
 

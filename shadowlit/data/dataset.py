@@ -1,0 +1,272 @@
+"""Tokenised data sets: read once, kept in memory as flat arrays, about five bytes a token."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from shadowlit.data.formats import Message
+from shadowlit.data.sampler import FILLER
+from shadowlit.data.sources import Conversation, raise_all
+from shadowlit.data.template import Encoded
+from shadowlit.errors import DataError
+from shadowlit.training.objective import IGNORE
+
+Overlong = Literal["error", "truncate", "drop"]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of a source.
+
+    Attributes:
+        name: ``train``, ``val/<set>``, ``test/<set>`` or ``predict``.
+        num_rows: Rows that were read.
+        num_samples: Samples that are used; more than rows where rows were split.
+        num_split: Rows of which each assistant turn became a sample of its own.
+        num_truncated: Samples that were cut to ``max_length`` and used.
+        num_dropped: Samples that were left out: too long, or without a token with loss.
+        num_tokens: Tokens of the used samples.
+        num_supervised_tokens: Those of them that carry loss.
+        longest: Tokens of the longest used sample.
+    """
+
+    name: str
+    num_rows: int
+    num_samples: int
+    num_split: int
+    num_truncated: int
+    num_dropped: int
+    num_tokens: int
+    num_supervised_tokens: int
+    longest: int
+
+    def __str__(self) -> str:
+        """``train: 2,000 samples, 512,345 tokens, 31.0 % with loss, longest 4,096; 3 truncated, 1 dropped``."""
+        share = 100 * self.num_supervised_tokens / max(1, self.num_tokens)
+        counts = (("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped))
+        lost = ", ".join(f"{count:,} {what}" for what, count in counts if count)
+        line = (
+            f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, {share:.1f} % with loss, "
+            f"longest {self.longest:,}"
+        )
+        return f"{line}; {lost}" if lost else line
+
+
+class TokenDataset(Dataset):
+    """Samples ``{"input_ids": list[int], "labels": list[int]}``; labels are -100 where there is no loss.
+
+    Index -1 isn't the last sample but the filler: two tokens without loss.
+
+    Args:
+        samples: The tokenised samples.
+        origins: Where each came from.
+        filler_token: The token that the filler is made of.
+    """
+
+    def __init__(self, samples: Iterable[Encoded], origins: list[Conversation], filler_token: int) -> None:
+        tokens, supervised, ends = array("i"), bytearray(), [0]
+        for sample in samples:
+            tokens.extend(sample.input_ids)
+            supervised.extend(label != IGNORE for label in sample.labels)
+            ends.append(len(tokens))
+        # Flat arrays: lists of lists would be copied into every worker, reference count by reference count.
+        self._tokens = np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32)
+        self._supervised = np.frombuffer(supervised, dtype=np.bool_) if supervised else np.zeros(0, np.bool_)
+        self._ends = np.array(ends)
+        self._places = [(origin.source, origin.row, origin.line) for origin in origins]
+        self._filler_token = filler_token
+
+    def __len__(self) -> int:
+        """Number of samples, fillers not counted."""
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """Sample ``index``, or the filler for -1."""
+        if index == FILLER:
+            return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE] * 2}
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        span = slice(self._ends[index], self._ends[index + 1])
+        tokens = self._tokens[span]
+        return {"input_ids": tokens.tolist(), "labels": np.where(self._supervised[span], tokens, IGNORE).tolist()}
+
+    def origin(self, index: int) -> str:
+        """``sample 17 of train.jsonl (line 18)``."""
+        source, row, line = self._places[index]
+        return str(Conversation([], source, row, line))
+
+    def digests(self) -> list[bytes]:
+        """A hash of each sample's tokens, to find identical ones."""
+        return [
+            hashlib.blake2b(self._tokens[start:end].tobytes(), digest_size=16).digest()
+            for start, end in zip(self._ends[:-1], self._ends[1:], strict=True)
+        ]
+
+
+class PromptDataset(Dataset):
+    """Prompts ``{"input_ids": list[int], "index": int}``, the index being the row; -1 for the filler.
+
+    Args:
+        prompts: The tokenised prompts.
+        origins: The rows they came from.
+        filler_token: The token that the filler is made of.
+    """
+
+    def __init__(self, prompts: list[list[int]], origins: list[Conversation], filler_token: int) -> None:
+        self._prompts, self._origins, self._filler_token = prompts, origins, filler_token
+
+    def __len__(self) -> int:
+        """Number of prompts, fillers not counted."""
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Prompt ``index``, or the filler for -1."""
+        if index == FILLER:
+            return {"input_ids": [self._filler_token] * 2, "index": FILLER}
+        return {"input_ids": self._prompts[index], "index": self._origins[index].row}
+
+    def origin(self, index: int) -> str:
+        """``sample 17 of prompts.jsonl (line 18)``."""
+        return str(self._origins[index])
+
+
+def tokenise(
+    name: str,
+    conversations: Iterable[Conversation],
+    encode: Callable[[list[Message]], list[Encoded]],
+    *,
+    max_length: int,
+    filler_token: int,
+    overlong: Overlong = "truncate",
+    drop_unsupervised: bool = False,
+) -> tuple[TokenDataset, DataReport]:
+    """Tokenise conversations, cut or drop what is too long, and count.
+
+    Args:
+        name: For the report.
+        conversations: What was read.
+        encode: The samples that a conversation makes.
+        max_length: Longest sample, in tokens.
+        filler_token: See :class:`TokenDataset`.
+        overlong: What happens to longer ones: an error, the beginning is kept, or they are dropped.
+        drop_unsupervised: Drop samples without a token with loss instead of raising.
+
+    Raises:
+        DataError: Samples that the template refuses, are too long or have no token with loss; up to five are listed.
+    """
+    kept: list[Encoded] = []
+    origins: list[Conversation] = []
+    errors: list[str] = []
+    num_rows = num_split = num_truncated = num_dropped = 0
+    for conversation in conversations:
+        num_rows += 1
+        try:
+            samples = encode(conversation.messages)
+            if not samples:  # every turn is kept out of the loss
+                samples = [Encoded([], [])]
+            num_split += len(samples) > 1
+            for sample in samples:
+                fitted = _fit(sample, max_length, overlong, drop_unsupervised)
+                if fitted is None:
+                    num_dropped += 1
+                    continue
+                num_truncated += len(fitted.input_ids) < len(sample.input_ids)
+                kept.append(fitted)
+                origins.append(conversation)
+        except DataError as error:
+            errors.append(f"{conversation} {error}")
+    raise_all(errors)
+    lengths = [len(sample.input_ids) for sample in kept]
+    report = DataReport(
+        name=name,
+        num_rows=num_rows,
+        num_samples=len(kept),
+        num_split=num_split,
+        num_truncated=num_truncated,
+        num_dropped=num_dropped,
+        num_tokens=sum(lengths),
+        num_supervised_tokens=sum(_num_supervised(sample) for sample in kept),
+        longest=max(lengths, default=0),
+    )
+    return TokenDataset(kept, origins, filler_token), report
+
+
+def tokenise_prompts(
+    name: str,
+    conversations: Iterable[Conversation],
+    encode: Callable[[list[Message]], list[int]],
+    *,
+    max_length: int,
+    filler_token: int,
+) -> tuple[PromptDataset, DataReport]:
+    """Tokenise prompts. None is cut: an answer to half a question would be worth nothing.
+
+    Args:
+        name: For the report.
+        conversations: What was read.
+        encode: The tokens of a prompt.
+        max_length: Longest prompt, in tokens.
+        filler_token: See :class:`PromptDataset`.
+
+    Raises:
+        DataError: Prompts that the template refuses or that are too long; up to five are listed.
+    """
+    kept, origins, errors = [], list(conversations), []
+    for conversation in origins:
+        try:
+            prompt = encode(conversation.messages)
+            if len(prompt) > max_length:
+                raise DataError(f"has a prompt of {len(prompt)} tokens. Raise data.max_length={max_length}.")
+            kept.append(prompt)
+        except DataError as error:
+            errors.append(f"{conversation} {error}")
+    raise_all(errors)
+    lengths = [len(prompt) for prompt in kept]
+    total, longest = sum(lengths), max(lengths, default=0)
+    report = DataReport(name, len(kept), len(kept), 0, 0, 0, total, 0, longest)
+    return PromptDataset(kept, origins, filler_token), report
+
+
+def count_shared(one: TokenDataset, other: TokenDataset) -> int:
+    """How many samples of ``other`` are token for token in ``one``."""
+    known = set(one.digests())
+    return sum(digest in known for digest in other.digests())
+
+
+def _num_supervised(sample: Encoded) -> int:
+    return sum(label != IGNORE for label in sample.labels)
+
+
+def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised: bool) -> Encoded | None:
+    """The sample as it is used, or None where it is dropped."""
+    length = len(sample.input_ids)
+    fitted = sample
+    if length > max_length:
+        if overlong == "drop":
+            return None
+        if overlong == "error":
+            raise DataError(
+                f"has {length} tokens. Raise data.max_length={max_length}, or set data.overlong to truncate or drop."
+            )
+        fitted = Encoded(sample.input_ids[:max_length], sample.labels[:max_length])
+    if _num_supervised(fitted):
+        return fitted
+    if drop_unsupervised:
+        return None
+    if not _num_supervised(sample):
+        raise DataError(
+            "has no token with loss: none of its assistant turns is to be trained on. Remove 'train'/'weight' from "
+            "one, or set data.drop_unsupervised=true."
+        )
+    prompt = next(t for t, label in enumerate(sample.labels) if label != IGNORE)
+    raise DataError(
+        f"has no token with loss after truncation to {max_length} tokens (its prompt has {prompt}). "
+        "Raise data.max_length or set data.drop_unsupervised=true."
+    )
