@@ -250,7 +250,7 @@ def _field(row: Mapping[str, Any], name: str, kind: type, where: str = "", defau
     if name not in row:
         raise DataError(f"lacks the field '{name}'{place}. Add it or remove the row.")
     if not isinstance(value, kind):
-        expected = {str: "a text", list: "a list"}[kind]
+        expected = "a text" if kind is str else "a list"
         raise DataError(f"has {_shown(value)} in '{name}'{place}; expected {expected}. Correct or remove the row.")
     return value
 

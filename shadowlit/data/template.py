@@ -239,7 +239,7 @@ def _marked(
     span out where there is none, e.g. for a space that the tokenizer's offsets trim (transformers#34172).
     """
     try:
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(  # annotated as a text upstream
             conversations=[_plain(messages)],
             chat_template=template,
             return_assistant_tokens_mask=True,
@@ -248,6 +248,7 @@ def _marked(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise _refusal(error, messages) from None
+    texts, spans = rendered
     return texts[0], spans[0]
 
 
@@ -283,7 +284,7 @@ def _prefix_span(
     text: str,
     template_kwargs: Mapping[str, Any],
 ) -> Span:
-    """The characters of ``text`` that the model has to produce in an assistant turn, and what follows up to the next."""
+    """The characters of ``text`` that an assistant turn adds to its prompt: the answer, its end, what follows it."""
     asked = _render(tokenizer, messages[:turn], True, template_kwargs)
     is_last = turn == len(messages) - 1
     answered = text if is_last else _render(tokenizer, messages[: turn + 1], False, template_kwargs)
@@ -333,7 +334,7 @@ def _turn_end(
     with the last special one; else with the first stopping token further ahead; else nowhere: all of it counts.
     """
     special, stops = _special_ids(tokenizer), _stop_ids(tokenizer)
-    tail = []
+    tail: list[int] = []
     for t in reversed(within):
         start, end = places[t]
         if input_ids[t] not in special and text[start:end].strip():
@@ -361,4 +362,4 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that the tokenizer itself calls an end: of the sequence, and of a turn where it names one."""
     names = (tokenizer.eos_token, getattr(tokenizer, "eot_token", None))
-    return {tokenizer.convert_tokens_to_ids(name) for name in names if name}
+    return set(tokenizer.convert_tokens_to_ids([name for name in names if name]))

@@ -1,0 +1,423 @@
+"""ShadowData: from the configuration's data section to loaders."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from shadowlit.data.collate import Collate, PromptCollate
+from shadowlit.data.dataset import (
+    DataReport,
+    Overlong,
+    PromptDataset,
+    TokenDataset,
+    count_shared,
+    tokenise,
+    tokenise_prompts,
+)
+from shadowlit.data.formats import Format, Message
+from shadowlit.data.loader import ResumableLoader, make_loader
+from shadowlit.data.sampler import ShardedBatchSampler, epoch_order
+from shadowlit.data.sources import Conversation, is_remote, raise_all, read_conversations
+from shadowlit.data.template import check_template, encode_prompt, encode_turns, load_template, renders_date
+from shadowlit.errors import DataError
+from shadowlit.pair import ModelPair
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class ShadowData(LightningDataModule):
+    """Conversations, tokenised with the Instruct's chat template; loss on the assistant's turns.
+
+    A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set of
+    the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the one called
+    train, validation or test after its use. Files have no splits.
+
+    Everything is read and tokenised on every rank when a command starts, and kept in memory: about five bytes a
+    token. Needs ``trainer.use_distributed_sampler: false``; the loaders shard by themselves, without duplicates and
+    with equally many batches on every rank, and the position in the training data is part of each checkpoint.
+
+    Args:
+        pair: Its Instruct gives tokenizer and chat template.
+        train: Source, or several that are joined.
+        validation: Sources by name; the names appear in the metrics. A plain source is named ``val``.
+        test: As ``validation``, for the command test. A plain source is named ``test``.
+        predict: Source of prompts for the command predict. Rows need no answer; an answer that is there, the last
+            assistant turn, is left out together with what follows it.
+        format: Format of all sources: messages (role, content), sharegpt (conversations with from, value), alpaca
+            (instruction, input, output), prompt_completion; auto recognises each source by its columns.
+        max_length: Longest sample, in tokens.
+        overlong: What happens to longer samples: truncate keeps their beginning, drop leaves them out, error stops.
+            Prompts of ``predict`` are never cut; one that is too long is an error.
+        drop_unsupervised: Leave out samples without a token with loss, instead of stopping.
+        batch_size: Training samples per rank and step of the loop; × ranks × accumulate_grad_batches is the effective
+            batch.
+        eval_batch_size: The same for validation, test and predict; null for ``batch_size``.
+        drop_last: Leave an incomplete last batch of an epoch out; else it is trained on, and weighs what it holds.
+        shuffle: Train in a new order every epoch, drawn from the seed and the epoch.
+        seed: Of the order, and of the choice of ``limit_train_samples``.
+        limit_train_samples: Train on so many rows only: the first of a permutation drawn from the seed, so a smaller
+            choice is part of each larger one. Null for all.
+        system: System text for conversations that have none of their own.
+        chat_template: Path of a jinja file, to use instead of the Instruct's template.
+        template_kwargs: Arguments of the template, e.g. ``{enable_thinking: false}``.
+        pad_to_multiple_of: Round the length of every batch up to a multiple, e.g. 64 for compiled layers.
+        num_workers: Processes that put batches together, per loader; 0 does it in the training process.
+
+    Raises:
+        DataError: Settings that can't work, all of them in one message.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        train: str | list[str] | None = None,
+        validation: dict[str, str] | str | None = None,
+        test: dict[str, str] | str | None = None,
+        predict: str | None = None,
+        format: Format = "auto",
+        max_length: int = 4096,
+        overlong: Overlong = "truncate",
+        drop_unsupervised: bool = False,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        drop_last: bool = False,
+        shuffle: bool = True,
+        seed: int = 0,
+        limit_train_samples: int | None = None,
+        system: str | None = None,
+        chat_template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        pad_to_multiple_of: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.pair = pair
+        self.train = [train] if isinstance(train, str) else list(train or [])
+        self.validation = {"val": validation} if isinstance(validation, str) else dict(validation or {})
+        self.test = {"test": test} if isinstance(test, str) else dict(test or {})
+        self.predict = predict
+        self.format = format
+        self.max_length, self.overlong, self.drop_unsupervised = max_length, overlong, drop_unsupervised
+        self.batch_size = batch_size
+        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
+        self.drop_last, self.shuffle, self.seed = drop_last, shuffle, seed
+        self.limit_train_samples = limit_train_samples
+        self.system, self.chat_template = system, chat_template
+        self.template_kwargs = dict(template_kwargs or {})
+        self.pad_to_multiple_of, self.num_workers = pad_to_multiple_of, num_workers
+        self.reports: dict[str, DataReport] = {}
+        self._sets: dict[str, TokenDataset] = {}
+        self.prompts: PromptDataset | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._resume: dict[str, Any] | None = None
+        raise_all(list(self._problems()))
+
+    @property
+    def validation_names(self) -> list[str]:
+        """The validation sets in the order of their loaders."""
+        return list(self.validation)
+
+    @property
+    def test_names(self) -> list[str]:
+        """The test sets in the order of their loaders."""
+        return list(self.test)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The Instruct's tokenizer, with ``chat_template`` in it where that is set.
+
+        Raises:
+            DataError: It has no usable chat template, or ``template_kwargs`` don't fit it.
+        """
+        if self._tokenizer is None:
+            tokenizer = self.pair.tokenizer()
+            if self.chat_template is not None:
+                tokenizer = copy.deepcopy(tokenizer)  # the pair's own is exported
+                tokenizer.chat_template = load_template(self.chat_template)
+            check_template(tokenizer, self.template_kwargs)
+            if renders_date(tokenizer, self.template_kwargs):
+                rank_zero_warn(
+                    "data: the chat template writes today's date, so another day trains on other tokens. Set "
+                    "data.template_kwargs to {date_string: '26 Jul 2024'} or the like."
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills batches up; without a padding token the end of the sequence, which attention and loss skip."""
+        tokenizer = self.tokenizer
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return pad if isinstance(pad, int) else 0
+
+    def prepare_data(self) -> None:
+        """Fetch hub data sets, in one process per machine, so that the others find them in the cache."""
+        sources = [(source, "train") for source in self.train]
+        sources += [(source, "validation") for source in self.validation.values()]
+        sources += [(source, "test") for source in self.test.values()]
+        for source, use in sources:
+            if is_remote(source):
+                read_conversations(source, self.format, use=use)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise what a command needs, once.
+
+        Args:
+            stage: fit, validate, test or predict; None for all that is configured.
+
+        Raises:
+            DataError: Everything that is wrong with the sources, up to five problems in one message.
+        """
+        self._resume = None  # a position that was loaded for an earlier command
+        wanted: list[tuple[str, list[str], str]] = []
+        if stage in ("fit", None):
+            wanted.append(("train", self.train, "train"))
+        if stage in ("fit", "validate", None):
+            wanted += [(f"val/{name}", [source], "validation") for name, source in self.validation.items()]
+        if stage in ("test", None):
+            wanted += [(f"test/{name}", [source], "test") for name, source in self.test.items()]
+        errors = []
+        for name, sources, use in wanted:
+            try:
+                if sources and name not in self._sets:
+                    self._add(name, self._read(name, sources, use))
+            except DataError as error:
+                errors.append(str(error))
+        if stage in ("predict", None) and self.predict is not None and self.prompts is None:
+            try:
+                self._add_prompts(self.predict)
+            except DataError as error:
+                errors.append(str(error))
+        raise_all(errors)
+        if stage in ("fit", None) and "train" in self._sets:
+            self._warn_of_overlap()
+
+    def dataset(self, split: str) -> TokenDataset:
+        """A tokenised set: ``train``, ``val/<set>``, ``test/<set>``, or a set's bare name.
+
+        Raises:
+            DataError: There is no such set, or :meth:`setup` hasn't read it.
+        """
+        for name in (split, f"val/{split}", f"test/{split}"):
+            if name in self._sets:
+                return self._sets[name]
+        known = ", ".join(self._sets) or "none"
+        raise DataError(f"there is no data set '{split}'; there are: {known}. Give one of these, or add it to data.")
+
+    def train_dataloader(self) -> ResumableLoader:
+        """This rank's training batches: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[B, T]``.
+
+        Raises:
+            DataError: Nothing to train on, fewer samples than ranks, or a checkpoint taken in the middle of another
+                order of samples.
+        """
+        if not self.train:
+            raise DataError("data.train is not set. Give the file to train on.")
+        dataset = self.dataset("train")
+        world_size, rank = self._ranks()
+        if len(dataset) < world_size:
+            raise DataError(
+                f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
+            )
+        overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = ShardedBatchSampler(
+            len(dataset), self.batch_size, world_size, rank, self.seed, self.shuffle and not overfits, self.drop_last
+        )
+        loader = ResumableLoader(
+            dataset,
+            sampler,
+            epoch=self.trainer.current_epoch if self.trainer is not None else 0,
+            batches_per_epoch=self._epoch_length(len(sampler)),
+            collate_fn=Collate(self.pad_token_id, self.pad_to_multiple_of),
+            **self._loading(),
+        )
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            _check_order(resume, _order(sampler))
+            loader.load_state_dict({"epoch": resume["epoch"], "batch": resume["batch"]})
+        return loader
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader per validation set, in the order of :attr:`validation_names`; keys as in training."""
+        return [self._eval_loader(f"val/{name}") for name in self.validation]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """One loader per test set, in the order of :attr:`test_names`; keys as in training.
+
+        Raises:
+            DataError: No test set is configured.
+        """
+        if not self.test:
+            raise DataError("data.test is not set. Give the sets to test on, e.g. data.test={math: math.jsonl}.")
+        return [self._eval_loader(f"test/{name}") for name in self.test]
+
+    def predict_dataloader(self) -> DataLoader:
+        """Prompts, left-padded: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``index`` ``[B]`` (-1: a filler).
+
+        Raises:
+            DataError: No prompts are configured.
+        """
+        if self.prompts is None:
+            raise DataError("data.predict is not set. Give the file with the prompts.")
+        return self._shard(self.prompts, PromptCollate(self.pad_token_id))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the training data, and the order that it is a position in."""
+        loader = self.trainer.train_dataloader if self.trainer is not None else None
+        if not isinstance(loader, ResumableLoader):
+            return {}
+        return {**loader.state_dict(), "order": _order(loader.batch_sampler)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader go on from a checkpoint's position."""
+        self._resume = state_dict or None
+
+    def _problems(self) -> Iterable[str]:
+        """What can be told from the settings alone."""
+        for name, least in (("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+            if getattr(self, name) < least:
+                yield f"data.{name} is {getattr(self, name)}; expected at least {least}."
+        if self.seed < 0:
+            yield f"data.seed is {self.seed}; expected at least 0."
+        for name in ("limit_train_samples", "pad_to_multiple_of"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                yield f"data.{name} is {getattr(self, name)}; expected at least 1, or null."
+        for kind, names in (("validation", self.validation), ("test", self.test)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    yield f"data.{kind} has the name '{name}'; expected letters, digits, '_' and '-'. Rename it."
+                if name in ("train", "predict"):
+                    yield f"data.{kind} has the name '{name}', which is used already. Rename it."
+
+    def _read(self, name: str, sources: list[str], use: str) -> list[Conversation]:
+        conversations = [c for source in sources for c in read_conversations(source, self.format, use=use)]
+        limit = self.limit_train_samples
+        if name != "train" or limit is None:
+            return conversations
+        if limit > len(conversations):
+            rank_zero_warn(f"data: limit_train_samples={limit}, but there are {len(conversations)} rows; all are used.")
+        chosen = epoch_order(len(conversations), self.seed)[:limit]
+        return [conversations[i] for i in sorted(chosen)]
+
+    def _add(self, name: str, conversations: list[Conversation]) -> None:
+        dataset, report = tokenise(
+            name,
+            conversations,
+            self._encoder(encode_turns),
+            max_length=self.max_length,
+            filler_token=self.pad_token_id,
+            overlong=self.overlong,
+            drop_unsupervised=self.drop_unsupervised,
+        )
+        if not len(dataset):
+            raise DataError(
+                f"{name} has no sample left: all {report.num_rows} rows were dropped. Raise data.max_length, or give "
+                "data with an answer to learn."
+            )
+        self._sets[name], self.reports[name] = dataset, report
+        rank_zero_info(f"data: {report}")
+
+    def _add_prompts(self, source: str) -> None:
+        self.prompts, report = tokenise_prompts(
+            "predict",
+            read_conversations(source, self.format, use="test", prompts_only=True),
+            self._encoder(encode_prompt),
+            max_length=self.max_length,
+            filler_token=self.pad_token_id,
+        )
+        self.reports["predict"] = report
+        rank_zero_info(f"data: {report}")
+
+    def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
+        return partial(_encode, encode, self.tokenizer, self.system, self.template_kwargs)
+
+    def _warn_of_overlap(self) -> None:
+        for name in self.validation:
+            dataset = self._sets[f"val/{name}"]
+            shared = count_shared(self._sets["train"], dataset)
+            if shared:
+                rank_zero_warn(
+                    f"data: {shared} of {len(dataset)} samples of val/{name} are in the training data too, token for "
+                    "token. Its scores say what was memorised; remove them from one of the two."
+                )
+
+    def _eval_loader(self, name: str) -> DataLoader:
+        return self._shard(self.dataset(name), Collate(self.pad_token_id, self.pad_to_multiple_of))
+
+    def _shard(self, dataset: TokenDataset | PromptDataset, collate: Collate | PromptCollate) -> DataLoader:
+        sampler = ShardedBatchSampler(len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False)
+        return make_loader(dataset, sampler, collate_fn=collate, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def _ranks(self) -> tuple[int, int]:
+        """Number of ranks and this one; 1 and 0 without a trainer."""
+        if self.trainer is None:
+            return 1, 0
+        connector = getattr(self.trainer, "_accelerator_connector", None)
+        if self.trainer.world_size > 1 and getattr(connector, "use_distributed_sampler", False):
+            raise DataError(
+                "trainer.use_distributed_sampler is true, which would shard the data a second time. Set it to false."
+            )
+        return self.trainer.world_size, self.trainer.global_rank
+
+    def _epoch_length(self, num_batches: int) -> int:
+        """Batches that the trainer takes of an epoch, as Lightning counts them: a number, or a share as a float."""
+        limit = getattr(self.trainer, "limit_train_batches", None)
+        if limit is None:
+            return num_batches
+        return min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)
+
+
+def _encode(
+    encode: Callable[..., Any],
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
+    template_kwargs: dict[str, Any],
+    messages: list[Message],
+) -> Any:
+    if system and messages[0]["role"] not in ("system", "developer"):
+        messages = [{"role": "system", "content": system}, *messages]
+    return encode(tokenizer, messages, **template_kwargs)
+
+
+def _order(sampler: ShardedBatchSampler) -> dict[str, int | bool]:
+    """What a position is a position in; the number of ranks isn't part of it, only what they take together."""
+    return {
+        "num_samples": sampler.num_samples,
+        "global_batch_size": sampler.global_batch_size,
+        "seed": sampler.seed,
+        "shuffle": sampler.shuffle,
+        "drop_last": sampler.drop_last,
+    }
+
+
+def _check_order(resume: dict[str, Any], order: dict[str, int | bool]) -> None:
+    """Refuse to go on in the middle of an order that can't be had again."""
+    changed = [f"{key} {old} → {order.get(key)}" for key, old in resume["order"].items() if order.get(key) != old]
+    if not changed:
+        return
+    if resume["batch"]:
+        raise DataError(
+            f"the checkpoint was taken after {resume['batch']} batches of an epoch, in an order that these data don't "
+            f"give: {', '.join(changed)}. Resume with the data, batch size and seed of that run."
+        )
+    rank_zero_warn(f"data: the run goes on with other data or batches than before: {', '.join(changed)}.")

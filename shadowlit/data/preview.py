@@ -1,0 +1,141 @@
+"""Prints samples token by token, so that one sees what the model is trained on, and on what not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from shadowlit.data.dataset import DataReport
+from shadowlit.data.module import ShadowData
+from shadowlit.errors import DataError
+from shadowlit.training.objective import IGNORE
+
+# Two shades each, so that neighbouring tokens can be told apart.
+_LOSS = ("black on green", "black on bright_green")
+_NO_LOSS = ("", "dim")
+
+
+def preview(data: ShadowData, split: str = "train", num_samples: int = 3, console: Console | None = None) -> None:
+    """Print the first samples of a set, what became of its source, and a legend.
+
+    Tokens with loss are green; without colours (``NO_COLOR``, a file, a pipe) they stand in ⟦ ⟧. Special tokens are
+    printed as they are, a line break as ⏎.
+
+    Args:
+        data: The data; read if it hasn't been.
+        split: ``train``, ``predict``, ``val/<set>``, ``test/<set>``, or a set's bare name (validation before test).
+        num_samples: How many samples to print.
+        console: Where to print; standard output if None.
+
+    Raises:
+        DataError: There is no such set, or the data can't be used.
+    """
+    console = console or Console(highlight=False)
+    data.setup(_stage(data, split))
+    dataset = data.prompts if split == "predict" else data.dataset(split)
+    assert dataset is not None
+    coloured = console.color_system is not None and not console.no_color
+    for index in range(min(num_samples, len(dataset))):
+        tokens = dataset[index]["input_ids"]
+        labels = dataset[index].get("labels", [IGNORE] * len(tokens))
+        num_loss = sum(label != IGNORE for label in labels)
+        console.rule(Text(f"{dataset.origin(index)}: {len(tokens)} tokens, {num_loss} with loss"), align="left")
+        console.print(render_sample(data.tokenizer, tokens, labels, coloured))
+    console.rule()
+    console.print(_legend(coloured))
+    console.print(_table(data.reports.values()))
+
+
+def render_sample(
+    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], coloured: bool = True
+) -> Text:
+    """A tokenised sample as text that shows where the loss is.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        input_ids: ``[T]`` tokens.
+        labels: ``[T]``, -100 where there is no loss.
+        coloured: Mark the loss by colours, and neighbouring tokens by two shades; else the loss by ⟦ ⟧.
+    """
+    text = Text()
+    pieces = token_texts(tokenizer, input_ids)
+    for has_loss, run in groupby(range(len(pieces)), key=lambda i: labels[pieces[i][1]] != IGNORE):
+        if has_loss and not coloured:
+            text.append("⟦")
+        for i in run:
+            styles = _LOSS if has_loss else _NO_LOSS
+            text.append(pieces[i][0].replace("\n", "⏎\n"), style=styles[i % 2] if coloured else "")
+        if has_loss and not coloured:
+            text.append("⟧")
+    return text
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[tuple[str, int]]:
+    """The text of every token and the token's place; tokens that share a character, as of an emoji, are joined.
+
+    Returns:
+        Pairs of a text and the index of the last token in it; the texts in a row are the whole text.
+    """
+    texts: list[tuple[str, int]] = []
+    # With the token before it, since some tokenizers drop the leading space of the first token they decode.
+    before: list[int] = []
+    pending: list[int] = []
+    for i, token in enumerate(input_ids):
+        pending.append(token)
+        whole, known = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (before + pending, before))
+        piece = whole[len(known) :]
+        if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(input_ids):
+            continue
+        texts.append((piece, i))
+        before, pending = pending, []
+    return texts
+
+
+def _stage(data: ShadowData, split: str) -> str:
+    """The command that reads a split."""
+    if split in ("train", "predict") and getattr(data, split):
+        return {"train": "fit", "predict": "predict"}[split]
+    if split.removeprefix("val/") in data.validation_names:
+        return "validate"
+    if split.removeprefix("test/") in data.test_names:
+        return "test"
+    known = [name for name in ("train", "predict") if getattr(data, name)]
+    known += [f"val/{name}" for name in data.validation_names] + [f"test/{name}" for name in data.test_names]
+    raise DataError(
+        f"there is no data set '{split}' to preview; the configuration has: {', '.join(known) or 'none'}. "
+        "Choose one of these with --split, or add it to data."
+    )
+
+
+def _legend(coloured: bool) -> Text:
+    if not coloured:
+        return Text("⟦with loss⟧ without loss, ⏎ line break")
+    text = Text()
+    text.append("with loss", style=_LOSS[0]).append(" ").append("next token", style=_LOSS[1])
+    text.append("  without loss ").append("next token", style=_NO_LOSS[1])
+    return text.append("  ⏎ line break")
+
+
+def _table(reports: Iterable[DataReport]) -> Table:
+    """One line per set that was read."""
+    table = Table(title="what was read", title_justify="left")
+    table.add_column("set")
+    for column in ("rows", "samples", "split", "truncated", "dropped", "tokens", "with loss", "share", "longest"):
+        table.add_column(column, justify="right")
+    for report in reports:
+        counts = (report.num_rows, report.num_samples, report.num_split, report.num_truncated, report.num_dropped)
+        share = 100 * report.num_supervised_tokens / max(1, report.num_tokens)
+        table.add_row(
+            report.name,
+            *(f"{count:,}" for count in counts),
+            f"{report.num_tokens:,}",
+            f"{report.num_supervised_tokens:,}",
+            f"{share:.1f} %",
+            f"{report.longest:,}",
+        )
+    return table
