@@ -49,14 +49,22 @@ class DataReport:
 
     def __str__(self) -> str:
         """``train: 2,000 samples, 512,345 tokens, 31.0 % with loss, longest 4,096; 3 truncated, 1 dropped``."""
-        share = 100 * self.num_supervised_tokens / max(1, self.num_tokens)
-        counts = (("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped))
-        lost = ", ".join(f"{count:,} {what}" for what, count in counts if count)
         line = (
-            f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, {share:.1f} % with loss, "
-            f"longest {self.longest:,}"
+            f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, "
+            f"{100 * self.supervised_share:.1f} % with loss, longest {self.longest:,}"
         )
-        return f"{line}; {lost}" if lost else line
+        return f"{line}; {self.lost}" if self.lost else line
+
+    @property
+    def supervised_share(self) -> float:
+        """Share of the tokens that carry loss, 0 to 1."""
+        return self.num_supervised_tokens / max(1, self.num_tokens)
+
+    @property
+    def lost(self) -> str:
+        """What wasn't used as it stood, e.g. ``3 truncated, 1 dropped``; empty if nothing."""
+        counts = (("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped))
+        return ", ".join(f"{count:,} {what}" for what, count in counts if count)
 
 
 class TokenDataset(Dataset):

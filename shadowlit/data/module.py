@@ -230,7 +230,8 @@ class ShadowData(LightningDataModule):
         world_size, rank = self._ranks()
         if len(dataset) < world_size:
             raise DataError(
-                f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
+                f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more "
+                "data."
             )
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = ShardedBatchSampler(

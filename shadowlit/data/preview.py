@@ -87,13 +87,19 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
     pending: list[int] = []
     for i, token in enumerate(input_ids):
         pending.append(token)
-        whole, known = (tokenizer.decode(ids, skip_special_tokens=False) for ids in (before + pending, before))
+        whole, known = (_decode(tokenizer, ids) for ids in (before + pending, before))
         piece = whole[len(known) :]
         if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(input_ids):
             continue
         texts.append((piece, i))
         before, pending = pending, []
     return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> str:
+    text = tokenizer.decode(input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def _stage(data: ShadowData, split: str) -> str:
@@ -125,17 +131,11 @@ def _table(reports: Iterable[DataReport]) -> Table:
     """One line per set that was read."""
     table = Table(title="what was read", title_justify="left")
     table.add_column("set")
-    for column in ("rows", "samples", "split", "truncated", "dropped", "tokens", "with loss", "share", "longest"):
-        table.add_column(column, justify="right")
+    for column in ("rows", "samples", "tokens", "with loss", "longest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("lost")
     for report in reports:
-        counts = (report.num_rows, report.num_samples, report.num_split, report.num_truncated, report.num_dropped)
-        share = 100 * report.num_supervised_tokens / max(1, report.num_tokens)
-        table.add_row(
-            report.name,
-            *(f"{count:,}" for count in counts),
-            f"{report.num_tokens:,}",
-            f"{report.num_supervised_tokens:,}",
-            f"{share:.1f} %",
-            f"{report.longest:,}",
-        )
+        numbers = (report.num_rows, report.num_samples, report.num_tokens)
+        share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"
+        table.add_row(report.name, *(f"{n:,}" for n in numbers), share, f"{report.longest:,}", report.lost or "nothing")
     return table

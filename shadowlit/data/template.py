@@ -362,4 +362,4 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that the tokenizer itself calls an end: of the sequence, and of a turn where it names one."""
     names = (tokenizer.eos_token, getattr(tokenizer, "eot_token", None))
-    return set(tokenizer.convert_tokens_to_ids([name for name in names if name]))
+    return {number for name in names if name and isinstance(number := tokenizer.convert_tokens_to_ids(name), int)}

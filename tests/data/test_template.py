@@ -1,0 +1,263 @@
+"""Masks worked out by hand over many turns, for templates of the shapes that are in use."""
+
+import pytest
+
+from shadowlit.data.template import (
+    RewrittenHistoryError,
+    check_template,
+    encode,
+    encode_prompt,
+    encode_turns,
+    load_template,
+    renders_date,
+)  # fmt: skip
+from shadowlit.errors import DataError
+from tests.data.templates import (
+    CHATML,
+    CHATML_UNMARKED,
+    GEMMA,
+    LLAMA3,
+    MISTRAL,
+    MISTRAL_SYSTEM,
+    OPENS_THINKING,
+    QWEN2,
+    QWEN3,
+    make_tokenizer,
+    supervised_texts,
+    talk,
+    tokenizer_with,
+    word_tokenizer,
+)  # fmt: skip
+
+TALK = talk("1+1?", "two", "sure?", " yes\n", system="Be brief.")
+
+
+def test_a_mask_by_hand():
+    """``<|im_start|>user⏎a<|im_end|>⏎<|im_start|>assistant⏎bc<|im_end|>⏎``, one token per byte or special."""
+    tokenizer = make_tokenizer(CHATML_UNMARKED)
+    ids, labels = encode(tokenizer, talk("a", "bc"))
+    num_prompt = 1 + len("user\n") + 1 + 2 + 1 + len("assistant\n")
+    b, c, end = tokenizer.convert_tokens_to_ids(["b", "c", "<|im_end|>"])
+    assert len(ids) == num_prompt + 4
+    assert labels == [-100] * num_prompt + [b, c, end] + [-100]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_many_turns_carry_loss_up_to_their_end(template):
+    tokenizer = make_tokenizer(template)
+    encoded = encode(tokenizer, TALK)
+    assert supervised_texts(tokenizer, encoded) == ["two<|im_end|>", " yes\n<|im_end|>"]
+    assert tokenizer.decode(encoded.input_ids).endswith(" yes\n<|im_end|>\n")
+
+
+@pytest.mark.parametrize("messages", [TALK, talk("é🙂", "🙂é", "中", "文"), talk("a", "b"), talk("a", "b", "c")])
+def test_marks_and_prefixes_agree(messages):
+    marked, unmarked = make_tokenizer(CHATML), make_tokenizer(CHATML_UNMARKED)
+    assert encode(marked, messages) == encode(unmarked, messages)
+    reference = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert encode(marked, messages).input_ids == reference["input_ids"]
+    assert [label != -100 for label in encode(marked, messages).labels] == [
+        bool(m) for m in reference["assistant_masks"]
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_a_turn_is_left_out_of_the_loss(template):
+    tokenizer = make_tokenizer(template)
+    messages = talk("a", "b", "c", "d", "e", "f")
+    messages[1]["train"] = messages[5]["train"] = False
+    encoded = encode(tokenizer, messages)
+    assert supervised_texts(tokenizer, encoded) == ["d<|im_end|>"]
+    assert encoded.input_ids == encode(tokenizer, talk("a", "b", "c", "d", "e", "f")).input_ids
+
+
+def test_a_default_system_prompt_is_rendered_once():
+    tokenizer = make_tokenizer(QWEN2)
+    encoded = encode(tokenizer, talk("a", "b", "c", "d"))
+    assert supervised_texts(tokenizer, encoded) == ["b<|im_end|>", "d<|im_end|>"]
+    assert tokenizer.decode(encoded.input_ids).count("Be good.") == 1
+
+
+def test_llama3_has_one_bos_and_nothing_after_its_end():
+    tokenizer = tokenizer_with(
+        LLAMA3, "<|start_header_id|>", "<|end_header_id|>", bos="<|begin_of_text|>", eos="<|eot_id|>"
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id  # it would add a second one
+    encoded = encode(tokenizer, talk("a", "  b ", "c", "d", system="s"))
+    assert supervised_texts(tokenizer, encoded) == ["b<|eot_id|>", "d<|eot_id|>"]
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+    assert encoded.labels[-1] == tokenizer.eos_token_id
+    assert encode_prompt(tokenizer, talk("a", "b")).count(tokenizer.bos_token_id) == 1
+
+
+def test_gemmas_end_of_turn_is_not_its_end_of_sequence():
+    tokenizer = tokenizer_with(GEMMA, "<start_of_turn>", "<end_of_turn>", bos="<bos>", eos="<eos>")
+    encoded = encode(tokenizer, talk("a", " b ", "c", "d"))
+    assert supervised_texts(tokenizer, encoded) == ["b<end_of_turn>", "d<end_of_turn>"]
+    with pytest.raises(DataError, match=r"refused by the chat template: 'System role not supported'.*turns: system, "
+                       r"user.*move a system text into the first user turn"):  # fmt: skip
+        encode(tokenizer, talk("a", "b", system="s"))
+    with pytest.raises(DataError, match=r"must alternate.*turns: user, user"):
+        encode(tokenizer, [{"role": "user", "content": "a"}] * 2 + talk("a", "b")[1:])
+
+
+def test_mistral_has_no_header_for_the_assistant():
+    tokenizer = tokenizer_with(MISTRAL, "[INST]", "[/INST]", bos="<s>", eos="</s>")
+    encoded = encode(tokenizer, talk("a", "b", "c", "d"))
+    assert supervised_texts(tokenizer, encoded) == [" b</s>", " d</s>"]
+
+
+def test_history_that_is_rewritten_makes_one_sample_per_turn():
+    tokenizer = tokenizer_with(MISTRAL_SYSTEM, "[INST]", "[/INST]", bos="<s>", eos="</s>")
+    messages = talk("a", "b", "c", "d", system="S")
+    with pytest.raises(RewrittenHistoryError, match=r"message 2\).*otherwise once other turns follow.*'.*S.*' against"):
+        encode(tokenizer, messages)
+    samples = encode_turns(tokenizer, messages)
+    assert [tokenizer.decode(sample.input_ids) for sample in samples] == [
+        "<s>[INST]S\n\na[/INST]b</s>",
+        "<s>[INST]a[/INST]b</s>[INST]S\n\nc[/INST]d</s>",
+    ]
+    assert [supervised_texts(tokenizer, sample) for sample in samples] == [["b</s>"], ["d</s>"]]
+
+
+def test_qwen3_strips_the_reasoning_of_earlier_turns():
+    tokenizer = make_tokenizer(QWEN3)
+    samples = encode_turns(tokenizer, talk("a", "<think>\nhm\n</think>\n\nb", "c", "d"))
+    assert [tokenizer.decode(s.input_ids).split("assistant\n", 1)[1] for s in samples] == [
+        "<think>\nhm\n</think>\n\nb<|im_end|>\n",
+        "b<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nd<|im_end|>\n",
+    ]
+    assert [supervised_texts(tokenizer, s) for s in samples] == [
+        ["<think>\nhm\n</think>\n\nb<|im_end|>"],
+        ["<think>\n\n</think>\n\nd<|im_end|>"],
+    ]
+
+
+def test_qwen3s_empty_block_carries_no_loss_without_thinking():
+    tokenizer = make_tokenizer(QWEN3)
+    thinking = encode(tokenizer, talk("a", "b"))
+    plain = encode(tokenizer, talk("a", "b"), enable_thinking=False)
+    assert thinking.input_ids == plain.input_ids
+    assert supervised_texts(tokenizer, thinking) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+    assert supervised_texts(tokenizer, plain) == ["b<|im_end|>"]
+
+
+def test_a_split_conversation_keeps_left_out_turns_out():
+    messages = talk("a", "b", "c", "d", "e", "f")
+    messages[3]["train"] = False
+    samples = encode_turns(make_tokenizer(QWEN3), messages, enable_thinking=False)
+    assert [supervised_texts(make_tokenizer(), s) for s in samples] == [["b<|im_end|>"], ["f<|im_end|>"]]
+
+
+def test_what_is_trained_continues_what_is_asked():
+    """The tokens before the loss are the prompt that ``encode_prompt`` asks with."""
+    for template, options in ((CHATML, {}), (QWEN2, {}), (QWEN3, {"enable_thinking": False}), (QWEN3, {})):
+        tokenizer = make_tokenizer(template)
+        sample = encode(tokenizer, talk("a", "b"), **options)
+        start = next(t for t, label in enumerate(sample.labels) if label != -100)
+        assert encode_prompt(tokenizer, talk("a", "b"), **options) == sample.input_ids[:start]
+
+
+def test_a_generation_prompt_that_no_turn_begins_with():
+    with pytest.raises(DataError, match=r"message 1\) that doesn't begin with.*<think>.*against.*template_kwargs"):
+        encode_turns(make_tokenizer(OPENS_THINKING), talk("a", "b"))
+
+
+def test_marks_without_the_end_of_turn_get_it():
+    template = CHATML.replace("message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}",
+                              "message['content'] }}{% endgeneration %}{{ '<|im_end|>\\n' }}")  # fmt: skip
+    assert template != CHATML
+    tokenizer = make_tokenizer(template)
+    assert supervised_texts(tokenizer, encode(tokenizer, TALK)) == ["two<|im_end|>", " yes\n<|im_end|>"]
+
+
+def test_marks_that_cover_nothing_are_an_error():
+    template = CHATML.replace("message['role'] == 'assistant'", "message['role'] == 'model'")
+    with pytest.raises(DataError, match=r"no assistant turn within.*generation.*data.chat_template"):
+        encode(make_tokenizer(template), talk("a", "b"))
+
+
+def test_two_marked_spans_per_turn():
+    said = "{{ message['content'] + '<|im_end|>' }}"
+    template = CHATML.replace(said, "{{ 'x' }}{% endgeneration %}-{% generation %}" + said)
+    tokenizer, messages = make_tokenizer(template), talk("a", "b", "c", "d")
+    assert supervised_texts(tokenizer, encode(tokenizer, messages)) == ["x", "b<|im_end|>", "x", "d<|im_end|>"]
+    messages[1]["train"] = False
+    with pytest.raises(DataError, match=r"2 assistant turns are 4 marked spans.*one span per turn"):
+        encode(tokenizer, messages)
+
+
+@pytest.mark.parametrize("tail, expected", [
+    ("<|im_end|>\n<|endoftext|>", "b<|im_end|>"),   # a stopping token ends the turn, whatever follows
+    ("\n", "b\n"),                                    # no special token at all: everything counts
+    ("<|im_end|> [END]\n", "b<|im_end|>"),           # text behind the stopping token
+    ("<|im_start|>\n", "b<|im_start|>"),             # some special token, white space behind it
+])  # fmt: skip
+def test_where_a_turn_ends(tail, expected):
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.content if m.role == 'user' else ':' + m.content + '" + tail
+        + "' }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )  # fmt: skip
+    tokenizer = make_tokenizer(template.replace("\n", "\\n"))
+    assert supervised_texts(tokenizer, encode(tokenizer, talk("a", "b", "c", "d")))[0] == expected
+
+
+def test_a_token_across_the_border_carries_loss():
+    """``answer: `` and ``yes`` meet in the token ``▁yes``: without its loss the first word would never be learned."""
+    template = (
+        "{% for m in messages %}{{ 'ask:' + m.content if m.role == 'user' else 'answer: ' + m.content + '</s>' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'answer: ' }}{% endif %}"
+    )
+    tokenizer = word_tokenizer(template)
+    ids, labels = encode(tokenizer, talk("no", "yes"))
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert [t for t, label in zip(tokens, labels, strict=True) if label != -100] == ["▁yes", "</s>"]
+
+
+def test_the_first_token_carries_no_loss():
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    ids, labels = encode(make_tokenizer(template), [{"role": "assistant", "content": "ab"}])
+    assert labels == [-100, ids[1]]
+
+
+def test_prompts_end_before_the_last_answer():
+    tokenizer = make_tokenizer(CHATML)
+    asked = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(encode_prompt(tokenizer, talk("a", "b"))) == asked
+    assert tokenizer.decode(encode_prompt(tokenizer, talk("a"))) == asked
+    longer = tokenizer.decode(encode_prompt(tokenizer, talk("a", "b", "c", "d")))
+    assert longer == asked + "b<|im_end|>\n" + asked.replace("a<", "c<")
+    with pytest.raises(DataError, match=r"no turn before the answer.*Add the question"):
+        encode_prompt(tokenizer, [{"role": "assistant", "content": "a"}])
+
+
+def test_no_chat_template_and_no_fast_tokenizer():
+    with pytest.raises(DataError, match=r"has no chat template.*chat_template\.jinja.*data\.chat_template"):
+        encode(make_tokenizer(None), talk("a", "b"))
+
+
+def test_template_arguments_are_checked():
+    check_template(make_tokenizer(QWEN3), {"enable_thinking": False})
+    with pytest.raises(
+        DataError, match=r"has enable_thinkin, which the chat template doesn't use; it knows enable_thinking"
+    ):
+        check_template(make_tokenizer(QWEN3), {"enable_thinkin": False})
+    with pytest.raises(DataError, match="it knows no arguments"):
+        check_template(make_tokenizer(CHATML), {"enable_thinking": False})
+
+
+def test_template_files(tmp_path):
+    good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
+    good.write_text(CHATML)
+    bad.write_text("{% for %}")
+    assert load_template(str(good)) == CHATML
+    with pytest.raises(DataError, match=r"bad\.jinja is no jinja template: .* in line 1"):
+        load_template(str(bad))
+    with pytest.raises(DataError, match=r"none\.jinja can't be read.*path of a jinja file"):
+        load_template(str(tmp_path / "none.jinja"))
+
+
+def test_a_template_that_writes_the_date():
+    tokenizer = make_tokenizer("{% if not date_string %}{% set date_string = strftime_now('%d') %}{% endif %}" + CHATML)
+    assert renders_date(tokenizer, {}) and not renders_date(tokenizer, {"date_string": "1"})
+    assert not renders_date(make_tokenizer(CHATML), {})
