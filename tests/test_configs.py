@@ -1,0 +1,130 @@
+"""Every configuration: explained key by key, accepted by the parser, and run for two steps on a small pair."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from shadowlit.cli import main
+from shadowlit.graft.export import read_manifest
+from tests.distributed import run_ranks
+from tests.tiny import save_pair
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: path.name)
+KEY = re.compile(r"\s*(- )?\w+:")
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+def test_there_are_configurations():
+    names = {path.stem for path in CONFIGS}
+    assert names >= {"demo_lora", "demo_full", "demo_fsdp", "qwen3_0.6b_lora", "qwen3_4b_full_fsdp", "paper"}
+
+
+@every_config
+def test_header_and_a_comment_on_every_key(path):
+    text = path.read_text(encoding="utf-8")
+    header = text[: text.index("\n\n")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    for part in ("Memory:", "Launch:", "Override:", f"configs/{path.name}"):
+        assert part in header
+    bare = [line for line in text.splitlines() if KEY.match(line) and not re.search(r"\s#\s\S", line)]
+    assert bare == []
+
+
+def leaves(value, prefix=""):
+    """Dotted keys and values; a list is a value. The parser spells a class out where it can be inferred."""
+    if not isinstance(value, dict) or not value:
+        return {prefix.replace(".init_args", ""): value}
+    return {key: leaf for name, part in value.items() for key, leaf in leaves(part, f"{prefix}.{name}").items()}
+
+
+@every_config
+def test_the_parser_accepts_it_and_understands_what_is_written(path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(path), "--print_config"])
+    assert stop.value.code in (0, None)
+    understood = leaves(yaml.safe_load(capsys.readouterr().out))
+    for key, value in leaves(yaml.safe_load(path.read_text(encoding="utf-8"))).items():
+        if key != ".trainer.callbacks":  # printed with all their defaults
+            assert understood[key] == value, key
+
+
+def test_a_misspelt_key_is_an_error(tmp_path, capsys):
+    text = CONFIGS[0].read_text(encoding="utf-8").replace("warmup_ratio:", "warm_up_ratio:")
+    (tmp_path / "typo.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(tmp_path / "typo.yaml"), "--print_config"])
+    assert stop.value.code == 2
+    assert "warm_up_ratio" in capsys.readouterr().err
+
+
+def effective_batch(name):
+    config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))
+    trainer = config["trainer"]
+    return config["data"]["batch_size"] * trainer["devices"] * trainer["accumulate_grad_batches"]
+
+
+def test_effective_batches_are_those_that_are_promised():
+    assert effective_batch("paper") == effective_batch("qwen3_4b_full_fsdp") == 256
+    assert effective_batch("demo_fsdp") == effective_batch("demo_full")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Small pairs in bfloat16, as published ones are, and 16 conversations."""
+    root = tmp_path_factory.mktemp("tiny")
+    for arch in ("qwen3", "llama"):
+        (root / arch).mkdir()
+        save_pair(root / arch, arch, tied=arch == "qwen3", dtype=torch.bfloat16)
+    turns = [
+        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes" * (i % 3)}] for i in range(16)
+    ]
+    rows = [
+        json.dumps({"messages": [question, {**answer, "content": answer["content"] + "!"}]})
+        for question, answer in turns
+    ]
+    (root / "rows.jsonl").write_text("\n".join(rows))
+    return root
+
+
+def fit(args):
+    """Train; return the optimizer steps and the logged names."""
+    torch.set_num_threads(1)
+    trainer = main(args).trainer
+    return trainer.global_step, sorted(trainer.callback_metrics), trainer.log_dir
+
+
+@every_config
+def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
+    """As written but for the pair, the data, the devices and the length; sharded ones on two processes."""
+    monkeypatch.chdir(ROOT)
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sharded = isinstance(config["trainer"]["strategy"], dict)
+    size = 2 if sharded else 1
+    args = [
+        "fit", f"--config={path}", "--trainer.accelerator=cpu", f"--trainer.devices={size}", "--trainer.max_steps=2",
+        "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.accumulate_grad_batches=1",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]  # fmt: skip
+    if sharded:
+        args.append(f"--trainer.strategy.init_args.data_parallel_size={size}")
+    if not path.stem.startswith("demo"):
+        pair = tiny / ("llama" if "Llama" in config["pair"]["base"] else "qwen3")
+        rows = tiny / "rows.jsonl"
+        args += [
+            f"--pair.base={pair / 'base'}", f"--pair.instruct={pair / 'instruct'}", f"--data.train={rows}",
+            f'--data.validation={{"task": "{rows}"}}', "--data.batch_size=2", "--data.template_kwargs={}",
+            "--data.max_length=256",
+        ]  # fmt: skip
+    steps, logged, folder = run_ranks(fit, 2, args)[0] if sharded else fit(args)
+    assert steps == 2
+    assert {"val/tuned/loss", "val/grafted/loss", "val/instruct/loss", "graft/gain", "graft/survival"} <= set(logged)
+    manifest = read_manifest(Path(folder) / "export/model")
+    assert manifest["config"]["model"]["lr"] == config["model"]["lr"]
+    assert (Path(folder) / "export/adapter").exists() is (config["model"]["adapter"] is not None)
