@@ -19,7 +19,7 @@ def main(args: list[str] | None = None) -> int:
 
     An error that the user's input caused is told in its own words, without a traceback.
     """
-    args = sys.argv[1:] if args is None else args
+    given, args = args, sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return 0
@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> int:
     from shadowlit.errors import ShadowlitError
 
     try:
-        run(args)
+        run(given)  # None: Lightning takes the command line itself, and its launcher starts other ranks with it
     except ShadowlitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,9 @@ from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
+
+# jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
+warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
 
 
 class ShadowTrainer(Trainer):

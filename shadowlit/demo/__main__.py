@@ -28,7 +28,8 @@ from shadowlit.evaluation.generation import generate_answers, greedy_config
 from shadowlit.graft.live import BASE
 from shadowlit.training.module import ShadowModule
 
-SETS = {"new": "the new task", "old": "old skills", "format": "format on request", "refusal": "refusals"}
+SETS = {"new": "new task", "old": "old skills", "format": "format asked", "refusal": "refusals"}
+TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
 MODELS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
 _BATCH = 64
 _MAX_NEW_TOKENS = 24
@@ -53,7 +54,12 @@ def main(args: list[str] | None = None) -> None:
     }
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    picture = plot_curves(folder / "metrics.csv", folder / "curves.png", sets=("new", "old"))
+    picture = plot_curves(
+        folder / "metrics.csv",
+        folder / "curves.png",
+        sets=("new", "new_house", "old"),
+        whats=("loss", "sequence_accuracy"),
+    )
     console.print(table(results))
     console.print(_CAPTION, style="dim")
     console.print(
@@ -71,27 +77,27 @@ def main(args: list[str] | None = None) -> None:
 
 
 _CAPTION = (
-    "loss, token accuracy: teacher-forced, on the reference answers of the new task (bare) and the old skills (house "
-    "style).\nexact match: greedy answers to held-out questions; on the new task and the old skills the value counts, "
-    "in any style."
+    "loss and token accuracy: teacher-forced, on reference answers as in training (bare) or in the Instruct's house "
+    "style (styled; old skills too).\nexact match: greedy answers; on the new task and the old skills the value "
+    "counts, in any style."
 )
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """The four models in rows: loss and token accuracy on both sets, and the share of right answers on all four."""
+    """The four models in columns: loss and token accuracy by set, and the share of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
     drawn = Table(title="On held-out questions")
-    drawn.add_column("model")
-    for name in ("new", "old"):
-        drawn.add_column(f"loss,\n{SETS[name]}", justify="right")
-        drawn.add_column(f"token accuracy,\n{SETS[name]}", justify="right")
-    for name in SETS:
-        drawn.add_column(f"exact match,\n{SETS[name]}", justify="right")
-    for who, title in MODELS.items():
-        cells = []
-        for name in ("new", "old"):
-            cells += [f"{scores[f'test/{who}/{name}/loss']:.3f}", f"{scores[f'test/{who}/{name}/accuracy']:.1%}"]
-        drawn.add_row(title, *cells, *(f"{exact[who][name]:.1%}" for name in SETS))
+    drawn.add_column("")
+    for title in MODELS.values():
+        drawn.add_column(title, justify="right")
+    for name, title in TEACHER_FORCED.items():
+        losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in MODELS)
+        drawn.add_row(f"{title}: loss, nats", *losses)
+        accuracies = (f"{scores[f'test/{who}/{name}/accuracy']:.1%}" for who in MODELS)
+        drawn.add_row(f"{title}: token accuracy", *accuracies)
+    drawn.add_section()
+    for name, title in SETS.items():
+        drawn.add_row(f"{title}: exact match", *(f"{exact[who][name]:.1%}" for who in MODELS))
     return drawn
 
 

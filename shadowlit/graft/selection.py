@@ -46,9 +46,7 @@ def kind_of(name: str) -> str:
     return parts[-2] if len(parts) > 1 else parts[0]
 
 
-def resolve(
-    select: str | list[str], names: Iterable[str], linear: frozenset[str], model_type: str
-) -> frozenset[str]:
+def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str], model_type: str) -> frozenset[str]:
     """Return the names that ``select`` chooses.
 
     Args:
