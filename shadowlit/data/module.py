@@ -54,8 +54,8 @@ class ShadowData(LightningDataModule):
         train: Source, or several that are joined.
         validation: Sources by name; the names appear in the metrics. A plain source is named ``val``.
         test: As ``validation``, for the command test. A plain source is named ``test``.
-        predict: Source of prompts for the command predict. Rows need no answer; an answer that is there, the last
-            assistant turn, is left out together with what follows it.
+        predict: Source of prompts for the command predict. Rows need no answer; an assistant turn at the end of a
+            row is taken for the answer and left out.
         format: Format of all sources: messages (role, content), sharegpt (conversations with from, value), alpaca
             (instruction, input, output), prompt_completion; auto recognises each source by its columns.
         max_length: Longest sample, in tokens.

@@ -44,9 +44,10 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
         tokens = dataset[index]["input_ids"]
         labels = dataset[index].get("labels", [IGNORE] * len(tokens))
         num_loss = sum(label != IGNORE for label in labels)
-        console.rule(Text(f"{dataset.origin(index)}: {len(tokens)} tokens, {num_loss} with loss"), align="left")
+        head = f"{dataset.origin(index)}: {len(tokens)} tokens, {num_loss} with loss"
+        # Not a rule, which would cut a long path and the numbers behind it.
+        console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
         console.print(render_sample(data.tokenizer, tokens, labels, coloured))
-    console.rule()
     console.print(_legend(coloured))
     console.print(_table(data.reports.values()))
 

@@ -121,11 +121,12 @@ def encode_turns(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any
 ) -> list[int]:
-    """Tokenise what stands before the last assistant turn, with the generation prompt: what an answer is asked by.
+    """Tokenise what an answer is asked by: the conversation without its final answer, and the generation prompt.
 
     Args:
         tokenizer: As for :func:`encode`.
-        messages: With or without the answer; without, all of them are the prompt.
+        messages: With or without the answer: an assistant turn at the very end is left out. Earlier ones, and all
+            turns of a conversation that ends with another role, belong to the prompt.
         template_kwargs: As for :func:`encode`.
 
     Returns:
@@ -134,8 +135,7 @@ def encode_prompt(
     Raises:
         DataError: Nothing stands before the answer, or as :func:`encode`.
     """
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    prompt = messages[: turns[-1]] if turns else messages
+    prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if not prompt:
         raise DataError("has no turn before the answer, so no prompt. Add the question.")
     return _tokenise(tokenizer, _render(tokenizer, prompt, True, template_kwargs))[0]

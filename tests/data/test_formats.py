@@ -60,17 +60,22 @@ def test_prompts_need_no_answer(format, row, expected):
     ("messages", {"messages": "a"}, r"has 'a' \(str\) in 'messages'; expected a list"),
     ("messages", {"other": 1}, r"lacks the field 'messages'. Add it or remove the row"),
     ("messages", {"messages": []}, r"has an empty list in 'messages'. Remove the row"),
-    ("messages", {"messages": ["a"]}, r"has 'a' \(str\) in messages\[0\]; expected an object with 'role' and 'content'"),
+    ("messages", {"messages": ["a"]},
+     r"has 'a' \(str\) in messages\[0\]; expected an object with 'role' and 'content'"),
     ("messages", {"messages": [USER, {"role": "assistant"}]}, r"lacks the field 'content' in messages\[1\]"),
     ("messages", {"messages": [USER, {"content": "b"}]}, r"lacks the field 'role' in messages\[1\]"),
-    ("messages", {"messages": [USER, {**ANSWER, "content": None}]}, r"null in 'content' in messages\[1\]; expected a text"),
-    ("messages", {"messages": [USER, {**ANSWER, "content": [{"type": "text"}]}]}, r"\(list\) in 'content' in messages\[1\]"),
+    ("messages", {"messages": [USER, {**ANSWER, "content": None}]},
+     r"null in 'content' in messages\[1\]; expected a text"),
+    ("messages", {"messages": [USER, {**ANSWER, "content": [{"type": "text"}]}]},
+     r"\(list\) in 'content' in messages\[1\]"),
     ("messages", {"messages": [USER, {**ANSWER, "content": " \n"}]}, r"an empty 'content' of 'messages\[1\]'.*Fill it"),
-    ("messages", {"messages": [USER, {**ANSWER, "role": "bot"}]}, r"unknown role 'bot' in messages\[1\]; expected one of"),
+    ("messages", {"messages": [USER, {**ANSWER, "role": "bot"}]},
+     r"unknown role 'bot' in messages\[1\]; expected one of"),
     ("messages", {"messages": [USER]}, r"has no assistant turn.*Remove the row or add the answer"),
     ("messages", {"messages": [USER, {**ANSWER, "train": "no"}]}, r"'train': 'no' \(str\).*expected true or false"),
     ("messages", {"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"'weight': 0.5 \(float\).*expected 0 or 1"),
-    ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]}, r"unknown speaker 'alien' in conversations\[0\]"),
+    ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]},
+     r"unknown speaker 'alien' in conversations\[0\]"),
     ("sharegpt", {"conversations": [{"from": "human"}]}, r"lacks the field 'value' in conversations\[0\]"),
     ("sharegpt", {"conversations": [None]}, r"null in conversations\[0\]; expected an object with 'from' and 'value'"),
     ("sharegpt", {"conversations": []}, r"empty list in 'conversations'"),
@@ -91,8 +96,11 @@ def test_malformed_rows(format, row, message):
 def test_columns_decide_the_format():
     assert detect_format(["messages", "prompt", "prompt_id"], source="f") == "messages"
     assert detect_format(["messages", "prompt"], source="f", prompts_only=True) == "messages"
-    with pytest.raises(DataError, match=r"f has the columns 'a', 'b'; accepted are messages \(messages\), or conversations "
-                       r"\(sharegpt\), or instruction, output \(alpaca\), or prompt, completion"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"f has the columns 'a', 'b'; accepted are messages \(messages\), or conversations "
+        r"\(sharegpt\), or instruction, output \(alpaca\), or prompt, completion",
+    ):
         detect_format(["b", "a"], source="f")
     with pytest.raises(DataError, match=r"several formats: messages, alpaca.*data\.format=messages"):
         detect_format(["messages", "instruction", "output"], source="f")
@@ -154,11 +162,15 @@ def test_rows_may_have_unequal_keys(tmp_path):
     ("f.jsonl", "\n \n", r"f\.jsonl has no rows"),
     ("f.json", "[]", r"f\.json has no rows"),
     ("f.csv", "a,b", r"f\.csv has the extension '\.csv'; expected one of \.json, \.jsonl, \.ndjson, \.parquet"),
-    ("f.jsonl", lines(ROWS) + "\n{\"messages\": [\n", r"^sample 2 of \S*f\.jsonl \(line 4\) is broken JSON: .* in column \d+. Correct or remove"),
-    ("f.json", "[{\"a\": 1},\n oops]", r"f\.json is broken JSON in line 2, column 2.*a list of objects, or one object per line"),
-    ("f.jsonl", lines(ROWS).encode() + b"\xe9", r"f\.jsonl is not UTF-8: byte 0xe9 in line 3.*iconv -f latin1 -t utf-8"),
+    ("f.jsonl", lines(ROWS) + "\n{\"messages\": [\n",
+     r"^sample 2 of \S*f\.jsonl \(line 4\) is broken JSON: .* in column \d+. Correct or remove"),
+    ("f.json", "[{\"a\": 1},\n oops]",
+     r"f\.json is broken JSON in line 2, column 2.*a list of objects, or one object per line"),
+    ("f.jsonl", lines(ROWS).encode() + b"\xe9",
+     r"f\.jsonl is not UTF-8: byte 0xe9 in line 3.*iconv -f latin1 -t utf-8"),
     ("f.jsonl", lines(ROWS) + "3\n", r"sample 2 of \S*f\.jsonl \(line 3\) is no object but int"),
-    ("f.jsonl", "\n" + lines([*ROWS, {"messages": None}]), r"^sample 2 of \S*f\.jsonl \(line 4\) has null in 'messages'"),
+    ("f.jsonl", "\n" + lines([*ROWS, {"messages": None}]),
+     r"^sample 2 of \S*f\.jsonl \(line 4\) has null in 'messages'"),
     ("f.json", json.dumps([*ROWS, {}]), r"^sample 2 of \S*f\.json lacks the field 'messages'"),
     ("f.jsonl", lines([{"text": "a"}]), r"f\.jsonl has the columns 'text'; accepted are .*Rename the columns"),
 ])  # fmt: skip
@@ -195,8 +207,11 @@ def test_missing_files_and_unknown_data_sets(tmp_path, monkeypatch):
         raise ConnectionError("no network\nat all")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(DataError, match=r"'org/name' can't be read from the hub, and there is no such file: no network\. "
-                       r"Expected .*org/name\[/config\]\[@revision\]\[:split\].*local file"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"'org/name' can't be read from the hub, and there is no such file: no network\. "
+        r"Expected .*org/name\[/config\]\[@revision\]\[:split\].*local file",
+    ):
         read_conversations("org/name")
     assert is_remote("org/name:train")
 

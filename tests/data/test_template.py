@@ -94,8 +94,11 @@ def test_gemmas_end_of_turn_is_not_its_end_of_sequence():
     tokenizer = tokenizer_with(GEMMA, "<start_of_turn>", "<end_of_turn>", bos="<bos>", eos="<eos>")
     encoded = encode(tokenizer, talk("a", " b ", "c", "d"))
     assert supervised_texts(tokenizer, encoded) == ["b<end_of_turn>", "d<end_of_turn>"]
-    with pytest.raises(DataError, match=r"refused by the chat template: 'System role not supported'.*turns: system, "
-                       r"user.*move a system text into the first user turn"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"refused by the chat template: 'System role not supported'.*turns: system, "
+        r"user.*move a system text into the first user turn",
+    ):
         encode(tokenizer, talk("a", "b", system="s"))
     with pytest.raises(DataError, match=r"must alternate.*turns: user, user"):
         encode(tokenizer, [{"role": "user", "content": "a"}] * 2 + talk("a", "b")[1:])
@@ -220,13 +223,14 @@ def test_the_first_token_carries_no_loss():
     assert labels == [-100, ids[1]]
 
 
-def test_prompts_end_before_the_last_answer():
+def test_prompts_end_before_the_answer():
     tokenizer = make_tokenizer(CHATML)
     asked = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(encode_prompt(tokenizer, talk("a", "b"))) == asked
     assert tokenizer.decode(encode_prompt(tokenizer, talk("a"))) == asked
     longer = tokenizer.decode(encode_prompt(tokenizer, talk("a", "b", "c", "d")))
     assert longer == asked + "b<|im_end|>\n" + asked.replace("a<", "c<")
+    assert tokenizer.decode(encode_prompt(tokenizer, talk("a", "b", "c"))) == longer
     with pytest.raises(DataError, match=r"no turn before the answer.*Add the question"):
         encode_prompt(tokenizer, [{"role": "assistant", "content": "a"}])
 

@@ -1,0 +1,153 @@
+"""Interrupted and resumed by Lightning, a run sees exactly the batches that it would have seen."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from shadowlit.data.module import ShadowData
+from shadowlit.errors import DataError
+from tests.data.templates import CHATML, make_tokenizer, talk
+
+PAIR = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
+NUM_ROWS, BATCH_SIZE, EPOCHS = 10, 3, 3
+PER_EPOCH = 4
+
+
+class Recorder(LightningModule):
+    """Writes down which samples each training batch holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((batch_idx, [answer(row) for row in batch["labels"]]))
+        return self.layer(torch.ones(1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def answer(labels):
+    return make_tokenizer().decode(labels[labels != -100])[0]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"messages": talk("x" * (1 + i % 3), chr(ord("a") + i))} for i in range(NUM_ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_stem("val").write_text(json.dumps({"messages": talk("v", "v")}) + "\n")
+    return str(path)
+
+
+def data(path, **options):
+    held_out = path.replace("train", "val")
+    return ShadowData(PAIR, path, validation=held_out, **{"batch_size": BATCH_SIZE, "seed": 1, **options})
+
+
+def fit(data, *, ckpt_path=None, callbacks=(), **options):
+    module = Recorder()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, enable_checkpointing=bool(callbacks), callbacks=list(callbacks),
+        num_sanity_val_steps=0, **{"max_epochs": EPOCHS, **options},
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module.seen, trainer
+
+
+@pytest.fixture(scope="module")
+def whole(path):
+    """The uninterrupted run."""
+    seen = fit(data(path))[0]
+    assert [i for i, _ in seen] == [*range(PER_EPOCH)] * EPOCHS
+    epochs = ["".join(sorted("".join(b) for _, batch in seen[e * 4 : e * 4 + 4] for b in batch)) for e in range(EPOCHS)]
+    assert epochs == ["abcdefghij"] * EPOCHS
+    assert len({str(seen[e * 4 : e * 4 + 4]) for e in range(EPOCHS)}) == EPOCHS
+    return seen
+
+
+SAVES = {
+    "every step": {"every_n_train_steps": 1},
+    "epoch end": {"every_n_epochs": 1, "save_on_train_epoch_end": True},
+    "validation end": {"every_n_epochs": 1, "save_on_train_epoch_end": False},
+}
+
+
+@pytest.mark.parametrize("saves", SAVES)
+@pytest.mark.parametrize("num_workers, options", [
+    (0, {}), (2, {}), (0, {"max_epochs": -1, "max_steps": 12}), (0, {"val_check_interval": 2}),
+])  # fmt: skip
+def test_resumed_sees_what_uninterrupted_sees(path, whole, tmp_path, saves, num_workers, options):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **SAVES[saves])
+    assert fit(data(path, num_workers=num_workers), callbacks=[saver], **options)[0] == whole
+    files = {int(file.stem.removeprefix("step=")): file for file in tmp_path.glob("*.ckpt")}
+    expected = {"every step": set(range(1, 13)), "epoch end": {4, 8, 12}, "validation end": {4, 8, 12}}[saves]
+    assert expected <= set(files)
+    for step in sorted(files) if num_workers == 0 else (min(files), sorted(files)[-2]):
+        seen, trainer = fit(data(path, num_workers=num_workers), ckpt_path=files[step], **options)
+        assert seen == whole[step:], f"resumed at {step}"
+        assert trainer.global_step == 12
+
+
+def test_saved_after_the_end_of_max_steps(path, whole, tmp_path):
+    """Lightning counts the epoch as finished and begins at 0 again; the data go on where they were."""
+    _, trainer = fit(data(path), max_epochs=-1, max_steps=6)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    seen = fit(data(path), ckpt_path=tmp_path / "a.ckpt", max_epochs=-1, max_steps=12)[0]
+    assert [batch for _, batch in seen] == [batch for _, batch in whole[6:]]
+
+
+def test_epochs_cut_short_by_limit_train_batches(path, whole, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    seen = fit(data(path), callbacks=[saver], limit_train_batches=3)[0]
+    assert seen == whole[:3] + whole[4:7] + whole[8:11]
+    for step in (2, 3, 4):
+        assert fit(data(path), ckpt_path=tmp_path / f"step={step}.ckpt", limit_train_batches=3)[0] == seen[step:]
+    assert fit(data(path), limit_train_batches=0.5)[0] == whole[:2] + whole[4:6] + whole[8:10]
+
+
+def test_reloaded_loaders_go_on_with_the_next_epoch(path, whole):
+    assert fit(data(path), reload_dataloaders_every_n_epochs=1)[0] == whole
+
+
+def test_a_second_fit_starts_over(path, whole):
+    same = data(path)
+    assert fit(same)[0] == whole
+    assert fit(same)[0] == whole
+
+
+def test_overfitting_takes_the_same_batches_each_epoch(path):
+    seen = fit(data(path), overfit_batches=2)[0]
+    assert seen[:2] == seen[2:4] == seen[4:] and seen[0][1] == ["a", "b", "c"]
+
+
+def test_no_resume_in_the_middle_of_another_order(path, tmp_path, caplog):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(data(path), callbacks=[saver])
+    with pytest.raises(
+        DataError, match=r"after 2 batches of an epoch.*global_batch_size 3 → 5, seed 1 → 2\. Resume with"
+    ):
+        fit(data(path, batch_size=5, seed=2), ckpt_path=tmp_path / "step=2.ckpt")
+    with pytest.warns(UserWarning, match="goes on with other data or batches than before: seed 1 → 2"):
+        fit(data(path, seed=2), ckpt_path=tmp_path / "step=4.ckpt")
+
+
+def test_a_checkpoint_to_validate_with_says_nothing_to_a_later_fit(path, whole, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(data(path), callbacks=[saver])
+    same, module = data(path), Recorder()
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, max_epochs=EPOCHS,
+                      enable_checkpointing=False, num_sanity_val_steps=0, enable_model_summary=False)  # fmt: skip
+    trainer.validate(module, same, ckpt_path=tmp_path / "step=2.ckpt")
+    trainer.fit(module, same)
+    assert module.seen == whole
