@@ -40,12 +40,12 @@ class DataReport:
     name: str
     num_rows: int
     num_samples: int
-    num_split: int
-    num_truncated: int
-    num_dropped: int
-    num_tokens: int
-    num_supervised_tokens: int
-    longest: int
+    num_split: int = 0
+    num_truncated: int = 0
+    num_dropped: int = 0
+    num_tokens: int = 0
+    num_supervised_tokens: int = 0
+    longest: int = 0
 
     def __str__(self) -> str:
         """``train: 2,000 samples, 512,345 tokens, 31.0 % with loss, longest 4,096; 3 truncated, 1 dropped``."""
@@ -237,8 +237,7 @@ def tokenise_prompts(
             errors.append(f"{conversation} {error}")
     raise_all(errors)
     lengths = [len(prompt) for prompt in kept]
-    total, longest = sum(lengths), max(lengths, default=0)
-    report = DataReport(name, len(kept), len(kept), 0, 0, 0, total, 0, longest)
+    report = DataReport(name, len(kept), len(kept), num_tokens=sum(lengths), longest=max(lengths, default=0))
     return PromptDataset(kept, origins, filler_token), report
 
 

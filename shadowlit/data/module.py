@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -28,12 +28,10 @@ from shadowlit.data.dataset import (
 from shadowlit.data.formats import Format, Message
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.sampler import ShardedBatchSampler, epoch_order
-from shadowlit.data.sources import Conversation, is_remote, raise_all, read_conversations
+from shadowlit.data.sources import Conversation, fetch, is_remote, raise_all, read_conversations
 from shadowlit.data.template import check_template, encode_prompt, encode_turns, load_template, renders_date
 from shadowlit.errors import DataError
 from shadowlit.pair import ModelPair
-
-log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -170,7 +168,9 @@ class ShadowData(LightningDataModule):
         sources += [(source, "test") for source in self.test.values()]
         for source, use in sources:
             if is_remote(source):
-                read_conversations(source, self.format, use=use)
+                # What is wrong with it is told in setup, on every rank: one that stops here leaves the others waiting.
+                with contextlib.suppress(DataError):
+                    fetch(source, use)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a command needs, once.
@@ -243,6 +243,7 @@ class ShadowData(LightningDataModule):
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
             collate_fn=Collate(self.pad_token_id, self.pad_to_multiple_of),
+            persistent_workers=self.num_workers > 0,
             **self._loading(),
         )
         resume, self._resume = self._resume, None
@@ -289,6 +290,8 @@ class ShadowData(LightningDataModule):
     def _problems(self) -> Iterable[str]:
         """What can be told from the settings alone."""
         for name, least in (("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+            if name == "eval_batch_size" and self.eval_batch_size == self.batch_size:
+                continue
             if getattr(self, name) < least:
                 yield f"data.{name} is {getattr(self, name)}; expected at least {least}."
         if self.seed < 0:
@@ -365,7 +368,6 @@ class ShadowData(LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
 

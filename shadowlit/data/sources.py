@@ -7,7 +7,6 @@ keys. Everything is kept in memory.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from shadowlit.data.formats import Message, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.errors import DataError
-
-log = logging.getLogger(__name__)
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 MAX_SHOWN = 5
@@ -131,6 +128,15 @@ def raise_all(errors: list[str]) -> None:
 def is_remote(source: str) -> bool:
     """Whether ``source`` has to be fetched from the hub."""
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
+
+
+def fetch(source: str, use: str) -> None:
+    """Bring a hub data set into the local cache.
+
+    Raises:
+        DataError: The hub doesn't give it.
+    """
+    _read_hub(source, use)
 
 
 def _place(source: str, row: int, line: int | None) -> str:

@@ -315,7 +315,7 @@ def _difference(expected: str, found: str) -> str:
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     """Tokens of a rendered text and the characters of each, without gaps."""
     # The template writes the begin-of-sequence token itself: the tokenizer must not add another.
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places, reached = [], 0
     for start, end in tokens["offset_mapping"]:
         # Some tokenizers trim a token's leading space from its offsets; it belongs to the token all the same.

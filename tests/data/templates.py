@@ -3,7 +3,7 @@
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny import CHATML, CHATML_UNMARKED, make_tokenizer
+from tests.tiny import CHATML_UNMARKED, make_tokenizer
 
 # Qwen2.5: a system prompt of its own where there is none.
 QWEN2 = (
@@ -127,6 +127,3 @@ def talk(*contents: str, system: str | None = None) -> list[dict]:
     """Contents in turn from user and assistant."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return [{"role": "system", "content": system}, *turns] if system is not None else turns
-
-
-__all__ = ["CHATML", "CHATML_UNMARKED", "make_tokenizer"]

@@ -18,16 +18,8 @@ from shadowlit.data.preview import preview, token_texts
 from shadowlit.data.sources import Conversation
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
-from tests.data.templates import (
-    CHATML,
-    CHATML_UNMARKED,
-    GEMMA,
-    QWEN3,
-    make_tokenizer,
-    talk,
-    tokenizer_with,
-    word_tokenizer,
-)  # fmt: skip
+from tests.data.templates import GEMMA, QWEN3, talk, tokenizer_with, word_tokenizer
+from tests.tiny import CHATML, CHATML_UNMARKED, make_tokenizer
 
 PAIR = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
 HEADERS = len("user\n\nassistant\n\n") + 4  # tokens of a question-answer pair beside its two contents
@@ -154,11 +146,11 @@ def test_every_knob_reaches_help_and_yaml(files):
 
 
 def test_problems_with_the_settings_come_together():
-    with pytest.raises(DataError, match=r"^8 problems") as error:
+    with pytest.raises(DataError, match=r"^7 problems") as error:
         ShadowData(PAIR, "t.jsonl", {"a b": "v", "train": "v"}, max_length=1, batch_size=0, num_workers=-1, seed=-1,
                    limit_train_samples=0)  # fmt: skip
     for piece in ("data.max_length is 1; expected at least 2", "data.batch_size is 0", "data.num_workers is -1",
-                  "data.eval_batch_size is 0", "data.seed is -1", "and 3 more"):  # fmt: skip
+                  "data.seed is -1", "limit_train_samples is 0", "and 2 more"):  # fmt: skip
         assert piece in str(error.value)
     with pytest.raises(DataError, match=r"data\.validation has the name 'a b'; expected letters.*Rename"):
         ShadowData(PAIR, validation={"a b": "v"})

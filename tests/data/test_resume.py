@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from shadowlit.data.module import ShadowData
 from shadowlit.errors import DataError
-from tests.data.templates import CHATML, make_tokenizer, talk
+from tests.data.templates import talk
+from tests.distributed import run_ranks
+from tests.tiny import CHATML, make_tokenizer
 
 PAIR = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
 NUM_ROWS, BATCH_SIZE, EPOCHS = 10, 3, 3
@@ -57,9 +59,9 @@ def data(path, **options):
 def fit(data, *, ckpt_path=None, callbacks=(), **options):
     module = Recorder()
     trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, enable_checkpointing=bool(callbacks), callbacks=list(callbacks),
-        num_sanity_val_steps=0, **{"max_epochs": EPOCHS, **options},
+        num_sanity_val_steps=0, **{"devices": 1, "max_epochs": EPOCHS, **options},
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return module.seen, trainer
@@ -151,3 +153,24 @@ def test_a_checkpoint_to_validate_with_says_nothing_to_a_later_fit(path, whole, 
     trainer.validate(module, same, ckpt_path=tmp_path / "step=2.ckpt")
     trainer.fit(module, same)
     assert module.seen == whole
+
+
+def fit_on_ranks(path, folder):
+    """What this rank sees under DDP, and the validation labels it gets."""
+    pair = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    own = ShadowData(pair, path, validation=path.replace("train", "val"), batch_size=2, seed=1)
+    seen, _ = fit(own, callbacks=[saver], devices=2, strategy="ddp", max_epochs=2)
+    return seen, [(batch["labels"] != -100).any(1).tolist() for batch in own.val_dataloader()[0]]
+
+
+def test_two_processes_see_the_global_batches_of_one(path, tmp_path):
+    """10 samples in global batches of 4: the last two are one for each rank. One of them resumes alone."""
+    (left, left_val), (right, right_val) = run_ranks(fit_on_ranks, 2, path, tmp_path)
+    alone = fit(data(path, batch_size=4), max_epochs=2)[0]
+    assert [i for i, _ in left] == [i for i, _ in right] == [i for i, _ in alone] == [0, 1, 2] * 2
+    together = [sorted(a + b) for (_, a), (_, b) in zip(left, right, strict=True)]
+    assert together == [sorted(batch) for _, batch in alone]
+    assert [left_val, right_val] == [[[True]], [[False]]]
+    resumed = fit(data(path, batch_size=4), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=2)[0]
+    assert [sorted(batch) for _, batch in resumed] == together[2:]

@@ -13,8 +13,6 @@ from shadowlit.data.template import (
 )  # fmt: skip
 from shadowlit.errors import DataError
 from tests.data.templates import (
-    CHATML,
-    CHATML_UNMARKED,
     GEMMA,
     LLAMA3,
     MISTRAL,
@@ -22,12 +20,12 @@ from tests.data.templates import (
     OPENS_THINKING,
     QWEN2,
     QWEN3,
-    make_tokenizer,
     supervised_texts,
     talk,
     tokenizer_with,
     word_tokenizer,
-)  # fmt: skip
+)
+from tests.tiny import CHATML, CHATML_UNMARKED, make_tokenizer
 
 TALK = talk("1+1?", "two", "sure?", " yes\n", system="Be brief.")
 
