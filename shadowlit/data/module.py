@@ -165,7 +165,7 @@ class ShadowData(LightningDataModule):
         """Fetch hub data sets, in one process per machine, so that the others find them in the cache."""
         sources = [(source, "train") for source in self.train]
         sources += [(source, "validation") for source in self.validation.values()]
-        sources += [(source, "test") for source in self.test.values()]
+        sources += [(source, "test") for source in (*self.test.values(), *([self.predict] if self.predict else []))]
         for source, use in sources:
             if is_remote(source):
                 # What is wrong with it is told in setup, on every rank: one that stops here leaves the others waiting.

@@ -118,6 +118,7 @@ def raise_all(errors: list[str]) -> None:
     """
     if not errors:
         return
+    errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be told once per set
     if len(errors) == 1:
         raise DataError(errors[0])
     shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))

@@ -6,6 +6,7 @@ import logging
 import re
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 from jsonargparse import ArgumentError, ArgumentParser
@@ -173,10 +174,25 @@ def test_errors_of_the_template_name_the_row(files):
         DataError, match=r"^sample 1 of \S*train\.jsonl \(line 2\) is refused by the chat template: 'System"
     ):
         ShadowData(gemma, path).setup("fit")
-    with pytest.raises(DataError, match=r"has no chat template"):
-        ShadowData(pair_with(None), path).setup("fit")
+    with pytest.raises(DataError, match=r"^the tokenizer of .* has no chat template"):
+        ShadowData(pair_with(None), path, path).setup("fit")
     with pytest.raises(DataError, match=r"template_kwargs has enable, which"):
         ShadowData(PAIR, path, template_kwargs={"enable": 1}).setup("fit")
+
+
+def test_hub_sets_are_fetched_once_per_machine_and_their_errors_told_in_setup(monkeypatch):
+    asked = []
+
+    def refuse(repo, **_):
+        asked.append(repo)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    data = ShadowData(PAIR, "org/train", {"v": "org/val:x"}, {"t": "local.jsonl"}, "org/prompts")
+    data.prepare_data()
+    assert asked == ["org/train", "org/val", "org/prompts"]
+    with pytest.raises(DataError, match=r"(?s)^2 problems.*'org/train' can't be read.*'org/val:x' can't be read"):
+        data.setup("fit")
 
 
 def test_rows_of_a_template_that_rewrites_history_are_split(files):
