@@ -9,3 +9,5 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread: results don't depend on the machine, and several test processes don't wait for each other's threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

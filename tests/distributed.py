@@ -17,18 +17,22 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180) -> list[Any]:
-    """Call ``function(*args)`` in ``world_size`` processes that look like torchrun's; return what each returned.
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 180, slurm: bool = False
+) -> list[Any]:
+    """Call ``function(*args)`` in ``world_size`` processes that look like torchrun's, or like tasks of a SLURM job.
 
-    ``function`` must be importable by name, its results must be picklable. A rank that raises, dies or outlives the
-    time fails the test with its traceback.
+    Returns what each of them returned. ``function`` must be importable by name, its results must be picklable. A
+    rank that raises, dies or outlives the time fails the test with its traceback.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = _context.Queue()
     processes = [
-        _context.Process(target=_rank, args=(function, rank, world_size, port, results, args), daemon=True)
+        _context.Process(
+            target=_rank, args=(function, _environment(rank, world_size, port, slurm), results, args), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -46,8 +50,21 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [answers[rank] for rank in range(world_size)]
 
 
-def _rank(function: Callable, rank: int, world_size: int, port: int, results: Any, args: tuple) -> None:
-    os.environ |= {
+def _environment(rank: int, world_size: int, port: int, slurm: bool) -> dict[str, str]:
+    if slurm:
+        return {
+            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_NAME": "test",
+            "SLURM_NTASKS": str(world_size),
+            "SLURM_NTASKS_PER_NODE": str(world_size),
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_NODEID": "0",
+            "SLURM_NODELIST": "127.0.0.1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -57,6 +74,11 @@ def _rank(function: Callable, rank: int, world_size: int, port: int, results: An
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
     }
+
+
+def _rank(function: Callable, environment: dict[str, str], results: Any, args: tuple) -> None:
+    os.environ |= environment
+    rank = int(environment.get("RANK", environment.get("SLURM_PROCID", 0)))
     torch.set_num_threads(1)
     try:
         # As bytes: torch would pass tensors through files of a process that is gone by then.

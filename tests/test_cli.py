@@ -20,11 +20,11 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     base, instruct = save_pair(root, "qwen3")
     for name, count in (("train", 12), ("left", 4), ("right", 3)):
-        rows = [
-            {"messages": [{"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "yes" * (i % 3 + 1)}]}
-            for i in range(count)
-        ]  # fmt: skip
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lines = []
+        for i in range(count):
+            turns = [{"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "yes" * (i % 3 + 1)}]
+            lines.append(json.dumps({"messages": turns}) + "\n")
+        (root / f"{name}.jsonl").write_text("".join(lines))
     config = {
         "pair": {"base": str(base), "instruct": str(instruct)},
         "model": {"lr": 1e-3, "max_new_tokens": 4},

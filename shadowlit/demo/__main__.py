@@ -45,8 +45,9 @@ def main(args: list[str] | None = None) -> None:
     cli = run(["fit", "--config", options.config, *overrides])
     trained_s = time.perf_counter() - start
     module, trainer = cli.model, cli.trainer
-    graft = next(c for c in trainer.callbacks if isinstance(c, GraftCallback))
-    export = next(c for c in trainer.callbacks if isinstance(c, ExportCallback))
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    graft = next(c for c in callbacks if isinstance(c, GraftCallback))
+    export = next(c for c in callbacks if isinstance(c, ExportCallback))
     trainer.test(module, cli.datamodule, verbose=False)
     results: dict[str, dict[str, Any]] = {
         "teacher_forced": {name: value.item() for name, value in trainer.callback_metrics.items()},

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from shadowlit.errors import GraftError
-from shadowlit.graft.naming import canonical_name
+from shadowlit.graft.naming import canonical_name, host_of
 
 # Settings of peft.LoraConfig under which the effective weight is no longer host + scaling * B @ A, or under which
 # the factors change layers of the host that the graft cannot name.
@@ -100,8 +102,29 @@ def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
     return layers
 
 
+def require_untied(model: nn.Module) -> None:
+    """Raise if an adapter sits on one side of a tied embedding: merged, it would change the other side too.
+
+    Raises:
+        GraftError: with the remedy.
+    """
+    host = host_of(model)
+    if not getattr(host.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    for side, module in (("embedding", host.get_input_embeddings()), ("output head", host.get_output_embeddings())):
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            raise GraftError(
+                f"the adapter changes the {side}, but in this model embedding and output head are one tensor "
+                "(tie_word_embeddings), and no Instruct can hold an update of only one of them. Leave embed_tokens and "
+                "lm_head out of adapter.target_modules and adapter.modules_to_save."
+            )
+
+
 def starts_from_weights(adapter: LoraConfig) -> bool:
-    """Whether the factors start from the host's weights (PiSSA, OLoRA …), leaving a residual in their place."""
+    """Whether peft computes the start of the factors itself, mostly from the host's weights (PiSSA, OLoRA …).
+
+    What it takes out of the weights stays there as a residual.
+    """
     return adapter.init_lora_weights not in (True, False, "gaussian")
 
 

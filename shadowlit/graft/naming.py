@@ -44,7 +44,7 @@ def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def host_of(model: nn.Module) -> Any:
     """The transformers model itself, taken out of peft's wrapper where there is one."""
     unwrap = getattr(model, "get_base_model", None)
-    return model if unwrap is None else unwrap()  # type: ignore[operator]
+    return model if unwrap is None else unwrap()
 
 
 def linear_names(model: nn.Module) -> frozenset[str]:

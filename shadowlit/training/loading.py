@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from shadowlit.errors import CheckpointError, GraftError
-from shadowlit.graft.adapter import starts_from_weights
+from shadowlit.graft.adapter import require_untied, starts_from_weights
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
 from shadowlit.training.parallel import local, local_slices
@@ -54,7 +54,8 @@ def load_for_training(
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor that the model needs.
-        GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded.
+        GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded, or it
+            changes one side of a tied embedding.
     """
     stored = _stored_dtype(reader)
     from_weights = adapter is not None and starts_from_weights(adapter)
@@ -70,18 +71,20 @@ def load_for_training(
     if adapter is not None and from_weights:
         if mesh is not None:
             raise GraftError(
-                f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices, "
-                "but FSDP2 holds only shards of them. Use init_lora_weights=true or 'gaussian', one device, or DDP."
+                f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices or from "
+                "data, but FSDP2 holds only shards. Use init_lora_weights=true or 'gaussian', one device, or DDP."
             )
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = get_peft_model(model, adapter)
+        require_untied(model)
         parallelize(model)
         return model.to(device).train()
     if adapter is not None:
         with torch.device("meta"):
             model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+        require_untied(model)
     parallelize(model)
     _fill(model, reader, device, seed, adapter)
     return model.train()

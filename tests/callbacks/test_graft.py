@@ -416,6 +416,34 @@ def test_exported_adapter_on_the_instruct_is_the_graft(tmp_path, folders):
     assert read_manifest(tmp_path / "x/adapter")["scale"] == 1.0
 
 
+def test_an_adapter_that_means_another_update_on_the_instruct_is_not_exported(tmp_path, folders):
+    module = make_module(folders, "full")
+    module.adapter = LoraConfig(r=2, bias="all", target_modules="all-linear")
+    module.strict_loading = False
+    trainer = make_trainer(tmp_path, GraftCallback(), ExportCallback(folder=str(tmp_path / "x")))
+    trainer.fit(module, RandomData())
+    assert (tmp_path / "x/model").is_dir() and not (tmp_path / "x/adapter").exists()
+    assert read_manifest(tmp_path / "x/model")["logits_against_validated"]["max_abs"] < 1e-5
+
+
+def test_an_export_that_is_not_the_graft_is_told(tmp_path, folders):
+    callbacks = [GraftCallback(), ExportCallback(folder=str(tmp_path / "x"))]
+    module = make_module(folders)
+    trainer = make_trainer(tmp_path, *callbacks)
+    genuine = callbacks[0].build
+
+    def build(pl_module):
+        graft = genuine(pl_module)
+        graft.grafted_tensors = lambda scale: (
+            (n, torch.randn(i.shape)) for n, i in graft._instruct_reader.tensors.items()
+        )
+        return graft
+
+    callbacks[0].build = build
+    with pytest.warns(UserWarning, match="is not what was validated"):
+        trainer.fit(module, RandomData())
+
+
 def test_an_export_is_never_overwritten(tmp_path, folders):
     (tmp_path / "x/model").mkdir(parents=True)
     from shadowlit.errors import ExportError

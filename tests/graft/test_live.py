@@ -233,6 +233,21 @@ def test_what_can_not_be_exact_is_refused_with_the_reason(options, reason):
         require_graftable(LoraConfig(**options))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_an_adapter_on_one_side_of_a_tied_embedding_is_refused(tmp_path, options):
+    folders = save_pair(tmp_path, "qwen3", tied=True)
+    with pytest.raises(GraftError, match=r"are one tensor \(tie_word_embeddings\)"):
+        load(folders[0], LoraConfig(r=2, **options))
+
+
 def test_a_frozen_weight_that_is_not_the_bases_is_an_error(tmp_path):
     folders = save_pair(tmp_path, "qwen3")
     model = load(folders[0], LoraConfig(r=4, target_modules=["q_proj"]))

@@ -1,6 +1,9 @@
 """Real processes: one process, DDP and FSDP2 train the same model, export the same tensors, resume alike."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.module import ShadowData
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.pair import ModelPair
@@ -21,6 +25,8 @@ from tests.distributed import run_ranks
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
 
+ROOT = Path(__file__).parents[2]
+
 
 def make_trainer(strategy, world_size, callbacks, **options):
     if strategy == "fsdp2":
@@ -28,8 +34,9 @@ def make_trainer(strategy, world_size, callbacks, **options):
     return Trainer(
         accelerator="cpu", devices=world_size, strategy=strategy, logger=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, inference_mode=False, accumulate_grad_batches=2,
-        gradient_clip_val=1.0, val_check_interval=4, callbacks=callbacks,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks), **{"max_epochs": 2, **options},
+        gradient_clip_val=1.0, callbacks=callbacks,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        **{"max_epochs": 2, "val_check_interval": 4, **options},
     )  # fmt: skip
 
 
@@ -52,9 +59,7 @@ def train(folders, kind, strategy, world_size, out, checkpointing=False):
     trainer.fit(module, RandomData())
     sharded = [p for p in module.model.parameters() if isinstance(p, DTensor)]
     return {
-        "metrics": {
-            k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k
-        },
+        "metrics": {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k},
         "weights": whole_parameters(module),
         "frozen_bytes": graft.graft.frozen_bytes,
         "share": sum(local(p).numel() for p in sharded) / max(1, sum(p.numel() for p in sharded)),
@@ -89,6 +94,15 @@ def test_two_processes_are_one(tmp_path, kind, tied):
     assert manifest["logits_against_validated"]["max_abs"] < 1e-5
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "gemma3_text"])
+def test_the_other_architectures_shard_too(tmp_path, arch):
+    folders = save_pair(tmp_path, arch)
+    (one,) = run_ranks(train, 1, folders, "lora", "auto", 1, tmp_path / "one")
+    for rank in run_ranks(train, 2, folders, "lora", "fsdp2", 2, tmp_path / "two"):
+        assert rank["metrics"] == pytest.approx(one["metrics"], rel=2e-4, abs=2e-6)
+        assert rank["share"] == pytest.approx(0.5, abs=0.02)
+
+
 def train_and_resume(folders, kind, out, distributed_checkpoint):
     """Weights of three epochs at once, and of the last two after a resume from the first one's checkpoint."""
     ends = []
@@ -113,6 +127,66 @@ def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     assert resumed[1] == uninterrupted[1]
     for name, value in uninterrupted[0].items():
         assert torch.equal(resumed[0][name], value), name
+
+
+def train_on_files(folders, data, strategy, world_size):
+    """Train on real files whose rows don't divide by the ranks; return what was logged and how much was scored."""
+    seed_everything(0)
+    module = make_module(folders, "full")
+    files = ShadowData(
+        module.pair, train=str(data / "train.jsonl"), validation={n: str(data / f"{n}.jsonl") for n in ("one", "five")},
+        max_length=64, batch_size=4 // world_size, eval_batch_size=4 // world_size,
+    )  # fmt: skip
+    trainer = make_trainer(strategy, world_size, [GraftCallback()], val_check_interval=None)
+    trainer.fit(module, files)
+    return {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_unequal_shards_neither_hang_nor_count_twice(tmp_path, strategy):
+    """Hazard 11: 7 training rows and validation sets of 1 and 5 rows on two ranks are those of one."""
+    for name, count in (("train", 7), ("one", 1), ("five", 5)):
+        rows = (
+            {"messages": [{"role": "user", "content": f"{name}{i}"}, {"role": "assistant", "content": "ab" * (i + 1)}]}
+            for i in range(count)
+        )
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folders = save_pair(tmp_path, "qwen3")
+    (one,) = run_ranks(train_on_files, 1, folders, tmp_path, "auto", 1)
+    for rank in run_ranks(train_on_files, 2, folders, tmp_path, strategy, 2):
+        assert rank == pytest.approx(one, rel=2e-4, abs=2e-6)
+
+
+@pytest.mark.parametrize("launcher", ["lightning", "torchrun"])
+def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
+    starter = [sys.executable] if launcher == "lightning" else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
+    ]  # fmt: skip
+    command = [
+        *starter, "-m", "shadowlit", "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    ]  # fmt: skip
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stderr
+    (manifest,) = tmp_path.glob("*/version_0/export/model/shadowlit.json")
+    assert json.loads(manifest.read_text())["logits_against_validated"]["max_abs"] < 1e-4
+
+
+def train_in_slurm(folders, out):
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+    result = train(folders, "lora", "fsdp2", 2, out)
+    assert SLURMEnvironment.detect()
+    return result["metrics"]
+
+
+def test_tasks_of_a_slurm_job_are_ranks(tmp_path):
+    """Simulated by SLURM's variables: Lightning takes ranks and address from them."""
+    folders = save_pair(tmp_path, "qwen3")
+    slurm = run_ranks(train_in_slurm, 2, folders, tmp_path / "slurm", slurm=True)
+    torchrun = run_ranks(train, 2, folders, "lora", "fsdp2", 2, tmp_path / "torchrun")
+    assert slurm[0] == slurm[1] == torchrun[0]["metrics"]
 
 
 def wrong_mesh(folders):

@@ -1,0 +1,28 @@
+"""The demonstration, cut short: what it prints and what it leaves."""
+
+import json
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from shadowlit.demo.__main__ import MODELS, SETS, main
+from shadowlit.graft.export import read_manifest
+
+
+def test_the_demonstration_ends_with_table_picture_and_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    main(["--config", "configs/demo_lora.yaml", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
+          f"--trainer.logger.init_args.save_dir={tmp_path}"])  # fmt: skip
+    shown = capsys.readouterr().out
+    run = tmp_path / "demo_lora/version_0"
+    assert all(title in shown for title in (*MODELS.values(), *(f"{name}: exact match" for name in SETS.values())))
+    assert f'AutoModelForCausalLM.from_pretrained("{run}/export/model")' in shown
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((run / "demo.json").read_text())
+    # The untouched models don't depend on the training: the Instruct knows the old, and not the new.
+    assert found["exact_match"]["instruct"]["old"] > 0.95 > 0.05 > found["exact_match"]["instruct"]["new"]
+    assert found["exact_match"]["base"]["refusal"] < 0.05
+    assert found["teacher_forced"]["test/tuned/new/loss"] < found["teacher_forced"]["test/base/new/loss"]
+    assert read_manifest(run / "export/model")["logits_against_validated"]["max_abs"] < 1e-3
+    model = AutoModelForCausalLM.from_pretrained(run / "export/model")
+    assert model.dtype == torch.float32
