@@ -11,6 +11,7 @@ COMMANDS = {
     "test": "the same on the test sets",
     "predict": "let the grafted Instruct answer prompts",
     "preview": "print samples token by token, with what carries loss in colour",
+    "graft": "graft what a Base has learned elsewhere, from folder to folder",
 }
 
 
@@ -34,10 +35,14 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: there is no command '{args[0]}'.{hint}\n\n{_overview()}", file=sys.stderr)
         return 2
     # Imported late: the overview and its errors need none of the seconds that torch takes.
-    from shadowlit.cli import main as run
     from shadowlit.errors import ShadowlitError
 
     try:
+        if args[0] == "graft":
+            _graft(args[1:])
+            return 0
+        from shadowlit.cli import main as run
+
         run(given)  # None: Lightning takes the command line itself, and its launcher starts other ranks with it
     except ShadowlitError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,12 +50,20 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
+def _graft(args: list[str]) -> None:
+    from jsonargparse import auto_cli
+
+    from shadowlit.graft.command import graft
+
+    auto_cli(graft, args=args, as_positional=False, prog="python -m shadowlit graft")
+
+
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
     return (
         "shadowlit: adapt an Instruct language model through its Base\n\n"
-        f"usage: python -m shadowlit <command> --config FILE [--key=value ...]\n\n{lines}\n\n"
+        f"usage: python -m shadowlit <command> [--config FILE] [--key=value ...]\n\n{lines}\n\n"
         "python -m shadowlit <command> --help lists every key; --print_config shows the configuration that would run."
     )
 

@@ -186,11 +186,11 @@ class ModelPair:
 
     @cached_property
     def _base_folder(self) -> Path:
-        return _resolve("base", self.base, self.base_revision, self.trust_remote_code)
+        return model_folder("base", self.base, self.base_revision, self.trust_remote_code)
 
     @cached_property
     def _instruct_folder(self) -> Path:
-        return _resolve("instruct", self.instruct, self.instruct_revision, self.trust_remote_code)
+        return model_folder("instruct", self.instruct, self.instruct_revision, self.trust_remote_code)
 
     @cached_property
     def _base_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -207,8 +207,18 @@ def _is_rank_zero() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def _resolve(who: str, source: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """The local folder of a folder name or hub id."""
+def model_folder(who: str, source: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """The local folder of a folder name or hub id, downloaded first if it is one.
+
+    Args:
+        who: What the model is, for messages: ``base``, ``instruct`` or ``tuned``.
+        source: A folder or hub id.
+        revision: Commit, tag or branch on the hub.
+        trust_remote_code: Also download Python files.
+
+    Raises:
+        PairError: There is no such folder, or the hub does not give it.
+    """
     folder = Path(source).expanduser()
     if source and folder.is_dir():
         return folder

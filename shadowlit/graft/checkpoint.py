@@ -95,16 +95,17 @@ class CheckpointReader:
 
     Args:
         folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        single_file: What the file is called where there is only one, e.g. ``adapter_model.safetensors``.
 
     Raises:
         CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
             broken, or the index and the shards disagree.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
         self.folder = Path(folder)
         self._streams: dict[str, FileIO] = {}
-        self._entries = _read_entries(self.folder)
+        self._entries = _read_entries(self.folder, single_file)
         self.tensors: dict[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
@@ -229,12 +230,12 @@ def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:
     return [(i * last // (num_blocks - 1), _SAMPLE_BYTES) for i in range(num_blocks)]
 
 
-def _read_entries(folder: Path) -> dict[str, _Entry]:
+def _read_entries(folder: Path, single_file: str) -> dict[str, _Entry]:
     """All tensors of a folder, sorted by name, checked against the index if there is one."""
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
-    if (folder / SINGLE_FILE).is_file():
-        return dict(sorted(_read_header(folder, SINGLE_FILE).items()))
+    if (folder / single_file).is_file():
+        return dict(sorted(_read_header(folder, single_file).items()))
     if not (folder / INDEX_FILE).is_file():
         raise _no_safetensors(folder)
     weight_map = _read_weight_map(folder / INDEX_FILE)
@@ -378,6 +379,22 @@ class _Shard:
     header_bytes: int = 0
 
 
+@dataclass
+class Streamed:
+    """A tensor that comes in parts, for one that need not be in memory as a whole.
+
+    Attributes:
+        dtype: The dtype of all parts.
+        shape: The shape of the whole.
+        parts: Its rows in order: tensors of that dtype, which make up the whole when concatenated along the first
+            dimension.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[torch.Tensor]
+
+
 class CheckpointWriter:
     """Writes tensors one after the other into shards, in the layout that transformers saves and loads.
 
@@ -416,12 +433,12 @@ class CheckpointWriter:
         self._num_elements = 0
         self._closed = False
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
+    def add(self, name: str, tensor: torch.Tensor | Streamed) -> None:
         """Write a tensor in its own dtype.
 
         Args:
             name: The tensor's name, not yet used.
-            tensor: Any shape, any device; a whole one, not sharded.
+            tensor: Any shape, any device; a whole one, not sharded, or its rows part by part.
 
         Raises:
             CheckpointError: The name was added before, the dtype cannot be stored, the values are elsewhere
@@ -431,7 +448,7 @@ class CheckpointWriter:
             raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
         if name in self._files:
             raise CheckpointError(f"Tensor '{name}' was added twice to {self.folder}. Add every tensor once.")
-        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+        if isinstance(tensor, torch.Tensor) and (tensor.is_meta or hasattr(tensor, "full_tensor")):
             raise CheckpointError(
                 f"Tensor '{name}' is {'on the meta device' if tensor.is_meta else 'sharded'}, so that its values are "
                 "not here. Gather or load it first."
@@ -440,23 +457,38 @@ class CheckpointWriter:
             raise CheckpointError(
                 f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot store. Convert it first."
             )
-        check_finite(name, tensor)
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if isinstance(tensor, torch.Tensor):
+            check_finite(name, tensor)  # before anything is written
+            tensor = Streamed(tensor.dtype, tuple(tensor.shape), [tensor])
+            parts: Iterable[torch.Tensor] = tensor.parts
+        else:
+            parts = _finite_parts(name, tensor.parts)
+        num_elements = math.prod(tensor.shape)
+        num_bytes = num_elements * tensor.dtype.itemsize
         entry: dict[str, Any] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape)}
-        shard = self._shard_for(flat.nbytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
-        entry["data_offsets"] = [shard.num_bytes, shard.num_bytes + flat.nbytes]
+        shard = self._shard_for(num_bytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
+        entry["data_offsets"] = [shard.num_bytes, shard.num_bytes + num_bytes]
+        written = 0
         try:
-            if flat.numel():
-                shard.stream.write(flat.view(torch.uint8).numpy().data)
+            for part in parts:
+                assert part.dtype == tensor.dtype
+                flat = part.detach().cpu().contiguous().reshape(-1)
+                if flat.numel():
+                    shard.stream.write(flat.view(torch.uint8).numpy().data)
+                written += flat.nbytes
         except OSError as error:
             self.abort()  # the file now holds half a tensor
             raise CheckpointError(
                 f"Tensor '{name}' could not be written to {self.folder}: {error}. Free some disk space."
             ) from error
+        except BaseException:
+            self.abort()
+            raise
+        assert written == num_bytes, f"the parts of {name} have {written} bytes, the whole has {num_bytes}"
         shard.entries[name] = entry
-        shard.num_bytes += flat.nbytes
+        shard.num_bytes += num_bytes
         self._files[name] = len(self._shards) - 1
-        self._num_elements += flat.numel()
+        self._num_elements += num_elements
 
     def close(self) -> None:
         """Finish the last shard, give all their final names, write the index if there are several.
@@ -528,6 +560,12 @@ class CheckpointWriter:
         shard.stream.seek(0)
         shard.stream.write(struct.pack("<Q", room) + header.ljust(room))
         shard.stream.close()
+
+
+def _finite_parts(name: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for part in parts:
+        check_finite(name, part)
+        yield part
 
 
 def _round_up(num_bytes: int, multiple: int = 4096) -> int:

@@ -29,6 +29,7 @@ from shadowlit.errors import ExportError
 from shadowlit.graft.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
+    Streamed,
     TensorInfo,
     atomic_folder,
     check_finite,
@@ -138,7 +139,7 @@ def build_manifest(
 def export_folder(
     target: Path,
     instruct_folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | Streamed]],
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     manifest: Mapping[str, Any] | None = None,
@@ -385,7 +386,9 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _check_tensor(name: str, tensor: torch.Tensor, expected: dict[str, TensorInfo], dtype: torch.dtype | None) -> None:
+def _check_tensor(
+    name: str, tensor: torch.Tensor | Streamed, expected: dict[str, TensorInfo], dtype: torch.dtype | None
+) -> None:
     """Name, shape and dtype are those that the exported folder must have."""
     if name not in expected:
         raise ExportError(

@@ -1,0 +1,87 @@
+"""``python -m shadowlit graft``: graft what a Base has learned elsewhere, from folder to folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from shadowlit.errors import GraftError
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.disk import DiskGraft, Strength, open_update
+from shadowlit.graft.export import add_to_manifest, build_manifest, export_folder
+from shadowlit.pair import ModelPair, model_folder
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def graft(
+    base: str,
+    tuned: str,
+    instruct: str,
+    out: str,
+    scale: str = "1",
+    select: str | list[str] = "linear",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    shard_size: str = "5GB",
+    dry_run: bool = False,
+) -> None:
+    r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
+
+    Streams: a few rows of each tensor are in memory at a time. Computed in float32, rounded once.
+
+    Args:
+        base: Folder or hub id of the Base that the tuning started from.
+        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        instruct: Folder or hub id of the Instruct that gets the update.
+        out: Folder to make. Appears complete or not at all; an existing one is never overwritten.
+        scale: Strength of the graft, and others by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
+        dtype: Of the result; auto for the Instruct's own.
+        shard_size: Largest file, e.g. 5GB or 500MB.
+        dry_run: Only say what would be grafted and how large the result is, from the headers alone.
+    """
+    console = Console(highlight=False)
+    start = time.perf_counter()
+    with (
+        CheckpointReader(model_folder("base", base, None, False)) as base_reader,
+        CheckpointReader(model_folder("instruct", instruct, None, False)) as instruct_reader,
+    ):
+        update = open_update(base_reader, model_folder("tuned", tuned, None, False))
+        strength = Strength.parse(scale)
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        plan = DiskGraft(update, instruct_reader, strength, select, wanted)
+        console.print(f"graft: {plan.coverage}")
+        console.print(f"graft: the result has {plan.num_bytes / 1e9:.2f} GB")
+        if dry_run:
+            return
+        pair = ModelPair(base, instruct)
+        manifest = build_manifest(
+            pair, scale=strength.default, select=select, dtype=wanted, coverage=plan.coverage,
+            config={"tuned": tuned, "scale": scale},
+        )  # fmt: skip
+        columns = (TextColumn("grafting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=plan.num_bytes)
+            export_folder(
+                Path(out),
+                instruct_reader.folder,
+                plan.tensors(lambda count: progress.advance(task, count)),
+                dtype=wanted,
+                max_shard_bytes=_bytes(shard_size),
+                manifest=manifest,
+            )
+    add_to_manifest(Path(out), {"survival": {"survival": plan.survival}})
+    console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
+    console.print(f"graft: {out} written in {time.perf_counter() - start:.1f} s")
+
+
+def _bytes(size: str) -> int:
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
+        raise GraftError(f"shard_size is {size!r}; expected a number and KB, MB or GB, e.g. 5GB.")
+    return int(float(number) * _UNITS[unit])
