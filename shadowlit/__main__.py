@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": "let the grafted Instruct answer prompts",
     "preview": "print samples token by token, with what carries loss in colour",
     "graft": "graft what a Base has learned elsewhere, from folder to folder",
+    "similarity": "how alike two models are, and what that means for a graft",
 }
 
 
@@ -38,8 +39,8 @@ def main(args: list[str] | None = None) -> int:
     from shadowlit.errors import ShadowlitError
 
     try:
-        if args[0] == "graft":
-            _graft(args[1:])
+        if args[0] in ("graft", "similarity"):
+            _run_function(*args)
             return 0
         from shadowlit.cli import main as run
 
@@ -50,12 +51,13 @@ def main(args: list[str] | None = None) -> int:
     return 0
 
 
-def _graft(args: list[str]) -> None:
+def _run_function(name: str, *args: str) -> None:
+    """Run a command that is a typed function; its docstring is the help."""
     from jsonargparse import auto_cli
 
-    from shadowlit.graft.command import graft
+    from shadowlit import commands
 
-    auto_cli(graft, args=args, as_positional=False, prog="python -m shadowlit graft")
+    auto_cli(getattr(commands, name), args=list(args), as_positional=name == "similarity", prog=f"shadowlit {name}")
 
 
 def _overview() -> str:

@@ -52,8 +52,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(root):
-    assert main(["fit", "--config", str(root / "run.yaml")]) == 0
-    return root / "runs/tiny/version_0"
+    arguments = ["fit", "--config", str(root / "run.yaml"), "--trainer.logger.init_args.name=fitted"]
+    assert main(arguments) == 0
+    return root / "runs/fitted/version_0"
 
 
 def test_without_a_command_the_commands_are_shown_at_once():
@@ -85,7 +86,7 @@ def test_a_fit_leaves_config_metrics_checkpoint_and_export(fitted):
 def test_the_saved_config_runs_again_and_overwrites_nothing(root, fitted):
     before = (fitted / "config.yaml").read_bytes()
     assert main(["fit", "--config", str(fitted / "config.yaml"), "--trainer.max_steps=1"]) == 0
-    again = yaml.safe_load((root / "runs/tiny/version_1/config.yaml").read_text())
+    again = yaml.safe_load((root / "runs/fitted/version_1/config.yaml").read_text())
     assert again["trainer"]["max_steps"] == 1
     assert (fitted / "config.yaml").read_bytes() == before
 
@@ -156,10 +157,12 @@ def test_help_is_made_from_the_docstrings(capsys):
     assert "Peak learning rate of AdamW" in shown
 
 
-def test_an_error_of_the_user_is_told_without_a_traceback(root, capsys):
-    assert main(["fit", "--config", str(root / "run.yaml"), "--data.train=nowhere.jsonl"]) == 1
-    error = capsys.readouterr().err
-    assert "error: " in error and "nowhere.jsonl" in error and "Traceback" not in error
+def test_an_error_of_the_user_is_told_without_a_traceback(root):
+    command = [sys.executable, "-m", "shadowlit", "fit", "--config", str(root / "run.yaml"), "--data.train=none.jsonl"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: none.jsonl does not exist")
+    assert "Traceback" not in failed.stderr
 
 
 def test_preview_shows_the_mask(root, capsys):

@@ -88,7 +88,7 @@ class FullUpdate:
         info = self._tuned.tensors[head]
         return info.shape == self._tuned.tensors[body].shape and all(
             torch.equal(self._tuned.read_slice(head, rows), self._tuned.read_slice(body, rows))
-            for rows in ((slice(*window),) for window in _windows(info))
+            for rows in ((slice(*window),) for window in row_windows(info))
         )
 
 
@@ -303,7 +303,7 @@ class DiskGraft:
         self, pool: ThreadPoolExecutor, name: str, info: TensorInfo, advance: Callable[[int], None]
     ) -> Iterator[Tensor]:
         pending: deque[Future[tuple[Tensor, float, float]]] = deque()
-        for start, stop in _windows(info):
+        for start, stop in row_windows(info):
             pending.append(pool.submit(self._part, name, info, start, stop))
             if len(pending) > _AHEAD:
                 yield self._take(pending, advance)
@@ -334,7 +334,8 @@ class DiskGraft:
         return self._dtype if self._dtype is not None and info.dtype.is_floating_point else info.dtype
 
 
-def _windows(info: TensorInfo) -> Iterator[tuple[int, int]]:
+def row_windows(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into runs of rows that are small enough to hold in memory: ``(start, stop)`` of each."""
     rows = info.shape[0] if info.shape else 1
     per_row = max(1, info.num_elements // max(1, rows))
     step = max(1, _PART_ELEMENTS // per_row)

@@ -113,7 +113,7 @@ class LiveGraft:
         """Whether every trained parameter on this rank still has the Base's value."""
         reshard_all(self.model)
         return all(
-            host.base is None or torch.equal(host.tuned().cpu(), host.base.to(host.tuned().dtype).cpu())
+            host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned().device, host.tuned().dtype))
             for host in self._hosts
         )
 
@@ -272,7 +272,7 @@ class LiveGraft:
         start = base.read_slice(name, slices)
         target = instruct.read_slice(name, slices)
         selected = name in self.selected
-        frozen = not parameter.requires_grad and torch.equal(live.cpu(), start.to(live.dtype))
+        frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
         if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
             raise GraftError(
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "

@@ -1,4 +1,4 @@
-"""``python -m shadowlit graft``: graft what a Base has learned elsewhere, from folder to folder."""
+"""The commands that are plain typed functions; their docstrings are their ``--help``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
 
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.disk import DiskGraft, Strength, open_update
 from shadowlit.graft.export import add_to_manifest, build_manifest, export_folder
@@ -78,6 +79,43 @@ def graft(
     add_to_manifest(Path(out), {"survival": {"survival": plan.survival}})
     console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
     console.print(f"graft: {out} written in {time.perf_counter() - start:.1f} s")
+
+
+def similarity(a: str, b: str, out: str | None = None, heat_map: str | None = None) -> None:
+    """Tell how alike two models of one architecture are: σ = Σ|a − b| / (Σ|a| + Σ|b|), as in Shadow-FT.
+
+    Streams: a few rows of each tensor are in memory at a time.
+
+    Args:
+        a: Folder or hub id, the Base, say.
+        b: Folder or hub id, its Instruct.
+        out: Write all numbers to this file: .json or .csv.
+        heat_map: Draw σ by layer and kind of tensor into this picture: .png, .pdf or .svg.
+    """
+    # Imported late: graft needs none of it.
+    from shadowlit.analysis.similarity import compare, plot_heat_map
+
+    if out is not None and Path(out).suffix not in (".json", ".csv"):
+        raise ShadowlitError(f"out is {out!r}; expected a name ending in .json or .csv.")
+    console = Console(highlight=False)
+    with (
+        CheckpointReader(model_folder("first", a, None, False)) as first,
+        CheckpointReader(model_folder("second", b, None, False)) as second,
+        Progress(console=console, transient=True) as progress,
+    ):
+        task = progress.add_task("comparing", total=sum(info.num_elements for info in first.tensors.values()))
+        found = compare(first, second, lambda count: progress.advance(task, count))
+    table = Table(title="mean σ")
+    table.add_column("kind")
+    table.add_column("σ", justify="right")
+    for kind, sigma in found.mean_by(lambda tensor: tensor.kind).items():
+        table.add_row(str(kind), f"{sigma:.4f}")
+    console.print(table)
+    console.print(found.verdict)
+    if out is not None:
+        Path(out).write_text(found.to_json() if out.endswith(".json") else found.to_csv(), encoding="utf-8")
+    if heat_map is not None:
+        plot_heat_map(found, Path(heat_map))
 
 
 def _bytes(size: str) -> int:
