@@ -83,10 +83,13 @@ class Similarity:
             return "The two are equal in every decoder layer: a graft is the same as direct tuning."
         if self.sigma <= high:
             within = "within" if self.sigma >= low else "below"
-            return f"σ is {self.sigma:.4f}, {within} the range of the paper's pairs ({low}–{high}): close enough for a graft."
+            return (
+                f"σ is {self.sigma:.4f}, {within} the range of the paper's pairs ({low}–{high}): close enough for a "
+                "graft. It does not predict how good."
+            )
         return (
-            f"σ is {self.sigma:.4f}, above the range of the paper's pairs ({low}–{high}): the graft may work, but nothing "
-            "known says so; watch graft/gain."
+            f"σ is {self.sigma:.4f}, above the range of the paper's pairs ({low}–{high}): the graft may work, but "
+            "nothing known says so; watch graft/gain."
         )
 
     def to_json(self) -> str:
