@@ -188,7 +188,7 @@ def _graft_callback(trainer: Trainer) -> GraftCallback:
 def _resolved_config(trainer: Trainer) -> dict[str, Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
-            return yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+            return yaml.safe_load(callback.parser.dump(callback.config, skip_unset=False))
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +79,7 @@ class GraftCallback(Callback):
         self.statistics = statistics
         self.graft: LiveGraft | None = None
         self.constants: dict[str, dict[str, float]] = {}  # scores of the untouched models: subject -> metric -> value
+        self._measured_on = ""  # the data of these scores
         self.metrics: dict[str, float] = {}  # what the last validation logged
         self.seconds = 0.0
         self._fingerprints: dict[str, str] = {}
@@ -171,7 +173,12 @@ class GraftCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last validation."""
-        return {"fingerprints": self._fingerprints, "constants": self.constants, "metrics": self.metrics}
+        return {
+            "fingerprints": self._fingerprints,
+            "constants": self.constants,
+            "measured_on": self._measured_on,
+            "metrics": self.metrics,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores over; refuse a checkpoint of another pair."""
@@ -180,7 +187,7 @@ class GraftCallback(Callback):
         if changed:
             raise GraftError(_changed_pair(changed))
         self._fingerprints = saved
-        self.constants = state_dict["constants"]
+        self.constants, self._measured_on = state_dict["constants"], state_dict["measured_on"]
         self.metrics = state_dict["metrics"]
 
     # -- private ----------------------------------------------------------------------------------------------
@@ -221,17 +228,18 @@ class GraftCallback(Callback):
             module.log("graft/time_share", self.seconds / (time.perf_counter() - self._fit_start))
 
     def _baselines(self, trainer: Trainer, module: ShadowModule, stage: str, loaders: Any, limits: list) -> dict:
-        """Scores of the untouched models: measured in the first full validation, then remembered."""
+        """Scores of the untouched models: measured in the first full validation on these data, then remembered."""
         if not self.baselines:
             return {}
-        if stage == "val" and self.constants:
+        signature = _signature(loaders, limits)
+        if stage == "val" and self.constants and self._measured_on == signature:
             return self.constants
         measured = {}
         for subject, state in (("base", BASE), ("instruct", 0.0)):
             self._pass(trainer, module, subject, state, loaders, limits)
             measured[subject] = module.take_scores(subject)
         if stage == "val":
-            self.constants = measured
+            self.constants, self._measured_on = measured, signature
         return measured
 
     def _pass(
@@ -291,6 +299,16 @@ def _progress(trainer: Trainer, subject: str, total: int) -> Iterator[Callable[[
         yield lambda: display.advance(task)
     finally:
         display.remove_task(task)
+
+
+def _signature(loaders: Any, limits: list) -> str:
+    """Tells the data of one validation from those of another, the same on all ranks."""
+    digest = hashlib.sha256()
+    for loader, limit in zip(loaders if isinstance(loaders, list) else [loaders], limits, strict=True):
+        samples = loader.dataset
+        content = samples.digests() if hasattr(samples, "digests") else [str(len(samples)).encode()]
+        digest.update(f"{limit} {len(content)} ".encode() + b"".join(content))
+    return digest.hexdigest()
 
 
 def _val_batches(trainer: Trainer) -> list:

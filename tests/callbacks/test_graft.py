@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
@@ -86,8 +87,6 @@ def score_by_hand(model, set_seeds):
 @pytest.mark.parametrize("kind", KINDS)
 def test_grafted_metrics_are_those_of_the_exported_model(tmp_path, folders, kind):
     """Hazards 1, 10, 13: the swap covers the whole validation, sums are token-weighted, export = validated."""
-    from transformers import AutoModelForCausalLM
-
     callbacks = [GraftCallback(), ExportCallback(folder=str(tmp_path / "export"))]
     _, trainer = fit(tmp_path, folders, kind, callbacks)
     logged = metrics(trainer)
@@ -310,6 +309,24 @@ def test_the_untouched_models_are_measured_once_and_kept_over_a_resume(tmp_path,
     assert metrics(again)["val/instruct/loss"] == metrics(first)["val/instruct/loss"]
 
 
+def test_the_untouched_models_are_measured_anew_on_other_data(tmp_path, folders):
+    callbacks = [GraftCallback(), ModelCheckpoint(dirpath=tmp_path, save_last=True)]
+    first = make_trainer(tmp_path, *callbacks)
+    first.fit(make_module(folders), RandomData())
+
+    class OtherData(RandomData):
+        validation_names = ("left",)
+
+        def val_dataloader(self):
+            return [self._loader(6, seed=9)]
+
+    again = make_trainer(tmp_path, GraftCallback())
+    again.validate(make_module(folders), OtherData(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    instruct = AutoModelForCausalLM.from_pretrained(folders[1]).eval()
+    assert metrics(again)["val/instruct/loss"] == pytest.approx(score_by_hand(instruct, [(6, 9)]), rel=1e-6)
+    assert metrics(again)["val/instruct/loss"] != metrics(first)["val/instruct/loss"]
+
+
 def test_limits_and_several_scales(tmp_path, folders):
     _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(scales=[1.0, 0.0, 0.5])], limit_val_batches=1)
     logged = metrics(trainer)
@@ -400,7 +417,6 @@ def checkpoint_step(checkpoint):
 
 def test_exported_adapter_on_the_instruct_is_the_graft(tmp_path, folders):
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     fit(tmp_path, folders, "lora", [GraftCallback(), ExportCallback(folder=str(tmp_path / "x"))])
     sample = random_samples(1, 1)[0]
