@@ -91,8 +91,7 @@ class LiveGraft:
         layers = adapted_layers(model)
         reshard_all(model)
         self._hosts = [
-            self._host(name, parameter, layers.get(name), base, instruct, dtype)
-            for name, parameter in parameters.items()
+            self._host(name, parameter, layers.get(name), base, instruct) for name, parameter in parameters.items()
         ]
         self.dtype = dtype
         self.coverage = self._coverage()
@@ -179,10 +178,6 @@ class LiveGraft:
             )
         self.restore()
 
-    def update(self, name: str) -> Tensor:
-        """This rank's part of the learned update of tensor ``name``, in float32: ``tuned - base``."""
-        return self._update(next(host for host in self._hosts if host.name == name))
-
     @torch.no_grad()
     def statistics(self, scale: float = 1.0) -> dict[str, float]:
         """Norms of the update and what of it arrives in the exported dtype; a collective when sharded.
@@ -202,7 +197,7 @@ class LiveGraft:
             sums = torch.zeros(3, dtype=torch.float64, device=update.device)
             for part in windows(update):
                 there = instruct[part].to(update.device)
-                lost = lost_in_rounding(there, update[part], scale, self.dtype or host.instruct.dtype)
+                lost = lost_in_rounding(there, update[part], scale, self._rounding(host))
                 sums += torch.stack([x.square().sum(dtype=torch.float64) for x in (update[part], lost, there.float())])
             key = _layer_of(host.name)
             squares[key] = squares.get(key, 0) + sums
@@ -265,7 +260,6 @@ class LiveGraft:
         layer: tuple | None,
         base: AlignedReader,
         instruct: CheckpointReader,
-        dtype: torch.dtype | None,
     ) -> _Host:
         live = local(parameter)
         slices = local_slices(parameter)
@@ -313,6 +307,9 @@ class LiveGraft:
             live.copy_(host.base)
             return
         scale = state if host.selected else 0.0
+        if not scale:  # the Instruct itself, even where the training has diverged
+            live.copy_(host.instruct.to(self._rounding(host)))
+            return
         out, tuned, base, instruct = (t.view(-1) for t in (live, host.saved, host.base, host.instruct))
         for part in windows(out):
             goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))

@@ -142,6 +142,18 @@ def test_a_tied_embedding_is_grafted_once(tmp_path):
         torch.testing.assert_close(model.lm_head.weight.double(), expected.lm_head.weight, rtol=0, atol=1e-7)
 
 
+def test_a_diverged_training_leaves_the_untouched_models_finite(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0])
+    graft = open_graft(model, folders)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    for state, folder in ((BASE, folders[0]), (0.0, folders[1])):
+        with graft.applied(state):
+            assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)))
+
+
 def test_outside_the_selection_stands_the_instruct_itself(tmp_path):
     folders = save_pair(tmp_path, "qwen3")
     model = load(folders[0])
