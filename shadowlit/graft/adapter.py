@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.naming import canonical_name, host_of
@@ -70,9 +71,13 @@ class AdaptedLayer:
     scaling: float
     selected: bool
 
-    def delta_weight(self) -> Tensor:
-        """The update of the host's weight as the factors train it, in its shape and placement."""
-        return self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
+    def delta_weight(self, host: Tensor) -> Tensor:
+        """The update of the host's weight as the factors train it, in the host's shape and placement."""
+        update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
+        if isinstance(host, DTensor):
+            # A product of sharded factors lies wherever it was cheapest to compute: by columns, or as partial sums.
+            update = update.redistribute(host.device_mesh, host.placements)
+        return update
 
     def set_scale(self, scale: float) -> None:
         """Let the factors act with ``scale`` times their own strength."""

@@ -198,7 +198,8 @@ class LiveGraft:
             for part in windows(update):
                 there = instruct[part].to(update.device)
                 lost = lost_in_rounding(there, update[part], scale, self._rounding(host))
-                sums += torch.stack([x.square().sum(dtype=torch.float64) for x in (update[part], lost, there.float())])
+                # Products of a window in float32, which BLAS is fast at; their sum over the windows in float64.
+                sums += torch.stack([torch.dot(x, x) for x in (update[part], lost, there.float())])
             key = _layer_of(host.name)
             squares[key] = squares.get(key, 0) + sums
         table = self._reduce(torch.stack(list(squares.values())))
@@ -322,7 +323,7 @@ class LiveGraft:
         device = local(host.parameter).device
         total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
         if host.adapted is not None:
-            learned = local(host.adapted.delta_weight()).float()
+            learned = local(host.adapted.delta_weight(host.parameter)).float()
             total = learned if total is None else total + learned
         return torch.zeros(host.instruct.shape, device=device) if total is None else total
 

@@ -20,7 +20,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.parallel import local, reshard_all, whole
+from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
@@ -101,6 +101,34 @@ def test_the_other_architectures_shard_too(tmp_path, arch):
     for rank in run_ranks(train, 2, folders, "lora", "fsdp2", 2, tmp_path / "two"):
         assert rank["metrics"] == pytest.approx(one["metrics"], rel=2e-4, abs=2e-6)
         assert rank["share"] == pytest.approx(0.5, abs=0.02)
+
+
+def updates_of_an_adapter(folders):
+    """For each adapted weight whether this rank's part of the update is its rows of the whole product."""
+    seed_everything(0)
+    module = ShadowModule(ModelPair(*map(str, folders)), LoraConfig(r=16), lr=1e-2)
+    graft = GraftCallback()
+    make_trainer("fsdp2", 2, [graft], max_steps=2).fit(module, RandomData())
+    found = {}
+    for host in graft.graft._hosts:
+        if host.adapted is None:
+            continue
+        layer, name = host.adapted.layer, host.adapted.adapter
+        factors = (layer.lora_B[name].weight, layer.lora_A[name].weight)
+        up, down = (whole(local(p), p) for p in factors)
+        rows = local_slices(host.parameter)[0]
+        part = graft.graft._update(host)
+        expected = host.adapted.scaling * (up @ down)[rows]
+        found[host.name] = part.shape == expected.shape and torch.allclose(part, expected, atol=1e-7)
+    return found
+
+
+def test_the_update_of_a_sharded_adapter_lies_as_its_host(tmp_path):
+    """At sizes at which DTensor multiplies the factors otherwise than by rows."""
+    folders = save_pair(tmp_path, "qwen3", hidden=512, layers=1)
+    for found in run_ranks(updates_of_an_adapter, 2, folders):
+        assert len(found) == 7
+        assert [name for name, right in found.items() if not right] == []
 
 
 def train_and_resume(folders, kind, out, distributed_checkpoint):
