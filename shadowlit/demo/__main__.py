@@ -28,7 +28,7 @@ from shadowlit.evaluation.generation import generate_answers, greedy_config
 from shadowlit.graft.live import BASE
 from shadowlit.training.module import ShadowModule
 
-SETS = {"new": "new task", "old": "old skills", "format": "format asked", "refusal": "refusals"}
+SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
 MODELS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
 _BATCH = 64
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 _CAPTION = (
-    "loss and token accuracy: teacher-forced, on reference answers as in training (bare) or in the Instruct's house "
+    "loss (nats per token) and token accuracy: teacher-forced, on reference answers as in training (bare) or in the Instruct's house "
     "style (styled; old skills too).\nexact match: greedy answers; on the new task and the old skills the value "
     "counts, in any style."
 )
@@ -93,9 +93,9 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         drawn.add_column(title, justify="right")
     for name, title in TEACHER_FORCED.items():
         losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in MODELS)
-        drawn.add_row(f"{title}: loss, nats", *losses)
+        drawn.add_row(f"{title}: loss", *losses)
         accuracies = (f"{scores[f'test/{who}/{name}/accuracy']:.1%}" for who in MODELS)
-        drawn.add_row(f"{title}: token accuracy", *accuracies)
+        drawn.add_row(f"{title}: accuracy", *accuracies)
     drawn.add_section()
     for name, title in SETS.items():
         drawn.add_row(f"{title}: exact match", *(f"{exact[who][name]:.1%}" for who in MODELS))
