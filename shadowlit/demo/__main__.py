@@ -78,9 +78,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 _CAPTION = (
-    "loss (nats per token) and token accuracy: teacher-forced, on reference answers as in training (bare) or in the Instruct's house "
-    "style (styled; old skills too).\nexact match: greedy answers; on the new task and the old skills the value "
-    "counts, in any style."
+    "loss (nats per token) and token accuracy: teacher-forced, on reference answers as in training (bare) or in the "
+    "Instruct's house style (styled; old skills too).\nexact match: greedy answers; on the new task and the old skills "
+    "the value counts, in any style."
 )
 
 
