@@ -217,7 +217,7 @@ class LiveGraft:
         """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
 
         One whole tensor at a time, on the CPU, computed in float32 and rounded once. Every rank must iterate to
-        the end; all ranks get the tensors. What the module has no parameter for passes through unchanged.
+        the end; all ranks get the tensors. What the module has no parameter for keeps the Instruct's values.
         """
         assert self.state is None
         reshard_all(self.model)
@@ -225,11 +225,12 @@ class LiveGraft:
         aliases = _aliases(self.model)
         for name, info in self._instruct_reader.tensors.items():
             host = hosts.get(aliases.get(name, name))
+            dtype = self.dtype if self.dtype is not None and info.dtype.is_floating_point else info.dtype
             if host is None:
-                yield name, self._instruct_reader.read(name)
+                yield name, self._instruct_reader.read(name).to(dtype)
                 continue
             device = host.parameter.device
-            part = self._grafted(host, scale).to(self.dtype or info.dtype)
+            part = self._grafted(host, scale).to(dtype)
             yield name, whole(part.to(device), host.parameter).cpu()
 
     @torch.no_grad()

@@ -214,12 +214,10 @@ class ShadowModule(LightningModule):
 
         Reduced over all ranks; every rank must call it.
         """
-        named = {name: metric for (who, name), metric in self._scores.items() if who == subject}
-        if len(named) == 2:  # one set: the same numbers as all sets together
-            named = {"": named[""]}
         return {
             f"{name}/{what}" if name else what: value
-            for name, metric in named.items()
+            for (who, name), metric in self._scores.items()
+            if who == subject
             for what, value in metric.compute().items()
         }
 
@@ -252,7 +250,10 @@ class ShadowModule(LightningModule):
 
     def _score(self, batch: Batch, set_name: str) -> None:
         logits = self(batch)
-        for name in ("", set_name):
+        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        several = isinstance(loaders, list) and len(loaders) > 1
+        # A single set is all sets together: scoring it twice would only repeat its softmax.
+        for name in ("", set_name) if several else ("",):
             key = (self.subject, name)
             if key not in self._scores:
                 self._scores[key] = self.configure_scores().to(self.device)
