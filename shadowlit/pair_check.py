@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from shadowlit.errors import CheckpointError
-from shadowlit.graft.checkpoint import CheckpointReader, TensorInfo, some_of
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.headers import TensorInfo, some_of
 from shadowlit.pair import (
     ModelPair,
     Problem,
@@ -269,7 +270,7 @@ def _check_quantised(base: _Side, instruct: _Side, select: Select) -> Iterator[P
 def _is_coarse(info: TensorInfo) -> bool:
     """Whether a tensor is a weight in 8 bits or fewer, or packed into integers."""
     packed = info.dtype in (torch.int32, torch.uint32, torch.int16, torch.uint16) and len(info.shape) >= 2
-    return packed or (info.dtype.itemsize == 1 and info.dtype != torch.bool)
+    return packed or (info.itemsize == 1 and info.dtype != torch.bool)
 
 
 def _quantiser(method: Any) -> str:
@@ -628,7 +629,7 @@ def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterato
         return
     seen: dict[int, list[str]] = {}
     for name, info in base.vocabulary().items():
-        if info.dtype.is_floating_point and info.dtype.itemsize > 1:
+        if info.dtype.is_floating_point and info.itemsize > 1:
             ids = [i for i in use.ids if i < info.shape[0]]
             for i, reason in _look_for_untrained(base.reader, info, ids, base.tokenizer).items():
                 seen.setdefault(i, []).append(f"{reason} in {name}")

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from shadowlit.errors import PairError
-from shadowlit.graft.checkpoint import CheckpointReader, some_of
+from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.disk import row_windows
+from shadowlit.graft.headers import some_of
 from shadowlit.graft.selection import kind_of
 
 PAPER_RANGE = (0.003, 0.042)

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shadowlit.graft.checkpoint import CheckpointReader, TensorInfo
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.headers import TensorInfo
 
 
 class AlignedReader:

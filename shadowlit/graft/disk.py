@@ -19,7 +19,8 @@ from torch import Tensor
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.arithmetic import add_delta, delta, lost_in_rounding
-from shadowlit.graft.checkpoint import CheckpointReader, Streamed, TensorInfo, some_of
+from shadowlit.graft.checkpoint import CheckpointReader, Streamed
+from shadowlit.graft.headers import TensorInfo, some_of
 from shadowlit.graft.selection import Coverage, coverage, resolve
 
 # What training wrappers leave in the names of saved parameters.

@@ -26,15 +26,8 @@ from safetensors.torch import save_file
 
 import shadowlit
 from shadowlit.errors import ExportError
-from shadowlit.graft.checkpoint import (
-    CheckpointReader,
-    CheckpointWriter,
-    Streamed,
-    TensorInfo,
-    atomic_folder,
-    check_finite,
-    some_of,
-)
+from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
+from shadowlit.graft.headers import TensorInfo, some_of
 from shadowlit.pair import ModelPair, Select
 
 if TYPE_CHECKING:

@@ -1,0 +1,301 @@
+"""Safetensors folders as their headers describe them: read and checked without torch, in milliseconds.
+
+A folder is untrusted input: every count in a header is checked against the file before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from shadowlit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "model.safetensors"
+
+# The dtype codes of the format: their names in torch, and bytes per element.
+_DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1), "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1), "C64": ("complex64", 8),
+}  # fmt: skip
+_CODES = {name: code for code, (name, _) in _DTYPES.items()}
+
+# The format's own limit: a longer header is refused by every reader, and would fill the memory of ours.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def dtype_code(dtype: torch.dtype) -> str | None:
+    """The format's code of a torch dtype, ``BF16`` say; ``None`` if it has none."""
+    return _CODES.get(str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor.
+
+    Attributes:
+        name: The tensor's name.
+        code: The format's code of the stored dtype, e.g. ``BF16``.
+        shape: The stored shape.
+        file: The name of the file that holds it, inside the folder.
+    """
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype in torch."""
+        import torch
+
+        return getattr(torch, _DTYPES[self.code][0])
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return _DTYPES[self.code][1]
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether the dtype is a floating-point one."""
+        return "float" in _DTYPES[self.code][0]
+
+    @property
+    def num_elements(self) -> int:
+        """The number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """The number of bytes that the data take in the file."""
+        return self.num_elements * self.itemsize
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor and where its bytes lie: ``start`` counts from the beginning of the file."""
+
+    info: TensorInfo
+    start: int
+
+
+class Headers:
+    """A safetensors folder whose headers are read and checked, and whose bytes can be had by rows.
+
+    Files are opened when first needed and kept open until :meth:`close`. As in transformers, the single file is
+    taken where both forms are present.
+
+    Args:
+        folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        single_file: What the file is called where there is only one, e.g. ``adapter_model.safetensors``.
+
+    Raises:
+        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
+            broken, or the index and the shards disagree.
+    """
+
+    def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
+        self.folder = Path(folder)
+        self._streams: dict[str, FileIO] = {}
+        self._entries = _read_entries(self.folder, single_file)
+        self.tensors: dict[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of ``name``.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"There is no tensor '{name}' in {self.folder}, which holds {len(self.tensors)} tensors "
+                f"({some_of(self.tensors)}). Check the name, or whether this is the right model."
+            )
+        return self.tensors[name]
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """Fill ``buffer`` with the bytes of tensor ``name`` from byte ``offset`` of its data.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file can no longer be read.
+        """
+        info = self.info(name)
+        assert offset + len(buffer) <= info.num_bytes
+        path, position = self.folder / info.file, self._entries[name].start + offset
+        try:
+            if info.file not in self._streams:
+                self._streams[info.file] = FileIO(path)
+            while len(buffer):
+                # Positional, so that threads may share the file; the system reads at most 2 GiB at once.
+                count = os.preadv(self._streams[info.file].fileno(), [buffer], position)
+                if not count:
+                    raise _broken(path, f"it ends before byte {position + len(buffer)}")
+                buffer, position = buffer[count:], position + count
+        except OSError as error:
+            raise _broken(path, str(error)) from error
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read_entries(folder: Path, single_file: str) -> dict[str, _Entry]:
+    """All tensors of a folder, sorted by name, checked against the index if there is one."""
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
+    if (folder / single_file).is_file():
+        return dict(sorted(_read_header(folder, single_file).items()))
+    index = folder / f"{single_file}.index.json"
+    if not index.is_file():
+        raise _no_safetensors(folder, single_file)
+    weight_map = _read_weight_map(index)
+    headers = {file: _read_header(folder, file) for file in sorted(set(weight_map.values()))}
+    _match_index(index, weight_map, headers)
+    return {name: headers[file][name] for name, file in sorted(weight_map.items())}
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """The index's map from tensor to file; every file exists and lies in the folder."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}). Download or save the model again.") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise CheckpointError(
+            f"{path} has no 'weight_map' from tensor names to file names. Download or save the model again."
+        )
+    files = sorted(set(weight_map.values()))
+    outside = [file for file in files if file in ("", ".", "..") or re.search(r"[/\\\0]", file)]
+    if outside:
+        raise CheckpointError(
+            f"{path} names files that do not lie beside it: {some_of(outside)}. Shards must be plain file "
+            "names in the index's own folder; save the model again, and do not trust this one."
+        )
+    missing = [file for file in files if not (path.parent / file).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path} names {len(files)} files, of which {len(missing)} are missing: {some_of(missing)}. "
+            "Finish the download, or copy the missing shards beside the index."
+        )
+    return weight_map
+
+
+def _match_index(path: Path, weight_map: dict[str, str], headers: dict[str, dict[str, _Entry]]) -> None:
+    """Check that index and shards name the same tensors in the same files."""
+    absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
+    unlisted = sorted(name for file, entries in headers.items() for name in entries if weight_map.get(name) != file)
+    if absent or unlisted:
+        told = [f"{len(absent)} tensors are not in the file it names ({some_of(absent)})"] if absent else []
+        told += [f"{len(unlisted)} tensors of the shards are not listed ({some_of(unlisted)})"] if unlisted else []
+        raise CheckpointError(
+            f"{path} does not match its shards: {'; '.join(told)}. The folder mixes files of "
+            "two saves; download or save the model again into an empty folder."
+        )
+
+
+def _read_header(folder: Path, file: str) -> dict[str, _Entry]:
+    """The checked header of one safetensors file."""
+    path = folder / file
+    try:
+        with path.open("rb") as stream:
+            total = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8)
+            size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
+            if size > min(total - 8, _MAX_HEADER_BYTES):
+                raise _broken(path, f"its header would have {size} bytes, the file has {total}")
+            header = json.loads(stream.read(size))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _broken(path, f"its header cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    entries = {name: _read_entry(path, name, value, 8 + size) for name, value in header.items()}
+    end = 8 + size
+    for entry in sorted(entries.values(), key=lambda e: (e.start, e.info.num_bytes)):
+        if entry.start != end:
+            raise _broken(path, f"tensor '{entry.info.name}' begins at byte {entry.start}, expected {end}")
+        end += entry.info.num_bytes
+    if end != total:
+        raise _broken(path, f"its tensors end at byte {end}, the file at {total}")
+    return entries
+
+
+def _read_entry(path: Path, name: str, value: Any, data_start: int) -> _Entry:
+    """One header entry, with dtype, shape and offsets that agree."""
+    try:
+        code, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in [*shape, start, stop])
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(path, f"the entry of tensor '{name}' is not dtype, shape and data_offsets") from error
+    if not whole:
+        raise _broken(path, f"shape {shape} or offsets [{start}, {stop}] of tensor '{name}' are not counts")
+    if code not in _DTYPES:
+        raise CheckpointError(
+            f"Tensor '{name}' in {path} has dtype {code}; known are {', '.join(_DTYPES)}. Convert the model "
+            "to one of the floating-point dtypes, e.g. bfloat16, with transformers and save it as "
+            "safetensors."
+        )
+    info = TensorInfo(name, code, tuple(shape), path.name)
+    if info.num_bytes != stop - start:
+        raise _broken(path, f"tensor '{name}' of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}")
+    return _Entry(info, data_start + start)
+
+
+def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
+    """The error for a folder in which there is no model in safetensors form."""
+    names = sorted(p.name for p in folder.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        found = f"but other safetensors files ({some_of(others)})"
+        remedy = f"Merge an adapter into its model first; rename a single weight file to {single_file}."
+    elif pickles:
+        found = f"only pickled weights ({some_of(pickles)}), never loaded here because they can run code"
+        remedy = (
+            "Convert them once, on a machine where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
+        )
+    else:
+        found = f"{len(names)} other files ({some_of(names)})" if names else "nothing at all"
+        remedy = "Give the folder into which the model was saved, or finish its download."
+    return CheckpointError(f"{folder} holds no {single_file} and no {single_file}.index.json, {found}. {remedy}")
+
+
+def _broken(path: Path, what: str) -> CheckpointError:
+    """The error for a file that is not a valid safetensors file."""
+    return CheckpointError(
+        f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it again."
+    )
+
+
+def some_of(names: Iterable[Any], limit: int = 5) -> str:
+    """The first ``limit`` names of a collection, and how many more there are: for messages."""
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
