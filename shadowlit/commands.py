@@ -14,7 +14,8 @@ from rich.table import Table
 from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.disk import DiskGraft, Strength, open_update
-from shadowlit.graft.export import add_to_manifest, build_manifest, export_folder
+from shadowlit.graft.export import export_folder
+from shadowlit.graft.manifest import add_to_manifest, build_manifest
 from shadowlit.pair import ModelPair, model_folder
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from shadowlit.cli import main
-from shadowlit.graft.export import read_manifest
+from shadowlit.graft.manifest import read_manifest
 from tests.distributed import run_ranks
 from tests.tiny import save_pair
 

@@ -20,13 +20,12 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ExportError
 from shadowlit.graft.adapter import starts_from_weights
 from shadowlit.graft.export import (
-    add_to_manifest,
-    build_manifest,
     export_adapter,
     export_folder,
     logit_difference,
     reload_logits,
 )
+from shadowlit.graft.manifest import add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)

@@ -12,30 +12,25 @@ import copy
 import dataclasses
 import json
 import logging
-import math
-import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-import shadowlit
 from shadowlit.errors import ExportError
 from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
 from shadowlit.graft.headers import TensorInfo, some_of
-from shadowlit.pair import ModelPair, Select
+from shadowlit.graft.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
+from shadowlit.pair import ModelPair
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 log = logging.getLogger(__name__)
 
-MANIFEST_FILE = "shadowlit.json"
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 # Weights in any form, and archives of them. A suffix that is missing here costs disk space, not correctness:
@@ -51,82 +46,6 @@ _NOT_COPIED = ("readme.md", MANIFEST_FILE, "adapter_config.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _TOKENIZER_PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken")
-
-
-class Source(TypedDict):
-    """Where one model of the pair comes from: id or folder, revision asked for, commit read, fingerprint."""
-
-    id: str
-    revision: str | None
-    commit: str | None
-    fingerprint: str
-
-
-class Manifest(TypedDict):
-    """What ``shadowlit.json`` says of an exported model: where it comes from and how good it was."""
-
-    base: Source
-    instruct: Source
-    scale: float
-    select: str | list[str]
-    dtype: str | None
-    coverage: dict[str, Any]
-    survival: dict[str, Any]
-    metrics: dict[str, Any]
-    versions: dict[str, str]
-    config: dict[str, Any]
-
-
-def build_manifest(
-    pair: ModelPair,
-    *,
-    scale: float,
-    select: Select,
-    dtype: torch.dtype | None = None,
-    coverage: Any = None,
-    survival: Any = None,
-    metrics: Mapping[str, Any] | None = None,
-    config: Any = None,
-) -> Manifest:
-    """Collect the manifest of a graft. It holds no time and no host, so that equal runs export equal folders.
-
-    Args:
-        pair: The pair; its folders are read for commits and fingerprints.
-        scale: λ of the graft.
-        select: The selection of the graft.
-        dtype: The dtype of the exported weights; None for the Instruct's own.
-        coverage: What was grafted and what was not: a mapping or a dataclass.
-        survival: How much of the delta lives through the exported dtype: a mapping or a dataclass.
-        metrics: Metrics of the validation that was exported, e.g. ``{"val/grafted/loss": 1.23}``.
-        config: The resolved config of the run: a mapping or a dataclass.
-
-    Returns:
-        The manifest, of plain JSON types; values that JSON does not know are written as strings.
-
-    Raises:
-        PairError: A folder of the pair is missing.
-        CheckpointError: A folder of the pair holds no readable safetensors.
-    """
-    fingerprints, commits = pair.fingerprints(), pair.revisions()
-    return Manifest(
-        base=Source(
-            id=pair.base, revision=pair.base_revision, commit=commits["base"], fingerprint=fingerprints["base"]
-        ),
-        instruct=Source(
-            id=pair.instruct,
-            revision=pair.instruct_revision,
-            commit=commits["instruct"],
-            fingerprint=fingerprints["instruct"],
-        ),
-        scale=scale,
-        select=select if isinstance(select, str) else list(select),
-        dtype=None if dtype is None else _dtype_name(dtype),
-        coverage=_plain(coverage or {}),
-        survival=_plain(survival or {}),
-        metrics=_plain(metrics or {}),
-        versions=_versions(),
-        config=_plain(config or {}),
-    )
 
 
 def export_folder(
@@ -161,12 +80,12 @@ def export_folder(
             of another shape or dtype.
         CheckpointError: A tensor holds NaN or infinities, or the Instruct's folder cannot be read.
     """
-    manifest = _plain(manifest or {})
+    manifest = plain(manifest or {})
     with CheckpointReader(instruct_folder) as reader, _os_errors(target), atomic_folder(target) as folder:
         _copy_files(instruct_folder, folder)
         if dtype is not None:
             _set_config_dtype(folder / "config.json", dtype)
-        with CheckpointWriter(folder, max_shard_bytes, _provenance(manifest)) as writer:
+        with CheckpointWriter(folder, max_shard_bytes, provenance(manifest)) as writer:
             missing = dict(reader.tensors)
             for name, tensor in tensors:
                 _check_tensor(name, tensor, reader.tensors, dtype)
@@ -177,7 +96,7 @@ def export_folder(
                     f"{len(missing)} of {len(reader.tensors)} tensors of the Instruct were not given: "
                     f"{some_of(missing)}. Give the Instruct's own value for each tensor that was not grafted."
                 )
-        _write_json(folder / MANIFEST_FILE, manifest)
+        write_json(folder / MANIFEST_FILE, manifest)
     log.info("Exported the grafted model to %s", target)
     return target
 
@@ -224,38 +143,9 @@ def export_adapter(
             check_finite(key, tensor)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         _adapter_config(pair, peft_config).save_pretrained(str(folder))
-        _write_json(folder / MANIFEST_FILE, _plain(manifest or {}))
+        write_json(folder / MANIFEST_FILE, plain(manifest or {}))
     log.info("Exported the adapter for %s to %s", pair.instruct, target)
     return target
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder.
-
-    Raises:
-        ExportError: There is none, or it is not readable JSON.
-    """
-    path = Path(folder) / MANIFEST_FILE
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ExportError(
-            f"{path} cannot be read ({error}). Give a folder that shadowlit exported, or export it again."
-        ) from error
-
-
-def add_to_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Add what is known only after the export, e.g. the difference of the reloaded model's logits.
-
-    Args:
-        folder: An exported folder.
-        entries: New or replaced entries of its manifest.
-
-    Raises:
-        ExportError: The folder has no manifest.
-    """
-    path = Path(folder) / MANIFEST_FILE
-    _write_json(path, {**read_manifest(folder), **_plain(entries)})
 
 
 @torch.no_grad()
@@ -372,9 +262,9 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     before = copy.deepcopy(config)
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for key in part.keys() & {"dtype", "torch_dtype"}:
-            part[key] = _dtype_name(dtype)
+            part[key] = dtype_name(dtype)
     if "torch_dtype" not in config:
-        config["dtype"] = _dtype_name(dtype)
+        config["dtype"] = dtype_name(dtype)
     if config != before:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -397,7 +287,7 @@ def _check_tensor(
     wanted = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
     if tensor.dtype != wanted:
         raise ExportError(
-            f"Tensor '{name}' is {_dtype_name(tensor.dtype)}, expected {_dtype_name(wanted)}. Round it once, "
+            f"Tensor '{name}' is {dtype_name(tensor.dtype)}, expected {dtype_name(wanted)}. Round it once, "
             "from float32, before it is exported."
         )
 
@@ -437,54 +327,6 @@ def _adapter_config(pair: ModelPair, peft_config: PeftConfig) -> PeftConfig:
         if isinstance(getattr(config, field.name), set):
             setattr(config, field.name, sorted(getattr(config, field.name)))
     return config
-
-
-def _provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The part of the manifest that travels in every weight file's header."""
-    keys = [key for key in ("base", "instruct", "scale", "select", "arm", "delta") if key in manifest]
-    return {f"shadowlit.{key}": json.dumps(manifest[key], sort_keys=True) for key in keys}
-
-
-def _versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
-    installed = {}
-    for package in ("torch", "transformers", "peft", "lightning", "safetensors"):
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            installed[package] = "not installed"
-    return {"python": platform.python_version(), "shadowlit": shadowlit.__version__, **installed}
-
-
-def _plain(value: Any) -> Any:
-    """The value in JSON's types; NaN and infinities, which JSON lacks, as strings."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(map(_plain, value), key=str)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, torch.dtype):
-        return _dtype_name(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON with sorted keys, replacing the file in one step."""
-    partial = path.with_name(path.name + ".partial")
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 @contextlib.contextmanager

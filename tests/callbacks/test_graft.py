@@ -16,7 +16,8 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import GraftError, PairError
 from shadowlit.evaluation.scores import TokenScores
-from shadowlit.graft.export import read_manifest, reload_logits
+from shadowlit.graft.export import reload_logits
+from shadowlit.graft.manifest import read_manifest
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_ranks

@@ -14,7 +14,7 @@ from shadowlit.errors import GraftError
 from shadowlit.graft import disk
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.disk import DiskGraft, Strength, linear_on_disk, open_update
-from shadowlit.graft.export import read_manifest
+from shadowlit.graft.manifest import read_manifest
 from shadowlit.graft.naming import linear_names
 from tests.tiny import ARCHITECTURES, make_config, save_model, save_pair
 

@@ -24,14 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shadowlit.errors import CheckpointError, ExportError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.export import (
-    add_to_manifest,
-    build_manifest,
     export_adapter,
     export_folder,
     logit_difference,
-    read_manifest,
     reload_logits,
 )
+from shadowlit.graft.manifest import add_to_manifest, build_manifest, read_manifest
 from shadowlit.pair import ModelPair
 from tests.tiny import ARCHITECTURES, save_model, save_pair
 

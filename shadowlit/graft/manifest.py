@@ -1,0 +1,175 @@
+"""The manifest of what was written: where it comes from, what was done to it, and how good it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+import shadowlit
+from shadowlit.errors import ExportError
+from shadowlit.pair import ModelPair, Select
+
+MANIFEST_FILE = "shadowlit.json"
+
+
+class Source(TypedDict):
+    """Where one model of the pair comes from: id or folder, revision asked for, commit read, fingerprint."""
+
+    id: str
+    revision: str | None
+    commit: str | None
+    fingerprint: str
+
+
+class Manifest(TypedDict):
+    """What ``shadowlit.json`` says of an exported model: where it comes from and how good it was."""
+
+    base: Source
+    instruct: Source
+    scale: float
+    select: str | list[str]
+    dtype: str | None
+    coverage: dict[str, Any]
+    survival: dict[str, Any]
+    metrics: dict[str, Any]
+    versions: dict[str, str]
+    config: dict[str, Any]
+
+
+def build_manifest(
+    pair: ModelPair,
+    *,
+    scale: float,
+    select: Select,
+    dtype: torch.dtype | None = None,
+    coverage: Any = None,
+    survival: Any = None,
+    metrics: Mapping[str, Any] | None = None,
+    config: Any = None,
+) -> Manifest:
+    """Collect the manifest of a graft. It holds no time and no host, so that equal runs export equal folders.
+
+    Args:
+        pair: The pair; its folders are read for commits and fingerprints.
+        scale: λ of the graft.
+        select: The selection of the graft.
+        dtype: The dtype of the exported weights; None for the Instruct's own.
+        coverage: What was grafted and what was not: a mapping or a dataclass.
+        survival: How much of the delta lives through the exported dtype: a mapping or a dataclass.
+        metrics: Metrics of the validation that was exported, e.g. ``{"val/grafted/loss": 1.23}``.
+        config: The resolved config of the run: a mapping or a dataclass.
+
+    Returns:
+        The manifest, of plain JSON types; values that JSON does not know are written as strings.
+
+    Raises:
+        PairError: A folder of the pair is missing.
+        CheckpointError: A folder of the pair holds no readable safetensors.
+    """
+    fingerprints, commits = pair.fingerprints(), pair.revisions()
+    return Manifest(
+        base=Source(
+            id=pair.base, revision=pair.base_revision, commit=commits["base"], fingerprint=fingerprints["base"]
+        ),
+        instruct=Source(
+            id=pair.instruct,
+            revision=pair.instruct_revision,
+            commit=commits["instruct"],
+            fingerprint=fingerprints["instruct"],
+        ),
+        scale=scale,
+        select=select if isinstance(select, str) else list(select),
+        dtype=None if dtype is None else dtype_name(dtype),
+        coverage=plain(coverage or {}),
+        survival=plain(survival or {}),
+        metrics=plain(metrics or {}),
+        versions=versions(),
+        config=plain(config or {}),
+    )
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an exported folder.
+
+    Raises:
+        ExportError: There is none, or it is not readable JSON.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ExportError(
+            f"{path} cannot be read ({error}). Give a folder that shadowlit exported, or export it again."
+        ) from error
+
+
+def add_to_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Add what is known only after the export, e.g. the difference of the reloaded model's logits.
+
+    Args:
+        folder: An exported folder.
+        entries: New or replaced entries of its manifest.
+
+    Raises:
+        ExportError: The folder has no manifest.
+    """
+    path = Path(folder) / MANIFEST_FILE
+    write_json(path, {**read_manifest(folder), **plain(entries)})
+
+
+def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The part of the manifest that travels in every weight file's header."""
+    keys = [key for key in ("base", "instruct", "scale", "select", "arm", "delta") if key in manifest]
+    return {f"shadowlit.{key}": json.dumps(manifest[key], sort_keys=True) for key in keys}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers depend on."""
+    installed = {}
+    for package in ("torch", "transformers", "peft", "lightning", "safetensors"):
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            installed[package] = "not installed"
+    return {"python": platform.python_version(), "shadowlit": shadowlit.__version__, **installed}
+
+
+def plain(value: Any) -> Any:
+    """The value in JSON's types; NaN and infinities, which JSON lacks, as strings."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(plain, value), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as configs spell it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write JSON with sorted keys, replacing the file in one step."""
+    partial = path.with_name(path.name + ".partial")
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
