@@ -12,7 +12,15 @@ COMMANDS = {
     "predict": "let the grafted Instruct answer prompts",
     "preview": "print samples token by token, with what carries loss in colour",
     "graft": "graft what a Base has learned elsewhere, from folder to folder",
+    "delta": "store, show, combine, compress and apply the update itself",
     "similarity": "how alike two models are, and what that means for a graft",
+}
+
+# Commands that are typed functions, and where.
+_FUNCTIONS = {
+    "graft": "shadowlit.commands",
+    "delta": "shadowlit.delta_commands",
+    "similarity": "shadowlit.commands",
 }
 
 
@@ -39,8 +47,10 @@ def main(args: list[str] | None = None) -> int:
     from shadowlit.errors import ShadowlitError
 
     try:
-        if args[0] in ("graft", "similarity"):
-            _run_function(*args)
+        if args[0] in _FUNCTIONS:
+            from shadowlit.functions import run_function
+
+            run_function(args[0], _FUNCTIONS[args[0]], args[1:])
             return 0
         from shadowlit.cli import main as run
 
@@ -49,15 +59,6 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _run_function(name: str, *args: str) -> None:
-    """Run a command that is a typed function; its docstring is the help."""
-    from jsonargparse import auto_cli
-
-    from shadowlit import commands
-
-    auto_cli(getattr(commands, name), args=list(args), as_positional=name == "similarity", prog=f"shadowlit {name}")
 
 
 def _overview() -> str:

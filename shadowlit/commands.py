@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -31,6 +32,7 @@ def graft(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     shard_size: str = "5GB",
     dry_run: bool = False,
+    files_from: str | None = None,
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
@@ -45,6 +47,8 @@ def graft(
         select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
         dtype: Of the result; auto for the Instruct's own.
         shard_size: Largest file, e.g. 5GB or 500MB.
+        files_from: Take config, tokenizer, template and generation settings from this folder or hub id instead of the
+            Instruct: where the update moves to a model that isn't the one to talk to (Chat Vector, ParamΔ).
         dry_run: Only say what would be grafted and how large the result is, from the headers alone.
     """
     console = Console(highlight=False)
@@ -66,20 +70,36 @@ def graft(
             pair, scale=strength.default, select=select, dtype=wanted, coverage=plan.coverage,
             config={"tuned": tuned, "scale": scale},
         )  # fmt: skip
-        columns = (TextColumn("grafting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=plan.num_bytes)
-            export_folder(
-                Path(out),
-                instruct_reader.folder,
-                plan.tensors(lambda count: progress.advance(task, count)),
-                dtype=wanted,
-                max_shard_bytes=_bytes(shard_size),
-                manifest=manifest,
-            )
-    add_to_manifest(Path(out), {"survival": {"survival": plan.survival}})
+        write_graft(plan, instruct_reader.folder, Path(out), wanted, shard_size, manifest, files_from)
+    console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
+
+
+def write_graft(
+    plan: DiskGraft,
+    instruct: Path,
+    out: Path,
+    dtype: torch.dtype | None,
+    shard_size: str,
+    manifest: Mapping[str, Any],
+    files_from: str | None,
+) -> None:
+    """Stream a planned graft to its folder, with a progress bar, and tell what arrived of the update."""
+    console = Console(highlight=False)
+    columns = (TextColumn("grafting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=plan.num_bytes)
+        export_folder(
+            out,
+            instruct,
+            plan.tensors(lambda count: progress.advance(task, count)),
+            dtype=dtype,
+            max_shard_bytes=parse_bytes(shard_size),
+            manifest=manifest,
+            files_from=None if files_from is None else model_folder("files_from", files_from, None, False),
+        )
+    add_to_manifest(out, {"survival": {"survival": plan.survival}})
     console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
-    console.print(f"graft: {out} written in {time.perf_counter() - start:.1f} s")
+    console.print(f"graft: {out} is complete")
 
 
 def similarity(a: str, b: str, out: str | None = None, heat_map: str | None = None) -> None:
@@ -119,7 +139,8 @@ def similarity(a: str, b: str, out: str | None = None, heat_map: str | None = No
         plot_heat_map(found, Path(heat_map))
 
 
-def _bytes(size: str) -> int:
+def parse_bytes(size: str) -> int:
+    """The number of bytes in a size such as ``5GB``."""
     number, unit = size[:-2], size[-2:].upper()
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
         raise GraftError(f"shard_size is {size!r}; expected a number and KB, MB or GB, e.g. 5GB.")

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +26,8 @@ Select = str | Sequence[str]
 
 # Everything that a folder needs but pickled weights, and weights in other forms.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+# The same weights once more, in their maker's own format.
+_HUB_IGNORED = ["consolidated*.safetensors", "original/*"]
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 # The files of which a tokenizer needs at least one.
 _TOKENIZER_FILE = re.compile(r"^(tokenizer\.json|tekken\.json|vocab\..*|.*\.model|.*\.tiktoken)$")
@@ -147,9 +149,9 @@ class ModelPair:
         Raises:
             PairError: A folder is missing.
         """
-        return {"base": _commit(self.base_folder()), "instruct": _commit(self.instruct_folder())}
+        return {"base": commit_of(self.base_folder()), "instruct": commit_of(self.instruct_folder())}
 
-    def check(self, select: Select = "linear") -> list[Problem]:
+    def check(self, select: Select = "linear", download: bool = True) -> list[Problem]:
         """Everything in which the two models do not fit, found before any weight is loaded.
 
         Read are configs, tokenizers, safetensors headers, the fingerprints' samples and some embedding rows:
@@ -160,13 +162,16 @@ class ModelPair:
             select: What will be grafted: ``linear``, ``all``, or regular expressions for tensor names.
                 Unequal vocabularies and ties stop a graft that touches embeddings or lm_head; any other may
                 go on.
+            download: Download the weights of hub ids, as a run needs them. Without, configs, tokenizers and
+                headers are fetched, a few MB; the fingerprint and embedding rows of weights that are not on
+                this machine stay unseen, and a note says so.
 
         Returns:
             Errors first, then warnings, then notes; an empty list for a pair that fits in everything.
         """
         from shadowlit.pair_check import check_pair  # which imports this module
 
-        return check_pair(self, select)
+        return check_pair(self if download else _WithoutWeights(**asdict(self)), select)
 
     def require_fit(self, select: Select = "linear") -> None:
         """Check the pair; log what is to be known, stop at what cannot work.
@@ -201,13 +206,25 @@ class ModelPair:
         return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
 
 
+class _WithoutWeights(ModelPair):
+    """A pair into whose folders no weights are downloaded."""
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        return model_folder("base", self.base, self.base_revision, self.trust_remote_code, weights=False)
+
+    @cached_property
+    def _instruct_folder(self) -> Path:
+        return model_folder("instruct", self.instruct, self.instruct_revision, self.trust_remote_code, weights=False)
+
+
 def _is_rank_zero() -> bool:
     """Whether this process may log: of several ranks that check the same pair, one is enough."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def model_folder(who: str, source: str, revision: str | None, trust_remote_code: bool) -> Path:
+def model_folder(who: str, source: str, revision: str | None, trust_remote_code: bool, weights: bool = True) -> Path:
     """The local folder of a folder name or hub id, downloaded first if it is one.
 
     Args:
@@ -215,6 +232,7 @@ def model_folder(who: str, source: str, revision: str | None, trust_remote_code:
         source: A folder or hub id.
         revision: Commit, tag or branch on the hub.
         trust_remote_code: Also download Python files.
+        weights: Also download the safetensors files.
 
     Raises:
         PairError: There is no such folder, or the hub does not give it.
@@ -237,9 +255,10 @@ def model_folder(who: str, source: str, revision: str | None, trust_remote_code:
     from huggingface_hub import snapshot_download
 
     patterns = [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS
+    ignored = _HUB_IGNORED if weights else [*_HUB_IGNORED, "*.safetensors"]
     try:
         # Safe for several ranks at once: the hub's cache locks every file.
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
     except Exception as error:  # of the hub, of httpx, of the disk: many types, one remedy
         at = f" at revision '{revision}'" if revision else ""
         raise ProblemError(
@@ -342,6 +361,6 @@ def _fingerprint(folder: Path) -> str:
         return reader.fingerprint()
 
 
-def _commit(folder: Path) -> str | None:
+def commit_of(folder: Path) -> str | None:
     """The commit of a folder in the hub's cache, which is the folder's name there."""
     return folder.name if folder.parent.name == "snapshots" else None

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.disk import row_windows
 from shadowlit.graft.headers import some_of
 from shadowlit.graft.selection import kind_of
+from shadowlit.graft.streaming import row_windows
 
 PAPER_RANGE = (0.003, 0.042)
 """σ of the pairs that Shadow-FT (arXiv 2505.12716) works with, by its authors."""

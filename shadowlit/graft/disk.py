@@ -7,9 +7,8 @@ speed.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,13 +21,11 @@ from shadowlit.graft.arithmetic import add_delta, delta, lost_in_rounding
 from shadowlit.graft.checkpoint import CheckpointReader, Streamed
 from shadowlit.graft.headers import TensorInfo, some_of
 from shadowlit.graft.selection import Coverage, coverage, resolve
+from shadowlit.graft.streaming import THREADS, ordered, row_windows
 
 # What training wrappers leave in the names of saved parameters.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 _IN_LAYER = re.compile(r"\.\d+\.")
-_PART_ELEMENTS = 2**22  # rows are read, grafted and written in parts of about this size
-_THREADS = 2
-_AHEAD = 3  # parts computed before they are written
 
 
 class Update(Protocol):
@@ -296,27 +293,20 @@ class DiskGraft:
         Args:
             advance: called with the bytes of every part that was taken.
         """
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for name, info in self._instruct.tensors.items():
                 yield name, Streamed(self._target_dtype(info), info.shape, self._parts(pool, name, info, advance))
 
     def _parts(
         self, pool: ThreadPoolExecutor, name: str, info: TensorInfo, advance: Callable[[int], None]
     ) -> Iterator[Tensor]:
-        pending: deque[Future[tuple[Tensor, float, float]]] = deque()
-        for start, stop in row_windows(info):
-            pending.append(pool.submit(self._part, name, info, start, stop))
-            if len(pending) > _AHEAD:
-                yield self._take(pending, advance)
-        while pending:
-            yield self._take(pending, advance)
-
-    def _take(self, pending: deque[Future[tuple[Tensor, float, float]]], advance: Callable[[int], None]) -> Tensor:
-        part, update_square, lost_square = pending.popleft().result()
-        self._squares[0] += update_square
-        self._squares[1] += lost_square
-        advance(part.nbytes)
-        return part
+        for part, update_square, lost_square in ordered(
+            pool, lambda window: self._part(name, info, *window), row_windows(info)
+        ):
+            self._squares[0] += update_square
+            self._squares[1] += lost_square
+            advance(part.nbytes)
+            yield part
 
     @torch.no_grad()
     def _part(self, name: str, info: TensorInfo, start: int, stop: int) -> tuple[Tensor, float, float]:
@@ -333,12 +323,3 @@ class DiskGraft:
 
     def _target_dtype(self, info: TensorInfo) -> torch.dtype:
         return self._dtype if self._dtype is not None and info.dtype.is_floating_point else info.dtype
-
-
-def row_windows(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    """Cut a tensor into runs of rows that are small enough to hold in memory: ``(start, stop)`` of each."""
-    rows = info.shape[0] if info.shape else 1
-    per_row = max(1, info.num_elements // max(1, rows))
-    step = max(1, _PART_ELEMENTS // per_row)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)

@@ -55,6 +55,7 @@ def export_folder(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     manifest: Mapping[str, Any] | None = None,
+    files_from: Path | None = None,
 ) -> Path:
     """Write a model folder that is the Instruct's in everything but the weights.
 
@@ -71,6 +72,7 @@ def export_folder(
             Instruct's own, tensor by tensor.
         max_shard_bytes: The largest number of data bytes per file.
         manifest: The content of ``shadowlit.json``, see :func:`build_manifest`.
+        files_from: Another folder whose config, tokenizer and template are copied instead of the Instruct's.
 
     Returns:
         ``target``.
@@ -82,7 +84,7 @@ def export_folder(
     """
     manifest = plain(manifest or {})
     with CheckpointReader(instruct_folder) as reader, _os_errors(target), atomic_folder(target) as folder:
-        _copy_files(instruct_folder, folder)
+        _copy_files(files_from or instruct_folder, folder)
         if dtype is not None:
             _set_config_dtype(folder / "config.json", dtype)
         with CheckpointWriter(folder, max_shard_bytes, provenance(manifest)) as writer:

@@ -16,7 +16,7 @@ import torch
 
 import shadowlit
 from shadowlit.errors import ExportError
-from shadowlit.pair import ModelPair, Select
+from shadowlit.pair import ModelPair, Select, commit_of
 
 MANIFEST_FILE = "shadowlit.json"
 
@@ -28,6 +28,18 @@ class Source(TypedDict):
     revision: str | None
     commit: str | None
     fingerprint: str
+
+
+def describe_source(source: str, folder: Path, fingerprint: str, revision: str | None = None) -> Source:
+    """Where one model comes from.
+
+    Args:
+        source: what the user gave, a folder or hub id.
+        folder: where its files lie.
+        fingerprint: of its checkpoint.
+        revision: what the user asked for.
+    """
+    return Source(id=source, revision=revision, commit=commit_of(folder), fingerprint=fingerprint)
 
 
 class Manifest(TypedDict):
@@ -75,17 +87,10 @@ def build_manifest(
         PairError: A folder of the pair is missing.
         CheckpointError: A folder of the pair holds no readable safetensors.
     """
-    fingerprints, commits = pair.fingerprints(), pair.revisions()
+    prints = pair.fingerprints()
     return Manifest(
-        base=Source(
-            id=pair.base, revision=pair.base_revision, commit=commits["base"], fingerprint=fingerprints["base"]
-        ),
-        instruct=Source(
-            id=pair.instruct,
-            revision=pair.instruct_revision,
-            commit=commits["instruct"],
-            fingerprint=fingerprints["instruct"],
-        ),
+        base=describe_source(pair.base, pair.base_folder(), prints["base"], pair.base_revision),
+        instruct=describe_source(pair.instruct, pair.instruct_folder(), prints["instruct"], pair.instruct_revision),
         scale=scale,
         select=select if isinstance(select, str) else list(select),
         dtype=None if dtype is None else dtype_name(dtype),

@@ -8,7 +8,7 @@ from shadowlit.__main__ import main
 from shadowlit.analysis.similarity import compare
 from shadowlit.demo import BASE, INSTRUCT
 from shadowlit.errors import PairError
-from shadowlit.graft import disk
+from shadowlit.graft import streaming
 from shadowlit.graft.checkpoint import CheckpointReader
 from tests.tiny import save_model, save_pair
 
@@ -34,7 +34,7 @@ def test_by_hand(tmp_path):
 def test_in_parts_as_in_one(tmp_path, monkeypatch):
     base, instruct = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
     whole = compare(*readers(base, instruct))
-    monkeypatch.setattr(disk, "_PART_ELEMENTS", 50)
+    monkeypatch.setattr(streaming, "PART_ELEMENTS", 50)
     parts = compare(*readers(base, instruct))
     a, b = load_file(base / "model.safetensors"), load_file(instruct / "model.safetensors")
     for one, other in zip(whole.tensors, parts.tensors, strict=True):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.__main__ import main
 from shadowlit.errors import GraftError
-from shadowlit.graft import disk
+from shadowlit.graft import streaming
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.disk import DiskGraft, Strength, linear_on_disk, open_update
 from shadowlit.graft.manifest import read_manifest
@@ -22,7 +22,7 @@ from tests.tiny import ARCHITECTURES, make_config, save_model, save_pair
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
     """A few rows a part, so that every tensor comes in many."""
-    monkeypatch.setattr(disk, "_PART_ELEMENTS", 100)
+    monkeypatch.setattr(streaming, "PART_ELEMENTS", 100)
 
 
 def run(base, tuned, instruct, out, *options):

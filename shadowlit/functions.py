@@ -1,0 +1,59 @@
+"""Commands that are typed functions: how their words on the command line become arguments."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, get_origin, get_type_hints
+
+from shadowlit.errors import ShadowlitError
+
+
+def run_function(name: str, module: str, args: Sequence[str]) -> None:
+    """Run the function ``name`` of ``module``, or one of its ``COMMANDS``; the docstring is the help.
+
+    Raises:
+        ShadowlitError: too many words without an option.
+    """
+    from jsonargparse import auto_cli
+
+    found = importlib.import_module(module)
+    commands: dict[str, Any] | None = getattr(found, "COMMANDS", None)
+    if commands is None:
+        function = getattr(found, name)
+        auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
+    else:
+        known = args[0] if args and args[0] in commands else None
+        rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
+        auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")
+
+
+def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
+    """Give every word its option: ``A B --dry-run`` becomes ``--base=A --tuned=B --dry_run=true``.
+
+    Words before the first option are the first parameters, in their order; all of them are the first one's if that is
+    a list. A switch needs no value.
+
+    Raises:
+        ShadowlitError: more words than parameters.
+    """
+    kinds = get_type_hints(function)
+    names = list(inspect.signature(function).parameters)
+    first = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    words, options = args[:first], args[first:]
+    if words and get_origin(kinds[names[0]]) is list:
+        spelled = [f"--{names[0]}={json.dumps(list(words))}"]
+    elif len(words) > len(names):
+        raise ShadowlitError(f"{len(words)} words were given ({' '.join(words)}); expected at most {len(names)}.")
+    else:
+        spelled = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
+    for i, option in enumerate(options):
+        key, equals, value = option.partition("=")
+        key = "--" + key[2:].replace("-", "_") if key.startswith("--") else key
+        follows = options[i + 1] if i + 1 < len(options) else "--"
+        if kinds.get(key[2:]) is bool and not equals and follows.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        spelled.append(f"{key}{equals}{value}")
+    return spelled

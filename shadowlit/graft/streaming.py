@@ -1,0 +1,38 @@
+"""Work on tensors part by part: a few parts are computed ahead by threads, and come out in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
+from typing import TypeVar
+
+from shadowlit.graft.headers import TensorInfo
+
+THREADS = 2
+PART_ELEMENTS = 2**20
+"""Rows are read, computed and written in parts of about this many elements."""
+_AHEAD = 4
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def row_windows(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """Cut a tensor into runs of rows that are small enough to hold in memory: ``(start, stop)`` of each."""
+    rows = info.shape[0] if info.shape else 1
+    per_row = max(1, info.num_elements // max(1, rows))
+    step = max(1, PART_ELEMENTS // per_row)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def ordered(pool: Executor, function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """``map`` by the threads of ``pool``, in order, at most a few results ahead of the one that is taken."""
+    pending: deque[Future[_Out]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > _AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
