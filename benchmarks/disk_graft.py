@@ -1,0 +1,575 @@
+"""What the graft on disk costs beside mergekit, the way through memory, and plain reading and writing.
+
+    python benchmarks/disk_graft.py [--repetitions 5] [--workdir DIR] [--mergekit ENV/bin/mergekit-yaml]
+                                    [--only graft similarity memory check]
+
+Makes three folders of Qwen3-0.6B's shapes (bfloat16, random) and three of four times the size in a temporary folder
+below DIR: 23 GB with the results, each of which is deleted at once. Every contestant runs as a process of its own, in
+turns, in the environment it was called from, with the checkpoints in the page cache and the disk idle; one round is
+not counted. Prints Markdown: medians with the smallest and largest value, and each goal with its figure.
+
+mergekit wants an environment of its own: ``python -m venv ENV; ENV/bin/pip install mergekit``. Without it its rows
+are left out. It merges by ``task_arithmetic`` with Base as base model and weight 1 for tuned and Instruct, not
+normalized: once computed in float32 and rounded to bfloat16, as the other contestants do, once in its default, the
+stored bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("graft", "similarity", "memory", "check")
+MODELS = ("base", "tuned", "instruct")
+# Qwen3-0.6B; the larger one has 4.0 times its parameters in wider and more layers, so in larger tensors too.
+SIZES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 512},
+    "small": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+              "num_key_value_heads": 8, "vocab_size": 151936},
+    "large": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 33, "num_attention_heads": 32,
+              "num_key_value_heads": 16, "vocab_size": 151936},
+}  # fmt: skip
+SHARD_BYTES = {"tiny": 10**10, "small": 10**10, "large": 10**9}
+POOL_ELEMENTS = 2**25
+BUFFER_BYTES = 8 * 2**20
+SAMPLE_S = 0.02
+
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A command that is measured.
+
+    Attributes:
+        name: its name in the tables.
+        command: what is run; the result, if it writes one, appears at the path ``OUT`` stands for.
+        flushes: whether it waits until its result has reached the disk.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    flushes: bool = False
+
+
+OUT = "{out}"
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def run(command: tuple[str, ...], out: Path, sample: bool) -> Figures:
+    """Run a command as a whole process, delete what it wrote, and return its figures.
+
+    They are ``wall_s``, ``rss_bytes`` (the peak by the kernel's own count), what the command printed behind
+    ``FIGURES``, and with ``sample`` the peaks ``uss_bytes`` and ``anonymous_bytes``. Sampling slows a process down:
+    don't time such a run.
+    """
+    os.sync()  # what the one before has left to be written is not this one's burden
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            [part.replace(OUT, str(out)) for part in command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        peaks = sample_until_done(process.pid) if sample else {}
+        _, status, usage = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{text[-2000:]}")
+    printed = [line.removeprefix("FIGURES ") for line in text.splitlines() if line.startswith("FIGURES ")]
+    return {
+        "wall_s": wall_s, "rss_bytes": usage.ru_maxrss * 1024, **peaks,
+        **(json.loads(printed[-1]) if printed else {}),
+    }  # fmt: skip
+
+
+def sample_until_done(pid: int) -> Figures:
+    """The peaks of private memory of a process and its children; returns when it has ended, but is not waited for.
+
+    USS is what only these processes map, the mapped page cache of files included; the anonymous part leaves that out.
+    """
+    peaks = {"uss_bytes": 0.0, "anonymous_bytes": 0.0}
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        now = dict.fromkeys(peaks, 0.0)
+        for each in family(pid):
+            try:
+                rollup = Path(f"/proc/{each}/smaps_rollup").read_text()
+            except OSError:  # it has ended meanwhile
+                continue
+            sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in rollup.splitlines()[1:]}
+            now["uss_bytes"] += sizes["Private_Clean"] + sizes["Private_Dirty"]
+            now["anonymous_bytes"] += sizes["Anonymous"]
+        peaks = {key: max(value, now[key]) for key, value in peaks.items()}
+        time.sleep(SAMPLE_S)
+    return peaks
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and its descendants."""
+    yield pid
+    try:
+        children = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return
+    for child in (int(number) for line in children for number in line):
+        yield from family(child)
+
+
+def measure(
+    contestants: list[Contestant], repetitions: int, root: Path, sample: bool = False, warm_up: bool = True
+) -> dict[str, list[Figures]]:
+    """Run the contestants in turns, so that a slow minute hits all of them."""
+    found: dict[str, list[Figures]] = {contestant.name: [] for contestant in contestants}
+    for repetition in range(-warm_up, repetitions):
+        for contestant in contestants:
+            out = root / "out"
+            figures = run(contestant.command, out, sample)
+            shutil.rmtree(out, ignore_errors=True)
+            print(f"{contestant.name}, {repetition + 1}: {figures}", file=sys.stderr, flush=True)
+            if repetition >= 0:
+                found[contestant.name].append(figures)
+    return found
+
+
+# --- subcommands, each in a process of its own -----------------------------------------------------------------------
+
+
+def make(root: Path, size: str, layers: int) -> None:
+    """Save Base, tuned and Instruct of a size: std 0.02, the other two with noise of 1e-3 on every element."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sys.path.insert(0, str(ROOT))
+    from tests.tiny import make_tokenizer
+
+    shape = SIZES[size] | ({"num_hidden_layers": layers} if layers else {})
+    config = AutoConfig.for_model(
+        "qwen3", head_dim=128, tie_word_embeddings=True, max_position_embeddings=4096, dtype="bfloat16",
+        architectures=["Qwen3ForCausalLM"], **shape,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in AutoModelForCausalLM.from_config(config).named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    # Ten times faster than drawing every element: parts of one pool, from random places.
+    pool = torch.randn(POOL_ELEMENTS, generator=generator)
+
+    def noise(shape: torch.Size) -> torch.Tensor:
+        pieces, missing = [], shape.numel()
+        while missing:
+            start = int(torch.randint(POOL_ELEMENTS // 2, (), generator=generator))
+            pieces.append(pool[start : start + min(missing, POOL_ELEMENTS // 2)])
+            missing -= len(pieces[-1])
+        return torch.cat(pieces).view(shape)
+
+    shards: list[dict[str, torch.Size]] = [{}]
+    for name, tensor_shape in shapes.items():
+        filled = 2 * sum(other.numel() for other in shards[-1].values())
+        if shards[-1] and filled + 2 * tensor_shape.numel() > SHARD_BYTES[size]:
+            shards.append({})
+        shards[-1][name] = tensor_shape
+    weight_map = {}
+    for model in MODELS:
+        (root / size / model).mkdir(parents=True)
+        config.save_pretrained(root / size / model)
+        make_tokenizer().save_pretrained(root / size / model)
+    for number, shard in enumerate(shards, 1):
+        single = len(shards) == 1
+        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        base = {name: (noise(s) * 0.02 + (1 if len(s) == 1 else 0)).bfloat16() for name, s in shard.items()}
+        for model in MODELS:
+            tensors = base
+            if model != "base":
+                tensors = {name: (value.float() + noise(value.shape) * 1e-3).bfloat16() for name, value in base.items()}
+            save_file(tensors, root / size / model / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        for model in MODELS:
+            text = json.dumps({"metadata": {}, "weight_map": weight_map})
+            (root / size / model / "model.safetensors.index.json").write_text(text)
+    report(parameters=sum(s.numel() for s in shapes.values()), tensors=len(shapes))
+
+
+def ours(command: str, root: Path, out: str) -> None:
+    """Time a command of shadowlit after a tiny model has brought in all imports, and its waiting for the disk."""
+    sys.path.insert(0, str(ROOT))
+    from shadowlit import commands
+
+    waited = {"fsync_s": 0.0}
+
+    def timed(flush: Any) -> Any:
+        def wrapped(descriptor: int) -> None:
+            start = time.perf_counter()
+            flush(descriptor)
+            waited["fsync_s"] += time.perf_counter() - start
+
+        return wrapped
+
+    def call(folder: Path, out: str) -> None:
+        base, tuned, instruct = (str(folder / model) for model in MODELS)
+        if command == "graft":
+            commands.graft(base, tuned, instruct, out, select="all")
+        else:
+            commands.similarity(base, instruct)
+
+    call(root / "tiny", f"{out}.tiny")
+    shutil.rmtree(f"{out}.tiny", ignore_errors=True)
+    os.fsync, os.fdatasync = timed(os.fsync), timed(os.fdatasync)
+    start = time.perf_counter()
+    call(root / "small", out)
+    report(work_s=time.perf_counter() - start, **waited)
+
+
+def naive(root: Path, out: str) -> None:
+    """Three state dicts in memory, the equation in float32, one written."""
+    from huggingface_hub import save_torch_state_dict
+    from safetensors.torch import load_file
+
+    start = time.perf_counter()
+    base, tuned, instruct = (load_file(root / "small" / model / "model.safetensors") for model in MODELS)
+    grafted = {
+        name: (value.float() + (tuned[name].float() - base[name].float())).to(value.dtype)
+        for name, value in instruct.items()
+    }
+    os.mkdir(out)
+    save_torch_state_dict(grafted, out)
+    for path in (root / "small" / "instruct").iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, out)
+    report(work_s=time.perf_counter() - start)
+
+
+def floor(root: Path, out: str, models: tuple[str, ...], write: bool, flush: bool) -> None:
+    """Read the files of ``models`` and write those of the last one again."""
+    start = time.perf_counter()
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    if write:
+        os.mkdir(out)
+    for model in models:
+        for path in sorted((root / "small" / model).iterdir()):
+            with path.open("rb", buffering=0) as source:
+                if not (write and model == models[-1]):
+                    while source.readinto(buffer):
+                        pass
+                    continue
+                with open(f"{out}/{path.name}", "wb", buffering=0) as target:
+                    while count := source.readinto(buffer):
+                        target.write(buffer[:count])
+                    if flush:
+                        os.fsync(target.fileno())
+    report(work_s=time.perf_counter() - start)
+
+
+def compare(root: Path, out: Path) -> None:
+    """Count the elements of a result that differ from the equation, in float32, rounded once."""
+    import contextlib
+
+    import torch
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        folders = [*(root / "small" / model for model in MODELS), out]
+        base, tuned, instruct, written = (
+            stack.enter_context(safe_open(folder / "model.safetensors", "pt")) for folder in folders
+        )
+        unequal = elements = 0
+        largest = 0.0
+        for name in sorted(instruct.keys()):
+            wanted = instruct.get_tensor(name).float() + (
+                tuned.get_tensor(name).float() - base.get_tensor(name).float()
+            )
+            wanted, found = wanted.to(torch.bfloat16), written.get_tensor(name)
+            assert found.dtype == wanted.dtype and found.shape == wanted.shape, name
+            wrong = found.view(torch.int16) != wanted.view(torch.int16)
+            unequal += int(wrong.sum())
+            elements += wanted.numel()
+            largest = max(largest, float((found.float() - wanted.float()).abs().max()))
+        names_differ = len(set(written.keys()) ^ set(instruct.keys()))
+    report(
+        unequal=unequal,
+        elements=elements,
+        names_differ=names_differ,
+        largest_difference=largest,
+    )
+
+
+def load(root: Path, out: Path) -> None:
+    """The logits of a result in transformers beside those of a model that got the equation's values in memory."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, tuned = (load_file(root / "small" / model / "model.safetensors") for model in ("base", "tuned"))
+    expected = AutoModelForCausalLM.from_pretrained(root / "small" / "instruct", dtype="auto").eval()
+    with torch.no_grad():
+        for name, parameter in expected.named_parameters():
+            parameter.copy_(parameter.float() + (tuned[name].float() - base[name].float()))
+    del base, tuned
+    loaded, problems = AutoModelForCausalLM.from_pretrained(out, dtype="auto", output_loading_info=True)
+    ids = AutoTokenizer.from_pretrained(out)("The graft on disk equals the graft in memory.", return_tensors="pt")
+    with torch.no_grad():
+        difference = loaded.eval()(**ids).logits.float() - expected(**ids).logits.float()
+    report(
+        logit_difference=float(difference.abs().max()), tokens=ids["input_ids"].numel(),
+        loading_problems=sum(map(len, filter(None, problems.values()))),
+    )  # fmt: skip
+
+
+def report(**figures: float) -> None:
+    print("FIGURES", json.dumps(figures), flush=True)
+
+
+def subcommand(name: str, root: Path, *rest: str) -> None:
+    """What ``--run`` runs."""
+    if name == "make":
+        make(root, rest[0], int(rest[1]))
+    elif name in ("graft", "similarity"):
+        ours(name, root, rest[0])
+    elif name == "naive":
+        naive(root, rest[0])
+    elif name in ("floor", "flushed"):
+        floor(root, rest[0], MODELS, write=True, flush=name == "flushed")
+    elif name == "read":
+        floor(root, rest[0], ("base", "instruct"), write=False, flush=False)
+    elif name == "compare":
+        compare(root, Path(rest[0]))
+    else:
+        load(root, Path(rest[0]))
+
+
+def this(name: str, root: Path, *rest: str) -> tuple[str, ...]:
+    """The command of a subcommand."""
+    return (sys.executable, str(Path(__file__).resolve()), "--run", name, str(root), *rest)
+
+
+# --- contestants -----------------------------------------------------------------------------------------------------
+
+
+def ours_command(root: Path, size: str) -> tuple[str, ...]:
+    folders = [text for model in MODELS for text in (f"--{model}", str(root / size / model))]
+    return (sys.executable, "-m", "shadowlit", "graft", *folders, "--out", OUT, "--select", "all")
+
+
+def mergekit_command(root: Path, executable: str, in_float32: bool) -> tuple[str, ...]:
+    """Writes the merge's configuration too.
+
+    ``--lazy-unpickle`` and ``--low-cpu-memory`` concern pickles and GPUs; ``--async-write`` needs several shards.
+    """
+    merge = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(root / "small" / "base"),
+        "models": [
+            {"model": str(root / "small" / model), "parameters": {"weight": 1.0}} for model in ("tuned", "instruct")
+        ],
+        "parameters": {"normalize": False},
+        **({"dtype": "float32", "out_dtype": "bfloat16"} if in_float32 else {}),
+    }
+    path = root / f"merge-{'float32' if in_float32 else 'bfloat16'}.yaml"
+    path.write_text(json.dumps(merge))  # JSON is YAML
+    return (executable, str(path), OUT, "--quiet")
+
+
+GRAFT, WORK, NAIVE, FLOOR, FLUSHED = "shadowlit graft", "its work", "in memory", "read and write", "the same, flushed"
+MERGEKIT, MERGEKIT_16 = "mergekit, float32", "mergekit, bfloat16"
+SIMILARITY, SIMILARITY_WORK, READ = "shadowlit similarity", "its work (similarity)", "read the two"
+
+
+def graft_contestants(root: Path, mergekit: str | None) -> list[Contestant]:
+    peers = [Contestant(NAIVE, this("naive", root, OUT))]
+    if mergekit:
+        peers.append(Contestant(MERGEKIT, mergekit_command(root, mergekit, True)))
+        peers.append(Contestant(MERGEKIT_16, mergekit_command(root, mergekit, False)))
+    floors = [Contestant(FLOOR, this("floor", root, OUT)), Contestant(FLUSHED, this("flushed", root, OUT), True)]
+    return [Contestant(GRAFT, ours_command(root, "small"), True), *peers, *floors]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def median(runs: list[Figures], key: str) -> float:
+    return statistics.median(figures[key] for figures in runs)
+
+
+def spread(runs: list[Figures], key: str) -> str:
+    """``median (smallest–largest)``, or a dash where there is no such figure."""
+    values = [figures[key] for figures in runs if key in figures]
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})" if values else "–"
+
+
+def peak(runs: list[Figures] | None, key: str) -> str:
+    return f"{median(runs, key) / 1e6:,.0f}" if runs else "–"
+
+
+def goal(name: str, value: float, limit: float, text: str) -> None:
+    print(f"- {name}: {text} – **{'met' if value <= limit else 'not met'}**")
+
+
+def print_graft(
+    contestants: list[Contestant], times: dict[str, list[Figures]], memory: dict[str, list[Figures]]
+) -> None:
+    print("\n| contestant | whole process, s | × ours | × floor | work, s | × floor's | USS, MB | anonymous, MB |"
+          " RSS, MB | flushed to the disk |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for contestant in contestants:
+        name, runs, seen = contestant.name, times[contestant.name], memory.get(contestant.name)
+        work = times[WORK] if name == GRAFT else runs
+        wall = median(runs, "wall_s")
+        share = f"{median(work, 'work_s') / median(times[FLOOR], 'work_s'):.1f}" if "work_s" in work[0] else "–"
+        print(
+            f"| {name} | {spread(runs, 'wall_s')} | {wall / median(times[GRAFT], 'wall_s'):.2f} |"
+            f" {wall / median(times[FLOOR], 'wall_s'):.1f} | {spread(work, 'work_s')} | {share} |"
+            f" {peak(seen, 'uss_bytes')} | {peak(seen, 'anonymous_bytes')} | {peak(seen, 'rss_bytes')} |"
+            f" {'yes' if contestant.flushes else 'no'} |"
+        )
+
+
+def print_graft_goals(times: dict[str, list[Figures]]) -> None:
+    wall, work, fsync = median(times[GRAFT], "wall_s"), median(times[WORK], "work_s"), median(times[WORK], "fsync_s")
+    for peer, limit in ((MERGEKIT, 1 / 5), (NAIVE, 1 / 4)):
+        if peer in times:
+            ratio = wall / median(times[peer], "wall_s")
+            without = (wall - fsync) / median(times[peer], "wall_s")
+            goal(f"wall ≤ {limit:.2f} × {peer}", ratio, limit, f"{ratio:.2f} × ({without:.2f} × without its flush)")
+    ratio = work / median(times[FLOOR], "work_s")
+    goal(
+        "work ≤ 2.5 × the floor", ratio, 2.5,
+        f"{ratio:.1f} × ({(work - fsync) / median(times[FLOOR], 'work_s'):.1f} × without its flush,"
+        f" {work / median(times[FLUSHED], 'work_s'):.1f} × the flushed floor); the flush takes {fsync:.2f} s",
+    )  # fmt: skip
+
+
+def print_similarity(times: dict[str, list[Figures]]) -> None:
+    print("\n| similarity | whole process, s | work, s |\n|---|---|---|")
+    print(f"| {SIMILARITY} | {spread(times[SIMILARITY], 'wall_s')} | {spread(times[SIMILARITY_WORK], 'work_s')} |")
+    print(f"| {READ} | {spread(times[READ], 'wall_s')} | {spread(times[READ], 'work_s')} |\n")
+    ratio = median(times[SIMILARITY_WORK], "work_s") / median(times[READ], "work_s")
+    print(f"- similarity at the speed of reading the pair: {ratio:.1f} × as long as reading it")
+
+
+def print_memory(small: list[Figures], large: list[Figures], sizes: list[Figures]) -> None:
+    print("\n| shadowlit graft | parameters, M | USS, MB | anonymous, MB | RSS, MB |\n|---|---|---|---|---|")
+    for name, runs, size in (("0.6B", small, sizes[0]), ("larger", large, sizes[1])):
+        cells = " | ".join(peak(runs, key) for key in ("uss_bytes", "anonymous_bytes", "rss_bytes"))
+        print(f"| {name} | {size['parameters'] / 1e6:,.0f} | {cells} |")
+    before, after = median(small, "uss_bytes") / 1e6, median(large, "uss_bytes") / 1e6
+    print()
+    goal("USS ≤ 500 MB at 0.6B", before, 500, f"{before:.0f} MB")
+    times = sizes[1]["parameters"] / sizes[0]["parameters"]
+    goal(
+        f"USS ≤ 500 MB at {times:.1f} × the size", after, 500, f"{after:.0f} MB, {after / before:.2f} × the small one's"
+    )
+
+
+def check(root: Path, contestants: list[Contestant]) -> None:
+    """Print what the results hold, beside the equation."""
+    print()
+    for contestant in contestants:
+        if contestant.name in (FLOOR, FLUSHED):
+            continue
+        out = root / "kept"
+        run(contestant.command, out, False)
+        found = run(this("compare", root, str(out)), root / "none", False)
+        share = found["unequal"] / found["elements"]
+        text = (
+            f"{found['unequal']:,} of {found['elements']:,} elements ({share:.2%}) differ, by up to"
+            f" {found['largest_difference']:.1e}; {found['names_differ']} tensor names differ"
+        )
+        if contestant.name == GRAFT:
+            goal(
+                "bit-equal to the equation in float32, rounded once", found["unequal"] + found["names_differ"], 0, text
+            )
+            logits = run(this("load", root, str(out)), root / "none", False)
+            goal(
+                "loads in transformers with the equation's logits",
+                logits["logit_difference"] + logits["loading_problems"], 0,
+                f"largest difference {logits['logit_difference']:g} over {logits['tokens']:.0f} tokens, "
+                f"{logits['loading_problems']:.0f} names missing or left over",
+            )  # fmt: skip
+        else:
+            print(f"- {contestant.name}: {text}")
+        shutil.rmtree(out)
+
+
+def versions(python: str, packages: tuple[str, ...]) -> str:
+    code = f"from importlib.metadata import version; print(', '.join(f'{{p}} {{version(p)}}' for p in {packages!r}))"
+    return subprocess.run([python, "-c", code], check=True, text=True, stdout=subprocess.PIPE).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--workdir", type=Path, help="where the temporary folder is made; the system's own place else")
+    parser.add_argument("--mergekit", metavar="PATH", help="the mergekit-yaml of an environment that has mergekit")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--layers", type=int, default=0, help=argparse.SUPPRESS)  # a smaller model, to try this file
+    parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run:
+        subcommand(options.run[0], Path(options.run[1]), *options.run[2:])
+        return
+    print(f"{os.cpu_count()} cores; OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}; "
+          + versions(sys.executable, ("torch", "numpy", "safetensors", "huggingface_hub", "transformers")))  # fmt: skip
+    if options.mergekit:
+        python = str(Path(options.mergekit).with_name("python"))
+        print("mergekit's environment: " + versions(python, ("mergekit", "torch", "safetensors", "transformers")))
+    else:
+        print("mergekit: left out; give --mergekit ENV/bin/mergekit-yaml")
+    with tempfile.TemporaryDirectory(dir=options.workdir) as folder:
+        benchmark(Path(folder), options)
+
+
+def benchmark(root: Path, options: argparse.Namespace) -> None:
+    def made(size: str) -> Figures:
+        return run(this("make", root, size, str(options.layers if size != "tiny" else 0)), root / "none", False)
+
+    made("tiny")
+    small = made("small")
+    size = sum(path.stat().st_size for path in (root / "small" / "base").iterdir()) / 1e9
+    print(f"{small['tensors']} tensors, {small['parameters'] / 1e6:.1f}M parameters, three folders of {size:.2f} GB;"
+          f" medians of {options.repetitions} (smallest–largest)", flush=True)  # fmt: skip
+    contestants = graft_contestants(root, options.mergekit)
+    memory: dict[str, list[Figures]] = {}
+    if "memory" in options.only:
+        memory = measure(contestants, options.repetitions, root, sample=True, warm_up=False)
+    if "graft" in options.only:
+        work = Contestant(WORK, this("graft", root, OUT), True)
+        times = measure([*contestants, work], options.repetitions, root)
+        print_graft(contestants, times, memory)
+        print()
+        print_graft_goals(times)
+    if "similarity" in options.only:
+        pair = [str(root / "small" / model) for model in ("base", "instruct")]
+        commands = (
+            (SIMILARITY, (sys.executable, "-m", "shadowlit", "similarity", *pair)),
+            (SIMILARITY_WORK, this("similarity", root, OUT)),
+            (READ, this("read", root, OUT)),
+        )
+        print_similarity(measure([Contestant(*both) for both in commands], options.repetitions, root))
+    if "check" in options.only:
+        check(root, contestants)
+    if "memory" in options.only:
+        shutil.rmtree(root / "small")
+        large = made("large")
+        command = [Contestant(GRAFT, ours_command(root, "large"), True)]
+        at_large = measure(command, options.repetitions, root, sample=True, warm_up=False)
+        print_memory(memory[GRAFT], at_large[GRAFT], [small, large])
+
+
+if __name__ == "__main__":
+    main()
