@@ -1,0 +1,312 @@
+"""One checkpoint under the names and in the layout of another one of the same model.
+
+Libraries, their versions and their wrappers disagree about names (``model.`` or ``model.language_model.``) and about
+experts (a matrix for each, or all in one tensor). Rows of a tensor are contiguous in a file, so every other layout is
+a list of byte ranges: nothing is converted, and no torch is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.graft.headers import Headers, TensorInfo, some_of
+
+_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+# What stands before the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too.
+_BODY = re.compile(r"^((base_model|model|language_model|transformer)\.)+")
+_MIXTRAL_EXPERT = re.compile(r"(\.experts\.\d+\.)(w[123])\.")
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+_ROWS_OF_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+# Buffers that older versions stored and newer ones compute.
+_COMPUTED = re.compile(r"\brotary_emb\.inv_freq$")
+_IN_LAYER = re.compile(r"\.\d+\.")
+
+_ADAPTER = re.compile(r"\blora_[A-Za-z]|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
+_QUANTISED = re.compile(
+    r"(\.weight_(scale|packed|zero_point)|_scale_inv|\.qweight|\.qzeros|\.SCB|\babsmax|\.quant_map|\.quant_state\..+"
+    r"|\.experts\.\w+_(blocks|scales))$"
+)
+_BLOCK_BYTES = 2**20
+
+
+def canonical_key(name: str) -> str:
+    """One spelling for all names that libraries give a tensor of one model.
+
+    ``base_model.model.model.layers.0.mlp.up_proj.weight``, ``model.language_model.layers.0.mlp.up_proj.weight`` and
+    ``module._orig_mod.model.layers.0.mlp.up_proj.weight`` become ``layers.0.mlp.up_proj.weight``, Mixtral's
+    ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``.
+    """
+    key = _BODY.sub("", _WRAPPERS.sub("", name)).replace(".block_sparse_moe.", ".mlp.")
+    return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}{_MIXTRAL[match[2]]}.", key)
+
+
+def canonical_keys(headers: Headers) -> dict[str, str]:
+    """The names of a checkpoint by their canonical keys.
+
+    Raises:
+        CheckpointError: two names have one key.
+    """
+    keys: dict[str, str] = {}
+    for name in headers.tensors:
+        other = keys.setdefault(canonical_key(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{headers.folder} holds {other} and {name}, which are two names for one tensor. Expected each tensor "
+                "once: the folder mixes two saves, or one of a wrapper; save the model again into an empty folder."
+            )
+    return keys
+
+
+def is_computed(name: str) -> bool:
+    """Whether ``name`` is a buffer that models compute for themselves, and that only some versions store."""
+    return _COMPUTED.search(name) is not None
+
+
+def require_plain(headers: Headers) -> None:
+    """Raise for a checkpoint whose tensors are not the weights themselves.
+
+    Raises:
+        CheckpointError: it holds adapters that were not merged, or quantised weights.
+    """
+    adapters = [name for name in headers.tensors if _ADAPTER.search(name)]
+    if adapters:
+        raise CheckpointError(
+            f"{headers.folder} holds adapters beside their weights ({some_of(adapters)}); expected a plain model, or "
+            "the adapter's own folder with adapter_config.json. Merge it (peft's merge_and_unload) and save that."
+        )
+    quantised = [name for name in headers.tensors if _QUANTISED.search(name)]
+    if quantised:
+        raise CheckpointError(
+            f"{headers.folder} holds quantised weights ({some_of(quantised)}), to which no update can be added. Give "
+            "the model in bfloat16 or float32, as it was before quantisation, or dequantise it first."
+        )
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A run of bytes of a stored tensor."""
+
+    name: str
+    start: int
+    num_bytes: int
+
+
+class _Side:
+    """A checkpoint by canonical keys."""
+
+    def __init__(self, headers: Headers) -> None:
+        require_plain(headers)
+        self.headers = headers
+        self.keys = canonical_keys(headers)
+        self.experts = self._count_experts()
+
+    @property
+    def folder(self) -> Path:
+        return self.headers.folder
+
+    def info(self, key: str) -> TensorInfo:
+        return self.headers.tensors[self.keys[key]]
+
+    def whole(self, *keys: str) -> list[_Range]:
+        return [_Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
+
+    def is_fused(self, experts: str) -> bool:
+        return f"{experts}.gate_up_proj" in self.keys
+
+    def orientation(self, experts: str) -> Literal["rows", "columns"] | None:
+        """Whether outputs are the rows of the fused matrices (Qwen) or their columns (gpt-oss, Llama 4)."""
+        try:
+            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in _ROWS_OF_FUSED)
+        except (KeyError, ValueError):
+            return None
+        if n == m and (c, 2 * d) == (b, a):
+            return "rows"
+        return "columns" if n == m and (2 * c, d) == (b, a) else None
+
+    def repeats_embedding(self) -> bool:
+        """Whether the output head is the embedding once more, bit for bit."""
+        embedding = self.embedding()
+        if embedding is None or _HEAD not in self.keys:
+            return False
+        head, body = self.info(_HEAD), self.info(embedding)
+        if (head.code, head.shape) != (body.code, body.shape):
+            return False
+        for start in range(0, head.num_bytes, _BLOCK_BYTES):
+            blocks = [bytearray(min(_BLOCK_BYTES, head.num_bytes - start)) for _ in range(2)]
+            for info, block in zip((head, body), blocks, strict=True):
+                self.headers.read_into(memoryview(block), info.name, start)
+            if blocks[0] != blocks[1]:
+                return False
+        return True
+
+    def embedding(self) -> str | None:
+        return next((key for key in _EMBEDDINGS if key in self.keys), None)
+
+    def _count_experts(self) -> dict[str, int]:
+        """The number of experts of every layer that has some."""
+        counts: dict[str, int] = {}
+        found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for key in self.keys:
+            if match := _EXPERT.fullmatch(key):
+                found[match[1]][match[3]].add(int(match[2]))
+            elif (match := _FUSED.fullmatch(key)) and len(self.info(key).shape) == 3:
+                counts[match[1]] = self.info(key).shape[0]
+        for experts, kinds in found.items():
+            counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
+            for kind, numbers in kinds.items():
+                missing = sorted(set(range(counts[experts])) - numbers)
+                if missing:
+                    raise CheckpointError(
+                        f"{self.folder} lacks {kind} of the experts {some_of(missing)} of {experts}, which has experts "
+                        f"0 to {counts[experts] - 1}. Finish the download, or save the model again."
+                    )
+        return counts
+
+
+class LayoutReader(Headers):
+    """Presents a checkpoint under the names and in the layout of another one.
+
+    Understood are the prefixes of wrappers and library versions (:func:`canonical_key`), and experts as one matrix
+    each or fused: ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj``
+    [experts, hidden, inner]. An output head that repeats its tied embedding is left out, or presented, as the other
+    checkpoint has it. Tensors without a counterpart keep their names; buffers that models compute are left out.
+
+    Args:
+        headers: the checkpoint.
+        like: the checkpoint whose names and layout it shall have.
+
+    Raises:
+        CheckpointError: two names of one tensor, missing experts, adapters or quantised weights, in either.
+        GraftError: experts in layouts that can't be brought together.
+    """
+
+    def __init__(self, headers: Headers, like: Headers) -> None:
+        own, other = _Side(headers), _Side(like)
+        _require_like_experts(own, other)
+        self.folder = headers.folder
+        self._headers = headers
+        self._ranges: dict[str, list[_Range]] = {}
+        self.tensors = {}
+        for key, name in other.keys.items():
+            if key in own.keys:
+                self._present(name, own.info(key).shape, own.whole(key))
+            elif match := _FUSED.fullmatch(key):
+                self._present_fused(name, own, match[1], _ROWS_OF_FUSED[match[2]])
+            elif match := _EXPERT.fullmatch(key):
+                self._present_expert(name, own, match[1], int(match[2]), match[3])
+        embedding, left_out = own.embedding(), set()
+        if embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
+            self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
+        elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
+            left_out.add(own.keys[_HEAD])
+        used = {part.name for ranges in self._ranges.values() for part in ranges}
+        for key, name in own.keys.items():
+            if name not in used | left_out and not is_computed(name):
+                self._present(name, own.info(key).shape, own.whole(key))
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
+        assert offset + len(buffer) <= self.info(name).num_bytes
+        for part in self._ranges[name]:
+            count = max(0, min(len(buffer), part.num_bytes - offset))
+            if count:
+                self._headers.read_into(buffer[:count], part.name, part.start + offset)
+            buffer, offset = buffer[count:], max(0, offset - part.num_bytes)
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._headers.close()
+
+    def _present(self, name: str, shape: tuple[int, ...], ranges: list[_Range]) -> None:
+        self._ranges[name] = ranges
+        self.tensors[name] = replace(self._headers.tensors[ranges[0].name], name=name, shape=shape)
+
+    def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
+        """All experts' matrices of ``kinds``, expert by expert, as one tensor."""
+        if experts not in own.experts:
+            return
+        keys = [f"{experts}.{number}.{kind}.weight" for number in range(own.experts[experts]) for kind in kinds]
+        if not all(key in own.keys for key in keys):
+            return
+        forms = {(info.code, info.shape) for info in map(own.info, keys)}
+        if len(forms) > 1 or len(own.info(keys[0]).shape) != 2:
+            raise CheckpointError(
+                f"{own.folder} has experts of {experts} in several dtypes or shapes ({some_of(sorted(forms))}); "
+                f"expected matrices of one dtype and shape, as {name} needs. Save the model in one dtype."
+            )
+        rows, columns = own.info(keys[0]).shape
+        self._present(name, (own.experts[experts], len(kinds) * rows, columns), own.whole(*keys))
+
+    def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
+        """One expert's matrix as rows of the fused tensor."""
+        fused = f"{experts}.down_proj" if kind == "down_proj" else f"{experts}.gate_up_proj"
+        if fused not in own.keys:
+            return
+        info, kinds = own.info(fused), _ROWS_OF_FUSED[fused.removeprefix(f"{experts}.")]
+        _, rows, columns = info.shape
+        num_bytes = info.num_bytes // info.shape[0] // len(kinds)
+        start = (number * len(kinds) + kinds.index(kind)) * num_bytes
+        self._present(name, (rows // len(kinds), columns), [_Range(info.name, start, num_bytes)])
+
+
+def require_one_architecture(base: LayoutReader, instruct: Headers) -> None:
+    """Raise if each checkpoint has tensors in its layers that the other lacks: no update could reach those.
+
+    Tensors on one side alone are another matter: an Instruct may have a vision tower that its Base hasn't.
+
+    Args:
+        base: the Base, presented in the Instruct's layout.
+        instruct: the Instruct.
+
+    Raises:
+        GraftError: naming the tensors.
+    """
+    ours, theirs = _only_in(base.tensors, instruct.tensors), _only_in(instruct.tensors, base.tensors)
+    if ours and theirs:
+        raise GraftError(
+            f"{base.folder} has {some_of(ours)}, {instruct.folder} has {some_of(theirs)} instead. Expected one "
+            "architecture, and names or layouts that are known here; load the one with the transformers version that "
+            "saved the other, and save it again."
+        )
+
+
+def _only_in(tensors: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[str]:
+    return [name for name in tensors if name not in other and _IN_LAYER.search(name) and not is_computed(name)]
+
+
+def _require_like_experts(own: _Side, other: _Side) -> None:
+    """Raise unless the experts of two checkpoints are the same matrices, up to a cut along their rows."""
+    for experts in own.experts.keys() & other.experts.keys():
+        counts = own.experts[experts], other.experts[experts]
+        if counts[0] != counts[1]:
+            raise GraftError(
+                f"{own.folder} has {counts[0]} experts in {experts}, {other.folder} has {counts[1]}; expected equal "
+                "numbers. Give models of one architecture."
+            )
+        fused = [side for side in (own, other) if side.is_fused(experts)]
+        found = [side.orientation(experts) for side in fused]
+        if (len(fused) == 2 and found[0] != found[1]) or (len(fused) == 1 and found != ["rows"]):
+            shapes = [_shapes_of(side, experts) for side in (own, other)]
+            raise GraftError(
+                f"the experts of {experts} lie in {shapes[0]} in {own.folder}, and in {shapes[1]} in {other.folder}: "
+                "transposed, or in an unknown order. Load the one with the transformers version that saved the other, "
+                "and save it again."
+            )
+
+
+def _shapes_of(side: _Side, experts: str) -> str:
+    if side.is_fused(experts):
+        kinds = [kind for kind in _ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
+        return " and ".join(f"{kind} {list(side.info(f'{experts}.{kind}').shape)}" for kind in kinds)
+    return f"{side.experts[experts]} single matrices"
