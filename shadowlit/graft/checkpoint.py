@@ -7,6 +7,7 @@ unpickles.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 
 from shadowlit.errors import CheckpointError, ExportError
 from shadowlit.graft.headers import Headers, dtype_code, some_of
@@ -227,10 +229,9 @@ class CheckpointWriter:
         num_elements = math.prod(tensor.shape)
         num_bytes = num_elements * tensor.dtype.itemsize
         entry: dict[str, Any] = {"dtype": code, "shape": list(tensor.shape)}
-        shard = self._shard_for(num_bytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
-        entry["data_offsets"] = [shard.num_bytes, shard.num_bytes + num_bytes]
         written = 0
         try:
+            shard = self._shard_for(num_bytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
             for part in parts:
                 assert part.dtype == tensor.dtype
                 flat = part.detach().cpu().contiguous().reshape(-1)
@@ -246,7 +247,7 @@ class CheckpointWriter:
             self.abort()
             raise
         assert written == num_bytes, f"the parts of {name} have {written} bytes, the whole has {num_bytes}"
-        shard.entries[name] = entry
+        shard.entries[name] = {**entry, "data_offsets": [shard.num_bytes, shard.num_bytes + num_bytes]}
         shard.num_bytes += num_bytes
         self._files[name] = len(self._shards) - 1
         self._num_elements += num_elements
@@ -255,31 +256,22 @@ class CheckpointWriter:
         """Finish the last shard, give all their final names, write the index if there are several.
 
         Raises:
-            CheckpointError: No tensor was added.
+            CheckpointError: No tensor was added, or the disk is full; then nothing is left.
         """
         if self._closed:
             return
         if not self._shards:
             raise CheckpointError(f"No tensor was added to {self.folder}. Add the model's tensors before closing.")
-        self._finish_shard()
+        try:
+            self._finish_shard()
+            self._name_shards()
+        except OSError as error:
+            self.abort()
+            raise CheckpointError(f"{self.folder} could not be completed: {error}. Free some disk space.") from error
+        except BaseException:
+            self.abort()
+            raise
         self._closed = True
-        count = len(self._shards)
-        names = (
-            [f"{self._stem}.safetensors"]
-            if count == 1
-            else [f"{self._stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        )
-        for shard, name in zip(self._shards, names, strict=True):
-            shard.path.rename(self.folder / name)
-        if count > 1:
-            total = sum(shard.num_bytes for shard in self._shards)
-            index = {
-                "metadata": {"total_parameters": self._num_elements, "total_size": total},
-                "weight_map": {name: names[i] for name, i in sorted(self._files.items())},
-            }
-            (self.folder / f"{self._stem}.safetensors.index.json").write_text(
-                json.dumps(index, indent=2) + "\n", encoding="utf-8"
-            )
 
     def abort(self) -> None:
         """Remove the unfinished shards; nothing happens after :meth:`close`."""
@@ -287,7 +279,8 @@ class CheckpointWriter:
             return
         self._closed = True
         for shard in self._shards:
-            shard.stream.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried again
+                shard.stream.close()
             shard.path.unlink(missing_ok=True)
 
     def __enter__(self) -> CheckpointWriter:
@@ -325,6 +318,26 @@ class CheckpointWriter:
         shard.stream.seek(0)
         shard.stream.write(struct.pack("<Q", room) + header.ljust(room))
         shard.stream.close()
+
+    def _name_shards(self) -> None:
+        """Give all shards their final names; write the index if there are several."""
+        count = len(self._shards)
+        names = (
+            [f"{self._stem}.safetensors"]
+            if count == 1
+            else [f"{self._stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        )
+        for shard, name in zip(self._shards, names, strict=True):
+            shard.path = shard.path.rename(self.folder / name)
+        if count > 1:
+            total = sum(shard.num_bytes for shard in self._shards)
+            index = {
+                "metadata": {"total_parameters": self._num_elements, "total_size": total},
+                "weight_map": {name: names[i] for name, i in sorted(self._files.items())},
+            }
+            (self.folder / f"{self._stem}.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )
 
 
 def _finite_parts(name: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -368,20 +381,23 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
     Yields a temporary folder beside ``target``. When the block ends well, its files are flushed to the disk
     and it is renamed to ``target``; after any exception it is removed. Only a killed process or a power cut
-    can leave it behind, as ``.<name>.partial-*``.
+    can leave it behind, as ``.<name>.partial-*``: the next one for the same target warns of it, and leaves it
+    alone, since another process may be writing there.
 
     Args:
         target: Where the folder shall appear; may exist only if it is an empty folder. Missing parents are
             created.
 
     Raises:
-        ExportError: ``target`` exists and is not an empty folder, or its parent cannot be written.
+        ExportError: ``target`` exists and is not an empty folder, its parent cannot be written, or the disk is
+            full or fails.
     """
     # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
     path = Path(os.path.realpath(target))
-    _refuse_existing(path)
     try:
+        _refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        _warn_of_leftovers(path)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     except OSError as error:
         raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
@@ -389,16 +405,43 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         partial.chmod(0o777 & ~_umask())  # mkdtemp's own mode would hide the result from everybody else
         yield partial
         _sync(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _put_in_place(partial, path)
+    except _KeptError:
         raise
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors tells a full disk as an error of its own.
+        if isinstance(error, OSError | SafetensorError):
+            raise ExportError(
+                f"{path} could not be written: {error}. Nothing is left of it; free space or choose another target."
+            ) from error
+        raise
+    with contextlib.suppress(OSError):  # the folder is whole and in place; a power cut could still undo the rename
+        _sync_folder(path.parent)
+
+
+class _KeptError(ExportError):
+    """A folder that is finished, and could only not be put in its place: hours of work, which stay."""
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
     try:
         partial.rename(path)  # fails, as it must, if something has come to lie there meanwhile
     except OSError as error:
-        raise ExportError(
+        raise _KeptError(
             f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
         ) from error
-    _sync_folder(path.parent)
+
+
+def _warn_of_leftovers(path: Path) -> None:
+    """Tell the unfinished folders that killed runs left beside ``path``, with their sizes."""
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):
+        with contextlib.suppress(OSError):  # its writer may just be finishing
+            size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+            log.warning(
+                "%s (%.3f GB) was left unfinished by a killed run, or another one is writing it; "
+                "delete it if none is running.", left, size / 1e9,
+            )  # fmt: skip
 
 
 def _refuse_existing(path: Path) -> None:
@@ -410,7 +453,7 @@ def _refuse_existing(path: Path) -> None:
                 f"{path} exists and is not empty ({some_of(present)}). Nothing was written. Choose another "
                 "target, or delete the folder first if it is no longer needed."
             )
-    elif path.exists():
+    elif os.path.lexists(path):
         raise ExportError(f"{path} exists and is a file. Nothing was written. Choose another target.")
 
 

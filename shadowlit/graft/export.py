@@ -7,7 +7,6 @@ so that the grafted model is used exactly as the Instruct is.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -24,7 +23,7 @@ from shadowlit.errors import ExportError
 from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
 from shadowlit.graft.headers import TensorInfo, some_of
 from shadowlit.graft.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
-from shadowlit.pair import ModelPair
+from shadowlit.pair import ModelPair, read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -78,12 +77,13 @@ def export_folder(
         ``target``.
 
     Raises:
-        ExportError: ``target`` holds files already or cannot be written, or a tensor is missing, unknown, or
-            of another shape or dtype.
+        ExportError: ``target`` holds files already or cannot be written, a tensor is missing, unknown, or
+            of another shape or dtype, or a file to be copied is a link that leaves its folder.
         CheckpointError: A tensor holds NaN or infinities, or the Instruct's folder cannot be read.
+        PairError: The config.json is broken.
     """
     manifest = plain(manifest or {})
-    with CheckpointReader(instruct_folder) as reader, _os_errors(target), atomic_folder(target) as folder:
+    with CheckpointReader(instruct_folder) as reader, atomic_folder(target) as folder:
         _copy_files(files_from or instruct_folder, folder)
         if dtype is not None:
             _set_config_dtype(folder / "config.json", dtype)
@@ -135,7 +135,7 @@ def export_adapter(
     """
     _require_movable(peft_config)
     _check_adapter_names(adapter_state)
-    with _os_errors(target), atomic_folder(target) as folder:
+    with atomic_folder(target) as folder:
         instruct_folder = pair.instruct_folder()
         for name in _files_to_copy(instruct_folder):
             if _belongs_to_tokenizer(name):
@@ -228,18 +228,42 @@ def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Ten
 
 def _files_to_copy(folder: Path) -> Iterator[Path]:
     """The files that are not weights, relative to the folder: config, tokenizer, licence, code."""
-    found = [path for path in folder.iterdir() if path.is_file()]
-    found += [path for path in (folder / _TEMPLATE_FOLDER).glob("*") if path.is_file()]
-    for path in sorted(found):
+    for path in sorted([*folder.iterdir(), *(folder / _TEMPLATE_FOLDER).glob("*")]):
         name = path.name.lower()
-        if not (name.startswith(".") or name.endswith(_WEIGHT_SUFFIXES) or name in _NOT_COPIED):
+        if not (name.startswith(".") or name.endswith(_WEIGHT_SUFFIXES) or name in _NOT_COPIED or path.is_dir()):
+            _require_own(path, folder)
             yield path.relative_to(folder)
+
+
+def _require_own(path: Path, folder: Path) -> None:
+    """Refuse what is not a file of the folder: a link could have a private file copied, and published.
+
+    Links into the ``blobs`` beside ``snapshots`` are how the hub's cache keeps a model's own files.
+    """
+    home = folder.resolve()
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ExportError(
+            f"{path} is a link that leads nowhere ({error}). Finish the download, or delete the link."
+        ) from error
+    if not real.is_file():
+        raise ExportError(
+            f"{path} is a pipe, socket or device, expected a file. Delete it, or download the model again."
+        )
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ExportError(
+            f"{path} is a link to {real}, which lies outside of {home}. The export would hold a copy of that file; if "
+            "it belongs to the model, put the file itself in the link's place."
+        )
 
 
 def _copy_files(source: Path, folder: Path) -> None:
     """Copy all files but the weights."""
     if not (source / "config.json").is_file():
         raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
+    read_json("instruct", source / "config.json")  # a broken one is told before anything is written
     for name in _files_to_copy(source):
         _copy_file(source, folder, name)
 
@@ -268,7 +292,7 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
     if "torch_dtype" not in config:
         config["dtype"] = dtype_name(dtype)
     if config != before:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
 
 
 def _check_tensor(
@@ -329,14 +353,3 @@ def _adapter_config(pair: ModelPair, peft_config: PeftConfig) -> PeftConfig:
         if isinstance(getattr(config, field.name), set):
             setattr(config, field.name, sorted(getattr(config, field.name)))
     return config
-
-
-@contextlib.contextmanager
-def _os_errors(target: Path) -> Iterator[None]:
-    """Tell a full or read-only disk as an ExportError."""
-    try:
-        yield
-    except OSError as error:
-        raise ExportError(
-            f"{target} could not be written: {error}. Nothing is left of it; free space or choose another target."
-        ) from error

@@ -173,8 +173,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON with sorted keys, replacing the file in one step."""
+    """Write JSON with sorted keys, replacing the file in one step.
+
+    Raises:
+        ExportError: The file cannot be written; what was there before is still there.
+    """
     partial = path.with_name(path.name + ".partial")
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise ExportError(f"{path} could not be written: {error}. Free some disk space.") from error

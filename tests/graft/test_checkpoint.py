@@ -88,12 +88,33 @@ class TestReader:
 
     def test_file_that_shrinks_after_opening(self, tmp_path):
         reader = CheckpointReader(save(tmp_path, {"a": torch.ones(1000)}))
+        assert reader.read_slice("a", (slice(1),)).item() == 1  # from now on the file is open
         os.truncate(tmp_path / "model.safetensors", 2000)
         with pytest.raises(CheckpointError, match=r"model\.safetensors is not .*ends before byte .*download"):
             reader.read("a")
         (tmp_path / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match="No such file"):
             _closed(reader).read("a")
+
+    def test_file_that_is_replaced_after_its_header_was_read(self, tmp_path):
+        """Another save under the same name: its bytes at the old offsets would be other tensors'."""
+        reader = CheckpointReader(save(tmp_path, {"a": torch.ones(10), "b": torch.zeros(10)}))
+        save(tmp_path, {"a": torch.zeros(9), "b": torch.ones(11)})
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not .*whose header was read"):
+            reader.read("a")
+
+    def test_file_that_shrinks_while_its_header_is_read(self, tmp_path, monkeypatch):
+        save(tmp_path, {"a": torch.ones(1000)})
+        fstat = os.fstat
+
+        def then_cut(handle: int) -> os.stat_result:
+            found = fstat(handle)
+            os.truncate(tmp_path / "model.safetensors", 30)
+            return found
+
+        monkeypatch.setattr(os, "fstat", then_cut)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not .*header cannot be read"):
+            CheckpointReader(tmp_path)
 
     def test_what_is_read_belongs_to_the_caller(self, single):
         with CheckpointReader(single) as reader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shadowlit.errors import CheckpointError, ExportError
+from shadowlit.errors import CheckpointError, ExportError, PairError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.export import (
     export_adapter,
@@ -107,11 +108,12 @@ class TestFolder:
         assert ModelPair(pair.base, str(folder)).check("all") == []
 
     def test_links_of_the_hub_cache_are_copied_by_content(self, pair, tmp_path):
-        snapshot = tmp_path / "snapshots" / "abc"
+        snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
         snapshot.mkdir(parents=True)
+        blobs.mkdir()
         for path in pair.instruct_folder().iterdir():
-            shutil.copyfile(path, tmp_path / f"blob-{path.name}")
-            (snapshot / path.name).symlink_to(tmp_path / f"blob-{path.name}")
+            shutil.copyfile(path, blobs / f"blob-{path.name}")
+            (snapshot / path.name).symlink_to(Path("../../blobs") / f"blob-{path.name}")
         folder = export_folder(tmp_path / "out", snapshot, weights(snapshot).items())
         assert not any(path.is_symlink() for path in folder.iterdir())
         assert (folder / "config.json").read_bytes() == (snapshot / "config.json").read_bytes()
@@ -135,11 +137,13 @@ class TestFolder:
         path = instruct / "config.json"
         config = json.loads(path.read_text())
         del config["dtype"]
-        path.write_text(json.dumps(config | {"torch_dtype": "float32", "text_config": {"dtype": "float32"}}))
+        path.write_text(
+            json.dumps(config | {"torch_dtype": "float32", "text_config": {"dtype": "float32"}, "note": "\ud800"})
+        )
         folder = export_folder(tmp_path / "out", instruct, weights(instruct, torch.float16).items(), torch.float16)
         after = json.loads((folder / "config.json").read_text())
         assert (after["torch_dtype"], after["text_config"]) == ("float16", {"dtype": "float16"})
-        assert "dtype" not in after
+        assert "dtype" not in after and after["note"] == "\ud800"  # half of a pair: JSON knows it, UTF-8 doesn't
 
     def test_manifest_and_provenance(self, pair, tmp_path):
         manifest = build_manifest(pair, scale=0.5, select="linear", metrics={"val/grafted/loss": 1.25})
@@ -189,6 +193,67 @@ class TestRefusals:
         given["model.norm.weight"][3] = float("nan")
         with pytest.raises(CheckpointError, match=r"'model\.norm\.weight' has 1 of 32 values"):
             export_folder(tmp_path / "out", instruct, given.items())
+        assert names(tmp_path) == {"instruct"}
+
+    @pytest.mark.parametrize(
+        "name", ["notes.txt", "config.json", "tokenizer.json", "additional_chat_templates/x.jinja"]
+    )
+    def test_link_that_leaves_the_folder(self, instruct, tmp_path, name):
+        (tmp_path / "private.json").write_text("{}")
+        (instruct / name).unlink(missing_ok=True)
+        (instruct / name).parent.mkdir(exist_ok=True)
+        (instruct / name).symlink_to(tmp_path / "private.json")
+        message = (
+            rf"{name} is a link to {tmp_path}/private\.json, which lies outside of {instruct}.*put the file itself"
+        )
+        self.refuse(instruct, tmp_path / "out", weights(instruct), message)
+
+    def test_link_to_a_folder_outside(self, instruct, tmp_path):
+        (tmp_path / "secrets").mkdir()
+        (tmp_path / "secrets" / "key").write_text("k")
+        (instruct / "additional_chat_templates").symlink_to(tmp_path / "secrets")
+        (instruct / "other").symlink_to(tmp_path / "secrets")  # folders are not copied
+        self.refuse(instruct, tmp_path / "out", weights(instruct), "secrets/key, which lies outside")
+
+    def test_blobs_of_the_cache_are_its_own_model_s(self, pair, tmp_path):
+        """A link into another model's blobs, or out of blobs that are a link themselves, is not followed."""
+        for model in ("one", "other"):
+            (tmp_path / model / "blobs").mkdir(parents=True)
+            (tmp_path / model / "blobs" / "x").write_text("x")
+        snapshot = Path(shutil.copytree(pair.instruct, tmp_path / "one" / "snapshots" / "abc"))
+        (snapshot / "notes.txt").symlink_to("../../../other/blobs/x")
+        self.refuse(snapshot, tmp_path / "out", weights(snapshot), "other/blobs/x, which lies outside")
+        (snapshot / "notes.txt").unlink()
+        (snapshot / "notes.txt").symlink_to("../../blobs/x")
+        assert (export_folder(tmp_path / "own", snapshot, weights(snapshot).items()) / "notes.txt").read_text() == "x"
+        shutil.rmtree(tmp_path / "one" / "blobs")
+        (tmp_path / "one" / "blobs").symlink_to(tmp_path / "other" / "blobs")
+        self.refuse(snapshot, tmp_path / "out", weights(snapshot), "other/blobs/x, which lies outside")
+
+    def test_link_inside_the_folder_is_copied(self, instruct, tmp_path):
+        (instruct / "copy.json").symlink_to("config.json")
+        (tmp_path / "alias").symlink_to(instruct)
+        folder = export_folder(tmp_path / "out", tmp_path / "alias", weights(instruct).items())
+        assert (folder / "copy.json").read_bytes() == (instruct / "config.json").read_bytes()
+        assert not (folder / "copy.json").is_symlink()
+
+    def test_links_that_lead_nowhere_and_pipes(self, instruct, tmp_path):
+        given = weights(instruct)
+        (instruct / "merges.txt").symlink_to(tmp_path / "gone")
+        self.refuse(instruct, tmp_path / "out", given, r"merges\.txt is a link that leads nowhere.*Finish the download")
+        (instruct / "merges.txt").unlink()
+        (instruct / "merges.txt").symlink_to("merges.txt")
+        self.refuse(instruct, tmp_path / "out", given, r"merges\.txt is a link that leads nowhere")
+        (instruct / "merges.txt").unlink()
+        os.mkfifo(instruct / "merges.txt")
+        self.refuse(instruct, tmp_path / "out", given, r"merges\.txt is a pipe.*expected a file")
+
+    @pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, "\ud800"])
+    @pytest.mark.parametrize("dtype", [None, torch.float32])
+    def test_broken_config(self, instruct, tmp_path, text, dtype):
+        (instruct / "config.json").write_text(text, "utf-8", "surrogatepass")
+        with pytest.raises(PairError, match=rf"{instruct}/config\.json (is not readable JSON|holds a list)"):
+            export_folder(tmp_path / "out", instruct, weights(instruct).items(), dtype)
         assert names(tmp_path) == {"instruct"}
 
     def test_crash_in_the_middle(self, instruct, tmp_path):
