@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import Headers, TensorInfo, some_of
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
@@ -174,7 +175,7 @@ class _Side:
         return counts
 
 
-class LayoutReader(Headers):
+class LayoutReader(CheckpointReader):
     """Presents a checkpoint under the names and in the layout of another one.
 
     Understood are the prefixes of wrappers and library versions (:func:`canonical_key`), and experts as one matrix
@@ -260,25 +261,29 @@ class LayoutReader(Headers):
         self._present(name, (rows // len(kinds), columns), [_Range(info.name, start, num_bytes)])
 
 
-def require_one_architecture(base: LayoutReader, instruct: Headers) -> None:
-    """Raise if each checkpoint has tensors in its layers that the other lacks: no update could reach those.
+def in_layout_of(instruct: Headers, base: Headers) -> LayoutReader:
+    """The Base under the names and in the layout of its Instruct.
 
-    Tensors on one side alone are another matter: an Instruct may have a vision tower that its Base hasn't.
+    Either may have tensors that the other lacks: an Instruct a vision tower, say. If both have some in their layers,
+    those are one another's under names that are unknown here, and no update would reach them.
 
     Args:
-        base: the Base, presented in the Instruct's layout.
-        instruct: the Instruct.
+        instruct: the Instruct's checkpoint.
+        base: the Base's.
 
     Raises:
-        GraftError: naming the tensors.
+        CheckpointError: one of them holds more than plain weights, or tensors twice.
+        GraftError: they are of different architectures.
     """
-    ours, theirs = _only_in(base.tensors, instruct.tensors), _only_in(instruct.tensors, base.tensors)
+    presented = LayoutReader(base, instruct)
+    ours, theirs = _only_in(presented.tensors, instruct.tensors), _only_in(instruct.tensors, presented.tensors)
     if ours and theirs:
         raise GraftError(
             f"{base.folder} has {some_of(ours)}, {instruct.folder} has {some_of(theirs)} instead. Expected one "
             "architecture, and names or layouts that are known here; load the one with the transformers version that "
             "saved the other, and save it again."
         )
+    return presented
 
 
 def _only_in(tensors: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[str]:
