@@ -14,6 +14,7 @@ COMMANDS = {
     "graft": "graft what a Base has learned elsewhere, from folder to folder",
     "delta": "store, show, combine, compress and apply the update itself",
     "similarity": "how alike two models are, and what that means for a graft",
+    "pairs": "known pairs of Base and Instruct, and the check of any pair",
 }
 
 # Commands that are typed functions, and where.
@@ -21,6 +22,7 @@ _FUNCTIONS = {
     "graft": "shadowlit.commands",
     "delta": "shadowlit.delta_commands",
     "similarity": "shadowlit.commands",
+    "pairs": "shadowlit.pairs_commands",
 }
 
 
@@ -50,7 +52,7 @@ def main(args: list[str] | None = None) -> int:
         if args[0] in _FUNCTIONS:
             from shadowlit.functions import run_function
 
-            run_function(args[0], _FUNCTIONS[args[0]], args[1:])
+            run_function(args[0], _FUNCTIONS[args[0]], ["list"] if args == ["pairs"] else args[1:])
             return 0
         from shadowlit.cli import main as run
 

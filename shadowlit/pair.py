@@ -171,7 +171,7 @@ class ModelPair:
         """
         from shadowlit.pair_check import check_pair  # which imports this module
 
-        return check_pair(self if download else _WithoutWeights(**asdict(self)), select)
+        return check_pair(self if download else PairWithoutWeights(**asdict(self)), select)
 
     def require_fit(self, select: Select = "linear") -> None:
         """Check the pair; log what is to be known, stop at what cannot work.
@@ -206,8 +206,8 @@ class ModelPair:
         return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
 
 
-class _WithoutWeights(ModelPair):
-    """A pair into whose folders no weights are downloaded."""
+class PairWithoutWeights(ModelPair):
+    """A pair into whose folders no weights are downloaded; its fingerprints may be out of reach."""
 
     @cached_property
     def _base_folder(self) -> Path:

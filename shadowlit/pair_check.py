@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,12 +17,15 @@ import torch
 from shadowlit.errors import CheckpointError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import TensorInfo, some_of
+from shadowlit.hub_headers import read_hub_headers
 from shadowlit.pair import (
     ModelPair,
+    PairWithoutWeights,
     Problem,
     ProblemError,
     Select,
     Severity,
+    commit_of,
     first_line,
     load_config,
     read_json,
@@ -86,12 +89,12 @@ def check_pair(pair: ModelPair, select: Select = "linear") -> list[Problem]:
         Errors first, then warnings, then notes.
     """
     problems: list[Problem] = []
-    trust = pair.trust_remote_code
-    base = _open_side("base", pair.base_folder, pair.base_tokenizer, trust, problems)
-    instruct = _open_side("instruct", pair.instruct_folder, pair.tokenizer, trust, problems)
+    base = _open_side("base", pair, pair.base, pair.base_folder, pair.base_tokenizer, problems)
+    instruct = _open_side("instruct", pair, pair.instruct, pair.instruct_folder, pair.tokenizer, problems)
     try:
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)
+        problems += _check_unread(base, instruct)
         for check in _CHECKS:
             problems += check(base, instruct, select)
     finally:
@@ -102,12 +105,18 @@ def check_pair(pair: ModelPair, select: Select = "linear") -> list[Problem]:
 
 @dataclass
 class _Side:
-    """What could be read of one model; a part that could not be is None, and has been reported."""
+    """What could be read of one model; a part that could not be is None, and has been reported.
+
+    Attributes:
+        headers: The tensors by name, from the headers of the safetensors files.
+        reader: Reads their data too; None as well where the weights are on the hub and stay there.
+    """
 
     who: str
     folder: Path | None = None
     config: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    headers: Mapping[str, TensorInfo] | None = None
     reader: CheckpointReader | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -116,8 +125,8 @@ class _Side:
         return self.who.capitalize()
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return self.reader.tensors if self.reader else {}
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.headers or {}
 
     def get(self, key: str) -> Any:
         return (self.config or {}).get(key)
@@ -136,21 +145,35 @@ class _Side:
 
 def _open_side(
     who: str,
+    pair: ModelPair,
+    source: str,
     folder: Callable[[], Path],
     tokenizer: Callable[[], PreTrainedTokenizerBase],
-    trust_remote_code: bool,
     problems: list[Problem],
 ) -> _Side:
     """Read all that the checks need of one model, and add what cannot be read to ``problems``."""
     side = _Side(who, _attempt(who, folder, problems))
     if side.folder is not None:
         path = side.folder
-        side.config = _attempt(who, lambda: _flat_config(load_config(who, path, trust_remote_code)), problems)
+        side.config = _attempt(who, lambda: _flat_config(load_config(who, path, pair.trust_remote_code)), problems)
         if side.has("generation_config.json"):
             side.generation = _attempt(who, lambda: read_json(who, path / "generation_config.json"), problems)
-        side.reader = _attempt(who, lambda: CheckpointReader(path), problems)
+        if isinstance(pair, PairWithoutWeights) and not Path(source).expanduser().is_dir():
+            side.reader = _open_cached(path)
+            remote = None if side.reader else _attempt(who, lambda: read_hub_headers(source, commit_of(path)), problems)
+        else:
+            side.reader, remote = _attempt(who, lambda: CheckpointReader(path), problems), None
+        side.headers = side.reader.tensors if side.reader else remote
         side.tokenizer = _attempt(who, tokenizer, problems)
     return side
+
+
+def _open_cached(folder: Path) -> CheckpointReader | None:
+    """The weights of a hub id, if an earlier download has left all of them in its folder."""
+    try:
+        return CheckpointReader(folder)
+    except CheckpointError:
+        return None
 
 
 def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T | None:
@@ -210,6 +233,20 @@ def _check_revision(side: _Side, source: str, revision: str | None) -> Iterator[
             f"'{source}' is read at {revision or 'its main branch'}, which can move",
             "a commit",
             f"set pair.{side.who}_revision to the commit that the manifest of the run names.",
+        )
+
+
+def _check_unread(base: _Side, instruct: _Side) -> Iterator[Problem]:
+    """Weights that stay on the hub, and what is not known without them."""
+    unread = [side.title for side in (base, instruct) if side.headers is not None and side.reader is None]
+    if unread:
+        yield Problem(
+            "note",
+            "weights",
+            f"of the {' and the '.join(unread)} only headers were read: whether both are one model, and whether the "
+            "Base has learned the template's tokens, is not known",
+            "",
+            "nothing: a run downloads the weights and checks both.",
         )
 
 
@@ -279,7 +316,7 @@ def _quantiser(method: Any) -> str:
 
 def _check_names(base: _Side, instruct: _Side, select: Select) -> Iterator[Problem]:
     """Every tensor of one model is in the other; embeddings and lm_head are told apart by ``_check_ties``."""
-    if base.reader is None or instruct.reader is None:
+    if base.headers is None or instruct.headers is None:
         return
     remedy = "set pair.base to the Base of this Instruct; if only prefixes differ, load both with the same "
     remedy += "AutoModelForCausalLM and save them again."
@@ -329,7 +366,7 @@ def _check_shapes(base: _Side, instruct: _Side, select: Select) -> Iterator[Prob
 
 def _check_ties(base: _Side, instruct: _Side, select: Select) -> Iterator[Problem]:
     """Embeddings and lm_head: shared in both models, or in none."""
-    if base.reader is None or instruct.reader is None or base.config is None or instruct.config is None:
+    if base.headers is None or instruct.headers is None or base.config is None or instruct.config is None:
         return
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
     alone = sorted(base.vocabulary().keys() ^ instruct.vocabulary().keys())
