@@ -206,14 +206,14 @@ class LayoutReader(CheckpointReader):
                 self._present_fused(name, own, match[1], _ROWS_OF_FUSED[match[2]])
             elif match := _EXPERT.fullmatch(key):
                 self._present_expert(name, own, match[1], int(match[2]), match[3])
-        embedding, left_out = own.embedding(), set()
+        embedding, skipped = own.embedding(), set()
         if embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
             self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
         elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
-            left_out.add(own.keys[_HEAD])
-        used = {part.name for ranges in self._ranges.values() for part in ranges}
+            skipped.add(own.keys[_HEAD])
+        skipped |= {part.name for ranges in self._ranges.values() for part in ranges}
         for key, name in own.keys.items():
-            if name not in used | left_out and not is_computed(name):
+            if name not in skipped and not is_computed(name):
                 self._present(name, own.info(key).shape, own.whole(key))
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:

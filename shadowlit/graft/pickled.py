@@ -106,7 +106,8 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             "nothing else in it was run. Don't trust this file; ask its author for safetensors."
         ) from error
     if not isinstance(state, Mapping) or not state:
-        raise CheckpointError(f"{path} holds a {type(state).__name__}, expected tensors by name. Save a state dict.")
+        found = "nothing" if state == {} else f"a {type(state).__name__}"
+        raise CheckpointError(f"{path} holds {found}, expected tensors by name. Save a state dict.")
     others = [name for name, value in state.items() if not isinstance(value, torch.Tensor) or not _is_dense(value)]
     if others:
         raise CheckpointError(
