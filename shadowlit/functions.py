@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any, get_origin, get_type_hints
 
 from shadowlit.errors import ShadowlitError
@@ -14,9 +18,17 @@ from shadowlit.errors import ShadowlitError
 def run_function(name: str, module: str, args: Sequence[str]) -> None:
     """Run the function ``name`` of ``module``, or one of its ``COMMANDS``; the docstring is the help.
 
+    SIGINT and SIGTERM end it as an exception, so that what it was writing is removed.
+
     Raises:
         ShadowlitError: too many words without an option.
+        SystemExit: 130 after SIGINT, 143 after SIGTERM.
     """
+    with _ends_cleanly():
+        _run(name, module, args)
+
+
+def _run(name: str, module: str, args: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
     found = importlib.import_module(module)
@@ -28,6 +40,28 @@ def run_function(name: str, module: str, args: Sequence[str]) -> None:
         known = args[0] if args and args[0] in commands else None
         rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
         auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")
+
+
+@contextlib.contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into SystemExit: at the latter, Python dies on the spot by default."""
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        yield
+        return
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # a job in the background ignores SIGINT, and shall
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in usual]
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # cleaning up takes no second interruption
+        raise SystemExit(128 + number)
+
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:

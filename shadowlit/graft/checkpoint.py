@@ -13,9 +13,9 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -394,15 +394,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """
     # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
     path = Path(os.path.realpath(target))
+    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
     try:
-        _refuse_existing(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _warn_of_leftovers(path)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    except OSError as error:
-        raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
-    try:
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's own mode would hide the result from everybody else
+        _make_beside(path, partial)  # in here: no signal falls between making the folder and knowing of it
         yield partial
         _sync(partial)
         _put_in_place(partial, path)
@@ -422,6 +416,17 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 class _KeptError(ExportError):
     """A folder that is finished, and could only not be put in its place: hours of work, which stay."""
+
+
+def _make_beside(path: Path, partial: Path) -> None:
+    """Make the temporary folder, if the target is free; warn of those that killed runs have left."""
+    try:
+        _refuse_existing(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _warn_of_leftovers(path)
+        partial.mkdir()
+    except OSError as error:
+        raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
@@ -455,13 +460,6 @@ def _refuse_existing(path: Path) -> None:
             )
     elif os.path.lexists(path):
         raise ExportError(f"{path} exists and is a file. Nothing was written. Choose another target.")
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(folder: Path) -> None:

@@ -184,5 +184,6 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ExportError(f"{path} could not be written: {error}. Free some disk space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
