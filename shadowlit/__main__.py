@@ -21,7 +21,7 @@ COMMANDS = {
 _FUNCTIONS = {
     "graft": "shadowlit.commands",
     "delta": "shadowlit.delta_commands",
-    "similarity": "shadowlit.commands",
+    "similarity": "shadowlit.analysis.commands",
     "pairs": "shadowlit.pairs_commands",
 }
 

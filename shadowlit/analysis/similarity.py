@@ -1,4 +1,4 @@
-"""How alike two checkpoints are: the paper's σ and its relatives, read from the files a few rows at a time."""
+"""How alike checkpoints are: the paper's σ and its relatives, and the angle between updates, read in one pass."""
 
 from __future__ import annotations
 
@@ -7,58 +7,120 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shadowlit.analysis.spectrum import effective_rank, singular_values, stable_rank
+from shadowlit.analysis.sums import Moments, Sums, stream_moments
 from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.graft.headers import some_of
 from shadowlit.graft.selection import kind_of
 from shadowlit.graft.streaming import row_windows
 
 PAPER_RANGE = (0.003, 0.042)
 """σ of the pairs that Shadow-FT (arXiv 2505.12716) works with, by its authors."""
+NEAR_ZERO = 0.1
+"""Cosines of updates below this are called near zero: our bound. Unrelated updates of n elements have about n^-½; on
+the embedded pair, grafts have worked from 0.05 on."""
+MEASURES = {
+    "weights": ("sigma", "cosine", "relative_norm"),
+    "deltas": ("cosine", "sign_agreement", "norm_ratio"),
+    "offsets": ("cosine", "sign_agreement", "norm_ratio"),
+}
+"""What is measured of two models, of two updates, and of two offsets from one model; see ``Sums``."""
+_RANKS = ("effective_rank", "stable_rank")
 _LAYER = re.compile(r"\.(\d+)\.")
-_THREADS = 2
+_MAX_MODELS = 26
 
 
 @dataclass(frozen=True)
 class TensorSimilarity:
-    """Two tensors of one name, ``a`` and ``b``.
+    """Two tensors of one name.
 
     Attributes:
         name: the tensor's name.
         layer: its decoder layer, from 0; ``None`` outside of them.
         kind: what it is, e.g. ``q_proj``.
-        num_elements: its size.
-        sigma: ``Σ|a − b| / (Σ|a| + Σ|b|)``: 0 for equal tensors, about 0.7 for unrelated ones of equal size, 1 at most.
-        cosine: ``⟨a, b⟩ / (‖a‖ ‖b‖)``.
-        relative_norm: ``‖b − a‖ / ‖a‖``.
+        sums: what the measures follow from.
+        effective_rank: of the offset b - a, for matrices of two models; ``None`` if not asked for.
+        stable_rank: likewise.
     """
 
     name: str
     layer: int | None
     kind: str
-    num_elements: int
-    sigma: float
-    cosine: float
-    relative_norm: float
+    sums: Sums
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some tensors of a comparison together.
+
+    Attributes:
+        key: what they have in common: a kind, or a layer.
+        tensors: at least one.
+    """
+
+    key: str | int | None
+    tensors: tuple[TensorSimilarity, ...]
+
+    @property
+    def sums(self) -> Sums:
+        """Over all elements of all tensors: its cosine is ``Σ⟨a, b⟩ / √(Σ‖a‖² Σ‖b‖²)``, not a mean of cosines."""
+        return sum((tensor.sums for tensor in self.tensors), Sums())
+
+    @property
+    def sigma(self) -> float:
+        """Plain mean of σ over the tensors, as in the paper; empty tensors don't count."""
+        return _mean(tensor.sums.sigma for tensor in self.tensors)
+
+    @property
+    def effective_rank(self) -> float:
+        """Plain mean over the matrices whose offset isn't zero; NaN if there are none."""
+        return _mean(math.nan if t.effective_rank is None else t.effective_rank for t in self.tensors)
+
+    def measure(self, name: str) -> float:
+        """One of ``MEASURES``, or ``effective_rank``: over all elements, but σ and ranks as means over the tensors."""
+        return getattr(self if name in ("sigma", "effective_rank") else self.sums, name)
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Two checkpoints, tensor by tensor.
+    """Two checkpoints, two deltas, or two offsets from one checkpoint, tensor by tensor.
 
     Attributes:
-        tensors: every tensor that both have, in the order of their names.
+        a: what the first is called: ``A``, or ``B - A`` for an offset.
+        b: what the second is called.
+        of: ``weights``, ``deltas`` or ``offsets``; says which measures there are.
+        tensors: in the order of their names.
     """
 
+    a: str
+    b: str
+    of: str
     tensors: tuple[TensorSimilarity, ...]
+
+    @property
+    def title(self) -> str:
+        """The two names."""
+        return f"{self.a}, {self.b}"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of the measures, the most telling first."""
+        ranked = any(tensor.effective_rank is not None for tensor in self.tensors)
+        return MEASURES[self.of] + (("effective_rank",) if ranked else ())
 
     @property
     def sigma(self) -> float:
@@ -66,20 +128,38 @@ class Similarity:
 
         Embeddings, the final norm and the output head are left out.
         """
-        inside = [t.sigma for t in self.tensors if t.layer is not None]
-        return sum(inside) / len(inside) if inside else math.nan
+        return _mean(tensor.sums.sigma for tensor in self.tensors if tensor.layer is not None)
 
-    def mean_by(self, key: Callable[[TensorSimilarity], object]) -> dict[object, float]:
-        """Plain mean of σ over the tensors of each value of ``key``, in order of appearance."""
-        groups: dict[object, list[float]] = {}
+    @property
+    def whole(self) -> Group:
+        """All tensors."""
+        return Group(None, self.tensors)
+
+    def by(self, key: Callable[[TensorSimilarity], str | int | None]) -> list[Group]:
+        """The tensors in groups of equal ``key``, in order of appearance."""
+        groups: dict[str | int | None, list[TensorSimilarity]] = {}
         for tensor in self.tensors:
-            groups.setdefault(key(tensor), []).append(tensor.sigma)
-        return {value: sum(found) / len(found) for value, found in groups.items()}
+            groups.setdefault(key(tensor), []).append(tensor)
+        return [Group(value, tuple(found)) for value, found in groups.items()]
+
+    def by_kind(self) -> list[Group]:
+        """A group for every kind of tensor."""
+        return self.by(lambda tensor: tensor.kind)
+
+    def by_layer(self) -> list[Group]:
+        """A group for every decoder layer, in their order; the tensors outside are left out."""
+        groups = [group for group in self.by(lambda tensor: tensor.layer) if isinstance(group.key, int)]
+        return sorted(groups, key=lambda group: int(group.key or 0))
 
     @property
     def verdict(self) -> str:
-        """What σ means for a graft, in a sentence."""
+        """What it means for a graft, in a sentence or two."""
+        return {"weights": self._of_weights, "deltas": self._of_deltas, "offsets": self._of_offsets}[self.of]()
+
+    def _of_weights(self) -> str:
         low, high = PAPER_RANGE
+        if math.isnan(self.sigma):
+            return "No tensor lies inside a decoder layer, so that the paper's σ isn't defined here."
         if self.sigma == 0:
             return "The two are equal in every decoder layer: a graft is the same as direct tuning."
         if self.sigma <= high:
@@ -93,103 +173,235 @@ class Similarity:
             "nothing known says so; watch graft/gain."
         )
 
+    def _of_deltas(self) -> str:
+        cosine = self.whole.sums.cosine
+        told = f"cos({self.a}, {self.b}) is {cosine:.3f}"
+        if math.isnan(cosine):
+            return f"One of {self.a} and {self.b} is zero, so that there is no angle between them."
+        if cosine >= NEAR_ZERO:
+            return f"{told}: the two updates agree in part, which speaks for a graft. It does not predict how good."
+        if cosine > -NEAR_ZERO:
+            return f"{told}, near zero (below {NEAR_ZERO}): the graft is a gamble; watch graft/gain."
+        return f"{told}: the two updates oppose each other, which speaks against a graft."
+
+    def _of_offsets(self) -> str:
+        cosine = self.whole.sums.cosine
+        told = f"cos({self.a}, {self.b}) is {cosine:.3f}"
+        if math.isnan(cosine):
+            return f"One of {self.a} and {self.b} is zero, so that there is no angle between them."
+        if abs(cosine) < NEAR_ZERO:
+            return f"{told}, near zero: the one neither repeats nor undoes what the other changes."
+        return f"{told}: the one in part {'repeats' if cosine > 0 else 'undoes'} what the other changes."
+
+
+@dataclass(frozen=True)
+class Report:
+    """Several checkpoints, compared.
+
+    Attributes:
+        models: what was compared: folder or hub id by letter, A being the first.
+        similarities: of A with each of the others and of the others' offsets from A; or of every two deltas.
+        left_out: tensors that are not in all models, by letter, and so were not compared. Of deltas none is: a tensor
+            that one lacks is an update of zero.
+    """
+
+    models: Mapping[str, str]
+    similarities: tuple[Similarity, ...]
+    left_out: Mapping[str, tuple[str, ...]]
+
     def to_json(self) -> str:
-        """All numbers as JSON."""
-        return json.dumps(
-            {"sigma": self.sigma, "verdict": self.verdict, "tensors": [asdict(t) for t in self.tensors]}, indent=2
-        )
+        """All numbers as JSON; ``null`` for what isn't defined, the cosine with a tensor of zeros for example."""
+        report = {
+            "models": dict(self.models),
+            "left_out": self.left_out,
+            "similarities": [_as_dict(similarity) for similarity in self.similarities],
+        }
+        return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
-        """A line per tensor."""
+        """A line per tensor and pair; empty where something isn't defined. Models go by their letters."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(asdict(self.tensors[0])))
+        numbers = list(dict.fromkeys(name for names in MEASURES.values() for name in names))
+        columns = ["a", "b", "of", "name", "layer", "kind", "num_elements", *numbers, *_RANKS]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(t) for t in self.tensors)
+        for similarity in self.similarities:
+            pair = {"a": similarity.a, "b": similarity.b, "of": similarity.of}
+            writer.writerows(pair | _of_tensor(tensor, similarity.of) for tensor in similarity.tensors)
         return text.getvalue()
 
 
-def compare(a: CheckpointReader, b: CheckpointReader, advance: Callable[[int], None] = lambda _: None) -> Similarity:
-    """Compare two checkpoints that hold the same tensors; constant memory.
-
-    Sums are taken in float32 over a part of a tensor and added up in float64.
-
-    Args:
-        a: the first checkpoint, the Base, say.
-        b: the second, its Instruct.
-        advance: called with the number of elements of every tensor that is done.
+def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:
+    """A reader of the model or the delta in a folder, and whether it is a delta.
 
     Raises:
-        PairError: the two share no tensor, or one of them differs in shape (embedding and head may differ in rows;
-            then the shared rows are compared).
+        CheckpointError: there is neither, or its files are broken.
     """
-    names = [name for name in a.tensors if name in b.tensors]
-    unequal = [n for n in names if a.tensors[n].shape[1:] != b.tensors[n].shape[1:]]
-    if not names or unequal:
-        what = f"differ in the shapes of {some_of(unequal)}" if unequal else "share no tensor's name"
-        raise PairError(f"{a.folder} and {b.folder} {what}. Give two models of one architecture and size.")
-
-    def one(name: str) -> TensorSimilarity:
-        found = _compare_tensor(a, b, name)
-        advance(found.num_elements)
-        return found
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return Similarity(tuple(pool.map(one, names)))
+    is_delta = any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json"))
+    return (CheckpointReader(folder, DELTA_FILE) if is_delta else CheckpointReader(folder)), is_delta
 
 
-def _compare_tensor(a: CheckpointReader, b: CheckpointReader, name: str) -> TensorSimilarity:
-    info = min((a.tensors[name], b.tensors[name]), key=lambda i: i.num_elements)
-    sums = torch.zeros(6, dtype=torch.float64)
-    for window in row_windows(info):
-        rows = (slice(*window),) if info.shape else ()
-        sums += _sums(a.read_slice(name, rows), b.read_slice(name, rows))
-    distance, size_a, size_b, dot, square_a, square_b = sums.tolist()
-    layer = _LAYER.search(name)
-    return TensorSimilarity(
-        name=name,
-        layer=int(layer[1]) if layer else None,
-        kind=kind_of(name),
-        num_elements=info.num_elements,
-        sigma=distance / (size_a + size_b) if size_a + size_b else 0.0,
-        cosine=dot / math.sqrt(square_a * square_b) if square_a and square_b else math.nan,
-        relative_norm=math.sqrt(max(0.0, square_a + square_b - 2 * dot) / square_a) if square_a else math.nan,
+def compare(
+    readers: Sequence[CheckpointReader],
+    *,
+    deltas: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Report:
+    """Compare checkpoints that hold the same tensors; constant memory, every file is read once.
+
+    Of models, each is compared with the first, and then the offsets of every two others from the first with each
+    other: for Base, tuned Base and Instruct this is the angle between the update and the offset. Of deltas, every two
+    are compared. Computed in float32, added up in float64.
+
+    Args:
+        readers: two or more checkpoints; the Base first.
+        deltas: they hold updates, not weights.
+        advance: called with the number of elements of every part that is done.
+
+    Raises:
+        PairError: fewer than two or more than 26 are given, they share no tensor, or one differs in shape (outside of
+            the decoder layers, as in embedding and head, the numbers of rows may differ; then the shared rows are
+            compared).
+        CheckpointError: a tensor holds NaN or infinities.
+    """
+    if not 2 <= len(readers) <= _MAX_MODELS:
+        raise PairError(f"{len(readers)} models were given; expected 2 to {_MAX_MODELS}. Give the Base first.")
+    letters = [chr(ord("A") + i) for i in range(len(readers))]
+    names = shared_names(readers, deltas=deltas)
+    pairs = list(_pairs(letters, deltas))
+    found: list[list[TensorSimilarity]] = [[] for _ in pairs]
+    for name, moments in stream_moments(readers, names, deltas=deltas, advance=advance):
+        layer = _LAYER.search(name)
+        for tensors, (_, sums_of) in zip(found, pairs, strict=True):
+            tensors.append(
+                TensorSimilarity(name, int(layer[1]) if layer else None, kind_of(name), sums=sums_of(moments))
+            )
+    compared = frozenset(names)
+    left_out = {x: tuple(n for n in r.tensors if n not in compared) for x, r in zip(letters, readers, strict=True)}
+    return Report(
+        models={letter: str(reader.folder) for letter, reader in zip(letters, readers, strict=True)},
+        similarities=tuple(
+            replace(similarity, tensors=tuple(tensors)) for (similarity, _), tensors in zip(pairs, found, strict=True)
+        ),
+        left_out={letter: left for letter, left in left_out.items() if left},
     )
 
 
-def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """``Σ|a − b|, Σ|a|, Σ|b|, ⟨a, b⟩, ‖a‖², ‖b‖²`` of two equally shaped tensors, in float64."""
-    a, b = a.float().flatten(), b.float().flatten()
-    terms: Iterable[Tensor] = ((a - b).abs(), a.abs(), b.abs(), a * b, a * a, b * b)
-    return torch.stack([term.sum(dtype=torch.float64) for term in terms])
+def shared_names(readers: Sequence[CheckpointReader], *, deltas: bool) -> list[str]:
+    """Names of the tensors to compare: those in all models, or in any of several deltas; their shapes fit.
+
+    Raises:
+        PairError: there are none, or shapes differ.
+    """
+    present = {name: [r.tensors[name] for r in readers if name in r.tensors] for r in readers for name in r.tensors}
+    names = sorted(name for name, found in present.items() if deltas or len(found) == len(readers))
+    unequal = [
+        f"{name} {' and '.join(str(shape) for shape in shapes)}"
+        for name in names
+        if not _fit(name, shapes := list(dict.fromkeys(info.shape for info in present[name])))
+    ]
+    if not names or unequal:
+        what = f"differ in the shapes of {some_of(unequal)}" if unequal else "share no tensor's name"
+        folders = " and ".join(str(reader.folder) for reader in readers)
+        raise PairError(f"{folders} {what}. Give models of one architecture and size.")
+    return names
 
 
-def plot_heat_map(similarity: Similarity, target: Path) -> Path:
-    """Draw σ by layer and kind of tensor.
+def with_ranks(
+    report: Report, readers: Sequence[CheckpointReader], advance: Callable[[int], None] = lambda _: None
+) -> Report:
+    """Add effective and stable rank of the offsets of models, matrix by matrix.
+
+    Takes far longer than reading; holds one offset in float32, and the Gram matrix of its smaller side in float64.
 
     Args:
-        similarity: of two checkpoints.
-        target: the picture's path; its ending gives the format.
-
-    Returns:
-        ``target``.
+        report: of these readers.
+        readers: of models, not of deltas.
+        advance: called with the number of elements of every matrix that is done.
     """
-    import matplotlib
+    letters = list(report.models)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def ranked(b: CheckpointReader, tensor: TensorSimilarity) -> TensorSimilarity:
+        shape = readers[0].tensors[tensor.name].shape
+        if len(shape) != 2:
+            return tensor
+        values = singular_values(_offset(readers[0], b, tensor.name))
+        advance(tensor.sums.num_elements)
+        return replace(tensor, effective_rank=effective_rank(values), stable_rank=stable_rank(values))
 
-    inside = [t for t in similarity.tensors if t.layer is not None and t.name.endswith("weight")]
-    kinds = list(dict.fromkeys(t.kind for t in inside))
-    layers = sorted({t.layer for t in inside if t.layer is not None})
-    cells = {(t.kind, t.layer): t.sigma for t in inside}
-    table = [[cells.get((kind, layer), math.nan) for layer in layers] for kind in kinds]
-    figure, axis = plt.subplots(figsize=(2.5 + 0.28 * len(layers), 1.4 + 0.3 * len(kinds)), layout="constrained")
-    image = axis.imshow(table, cmap="viridis", aspect="auto", vmin=0)
-    axis.set_yticks(range(len(kinds)), kinds)
-    axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
-    axis.set_xlabel("decoder layer")
-    axis.set_title(f"σ by tensor; their mean is {similarity.sigma:.4f}")
-    figure.colorbar(image, ax=axis, label="σ")
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
-    return target
+    similarities = tuple(
+        replace(s, tensors=tuple(ranked(readers[letters.index(s.b)], t) for t in s.tensors)) if s.of == "weights" else s
+        for s in report.similarities
+    )
+    return replace(report, similarities=similarities)
+
+
+def _offset(a: CheckpointReader, b: CheckpointReader, name: str) -> Tensor:
+    """b - a of a matrix, in float32; of the shared rows."""
+    info = min((a.tensors[name], b.tensors[name]), key=lambda i: i.shape[0])
+    offset = torch.empty(info.shape)
+    for window in row_windows(info):
+        rows = slice(*window)
+        torch.sub(b.read_slice(name, (rows,)).float(), a.read_slice(name, (rows,)).float(), out=offset[rows])
+    return offset
+
+
+def _pairs(letters: Sequence[str], deltas: bool) -> Iterator[tuple[Similarity, Callable[[Moments], Sums]]]:
+    """What is compared, still without tensors, and how its sums are had."""
+    names = letters if deltas else [f"{letter} - {letters[0]}" for letter in letters[1:]]
+    if not deltas:
+        for i, letter in enumerate(letters[1:], start=1):
+            yield Similarity(letters[0], letter, "weights", ()), partial(Moments.weights, b=i)
+    for i, j in combinations(range(len(names)), 2):
+        yield (
+            Similarity(names[i], names[j], "deltas" if deltas else "offsets", ()),
+            partial(Moments.differences, a=i, b=j),
+        )
+
+
+def _fit(name: str, shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether tensors of these shapes may be compared; vocabularies lie outside of the layers, and may differ."""
+    return len(shapes) == 1 or (
+        _LAYER.search(name) is None and all(shapes) and len({shape[1:] for shape in shapes}) == 1
+    )
+
+
+def _as_dict(similarity: Similarity) -> dict[str, Any]:
+    whole = {"sigma": similarity.sigma} if similarity.of == "weights" else {}
+
+    def measured(group: Group) -> dict[str, Any]:
+        return {name: _or_none(group.measure(name)) for name in similarity.measures}
+
+    return {
+        "a": similarity.a,
+        "b": similarity.b,
+        "of": similarity.of,
+        **measured(similarity.whole),
+        **{name: _or_none(value) for name, value in whole.items()},
+        "verdict": similarity.verdict,
+        "by_kind": {str(group.key): measured(group) for group in similarity.by_kind()},
+        "by_layer": {str(group.key): measured(group) for group in similarity.by_layer()},
+        "tensors": [_of_tensor(tensor, similarity.of) for tensor in similarity.tensors],
+    }
+
+
+def _of_tensor(tensor: TensorSimilarity, of: str) -> dict[str, Any]:
+    ranks = {name: getattr(tensor, name) for name in _RANKS}
+    return {
+        "name": tensor.name,
+        "layer": tensor.layer,
+        "kind": tensor.kind,
+        "num_elements": tensor.sums.num_elements,
+        **{name: _or_none(getattr(tensor.sums, name)) for name in MEASURES[of]},
+        **{name: _or_none(value) for name, value in ranks.items() if value is not None},
+    }
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _mean(values: Iterator[float]) -> float:
+    """Of those that aren't NaN; NaN if there are none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
