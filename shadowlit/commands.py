@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
-from shadowlit.errors import GraftError, ShadowlitError
-from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.errors import GraftError
 from shadowlit.graft.disk import DiskGraft, Strength, open_update
 from shadowlit.graft.export import export_folder
+from shadowlit.graft.layout import in_layout_of
 from shadowlit.graft.manifest import add_to_manifest, build_manifest
+from shadowlit.graft.pickled import open_checkpoint
 from shadowlit.pair import ModelPair, model_folder
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -33,6 +32,7 @@ def graft(
     shard_size: str = "5GB",
     dry_run: bool = False,
     files_from: str | None = None,
+    allow_pickle: bool = False,
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
@@ -50,16 +50,18 @@ def graft(
         files_from: Take config, tokenizer, template and generation settings from this folder or hub id instead of the
             Instruct: where the update moves to a model that isn't the one to talk to (Chat Vector, ParamΔ).
         dry_run: Only say what would be grafted and how large the result is, from the headers alone.
+        allow_pickle: Also read pytorch_model.bin in local folders, as tensors alone: nothing in it is run.
     """
     console = Console(highlight=False)
     start = time.perf_counter()
     with (
-        CheckpointReader(model_folder("base", base, None, False)) as base_reader,
-        CheckpointReader(model_folder("instruct", instruct, None, False)) as instruct_reader,
+        open_checkpoint(model_folder("base", base, None, False), allow_pickle) as base_reader,
+        open_checkpoint(model_folder("instruct", instruct, None, False), allow_pickle) as instruct_reader,
     ):
-        update = open_update(base_reader, model_folder("tuned", tuned, None, False))
+        in_place = in_layout_of(instruct_reader, base_reader)
+        update = open_update(in_place, model_folder("tuned", tuned, None, False), allow_pickle)
         strength = Strength.parse(scale)
-        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        wanted = None if dtype == "auto" else dtype
         plan = DiskGraft(update, instruct_reader, strength, select, wanted)
         console.print(f"graft: {plan.coverage}")
         console.print(f"graft: the result has {plan.num_bytes / 1e9:.2f} GB")
@@ -69,6 +71,7 @@ def graft(
         manifest = build_manifest(
             pair, scale=strength.default, select=select, dtype=wanted, coverage=plan.coverage,
             config={"tuned": tuned, "scale": scale},
+            fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
         )  # fmt: skip
         write_graft(plan, instruct_reader.folder, Path(out), wanted, shard_size, manifest, files_from)
     console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
@@ -78,7 +81,7 @@ def write_graft(
     plan: DiskGraft,
     instruct: Path,
     out: Path,
-    dtype: torch.dtype | None,
+    dtype: str | None,
     shard_size: str,
     manifest: Mapping[str, Any],
     files_from: str | None,
@@ -96,47 +99,11 @@ def write_graft(
             max_shard_bytes=parse_bytes(shard_size),
             manifest=manifest,
             files_from=None if files_from is None else model_folder("files_from", files_from, None, False),
+            stored=plan.stored,
         )
     add_to_manifest(out, {"survival": {"survival": plan.survival}})
     console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
     console.print(f"graft: {out} is complete")
-
-
-def similarity(a: str, b: str, out: str | None = None, heat_map: str | None = None) -> None:
-    """Tell how alike two models of one architecture are: σ = Σ|a − b| / (Σ|a| + Σ|b|), as in Shadow-FT.
-
-    Streams: a few rows of each tensor are in memory at a time.
-
-    Args:
-        a: Folder or hub id, the Base, say.
-        b: Folder or hub id, its Instruct.
-        out: Write all numbers to this file: .json or .csv.
-        heat_map: Draw σ by layer and kind of tensor into this picture: .png, .pdf or .svg.
-    """
-    # Imported late: graft needs none of it.
-    from shadowlit.analysis.similarity import compare, plot_heat_map
-
-    if out is not None and Path(out).suffix not in (".json", ".csv"):
-        raise ShadowlitError(f"out is {out!r}; expected a name ending in .json or .csv.")
-    console = Console(highlight=False)
-    with (
-        CheckpointReader(model_folder("first", a, None, False)) as first,
-        CheckpointReader(model_folder("second", b, None, False)) as second,
-        Progress(console=console, transient=True) as progress,
-    ):
-        task = progress.add_task("comparing", total=sum(info.num_elements for info in first.tensors.values()))
-        found = compare(first, second, lambda count: progress.advance(task, count))
-    table = Table(title="mean σ")
-    table.add_column("kind")
-    table.add_column("σ", justify="right")
-    for kind, sigma in found.mean_by(lambda tensor: tensor.kind).items():
-        table.add_row(str(kind), f"{sigma:.4f}")
-    console.print(table)
-    console.print(found.verdict)
-    if out is not None:
-        Path(out).write_text(found.to_json() if out.endswith(".json") else found.to_csv(), encoding="utf-8")
-    if heat_map is not None:
-        plot_heat_map(found, Path(heat_map))
 
 
 def parse_bytes(size: str) -> int:

@@ -49,7 +49,7 @@ def make(
     base_folder, tuned_folder = model_folder("base", base, None, False), model_folder("tuned", tuned, None, False)
     with CheckpointReader(base_folder) as reader:
         update = open_update(reader, tuned_folder)
-        found = Delta(update.shapes, update.rows).only(resolve(select, update.shapes, frozenset(), "of the update"))
+        found = Delta.from_update(update).only(resolve(select, update.shapes, frozenset(), "of the update"))
         manifest = {
             "base": describe_source(base, base_folder, reader.fingerprint()),
             "tuned": {"id": tuned},
@@ -228,7 +228,7 @@ def apply(
     """
     opened, strength = Delta.open(delta), Strength.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
+    wanted = None if dtype == "auto" else dtype
     console = Console(highlight=False)
     with CheckpointReader(folder) as reader:
         plan = DiskGraft(opened, reader, strength, select, wanted)
@@ -242,7 +242,7 @@ def apply(
             "delta": opened.manifest,
             "scale": strength.default,
             "select": select,
-            "dtype": None if dtype == "auto" else dtype,
+            "dtype": wanted,
             "coverage": plan.coverage,
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),

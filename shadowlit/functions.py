@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any, get_origin, get_type_hints
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.graft.streaming import keep_freed_memory
 
 
 def run_function(name: str, module: str, args: Sequence[str]) -> None:
@@ -31,6 +32,7 @@ def run_function(name: str, module: str, args: Sequence[str]) -> None:
 def _run(name: str, module: str, args: Sequence[str]) -> None:
     from jsonargparse import auto_cli
 
+    keep_freed_memory()
     found = importlib.import_module(module)
     commands: dict[str, Any] | None = getattr(found, "COMMANDS", None)
     if commands is None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import torch
 
 from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import CheckpointReader
@@ -220,7 +219,10 @@ class PairWithoutWeights(ModelPair):
 
 def _is_rank_zero() -> bool:
     """Whether this process may log: of several ranks that check the same pair, one is enough."""
-    distributed = torch.distributed
+    if "torch" not in sys.modules:
+        return True
+    from torch import distributed
+
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 

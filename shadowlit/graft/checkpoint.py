@@ -20,13 +20,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import torch
+import numpy as np
 from safetensors import SafetensorError
 
 from shadowlit.errors import CheckpointError, ExportError
-from shadowlit.graft.headers import Headers, dtype_code, some_of
+from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.graft.numeric import Raw, not_finite
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class CheckpointReader(Headers):
             CheckpointError: There is no such tensor, there are more slices than dimensions, or the file can
                 no longer be read.
         """
+        import torch
+
         info = self.info(name)
         if len(slices) > len(info.shape):
             raise CheckpointError(
@@ -108,6 +114,8 @@ class CheckpointReader(Headers):
         Read into memory of their own, not mapped: ``safe_open`` hands out views of one mapping, in which what a
         caller writes is what the next caller reads, and whose pages count as the process's memory.
         """
+        import torch
+
         info = self.tensors[name]
         shape = (stop - start, *info.shape[1:])
         row_bytes = math.prod(shape[1:]) * info.itemsize
@@ -140,15 +148,20 @@ class Streamed:
     """A tensor that comes in parts, for one that need not be in memory as a whole.
 
     Attributes:
-        dtype: The dtype of all parts.
+        code: The format's code of the dtype of all parts.
         shape: The shape of the whole.
-        parts: Its rows in order: tensors of that dtype, which make up the whole when concatenated along the first
-            dimension.
+        parts: Its rows in order: tensors of that dtype, or numpy arrays of its bytes whose values were already found
+            finite, which make up the whole when concatenated along the first dimension.
     """
 
-    dtype: torch.dtype
+    code: str
     shape: tuple[int, ...]
-    parts: Iterable[torch.Tensor]
+    parts: Iterable[torch.Tensor | Raw]
+
+    @property
+    def info(self) -> TensorInfo:
+        """As a header would describe it."""
+        return TensorInfo("", self.code, self.shape, "")
 
 
 class CheckpointWriter:
@@ -210,34 +223,16 @@ class CheckpointWriter:
             raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
         if name in self._files:
             raise CheckpointError(f"Tensor '{name}' was added twice to {self.folder}. Add every tensor once.")
-        if isinstance(tensor, torch.Tensor) and (tensor.is_meta or hasattr(tensor, "full_tensor")):
-            raise CheckpointError(
-                f"Tensor '{name}' is {'on the meta device' if tensor.is_meta else 'sharded'}, so that its values are "
-                "not here. Gather or load it first."
-            )
-        code = dtype_code(tensor.dtype)
-        if code is None:
-            raise CheckpointError(
-                f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot store. Convert it first."
-            )
-        if isinstance(tensor, torch.Tensor):
-            check_finite(name, tensor)  # before anything is written
-            tensor = Streamed(tensor.dtype, tuple(tensor.shape), [tensor])
-            parts: Iterable[torch.Tensor] = tensor.parts
-        else:
-            parts = _finite_parts(name, tensor.parts)
-        num_elements = math.prod(tensor.shape)
-        num_bytes = num_elements * tensor.dtype.itemsize
-        entry: dict[str, Any] = {"dtype": code, "shape": list(tensor.shape)}
+        streamed = tensor if isinstance(tensor, Streamed) else _whole(name, tensor)
+        code, num_elements, num_bytes = streamed.code, streamed.info.num_elements, streamed.info.num_bytes
+        entry: dict[str, Any] = {"dtype": code, "shape": list(streamed.shape)}
         written = 0
         try:
-            shard = self._shard_for(num_bytes, tensor.dtype.itemsize, len(json.dumps({name: entry})) + 64)
-            for part in parts:
-                assert part.dtype == tensor.dtype
-                flat = part.detach().cpu().contiguous().reshape(-1)
-                if flat.numel():
-                    shard.stream.write(flat.view(torch.uint8).numpy().data)
-                written += flat.nbytes
+            shard = self._shard_for(num_bytes, streamed.info.itemsize, len(json.dumps({name: entry})) + 64)
+            for part in streamed.parts:
+                data = _bytes_of(name, part)
+                shard.stream.write(data)
+                written += len(data)
         except OSError as error:
             self.abort()  # the file now holds half a tensor
             raise CheckpointError(
@@ -340,10 +335,31 @@ class CheckpointWriter:
             )
 
 
-def _finite_parts(name: str, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    for part in parts:
-        check_finite(name, part)
-        yield part
+def _whole(name: str, tensor: torch.Tensor) -> Streamed:
+    """A tensor in memory as one part; checked before anything of it is written."""
+    if tensor.is_meta or hasattr(tensor, "full_tensor"):
+        raise CheckpointError(
+            f"Tensor '{name}' is {'on the meta device' if tensor.is_meta else 'sharded'}, so that its values are "
+            "not here. Gather or load it first."
+        )
+    code = dtype_code(tensor.dtype)
+    if code is None:
+        raise CheckpointError(
+            f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot store. Convert it first."
+        )
+    check_finite(name, tensor)
+    return Streamed(code, tuple(tensor.shape), [tensor])
+
+
+def _bytes_of(name: str, part: torch.Tensor | Raw) -> memoryview:
+    """The bytes of a part; a tensor's values are checked."""
+    if isinstance(part, np.ndarray):
+        return part.reshape(-1).view(np.uint8).data
+    import torch
+
+    check_finite(name, part)
+    flat = part.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _round_up(num_bytes: int, multiple: int = 4096) -> int:
@@ -361,18 +377,15 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     Raises:
         CheckpointError: A value is NaN or infinite.
     """
+    import torch
+
     if not tensor.dtype.is_floating_point:
         return
     # The smallest and the largest value are NaN if any value is: one pass without a copy. The 8-bit floats lack it.
     values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
     if not values.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(values)):
         return
-    count = int((~torch.isfinite(values)).sum())
-    raise CheckpointError(
-        f"Tensor '{name}' has {count} of {tensor.numel()} values that are NaN or infinite. Nothing was "
-        "exported; look for a diverged run (lower the learning rate), or a dtype too small for the values "
-        "(use bfloat16)."
-    )
+    raise not_finite(name, int((~torch.isfinite(values)).sum()), tensor.numel())
 
 
 @contextlib.contextmanager

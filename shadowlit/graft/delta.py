@@ -19,9 +19,10 @@ from torch import Tensor
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.arithmetic import widen
-from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, Streamed, atomic_folder
+from shadowlit.graft.checkpoint import CheckpointWriter, Streamed, atomic_folder
 from shadowlit.graft.compression import ties
-from shadowlit.graft.headers import TensorInfo, dtype_code, some_of
+from shadowlit.graft.disk import Update
+from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
 from shadowlit.graft.manifest import MANIFEST_FILE, plain, read_manifest, write_json
 from shadowlit.graft.streaming import THREADS, ordered, row_windows
 
@@ -58,13 +59,15 @@ class Delta:
             CheckpointError: there is none, or its files are broken.
             ExportError: its manifest is missing or broken.
         """
-        reader = CheckpointReader(folder, single_file=SINGLE_FILE)
-
-        def rows(name: str, start: int, stop: int) -> Tensor:
-            return widen(reader.read_slice(name, (slice(start, stop),) if reader.tensors[name].shape else ()))
+        reader = Headers(folder, single_file=SINGLE_FILE)
 
         shapes = {name: info.shape for name, info in reader.tensors.items()}
-        return cls(shapes, rows, read_manifest(Path(folder)))
+        return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))
+
+    @classmethod
+    def from_update(cls, update: Update) -> Delta:
+        """What a tuned checkpoint has learned; see :func:`shadowlit.graft.disk.open_update`."""
+        return cls(update.shapes, _as_tensors(update.rows))
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
@@ -208,7 +211,7 @@ class Delta:
         with atomic_folder(folder) as partial, ThreadPoolExecutor(THREADS) as pool:
             with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
                 for name, shape in self.shapes.items():
-                    writer.add(name, Streamed(dtype, shape, parts(pool, name, TensorInfo(name, code, shape, ""))))
+                    writer.add(name, Streamed(code, shape, parts(pool, name, TensorInfo(name, code, shape, ""))))
             lost = math.sqrt(float(squares[1] / squares[0])) if squares[0] else 0.0
             told = {**plain(manifest if manifest is not None else self.manifest), "kind": STEM, "stored_error": lost}
             write_json(partial / MANIFEST_FILE, told)
@@ -361,6 +364,10 @@ def _by_tensor(whole: Callable[[str], Tensor]) -> Rows:
         return tensor[start:stop] if tensor.ndim else tensor
 
     return rows
+
+
+def _as_tensors(rows: Callable[[str, int, int], Any]) -> Rows:
+    return lambda name, start, stop: torch.from_numpy(rows(name, start, stop))
 
 
 def _square(tensor: Tensor) -> Tensor:

@@ -6,26 +6,35 @@ speed.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from shadowlit.errors import GraftError
-from shadowlit.graft.arithmetic import add_delta, delta, lost_in_rounding
-from shadowlit.graft.checkpoint import CheckpointReader, Streamed
-from shadowlit.graft.headers import TensorInfo, some_of
+from shadowlit.graft.checkpoint import Streamed
+from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.graft.layout import LayoutReader, canonical_key, canonical_keys, is_computed
+from shadowlit.graft.numeric import Raw, finite_squares, graft_part, narrow, not_finite, require_finite, widen
+from shadowlit.graft.pickled import open_checkpoint
 from shadowlit.graft.selection import Coverage, coverage, resolve
 from shadowlit.graft.streaming import THREADS, ordered, row_windows
+from shadowlit.pair import first_line
 
-# What training wrappers leave in the names of saved parameters.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+_MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
 _IN_LAYER = re.compile(r"\.\d+\.")
+_MIXTURE = re.compile(r"(.+)\.experts\.")
+_ROUTER = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
+
+Rows = npt.NDArray[np.floating]
 
 
 class Update(Protocol):
@@ -33,15 +42,15 @@ class Update(Protocol):
 
     shapes: Mapping[str, tuple[int, ...]]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the update ``tuned - base`` of ``name``, in float32."""
+    def rows(self, name: str, start: int, stop: int) -> Any:
+        """Rows ``start`` to ``stop`` of the update ``tuned - base`` of ``name``, [stop - start, ...] in float32:
+        an array, or a tensor on the CPU that numpy can view."""
 
 
 class FullUpdate:
     """The difference of two checkpoints of one architecture.
 
-    Names may carry what wrappers left in them (``_orig_mod.``, ``module.``). An output head that the tuned
-    checkpoint stores beside its tied embedding, and the Base does not, counts as the embedding it repeats.
+    Names and layout may differ in whatever :class:`shadowlit.graft.layout.LayoutReader` understands.
 
     Args:
         base: reader of the Base's checkpoint.
@@ -49,17 +58,18 @@ class FullUpdate:
 
     Raises:
         GraftError: the checkpoints don't hold the same tensors in the same shapes.
+        CheckpointError: a checkpoint that holds more than plain weights, or tensors twice.
     """
 
-    def __init__(self, base: CheckpointReader, tuned: CheckpointReader) -> None:
-        self._base, self._tuned = base, tuned
-        self._stored = {_WRAPPERS.sub("", name): name for name in tuned.tensors}
-        missing = [name for name in base.tensors if name not in self._stored]
-        added = [name for name in self._stored if name not in base.tensors and not self._repeats_embedding(name)]
+    def __init__(self, base: Headers, tuned: Headers) -> None:
+        self._base, self._tuned = base, LayoutReader(tuned, base)
+        left, right = base.tensors, self._tuned.tensors
+        missing = [name for name in left if name not in right and not is_computed(name)]
+        added = [name for name in right if name not in left]
         shapes = [
-            f"{name} {base.tensors[name].shape} and {tuned.tensors[stored].shape}"
-            for name, stored in self._stored.items()
-            if name in base.tensors and base.tensors[name].shape != tuned.tensors[stored].shape
+            f"{name} {left[name].shape} and {right[name].shape}"
+            for name in sorted(left.keys() & right.keys())
+            if left[name].shape != right[name].shape
         ]
         problems = [
             f"{title}: {some_of(names)}"
@@ -71,23 +81,32 @@ class FullUpdate:
                 f"{tuned.folder} was not tuned from {base.folder}: {'; '.join(problems)}. Give the Base that the "
                 "training started from."
             )
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in base.tensors.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: left[name].shape for name in left if name in right}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def require_weights(self, names: Iterable[str]) -> None:
+        """Raise unless these tensors are floating-point weights on both sides.
+
+        Raises:
+            GraftError: naming the others.
+        """
+        names = list(names)
+        self._base.require_weights(names)
+        self._tuned.require_weights(names)
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
         """See :class:`Update`."""
-        part = (slice(start, stop),)
-        return delta(self._tuned.read_slice(self._stored[name], part), self._base.read_slice(name, part))
+        tuned, base = self._tuned.rows(name, start, stop), self._base.rows(name, start, stop)
+        return np.subtract(tuned, base, out=tuned) if tuned.dtype == base.dtype else tuned - base
 
-    def _repeats_embedding(self, name: str) -> bool:
-        embedding = next((n for n in self._stored if n.endswith("embed_tokens.weight")), None)
-        if not name.endswith("lm_head.weight") or embedding is None:
-            return False
-        head, body = self._stored[name], self._stored[embedding]
-        info = self._tuned.tensors[head]
-        return info.shape == self._tuned.tensors[body].shape and all(
-            torch.equal(self._tuned.read_slice(head, rows), self._tuned.read_slice(body, rows))
-            for rows in ((slice(*window),) for window in row_windows(info))
-        )
+
+@dataclass(frozen=True)
+class _Factors:
+    """Names of a module and of its two factors, as peft's file has them."""
+
+    module: str
+    down: str
+    up: str
+    of_embedding: bool
 
 
 class AdapterUpdate:
@@ -103,14 +122,20 @@ class AdapterUpdate:
         GraftError: an adapter whose update can't be had from its files exactly, or that doesn't fit the Base.
     """
 
-    def __init__(self, base: CheckpointReader, folder: Path) -> None:
+    def __init__(self, base: Headers, folder: Path) -> None:
         # Imported late: peft takes seconds, and whole checkpoints don't need it.
         from peft import PeftConfig
 
         from shadowlit.graft.adapter import require_graftable, starts_from_weights
 
         self._base = base
-        config = PeftConfig.from_pretrained(str(folder))
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except Exception as error:  # of json, of peft's many configs: many types, one remedy
+            raise GraftError(
+                f"{folder / 'adapter_config.json'} is not an adapter's config that peft reads ({first_line(error)}). "
+                "Save or download the adapter again."
+            ) from error
         if config.peft_type != "LORA":
             raise GraftError(f"{folder} holds a {config.peft_type} adapter; expected LoRA or rsLoRA. Merge it first.")
         require_graftable(config)
@@ -120,54 +145,108 @@ class AdapterUpdate:
                 "residual that it left in the weights. Convert it to LoRA when saving (peft's "
                 "path_initial_model_for_weight_conversion), or save the merged model."
             )
-        self._config = config
-        self._reader = CheckpointReader(folder, single_file="adapter_model.safetensors")
-        self._factors: dict[str, tuple[str, str, bool]] = {}
+        if config.fan_in_fan_out:
+            raise GraftError(f"{folder} adapts transposed layers (fan_in_fan_out=true). Merge it first.")
+        self._config, self._folder = config, folder
+        self._reader = Headers(folder, single_file="adapter_model.safetensors")
+        self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}
+        names = canonical_keys(base)
         for stored in self._reader.tensors:
             name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
             for down, up in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
                 if re.search(rf"\.{down}(\.weight)?$", name):
                     module = name.split(f".{down}")[0]
-                    self._factors[f"{module}.weight"] = (stored, stored.replace(down, up), "embedding" in down)
+                    host = f"{module}.weight"
+                    factors = _Factors(module, stored, stored.replace(down, up), "embedding" in down)
+                    self._factors[names.get(canonical_key(host), host)] = factors
             if ".lora_" not in name:
-                self._whole[name] = stored
+                self._whole[names.get(canonical_key(name), name)] = stored
         adapted = {*self._factors, *self._whole}
         unknown = sorted(name for name in adapted if name not in base.tensors)
         if unknown:
             raise GraftError(
                 f"{folder} adapts {some_of(unknown)}, which {base.folder} doesn't have. Give the Base that the "
-                "adapter was trained on."
+                "adapter was trained on, or merge the adapter into it (merge_and_unload) and give that."
             )
         self.shapes: Mapping[str, tuple[int, ...]] = {name: base.tensors[name].shape for name in adapted}
+        self._require_fitting()
+        self._scalings = {name: self._scaling(factors) for name, factors in self._factors.items()}
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
+    def require_weights(self, names: Iterable[str]) -> None:
+        """Raise unless these tensors of the Base, and what adapts them, are floating-point weights.
+
+        Raises:
+            GraftError: naming the others.
+        """
+        names = list(names)
+        self._base.require_weights(names)
+        self._reader.require_weights(part for name in names for part in self._parts_of(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
         """See :class:`Update`."""
-        part = (slice(start, stop),)
         # peft may store a host's tensor beside the factors on it: the embedding that it adapts, say.
-        total = torch.zeros(())
+        total: Rows = np.zeros((), np.float32)
         if name in self._whole:
-            total = delta(self._reader.read_slice(self._whole[name], part), self._base.read_slice(name, part))
+            total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
         if name not in self._factors:
             return total
-        down_name, up_name, embedding = self._factors[name]
-        down, up = self._reader.read(down_name).float(), self._reader.read(up_name).float()
-        product = (up @ down[:, start:stop]).T if embedding else up[start:stop] @ down
-        return total + self._scaling(name.removesuffix(".weight"), down.shape[0]) * product
+        factors = self._factors[name]
+        down, up = (self._reader.rows(n, 0, self._reader.tensors[n].shape[0]) for n in (factors.down, factors.up))
+        product = (up @ down[:, start:stop]).T if factors.of_embedding else up[start:stop] @ down
+        return total + np.float32(self._scalings[name]) * product
 
-    def _scaling(self, module: str, rank: int) -> float:
+    def _parts_of(self, name: str) -> list[str]:
+        """The adapter's names of all that changes ``name``."""
+        factors = [self._factors[name].down, self._factors[name].up] if name in self._factors else []
+        return [*factors, *([self._whole[name]] if name in self._whole else [])]
+
+    def _require_fitting(self) -> None:
+        """Every stored tensor has one part in the update, and what is added has the Base's shape."""
+        used = Counter(stored for name in self.shapes for stored in self._parts_of(name))
+        odd = sorted(name for name in {*self._reader.tensors, *used} if used[name] != 1)
+        if odd:
+            raise GraftError(
+                f"{self._folder} should hold each factor of LoRA and each whole tensor once; it is not so for "
+                f"{some_of(odd)}. Save the adapter again, or merge it first."
+            )
+        for name, shape in self.shapes.items():
+            stored = [self._reader.info(part).shape for part in self._parts_of(name)]
+            added = stored[-1:] if name in self._whole else []
+            if name in self._factors:
+                down, up = (s if len(s) == 2 else (0, 0) for s in stored[:2])
+                product = (down[1], up[0]) if self._factors[name].of_embedding else (up[0], down[1])
+                added.append(product if down[0] == up[1] > 0 else ())
+            if any(one != shape for one in added):
+                raise GraftError(
+                    f"{self._folder} changes {name} {shape} by tensors of the shapes {some_of(stored)}, which don't "
+                    "fit. Give the Base that the adapter was trained on."
+                )
+
+    def _scaling(self, factors: _Factors) -> float:
         from peft.utils.other import get_pattern_key
 
-        pattern = get_pattern_key(self._config.alpha_pattern.keys(), module)
-        alpha = self._config.alpha_pattern.get(pattern, self._config.lora_alpha)
-        return alpha / (rank**0.5 if self._config.use_rslora else rank)
+        config, rank = self._config, self._reader.info(factors.down).shape[0]
+        try:
+            pattern = get_pattern_key(config.alpha_pattern.keys(), factors.module)
+            scaling = config.alpha_pattern.get(pattern, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)
+            if abs(scaling) < _MAX_SCALING:
+                return scaling
+            problem = f"a strength of {scaling}"
+        except (AttributeError, TypeError, OverflowError, re.error) as error:
+            problem = first_line(error)
+        raise GraftError(
+            f"{self._folder / 'adapter_config.json'} has lora_alpha={reprlib.repr(config.lora_alpha)} and "
+            f"alpha_pattern={reprlib.repr(config.alpha_pattern)}, by which {factors.module} gets {problem}. Save the "
+            "adapter again."
+        )
 
 
-def open_update(base: CheckpointReader, tuned: Path) -> Update:
-    """The update in the folder ``tuned``: a whole checkpoint, or an adapter in peft's form."""
+def open_update(base: Headers, tuned: Path, allow_pickle: bool = False) -> Update:
+    """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form."""
     if (tuned / "adapter_config.json").is_file():
         return AdapterUpdate(base, tuned)
-    return FullUpdate(base, CheckpointReader(tuned))
+    return FullUpdate(base, open_checkpoint(tuned, allow_pickle))
 
 
 @dataclass(frozen=True)
@@ -224,10 +303,18 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     """Names of the linear layers' weights and biases, told from a checkpoint's headers alone.
 
     Those are the matrices inside numbered layers, and the biases beside them; embeddings and the output head lie
-    outside. Equal to :func:`shadowlit.graft.naming.linear_names` for Llama, Qwen, Mistral and Gemma.
+    outside. Experts' matrices count, fused or single; the routers that choose among them don't, as in the paper's
+    code. Equal to :func:`shadowlit.graft.naming.linear_names` for Llama, Qwen, Mistral and Gemma; in models that hold
+    fused experts, whose modules are no ``nn.Linear``, that function leaves the experts out.
     """
+    mixtures = {match[1] for name in tensors if (match := _MIXTURE.match(name))}
     weights = {
-        name for name, info in tensors.items() if _IN_LAYER.search(name) and len(info.shape) >= 2 and "norm" not in name
+        name
+        for name, info in tensors.items()
+        if _IN_LAYER.search(name)
+        and len(info.shape) >= 2
+        and "norm" not in name
+        and not ((match := _ROUTER.fullmatch(name)) and match[1] in mixtures)
     }
     modules = {name.removesuffix(".weight") for name in weights}
     biases = {name for name in tensors if name.endswith(".bias") and name.removesuffix(".bias") in modules}
@@ -242,21 +329,23 @@ class DiskGraft:
         instruct: reader of the Instruct's checkpoint.
         strength: the scale.
         select: which tensors; see :func:`shadowlit.graft.selection.resolve`.
-        dtype: of all floating-point tensors of the result; ``None`` for the Instruct's own.
+        dtype: of all floating-point tensors of the result, e.g. ``bfloat16``; ``None`` for the Instruct's own.
 
     Raises:
-        GraftError: nothing is selected, or a selected tensor has another shape in the Instruct.
+        GraftError: nothing is selected, or a selected tensor has another shape in the Instruct, or isn't a
+            floating-point weight of 16 bits or more; or ``dtype`` is given and one of the Instruct has 8.
     """
 
     def __init__(
         self,
         update: Update,
-        instruct: CheckpointReader,
+        instruct: Headers,
         strength: Strength,
         select: str | list[str] = "linear",
-        dtype: torch.dtype | None = None,
+        dtype: str | None = None,
     ) -> None:
-        self._update, self._instruct, self._strength, self._dtype = update, instruct, strength, dtype
+        self._update, self._instruct, self._strength = update, instruct, strength
+        self._target = None if dtype is None else dtype_code(dtype)
         selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")
         self.selected = selected & frozenset(update.shapes)
         if not self.selected:
@@ -274,11 +363,16 @@ class DiskGraft:
                 f"the update and the Instruct differ in the shapes of {some_of(unequal)}. Leave them out of the "
                 "selection ('linear' leaves out embeddings and head), or graft onto an Instruct of this Base."
             )
+        converted = () if dtype is None else (n for n, info in instruct.tensors.items() if info.is_floating_point)
+        instruct.require_weights(sorted({*self.selected, *converted}))
+        if isinstance(update, FullUpdate | AdapterUpdate):  # a stored delta is one of weights already
+            update.require_weights(sorted(self.selected))
         strength.require_matches(self.selected)
+        self.stored: Mapping[str, TensorInfo] = instruct.tensors
         sizes = {name: info.num_elements for name, info in instruct.tensors.items()}
         self.coverage: Coverage = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
         self.num_bytes = sum(
-            info.num_elements * self._target_dtype(info).itemsize for info in instruct.tensors.values()
+            dataclasses.replace(info, code=self._code_of(info)).num_bytes for info in instruct.tensors.values()
         )
         self._squares = [0.0, 0.0]  # of the scaled update, and of what rounding takes from it
 
@@ -295,11 +389,11 @@ class DiskGraft:
         """
         with ThreadPoolExecutor(THREADS) as pool:
             for name, info in self._instruct.tensors.items():
-                yield name, Streamed(self._target_dtype(info), info.shape, self._parts(pool, name, info, advance))
+                yield name, Streamed(self._code_of(info), info.shape, self._parts(pool, name, info, advance))
 
     def _parts(
         self, pool: ThreadPoolExecutor, name: str, info: TensorInfo, advance: Callable[[int], None]
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Raw]:
         for part, update_square, lost_square in ordered(
             pool, lambda window: self._part(name, info, *window), row_windows(info)
         ):
@@ -308,18 +402,20 @@ class DiskGraft:
             advance(part.nbytes)
             yield part
 
-    @torch.no_grad()
-    def _part(self, name: str, info: TensorInfo, start: int, stop: int) -> tuple[Tensor, float, float]:
-        target = self._target_dtype(info)
-        instruct = self._instruct.read_slice(name, (slice(start, stop),) if info.shape else ())
-        if name not in self.selected:
-            return instruct.to(target), 0.0, 0.0
-        scale = self._strength.of(name)
-        update = self._update.rows(name, start, stop)
-        assert update.shape == instruct.shape
-        lost = lost_in_rounding(instruct, update, scale, target)
-        squares = [float(t.square().sum(dtype=torch.float64)) for t in (update, lost)]
-        return add_delta(instruct, update, scale).to(target), scale**2 * squares[0], squares[1]
+    def _part(self, name: str, info: TensorInfo, start: int, stop: int) -> tuple[Raw, float, float]:
+        raw, target = self._instruct.raw_rows(name, start, stop), self._code_of(info)
+        if name in self.selected:
+            update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
+            stored, *squares = graft_part(raw, info.code, update, self._strength.of(name), target)
+            if finite_squares(*squares):
+                return stored, squares[0], squares[1]
+            exact = widen(raw, info.code) + update
+            if bad := int(np.count_nonzero(~np.isfinite(exact))):
+                raise not_finite(name, bad, exact.size)
+        else:
+            stored, squares = raw if target == info.code else narrow(widen(raw, info.code), target), [0.0, 0.0]
+        require_finite(name, stored, target)
+        return stored, squares[0], squares[1]
 
-    def _target_dtype(self, info: TensorInfo) -> torch.dtype:
-        return self._dtype if self._dtype is not None and info.dtype.is_floating_point else info.dtype
+    def _code_of(self, info: TensorInfo) -> str:
+        return self._target if self._target is not None and info.is_floating_point else info.code

@@ -16,16 +16,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-
 from shadowlit.errors import ExportError
 from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
-from shadowlit.graft.headers import TensorInfo, some_of
+from shadowlit.graft.headers import TensorInfo, dtype_code, dtype_of, some_of
 from shadowlit.graft.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
 from shadowlit.pair import ModelPair, read_json
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
 
 log = logging.getLogger(__name__)
@@ -51,10 +49,11 @@ def export_folder(
     target: Path,
     instruct_folder: Path,
     tensors: Iterable[tuple[str, torch.Tensor | Streamed]],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     manifest: Mapping[str, Any] | None = None,
     files_from: Path | None = None,
+    stored: Mapping[str, TensorInfo] | None = None,
 ) -> Path:
     """Write a model folder that is the Instruct's in everything but the weights.
 
@@ -72,6 +71,7 @@ def export_folder(
         max_shard_bytes: The largest number of data bytes per file.
         manifest: The content of ``shadowlit.json``, see :func:`build_manifest`.
         files_from: Another folder whose config, tokenizer and template are copied instead of the Instruct's.
+        stored: The Instruct's tensors, where its folder holds no safetensors.
 
     Returns:
         ``target``.
@@ -83,19 +83,20 @@ def export_folder(
         PairError: The config.json is broken.
     """
     manifest = plain(manifest or {})
-    with CheckpointReader(instruct_folder) as reader, atomic_folder(target) as folder:
+    expected = CheckpointReader(instruct_folder).tensors if stored is None else stored
+    with atomic_folder(target) as folder:
         _copy_files(files_from or instruct_folder, folder)
         if dtype is not None:
             _set_config_dtype(folder / "config.json", dtype)
         with CheckpointWriter(folder, max_shard_bytes, provenance(manifest)) as writer:
-            missing = dict(reader.tensors)
+            missing = dict(expected)
             for name, tensor in tensors:
-                _check_tensor(name, tensor, reader.tensors, dtype)
+                _check_tensor(name, tensor, expected, dtype)
                 writer.add(name, tensor)
                 missing.pop(name, None)
             if missing:
                 raise ExportError(
-                    f"{len(missing)} of {len(reader.tensors)} tensors of the Instruct were not given: "
+                    f"{len(missing)} of {len(expected)} tensors of the Instruct were not given: "
                     f"{some_of(missing)}. Give the Instruct's own value for each tensor that was not grafted."
                 )
         write_json(folder / MANIFEST_FILE, manifest)
@@ -133,6 +134,8 @@ def export_adapter(
             or an adapter of this kind means something else on the Instruct than on the Base.
         CheckpointError: A tensor holds NaN or infinities.
     """
+    from safetensors.torch import save_file
+
     _require_movable(peft_config)
     _check_adapter_names(adapter_state)
     with atomic_folder(target) as folder:
@@ -150,7 +153,6 @@ def export_adapter(
     return target
 
 
-@torch.no_grad()
 def reload_logits(
     folder: Path,
     input_ids: torch.Tensor,
@@ -173,6 +175,7 @@ def reload_logits(
     Raises:
         ExportError: transformers cannot load the folder, or finds tensors missing or left over in it.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     try:
@@ -190,7 +193,8 @@ def reload_logits(
         raise ExportError(
             f"{folder} loads incompletely: {told}. Do not use it; the weights do not belong to its config.json."
         )
-    return model.eval()(input_ids=input_ids.cpu(), attention_mask=attention_mask.cpu()).logits.float()
+    with torch.no_grad():
+        return model.eval()(input_ids=input_ids.cpu(), attention_mask=attention_mask.cpu()).logits.float()
 
 
 def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, float]:
@@ -208,6 +212,8 @@ def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Ten
     Raises:
         ExportError: The shapes differ, or no position is left.
     """
+    import torch
+
     if a.shape != b.shape:
         raise ExportError(
             f"Logits of shapes {list(a.shape)} and {list(b.shape)} cannot be compared. Give both models the "
@@ -282,7 +288,7 @@ def _belongs_to_tokenizer(name: Path) -> bool:
     )
 
 
-def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+def _set_config_dtype(path: Path, dtype: torch.dtype | str) -> None:
     """Write the dtype into config.json and its parts, under the keys that are there; or leave the file."""
     config = json.loads(path.read_text(encoding="utf-8"))
     before = copy.deepcopy(config)
@@ -296,7 +302,10 @@ def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
 
 
 def _check_tensor(
-    name: str, tensor: torch.Tensor | Streamed, expected: dict[str, TensorInfo], dtype: torch.dtype | None
+    name: str,
+    tensor: torch.Tensor | Streamed,
+    expected: Mapping[str, TensorInfo],
+    dtype: torch.dtype | str | None,
 ) -> None:
     """Name, shape and dtype are those that the exported folder must have."""
     if name not in expected:
@@ -310,11 +319,12 @@ def _check_tensor(
             f"Tensor '{name}' has shape {list(tensor.shape)}, the Instruct's has {list(info.shape)}. Export "
             "a graft of this Instruct, in whole tensors."
         )
-    wanted = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-    if tensor.dtype != wanted:
+    code = tensor.code if isinstance(tensor, Streamed) else dtype_code(tensor.dtype)
+    wanted = dtype_code(dtype) if dtype is not None and info.is_floating_point else info.code
+    if code != wanted:
         raise ExportError(
-            f"Tensor '{name}' is {dtype_name(tensor.dtype)}, expected {dtype_name(wanted)}. Round it once, "
-            "from float32, before it is exported."
+            f"Tensor '{name}' is {dtype_of(code)}, expected {dtype_of(wanted)}. Round it once, from float32, before "
+            "it is exported."
         )
 
 

@@ -14,15 +14,19 @@ import re
 import reprlib
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+
 from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.graft.numeric import FLOATS, widen
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 SINGLE_FILE = "model.safetensors"
@@ -47,9 +51,14 @@ _MAX_DIGITS = 18  # of a count: below 2**63
 _MAX_EMPTY_SHAPE = 2**31
 
 
-def dtype_code(dtype: torch.dtype) -> str | None:
-    """The format's code of a torch dtype, ``BF16`` say; ``None`` if it has none."""
+def dtype_code(dtype: torch.dtype | str) -> str | None:
+    """The format's code of a torch dtype or its name, ``BF16`` say; ``None`` if it has none."""
     return _CODES.get(str(dtype).removeprefix("torch."))
+
+
+def dtype_of(code: str | None) -> str:
+    """The name of the torch dtype that a code of the format stands for."""
+    return _DTYPES[code][0] if code in _DTYPES else "a dtype that safetensors lacks"
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,33 @@ class Headers:
         except OSError as error:
             raise _broken(path, str(error)) from error
 
+    def raw_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row.
+
+        Raises:
+            CheckpointError: as :meth:`read_into`.
+        """
+        info = self.info(name)
+        row = math.prod(info.shape[1:]) * info.itemsize
+        raw = np.empty((stop - start) * row, np.uint8)
+        self.read_into(raw.data, name, start * row)
+        return raw
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.floating]:
+        """The values of rows ``start`` to ``stop``, [stop - start, ...] in float32 (float64 if stored so).
+
+        Raises:
+            CheckpointError: as :meth:`read_into`, or the dtype is not a floating-point one of 16 bits or more.
+        """
+        info = self.info(name)
+        if info.code not in FLOATS:
+            raise CheckpointError(
+                f"Tensor '{name}' in {self.folder / info.file} has dtype {info.code}; expected one of "
+                f"{', '.join(sorted(FLOATS))}. Give the unquantised model."
+            )
+        values = widen(self.raw_rows(name, start, stop), info.code)
+        return values.reshape(stop - start, *info.shape[1:]) if info.shape else values.reshape(())
+
     def close(self) -> None:
         """Close all files; a later read opens them again."""
         for stream in self._streams.values():
@@ -210,15 +246,15 @@ def _read_folder(folder: Path, single_file: str) -> tuple[dict[str, _Entry], dic
     index = folder / f"{single_file}.index.json"
     if not os.path.lexists(index):
         raise _no_safetensors(folder, single_file)
-    weight_map = _read_weight_map(index)
+    weight_map = read_weight_map(index)
     headers, states = {}, {}
     for file in sorted(set(weight_map.values())):
         headers[file], states[file] = _read_header(folder, file)
-    _match_index(index, weight_map, headers)
+    match_index(index, weight_map, headers)
     return {name: headers[file][name] for name, file in sorted(weight_map.items())}, states
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
     """The index's map from tensor to file; every file exists and lies in the folder."""
     size = _regular(path).st_size
     if size > _MAX_INDEX_BYTES:
@@ -270,7 +306,7 @@ def _require_distinct(path: Path, files: list[str]) -> None:
             )
 
 
-def _match_index(path: Path, weight_map: dict[str, str], headers: dict[str, dict[str, _Entry]]) -> None:
+def match_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[str, Collection[str]]) -> None:
     """Check that index and shards name the same tensors in the same files."""
     absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
     unlisted = sorted(name for file, entries in headers.items() for name in entries if weight_map.get(name) != file)

