@@ -200,16 +200,121 @@ class TestBrokenFolders:
             CheckpointReader(tmp_path)
         assert ("1 tensors are not in the file it names (c)" in str(error.value)) == ("c" in listed)
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+    @pytest.mark.parametrize(
+        "text",
+        ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 100_000, '{"weight_map": {}, "x": NaN}'],
+    )
     def test_broken_index(self, tmp_path, text):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"index\.json .*(JSON|weight_map).*again"):
             CheckpointReader(tmp_path)
 
+    @pytest.mark.parametrize("name", ["", "a\nb", "\x1b[2J", "x" * 1001])
+    def test_names_that_no_tensor_has(self, tmp_path, name):
+        """In the index and in a header; messages show them without their control characters."""
+        save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+        self.index(tmp_path, {"a": "x.safetensors", name: "x.safetensors"})
+        with pytest.raises(CheckpointError, match=r"index\.json has names that no tensor has.*1 to 1000") as error:
+            CheckpointReader(tmp_path)
+        assert str(error.value).isprintable()
+        entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+        raw_file(tmp_path / "model.safetensors", {name: entry}, b"0000")
+        with pytest.raises(CheckpointError, match=r"model\.safetensors .*a tensor named .*1 to 1000") as error:
+            CheckpointReader(tmp_path)
+        assert str(error.value).isprintable()
+
+    @pytest.mark.parametrize("text", [
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+        '{"weight_map": {"a": "y.safetensors"}, "weight_map": {"a": "x.safetensors"}}',
+    ])  # fmt: skip
+    def test_index_with_a_key_twice(self, tmp_path, text):
+        for file in ("x.safetensors", "y.safetensors"):
+            save_file({"a": torch.ones(2)}, tmp_path / file)
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(
+            CheckpointError, match=r"index\.json is not readable JSON \(the key '(a|weight_map)' stands twi"
+        ):
+            CheckpointReader(tmp_path)
+
+    @pytest.mark.parametrize("link", [os.symlink, os.link])
+    def test_index_with_two_names_for_one_file(self, tmp_path, link):
+        save_file({"a": torch.ones(2), "b": torch.ones(2)}, tmp_path / "x.safetensors")
+        link(tmp_path / "x.safetensors", tmp_path / "X.safetensors")
+        self.index(tmp_path, {"a": "x.safetensors", "b": "X.safetensors"})
+        with pytest.raises(CheckpointError, match=r"names one file twice, as X\.safetensors and as x\.safetensors"):
+            CheckpointReader(tmp_path)
+
+    def test_index_of_absurd_size_is_not_read(self, tmp_path):
+        (tmp_path / "model.safetensors.index.json").touch()
+        os.truncate(tmp_path / "model.safetensors.index.json", 2**40)
+        with pytest.raises(CheckpointError, match=r"index\.json has 1099511627776 bytes, expected at most 100000000"):
+            CheckpointReader(tmp_path)
+
+    @pytest.mark.parametrize("place", ["single", "index", "shard"])
+    @pytest.mark.parametrize(
+        ("kind", "message"),
+        [("folder", "is a folder"), ("pipe", "is a pipe, socket or device"), ("device", "is a pipe, socket or device"),
+         ("loop", "is a link to .* cannot be read: .*links"), ("gone", "is a link to 'nowhere' and cannot be read")],
+    )  # fmt: skip
+    def test_what_is_no_file_is_never_opened(self, tmp_path, place, kind, message):
+        """A pipe would wait for a writer for ever, /dev/zero never ends."""
+        name = {"single": "model.safetensors", "index": "model.safetensors.index.json", "shard": "x.safetensors"}[place]
+        path = tmp_path / name
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to({"device": "/dev/zero", "loop": name, "gone": "nowhere"}[kind])
+        if place == "shard":
+            self.index(tmp_path, {"a": name})
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}/{name} {message}"):
+            CheckpointReader(tmp_path)
+
+    @pytest.mark.parametrize("form", ["single", "sharded"])
+    def test_links_to_files_are_read(self, tmp_path, form, request):
+        """As in the hub's cache; also when weights lie on a larger disk."""
+        source = request.getfixturevalue(form)
+        for path in source.iterdir():
+            (tmp_path / path.name).symlink_to(path)
+        with CheckpointReader(tmp_path) as reader, CheckpointReader(source) as direct:
+            assert reader.fingerprint() == direct.fingerprint()
+
     @pytest.mark.parametrize(
         ("header", "data", "message"),
         [
             (b"{nonsense", b"", "header cannot be read"),
+            (b"   ", b"", "header cannot be read"),
+            (b"{}x", b"", "header cannot be read: Extra data"),
+            (b"[" * 100_000, b"", "header cannot be read: maximum recursion"),
+            ('{"__metadata__": {"a": "\u00e9"}}'.encode("latin-1"), b"", "header cannot be read: 'utf-8'"),
+            ('{"__metadata__": {}}'.encode("utf-16"), b"", "header cannot be read: 'utf-8'"),
+            (b'{"\xed\xa0\x80": 1}', b"", "header cannot be read: 'utf-8'"),
+            (b'{"\\ud800": 1}', b"", r"a tensor named '\\ud800', expected 1 to 1000 printable"),
+            (b'{"a": NaN}', b"", "header cannot be read: NaN is not JSON"),
+            (b'{"a": -Infinity}', b"", "header cannot be read: -Infinity is not JSON"),
+            (b'{"a": 1, "a": 2}', b"", "the key 'a' stands twice"),
+            (b'{"a": {"dtype": "F32", "dtype": "F32"}}', b"", "the key 'dtype' stands twice"),
+            ({"__metadata__": None}, b"", "__metadata__ None are not a map of strings"),
+            ({"__metadata__": {"format": 1}}, b"", "__metadata__ .* are not a map of strings"),
+            ({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}, b"0000", "is not dtype, shape and data_offs"),
+            (
+                {"a": {"dtype": "F32", "shape": "", "data_offsets": [0, 4]}},
+                b"0000",
+                "is not dtype, shape and data_offs",
+            ),
+            ({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, b"0000", "are not counts"),
+            (b'{"a": {"dtype": "F32", "shape": [], "data_offsets": [-0, 4]}}', b"0000", "are not counts"),
+            ({"a": {"dtype": "F32", "shape": [10**19], "data_offsets": [0, 4]}}, b"0000", "are not counts"),
+            (
+                b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+                b"",
+                "are not counts",
+            ),
+            ({"a": {"dtype": "F32", "shape": [10**17] * 16, "data_offsets": [0, 4]}}, b"0000", "takes 4000000000000"),
+            ({"a": {"dtype": "F32", "shape": [1] * 17, "data_offsets": [0, 4]}}, b"0000", "has 17 dimensions.* 16"),
+            ({"a": {"dtype": "F32", "shape": [0, 2**32], "data_offsets": [0, 0]}}, b"", "but no elements"),
+            ({"a": {"dtype": "F32", "shape": [10**17, 0], "data_offsets": [0, 0]}}, b"", "but no elements"),
             ([], b"", "not a JSON object"),
             ({"a": {"dtype": "F32"}}, b"", "is not dtype, shape and data_offsets"),
             ({"a": 7}, b"", "is not dtype, shape and data_offsets"),
