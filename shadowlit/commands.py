@@ -64,7 +64,7 @@ def graft(
         wanted = None if dtype == "auto" else dtype
         plan = DiskGraft(update, instruct_reader, strength, select, wanted)
         console.print(f"graft: {plan.coverage}")
-        console.print(f"graft: the result has {plan.num_bytes / 1e9:.2f} GB")
+        console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
             return
         pair = ModelPair(base, instruct)
@@ -104,6 +104,12 @@ def write_graft(
     add_to_manifest(out, {"survival": {"survival": plan.survival}})
     console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
     console.print(f"graft: {out} is complete")
+
+
+def format_bytes(size: int) -> str:
+    """A number of bytes for people: ``1.19 GB``."""
+    unit = next((unit for unit, factor in reversed(_UNITS.items()) if size >= factor), "KB")
+    return f"{size / _UNITS[unit]:.2f} {unit}"
 
 
 def parse_bytes(size: str) -> int:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from shadowlit.commands import parse_bytes, write_graft
+from shadowlit.commands import format_bytes, parse_bytes, write_graft
 from shadowlit.errors import GraftError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.compression import dare, magnitude, truncated_svd
@@ -233,7 +233,7 @@ def apply(
     with CheckpointReader(folder) as reader:
         plan = DiskGraft(opened, reader, strength, select, wanted)
         console.print(f"delta: {plan.coverage}")
-        console.print(f"delta: the result has {plan.num_bytes / 1e9:.2f} GB")
+        console.print(f"delta: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
             return
         manifest = {
@@ -277,11 +277,14 @@ def _progress(what: str, total: int) -> Iterator[Any]:
 
 def _table(title: str, found: Delta, effective_rank: bool) -> Table:
     """Norm, root mean square, peak and zeros by kind of tensor."""
-    table = Table(title=f"{title}: norm {found.norm():.4g}, {found.sparsity():.1%} zeros")
+    statistics = found.statistics()
+    norm = math.sqrt(sum(t.square for t in statistics))
+    zeros = sum(t.num_zeros for t in statistics) / max(1, found.num_elements)
+    table = Table(title=f"{title}: norm {norm:.4g}, {zeros:.1%} zeros")
     for column in ("kind", "tensors", "norm", "rms", "max", "zeros", *(["effective rank"] if effective_rank else [])):
         table.add_column(column, justify="left" if column == "kind" else "right")
     groups: dict[str, list[Any]] = {}
-    for tensor in found.statistics():
+    for tensor in statistics:
         groups.setdefault(kind_of(tensor.name), []).append(tensor)
     for kind, tensors in groups.items():
         square = sum(t.square for t in tensors)
