@@ -411,8 +411,9 @@ def _parse(text: bytes) -> Any:
     Integers are counts; one that is none, or has too many digits, becomes a float.
     """
     return json.loads(
-        text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=_count
-    )
+        text.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=_count,
+        parse_float=_finite,
+    )  # fmt: skip
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -429,7 +430,14 @@ def _no_constant(text: str) -> None:
 
 
 def _count(text: str) -> int | float:
-    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else float(text)
+    return int(text) if text.isdecimal() and len(text) <= _MAX_DIGITS else _finite(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {_shown(text)} is out of range")
+    return number
 
 
 def _is_name(name: str) -> bool:
