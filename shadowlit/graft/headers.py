@@ -181,14 +181,17 @@ class Headers:
         assert offset + len(buffer) <= info.num_bytes
         path, position = self.folder / info.file, self._entries[name].start + offset
         try:
-            if info.file not in self._streams:
+            stream = self._streams.get(info.file)
+            if stream is None:
                 # The offsets are those of the file whose header was read; another save may have replaced it.
                 if _state(os.stat(path)) != self._states[info.file]:
                     raise _broken(path, "it is not the file any more whose header was read")
-                self._streams[info.file] = FileIO(path)
+                # One stream for all threads, atomically: a replaced one would be closed under the thread that reads
+                # it, and its descriptor be that of the next file opened.
+                stream = self._streams.setdefault(info.file, FileIO(path))
             while len(buffer):
                 # Positional, so that threads may share the file; the system reads at most 2 GiB at once.
-                count = os.preadv(self._streams[info.file].fileno(), [buffer], position)
+                count = os.preadv(stream.fileno(), [buffer], position)
                 if not count:
                     raise _broken(path, f"it ends before byte {position + len(buffer)}")
                 buffer, position = buffer[count:], position + count
