@@ -207,10 +207,17 @@ def make(root: Path, size: str, layers: int) -> None:
     report(parameters=sum(s.numel() for s in shapes.values()), tensors=len(shapes))
 
 
+def words(command: str, folder: Path, out: str) -> list[str]:
+    """What follows ``python -m shadowlit``; every tensor is grafted, as by the other contestants."""
+    if command == "similarity":
+        return [command, str(folder / "base"), str(folder / "instruct")]
+    return [command, *(f"--{model}={folder / model}" for model in MODELS), f"--out={out}", "--select=all"]
+
+
 def ours(command: str, root: Path, out: str) -> None:
     """Time a command of shadowlit after a tiny model has brought in all imports, and its waiting for the disk."""
     sys.path.insert(0, str(ROOT))
-    from shadowlit import commands
+    from shadowlit.__main__ import main as shadowlit
 
     waited = {"fsync_s": 0.0}
 
@@ -223,11 +230,7 @@ def ours(command: str, root: Path, out: str) -> None:
         return wrapped
 
     def call(folder: Path, out: str) -> None:
-        base, tuned, instruct = (str(folder / model) for model in MODELS)
-        if command == "graft":
-            commands.graft(base, tuned, instruct, out, select="all")
-        else:
-            commands.similarity(base, instruct)
+        assert shadowlit(words(command, folder, out)) == 0
 
     call(root / "tiny", f"{out}.tiny")
     shutil.rmtree(f"{out}.tiny", ignore_errors=True)
@@ -362,9 +365,8 @@ def this(name: str, root: Path, *rest: str) -> tuple[str, ...]:
 # --- contestants -----------------------------------------------------------------------------------------------------
 
 
-def ours_command(root: Path, size: str) -> tuple[str, ...]:
-    folders = [text for model in MODELS for text in (f"--{model}", str(root / size / model))]
-    return (sys.executable, "-m", "shadowlit", "graft", *folders, "--out", OUT, "--select", "all")
+def ours_command(command: str, root: Path, size: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "shadowlit", *words(command, root / size, OUT))
 
 
 def mergekit_command(root: Path, executable: str, in_float32: bool) -> tuple[str, ...]:
@@ -397,7 +399,7 @@ def graft_contestants(root: Path, mergekit: str | None) -> list[Contestant]:
         peers.append(Contestant(MERGEKIT, mergekit_command(root, mergekit, True)))
         peers.append(Contestant(MERGEKIT_16, mergekit_command(root, mergekit, False)))
     floors = [Contestant(FLOOR, this("floor", root, OUT)), Contestant(FLUSHED, this("flushed", root, OUT), True)]
-    return [Contestant(GRAFT, ours_command(root, "small"), True), *peers, *floors]
+    return [Contestant(GRAFT, ours_command("graft", root, "small"), True), *peers, *floors]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -554,9 +556,8 @@ def benchmark(root: Path, options: argparse.Namespace) -> None:
         print()
         print_graft_goals(times)
     if "similarity" in options.only:
-        pair = [str(root / "small" / model) for model in ("base", "instruct")]
         commands = (
-            (SIMILARITY, (sys.executable, "-m", "shadowlit", "similarity", *pair)),
+            (SIMILARITY, ours_command("similarity", root, "small")),
             (SIMILARITY_WORK, this("similarity", root, OUT)),
             (READ, this("read", root, OUT)),
         )
@@ -566,7 +567,7 @@ def benchmark(root: Path, options: argparse.Namespace) -> None:
     if "memory" in options.only:
         shutil.rmtree(root / "small")
         large = made("large")
-        command = [Contestant(GRAFT, ours_command(root, "large"), True)]
+        command = [Contestant(GRAFT, ours_command("graft", root, "large"), True)]
         at_large = measure(command, options.repetitions, root, sample=True, warm_up=False)
         print_memory(memory[GRAFT], at_large[GRAFT], [small, large])
 
