@@ -189,55 +189,71 @@ def stream_moments(
 def _task(readers: Sequence[CheckpointReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
     """The moments of elements ``start`` to ``stop`` of a tensor."""
     count = len(readers) if deltas else 2 * len(readers) - 1
-    step = _round_up(min(max(_WINDOW_ELEMENTS // (count + 1), 1), max(1, stop - start)))
-    vectors = torch.empty(count, step)
-    stored = torch.empty(step * 8, dtype=torch.uint8)
     num_differences = len(readers) - (0 if deltas else 1)
-    totals = [torch.zeros(count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)]
-    totals += [torch.zeros(num_differences, num_differences, dtype=torch.float64) for _ in range(2)]
+    step = _round_up(_WINDOW_ELEMENTS // (count + 1))
+    parts = []
+    window = None
     for first in range(start, stop, step):
         size = min(step, stop - first)
-        window = vectors[:, : _round_up(size)]
-        window[:, size:] = 0
-        for reader, vector in zip(readers, window, strict=False):
-            _load(reader, name, first, stored, vector[:size])
-        for total, part in zip(totals, _window_sums(window, len(readers), deltas), strict=False):
-            total += part
-    return Moments(stop - start, *totals)
+        if window is None or window.size != size:
+            window = _Window(readers, name, size, count, deltas)
+        parts.append(window.sums(first))
+    totals = [torch.stack(found).sum(0, dtype=torch.float64) for found in zip(*parts, strict=True)]
+    shapes = ((count,), (count, count), (num_differences, num_differences), (num_differences, num_differences))
+    missing = [torch.zeros(shape, dtype=torch.float64) for shape in shapes[len(totals) :]]
+    return Moments(stop - start, *totals, *missing)
 
 
-def _load(reader: CheckpointReader, name: str, start: int, stored: Tensor, target: Tensor) -> None:
-    """Fill ``target`` [n], float32, with the elements of a tensor from ``start``, by way of the buffer ``stored``."""
-    if name not in reader.tensors:
-        target.zero_()
-        return
-    info = reader.tensors[name]
-    if info.dtype == torch.float32:
-        reader.read_into(target.view(torch.uint8).numpy().data, name, start * info.itemsize)
-        return
-    part = stored[: len(target) * info.itemsize]
-    reader.read_into(part.numpy().data, name, start * info.itemsize)
-    target.copy_(part.view(info.dtype))
+class _Window:
+    """Memory for ``size`` elements of every vector of a tensor.
 
-
-def _window_sums(vectors: Tensor, num_stored: int, deltas: bool) -> list[Tensor]:
-    """The sums of a window, [v, n], whose first vectors are filled; it is overwritten. n divides by the chunk.
-
-    In the order of the attributes of :class:`Moments`; those of the signs only where there are several differences.
+    All views are made once: a model has ten thousand windows, and a view takes as long as a thousand elements.
     """
-    stored, offsets = vectors[:num_stored], vectors[num_stored:]
-    if not deltas:
-        torch.sub(stored[1:], stored[0], out=offsets)
-    differences = stored if deltas else offsets
-    signs = differences.sign() if len(differences) > 1 else None
-    products = _products(vectors)
-    sums = [vectors.abs_().sum(1), products]
-    return sums if signs is None else [*sums, _products(signs), _products(signs.abs_())]
+
+    def __init__(self, readers: Sequence[CheckpointReader], name: str, size: int, count: int, deltas: bool) -> None:
+        self.size, self._name = size, name
+        vectors = torch.zeros(count, _round_up(size))
+        self._stored, self._offsets = vectors[: len(readers)], vectors[len(readers) :]
+        differences = self._stored if deltas else self._offsets
+        self._differences = differences if len(differences) > 1 else None
+        self._vectors, self._chunks = vectors, _chunks(vectors)
+        self._reads: list[tuple[CheckpointReader, memoryview, int]] = []
+        self._casts: list[tuple[Tensor, Tensor]] = []
+        for reader, vector in zip(readers, vectors[:, :size], strict=False):
+            if name not in reader.tensors:
+                continue  # zeros, and they stay
+            info = reader.tensors[name]
+            source = vector if info.dtype == torch.float32 else torch.empty(size, dtype=info.dtype)
+            self._reads.append((reader, source.view(torch.uint8).numpy().data, info.itemsize))
+            if source is not vector:
+                self._casts.append((vector, source))
+
+    def sums(self, start: int) -> list[Tensor]:
+        """The sums over ``size`` elements from ``start``, in the order of the attributes of :class:`Moments`.
+
+        Those of the signs only where there are several differences.
+        """
+        for reader, memory, itemsize in self._reads:
+            reader.read_into(memory, self._name, start * itemsize)
+        for target, source in self._casts:
+            target.copy_(source)
+        if len(self._offsets):
+            torch.sub(self._stored[1:], self._stored[0], out=self._offsets)
+        products = _products(self._chunks)
+        signs = None if self._differences is None else self._differences.sign()
+        sums = [self._vectors.abs_().sum(1), products]
+        if signs is None:
+            return sums
+        return [*sums, _products(_chunks(signs)), _products(_chunks(signs.abs_()))]
 
 
-def _products(vectors: Tensor) -> Tensor:
-    """``⟨x, y⟩`` of every two rows of [v, n], in float64 over chunks that are added in float32."""
-    chunks = vectors.unflatten(1, (-1, _CHUNK)).transpose(0, 1)
+def _chunks(vectors: Tensor) -> Tensor:
+    """[v, n] as [n / chunk, v, chunk]."""
+    return vectors.unflatten(1, (-1, _CHUNK)).transpose(0, 1)
+
+
+def _products(chunks: Tensor) -> Tensor:
+    """``⟨x, y⟩`` of every two vectors, [c, v, chunk], in float64 over chunks that are added in float32."""
     return torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
 
 
