@@ -207,15 +207,17 @@ class TestHeader:
     @fuzz(400)
     @given(tensors=tensor_sets(), data=st.data())
     def test_changed_entries(self, folder, tensors, data):
-        """Any field replaced by any JSON, offsets swapped or moved, shapes changed; written as valid JSON."""
-        header, body = split(save({"a": torch.ones(2, 3), **tensors}))
+        """Any field replaced by any JSON, offsets swapped, shared or moved, shapes changed; and its spelling."""
+        header, body = split(save({"a": torch.ones(2, 3), "b": torch.zeros(2, 3), **tensors}))
         text = json.dumps(_changed(data, header))
         if data.draw(st.booleans()):
-            text = text.replace(
-                '"dtype"', data.draw(st.sampled_from(['"dtype":"F32","dtype"', '"x":NaN,"dtype"', '"shape"']))
-            )
-        padding = data.draw(st.sampled_from(["", " ", "\n\t", "x", "\0"]))
-        (folder / "model.safetensors").write_bytes(join((text + padding).encode(), body))
+            text = text.replace(*data.draw(st.sampled_from([
+                ('"dtype"', '"dtype":"F32","dtype"'), ('"dtype"', '"x":NaN,"dtype"'), ('"dtype"', '"shape"'),
+                ("[0,", "[-0,"), ("[0,", "[0.0,"), ("[0,", "[00,"), ('"a"', '"\\u0061"'), ('"b"', '"\\u0061"'),
+            ])))  # fmt: skip
+        text += data.draw(st.sampled_from(["", " ", "\n\t", "x", "\0"]))
+        encoding = data.draw(st.sampled_from(["utf-8"] * 8 + ["utf-8-sig", "utf-16", "utf-32-le"]))
+        (folder / "model.safetensors").write_bytes(join(text.encode(encoding), body))
         require_same(folder)
 
     @fuzz(100)
@@ -252,13 +254,15 @@ def _changed(data: st.DataObject, header: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(entry, dict) or not isinstance(other, dict):
             continue
         kind = data.draw(
-            st.sampled_from(["field", "swap", "move", "shape", "dtype", "drop", "entry", "copy", "metadata"])
+            st.sampled_from(["field", "swap", "share", "move", "shape", "dtype", "drop", "entry", "copy", "metadata"])
         )
         match kind:
             case "field":
                 entry[data.draw(st.sampled_from(["dtype", "shape", "data_offsets", "x"]))] = data.draw(values)
             case "swap":
                 entry["data_offsets"], other["data_offsets"] = other.get("data_offsets"), entry.get("data_offsets")
+            case "share":
+                entry |= {name: other[name] for name in ("shape", "dtype", "data_offsets") if name in other}
             case "move":
                 entry["data_offsets"] = data.draw(st.lists(numbers, min_size=2, max_size=2))
             case "shape":
@@ -276,31 +280,47 @@ def _changed(data: st.DataObject, header: dict[str, Any]) -> dict[str, Any]:
     return header
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    assert len(found) == len(pairs)
+    return found
+
+
 class TestIndex:
     WEIGHT_MAP = {"a": "x.safetensors", "b": "x.safetensors", "c": "y.safetensors"}  # noqa: RUF012
 
     def require_right(self, sharded: Path, text: bytes) -> None:
-        """An index is taken only if it says what is true of the shards."""
+        """An index is taken only if it says all that is true of the files it names, which lie beside it."""
         (sharded / "model.safetensors.index.json").write_bytes(text)
         found = ours(sharded)
         if isinstance(found, CheckpointError):
             return
-        weight_map = json.loads(text)["weight_map"]
-        assert weight_map == {name: weight_map["c"] if name == "c" else file for name, file in self.WEIGHT_MAP.items()}
-        assert weight_map["c"] in ("y.safetensors", "alias")
-        shards = [theirs(sharded / name) for name in ("x.safetensors", "y.safetensors")]
-        assert found == sorted(entry for shard in shards for entry in shard)
+        weight_map = json.loads(text, object_pairs_hook=_without_twins)["weight_map"]
+        assert set(weight_map.values()) <= {"x.safetensors", "y.safetensors", "alias"}
+        shards = {file: theirs(sharded / file) for file in set(weight_map.values())}
+        assert weight_map == {name: file for file, entries in shards.items() for name, *_ in entries}
+        assert found == sorted(entry for entries in shards.values() for entry in entries)
+
+    FILES = [  # noqa: RUF012
+        "x.safetensors", "y.safetensors", "Y.safetensors", "alias", "../outside.safetensors", "folder", "pipe", "loop",
+        "gone", "zero", "", ".", "..", "./x.safetensors", "/etc/passwd", "x" * 300, "a\0b", "\ud800", "folder\\x",
+        "model.safetensors.index.json", None,
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["a", "b", "c", "d", "__metadata__"])
+    def test_every_file_for_every_tensor(self, sharded, name):
+        """And, for None, the tensor not listed."""
+        for file in self.FILES:
+            weight_map = {key: value for key, value in {**self.WEIGHT_MAP, name: file}.items() if value is not None}
+            self.require_right(sharded, json.dumps({"weight_map": weight_map}).encode())
 
     @fuzz(200)
     @given(data=st.data())
     def test_changed_entries(self, sharded, data):
         weight_map: dict[str, Any] = dict(self.WEIGHT_MAP)
-        files = ["x.safetensors", "y.safetensors", "Y.safetensors", "alias", "../outside.safetensors", "folder", "pipe",
-                 "loop", "gone", "zero", "", ".", "..", "./x.safetensors", "/etc/passwd", "x" * 300, "a\0b", "\ud800",
-                 "folder\\x", "model.safetensors.index.json"]  # fmt: skip
         for _ in range(data.draw(st.integers(0, 2))):
             name = data.draw(st.sampled_from(["a", "b", "c", "d", "", "__metadata__", "\x1b[2J", "\ud800"]))
-            weight_map[name] = data.draw(st.sampled_from(files) | values)
+            weight_map[name] = data.draw(st.sampled_from(self.FILES) | values)
         index = {"metadata": data.draw(values), "weight_map": weight_map}
         if data.draw(st.integers(0, 5)) == 0:
             index["weight_map"] = data.draw(values)
