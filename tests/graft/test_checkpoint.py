@@ -498,6 +498,9 @@ class TestWriter:
             def write(self, _):
                 raise OSError(28, "No space left on device")
 
+            def close(self):  # what is buffered does not fit either
+                raise OSError(28, "No space left on device")
+
         writer = CheckpointWriter(tmp_path)
         writer.add("a", torch.ones(2))
         writer._shards[0].stream.close()
