@@ -169,7 +169,10 @@ def stream_moments(
         for name, size in sizes.items()
         for start in range(0, max(1, size), _TASK_ELEMENTS)
     ]
-    with _one_thread_per_operation(), ThreadPoolExecutor(_THREADS) as pool:
+    with (
+        _kept_number_of_threads(),
+        ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         parts = ordered(pool, lambda task: _task(readers, *task, deltas), tasks)
         whole: Moments | None = None
         for (name, _, stop), part in zip(tasks, parts, strict=True):
@@ -262,10 +265,13 @@ def _round_up(size: int) -> int:
 
 
 @contextmanager
-def _one_thread_per_operation() -> Iterator[None]:
-    """The windows are what the threads share; an operation that forks more of them only waits."""
+def _kept_number_of_threads() -> Iterator[None]:
+    """Put torch's number of threads back.
+
+    The windows are what the threads share; an operation that forks more of them only waits. torch keeps the number both
+    for the process and, in MKL, for each thread, so that every thread has to set it.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
         yield
     finally:
