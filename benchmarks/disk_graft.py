@@ -14,8 +14,8 @@ are left out. It merges by ``task_arithmetic`` with Base as base model and weigh
 normalized: once computed in float32 and rounded to bfloat16, as the other contestants do, once in its default, the
 stored bfloat16.
 
-The floor depends on the machine's memory more than on its disk: where a virtual machine hands free memory back to its
-host, a page costs several times as much when it is next used. Look at the spread before a ratio is believed.
+The floor may move: on a virtual machine a plain write of 1.2 GB took 0.25 s into memory used a moment before, and up to
+several seconds otherwise. Look at its spread before a ratio to it is believed.
 """
 
 from __future__ import annotations
@@ -430,7 +430,8 @@ def print_graft(
     contestants: list[Contestant], times: dict[str, list[Figures]], memory: dict[str, list[Figures]]
 ) -> None:
     print("\n| contestant | whole process, s | × ours | × floor | CPU, s | work, s | × floor's | USS, MB |"
-          " anonymous, MB | RSS, MB | flushed to the disk |\n|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+          " anonymous, MB | RSS, MB | flushed to the disk |\n"
+          "|---|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for contestant in contestants:
         name, runs, seen = contestant.name, times[contestant.name], memory.get(contestant.name)
         work = times[WORK] if name == GRAFT else runs
