@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from shadowlit.graft.streaming import ordered
 
 _THREADS = min(4, os.cpu_count() or 1)
 _TASK_ELEMENTS = 2**23  # of a tensor, per task of a thread
-_WINDOW_ELEMENTS = 2**18  # of all vectors of a window together, in float32: half of a usual L2 cache
+_WINDOW_ELEMENTS = 2**19  # of all vectors of a window together, in float32: a usual L2 cache
+# Operations shorter than the time that a thread takes to wake up would leave one of two threads waiting for the GIL.
+_WINDOWS_PER_READ = 8
 _CHUNK = 1024  # products are added in float32 over so many elements, and in float64 from there on
 
 
@@ -193,61 +196,89 @@ def _task(readers: Sequence[CheckpointReader], name: str, start: int, stop: int,
     """The moments of elements ``start`` to ``stop`` of a tensor."""
     count = len(readers) if deltas else 2 * len(readers) - 1
     num_differences = len(readers) - (0 if deltas else 1)
-    step = _round_up(_WINDOW_ELEMENTS // (count + 1))
-    parts = []
-    window = None
+    step = _round_up(_WINDOW_ELEMENTS // (count + 1)) * _WINDOWS_PER_READ
+    parts: list[list[Tensor]] = []
+    block = None
     for first in range(start, stop, step):
         size = min(step, stop - first)
-        if window is None or window.size != size:
-            window = _Window(readers, name, size, count, deltas)
-        parts.append(window.sums(first))
-    totals = [torch.stack(found).sum(0, dtype=torch.float64) for found in zip(*parts, strict=True)]
+        if block is None or block.size != size:
+            block = _Block(readers, name, size, count, deltas)
+        parts += block.sums(first)
+    totals = [_total(found) for found in zip(*parts, strict=True)]
     shapes = ((count,), (count, count), (num_differences, num_differences), (num_differences, num_differences))
     missing = [torch.zeros(shape, dtype=torch.float64) for shape in shapes[len(totals) :]]
     return Moments(stop - start, *totals, *missing)
 
 
-class _Window:
-    """Memory for ``size`` elements of every vector of a tensor.
+class _Block:
+    """Memory for ``size`` elements of a tensor in every checkpoint, read at once and worked on window by window.
 
     All views are made once: a model has ten thousand windows, and a view takes as long as a thousand elements.
     """
 
     def __init__(self, readers: Sequence[CheckpointReader], name: str, size: int, count: int, deltas: bool) -> None:
         self.size, self._name = size, name
-        vectors = torch.zeros(count, _round_up(size))
-        self._stored, self._offsets = vectors[: len(readers)], vectors[len(readers) :]
-        differences = self._stored if deltas else self._offsets
-        self._differences = differences if len(differences) > 1 else None
-        self._vectors, self._chunks = vectors, _chunks(vectors)
         self._reads: list[tuple[CheckpointReader, memoryview, int]] = []
-        self._casts: list[tuple[Tensor, Tensor]] = []
-        for reader, vector in zip(readers, vectors[:, :size], strict=False):
-            if name not in reader.tensors:
+        step = min(_round_up(_WINDOW_ELEMENTS // (count + 1)), _round_up(size))
+        vectors = torch.zeros(count, step)
+        casts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(0, size, step)]
+        row = 0
+        # Neighbours of one dtype share their memory, so that one operation converts them all.
+        for dtype, members in groupby(readers, lambda r: r.tensors[name].dtype if name in r.tensors else None):
+            group = list(members)
+            rows = vectors[row : row + len(group)]
+            row += len(group)
+            if dtype is None:
                 continue  # zeros, and they stay
-            info = reader.tensors[name]
-            source = vector if info.dtype == torch.float32 else torch.empty(size, dtype=info.dtype)
-            self._reads.append((reader, source.view(torch.uint8).numpy().data, info.itemsize))
-            if source is not vector:
-                self._casts.append((vector, source))
+            stored = torch.zeros(len(group), _round_up(size), dtype=dtype)
+            for reader, own in zip(group, stored, strict=True):
+                self._reads.append((reader, own[:size].view(torch.uint8).numpy().data, dtype.itemsize))
+            for window, part in zip(casts, stored.split(step, dim=1), strict=True):
+                window.append((rows[:, : part.shape[1]], part))
+        widths = [min(step, _round_up(size) - first) for first in range(0, size, step)]
+        # One memory for all: a fresh one per window would leave the heap full of holes.
+        signs = torch.zeros(len(readers) - (0 if deltas else 1), step)
+        self._windows = [
+            _Window(vectors[:, :width], signs[:, :width], window, len(readers), deltas)
+            for width, window in zip(widths, casts, strict=True)
+        ]
 
-    def sums(self, start: int) -> list[Tensor]:
-        """The sums over ``size`` elements from ``start``, in the order of the attributes of :class:`Moments`.
-
-        Those of the signs only where there are several differences.
-        """
+    def sums(self, start: int) -> list[list[Tensor]]:
+        """The sums of every window of the block that begins at element ``start``."""
         for reader, memory, itemsize in self._reads:
             reader.read_into(memory, self._name, start * itemsize)
+        return [window.sums() for window in self._windows]
+
+
+class _Window:
+    """Vectors [v, n] in the cache; ``casts`` (target, source) fill the first of them, ``signs`` [d, n] is scratch."""
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        signs: Tensor,
+        casts: Sequence[tuple[Tensor, Tensor]],
+        num_stored: int,
+        deltas: bool,
+    ) -> None:
+        self._vectors, self._chunks, self._casts = vectors, _chunks(vectors), casts
+        self._first, self._others, self._offsets = vectors[0], vectors[1:num_stored], vectors[num_stored:]
+        self._differences = vectors[:num_stored] if deltas else self._offsets
+        self._signs, self._sign_chunks, self._deltas = signs, _chunks(signs), deltas
+
+    def sums(self) -> list[Tensor]:
+        """In the order of the attributes of :class:`Moments`; those of the signs only of several differences."""
         for target, source in self._casts:
             target.copy_(source)
-        if len(self._offsets):
-            torch.sub(self._stored[1:], self._stored[0], out=self._offsets)
+        if not self._deltas:
+            torch.sub(self._others, self._first, out=self._offsets)
         products = _products(self._chunks)
-        signs = None if self._differences is None else self._differences.sign()
-        sums = [self._vectors.abs_().sum(1), products]
-        if signs is None:
-            return sums
-        return [*sums, _products(_chunks(signs)), _products(_chunks(signs.abs_()))]
+        if len(self._differences) == 1:
+            return [self._vectors.abs_().sum(1), products]
+        torch.sign(self._differences, out=self._signs)
+        sums = [self._vectors.abs_().sum(1), products, _products(self._sign_chunks)]
+        self._signs.abs_()
+        return [*sums, _products(self._sign_chunks)]
 
 
 def _chunks(vectors: Tensor) -> Tensor:
@@ -256,8 +287,15 @@ def _chunks(vectors: Tensor) -> Tensor:
 
 
 def _products(chunks: Tensor) -> Tensor:
-    """``⟨x, y⟩`` of every two vectors, [c, v, chunk], in float64 over chunks that are added in float32."""
-    return torch.bmm(chunks, chunks.mT).sum(0, dtype=torch.float64)
+    """``⟨x, y⟩`` of every two vectors, [c, v, chunk], in every chunk: [c, v, v], float32."""
+    return torch.bmm(chunks, chunks.mT)
+
+
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of a task's parts in float64: [v] of each window, or [c, v, v] of its chunks."""
+    if parts[0].ndim == 1:
+        return torch.stack(list(parts)).sum(0, dtype=torch.float64)
+    return torch.cat(list(parts)).sum(0, dtype=torch.float64)
 
 
 def _round_up(size: int) -> int:
