@@ -113,7 +113,11 @@ def format_bytes(size: int) -> str:
 
 
 def parse_bytes(size: str) -> int:
-    """The number of bytes in a size such as ``5GB``."""
+    """The number of bytes in a size such as ``5GB``.
+
+    Raises:
+        GraftError: it isn't a number and KB, MB or GB.
+    """
     number, unit = size[:-2], size[-2:].upper()
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
         raise GraftError(f"shard_size is {size!r}; expected a number and KB, MB or GB, e.g. 5GB.")

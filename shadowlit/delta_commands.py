@@ -21,7 +21,7 @@ from shadowlit.errors import GraftError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.compression import dare, magnitude, truncated_svd
 from shadowlit.graft.delta import Delta, overlap, ties_sum, weighted_sum
-from shadowlit.graft.disk import DiskGraft, Strength, open_update
+from shadowlit.graft.disk import DiskGraft, Strength, linear_on_disk, open_update
 from shadowlit.graft.manifest import describe_source, versions
 from shadowlit.graft.selection import kind_of, resolve
 from shadowlit.graft.svd_adapter import export_svd_adapter
@@ -42,14 +42,16 @@ def make(
         base: Folder or hub id of the model that the tuning started from.
         tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
         out: Folder to make. Appears complete or not at all.
-        select: all, or regular expressions for tensor names.
+        select: all, linear (every linear layer but the output head), or regular expressions for tensor names.
         dtype: That the delta is stored in; bfloat16 loses about 0.2 % of it.
         shard_size: Largest file, e.g. 5GB or 500MB.
     """
     base_folder, tuned_folder = model_folder("base", base, None, False), model_folder("tuned", tuned, None, False)
     with CheckpointReader(base_folder) as reader:
         update = open_update(reader, tuned_folder)
-        found = Delta.from_update(update).only(resolve(select, update.shapes, frozenset(), "of the update"))
+        found = Delta.from_update(update).only(
+            resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
+        )
         manifest = {
             "base": describe_source(base, base_folder, reader.fingerprint()),
             "tuned": {"id": tuned},

@@ -300,8 +300,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     Raises:
         GraftError: no deltas, another number of weights, or unequal shapes under one name.
     """
-    if not deltas or len(deltas) != len(weights):
-        raise GraftError(f"{len(deltas)} deltas and {len(weights)} weights were given; expected one weight for each.")
+    _require_weights(deltas, weights)
     shapes = _union(deltas)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
@@ -317,7 +316,16 @@ def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) 
     """Merge deltas of one Base by TIES, tensor by tensor; see :func:`shadowlit.graft.compression.ties`.
 
     A delta that lacks a tensor has no say there.
+
+    Args:
+        deltas: at least one.
+        density: share of elements of each that is kept, in (0, 1].
+        weights: one for each, positive.
+
+    Raises:
+        GraftError: no deltas, another number of weights, or unequal shapes under one name.
     """
+    _require_weights(deltas, weights)
     shapes = _union(deltas)
 
     def whole(name: str) -> Tensor:
@@ -332,6 +340,11 @@ def windows(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, i
     for name, shape in shapes.items():
         for start, stop in row_windows(TensorInfo(name, "F32", shape, "")):
             yield name, start, stop
+
+
+def _require_weights(deltas: Sequence[Delta], weights: Sequence[float]) -> None:
+    if not deltas or len(deltas) != len(weights):
+        raise GraftError(f"{len(deltas)} deltas and {len(weights)} weights were given; expected one weight for each.")
 
 
 def _union(deltas: Sequence[Delta]) -> dict[str, tuple[int, ...]]:

@@ -406,10 +406,11 @@ class DiskGraft:
         raw, target = self._instruct.raw_rows(name, start, stop), self._code_of(info)
         if name in self.selected:
             update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
-            stored, *squares = graft_part(raw, info.code, update, self._strength.of(name), target)
+            scale = self._strength.of(name)
+            stored, *squares = graft_part(raw, info.code, update, scale, target)
             if finite_squares(*squares):
                 return stored, squares[0], squares[1]
-            exact = widen(raw, info.code) + update
+            exact = widen(raw, info.code) + scale * update
             if bad := int(np.count_nonzero(~np.isfinite(exact))):
                 raise not_finite(name, bad, exact.size)
         else:

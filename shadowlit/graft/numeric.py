@@ -79,7 +79,7 @@ def graft_part(
     Args:
         raw: flat bytes of the Instruct's part.
         code: of their dtype.
-        update: flat, the same elements; overwritten.
+        update: flat, the same elements.
         scale: λ.
         target: the code of the result's dtype.
 
@@ -89,7 +89,7 @@ def graft_part(
     """
     values = widen(raw, code)
     if scale != 1:
-        update *= np.asarray(scale, update.dtype)
+        update = update * np.asarray(scale, update.dtype)
     exact: Array = values + update
     stored = narrow(exact, target)
     with np.errstate(invalid="ignore"):  # infinities leave NaN in the squares, which is how they are found

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -15,7 +16,7 @@ from shadowlit.graft import streaming
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.compression import ties
 from shadowlit.graft.delta import Delta, overlap, ties_sum, weighted_sum
-from shadowlit.graft.disk import linear_on_disk
+from shadowlit.graft.disk import DiskGraft, Strength, linear_on_disk
 from shadowlit.graft.manifest import read_manifest
 from tests.tiny import save_model, save_pair
 
@@ -135,6 +136,24 @@ def test_made_stored_and_applied(tmp_path, pair, dtype, capsys):
         same = [f"--base={base}", f"--tuned={tuned}", f"--instruct={instruct}", f"--out={tmp_path / 'g'}", "--scale=.5"]
         assert main(["graft", *same]) == 0
         assert all(torch.equal(tensors(tmp_path / "g")[n], got[n]) for n in got)
+
+
+def test_a_graft_leaves_the_delta_as_it_is(pair):
+    *_, instruct = pair
+    name = "model.layers.0.mlp.up_proj.weight"
+    with CheckpointReader(instruct) as reader:
+        update = torch.full(reader.tensors[name].shape, 0.5)
+        graft = DiskGraft(Delta.of({name: update}), reader, Strength(0.25))
+        parts = {n: [part.copy() for part in streamed.parts] for n, streamed in graft.tensors()}
+        got = torch.from_numpy(np.concatenate(parts[name]).view(np.int16)).view(torch.bfloat16)
+        assert torch.equal(got, (reader.read(name).float() + 0.125).bfloat16().flatten())
+    assert torch.equal(update, torch.full_like(update, 0.5))
+
+
+def test_only_the_linear_layers(tmp_path, pair):
+    base, tuned, _ = pair
+    assert main(["delta", "make", str(base), str(tuned), str(tmp_path / "d"), "--select=linear"]) == 0
+    assert set(Delta.open(tmp_path / "d").shapes) == linear_on_disk(CheckpointReader(base).tensors)
 
 
 def test_dry_run_writes_nothing(tmp_path, pair, capsys):
@@ -262,6 +281,8 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
         (["compress", d, out, "--method=magnitude"], "need a density"),
         (["compress", d, out, "--method=svd"], "needs one of them"),
         (["compress", d, out, "--method=magnitude", "--density=2"], "density is 2"),
+        (["sum", f"--deltas=[{d}, {d}]", f"--out={out}", "--weights=[1]", "--method=ties"], "one weight for each"),
+        (["sum", "--deltas=[]", f"--out={out}", "--method=ties"], "0 deltas"),
         (["lora", d, str(instruct), out], "expected a matrix, and a positive rank"),
         (["apply", str(base), str(instruct), out], "delta.safetensors"),
         (["apply", d, str(instruct), out, "--select=nothing_like_it"], "matched"),
