@@ -52,7 +52,7 @@ def main(args: list[str] | None = None) -> int:
         if args[0] in _FUNCTIONS:
             from shadowlit.functions import run_function
 
-            run_function(args[0], _FUNCTIONS[args[0]], ["list"] if args == ["pairs"] else args[1:])
+            run_function(args[0], _FUNCTIONS[args[0]], args[1:])
             return 0
         from shadowlit.cli import main as run
 

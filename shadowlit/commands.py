@@ -54,9 +54,10 @@ def graft(
     """
     console = Console(highlight=False)
     start = time.perf_counter()
+    pair = ModelPair(base, instruct)
     with (
-        open_checkpoint(model_folder("base", base, None, False), allow_pickle) as base_reader,
-        open_checkpoint(model_folder("instruct", instruct, None, False), allow_pickle) as instruct_reader,
+        open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
+        open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
     ):
         in_place = in_layout_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", tuned, None, False), allow_pickle)
@@ -67,7 +68,6 @@ def graft(
         console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
             return
-        pair = ModelPair(base, instruct)
         manifest = build_manifest(
             pair, scale=strength.default, select=select, dtype=wanted, coverage=plan.coverage,
             config={"tuned": tuned, "scale": scale},

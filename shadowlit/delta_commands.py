@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -271,8 +271,7 @@ def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mappi
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(console=Console(highlight=False), transient=True))
+    with Progress(console=Console(highlight=False), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 

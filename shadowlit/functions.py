@@ -17,7 +17,8 @@ from shadowlit.graft.streaming import keep_freed_memory
 
 
 def run_function(name: str, module: str, args: Sequence[str]) -> None:
-    """Run the function ``name`` of ``module``, or one of its ``COMMANDS``; the docstring is the help.
+    """Run the function ``name`` of ``module``, or one of its ``COMMANDS`` (``DEFAULT`` without a word); the docstring
+    is the help.
 
     SIGINT and SIGTERM end it as an exception, so that what it was writing is removed.
 
@@ -39,6 +40,7 @@ def _run(name: str, module: str, args: Sequence[str]) -> None:
         function = getattr(found, name)
         auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
     else:
+        args = args or ([found.DEFAULT] if hasattr(found, "DEFAULT") else [])
         known = args[0] if args and args[0] in commands else None
         rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
         auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")

@@ -666,7 +666,7 @@ def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterato
         return
     seen: dict[int, list[str]] = {}
     for name, info in base.vocabulary().items():
-        if info.dtype.is_floating_point and info.itemsize > 1:
+        if info.is_weight:
             ids = [i for i in use.ids if i < info.shape[0]]
             for i, reason in _look_for_untrained(base.reader, info, ids, base.tokenizer).items():
                 seen.setdefault(i, []).append(f"{reason} in {name}")

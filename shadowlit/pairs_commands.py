@@ -112,4 +112,5 @@ def _console() -> Console:
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
+DEFAULT = "list"
 COMMANDS = {"list": list_pairs, "show": show, "check": check}

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowlit.analysis.spectrum import effective_rank, singular_values, stable_rank
 from shadowlit.analysis.sums import Moments, Sums, stream_moments
 from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.graft.headers import some_of
-from shadowlit.graft.selection import kind_of
+from shadowlit.graft.selection import kind_of, layer_of
+from shadowlit.graft.spectrum import effective_rank, singular_values, stable_rank
 from shadowlit.graft.streaming import row_windows
 
 PAPER_RANGE = (0.003, 0.042)
@@ -38,7 +37,6 @@ MEASURES = {
 }
 """What is measured of two models, of two updates, and of two offsets from one model; see ``Sums``."""
 _RANKS = ("effective_rank", "stable_rank")
-_LAYER = re.compile(r"\.(\d+)\.")
 _MAX_MODELS = 26
 
 
@@ -271,11 +269,8 @@ def compare(
     pairs = list(_pairs(letters, deltas))
     found: list[list[TensorSimilarity]] = [[] for _ in pairs]
     for name, moments in stream_moments(readers, names, deltas=deltas, advance=advance):
-        layer = _LAYER.search(name)
         for tensors, (_, sums_of) in zip(found, pairs, strict=True):
-            tensors.append(
-                TensorSimilarity(name, int(layer[1]) if layer else None, kind_of(name), sums=sums_of(moments))
-            )
+            tensors.append(TensorSimilarity(name, layer_of(name), kind_of(name), sums=sums_of(moments)))
     compared = frozenset(names)
     left_out = {x: tuple(n for n in r.tensors if n not in compared) for x, r in zip(letters, readers, strict=True)}
     return Report(
@@ -361,9 +356,7 @@ def _pairs(letters: Sequence[str], deltas: bool) -> Iterator[tuple[Similarity, C
 
 def _fit(name: str, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether tensors of these shapes may be compared; vocabularies lie outside of the layers, and may differ."""
-    return len(shapes) == 1 or (
-        _LAYER.search(name) is None and all(shapes) and len({shape[1:] for shape in shapes}) == 1
-    )
+    return len(shapes) == 1 or (layer_of(name) is None and all(shapes) and len({shape[1:] for shape in shapes}) == 1)
 
 
 def _as_dict(similarity: Similarity) -> dict[str, Any]:

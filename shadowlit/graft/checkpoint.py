@@ -116,12 +116,9 @@ class CheckpointReader(Headers):
         """
         import torch
 
-        info = self.tensors[name]
+        info, raw = self.info(name), self.raw_rows(name, start, stop)
         shape = (stop - start, *info.shape[1:])
-        row_bytes = math.prod(shape[1:]) * info.itemsize
-        buffer = torch.empty(shape[0] * row_bytes, dtype=torch.uint8)
-        self.read_into(buffer.numpy().data, name, start * row_bytes)
-        return buffer.view(info.dtype).view(shape) if len(buffer) else torch.empty(shape, dtype=info.dtype)
+        return torch.from_numpy(raw).view(info.dtype).view(shape) if len(raw) else torch.empty(shape, dtype=info.dtype)
 
 
 def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:

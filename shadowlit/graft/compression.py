@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.arithmetic import widen
+from shadowlit.graft.spectrum import gram
 
 
 def magnitude(update: Tensor, density: float) -> Tensor:
@@ -148,7 +149,7 @@ def truncated_svd(update: Tensor, rank: int | None = None, explained_variance: f
     values = widen(update)
     wide = values.shape[0] < values.shape[1]
     tall = (values.T if wide else values).double()
-    energy, vectors = torch.linalg.eigh(tall.T @ tall)
+    energy, vectors = torch.linalg.eigh(gram(tall))
     energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
     total = float(energy.sum())
     if rank is None:

@@ -24,6 +24,7 @@ from shadowlit.graft.compression import ties
 from shadowlit.graft.disk import Update
 from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
 from shadowlit.graft.manifest import MANIFEST_FILE, plain, read_manifest, write_json
+from shadowlit.graft.spectrum import effective_rank
 from shadowlit.graft.streaming import THREADS, ordered, row_windows
 
 STEM = "delta"
@@ -135,8 +136,6 @@ class Delta:
 
     def effective_rank(self, name: str) -> float:
         """``exp(H)`` of the normalised singular values of a matrix (Roy and Vetterli, 2007); all of it is in memory."""
-        from shadowlit.analysis.spectrum import effective_rank
-
         return effective_rank(self.tensor(name))
 
     def cosine(self, other: Delta) -> float:

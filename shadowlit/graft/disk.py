@@ -6,13 +6,13 @@ speed.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,16 +21,15 @@ import numpy.typing as npt
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.checkpoint import Streamed
-from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.graft.headers import Headers, TensorInfo, some_of
 from shadowlit.graft.layout import LayoutReader, canonical_key, canonical_keys, is_computed
 from shadowlit.graft.numeric import Raw, finite_squares, graft_part, narrow, not_finite, require_finite, widen
 from shadowlit.graft.pickled import open_checkpoint
-from shadowlit.graft.selection import Coverage, coverage, resolve
+from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve
 from shadowlit.graft.streaming import THREADS, ordered, row_windows
 from shadowlit.pair import first_line
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
-_IN_LAYER = re.compile(r"\.\d+\.")
 _MIXTURE = re.compile(r"(.+)\.experts\.")
 _ROUTER = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
 
@@ -149,6 +148,10 @@ class AdapterUpdate:
             raise GraftError(f"{folder} adapts transposed layers (fan_in_fan_out=true). Merge it first.")
         self._config, self._folder = config, folder
         self._reader = Headers(folder, single_file="adapter_model.safetensors")
+        # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
+        self._whole_factor = lru_cache(maxsize=4)(
+            lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
+        )
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}
         names = canonical_keys(base)
@@ -192,8 +195,11 @@ class AdapterUpdate:
         if name not in self._factors:
             return total
         factors = self._factors[name]
-        down, up = (self._reader.rows(n, 0, self._reader.tensors[n].shape[0]) for n in (factors.down, factors.up))
-        product = (up @ down[:, start:stop]).T if factors.of_embedding else up[start:stop] @ down
+        down = self._whole_factor(factors.down)
+        if factors.of_embedding:
+            product = (self._whole_factor(factors.up) @ down[:, start:stop]).T
+        else:
+            product = self._reader.rows(factors.up, start, stop) @ down
         return total + np.float32(self._scalings[name]) * product
 
     def _parts_of(self, name: str) -> list[str]:
@@ -311,7 +317,7 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     weights = {
         name
         for name, info in tensors.items()
-        if _IN_LAYER.search(name)
+        if layer_of(name) is not None
         and len(info.shape) >= 2
         and "norm" not in name
         and not ((match := _ROUTER.fullmatch(name)) and match[1] in mixtures)
@@ -344,8 +350,7 @@ class DiskGraft:
         select: str | list[str] = "linear",
         dtype: str | None = None,
     ) -> None:
-        self._update, self._instruct, self._strength = update, instruct, strength
-        self._target = None if dtype is None else dtype_code(dtype)
+        self._update, self._instruct, self._strength, self._dtype = update, instruct, strength, dtype
         selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")
         self.selected = selected & frozenset(update.shapes)
         if not self.selected:
@@ -371,9 +376,7 @@ class DiskGraft:
         self.stored: Mapping[str, TensorInfo] = instruct.tensors
         sizes = {name: info.num_elements for name, info in instruct.tensors.items()}
         self.coverage: Coverage = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
-        self.num_bytes = sum(
-            dataclasses.replace(info, code=self._code_of(info)).num_bytes for info in instruct.tensors.values()
-        )
+        self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
         self._squares = [0.0, 0.0]  # of the scaled update, and of what rounding takes from it
 
     @property
@@ -389,21 +392,22 @@ class DiskGraft:
         """
         with ThreadPoolExecutor(THREADS) as pool:
             for name, info in self._instruct.tensors.items():
-                yield name, Streamed(self._code_of(info), info.shape, self._parts(pool, name, info, advance))
+                target = info.converted(self._dtype).code
+                yield name, Streamed(target, info.shape, self._parts(pool, info, target, advance))
 
     def _parts(
-        self, pool: ThreadPoolExecutor, name: str, info: TensorInfo, advance: Callable[[int], None]
+        self, pool: ThreadPoolExecutor, info: TensorInfo, target: str, advance: Callable[[int], None]
     ) -> Iterator[Raw]:
         for part, update_square, lost_square in ordered(
-            pool, lambda window: self._part(name, info, *window), row_windows(info)
+            pool, lambda window: self._part(info, target, *window), row_windows(info)
         ):
             self._squares[0] += update_square
             self._squares[1] += lost_square
             advance(part.nbytes)
             yield part
 
-    def _part(self, name: str, info: TensorInfo, start: int, stop: int) -> tuple[Raw, float, float]:
-        raw, target = self._instruct.raw_rows(name, start, stop), self._code_of(info)
+    def _part(self, info: TensorInfo, target: str, start: int, stop: int) -> tuple[Raw, float, float]:
+        name, raw = info.name, self._instruct.raw_rows(info.name, start, stop)
         if name in self.selected:
             update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
             scale = self._strength.of(name)
@@ -417,6 +421,3 @@ class DiskGraft:
             stored, squares = raw if target == info.code else narrow(widen(raw, info.code), target), [0.0, 0.0]
         require_finite(name, stored, target)
         return stored, squares[0], squares[1]
-
-    def _code_of(self, info: TensorInfo) -> str:
-        return self._target if self._target is not None and info.is_floating_point else info.code

@@ -320,7 +320,7 @@ def _check_tensor(
             "a graft of this Instruct, in whole tensors."
         )
     code = tensor.code if isinstance(tensor, Streamed) else dtype_code(tensor.dtype)
-    wanted = dtype_code(dtype) if dtype is not None and info.is_floating_point else info.code
+    wanted = info.converted(dtype).code
     if code != wanted:
         raise ExportError(
             f"Tensor '{name}' is {dtype_of(code)}, expected {dtype_of(wanted)}. Round it once, from float32, before "

@@ -15,7 +15,7 @@ import reprlib
 import stat
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -53,7 +53,11 @@ _MAX_EMPTY_SHAPE = 2**31
 
 def dtype_code(dtype: torch.dtype | str) -> str | None:
     """The format's code of a torch dtype or its name, ``BF16`` say; ``None`` if it has none."""
-    return _CODES.get(str(dtype).removeprefix("torch."))
+    return _CODES.get(_name_of(dtype))
+
+
+def _name_of(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(code: str | None) -> str:
@@ -98,6 +102,10 @@ class TensorInfo:
     def is_weight(self) -> bool:
         """Whether the values are weights as they stand: an 8-bit float, like an integer, needs a scale beside it."""
         return self.is_floating_point and self.itemsize > 1
+
+    def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
+        """As it is where all floating-point tensors are brought to ``dtype``; ``None`` leaves them."""
+        return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[_name_of(dtype)])
 
     @property
     def num_elements(self) -> int:
@@ -217,7 +225,7 @@ class Headers:
             CheckpointError: as :meth:`read_into`, or the dtype is not a floating-point one of 16 bits or more.
         """
         info = self.info(name)
-        if info.code not in FLOATS:
+        if not info.is_weight:
             raise CheckpointError(
                 f"Tensor '{name}' in {self.folder / info.file} has dtype {info.code}; expected one of "
                 f"{', '.join(sorted(FLOATS))}. Give the unquantised model."

@@ -17,6 +17,7 @@ from typing import Literal
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import Headers, TensorInfo, some_of
+from shadowlit.graft.selection import layer_of
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 # What stands before the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too.
@@ -31,7 +32,6 @@ _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 # Buffers that older versions stored and newer ones compute.
 _COMPUTED = re.compile(r"\brotary_emb\.inv_freq$")
-_IN_LAYER = re.compile(r"\.\d+\.")
 
 _ADAPTER = re.compile(r"\blora_[A-Za-z]|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
 _QUANTISED = re.compile(
@@ -287,7 +287,7 @@ def in_layout_of(instruct: Headers, base: Headers) -> LayoutReader:
 
 
 def _only_in(tensors: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[str]:
-    return [name for name in tensors if name not in other and _IN_LAYER.search(name) and not is_computed(name)]
+    return [name for name in tensors if name not in other and layer_of(name) is not None and not is_computed(name)]
 
 
 def _require_like_experts(own: _Side, other: _Side) -> None:

@@ -225,7 +225,7 @@ class LiveGraft:
         aliases = _aliases(self.model)
         for name, info in self._instruct_reader.tensors.items():
             host = hosts.get(aliases.get(name, name))
-            dtype = self.dtype if self.dtype is not None and info.dtype.is_floating_point else info.dtype
+            dtype = info.converted(self.dtype).dtype
             if host is None:
                 yield name, self._instruct_reader.read(name).to(dtype)
                 continue

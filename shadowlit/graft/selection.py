@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from shadowlit.errors import GraftError
 
+_LAYER = re.compile(r"\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -44,6 +46,12 @@ def kind_of(name: str) -> str:
     """The last module's name in a parameter's name: ``q_proj`` for ``model.layers.0.self_attn.q_proj.weight``."""
     parts = name.split(".")
     return parts[-2] if len(parts) > 1 else parts[0]
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a parameter belongs to, from 0; ``None`` outside of numbered layers."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
 
 
 def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str], model_type: str) -> frozenset[str]:

@@ -7,9 +7,10 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from shadowlit.graft.headers import TensorInfo
+if TYPE_CHECKING:
+    from shadowlit.graft.headers import TensorInfo
 
 THREADS = 2
 PART_ELEMENTS = 2**18

@@ -12,6 +12,22 @@ from shadowlit.errors import ShadowlitError
 _BLOCK = 4096  # rows or columns that are in float64 at a time
 
 
+def gram(matrix: Tensor) -> Tensor:
+    """The Gram matrix ``AᵀA``, whose eigenvalues are the squared singular values; some rows at a time.
+
+    Args:
+        matrix: [m, n], any floating dtype.
+
+    Returns:
+        [n, n], float64, on the matrix's device.
+    """
+    products = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    for block in matrix.detach().split(_BLOCK):
+        wide = block.double()
+        products.addmm_(wide.T, wide)
+    return products
+
+
 def singular_values(matrix: Tensor) -> Tensor:
     """The singular values of a matrix, in descending order.
 
@@ -33,13 +49,10 @@ def singular_values(matrix: Tensor) -> Tensor:
         raise ShadowlitError(f"a tensor of shape {tuple(matrix.shape)} has no singular values. Give a matrix [m, n].")
     tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
     rows, side = tall.shape
-    gram = torch.zeros(side, side, dtype=torch.float64, device=matrix.device)
-    for block in tall.detach().split(_BLOCK):
-        wide = block.double()
-        gram.addmm_(wide.T, wide)
-    if not torch.isfinite(gram).all():
+    products = gram(tall)
+    if not torch.isfinite(products).all():
         raise ShadowlitError(f"a matrix of shape {tuple(matrix.shape)} holds NaN or infinities. Check its source.")
-    squares = torch.linalg.eigvalsh(gram).flip(0)
+    squares = torch.linalg.eigvalsh(products).flip(0)
     if side:
         squares = torch.where(squares > squares[0] * rows * torch.finfo(torch.float64).eps, squares, 0.0)
     return squares.sqrt()

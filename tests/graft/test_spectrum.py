@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from shadowlit.analysis.spectrum import effective_rank, singular_values, stable_rank
 from shadowlit.errors import ShadowlitError
+from shadowlit.graft.spectrum import effective_rank, singular_values, stable_rank
 
 
 def with_spectrum(spectrum, rows, columns, seed=0):
@@ -53,7 +53,7 @@ def test_values_are_those_of_an_svd_in_float64():
 def test_blocks_as_in_one(monkeypatch):
     matrix = torch.randn(70, 30, generator=torch.Generator().manual_seed(2))
     whole = singular_values(matrix)
-    monkeypatch.setattr("shadowlit.analysis.spectrum._BLOCK", 7)
+    monkeypatch.setattr("shadowlit.graft.spectrum._BLOCK", 7)
     torch.testing.assert_close(singular_values(matrix.T), whole, rtol=1e-12, atol=0)
 
 
