@@ -1,0 +1,103 @@
+"""What every evaluation during training is: a measurement of whatever weights stand in a model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowlit.errors import DataError
+from shadowlit.pair import ModelPair
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where an evaluation takes place: the model with the weights to be measured, and this process's part of it.
+
+    Attributes:
+        model: A transformers model, wrapped by peft or sharded or neither, in evaluation mode.
+        pair: Gives tokenizer, chat template and the tokens that end a turn.
+        device: Where batches belong.
+        rank: This process, from 0.
+        world_size: Number of processes; each evaluates every ``world_size``-th row, and all run equally many forwards.
+        autocast: The context that forwards run in; that of the trainer's precision.
+        reference: The context in which the reference model's weights (the untouched Instruct's) stand in ``model``.
+        template_kwargs: Arguments of the chat template.
+    """
+
+    model: nn.Module
+    pair: ModelPair
+    device: torch.device
+    rank: int
+    world_size: int
+    autocast: Callable[[], AbstractContextManager[Any]]
+    reference: Callable[[], AbstractContextManager[Any]]
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return ``[B, T, V]`` logits of ``[B, T]`` tokens; every rank must call it equally often."""
+        with torch.no_grad(), self.autocast():
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluator found.
+
+    Attributes:
+        metrics: By name, reduced over the ranks and the same on all. ``score`` is the one that matters most, the
+            mean of the samples' scores.
+        samples: Of this rank's rows: ``index`` (row of the file, from 0), ``score`` (a number), and whatever else is
+            worth reading: prompt, answer, reference.
+    """
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+class Evaluator(ABC):
+    """Measures the weights that stand in a model, on rows of its own.
+
+    Args:
+        every: Run in every so many-th validation, and in the last one.
+        limit: Use only so many rows, evenly spread over the file; null for all.
+        batch_size: Rows per process and forward.
+    """
+
+    def __init__(self, every: int = 1, limit: int | None = None, batch_size: int = 16) -> None:
+        for name, value in (("every", every), ("limit", 1 if limit is None else limit), ("batch_size", batch_size)):
+            if value < 1:
+                raise DataError(f"{name} of an evaluator is {value}; expected at least 1.")
+        self.every, self.limit, self.batch_size = every, limit, batch_size
+
+    @abstractmethod
+    def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
+        """Read and check the rows, before anything is trained.
+
+        Raises:
+            DataError: No rows, a missing field, a prompt that can't be scored; up to five problems in one message.
+        """
+
+    @abstractmethod
+    def run(self, scene: Scene) -> Findings:
+        """Measure; a collective, to be called on all ranks alike."""
+
+    @abstractmethod
+    def signature(self) -> str:
+        """Tells these rows and settings from others: scores of the untouched models are measured once for each."""
+
+    def own(self, num_rows: int, scene: Scene) -> Iterator[list[int]]:
+        """Batches of this rank's row numbers; equally many on all ranks, an absent row is -1.
+
+        Every rank gets ``ceil(num_rows / world_size)`` rows; a filler's result counts nowhere.
+        """
+        per_rank = -(-num_rows // scene.world_size)
+        rows = [scene.rank + i * scene.world_size for i in range(per_rank)]
+        rows = [row if row < num_rows else -1 for row in rows]
+        for start in range(0, per_rank, self.batch_size):
+            yield rows[start : start + self.batch_size]
