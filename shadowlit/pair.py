@@ -72,11 +72,14 @@ class ModelPair:
     Args:
         base: Folder or Hugging Face id of the Base, the model that is trained.
         instruct: Folder or Hugging Face id of the Instruct, the model that gets the update. Its tokenizer and
-            chat template are used for both.
+            chat template are used for both, unless ``template_owner`` says otherwise.
         base_revision: Commit, tag or branch of the Base on the hub; pin a commit to make runs repeatable.
         instruct_revision: Commit, tag or branch of the Instruct on the hub.
         trust_remote_code: Run Python code that comes with the model. Dangerous: only for authors you trust,
             and only with pinned revisions.
+        template_owner: Whose tokenizer, chat template and end of turn serve both models. ``base`` where the Instruct
+            has none that is fit to train with, and for a pair with its roles exchanged: the Instruct is trained, and
+            its update grafted onto the Base (arms I2I and I2B).
     """
 
     base: str
@@ -84,6 +87,7 @@ class ModelPair:
     base_revision: str | None = None
     instruct_revision: str | None = None
     trust_remote_code: bool = False
+    template_owner: Literal["instruct", "base"] = "instruct"
 
     def base_folder(self) -> Path:
         """The local folder of the Base, downloaded first if ``base`` is a hub id.
@@ -102,20 +106,36 @@ class ModelPair:
         return self._instruct_folder
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Instruct's tokenizer, with its chat template; the one that both models are used with.
+        """The tokenizer that both models are used with, with its chat template: that of ``template_owner``.
 
         Raises:
             PairError: It cannot be loaded.
         """
-        return self._instruct_tokenizer
+        return self._base_tokenizer if self.template_owner == "base" else self._instruct_tokenizer
+
+    def template_folder(self) -> Path:
+        """The folder of ``template_owner``, whose generation config says where a turn ends.
+
+        Raises:
+            PairError: There is no such folder, or the hub does not give it.
+        """
+        return self._base_folder if self.template_owner == "base" else self._instruct_folder
 
     def base_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Base's own tokenizer, only used to compare.
+        """The Base's own tokenizer.
 
         Raises:
             PairError: It cannot be loaded.
         """
         return self._base_tokenizer
+
+    def instruct_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The Instruct's own tokenizer.
+
+        Raises:
+            PairError: It cannot be loaded.
+        """
+        return self._instruct_tokenizer
 
     def config(self) -> PretrainedConfig:
         """The Instruct's config.

@@ -90,13 +90,16 @@ def check_pair(pair: ModelPair, select: Select = "linear") -> list[Problem]:
     """
     problems: list[Problem] = []
     base = _open_side("base", pair, pair.base, pair.base_folder, pair.base_tokenizer, problems)
-    instruct = _open_side("instruct", pair, pair.instruct, pair.instruct_folder, pair.tokenizer, problems)
+    instruct = _open_side("instruct", pair, pair.instruct, pair.instruct_folder, pair.instruct_tokenizer, problems)
     try:
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)
         problems += _check_unread(base, instruct)
         for check in _CHECKS:
             problems += check(base, instruct, select)
+        owner, other = (base, instruct) if pair.template_owner == "base" else (instruct, base)
+        problems += _check_tokenizers(other, owner)
+        problems += _check_template(base, instruct, owner)
     finally:
         base.close()
         instruct.close()
@@ -465,25 +468,27 @@ def _check_other_settings(base: _Side, instruct: _Side, select: Select) -> Itera
         yield Problem("warning", "config", some_of(others, 10), "the same", remedy)
 
 
-def _check_tokenizers(base: _Side, instruct: _Side, select: Select) -> Iterator[Problem]:
-    """One id must mean one token: the Base is trained on the Instruct's ids."""
-    if base.tokenizer is None or instruct.tokenizer is None:
+def _check_tokenizers(other: _Side, owner: _Side) -> Iterator[Problem]:
+    """One id must mean one token: both models get the ids of the template's owner."""
+    if other.tokenizer is None or owner.tokenizer is None:
         return
-    old, new = base.tokenizer.get_vocab(), instruct.tokenizer.get_vocab()
-    if old != new:
-        yield from _compare_vocabularies(old, new)
-    elif any(_encode(base, text) != _encode(instruct, text) for text in _PROBES):
+    if other.tokenizer.get_vocab() != owner.tokenizer.get_vocab():
+        yield from _compare_vocabularies(other, owner)
+    elif any(_encode(other, text) != _encode(owner, text) for text in _PROBES):
         yield Problem(
             "warning",
             "tokenizer",
             "both have the same tokens, but cut a text differently",
             "the same cuts",
-            "compare merges and normalizers; the Instruct's tokenizer is used, the Base learned with its own.",
+            f"compare merges and normalizers; the {owner.title}'s tokenizer is used, the {other.title} learned with "
+            "its own.",
         )
 
 
-def _compare_vocabularies(old: dict[str, int], new: dict[str, int]) -> Iterator[Problem]:
-    """Tokens of the Base (``old``) and the Instruct (``new``) that do not agree."""
+def _compare_vocabularies(other: _Side, owner: _Side) -> Iterator[Problem]:
+    """Tokens of the two that do not agree; usually of the Base, and of the Instruct, which owns the template."""
+    assert other.tokenizer is not None and owner.tokenizer is not None
+    old, new = other.tokenizer.get_vocab(), owner.tokenizer.get_vocab()
     old_at = {i: token for token, i in old.items()}
     new_at = {i: token for token, i in new.items()}
     moved = {i: token for token, i in new.items() if token in old and old[token] != i}
@@ -495,37 +500,37 @@ def _compare_vocabularies(old: dict[str, int], new: dict[str, int]) -> Iterator[
         yield Problem(
             "error",
             "tokenizer",
-            f"{len(wrong)} ids mean another token in the Base than in the Instruct: {some_of(told)}",
+            f"{len(wrong)} ids mean another token in the {other.title} than in the {owner.title}: {some_of(told)}",
             "one meaning per id",
-            "set pair.base to the Base of this Instruct: a Base with another tokenizer cannot be trained on "
-            "the Instruct's ids.",
+            f"set pair.base to the Base of this Instruct: both must understand the {owner.title}'s ids.",
         )
     if named:
         told = [f"{i} was {old_at[i]!r}, is {new_at[i]!r}" for i in sorted(named)]
         yield Problem(
             "warning",
             "tokenizer",
-            f"{len(named)} placeholders of the Base have a meaning in the Instruct: {some_of(told)}",
+            f"{len(named)} placeholders of the {other.title} have a meaning in the {owner.title}: {some_of(told)}",
             "",
-            "nothing, unless they appear in your data: their rows in the Base were never trained.",
+            f"nothing, unless they appear in your data: their rows in the {other.title} were never trained.",
         )
     extra = [f"{token!r}" for i, token in sorted(new_at.items()) if token not in old and i not in old_at]
     if extra:
         yield Problem(
             "warning",
             "tokenizer",
-            f"{len(extra)} tokens are only in the Instruct's ({some_of(extra)})",
+            f"{len(extra)} tokens are only in the {owner.title}'s ({some_of(extra)})",
             "the same tokens",
-            "nothing, unless they appear in your data: the Base never saw them (no row at all: see 'base vocabulary').",
+            f"nothing, unless they appear in your data: the {other.title} never saw them (no row at all: see "
+            f"'{other.who} vocabulary').",
         )
     lost = [f"{token!r}" for i, token in sorted(old_at.items()) if token not in new and i not in new_at]
     if lost:
         yield Problem(
             "note",
             "tokenizer",
-            f"{len(lost)} tokens are only in the Base's ({some_of(lost)})",
+            f"{len(lost)} tokens are only in the {other.title}'s ({some_of(lost)})",
             "",
-            "nothing: the Instruct's tokenizer is used.",
+            f"nothing: the {owner.title}'s tokenizer is used.",
         )
 
 
@@ -569,39 +574,39 @@ def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
     return _TemplateUse(sorted({*used(text), *used(prompt)}), used(tail) if answer else None)
 
 
-def _check_template(base: _Side, instruct: _Side, select: Select) -> Iterator[Problem]:
-    """The Instruct's chat template exists, renders, ends a turn with a token at which generation stops."""
-    if instruct.tokenizer is None:
+def _check_template(base: _Side, instruct: _Side, owner: _Side) -> Iterator[Problem]:
+    """The owner's chat template exists, renders, ends a turn with a token at which generation stops."""
+    if owner.tokenizer is None:
         return
-    if not instruct.tokenizer.chat_template:
+    if not owner.tokenizer.chat_template:
         yield Problem(
             "error",
             "chat template",
-            "the Instruct's tokenizer has none",
+            f"the {owner.title}'s tokenizer has none",
             "the template it was trained with",
-            "put its chat_template.jinja into the Instruct's folder; if the model is no chat model, it is "
-            "not an Instruct.",
+            f"put its chat_template.jinja into the {owner.title}'s folder, or take the other model's by "
+            "pair.template_owner; if the model is no chat model, it is not an Instruct.",
         )
         return
     try:
-        use = _template_use(instruct.tokenizer)
+        use = _template_use(owner.tokenizer)
     except Exception as error:
         yield Problem(
             "error",
             "chat template",
             f"it cannot be rendered ({first_line(error)})",
             "a template that renders user and assistant turns",
-            "repair chat_template.jinja in the Instruct's folder.",
+            f"repair chat_template.jinja in the {owner.title}'s folder.",
         )
         return
-    yield from _check_end_of_turn(instruct, use)
-    yield from _check_template_rows(base, instruct, use)
-    yield from _check_untrained(base, instruct, use)
+    yield from _check_end_of_turn(owner, use)
+    yield from _check_template_rows(base, instruct, owner, use)
+    yield from _check_untrained(base, owner, use)
 
 
-def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
+def _check_end_of_turn(owner: _Side, use: _TemplateUse) -> Iterator[Problem]:
     """Generation stops where the template ends an assistant's turn."""
-    assert instruct.tokenizer is not None
+    assert owner.tokenizer is not None
     if use.ends is None:
         return
     if not use.ends:
@@ -613,26 +618,26 @@ def _check_end_of_turn(instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
             "add it to the template, or expect generations that run on.",
         )
         return
-    if instruct.generation is None and instruct.has("generation_config.json"):
+    if owner.generation is None and owner.has("generation_config.json"):
         return  # unreadable, and reported
-    stops = (instruct.generation or {}).get("eos_token_id") or instruct.get("eos_token_id")
+    stops = (owner.generation or {}).get("eos_token_id") or owner.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
     end = use.ends[0]
     if end not in stops:
-        name = instruct.tokenizer.convert_ids_to_tokens(end)
+        name = owner.tokenizer.convert_ids_to_tokens(end)
         yield Problem(
             "warning",
             "end of turn",
             f"the template ends a turn with {name!r} (id {end}), generation stops at {stops or 'nothing'}",
             "the former among the latter",
-            f"add {end} to eos_token_id in the Instruct's generation_config.json, or generations run on.",
+            f"add {end} to eos_token_id in the {owner.title}'s generation_config.json, or generations run on.",
         )
 
 
-def _check_template_rows(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
-    """Every token of the Instruct's tokenizer has a row; those that the Base lacks are taken from the Instruct."""
-    assert instruct.tokenizer is not None
-    vocabulary = instruct.tokenizer.get_vocab()
+def _check_template_rows(base: _Side, instruct: _Side, owner: _Side, use: _TemplateUse) -> Iterator[Problem]:
+    """Every token of the tokenizer has a row; those that the Base lacks are taken from the Instruct."""
+    assert owner.tokenizer is not None
+    vocabulary = owner.tokenizer.get_vocab()
     for side in (base, instruct):
         rows = min((info.shape[0] for info in side.vocabulary().values()), default=None)
         beyond = [t for t, i in vocabulary.items() if rows is not None and i >= rows]
@@ -640,8 +645,8 @@ def _check_template_rows(base: _Side, instruct: _Side, use: _TemplateUse) -> Ite
             continue
         needed = [t for t in beyond if vocabulary[t] in use.ids]
         written = ", and the chat template writes some" if needed else ""
-        found = f"{len(beyond)} tokens of the Instruct's tokenizer ({some_of(map(repr, needed or beyond))}) lie beyond "
-        found += f"the {rows} rows of the {side.title}'s embedding{written}"
+        found = f"{len(beyond)} tokens of the {owner.title}'s tokenizer ({some_of(map(repr, needed or beyond))}) lie "
+        found += f"beyond the {rows} rows of the {side.title}'s embedding{written}"
         if side is base:
             yield Problem(
                 "warning",
@@ -660,9 +665,9 @@ def _check_template_rows(base: _Side, instruct: _Side, use: _TemplateUse) -> Ite
             )
 
 
-def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterator[Problem]:
+def _check_untrained(base: _Side, owner: _Side, use: _TemplateUse) -> Iterator[Problem]:
     """Tokens of the template that the Base never learned; see :func:`untrained_rows`."""
-    if base.reader is None or base.tokenizer is None or instruct.tokenizer is None:
+    if base.reader is None or base.tokenizer is None or owner.tokenizer is None:
         return
     seen: dict[int, list[str]] = {}
     for name, info in base.vocabulary().items():
@@ -671,9 +676,7 @@ def _check_untrained(base: _Side, instruct: _Side, use: _TemplateUse) -> Iterato
             for i, reason in _look_for_untrained(base.reader, info, ids, base.tokenizer).items():
                 seen.setdefault(i, []).append(f"{reason} in {name}")
     if seen:
-        told = [
-            f"{instruct.tokenizer.convert_ids_to_tokens(i)!r} ({', '.join(why)})" for i, why in sorted(seen.items())
-        ]
+        told = [f"{owner.tokenizer.convert_ids_to_tokens(i)!r} ({', '.join(why)})" for i, why in sorted(seen.items())]
         yield Problem(
             "warning",
             "untrained tokens",
@@ -745,6 +748,4 @@ _CHECKS: tuple[_Check, ...] = (
     _check_dtypes,
     _check_positions,
     _check_other_settings,
-    _check_tokenizers,
-    _check_template,
 )

@@ -60,6 +60,10 @@ def fresh(pair: ModelPair) -> ModelPair:
     return ModelPair(pair.base, pair.instruct)
 
 
+def fresh_exchanged(pair: ModelPair) -> ModelPair:
+    return ModelPair(pair.base, pair.instruct, template_owner="base")
+
+
 def only(problems: list[Problem]) -> Problem:
     assert len(problems) == 1, [str(p) for p in problems]
     return problems[0]
@@ -316,6 +320,19 @@ class TestVocabulary:
         problems = {p.subject: p for p in ModelPair(str(folder), str(folder)).check()}
         assert problems["instruct vocabulary"].severity == "error"
         assert "tokenizer that belongs to these weights" in problems["instruct vocabulary"].remedy
+
+    def test_the_base_may_own_the_template(self, tied):
+        """With exchanged roles the pair fits; the check looks at the owner's template and end of turn."""
+        exchanged = ModelPair(tied.instruct, tied.base, template_owner="base")
+        assert exchanged.check() == []
+        assert exchanged.tokenizer() is exchanged.base_tokenizer()
+        assert exchanged.template_folder() == Path(tied.instruct)
+        (Path(tied.base) / "chat_template.jinja").unlink()
+        assert fresh_exchanged(exchanged).check() == []
+        lacking = only(ModelPair(tied.instruct, tied.base).check())
+        assert "the Instruct's tokenizer has none" in lacking.found and "pair.template_owner" in lacking.remedy
+        (Path(tied.instruct) / "chat_template.jinja").unlink()
+        assert "the Base's tokenizer has none" in only(fresh_exchanged(exchanged).check()).found
 
     def test_other_token_without_a_row_in_the_instruct(self, tied):
         tokenizer = make_tokenizer()

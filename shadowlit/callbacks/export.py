@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -19,13 +19,14 @@ from torch import Tensor
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ExportError
 from shadowlit.graft.adapter import starts_from_weights
+from shadowlit.graft.delta import write_delta
 from shadowlit.graft.export import (
     export_adapter,
     export_folder,
     logit_difference,
     reload_logits,
 )
-from shadowlit.graft.manifest import add_to_manifest, build_manifest
+from shadowlit.graft.manifest import Manifest, add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -38,13 +39,15 @@ class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
     The weights are those of the best checkpoint by the monitored metric (say ``val/grafted/loss``), or the last ones
-    when nothing is monitored; they stay in the module. Three things are left, each written beside and renamed into
-    place: ``<folder>/model`` (the Instruct's folder with the grafted weights and ``shadowlit.json``, which says where
-    they come from), with LoRA also ``<folder>/adapter`` (for the Instruct, in PEFT's form), and in the manifest the
-    difference between the logits of the validated graft and those of the reloaded folder. Needs a GraftCallback.
+    when nothing is monitored; they stay in the module. What is left is written beside and renamed into place:
+    ``<folder>/model`` (the Instruct's folder with the grafted weights and ``shadowlit.json``, which says where they
+    come from, and how far the logits of the reloaded folder are from the validated ones), with LoRA
+    ``<folder>/adapter`` (for the Instruct, in PEFT's form), and on request ``<folder>/delta`` (the update itself, in
+    bfloat16, as ``shadowlit delta`` has it). Needs a GraftCallback.
 
     Args:
         enabled: Whether to export at all.
+        parts: What to write: model, adapter (where there is one that can be moved), delta.
         folder: Where to; null for ``export`` in the run's own folder.
         max_shard_bytes: The largest size of one safetensors file, in bytes.
         verify: Reload the exported folder on the CPU, in float32, and compare its logits with those of the validated
@@ -52,9 +55,15 @@ class ExportCallback(Callback):
     """
 
     def __init__(
-        self, enabled: bool = True, folder: str | None = None, max_shard_bytes: int = 5_000_000_000, verify: bool = True
+        self,
+        enabled: bool = True,
+        parts: list[Literal["model", "adapter", "delta"]] = ["model", "adapter"],  # noqa: B006 - read only
+        folder: str | None = None,
+        max_shard_bytes: int = 5_000_000_000,
+        verify: bool = True,
     ) -> None:
         self.enabled = enabled
+        self.parts = list(parts)
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
         self.verify = verify
@@ -66,7 +75,7 @@ class ExportCallback(Callback):
             return
         _graft_callback(trainer)
         target = self._target(trainer)
-        if (target / "model").exists() or (target / "adapter").exists():
+        if any((target / part).exists() for part in ("model", "adapter", "delta")):
             raise ExportError(
                 f"{target} holds an export already. Set export.folder to a new folder, or remove that one; nothing is "
                 "overwritten."
@@ -80,15 +89,25 @@ class ExportCallback(Callback):
         callback = _graft_callback(trainer)
         _load_best(trainer, pl_module, callback)
         target = self._target(trainer)
-        probe = _first_batch(trainer)
-        with isolate_rng(), callback.grafted(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
-            pl_module.eval()
-            reference = pl_module(trainer.strategy.batch_to_device(probe)).float().cpu()
-            pl_module.train()
-        graft, scale = callback.build(pl_module), callback.scales[0]
+        manifest = self._manifest(trainer, pl_module, callback)
+        if "model" in self.parts:
+            self._export_model(trainer, pl_module, callback, target / "model", manifest)
+        if "adapter" in self.parts and pl_module.adapter is not None:
+            self._export_adapter(trainer, pl_module, callback, target / "adapter", manifest)
+        if "delta" in self.parts:
+            tensors = callback.build(pl_module).delta_tensors()
+            if trainer.is_global_zero:
+                write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
+            else:
+                _exhaust(tensors)
+        trainer.strategy.barrier("export")
+        rank_zero_info(f"export: {', '.join(self.parts)} of the grafted Instruct: in {target}")
+
+    def _manifest(self, trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> Manifest:
+        graft, scale = callback.build(module), callback.scales[0]
         statistics = graft.statistics(scale)
-        manifest = build_manifest(
-            pl_module.pair,
+        return build_manifest(
+            module.pair,
             scale=scale,
             select=callback.select,
             dtype=callback.dtype,
@@ -97,24 +116,29 @@ class ExportCallback(Callback):
             metrics=callback.metrics,
             config=_resolved_config(trainer),
         )
-        tensors = graft.grafted_tensors(scale)
-        if trainer.is_global_zero:
-            self.exported = export_folder(
-                target / "model",
-                pl_module.pair.instruct_folder(),
-                tensors,
-                dtype=callback.dtype,
-                max_shard_bytes=self.max_shard_bytes,
-                manifest=manifest,
-            )
-        else:
+
+    def _export_model(
+        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Manifest
+    ) -> None:
+        probe = _first_batch(trainer)
+        with isolate_rng(), callback.grafted(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            module.eval()
+            reference = module(trainer.strategy.batch_to_device(probe)).float().cpu()
+            module.train()
+        tensors = callback.build(module).grafted_tensors(callback.scales[0])
+        if not trainer.is_global_zero:
             _exhaust(tensors)
-        if pl_module.adapter is not None:
-            self._export_adapter(trainer, pl_module, callback, target / "adapter", manifest)
-        if self.verify and trainer.is_global_zero:
-            _verify(target / "model", probe, reference, pl_module.pair.trust_remote_code)
-        trainer.strategy.barrier("export")
-        rank_zero_info(f"export: the grafted Instruct lies in {target / 'model'}")
+            return
+        self.exported = export_folder(
+            target,
+            module.pair.instruct_folder(),
+            tensors,
+            dtype=callback.dtype,
+            max_shard_bytes=self.max_shard_bytes,
+            manifest=manifest,
+        )
+        if self.verify:
+            _verify(target, probe, reference, module.pair.trust_remote_code)
 
     def _export_adapter(
         self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Any

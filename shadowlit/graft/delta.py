@@ -217,6 +217,38 @@ class Delta:
         return lost
 
 
+def write_delta(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.bfloat16,
+    manifest: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write an update that comes whole tensor by whole tensor, in the form that :meth:`Delta.open` reads.
+
+    Args:
+        folder: the folder to make; must not exist, or be empty. It appears complete or not at all.
+        tensors: names and updates, float32, on the CPU.
+        dtype: that the delta is stored in.
+        manifest: where it comes from.
+        max_shard_bytes: the largest number of data bytes per file.
+
+    Raises:
+        ExportError: the folder is taken or can't be written.
+        CheckpointError: a value is NaN or infinite.
+    """
+    squares = torch.zeros(2, dtype=torch.float64)
+    with atomic_folder(folder) as partial:
+        with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
+            for name, exact in tensors:
+                stored = exact.to(dtype)
+                squares += torch.stack([_square(exact), _square(stored.float() - exact)])
+                writer.add(name, stored)
+        lost = math.sqrt(float(squares[1] / squares[0])) if squares[0] else 0.0
+        write_json(partial / MANIFEST_FILE, {**plain(manifest or {}), "kind": STEM, "stored_error": lost})
+    return folder
+
+
 @dataclass(frozen=True)
 class TensorStatistics:
     """Size of one tensor of a delta.

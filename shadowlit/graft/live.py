@@ -234,6 +234,18 @@ class LiveGraft:
             yield name, whole(part.to(device), host.parameter).cpu()
 
     @torch.no_grad()
+    def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
+
+        One whole tensor at a time, float32, on the CPU. Every rank must iterate to the end; all ranks get them.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        for host in self._hosts:
+            if host.selected and (host.base is not None or host.adapted is not None):
+                yield host.name, whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+
+    @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
         """The adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
 

@@ -178,7 +178,7 @@ class ShadowModule(LightningModule):
         """
         assert self.model is not None
         tokenizer = self.pair.tokenizer()
-        config = greedy_config(self.pair.instruct_folder(), tokenizer, self.max_new_tokens)
+        config = greedy_config(self.pair.template_folder(), tokenizer, self.max_new_tokens)
         answers = generate_answers(
             self.model,
             tokenizer,

@@ -18,6 +18,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.module import ShadowData
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.delta import Delta
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.parallel import local, local_slices, reshard_all, whole
@@ -55,7 +56,7 @@ def train(folders, kind, strategy, world_size, out, checkpointing=False):
     seed_everything(0)
     module = make_module(folders, kind, activation_checkpointing=checkpointing)
     graft = GraftCallback(scales=[1.0, 0.5], dtype="float32")
-    trainer = make_trainer(strategy, world_size, [graft, ExportCallback(folder=str(out))])
+    trainer = make_trainer(strategy, world_size, [graft, ExportCallback(parts=["model", "delta"], folder=str(out))])
     trainer.fit(module, RandomData())
     sharded = [p for p in module.model.parameters() if isinstance(p, DTensor)]
     return {
@@ -87,6 +88,7 @@ def test_two_processes_are_one(tmp_path, kind, tied):
         for name in exported.tensors:
             other = CheckpointReader(tmp_path / strategy / "model").read(name)
             torch.testing.assert_close(other, exported.read(name), rtol=0, atol=1e-6)
+        assert Delta.open(tmp_path / strategy / "delta").cosine(Delta.open(tmp_path / "one/delta")) > 0.9999
         if strategy == "fsdp2":
             assert [rank["share"] for rank in ranks] == [pytest.approx(0.5, abs=0.02)] * 2
             assert sum(rank["frozen_bytes"] for rank in ranks) == one["frozen_bytes"]

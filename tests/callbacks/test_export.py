@@ -1,0 +1,36 @@
+"""The update as an artefact of a run."""
+
+import pytest
+import torch
+
+from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.delta import Delta
+from tests.callbacks.test_graft import KINDS, fit
+from tests.tiny import save_pair
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_exported_delta_is_what_the_exported_model_has_more_than_the_instruct(tmp_path, kind):
+    folders = save_pair(tmp_path, "qwen3")
+    target = tmp_path / "export"
+    fit(tmp_path, folders, kind, [GraftCallback(), ExportCallback(parts=["model", "delta"], folder=str(target))])
+    assert not (target / "adapter").exists()
+    delta, instruct, grafted = (
+        Delta.open(target / "delta"),
+        CheckpointReader(folders[1]),
+        CheckpointReader(target / "model"),
+    )
+    changed = [name for name in instruct.tensors if not torch.equal(instruct.read(name), grafted.read(name))]
+    assert set(changed) == set(delta.shapes) and len(changed) == 14
+    for name in changed:
+        gained = grafted.read(name).double() - instruct.read(name).double()
+        torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)
+    assert 0 < delta.manifest["stored_error"] < 2**-8 and delta.manifest["kind"] == "delta"
+
+
+def test_only_the_delta_can_be_written(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    fit(tmp_path, folders, "lora", [GraftCallback(), ExportCallback(parts=["delta"], folder=str(tmp_path / "export"))])
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["delta"]
