@@ -41,11 +41,19 @@ class Conversation:
 
     def __str__(self) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
-        return _place(self.source, self.row, self.line)
+        return place(self.source, self.row, self.line)
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """A row as it was read.
+
+    Attributes:
+        index: 0-based index in the source.
+        line: 1-based line of a JSONL file, else None.
+        columns: What the row holds; an object with named columns unless the file is malformed.
+    """
+
     index: int
     line: int | None
     columns: Any
@@ -67,7 +75,7 @@ def read_conversations(
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
             of those are listed.
     """
-    rows = _read_rows(source, use)
+    rows = read_rows(source, use)
     if not rows:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
@@ -81,8 +89,8 @@ def read_conversations(
     if first.get("tools"):
         rank_zero_warn(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.")
 
-    def convert(row: _Row) -> Conversation:
-        where = _place(source, row.index, row.line)
+    def convert(row: Row) -> Conversation:
+        where = place(source, row.index, row.line)
         if not isinstance(row.columns, dict):
             raise DataError(f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it.")
         try:
@@ -140,11 +148,17 @@ def fetch(source: str, use: str) -> None:
     _read_hub(source, use)
 
 
-def _place(source: str, row: int, line: int | None) -> str:
+def place(source: str, row: int, line: int | None) -> str:
+    """``sample 17 of train.jsonl (line 18)``."""
     return f"sample {row} of {source}" + (f" (line {line})" if line is not None else "")
 
 
-def _read_rows(source: str, use: str) -> list[_Row]:
+def read_rows(source: str, use: str) -> list[Row]:
+    """Read all rows as they are; ``source`` and ``use`` as for :func:`read_conversations`.
+
+    Raises:
+        DataError: The source can't be read, or a line is broken JSON.
+    """
     path = Path(source).expanduser()
     folder, split = _folder_of(source)
     if folder:
@@ -179,8 +193,8 @@ def _folder_of(source: str) -> tuple[Path | None, str | None]:
     return None, None
 
 
-def _enumerate(rows: Iterable[Any]) -> list[_Row]:
-    return [_Row(index, None, row) for index, row in enumerate(rows)]
+def _enumerate(rows: Iterable[Any]) -> list[Row]:
+    return [Row(index, None, row) for index, row in enumerate(rows)]
 
 
 def _read_text(source: str, path: Path) -> str:
@@ -195,7 +209,7 @@ def _read_text(source: str, path: Path) -> str:
         ) from None
 
 
-def _read_json(source: str, path: Path) -> list[_Row]:
+def _read_json(source: str, path: Path) -> list[Row]:
     text = _read_text(source, path)
     if not text.lstrip().startswith("["):  # many .json files hold one object per line
         return _read_lines(source, text)
@@ -208,28 +222,28 @@ def _read_json(source: str, path: Path) -> list[_Row]:
         ) from None
 
 
-def _read_jsonl(source: str, path: Path) -> list[_Row]:
+def _read_jsonl(source: str, path: Path) -> list[Row]:
     return _read_lines(source, _read_text(source, path))
 
 
-def _read_lines(source: str, text: str) -> list[_Row]:
+def _read_lines(source: str, text: str) -> list[Row]:
     # Not splitlines(), which also breaks at characters that JSON strings may hold.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
-    def parse(item: tuple[int, tuple[int, str]]) -> _Row:
+    def parse(item: tuple[int, tuple[int, str]]) -> Row:
         index, (number, line) = item
         try:
-            return _Row(index, number, json.loads(line))
+            return Row(index, number, json.loads(line))
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{_place(source, index, number)} is broken JSON: {error.msg} in column {error.colno}. Correct or "
+                f"{place(source, index, number)} is broken JSON: {error.msg} in column {error.colno}. Correct or "
                 "remove the line; each line holds one whole object."
             ) from None
 
     return collect(parse, enumerate(lines))
 
 
-def _read_parquet(source: str, path: Path) -> list[_Row]:
+def _read_parquet(source: str, path: Path) -> list[Row]:
     import pyarrow
     import pyarrow.parquet
 

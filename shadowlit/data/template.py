@@ -118,10 +118,8 @@ def encode_turns(
         return [encode(tokenizer, _only_last(messages[: i + 1]), **template_kwargs) for i in trained]
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any
-) -> list[int]:
-    """Tokenise what an answer is asked by: the conversation without its final answer, and the generation prompt.
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any) -> str:
+    """What an answer is asked by, as text: the conversation without its final answer, and the generation prompt.
 
     Args:
         tokenizer: As for :func:`encode`.
@@ -129,16 +127,25 @@ def encode_prompt(
             turns of a conversation that ends with another role, belong to the prompt.
         template_kwargs: As for :func:`encode`.
 
-    Returns:
-        ``[T]`` tokens.
-
     Raises:
         DataError: Nothing stands before the answer, or as :func:`encode`.
     """
+    _template(tokenizer)
     prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if not prompt:
         raise DataError("has no turn before the answer, so no prompt. Add the question.")
-    return _tokenise(tokenizer, _render(tokenizer, prompt, True, template_kwargs))[0]
+    return _render(tokenizer, prompt, True, template_kwargs)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any
+) -> list[int]:
+    """The ``[T]`` tokens of :func:`render_prompt`, with the same arguments.
+
+    Raises:
+        DataError: As :func:`render_prompt`.
+    """
+    return _tokenise(tokenizer, render_prompt(tokenizer, messages, **template_kwargs))[0]
 
 
 def load_template(path: str) -> str:

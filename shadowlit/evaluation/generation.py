@@ -1,12 +1,67 @@
-"""Greedy answers of whatever weights stand in a model."""
+"""Answers of whatever weights stand in a model: greedy, or drawn by a sampler."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer.
+
+    Attributes:
+        text: Without special tokens, cut before a stop string.
+        num_tokens: Its tokens, without the end of turn; those of a stop string are counted.
+        finished: Ended by itself, by an end of turn or a stop string, rather than by the limit.
+    """
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+class StopStrings(StoppingCriteria):
+    """Ends a row as soon as its generated text holds a stop string; the prompt's text doesn't count.
+
+    Args:
+        tokenizer: Gives the text.
+        stop: The strings.
+        prompt_length: Length of the padded prompts, in tokens.
+        num_rows: Rows of the batch.
+
+    Attributes:
+        lengths: Of each row the number of generated tokens at which it ended, None as long as it hasn't.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int, num_rows: int):
+        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+        self.lengths: list[int | None] = [None] * num_rows
+        # A token has a byte at least; some decoders trim the space of the first ones, which mustn't belong to a string.
+        self.window = max((len(string.encode()) for string in stop), default=0) + 8
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        """Return ``[B]``, true for rows that have ended."""
+        length = input_ids.shape[1] - self.prompt_length
+        tails = input_ids[:, self.prompt_length :][:, -self.window :].tolist()
+        for row, tail in enumerate(tails):
+            if self.lengths[row] is None:
+                text = self.tokenizer.decode(tail)
+                if any(string in text for string in self.stop):
+                    self.lengths[row] = length
+        return torch.tensor([ended is not None for ended in self.lengths], device=input_ids.device)
 
 
 def greedy_config(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
@@ -25,18 +80,25 @@ def greedy_config(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_toke
         max_new_tokens=max_new_tokens,
         eos_token_id=stop if stop is not None else tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        # What is left open is filled from the model: a config made for training may turn the cache off, and a chat
+        # model may bring a penalty.
+        use_cache=True,
+        repetition_penalty=1.0,
     )
 
 
 @torch.no_grad()
-def generate_answers(
+def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
     input_ids: Tensor,
     attention_mask: Tensor,
+    *,
     synced_gpus: bool = False,
-) -> list[str]:
+    stop: Sequence[str] = (),
+    sampler: LogitsProcessor | None = None,
+) -> list[Answer]:
     """Answer a batch of prompts.
 
     Args:
@@ -46,16 +108,59 @@ def generate_answers(
         input_ids: ``[B, T]``, left-padded.
         attention_mask: ``[B, T]``, 0 on padding.
         synced_gpus: keep all ranks generating until the last one is done, which sharded models need.
+        stop: strings that end an answer too.
+        sampler: chooses the tokens, e.g. a :class:`~shadowlit.evaluation.sampling.RowSampler`; None for greedy.
 
     Returns:
         ``B`` answers.
     """
+    prompt_length = input_ids.shape[1]
+    stopping = StopStrings(tokenizer, stop, prompt_length, len(input_ids))
     was_training = model.training
     model.eval()
     try:
         generated = model.generate(  # type: ignore[operator]
-            input_ids=input_ids, attention_mask=attention_mask, generation_config=config, synced_gpus=synced_gpus
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampler] if sampler is not None else []),
+            stopping_criteria=StoppingCriteriaList([stopping] if stop else []),
+            synced_gpus=synced_gpus,
         )
     finally:
         model.train(was_training)
-    return tokenizer.batch_decode(generated[:, input_ids.shape[1] :], skip_special_tokens=True)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [
+        _answer(tokenizer, tokens, ends, length, stop)
+        for tokens, length in zip(generated[:, prompt_length:].tolist(), stopping.lengths, strict=True)
+    ]
+
+
+def generate_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    synced_gpus: bool = False,
+) -> list[str]:
+    """The texts of :func:`generate`, with the same arguments."""
+    answers = generate(model, tokenizer, config, input_ids, attention_mask, synced_gpus=synced_gpus)
+    return [answer.text for answer in answers]
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: list[int],
+    ends: list[int | None],
+    length: int | None,
+    stop: Sequence[str],
+) -> Answer:
+    """The answer in a row of generated tokens, which padding follows once it has ended."""
+    tokens = tokens[:length]
+    end = next((i for i, token in enumerate(tokens) if token in ends), None)
+    text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    assert isinstance(text, str)
+    for string in stop:
+        text = text.split(string)[0]
+    return Answer(text, len(tokens[:end]), finished=end is not None or length is not None)

@@ -1,0 +1,253 @@
+"""Generated answers: does the model give the right one when it is asked?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from shadowlit.data.collate import PromptCollate
+from shadowlit.errors import DataError
+from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
+from shadowlit.evaluation.generation import Answer, generate, greedy_config
+from shadowlit.evaluation.matching import Match, Matcher
+from shadowlit.evaluation.prompts import Asking, context_length
+from shadowlit.evaluation.rows import Columns, fingerprint, read_field, read_items
+from shadowlit.evaluation.sampling import RowSampler
+from shadowlit.evaluation.sums import SampleSums, mean, standard_error
+from shadowlit.pair import ModelPair
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A row: what is asked, as text and tokens, and the answers that are right."""
+
+    index: int
+    prompt: str
+    tokens: tuple[int, ...]
+    references: tuple[str, ...]
+
+
+class Generation(Evaluator):
+    r"""Lets the model answer, until it ends its turn, and compares the answers with references.
+
+    Greedy unless ``temperature`` is positive. Sampled answers follow from ``seed`` and the row's number in the file:
+    they are the same in every validation whose weights are the same, on any number of processes and with any batch
+    size, up to roundings of the forward pass, and take nothing from the training's random numbers.
+
+    Metrics: ``score``, the share of right answers; ``stderr`` of it; ``num_samples``, of which ``num_too_long`` have a
+    prompt that leaves no room for ``max_new_tokens`` in ``max_length`` (these score 0 and are never cut);
+    ``num_unfinished``, the answers that were cut at ``max_new_tokens`` (they are scored as they are), and
+    ``unfinished``, their share of all answers; ``answer_tokens``, an answer's mean length.
+
+    Samples: ``index``, ``score``, ``prompt`` as the model reads it, ``answer``, ``reference`` (a list where there are
+    several), ``finished``; ``too_long`` for prompts that weren't asked.
+
+    Args:
+        data: File with the rows: JSONL, JSON or Parquet.
+        prompt: The field with the question. A row without it is asked by its ``messages``, whose last turn isn't shown
+            to the model if it is the assistant's.
+        answer: The field with the reference: a text or number, or a list of which any is right. Null for the
+            assistant's turn at the end of ``messages``.
+        match: How answers are compared. ``exact``: the same text; ``numeric``: the same last number; ``contains``: the
+            reference is part of the answer; ``regex``: ``pattern`` is found in the answer. White space around an answer
+            never counts.
+        pattern: For ``match: regex``; ``{answer}`` in it stands for the escaped reference, e.g. ``'^{answer}(?!\w)'``.
+            Without it, no reference is needed, e.g. ``'(?i)^sorry\b'``.
+        extract: A regular expression whose last match (its first group) is compared in the answer's place; an answer
+            without a match is wrong. Null for the whole answer.
+        ignore_case: Upper and lower case are the same.
+        ignore_punctuation: ASCII punctuation is left out of answer and reference.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: 0 for greedy; else the logits are divided by it and tokens are drawn.
+        top_p: Draw only from the most probable tokens that have this share of the probability together.
+        seed: Other answers when tokens are drawn.
+        stop: Strings that end an answer, beside the Instruct's own end of turn; they aren't part of it.
+        chat: Ask through the Instruct's chat template, with its generation prompt; false for plain text.
+        system: A system turn for conversations that have none.
+        max_length: Longest prompt with its answer, in tokens; null for the model's own context.
+        every: Run in every so many-th validation, and in the last one.
+        limit: Use only so many rows, evenly spread over the file; null for all.
+        batch_size: Rows per process and forward.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        prompt: str = "question",
+        answer: str | None = None,
+        match: Match = "exact",
+        pattern: str | None = None,
+        extract: str | None = None,
+        ignore_case: bool = False,
+        ignore_punctuation: bool = False,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: list[str] | None = None,
+        chat: bool = True,
+        system: str | None = None,
+        max_length: int | None = None,
+        every: int = 1,
+        limit: int | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(every, limit, batch_size)
+        self.data, self.answer = data, answer
+        self.matcher = Matcher(match, pattern, extract, ignore_case, ignore_punctuation)
+        self.asking = Asking(prompt, chat, system)
+        self.max_new_tokens, self.max_length = max_new_tokens, max_length
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.stop = stop or []
+        if max_new_tokens < 1:
+            raise DataError(f"max_new_tokens is {max_new_tokens}; expected at least 1.")
+        if temperature < 0:
+            raise DataError(f"temperature is {temperature}; expected 0 for greedy answers, or a positive number.")
+        if not 0 < top_p <= 1:
+            raise DataError(f"top_p is {top_p}; expected a share above 0 and at most 1.")
+        if top_p < 1 and temperature == 0:
+            raise DataError(f"top_p is {top_p} with temperature=0, which draws nothing. Set temperature=1 or top_p=1.")
+        if not all(self.stop):
+            raise DataError("stop holds an empty string, which would end every answer at once. Remove it.")
+        self._items: list[_Item] | None = None
+        self._limit_tokens: int | None = None
+
+    def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
+        """Read and tokenise the rows.
+
+        Raises:
+            DataError: No rows, missing or empty fields, no reference, or a refusal of the chat template, up to five
+                problems in one message; or an answer alone would fill ``max_length``.
+        """
+        context = context_length(pair, self.max_length)
+        if context is not None and self.max_new_tokens >= context:
+            raise DataError(
+                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt in {context} tokens. "
+                "Lower it, or raise max_length if the model takes more."
+            )
+        self._limit_tokens = None if context is None else context - self.max_new_tokens
+        items = read_items(
+            self.data, self.limit, partial(self._item, tokenizer=pair.tokenizer(), template_kwargs=template_kwargs)
+        )
+        # Rows of like length share a batch; the longest first, so that memory runs out at once or never.
+        self._items = sorted(items, key=lambda item: -len(item.tokens))
+        num_too_long = sum(map(self._is_too_long, items))
+        if num_too_long:
+            rank_zero_warn(
+                f"{num_too_long} of {len(items)} prompts of {self.data} have more than {self._limit_tokens} tokens, so "
+                f"that no {self.max_new_tokens} fit behind them, and score 0. Lower max_new_tokens, or shorten them."
+            )
+
+    def run(self, scene: Scene) -> Findings:
+        """Ask and compare; a collective, to be called on all ranks alike."""
+        assert self._items is not None, "read() comes before run()"
+        config = greedy_config(scene.pair.template_folder(), scene.pair.tokenizer(), self.max_new_tokens)
+        sums = SampleSums("score", "squares", "num_too_long", "num_unfinished", "answer_tokens").to(scene.device)
+        samples: list[dict[str, Any]] = []
+        for rows in self.own(len(self._items), scene):
+            own = [self._items[row] for row in rows if row >= 0]
+            fitting = [item for item in own if not self._is_too_long(item)]
+            answers = dict(zip((item.index for item in fitting), self._answers(fitting, config, scene), strict=True))
+            batch = [self._judge(item, answers.get(item.index)) for item in own]
+            sums.update([numbers for numbers, _ in batch])
+            samples += [sample for _, sample in batch]
+        return Findings(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
+
+    def signature(self) -> str:
+        """A hash of the tokenised rows and of all settings that change an answer or its score."""
+        assert self._items is not None, "read() comes before signature()"
+        sampling = (self.temperature, self.top_p, self.seed) if self.temperature else "greedy"
+        settings = (self.matcher, self.max_new_tokens, self._limit_tokens, self.stop, sampling)
+        return fingerprint(type(self).__name__, self._items, *settings)
+
+    def _item(
+        self, index: int, columns: Columns, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
+    ) -> _Item:
+        prompt = self.asking.prompt(columns, tokenizer, template_kwargs)
+        if self.answer is not None:
+            references = _references(columns, self.answer)
+        else:
+            references = () if prompt.answer is None else (prompt.answer,)
+        self.matcher.check(references)
+        return _Item(index, prompt.text, tuple(self.asking.tokens(prompt.text, tokenizer)), references)
+
+    def _is_too_long(self, item: _Item) -> bool:
+        return self._limit_tokens is not None and len(item.tokens) > self._limit_tokens
+
+    def _answers(self, items: Sequence[_Item], config: GenerationConfig, scene: Scene) -> list[Answer]:
+        """The answers; one call of the model's generation in any case, since ranks wait for each other in it."""
+        tokenizer = scene.pair.tokenizer()
+        pad = config.pad_token_id if config.pad_token_id is not None else 0
+        rows = [{"input_ids": list(item.tokens), "index": item.index} for item in items]
+        if not rows:
+            # A rank without rows takes one step, and follows the others' for as long as they need.
+            config = copy(config)
+            config.max_new_tokens = 1
+            rows = [{"input_ids": [pad], "index": -1}]
+        batch = PromptCollate(pad)(rows)
+        sampler = None
+        if self.temperature:
+            sampler = RowSampler(
+                batch["index"].tolist(),
+                seed=self.seed,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                prompt_length=batch["input_ids"].shape[1],
+                max_new_tokens=self.max_new_tokens,
+            )
+        with scene.autocast():
+            answers = generate(
+                scene.model,
+                tokenizer,
+                config,
+                batch["input_ids"].to(scene.device),
+                batch["attention_mask"].to(scene.device),
+                synced_gpus=scene.world_size > 1,
+                stop=self.stop,
+                sampler=sampler,
+            )
+        return answers[: len(items)]
+
+    def _judge(self, item: _Item, answer: Answer | None) -> tuple[dict[str, float], dict[str, Any]]:
+        """The numbers of a row that are summed, and what is shown of it."""
+        reference = item.references[0] if len(item.references) == 1 else list(item.references)
+        sample = {"index": item.index, "score": 0.0, "prompt": item.prompt, "answer": "", "reference": reference}
+        if answer is None:
+            return {"num_too_long": 1}, {**sample, "finished": False, "too_long": True}
+        score = float(self.matcher.is_match(answer.text, item.references))
+        numbers = {
+            "score": score,
+            "squares": score,
+            "num_unfinished": float(not answer.finished),
+            "answer_tokens": answer.num_tokens,
+        }
+        return numbers, {**sample, "score": score, "answer": answer.text, "finished": answer.finished}
+
+
+def _references(columns: Columns, name: str) -> tuple[str, ...]:
+    """The references in field ``name``: a text, a number, or a list of them."""
+    value = read_field(columns, name)
+    values = value if isinstance(value, list) else [value]
+    if not values or not all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values):
+        raise DataError(f"has {value!r} in '{name}'; expected a text, a number or a list of them. Correct it.")
+    return tuple(map(str, values))
+
+
+def _metrics(sums: dict[str, float]) -> dict[str, float]:
+    count = sums["num_samples"]
+    num_answers = count - sums["num_too_long"]
+    return {
+        "score": mean(sums["score"], count),
+        "stderr": standard_error(sums["score"], sums["squares"], count),
+        "num_samples": count,
+        "num_too_long": sums["num_too_long"],
+        "num_unfinished": sums["num_unfinished"],
+        "unfinished": mean(sums["num_unfinished"], num_answers),
+        "answer_tokens": mean(sums["answer_tokens"], num_answers),
+    }
