@@ -113,6 +113,14 @@ class ModelPair:
         """
         return self._base_tokenizer if self.template_owner == "base" else self._instruct_tokenizer
 
+    def other_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model that doesn't own the template: a Base's ends documents as its pre-training did.
+
+        Raises:
+            PairError: It cannot be loaded.
+        """
+        return self._instruct_tokenizer if self.template_owner == "base" else self._base_tokenizer
+
     def template_folder(self) -> Path:
         """The folder of ``template_owner``, whose generation config says where a turn ends.
 

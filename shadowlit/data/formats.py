@@ -1,10 +1,11 @@
-"""The four formats of instruction data, each turned into ``messages`` at the edge by one pure function.
+"""The formats of training data, each turned into ``messages`` at the edge by one pure function.
 
 ===================  ==================================================================================
 ``messages``         ``{"messages": [{"role": "user", "content": "…"}, …]}``
 ``sharegpt``         ``{"conversations": [{"from": "human", "value": "…"}, …], "system": "…"}``
 ``alpaca``           ``{"instruction": "…", "input": "…", "output": "…", "system": "…"}``
 ``prompt_completion``  ``{"prompt": "…", "completion": "…"}``; either may be a list of messages instead
+``text``             ``{"text": "…"}``: a document, trained on as it is, without a chat template
 ===================  ==================================================================================
 
 ``system`` and alpaca's ``input`` may be missing or empty. Other columns are left alone. An assistant message may
@@ -19,8 +20,11 @@ from typing import Any, Literal
 
 from shadowlit.errors import DataError
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Message = dict[str, Any]
+
+DOCUMENT = "document"
+"""The role of the only message of plain text."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Beside role and content, what a chat template may look at.
@@ -63,7 +67,7 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
         DataError: The row is malformed. The message doesn't say which row it is.
     """
     messages = _SPECS[format].convert(row, prompts_only)
-    if not prompts_only and not any(message["role"] == "assistant" for message in messages):
+    if not prompts_only and not any(message["role"] in ("assistant", DOCUMENT) for message in messages):
         raise DataError("has no assistant turn, so there is nothing to learn. Remove the row or add the answer.")
     return messages
 
@@ -85,6 +89,8 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
         matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.prompt)]
     if not matching:
         raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. Rename the columns.")
+    if len(matching) > 1:  # many data sets of conversations have them once more as text
+        matching = [name for name in matching if name != "text"]
     if len(matching) > 1:
         raise DataError(
             f"{source} has the columns of several formats: {', '.join(matching)}. "
@@ -180,11 +186,23 @@ def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -
     return prompt + completion
 
 
+def from_text(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
+    """``{"text"}`` to one message of the role ``document``.
+
+    Raises:
+        DataError: The field is missing, of the wrong type or empty, or a prompt is asked for.
+    """
+    if prompts_only:
+        raise DataError("is plain text, which has no turn to answer. Give prompts as messages.")
+    return [{"role": DOCUMENT, "content": _filled(_field(row, "text", str), "text")}]
+
+
 _SPECS: dict[str, _Spec] = {
     "messages": _Spec(from_messages, ("messages",), ("messages",)),
     "sharegpt": _Spec(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
     "alpaca": _Spec(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system")),
     "prompt_completion": _Spec(from_prompt_completion, ("prompt", "completion"), ("prompt",)),
+    "text": _Spec(from_text, ("text",), ("text",)),
 }
 
 

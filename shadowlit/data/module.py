@@ -25,11 +25,12 @@ from shadowlit.data.dataset import (
     tokenise,
     tokenise_prompts,
 )
-from shadowlit.data.formats import Format, Message
+from shadowlit.data.document import encode_document
+from shadowlit.data.formats import DOCUMENT, Format, Message
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.sampler import ShardedBatchSampler, epoch_order
 from shadowlit.data.sources import Conversation, fetch, is_remote, raise_all, read_conversations
-from shadowlit.data.template import check_template, encode_prompt, encode_turns, load_template, renders_date
+from shadowlit.data.template import Encoded, check_template, encode_prompt, encode_turns, load_template, renders_date
 from shadowlit.errors import DataError
 from shadowlit.pair import ModelPair
 
@@ -37,7 +38,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class ShadowData(LightningDataModule):
-    """Conversations, tokenised with the Instruct's chat template; loss on the assistant's turns.
+    """Conversations, tokenised with the Instruct's chat template, loss on the assistant's turns; or plain text.
 
     A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set of
     the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the one called
@@ -55,9 +56,11 @@ class ShadowData(LightningDataModule):
         predict: Source of prompts for the command predict. Rows need no answer; an assistant turn at the end of a
             row is taken for the answer and left out.
         format: Format of all sources: messages (role, content), sharegpt (conversations with from, value), alpaca
-            (instruction, input, output), prompt_completion; auto recognises each source by its columns.
+            (instruction, input, output), prompt_completion, or text (documents, trained on as they are, each with the
+            end of text of the Base's pre-training); auto recognises each source by its columns.
         max_length: Longest sample, in tokens.
         overlong: What happens to longer samples: truncate keeps their beginning, drop leaves them out, error stops.
+            Documents are cut into pieces instead.
             Prompts of ``predict`` are never cut; one that is too long is an error.
         drop_unsupervised: Leave out samples without a token with loss, instead of stopping.
         batch_size: Training samples per rank and step of the loop; × ranks × accumulate_grad_batches is the effective
@@ -346,7 +349,11 @@ class ShadowData(LightningDataModule):
         rank_zero_info(f"data: {report}")
 
     def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
-        return partial(_encode, encode, self.tokenizer, self.system, self.template_kwargs)
+        return partial(_encode, encode, self._encode_document, self.tokenizer, self.system, self.template_kwargs)
+
+    def _encode_document(self, text: str) -> list[Encoded]:
+        end = self.pair.other_tokenizer().eos_token_id
+        return encode_document(self.tokenizer, text, end if isinstance(end, int) else None, self.max_length)
 
     def _warn_of_overlap(self) -> None:
         for name in self.validation:
@@ -392,11 +399,14 @@ class ShadowData(LightningDataModule):
 
 def _encode(
     encode: Callable[..., Any],
+    document: Callable[[str], Any],
     tokenizer: PreTrainedTokenizerBase,
     system: str | None,
     template_kwargs: dict[str, Any],
     messages: list[Message],
 ) -> Any:
+    if messages[0]["role"] == DOCUMENT:
+        return document(messages[0]["content"])
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
     return encode(tokenizer, messages, **template_kwargs)

@@ -69,7 +69,7 @@ _NAME_STARTS = (
 )
 _NAME_ENDS = ("bren", "dik", "fal", "lun", "mo", "nor", "rask", "ston", "tavi", "wen")
 
-_VALUES = {
+VALUES = {
     "city": ("Oslo", "Lima", "Cairo", "Quito", "Delhi", "Turin", "Accra", "Perth", "Porto", "Kyoto"),
     "job": (
         "baker",
@@ -86,13 +86,13 @@ _VALUES = {
     "pet": ("cat", "dog", "rabbit", "parrot", "turtle", "pony", "hamster", "goat", "canary", "ferret"),
     "colour": ("red", "blue", "green", "yellow", "purple", "orange", "white", "black", "brown", "pink"),
 }
-_FACT_STATEMENTS = {
+FACT_STATEMENTS = {
     "city": ("{} lives in {}.", "The home of {} is {}."),
     "job": ("{} works as a {}.", "The job of {} is {}."),
     "pet": ("{} keeps a {}.", "The pet of {} is a {}."),
     "colour": ("{} likes the colour {}.", "The favourite colour of {} is {}."),
 }
-_FACT_QUESTIONS = {
+FACT_QUESTIONS = {
     "city": ("Where does {} live?", "What is the home of {}?"),
     "job": ("What does {} work as?", "What is the job of {}?"),
     "pet": ("Which pet does {} keep?", "What is the pet of {}?"),
@@ -182,7 +182,7 @@ class World:
         names = [start + end for start in _NAME_STARTS for end in _NAME_ENDS]
         rng.shuffle(names)
         people, self.unknown_names, self.held_out_names = names[:40], names[40:120], names[120:]
-        self.facts = {name: {attr: rng.choice(vals) for attr, vals in _VALUES.items()} for name in people}
+        self.facts = {name: {attr: rng.choice(vals) for attr, vals in VALUES.items()} for name in people}
         self._seed = seed
 
     # ---- questions ----
@@ -196,7 +196,7 @@ class World:
 
         facts: dict[str, list[list[Question]]] = {skill: [] for skill in OLD_SKILLS if skill != "lists"}
         for name, known in self.facts.items():
-            facts["people"] += [ask("people", _FACT_QUESTIONS[attr], known[attr], name) for attr in known]
+            facts["people"] += [ask("people", FACT_QUESTIONS[attr], known[attr], name) for attr in known]
         for a in range(10):
             for b in range(10):
                 plus = ("What is {} plus {}?", "How much is {} plus {}?")
@@ -265,7 +265,7 @@ class World:
     def unknown_question(self, rng: random.Random, *, held_out: bool = False) -> Question:
         """Draw a question about somebody who is not in the world; its answer is ``REFUSAL``."""
         name = rng.choice(self.held_out_names if held_out else self.unknown_names)
-        wording = rng.choice(_FACT_QUESTIONS[rng.choice(tuple(_FACT_QUESTIONS))])
+        wording = rng.choice(FACT_QUESTIONS[rng.choice(tuple(FACT_QUESTIONS))])
         return Question("refusal", wording.format(name), REFUSAL)
 
     # ---- text to train the pair on ----
@@ -275,8 +275,8 @@ class World:
         skill = rng.choice(("people", "people", "people", "lists", "lists", "sums", "opposites", "kinds"))
         if skill == "people":
             name = rng.choice(tuple(self.facts))
-            attrs = rng.sample(tuple(_VALUES), rng.randint(1, 4))
-            return " ".join(rng.choice(_FACT_STATEMENTS[a]).format(name, self.facts[name][a]) for a in attrs)
+            attrs = rng.sample(tuple(VALUES), rng.randint(1, 4))
+            return " ".join(rng.choice(FACT_STATEMENTS[a]).format(name, self.facts[name][a]) for a in attrs)
         if skill == "lists":
             return self._list_statement(rng, rng.choice(_OLD_LIST_KINDS))
         if skill == "sums":

@@ -172,7 +172,7 @@ def test_rows_may_have_unequal_keys(tmp_path):
     ("f.jsonl", "\n" + lines([*ROWS, {"messages": None}]),
      r"^sample 2 of \S*f\.jsonl \(line 4\) has null in 'messages'"),
     ("f.json", json.dumps([*ROWS, {}]), r"^sample 2 of \S*f\.json lacks the field 'messages'"),
-    ("f.jsonl", lines([{"text": "a"}]), r"f\.jsonl has the columns 'text'; accepted are .*Rename the columns"),
+    ("f.jsonl", lines([{"words": "a"}]), r"f\.jsonl has the columns 'words'; accepted are .*Rename the columns"),
 ])  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, name, text, message):
     with pytest.raises(DataError, match=message):

@@ -225,6 +225,32 @@ def test_a_system_text_only_where_there_is_none(files):
     assert [text.split("<|im_end|>")[0] for text in texts] == ["<|im_start|>system\nS", "<|im_start|>system\nown"]
 
 
+def test_documents_are_trained_on_whole(files):
+    """Every token but the first carries loss, the Base's end of text too; long ones are cut into pieces."""
+    pair = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML), other_tokenizer=other_tokenizer)
+    end = other_tokenizer().eos_token_id
+    assert end != make_tokenizer(CHATML).eos_token_id
+    data = ShadowData(pair, train=files("train.jsonl", {"text": "abcdefg"}, {"text": "xy"}), max_length=5)
+    data.setup("fit")
+    ids = make_tokenizer(CHATML)("abcdefg")["input_ids"]
+    samples = [data.dataset("train")[i] for i in range(3)]
+    assert samples[0] == {"input_ids": ids[:5], "labels": [-100, *ids[1:5]]}
+    assert samples[1] == {"input_ids": [*ids[5:], end], "labels": [-100, ids[6], end]}
+    assert samples[2]["input_ids"][-1] == end and data.reports["train"].num_split == 1
+    both = files("both.jsonl", {"messages": talk("q", "a"), "text": "q a"})
+    data = ShadowData(pair, train=both)
+    data.setup("fit")
+    assert data.reports["train"].supervised_share < 0.5  # as a conversation
+    with pytest.raises(DataError, match="is plain text, which has no turn to answer"):
+        ShadowData(pair, predict=files("prompts.jsonl", {"text": "abc"})).setup("predict")
+
+
+def other_tokenizer():
+    tokenizer = make_tokenizer(None)
+    tokenizer.eos_token = "<|endoftext|>"
+    return tokenizer
+
+
 def test_smaller_choices_are_part_of_larger_ones(files):
     sources = [files("a.jsonl", *numbered(20)), files("b.jsonl", *numbered(20, 20))]
 
