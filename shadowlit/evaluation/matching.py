@@ -78,7 +78,9 @@ class Matcher:
             DataError: There is none where one is needed, one is empty, or one holds no number for ``numeric``.
         """
         if self.needs_reference and not references:
-            raise DataError("has no reference answer. Add it, or use match=regex with a pattern without {answer}.")
+            raise DataError(
+                "has no reference answer. Set answer to its field, or use match=regex with a pattern without {answer}."
+            )
         for reference in references:
             if not self._plain(reference) and self.needs_reference:
                 raise DataError(f"has the empty reference {reference!r}. Fill it or remove the row.")

@@ -1,0 +1,49 @@
+"""Where evaluators run in tests: a model of a folder, in this process; and rows in files."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from shadowlit.evaluation.evaluator import Scene
+from shadowlit.pair import ModelPair
+
+DEMO = Path(__file__).parents[2] / "shadowlit/demo"
+DEMO_PAIR = (DEMO / "pair/base", DEMO / "pair/instruct")
+
+
+def make_scene(folders, model=None, rank=0, world_size=1, **template_kwargs):
+    """The Instruct of ``folders`` (base, instruct) in evaluation mode, or another model."""
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    return Scene(
+        model=model.eval(),
+        pair=ModelPair(*map(str, folders)),
+        device=torch.device("cpu"),
+        rank=rank,
+        world_size=world_size,
+        autocast=nullcontext,
+        reference=nullcontext,
+        template_kwargs=template_kwargs,
+    )
+
+
+def evaluate(evaluator, scene):
+    """Read, run."""
+    evaluator.read(scene.pair, scene.template_kwargs)
+    return evaluator.run(scene)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def demo_rows(name, count):
+    """Some of the demonstration's rows, as questions with answers."""
+    lines = (DEMO / f"data/{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    return [{**row, "question": row["messages"][0]["content"]} for row in map(json.loads, lines)]
