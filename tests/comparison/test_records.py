@@ -8,7 +8,9 @@ from shadowlit.errors import DataError
 
 RECORDS = [
     Record("Instruct", metrics={"new/score": 0.25}, samples={"new": {0: 0.0, 7: 0.5}}),
-    Record("B2I", 2e-3, 1, 0.5, {"loss": 1.5}, {"old": {3: 1.0}}, {"train_s": 2.0}, {"sigma": 0.02}, {0.0: 1.0, 0.5: 2}),
+    Record(
+        "B2I", 2e-3, 1, 0.5, {"loss": 1.5}, {"old": {3: 1.0}}, {"train_s": 2.0}, {"sigma": 0.02}, {0.0: 1.0, 0.5: 2}
+    ),
 ]
 
 

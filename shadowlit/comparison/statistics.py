@@ -1,0 +1,208 @@
+"""Means over seeds, intervals of paired differences, rank correlations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from shadowlit.errors import DataError
+
+DRAWS = 10_000
+_STUDENT_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""The 97.5 % quantile of Student's t, by degrees of freedom."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over seeds or runs.
+
+    Attributes:
+        mean: Plain mean; NaN if nothing was measured.
+        standard_error: ``s / √n`` with ``s`` over ``n - 1``; NaN for a single value.
+        count: How many values there are.
+        expected: How many there should be.
+    """
+
+    mean: float
+    standard_error: float
+    count: int
+    expected: int
+
+
+def average(values: Sequence[float], expected: int | None = None) -> Average:
+    """Mean and standard error of what was measured; how much of what was expected is told beside it.
+
+    Args:
+        values: NaN and infinities are not measurements and only count as expected.
+        expected: Number of values that there should be; by default as many as were given.
+    """
+    found = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
+    error = float(found.std(ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+    mean = float(found.mean()) if len(found) else math.nan
+    return Average(mean, error, len(found), len(values) if expected is None else expected)
+
+
+def few_seeds(num_seeds: int) -> str:
+    """What so many seeds allow to say, in a sentence."""
+    if num_seeds <= 1:
+        return (
+            "There is one seed: there are no standard errors, the intervals stand for other rows of the same kind, and "
+            "nothing is known of other trainings."
+        )
+    if num_seeds >= len(_STUDENT_975):
+        return f"There are {num_seeds} seeds; ± is the standard error over them."
+    factor = _STUDENT_975[num_seeds - 1]
+    return (
+        f"There are {num_seeds} seeds; ± is the standard error over them, itself uncertain: a 95 % interval of a mean "
+        f"over seeds takes {factor:.1f} times as much, which the intervals of differences below account for."
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference with its bootstrap interval.
+
+    Attributes:
+        difference: The mean over seeds, in the unit of the scores.
+        low: Lower end of the interval.
+        high: Upper end.
+        num_seeds: Trainings that it is from.
+        num_rows: Rows that it is from.
+    """
+
+    difference: float
+    low: float
+    high: float
+    num_seeds: int
+    num_rows: int
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 if the whole interval lies above or below zero, else 0."""
+        return 1 if self.low > 0 else -1 if self.high < 0 else 0
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.difference, -self.high, -self.low, self.num_seeds, self.num_rows)
+
+
+def paired_bootstrap(
+    differences: Mapping[str, np.ndarray],
+    groups: Sequence[Sequence[str]],
+    *,
+    level: float = 0.95,
+    draws: int = DRAWS,
+    seed: int = 0,
+    seeds: Literal["student", "resampled"] = "student",
+) -> list[Interval]:
+    """Percentile bootstrap intervals of paired differences over two levels, trainings and rows.
+
+    All trainings answer the same rows, so that the two levels are crossed: a draw takes rows with replacement, the same
+    for all seeds and for each evaluator on its own, and adds the variation between seeds. Resampling rows anew for each
+    seed, as the nested (hierarchical) bootstrap does, would count ``S·N`` independent answers where there are ``N``
+    questions.
+
+    Resampling three seeds gives intervals far too narrow where seeds differ: with a standard deviation of 0.1 to 0.17
+    between seeds, 0.1 between rows and 0.3 of a single difference, 250 rows, intervals of 95 % held the truth in 74 to
+    80 % of 600 simulated experiments for 3 seeds, and in 84 to 89 % for 5. By default, the outer level therefore adds
+    ``s/√S · t`` with ``t`` from Student's distribution of ``S - 1`` degrees of freedom and ``s`` between the seeds'
+    means; this held it in 94 to 96 %, and in up to 99 % where the rows' variation rules. A single seed has no outer
+    level.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993); the bootstrap of crossed levels: Owen, The pigeonhole
+    bootstrap (2007); narrowness at small n: Hesterberg, What teachers should know about the bootstrap (2015).
+
+    Args:
+        differences: By evaluator ``[S, N]``: score of the one arm minus that of the other, by seed and row; all of them
+            finite and of equally many seeds.
+        groups: Evaluators whose means are averaged without weights; an interval is made of each group.
+        level: Probability that the interval is to have.
+        draws: Number of bootstrap draws.
+        seed: Of the random numbers.
+        seeds: ``student``, or ``resampled`` for drawing the seeds with replacement as well.
+
+    Returns:
+        An interval for each group.
+
+    Raises:
+        DataError: Evaluators differ in their numbers of seeds, or have no seeds, no rows, or a NaN.
+    """
+    used = list(dict.fromkeys(name for group in groups for name in group))
+    for name in used:
+        found = differences[name]
+        if found.ndim != 2 or 0 in found.shape or not np.isfinite(found).all():
+            raise DataError(f"differences of {name!r} have the shape {found.shape}; expected finite [seeds, rows].")
+        if len(found) != len(differences[used[0]]):
+            raise DataError(f"{used[0]!r} and {name!r} differ in their seeds. Compare seeds that all evaluators have.")
+    num_seeds = len(differences[used[0]])
+    generator = np.random.default_rng(seed)
+    weights = np.full((1, num_seeds), 1 / num_seeds)
+    if seeds == "resampled":
+        weights = generator.multinomial(num_seeds, weights[0], size=draws) / num_seeds
+    noise = generator.standard_t(max(1, num_seeds - 1), size=draws) / math.sqrt(num_seeds)
+    drawn = {name: _draw_rows(differences[name], weights, draws, generator) for name in used}
+    intervals = []
+    for group in groups:
+        by_seed = np.mean([differences[name].mean(1) for name in group], axis=0)
+        means = np.mean([drawn[name] for name in group], axis=0)
+        if seeds == "student" and num_seeds > 1:
+            means = means + by_seed.std(ddof=1) * noise
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        rows = sum(differences[name].shape[1] for name in group)
+        intervals.append(Interval(float(by_seed.mean()), float(low), float(high), num_seeds, rows))
+    return intervals
+
+
+def _draw_rows(found: np.ndarray, weights: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """``[draws]`` means over resampled rows and weighted seeds; rows with equal differences are drawn as one kind."""
+    kinds, counts = np.unique(found, axis=1, return_counts=True)
+    shares = generator.multinomial(counts.sum(), counts / counts.sum(), size=draws) / counts.sum()
+    return ((shares @ kinds.T) * weights).sum(1)
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation.
+
+    Attributes:
+        rho: -1 to 1; NaN for fewer than three points, or if one side is the same everywhere.
+        count: How many points have both values.
+        low: Smallest of the first values; NaN if there are none.
+        high: Largest.
+    """
+
+    rho: float
+    count: int
+    low: float
+    high: float
+
+    @property
+    def caution(self) -> str:
+        """Why not to lean on it; empty if there is no plain reason."""
+        if not self.count:
+            return "not measured"
+        if self.high == self.low:
+            return "the same in all runs"
+        reasons = [f"only {self.count} runs"] if self.count < 10 else []
+        if self.high - self.low < 0.1 * max(abs(self.low), abs(self.high)):
+            reasons.append("tiny range")
+        return ", ".join(reasons)
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """Spearman's rank correlation of the points whose two values are finite; ties get their mean rank."""
+    points = np.array([p for p in zip(x, y, strict=True) if all(map(math.isfinite, p))], dtype=np.float64)
+    if not len(points):
+        return Correlation(math.nan, 0, math.nan, math.nan)
+    low, high = float(points[:, 0].min()), float(points[:, 0].max())
+    ranks = np.stack([_ranks(column) for column in points.T])
+    defined = len(points) > 2 and (ranks.std(axis=1) > 0).all()
+    return Correlation(float(np.corrcoef(ranks)[0, 1]) if defined else math.nan, len(points), low, high)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, kind, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[kind]
