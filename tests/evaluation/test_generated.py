@@ -72,7 +72,8 @@ def test_several_references(tmp_path, demo):
 
 def test_an_answer_that_never_ends(tmp_path, folders):
     """Cut at max_new_tokens, counted and scored as it stands; with a stop string it is finished."""
-    data = write_rows(tmp_path / "rows.jsonl", [{"question": word, "gold": "zz"} for word in ("ab", "cd", "ef")])
+    rows = [{"question": word, "gold": "zz"} for word in ("ab", "cd", "ef")]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
     scene = make_scene(folders)
     with torch.no_grad():  # the end of the turn is never the most probable token
         scene.model.lm_head.weight[scene.pair.tokenizer().eos_token_id] = 0
@@ -84,6 +85,14 @@ def test_an_answer_that_never_ends(tmp_path, folders):
     stopped = evaluate(Generation(data, answer="gold", max_new_tokens=11, batch_size=3, stop=[stop]), scene)
     assert stopped.samples[1]["answer"] == found.samples[1]["answer"].split(stop)[0]
     assert stopped.samples[1]["finished"] and stopped.metrics["num_unfinished"] < 3
+    # What the others said while the stopped answers were padded doesn't count.
+    alone = [
+        evaluate(
+            Generation(write_rows(tmp_path / "one.jsonl", [row]), answer="gold", max_new_tokens=11, stop=[stop]), scene
+        )
+        for row in rows
+    ]
+    assert stopped.metrics["answer_tokens"] == sum(one.metrics["answer_tokens"] for one in alone) / 3 < 11
 
 
 def test_an_answer_that_ends_at_once(tmp_path, demo):
@@ -172,6 +181,12 @@ def test_sampled_frequencies(temperature, top_p):
         error = (probabilities * (1 - probabilities) / count).sqrt()
         assert ((shares - probabilities).abs() <= 4 * error).all()
     assert (draws[0] == draws[1]).double().mean().item() == pytest.approx((probabilities**2).sum().item(), abs=0.02)
+
+
+def test_an_impossible_token_is_never_drawn():
+    sampler = RowSampler([0], seed=0, temperature=1.0, top_p=1.0, prompt_length=1, max_new_tokens=1)
+    sampler.uniform.zero_()
+    assert sampler(torch.zeros(1, 1).long(), torch.tensor([[-torch.inf, 1.0, 2.0]])).argmax() == 1
 
 
 ROW = {"question": "2 + 2?", "gold": "4"}

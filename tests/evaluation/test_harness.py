@@ -6,12 +6,13 @@ import logging
 import pytest
 import torch
 import yaml
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.multiple_choice import MultipleChoice
 from tests.evaluation.scenes import DEMO_PAIR, demo_rows, evaluate, make_scene, write_rows
-from tests.tiny import save_pair
+from tests.tiny import CHATML, save_pair
 
 pytest.importorskip("lm_eval")
 
@@ -86,6 +87,25 @@ def test_multiple_choice(tmp_path, which, chat):
     assert ours.metrics["score"] == ours.metrics["accuracy"] == results["acc,none"]
     assert ours.metrics["accuracy_norm"] == results["acc_norm,none"]
     assert ours.metrics["stderr"] == pytest.approx(results["acc_stderr,none"], rel=1e-9)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_begin_of_sequence(tmp_path, chat):
+    """Once, whether the template writes it or the tokenizer adds it."""
+    folders = save_pair(tmp_path, chat_template="{{ bos_token }}" + CHATML)
+    tokenizer = AutoTokenizer.from_pretrained(folders[1])
+    tokenizer.bos_token = "<|endoftext|>"
+    begin = ("<|endoftext|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[begin])
+    tokenizer.save_pretrained(folders[1])
+    assert AutoTokenizer.from_pretrained(folders[1])("a")["input_ids"][0] == tokenizer.bos_token_id
+    data = write_rows(tmp_path / "rows.jsonl", CHOICE_ROWS)
+    scene = make_scene(folders)
+    theirs, _ = harness(tmp_path, scene.model, folders, data, CHOICE_TASK, apply_chat_template=chat)
+    ours = evaluate(MultipleChoice(data, chat=chat), scene)
+    for sample, other in zip(ours.samples, theirs, strict=True):
+        expected = [response[0] for (response,) in other["resps"]]
+        assert sample["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
 
 
 GENERATION_TASK = {"output_type": "generate_until", "doc_to_target": "{{answer}}"}
