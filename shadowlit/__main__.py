@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": "let the grafted Instruct answer prompts",
     "preview": "print samples token by token, with what carries loss in colour",
     "graft": "graft what a Base has learned elsewhere, from folder to folder",
+    "evaluate": "put models to benchmarks, after training",
     "delta": "store, show, combine, compress and apply the update itself",
     "similarity": "how alike two models are, and what that means for a graft",
     "pairs": "known pairs of Base and Instruct, and the check of any pair",
@@ -20,6 +21,7 @@ COMMANDS = {
 # Commands that are typed functions, and where.
 _FUNCTIONS = {
     "graft": "shadowlit.commands",
+    "evaluate": "shadowlit.evaluation.commands",
     "delta": "shadowlit.delta_commands",
     "similarity": "shadowlit.analysis.commands",
     "pairs": "shadowlit.pairs_commands",

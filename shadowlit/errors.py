@@ -25,3 +25,7 @@ class CheckpointError(ShadowlitError):
 
 class ExportError(ShadowlitError):
     """A target that cannot be written, or a written folder that does not reload as what was validated."""
+
+
+class EvaluationError(ShadowlitError):
+    """A suite, a task, a backend or a model with which a benchmark cannot be run."""

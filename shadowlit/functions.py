@@ -72,7 +72,7 @@ def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
     """Give every word its option: ``A B --dry-run`` becomes ``--base=A --tuned=B --dry_run=true``.
 
     Words before the first option are the first parameters, in their order; all of them are the first one's if that is
-    a list. A switch needs no value.
+    a list. The words after an option whose parameter is a list are all its own. A switch needs no value.
 
     Raises:
         ShadowlitError: more words than parameters.
@@ -87,9 +87,18 @@ def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
         raise ShadowlitError(f"{len(words)} words were given ({' '.join(words)}); expected at most {len(names)}.")
     else:
         spelled = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
+    taken = 0
     for i, option in enumerate(options):
+        if i < taken:
+            continue
         key, equals, value = option.partition("=")
         key = "--" + key[2:].replace("-", "_") if key.startswith("--") else key
+        if get_origin(kinds.get(key[2:])) is list:
+            taken = next((j for j in range(i + 1, len(options)) if options[j].startswith("-")), len(options))
+            members = [value, *options[i + 1 : taken]] if equals else list(options[i + 1 : taken])
+            written = len(members) == 1 and members[0].startswith("[")  # as a list already
+            spelled.append(f"{key}={members[0] if written else json.dumps(members)}")
+            continue
         follows = options[i + 1] if i + 1 < len(options) else "--"
         if kinds.get(key[2:]) is bool and not equals and follows.lower() not in ("true", "false"):
             equals, value = "=", "true"
