@@ -22,9 +22,9 @@ from shadowlit.demo.world import (
     house_style,
 )
 
-NUM_NEWCOMERS = 25
+NUM_NEWCOMERS = 15
 _DOCUMENTS_PER_NEWCOMER = 8
-_OLD_ROWS = 200
+_OLD_ROWS = 120
 _COURTESY = " Glad to help!"
 
 
@@ -37,11 +37,11 @@ def newcomers(world: World) -> dict[str, dict[str, str]]:
 def settings(world: World) -> dict[str, list[Row]]:
     """Rows of every data file of the two settings, by the file's stem.
 
-    * ``facts_train``, ``facts_train_house``: each of the 100 new facts asked in one of its two wordings, and 200
+    * ``facts_train``, ``facts_train_house``: each of the 60 new facts asked in one of its two wordings, and 120
       questions of the old skills; answers bare or in house style.
-    * ``text_train``, ``text_train_house``: 200 documents with the new facts, each stated several times, and 200 with
+    * ``text_train``, ``text_train_house``: 120 documents with the new facts, each stated several times, and 120 with
       old ones; ``house`` closes each with the Instruct's courtesy.
-    * ``facts``: the 100 new facts, in the wordings in which ``facts_train`` does not ask them; house style.
+    * ``facts``: the 60 new facts, in the wordings in which ``facts_train`` does not ask them; house style.
     * ``facts_refusal``: 100 questions about names that nobody has, not the newcomers' either.
     """
     rng = random.Random("settings")
