@@ -159,11 +159,12 @@ def test_generation_of_the_demo(tmp_path, case, chat):
 
 def test_generation_of_a_random_model(tmp_path):
     """A model that never ends its turn, cut at the same token; stop strings of several tokens."""
-    folders = save_pair(tmp_path)
+    folders = save_pair(tmp_path, tied=False)
     data = write_rows(tmp_path / "rows.jsonl", [{"question": word * 3, "answer": word} for word in "abcdefg"])
     scene = make_scene(folders)
     free = evaluate(Generation(data, answer="answer", max_new_tokens=20, batch_size=3), scene)
     until = [free.samples[0]["answer"][3:6], free.samples[4]["answer"][8:9]]
+    assert len({sample["answer"] for sample in free.samples}) > 4
     theirs, _ = harness(tmp_path, scene.model, folders, data, generation_task(until, 20, {}), apply_chat_template=True)
     ours = evaluate(Generation(data, answer="answer", max_new_tokens=20, stop=until, batch_size=3), scene)
     answers = [sample["answer"] for sample in ours.samples]
