@@ -95,10 +95,8 @@ class Choice:
             return f"{self.arm} was tried at one rate only: it may be far from its best."
         if self.edge is None:
             return ""
-        tuned = (
-            "undertuned: it was not seen to get worse beyond" if self.edge == "largest" else "better at smaller rates"
-        )
-        return f"{self.arm}: the best rate is the {self.edge} tried: the arm may be {tuned}."
+        may = "undertuned" if self.edge == "largest" else "better at smaller ones"
+        return f"{self.arm}: the best rate is the {self.edge} tried: the arm may be {may}."
 
 
 def choose_rate(records: Sequence[Record], arm: str, evaluators: Sequence[str]) -> Choice | None:
