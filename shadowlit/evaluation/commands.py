@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import json
-import logging
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from shadowlit.errors import CheckpointError, EvaluationError, ExportError
-from shadowlit.evaluation.harness import Evaluation, evaluate_model, require_room, run, use_chat, vllm_model
+from shadowlit.errors import EvaluationError, ExportError
+from shadowlit.evaluation.harness import Evaluation
 from shadowlit.evaluation.report import Report, make_report
-from shadowlit.evaluation.tasks import Benchmarks, Settings, harness_version, load_benchmarks, require_harness
-from shadowlit.graft.checkpoint import CheckpointReader, atomic_folder
-from shadowlit.graft.manifest import describe_source, plain, versions, write_json
-from shadowlit.pair import ProblemError, commit_of, load_config, model_folder, read_json
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
+from shadowlit.evaluation.subjects import Subject, local_folder
+from shadowlit.evaluation.tasks import Settings, harness_version, load_benchmarks, require_harness
+from shadowlit.graft.checkpoint import atomic_folder
+from shadowlit.graft.manifest import plain, versions, write_json
+from shadowlit.pair import read_json
 
 _UNSAFE = re.compile(r"[^\w.-]+")
 # Wide enough for the table, where no terminal sets a width: one line per row, for grep.
@@ -98,13 +90,13 @@ def evaluate(
     if out is not None:
         _require_free(Path(out))
     for source in model:
-        read_json("model", _folder(source, weights=False) / "config.json")
+        read_json("model", local_folder(source, weights=False) / "config.json")
     if adapter is not None:
-        read_json("adapter", _folder(adapter, weights=False) / "adapter_config.json")
+        read_json("adapter", local_folder(adapter, weights=False) / "adapter_config.json")
     start = time.perf_counter()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     benchmarks = load_benchmarks(suite, settings, tasks_folder)
-    subjects = [_Subject(source, adapter if i == len(model) else None) for i, source in enumerate(model, start=1)]
+    subjects = [Subject(source, adapter if i == len(model) else None) for i, source in enumerate(model, start=1)]
     for subject in subjects:  # what would stop the last one stops before the first one's hours
         subject.check(benchmarks)
     evaluations = []
@@ -118,107 +110,6 @@ def evaluate(
         _write(Path(out), subjects, evaluations, report, {**config, **asdict(settings)})
         console.print(f"evaluate: {out} is complete", soft_wrap=True)
     console.print(f"evaluate: done in {time.perf_counter() - start:.1f} s")
-
-
-@dataclass(frozen=True)
-class _Subject:
-    """A model on disk or on the hub, and the adapter that it carries."""
-
-    source: str
-    adapter: str | None
-
-    @property
-    def name(self) -> str:
-        return self.source if self.adapter is None else f"{self.source} + {self.adapter}"
-
-    def check(self, benchmarks: Benchmarks) -> None:
-        """Find what would stop the evaluation in config and tokenizer."""
-        folder = _folder(self.source, weights=False)
-        tokenizer = _tokenizer(folder)
-        use_chat(self.source, tokenizer, benchmarks.settings)
-        require_room(self.source, load_config("model", folder, False), tokenizer, benchmarks)
-
-    def evaluate(self, benchmarks: Benchmarks, backend: str, dtype: str, device: str) -> Evaluation:
-        """Load the model, put it to the tasks, and let go of it."""
-        import torch
-
-        folder = _folder(self.source)
-        adapter = None if self.adapter is None else _folder(self.adapter)
-        tokenizer = _tokenizer(folder)
-        if backend == "vllm":
-            chat = use_chat(self.source, tokenizer, benchmarks.settings)
-            lm = vllm_model(folder, adapter, dtype, benchmarks.settings)
-            found = run(self.name, lm, benchmarks, chat)
-            del lm
-        else:
-            model = _load(folder, adapter, dtype, device)
-            found = evaluate_model(model, tokenizer, benchmarks, name=self.name)
-            del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return found
-
-    def describe(self) -> dict[str, Any]:
-        """Where the model comes from, and fingerprints of its weights; None where they aren't safetensors."""
-        folder = _folder(self.source)
-        try:
-            with CheckpointReader(folder) as reader:
-                fingerprint = reader.fingerprint()
-        except CheckpointError as error:
-            log.warning("no fingerprint of %s: %s", self.source, error)
-            fingerprint = ""
-        told: dict[str, Any] = {"source": describe_source(self.source, folder, fingerprint)}
-        if self.adapter is not None:
-            folder = _folder(self.adapter)
-            weights = folder / "adapter_model.safetensors"
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
-            told["adapter"] = {"id": self.adapter, "commit": commit_of(folder), "sha256": digest}
-        return told
-
-
-def _folder(source: str, weights: bool = True) -> Path:
-    """The folder of a model or adapter; of a hub id, it is downloaded."""
-    try:
-        return model_folder("model", source, None, False, weights)
-    except ProblemError as error:
-        problem = error.problem
-        raise EvaluationError(f"{problem.found}. Expected: {problem.expected}. Check the spelling.") from error
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # of transformers, tokenizers, sentencepiece: many types
-        raise EvaluationError(f"the tokenizer in {folder} cannot be loaded ({error}). Is the folder whole?") from error
-
-
-def _load(folder: Path, adapter: Path | None, dtype: str, device: str) -> Any:
-    """The model with its adapter; loaded here, for the harness' way resizes embeddings under an adapter."""
-    from transformers import AutoModelForCausalLM
-
-    where: Any = "auto" if device == "all" else {"": str(_device(device))}
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where)
-        if adapter is not None:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, str(adapter))
-    except Exception as error:  # of transformers, peft, safetensors, the device: many types
-        what = folder if adapter is None else f"{folder} with {adapter}"
-        raise EvaluationError(f"{what} cannot be loaded ({type(error).__name__}: {error}).") from error
-    return model.eval()
-
-
-def _device(device: str) -> torch.device:
-    import torch
-
-    if device != "auto":
-        return torch.device(device)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
 
 
 def _tell(report: Report, console: Console) -> None:
@@ -242,7 +133,7 @@ def _require_free(out: Path) -> None:
 
 
 def _write(
-    out: Path, subjects: Sequence[_Subject], evaluations: Sequence[Evaluation], report: Report, config: dict[str, Any]
+    out: Path, subjects: Sequence[Subject], evaluations: Sequence[Evaluation], report: Report, config: dict[str, Any]
 ) -> None:
     """Write the folder beside its place and rename it into place."""
     with atomic_folder(out) as folder:

@@ -69,21 +69,22 @@ def evaluate_model(
         EvaluationError: There is no such suite or task, its data cannot be read, a setting is out of range, or the
             model has too little room for its answers.
     """
-    if isinstance(suite, Benchmarks):
-        if settings or tasks_folder is not None:
-            raise EvaluationError(
-                f"settings were given with loaded benchmarks: {', '.join(settings) or 'tasks_folder'}. "
-                "Give them to load_benchmarks."
-            )
-        benchmarks = suite
-    else:
-        names = [suite] if isinstance(suite, str) else list(suite)
-        benchmarks = load_benchmarks(names, Settings(**settings), tasks_folder)
-    name = name or getattr(model, "name_or_path", "") or type(model).__name__
-    chat = use_chat(name, tokenizer, benchmarks.settings)
-    require_room(name, model.config, tokenizer, benchmarks)
-    with quiet(), _plainly_generating(model):
-        return run(name, _in_memory(model, tokenizer, benchmarks.settings), benchmarks, chat)
+    with _random_state_kept():
+        if isinstance(suite, Benchmarks):
+            if settings or tasks_folder is not None:
+                raise EvaluationError(
+                    f"settings were given with loaded benchmarks: {', '.join(settings) or 'tasks_folder'}. "
+                    "Give them to load_benchmarks."
+                )
+            benchmarks = suite
+        else:
+            names = [suite] if isinstance(suite, str) else list(suite)
+            benchmarks = load_benchmarks(names, Settings(**settings), tasks_folder)
+        name = name or getattr(model, "name_or_path", "") or type(model).__name__
+        chat = use_chat(name, tokenizer, benchmarks.settings)
+        require_room(name, model.config, tokenizer, benchmarks)
+        with quiet(), _plainly_generating(model):
+            return run(name, _in_memory(model, tokenizer, benchmarks.settings), benchmarks, chat)
 
 
 def run(name: str, lm: LM, benchmarks: Benchmarks, chat: bool) -> Evaluation:
@@ -101,7 +102,7 @@ def run(name: str, lm: LM, benchmarks: Benchmarks, chat: bool) -> Evaluation:
     from lm_eval import simple_evaluate
 
     settings = benchmarks.settings
-    with quiet(), allowing_code(settings.execute_code), _random_state_kept():
+    with quiet(), allowing_code(settings.execute_code):
         results = simple_evaluate(
             lm,
             tasks=list(benchmarks.tasks.values()),
@@ -226,7 +227,9 @@ def _plainly_generating(model: PreTrainedModel) -> Iterator[None]:
     from transformers import GenerationConfig
 
     training = [module for module in model.modules() if module.training]
-    owner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner: Any = model
+    if hasattr(owner, "get_base_model"):  # of peft
+        owner = owner.get_base_model()
     settings = owner.generation_config
     tokens = {key: getattr(settings, key, None) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     owner.generation_config = GenerationConfig(**tokens)
