@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
@@ -41,9 +42,10 @@ class ShadowCLI(LightningCLI):
     """Parses a run's configuration; the pair is given once and reaches the module and the data alike."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the pair, the graft and the export, and the defaults that Lightning's own would spoil."""
+        """Add the pair, the graft, the evaluation and the export, and the defaults that Lightning's own would spoil."""
         parser.add_class_arguments(ModelPair, "pair")
         parser.add_lightning_class_args(GraftCallback, "graft")
+        parser.add_lightning_class_args(EvaluationCallback, "evaluation")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")

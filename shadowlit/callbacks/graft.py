@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Within = Callable[[Trainer, ShadowModule, str, float | str], None]
+
+
 class GraftCallback(Callback):
     """Runs every validation a second time on the grafted Instruct, ``W_I + scale * (W_B+ - W_B)``.
 
@@ -78,10 +81,12 @@ class GraftCallback(Callback):
         self.baselines = baselines
         self.statistics = statistics
         self.graft: LiveGraft | None = None
+        self.within: list[Within] = []  # called in every pass, while the weights of its subject stand in the module
         self.constants: dict[str, dict[str, float]] = {}  # scores of the untouched models: subject -> metric -> value
         self._measured_on = ""  # the data of these scores
         self.metrics: dict[str, float] = {}  # what the last validation logged
         self.seconds = 0.0
+        self._within_s = 0.0
         self._fingerprints: dict[str, str] = {}
         self._fit_start: float | None = None
 
@@ -205,6 +210,7 @@ class GraftCallback(Callback):
     def _passes(self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list) -> None:
         assert isinstance(module, ShadowModule)
         start = time.perf_counter()
+        self._within_s = 0.0
         graft = self.build(module)
         swap_s = graft.apply_s
         for number, scale in enumerate(self.scales):
@@ -213,7 +219,7 @@ class GraftCallback(Callback):
             return
         scores = module.scores("grafted")
         constants = self._baselines(trainer, module, stage, loaders, limits)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - start - self._within_s
         for subject, values in constants.items():
             for name, value in values.items():
                 module.log(f"{stage}/{subject}/{name}", value)
@@ -222,7 +228,7 @@ class GraftCallback(Callback):
         if self.statistics:
             for name, value in graft.statistics(self.scales[0]).items():
                 module.log(f"graft/{name}", value)
-        module.log("graft/seconds", time.perf_counter() - start)
+        module.log("graft/seconds", time.perf_counter() - start - self._within_s)
         module.log("graft/swap_seconds", graft.apply_s - swap_s)
         if self._fit_start is not None:
             module.log("graft/time_share", self.seconds / (time.perf_counter() - self._fit_start))
@@ -257,6 +263,7 @@ class GraftCallback(Callback):
         loaders = loaders if isinstance(loaders, list) else [loaders]
         done = False
         while not done:
+            interruptions = graft.interruptions
             module.take_scores(subject)
             module.subject = subject
             # Iterating a loader draws a seed from the global generator: the training must not notice.
@@ -271,8 +278,14 @@ class GraftCallback(Callback):
                         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
                         step(trainer.precision_plugin.convert_input(batch), number, index)
                         advance()
+                module.subject = TUNED
+                start = time.perf_counter()
+                if not trainer.sanity_checking:
+                    for call in self.within:
+                        call(trainer, module, subject, state)
+                self._within_s += time.perf_counter() - start
                 # False if a signal handler saved a checkpoint on the way, which put the trained weights back.
-                done = graft.state == state
+                done = graft.interruptions == interruptions
 
 
 _SWAPPING_CALLBACKS = ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,12 @@ class Evaluator(ABC):
         every: Run in every so many-th validation, and in the last one.
         limit: Use only so many rows, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
+
+    Attributes:
+        needs_reference: Whether it compares with the reference model, which only a graft can put in.
     """
+
+    needs_reference: ClassVar[bool] = False
 
     def __init__(self, every: int = 1, limit: int | None = None, batch_size: int = 16) -> None:
         for name, value in (("every", every), ("limit", 1 if limit is None else limit), ("batch_size", batch_size)):

@@ -81,6 +81,7 @@ class LiveGraft:
         self.model = model
         self.offload = offload
         self.state: float | str | None = None  # the scale that stands in the module, BASE, or None: the tuned weights
+        self.interruptions = 0  # how often a checkpoint was saved while other weights than the tuned ones stood
         self.apply_s = 0.0  # seconds spent swapping in and out since the graft was built
         self._busy = False
         self._instruct_reader = instruct
@@ -176,6 +177,7 @@ class LiveGraft:
                 "a checkpoint was requested while weights were being swapped for a grafted validation; none was "
                 "written, since it would not hold the trained weights. The last regular checkpoint stands."
             )
+        self.interruptions += self.state is not None
         self.restore()
 
     @torch.no_grad()
