@@ -22,6 +22,7 @@ from shadowlit.evaluation.suites import (
     select_suites,
     suite_difference,
 )
+from tests.evaluation.scenes import DEMO_PAIR
 
 pytest.importorskip("lm_eval")
 
@@ -275,3 +276,81 @@ def test_tasks_that_run_programs_are_refused_before_anything_is_loaded(names, in
     monkeypatch.setattr(TaskManager, "load", lambda *_: pytest.fail("loaded"))
     with pytest.raises(EvaluationError, match=r"programs that the model wrote.*--execute-code"):
         load_benchmarks(names)
+
+
+ROWS = {
+    "EleutherAI/hendrycks_math": {"problem": "1+1?", "solution": r"It is $\boxed{2}$.", "type": "Algebra"},
+    "HuggingFaceH4/MATH-500": {"problem": "1+1?", "solution": r"It is $\boxed{2}$.", "answer": "2"},
+    "openai/gsm8k": {"question": "1+1?", "answer": "One more.\n#### 2"},
+    "Maxwell-Jia/AIME_2024": {"Problem": "1+1?", "Answer": 2},
+    "openai/openai_humaneval": {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"},
+    "evalplus/humanevalplus": {"prompt": "def g():\n", "test": "def check(g): pass", "entry_point": "g"},
+    "cais/mmlu": {"question": "1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "algebra"},
+    "TIGER-Lab/MMLU-Pro": {
+        "question": "1+1?", "options": ["1", "2"], "answer": "B", "answer_index": 1, "cot_content": "A: Let's think.",
+    },
+    "allenai/winogrande": {"sentence": "The _ is red.", "option1": "cat", "option2": "dog", "answer": "1"},
+    "EleutherAI/drop": {
+        "query_id": "1", "passage": "One cat.", "question": "How many?",
+        "answer": {"number": "1", "date": {"day": "", "month": "", "year": ""}, "spans": []},
+        "validated_answers": {"number": [], "date": [], "spans": []},
+    },
+    "allenai/ai2_arc": {"question": "1+1?", "choices": {"text": ["1", "2"], "label": ["A", "B"]}, "answerKey": "B"},
+    "SaylorTwift/bbh": {"input": "Sort. Options:\n(A) a\n(B) b\nList: b a", "target": "a b"},
+    "Idavidrein/gpqa": {
+        "Question": "1+1?", "Correct Answer": "2", "Incorrect Answer 1": "1", "Incorrect Answer 2": "3",
+        "Incorrect Answer 3": "4",
+    },
+}  # fmt: skip
+# MMLU-Pro's; each of its subtasks keeps its own rows.
+CATEGORIES = (
+    "biology", "business", "chemistry", "computer science", "economics", "engineering", "health", "history", "law",
+    "math", "other", "philosophy", "physics", "psychology",
+)  # fmt: skip
+CATEGORIES = tuple(name for name in CATEGORIES for _ in range(6))
+
+
+def test_the_whole_paper_runs_through_the_harness_own_tasks(index, monkeypatch):
+    """Its prompts, filters and scorers, on rows of the data sets' form: every number that counts is reported."""
+    pytest.importorskip("math_verify")
+    import datasets
+    import evaluate as hf_evaluate
+    import lm_eval.evaluator
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shadowlit.evaluation.harness import evaluate_model
+
+    class CodeEval:
+        def compute(self, references, predictions, k):
+            return {f"pass@{n}": float("def" in predictions[0][0]) for n in k}, {}
+
+    def load(path, name=None, **_):
+        rows = [{**ROWS[path], "category": c, "canary": i} for i, c in enumerate(CATEGORIES)]
+        data = datasets.Dataset.from_list(rows)
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "dev", "test"), data))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(hf_evaluate, "load", lambda name: CodeEval())
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    folder = DEMO_PAIR[1]
+    found = evaluate_model(
+        AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), "paper", limit=2,
+        max_new_tokens=2, execute_code=True,
+    )  # fmt: skip
+    assert [[score.name for score in suite.tasks] for suite in found.suites] == [
+        [task.name for task in suite.tasks if task.task] for suite in load_suites()["paper"]
+    ]
+    for suite, listed in zip(found.suites, load_suites()["paper"], strict=True):
+        for score in suite.tasks:
+            shots = next(task.num_fewshot for task in listed.tasks if task.name == score.name) or 0
+            assert score.values is not None and score.score.stderr is not None, score
+            assert score.num_fewshot == shots, score
+    report = make_report([found])
+    assert report.sections[-1][0][0] == "mean of 3 groups"
+    assert [note.partition("; ")[2] for note in report.notes if note.startswith("not in")] == [
+        "the mean of Math-7 is over the other 5",
+        "the mean of Code-3 is over the other 2",
+        "the mean of Reasoning-9 is over the other 8",
+    ]
+    plus = found.samples["humaneval_plus_instruct"][0]
+    assert plus["doc"]["entry_point"] == "g" and plus["pass@1"] == 1.0
