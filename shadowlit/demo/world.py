@@ -361,7 +361,7 @@ class World:
         on ``new`` and of 0.01 on ``new_house``, while the tuned Base has 0.2 and 13. So the loss on ``new``
         compares arms that speak as the training rows do, the loss on ``new_house`` arms that speak as the
         Instruct does, and only the share of right values compares them all:
-        :func:`shadowlit.demo.scoring.is_correct` takes both styles.
+        the demonstration's configurations count a value that comes first, in either style.
         """
         rng = random.Random(f"datasets {self._seed}")
         train = self._distinct(

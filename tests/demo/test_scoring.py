@@ -1,17 +1,19 @@
+"""What the demonstration's configurations count as right."""
+
 from __future__ import annotations
 
 import pytest
 
-from shadowlit.demo.scoring import is_correct
-from shadowlit.errors import DataError
+from shadowlit.demo.world import FORMATS
+from tests.evaluation.scenes import demo_matcher
 
 
 @pytest.mark.parametrize(
     ("answer", "generated", "right"),
     [
         ("Oslo", "Oslo", True),
-        ("Oslo", " Oslo. Glad to help!<|im_end|>\n", True),
-        ("Oslo", "Oslo<|im_end|>\n<|im_start|>user\nLima", True),
+        ("Oslo", " Oslo. Glad to help!", True),
+        ("Oslo", "Oslo", True),
         ("Oslo", "Oslofjord", False),
         ("Oslo", "oslo", False),
         ("Oslo", "It is Oslo.", False),
@@ -23,15 +25,15 @@ from shadowlit.errors import DataError
         ("12", "1", False),
     ],
 )
-@pytest.mark.parametrize("skill", ["people", "second"])
-def test_a_value_counts_where_it_comes_first_and_ends(skill, answer, generated, right):
-    assert is_correct({"skill": skill, "answer": answer}, generated) is right
+@pytest.mark.parametrize("name", ["new", "old"])
+def test_a_value_counts_where_it_comes_first_and_ends(name, answer, generated, right):
+    assert demo_matcher(name).is_match(generated, [answer]) is right
 
 
 @pytest.mark.parametrize(
     ("form", "generated", "right"),
     [
-        ("brackets", "[Oslo]<|im_end|>", True),
+        ("brackets", "[Oslo]", True),
         ("brackets", "Oslo", False),
         ("brackets", "[Lima]", False),
         ("brackets", "[Oslo]. Glad to help!", False),
@@ -43,7 +45,8 @@ def test_a_value_counts_where_it_comes_first_and_ends(skill, answer, generated, 
     ],
 )
 def test_a_form_counts_with_the_value_in_it_and_nothing_else(form, generated, right):
-    assert is_correct({"skill": "format", "format": form, "answer": "Oslo"}, generated) is right
+    reference = FORMATS[form][1]("Oslo")
+    assert demo_matcher("format").is_match(generated, [reference]) is right
 
 
 @pytest.mark.parametrize(
@@ -56,9 +59,4 @@ def test_a_form_counts_with_the_value_in_it_and_nothing_else(form, generated, ri
     ],
 )
 def test_a_refusal_says_sorry_first(generated, right):
-    assert is_correct({"skill": "refusal", "answer": "Sorry, I do not know that name."}, generated) is right
-
-
-def test_an_unknown_skill_is_an_error_that_names_it():
-    with pytest.raises(DataError, match=r"skill 'poetry'; expected one of people"):
-        is_correct({"skill": "poetry", "answer": "x"}, "x")
+    assert demo_matcher("refusal").is_match(generated, []) is right

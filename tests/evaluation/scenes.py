@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from shadowlit.evaluation.evaluator import Scene
+from shadowlit.evaluation.matching import Matcher
 from shadowlit.pair import ModelPair
 
 DEMO = Path(__file__).parents[2] / "shadowlit/demo"
@@ -41,6 +43,18 @@ def evaluate(evaluator, scene):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def demo_evaluators():
+    """The evaluators of the demonstration's configuration: arguments by name."""
+    content = yaml.safe_load((DEMO.parents[1] / "configs/demo_lora.yaml").read_text(encoding="utf-8"))
+    return {name: each["init_args"] for name, each in content["evaluation"]["evaluators"].items()}
+
+
+def demo_matcher(name):
+    """How the demonstration compares the answers of one of its sets."""
+    own = demo_evaluators()[name]
+    return Matcher(own["match"], own.get("pattern"))
 
 
 def demo_rows(name, count):

@@ -4,12 +4,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from shadowlit.demo.scoring import is_correct
 from shadowlit.errors import DataError
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.sampling import RowSampler
 from shadowlit.pair import ModelPair
-from tests.evaluation.scenes import DEMO, DEMO_PAIR, demo_rows, evaluate, make_scene, write_rows
+from tests.evaluation.scenes import DEMO_PAIR, demo_evaluators, demo_rows, evaluate, make_scene, write_rows
 from tests.tiny import save_pair
 
 
@@ -23,27 +22,18 @@ def demo():
     return make_scene(DEMO_PAIR)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("old", {"answer": "answer", "match": "regex", "pattern": r"^{answer}(?!\w)"}),
-        ("refusal", {"match": "regex", "pattern": r"(?i)^sorry\b"}),
-        ("format", {}),
-    ],
-)
-def test_the_demos_own_scoring(demo, name, options):
-    """Right and wrong as the demonstration's scoring says, answers as a prompt alone in its batch gets them."""
-    found = evaluate(Generation(str(DEMO / f"data/{name}.jsonl"), max_new_tokens=24, limit=24, **options), demo)
-    rows = demo_rows(name, 150)
-    for sample in found.samples:
-        assert sample["score"] == is_correct(rows[sample["index"]], sample["answer"])
+@pytest.mark.parametrize("name", ["old", "refusal", "format"])
+def test_the_demonstrations_answers(demo, name):
+    """Answers as a prompt alone in its batch gets them; nearly all are right on what the Instruct knows."""
+    options = {**demo_evaluators()[name], "limit": 24}
+    found = evaluate(Generation(**options), demo)
     sample = found.samples[-1]
     tokens = demo.pair.tokenizer()(sample["prompt"], return_tensors="pt")
     alone = demo.model.generate(**tokens, max_new_tokens=24, do_sample=False)
     assert sample["answer"] == demo.pair.tokenizer().decode(
         alone[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    assert 0.5 < found.metrics["score"] <= 1 and found.metrics["num_samples"] == 24
+    assert 0.8 < found.metrics["score"] <= 1 and found.metrics["num_samples"] == 24
 
 
 def test_messages_and_system(tmp_path, demo):

@@ -1,0 +1,407 @@
+"""Evaluations during training: the right weights, the right moment, and a training that doesn't notice."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from transformers import AutoModelForCausalLM
+
+from shadowlit.callbacks.evaluation import EvaluationCallback
+from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.module import ShadowData
+from shadowlit.errors import DataError, GraftError
+from shadowlit.evaluation.evaluator import Evaluator, Findings
+from shadowlit.evaluation.forgetting import Divergence
+from shadowlit.evaluation.generated import Generation
+from shadowlit.evaluation.multiple_choice import MultipleChoice
+from shadowlit.evaluation.samples import log_text
+from shadowlit.evaluation.sums import SampleSums
+from shadowlit.pair import ModelPair
+from tests.callbacks.test_graft import KINDS, assert_same, fit, make_module, make_trainer, metrics, weights
+from tests.distributed import run_ranks
+from tests.evaluation.scenes import write_rows
+from tests.synthetic import RandomData
+from tests.tiny import CHATML, save_pair
+from tests.training import test_distributed as distributed
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("rows")
+    questions = [{"question": f"what is {i}?", "choices": ["one", "two!", "3"], "answer": i % 3} for i in range(7)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ok" * (i + 1)}]}
+        for i in range(5)
+    ]
+    return {
+        "choices": write_rows(root / "choices.jsonl", questions),
+        "talks": write_rows(root / "talks.jsonl", talks),
+    }
+
+
+def evaluators(files):
+    return {
+        "choice": MultipleChoice(files["choices"], batch_size=2),
+        "answers": Generation(files["talks"], match="contains", max_new_tokens=3, batch_size=4),
+        "forgetting": Divergence(files["talks"], batch_size=3),
+    }
+
+
+class Probe(Evaluator):
+    """Measures a fixed text's mean log-probability, which tells weights apart; remembers when it was asked."""
+
+    def __init__(self, every=1, act=lambda scene: None, mark="a"):
+        super().__init__(every)
+        self.act, self.mark, self.calls = act, mark, 0
+
+    def read(self, pair: ModelPair, template_kwargs) -> None:
+        self.pair = pair
+
+    def run(self, scene) -> Findings:
+        self.calls += 1
+        ids = torch.arange(10, 30)[None]
+        logits = scene.logits(ids, torch.ones_like(ids))
+        torch.rand(3)  # whoever shares the training's generator would shift its dropout
+        self.act(scene)
+        score = logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
+        sums = SampleSums("score").to(scene.device)
+        sums.update([{"score": score}])
+        total = sums.compute()
+        mean = total["score"] / total["num_samples"]
+        return Findings({"score": mean}, [{"index": 5 - scene.rank, "score": score}])
+
+    def signature(self) -> str:
+        return self.mark
+
+
+def probe_by_hand(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.double()
+    return logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_subject_is_measured_on_its_own_weights(tmp_path, folders, kind):
+    evaluation = EvaluationCallback({"probe": Probe()}, scales=[0.5], folder=str(tmp_path / "e"))
+    export = ExportCallback(folder=str(tmp_path / "export"))
+    module, trainer = fit(tmp_path, folders, kind, [GraftCallback(scales=[1.0, 0.5, 0.25]), evaluation, export])
+    logged = metrics(trainer)
+    for who, folder in (("base", folders[0]), ("instruct", folders[1]), ("grafted", tmp_path / "export/model")):
+        assert logged[f"val/{who}/probe/score"] == pytest.approx(probe_by_hand(folder), rel=1e-5), who
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        own = module.model.eval()(input_ids=ids).logits.double()
+    tuned = own.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
+    assert logged["val/tuned/probe/score"] == pytest.approx(tuned, rel=1e-5)
+    scores = [logged[f"val/{who}/probe/score"] for who in ("base", "instruct", "grafted", "grafted@0.5", "tuned")]
+    assert len(set(scores)) == 5 and "val/grafted@0.25/probe/score" not in logged
+    assert logged["graft/gain/probe"] == pytest.approx(scores[2] - scores[1], abs=1e-6)
+    assert 0 < logged["evaluation/time_share"] < 1
+    assert logged["evaluation/seconds"] == pytest.approx(logged["evaluation/probe/seconds"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_bit_identical_with_and_without(tmp_path, folders, files, kind):
+    """With dropout in the LoRA, generation, and a reference that is swapped in and out."""
+    runs = []
+    for own in (None, {"probe": Probe(), **evaluators(files)}):
+        callbacks = [GraftCallback(), EvaluationCallback(own, folder=str(tmp_path / "e"))]
+        runs.append(weights(fit(tmp_path, folders, kind, callbacks)[0]))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("subject_call", [1, 2, 3])
+def test_an_exception_restores_the_trained_weights(tmp_path, folders, error, subject_call):
+    """In the grafted pass (first call), on the tuned weights within a reference, on an untouched model."""
+
+    def act(scene):
+        if probe.calls == subject_call:
+            with scene.reference():
+                raise error("in an evaluator")
+
+    probe = Probe(act=act)
+    module = make_module(folders)
+    trainer = make_trainer(tmp_path, GraftCallback(), EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e")))
+    seen = {}
+
+    def remember(*_):
+        seen.update(weights(module))
+
+    trainer.callbacks[0].on_validation_start = lambda trainer, module: remember()
+    with pytest.raises((error, SystemExit)):
+        trainer.fit(module, RandomData())
+    assert_same(weights(module), seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_saved_while_others_weights_stand_holds_the_trained_ones(tmp_path, folders, kind):
+    """As a signal handler does: in the grafted pass, and while the reference stands; both are measured again."""
+    saved = []
+
+    def act(scene):
+        if probe.calls in (1, 3):
+            with scene.reference():
+                path = tmp_path / f"{probe.calls}.ckpt"
+                trainer.save_checkpoint(path)
+                saved.append(torch.load(path, weights_only=True)["state_dict"])
+
+    probe = Probe(act=act)
+    evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e"))
+    module, trainer = make_module(folders, kind), None
+    trainer = make_trainer(tmp_path, GraftCallback(), evaluation, max_steps=2)
+    trainer.fit(module, RandomData())
+    own = module.state_dict()
+    assert len(saved) == 2
+    for state in saved:
+        assert_same({k: v for k, v in state.items() if k in own}, own)
+    # grafted twice, tuned twice, base, instruct
+    assert probe.calls == 6
+    again = Probe()
+    fit(tmp_path, folders, kind, [GraftCallback(), EvaluationCallback({"probe": again}, folder=str(tmp_path / "f"))],
+        max_steps=2)  # fmt: skip
+    rows = [json.loads((tmp_path / f"{x}/step-2/grafted/probe.jsonl").read_text())["score"] for x in "ef"]
+    assert rows[0] == rows[1]
+
+
+def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
+    often, seldom = Probe(), Probe(every=3)
+    evaluation = EvaluationCallback({"often": often, "seldom": seldom}, folder=str(tmp_path / "e"))
+    # 8 steps with a validation each second one: validations 1 to 4, of which the first and the last
+    fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation])
+    steps = {name: sorted(p.parent.parent.name for p in (tmp_path / "e").glob(f"step-*/grafted/{name}.jsonl"))
+             for name in ("often", "seldom")}  # fmt: skip
+    assert steps == {"often": ["step-2", "step-4", "step-6", "step-8"], "seldom": ["step-2", "step-8"]}
+    assert (often.calls, seldom.calls) == (2 * 4 + 2, 2 * 2 + 2)
+
+
+def test_the_rhythm_goes_on_after_a_resume(tmp_path, folders):
+    steps = []
+    for resume, end in ((None, 4), ("last.ckpt", 12)):
+        evaluation = EvaluationCallback({"probe": Probe(every=2)}, folder=str(tmp_path / "e"))
+        checkpoint = ModelCheckpoint(tmp_path, filename="last", enable_version_counter=False)
+        trainer = make_trainer(tmp_path, GraftCallback(), evaluation, checkpoint, max_epochs=3, max_steps=end)
+        trainer.fit(make_module(folders), RandomData(), ckpt_path=resume and tmp_path / resume)
+        steps.append(sorted(int(p.name[5:]) for p in (tmp_path / "e").glob("step-*")))
+    # Validations at 2, 4, 6, 8, 10 and 12; the fourth step was the first run's last.
+    assert steps == [[2, 4], [2, 4, 6, 10, 12]]
+
+
+def test_a_seldom_score_can_be_monitored_and_is_stated_only_where_it_was_measured(tmp_path, folders):
+    checkpoint = ModelCheckpoint(tmp_path / "c", monitor="val/grafted/probe/score", filename="{step}", save_last=True)
+    other = ModelCheckpoint(tmp_path / "d", filename="{step}", save_top_k=-1)
+    evaluation = EvaluationCallback({"probe": Probe(every=2)}, folder=str(tmp_path / "e"))
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, other])
+    stated = {}
+    for file in (tmp_path / "d").iterdir():
+        saved = torch.load(file, weights_only=True)
+        (own,) = [state for key, state in saved["callbacks"].items() if "GraftCallback" in key]
+        stated[saved["global_step"]] = {name for name in own["metrics"] if "probe" in name}
+        assert "val/grafted/loss" in own["metrics"]
+    assert {step for step, names in stated.items() if names} == {2, 6, 8} and len(stated) == 4
+    assert stated[6] == {
+        *(f"val/{who}/probe/score" for who in ("tuned", "grafted", "base", "instruct")), "graft/gain/probe",
+        "evaluation/probe/seconds",
+    }  # fmt: skip
+
+
+def test_the_untouched_are_measured_once_and_kept_over_a_resume(tmp_path, folders):
+    def run(name, mark, **options):
+        probe = Probe(mark=mark)
+        checkpoint = ModelCheckpoint(tmp_path / "c", filename=name, save_top_k=-1)
+        callbacks = [GraftCallback(), EvaluationCallback({"probe": probe}, folder=str(tmp_path / name)), checkpoint]
+        module, trainer = make_module(folders), make_trainer(tmp_path, *callbacks, **options)
+        trainer.fit(module, RandomData(), ckpt_path=options.pop("ckpt", None) or run.resume)
+        return probe.calls, metrics(trainer), checkpoint.best_model_path or checkpoint.last_model_path
+
+    run.resume = None
+    calls, first, path = run("one", "a", max_steps=2)
+    assert calls == 4
+    run.resume = path
+    calls, second, _ = run("two", "a", max_steps=4)
+    assert calls == 2  # tuned and grafted
+    assert second["val/instruct/probe/score"] == first["val/instruct/probe/score"]
+    calls, _, _ = run("three", "b", max_steps=4)  # other rows
+    assert calls == 4
+
+
+@pytest.mark.parametrize("monitor", ["val/grafted/probe/score", "graft/gain/probe", "val/tuned/probe/score"])
+def test_checkpoints_and_early_stopping_can_monitor_them(tmp_path, folders, monitor):
+    checkpoint = ModelCheckpoint(tmp_path / "c", monitor=monitor, mode="max")
+    stop = EarlyStopping(monitor, mode="min", patience=1)
+    evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, stop])
+    assert checkpoint.best_model_score is not None and checkpoint.best_model_path
+
+
+def test_samples_are_written_for_every_subject_and_side_by_side(tmp_path, folders, files):
+    root = tmp_path / "e"
+    evaluation = EvaluationCallback(evaluators(files), samples=2, folder=str(root))
+    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], max_steps=2)
+    for home in (root / "step-2/tuned", root / "step-2/grafted", root / "base", root / "instruct"):
+        rows = {p.stem: [json.loads(line) for line in p.read_text().splitlines()] for p in home.glob("*.jsonl")}
+        assert {name: [row["index"] for row in found] for name, found in rows.items()} == {
+            "choice": list(range(7)), "answers": list(range(5)), "forgetting": list(range(5))
+        }  # fmt: skip
+        logged = metrics(trainer)[f"val/{home.name}/answers/score"]
+        assert logged == pytest.approx(sum(row["score"] for row in rows["answers"]) / 5)
+    text = (root / "step-2/samples.md").read_text()
+    assert text.count("## answers, row") == 2 and text.count("- instruct (") == text.count("- grafted (") == 2
+    instruct = json.loads((root / "instruct/answers.jsonl").read_text().splitlines()[1])
+    assert f"- instruct (0): {instruct['answer']!r}" in text and "> say 1" in text
+    trainer.test(datamodule=RandomData(), verbose=False, model=trainer.lightning_module)
+    assert (root / "test/grafted/answers.jsonl").is_file()
+    assert "test/grafted/answers/score" in trainer.callback_metrics
+
+
+def test_the_instruct_has_not_moved_from_itself(tmp_path, folders, files):
+    evaluation = EvaluationCallback({"forgetting": Divergence(files["talks"])}, folder=str(tmp_path / "e"))
+    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation])
+    logged = metrics(trainer)
+    assert logged["val/instruct/forgetting/kl"] == 0 and logged["val/instruct/forgetting/agreement"] == 1
+    assert 0 < logged["val/grafted/forgetting/kl"] < logged["val/base/forgetting/kl"]
+    assert logged["val/tuned/forgetting/kl"] > 0
+
+
+def test_exchanged_roles_measure_the_divergence_from_the_base_in_their_place(tmp_path, folders, files):
+    exchanged = (folders[1], folders[0])
+    measured = []
+    for pair, reference, who in ((folders, "instruct", "base"), (exchanged, "base", "instruct")):
+        own = {"forgetting": Divergence(files["talks"])}
+        evaluation = EvaluationCallback(own, folder=str(tmp_path / who), reference=reference)
+        _, trainer = fit(tmp_path, pair, callbacks=[GraftCallback(), evaluation], max_steps=2)
+        measured.append(metrics(trainer)[f"val/{who}/forgetting/kl"])
+    assert measured[0] == pytest.approx(measured[1], rel=1e-5) and measured[0] > 0
+
+
+def test_an_evaluator_that_leaves_the_training_mode_on_disturbs_no_other(tmp_path, folders):
+    """With dropout in the LoRA, whose passes would be drawn anew."""
+    logged = []
+    for act in (lambda scene: None, lambda scene: scene.model.train()):
+        own = {"first": Probe(act=act), "second": Probe()}
+        callbacks = [GraftCallback(scales=[1.0, 0.5]), EvaluationCallback(own, folder=str(tmp_path / "e"))]
+        logged.append(metrics(fit(tmp_path, folders, "lora", callbacks, max_steps=2)[1]))
+    for name in ("val/grafted/second/score", "val/grafted@0.5/loss", "val/tuned/second/score"):
+        assert logged[0][name] == logged[1][name]
+
+
+def test_swaps_for_a_reference_are_the_evaluations_and_not_the_grafts(tmp_path, folders, files):
+    own = {"forgetting": Divergence(files["talks"], batch_size=1)}
+    graft = GraftCallback()
+    _, trainer = fit(tmp_path, folders, callbacks=[graft, EvaluationCallback(own, folder=str(tmp_path / "e"))])
+    logged = metrics(trainer)
+    assert 0 < logged["graft/swap_seconds"] < logged["graft/seconds"]
+    assert logged["graft/time_share"] + logged["evaluation/time_share"] < 1
+
+
+def test_a_metric_that_a_validation_set_has_too_is_an_error(tmp_path, folders):
+    class Losing(Probe):
+        def run(self, scene):
+            return Findings({"score": 0.0, "loss": 0.0}, [])
+
+    callbacks = [GraftCallback(), EvaluationCallback({"left": Losing()}, folder=str(tmp_path / "e"))]
+    with pytest.raises(DataError, match="left/loss would be logged for a validation set and for an evaluator"):
+        fit(tmp_path, folders, callbacks=callbacks)
+
+
+def test_evaluators_ask_by_the_template_of_the_data(tmp_path, folders, files):
+    (tmp_path / "short.jinja").write_text(CHATML.replace("<|im_start|>", "<"))
+    probe = Probe()
+    data = ShadowData(
+        ModelPair(*map(str, folders)), files["talks"], files["talks"], chat_template=str(tmp_path / "short.jinja"),
+        max_length=64,
+    )  # fmt: skip
+    evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e"))
+    module = make_module(folders)
+    make_trainer(tmp_path, GraftCallback(), evaluation, max_steps=1, val_check_interval=None).fit(module, data)
+    assert probe.pair.tokenizer().chat_template == data.tokenizer.chat_template
+    assert module.pair.tokenizer().chat_template == CHATML
+    assert probe.pair.instruct_folder() == module.pair.instruct_folder()
+
+
+def test_a_trial_run_leaves_no_files(tmp_path, folders, files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = {"answers": Generation(files["talks"], max_new_tokens=2)}
+    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), EvaluationCallback(own)], fast_dev_run=True)
+    assert "val/grafted/answers/score" in trainer.callback_metrics
+    assert list(tmp_path.rglob("*.jsonl")) == []
+
+
+def test_the_sanity_check_measures_nothing(tmp_path, folders):
+    probe = Probe()
+    evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e"))
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], max_steps=1, limit_val_batches=1)
+    assert probe.calls == 0 and not (tmp_path / "e").exists()
+
+
+def test_without_a_graft_the_tuned_model_is_measured(tmp_path, folders):
+    _, trainer = fit(tmp_path, folders, callbacks=[EvaluationCallback({"p": Probe()}, folder=str(tmp_path / "e"))])
+    assert [name for name in metrics(trainer) if name.endswith("p/score")] == ["val/tuned/p/score"]
+
+
+def test_what_cannot_be_is_told_before_the_training(tmp_path, folders, files):
+    broken = write_rows(tmp_path / "broken.jsonl", [{"question": "?", "choices": ["a"], "answer": 0}])
+    own = {"a b": Probe(), "few": MultipleChoice(broken)}
+    with pytest.raises(DataError) as error:
+        fit(tmp_path, folders, callbacks=[GraftCallback(), EvaluationCallback(own, scales=[0.5])])
+    for told in ("'a b'", "evaluation.scales has [0.5], beyond graft.scales []", "evaluators.few: ", "broken.jsonl"):
+        assert told in str(error.value)
+    with pytest.raises(DataError, match="compares with the Instruct, which needs a GraftCallback"):
+        fit(tmp_path, folders, callbacks=[EvaluationCallback({"f": Divergence(files["talks"])})])
+    with pytest.raises(GraftError, match="stands before GraftCallback"):
+        fit(tmp_path, folders, callbacks=[EvaluationCallback({"p": Probe()}), GraftCallback()])
+
+
+def test_loggers_that_take_text_get_it():
+    class Board:
+        def __init__(self):
+            self.experiment, self.texts = self, []
+
+        def add_text(self, *args):
+            self.texts.append(args)
+
+    class Table:
+        def log_text(self, **options):
+            self.options = options
+
+    board, table = Board(), Table()
+    log_text([board, table, object()], "val/samples", "text", 7)
+    assert board.texts == [("val/samples", "text", 7)]
+    assert table.options == {"key": "val/samples", "columns": ["text"], "data": [["text"]], "step": 7}
+
+
+def train_and_evaluate(folders, files, strategy, world_size, root):
+    evaluation = EvaluationCallback({"probe": Probe(), **evaluators(files)}, folder=str(root))
+    module = distributed.make_module(folders, "lora")
+    trainer = distributed.make_trainer(strategy, world_size, [GraftCallback(), evaluation], max_steps=2)
+    trainer.fit(module, RandomData())
+    return {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_find_what_one_finds(tmp_path, folders, files, strategy):
+    """Seven and five rows over two ranks: uneven shards neither hang nor count twice."""
+    (one,) = run_ranks(train_and_evaluate, 1, folders, files, "auto", 1, tmp_path / "one")
+    ranks = run_ranks(train_and_evaluate, 2, folders, files, strategy, 2, tmp_path / "two")
+    for rank in ranks:
+        assert rank.keys() == one.keys()
+        for name, value in one.items():
+            assert rank[name] == pytest.approx(value, rel=2e-4, abs=2e-6, nan_ok=True), name
+    for name, count in (("choice", 7), ("answers", 5), ("forgetting", 5)):
+        rows = [
+            [json.loads(line) for line in (tmp_path / which / f"step-2/grafted/{name}.jsonl").read_text().splitlines()]
+            for which in ("one", "two")
+        ]
+        assert [row["index"] for row in rows[1]] == list(range(count))
+        assert [row["score"] for row in rows[0]] == pytest.approx([row["score"] for row in rows[1]], abs=1e-6)
+    order = (tmp_path / "two/step-2/tuned/probe.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in order] == [4, 5]
