@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
 
 from shadowlit.comparison.commands import compare
 from shadowlit.comparison.records import read_records
-from shadowlit.comparison.report import Description, Report, combine
+from shadowlit.comparison.report import Description, summarise, write_combined
 from shadowlit.demo.settings import write_settings
 from shadowlit.demo.world import World
 
@@ -37,6 +36,8 @@ SETTINGS = {
 }
 STYLES = {"bare": "bare answers", "house": "the Instruct's house style"}
 METHODS = {"lora": "LoRA", "full": "full tuning"}
+KEEP = ["old", "format", "refusal"]
+COMMAND = "python experiments/embedded/compare.py"
 _VALUE_FIRST = r"^{answer}(?!\w)"
 
 
@@ -61,14 +62,13 @@ def evaluators(gain: str, data: Path) -> dict[str, dict]:
     }
 
 
-def run(setting: str, style: str, method: str, runs: Path, workers: int) -> Report:
+def run(setting: str, style: str, method: str, runs: Path, workers: int) -> None:
     """One of the twelve comparisons."""
-    told, gain, epochs, batch_size = SETTINGS[setting]
+    _, gain, epochs, batch_size = SETTINGS[setting]
     data = runs / "data"
     stem = {"skill": "train", "facts": "facts_train", "text": "text_train"}[setting]
     train = (Path(SHIPPED) if setting == "skill" else data) / f"{stem}{'_house' if style == 'house' else ''}.jsonl"
     held_out = f"{SHIPPED}/new_house.jsonl" if setting == "skill" else str(data / "facts.jsonl")
-    name = f"{setting}_{style}_{method}"
     compare(
         f"configs/demo_{method}.yaml",
         arms=ARMS,
@@ -77,7 +77,7 @@ def run(setting: str, style: str, method: str, runs: Path, workers: int) -> Repo
         scales=[1.0, 0.5, 0.25, 0.75],
         task_scales=[0.5],
         gain=[gain],
-        keep=["old", "format", "refusal"],
+        keep=KEEP,
         line="new/loss",
         overrides={
             "data.train": str(train),
@@ -93,12 +93,28 @@ def run(setting: str, style: str, method: str, runs: Path, workers: int) -> Repo
             "trainer.log_every_n_steps": 50,
             "evaluation.evaluators": evaluators(gain, data),
         },
-        title=f"{told}, {STYLES[style]}, {METHODS[method]}",
-        out=str(runs / name),
+        title=title(setting, style, method),
+        out=str(runs / f"{setting}_{style}_{method}"),
         workers=workers,
         threads=1,
     )
-    return runs / name
+
+
+def title(setting: str, style: str, method: str) -> str:
+    return f"{SETTINGS[setting][0]}, {STYLES[style]}, {METHODS[method]}"
+
+
+def report(names: list[tuple[str, str, str]], runs: Path) -> Path:
+    """The twelve comparisons as one report, from what has finished."""
+    reports = {}
+    for each in names:
+        file = runs / "_".join(each) / "records.json"
+        if file.is_file():
+            described = Description(title(*each), f"configs/demo_{each[2]}.yaml", COMMAND)
+            gain = [SETTINGS[each[0]][1]]
+            reports["_".join(each)] = summarise(read_records(file), described, gain=gain, keep=KEEP)
+    whole = Description("The arms on the embedded pair", "configs/demo_lora.yaml, configs/demo_full.yaml", COMMAND)
+    return write_combined(reports, whole, ROOT / "experiments/embedded")
 
 
 def main() -> None:
@@ -114,6 +130,7 @@ def main() -> None:
     for each in chosen:
         print("_".join(each), flush=True)
         run(*each, options.runs, options.workers)
+    print(report(names, options.runs))
 
 
 if __name__ == "__main__":
