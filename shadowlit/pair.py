@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +121,12 @@ class ModelPair:
             PairError: It cannot be loaded.
         """
         return self._instruct_tokenizer if self.template_owner == "base" else self._base_tokenizer
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ModelPair:
+        """The same pair, both of whose models are used with ``tokenizer``, e.g. one with another chat template."""
+        pair = copy(self)
+        vars(pair)[f"_{self.template_owner}_tokenizer"] = tokenizer
+        return pair
 
     def template_folder(self) -> Path:
         """The folder of ``template_owner``, whose generation config says where a turn ends.

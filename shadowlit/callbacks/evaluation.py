@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +16,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.schedule import is_last_validation
 from shadowlit.data.sources import raise_all
 from shadowlit.errors import DataError, GraftError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.samples import log_text, side_by_side
 from shadowlit.graft.live import BASE, LiveGraft
+from shadowlit.pair import ModelPair
 from shadowlit.training.module import TUNED, ShadowModule
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -33,10 +35,12 @@ class EvaluationCallback(Callback):
     Logged are ``val/<subject>/<evaluator>/<metric>``, for the subjects of :class:`GraftCallback`: ``tuned``,
     ``grafted``, ``grafted@0.5``, ``base``, ``instruct``; ``graft/gain/<evaluator>``, the grafted score minus the
     Instruct's; ``evaluation/<evaluator>/seconds``, ``evaluation/seconds`` and ``evaluation/time_share`` (of the run so
-    far). Each can be monitored by a checkpoint or early-stopping callback, best with ``every=1``: what isn't measured
-    in a validation isn't logged in it. The grafted Instruct is measured while GraftCallback's weights stand in the
-    module; the untouched models once for the same rows and settings. The training trajectory is bit-identical to one
-    without the callback.
+    far). The grafted Instruct is measured while GraftCallback's weights stand in the module; the untouched models once
+    for the same rows and settings. The training trajectory is bit-identical to one without the callback.
+
+    An evaluator with ``every=n`` runs in the first full validation of a fit, in each n-th after it, and in the last one
+    that ``max_steps`` or ``max_epochs`` allow; in ``validate`` and ``test`` always. Where it doesn't run, nothing of it
+    is logged, and Lightning shows callbacks the values from before: monitor metrics of evaluators with ``every=1``.
 
     The samples of every evaluator are written to ``<folder>/step-<step>/<subject>/<evaluator>.jsonl`` (those of the
     untouched models to ``<folder>/<subject>/…``, those of the command test to ``<folder>/test/<subject>/…``), one
@@ -73,10 +77,13 @@ class EvaluationCallback(Callback):
         self.constants: dict[str, dict[str, Any]] = {}
         self.seconds = 0.0
         self._graft: GraftCallback | None = None
+        self._pair: ModelPair | None = None  # with the tokenizer that the data are encoded with
+        self._settings = ""  # what scores depend on beside the evaluator
         self._due: list[str] = []
         self._validations = 0
         self._found: dict[tuple[str, str], Findings] = {}
         self._spent: dict[str, float] = {}
+        self._logged: dict[str, set[str]] = {}  # names of metrics, by evaluator
         self._fit_start: float | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -90,11 +97,16 @@ class EvaluationCallback(Callback):
         self._graft = self._graft_callback(trainer)
         if self._graft is not None and self._measure not in self._graft.within:
             self._graft.within.append(self._measure)
-        template_kwargs = getattr(trainer.datamodule, "template_kwargs", {})  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._pair = pl_module.pair
+        if getattr(data, "chat_template", None) is not None:
+            self._pair = self._pair.with_tokenizer(data.tokenizer)
+        self._settings = f"{trainer.precision} {self.reference}"
+        template_kwargs = getattr(data, "template_kwargs", {})
         errors = list(self._problems())
         for name, evaluator in self.evaluators.items():
             try:
-                evaluator.read(pl_module.pair, template_kwargs)
+                evaluator.read(self._pair, template_kwargs)
             except DataError as error:
                 errors.append(f"evaluation.evaluators.{name}: {error}")
         raise_all(errors)
@@ -105,21 +117,28 @@ class EvaluationCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide which evaluators run in this validation."""
-        self._begin(trainer, [])
         if trainer.sanity_checking:
-            return
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        self._validations += fitting
-        last = not fitting or trainer.global_step >= trainer.estimated_stepping_batches
-        self._due = [n for n, e in self.evaluators.items() if last or self._validations % e.every == 0]
+            self._begin([])
+        elif trainer.state.fn != TrainerFn.FITTING or is_last_validation(trainer):
+            self._begin(list(self.evaluators))
+        else:
+            self._begin([name for name, e in self.evaluators.items() if self._validations % e.every == 0])
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All evaluators run in a test."""
-        self._begin(trainer, list(self.evaluators))
+        self._begin(list(self.evaluators))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what GraftCallback hasn't, and log everything."""
         self._finish(trainer, pl_module, "val")
+        self._validations += trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave scores of earlier validations out of what a checkpoint and an export say of this one."""
+        if self._graft is not None:
+            for name in self._logged.keys() - self._due:
+                for metric in self._logged[name]:
+                    self._graft.metrics.pop(metric, None)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As in validation."""
@@ -155,37 +174,40 @@ class EvaluationCallback(Callback):
             )
         return found
 
-    def _begin(self, trainer: Trainer, due: list[str]) -> None:
+    def _begin(self, due: list[str]) -> None:
         self._due, self._found, self._spent = due, {}, {}
 
-    def _measure(self, trainer: Trainer, module: ShadowModule, subject: str, state: float | str | None) -> None:
+    def _measure(self, trainer: Trainer, module: ShadowModule, subject: str) -> None:
         """Run what is due on the weights that stand in the module."""
         kind, _, scale = subject.partition("@")
         if kind in _UNTOUCHED or (scale and not any(f"{s:g}" == scale for s in self.scales)):
             return
-        self._run(trainer, module, subject, state, self._due)
+        self._run(trainer, module, subject, self._due)
 
-    def _run(
-        self, trainer: Trainer, module: ShadowModule, subject: str, state: float | str | None, names: Sequence[str]
-    ) -> None:
-        scene = self._scene(trainer, module, state)
+    def _run(self, trainer: Trainer, module: ShadowModule, subject: str, names: Sequence[str]) -> None:
+        scene = self._scene(trainer, module)
         for name in names:
             start = time.perf_counter()
             with isolate_rng():
                 self._found[subject, name] = self.evaluators[name].run(scene)
+            module.eval()  # for those that follow, whatever this one left
             self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - start
 
-    def _scene(self, trainer: Trainer, module: ShadowModule, state: float | str | None) -> Scene:
-        assert module.model is not None
+    def _scene(self, trainer: Trainer, module: ShadowModule) -> Scene:
+        assert module.model is not None and self._pair is not None
         graft = self._graft.build(module) if self._graft is not None else None
+
+        def reference() -> AbstractContextManager[None]:
+            return nullcontext() if graft is None else graft.exchanged(_UNTOUCHED[self.reference])
+
         return Scene(
             model=module.model,
-            pair=module.pair,
+            pair=self._pair,
             device=module.device,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             autocast=trainer.precision_plugin.val_step_context,
-            reference=lambda: _exchanged(graft, _UNTOUCHED[self.reference], state) if graft else nullcontext(),
+            reference=reference,
             template_kwargs=getattr(trainer.datamodule, "template_kwargs", {}),  # type: ignore[attr-defined]
         )
 
@@ -197,7 +219,7 @@ class EvaluationCallback(Callback):
         done = False
         while not done:  # again, if a signal handler saved a checkpoint while the reference's weights stood
             interruptions = graft.interruptions if graft else 0
-            self._run(trainer, module, TUNED, None, self._due)
+            self._run(trainer, module, TUNED, self._due)
             done = graft is None or graft.interruptions == interruptions
         if graft is not None and self.baselines:
             self._measure_untouched(trainer, module, graft)
@@ -205,40 +227,64 @@ class EvaluationCallback(Callback):
         self._log(module, stage)
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> None:
-        known = {n for n in self._due if self.constants.get(n, {}).get("signature") == self.evaluators[n].signature()}
-        names = [name for name in self._due if name not in known]
+        names = [name for name in self._due if self._known(name) is None]
         for subject, state in _UNTOUCHED.items() if names else ():
             done = False
             while not done:
                 interruptions = graft.interruptions
                 with graft.applied(state):
-                    self._run(trainer, module, subject, state, names)
+                    self._run(trainer, module, subject, names)
                 done = graft.interruptions == interruptions
         for name in names:
             measured = {subject: self._found[subject, name].metrics for subject in _UNTOUCHED}
-            self.constants[name] = {"signature": self.evaluators[name].signature(), **measured}
+            self.constants[name] = {"signature": self._signature(name), **measured}
+
+    def _signature(self, name: str) -> str:
+        return f"{self.evaluators[name].signature()} {self._settings}"
+
+    def _known(self, name: str) -> dict[str, Any] | None:
+        """What the untouched models reached on these rows with these settings, if it is known."""
+        constants = self.constants.get(name)
+        return constants if constants is not None and constants["signature"] == self._signature(name) else None
 
     def _log(self, module: ShadowModule, stage: str) -> None:
         scores = {(subject, name): found.metrics for (subject, name), found in self._found.items()}
-        for name, constants in self.constants.items():
-            if name in self.evaluators and constants["signature"] == self.evaluators[name].signature():
+        for name in self._due if self.baselines else ():
+            if (constants := self._known(name)) is not None:
                 scores |= {(subject, name): constants[subject] for subject in _UNTOUCHED}
+        self._require_own_names(module, scores)
         for (subject, name), metrics in scores.items():
             for what, value in metrics.items():
-                module.log(f"{stage}/{subject}/{name}/{what}", value)
+                self._log_one(module, name, f"{stage}/{subject}/{name}/{what}", value)
         for name in self._due:
             if ("grafted", name) in scores and ("instruct", name) in scores:
                 gain = scores["grafted", name]["score"] - scores["instruct", name]["score"]
-                module.log(f"graft/gain/{name}", gain)
-            module.log(f"evaluation/{name}/seconds", self._spent[name])
+                self._log_one(module, name, f"graft/gain/{name}", gain)
+            self._log_one(module, name, f"evaluation/{name}/seconds", self._spent[name])
         spent = sum(self._spent.values())
         self.seconds += spent
         module.log("evaluation/seconds", spent)
-        if self._fit_start is not None:
+        if self._fit_start is not None and stage == "val":
             module.log("evaluation/time_share", self.seconds / (time.perf_counter() - self._fit_start))
+
+    def _log_one(self, module: ShadowModule, evaluator: str, name: str, value: float) -> None:
+        self._logged.setdefault(evaluator, set()).add(name)
+        module.log(name, value)
+
+    def _require_own_names(self, module: ShadowModule, scores: dict[tuple[str, str], dict[str, float]]) -> None:
+        """Raise where a metric has the name of a validation set's, since Lightning would log the mean of both."""
+        taken = module.scores(TUNED).keys()
+        clashes = {f"{name}/{what}" for (_, name), metrics in scores.items() for what in metrics} & taken
+        if clashes:
+            raise DataError(
+                f"{', '.join(sorted(clashes))} would be logged for a validation set and for an evaluator of its name. "
+                "Rename one of the two, in data.validation, data.test or evaluation.evaluators."
+            )
 
     def _write(self, trainer: Trainer, stage: str) -> None:
         """Leave the samples of all ranks in files, in the order of the rows."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         root = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "evaluation")
         home = root / ("test" if stage == "test" else f"step-{trainer.global_step}")
         gathered: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -247,27 +293,14 @@ class EvaluationCallback(Callback):
             gathered[subject, name] = samples
             if trainer.is_global_zero:
                 place = root if subject in _UNTOUCHED else home
-                _replace(place / subject / f"{name}.jsonl", samples)
+                lines = (json.dumps(sample, ensure_ascii=False) for sample in samples)
+                _replace(place / subject / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
         if not (trainer.is_global_zero and self.samples):
             return
         text = side_by_side(gathered, root, self._due, self.samples)
         if text:
-            home.mkdir(parents=True, exist_ok=True)
-            (home / "samples.md").write_text(text, encoding="utf-8")
+            _replace(home / "samples.md", text)
             log_text(trainer.loggers, f"{stage}/samples", text, trainer.global_step)
-
-
-@contextmanager
-def _exchanged(graft: LiveGraft, reference: float | str, state: float | str | None) -> Iterator[None]:
-    """Let the reference's weights stand for a moment, then those of ``state`` again."""
-    try:
-        graft.apply(reference)
-        yield
-    finally:
-        if state is None:
-            graft.restore()
-        else:
-            graft.apply(state)
 
 
 def _gather(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -278,8 +311,8 @@ def _gather(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [sample for part in parts for sample in part]
 
 
-def _replace(file: Path, samples: list[dict[str, Any]]) -> None:
+def _replace(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".partial")
-    beside.write_text("".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples), encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(file)

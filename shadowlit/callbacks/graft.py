@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-Within = Callable[[Trainer, ShadowModule, str, float | str], None]
+Within = Callable[[Trainer, ShadowModule, str], None]
 
 
 class GraftCallback(Callback):
@@ -279,11 +279,12 @@ class GraftCallback(Callback):
                         step(trainer.precision_plugin.convert_input(batch), number, index)
                         advance()
                 module.subject = TUNED
-                start = time.perf_counter()
+                start, swap_s = time.perf_counter(), graft.apply_s
                 if not trainer.sanity_checking:
                     for call in self.within:
-                        call(trainer, module, subject, state)
+                        call(trainer, module, subject)
                 self._within_s += time.perf_counter() - start
+                graft.apply_s = swap_s  # what was swapped within is not the graft's
                 # False if a signal handler saved a checkpoint on the way, which put the trained weights back.
                 done = graft.interruptions == interruptions
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shadowlit.data.collate import Collate
-from shadowlit.data.sources import collect, read_conversations
+from shadowlit.data.document import encode_document
+from shadowlit.data.formats import DOCUMENT
+from shadowlit.data.sources import Conversation, collect, read_conversations
 from shadowlit.data.template import Encoded, encode_turns
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
@@ -33,10 +34,12 @@ class Divergence(Evaluator):
     ``score``; ``stderr`` of ``kl`` over rows; ``num_tokens``, ``num_samples``. Samples: ``index``, ``score``, ``kl``.
 
     The two models' weights stand in one module in turn, so every batch costs two swaps: few large batches are best.
+    Where the chat template rewrites the history, a row is read once for each of its turns, as in training. Of plain
+    text every token counts that has one before it.
 
     Args:
-        data: Conversations, as for training. A row that the template splits gives several samples of its index.
-        max_length: Longest row, in tokens; a longer one is an error.
+        data: Conversations or plain text, as for training.
+        max_length: Longest row, in tokens; a longer conversation is an error, a longer text is cut into pieces.
         every: Run in every so many-th validation, and in the last one.
         limit: Use only so many rows, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
@@ -49,57 +52,59 @@ class Divergence(Evaluator):
     ) -> None:
         super().__init__(every, limit, batch_size)
         self.data, self.max_length = data, max_length
-        self._rows: list[tuple[int, Encoded]] | None = None
+        self._rows: list[tuple[int, list[Encoded]]] | None = None
         self._pad = 0
 
     def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
-        """Read and tokenise the conversations.
+        """Read and tokenise the rows.
 
         Raises:
-            DataError: No rows, malformed ones, or too long ones; up to five problems in one message.
+            DataError: No rows, malformed ones, too long ones, or ones in which nothing is supervised; up to five
+                problems in one message.
         """
-        tokenizer = pair.tokenizer()
+        tokenizer, end = pair.tokenizer(), pair.other_tokenizer().eos_token_id
         chosen = spread(read_conversations(self.data, use="validation"), self.limit)
 
-        def encode(conversation: Any) -> list[tuple[int, Encoded]]:
-            samples = encode_turns(tokenizer, conversation.messages, **template_kwargs)
-            longest = max(len(sample.input_ids) for sample in samples)
-            if longest > self.max_length:
+        def encode(conversation: Conversation) -> tuple[int, list[Encoded]]:
+            first = conversation.messages[0]
+            try:
+                if first["role"] == DOCUMENT:
+                    end_token_id = end if isinstance(end, int) else None
+                    turns = encode_document(tokenizer, first["content"], end_token_id, self.max_length)
+                else:
+                    turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
+            except DataError as error:
+                raise DataError(f"{conversation} {error}") from None
+            if all(label == IGNORE for turn in turns for label in turn.labels):
+                raise DataError(f"{conversation} has no token with loss. Remove it, or its 'train' or 'weight'.")
+            if (longest := _longest(turns)) > self.max_length:
                 raise DataError(
                     f"{conversation} has {longest} tokens. Raise max_length={self.max_length}, or shorten it."
                 )
-            return [(conversation.row, sample) for sample in samples]
+            return conversation.row, turns
 
-        self._rows = [row for rows in collect(encode, chosen) for row in rows]
-        self._rows.sort(key=lambda row: -len(row[1].input_ids))
+        self._rows = sorted(collect(encode, chosen), key=lambda row: -_longest(row[1]))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = pad if isinstance(pad, int) else 0
 
     def run(self, scene: Scene) -> Findings:
         """Measure; a collective, to be called on all ranks alike."""
         assert self._rows is not None, "read() comes before run()"
-        collate = Collate(self._pad)
         sums = SampleSums("kl", "agreement", "num_tokens", "row_kl", "row_kl_squared").to(scene.device)
         samples: list[dict[str, Any]] = []
+        # Of all ranks' rows, so that all run equally many forwards.
+        most_turns = max(len(turns) for _, turns in self._rows)
         for rows in self.own(len(self._rows), scene):
             own = [self._rows[row] for row in rows if row >= 0]
-            encoded = [sample for _, sample in own] or [Encoded([self._pad] * 2, [IGNORE] * 2)]
-            batch = collate([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded])
-            ids, mask = batch["input_ids"].to(scene.device), batch["attention_mask"].to(scene.device)
-            chosen = batch["labels"][:, 1:].to(scene.device) != IGNORE
-            logits = scene.logits(ids, mask)[:, :-1][chosen]
-            with scene.reference():
-                reference = scene.logits(ids, mask)[:, :-1][chosen]
-            kl, agrees = divergence(logits, reference)
-            counts = chosen.sum(1).tolist()
-            found = []
-            for (index, _), row_kl, row_agrees in zip(own, kl.split(counts), agrees.split(counts), strict=False):
-                total, same, num = row_kl.sum().item(), row_agrees.sum().item(), len(row_kl)
-                per_token = total / max(1, num)
-                found.append({"kl": total, "agreement": same, "num_tokens": num, "row_kl": per_token,
-                              "row_kl_squared": per_token**2})  # fmt: skip
-                samples.append({"index": index, "score": same / max(1, num), "kl": per_token})
-            sums.update(found)
+            totals = torch.zeros(len(own), 3, dtype=torch.float64)
+            for turn in range(most_turns):
+                present = [i for i, (_, turns) in enumerate(own) if turn < len(turns)]
+                found = self._compare([own[i][1][turn] for i in present], scene)
+                totals[present] += found
+            for (index, _), (kl, same, num) in zip(own, totals.tolist(), strict=True):
+                sums.update([{"kl": kl, "agreement": same, "num_tokens": num, "row_kl": kl / num,
+                              "row_kl_squared": (kl / num) ** 2}])  # fmt: skip
+                samples.append({"index": index, "score": same / num, "kl": kl / num})
         total = sums.compute()
         agreement = mean(total["agreement"], total["num_tokens"])
         return Findings(
@@ -119,22 +124,43 @@ class Divergence(Evaluator):
         assert self._rows is not None, "read() comes before signature()"
         return fingerprint(type(self).__name__, self._rows)
 
+    def _compare(self, encoded: list[Encoded], scene: Scene) -> Tensor:
+        """``[B, 3]`` float64 on the CPU: summed divergence, agreeing tokens and tokens of each; two forwards always."""
+        filler = Encoded([self._pad] * 2, [IGNORE] * 2)
+        batch = Collate(self._pad)([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded or [filler]])
+        ids, mask = batch["input_ids"].to(scene.device), batch["attention_mask"].to(scene.device)
+        chosen = batch["labels"][:, 1:] != IGNORE
+        here = chosen.to(scene.device)
+        # Only what is supervised is kept while the reference runs.
+        logits = scene.logits(ids, mask)[:, :-1][here]
+        with scene.reference():
+            reference = scene.logits(ids, mask)[:, :-1][here]
+        kl, same = (values.cpu() for values in divergence(logits, reference))
+        values = torch.stack([kl, same.double(), torch.ones_like(kl)], dim=1)
+        row = chosen.nonzero()[:, 0]
+        return torch.zeros(len(chosen), 3, dtype=torch.float64).index_add_(0, row, values)[: len(encoded)]
+
 
 def divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """``KL(p ‖ r)`` at each position, and whether both have the same most probable token.
 
     Args:
-        logits: ``[N, V]`` of p, any floating dtype; computed in float32, a chunk of positions at a time.
+        logits: ``[N, V]`` of p, any floating dtype; computed in float32, a chunk of positions at a time. A token of
+            probability 0 adds 0.
         reference: ``[N, V]`` of r.
 
     Returns:
         ``[N]`` float64 in nats, at least 0 but for rounding, and ``[N]`` bool.
     """
     parts, same = [], []
-    for p, r in zip(logits.split(_CHUNK), reference.split(_CHUNK), strict=True):
-        log_p, log_r = p.float().log_softmax(-1), r.float().log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - log_r)).sum(-1).double())
-        same.append(p.argmax(-1) == r.argmax(-1))
-    if not math.prod(logits.shape):
-        return logits.new_zeros(0, dtype=torch.float64), logits.new_zeros(0, dtype=torch.bool)
+    for some, others in zip(logits.split(_CHUNK), reference.split(_CHUNK), strict=True):
+        log_p, log_r = some.float().log_softmax(-1), others.float().log_softmax(-1)
+        p = log_p.exp()
+        # 0 · log 0 = 0, but a NaN stays one.
+        parts.append(torch.where(p == 0, 0, p * (log_p - log_r)).sum(-1).double())
+        same.append(some.argmax(-1) == others.argmax(-1))
     return torch.cat(parts), torch.cat(same)
+
+
+def _longest(turns: list[Encoded]) -> int:
+    return max((len(turn.input_ids) for turn in turns), default=0)

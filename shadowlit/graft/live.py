@@ -126,6 +126,24 @@ class LiveGraft:
         finally:
             self.restore()
 
+    @contextmanager
+    def exchanged(self, state: float | str) -> Iterator[None]:
+        """Let the weights of another ``state`` stand within the context, then those again that stood before."""
+        before = self.state
+        if state == before:
+            yield
+            return
+        try:
+            self.apply(state)
+            yield
+            if before is None:
+                self.restore()
+            else:
+                self.apply(before)
+        except BaseException:
+            self.restore()
+            raise
+
     @torch.no_grad()
     def apply(self, state: float | str) -> None:
         """Put the weights of ``state`` into the module.

@@ -119,19 +119,19 @@ def test_a_row_whose_history_is_rewritten_is_one_sample(tmp_path):
         with torch.no_grad():
             p, r = (m(input_ids=ids).logits[0, :-1].double().log_softmax(-1)[chosen] for m in (model, other.eval()))
         total, count = total + (p.exp() * (p - r)).sum().item(), count + len(p)
-    assert found.samples[0]["kl"] == pytest.approx(total / count, rel=1e-5)
+    assert found.samples[0]["kl"] == pytest.approx(total / count, rel=1e-3)  # small: float32's rounding shows
     calls.clear()
     parts = [evaluate_on(rank, 2) for rank in (0, 1)]
     assert calls.count(0) == calls.count(1) > 0
     assert sorted(sample["index"] for part in parts for sample in part.samples) == [0, 1, 2]
 
 
-def test_plain_text_counts_from_its_second_token(tmp_path):
+def test_plain_text_counts_from_its_second_token_to_its_end(tmp_path):
     file = write_rows(tmp_path / "text.jsonl", [{"text": "Oslo is far."}])
     scene = make_scene(DEMO_PAIR)
     found = evaluate(Divergence(file), scene)
-    tokens = len(scene.pair.tokenizer()("Oslo is far.", add_special_tokens=False)["input_ids"])
-    assert found.metrics["num_tokens"] in (tokens - 1, tokens)  # with or without the end of the document
+    num_tokens = len(scene.pair.tokenizer()("Oslo is far.", add_special_tokens=False)["input_ids"])
+    assert found.metrics["num_tokens"] == num_tokens - 1 + 1  # and the token that ends the document
     assert found.metrics["kl"] == 0 and found.metrics["agreement"] == 1
 
 

@@ -182,6 +182,32 @@ def test_several_scales_in_a_row_need_no_restore_between(tmp_path):
         graft.restore()
 
 
+@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+def test_an_exchange_within_a_state_gives_back_what_stood(tmp_path, adapter):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(**adapter, target_modules="all-linear") if adapter else None)
+    train_a_bit(model)
+    graft = open_graft(model, folders)
+    tuned = logits(model)
+    with graft.applied(0.0):
+        instruct = logits(model)
+    for state in (None, 1.0, BASE, 0.0):
+        if state is not None:
+            graft.apply(state)
+        before = logits(model)
+        with graft.exchanged(0.0):
+            assert graft.state == 0.0 and torch.equal(logits(model), instruct)
+        assert graft.state == state and torch.equal(logits(model), before)
+        with pytest.raises(KeyboardInterrupt), graft.exchanged(BASE):
+            raise KeyboardInterrupt
+        assert state == BASE or (graft.state is None and torch.equal(logits(model), tuned))
+        graft.restore()
+    with graft.applied(1.0):
+        swaps = graft.apply_s
+        with graft.exchanged(1.0):
+            assert graft.apply_s == swaps  # nothing to do
+
+
 def test_validated_weights_are_those_of_the_exported_dtype(tmp_path):
     """Full tuning: the float32 masters hold the values that a bfloat16 file will hold."""
     folders = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
