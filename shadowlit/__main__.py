@@ -11,6 +11,7 @@ COMMANDS = {
     "test": "the same on the test sets",
     "predict": "let the grafted Instruct answer prompts",
     "preview": "print samples token by token, with what carries loss in colour",
+    "compare": "train the arms of a pair side by side, and report what the data support",
     "graft": "graft what a Base has learned elsewhere, from folder to folder",
     "evaluate": "put models to benchmarks, after training",
     "delta": "store, show, combine, compress and apply the update itself",
@@ -20,6 +21,7 @@ COMMANDS = {
 
 # Commands that are typed functions, and where.
 _FUNCTIONS = {
+    "compare": "shadowlit.comparison.commands",
     "graft": "shadowlit.commands",
     "evaluate": "shadowlit.evaluation.commands",
     "delta": "shadowlit.delta_commands",
