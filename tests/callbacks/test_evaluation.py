@@ -1,6 +1,7 @@
 """Evaluations during training: the right weights, the right moment, and a training that doesn't notice."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ class Probe(Evaluator):
         self.calls += 1
         ids = torch.arange(10, 30)[None]
         logits = scene.logits(ids, torch.ones_like(ids))
-        torch.rand(3)  # whoever shares the training's generator would shift its dropout
+        torch.rand(3), random.random()  # whoever shares the training's generators would shift its order and dropout
         self.act(scene)
         score = logits.double().log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).mean().item()
         sums = SampleSums("score").to(scene.device)
@@ -115,8 +116,10 @@ def test_training_is_bit_identical_with_and_without(tmp_path, folders, files, ki
     runs = []
     for own in (None, {"probe": Probe(), **evaluators(files)}):
         callbacks = [GraftCallback(), EvaluationCallback(own, folder=str(tmp_path / "e"))]
-        runs.append(weights(fit(tmp_path, folders, kind, callbacks)[0]))
-    assert_same(*runs)
+        module, _ = fit(tmp_path, folders, kind, callbacks)
+        runs.append((weights(module), torch.rand(1).item(), random.random()))
+    assert_same(runs[0][0], runs[1][0])
+    assert runs[0][1:] == runs[1][1:]  # the global generators stand where they would
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -182,6 +185,14 @@ def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
              for name in ("often", "seldom")}  # fmt: skip
     assert steps == {"often": ["step-2", "step-4", "step-6", "step-8"], "seldom": ["step-2", "step-8"]}
     assert (often.calls, seldom.calls) == (2 * 4 + 2, 2 * 2 + 2)
+
+
+def test_the_last_validation_may_come_before_the_last_step(tmp_path, folders):
+    """After three and six of eight batches an epoch, two of which are a step: the last one is after 7 of 8 steps."""
+    evaluation = EvaluationCallback({"probe": Probe(every=9)}, folder=str(tmp_path / "e"))
+    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], val_check_interval=3)
+    assert sorted(p.name for p in (tmp_path / "e").glob("step-*")) == ["step-1", "step-7"]
+    assert trainer.global_step == 8
 
 
 def test_the_rhythm_goes_on_after_a_resume(tmp_path, folders):
@@ -295,11 +306,14 @@ def test_an_evaluator_that_leaves_the_training_mode_on_disturbs_no_other(tmp_pat
 
 
 def test_swaps_for_a_reference_are_the_evaluations_and_not_the_grafts(tmp_path, folders, files):
-    own = {"forgetting": Divergence(files["talks"], batch_size=1)}
+    def act(scene):
+        graft.graft.apply_s += 1000  # as if swaps took so long
+
     graft = GraftCallback()
+    own = {"forgetting": Divergence(files["talks"], batch_size=1), "probe": Probe(act=act)}
     _, trainer = fit(tmp_path, folders, callbacks=[graft, EvaluationCallback(own, folder=str(tmp_path / "e"))])
     logged = metrics(trainer)
-    assert 0 < logged["graft/swap_seconds"] < logged["graft/seconds"]
+    assert 0 < logged["graft/swap_seconds"] < logged["graft/seconds"] < 1000
     assert logged["graft/time_share"] + logged["evaluation/time_share"] < 1
 
 
