@@ -23,7 +23,16 @@ from shadowlit.errors import GraftError
 from shadowlit.graft.checkpoint import Streamed
 from shadowlit.graft.headers import Headers, TensorInfo, some_of
 from shadowlit.graft.layout import LayoutReader, canonical_key, canonical_keys, is_computed
-from shadowlit.graft.numeric import Raw, finite_squares, graft_part, narrow, not_finite, require_finite, widen
+from shadowlit.graft.numeric import (
+    Raw,
+    finite_squares,
+    graft_bfloat16,
+    graft_part,
+    narrow,
+    not_finite,
+    require_finite,
+    widen,
+)
 from shadowlit.graft.pickled import open_checkpoint
 from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve
 from shadowlit.graft.streaming import THREADS, ordered, row_windows
@@ -96,6 +105,14 @@ class FullUpdate:
         """See :class:`Update`."""
         tuned, base = self._tuned.rows(name, start, stop), self._base.rows(name, start, stop)
         return np.subtract(tuned, base, out=tuned) if tuned.dtype == base.dtype else tuned - base
+
+    def codes(self, name: str) -> set[str]:
+        """The format's codes of the dtypes in which the two checkpoints store ``name``."""
+        return {self._base.info(name).code, self._tuned.info(name).code}
+
+    def raw_rows(self, name: str, start: int, stop: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Rows of ``name`` in the Base and in the tuned one, as they are stored: flat bytes."""
+        return self._base.raw_rows(name, start, stop), self._tuned.raw_rows(name, start, stop)
 
 
 @dataclass(frozen=True)
@@ -406,9 +423,23 @@ class DiskGraft:
             advance(part.nbytes)
             yield part
 
+    def _bfloat16_part(
+        self, raw: npt.NDArray[np.uint8], info: TensorInfo, target: str, start: int, stop: int
+    ) -> tuple[Raw, float, float] | None:
+        """A grafted part, if all of it is bfloat16 and in pairs, and all values are finite."""
+        if not isinstance(self._update, FullUpdate) or raw.size % 4:
+            return None
+        if {info.code, target, *self._update.codes(info.name)} != {"BF16"}:
+            return None
+        base, tuned = self._update.raw_rows(info.name, start, stop)
+        stored, *squares = graft_bfloat16(base, tuned, raw, self._strength.of(info.name))
+        return (stored, squares[0], squares[1]) if finite_squares(*squares) else None
+
     def _part(self, info: TensorInfo, target: str, start: int, stop: int) -> tuple[Raw, float, float]:
         name, raw = info.name, self._instruct.raw_rows(info.name, start, stop)
         if name in self.selected:
+            if (part := self._bfloat16_part(raw, info, target, start, stop)) is not None:
+                return part
             update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
             scale = self._strength.of(name)
             stored, *squares = graft_part(raw, info.code, update, scale, target)

@@ -7,6 +7,7 @@ nearest even: bit for bit what :mod:`shadowlit.graft.arithmetic` and torch's own
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from shadowlit.errors import CheckpointError
 
 Array = npt.NDArray[np.floating]
 Raw = npt.NDArray[np.generic]
+Words = npt.NDArray[np.uint32]
 
 _STORED = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
 # All bits of the exponent, as an unsigned integer of the stored width: set in NaN and infinities only.
@@ -27,6 +29,9 @@ _EXPONENTS: dict[str, tuple[Any, int]] = {
 }
 FLOATS = frozenset(_EXPONENTS)
 """Codes of the dtypes that can be computed with."""
+_UPPER_HALF = np.uint32(0xFFFF0000)
+_WINDOW_WORDS = 2**15
+_of_thread = threading.local()
 
 
 def widen(raw: npt.NDArray[np.uint8], code: str) -> Array:
@@ -63,12 +68,7 @@ def narrow(values: Array, code: str) -> Raw:
         single = values.astype(np.float32, copy=False)  # half precision from float64 in two steps, as in torch
         if code == "F16":
             return single.astype(np.float16)
-    bits = single.view(np.uint32)
-    rounded = bits >> 16
-    np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    np.add(rounded, bits, out=rounded)
-    return np.ascontiguousarray(rounded.view(np.uint16)[1::2])
+    return np.ascontiguousarray(_round_to_bfloat16(single.view(np.uint32)).view(np.uint16)[1::2])
 
 
 def graft_part(
@@ -95,6 +95,78 @@ def graft_part(
     with np.errstate(invalid="ignore"):  # infinities leave NaN in the squares, which is how they are found
         lost = widen(stored.view(np.uint8), target) - exact
     return stored, float(np.dot(update, update)), float(np.dot(lost, lost))
+
+
+def graft_bfloat16(
+    base: npt.NDArray[np.uint8], tuned: npt.NDArray[np.uint8], instruct: npt.NDArray[np.uint8], scale: float
+) -> tuple[Raw, float, float]:
+    """``instruct + scale * (tuned - base)``, where all of it is bfloat16: what :func:`graft_part` gives, in half the
+    time.
+
+    Two neighbours are taken at once, as the halves of one 32-bit word, and everything happens in memory that stays in
+    the cache.
+
+    Args:
+        base: flat bytes of the Base's part, an even number of elements.
+        tuned: likewise, of the tuned Base's.
+        instruct: likewise, of the Instruct's.
+        scale: λ.
+
+    Returns:
+        As :func:`graft_part`.
+    """
+    stored = np.empty(instruct.size // 4, np.uint32)
+    words = base.view(np.uint32), tuned.view(np.uint32), instruct.view(np.uint32)
+    update_square = lost_square = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, stored.size, _WINDOW_WORDS):
+            window = slice(start, start + _WINDOW_WORDS)
+            cut = words[0][window], words[1][window], words[2][window]
+            squares = _graft_words(*cut, scale=scale, out=stored[window])
+            update_square, lost_square = update_square + squares[0], lost_square + squares[1]
+    return stored.view(np.uint16), update_square, lost_square
+
+
+def _graft_words(base: Words, tuned: Words, instruct: Words, scale: float, out: Words) -> tuple[float, float]:
+    """The same for so few words that the two vectors needed for it, and little else, fill a core's cache."""
+    update, exact = (memory[: 2 * out.size] for memory in _thread_vectors())
+    _split(tuned, update)
+    _split(base, exact)
+    np.subtract(update, exact, out=update)
+    if scale != 1:
+        np.multiply(update, np.float32(scale), out=update)
+    update_square = float(np.dot(update, update))
+    _split(instruct, exact)
+    np.add(exact, update, out=exact)
+    rounded = _round_to_bfloat16(exact.view(np.uint32), out=update.view(np.uint32))
+    np.bitwise_and(rounded, _UPPER_HALF, out=rounded)
+    lower, upper = rounded.reshape(2, -1)
+    np.right_shift(lower, 16, out=out)
+    np.bitwise_or(out, upper, out=out)
+    lost = np.subtract(rounded.view(np.float32), exact, out=exact)
+    return update_square, float(np.dot(lost, lost))
+
+
+def _split(words: Words, out: npt.NDArray[np.float32]) -> None:
+    """Two bfloat16 per word in float32: all lower halves first, then all upper ones. Arithmetic knows no order."""
+    lower, upper = out.view(np.uint32).reshape(2, -1)
+    np.left_shift(words, 16, out=lower)
+    np.bitwise_and(words, _UPPER_HALF, out=upper)
+
+
+def _round_to_bfloat16(bits: Words, out: Words | None = None) -> Words:
+    """float32 whose upper halves are the nearest bfloat16, of two the even one; the lower halves mean nothing."""
+    out = np.right_shift(bits, 16, out=out)
+    np.bitwise_and(out, 1, out=out)
+    np.add(out, 0x7FFF, out=out)
+    return np.add(out, bits, out=out)
+
+
+def _thread_vectors() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Memory for the values of a window, twice, which the thread keeps."""
+    if not hasattr(_of_thread, "vectors"):
+        _of_thread.vectors = np.empty(2 * _WINDOW_WORDS, np.float32), np.empty(2 * _WINDOW_WORDS, np.float32)
+    return _of_thread.vectors
 
 
 def is_finite(stored: Raw, code: str) -> bool:

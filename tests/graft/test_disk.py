@@ -43,11 +43,12 @@ def expected(base, tuned, instruct, selected, scale=1.0):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("tied", [True, False])
-def test_bit_exact_for_every_tensor(tmp_path, arch, tied):
-    """Sharded on one side and single-file on the other, float32 tuned on a bfloat16 Base."""
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.float32), (True, torch.bfloat16)])
+def test_bit_exact_for_every_tensor(tmp_path, arch, tied, dtype):
+    """Sharded on one side and single-file on the other, float32 or bfloat16 tuned on a bfloat16 Base."""
     base, instruct = save_pair(tmp_path, arch, tied=tied, dtype=torch.bfloat16)
-    tuned = save_model(tmp_path / "tuned", arch, tied=tied, near=base, seed=5, distance=0.02, shard_size="40KB")
+    tuned = save_model(tmp_path / "tuned", arch, tied=tied, near=base, seed=5, distance=0.02, shard_size="20KB",
+                       dtype=dtype)  # fmt: skip
     assert len(list(tuned.glob("*.safetensors"))) > 1
     assert run(base, tuned, instruct, tmp_path / "out", "--shard_size=40KB") == 0
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1

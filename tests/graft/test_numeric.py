@@ -6,7 +6,7 @@ import torch
 
 from shadowlit.errors import CheckpointError
 from shadowlit.graft import arithmetic
-from shadowlit.graft.numeric import finite_squares, graft_part, is_finite, narrow, require_finite, widen
+from shadowlit.graft.numeric import finite_squares, graft_bfloat16, graft_part, is_finite, narrow, require_finite, widen
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -68,6 +68,37 @@ def test_part_is_the_equation(code, target, scale):
     wanted = arithmetic.lost_in_rounding(instruct, update, scale, DTYPES[target]).double().square().sum()
     assert size == pytest.approx(float((scale * update).double().square().sum()), rel=1e-5)
     assert lost == pytest.approx(float(wanted), rel=1e-2, abs=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.3, 0.0, -2.0])
+@pytest.mark.parametrize("size", [2, 4096, 150_000])
+def test_a_part_in_bfloat16_is_the_equation(scale, size):
+    """Of several windows and of one pair; with ties, subnormals and large numbers, all that are finite in float32."""
+    values = difficult(torch.float32)
+    values = values[values.abs() < 1e37].to(torch.bfloat16)
+    places = torch.randint(len(values), (3, size), generator=torch.Generator().manual_seed(2))
+    base, tuned, instruct = values[places]
+    near = slice(size // 4, size // 2)  # updates so small that rounding decides
+    tuned[near], instruct[near] = base[near] * 1.01, base[near] * 1.7
+    exact = instruct.float() + scale * (tuned.float() - base.float())
+    stored, size_of, lost = graft_bfloat16(raw(base), raw(tuned), raw(instruct), scale)
+    assert np.array_equal(stored, exact.to(torch.bfloat16).view(torch.uint16).numpy())
+    small = torch.randn(3, size, generator=torch.Generator().manual_seed(3)).mul(0.02).to(torch.bfloat16)
+    base, tuned, instruct = small
+    stored, size_of, lost = graft_bfloat16(raw(base), raw(tuned), raw(instruct), scale)
+    update = scale * (tuned.float() - base.float())
+    wanted = arithmetic.lost_in_rounding(instruct, tuned.float() - base.float(), scale, torch.bfloat16)
+    assert size_of == pytest.approx(float(update.double().square().sum()), rel=1e-5)
+    assert lost == pytest.approx(float(wanted.double().square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_part_in_bfloat16_that_is_not_finite_is_seen(place, bad):
+    parts = torch.full((3, 70_000), 3e38 if bad == 3e38 else 1.0, dtype=torch.bfloat16)
+    parts[0] *= -1 if bad == 3e38 else 1
+    parts[place, 66_001] = bad
+    assert not finite_squares(*graft_bfloat16(*map(raw, parts), 1.0)[1:])
 
 
 @pytest.mark.parametrize("code", DTYPES)
