@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from shadowlit.errors import CheckpointError, ExportError
 from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
 from shadowlit.graft.numeric import Raw, not_finite
+from shadowlit.graft.streaming import start_write_back
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Room kept for a shard's header while its data are streamed; about a thousand tensors, else one more shard.
 _HEADER_ROOM_BYTES = 128 * 1024
+
+_FLUSH_BYTES = 32 * 2**20
 
 _SAMPLE_BYTES = 16 * 1024
 _SAMPLE_READS = 2048
@@ -138,6 +141,13 @@ class _Shard:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     num_bytes: int = 0
     header_bytes: int = 0
+    sent_bytes: int = 0
+
+    def flush_ahead(self) -> None:
+        """Let the system begin to write what has come since the last time, so that the flush at the end is short."""
+        if (end := self.stream.tell()) - self.sent_bytes >= _FLUSH_BYTES:
+            start_write_back(self.stream.fileno(), self.sent_bytes, end - self.sent_bytes)
+            self.sent_bytes = end
 
 
 @dataclass
@@ -229,6 +239,7 @@ class CheckpointWriter:
             for part in streamed.parts:
                 data = _bytes_of(name, part)
                 shard.stream.write(data)
+                shard.flush_ahead()
                 written += len(data)
         except OSError as error:
             self.abort()  # the file now holds half a tensor
