@@ -64,6 +64,18 @@ def test_a_misspelt_key_is_an_error(tmp_path, capsys):
     assert "warm_up_ratio" in capsys.readouterr().err
 
 
+def test_an_option_of_one_evaluator_can_be_set_from_the_command_line(capsys):
+    args = ["fit", "--config", str(ROOT / "configs/demo_lora.yaml"), "--print_config"]
+    with pytest.raises(SystemExit):
+        main([*args, "--evaluation.evaluators.new.init_args.limit=20", "--evaluation.samples=0"])
+    found = yaml.safe_load(capsys.readouterr().out)["evaluation"]
+    assert found["evaluators"]["new"]["init_args"]["limit"] == 20 and found["samples"] == 0
+    assert found["evaluators"]["old"]["init_args"]["limit"] is None
+    with pytest.raises(SystemExit):
+        main([*args, "--evaluation.evaluators.new.init_args.limmit=20"])
+    assert "limmit" in capsys.readouterr().err
+
+
 def effective_batch(name):
     config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))
     trainer = config["trainer"]

@@ -64,7 +64,7 @@ class Evaluator(ABC):
     """Measures the weights that stand in a model, on rows of its own.
 
     Args:
-        every: Run in every so many-th validation, and in the last one.
+        every: Run in the first validation, in each so many-th after it, and in the last one.
         limit: Use only so many rows, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
 
