@@ -2,8 +2,8 @@
 
     python experiments/embedded/compare.py [--runs runs/embedded] [--workers 2] [--only skill_bare_lora ...]
 
-Makes the settings' data, runs ``compare`` on each of the twelve (four learning rates and three seeds per arm, 288
-trainings in all), and writes ``experiments/embedded/REPORT.md`` and its pictures. What is finished is skipped, so it
+Makes the settings' data, runs ``compare`` on each of the twelve (four or five learning rates and three seeds per arm,
+300 trainings in all), and writes ``experiments/embedded/REPORT.md`` and its pictures. What is finished is skipped, so it
 can be interrupted. About 50 minutes on two cores where nothing else runs.
 """
 
@@ -29,10 +29,12 @@ RATES = {
     "lora": {"B2I": [5e-4, 1e-3, 2e-3, 4e-3], "I2I": [2e-4, 5e-4, 1e-3, 3e-3]},
     "full": {"B2I": [1e-4, 3e-4, 6e-4, 1e-3], "I2I": [5e-5, 1e-4, 3e-4, 6e-4]},
 }
+# Where the Instruct's best rate was known to lie between two of these.
+FINER = {("skill", "lora"): {"I2I": [3e-4]}, ("skill", "full"): {"I2I": [7e-5]}}
 SETTINGS = {
-    "skill": ("a new skill", "new", 8, 32),
-    "facts": ("new facts, asked and answered", "facts", 24, 16),
-    "text": ("new facts, in plain text", "facts", 16, 16),
+    "skill": ("a new skill", "new", 5, 32),
+    "facts": ("new facts, asked and answered", "facts", 16, 16),
+    "text": ("new facts, in plain text", "facts", 10, 16),
 }
 STYLES = {"bare": "bare answers", "house": "the Instruct's house style"}
 METHODS = {"lora": "LoRA", "full": "full tuning"}
@@ -45,7 +47,7 @@ def evaluators(gain: str, data: Path) -> dict[str, dict]:
     """The new task, and what the Instruct could before: old skills, forms on request, refusals, and its own words."""
 
     def generation(file: Path | str, **options: object) -> dict:
-        own = {"data": str(file), "max_new_tokens": 24, "batch_size": 128, **options}
+        own = {"data": str(file), "max_new_tokens": 24, "batch_size": 128, "limit": 100, **options}
         return {"class_path": "shadowlit.evaluation.generated.Generation", "init_args": own}
 
     new = f"{SHIPPED}/new.jsonl" if gain == "new" else data / "facts.jsonl"
@@ -57,7 +59,7 @@ def evaluators(gain: str, data: Path) -> dict[str, dict]:
         "refusal": generation(refusals, match="regex", pattern=r"(?i)^sorry\b"),
         "forgetting": {
             "class_path": "shadowlit.evaluation.forgetting.Divergence",
-            "init_args": {"data": f"{SHIPPED}/old.jsonl", "batch_size": 64},
+            "init_args": {"data": f"{SHIPPED}/old.jsonl", "batch_size": 128, "limit": 100},
         },
     }
 
@@ -73,15 +75,15 @@ def run(setting: str, style: str, method: str, runs: Path, workers: int) -> None
         f"configs/demo_{method}.yaml",
         arms=ARMS,
         seeds=SEEDS,
-        rates=RATES[method],
+        rates={arm: [*own, *FINER.get((setting, method), {}).get(arm, [])] for arm, own in RATES[method].items()},
         scales=[1.0, 0.5, 0.25, 0.75],
         task_scales=[0.5],
         gain=[gain],
         keep=KEEP,
-        line="new/loss",
+        line="loss",
         overrides={
             "data.train": str(train),
-            "data.validation": {"new": held_out, "old": f"{SHIPPED}/old.jsonl"},
+            "data.validation": {"new": held_out},
             "data.batch_size": batch_size,
             "data.eval_batch_size": 128,
             "trainer.max_epochs": epochs,
