@@ -32,7 +32,7 @@ RATES = {
 # Where the Instruct's best rate was known to lie between two of these.
 FINER = {("skill", "lora"): {"I2I": [3e-4]}, ("skill", "full"): {"I2I": [7e-5]}}
 SETTINGS = {
-    "skill": ("a new skill", "new", 5, 32),
+    "skill": ("a new skill", "new", 8, 32),
     "facts": ("new facts, asked and answered", "facts", 16, 16),
     "text": ("new facts, in plain text", "facts", 10, 16),
 }
