@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -407,17 +408,16 @@ class DiskGraft:
         Args:
             advance: called with the bytes of every part that was taken.
         """
+        windows = ((info, *window) for info in self._instruct.tensors.values() for window in row_windows(info))
         with ThreadPoolExecutor(THREADS) as pool:
+            # Over all tensors: where one ends, the next has begun.
+            parts = ordered(pool, lambda window: self._part(*window), windows)
             for name, info in self._instruct.tensors.items():
-                target = info.converted(self._dtype).code
-                yield name, Streamed(target, info.shape, self._parts(pool, info, target, advance))
+                own = islice(parts, sum(1 for _ in row_windows(info)))
+                yield name, Streamed(info.converted(self._dtype).code, info.shape, self._counted(own, advance))
 
-    def _parts(
-        self, pool: ThreadPoolExecutor, info: TensorInfo, target: str, advance: Callable[[int], None]
-    ) -> Iterator[Raw]:
-        for part, update_square, lost_square in ordered(
-            pool, lambda window: self._part(info, target, *window), row_windows(info)
-        ):
+    def _counted(self, parts: Iterable[tuple[Raw, float, float]], advance: Callable[[int], None]) -> Iterator[Raw]:
+        for part, update_square, lost_square in parts:
             self._squares[0] += update_square
             self._squares[1] += lost_square
             advance(part.nbytes)
@@ -435,8 +435,9 @@ class DiskGraft:
         stored, *squares = graft_bfloat16(base, tuned, raw, self._strength.of(info.name))
         return (stored, squares[0], squares[1]) if finite_squares(*squares) else None
 
-    def _part(self, info: TensorInfo, target: str, start: int, stop: int) -> tuple[Raw, float, float]:
-        name, raw = info.name, self._instruct.raw_rows(info.name, start, stop)
+    def _part(self, info: TensorInfo, start: int, stop: int) -> tuple[Raw, float, float]:
+        name, target = info.name, info.converted(self._dtype).code
+        raw = self._instruct.raw_rows(name, start, stop)
         if name in self.selected:
             if (part := self._bfloat16_part(raw, info, target, start, stop)) is not None:
                 return part
