@@ -30,7 +30,7 @@ _EXPONENTS: dict[str, tuple[Any, int]] = {
 FLOATS = frozenset(_EXPONENTS)
 """Codes of the dtypes that can be computed with."""
 _UPPER_HALF = np.uint32(0xFFFF0000)
-_WINDOW_WORDS = 2**15
+_WINDOW_WORDS = 2**16
 # Operations on a window are so short that two threads would wait for the GIL most of the time, longer than one takes
 # for all; what a thread gains is to read while another computes.
 _one_at_a_time = threading.Lock()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from shadowlit.graft.headers import TensorInfo
 
 THREADS = 2
-PART_ELEMENTS = 2**18
+PART_ELEMENTS = 2**19
 """Rows are read, computed and written in parts of about this many elements."""
 _AHEAD = 4
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
