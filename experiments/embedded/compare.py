@@ -3,8 +3,8 @@
     python experiments/embedded/compare.py [--runs runs/embedded] [--workers 2] [--only skill_bare_lora ...]
 
 Makes the settings' data, runs ``compare`` on each of the twelve (four or five learning rates and three seeds per arm,
-300 trainings in all), and writes ``experiments/embedded/REPORT.md`` and its pictures. What is finished is skipped, so it
-can be interrupted. About 50 minutes on two cores where nothing else runs.
+300 trainings in all), and writes ``experiments/embedded/REPORT.md`` and its pictures. What is finished is skipped, so
+it can be interrupted. 52 minutes on two cores where nothing else runs.
 """
 
 from __future__ import annotations
