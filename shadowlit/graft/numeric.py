@@ -31,9 +31,6 @@ FLOATS = frozenset(_EXPONENTS)
 """Codes of the dtypes that can be computed with."""
 _UPPER_HALF = np.uint32(0xFFFF0000)
 _WINDOW_WORDS = 2**16
-# Operations on a window are so short that two threads would wait for the GIL most of the time, longer than one takes
-# for all; what a thread gains is to read while another computes.
-_one_at_a_time = threading.Lock()
 _of_thread = threading.local()
 
 
@@ -121,7 +118,7 @@ def graft_bfloat16(
     stored = np.empty(instruct.size // 4, np.uint32)
     words = base.view(np.uint32), tuned.view(np.uint32), instruct.view(np.uint32)
     update_square = lost_square = 0.0
-    with _one_at_a_time, np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         for start in range(0, stored.size, _WINDOW_WORDS):
             window = slice(start, start + _WINDOW_WORDS)
             cut = words[0][window], words[1][window], words[2][window]
