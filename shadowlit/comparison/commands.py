@@ -62,13 +62,16 @@ def compare(
     given = _listed(arms)
     recipe = Recipe(Path(fit), dict(overrides or {}), tuple(scales), tuple(task_scales))
     own = rates or {arm: [_own_rate(recipe)] for arm in given}
-    trainings = plan(given, own, [int(seed) for seed in _listed(seeds)])
+    trainings = plan(given, own, _seeds(seeds))
     evaluators = _evaluators(recipe)
     gained = _known("gain", _listed(gain) if gain is not None else evaluators, evaluators)
     kept = _known("keep", _listed(keep or []), evaluators)
     folder = Path(out) if out else Path("runs/compare") / Path(fit).stem
     if recipe.scales[:1] != (1.0,):
         raise ShadowlitError(f"--scales is {list(scales)}; the first must be 1.0, at which arms are compared.")
+    for name, value in (("workers", workers), ("threads", 1 if threads is None else threads)):
+        if value < 1:
+            raise ShadowlitError(f"--{name} is {value}; expected at least 1.")
     if dry_run:
         console.print(f"{len(trainings)} trainings in {folder}: " + ", ".join(t.name for t in trainings))
         return
@@ -109,6 +112,13 @@ def compare(
 
 def _listed(value: list[Any] | str) -> list[Any]:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+
+
+def _seeds(value: list[int] | str) -> list[int]:
+    try:
+        return [int(seed) for seed in _listed(value)]
+    except ValueError:
+        raise ShadowlitError(f"--seeds is {value!r}; expected whole numbers, e.g. 0,1,2.") from None
 
 
 def _own_rate(recipe: Recipe) -> float:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -201,8 +202,10 @@ class _Spawned:
 
 def _spawn(job: Job, folder: Path, threads: int | None) -> _Process:
     command = [sys.executable, "-m", "shadowlit.comparison.trial", str(folder), *job.arguments]
+    # By the environment, which further processes of the training inherit.
+    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
     with (folder / LOG).open("wb") as out:
-        return _Spawned(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+        return _Spawned(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment))
 
 
 def _identity(recipe: Recipe) -> Mapping[str, Any]:

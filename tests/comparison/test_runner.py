@@ -222,6 +222,9 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(setting, tmp_path):
     ({"gain": ["nothing"]}, "--gain names nothing; the configuration's evaluators are forgetting, said"),
     ({"scales": [0.5, 1.0]}, r"--scales is \[0\.5, 1\.0\]; the first must be 1\.0"),
     ({"arms": "B2X"}, "arms are B2X"),
+    ({"workers": 0}, "--workers is 0; expected at least 1"),
+    ({"threads": 0}, "--threads is 0; expected at least 1"),
+    ({"seeds": "0,x"}, "--seeds is '0,x'; expected whole numbers"),
     ({"overrides": {"evaluation.evaluators": {}}}, r"has no evaluation\.evaluators"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_told_at_once(setting, tmp_path, options, message):
