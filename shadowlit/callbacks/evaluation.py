@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,9 +21,11 @@ from shadowlit.data.sources import raise_all
 from shadowlit.errors import DataError, GraftError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.samples import log_text, side_by_side
+from shadowlit.files import replace_text
 from shadowlit.graft.live import BASE, LiveGraft
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import TUNED, ShadowModule
+from shadowlit.training.parallel import of_all_ranks
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _UNTOUCHED: dict[str, float | str] = {"base": BASE, "instruct": 0.0}
@@ -216,11 +218,7 @@ class EvaluationCallback(Callback):
             return
         assert isinstance(module, ShadowModule)
         graft = self._graft.build(module) if self._graft is not None else None
-        done = False
-        while not done:  # again, if a signal handler saved a checkpoint while the reference's weights stood
-            interruptions = graft.interruptions if graft else 0
-            self._run(trainer, module, TUNED, self._due)
-            done = graft is None or graft.interruptions == interruptions
+        _undisturbed(graft, lambda: self._run(trainer, module, TUNED, self._due))
         if graft is not None and self.baselines:
             self._measure_untouched(trainer, module, graft)
         self._write(trainer, stage)
@@ -228,13 +226,13 @@ class EvaluationCallback(Callback):
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> None:
         names = [name for name in self._due if self._known(name) is None]
+
+        def measure(subject: str, state: float | str) -> None:
+            with graft.applied(state):
+                self._run(trainer, module, subject, names)
+
         for subject, state in _UNTOUCHED.items() if names else ():
-            done = False
-            while not done:
-                interruptions = graft.interruptions
-                with graft.applied(state):
-                    self._run(trainer, module, subject, names)
-                done = graft.interruptions == interruptions
+            _undisturbed(graft, partial(measure, subject, state))
         for name in names:
             measured = {subject: self._found[subject, name].metrics for subject in _UNTOUCHED}
             self.constants[name] = {"signature": self._signature(name), **measured}
@@ -289,30 +287,24 @@ class EvaluationCallback(Callback):
         home = root / ("test" if stage == "test" else f"step-{trainer.global_step}")
         gathered: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for (subject, name), found in self._found.items():
-            samples = sorted(_gather(found.samples), key=lambda sample: sample["index"])
+            samples = sorted(of_all_ranks(found.samples), key=lambda sample: sample["index"])
             gathered[subject, name] = samples
             if trainer.is_global_zero:
                 place = root if subject in _UNTOUCHED else home
                 lines = (json.dumps(sample, ensure_ascii=False) for sample in samples)
-                _replace(place / subject / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+                replace_text(place / subject / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
         if not (trainer.is_global_zero and self.samples):
             return
         text = side_by_side(gathered, root, self._due, self.samples)
         if text:
-            _replace(home / "samples.md", text)
+            replace_text(home / "samples.md", text)
             log_text(trainer.loggers, f"{stage}/samples", text, trainer.global_step)
 
 
-def _gather(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return samples
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, samples)
-    return [sample for part in parts for sample in part]
-
-
-def _replace(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".partial")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
+def _undisturbed(graft: LiveGraft | None, measure: Callable[[], None]) -> None:
+    """Measure, and again if a signal handler saved a checkpoint meanwhile, which put the tuned weights back."""
+    done = False
+    while not done:
+        interruptions = graft.interruptions if graft else 0
+        measure()
+        done = graft is None or graft.interruptions == interruptions

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from shadowlit.files import replace_text
+from shadowlit.training.parallel import of_all_ranks
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -31,18 +33,12 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Write the file, beside its place and renamed into it."""
         answers = [answer for batch in _flat(predictions) for answer in batch]
-        if dist.is_available() and dist.is_initialized():
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, answers)
-            answers = [answer for part in gathered for answer in part]
+        answers = of_all_ranks(answers)
         if not trainer.is_global_zero:
             return
         target = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_suffix(".partial")
         lines = (json.dumps(answer, ensure_ascii=False) for answer in sorted(answers, key=lambda a: a["index"]))
-        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        beside.replace(target)
+        replace_text(target, "".join(f"{line}\n" for line in lines))
         rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct lie in {target}")
 
 

@@ -14,11 +14,9 @@ from shadowlit.comparison.records import Record
 from shadowlit.comparison.runner import UNTOUCHED
 from shadowlit.comparison.trial import RESULT
 from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.delta import Delta, overlap
+from shadowlit.graft.delta import Delta
 from shadowlit.graft.disk import FullUpdate
 from shadowlit.pair import ModelPair
-
-_UNLOGGED = ("graft/", "evaluation/", "train/")
 
 
 def collect(
@@ -45,9 +43,11 @@ def collect(
     facts = _Facts(recipe, own, finished)
     starts = {record.arm[0]: record.metrics.get(line, math.nan) for record in found}
     for training, home in finished.items():
+        result = json.loads((home / RESULT).read_text(encoding="utf-8"))
         for arm in (training.tuned_arm, training.grafted_arm):
             if arm in own and training.lr in own[arm]:
-                found += _of_training(training, arm, home, recipe, facts.of(training), line, starts[arm[-1]])
+                known = facts.of(training, result) if arm == training.grafted_arm else {}
+                found += _of_training(training, arm, home, result, recipe, known, line, starts[arm[-1]])
     return found
 
 
@@ -61,12 +61,12 @@ def _of_training(
     training: Training,
     arm: str,
     home: Path,
+    result: Mapping[str, Any],
     recipe: Recipe,
     facts: Mapping[str, float],
     line: str,
     start: float,
 ) -> list[Record]:
-    result = json.loads((home / RESULT).read_text(encoding="utf-8"))
     tuned = arm == training.tuned_arm
     samples = home / "evaluation" / f"step-{result['step']}"
     records = []
@@ -83,7 +83,7 @@ def _of_training(
                 metrics=metrics,
                 samples=_samples(samples / who),
                 cost=_cost(result),
-                facts={} if tuned else dict(facts),
+                facts=dict(facts),
                 line={} if tuned or scale != recipe.scales[0] else dict(sorted(losses.items())),
             )
         )
@@ -135,12 +135,12 @@ class _Facts:
         self._comparable = all(self._base.tensors[n].shape == self._instruct.tensors[n].shape for n in shared)
         self._sigma = compare([self._base, self._instruct]).similarities[0].sigma
         self._offset: float | None = None
+        self._cosines: dict[frozenset[Training], float] = {}
 
-    def of(self, training: Training) -> dict[str, float]:
+    def of(self, training: Training, result: Mapping[str, Any]) -> dict[str, float]:
         """The facts of a training's graft."""
-        home = self._finished[training]
-        logged = json.loads((home / RESULT).read_text(encoding="utf-8"))["metrics"]
-        delta = Delta.open(home / "delta")
+        logged = result["metrics"]
+        delta = Delta.open(self._finished[training] / "delta")
         facts = {"sigma": self._sigma, "delta_norm": delta.norm()}
         for name in ("relative_delta", "survival"):
             facts[name] = logged.get(f"graft/{name}", math.nan)
@@ -151,7 +151,10 @@ class _Facts:
             facts["delta_over_offset"] = facts["delta_norm"] / self._offset
         other = self._other(training)
         if other is not None:
-            facts["cos_deltas"] = overlap(delta, Delta.open(self._finished[other] / "delta")).cosine
+            pair = frozenset((training, other))
+            if pair not in self._cosines:  # asked for from both of its sides
+                self._cosines[pair] = delta.cosine(Delta.open(self._finished[other] / "delta"))
+            facts["cos_deltas"] = self._cosines[pair]
         return facts
 
     def _other(self, training: Training) -> Training | None:

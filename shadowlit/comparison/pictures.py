@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from shadowlit.comparison.records import ARMS, TUNED, UNTOUCHED
 from shadowlit.comparison.statistics import Average
 from shadowlit.comparison.summary import FACTS, Line, Prediction, Report, Standing
+from shadowlit.files import written_beside
 
 # Okabe and Ito's palette, which every kind of colour vision tells apart; the markers say the same again.
 _COLOURS = {
@@ -201,7 +202,6 @@ def _grey(label: str, **style: Any) -> Line2D:
 
 def _save(figure: Figure, target: Path) -> Path:
     """Write beside the target and rename: a reader never sees half a picture."""
-    beside = target.with_name(f"{target.name}.partial")
-    figure.savefig(beside, dpi=150, format=target.suffix[1:])
-    beside.replace(target)
+    with written_beside(target) as partial:
+        figure.savefig(partial, dpi=150, format=target.suffix[1:])
     return target

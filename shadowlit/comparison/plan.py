@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Seque
         seeds: At least one.
 
     Raises:
-        DataError: An unknown arm, a rate of an arm that isn't compared, an arm without a rate, or no seed.
+        DataError: An unknown arm, an arm without a positive rate, or no seed.
     """
     unknown = [arm for arm in (*arms, *rates) if arm not in TUNED]
     if unknown or not arms:
@@ -124,6 +125,10 @@ class Recipe:
         Raises:
             DataError: There is no such file, or it is no YAML mapping.
         """
+        return self._content
+
+    @cached_property
+    def _content(self) -> Mapping[str, Any]:
         try:
             found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.errors import DataError
+from shadowlit.files import replace_text
 
 UNTOUCHED = ("Base", "Instruct")
 """The two reference points."""
@@ -80,10 +81,7 @@ def from_json(text: str) -> list[Record]:
 
 def write_records(records: Sequence[Record], file: Path) -> None:
     """Write records as JSON, beside the file and then renamed to it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text(to_json(records), encoding="utf-8")
-    beside.replace(file)
+    replace_text(file, to_json(records))
 
 
 def read_records(file: Path) -> list[Record]:

@@ -24,6 +24,7 @@ from shadowlit.comparison.summary import (
     summarise,
 )
 from shadowlit.errors import DataError
+from shadowlit.files import replace_text
 
 __all__ = ["Description", "Report", "combine", "render", "sentence", "summarise", "write_combined", "write_report"]
 
@@ -82,8 +83,8 @@ def write_combined(reports: Mapping[str, Report], description: Description, fold
     for name, report in reports.items():
         _write(report, folder / name)
     plot_predicting({name: report.predictions for name, report in reports.items()}, (), folder / "predicting.png")
-    _replace(folder / TABLE, to_csv(reports))
-    return _replace(folder / REPORT, text)
+    replace_text(folder / TABLE, to_csv(reports))
+    return replace_text(folder / REPORT, text)
 
 
 def render(report: Report, *, level: int = 1, pictures: str = "") -> str:
@@ -188,14 +189,8 @@ def _write(report: Report, folder: Path) -> Path:
     plot_trade(report, folder / "trade.png")
     plot_table(report, folder / "table.png")
     plot_predicting({report.description.title: report.predictions}, report.lines, folder / "predicting.png")
-    _replace(folder / TABLE, to_csv(report))
-    return _replace(folder / REPORT, render(report))
-
-
-def _replace(target: Path, text: str) -> Path:
-    beside = target.with_name(f"{target.name}.partial")
-    beside.write_text(text, encoding="utf-8")
-    return beside.replace(target)
+    replace_text(folder / TABLE, to_csv(report))
+    return replace_text(folder / REPORT, render(report))
 
 
 def _origin(description: Description) -> str:

@@ -13,6 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from shadowlit.files import replace_text
+
 RESULT = "result.json"
 LOG = "log.txt"
 
@@ -38,9 +40,7 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
         result = {**_measured(cli, time.perf_counter() - start), "step": cli.trainer.global_step}
-        beside = folder / f"{RESULT}.partial"
-        beside.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        beside.replace(folder / RESULT)
+        replace_text(folder / RESULT, json.dumps(result, indent=1))
 
 
 def run_logged(folder: Path, arguments: list[str], threads: int | None) -> None:
@@ -83,12 +83,14 @@ def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     report = cli.datamodule.reports.get("train")
+    done = trainer.fit_loop.total_batch_idx + 1
+    epochs = done / trainer.num_training_batches if done else 0.0  # the last one may have been cut short by max_steps
     return {
         "metrics": metrics,
         "wall_s": wall_s,
         "peak_memory_bytes": peak,
         "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "train_tokens": (report.num_tokens if report else 0) * trainer.current_epoch,
+        "train_tokens": (report.num_tokens if report else 0) * epochs,
     }
 
 

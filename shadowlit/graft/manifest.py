@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from importlib import metadata
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import shadowlit
 from shadowlit.errors import ExportError
+from shadowlit.files import replace_text
 from shadowlit.pair import ModelPair, Select, commit_of
 
 if TYPE_CHECKING:
@@ -179,12 +179,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         ExportError: The file cannot be written; what was there before is still there.
     """
-    partial = path.with_name(path.name + ".partial")
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     try:
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, text + "\n")
     except OSError as error:
         raise ExportError(f"{path} could not be written: {error}. Free some disk space.") from error
-    finally:
-        partial.unlink(missing_ok=True)

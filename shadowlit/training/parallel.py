@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+_T = TypeVar("_T")
+
+
+def of_all_ranks(own: list[_T]) -> list[_T]:
+    """What every rank has, one after the other, on all of them; a collective. ``own`` without several ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    parts: list[list[_T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    return [one for part in parts for one in part]
 
 
 def parallelize(
