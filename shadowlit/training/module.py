@@ -135,10 +135,13 @@ class ShadowModule(LightningModule):
         )
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` and ``attention_mask`` ``[B, T]``."""
+        """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` ``[B, T]``.
+
+        What else the batch has of ``attention_mask`` and ``position_ids``, both ``[B, T]``, reaches the model. Rows
+        packed from several conversations come with ``position_ids`` that restart at each, and without a mask.
+        """
         assert self.model is not None
-        output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return output.logits
+        return self.model(**_model_inputs(batch), use_cache=False).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
@@ -292,6 +295,10 @@ class ShadowModule(LightningModule):
                 f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1."
             )
         return self.device_mesh["data_parallel"]
+
+
+def _model_inputs(batch: Batch) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
 
 
 def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:

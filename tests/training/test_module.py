@@ -20,7 +20,7 @@ from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule, _rate
 from shadowlit.training.objective import cross_entropy_sum, token_sums
 from tests.synthetic import RandomData, random_samples
-from tests.tiny import save_pair
+from tests.tiny import ARCHITECTURES, save_pair
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,20 @@ def test_clipping_sees_the_mean_gradient(pair):
     train(free)
     train(bound, gradient_clip_val=30.0)
     assert torch.equal(parameters(free), parameters(bound))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_packed_row_is_its_conversations(tmp_path, arch):
+    """Two conversations in one row, told apart by their positions alone: the logits of each by itself."""
+    base, instruct = save_pair(tmp_path, arch)
+    module = ShadowModule(ModelPair(str(base), str(instruct)))
+    train(module, max_steps=0)
+    left, right = (s["input_ids"][None, :length] for s, length in zip(random_samples(2, 0), (9, 12), strict=True))
+    positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
+    with torch.no_grad():
+        packed = module({"input_ids": torch.cat([left, right], 1), "position_ids": positions})
+        apart = [module({"input_ids": row, "attention_mask": torch.ones_like(row)}) for row in (left, right)]
+    torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=0, atol=1e-6)
 
 
 # -- precision and adapters ---------------------------------------------------------------------------------------
