@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
@@ -14,6 +17,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
+from shadowlit.errors import ShadowlitError
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 
@@ -76,12 +80,48 @@ class ShadowCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def main(args: ArgsType = None) -> ShadowCLI:
-    """Run one of the subcommands; ``args`` default to the command line's."""
-    return ShadowCLI(
+def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
+    """Run one of the subcommands.
+
+    Args:
+        args: By default the command line's.
+        callbacks: Join those that are configured.
+    """
+    return _of(ShadowCLI, args, callbacks)
+
+
+def check(args: list[str]) -> None:
+    """Parse a command line as :func:`main` would, and run nothing.
+
+    Raises:
+        ShadowlitError: What the parser has to say: a key that doesn't exist, a value of the wrong type.
+    """
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told), warnings.catch_warnings(action="ignore"):
+            _of(_Parsing, args)
+    except SystemExit:
+        text = " ".join(line.strip() for line in told.getvalue().partition("error: ")[2].splitlines() if line.strip())
+        raise ShadowlitError(text.partition(" tip: ")[0]) from None
+
+
+class _Parsing(ShadowCLI):
+    def _set_seed(self) -> None:
+        """The caller's random numbers are none of ours."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing is made."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def _of(cli: type[ShadowCLI], args: ArgsType, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
+    return cli(
         ShadowModule,
         ShadowData,
         trainer_class=ShadowTrainer,
+        trainer_defaults={"callbacks": list(callbacks)},
         seed_everything_default=0,
         auto_configure_optimizers=False,
         args=args,

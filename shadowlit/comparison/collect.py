@@ -12,11 +12,11 @@ from shadowlit.analysis.similarity import compare
 from shadowlit.comparison.plan import Recipe, Training, rates_of_arms
 from shadowlit.comparison.records import Record
 from shadowlit.comparison.runner import UNTOUCHED
-from shadowlit.comparison.trial import RESULT
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.delta import Delta
 from shadowlit.graft.disk import FullUpdate
 from shadowlit.pair import ModelPair
+from shadowlit.trials.trial import RESULT
 
 
 def collect(

@@ -78,7 +78,8 @@ def compare(
     from shadowlit.comparison.collect import collect
     from shadowlit.comparison.records import write_records
     from shadowlit.comparison.report import Description, write_report
-    from shadowlit.comparison.runner import UNTOUCHED, jobs, last_words, own_folder, run
+    from shadowlit.comparison.runner import UNTOUCHED, jobs, own_folder, run
+    from shadowlit.trials.process import last_words
 
     with own_folder(folder, recipe):
         found = jobs(recipe, trainings, folder)

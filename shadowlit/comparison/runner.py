@@ -6,50 +6,18 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import logging
-import multiprocessing
-import os
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shadowlit.comparison.plan import Recipe, Training
-from shadowlit.comparison.trial import LOG, RESULT, run_logged
 from shadowlit.errors import DataError
-
-log = logging.getLogger(__name__)
+from shadowlit.trials.process import Job, TrialProcess, is_finished, start, succeeded
 
 UNTOUCHED = "untouched"
 _IDENTITY = "comparison.json"
 _POLL_S = 0.1
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training, or the measurement of the untouched models.
-
-    Attributes:
-        name: Of its folder.
-        arguments: The command line after ``python -m shadowlit``.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-
-
-class _Process(Protocol):
-    """What a running job is, however it was started."""
-
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
-
-    def stop(self) -> None:
-        """End it."""
 
 
 def jobs(recipe: Recipe, trainings: Sequence[Training], folder: Path) -> list[Job]:
@@ -115,27 +83,24 @@ def run(
     """
     waiting = []
     for job in found:
-        if (folder / job.name / RESULT).is_file():
+        if is_finished(folder / job.name):
             done(job.name, True)
         else:
             waiting.append(job)
     failed: list[str] = []
-    running: dict[str, _Process] = {}
-    start = _fork if in_process else _spawn
+    running: dict[str, TrialProcess] = {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
                 job = waiting.pop(0)
-                running[job.name] = start(_resumed(job, folder / job.name), folder / job.name, threads)
+                running[job.name] = start(job, folder / job.name, threads=threads, in_process=in_process)
             for name, process in list(running.items()):
                 code = process.poll()
                 if code is None:
                     continue
                 del running[name]
-                ok = code == 0 and (folder / name / RESULT).is_file()
-                if ok:
-                    shutil.rmtree(folder / name / "checkpoints", ignore_errors=True)
-                else:
+                ok = succeeded(code, folder / name)
+                if not ok:
                     failed.append(name)
                 done(name, ok)
             time.sleep(_POLL_S)
@@ -143,69 +108,6 @@ def run(
         for process in running.values():
             process.stop()
     return failed
-
-
-def last_words(folder: Path, lines: int = 3) -> str:
-    """The end of a failed job's log."""
-    text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).is_file() else ""
-    return " / ".join(line.strip() for line in text.strip().splitlines()[-lines:]) or "it left no log"
-
-
-def _resumed(job: Job, folder: Path) -> Job:
-    """Make room for a job, and let it go on from its last checkpoint."""
-    last = folder / "checkpoints" / "last.ckpt"
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name != "checkpoints":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    if job.arguments[0] == "fit" and last.exists():
-        log.info("%s goes on from %s", job.name, last)
-        return Job(job.name, (*job.arguments, f"--ckpt_path={last}"))
-    return job
-
-
-class _Forked:
-    def __init__(self, process: Any) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.join(10)
-        self._process.kill()
-
-
-def _fork(job: Job, folder: Path, threads: int | None) -> _Process:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shadowlit.comparison.preload"])
-    process = context.Process(target=run_logged, args=(folder, list(job.arguments), threads))
-    process.start()
-    return _Forked(process)
-
-
-class _Spawned:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        self._process.kill()
-
-
-def _spawn(job: Job, folder: Path, threads: int | None) -> _Process:
-    command = [sys.executable, "-m", "shadowlit.comparison.trial", str(folder), *job.arguments]
-    # By the environment, which further processes of the training inherit.
-    environment = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)})}
-    with (folder / LOG).open("wb") as out:
-        return _Spawned(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment))
 
 
 def _identity(recipe: Recipe) -> Mapping[str, Any]:

@@ -13,13 +13,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from shadowlit.comparison import runner
 from shadowlit.comparison.commands import compare
 from shadowlit.comparison.plan import Recipe, Training
 from shadowlit.comparison.records import read_records
-from shadowlit.comparison.runner import Job, jobs, last_words, own_folder, run
+from shadowlit.comparison.runner import jobs, own_folder, run
 from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.graft.delta import Delta
+from shadowlit.trials import process
+from shadowlit.trials.process import Job, last_words
 from tests.evaluation.scenes import write_rows
 from tests.tiny import save_pair
 
@@ -212,10 +213,10 @@ def test_an_interrupted_training_goes_on_from_its_checkpoint(setting, tmp_path):
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/last.ckpt").touch()
     (folder / "metrics.csv").touch()
-    job = runner._resumed(Job("B", ("fit", "--x=1")), folder)
+    job = process._resumed(Job("B", ("fit", "--x=1")), folder)
     assert job.arguments == ("fit", "--x=1", f"--ckpt_path={folder / 'checkpoints/last.ckpt'}")
     assert not (folder / "metrics.csv").exists() and (folder / "checkpoints/last.ckpt").exists()
-    assert runner._resumed(Job("C", ("fit",)), tmp_path / "C").arguments == ("fit",)
+    assert process._resumed(Job("C", ("fit",)), tmp_path / "C").arguments == ("fit",)
 
 
 @pytest.mark.parametrize(("options", "message"), [

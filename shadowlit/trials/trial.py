@@ -1,4 +1,4 @@
-"""One training of a comparison, in a process of its own: ``python -m shadowlit.comparison.trial FOLDER COMMAND …``."""
+"""One training in a process of its own: ``python -m shadowlit.trials.trial FOLDER COMMAND …``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from typing import Any
 from shadowlit.files import replace_text
 
 RESULT = "result.json"
+LIVE = "live.json"
 LOG = "log.txt"
 
 
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
     """Run ``fit`` or ``validate``, and leave its numbers in ``result.json``; the file means that it is finished.
+
+    After each validation what is known so far lies in ``live.json``.
 
     Args:
         folder: Of this training alone.
@@ -30,12 +33,13 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
     import torch
 
     from shadowlit.cli import main as run
+    from shadowlit.trials.live import LiveMetrics
 
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     if threads is not None:
         torch.set_num_threads(threads)
     start = time.perf_counter()
-    cli = run(arguments)
+    cli = run(arguments, [LiveMetrics(folder / LIVE)])
     if arguments[0] == "fit" and not (folder / "evaluation" / f"step-{cli.trainer.global_step}").is_dir():
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
@@ -43,7 +47,7 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
         replace_text(folder / RESULT, json.dumps(result, indent=1))
 
 
-def run_logged(folder: Path, arguments: list[str], threads: int | None) -> None:
+def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -> None:
     """As :func:`main`, in a process that was forked for it: its output goes to ``log.txt``, its failure ends it."""
     with (folder / LOG).open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
@@ -60,7 +64,7 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A training whose comparison was killed must not write into a folder that the next one takes over."""
+    """A training whose parent was killed must not write into a folder that the next one takes over."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

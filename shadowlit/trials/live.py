@@ -1,0 +1,28 @@
+"""What a training has measured so far, for whoever watches it from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from shadowlit.files import replace_text
+
+
+class LiveMetrics(Callback):
+    """Writes the metrics of each validation to a file, in one step, on the first rank.
+
+    Args:
+        file: Gets ``{"step": optimizer steps so far, "metrics": {name: number}}``.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write what was logged last; the first look at a few batches counts for nothing."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        replace_text(self.file, json.dumps({"step": trainer.global_step, "metrics": metrics}))
