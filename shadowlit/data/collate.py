@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowlit.data.packing import pack_samples
 from shadowlit.training.objective import IGNORE
 
 Sample = dict[str, Any]
@@ -38,6 +39,34 @@ class Collate:
             "attention_mask": pad([[1] * len(sample["input_ids"]) for sample in samples], 0),
             "labels": pad([sample["labels"] for sample in samples], IGNORE),
         }
+
+
+@dataclass(frozen=True)
+class PackCollate:
+    """Puts packed rows together; without a mask, since ``position_ids`` that restart say where each sample begins.
+
+    Attributes:
+        pad_token_id: Fills ``input_ids`` behind a shorter row, as if it were one more sample, without loss.
+        pad_to_multiple_of: Round the length up to a multiple; None for not at all.
+        flatten: The samples of the batch make one row, which needs no padding (``padding_free``); else each is a row
+            that was packed already.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    flatten: bool = False
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``position_ids`` and ``labels``, each int64 ``[B, T]``; B is 1 where flattened."""
+        rows = [pack_samples(samples)] if self.flatten else list(samples)
+        length = _round_up(max(len(row["input_ids"]) for row in rows), self.pad_to_multiple_of)
+        fillers = [length - len(row["input_ids"]) for row in rows]
+        columns = {
+            "input_ids": [row["input_ids"] + [self.pad_token_id] * n for row, n in zip(rows, fillers, strict=True)],
+            "position_ids": [row["position_ids"] + list(range(n)) for row, n in zip(rows, fillers, strict=True)],
+            "labels": [row["labels"] + [IGNORE] * n for row, n in zip(rows, fillers, strict=True)],
+        }
+        return {name: torch.tensor(column, dtype=torch.int64) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)

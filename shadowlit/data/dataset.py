@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from shadowlit.data.formats import Message
+from shadowlit.data.packing import Pack, pack_samples
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.sources import Conversation, raise_all
 from shadowlit.data.template import Encoded
@@ -35,6 +37,8 @@ class DataReport:
         num_tokens: Tokens of the used samples.
         num_supervised_tokens: Those of them that carry loss.
         longest: Tokens of the longest used sample.
+        num_packs: Rows that the samples are packed into; 0 where every sample is a row of its own.
+        num_slots: Positions that an epoch computes, padding included, over all ranks; known once batches are made.
     """
 
     name: str
@@ -46,6 +50,8 @@ class DataReport:
     num_tokens: int = 0
     num_supervised_tokens: int = 0
     longest: int = 0
+    num_packs: int = 0
+    num_slots: int = 0
 
     def __str__(self) -> str:
         """``train: 2,000 samples, 512,345 tokens, 31.0 % with loss, longest 4,096; 3 truncated, 1 dropped``."""
@@ -54,6 +60,16 @@ class DataReport:
             f"{100 * self.supervised_share:.1f} % with loss, longest {self.longest:,}"
         )
         return f"{line}; {self.lost}" if self.lost else line
+
+    @property
+    def samples_per_pack(self) -> float:
+        """Samples that share a row on average, 1 without packing."""
+        return self.num_samples / self.num_packs if self.num_packs else 1.0
+
+    @property
+    def fill(self) -> float:
+        """Share of the computed positions that hold tokens of samples, above 0 to 1; NaN before batches are made."""
+        return self.num_tokens / self.num_slots if self.num_slots else math.nan
 
     @property
     def supervised_share(self) -> float:
@@ -105,6 +121,11 @@ class TokenDataset(Dataset):
         tokens = self._tokens[span]
         return {"input_ids": tokens.tolist(), "labels": np.where(self._supervised[span], tokens, IGNORE).tolist()}
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, ``[len(self)]`` int64."""
+        return np.diff(self._ends)
+
     def origin(self, index: int) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
         source, row, line = self._places[index]
@@ -116,6 +137,27 @@ class TokenDataset(Dataset):
             hashlib.blake2b(self._tokens[start:end].tobytes(), digest_size=16).digest()
             for start, end in zip(self._ends[:-1], self._ends[1:], strict=True)
         ]
+
+
+class PackedDataset(Dataset):
+    """Packs of samples as rows, by the samples that they hold: ``packed[(17, 4)]``. See :func:`pack_samples`.
+
+    Index -1 is the filler, as in the set of samples.
+
+    Args:
+        samples: The samples that are packed.
+    """
+
+    def __init__(self, samples: TokenDataset) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        """Number of samples: how many packs they make is the order's business."""
+        return len(self._samples)
+
+    def __getitem__(self, pack: Pack | int) -> dict[str, list[int]]:
+        """The row of a pack, or the filler for -1."""
+        return pack_samples([self._samples[index] for index in (pack if isinstance(pack, tuple) else (pack,))])
 
 
 class PromptDataset(Dataset):

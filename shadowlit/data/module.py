@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from shadowlit.data.collate import Collate, PromptCollate
+from shadowlit.data.collate import Collate, PackCollate, PromptCollate
 from shadowlit.data.dataset import (
     DataReport,
     Overlong,
+    PackedDataset,
     PromptDataset,
     TokenDataset,
     count_shared,
@@ -28,13 +31,15 @@ from shadowlit.data.dataset import (
 from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT, Format, Message
 from shadowlit.data.loader import ResumableLoader, make_loader
-from shadowlit.data.sampler import ShardedBatchSampler, epoch_order
+from shadowlit.data.packing import PackedOrder, Packing
+from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, grouped_order
 from shadowlit.data.sources import Conversation, fetch, is_remote, raise_all, read_conversations
 from shadowlit.data.template import Encoded, check_template, encode_prompt, encode_turns, load_template, renders_date
 from shadowlit.errors import DataError
 from shadowlit.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_LITTLE_FILL = 0.7  # share of tokens in the batches below which the log says what would spare padding
 
 
 class ShadowData(LightningDataModule):
@@ -63,8 +68,14 @@ class ShadowData(LightningDataModule):
             Documents are cut into pieces instead.
             Prompts of ``predict`` are never cut; one that is too long is an error.
         drop_unsupervised: Leave out samples without a token with loss, instead of stopping.
-        batch_size: Training samples per rank and step of the loop; × ranks × accumulate_grad_batches is the effective
-            batch.
+        packing: How training samples share a row, without seeing each other. padding_free puts the samples of each
+            batch one behind the other, so that none is padded: the same samples per step as without. best_fit fills
+            rows of ``pack_length`` tokens with whole samples, so that all steps are about equally large. null for one
+            padded row per sample. Needs a model that takes ``position_ids`` for the borders; others are refused.
+        pack_length: Most tokens of a row that best_fit fills; null for ``max_length``, which it may not fall short of.
+        group_by_length: Without packing, train on batches of about equally long samples, which spares padding.
+        batch_size: Training rows per rank and step of the loop, samples or best_fit's packs; × ranks ×
+            accumulate_grad_batches is the effective batch.
         eval_batch_size: The same for validation, test and predict; null for ``batch_size``.
         drop_last: Leave an incomplete last batch of an epoch out; else it is trained on, and weighs what it holds.
         shuffle: Train in a new order every epoch, drawn from the seed and the epoch.
@@ -92,6 +103,9 @@ class ShadowData(LightningDataModule):
         max_length: int = 4096,
         overlong: Overlong = "truncate",
         drop_unsupervised: bool = False,
+        packing: Packing | None = None,
+        pack_length: int | None = None,
+        group_by_length: bool = False,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         drop_last: bool = False,
@@ -112,6 +126,9 @@ class ShadowData(LightningDataModule):
         self.predict = predict
         self.format = format
         self.max_length, self.overlong, self.drop_unsupervised = max_length, overlong, drop_unsupervised
+        self.packing: Packing | None = packing
+        self.pack_length = max_length if pack_length is None else pack_length
+        self.group_by_length = group_by_length
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.drop_last, self.shuffle, self.seed = drop_last, shuffle, seed
@@ -122,6 +139,7 @@ class ShadowData(LightningDataModule):
         self.reports: dict[str, DataReport] = {}
         self._sets: dict[str, TokenDataset] = {}
         self.prompts: PromptDataset | None = None
+        self._packs: PackedOrder | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._resume: dict[str, Any] | None = None
         raise_all(list(self._problems()))
@@ -223,8 +241,10 @@ class ShadowData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """This rank's training batches: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[B, T]``.
 
+        With packing there are ``position_ids`` that restart at each sample instead of the ``attention_mask``.
+
         Raises:
-            DataError: Nothing to train on, fewer samples than ranks, or a checkpoint taken in the middle of another
+            DataError: Nothing to train on, fewer rows than ranks, or a checkpoint taken in the middle of another
                 order of samples.
         """
         if not self.train:
@@ -236,22 +256,23 @@ class ShadowData(LightningDataModule):
                 f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more "
                 "data."
             )
-        overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
-        sampler = ShardedBatchSampler(
-            len(dataset), self.batch_size, world_size, rank, self.seed, self.shuffle and not overfits, self.drop_last
-        )
+        sampler = self._training_sampler(dataset, world_size, rank)
+        self._count_slots(dataset, sampler)
+        collate: Collate | PackCollate = Collate(self.pad_token_id, self.pad_to_multiple_of)
+        if self.packing is not None:
+            collate = PackCollate(self.pad_token_id, self.pad_to_multiple_of, flatten=self.packing == "padding_free")
         loader = ResumableLoader(
-            dataset,
+            PackedDataset(dataset) if self.packing == "best_fit" else dataset,
             sampler,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
-            collate_fn=Collate(self.pad_token_id, self.pad_to_multiple_of),
+            collate_fn=collate,
             persistent_workers=self.num_workers > 0,
             **self._loading(),
         )
         resume, self._resume = self._resume, None
         if resume is not None:
-            _check_order(resume, _order(sampler))
+            _check_order(resume, self._order(sampler))
             loader.load_state_dict({"epoch": resume["epoch"], "batch": resume["batch"]})
         return loader
 
@@ -284,7 +305,7 @@ class ShadowData(LightningDataModule):
         loader = self.trainer.train_dataloader if self.trainer is not None else None
         if not isinstance(loader, ResumableLoader):
             return {}
-        return {**loader.state_dict(), "order": _order(loader.batch_sampler)}
+        return {**loader.state_dict(), "order": self._order(loader.batch_sampler)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let the next training loader go on from a checkpoint's position."""
@@ -302,6 +323,15 @@ class ShadowData(LightningDataModule):
         for name in ("limit_train_samples", "pad_to_multiple_of"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 yield f"data.{name} is {getattr(self, name)}; expected at least 1, or null."
+        if self.pack_length < self.max_length:
+            yield (
+                f"data.pack_length is {self.pack_length}, but a sample may have data.max_length={self.max_length} "
+                "tokens. Raise the one or lower the other."
+            )
+        if self.group_by_length and self.packing is not None:
+            yield f"data.group_by_length spares padding, of which data.packing={self.packing} leaves none. Unset one."
+        if self.group_by_length and not self.shuffle:
+            yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
         for kind, names in (("validation", self.validation), ("test", self.test)):
             for name in names:
                 if not _NAME.fullmatch(name):
@@ -334,8 +364,17 @@ class ShadowData(LightningDataModule):
                 f"{name} has no sample left: all {report.num_rows} rows were dropped. Raise data.max_length, or give "
                 "data with an answer to learn."
             )
-        self._sets[name], self.reports[name] = dataset, report
+        self._sets[name] = dataset
         rank_zero_info(f"data: {report}")
+        if name == "train" and self.packing == "best_fit":
+            self._packs = PackedOrder(dataset.lengths, self.pack_length, self.seed)
+            report = dataclasses.replace(report, num_packs=len(self._packs))
+            rank_zero_info(
+                f"data: train: packed into {report.num_packs:,} rows of up to {self.pack_length:,} tokens, "
+                f"{report.samples_per_pack:.1f} samples and "
+                f"{100 * report.num_tokens / report.num_packs / self.pack_length:.1f} % full on average"
+            )
+        self.reports[name] = report
 
     def _add_prompts(self, source: str) -> None:
         self.prompts, report = tokenise_prompts(
@@ -364,6 +403,60 @@ class ShadowData(LightningDataModule):
                     f"data: {shared} of {len(dataset)} samples of val/{name} are in the training data too, token for "
                     "token. Its scores say what was memorised; remove them from one of the two."
                 )
+
+    def _training_sampler(self, dataset: TokenDataset, world_size: int, rank: int) -> ShardedBatchSampler:
+        overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
+        shuffle = self.shuffle and not overfits
+        size = len(dataset)
+        order: Order | None = None
+        if self._packs is not None:
+            self._packs.shuffle = shuffle
+            size, order = len(self._packs), self._packs
+            if size < world_size:
+                raise DataError(
+                    f"{len(dataset)} training samples make {size} packs, fewer than the {world_size} ranks. Lower "
+                    f"data.pack_length={self.pack_length}, or use data.packing=padding_free."
+                )
+        elif self.group_by_length and shuffle:
+            order = partial(grouped_order, dataset.lengths, self.batch_size * world_size, self.seed)
+        return ShardedBatchSampler(
+            size, self.batch_size, world_size, rank, self.seed, shuffle, self.drop_last, order=order
+        )
+
+    def _count_slots(self, dataset: TokenDataset, sampler: ShardedBatchSampler) -> None:
+        """Report how much of the batches is padding, for the first epoch."""
+        sizes = self._packs.sizes(0) if self._packs is not None else dataset.lengths[np.asarray(sampler.order(0))]
+        slots = count_slots(
+            sizes, self.batch_size, sampler.num_replicas, self.pad_to_multiple_of, self.packing == "padding_free"
+        )
+        known, self.reports["train"] = (
+            self.reports["train"],
+            dataclasses.replace(self.reports["train"], num_slots=slots),
+        )
+        if known.num_slots == slots:
+            return
+        fill = self.reports["train"].fill
+        advice = ""
+        if fill < _LITTLE_FILL and self.packing is None:
+            advice = ". data.packing would leave no padding" + (
+                "" if self.group_by_length else ", group_by_length little"
+            )
+        rank_zero_info(f"data: train: {100 * fill:.1f} % of what the batches compute are tokens of samples{advice}")
+
+    def _order(self, sampler: ShardedBatchSampler) -> dict[str, Any]:
+        """What a position is a position in; the number of ranks isn't part of it, only what they take together."""
+        order: dict[str, Any] = {
+            "num_samples": sampler.num_samples,
+            "global_batch_size": sampler.global_batch_size,
+            "seed": sampler.seed,
+            "shuffle": sampler.shuffle,
+            "drop_last": sampler.drop_last,
+        }
+        if self.packing == "best_fit":  # padding_free has the order of no packing
+            order |= {"packing": self.packing, "pack_length": self.pack_length}
+        if self.group_by_length:
+            order["group_by_length"] = True
+        return order
 
     def _eval_loader(self, name: str) -> DataLoader:
         return self._shard(self.dataset(name), Collate(self.pad_token_id, self.pad_to_multiple_of))
@@ -412,20 +505,14 @@ def _encode(
     return encode(tokenizer, messages, **template_kwargs)
 
 
-def _order(sampler: ShardedBatchSampler) -> dict[str, int | bool]:
-    """What a position is a position in; the number of ranks isn't part of it, only what they take together."""
-    return {
-        "num_samples": sampler.num_samples,
-        "global_batch_size": sampler.global_batch_size,
-        "seed": sampler.seed,
-        "shuffle": sampler.shuffle,
-        "drop_last": sampler.drop_last,
-    }
-
-
-def _check_order(resume: dict[str, Any], order: dict[str, int | bool]) -> None:
+def _check_order(resume: dict[str, Any], order: dict[str, Any]) -> None:
     """Refuse to go on in the middle of an order that can't be had again."""
-    changed = [f"{key} {old} → {order.get(key)}" for key, old in resume["order"].items() if order.get(key) != old]
+    before = resume["order"]
+    changed = [
+        f"{key} {before.get(key)} → {order.get(key)}"
+        for key in dict.fromkeys((*before, *order))
+        if before.get(key) != order.get(key)
+    ]
     if not changed:
         return
     if resume["batch"]:

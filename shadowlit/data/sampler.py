@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -10,9 +11,13 @@ from torch.utils.data import Sampler
 from shadowlit.errors import DataError
 
 FILLER = -1
+_MEGABATCH = 64  # global batches whose samples are sorted together by length
+
+Order = Callable[[int], Sequence[Any] | np.ndarray]
+"""The items of an epoch in their order, equally many in each."""
 
 
-class ShardedBatchSampler(Sampler[list[int]]):
+class ShardedBatchSampler(Sampler[list[Any]]):
     """Splits every global batch over the ranks, without duplicates and with equally many batches on each.
 
     A global batch is ``num_replicas · batch_size`` consecutive items of the epoch's order; rank ``r`` takes every
@@ -26,13 +31,15 @@ class ShardedBatchSampler(Sampler[list[int]]):
         4              4         FILLER
 
     Args:
-        num_samples: Size of the data set.
+        num_samples: Size of the data set; the items of an epoch, where ``order`` is given.
         batch_size: Samples per rank and batch.
         num_replicas: Number of ranks.
         rank: This process, from 0.
         seed: With the epoch it decides the order.
         shuffle: A new order each epoch; else the data set's own.
         drop_last: Leave an incomplete last global batch out.
+        order: The items of an epoch in their order, instead of samples drawn from the seed: packs, or samples grouped
+            by length.
 
     Raises:
         DataError: A number is out of its range, or ``drop_last`` leaves nothing.
@@ -47,6 +54,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         drop_last: bool = False,
+        order: Order | None = None,
     ) -> None:
         if num_samples < 1 or batch_size < 1 or num_replicas < 1 or not 0 <= rank < num_replicas or seed < 0:
             raise DataError(
@@ -63,6 +71,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self.num_replicas, self.rank = num_replicas, rank
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = self.start = 0
+        self._order = order
 
     @property
     def global_batch_size(self) -> int:
@@ -78,19 +87,25 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """Let the next iteration begin with batch ``start`` of ``epoch``."""
         self.epoch, self.start = epoch, start
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         """This rank's batches of the epoch, from the start on."""
         return self.batches(self.epoch, self.start)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[list[int]]:
+    def order(self, epoch: int) -> Sequence[Any] | np.ndarray:
+        """What all ranks together take in ``epoch``, in this order."""
+        if self._order is not None:
+            return self._order(epoch)
+        return epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
         """This rank's batches of ``epoch`` from number ``start`` on."""
-        order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+        order = self.order(epoch)
         for number in range(start, len(self)):
             first = number * self.global_batch_size
             together = order[first : first + self.global_batch_size]
             own = together[self.rank :: self.num_replicas]
             missing = -(-len(together) // self.num_replicas) - len(own)
-            yield [*own.tolist(), *[FILLER] * missing]
+            yield [*(own.tolist() if isinstance(own, np.ndarray) else own), *[FILLER] * missing]
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
@@ -98,3 +113,49 @@ def epoch_order(num_samples: int, seed: int, epoch: int = 0, shuffle: bool = Tru
     if not shuffle:
         return np.arange(num_samples)
     return np.random.default_rng((seed, epoch)).permutation(num_samples)
+
+
+def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int = 0) -> np.ndarray:
+    """An order in which the samples of a global batch are about equally long.
+
+    A permutation is cut into stretches of 64 global batches, each of which is sorted by length; the batches that
+    this makes are shuffled over the whole epoch, so that their lengths follow no course. What makes no whole batch
+    comes last, and is a random choice.
+
+    Args:
+        lengths: ``[N]`` int, tokens of each sample.
+        global_batch_size: Samples that all ranks take together in one batch.
+        seed: With the epoch it decides the order.
+        epoch: From 0.
+
+    Returns:
+        ``[N]`` int64 indices, a permutation.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = random.permutation(len(lengths))
+    whole = len(order) - len(order) % global_batch_size
+    body = order[:whole]
+    stretch = np.arange(whole) // (_MEGABATCH * global_batch_size)
+    batches = body[np.lexsort((lengths[body], stretch))].reshape(-1, global_batch_size)
+    return np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
+
+
+def count_slots(
+    sizes: np.ndarray, batch_size: int, num_replicas: int = 1, multiple: int | None = None, flatten: bool = False
+) -> int:
+    """Positions that all ranks compute in an epoch when every batch is padded to its longest row.
+
+    Args:
+        sizes: ``[N]`` int, tokens of each row, in the epoch's order.
+        batch_size: Rows per rank and batch.
+        num_replicas: Number of ranks.
+        multiple: What the length of a batch is rounded up to.
+        flatten: The rows of a batch make one, which is rounded up as a whole.
+    """
+    rows = batch_size * num_replicas
+    grid = np.zeros((-(-len(sizes) // rows), batch_size, num_replicas), np.int64)
+    grid.reshape(-1)[: len(sizes)] = sizes
+    lengths, rows_of = (grid.sum(1), 1) if flatten else (grid.max(1), (grid > 0).sum(1))
+    if multiple is not None:
+        lengths = -(-lengths // multiple) * multiple
+    return int((lengths * rows_of).sum())

@@ -1,0 +1,154 @@
+"""Packing: which samples share a row, and the row that they make."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from shadowlit.training.objective import IGNORE
+
+Packing = Literal["padding_free", "best_fit"]
+Pack = tuple[int, ...]
+
+
+class PackedOrder:
+    """The packs of every epoch, each a tuple of samples; a function of the lengths, the seed and the epoch.
+
+    Every epoch has equally many packs, and packs of the same sizes. Which of the samples of one length stands where
+    is drawn anew, and so is the order of the packs.
+
+    Args:
+        lengths: ``[N]`` int, tokens of each sample, none longer than ``capacity``.
+        capacity: Tokens that a pack has room for.
+        seed: With the epoch it decides the order.
+        shuffle: Draw anew each epoch; else samples of one length stay in the data set's order, and the packs in the
+            order in which they were begun.
+    """
+
+    def __init__(self, lengths: np.ndarray, capacity: int, seed: int = 0, shuffle: bool = True) -> None:
+        self.capacity, self.seed, self.shuffle = capacity, seed, shuffle
+        self._lengths = lengths
+        pack_of = best_fit_decreasing(np.sort(lengths)[::-1], capacity)
+        self._ranks = np.argsort(pack_of, kind="stable")  # pack after pack, places in the order by length
+        self._ends = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
+
+    def __len__(self) -> int:
+        """Packs of an epoch."""
+        return len(self._ends) - 1
+
+    def __call__(self, epoch: int) -> Sequence[Pack]:
+        """The packs of ``epoch`` in their order; made as they are looked up."""
+        return _Packs(*self._draw(epoch), self._ends)
+
+    def sizes(self, epoch: int) -> np.ndarray:
+        """Tokens of each pack of ``epoch``, ``[len(self)]`` int64."""
+        samples, packs = self._draw(epoch)
+        return np.add.reduceat(self._lengths[samples], self._ends[:-1])[packs]
+
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples, pack after pack, and the order of the packs."""
+        if not self.shuffle:
+            return np.argsort(-self._lengths, kind="stable")[self._ranks], np.arange(len(self))
+        random = np.random.default_rng((self.seed, epoch))
+        drawn = random.permutation(len(self._lengths))
+        by_length = drawn[np.argsort(-self._lengths[drawn], kind="stable")]
+        return by_length[self._ranks], random.permutation(len(self))
+
+
+class _Packs(Sequence[Pack]):
+    """The samples of each pack, cut out of one flat array: a million tuples would take their time."""
+
+    def __init__(self, samples: np.ndarray, packs: np.ndarray, ends: np.ndarray) -> None:
+        self._samples, self._packs, self._ends = samples, packs, ends
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self._pack(pack) for pack in self._packs[index]]
+        return self._pack(self._packs[index])
+
+    def _pack(self, pack: int) -> Pack:
+        return tuple(self._samples[self._ends[pack] : self._ends[pack + 1]].tolist())
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Put every sample, the longest first, into the fullest pack that still has room for it.
+
+    Takes at most 11/9 of the fewest packs possible and four more (Johnson 1973); conversations, most of which are
+    short, fill all but the last ones. Samples of one length are placed together into all packs with the same room
+    left, so the work depends on the number of different lengths rather than of samples.
+
+    Args:
+        lengths: ``[N]`` int, not rising, each between 1 and ``capacity``.
+        capacity: Tokens that a pack has room for.
+
+    Returns:
+        ``[N]`` int64: the pack of each sample, numbered from 0 without gaps.
+    """
+    pack_of = np.empty(len(lengths), np.int64)
+    open_packs: dict[int, list[int]] = {}  # by the room that is left in them
+    rooms: list[int] = []  # its keys, rising
+
+    def add(packs: Sequence[int], room: int) -> None:
+        if not room or not packs:
+            return
+        if room not in open_packs:
+            open_packs[room] = []
+            insort(rooms, room)
+        open_packs[room].extend(packs)
+
+    num_packs = start = 0
+    for length, count in _runs(lengths):
+        end = start + count
+        while start < end:
+            place = bisect_left(rooms, length)
+            if place == len(rooms):
+                num_new = -(-(end - start) // (capacity // length))
+                add(range(num_packs, num_packs + num_new), capacity)
+                num_packs += num_new
+            room = rooms[place]
+            packs = open_packs[room]
+            # A pack that has taken a sample is the fullest for the next one too, as long as that fits.
+            each = room // length
+            whole = min((end - start) // each, len(packs))
+            full, packs[:whole] = packs[:whole], []
+            pack_of[start : start + whole * each] = np.repeat(full, each)
+            start += whole * each
+            if packs and start < end:
+                last = packs.pop(0)
+                pack_of[start:end] = last
+                add([last], room - (end - start) * length)
+                start = end
+            add(full, room - each * length)
+            if not packs:
+                del open_packs[room]
+                rooms.remove(room)
+    return pack_of
+
+
+def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
+    """Several samples as one row: ``input_ids``, ``labels`` and ``position_ids``, which restart at each sample.
+
+    The restarts are what keeps the samples apart in attention. The first token of a sample carries no loss, since
+    what stands before it, and would predict it, is another sample. Two samples of three and two tokens::
+
+        input_ids        7    8    9    5    6
+        labels         -100   8    9  -100   6
+        position_ids     0    1    2    0    1
+    """
+    return {
+        "input_ids": [token for sample in samples for token in sample["input_ids"]],
+        "labels": [label for sample in samples for label in (IGNORE, *sample["labels"][1:])],
+        "position_ids": [place for sample in samples for place in range(len(sample["input_ids"]))],
+    }
+
+
+def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Each length and how often it occurs, the longest first."""
+    values, counts = np.unique(lengths, return_counts=True)
+    return zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True)

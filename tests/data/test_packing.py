@@ -1,0 +1,411 @@
+"""Packed samples: none sees another, none is lost, and what is trained is the sum that unpacked samples make."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch import Trainer, seed_everything
+from transformers import AutoModelForCausalLM
+
+from shadowlit.data.collate import Collate, PackCollate
+from shadowlit.data.dataset import PackedDataset, TokenDataset
+from shadowlit.data.module import ShadowData
+from shadowlit.data.packing import PackedOrder, best_fit_decreasing, pack_samples
+from shadowlit.data.sampler import FILLER, ShardedBatchSampler, count_slots, grouped_order
+from shadowlit.data.sources import Conversation
+from shadowlit.data.template import Encoded
+from shadowlit.errors import DataError
+from shadowlit.pair import ModelPair
+from shadowlit.training.module import ShadowModule
+from shadowlit.training.objective import cross_entropy_sum
+from shadowlit.training.parallel import parallelize
+from tests.data.templates import talk
+from tests.tiny import CHATML, make_config, make_tokenizer, save_pair
+
+PAIR = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
+
+# -- which samples share a row ------------------------------------------------------------------------------------
+
+
+def one_by_one(lengths, capacity):
+    """Best fit as the books have it: the room left in each pack."""
+    rooms = []
+    for length in lengths:
+        fitting = [i for i, room in enumerate(rooms) if room >= length]
+        if not fitting:
+            rooms.append(capacity)
+            fitting = [len(rooms) - 1]
+        rooms[min(fitting, key=lambda i: rooms[i])] -= length
+    return sorted(rooms)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_best_fit_is_that_of_the_books(data):
+    capacity = data.draw(st.integers(1, 40))
+    lengths = sorted(data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=60)), reverse=True)
+    packs = best_fit_decreasing(np.array(lengths), capacity)
+    filled = np.bincount(packs, weights=lengths)
+    assert sorted(capacity - filled) == one_by_one(lengths, capacity)
+
+
+def test_best_fit_by_hand():
+    """6 and 4 fill a pack, 5 and 3 nearly another, into which the 2 fits better than into a new one."""
+    assert best_fit_decreasing(np.array([6, 5, 4, 3, 2]), 10).tolist() == [0, 1, 0, 1, 1]
+    assert best_fit_decreasing(np.array([3, 3, 3, 3, 3, 1]), 7).tolist()[:5] == [0, 0, 1, 1, 2]
+    assert best_fit_decreasing(np.array([], np.int64), 7).tolist() == []
+
+
+LENGTHS = np.random.default_rng(0).integers(2, 17, 200)
+
+
+def test_every_epoch_holds_every_sample_once_in_equally_many_packs():
+    order = PackedOrder(LENGTHS, 20, seed=3)
+    epochs = [list(order(epoch)) for epoch in range(4)]
+    for epoch, packs in enumerate(epochs):
+        assert len(packs) == len(order) < 1.05 * LENGTHS.sum() / 20 + 4
+        assert sorted(i for pack in packs for i in pack) == list(range(200))
+        sizes = [int(LENGTHS[list(pack)].sum()) for pack in packs]
+        assert max(sizes) <= 20
+        assert order.sizes(epoch).tolist() == sizes
+        assert sorted(sizes) == sorted(order.sizes(0))
+    assert [list(PackedOrder(LENGTHS, 20, seed=3)(epoch)) for epoch in range(4)] == epochs
+    together = [frozenset(map(frozenset, packs)) for packs in epochs]
+    assert len(set(together)) == 4  # other neighbours, not only another order
+    assert list(PackedOrder(LENGTHS, 20, seed=4)(0)) != epochs[0]
+    fixed = PackedOrder(LENGTHS, 20, shuffle=False)
+    assert list(fixed(0)) == list(fixed(1))
+    assert fixed(0)[0][0] == int(np.argmax(LENGTHS))  # the first of the longest begins the first pack
+
+
+def test_two_ranks_take_the_packs_of_one():
+    order = PackedOrder(LENGTHS, 20, seed=3)
+    alone = list(ShardedBatchSampler(len(order), 4, order=order).batches(2))
+    ranks = [list(ShardedBatchSampler(len(order), 2, 2, rank, order=order).batches(2)) for rank in range(2)]
+    assert len(ranks[0]) == len(ranks[1]) == len(alone)
+    for whole, left, right in zip(alone, *ranks, strict=True):
+        assert sorted(whole) == sorted(pack for pack in (*left, *right) if pack != FILLER)
+        assert len(left) == len(right)
+    sampler = ShardedBatchSampler(len(order), 4, order=order)
+    assert list(sampler.batches(2, 5)) == alone[5:]
+
+
+# -- the row that they make ---------------------------------------------------------------------------------------
+
+
+def sample(tokens, num_prompt=1):
+    return {"input_ids": tokens, "labels": [-100] * num_prompt + tokens[num_prompt:]}
+
+
+def test_the_docstrings_example():
+    assert pack_samples([sample([7, 8, 9]), {"input_ids": [5, 6], "labels": [5, 6]}]) == {
+        "input_ids": [7, 8, 9, 5, 6],
+        "labels": [-100, 8, 9, -100, 6],
+        "position_ids": [0, 1, 2, 0, 1],
+    }
+
+
+def test_packed_rows_are_filled_up_without_a_mask():
+    rows = [pack_samples([sample([1, 2, 3]), sample([4, 5])]), pack_samples([sample([6, 7, 8])])]
+    batch = PackCollate(9)(rows)
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]],
+        "position_ids": [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]],
+        "labels": [[-100, 2, 3, -100, 5], [-100, 7, 8, -100, -100]],
+    }
+    assert {str(value.dtype) for value in batch.values()} == {"torch.int64"}
+    assert PackCollate(9, 4)(rows)["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+
+
+def test_a_batch_without_padding_is_one_row():
+    batch = PackCollate(9, 4, flatten=True)([sample([1, 2, 3]), sample([4, 5])])
+    assert {name: value.tolist() for name, value in batch.items()} == {
+        "input_ids": [[1, 2, 3, 4, 5, 9, 9, 9]],
+        "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2]],
+        "labels": [[-100, 2, 3, -100, 5, -100, -100, -100]],
+    }
+
+
+def test_a_packed_set_is_indexed_by_its_samples():
+    origins = [Conversation([], "t.jsonl", i) for i in range(3)]
+    rows = [Encoded([1, 2, 3], [-100, 2, 3]), Encoded([4, 5], [-100, 5]), Encoded([6, 7], [-100, 7])]
+    packed = PackedDataset(TokenDataset(rows, origins, 9))
+    assert packed[(2, 0)]["input_ids"] == [6, 7, 1, 2, 3]
+    assert packed[FILLER] == {"input_ids": [9, 9], "labels": [-100, -100], "position_ids": [0, 1]}
+
+
+# -- models -------------------------------------------------------------------------------------------------------
+
+# Falcon 3 is a llama with a head dimension of its own. Windows are shorter than the samples, so that they bite.
+MODELS = {
+    "llama": {}, "falcon3": {"head_dim": 16}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 6}, "phi3": {},
+    "gemma2": {"sliding_window": 6, "head_dim": 8, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo2": {}, "glm4": {"head_dim": 8}, "granite": {}, "internlm3": {}, "smollm3": {},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}  # fmt: skip
+KERNELS = [
+    (arch, kernel) for arch in MODELS for kernel in ("sdpa", "eager") if (arch, kernel) != ("gemma2", "sdpa")
+]  # transformers has Gemma 2's soft caps in eager attention only
+SAMPLES = [
+    sample(torch.randint(1, 256, (length,), generator=torch.Generator().manual_seed(length)).tolist(), num_prompt=3)
+    for length in (13, 5, 20, 4, 9, 11)
+]
+
+
+def make_model(arch, kernel="sdpa"):
+    torch.manual_seed(0)
+    config = make_config("llama" if arch == "falcon3" else arch, tied=True)
+    config = type(config)(**{**config.to_dict(), **MODELS[arch]})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=kernel)
+    with torch.no_grad():
+        for p in model.parameters():  # attention that is near uniform would hide a leak
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.train()
+
+
+def outcome(model, batches):
+    """Logits by sample's first three tokens, summed loss and gradient."""
+    model.zero_grad()
+    total, logits = 0.0, {}
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        output = model(**inputs, use_cache=False).logits
+        loss, _ = cross_entropy_sum(output, batch["labels"])
+        loss.backward()
+        total += loss.item()
+        for row, tokens in zip(output.detach(), batch["input_ids"].tolist(), strict=True):
+            for expected in SAMPLES:
+                ids = expected["input_ids"]
+                for start in range(len(tokens) - len(ids) + 1):
+                    if tokens[start : start + len(ids)] == ids:
+                        logits[len(ids)] = row[start : start + len(ids)]
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return total, logits, gradient
+
+
+def assert_same(left, right):
+    assert left[0] == pytest.approx(right[0], rel=1e-6)
+    assert left[1].keys() == right[1].keys() == {len(sample["input_ids"]) for sample in SAMPLES}
+    for length, logits in left[1].items():
+        torch.testing.assert_close(right[1][length], logits, rtol=0, atol=2e-5)
+    assert (left[2] - right[2]).norm() < 2e-6 * left[2].norm()
+
+
+def separate():
+    return [Collate(0)([one]) for one in SAMPLES]
+
+
+def packed():
+    """Rows of 40 tokens of which the shorter ones are filled up, two in a batch."""
+    order = PackedOrder(np.array([len(one["input_ids"]) for one in SAMPLES]), 34, seed=1)
+    rows = [pack_samples([SAMPLES[i] for i in pack]) for pack in order(0)]
+    assert len(rows) == 2 and {len(row["input_ids"]) for row in rows} != {34}
+    return [PackCollate(0)(rows)]
+
+
+@pytest.mark.parametrize("arch, kernel", KERNELS)
+def test_packed_is_separate(arch, kernel):
+    """Logits, loss and gradient, for rows of best fit and for a batch without padding."""
+    model = make_model(arch, kernel)
+    expected = outcome(model, separate())
+    assert_same(expected, outcome(model, packed()))
+    assert_same(expected, outcome(model, [PackCollate(0, 8, flatten=True)(SAMPLES)]))
+
+
+def test_a_mask_of_ones_would_leak():
+    """What the test above would see, were the borders lost."""
+    model = make_model("llama")
+    (batch,) = packed()
+    leaking = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    with pytest.raises(AssertionError):
+        assert_same(outcome(model, separate()), outcome(model, [leaking]))
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("how", ["checkpointed", "compiled", "both"])
+def test_packed_is_separate_when_recomputed_and_compiled(arch, how, monkeypatch):
+    """The mask is made outside of the layers, which are what is compiled and recomputed."""
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend="aot_eager"))
+    model = make_model(arch)
+    expected = outcome(model, separate())
+    parallelize(model, None, activation_checkpointing=how != "compiled", compile_layers=how != "checkpointed")
+    assert_same(expected, outcome(model, packed()))
+    torch._dynamo.reset()
+
+
+def test_flash_attention_gets_the_borders_of_a_flattened_row():
+    """Its kernel isn't for CPUs: what transformers hands to it is the begin of each sample, and of the filler."""
+    from transformers.modeling_flash_attention_utils import _is_packed_sequence, prepare_fa_kwargs_from_position_ids
+
+    positions = PackCollate(0, 8, flatten=True)(SAMPLES)["position_ids"]
+    (begins, _), (longest, _) = prepare_fa_kwargs_from_position_ids(positions)
+    assert begins.tolist() == [0, 13, 18, 38, 42, 51, 62, 64] and longest == 20
+    assert _is_packed_sequence(positions, batch_size=1)
+
+
+# -- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = [{"messages": talk("q" * (1 + i % 5), "answer " * (1 + i * 7 % 4))} for i in range(23)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return ModelPair(*map(str, save_pair(tmp_path_factory.mktemp("pair"), "qwen3")))
+
+
+def losses(pair, path, **options):
+    """Loss and tokens of every step of two epochs, and what the data report."""
+    seed_everything(0)
+    seen = []
+
+    class Module(ShadowModule):
+        def log(self, name, value, *args, **kwargs):
+            if name in ("train/loss", "train/tokens"):
+                seen.append(float(value))
+
+    data = ShadowData(pair, path, **{"batch_size": 4, **options})
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False, max_epochs=2, accumulate_grad_batches=2,
+    )  # fmt: skip
+    trainer.fit(Module(pair, lr=1e-2), data)
+    return seen, data.reports["train"]
+
+
+def test_a_batch_without_padding_trains_as_a_padded_one(pair, path):
+    """The same samples in every step, so the same curve; computed without a position too many."""
+    padded, before = losses(pair, path)
+    flat, after = losses(pair, path, packing="padding_free")
+    assert flat == pytest.approx(padded, rel=1e-5) and len(padded) == 2 * 2 * 3
+    assert padded[0] > padded[-2] + 0.1
+    assert after.num_slots == after.num_tokens == before.num_tokens < before.num_slots
+    assert after.fill == 1
+
+
+def test_packs_carry_the_loss_of_their_samples(pair, path):
+    """One step per epoch over all samples: whatever shares a row, it is the same step."""
+    unpacked, _ = losses(pair, path, batch_size=12)
+    packed, report = losses(pair, path, max_length=64, packing="best_fit", pack_length=190)
+    assert packed == pytest.approx(unpacked, rel=1e-5) and len(packed) == 2 * 2
+    assert 4 < report.num_packs <= 8 and report.samples_per_pack == pytest.approx(23 / report.num_packs)
+    assert 0.8 < report.fill <= 1
+
+
+# -- the module ---------------------------------------------------------------------------------------------------
+
+
+def test_batches_of_packs_from_a_file(path, caplog):
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        data = ShadowData(PAIR, path, path, packing="best_fit", max_length=100, pack_length=150, batch_size=2)
+        with pytest.warns(UserWarning, match="23 of 23 samples"):
+            data.setup("fit")
+        batches = list(data.train_dataloader())
+    assert all(batch.keys() == {"input_ids", "position_ids", "labels"} for batch in batches)
+    report = data.reports["train"]
+    assert f"train: packed into {report.num_packs} rows of up to 150 tokens, " in caplog.text
+    assert report.num_slots == sum(batch["input_ids"].numel() for batch in batches)
+    supervised = sum((batch["labels"] != -100).sum().item() for batch in batches)
+    assert supervised == report.num_supervised_tokens
+    for batch in batches:
+        begins = batch["position_ids"] == 0
+        assert (batch["labels"][begins] == -100).all()
+        # The template's first token, or the filler's.
+        first = {"<|im_start|>", data.tokenizer.pad_token}
+        assert set(data.tokenizer.convert_ids_to_tokens(batch["input_ids"][begins].tolist())) <= first
+    assert data.val_dataloader()[0].collate_fn == Collate(data.pad_token_id)  # scores are counted by row
+
+
+def test_the_log_says_what_is_padding(path, caplog):
+    for options, said in (
+        ({"pad_to_multiple_of": 64}, "tokens of samples. data.packing would leave no padding, group_by_length little"),
+        ({"packing": "padding_free", "pad_to_multiple_of": 64}, "tokens of samples"),
+    ):
+        caplog.clear()
+        with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+            data = ShadowData(PAIR, path, batch_size=23, **options)
+            data.setup("fit")
+            (batch,) = data.train_dataloader()
+            list(data.train_dataloader())
+        report = data.reports["train"]
+        assert report.num_slots == batch["labels"].numel()
+        lines = [record.message for record in caplog.records if "of what the batches compute" in record.message]
+        assert lines == [f"data: train: {100 * report.num_tokens / batch['labels'].numel():.1f} % of what the batches "
+                         f"compute are {said}"]  # fmt: skip
+
+
+def test_settings_that_contradict_each_other():
+    with pytest.raises(
+        DataError, match=r"data\.pack_length is 100, but a sample may have data\.max_length=200 tokens\. Raise the one"
+    ):
+        ShadowData(PAIR, "t.jsonl", packing="best_fit", max_length=200, pack_length=100)
+    with pytest.raises(DataError, match=r"group_by_length spares padding, of which data\.packing=best_fit leaves none"):
+        ShadowData(PAIR, "t.jsonl", packing="best_fit", group_by_length=True)
+    with pytest.raises(DataError, match=r"group_by_length makes an order of its own, but data\.shuffle is false"):
+        ShadowData(PAIR, "t.jsonl", group_by_length=True, shuffle=False)
+
+
+def test_fewer_packs_than_ranks(path):
+    data = ShadowData(PAIR, path, packing="best_fit")
+    data.setup("fit")
+    data.trainer = SimpleNamespace(world_size=2, global_rank=0)
+    with pytest.raises(
+        DataError, match=r"23 training samples make 1 packs, fewer than the 2 ranks\. Lower data\.pack_length=4096"
+    ):
+        data.train_dataloader()
+
+
+# -- grouped by length --------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 300), size=st.integers(1, 9), seed=st.integers(0, 99), epoch=st.integers(0, 3))
+def test_grouped_is_a_permutation(n, size, seed, epoch):
+    lengths = np.random.default_rng(seed).integers(2, 50, n)
+    order = grouped_order(lengths, size, seed, epoch)
+    assert sorted(order) == list(range(n))
+    assert (order == grouped_order(lengths, size, seed, epoch)).all()
+
+
+def test_grouped_batches_need_little_padding_and_follow_no_course():
+    lengths = np.random.default_rng(0).integers(2, 500, 5003)
+    order = grouped_order(lengths, 8, seed=1)
+    shuffled = np.random.default_rng(0).permutation(5003)
+    padding = [count_slots(lengths[o], 4, 2) / lengths.sum() - 1 for o in (order, shuffled)]
+    assert padding[0] < 0.03 < 0.4 < padding[1]
+    means = lengths[order[:5000]].reshape(-1, 8).mean(1)
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.15
+    assert abs(lengths[order[:2504]].mean() / lengths.mean() - 1) < 0.1
+    assert (grouped_order(lengths, 8, 1, 1) != order).any()
+
+
+def test_slots_by_hand():
+    """Two ranks of two rows: 5 1 | 4 2 and, in the last batch, 3 | nothing."""
+    sizes = np.array([5, 4, 1, 2, 3])
+    assert count_slots(sizes, 2, 2) == 2 * 5 + 2 * 4 + 3
+    assert count_slots(sizes, 2, 2, multiple=4) == 2 * 8 + 2 * 4 + 4
+    assert count_slots(sizes, 2, 2, multiple=4, flatten=True) == 8 + 8 + 4
+
+
+def test_grouped_batches_from_a_file(path):
+    data = ShadowData(PAIR, path, group_by_length=True, batch_size=4)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    grouped = data.reports["train"].num_slots
+    assert grouped == sum(batch["labels"].numel() for batch in batches)
+    assert sum(len(batch["labels"]) for batch in batches) == 23
+    plain = ShadowData(PAIR, path, batch_size=4)
+    plain.setup("fit")
+    plain.train_dataloader()
+    assert grouped < plain.reports["train"].num_slots
