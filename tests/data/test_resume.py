@@ -39,7 +39,8 @@ class Recorder(LightningModule):
 
 
 def answer(labels):
-    return make_tokenizer().decode(labels[labels != -100])[0]
+    """The answer of a row, a letter; of a packed row all of them."""
+    return make_tokenizer().decode(labels[labels != -100]).replace("<|im_end|>", "")
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,48 @@ def test_resumed_sees_what_uninterrupted_sees(path, whole, tmp_path, saves, num_
         assert trainer.global_step == 12
 
 
+ORDERS = {
+    "best fit": {"packing": "best_fit", "max_length": 64, "pack_length": 100, "batch_size": 1},
+    "padding-free": {"packing": "padding_free"},
+    "grouped": {"group_by_length": True},
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_resumed_in_the_middle_of_packed_and_grouped_epochs(path, whole, tmp_path, order):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    seen, trainer = fit(data(path, **ORDERS[order]), callbacks=[saver])
+    assert trainer.global_step == len(seen) and len(seen) % EPOCHS == 0
+    size = len(seen) // EPOCHS
+    letters = [
+        "".join(sorted("".join(r for _, b in seen[e * size : (e + 1) * size] for r in b))) for e in range(EPOCHS)
+    ]
+    assert letters == ["abcdefghij"] * EPOCHS
+    if order == "padding-free":  # the same samples in the same steps, as one row
+        assert [(i, "".join(rows)) for i, rows in seen] == [(i, "".join(rows)) for i, rows in whole]
+    else:
+        assert len({str(seen[e * size : (e + 1) * size]) for e in range(EPOCHS)}) == EPOCHS
+    for step in range(1, len(seen)):
+        workers = 2 if step in (2, size) else 0
+        resumed = fit(data(path, num_workers=workers, **ORDERS[order]), ckpt_path=tmp_path / f"step={step}.ckpt")[0]
+        assert resumed == seen[step:], f"resumed at {step}"
+
+
+def test_no_resume_in_the_middle_of_other_packs(path, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(data(path, batch_size=2), callbacks=[saver], max_epochs=1)
+    middle, end = tmp_path / "step=2.ckpt", tmp_path / "step=5.ckpt"
+    with pytest.raises(
+        DataError, match=r"num_samples 10 → 3, packing None → best_fit, pack_length None → 100\. Resume with"
+    ):
+        fit(data(path, **{**ORDERS["best fit"], "batch_size": 2}), ckpt_path=middle)
+    with pytest.raises(DataError, match=r"in an order that these data don't give: group_by_length None → True\."):
+        fit(data(path, batch_size=2, group_by_length=True), ckpt_path=middle)
+    fit(data(path, batch_size=2, packing="padding_free"), ckpt_path=middle)  # the same order
+    with pytest.warns(UserWarning, match="goes on with other data or batches than before: group_by_length None → True"):
+        fit(data(path, batch_size=2, group_by_length=True), ckpt_path=end)
+
+
 def test_saved_after_the_end_of_max_steps(path, whole, tmp_path):
     """Lightning counts the epoch as finished and begins at 0 again; the data go on where they were."""
     _, trainer = fit(data(path), max_epochs=-1, max_steps=6)
@@ -155,18 +198,18 @@ def test_a_checkpoint_to_validate_with_says_nothing_to_a_later_fit(path, whole, 
     assert module.seen == whole
 
 
-def fit_on_ranks(path, folder):
+def fit_on_ranks(path, folder, options):
     """What this rank sees under DDP, and the validation labels it gets."""
     pair = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
     saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    own = ShadowData(pair, path, validation=path.replace("train", "val"), batch_size=2, seed=1)
+    own = ShadowData(pair, path, validation=path.replace("train", "val"), **{"batch_size": 2, "seed": 1, **options})
     seen, _ = fit(own, callbacks=[saver], devices=2, strategy="ddp", max_epochs=2)
     return seen, [(batch["labels"] != -100).any(1).tolist() for batch in own.val_dataloader()[0]]
 
 
 def test_two_processes_see_the_global_batches_of_one(path, tmp_path):
     """10 samples in global batches of 4: the last two are one for each rank. One of them resumes alone."""
-    (left, left_val), (right, right_val) = run_ranks(fit_on_ranks, 2, path, tmp_path)
+    (left, left_val), (right, right_val) = run_ranks(fit_on_ranks, 2, path, tmp_path, {})
     alone = fit(data(path, batch_size=4), max_epochs=2)[0]
     assert [i for i, _ in left] == [i for i, _ in right] == [i for i, _ in alone] == [0, 1, 2] * 2
     together = [sorted(a + b) for (_, a), (_, b) in zip(left, right, strict=True)]
@@ -174,3 +217,22 @@ def test_two_processes_see_the_global_batches_of_one(path, tmp_path):
     assert [left_val, right_val] == [[[True]], [[False]]]
     resumed = fit(data(path, batch_size=4), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=2)[0]
     assert [sorted(batch) for _, batch in resumed] == together[2:]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_processes_see_the_packs_and_groups_of_one(path, tmp_path, order):
+    """Equally many batches each, and together what one process sees with batches twice as large."""
+    batch_size = ORDERS[order].get("batch_size", 2)
+    (left, _), (right, _) = run_ranks(fit_on_ranks, 2, path, tmp_path, ORDERS[order])
+    alone = fit(data(path, **{**ORDERS[order], "batch_size": 2 * batch_size}), max_epochs=2)[0]
+    assert [i for i, _ in left] == [i for i, _ in right] == [i for i, _ in alone]
+    together = [[*a, *b] for (_, a), (_, b) in zip(left, right, strict=True)]
+    if order == "padding-free":
+        together, alone = [["".join(rows)] for rows in together], [(i, ["".join(rows)]) for i, rows in alone]
+        assert [sorted(row) for (row,) in together] == [sorted(row) for _, (row,) in alone]
+        return
+    assert [sorted(filter(None, rows)) for rows in together] == [sorted(rows) for _, rows in alone]
+    resumed = fit(
+        data(path, **{**ORDERS[order], "batch_size": 2 * batch_size}), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=2
+    )[0]
+    assert resumed == alone[2:]

@@ -1,0 +1,73 @@
+"""Whether a model keeps packed samples apart: asked of the model itself, before it trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.graft.naming import host_of
+
+_LENGTH = 16
+_MOST = 0.02  # share of its whole influence that a sample may have on its neighbour; 0 in exact arithmetic
+
+
+def require_separation(model: nn.Module) -> None:
+    """Refuse a model in which a sample of a packed row sees the one before it.
+
+    Two rows end with the same sample and begin with different ones. Where positions that restart are borders, the
+    logits of the second sample are the same in both, bit for bit on all but mixtures of experts; where they aren't,
+    they differ about as much as without borders. Convolutions and recurrent states mix neighbours too weakly to be
+    told from rounding in half precision, so a model that has them is refused for having them.
+
+    Costs four forward passes of 32 tokens; with FSDP2 it's a collective. Leaves no trace but in compiled layers'
+    memory: nothing is compiled for it.
+
+    Args:
+        model: a transformers causal language model with its weights, with or without adapters.
+
+    Raises:
+        ShadowlitError: samples would see each other.
+    """
+    host = host_of(model)
+    kind = getattr(host.config, "model_type", type(host).__name__)
+    kernel = getattr(host.config, "_attn_implementation", None)
+    advice = "Set data.packing=null, and data.group_by_length=true to spare padding."
+    if getattr(host, "_is_stateful", False) or any(isinstance(module, nn.Conv1d) for module in host.modules()):
+        raise ShadowlitError(
+            f"data.packing is set, but '{kind}' has recurrent or convolutional layers, which carry one sample into the "
+            f"next; expected attention only. {advice}"
+        )
+    leak = _influence(model, restart=True) / max(_influence(model, restart=False), torch.finfo(torch.float32).tiny)
+    if leak > _MOST:
+        raise ShadowlitError(
+            f"data.packing is set, but in '{kind}' with attn_implementation={kernel!r} a packed sample changes the "
+            f"logits of the next one by {leak:.0%} of what it would without borders; expected 0 %: the attention "
+            f"doesn't take position_ids for borders. {advice}"
+        )
+
+
+@torch.no_grad()
+def _influence(model: nn.Module, restart: bool) -> float:
+    """How far the first sample of a row moves the logits of the second: the norm of their difference."""
+    device = next(model.parameters()).device
+    vocabulary = host_of(model).get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(vocabulary, (2, _LENGTH), generator=generator)
+    second = torch.randint(vocabulary, (1, _LENGTH), generator=generator).expand(2, -1)
+    rows = torch.cat([first, second], 1).to(device)
+    positions = torch.arange(2 * _LENGTH, device=device)[None]
+    if restart:
+        positions = positions % _LENGTH
+
+    def logits(row: Tensor) -> Tensor:
+        return model(input_ids=row[None], position_ids=positions, use_cache=False).logits[0, _LENGTH:].float()
+
+    training = model.training
+    model.eval()  # dropout would change them too, and draw random numbers
+    stance = torch.compiler.set_stance("force_eager")  # such short rows aren't worth a graph
+    try:
+        with stance:
+            return (logits(rows[0]) - logits(rows[1])).norm().item()
+    finally:
+        model.train(training)
