@@ -12,6 +12,7 @@ COMMANDS = {
     "predict": "let the grafted Instruct answer prompts",
     "preview": "print samples token by token, with what carries loss in colour",
     "compare": "train the arms of a pair side by side, and report what the data support",
+    "sweep": "vary any key of fit over a grid or by search, on one machine or many",
     "graft": "graft what a Base has learned elsewhere, from folder to folder",
     "evaluate": "put models to benchmarks, after training",
     "delta": "store, show, combine, compress and apply the update itself",
@@ -22,6 +23,7 @@ COMMANDS = {
 # Commands that are typed functions, and where.
 _FUNCTIONS = {
     "compare": "shadowlit.comparison.commands",
+    "sweep": "shadowlit.sweep.commands",
     "graft": "shadowlit.commands",
     "evaluate": "shadowlit.evaluation.commands",
     "delta": "shadowlit.delta_commands",

@@ -40,7 +40,9 @@ def _run(name: str, module: str, args: Sequence[str]) -> None:
         function = getattr(found, name)
         auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
     else:
-        args = args or ([found.DEFAULT] if hasattr(found, "DEFAULT") else [])
+        # Options alone are those of the usual command; asking for help is about all of them.
+        if hasattr(found, "DEFAULT") and (not args or (args[0].startswith("-") and args[0] not in ("-h", "--help"))):
+            args = [found.DEFAULT, *args]
         known = args[0] if args and args[0] in commands else None
         rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
         auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")

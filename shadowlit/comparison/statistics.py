@@ -46,6 +46,19 @@ def average(values: Sequence[float], expected: int | None = None) -> Average:
     return Average(mean, error, len(found), len(values) if expected is None else expected)
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of what was measured with each seed, and the ends of its 95 % interval by Student's t.
+
+    The ends are NaN for a single seed, which says nothing of others.
+    """
+    found = average(values)
+    if found.count < 2:
+        return found.mean, math.nan, math.nan
+    freedom = found.count - 1
+    width = (_STUDENT_975[freedom] if freedom < len(_STUDENT_975) else 1.96) * found.standard_error
+    return found.mean, found.mean - width, found.mean + width
+
+
 def few_seeds(num_seeds: int) -> str:
     """What so many seeds allow to say, in a sentence."""
     if num_seeds <= 1:

@@ -74,8 +74,13 @@ def succeeded(code: int, folder: Path) -> bool:
     """Whether a job that ended with ``code`` has left its result; its checkpoints are needed no more then."""
     if code != 0 or not is_finished(folder):
         return False
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    drop_checkpoints(folder)
     return True
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove what only a resumption would need."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def last_words(folder: Path, lines: int = 3) -> str:

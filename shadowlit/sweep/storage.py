@@ -1,0 +1,101 @@
+"""Where a sweep's trials are kept: a file, or a database that many machines share."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowlit.errors import ShadowlitError
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+log = logging.getLogger(__name__)
+
+FILE = "study.journal"
+_TIMEOUT_S = 10
+_TRIES = 4
+
+
+def open_storage(where: str | None, folder: Path) -> BaseStorage:
+    """Open Optuna's storage.
+
+    Args:
+        where: null for a journal in ``folder``; the path of another journal (``*.journal``); or the address of a
+            database, ``postgresql://user:password@host/name`` or ``sqlite:///file``.
+        folder: Of the sweep; made if there is none.
+
+    Raises:
+        ShadowlitError: It can't be reached, or its driver is not installed. A password is not shown.
+    """
+    # Journals are marked as experimental in every process anew.
+    warnings.filterwarnings("ignore", module="shadowlit.sweep.*", message=".*experimental.*")
+    if where is None or where.endswith(".journal"):
+        return _journal(folder / FILE if where is None else Path(where))
+    if "://" not in where:
+        raise ShadowlitError(
+            f"storage is {where!r}; expected a file that ends in .journal, or the address of a database, e.g. "
+            "postgresql://user:password@host/name."
+        )
+    return _database(where)
+
+
+def _journal(file: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(str(file)))
+    except (OSError, ValueError, KeyError) as error:
+        raise ShadowlitError(
+            f"the storage {file} can't be read or written ({error}). Give a file that can, or move this one away."
+        ) from error
+
+
+def _database(address: str) -> BaseStorage:
+    import optuna
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    try:
+        url = make_url(address)
+    except ArgumentError as error:
+        raise ShadowlitError(
+            "storage is no address of a database; expected e.g. postgresql://user:password@host/name."
+        ) from error
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    options = {"pool_pre_ping": True}
+    if url.drivername.startswith("postgresql"):
+        options["connect_args"] = {"connect_timeout": _TIMEOUT_S}  # type: ignore[assignment]
+    shown = url.render_as_string(hide_password=True)
+    for attempt in range(_TRIES):
+        try:
+            return optuna.storages.RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
+        except ImportError as error:
+            raise ShadowlitError(
+                f"the storage {shown} needs a driver that is not installed ({error}). For PostgreSQL: "
+                "pip install 'shadowlit[postgres]'."
+            ) from None
+        except SQLAlchemyError as error:
+            # Two that make the tables of an empty database at the same time get into each other's way once.
+            if attempt < _TRIES - 1 and _is_about_tables(error):
+                time.sleep(0.5 * (attempt + 1))
+                continue
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+            raise ShadowlitError(
+                f"the storage {shown} can't be reached ({reason}). Check the address, the name of the database and "
+                "that it is running, or leave storage out to use a file."
+            ) from None
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _is_about_tables(error: Exception) -> bool:
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    found = isinstance(error, IntegrityError | ProgrammingError)
+    return found or (isinstance(error, OperationalError) and "already exists" in str(error))
