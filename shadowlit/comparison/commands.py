@@ -85,7 +85,7 @@ def compare(
         found = jobs(recipe, trainings, folder)
         with _progress(console, len(found)) as done:
             failed = run(
-                found, folder, workers=workers, threads=threads, in_process=not _is_distributed(recipe), done=done
+                found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), done=done
             )
         if UNTOUCHED in failed:
             raise ShadowlitError(
@@ -145,12 +145,6 @@ def _known(option: str, names: list[str], evaluators: list[str]) -> list[str]:
             f"--{option} names {', '.join(unknown)}; the configuration's evaluators are {', '.join(evaluators)}."
         )
     return names
-
-
-def _is_distributed(recipe: Recipe) -> bool:
-    """Whether Lightning would start more processes than one."""
-    devices, accelerator = recipe.get("trainer.devices"), recipe.get("trainer.accelerator")
-    return not (devices in (1, "1") or (accelerator == "cpu" and devices in (None, "auto")))
 
 
 def _command(fit: str, arms: list[str], seeds: Any, rates: dict[str, list[float]]) -> str:

@@ -139,22 +139,27 @@ class Recipe:
 
     def fit_arguments(self, training: Training, folder: Path) -> list[str]:
         """The command line of ``fit`` after the word itself; everything is written into ``folder``."""
-        exchanged = self._exchanged() if training.source == "I" else {}
-        return self._arguments(
-            folder,
-            {
-                **self.overrides,
-                **exchanged,
-                "model.lr": training.lr,
-                "seed_everything": training.seed,
-                "model.seed": training.seed,
-                "data.seed": training.seed,
-                "graft.baselines": False,
-                "evaluation.baselines": False,
-                "export.parts": ["delta"],
-                "export.folder": str(folder),
-            },
-        )
+        own = {
+            "model.lr": training.lr,
+            "graft.baselines": False,
+            "evaluation.baselines": False,
+            "export.parts": ["delta"],
+            "export.folder": str(folder),
+        }
+        return self.arguments(training.source, training.seed, folder, {**self.overrides, **own})
+
+    def arguments(self, source: str, seed: int, folder: Path, values: Mapping[str, Any]) -> list[str]:
+        """The command line of any ``fit`` on this recipe's file, after the word itself.
+
+        Args:
+            source: ``B``, the Base is trained, or ``I``, the Instruct, whose update is grafted onto the Base.
+            seed: Of everything.
+            folder: Gets everything that is written.
+            values: All that is changed in the file, by dotted key.
+        """
+        exchanged = self._exchanged() if source == "I" else {}
+        seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
+        return self._arguments(folder, {**values, **exchanged, **seeds})
 
     def untouched_arguments(self, folder: Path) -> list[str]:
         """The command line of ``validate`` that measures the untouched models."""
@@ -165,6 +170,11 @@ class Recipe:
         """The section ``pair``, by the names of its keys."""
         names = ("base", "instruct", "base_revision", "instruct_revision", "trust_remote_code", "template_owner")
         return {name: value for name in names if (value := self.get(f"pair.{name}")) is not None}
+
+    def is_distributed(self) -> bool:
+        """Whether Lightning would start more processes than one."""
+        devices, accelerator = self.get("trainer.devices"), self.get("trainer.accelerator")
+        return not (devices in (1, "1") or (accelerator == "cpu" and devices in (None, "auto")))
 
     def _exchanged(self) -> dict[str, Any]:
         """The Instruct is trained, and its update grafted onto the Base; the template stays whose it was."""
