@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Set before any of these libraries is imported by a test: no network, no progress bars, no tokenizer threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,3 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread: results don't depend on the machine, and several test processes don't wait for each other's threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tokenised data of tests are kept for their time only.
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="shadowlit-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)

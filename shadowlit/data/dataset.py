@@ -1,17 +1,18 @@
-"""Tokenised data sets: read once, kept in memory as flat arrays, about five bytes a token."""
+"""Tokenised data sets: read once, kept as flat arrays of about five bytes a token, in memory or in a file."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from array import array
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
 from shadowlit.data.formats import Message
 from shadowlit.data.packing import Pack, pack_samples
 from shadowlit.data.sampler import FILLER
@@ -89,54 +90,70 @@ class TokenDataset(Dataset):
     Index -1 isn't the last sample but the filler: two tokens without loss.
 
     Args:
-        samples: The tokenised samples.
-        origins: Where each came from.
+        blocks: The tokenised samples.
+        sources: Names of the sources, by the numbers in the blocks.
         filler_token: The token that the filler is made of.
+        file: The file that the blocks are mapped from, so that a copy in another process maps it too.
     """
 
-    def __init__(self, samples: Iterable[Encoded], origins: list[Conversation], filler_token: int) -> None:
-        tokens, supervised, ends = array("i"), bytearray(), [0]
-        for sample in samples:
-            tokens.extend(sample.input_ids)
-            supervised.extend(label != IGNORE for label in sample.labels)
-            ends.append(len(tokens))
-        # Flat arrays: lists of lists would be copied into every worker, reference count by reference count.
-        self._tokens = np.frombuffer(tokens, dtype=np.int32) if tokens else np.zeros(0, np.int32)
-        self._supervised = np.frombuffer(supervised, dtype=np.bool_) if supervised else np.zeros(0, np.bool_)
-        self._ends = np.array(ends)
-        self._places = [(origin.source, origin.row, origin.line) for origin in origins]
-        self._filler_token = filler_token
+    def __init__(
+        self, blocks: list[Block], sources: Sequence[str], filler_token: int, file: Path | None = None
+    ) -> None:
+        self._blocks = [block for block in blocks if len(block)]
+        self._sources, self._filler_token, self._file = list(sources), filler_token, file
+        self._firsts = np.cumsum([0, *map(len, self._blocks)]).tolist()
 
     def __len__(self) -> int:
         """Number of samples, fillers not counted."""
-        return len(self._ends) - 1
+        return self._firsts[-1]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         """Sample ``index``, or the filler for -1."""
         if index == FILLER:
             return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE] * 2}
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        span = slice(self._ends[index], self._ends[index + 1])
-        tokens = self._tokens[span]
-        return {"input_ids": tokens.tolist(), "labels": np.where(self._supervised[span], tokens, IGNORE).tolist()}
+        block, place = self._find(index)
+        span = slice(block.ends[place], block.ends[place + 1])
+        tokens = block.tokens[span]
+        return {"input_ids": tokens.tolist(), "labels": np.where(block.supervised[span], tokens, IGNORE).tolist()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the blocks where they can be mapped again: pickled, they would be copied into every worker."""
+        return {**self.__dict__, "_blocks": None} if self._file is not None else self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the file again."""
+        self.__dict__.update(state)
+        if self._file is not None:
+            self._blocks = [block for block in read_blocks(self._file, verify=False)[0] if len(block)]
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, ``[len(self)]`` int64."""
-        return np.diff(self._ends)
+        return np.concatenate(
+            [np.zeros(0, np.int64), *(np.diff(block.ends).astype(np.int64) for block in self._blocks)]
+        )
 
     def origin(self, index: int) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
-        source, row, line = self._places[index]
-        return str(Conversation([], source, row, line))
+        block, place = self._find(index)
+        line = int(block.line[place])
+        return str(
+            Conversation([], self._sources[block.source[place]], int(block.row[place]), line if line > 0 else None)
+        )
+
+    def hashes(self) -> np.ndarray:
+        """A hash of each sample's tokens, ``[len(self)]`` uint64, to find identical ones."""
+        return np.concatenate([np.zeros(0, np.uint64), *(block.digest for block in self._blocks)])
 
     def digests(self) -> list[bytes]:
-        """A hash of each sample's tokens, to find identical ones."""
-        return [
-            hashlib.blake2b(self._tokens[start:end].tobytes(), digest_size=16).digest()
-            for start, end in zip(self._ends[:-1], self._ends[1:], strict=True)
-        ]
+        """As :meth:`hashes`, eight bytes each."""
+        return [value.tobytes() for value in self.hashes()]
+
+    def _find(self, index: int) -> tuple[Block, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._firsts, index) - 1
+        return self._blocks[number], index - self._firsts[number]
 
 
 class PackedDataset(Dataset):
@@ -196,6 +213,7 @@ def tokenise(
     filler_token: int,
     overlong: Overlong = "truncate",
     drop_unsupervised: bool = False,
+    keep: Callable[[Block], None] | None = None,
 ) -> tuple[TokenDataset, DataReport]:
     """Tokenise conversations, cut or drop what is too long, and count.
 
@@ -207,14 +225,18 @@ def tokenise(
         filler_token: See :class:`TokenDataset`.
         overlong: What happens to longer ones: an error, the beginning is kept, or they are dropped.
         drop_unsupervised: Drop samples without a token with loss instead of raising.
+        keep: Takes blocks of samples as they become large, so that memory needn't hold all; the data set is empty
+            then. None keeps them in memory.
 
     Raises:
         DataError: Samples that the template refuses, are too long or have no token with loss; up to five are listed.
     """
-    kept: list[Encoded] = []
-    origins: list[Conversation] = []
+    blocks: list[Block] = []
+    keep = keep or blocks.append
+    builder = BlockBuilder()
     errors: list[str] = []
     num_rows = num_split = num_truncated = num_dropped = 0
+    num_samples = num_tokens = num_supervised_tokens = longest = 0
     for conversation in conversations:
         num_rows += 1
         try:
@@ -228,24 +250,29 @@ def tokenise(
                     num_dropped += 1
                     continue
                 num_truncated += len(fitted.input_ids) < len(sample.input_ids)
-                kept.append(fitted)
-                origins.append(conversation)
+                builder.add(fitted, conversation)
+                num_samples += 1
+                num_tokens += len(fitted.input_ids)
+                num_supervised_tokens += _num_supervised(fitted)
+                longest = max(longest, len(fitted.input_ids))
+            if builder.is_full:
+                keep(builder.take())
         except DataError as error:
             errors.append(f"{conversation} {error}")
     raise_all(errors)
-    lengths = [len(sample.input_ids) for sample in kept]
+    keep(builder.take())
     report = DataReport(
         name=name,
         num_rows=num_rows,
-        num_samples=len(kept),
+        num_samples=num_samples,
         num_split=num_split,
         num_truncated=num_truncated,
         num_dropped=num_dropped,
-        num_tokens=sum(lengths),
-        num_supervised_tokens=sum(_num_supervised(sample) for sample in kept),
-        longest=max(lengths, default=0),
+        num_tokens=num_tokens,
+        num_supervised_tokens=num_supervised_tokens,
+        longest=longest,
     )
-    return TokenDataset(kept, origins, filler_token), report
+    return TokenDataset(blocks, list(builder.sources), filler_token), report
 
 
 def tokenise_prompts(
@@ -285,8 +312,7 @@ def tokenise_prompts(
 
 def count_shared(one: TokenDataset, other: TokenDataset) -> int:
     """How many samples of ``other`` are token for token in ``one``."""
-    known = set(one.digests())
-    return sum(digest in known for digest in other.digests())
+    return int(np.isin(other.hashes(), one.hashes()).sum())
 
 
 def _num_supervised(sample: Encoded) -> int:

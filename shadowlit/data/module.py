@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import datetime
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.data.blocks import Block, read_blocks, write_blocks
+from shadowlit.data.cache import cache_key, default_folder
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
 from shadowlit.data.dataset import (
     DataReport,
@@ -32,13 +37,22 @@ from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT, Format, Message
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.packing import PackedOrder, Packing
-from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, grouped_order
-from shadowlit.data.sources import Conversation, fetch, is_remote, raise_all, read_conversations
+from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, evaluation_order, grouped_order
+from shadowlit.data.sources import (
+    Conversation,
+    digest_source,
+    fetch,
+    is_remote,
+    raise_all,
+    read_conversations,
+    say,
+)
 from shadowlit.data.template import Encoded, check_template, encode_prompt, encode_turns, load_template, renders_date
 from shadowlit.errors import DataError
 from shadowlit.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_GPU_WORKERS = 2  # the training process launches kernels, which nothing should interrupt
 _LITTLE_FILL = 0.7  # share of tokens in the batches below which the log says what would spare padding
 
 
@@ -49,9 +63,13 @@ class ShadowData(LightningDataModule):
     the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the one called
     train, validation or test after its use. Files have no splits.
 
-    Everything is read and tokenised on every rank when a command starts, and kept in memory: about five bytes a
-    token. Needs ``trainer.use_distributed_sampler: false``; the loaders shard by themselves, without duplicates and
-    with equally many batches on every rank, and the position in the training data is part of each checkpoint.
+    What a command needs is read and tokenised when it starts, by one process of each machine, and kept in an Arrow
+    file under a key of all that the tokens depend on: the sources' content, the settings, the tokenizer with its
+    template, and the code. The next start maps that file into memory, where it takes no room but the system's own
+    cache; five bytes a token on the disk, and 45 a sample. The first start holds the sources in memory.
+
+    Needs ``trainer.use_distributed_sampler: false``; the loaders shard by themselves, without duplicates and with
+    equally many batches on every rank, and the position in the training data is part of each checkpoint.
 
     Args:
         pair: Its Instruct gives tokenizer and chat template.
@@ -86,7 +104,12 @@ class ShadowData(LightningDataModule):
         chat_template: Path of a jinja file, to use instead of the Instruct's template.
         template_kwargs: Arguments of the template, e.g. ``{enable_thinking: false}``.
         pad_to_multiple_of: Round the length of every batch up to a multiple, e.g. 64 for compiled layers.
-        num_workers: Processes that put batches together, per loader; 0 does it in the training process.
+        cache: Keep tokenised data in files; else every process tokenises them anew, and keeps them in memory.
+        cache_dir: Folder of these files, which may be deleted at any time; null for ``shadowlit`` in the cache of
+            ``datasets``.
+        num_workers: Processes that put batches together, per loader; 0 does it in the training process. null for two
+            where batches go to a GPU, and 0 elsewhere.
+        prefetch: Batches that each worker keeps ready.
 
     Raises:
         DataError: Settings that can't work, all of them in one message.
@@ -116,7 +139,10 @@ class ShadowData(LightningDataModule):
         chat_template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
         pad_to_multiple_of: int | None = None,
-        num_workers: int = 0,
+        cache: bool = True,
+        cache_dir: str | None = None,
+        num_workers: int | None = None,
+        prefetch: int = 2,
     ) -> None:
         super().__init__()
         self.pair = pair
@@ -135,7 +161,9 @@ class ShadowData(LightningDataModule):
         self.limit_train_samples = limit_train_samples
         self.system, self.chat_template = system, chat_template
         self.template_kwargs = dict(template_kwargs or {})
-        self.pad_to_multiple_of, self.num_workers = pad_to_multiple_of, num_workers
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.cache, self.cache_dir = cache, cache_dir
+        self.num_workers, self.prefetch = num_workers, prefetch
         self.reports: dict[str, DataReport] = {}
         self._sets: dict[str, TokenDataset] = {}
         self.prompts: PromptDataset | None = None
@@ -183,7 +211,7 @@ class ShadowData(LightningDataModule):
         return pad if isinstance(pad, int) else 0
 
     def prepare_data(self) -> None:
-        """Fetch hub data sets, in one process per machine, so that the others find them in the cache."""
+        """Fetch hub data sets and tokenise, in one process per machine, so that the others find them in the cache."""
         sources = [(source, "train") for source in self.train]
         sources += [(source, "validation") for source in self.validation.values()]
         sources += [(source, "test") for source in (*self.test.values(), *([self.predict] if self.predict else []))]
@@ -192,6 +220,10 @@ class ShadowData(LightningDataModule):
                 # What is wrong with it is told in setup, on every rank: one that stops here leaves the others waiting.
                 with contextlib.suppress(DataError):
                     fetch(source, use)
+        if self.cache and self.trainer is not None and self.trainer.world_size > 1:
+            for name, given, use in self._wanted(self.trainer.state.fn):
+                with contextlib.suppress(DataError):
+                    self._tokenised(name, given, use)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a command needs, once.
@@ -203,18 +235,11 @@ class ShadowData(LightningDataModule):
             DataError: Everything that is wrong with the sources, up to five problems in one message.
         """
         self._resume = None  # a position that was loaded for an earlier command
-        wanted: list[tuple[str, list[str], str]] = []
-        if stage in ("fit", None):
-            wanted.append(("train", self.train, "train"))
-        if stage in ("fit", "validate", None):
-            wanted += [(f"val/{name}", [source], "validation") for name, source in self.validation.items()]
-        if stage in ("test", None):
-            wanted += [(f"test/{name}", [source], "test") for name, source in self.test.items()]
         errors = []
-        for name, sources, use in wanted:
+        for name, sources, use in self._wanted(stage):
             try:
-                if sources and name not in self._sets:
-                    self._add(name, self._read(name, sources, use))
+                if name not in self._sets:
+                    self._add(name, *self._tokenised(name, sources, use))
             except DataError as error:
                 errors.append(str(error))
         if stage in ("predict", None) and self.predict is not None and self.prompts is None:
@@ -267,8 +292,7 @@ class ShadowData(LightningDataModule):
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
             collate_fn=collate,
-            persistent_workers=self.num_workers > 0,
-            **self._loading(),
+            **self._loading(keep_workers=True),
         )
         resume, self._resume = self._resume, None
         if resume is not None:
@@ -277,11 +301,14 @@ class ShadowData(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader per validation set, in the order of :attr:`validation_names`; keys as in training."""
+        """One loader per validation set, in the order of :attr:`validation_names`; keys as in unpacked training.
+
+        Equally long samples share a batch, unless ``trainer.limit_val_batches`` takes some of them only.
+        """
         return [self._eval_loader(f"val/{name}") for name in self.validation]
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader per test set, in the order of :attr:`test_names`; keys as in training.
+        """One loader per test set, in the order of :attr:`test_names`; as :meth:`val_dataloader`.
 
         Raises:
             DataError: No test set is configured.
@@ -313,11 +340,13 @@ class ShadowData(LightningDataModule):
 
     def _problems(self) -> Iterable[str]:
         """What can be told from the settings alone."""
-        for name, least in (("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("num_workers", 0)):
+        for name, least in (("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("prefetch", 1)):
             if name == "eval_batch_size" and self.eval_batch_size == self.batch_size:
                 continue
             if getattr(self, name) < least:
                 yield f"data.{name} is {getattr(self, name)}; expected at least {least}."
+        if self.num_workers is not None and self.num_workers < 0:
+            yield f"data.num_workers is {self.num_workers}; expected at least 0, or null."
         if self.seed < 0:
             yield f"data.seed is {self.seed}; expected at least 0."
         for name in ("limit_train_samples", "pad_to_multiple_of"):
@@ -339,17 +368,102 @@ class ShadowData(LightningDataModule):
                 if name in ("train", "predict"):
                     yield f"data.{kind} has the name '{name}', which is used already. Rename it."
 
-    def _read(self, name: str, sources: list[str], use: str) -> list[Conversation]:
-        conversations = [c for source in sources for c in read_conversations(source, self.format, use=use)]
+    def _wanted(self, stage: str | None) -> list[tuple[str, list[str], str]]:
+        """Name, sources and use of each set that a command needs."""
+        wanted: list[tuple[str, list[str], str]] = []
+        if stage in ("fit", None) and self.train:
+            wanted.append(("train", self.train, "train"))
+        if stage in ("fit", "validate", None):
+            wanted += [(f"val/{name}", [source], "validation") for name, source in self.validation.items()]
+        if stage in ("test", None):
+            wanted += [(f"test/{name}", [source], "test") for name, source in self.test.items()]
+        return wanted
+
+    def _tokenised(self, name: str, sources: list[str], use: str) -> tuple[TokenDataset, DataReport]:
+        """A set from the cache, into which it is put first if need be."""
+        file = self._cache_file(name, sources, use)
+        if file is None:
+            return self._tokenise(name, self._read(name, sources, use, say))
+        known = self._from_cache(name, file)
+        if known is not None:
+            return known
+        said: list[tuple[str, bool]] = []
+
+        def tell(text: str, is_warning: bool) -> None:
+            said.append((text, is_warning))
+            say(text, is_warning)
+
+        conversations = self._read(name, sources, use, tell)
+        try:
+            with write_blocks(file) as written:
+                _, report = self._tokenise(name, conversations, written.add)
+                end = self._end_of_text if any(c.messages[0]["role"] == DOCUMENT for c in conversations) else None
+                places = list(dict.fromkeys(c.source for c in conversations))
+                written.finish({"report": dataclasses.asdict(report), "sources": places, "said": said, "end": end})
+            blocks, _ = read_blocks(file, verify=False)
+        except (OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            rank_zero_warn(
+                f"data: {name} can't be kept in {file.parent} ({error}), and is tokenised at every start. Set "
+                "data.cache_dir to a folder that can be written to, or data.cache=false."
+            )
+            return self._tokenise(name, conversations)
+        return TokenDataset(blocks, places, self.pad_token_id, file), report
+
+    def _from_cache(self, name: str, file: Path) -> tuple[TokenDataset, DataReport] | None:
+        """What an earlier start tokenised, if it is whole."""
+        if not file.exists():
+            return None
+        try:
+            blocks, about = read_blocks(file)
+            report = dataclasses.replace(DataReport(**about["report"]), name=name)
+            sources, said, end = about["sources"], about["said"], about["end"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            rank_zero_warn(f"data: {name} is tokenised again, since what was kept is damaged: {error}.")
+            return None
+        if end is not None and end != self._end_of_text:
+            return None
+        for text, is_warning in said:
+            say(text, is_warning)
+        return TokenDataset(blocks, sources, self.pad_token_id, file), report
+
+    def _cache_file(self, name: str, sources: list[str], use: str) -> Path | None:
+        """Where a set is kept; None where it isn't, or where its sources can't be read."""
+        if not self.cache:
+            return None
+        digests = [digest_source(source, use) for source in sources]
+        if None in digests:
+            return None
+        choice = [self.limit_train_samples, self.seed] if name == "train" and self.limit_train_samples else None
+        date = datetime.date.today().isoformat() if renders_date(self.tokenizer, self.template_kwargs) else None
+        key = cache_key(
+            self.tokenizer,
+            sources=[*zip(sources, digests, strict=True)],
+            format=self.format,
+            max_length=self.max_length,
+            overlong=self.overlong,
+            drop_unsupervised=self.drop_unsupervised,
+            choice=choice,
+            system=self.system,
+            template_kwargs=self.template_kwargs,
+            date=date,
+        )
+        return (Path(self.cache_dir).expanduser() if self.cache_dir else default_folder()) / f"{key}.arrow"
+
+    def _read(self, name: str, sources: list[str], use: str, tell: Callable[[str, bool], None]) -> list[Conversation]:
+        conversations = [c for source in sources for c in read_conversations(source, self.format, use=use, tell=tell)]
         limit = self.limit_train_samples
         if name != "train" or limit is None:
             return conversations
         if limit > len(conversations):
-            rank_zero_warn(f"data: limit_train_samples={limit}, but there are {len(conversations)} rows; all are used.")
+            tell(f"data: limit_train_samples={limit}, but there are {len(conversations)} rows; all are used.", True)
         chosen = epoch_order(len(conversations), self.seed)[:limit]
         return [conversations[i] for i in sorted(chosen)]
 
-    def _add(self, name: str, conversations: list[Conversation]) -> None:
+    def _tokenise(
+        self, name: str, conversations: list[Conversation], keep: Callable[[Block], None] | None = None
+    ) -> tuple[TokenDataset, DataReport]:
         dataset, report = tokenise(
             name,
             conversations,
@@ -358,12 +472,16 @@ class ShadowData(LightningDataModule):
             filler_token=self.pad_token_id,
             overlong=self.overlong,
             drop_unsupervised=self.drop_unsupervised,
+            keep=keep,
         )
-        if not len(dataset):
+        if not report.num_samples:
             raise DataError(
                 f"{name} has no sample left: all {report.num_rows} rows were dropped. Raise data.max_length, or give "
                 "data with an answer to learn."
             )
+        return dataset, report
+
+    def _add(self, name: str, dataset: TokenDataset, report: DataReport) -> None:
         self._sets[name] = dataset
         rank_zero_info(f"data: {report}")
         if name == "train" and self.packing == "best_fit":
@@ -391,8 +509,13 @@ class ShadowData(LightningDataModule):
         return partial(_encode, encode, self._encode_document, self.tokenizer, self.system, self.template_kwargs)
 
     def _encode_document(self, text: str) -> list[Encoded]:
+        return encode_document(self.tokenizer, text, self._end_of_text, self.max_length)
+
+    @property
+    def _end_of_text(self) -> int | None:
+        """The token that ends a document in the Base's pre-training."""
         end = self.pair.other_tokenizer().eos_token_id
-        return encode_document(self.tokenizer, text, end if isinstance(end, int) else None, self.max_length)
+        return end if isinstance(end, int) else None
 
     def _warn_of_overlap(self) -> None:
         for name in self.validation:
@@ -459,17 +582,34 @@ class ShadowData(LightningDataModule):
         return order
 
     def _eval_loader(self, name: str) -> DataLoader:
-        return self._shard(self.dataset(name), Collate(self.pad_token_id, self.pad_to_multiple_of))
+        """Padded rows, since scores are counted by row; equally long ones together, so that little is padded."""
+        dataset = self.dataset(name)
+        stage = "test" if name.startswith("test/") else "val"
+        limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
+        # The first batches of a set in another order would be other samples.
+        grouped = isinstance(limit, float) and limit == 1.0
+        order = evaluation_order(dataset.lengths, self.eval_batch_size * self._ranks()[0]) if grouped else None
+        return self._shard(dataset, Collate(self.pad_token_id, self.pad_to_multiple_of), order)
 
-    def _shard(self, dataset: TokenDataset | PromptDataset, collate: Collate | PromptCollate) -> DataLoader:
-        sampler = ShardedBatchSampler(len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False)
+    def _shard(
+        self, dataset: TokenDataset | PromptDataset, collate: Collate | PromptCollate, order: np.ndarray | None = None
+    ) -> DataLoader:
+        sampler = ShardedBatchSampler(
+            len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False,
+            order=None if order is None else lambda epoch: order,
+        )  # fmt: skip
         return make_loader(dataset, sampler, collate_fn=collate, **self._loading())
 
-    def _loading(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-        }
+    def _loading(self, keep_workers: bool = False) -> dict[str, Any]:
+        """How a loader gets its batches ready; workers of a training loader outlive an epoch."""
+        on_gpu = torch.cuda.is_available() and not isinstance(
+            getattr(self.trainer, "accelerator", None), CPUAccelerator
+        )
+        workers = (_GPU_WORKERS if on_gpu else 0) if self.num_workers is None else self.num_workers
+        options: dict[str, Any] = {"num_workers": workers, "pin_memory": on_gpu}
+        if workers:
+            options |= {"persistent_workers": keep_workers, "prefetch_factor": self.prefetch}
+        return options
 
     def _ranks(self) -> tuple[int, int]:
         """Number of ranks and this one; 1 and 0 without a trainer."""

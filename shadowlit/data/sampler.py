@@ -140,6 +140,25 @@ def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch:
     return np.concatenate([random.permutation(batches).reshape(-1), order[whole:]])
 
 
+def evaluation_order(lengths: np.ndarray, global_batch_size: int) -> np.ndarray:
+    """An order in which the samples of a global batch are as equally long as can be; the same always.
+
+    Whole batches come in the order of their first samples, so the first one holds the first sample of the set and
+    isn't all of the longest; the shortest samples, if they make no whole batch, come last.
+
+    Args:
+        lengths: ``[N]`` int, tokens of each sample.
+        global_batch_size: Samples that all ranks take together in one batch.
+
+    Returns:
+        ``[N]`` int64 indices, a permutation.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    whole = len(order) - len(order) % global_batch_size
+    batches = order[:whole].reshape(-1, global_batch_size)
+    return np.concatenate([batches[np.argsort(batches.min(1))].reshape(-1), order[whole:]])
+
+
 def count_slots(
     sizes: np.ndarray, batch_size: int, num_replicas: int = 1, multiple: int | None = None, flatten: bool = False
 ) -> int:

@@ -6,9 +6,10 @@ keys. Everything is kept in memory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,12 @@ class Row:
 
 
 def read_conversations(
-    source: str, format: str = "auto", *, use: str = "train", prompts_only: bool = False
+    source: str,
+    format: str = "auto",
+    *,
+    use: str = "train",
+    prompts_only: bool = False,
+    tell: Callable[[str, bool], None] | None = None,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
 
@@ -70,6 +76,7 @@ def read_conversations(
         format: ``auto``, or a format's name.
         use: ``train``, ``validation`` or ``test``: the split of a folder or hub data set where none is named.
         prompts_only: Accept rows without an answer.
+        tell: Gets what there is to say about the source, and whether it is a warning; None for :func:`say`.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
@@ -85,9 +92,9 @@ def read_conversations(
     else:
         check_columns(first, format, source=source, prompts_only=prompts_only)
     if unused := unused_columns(first, format):
-        rank_zero_info(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}")
+        (tell or say)(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
     if first.get("tools"):
-        rank_zero_warn(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.")
+        (tell or say)(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
 
     def convert(row: Row) -> Conversation:
         where = place(source, row.index, row.line)
@@ -100,6 +107,30 @@ def read_conversations(
         return Conversation(messages, source, row.index, row.line)
 
     return collect(convert, rows)
+
+
+def say(text: str, is_warning: bool) -> None:
+    """Log or warn, on rank zero."""
+    (rank_zero_warn if is_warning else rank_zero_info)(text)
+
+
+def digest_source(source: str, use: str) -> str | None:
+    """A hash of what a source holds, without reading its rows; None where there is none or it can't be read.
+
+    Of a file its bytes, of a folder or hub data set what ``datasets`` knows it by. ``source`` and ``use`` as for
+    :func:`read_conversations`.
+    """
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            with path.open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        folder, split = _folder_of(source)
+        if folder:
+            return getattr(_open_folder(source, folder, split, use), "_fingerprint", None)
+        return None if _looks_local(source) else getattr(_open_hub(source, use), "_fingerprint", None)
+    except (DataError, OSError):
+        return None
 
 
 def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
@@ -145,7 +176,7 @@ def fetch(source: str, use: str) -> None:
     Raises:
         DataError: The hub doesn't give it.
     """
-    _read_hub(source, use)
+    _open_hub(source, use)
 
 
 def place(source: str, row: int, line: int | None) -> str:
@@ -162,7 +193,7 @@ def read_rows(source: str, use: str) -> list[Row]:
     path = Path(source).expanduser()
     folder, split = _folder_of(source)
     if folder:
-        return _enumerate(_read_folder(source, folder, split, use))
+        return _enumerate(_open_folder(source, folder, split, use))
     if path.is_file():
         reader = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
         if path.suffix.lower() not in reader:
@@ -175,7 +206,7 @@ def read_rows(source: str, use: str) -> list[Row]:
         return reader[path.suffix.lower()](source, path)
     if _looks_local(source):
         raise DataError(f"{source} does not exist (looked in {path.absolute().parent}). Correct the path.")
-    return _enumerate(_read_hub(source, use))
+    return _enumerate(_open_hub(source, use))
 
 
 def _looks_local(source: str) -> bool:
@@ -253,7 +284,7 @@ def _read_parquet(source: str, path: Path) -> list[Row]:
         raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
 
 
-def _read_folder(source: str, folder: Path, split: str | None, use: str) -> Iterator[Any]:
+def _open_folder(source: str, folder: Path, split: str | None, use: str) -> Any:
     import datasets
 
     try:
@@ -266,10 +297,10 @@ def _read_folder(source: str, folder: Path, split: str | None, use: str) -> Iter
             f"the folder {source} is no data set that can be read: {_first_line(error)} Name a file, or a folder "
             "of Parquet or JSONL files."
         ) from error
-    return iter(_choose_split(source, data, split, use))
+    return _choose_split(source, data, split, use)
 
 
-def _read_hub(source: str, use: str) -> Iterator[Any]:
+def _open_hub(source: str, use: str) -> Any:
     import datasets
 
     parts = _HUB.fullmatch(source)
@@ -282,7 +313,7 @@ def _read_hub(source: str, use: str) -> Iterator[Any]:
             "Expected a file, a folder or org/name[/config][@revision][:split]; correct the name, or without "
             "network give a local file."
         ) from error
-    return iter(_choose_split(source, data, parts["split"], use))
+    return _choose_split(source, data, parts["split"], use)
 
 
 def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:

@@ -449,5 +449,6 @@ def test_the_texts_of_tokens_are_the_whole_text():
 
 def test_flat_arrays_are_small():
     dataset, _ = run([(2, 8)] * 1000)
-    assert dataset._tokens.nbytes + dataset._supervised.nbytes == 5 * 10_000
-    assert dataset._tokens.dtype == np.int32
+    (block,) = dataset._blocks
+    assert block.tokens.nbytes + block.supervised.nbytes == 5 * 10_000
+    assert block.tokens.dtype == np.int32

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer, seed_everything
 from transformers import AutoModelForCausalLM
 
+from shadowlit.data.blocks import BlockBuilder
 from shadowlit.data.collate import Collate, PackCollate
 from shadowlit.data.dataset import PackedDataset, TokenDataset
 from shadowlit.data.module import ShadowData
 from shadowlit.data.packing import PackedOrder, best_fit_decreasing, pack_samples
-from shadowlit.data.sampler import FILLER, ShardedBatchSampler, count_slots, grouped_order
+from shadowlit.data.sampler import FILLER, ShardedBatchSampler, count_slots, evaluation_order, grouped_order
 from shadowlit.data.sources import Conversation
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
@@ -131,9 +132,10 @@ def test_a_batch_without_padding_is_one_row():
 
 
 def test_a_packed_set_is_indexed_by_its_samples():
-    origins = [Conversation([], "t.jsonl", i) for i in range(3)]
-    rows = [Encoded([1, 2, 3], [-100, 2, 3]), Encoded([4, 5], [-100, 5]), Encoded([6, 7], [-100, 7])]
-    packed = PackedDataset(TokenDataset(rows, origins, 9))
+    builder = BlockBuilder()
+    for row, tokens in enumerate(([1, 2, 3], [4, 5], [6, 7])):
+        builder.add(Encoded(tokens, [-100, *tokens[1:]]), Conversation([], "t.jsonl", row))
+    packed = PackedDataset(TokenDataset([builder.take()], ["t.jsonl"], 9))
     assert packed[(2, 0)]["input_ids"] == [6, 7, 1, 2, 3]
     assert packed[FILLER] == {"input_ids": [9, 9], "labels": [-100, -100], "position_ids": [0, 1]}
 
@@ -409,3 +411,73 @@ def test_grouped_batches_from_a_file(path):
     plain.setup("fit")
     plain.train_dataloader()
     assert grouped < plain.reports["train"].num_slots
+
+
+# -- validation ---------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 100), size=st.integers(1, 9), seed=st.integers(0, 99))
+def test_evaluation_puts_equally_long_samples_together(n, size, seed):
+    lengths = np.random.default_rng(seed).integers(2, 50, n)
+    order = evaluation_order(lengths, size)
+    assert sorted(order) == list(range(n))
+    batches = [order[start : start + size] for start in range(0, n, size)]
+    if n >= size:
+        assert 0 in order[:size] or 0 in batches[-1]
+        assert [batch.min() for batch in batches if len(batch) == size] == sorted(
+            batch.min() for batch in batches if len(batch) == size
+        )
+    # No order needs less padding.
+    assert count_slots(lengths[order], size) == count_slots(np.sort(lengths)[::-1], size)
+
+
+def test_validation_is_grouped_unless_some_of_it_is_left_out(path):
+    data = ShadowData(PAIR, validation=path, test=path, batch_size=4)
+    data.setup()
+    slots = {}
+    for limit in (1.0, 0.5, 3):
+        data.trainer = SimpleNamespace(
+            world_size=1, global_rank=0, limit_val_batches=limit, limit_test_batches=1.0, accelerator=None
+        )
+        (loader,) = data.val_dataloader()
+        rows = [row[row != -100].tolist() for batch in loader for row in batch["labels"]]
+        slots[limit] = sum(batch["labels"].numel() for batch in loader), rows
+    in_order = [[t for t in data.dataset("val/val")[i]["labels"] if t != -100] for i in range(23)]
+    assert slots[0.5] == slots[3] and slots[3][1] == in_order
+    assert slots[1.0][1] != in_order and sorted(slots[1.0][1]) == sorted(in_order)
+    assert slots[1.0][0] < slots[3][0]
+
+
+def test_scores_do_not_depend_on_the_order(pair, path):
+    scores = []
+    for limit in (1.0, 6):  # all six batches, in the set's own order
+        data = ShadowData(pair, validation=path, batch_size=4)
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, use_distributed_sampler=False, limit_val_batches=limit,
+        )  # fmt: skip
+        (found,) = trainer.validate(ShadowModule(pair), data, verbose=False)
+        scores.append(found)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6) and len(scores[0]) == 4
+
+
+# -- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_workers_where_a_gpu_waits_for_batches(path, monkeypatch):
+    from lightning.pytorch.accelerators import CPUAccelerator
+
+    def loader(accelerator=None, **options):
+        data = ShadowData(PAIR, path, **options)
+        data.setup("fit")
+        data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0, accelerator=accelerator)
+        return data.train_dataloader(), data._loading()
+
+    assert loader()[0].num_workers == 0 and not loader()[0].pin_memory
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    train, evaluation = loader(prefetch=5)
+    assert (train.num_workers, train.prefetch_factor, train.pin_memory, train.persistent_workers) == (2, 5, True, True)
+    assert not evaluation["persistent_workers"]  # one set of processes for each validation set would stay behind
+    assert loader(num_workers=0)[0].num_workers == 0
+    assert loader(CPUAccelerator())[0].num_workers == 0
