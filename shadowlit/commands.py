@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.disk import DiskGraft, Strength, open_update
@@ -17,6 +17,7 @@ from shadowlit.graft.layout import in_layout_of
 from shadowlit.graft.manifest import add_to_manifest, build_manifest
 from shadowlit.graft.pickled import open_checkpoint
 from shadowlit.pair import ModelPair, model_folder
+from shadowlit.progress import progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -88,13 +89,11 @@ def write_graft(
 ) -> None:
     """Stream a planned graft to its folder, with a progress bar, and tell what arrived of the update."""
     console = Console(highlight=False)
-    columns = (TextColumn("grafting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=plan.num_bytes)
+    with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
         export_folder(
             out,
             instruct,
-            plan.tensors(lambda count: progress.advance(task, count)),
+            plan.tensors(advance),
             dtype=dtype,
             max_shard_bytes=parse_bytes(shard_size),
             manifest=manifest,

@@ -13,19 +13,19 @@ from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from shadowlit.analysis.heat_map import FORMATS, plot_heat_map
 from shadowlit.analysis.similarity import Group, Report, Similarity, compare, open_reader, shared_names, with_ranks
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.headers import some_of
 from shadowlit.pair import model_folder
+from shadowlit.progress import progress_bar
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
     "norm_ratio": "norms b/a", "effective_rank": "eff. rank",
 }  # fmt: skip
+_PICTURES = (".png", ".pdf", ".svg")
 _MAX_ROWS = 48  # of the table by layer
 _BAR = 8  # characters
 
@@ -49,7 +49,7 @@ def similarity(
             2007). Takes minutes to hours, and the memory of the largest matrix in float32.
     """
     _require_ending("out", out, (".json", ".csv"))
-    _require_ending("heat_map", heat_map, FORMATS)
+    _require_ending("heat_map", heat_map, _PICTURES)
     console = Console(highlight=False)
     with ExitStack() as stack:
         opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(models, start=1)]
@@ -64,19 +64,22 @@ def similarity(
                 "effective_rank is told of the offset between models; for deltas there is "
                 "'python -m shadowlit delta show DELTA --effective_rank'."
             )
-        progress = stack.enter_context(Progress(console=console, transient=True))
         names = shared_names(readers, deltas=deltas)
         total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
-        report = compare(readers, deltas=deltas, advance=_advance(progress, "comparing", total))
+        with progress_bar("comparing", total) as advance:
+            report = compare(readers, deltas=deltas, advance=advance)
         if effective_rank:
             total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
-            report = with_ranks(report, readers, _advance(progress, "effective rank", total))
+            with progress_bar("effective rank", total) as advance:
+                report = with_ranks(report, readers, advance)
     report = replace(report, models=dict(zip(report.models, models, strict=True)))
     _tell(report, console)
     if out is not None:
         text = report.to_json() if out.endswith(".json") else report.to_csv()
         _replace(Path(out), lambda path: path.write_text(text, encoding="utf-8"))
     if heat_map is not None:
+        from shadowlit.analysis.heat_map import plot_heat_map  # late: matplotlib takes longer than a small comparison
+
         _replace(Path(heat_map), lambda path: plot_heat_map(report.similarities, path))
 
 
@@ -167,11 +170,6 @@ def _bar(value: float, top: float) -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def _advance(progress: Progress, what: str, total: int) -> Callable[[int], None]:
-    task = progress.add_task(what, total=total)
-    return lambda count: progress.advance(task, count)
 
 
 def _require_ending(name: str, path: str | None, endings: Sequence[str]) -> None:

@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.analysis.sums import Moments, Sums, stream_moments
 from shadowlit.errors import PairError
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.delta import SINGLE_FILE as DELTA_FILE
+from shadowlit.graft.checkpoint import DELTA_FILE, CheckpointReader
 from shadowlit.graft.headers import some_of
 from shadowlit.graft.selection import kind_of, layer_of
-from shadowlit.graft.spectrum import effective_rank, singular_values, stable_rank
 from shadowlit.graft.streaming import row_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAPER_RANGE = (0.003, 0.042)
 """σ of the pairs that Shadow-FT (arXiv 2505.12716) works with, by its authors."""
@@ -314,6 +312,8 @@ def with_ranks(
         readers: of models, not of deltas.
         advance: called with the number of elements of every matrix that is done.
     """
+    from shadowlit.graft.spectrum import effective_rank, singular_values, stable_rank
+
     letters = list(report.models)
 
     def ranked(b: CheckpointReader, tensor: TensorSimilarity) -> TensorSimilarity:
@@ -333,6 +333,8 @@ def with_ranks(
 
 def _offset(a: CheckpointReader, b: CheckpointReader, name: str) -> Tensor:
     """b - a of a matrix, in float32; of the shared rows."""
+    import torch
+
     info = min((a.tensors[name], b.tensors[name]), key=lambda i: i.shape[0])
     offset = torch.empty(info.shape)
     for window in row_windows(info):

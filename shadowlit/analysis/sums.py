@@ -1,31 +1,38 @@
 """One pass over several checkpoints, in constant memory: the sums from which every measure of similarity follows.
 
-Tensors are cut into windows that stay in a core's cache, whatever their shape; a large tensor keeps all threads busy.
+Tensors are cut into windows that stay in a core's cache, whatever their shape; a large tensor keeps all cores busy.
+In numpy: importing torch would take longer than comparing two small models.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import combinations_with_replacement
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from shadowlit.errors import CheckpointError
 from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.streaming import ordered
+from shadowlit.graft.headers import TensorInfo
+from shadowlit.graft.numeric import split_bfloat16
+from shadowlit.graft.workers import in_order
 
-_THREADS = min(4, os.cpu_count() or 1)
-_TASK_ELEMENTS = 2**23  # of a tensor, per task of a thread
-_WINDOW_ELEMENTS = 2**19  # of all vectors of a window together, in float32: a usual L2 cache
-# Operations shorter than the time that a thread takes to wake up would leave one of two threads waiting for the GIL.
-_WINDOWS_PER_READ = 8
+_TASK_ELEMENTS = 2**23  # of a tensor, computed by one process or thread
+_WINDOW_ELEMENTS = 2**18  # of all vectors of a window together, in float32
 _CHUNK = 1024  # products are added in float32 over so many elements, and in float64 from there on
+
+# Types of numpy in which it reads what the format's codes stand for; torch reads the others.
+_PLAIN = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16,
+    "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
+}  # fmt: skip
+
+Values = npt.NDArray[np.float32]
+Totals = npt.NDArray[np.float64]
+Stored = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -101,16 +108,17 @@ class Moments:
     Attributes:
         num_elements: of each vector.
         sizes: [v], ``Σ|x|`` of every vector.
-        products: [v, v], ``⟨x, y⟩`` of every two vectors.
+        products: [v, v], ``⟨x, y⟩`` of the vectors that are compared: the first with all tensors, every two
+            differences, and each with itself; zero elsewhere.
         signs: [d, d], number of equal minus number of opposite signs of every two differences; zero if there is one.
         both: [d, d], number of elements that are zero in neither.
     """
 
     num_elements: int
-    sizes: Tensor
-    products: Tensor
-    signs: Tensor
-    both: Tensor
+    sizes: Totals
+    products: Totals
+    signs: Totals
+    both: Totals
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
@@ -122,9 +130,9 @@ class Moments:
     def differences(self, a: int, b: int) -> Sums:
         """Two differences: deltas by their number, or offsets, of which the first is number 0."""
         first = len(self.sizes) - len(self.signs)
-        both = self.both[a, b].item()
+        both, signs = float(self.both[a, b]), float(self.signs[a, b])
         return self._sums(
-            first + a, first + b, num_both=both, num_same_sign=(both + self.signs[a, b].item()) / 2
+            first + a, first + b, num_both=both, num_same_sign=(both + signs) / 2
         )  # the sum and the difference of two counts
 
     def _sums(self, a: int, b: int, offset: int | None = None, **signs: float) -> Sums:
@@ -172,145 +180,157 @@ def stream_moments(
         for name, size in sizes.items()
         for start in range(0, max(1, size), _TASK_ELEMENTS)
     ]
-    with (
-        _kept_number_of_threads(),
-        ThreadPoolExecutor(_THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-    ):
-        parts = ordered(pool, lambda task: _task(readers, *task, deltas), tasks)
-        whole: Moments | None = None
-        for (name, _, stop), part in zip(tasks, parts, strict=True):
-            whole = part if whole is None else whole + part
-            advance(part.num_elements)
-            if stop == sizes[name]:
-                if not torch.isfinite(whole.products).all():
-                    found = [str(r.folder) for i, r in enumerate(readers) if not math.isfinite(whole.products[i, i])]
-                    raise CheckpointError(
-                        f"tensor '{name}' of {' and '.join(found)} holds NaN or infinities. Check the run that made it."
-                    )
-                yield name, whole
-                whole = None
+    num_bytes = sum(
+        r.tensors[name].itemsize * size for name, size in sizes.items() for r in readers if name in r.tensors
+    )
+    parts = in_order(lambda task, _: _moments(readers, *task, deltas), tasks, room_bytes=0, num_bytes=num_bytes)
+    whole: Moments | None = None
+    for (name, _, stop), (part, _) in zip(tasks, parts, strict=True):
+        whole = part if whole is None else whole + part
+        advance(part.num_elements)
+        if stop == sizes[name]:
+            finite = np.isfinite(whole.products.diagonal())
+            if not finite.all():
+                found = [str(reader.folder) for reader, well in zip(readers, finite, strict=False) if not well]
+                raise CheckpointError(
+                    f"tensor '{name}' of {' and '.join(found)} holds NaN or infinities. Check the run that made it."
+                )
+            yield name, whole
+            whole = None
 
 
-@torch.inference_mode()
-def _task(readers: Sequence[CheckpointReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
+def _moments(readers: Sequence[CheckpointReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
     """The moments of elements ``start`` to ``stop`` of a tensor."""
-    count = len(readers) if deltas else 2 * len(readers) - 1
-    num_differences = len(readers) - (0 if deltas else 1)
-    step = _round_up(_WINDOW_ELEMENTS // (count + 1)) * _WINDOWS_PER_READ
-    parts: list[list[Tensor]] = []
-    block = None
-    for first in range(start, stop, step):
-        size = min(step, stop - first)
-        if block is None or block.size != size:
-            block = _Block(readers, name, size, count, deltas)
-        parts += block.sums(first)
-    totals = [_total(found) for found in zip(*parts, strict=True)]
-    shapes = ((count,), (count, count), (num_differences, num_differences), (num_differences, num_differences))
-    missing = [torch.zeros(shape, dtype=torch.float64) for shape in shapes[len(totals) :]]
-    return Moments(stop - start, *totals, *missing)
+    infos = [reader.tensors.get(name) for reader in readers]
+    plan = _Plan.of(len(readers), deltas)
+    step = _round_up(_WINDOW_ELEMENTS // (plan.num_vectors + 1))
+    num_chunks = _round_up(stop - start) // _CHUNK
+    dots = np.zeros((plan.num_sums, num_chunks), np.float32)
+    window: _Window | None = None
+    with np.errstate(invalid="ignore", over="ignore"):  # told of a whole tensor, by its name
+        for first in range(start, stop, step):
+            size = min(step, stop - first)
+            if window is None or window.size != size:
+                window = _Window(plan, infos, size)
+            for reader, memory, itemsize in zip(readers, window.stored, window.itemsizes, strict=True):
+                if memory is not None:
+                    reader.read_into(memory[: size * itemsize].data, name, first * itemsize)
+            begin = (first - start) // _CHUNK
+            window.sums(dots[:, begin : begin + _round_up(size) // _CHUNK])
+        return plan.moments(stop - start, dots.sum(1, dtype=np.float64))
 
 
-class _Block:
-    """Memory for ``size`` elements of a tensor in every checkpoint, read at once and worked on window by window.
+@dataclass(frozen=True)
+class _Plan:
+    """Which sums there are, in their order: of each vector's size, of pairs' products, signs, and common elements."""
+
+    num_stored: int
+    num_vectors: int
+    products: tuple[tuple[int, int], ...]
+    differences: range
+    signs: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, num_stored: int, deltas: bool) -> _Plan:
+        num_vectors = num_stored if deltas else 2 * num_stored - 1
+        differences = range(0 if deltas else num_stored, num_vectors)
+        pairs = tuple(combinations_with_replacement(differences, 2))
+        products = pairs if deltas else ((0, 0), *((i, j) for i in range(1, num_stored) for j in (0, i)), *pairs)
+        first = differences.start
+        signs = tuple((i - first, j - first) for i, j in pairs) if len(differences) > 1 else ()
+        return cls(num_stored, num_vectors, products, differences, signs)
+
+    @property
+    def num_sums(self) -> int:
+        return self.num_vectors + len(self.products) + 2 * len(self.signs)
+
+    def moments(self, num_elements: int, sums: Totals) -> Moments:
+        ends = np.cumsum([self.num_vectors, len(self.products), len(self.signs)])
+        sizes, products, signs, both = np.split(sums, ends)
+        d = len(self.differences)
+        return Moments(
+            num_elements, sizes, _symmetric(self.num_vectors, self.products, products),
+            _symmetric(d, self.signs, signs), _symmetric(d, self.signs, both),
+        )  # fmt: skip
+
+
+class _Window:
+    """Memory for ``size`` elements of a tensor in every checkpoint, as they are stored and as vectors in the cache.
 
     All views are made once: a model has ten thousand windows, and a view takes as long as a thousand elements.
     """
 
-    def __init__(self, readers: Sequence[CheckpointReader], name: str, size: int, count: int, deltas: bool) -> None:
-        self.size, self._name = size, name
-        self._reads: list[tuple[CheckpointReader, memoryview, int]] = []
-        step = min(_round_up(_WINDOW_ELEMENTS // (count + 1)), _round_up(size))
-        vectors = torch.zeros(count, step)
-        casts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(0, size, step)]
-        row = 0
-        # Neighbours of one dtype share their memory, so that one operation converts them all.
-        for dtype, members in groupby(readers, lambda r: r.tensors[name].dtype if name in r.tensors else None):
-            group = list(members)
-            rows = vectors[row : row + len(group)]
-            row += len(group)
-            if dtype is None:
-                continue  # zeros, and they stay
-            stored = torch.zeros(len(group), _round_up(size), dtype=dtype)
-            for reader, own in zip(group, stored, strict=True):
-                self._reads.append((reader, own[:size].view(torch.uint8).numpy().data, dtype.itemsize))
-            for window, part in zip(casts, stored.split(step, dim=1), strict=True):
-                window.append((rows[:, : part.shape[1]], part))
-        widths = [min(step, _round_up(size) - first) for first in range(0, size, step)]
-        # One memory for all: a fresh one per window would leave the heap full of holes.
-        signs = torch.zeros(len(readers) - (0 if deltas else 1), step)
-        self._windows = [
-            _Window(vectors[:, :width], signs[:, :width], window, len(readers), deltas)
-            for width, window in zip(widths, casts, strict=True)
+    def __init__(self, plan: _Plan, infos: Sequence[TensorInfo | None], size: int) -> None:
+        self.size, width = size, _round_up(size)
+        self.itemsizes = [info.itemsize if info else 0 for info in infos]
+        # Zeros behind the last element, which nothing is read into, add nothing.
+        self.stored = [np.zeros(width * info.itemsize, np.uint8) if info else None for info in infos]
+        vectors = np.zeros((plan.num_vectors, width), np.float32)
+        # The order of elements means nothing if it is the same in all; bfloat16 widens fastest in another one.
+        in_pairs = all(info is None or info.code == "BF16" for info in infos) and width % 2 == 0
+        self._fills = [
+            (memory, "pairs" if in_pairs else info.code, vector)
+            for memory, info, vector in zip(self.stored, infos, vectors, strict=False)
+            if info is not None and memory is not None
         ]
+        n = plan.num_stored
+        self._offsets = [(vectors[i], vectors[0], vectors[n + i - 1]) for i in range(1, n) if n < plan.num_vectors]
+        chunks = vectors.reshape(plan.num_vectors, -1, _CHUNK)
+        self._products = [(chunks[i], chunks[j]) for i, j in plan.products]
+        self._vectors, self._chunks, self._ones = list(vectors), list(chunks), np.ones(_CHUNK, np.float32)
+        differences = [vectors[i] for i in plan.differences] if plan.signs else []
+        signs = np.zeros((len(differences), width), np.float32)
+        self._signs = list(zip(differences, signs, strict=True))
+        sign_chunks = signs.reshape(len(differences), width // _CHUNK, _CHUNK)
+        self._sign_products = [(sign_chunks[i], sign_chunks[j]) for i, j in plan.signs]
 
-    def sums(self, start: int) -> list[list[Tensor]]:
-        """The sums of every window of the block that begins at element ``start``."""
-        for reader, memory, itemsize in self._reads:
-            reader.read_into(memory, self._name, start * itemsize)
-        return [window.sums() for window in self._windows]
-
-
-class _Window:
-    """Vectors [v, n] in the cache; ``casts`` (target, source) fill the first of them, ``signs`` [d, n] is scratch."""
-
-    def __init__(
-        self,
-        vectors: Tensor,
-        signs: Tensor,
-        casts: Sequence[tuple[Tensor, Tensor]],
-        num_stored: int,
-        deltas: bool,
-    ) -> None:
-        self._vectors, self._chunks, self._casts = vectors, _chunks(vectors), casts
-        self._first, self._others, self._offsets = vectors[0], vectors[1:num_stored], vectors[num_stored:]
-        self._differences = vectors[:num_stored] if deltas else self._offsets
-        self._signs, self._sign_chunks, self._deltas = signs, _chunks(signs), deltas
-
-    def sums(self) -> list[Tensor]:
-        """In the order of the attributes of :class:`Moments`; those of the signs only of several differences."""
-        for target, source in self._casts:
-            target.copy_(source)
-        if not self._deltas:
-            torch.sub(self._others, self._first, out=self._offsets)
-        products = _products(self._chunks)
-        if len(self._differences) == 1:
-            return [self._vectors.abs_().sum(1), products]
-        torch.sign(self._differences, out=self._signs)
-        sums = [self._vectors.abs_().sum(1), products, _products(self._sign_chunks)]
-        self._signs.abs_()
-        return [*sums, _products(self._sign_chunks)]
+    def sums(self, out: Values) -> None:
+        """The plan's sums of what is stored, [sums, chunks]."""
+        for memory, code, vector in self._fills:
+            _fill(memory, code, vector)
+        for one, first, offset in self._offsets:
+            np.subtract(one, first, out=offset)
+        rows = iter(out)
+        sizes = [next(rows) for _ in self._chunks]
+        for one, other in self._products:
+            np.vecdot(one, other, out=next(rows))
+        for vector, sign in self._signs:
+            np.sign(vector, out=sign)
+        for one, other in self._sign_products:
+            np.vecdot(one, other, out=next(rows))
+        for _, sign in self._signs:
+            np.abs(sign, out=sign)
+        for one, other in self._sign_products:
+            np.vecdot(one, other, out=next(rows))
+        for vector, chunks, size in zip(self._vectors, self._chunks, sizes, strict=True):
+            np.abs(vector, out=vector)
+            np.vecdot(chunks, self._ones, out=size)
 
 
-def _chunks(vectors: Tensor) -> Tensor:
-    """[v, n] as [n / chunk, v, chunk]."""
-    return vectors.unflatten(1, (-1, _CHUNK)).transpose(0, 1)
+def _fill(memory: Stored, code: str, vector: Values) -> None:
+    """Widen stored elements into a vector; ``pairs`` are bfloat16 in whatever order is fastest."""
+    if code == "pairs":
+        split_bfloat16(memory.view(np.uint32), vector)
+    elif code == "BF16":
+        bits = vector.view(np.uint32)
+        np.copyto(bits, memory.view(np.uint16))
+        np.left_shift(bits, 16, out=bits)
+    elif code in _PLAIN:
+        np.copyto(vector, memory.view(_PLAIN[code]), casting="unsafe")
+    else:
+        import torch
+
+        dtype = TensorInfo("", code, (), "").dtype
+        np.copyto(vector, torch.from_numpy(memory).view(dtype).float().numpy())
 
 
-def _products(chunks: Tensor) -> Tensor:
-    """``⟨x, y⟩`` of every two vectors, [c, v, chunk], in every chunk: [c, v, v], float32."""
-    return torch.bmm(chunks, chunks.mT)
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of a task's parts in float64: [v] of each window, or [c, v, v] of its chunks."""
-    if parts[0].ndim == 1:
-        return torch.stack(list(parts)).sum(0, dtype=torch.float64)
-    return torch.cat(list(parts)).sum(0, dtype=torch.float64)
+def _symmetric(size: int, pairs: Sequence[tuple[int, int]], values: Totals) -> Totals:
+    """[size, size], with the values at their pairs and zeros elsewhere."""
+    matrix = np.zeros((size, size))
+    for (i, j), value in zip(pairs, values, strict=True):
+        matrix[i, j] = matrix[j, i] = value
+    return matrix
 
 
 def _round_up(size: int) -> int:
     return -(-size // _CHUNK) * _CHUNK
-
-
-@contextmanager
-def _kept_number_of_threads() -> Iterator[None]:
-    """Put torch's number of threads back.
-
-    The windows are what the threads share; an operation that forks more of them only waits. torch keeps the number both
-    for the process and, in MKL, for each thread, so that every thread has to set it.
-    """
-    before = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DELTA_FILE = "delta.safetensors"
+"""The single file of a stored update; see :class:`shadowlit.graft.delta.Delta`."""
+
 # Room kept for a shard's header while its data are streamed; about a thousand tensors, else one more shard.
 _HEADER_ROOM_BYTES = 128 * 1024
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shadowlit.errors import GraftError
 from shadowlit.graft.arithmetic import widen
-from shadowlit.graft.checkpoint import CheckpointWriter, Streamed, atomic_folder
+from shadowlit.graft.checkpoint import DELTA_FILE, CheckpointWriter, Streamed, atomic_folder
 from shadowlit.graft.compression import ties
 from shadowlit.graft.disk import Update
 from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
@@ -27,8 +27,8 @@ from shadowlit.graft.manifest import MANIFEST_FILE, plain, read_manifest, write_
 from shadowlit.graft.spectrum import effective_rank
 from shadowlit.graft.streaming import THREADS, ordered, row_windows
 
-STEM = "delta"
-SINGLE_FILE = f"{STEM}.safetensors"
+SINGLE_FILE = DELTA_FILE
+STEM = SINGLE_FILE.removesuffix(".safetensors")
 _CACHED = 2  # whole tensors kept by a delta that is computed tensor by tensor
 
 Rows = Callable[[str, int, int], Tensor]

@@ -10,7 +10,6 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -36,7 +35,8 @@ from shadowlit.graft.numeric import (
 )
 from shadowlit.graft.pickled import open_checkpoint
 from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve
-from shadowlit.graft.streaming import THREADS, ordered, row_windows
+from shadowlit.graft.streaming import row_windows
+from shadowlit.graft.workers import Room, in_order
 from shadowlit.pair import first_line
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
@@ -403,53 +403,79 @@ class DiskGraft:
         return 1 - (self._squares[1] / self._squares[0]) ** 0.5 if self._squares[0] else 1.0
 
     def tensors(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Streamed]]:
-        """Yield every tensor of the Instruct, grafted where selected, in parts that threads compute ahead.
+        """Yield every tensor of the Instruct, grafted where selected, in parts that are computed ahead.
+
+        A part is valid until the next one is taken. See :func:`shadowlit.graft.workers.in_order` for who computes.
 
         Args:
             advance: called with the bytes of every part that was taken.
         """
-        windows = ((info, *window) for info in self._instruct.tensors.values() for window in row_windows(info))
-        with ThreadPoolExecutor(THREADS) as pool:
-            # Over all tensors: where one ends, the next has begun.
-            parts = ordered(pool, lambda window: self._part(*window), windows)
-            for name, info in self._instruct.tensors.items():
-                own = islice(parts, sum(1 for _ in row_windows(info)))
-                yield name, Streamed(info.converted(self._dtype).code, info.shape, self._counted(own, advance))
+        infos = self._instruct.tensors.values()
+        windows = [(info, *window) for info in infos for window in row_windows(info)]
+        # Over all tensors: where one ends, the next has begun.
+        parts = in_order(
+            lambda window, room: self._part(*window, room), windows, self._room_bytes(windows),
+            num_bytes=sum(info.num_bytes * (3 if info.name in self.selected else 1) for info in infos),
+        )  # fmt: skip
+        for name, info in self._instruct.tensors.items():
+            own = islice(parts, sum(1 for _ in row_windows(info)))
+            yield name, Streamed(info.converted(self._dtype).code, info.shape, self._counted(own, advance))
 
-    def _counted(self, parts: Iterable[tuple[Raw, float, float]], advance: Callable[[int], None]) -> Iterator[Raw]:
-        for part, update_square, lost_square in parts:
+    def _room_bytes(self, windows: Iterable[tuple[TensorInfo, int, int]]) -> int:
+        """The bytes of the largest part of the result."""
+        return max(
+            (_row_bytes(info.converted(self._dtype)) * (stop - start) for info, start, stop in windows), default=0
+        )
+
+    def _counted(
+        self, parts: Iterable[tuple[tuple[int, float, float], Room]], advance: Callable[[int], None]
+    ) -> Iterator[Raw]:
+        for (num_bytes, update_square, lost_square), room in parts:
             self._squares[0] += update_square
             self._squares[1] += lost_square
-            advance(part.nbytes)
-            yield part
+            advance(num_bytes)
+            yield room[:num_bytes]
 
     def _bfloat16_part(
-        self, raw: npt.NDArray[np.uint8], info: TensorInfo, target: str, start: int, stop: int
-    ) -> tuple[Raw, float, float] | None:
+        self, raw: Room, info: TensorInfo, target: str, start: int, stop: int, room: Room
+    ) -> tuple[int, float, float] | None:
         """A grafted part, if all of it is bfloat16 and in pairs, and all values are finite."""
         if not isinstance(self._update, FullUpdate) or raw.size % 4:
             return None
         if {info.code, target, *self._update.codes(info.name)} != {"BF16"}:
             return None
         base, tuned = self._update.raw_rows(info.name, start, stop)
-        stored, *squares = graft_bfloat16(base, tuned, raw, self._strength.of(info.name))
-        return (stored, squares[0], squares[1]) if finite_squares(*squares) else None
+        _, *squares = graft_bfloat16(base, tuned, raw, self._strength.of(info.name), room[: raw.size])
+        return (raw.size, squares[0], squares[1]) if finite_squares(*squares) else None
 
-    def _part(self, info: TensorInfo, start: int, stop: int) -> tuple[Raw, float, float]:
+    def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float]:
+        """Rows of the result, written into ``room``: their bytes, and the two squared norms of ``graft_part``."""
         name, target = info.name, info.converted(self._dtype).code
-        raw = self._instruct.raw_rows(name, start, stop)
+        if name not in self.selected and target == info.code:
+            row = _row_bytes(info)
+            raw = room[: (stop - start) * row]
+            self._instruct.read_into(raw.data, name, start * row)
+            require_finite(name, raw, target)
+            return raw.size, 0.0, 0.0
+        raw, squares = self._instruct.raw_rows(name, start, stop), [0.0, 0.0]
         if name in self.selected:
-            if (part := self._bfloat16_part(raw, info, target, start, stop)) is not None:
+            if (part := self._bfloat16_part(raw, info, target, start, stop, room)) is not None:
                 return part
             update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
             scale = self._strength.of(name)
             stored, *squares = graft_part(raw, info.code, update, scale, target)
-            if finite_squares(*squares):
-                return stored, squares[0], squares[1]
-            exact = widen(raw, info.code) + scale * update
-            if bad := int(np.count_nonzero(~np.isfinite(exact))):
-                raise not_finite(name, bad, exact.size)
+            if not finite_squares(*squares):
+                exact = widen(raw, info.code) + scale * update
+                if bad := int(np.count_nonzero(~np.isfinite(exact))):
+                    raise not_finite(name, bad, exact.size)
+                require_finite(name, stored, target)
         else:
-            stored, squares = raw if target == info.code else narrow(widen(raw, info.code), target), [0.0, 0.0]
-        require_finite(name, stored, target)
-        return stored, squares[0], squares[1]
+            stored = narrow(widen(raw, info.code), target)
+            require_finite(name, stored, target)
+        room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
+        return stored.nbytes, squares[0], squares[1]
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    """The bytes of one row; a scalar has one."""
+    return info.num_bytes // max(1, info.shape[0] if info.shape else 1)

@@ -98,7 +98,11 @@ def graft_part(
 
 
 def graft_bfloat16(
-    base: npt.NDArray[np.uint8], tuned: npt.NDArray[np.uint8], instruct: npt.NDArray[np.uint8], scale: float
+    base: npt.NDArray[np.uint8],
+    tuned: npt.NDArray[np.uint8],
+    instruct: npt.NDArray[np.uint8],
+    scale: float,
+    out: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[Raw, float, float]:
     """``instruct + scale * (tuned - base)``, where all of it is bfloat16: what :func:`graft_part` gives, in half the
     time.
@@ -111,11 +115,12 @@ def graft_bfloat16(
         tuned: likewise, of the tuned Base's.
         instruct: likewise, of the Instruct's.
         scale: λ.
+        out: flat bytes for the result, as many; memory of its own if there is none.
 
     Returns:
         As :func:`graft_part`.
     """
-    stored = np.empty(instruct.size // 4, np.uint32)
+    stored = (np.empty(instruct.size, np.uint8) if out is None else out).view(np.uint32)
     words = base.view(np.uint32), tuned.view(np.uint32), instruct.view(np.uint32)
     update_square = lost_square = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
@@ -130,13 +135,13 @@ def graft_bfloat16(
 def _graft_words(base: Words, tuned: Words, instruct: Words, scale: float, out: Words) -> tuple[float, float]:
     """The same for so few words that the two vectors needed for it, and little else, fill a core's cache."""
     update, exact = (memory[: 2 * out.size] for memory in _thread_vectors())
-    _split(tuned, update)
-    _split(base, exact)
+    split_bfloat16(tuned, update)
+    split_bfloat16(base, exact)
     np.subtract(update, exact, out=update)
     if scale != 1:
         np.multiply(update, np.float32(scale), out=update)
     update_square = float(np.dot(update, update))
-    _split(instruct, exact)
+    split_bfloat16(instruct, exact)
     np.add(exact, update, out=exact)
     rounded = _round_to_bfloat16(exact.view(np.uint32), out=update.view(np.uint32))
     np.bitwise_and(rounded, _UPPER_HALF, out=rounded)
@@ -147,8 +152,13 @@ def _graft_words(base: Words, tuned: Words, instruct: Words, scale: float, out: 
     return update_square, float(np.dot(lost, lost))
 
 
-def _split(words: Words, out: npt.NDArray[np.float32]) -> None:
-    """Two bfloat16 per word in float32: all lower halves first, then all upper ones. Arithmetic knows no order."""
+def split_bfloat16(words: Words, out: npt.NDArray[np.float32]) -> None:
+    """Two bfloat16 per word in float32: all lower halves first, then all upper ones. Arithmetic knows no order.
+
+    Args:
+        words: [n], two neighbours each.
+        out: [2 n], the values.
+    """
     lower, upper = out.view(np.uint32).reshape(2, -1)
     np.left_shift(words, 16, out=lower)
     np.bitwise_and(words, _UPPER_HALF, out=upper)

@@ -6,16 +6,18 @@ import contextlib
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     from shadowlit.graft.headers import TensorInfo
 
 THREADS = 2
 PART_ELEMENTS = 2**19
 """Rows are read, computed and written in parts of about this many elements."""
-_AHEAD = 4
+AHEAD = 4
+"""So many results wait at most, beside the one that was taken."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _SYNC_FILE_RANGE_WRITE = 2  # of fcntl.h
 
@@ -61,7 +63,7 @@ def ordered(pool: Executor, function: Callable[[_In], _Out], items: Iterable[_In
     pending: deque[Future[_Out]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
-        if len(pending) > _AHEAD:
+        if len(pending) > AHEAD:
             yield pending.popleft().result()
     while pending:
         yield pending.popleft().result()

@@ -20,6 +20,7 @@ import jsonargparse  # noqa: F401  before the forks: see above
 
 import shadowlit.commands  # noqa: F401
 from shadowlit.__main__ import main
+from shadowlit.graft import workers
 
 # Calls through which our own code changes what is on the disk, directly or through the library that follows.
 _CALLS = frozenset({"mkdir", "open", "write", "seek", "close", "chmod", "fsync", "rename", "replace", "unlink", "rmdir",
@@ -33,9 +34,11 @@ def _stop_at(moment: int, number: int) -> list[int]:
     Returns:
         The number of calls so far, in a list.
     """
-    calls = [0]
+    calls, process = [0], os.getpid()
 
     def count(frame: FrameType, event: str, function: Any) -> None:
+        if os.getpid() != process:  # one that was forked to compute
+            return
         if event != "c_call" or function.__name__ not in _CALLS:
             return
         file = frame.f_code.co_filename
@@ -54,6 +57,8 @@ def _child(case: dict[str, Any], report: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "file_bytes" in case:
         resource.setrlimit(resource.RLIMIT_FSIZE, (case["file_bytes"], case["file_bytes"]))
+    if case.get("processes"):
+        workers.WORTH_FORKING_BYTES, workers.num_cores = 0, lambda: 2
     calls = _stop_at(case.get("moment", -1), case.get("signal", 0))
     try:
         status = main(case["args"])

@@ -60,7 +60,7 @@ def num_calls(models) -> int:
     return report["calls"]
 
 
-def stop(models: Path, root: Path, num_calls: int, number: int) -> list[tuple[Path, dict[str, Any]]]:
+def stop(models: Path, root: Path, num_calls: int, number: int, processes: bool) -> list[tuple[Path, dict[str, Any]]]:
     """Graft into ``root/<moment>/out``, stopped by a signal at moments spread over the run; folders and reports.
 
     Among the moments are the last calls, around the folder's appearance and the manifest's last change.
@@ -68,8 +68,12 @@ def stop(models: Path, root: Path, num_calls: int, number: int) -> list[tuple[Pa
     some = random.Random(number).sample(range(1, num_calls - 10), k=min(MOMENTS, num_calls - 11))
     moments = sorted({*some, *range(num_calls - 10, num_calls - 4, 2)})
     cases = [
-        {"args": graft(models, root / str(moment) / "out"), "moment": moment, "signal": number} for moment in moments
-    ]
+        {
+            "args": graft(models, root / str(moment) / "out"), "moment": moment, "signal": number,
+            "processes": processes,
+        }
+        for moment in moments
+    ]  # fmt: skip
     return [(root / str(moment), report) for moment, report in zip(moments, run(cases), strict=True)]
 
 
@@ -99,11 +103,12 @@ def require_no_model(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-class TestSignals:
-    def test_kill(self, models, num_calls, tmp_path, caplog):
+@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+class TestMoments:
+    def test_kill(self, models, num_calls, tmp_path, caplog, processes):
         """Nothing can be cleaned up: only hidden folders are left, and a target only if it is whole."""
         unfinished = []
-        for folder, report in stop(models, tmp_path, num_calls, signal.SIGKILL):
+        for folder, report in stop(models, tmp_path, num_calls, signal.SIGKILL, processes):
             assert report == {"killed_by": signal.SIGKILL}
             if "out" in left(folder):
                 assert left(folder) == ["out"]
@@ -128,14 +133,16 @@ class TestSignals:
         assert f"{partial} ({size / 1e9:.3f} GB) was left unfinished by a killed run" in caplog.text
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_stop_leaves_nothing(self, models, num_calls, tmp_path, number):
-        for folder, report in stop(models, tmp_path, num_calls, number):
+    def test_stop_leaves_nothing(self, models, num_calls, tmp_path, number, processes):
+        for folder, report in stop(models, tmp_path, num_calls, number, processes):
             assert report["status"] == 128 + number and report["err"] == ""
             if left(folder):
                 assert left(folder) == ["out"]
                 require_whole(folder / "out", models / "whole")
                 assert left(folder / "out") == left(models / "whole")
 
+
+class TestSignals:
     def test_stop_of_the_real_command(self, models, tmp_path):
         """``python -m shadowlit``, stopped by another process while it writes: it waits at its first shard."""
         (tmp_path / "sitecustomize.py").write_text(
