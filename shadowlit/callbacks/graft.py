@@ -84,6 +84,7 @@ class GraftCallback(Callback):
         self.within: list[Within] = []  # called in every pass, while the weights of its subject stand in the module
         self.constants: dict[str, dict[str, float]] = {}  # scores of the untouched models: subject -> metric -> value
         self._measured_on = ""  # the data of these scores
+        self._signed: tuple[list[Any], list, str] = ([], [], "")  # sets, numbers of batches, and their signature
         self.metrics: dict[str, float] = {}  # what the last validation logged
         self.seconds = 0.0
         self._within_s = 0.0
@@ -237,7 +238,7 @@ class GraftCallback(Callback):
         """Scores of the untouched models: measured in the first full validation on these data, then remembered."""
         if not self.baselines:
             return {}
-        signature = _signature(loaders, limits)
+        signature = self._signature(loaders, limits)
         if stage == "val" and self.constants and self._measured_on == signature:
             return self.constants
         measured = {}
@@ -247,6 +248,19 @@ class GraftCallback(Callback):
         if stage == "val":
             self.constants, self._measured_on = measured, signature
         return measured
+
+    def _signature(self, loaders: Any, limits: list) -> str:
+        """Tells the data of one validation from those of another; computed when they are other objects than before."""
+        sets = [loader.dataset for loader in (loaders if isinstance(loaders, list) else [loaders])]
+        known, known_limits, signature = self._signed
+        if (
+            known_limits != limits
+            or len(known) != len(sets)
+            or any(a is not b for a, b in zip(known, sets, strict=True))
+        ):
+            signature = _signature(sets, limits)
+            self._signed = sets, list(limits), signature
+        return signature
 
     def _pass(
         self,
@@ -315,11 +329,10 @@ def _progress(trainer: Trainer, subject: str, total: int) -> Iterator[Callable[[
         display.remove_task(task)
 
 
-def _signature(loaders: Any, limits: list) -> str:
+def _signature(sets: list[Any], limits: list) -> str:
     """Tells the data of one validation from those of another, the same on all ranks."""
     digest = hashlib.sha256()
-    for loader, limit in zip(loaders if isinstance(loaders, list) else [loaders], limits, strict=True):
-        samples = loader.dataset
+    for samples, limit in zip(sets, limits, strict=True):
         content = samples.digests() if hasattr(samples, "digests") else [str(len(samples)).encode()]
         digest.update(f"{limit} {len(content)} ".encode() + b"".join(content))
     return digest.hexdigest()

@@ -14,7 +14,8 @@ from shadowlit.training.objective import TokenSums, token_sums
 class TokenScores(Metric):
     """Loss, perplexity and accuracies of next-token prediction over a validation set.
 
-    All states are sums, reduced once over the ranks; ``compute`` divides them. Logits are never kept.
+    All states are sums, reduced once over the ranks; ``compute`` divides them. Logits are never kept, and where
+    ``update`` is not overridden they are never made: ``ShadowModule`` adds the sums of a batch.
 
     - ``loss``: cross entropy per supervised token, in nats
     - ``perplexity``: ``exp(loss)``
@@ -43,6 +44,8 @@ class TokenScores(Metric):
 
     def add(self, sums: TokenSums) -> None:
         """Add the sums of a batch."""
+        self._computed = None  # what compute() remembers; torchmetrics forgets it in update() only
+        self._update_count += 1
         self.loss += sums.loss.double()
         self.num_tokens += sums.num_tokens
         self.num_correct += sums.num_correct

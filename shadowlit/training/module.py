@@ -26,14 +26,17 @@ from shadowlit.evaluation.scores import TokenScores
 from shadowlit.graft.adapter import require_graftable
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.pair import ModelPair
+from shadowlit.training.head import HeadLoss, Way
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.objective import cross_entropy_sum
+from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
 from shadowlit.training.parallel import local, parallelize
 
 log = logging.getLogger(__name__)
 
 # What is logged here has been reduced over the ranks already, once and exactly.
 warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test|graft)/.*sync_dist=True")
+# Ours adds to a batch of any data module.
+warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 Batch = Mapping[str, Tensor]
 TUNED = "tuned"
@@ -64,6 +67,9 @@ class ShadowModule(LightningModule):
         activation_checkpointing: Recompute each decoder layer in the backward pass; less memory, about a third more
             time.
         compile_layers: Compile each decoder layer with ``torch.compile``.
+        head_loss: How losses come from the last hidden states. auto: past the logits of a whole batch where the
+            model's head allows it, which is proven on the model when it starts; see
+            :class:`shadowlit.training.head.HeadLoss` for the others: chunked, recomputed, torch, liger, logits.
         attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
         seed: Seeds the adapter's start and the dropout.
@@ -81,6 +87,7 @@ class ShadowModule(LightningModule):
         warmup_ratio: float = 0.1,
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
+        head_loss: Way = "auto",
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 512,
         seed: int = 0,
@@ -98,11 +105,13 @@ class ShadowModule(LightningModule):
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
+        self.head_loss = head_loss
         self.attn_implementation = attn_implementation
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.model: nn.Module | None = None
         self.subject = TUNED
+        self._head_loss: HeadLoss | None = None
         self._scores: dict[tuple[str, str], Metric] = {}  # by subject and set; the set "" is all of them
         self._sums: Tensor | None = None  # loss and supervised tokens of the effective batch so far
         # An adapter's checkpoint holds the factors only.
@@ -143,11 +152,18 @@ class ShadowModule(LightningModule):
         assert self.model is not None
         return self.model(**_model_inputs(batch), use_cache=False).logits
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Find the supervised tokens while the batch is on the CPU: a GPU would have to be waited for."""
+        if isinstance(batch, Mapping) and "labels" in batch and "supervised" not in batch:
+            return {**batch, "supervised": supervised_positions(batch["labels"], batch.get("position_ids"))}
+        return batch
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
         self._seed_dropout()
-        loss, num_tokens = cross_entropy_sum(self(batch), batch["labels"])
-        sums = torch.stack([loss.detach().double(), num_tokens.double()])
+        positions, targets = _supervised(batch)
+        loss = self._losses().loss(_model_inputs(batch), positions, targets)
+        sums = torch.stack([loss.detach().double(), loss.new_full((), len(targets), dtype=torch.float64)])
         self._sums = sums if self._sums is None else self._sums + sums
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -158,11 +174,12 @@ class ShadowModule(LightningModule):
         sums, self._sums = self._sums, None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
-        loss, num_tokens = sums.tolist()
+        # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
+        loss, num_tokens = sums[0], sums[1].clamp(min=1)
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, 1 / max(num_tokens, 1))
-        self.log("train/loss", loss / max(num_tokens, 1), prog_bar=True)
-        self.log("train/tokens", num_tokens)
+        torch._foreach_mul_(gradients, num_tokens.reciprocal())
+        self.log("train/loss", loss / num_tokens, prog_bar=True)
+        self.log("train/tokens", sums[1])
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -207,8 +224,9 @@ class ShadowModule(LightningModule):
     def configure_scores(self) -> Metric:
         """The metric each set is scored with. Override to log more, for every subject alike.
 
-        Its ``update(logits, labels)`` gets ``[B, T, V]`` and ``[B, T]`` tensors; its ``compute()`` returns a dict from
-        metric names to numbers.
+        Its ``compute()`` returns a dict from metric names to numbers. A :class:`TokenScores`, or a subclass that
+        leaves ``update`` alone, gets the sums of a batch through ``add``, without whole logits being made. Any other
+        metric, and a subclass that overrides ``update(logits, labels)``, gets ``[B, T, V]`` and ``[B, T]`` tensors.
         """
         return TokenScores()
 
@@ -252,15 +270,34 @@ class ShadowModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _score(self, batch: Batch, set_name: str) -> None:
-        logits = self(batch)
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         several = isinstance(loaders, list) and len(loaders) > 1
-        # A single set is all sets together: scoring it twice would only repeat its softmax.
-        for name in ("", set_name) if several else ("",):
-            key = (self.subject, name)
+        # A single set is all sets together.
+        keys = [(self.subject, name) for name in (("", set_name) if several else ("",))]
+        for key in keys:
             if key not in self._scores:
                 self._scores[key] = self.configure_scores().to(self.device)
-            self._scores[key].update(logits, batch["labels"])
+        metrics = [self._scores[key] for key in keys]
+        if _takes_sums(metrics[0]):
+            sums = self._token_sums(batch)
+            for metric in metrics:
+                metric.add(sums)  # type: ignore[operator]
+            return
+        logits = self(batch)
+        for metric in metrics:
+            metric.update(logits, batch["labels"])
+
+    def _token_sums(self, batch: Batch) -> TokenSums:
+        positions, targets = _supervised(batch)
+        losses, correct = self._losses().token_losses(_model_inputs(batch), positions, targets)
+        return sum_tokens(losses, correct, positions, batch["labels"], batch.get("position_ids"))
+
+    def _losses(self) -> HeadLoss:
+        """How losses come from the model; found out in its first forward pass, in which its weights are there."""
+        assert self.model is not None
+        if self._head_loss is None or self._head_loss.model is not self.model:
+            self._head_loss = HeadLoss(self.model, self.head_loss)
+        return self._head_loss
 
     def _log_scores(self, stage: str) -> None:
         for subject in dict.fromkeys(who for who, _ in self._scores):
@@ -295,6 +332,20 @@ class ShadowModule(LightningModule):
                 f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1."
             )
         return self.device_mesh["data_parallel"]
+
+
+def _supervised(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Positions that predict a supervised token, into the ``B * T`` of the batch, and these tokens; both ``[N]``."""
+    labels = batch["labels"]
+    positions = batch.get("supervised")
+    if positions is None:
+        positions = supervised_positions(labels, batch.get("position_ids"))
+    return positions, labels.flatten().index_select(0, positions + 1)
+
+
+def _takes_sums(metric: Metric) -> bool:
+    """Whether a metric is one of sums, with no use for logits."""
+    return isinstance(metric, TokenScores) and type(metric).update is TokenScores.update
 
 
 def _model_inputs(batch: Batch) -> dict[str, Tensor]:

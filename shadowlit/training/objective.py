@@ -24,8 +24,8 @@ class TokenSums:
         loss: sum of the cross entropies, in nats.
         num_tokens: supervised tokens.
         num_correct: supervised tokens that are the most probable one.
-        num_samples: rows with at least one supervised token.
-        num_exact: rows whose supervised tokens are all the most probable ones. Greedy decoding would reproduce
+        num_samples: rows with at least one supervised token; of packed rows, the conversations.
+        num_exact: those whose supervised tokens are all the most probable ones. Greedy decoding would reproduce
             the answer of such a row token for token.
     """
 
@@ -56,18 +56,60 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, supervised.sum()
 
 
+def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Where the hidden states lie that predict supervised tokens: ``[N]``, int64, into the ``B * T`` of a batch.
+
+    The label at ``t`` is predicted at ``t - 1``. The first token of a row has no prediction, nor has the first of a
+    conversation in a packed row, whatever stands before it.
+
+    Args:
+        labels: ``[B, T]``, int64, -100 where unsupervised, aligned with the input tokens.
+        position_ids: ``[B, T]``, where rows are packed: they restart at 0 in each conversation.
+    """
+    supervised = labels[:, 1:] != IGNORE
+    if position_ids is not None:
+        supervised = supervised & (position_ids[:, 1:] != 0)
+    row, column = supervised.nonzero(as_tuple=True)
+    return row * labels.shape[1] + column
+
+
+def sum_tokens(
+    losses: Tensor, correct: Tensor, positions: Tensor, labels: Tensor, position_ids: Tensor | None = None
+) -> TokenSums:
+    """Sums of what is known of every supervised token; a row that is packed counts as its conversations.
+
+    Args:
+        losses: ``[N]``, cross entropies in nats.
+        correct: ``[N]``, bool, whether the token is the most probable one.
+        positions: ``[N]``, from :func:`supervised_positions`.
+        labels: ``[B, T]``, as there.
+        position_ids: ``[B, T]``, as there.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        starts |= position_ids == 0
+    index = torch.arange(labels.numel(), device=labels.device)
+    # Each conversation by the place of its first token; of fixed size, so that a GPU needn't be waited for.
+    conversation = (index * starts.flatten()).cummax(0).values.index_select(0, positions)
+    counts = torch.zeros(2, labels.numel(), dtype=torch.int64, device=labels.device)
+    counts.index_add_(1, conversation, torch.stack([torch.ones_like(positions), correct.long()]))
+    rows = counts[0] > 0
+    exact = rows & (counts[0] == counts[1])
+    return TokenSums(losses.sum(dtype=torch.float64), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum())
+
+
 @torch.no_grad()
-def token_sums(logits: Tensor, labels: Tensor) -> TokenSums:
+def token_sums(logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> TokenSums:
     """Sums that validation metrics are made of.
 
     Args:
-        logits: ``[B, T, V]``, any floating dtype.
+        logits: ``[B, T, V]``, any floating dtype; the softmax is taken in float32.
         labels: ``[B, T]``, int64, -100 where unsupervised, aligned with the input tokens.
+        position_ids: ``[B, T]``, where rows are packed: they restart at 0 in each conversation.
     """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE
-    loss, num_tokens = cross_entropy_sum(logits, labels)
-    correct = (logits[:, :-1].argmax(-1) == targets) & supervised
-    rows = supervised.any(-1)
-    exact = (correct | ~supervised).all(-1) & rows
-    return TokenSums(loss, num_tokens, correct.sum(), rows.sum(), exact.sum())
+    positions = supervised_positions(labels, position_ids)
+    targets = labels.flatten()[positions + 1]
+    chosen = logits.flatten(0, 1)[positions].float()
+    losses = F.cross_entropy(chosen, targets, reduction="none")
+    return sum_tokens(losses, chosen.argmax(-1) == targets, positions, labels, position_ids)

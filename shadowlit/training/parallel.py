@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -59,6 +60,22 @@ def parallelize(
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.within_forward = _call  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "within_forward")
+
+
+def within_forward(model: nn.Module, function: Callable[..., _T], *args: Any) -> _T:
+    """Call ``function(*args)``, which uses parts of ``model``, as if it were the model's forward pass.
+
+    Under FSDP2 the root unit holds embeddings, last norm and head, and gathers them for the model's forward pass
+    only: its parts called by themselves would find shards. What has a gradient must be returned as a tensor, or in a
+    tuple, for the root unit to notice the backward pass.
+    """
+    return model.within_forward(function, *args) if isinstance(model, FSDPModule) else function(*args)  # type: ignore[operator]
+
+
+def _call(function: Callable[..., _T], *args: Any) -> _T:
+    return function(*args)
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+import shadowlit.callbacks.graft as graft_module
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import GraftError, PairError
@@ -348,6 +349,23 @@ def test_subclasses_log_their_own_metrics_for_every_subject(tmp_path, folders):
     trainer.validate(make_module(folders, cls=Custom), RandomData(), verbose=False)
     counts = {metrics(trainer)[f"val/{who}/tokens"] for who in ("tuned", "grafted", "base", "instruct")}
     assert len(counts) == 1 and counts.pop() > 0
+
+
+def test_the_validation_data_are_hashed_once(tmp_path, folders, monkeypatch):
+    """Four validations, one hash; other limits are other data."""
+    hashed, asked = [], []
+    original = graft_module._signature
+    monkeypatch.setattr(graft_module, "_signature", lambda *given: hashed.append(given) or original(*given))
+
+    class Asked(GraftCallback):
+        def _signature(self, loaders, limits):
+            asked.append(super()._signature(loaders, limits))
+            return asked[-1]
+
+    graft = Asked()
+    _, trainer = fit(tmp_path, folders, callbacks=[graft])
+    assert (len(asked), len(set(asked)), len(hashed)) == (4, 1, 1)
+    assert graft._signature(trainer.val_dataloaders, [1, 1]) != asked[0]
 
 
 def test_nothing_selected_is_an_error_and_the_coverage_is_said(tmp_path, folders, caplog):

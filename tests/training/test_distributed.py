@@ -81,9 +81,10 @@ def test_two_processes_are_one(tmp_path, kind, tied):
         for rank in ranks:
             assert rank["metrics"].keys() == one["metrics"].keys()
             for name, value in one["metrics"].items():
-                assert rank["metrics"][name] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+                assert rank["metrics"][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
             for name, value in one["weights"].items():
-                torch.testing.assert_close(rank["weights"][name], value, rtol=0, atol=5e-6)
+                # Another order of the same sums, carried through eight steps of a rate of 1e-2.
+                torch.testing.assert_close(rank["weights"][name], value, rtol=0, atol=2e-5)
             assert rank["tied"] is tied
         for name in exported.tensors:
             other = CheckpointReader(tmp_path / strategy / "model").read(name)
@@ -101,7 +102,8 @@ def test_the_other_architectures_shard_too(tmp_path, arch):
     folders = save_pair(tmp_path, arch)
     (one,) = run_ranks(train, 1, folders, "lora", "auto", 1, tmp_path / "one")
     for rank in run_ranks(train, 2, folders, "lora", "fsdp2", 2, tmp_path / "two"):
-        assert rank["metrics"] == pytest.approx(one["metrics"], rel=2e-4, abs=2e-6)
+        # abs: graft/gain is a difference of two losses of about 5.6.
+        assert rank["metrics"] == pytest.approx(one["metrics"], rel=2e-4, abs=1e-5)
         assert rank["share"] == pytest.approx(0.5, abs=0.02)
 
 

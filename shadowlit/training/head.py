@@ -1,0 +1,276 @@
+"""From a model's hidden states to its losses, past the logits; only where the model's own head is proven to do so."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.graft.arithmetic import widen
+from shadowlit.graft.naming import host_of
+from shadowlit.training.linear_loss import (
+    default_chunk_size,
+    linear_cross_entropy_sum,
+    linear_token_losses,
+    recomputed_cross_entropy_sum,
+)
+from shadowlit.training.parallel import within_forward
+
+log = logging.getLogger(__name__)
+
+Way = Literal["auto", "chunked", "recomputed", "torch", "liger", "logits"]
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands between a model's tokens and its logits.
+
+    ``logits = softcap(scale * module(decoder(tokens)))``, with ``softcap(x) = cap * tanh(x / cap)``.
+
+    Attributes:
+        decoder: everything before the head; gives ``last_hidden_state`` ``[B, T, H]``.
+        module: the head, from ``[..., H]`` to ``[..., V]``.
+        scale: what the model multiplies the head's output by (Cohere, Granite, Falcon-H1).
+        cap: the soft cap (Gemma 2 and later); ``None`` for none.
+    """
+
+    decoder: nn.Module
+    module: nn.Module
+    scale: float
+    cap: float | None
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the head is its weight and bias and nothing else: no adapter, no quantisation, no hook."""
+        hooks = self.module._forward_hooks or self.module._forward_pre_hooks
+        return type(self.module) is nn.Linear and not hooks
+
+    def finish(self, output: Tensor) -> Tensor:
+        """From the head's output to the model's logits."""
+        logits = output * self.scale if self.scale != 1 else output
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class HeadLoss:
+    """Losses of a causal language model's predictions at chosen positions.
+
+    Only the hidden states of these positions pass through the head, a chunk at a time, so that the logits of a batch
+    never exist. That this is what the model itself computes is proven on the model at hand (:func:`understand`);
+    where it can't be, the model's own logits are taken.
+
+    Args:
+        model: a transformers causal language model, wrapped by peft, sharded by FSDP2, or neither.
+        way: ``chunked``: gradients with the loss, for a plain linear head. ``recomputed``: any head, its logits
+            computed again in the backward pass. ``torch``: torch's own ``linear_cross_entropy``. ``liger``: Liger
+            Kernel's. ``logits``: the whole logits. ``auto``: chunked where it can be, else recomputed, else logits.
+
+    Raises:
+        ShadowlitError: the way can't be gone with this model or on this machine.
+    """
+
+    def __init__(self, model: nn.Module, way: Way = "auto") -> None:
+        self.model = model
+        self.head: Head | None = None
+        if way != "logits":
+            self.head, why = understand(model)
+            if self.head is None:
+                if way != "auto":
+                    raise ShadowlitError(f"model.head_loss is {way!r}, but {why}. Use auto or logits.")
+                log.info("whole logits are computed, since %s", why)
+        self.way: Way = _resolved(way, self.head)
+
+    def loss(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy, a float32 scalar with a gradient (float64 for a model in it).
+
+        Args:
+            inputs: keyword arguments of the model: ``input_ids`` ``[B, T]`` and what belongs to it.
+            positions: ``[N]``, int64, into the ``B * T`` hidden states: those that predict.
+            targets: ``[N]``, int64, the tokens that they predict.
+        """
+        if self.head is None:
+            return F.cross_entropy(self._logits(inputs, positions), targets, reduction="sum")
+        return within_forward(self.model, self._loss, inputs, positions, targets)
+
+    @torch.no_grad()
+    def token_losses(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropies ``[N]``, float32, and whether the target is the most probable token, bool ``[N]``."""
+        if self.head is None:
+            logits = self._logits(inputs, positions)
+            return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
+        return within_forward(self.model, self._token_losses, inputs, positions, targets)
+
+    def _logits(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        logits = self.model(**inputs, use_cache=False).logits
+        return widen(logits.flatten(0, 1).index_select(0, positions))
+
+    def _loss(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+        assert self.head is not None
+        hidden, head = self._hidden(inputs, positions), self.head
+        weight, bias = getattr(head.module, "weight", None), getattr(head.module, "bias", None)
+        if self.way == "recomputed":
+            size = default_chunk_size(_vocabulary(self.model), hidden.device)
+            return recomputed_cross_entropy_sum(lambda x: head.finish(head.module(x)), hidden, targets, size)
+        assert weight is not None
+        if self.way == "chunked":
+            return linear_cross_entropy_sum(hidden, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # neither of the two follows it
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if self.way == "torch":
+            return F.linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                linear_bias=bias,
+                reduction="sum",
+                options=nn.LinearCrossEntropyOptions(),
+            ).float()
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(
+            hidden, weight, targets, bias=bias, reduction="sum", softcap=head.cap, accum_dtype=torch.float32
+        ).float()
+
+    def _token_losses(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.head is not None
+        hidden, head = self._hidden(inputs, positions), self.head
+        if self.way != "recomputed":
+            weight, bias = getattr(head.module, "weight", None), getattr(head.module, "bias", None)
+            assert weight is not None
+            return linear_token_losses(hidden, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
+        losses, correct = [widen(hidden.new_empty(0))], [targets.new_empty(0, dtype=torch.bool)]
+        size = default_chunk_size(_vocabulary(self.model), hidden.device)
+        for some, tokens in zip(hidden.split(size), targets.split(size), strict=True):
+            logits = widen(head.finish(head.module(some)))
+            losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+            correct.append(logits.argmax(-1) == tokens)
+        return torch.cat(losses), torch.cat(correct)
+
+    def _hidden(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        assert self.head is not None
+        hidden = self.head.decoder(**inputs, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, positions)
+
+
+@torch.no_grad()
+def understand(model: nn.Module) -> tuple[Head | None, str]:
+    """Find the decoder, the head and what follows it, and prove on a few tokens that they are the whole model.
+
+    The model runs once with the head's output replaced by numbers from -100 to 100: what it makes of them must be
+    what :meth:`Head.finish` does, whatever the weights are; and what its head was given must be what the decoder
+    alone gives.
+
+    Returns:
+        The head, or ``None`` and the reason, a clause for the user.
+    """
+    host = host_of(model)
+    name = type(host).__name__
+    module = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
+    if module is None or not hasattr(host, "get_decoder") or (decoder := host.get_decoder()) in (None, host):
+        return None, f"{name} has no output head or no decoder that transformers can name"
+    head = Head(decoder, module, *_finish_of(host.config.get_text_config()))
+    device = next(model.parameters()).device
+    tokens = {"input_ids": torch.arange(8, device=device)[None] % _vocabulary(model)}
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def replace(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        ramp = torch.linspace(-100, 100, output.numel(), device=output.device).view_as(output).to(output.dtype)
+        seen.append((args[0], ramp))
+        return ramp.clone()
+
+    with _evaluating(model), torch.compiler.set_stance("force_eager"):
+        hook = module.register_forward_hook(replace)
+        try:
+            logits = model(**tokens, use_cache=False).logits
+        finally:
+            hook.remove()
+        hidden = within_forward(model, lambda batch: decoder(**batch, use_cache=False).last_hidden_state, tokens)
+    if len(seen) != 1:
+        return None, f"{name} calls its output head {len(seen)} times in a forward pass"
+    given, ramp = seen[0]
+    if not _alike(given, hidden):
+        return None, f"{name} gives its output head something else than its decoder's last hidden state"
+    if not _alike(logits, head.finish(ramp)):
+        return None, (
+            f"{name} does something to its logits beside the scale of {head.scale:g} and the soft cap of {head.cap} "
+            "that its config names"
+        )
+    return head, ""
+
+
+def _finish_of(config: Any) -> tuple[float, float | None]:
+    """Scale and cap of the logits, by the names that transformers' models have for them."""
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= _number(config, name) or 1.0
+    return scale / (_number(config, "logits_scaling") or 1.0), _number(config, "final_logit_softcapping")
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    left, right = left.float(), right.float()
+    # Equal but for the rounding of half precision; the mistakes that are looked for are far larger.
+    return bool((left - right).abs().max() <= 1e-2 * right.abs().max())
+
+
+def _resolved(way: Way, head: Head | None) -> Way:
+    if head is None:
+        return "logits"
+    if way == "auto":
+        return "chunked" if head.is_linear else "recomputed"
+    if way == "recomputed":
+        return way
+    expected = "Use auto, which takes what fits."
+    if not head.is_linear:
+        raise ShadowlitError(
+            f"model.head_loss is {way!r}, which needs an nn.Linear as output head, but this one is a "
+            f"{type(head.module).__name__}. {expected}"
+        )
+    if way == "torch" and not hasattr(F, "linear_cross_entropy"):
+        raise ShadowlitError(
+            f"model.head_loss is 'torch', but torch {torch.__version__} has no linear_cross_entropy. {expected}"
+        )
+    if way == "liger" and (find_spec("liger_kernel") is None or head.module.weight.device.type != "cuda"):
+        raise ShadowlitError(
+            "model.head_loss is 'liger', which needs the package liger-kernel and a model on a GPU (device: "
+            f"{head.module.weight.device}). Install it, or use auto."
+        )
+    if way in ("torch", "liger") and (head.scale != 1 or (way == "torch" and head.cap is not None)):
+        raise ShadowlitError(
+            f"model.head_loss is {way!r}, which can't scale or cap logits as this model does (scale {head.scale:g}, "
+            f"cap {head.cap}). {expected}"
+        )
+    return way
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return int(host_of(model).config.get_text_config().vocab_size)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context, then every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
