@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
+from matplotlib.axes import Axes
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from shadowlit.analysis.style import SUBJECTS, panels
 from shadowlit.errors import DataError
 
-# Okabe and Ito's palette, which every kind of colour vision tells apart; line styles say the same again.
-_STYLES: dict[str, dict[str, Any]] = {
-    "grafted": {"color": "#D55E00", "linestyle": "-", "marker": "o", "label": "grafted Instruct"},
-    "tuned": {"color": "#0072B2", "linestyle": "-", "marker": "s", "label": "tuned Base"},
-    "instruct": {"color": "#D55E00", "linestyle": "--", "label": "Instruct, untouched"},
-    "base": {"color": "#0072B2", "linestyle": ":", "label": "Base, untouched"},
-}
 _UNITS = {
     "loss": "loss (nats per token)",
     "accuracy": "token accuracy",
@@ -29,7 +20,7 @@ _UNITS = {
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read Lightning's ``metrics.csv``.
+    """Read Lightning's ``metrics.csv``, of a finished run or of one in progress.
 
     Returns:
         For every metric its values with the optimizer step they were logged at, in order.
@@ -40,13 +31,15 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
     if not file.is_file():
         raise DataError(f"there is no {file}. Expected the metrics.csv that CSVLogger writes into a run's folder.")
     series: dict[str, list[tuple[int, float]]] = {}
-    with file.open(encoding="utf-8", newline="") as rows:
-        for row in csv.DictReader(rows):
-            if "step" not in row:
-                raise DataError(f"{file} has no column 'step'. Expected the metrics.csv of a run.")
-            for name, value in row.items():
-                if value and name not in ("step", "epoch"):
-                    series.setdefault(name, []).append((int(row["step"]) + 1, float(value)))
+    text = file.read_text(encoding="utf-8")
+    # A run in progress may be in the middle of its last line, whose last number would be another one.
+    complete = text[: text.rfind("\n") + 1]
+    for row in csv.DictReader(io.StringIO(complete, newline="")):
+        if "step" not in row:
+            raise DataError(f"{file} has no column 'step'. Expected the metrics.csv of a run.")
+        for name, value in row.items():
+            if value and name not in ("step", "epoch"):
+                series.setdefault(name, []).append((int(row["step"]) + 1, float(value)))
     return series
 
 
@@ -71,13 +64,27 @@ def plot_curves(
         DataError: the run logged none of what was asked for.
     """
     series = read_metrics(metrics)
-    figure, axes = plt.subplots(
-        len(whats), len(sets), figsize=(4.2 * len(sets), 3.1 * len(whats)), squeeze=False, layout="constrained"
-    )
+    figure, axes = panels(len(whats), len(sets), 4.2 * len(sets), 3.1 * len(whats))
+    drawn = draw_curves(axes, series, sets, whats)
+    if not drawn:
+        raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(target, dpi=150)
+    return target
+
+
+def draw_curves(
+    axes: Sequence[Axes],
+    series: Mapping[str, Sequence[tuple[int, float]]],
+    sets: Sequence[str],
+    whats: Sequence[str],
+) -> int:
+    """Draw a panel per metric and set, row by row; return the number of lines."""
     drawn = 0
-    for column, name in enumerate(sets):
-        for row, what in enumerate(whats):
-            axis = axes[row][column]
+    for row, what in enumerate(whats):
+        for column, name in enumerate(sets):
+            axis = axes[row * len(sets) + column]
             drawn += _panel(axis, series, f"{name}/{what}" if name else what)
             axis.set_ylabel(_UNITS.get(what, what))
             axis.set_title(name or "all validation sets")
@@ -85,24 +92,19 @@ def plot_curves(
             axis.grid(alpha=0.25)
             if what != "loss":
                 axis.set_ylim(-0.03, 1.03)
-    if not drawn:
-        raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(target, dpi=150)
-    plt.close(figure)
-    return target
+    return drawn
 
 
-def _panel(axis: plt.Axes, series: dict[str, list[tuple[int, float]]], metric: str) -> int:
+def _panel(axis: Axes, series: Mapping[str, Sequence[tuple[int, float]]], metric: str) -> int:
     """Draw the four lines of one metric; return how many there were."""
-    found = {who: series[f"val/{who}/{metric}"] for who in _STYLES if f"val/{who}/{metric}" in series}
+    found = {who: series[f"val/{who}/{metric}"] for who in SUBJECTS if f"val/{who}/{metric}" in series}
     for who, points in found.items():
-        style = _STYLES[who]
+        style = SUBJECTS[who]
         if who in ("instruct", "base"):
             axis.axhline(points[-1][1], **style)
             continue
         start = found.get({"grafted": "instruct", "tuned": "base"}[who])
-        steps, values = zip(*([(0, start[0][1])] if start else []) + points, strict=True)
+        origin = [(0, start[0][1])] if start else []
+        steps, values = zip(*origin, *points, strict=True)
         axis.plot(steps, values, markersize=3.5, **style)
     return len(found)

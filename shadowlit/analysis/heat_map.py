@@ -1,23 +1,120 @@
-"""A picture of a comparison: layer by kind of tensor."""
+"""Pictures of layer by kind of tensor."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from shadowlit.analysis.similarity import Group, Similarity
+from shadowlit.analysis.style import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, panels, styled
 from shadowlit.errors import ShadowlitError
 
-FORMATS = (".png", ".pdf", ".svg")
+_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
+
+Cells = Mapping[tuple[str, int], float]
+_LABELS = {
+    "sigma": "σ",
+    "cosine": "cosine",
+    "relative_norm": "relative norm",
+    "sign_agreement": "share of equal signs",
+    "norm_ratio": "ratio of norms",
+}
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """What one panel shows.
+
+    Attributes:
+        title: above the panel.
+        cells: value by kind of tensor and decoder layer; NaN for none.
+        label: of the colours.
+        centre: the value in the middle of a diverging map; None for a map that begins at zero.
+    """
+
+    title: str
+    cells: Cells
+    label: str
+    centre: float | None = None
+
+
+def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap:
+    """A comparison by layer and kind.
+
+    A cell is the value of all weights of that kind in that layer: the mean σ, or any other measure over all elements.
+    Biases aren't shown.
+
+    Args:
+        similarity: of two models, updates or offsets.
+        measure: one of its measures; None for the first: σ of models, the cosine of updates and offsets.
+    """
+    measure = measure or similarity.measures[0]
+    found: dict[tuple[str, int], list[int]] = {}
+    for i, tensor in enumerate(similarity.tensors):
+        if tensor.layer is not None and not tensor.name.endswith(".bias"):
+            found.setdefault((tensor.kind, tensor.layer), []).append(i)
+    cells = {
+        # Several tensors of one kind in one layer, as experts are, count together.
+        cell: Group(None, tuple(similarity.tensors[i] for i in members)).measure(measure)
+        for cell, members in found.items()
+    }
+    if measure == "sigma":
+        title = f"σ({similarity.title}): their mean is {similarity.sigma:.4f}"
+    else:
+        short = "cos" if measure == "cosine" else _LABELS[measure]
+        title = f"{short}({similarity.title}): {similarity.whole.measure(measure):.3f} over all tensors"
+    centre = {"cosine": 0.0, "sign_agreement": 0.5}.get(measure) if similarity.of != "weights" else None
+    return HeatMap(title, cells, _LABELS[measure], centre)
+
+
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds of tensors in the order in which a layer uses them, unknown ones behind by name."""
+    return sorted(set(kinds), key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
+
+
+@styled
+def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
+    """Draw maps below each other, layers to the right; cells without a value are grey.
+
+    Maps of one label have one scale: from zero, or symmetric about their centre.
+
+    Raises:
+        ShadowlitError: no tensor lies in a decoder layer.
+    """
+    kinds = in_order({kind for one in maps for kind, _ in one.cells})
+    layers = sorted({layer for one in maps for _, layer in one.cells})
+    if not layers:
+        raise ShadowlitError("no tensor lies in a decoder layer, so that there is nothing to draw. Leave heat_map out.")
+    width = min(DOUBLE, max(SINGLE, 1.8 + 0.17 * len(layers)))
+    figure, axes = panels(len(maps), 1, width, (0.75 + 0.15 * len(kinds)) * len(maps))
+    for axis, one in zip(axes, maps, strict=True):
+        alike = [v for other in maps if other.label == one.label for v in other.cells.values() if not math.isnan(v)]
+        reach = max((abs(v - (one.centre or 0.0)) for v in alike), default=0.0) or 1.0
+        low, high = (0.0, reach) if one.centre is None else (one.centre - reach, one.centre + reach)
+        image = axis.imshow(
+            [[one.cells.get((kind, layer), math.nan) for layer in layers] for kind in kinds],
+            cmap=SEQUENTIAL if one.centre is None else DIVERGING,
+            aspect="auto",
+            vmin=low,
+            vmax=high,
+        )
+        axis.set_facecolor("lightgrey")
+        step = -(-len(layers) // 20)
+        axis.set_yticks(range(len(kinds)), kinds)
+        axis.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+        axis.tick_params(length=0)
+        axis.set_xlabel("decoder layer")
+        axis.set_title(one.title)
+        figure.colorbar(image, ax=axis, label=one.label)
+    return figure
 
 
 def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:
     """Draw the comparisons below each other: σ of models, the cosine of updates and offsets, by layer and kind.
-
-    A cell is the value of all weights of that kind in that layer: the mean σ, or the cosine over all elements. Biases
-    aren't drawn, cells without a value are grey. All σ have one scale, from zero; all cosines have one that is
-    symmetric about zero.
 
     Args:
         similarities: at least one.
@@ -29,54 +126,6 @@ def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:
     Raises:
         ShadowlitError: no tensor lies in a decoder layer.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tables = [_cells(similarity) for similarity in similarities]
-    kinds = list(dict.fromkeys(kind for table in tables for kind, _ in table))
-    layers = sorted({layer for table in tables for _, layer in table})
-    if not layers:
-        raise ShadowlitError("no tensor lies in a decoder layer, so that there is nothing to draw. Leave heat_map out.")
-    height = 1.2 + 0.3 * len(kinds)
-    figure, axes = plt.subplots(
-        len(tables),
-        figsize=(max(6.0, 3.2 + 0.28 * len(layers)), 0.2 + height * len(tables)),
-        layout="constrained",
-        squeeze=False,
-    )
-    for axis, similarity, table in zip(axes[:, 0], similarities, tables, strict=True):
-        weights = similarity.of == "weights"
-        alike = [t for s, t in zip(similarities, tables, strict=True) if (s.of == "weights") == weights]
-        top = max((abs(v) for t in alike for v in t.values() if not math.isnan(v)), default=0.0) or 1.0
-        rows = [[table.get((kind, layer), math.nan) for layer in layers] for kind in kinds]
-        image = axis.imshow(
-            rows, cmap="viridis" if weights else "RdBu", aspect="auto", vmin=0 if weights else -top, vmax=top
-        )
-        axis.set_facecolor("lightgrey")  # of cells without a value
-        axis.set_yticks(range(len(kinds)), kinds)
-        axis.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize="small")
-        axis.set_xlabel("decoder layer")
-        axis.set_title(
-            f"σ({similarity.title}): their mean is {similarity.sigma:.4f}"
-            if weights
-            else f"cos({similarity.title}): {similarity.whole.sums.cosine:.3f} over all tensors"
-        )
-        figure.colorbar(image, ax=axis, label="σ" if weights else "cosine")
-    figure.savefig(target, dpi=150, format=target.suffix[1:])
-    plt.close(figure)
+    figure = draw_heat_maps([of_similarity(similarity) for similarity in similarities])
+    figure.savefig(target, dpi=200, format=target.suffix[1:])
     return target
-
-
-def _cells(similarity: Similarity) -> dict[tuple[str, int], float]:
-    """The value by kind and layer; several tensors of one kind in one layer, as experts are, count together."""
-    found: dict[tuple[str, int], list[int]] = {}
-    for i, tensor in enumerate(similarity.tensors):
-        if tensor.layer is not None and not tensor.name.endswith(".bias"):
-            found.setdefault((tensor.kind, tensor.layer), []).append(i)
-    measure = similarity.measures[0]
-    return {
-        cell: Group(None, tuple(similarity.tensors[i] for i in members)).measure(measure)
-        for cell, members in found.items()
-    }

@@ -12,22 +12,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from shadowlit.analysis.style import OKABE_ITO
 from shadowlit.comparison.records import ARMS, TUNED, UNTOUCHED
 from shadowlit.comparison.statistics import Average
 from shadowlit.comparison.summary import FACTS, Line, Prediction, Report, Standing
 from shadowlit.files import written_beside
 
-# Okabe and Ito's palette, which every kind of colour vision tells apart; the markers say the same again.
 _COLOURS = {
-    "Base": "#56B4E9",
-    "Instruct": "#000000",
-    "B2B": "#0072B2",
-    "B2I": "#D55E00",
-    "I2B": "#CC79A7",
-    "I2I": "#009E73",
+    "Base": OKABE_ITO["sky"],
+    "Instruct": OKABE_ITO["black"],
+    "B2B": OKABE_ITO["blue"],
+    "B2I": OKABE_ITO["vermillion"],
+    "I2B": OKABE_ITO["purple"],
+    "I2I": OKABE_ITO["green"],
 }
 _MARKERS = {"Base": "P", "Instruct": "X", "B2B": "s", "B2I": "o", "I2B": "^", "I2I": "D"}
 _SIZES = (4.0, 11.0)  # of the markers of the lowest and the highest rate, in points
+
+
+def arm_style(arm: str) -> dict[str, Any]:
+    """Colour and marker of an arm, the same in every picture."""
+    return {"color": _COLOURS[arm], "marker": _MARKERS[arm]}
 
 
 def plot_trade(report: Report, target: Path) -> Path:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve
 from shadowlit.graft.streaming import row_windows
 from shadowlit.graft.workers import Room, in_order
 from shadowlit.pair import first_line
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
 _MIXTURE = re.compile(r"(.+)\.experts\.")
@@ -134,12 +137,16 @@ class AdapterUpdate:
     Args:
         base: reader of the Base's checkpoint.
         folder: the adapter's folder.
+        config: its settings, where no ``adapter_config.json`` lies in the folder.
+        reader: of its factors, by the names that peft's file has, where they lie in another file.
 
     Raises:
         GraftError: an adapter whose update can't be had from its files exactly, or that doesn't fit the Base.
     """
 
-    def __init__(self, base: Headers, folder: Path) -> None:
+    def __init__(
+        self, base: Headers, folder: Path, config: LoraConfig | None = None, reader: Headers | None = None
+    ) -> None:
         # Imported late: peft takes seconds, and whole checkpoints don't need it.
         from peft import PeftConfig
 
@@ -147,7 +154,7 @@ class AdapterUpdate:
 
         self._base = base
         try:
-            config = PeftConfig.from_pretrained(str(folder))
+            config = config or PeftConfig.from_pretrained(str(folder))
         except Exception as error:  # of json, of peft's many configs: many types, one remedy
             raise GraftError(
                 f"{folder / 'adapter_config.json'} is not an adapter's config that peft reads ({first_line(error)}). "
@@ -164,8 +171,9 @@ class AdapterUpdate:
             )
         if config.fan_in_fan_out:
             raise GraftError(f"{folder} adapts transposed layers (fan_in_fan_out=true). Merge it first.")
-        self._config, self._folder = config, folder
-        self._reader = Headers(folder, single_file="adapter_model.safetensors")
+        self._config: Any = config
+        self._folder = folder
+        self._reader = reader or Headers(folder, single_file="adapter_model.safetensors")
         # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
         self._whole_factor = lru_cache(maxsize=4)(
             lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])

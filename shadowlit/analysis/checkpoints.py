@@ -1,0 +1,281 @@
+"""The update in the checkpoints of a training run, read while the run goes on."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shadowlit.analysis.run import pair_of, read_config
+from shadowlit.errors import CheckpointError, DataError
+from shadowlit.graft.alignment import AlignedReader
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.delta import Delta
+from shadowlit.graft.disk import AdapterUpdate, linear_on_disk
+from shadowlit.graft.headers import TensorInfo, dtype_code, some_of
+from shadowlit.graft.naming import canonical_name
+from shadowlit.graft.selection import resolve
+from shadowlit.pair import ModelPair
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+log = logging.getLogger(__name__)
+
+_ADAPTER_NAME = re.compile(r"\b(lora_(?:embedding_)?[AB])\.[^.]+")
+_SHARDED = ".metadata"  # of torch.distributed.checkpoint, written last
+_REST = "meta.pt"  # what Lightning keeps beside the shards
+_CACHED = 2  # whole tensors of a sharded checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A checkpoint of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        path: the file, or the folder of a sharded one.
+        reader: of what was trained.
+    """
+
+    step: int
+    path: Path
+    reader: TrainedReader
+
+
+class TrainedReader(CheckpointReader):
+    """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
+
+    A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
+    checkpoints (FSDP2) are read tensor by tensor; the last two are kept.
+
+    Args:
+        path: ``*.ckpt``, a file or a folder.
+
+    Raises:
+        CheckpointError: it isn't complete, or not a checkpoint of a ``ShadowModule``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path
+        stored, self._load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
+        self._stored = {trained_name(name): name for name in stored if ".original_module." not in name}
+        self.tensors = {
+            name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)
+            for name, at in sorted(self._stored.items())
+        }
+        if not self.tensors:
+            raise CheckpointError(f"{path} holds no weights. Give a checkpoint of 'python -m shadowlit fit'.")
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter's factors."""
+        return any(".lora_" in name for name in self.tensors)
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
+        assert offset + len(buffer) <= self.info(name).num_bytes
+        if len(buffer):
+            flat = self._load(self._stored[name]).contiguous().reshape(-1).view(torch.uint8)
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat[offset : offset + len(buffer)])
+
+    def close(self) -> None:
+        """Nothing: files are mapped for as long as the reader lives."""
+
+
+def trained_name(name: str) -> str:
+    """The name in a model's or an adapter's folder of what a checkpoint of a ``ShadowModule`` calls ``name``.
+
+    ``model.base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight`` becomes
+    ``model.layers.0.mlp.up_proj.lora_A.weight``.
+    """
+    return _ADAPTER_NAME.sub(r"\1", canonical_name(name.removeprefix("model.")))
+
+
+def latest(run: str | Path) -> Stage:
+    """The newest complete checkpoint below a run's folder, or the checkpoint itself.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = Path(run)
+    paths = [folder] if folder.suffix == ".ckpt" else sorted(folder.rglob("*.ckpt"), key=_written, reverse=True)
+    for path in paths:
+        if (found := _opened(path)) is not None:
+            return found
+    raise _none(folder)
+
+
+def stages(run: str | Path, most: int | None = None) -> list[Stage]:
+    """The checkpoints below a run's folder, one per optimizer step, in order.
+
+    One that is being written, or that the run removes meanwhile, is left out with a warning.
+
+    Args:
+        run: the run's folder, or a checkpoint.
+        most: of so many steps, evenly spread over those that there are, the first and the last included.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = Path(run)
+    # The newest one is kept twice, under its own name and as last.ckpt: the own name comes first.
+    paths = sorted(folder.rglob("*.ckpt"), key=lambda path: (path.name.startswith("last"), str(path)))
+    found: dict[int, Stage] = {}
+    for path in [folder] if folder.suffix == ".ckpt" else paths:
+        if (stage := _opened(path)) is not None:
+            found.setdefault(stage.step, stage)
+    if not found:
+        raise _none(folder)
+    ordered = [found[step] for step in sorted(found)]
+    return [ordered[i] for i in _spread(len(ordered), most)]
+
+
+def open_stage(
+    stage: Stage,
+    pair: ModelPair | None = None,
+    adapter: LoraConfig | None = None,
+    select: str | list[str] | None = None,
+) -> Delta:
+    """The update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
+
+    Args:
+        stage: of :func:`stages`.
+        pair: that was trained; None for the one in the run's ``config.yaml``.
+        adapter: its settings, for an adapter; None for those in ``config.yaml``.
+        select: which tensors, as in ``graft.select``; None for the run's own selection: what reaches the Instruct.
+
+    Raises:
+        DataError: there is no configuration that tells what isn't given.
+        GraftError: the checkpoint doesn't fit the Base, or its adapter has no exact update.
+    """
+    home, config = _config_above(stage.path)
+    pair = pair or pair_of(config, home)
+    reader = stage.reader
+    base = CheckpointReader(pair.base_folder())
+    if reader.is_adapter:
+        update = AdapterUpdate(base, stage.path, adapter or _adapter(config, home), reader)
+        delta = Delta.from_update(update)
+    else:
+        delta = _difference(reader, AlignedReader(base, CheckpointReader(pair.instruct_folder())))
+    wanted = select or (config.get("graft") or {}).get("select") or "linear"
+    return delta.only(resolve(wanted, delta.shapes, linear_on_disk(base.tensors), "of the update"))
+
+
+def _opened(path: Path) -> Stage | None:
+    try:
+        reader = TrainedReader(path)
+    except (OSError, CheckpointError) as error:
+        log.warning("%s is left out: %s", path, error)
+        return None
+    return Stage(reader.step, path, reader)
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # the run has removed it since
+        return 0.0
+
+
+def _none(folder: Path) -> DataError:
+    return DataError(
+        f"{folder} holds no complete *.ckpt. Give the folder of a run with a ModelCheckpoint callback; "
+        "every_n_train_steps and save_top_k=-1 keep the checkpoints of its whole course."
+    )
+
+
+def _difference(tuned: TrainedReader, base: AlignedReader) -> Delta:
+    shapes = {name: info.shape for name, info in base.tensors.items() if name in tuned.tensors}
+    unequal = [f"{name} {shape} and {tuned.tensors[name].shape}" for name, shape in shapes.items()
+               if tuned.tensors[name].shape != shape]  # fmt: skip
+    if unequal or not shapes:
+        problem = f"differ in the shapes of {some_of(unequal)}" if unequal else "share no tensor's name"
+        raise CheckpointError(f"{base.folder} and {tuned.folder} {problem}. Give the Base that was trained.")
+
+    def rows(name: str, start: int, stop: int) -> Tensor:
+        part = (slice(start, stop),) if shapes[name] else ()
+        return tuned.read_slice(name, part).float() - base.read_slice(name, part).float()
+
+    return Delta(shapes, rows)
+
+
+def _config_above(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The nearest folder above a checkpoint with a ``config.yaml``, and that."""
+    home = next((parent for parent in path.parents if (parent / "config.yaml").is_file()), path.parent)
+    return home, read_config(home)
+
+
+def _adapter(config: Mapping[str, Any], home: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    section = (config.get("model") or {}).get("adapter")
+    if not section:
+        raise DataError(
+            f"{home} holds no config.yaml with the settings of its adapter, on which the strength of its factors "
+            "depends. Give the adapter's settings."
+        )
+    settings = section.get("init_args", section)
+    known = inspect.signature(LoraConfig).parameters.keys() - {"runtime_config", "loftq_config"}
+    return LoraConfig(**{name: value for name, value in settings.items() if name in known and value is not None})
+
+
+_Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor], int]
+
+
+def _open_file(path: Path) -> _Opened:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is no complete checkpoint: it is being written, or was cut short.")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state, step = content["state_dict"], int(content["global_step"])
+    except Exception as error:  # of pickle, zipfile, torch or a missing key: many types, one meaning
+        raise CheckpointError(
+            f"{path} can't be read as a Lightning checkpoint ({type(error).__name__}: {str(error).splitlines()[:1]})."
+        ) from error
+    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}, state.__getitem__, step
+
+
+def _open_sharded(path: Path) -> _Opened:
+    from torch.distributed import checkpoint as sharded
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    if not (path / _SHARDED).is_file() or not zipfile.is_zipfile(path / _REST):
+        raise CheckpointError(f"{path} is no complete sharded checkpoint: it is being written, or was cut short.")
+    found = {
+        name.removeprefix("state_dict."): (tuple(entry.size), entry.properties.dtype)
+        for name, entry in sharded.FileSystemReader(path).read_metadata().state_dict_metadata.items()
+        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+    @lru_cache(maxsize=_CACHED)
+    def load(name: str) -> Tensor:
+        tensor = torch.empty(found[name][0], dtype=found[name][1])
+        sharded.load({f"state_dict.{name}": tensor}, checkpoint_id=path, no_dist=True)
+        return tensor
+
+    step = int(torch.load(path / _REST, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+    return found, load, step
+
+
+def _code(path: Path, name: str, dtype: torch.dtype) -> str:
+    code = dtype_code(dtype)
+    if code is None:
+        raise CheckpointError(f"{path} holds tensor '{name}' of dtype {dtype}; expected floating-point weights.")
+    return code
+
+
+def _spread(count: int, most: int | None) -> Sequence[int]:
+    """At most so many of ``count`` indices, evenly spread, with both ends."""
+    if most is None or count <= most:
+        return range(count)
+    return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)} | {count - 1})

@@ -1,0 +1,327 @@
+"""Updates side by side: opened from whatever holds one, their sizes, angles and conflicts."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shadowlit.analysis.checkpoints import latest, open_stage
+from shadowlit.analysis.heat_map import HeatMap
+from shadowlit.analysis.similarity import Report, Similarity, compare
+from shadowlit.analysis.tables import Table
+from shadowlit.errors import DataError, GraftError
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.compression import magnitude
+from shadowlit.graft.delta import SINGLE_FILE as DELTA_FILE
+from shadowlit.graft.delta import Delta, TensorStatistics
+from shadowlit.graft.disk import linear_on_disk, open_update
+from shadowlit.graft.headers import TensorInfo
+from shadowlit.graft.selection import kind_of, layer_of, resolve
+from shadowlit.pair import model_folder
+
+_FLOAT32 = 4  # bytes
+
+
+# -- opening --------------------------------------------------------------------------------------------------
+
+
+def open_model(source: str | Path) -> CheckpointReader:
+    """The weights of a model: a folder, or a hub id."""
+    return CheckpointReader(model_folder("model", str(source), None, False))
+
+
+def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
+    """The update in whatever holds one; nothing is read before its rows are asked for.
+
+    Args:
+        source: a run's folder or a checkpoint of it (the newest, also while the run goes on), a folder of
+            ``shadowlit delta make``, an adapter, or a tuned model.
+        base: what an adapter or a tuned model was trained from: folder or hub id.
+        select: which tensors, as in ``graft.select``; None for what the run grafts, and for all of any other update.
+
+    Raises:
+        DataError: it is none of these.
+        GraftError: it doesn't fit the Base, or has no exact update.
+    """
+    folder = Path(source)
+    if any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json")):
+        delta = Delta.open(folder)
+        return delta if select is None else delta.only(_selected(delta, select))
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if folder.suffix == ".ckpt" or (folder.is_dir() and not is_model):
+        return open_stage(latest(folder), select=select)
+    if base is None:
+        raise DataError(
+            f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
+        )
+    delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source), None, False)))
+    return delta if select is None else delta.only(_selected(delta, select))
+
+
+def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
+    """Several updates by their names; see :func:`open_delta`."""
+    return {name: open_delta(source, base) for name, source in sources.items()}
+
+
+def _selected(delta: Delta, select: str | list[str]) -> frozenset[str]:
+    infos = {name: TensorInfo(name, "F32", shape, "") for name, shape in delta.shapes.items()}
+    return resolve(select, delta.shapes, linear_on_disk(infos), "of the update")
+
+
+class DeltaReader(CheckpointReader):
+    """Presents a delta, computed as it is read, as a checkpoint in float32.
+
+    Args:
+        name: what messages call it.
+        delta: the update.
+    """
+
+    def __init__(self, name: str, delta: Delta) -> None:
+        self.folder = Path(name)
+        self.tensors = {n: TensorInfo(n, "F32", shape, "") for n, shape in sorted(delta.shapes.items())}
+        self._delta = delta
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
+        info = self.info(name)
+        row_bytes = _FLOAT32 * max(1, info.num_elements // max(1, info.shape[0] if info.shape else 1))
+        start, stop = offset // row_bytes, -(-(offset + len(buffer)) // row_bytes)
+        if len(buffer):
+            raw = self._delta.rows(name, start, stop).contiguous().reshape(-1).view(torch.uint8)
+            within = offset - start * row_bytes
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(raw[within : within + len(buffer)])
+
+    def close(self) -> None:
+        """Nothing: the delta's own files stay open."""
+
+
+# -- sizes ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorNorm:
+    """The size of one tensor of an update.
+
+    Attributes:
+        name: the tensor's name.
+        layer: its decoder layer, from 0; None outside of them.
+        kind: what it is, e.g. ``q_proj``.
+        num_elements: its elements.
+        square: its squared Euclidean norm.
+        weight_square: that of the weights it is an update of; NaN if they weren't given.
+    """
+
+    name: str
+    layer: int | None
+    kind: str
+    num_elements: int
+    square: float
+    weight_square: float
+
+    @property
+    def norm(self) -> float:
+        """``‖Δ‖``."""
+        return math.sqrt(self.square)
+
+    @property
+    def relative(self) -> float:
+        """``‖Δ‖ / ‖W‖``."""
+        return math.sqrt(self.square / self.weight_square) if self.weight_square else math.nan
+
+
+def norms(delta: Delta, weights: CheckpointReader | None = None) -> list[TensorNorm]:
+    """The size of every tensor of an update, streamed.
+
+    Args:
+        delta: the update.
+        weights: those that it is an update of, for relative norms. Where these lack a tensor or have another shape
+            (a vocabulary of another size), the relative norm is NaN.
+    """
+    squares: dict[str, float] = {}
+    if weights is not None:
+        names = [n for n, s in delta.shapes.items() if n in weights.tensors and weights.tensors[n].shape == s]
+        rows = weights.rows
+        whole = Delta({n: delta.shapes[n] for n in names}, lambda n, i, j: torch.from_numpy(rows(n, i, j)))
+        squares = {found.name: found.square for found in whole.statistics()}
+    return [_norm(found, squares.get(found.name, math.nan)) for found in delta.statistics()]
+
+
+def norms_of(deltas: Mapping[str, Delta], weights: CheckpointReader | None = None) -> dict[str, list[TensorNorm]]:
+    """:func:`norms` of several updates, by their names."""
+    return {name: norms(delta, weights) for name, delta in deltas.items()}
+
+
+def _norm(found: TensorStatistics, weight_square: float) -> TensorNorm:
+    name = found.name
+    return TensorNorm(name, layer_of(name), kind_of(name), math.prod(found.shape), found.square, weight_square)
+
+
+def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
+    """A map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in percent.
+
+    Without the weights the root mean square of the update, ``‖Δ‖ / √n``.
+
+    Args:
+        found: of :func:`norms_of`.
+    """
+    return [_norm_map(title, tensors) for title, tensors in found.items()]
+
+
+def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
+    relative = not all(math.isnan(one.weight_square) for one in found)
+    sums: dict[tuple[str, int], list[float]] = {}
+    for one in found:
+        if one.layer is not None and not one.name.endswith(".bias"):
+            cell = sums.setdefault((one.kind, one.layer), [0.0, 0.0])
+            cell[0] += one.square
+            cell[1] += one.weight_square if relative else one.num_elements
+    scale = 100 if relative else 1
+    cells = {at: scale * math.sqrt(up / down) if down else math.nan for at, (up, down) in sums.items()}
+    label = "‖Δ‖ / ‖W‖ (%)" if relative else "root mean square of Δ"
+    norm = math.sqrt(sum(one.square for one in found))
+    return HeatMap(f"{title}: ‖Δ‖ = {norm:.3g}", cells, label)
+
+
+def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
+    """A row per update: its size, its size relative to the weights, and where the most of it is.
+
+    Args:
+        found: of :func:`norms`, by the updates' names.
+    """
+    rows = []
+    for name, tensors in found.items():
+        square = sum(one.square for one in tensors)
+        weights = sum(one.weight_square for one in tensors)
+        by_kind: dict[str, float] = {}
+        for one in tensors:
+            by_kind[one.kind] = by_kind.get(one.kind, 0.0) + one.square
+        kind = max(by_kind, key=by_kind.__getitem__)
+        share = f"{kind} ({by_kind[kind] / square:.0%})" if square else None
+        elements = sum(one.num_elements for one in tensors)
+        relative = math.sqrt(square / weights) if weights else math.nan
+        rows.append((name, elements, math.sqrt(square), math.sqrt(square / max(1, elements)), relative, share))
+    columns = ("update", "elements", "‖Δ‖", "root mean square", "‖Δ‖ / ‖W‖", "largest share of ‖Δ‖²")
+    return Table(columns, rows)
+
+
+# -- angles and conflicts -------------------------------------------------------------------------------------
+
+
+def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
+    """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
+    with open_model(base) as first, open_model(instruct) as second:
+        (found,) = compare([first, second]).similarities
+    return replace(found, a="Base", b="Instruct")
+
+
+def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Similarity]:
+    """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
+
+    Args:
+        deltas: two to 26, by their names; a tensor that one lacks is zero there.
+        density: share of each tensor's elements, the largest, that are compared; the others count as zero, as TIES
+            (arXiv 2306.01708) trims them. Below 1, one tensor of each is in memory.
+
+    Raises:
+        PairError: fewer than two or more than 26, or they differ in shape.
+        GraftError: the density is outside (0, 1].
+    """
+    kept = dict(deltas) if density == 1 else {name: trimmed(delta, density) for name, delta in deltas.items()}
+    report: Report = compare([DeltaReader(name, delta) for name, delta in kept.items()], deltas=True)
+    names = dict(zip(string.ascii_uppercase, deltas, strict=False))
+    return [replace(found, a=names[found.a], b=names[found.b]) for found in report.similarities]
+
+
+def trimmed(delta: Delta, density: float) -> Delta:
+    """The update with only the largest elements of each tensor; see :func:`shadowlit.graft.compression.magnitude`."""
+    if not 0 < density <= 1:
+        raise GraftError(f"density is {density}; expected a share of elements in (0, 1], e.g. 0.2.")
+    return delta.map(lambda _, tensor: magnitude(tensor, density))
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A number for every two updates.
+
+    Attributes:
+        names: of the updates.
+        values: [k, k], symmetric; the diagonal is what an update has with itself.
+        label: what the numbers are.
+        centre: the value of unrelated updates, for a diverging map; None for a map from 0 to 1.
+        inverted: high values are the bad ones.
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
+    label: str
+    centre: float | None = None
+    inverted: bool = False
+
+
+def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
+    """A measure of every two updates, over all elements.
+
+    Args:
+        similarities: of :func:`compare_deltas`.
+        measure: ``cosine``; ``sign_agreement``; or ``sign_conflict``, the share of opposite signs among the elements
+            that neither leaves at zero.
+    """
+    names = tuple(dict.fromkeys(name for found in similarities for name in (found.a, found.b)))
+    conflict = measure == "sign_conflict"
+    values = torch.full((len(names), len(names)), 0.0 if conflict else 1.0, dtype=torch.float64)
+    for found in similarities:
+        value = found.whole.measure("sign_agreement" if conflict else measure)
+        i, j = names.index(found.a), names.index(found.b)
+        values[i, j] = values[j, i] = 1 - value if conflict else value
+    labels = {"sign_conflict": "share of opposite signs", "sign_agreement": "share of equal signs"}
+    return Matrix(names, values, labels.get(measure, measure), 0.0 if measure == "cosine" else 0.5, conflict)
+
+
+def pair_table(similarities: Sequence[Similarity]) -> Table:
+    """A row for every two updates: cosine, share of opposite signs, ratio of norms."""
+    rows = []
+    for found in similarities:
+        whole = found.whole.sums
+        rows.append((found.title, whole.cosine, 1 - whole.sign_agreement, whole.norm_ratio))
+    return Table(("updates", "cosine", "opposite signs", "‖b‖ / ‖a‖"), rows)
+
+
+def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
+    """The comparison of two updates out of those of several.
+
+    Raises:
+        DataError: there is none of the two.
+    """
+    found = [one for one in similarities if {one.a, one.b} == {a, b}]
+    if not found:
+        names = sorted({name for one in similarities for name in (one.a, one.b)})
+        raise DataError(f"{a} and {b} were not compared; there are {', '.join(names)}. Give two of them.")
+    return found[0]
+
+
+def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
+    """Names of the matrices of an update in some decoder layers, in the order of layers and names.
+
+    Args:
+        delta: the update.
+        layers: which; None for up to four, evenly spread with both ends, since singular values of large matrices
+            take seconds each.
+
+    Raises:
+        GraftError: the update has no matrix in them.
+    """
+    named = {name: layer_of(name) for name, shape in delta.shapes.items() if len(shape) == 2}
+    there = sorted({layer for layer in named.values() if layer is not None})
+    if layers is None:
+        layers = there if len(there) <= 4 else sorted({there[round(i * (len(there) - 1) / 3)] for i in range(4)})
+    wanted = set(layers)
+    found = sorted((layer, name) for name, layer in named.items() if layer is not None and layer in wanted)
+    if not found:
+        raise GraftError(f"the update has no matrix in the layers {sorted(wanted)}; it has some in {there}.")
+    return [name for _, name in found]

@@ -1,0 +1,272 @@
+"""A run's folder, read while the run goes on or after it: settings, metrics, scores, answers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shadowlit.analysis.curves import read_metrics
+from shadowlit.analysis.tables import Markdown, Table
+from shadowlit.errors import DataError
+from shadowlit.evaluation.samples import side_by_side
+from shadowlit.graft.manifest import MANIFEST_FILE, read_manifest
+from shadowlit.pair import ModelPair
+
+Points = Sequence[tuple[int, float]]
+SUBJECTS = ("tuned", "grafted", "base", "instruct")
+_SCORES = ("loss", "perplexity", "accuracy", "sequence_accuracy")
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has logged so far.
+
+    Attributes:
+        folder: with ``metrics.csv``.
+        config: the resolved configuration; empty if there is none.
+        series: for every metric its values with the optimizer step they were logged at.
+        written_s: seconds since the metrics were last written.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    series: Mapping[str, Points]
+    written_s: float = math.nan
+
+    @property
+    def step(self) -> int:
+        """The last optimizer step that anything was logged at."""
+        return max((points[-1][0] for points in self.series.values()), default=0)
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the validation sets; none where there is only one, without a name."""
+        return self._names("loss")
+
+    @property
+    def evaluators(self) -> list[str]:
+        """Names of the evaluators that have scored something."""
+        return self._names("score")
+
+    @property
+    def divergences(self) -> list[str]:
+        """Names of the evaluators that measure a divergence from the Instruct."""
+        return self._names("kl")
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the metrics with the norm of the update in each layer, in order."""
+        return sorted(name for name in self.series if name.startswith("graft/delta_norm/layer_"))
+
+    def points(self, metric: str) -> Points:
+        """The values of a metric; empty if it was never logged."""
+        return self.series.get(metric, [])
+
+    def last(self, metric: str) -> float:
+        """The last value of a metric; NaN if it was never logged."""
+        points = self.points(metric)
+        return points[-1][1] if points else math.nan
+
+    def gain(self, what: str = "loss") -> Points:
+        """By how much the grafted Instruct is better than the untouched one, at every validation.
+
+        Its loss is subtracted from the Instruct's, the Instruct's score from its score: above 0 the graft helps.
+
+        Args:
+            what: ``loss``, ``<set>/loss``, or ``<evaluator>/score``.
+        """
+        before = self.last(f"val/instruct/{what}")
+        sign = -1 if what.endswith(("loss", "perplexity", "kl")) else 1
+        return [(step, sign * (value - before)) for step, value in self.points(f"val/grafted/{what}")]
+
+    def _names(self, what: str) -> list[str]:
+        found = (re.fullmatch(rf"val/[^/]+/([^/]+)/{what}", metric) for metric in self.series)
+        return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read what a run has logged so far; its folder may be one that is still being written.
+
+    Args:
+        folder: with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, of which
+            the run that was written last is taken.
+
+    Raises:
+        DataError: there is none.
+    """
+    home = Path(folder)
+    if not (home / "metrics.csv").is_file():
+        found = sorted(home.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
+        if not found:
+            raise DataError(
+                f"{home} holds no metrics.csv, in no folder below it either. Give the folder of a run with a "
+                "CSVLogger, e.g. runs/demo_lora/version_0; it writes the file with the first metrics."
+            )
+        home = found[-1].parent
+    file = home / "metrics.csv"
+    return Run(home, read_config(home), read_metrics(file), time.time() - file.stat().st_mtime)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
+
+    Raises:
+        DataError: it isn't YAML.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
+
+
+def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:
+    """The pair of a run, whose paths may be relative to the folder that it was started from.
+
+    They are looked for from here, and from every folder above the run's.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+
+    Raises:
+        DataError: the configuration names no pair.
+    """
+    section = config.get("pair") or {}
+    if not section.get("base") or not section.get("instruct"):
+        raise DataError(
+            f"{folder} holds no config.yaml that names a pair. Expected the one that 'python -m shadowlit fit' leaves "
+            "there; for another run, give the base."
+        )
+    return ModelPair(**{**section, **{who: located(section[who], folder) for who in ("base", "instruct")}})
+
+
+def located(source: str, folder: Path) -> str:
+    """A path of a run's configuration, looked for from here and from every folder above the run's; else as it is."""
+    above = [Path(), *folder.resolve().parents]
+    return next((str(parent / source) for parent in above if (parent / source).exists()), source)
+
+
+# -- tables ---------------------------------------------------------------------------------------------------
+
+
+def overview(run: Run) -> Table:
+    """What the run is, how far it is, and what it has reached: the last validation of the four models."""
+    pair, model = run.config.get("pair") or {}, run.config.get("model") or {}
+    adapter = model.get("adapter")
+    settings = (adapter or {}).get("init_args", adapter or {})
+    rows: list[tuple[str, object]] = [
+        ("folder", run.folder),
+        ("base", pair.get("base")),
+        ("instruct", pair.get("instruct")),
+        ("tuning", f"LoRA, rank {settings.get('r')}" if adapter else "full" if model else None),
+        ("learning rate", model.get("lr")),
+        ("seed", run.config.get("seed_everything")),
+        ("optimizer step", run.step),
+        ("last written, seconds ago", round(run.written_s)),
+        *((f"loss, {who} (nats per token)", run.last(f"val/{who}/loss")) for who in SUBJECTS),
+        ("gain in loss (nats per token)", run.last("graft/gain")),
+        ("survival of the update in the exported dtype", run.last("graft/survival")),
+        ("norm of the update, relative to the Instruct", run.last("graft/relative_delta")),
+        *((f"KL from the Instruct, grafted: {n} (nats per token)", run.last(f"val/grafted/{n}/kl"))
+          for n in run.divergences),
+        ("share of the time spent grafting", run.last("graft/time_share")),
+        ("share of the time spent evaluating", run.last("evaluation/time_share")),
+    ]  # fmt: skip
+    exported = run.folder / "export" / "model"
+    if (exported / MANIFEST_FILE).is_file():
+        checked = read_manifest(exported).get("logits_against_validated") or {}
+        rows += [("exported", exported), ("same most probable token after reloading", checked.get("top1_agreement"))]
+    return Table(("", "value"), rows)
+
+
+def scores(run: Run) -> Table:
+    """The last score of every evaluator and model, with the gain of the graft."""
+    rows = []
+    for name in run.evaluators:
+        values = [run.last(f"val/{who}/{name}/score") for who in SUBJECTS]
+        rows.append((name, *values, values[1] - values[3], run.last(f"val/grafted/{name}/stderr")))
+    return Table(("evaluator", *SUBJECTS, "grafted − instruct", "standard error (grafted)"), rows)
+
+
+def changes(run: Run, step: int | None = None) -> Table:
+    """Which questions the graft wins and loses against the untouched Instruct, by evaluator.
+
+    Equal means can hide that other questions are right than before.
+
+    Args:
+        run: with ``evaluation/step-<step>/``.
+        step: of the validation; None for the last one with answers.
+
+    Raises:
+        DataError: there are no answers of that step.
+    """
+    home = answers_folder(run, step)
+    rows = []
+    for file in sorted((home / "grafted").glob("*.jsonl")):
+        before = {row["index"]: row["score"] for row in _rows(home.parent / "instruct" / file.name)}
+        pairs = [(before[row["index"]] > 0.5, row["score"] > 0.5) for row in _rows(file) if row["index"] in before]
+        if pairs:
+            counts = [pairs.count(kind) for kind in ((True, True), (False, True), (True, False), (False, False))]
+            rows.append((file.stem, *counts))
+    caption = f"step {_STEP.fullmatch(home.name)[1]}; right is a score above 0.5"  # type: ignore[index]
+    return Table(("evaluator", "right in both", "won", "lost", "wrong in both"), rows, caption)
+
+
+def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None = None, rows: int = 2) -> Markdown:
+    """The first answers of the four models to the same questions, side by side.
+
+    Args:
+        run: with ``evaluation/step-<step>/``.
+        evaluators: whose; None for all.
+        step: of the validation; None for the last one with answers.
+        rows: questions of each evaluator.
+
+    Raises:
+        DataError: there are no answers of that step.
+    """
+    home = answers_folder(run, step)
+    found = {
+        (file.parent.name, file.stem): list(_rows(file))
+        for who in ("grafted", "tuned")
+        for file in sorted((home / who).glob("*.jsonl"))
+    }
+    names = list(evaluators or dict.fromkeys(name for _, name in found))
+    text = side_by_side(found, home.parent, names, rows)
+    return Markdown(text or f"No evaluator of {run.folder} keeps answers: {', '.join(names)}.")
+
+
+def answers_folder(run: Run, step: int | None = None) -> Path:
+    """The folder with the answers of one validation.
+
+    Raises:
+        DataError: there is none, or none of that step.
+    """
+    root = Path((run.config.get("evaluation") or {}).get("folder") or run.folder / "evaluation")
+    root = root if root.is_dir() else run.folder / "evaluation"
+    steps = {int(match[1]): home for home in root.glob("step-*") if (match := _STEP.fullmatch(home.name))}
+    # A validation in progress has a folder before it has the grafted answers.
+    steps = {number: home for number, home in steps.items() if (home / "grafted").is_dir()}
+    if not steps or (step is not None and step not in steps):
+        told = f"; there are those of {', '.join(map(str, sorted(steps)))}" if steps else ""
+        wanted = "answers" if step is None else f"answers of step {step}"
+        raise DataError(
+            f"{root} holds no {wanted}{told}. A run leaves them at a validation in which an evaluator of its "
+            "configuration's section 'evaluation' is due."
+        )
+    return steps[max(steps) if step is None else step]
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []

@@ -1,0 +1,111 @@
+"""The validation loss of an Instruct with any update, outside of a training."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from shadowlit.analysis.run import located
+from shadowlit.data.module import ShadowData
+from shadowlit.errors import DataError
+from shadowlit.evaluation.scores import TokenScores
+from shadowlit.graft.arithmetic import add_delta
+from shadowlit.graft.checkpoint import CheckpointReader
+from shadowlit.graft.delta import Delta
+from shadowlit.graft.naming import host_parameters
+from shadowlit.pair import ModelPair
+
+
+class Scorer:
+    """An Instruct in memory, in float32, and the validation data of a run.
+
+    Args:
+        pair: whose Instruct is scored.
+        config: of the run; its section ``data`` counts.
+        folder: of the run, from which relative paths are looked for.
+        batches: of each validation set; None for all.
+        device: that computes.
+
+    Raises:
+        DataError: no validation data, or broken ones.
+    """
+
+    def __init__(
+        self,
+        pair: ModelPair,
+        config: Mapping[str, Any],
+        folder: Path,
+        batches: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        data = _data(pair, config, folder)
+        self._batches = [batch for loader in data.val_dataloader() for batch in islice(loader, batches)]
+        self._device = torch.device(device)
+        self._reader = CheckpointReader(pair.instruct_folder())
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            pair.instruct_folder(), dtype=torch.float32, trust_remote_code=pair.trust_remote_code
+        )
+        self._model = model.to(self._device).eval()
+        self._parameters = host_parameters(self._model)
+
+    @torch.no_grad()
+    def loss(self, update: Delta | None) -> float:
+        """The mean over all supervised tokens of all sets, in nats, of the Instruct with an update.
+
+        The sum is rounded to the dtype of the Instruct's files, as an export is. The weights are the Instruct's again
+        afterwards.
+
+        Args:
+            update: by the names of the Instruct's tensors; None for the untouched Instruct.
+
+        Raises:
+            DataError: the update changes tensors that the model hasn't, or their shapes.
+        """
+        changed = {} if update is None else update.shapes
+        odd = [n for n, s in changed.items() if n not in self._parameters or self._parameters[n].shape != s]
+        if odd:
+            raise DataError(f"{self._reader.folder} has no {odd[0]} of shape {changed[odd[0]]}. Give its own update.")
+        try:
+            for name in changed:
+                assert update is not None
+                stored = self._reader.read(name)
+                self._parameters[name].copy_(add_delta(stored, update.tensor(name)).to(stored.dtype))
+            return self._score()
+        finally:
+            for name in changed:
+                self._parameters[name].copy_(self._reader.read(name))
+
+    def _score(self) -> float:
+        scores = TokenScores().to(self._device)
+        for batch in self._batches:
+            ids, mask, labels = (batch[n].to(self._device) for n in ("input_ids", "attention_mask", "labels"))
+            scores.update(self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)
+        return scores.compute()["loss"]
+
+
+def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path) -> ShadowData:
+    section = config.get("data") or {}
+    validation = section.get("validation") or {}
+    if not validation:
+        raise DataError(f"{folder} has no data.validation in its config.yaml, so that there is nothing to score on.")
+    sources = {"val": validation} if isinstance(validation, str) else validation
+    known = inspect.signature(ShadowData).parameters.keys() - {"pair", "train", "test", "predict", "validation"}
+    settings = {name: value for name, value in section.items() if name in known}
+    if settings.get("chat_template"):
+        settings["chat_template"] = located(settings["chat_template"], folder)
+    data = ShadowData(pair, validation={n: located(s, folder) for n, s in sources.items()}, **settings)
+    log = logging.getLogger("shadowlit.data")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        data.setup("validate")
+    finally:
+        log.setLevel(level)
+    return data

@@ -1,0 +1,147 @@
+"""How every picture looks: colours, sizes, and the two files that a figure is saved to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from shadowlit.files import written_beside
+
+_P = ParamSpec("_P")
+_PRINT_DPI, _SCREEN_DPI = 300, 120
+
+OKABE_ITO = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+}
+"""Okabe and Ito's palette, which every kind of colour vision tells apart."""
+SERIES = tuple(OKABE_ITO[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black"))
+"""Colours of lines that have no meaning of their own, in order; yellow is too pale for lines on white."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+"""Markers that say the same as :data:`SERIES` again, for print in grey."""
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "grafted": {"color": OKABE_ITO["vermillion"], "linestyle": "-", "marker": "o", "label": "grafted Instruct"},
+    "tuned": {"color": OKABE_ITO["blue"], "linestyle": "-", "marker": "s", "label": "tuned Base"},
+    "instruct": {"color": OKABE_ITO["vermillion"], "linestyle": "--", "label": "Instruct, untouched"},
+    "base": {"color": OKABE_ITO["blue"], "linestyle": ":", "label": "Base, untouched"},
+}
+"""The four models: colours for the weights that learn and that are grafted on, line styles for the untouched."""
+SEQUENTIAL, DIVERGING = "viridis", "RdBu"
+"""Perceptually uniform, from zero; and diverging, to be centred on zero."""
+SINGLE, DOUBLE = 3.4, 7.0
+"""Widths of one and of two columns of a paper, in inches."""
+
+PAPER: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
+    "image.interpolation": "nearest",
+}
+"""Text that can be read at column width."""
+# Type 42 embeds TrueType outlines as they are: text stays text, and journals that refuse Type 3 accept it.
+_EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
+
+
+def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Let a function draw with :data:`PAPER`, and leave matplotlib's settings as they were."""
+
+    @functools.wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with matplotlib.rc_context(PAPER):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure outside of pyplot, which would keep it, and its axes row by row.
+
+    Args:
+        rows: of axes.
+        columns: of axes.
+        width: of the figure, in inches.
+        height: of the figure, in inches.
+        options: of ``Figure.subplots``.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def series_style(number: int, black: bool = True) -> dict[str, Any]:
+    """Colour and marker of the line with this number, from 0; when the colours come again, they meet other markers.
+
+    Args:
+        number: of the line.
+        black: whether black is one of the colours; else grey takes its place.
+    """
+    colours = SERIES if black else (*SERIES[:-1], "#999999")
+    turn = number // len(colours)
+    return {"color": colours[number % len(colours)], "marker": MARKERS[(number + turn) % len(MARKERS)]}
+
+
+def hide(axes: Sequence[Axes]) -> None:
+    """Leave these axes blank."""
+    for axis in axes:
+        axis.set_axis_off()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A saved figure, which a notebook shows in the size that it has in print.
+
+    Attributes:
+        figure: matplotlib's.
+        stem: path of its files, without ending.
+    """
+
+    figure: Figure
+    stem: Path
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, bytes], dict[str, Any]]:
+        png = self.stem.with_name(f"{self.stem.name}.png").read_bytes()
+        return {"image/png": png}, {"image/png": {"width": round(_SCREEN_DPI * self.figure.get_figwidth())}}
+
+
+def save_figure(figure: Figure, stem: str | Path) -> Picture:
+    """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` of 300 dots per inch.
+
+    A reader never sees half a picture. The PDF holds no date: equal figures are equal files.
+
+    Returns:
+        What a notebook shows.
+
+    Raises:
+        OSError: The files can't be written.
+    """
+    stem = Path(stem)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, for both files alike
+    with matplotlib.rc_context(_EMBEDDED):
+        for ending, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+            with written_beside(stem.with_name(f"{stem.name}.{ending}")) as partial:
+                figure.savefig(partial, format=ending, dpi=_PRINT_DPI, metadata=metadata)
+    return Picture(figure, stem)

@@ -1,0 +1,209 @@
+"""The directions that updates use: spectra, ranks, and how far two updates share them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shadowlit.analysis.deltas import Matrix, matrices
+from shadowlit.analysis.heat_map import HeatMap
+from shadowlit.analysis.tables import Table
+from shadowlit.errors import GraftError
+from shadowlit.graft.delta import Delta
+from shadowlit.graft.selection import kind_of, layer_of
+from shadowlit.graft.spectrum import effective_rank, gram, singular_values, stable_rank
+
+Side = Literal["output", "input"]
+_NO_DIRECTION = 1e-6  # of the largest singular value: what float32 matrices have as noise
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The singular values of one matrix of an update.
+
+    Attributes:
+        name: the tensor's name.
+        layer: its decoder layer, from 0.
+        kind: what it is, e.g. ``q_proj``.
+        values: [min(out, in)], descending, float64.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    values: Tensor
+
+    @property
+    def effective_rank(self) -> float:
+        """``exp(H(s / Σ s))``; see :func:`shadowlit.graft.spectrum.effective_rank`."""
+        return effective_rank(self.values)
+
+    @property
+    def stable_rank(self) -> float:
+        """``‖Δ‖_F² / ‖Δ‖₂²``."""
+        return stable_rank(self.values)
+
+    def rank_of_share(self, share: float) -> int:
+        """The fewest singular values that hold this share of the squared norm, in (0, 1]; 0 of a zero matrix."""
+        energy = self.values.square()
+        if not energy.sum():
+            return 0
+        reached = energy.cumsum(0) >= share * energy.sum() * (1 - 1e-12)
+        return int(reached.int().argmax()) + 1
+
+
+def spectra(delta: Delta, layers: Sequence[int] | None = None) -> list[Spectrum]:
+    """The singular values of the matrices of an update; one matrix is in memory at a time.
+
+    Args:
+        delta: the update.
+        layers: which decoder layers; None for up to four, evenly spread.
+
+    Raises:
+        GraftError: the update has no matrix in them.
+    """
+    return [
+        Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
+        for name in matrices(delta, layers)
+    ]
+
+
+def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None) -> dict[str, list[Spectrum]]:
+    """:func:`spectra` of several updates, by their names."""
+    return {name: spectra(delta, layers) for name, delta in deltas.items()}
+
+
+def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
+    """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices.
+
+    Args:
+        found: of :func:`spectra_of`.
+    """
+    maps = []
+    for title, each in found.items():
+        ranks: dict[tuple[str, int], list[float]] = {}
+        for one in each:
+            ranks.setdefault((one.kind, one.layer), []).append(one.effective_rank)
+        maps.append(HeatMap(title, {at: _mean(values) for at, values in ranks.items()}, "effective rank"))
+    return maps
+
+
+def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
+    """A row per update: means over its matrices.
+
+    Args:
+        found: of :func:`spectra`, by the updates' names.
+    """
+    rows = [
+        (
+            name,
+            _mean([one.effective_rank for one in each]),
+            _mean([one.stable_rank for one in each]),
+            _mean([float(one.rank_of_share(0.9)) for one in each]),
+            _mean([float(len(one.values)) for one in each]),
+        )
+        for name, each in found.items()
+    ]
+    return Table(("update", "effective rank", "stable rank", "rank that holds 90 % of ‖Δ‖²", "full rank"), rows)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far the leading directions of every two updates coincide.
+
+    Attributes:
+        matrix: φ of every two, the mean over the matrices, 0 to 1.
+        chance: φ of random subspaces of these dimensions.
+        rank: how many directions of each.
+        side: ``output`` or ``input``.
+    """
+
+    matrix: Matrix
+    chance: float
+    rank: int
+    side: Side
+
+
+def subspace_overlap(
+    deltas: Mapping[str, Delta], rank: int, side: Side = "output", layers: Sequence[int] | None = None
+) -> Overlap:
+    """Compare the subspaces that the leading singular vectors of updates span.
+
+    ``φ = ‖U_aᵀ U_b‖_F² / min(r_a, r_b)`` for each matrix, from orthonormal leading singular vectors ``U`` [n, r]:
+    1 if the smaller subspace lies in the other, 0 if they are orthogonal; ``max(r_a, r_b) / n`` by chance. As in
+    LoRA (arXiv 2106.09685, section 7.2). A sign or a size that differs doesn't show here, as it does in a cosine.
+
+    Args:
+        deltas: two or more, by their names.
+        rank: leading directions of each; of a matrix of lower rank all that it has.
+        side: ``output`` for the left singular vectors (what the updates write), ``input`` for the right ones (what
+            they read).
+        layers: which decoder layers; None for up to four, evenly spread.
+
+    Raises:
+        GraftError: the rank isn't positive, or they share no matrix in these layers.
+    """
+    if rank < 1 or len(deltas) < 2:
+        raise GraftError(f"rank={rank} of {len(deltas)} updates; expected at least 1, and two updates.")
+    names = list(deltas)
+    first = deltas[names[0]]
+    shared = [n for n in matrices(first, layers) if all(d.shapes.get(n) == first.shapes[n] for d in deltas.values())]
+    if not shared:
+        raise GraftError(f"{', '.join(names)} share no matrix in these layers. Give updates of one architecture.")
+    sums = torch.zeros(len(names), len(names), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    chance: list[float] = []
+    for name in shared:
+        bases = [leading_vectors(delta.tensor(name), rank, side) for delta in deltas.values()]
+        for i, left in enumerate(bases):
+            for j, right in enumerate(bases):
+                if left.shape[1] and right.shape[1]:  # an update of zero has no directions
+                    sums[i, j] += float((left.T @ right).square().sum()) / min(left.shape[1], right.shape[1])
+                    counts[i, j] += 1
+                    if i < j:
+                        chance.append(max(left.shape[1], right.shape[1]) / len(left))
+    values = torch.where(counts > 0, sums / counts.clamp_min(1), math.nan)
+    told = Matrix(tuple(names), values, f"overlap φ of {rank} directions")
+    return Overlap(told, _mean(chance), rank, side)
+
+
+def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
+    """:func:`subspace_overlap` on both sides: of what the updates write, and of what they read."""
+    return [subspace_overlap(deltas, rank, "output", layers), subspace_overlap(deltas, rank, "input", layers)]
+
+
+@torch.no_grad()
+def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
+    """Orthonormal leading singular vectors of a matrix.
+
+    From the eigenvectors of the Gram matrix of the smaller side, in float64, mapped to the other side where that is
+    the one wanted.
+
+    Args:
+        matrix: [out, in].
+        rank: how many; fewer if the matrix has fewer singular values above 1e-6 of the largest.
+        side: ``output`` for left ones [out, r], ``input`` for right ones [in, r].
+
+    Returns:
+        [out or in, at most rank], float64.
+    """
+    values = matrix if side == "input" else matrix.T  # right singular vectors of this one are wanted
+    wide = values.shape[0] < values.shape[1]
+    energy, vectors = torch.linalg.eigh(gram(values.T if wide else values))
+    energy, vectors = energy.flip(0).clamp_min(0), vectors.flip(1)
+    there = int((energy > energy[:1] * _NO_DIRECTION**2).sum()) if energy.numel() else 0
+    leading = vectors[:, : min(rank, there)]
+    if not wide:
+        return leading
+    # Dividing by small singular values costs orthogonality; QR restores it.
+    return torch.linalg.qr(values.T.double() @ leading).Q
+
+
+def _mean(values: Sequence[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan

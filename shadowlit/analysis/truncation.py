@@ -1,0 +1,163 @@
+"""What is lost when an update is cut: by rank, by sparsity; as a share of its norm, and as a loss on data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from shadowlit.analysis.deltas import trimmed
+from shadowlit.analysis.run import pair_of, read_config
+from shadowlit.analysis.subspaces import Spectrum
+from shadowlit.errors import DataError, GraftError
+from shadowlit.graft.compression import truncated_svd
+from shadowlit.graft.delta import Delta
+from shadowlit.graft.selection import kind_of
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What cutting an update costs, by how much of it is kept.
+
+    Attributes:
+        by: ``rank`` or ``density``.
+        kept: ranks, or shares of the elements in (0, 1]; ascending.
+        errors: ``‖cut − Δ‖ / ‖Δ‖`` for each of them, by kind of tensor and over ``all``.
+    """
+
+    by: str
+    kept: tuple[float, ...]
+    errors: Mapping[str, tuple[float, ...]]
+
+
+def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
+    """The relative error of the best approximation of every matrix by one of lower rank.
+
+    ``√(Σ_{i>r} s_i² / Σ s_i²)``, sums over all matrices together (Eckart and Young, 1936).
+
+    Args:
+        spectra: of :func:`shadowlit.analysis.subspaces.spectra`.
+        ranks: to cut to, positive.
+
+    Raises:
+        GraftError: no ranks, or one isn't positive.
+    """
+    if not ranks or min(ranks) < 1:
+        raise GraftError(f"ranks are {list(ranks)}; expected positive numbers.")
+    ordered = sorted(set(ranks))
+    squares = {
+        spectrum.name: (spectrum.kind, torch.stack([spectrum.values[rank:].square().sum() for rank in [0, *ordered]]))
+        for spectrum in spectra
+    }
+    return Cost("rank", tuple(map(float, ordered)), _errors(squares))
+
+
+def density_cost(delta: Delta, densities: Sequence[float]) -> Cost:
+    """The relative error when only the largest elements of every tensor are kept.
+
+    Han et al., arXiv 1506.02626; the trimming step of TIES, arXiv 2306.01708. One tensor is in memory at a time.
+
+    Args:
+        delta: the update.
+        densities: shares of the elements to keep, in (0, 1].
+
+    Raises:
+        GraftError: no densities, or one outside (0, 1].
+    """
+    if not densities or min(densities) <= 0 or max(densities) > 1:
+        raise GraftError(f"densities are {list(densities)}; expected shares of the elements in (0, 1].")
+    ordered = sorted(set(densities))
+    squares = {}
+    for name in delta.shapes:
+        # Ascending: small squares are added up before large ones.
+        energy = delta.tensor(name).flatten().abs().sort().values.double().square_().cumsum_(0)
+        dropped = [len(energy) - max(1, round(density * len(energy))) for density in ordered]
+        lost = [energy[count - 1] if count > 0 else energy.new_zeros(()) for count in dropped]
+        total = energy[-1] if len(energy) else energy.new_zeros(())
+        squares[name] = (kind_of(name), torch.stack([total, *lost]))
+    return Cost("density", tuple(ordered), _errors(squares))
+
+
+def _errors(squares: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[float, ...]]:
+    """From total and lost squares of every tensor to errors by kind."""
+    sums: dict[str, Tensor] = {}
+    for kind, found in squares.values():
+        for key in (kind, ALL):
+            sums[key] = sums.get(key, torch.zeros_like(found)) + found
+    return {
+        kind: tuple(math.sqrt(float(lost / found[0])) if found[0] else 0.0 for lost in found[1:])
+        for kind, found in sums.items()
+    }
+
+
+# -- in terms of the loss -------------------------------------------------------------------------------------
+
+
+def cut_to_rank(delta: Delta, rank: int) -> Delta:
+    """The update with every matrix cut to a rank; other tensors stay as they are."""
+    return delta.map(lambda _, t: truncated_svd(t, rank).matrix if t.ndim == 2 else t)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Validation losses of the Instruct with an update, whole and cut.
+
+    Attributes:
+        untouched: of the Instruct, nats per supervised token.
+        whole: with all of the update.
+        by_rank: with the update cut to each rank.
+        by_density: with the largest share of its elements kept.
+    """
+
+    untouched: float
+    whole: float
+    by_rank: Mapping[float, float]
+    by_density: Mapping[float, float]
+
+
+def losses(
+    delta: Delta,
+    run: str | Path | None,
+    ranks: Sequence[int] = (),
+    densities: Sequence[float] = (),
+    scale: float = 1.0,
+    batches: int | None = None,
+    device: str = "cpu",
+) -> Losses | None:
+    """Graft an update whole and cut onto the Instruct, and score each on the validation data of a run.
+
+    The Instruct is loaded once, in float32; 4 bytes of memory per parameter. Each graft is computed from its files.
+
+    Args:
+        delta: the update.
+        run: whose ``config.yaml`` names the pair and the data; None for no losses.
+        ranks: to cut to.
+        densities: shares of elements to keep.
+        scale: λ.
+        batches: of each validation set; None for all.
+        device: that computes.
+
+    Raises:
+        DataError: the folder holds no configuration, or no validation data.
+    """
+    if run is None:
+        return None
+    from shadowlit.analysis.scoring import Scorer  # late: transformers takes seconds
+
+    home = Path(run)
+    config = read_config(home)
+    if not config:
+        raise DataError(f"{home} holds no config.yaml, which names the validation data. Give the folder of a run.")
+    scorer = Scorer(pair_of(config, home), config, home, batches, device)
+    return Losses(
+        untouched=scorer.loss(None),
+        whole=scorer.loss(delta * scale),
+        by_rank={float(rank): scorer.loss(cut_to_rank(delta, rank) * scale) for rank in sorted(set(ranks))},
+        by_density={share: scorer.loss(trimmed(delta, share) * scale) for share in sorted(set(densities))},
+    )
