@@ -149,7 +149,7 @@ def report(folder: str | None = None, storage: str | None = None, name: str | No
     from shadowlit.sweep.study import SweepStudy, stored_definition
 
     if folder is None and name is None:
-        raise ShadowlitError("no folder and no name is given. Give the sweep's folder, e.g. runs/sweeps/rank-demo_lora.")
+        raise ShadowlitError("no folder and no name is given. Give the folder, e.g. runs/sweeps/rank-demo_lora.")
     home = Path(folder) if folder else _HOME / str(name)
     if storage is None and not (home / FILE).is_file():
         raise ShadowlitError(

@@ -139,7 +139,9 @@ class Definition:
     @cached_property
     def axes(self) -> list[Axis]:
         """What is varied, in the file's order: grid, variants, ranges."""
-        grid = [Axis(key, {_label(value): {key: value} for value in values}) for key, values in self.grid.items()]
+        grid = [
+            Axis(key, {_label(value): {key: value} for value in _as_list(values)}) for key, values in self.grid.items()
+        ]
         variants = [
             Axis(name, {str(label): dict(keys) for label, keys in v.items()}) for name, v in self.variants.items()
         ]
@@ -177,7 +179,9 @@ class Definition:
     def is_dropped(self, setting: Mapping[str, str | float]) -> bool:
         """Whether a setting is one of the combinations to leave out."""
         return any(
-            all(str(setting[axis]) in {_label(value) for value in _as_list(values)} for axis, values in each.items())
+            all(
+                str(setting.get(axis)) in {_label(value) for value in _as_list(values)} for axis, values in each.items()
+            )
             for each in self.drop
         )
 
@@ -316,8 +320,11 @@ class Definition:
             yield f"seeds is {list(self.seeds)}, expected at least one and each once, e.g. [0, 1, 2]"
         if not self.scales or len(set(self.scales)) < len(self.scales):
             yield f"scales is {list(self.scales)}, expected at least one and each once, e.g. [1.0, 0.5]"
-        if not set(self.task_scales) <= set(self.scales):
-            yield f"task_scales is {list(self.task_scales)}, expected some of scales {list(self.scales)}"
+        if not set(self.task_scales) <= set(self.scales[1:]):
+            yield (
+                f"task_scales is {list(self.task_scales)}, expected some of scales {list(self.scales)} beyond the first, "
+                "which the evaluators measure anyway"
+            )
         if self.draws and not self.trials:
             yield f"sampler is {self.sampler} but trials is not set; set how many settings it draws, e.g. trials: 20"
         if not self.draws and self.ranges:

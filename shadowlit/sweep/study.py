@@ -220,7 +220,7 @@ class SweepStudy:
         distributions = {name: _distribution(axes[name], self.definition.draws) for name in params}
         if len(self.definition.sources) > 1:
             params["train"], distributions["train"] = key.source, CategoricalDistribution(["B", "I"])
-        own = {"key": json.loads(_text(key)), "name": self.definition.name_of(key), "seed": key.seed, **attributes}
+        own = {"key": _stored(key), "name": self.definition.name_of(key), "seed": key.seed, **attributes}
         self._study.add_trial(
             create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=own)
         )
@@ -277,7 +277,7 @@ class SweepStudy:
             self.storage.set_trial_user_attr(trial._trial_id, "worker", self._me)
             setting = tuple((axis.name, _suggest(trial, axis)) for axis in self.definition.axes)
             key = TrialKey(setting, self.definition.sources[0], self.definition.seeds[0])
-            own = {"name": self.definition.name_of(key), "seed": key.seed, "key": json.loads(_text(key))}
+            own = {"name": self.definition.name_of(key), "seed": key.seed, "key": _stored(key)}
             for name, value in own.items():
                 trial.set_user_attr(name, value)
             why = self._objection(trial.number, key)
@@ -344,8 +344,12 @@ def _suggest(trial: optuna.Trial, axis: Axis) -> Any:
     return trial._suggest(axis.name, _distribution(axis, draws=True))
 
 
+def _stored(key: TrialKey) -> dict[str, Any]:
+    return {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
+
+
 def _text(key: TrialKey) -> str:
-    return json.dumps({"setting": dict(key.setting), "source": key.source, "seed": key.seed}, sort_keys=True)
+    return json.dumps(_stored(key), sort_keys=True)
 
 
 def _key_text(trial: FrozenTrial) -> str:
