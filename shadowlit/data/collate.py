@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,14 +31,10 @@ class Collate:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[B, T]``."""
         length = _round_up(max(len(sample["input_ids"]) for sample in samples), self.pad_to_multiple_of)
-
-        def pad(rows: list[list[int]], value: int) -> Tensor:
-            return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)
-
         return {
-            "input_ids": pad([sample["input_ids"] for sample in samples], self.pad_token_id),
-            "attention_mask": pad([[1] * len(sample["input_ids"]) for sample in samples], 0),
-            "labels": pad([sample["labels"] for sample in samples], IGNORE),
+            "input_ids": _fill(samples, "input_ids", length, self.pad_token_id),
+            "attention_mask": _fill([{"mask": [1] * len(s["input_ids"])} for s in samples], "mask", length, 0),
+            "labels": _fill(samples, "labels", length, IGNORE),
         }
 
 
@@ -60,13 +57,15 @@ class PackCollate:
         """Return ``input_ids``, ``position_ids`` and ``labels``, each int64 ``[B, T]``; B is 1 where flattened."""
         rows = [pack_samples(samples)] if self.flatten else list(samples)
         length = _round_up(max(len(row["input_ids"]) for row in rows), self.pad_to_multiple_of)
-        fillers = [length - len(row["input_ids"]) for row in rows]
-        columns = {
-            "input_ids": [row["input_ids"] + [self.pad_token_id] * n for row, n in zip(rows, fillers, strict=True)],
-            "position_ids": [row["position_ids"] + list(range(n)) for row, n in zip(rows, fillers, strict=True)],
-            "labels": [row["labels"] + [IGNORE] * n for row, n in zip(rows, fillers, strict=True)],
+        batch = {
+            "input_ids": _fill(rows, "input_ids", length, self.pad_token_id),
+            "position_ids": _fill(rows, "position_ids", length, 0),
+            "labels": _fill(rows, "labels", length, IGNORE),
         }
-        return {name: torch.tensor(column, dtype=torch.int64) for name, column in columns.items()}
+        for places, row in zip(batch["position_ids"], rows, strict=True):
+            used = len(row["position_ids"])
+            places[used:] = torch.arange(length - used)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,14 @@ class PromptCollate:
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
             "index": torch.tensor([sample["index"] for sample in samples]),
         }
+
+
+def _fill(rows: Sequence[Sample], name: str, length: int, value: int) -> Tensor:
+    """A column of all rows, int64 ``[B, length]``, with ``value`` behind each row's end."""
+    filled = np.full((len(rows), length), value, np.int64)
+    for place, row in zip(filled, rows, strict=True):
+        place[: len(row[name])] = row[name]
+    return torch.from_numpy(filled)
 
 
 def _round_up(length: int, multiple: int | None) -> int:

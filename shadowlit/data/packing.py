@@ -141,11 +141,14 @@ def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]
         labels         -100   8    9  -100   6
         position_ids     0    1    2    0    1
     """
-    return {
-        "input_ids": [token for sample in samples for token in sample["input_ids"]],
-        "labels": [label for sample in samples for label in (IGNORE, *sample["labels"][1:])],
-        "position_ids": [place for sample in samples for place in range(len(sample["input_ids"]))],
-    }
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for sample in samples:
+        begin = len(row["labels"])
+        row["input_ids"] += sample["input_ids"]
+        row["labels"] += sample["labels"]
+        row["labels"][begin] = IGNORE
+        row["position_ids"] += range(len(sample["input_ids"]))
+    return row
 
 
 def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
