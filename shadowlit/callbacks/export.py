@@ -86,6 +86,14 @@ class ExportCallback(Callback):
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
+        # Lightning has moved the module to the CPU by now. Earlier, in on_train_end, a checkpoint may still follow,
+        # and would hold the best weights for the last ones.
+        left_on = next(pl_module.parameters()).device
+        pl_module.to(trainer.strategy.root_device)
+        self._export(trainer, pl_module)
+        pl_module.to(left_on)
+
+    def _export(self, trainer: Trainer, pl_module: ShadowModule) -> None:
         callback = _graft_callback(trainer)
         _load_best(trainer, pl_module, callback)
         target = self._target(trainer)

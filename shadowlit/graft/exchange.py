@@ -50,6 +50,13 @@ class Exchange:
         """Whether any part stands exchanged or is in work."""
         return self._progress.done > 0 or self._progress.staged is not None
 
+    def follow(self, live: Tensor) -> None:
+        """Go on with the storage that the live tensor has been moved to; not while anything is exchanged."""
+        assert not self.exchanged and live.shape.numel() == self._live.numel()
+        if live.data_ptr() != self._live.data_ptr() or live.device != self._live.device:
+            self._live = live.view(-1)
+            self._ranges = list(windows(self._live))
+
     def forward(self) -> None:
         """Exchange all that is not exchanged yet."""
         self._finish()

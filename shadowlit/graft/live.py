@@ -154,6 +154,11 @@ class LiveGraft:
         start = time.perf_counter()
         self._busy = True
         reshard_all(self.model)
+        if self.state is None:
+            # Lightning moves a module to the CPU when a command ends, and back when the next one begins.
+            for host in self._hosts:
+                if host.exchange is not None:
+                    host.exchange.follow(local(host.parameter))
         self.state = state
         scale = 0.0 if isinstance(state, str) else state
         for host in self._hosts:

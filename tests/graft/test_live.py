@@ -208,6 +208,22 @@ def test_an_exchange_within_a_state_gives_back_what_stood(tmp_path, adapter):
             assert graft.apply_s == swaps  # nothing to do
 
 
+def test_a_module_that_was_moved_is_grafted_where_it_is_now(tmp_path):
+    """Lightning moves a module off its device when a command ends, and back: other storage, the same parameters."""
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules="all-linear"))
+    train_a_bit(model)
+    graft = open_graft(model, folders)
+    with graft.applied(1.0):
+        before = logits(model)
+    tuned = logits(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with graft.applied(1.0):
+        assert torch.equal(logits(model), before) and not torch.equal(before, tuned)
+    assert torch.equal(logits(model), tuned)
+
+
 def test_validated_weights_are_those_of_the_exported_dtype(tmp_path):
     """Full tuning: the float32 masters hold the values that a bfloat16 file will hold."""
     folders = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
