@@ -31,6 +31,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -69,7 +70,7 @@ class Profile:
         steps: optimizer steps that are.
         checkpointing: recompute activations, in every contestant.
         kinds: full, lora or both.
-        contestants: by default, in the order of their turns.
+        contestants: by default, in the order of their turns; ``name:kind`` for one kind only.
         linked: the Instruct is a link to the Base.
     """
 
@@ -113,8 +114,9 @@ PEERS = ("loop", "trl", "trl-free", "trl-packed")
 PROFILES = {
     "smoke": Profile(
         qwen3(32, 64, 2, 4, 2, 8, 512, True),
-        (*PEERS, "shadowlit", "shadowlit-free", "shadowlit-packed", "shadowlit-logits", "shadowlit-compiled", "graft"),
-        batch=4, micro=2, median=24, longest=64, pack=64, warmup=1, steps=2,
+        (*PEERS, "shadowlit", "shadowlit-free", "shadowlit-packed", "shadowlit-logits", "graft",
+         "shadowlit-free-compiled:full"),
+        batch=4, micro=2, median=24, longest=64, pack=64, warmup=1, steps=2, linked=True,
     ),
     "cpu-vocab": Profile(
         qwen3(128, 384, 1, 4, 2, 32, 151936, True),
@@ -127,8 +129,8 @@ PROFILES = {
     ),
     "gpu-0.6b": Profile(
         qwen3(1024, 3072, 28, 16, 8, 128, 151936, True),
-        ("loop", "shadowlit", "trl-free", "shadowlit-free", "trl-packed", "shadowlit-packed", "graft",
-         "shadowlit-compiled", "shadowlit-logits", "trl", "shadowlit-flex", "trl-flex"),
+        ("loop", "trl-free", "shadowlit-free", "trl-packed", "shadowlit-packed", "graft", "shadowlit-free-compiled",
+         "shadowlit:full", "shadowlit-logits:full", "trl:full", "shadowlit-free-flex:full", "trl-free-flex:full"),
         accelerator="gpu", batch=32, micro=16, median=350, longest=2048, sigma=0.8, pack=2048, warmup=3, steps=12,
     ),
     "gpu-8b": Profile(
@@ -159,6 +161,11 @@ class Work:
         except BaseException:
             figures = {"error": traceback.format_exc()}
         Path(self.out).write_text(json.dumps(figures))
+
+    @property
+    def ways(self) -> frozenset[str]:
+        """The switches in a contestant's name: free, packed, logits, compiled, flex."""
+        return frozenset(self.contestant.split("-")[1:])
 
     @property
     def pair(self) -> tuple[str, str]:
@@ -354,7 +361,7 @@ def load_peer(work: Work, profile: Profile) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if work.kind == "full" else "auto"
-    attention = "flex_attention" if work.contestant.endswith("-flex") else "sdpa"
+    attention = "flex_attention" if "flex" in work.ways else "sdpa"
     model = AutoModelForCausalLM.from_pretrained(
         work.pair[0], dtype=dtype, attn_implementation=attention, **({"device_map": "cuda"} if on_gpu(profile) else {})
     )
@@ -426,7 +433,7 @@ def train_trl(work: Work, profile: Profile) -> dict[str, Any]:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    way = work.contestant.removeprefix("trl").removeprefix("-").replace("flex", "free")
+    free, packed = "free" in work.ways, "packed" in work.ways
     meter = Meter(profile.warmup, on_gpu(profile))
 
     class Counted(SFTTrainer):
@@ -440,7 +447,7 @@ def train_trl(work: Work, profile: Profile) -> dict[str, Any]:
                 meter.step(logs["loss"])
 
     size, accumulate = profile.micro, profile.batch // profile.micro
-    if way == "packed":
+    if packed:
         accumulate = min(accumulate, profile.rows)
         size = max(1, round(profile.rows / accumulate))
     trainer = Counted(
@@ -451,9 +458,9 @@ def train_trl(work: Work, profile: Profile) -> dict[str, Any]:
             weight_decay=0.0, max_grad_norm=1.0, bf16=on_gpu(profile), use_cpu=not on_gpu(profile), logging_steps=1,
             save_strategy="no", report_to="none", disable_tqdm=True, seed=0, assistant_only_loss=True,
             gradient_checkpointing=profile.checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False},
-            packing=way == "packed", padding_free=way == "free", max_length=None if way == "free" else
-            profile.pack if way == "packed" else profile.longest, pad_to_multiple_of=None,
-            train_sampling_strategy="random" if way == "packed" else "sequential", logging_nan_inf_filter=False,
+            packing=packed, padding_free=free, max_length=None if free else profile.pack if packed else profile.longest,
+            train_sampling_strategy="random" if packed else "sequential", pad_to_multiple_of=None,
+            logging_nan_inf_filter=False,
         ),
         train_dataset=load_dataset("json", data_files=work.data("train"), split="train", cache_dir=f"{work.root}/hf"),
         processing_class=AutoTokenizer.from_pretrained(work.pair[0]),
@@ -471,18 +478,18 @@ def open_shadowlit(work: Work, profile: Profile, **options: Any) -> tuple[Any, A
     from shadowlit.pair import ModelPair
     from shadowlit.training.module import ShadowModule
 
-    way = work.contestant.partition("-")[2]
-    packing = {"packed": "best_fit", "free": "padding_free", "flex": "padding_free"}.get(way)
+    packed = "packed" in work.ways
     pair = ModelPair(*work.pair)
     module = ShadowModule(
         pair, LoraConfig(**LORA) if work.kind == "lora" else None, lr=RATES[work.kind], schedule="constant",
-        warmup_ratio=0.0, activation_checkpointing=profile.checkpointing, compile_layers=way == "compiled",
-        head_loss="logits" if way == "logits" else "auto", attn_implementation="flex_attention" if way == "flex" else
-        "sdpa",
+        warmup_ratio=0.0, activation_checkpointing=profile.checkpointing, compile_layers="compiled" in work.ways,
+        head_loss="logits" if "logits" in work.ways else "auto",
+        attn_implementation="flex_attention" if "flex" in work.ways else "sdpa",
     )  # fmt: skip
     data = ShadowData(
-        pair, train=work.data("train"), max_length=profile.longest, shuffle=way == "packed", packing=packing,
-        **{"batch_size": profile.micro, **options}, **({"pack_length": profile.pack} if way == "packed" else {}),
+        pair, train=work.data("train"), max_length=profile.longest, shuffle=packed,
+        packing="best_fit" if packed else "padding_free" if "free" in work.ways else None,
+        **{"batch_size": profile.micro, **options}, **({"pack_length": profile.pack} if packed else {}),
     )  # fmt: skip
     return module, data
 
@@ -504,7 +511,7 @@ def train_shadowlit(work: Work, profile: Profile) -> dict[str, Any]:
 
     meter = Meter(profile.warmup, on_gpu(profile))
     size, accumulate = profile.micro, profile.batch // profile.micro
-    if work.contestant.endswith("-packed"):
+    if "packed" in work.ways:
         accumulate = min(accumulate, profile.rows)
         size = max(1, round(profile.rows / accumulate))
 
@@ -532,14 +539,9 @@ def train_shadowlit(work: Work, profile: Profile) -> dict[str, Any]:
 
 def measure_graft(work: Work, profile: Profile) -> dict[str, Any]:
     """A validation with and without the graft, its swaps beside plain copies, on the device and offloaded."""
-    import torch
     from lightning.pytorch import Callback
 
     from shadowlit.callbacks.graft import GraftCallback
-    from shadowlit.graft.alignment import AlignedReader
-    from shadowlit.graft.checkpoint import CheckpointReader
-    from shadowlit.graft.live import LiveGraft
-    from shadowlit.graft.naming import host_parameters
 
     meter = Meter(profile.warmup, on_gpu(profile))
 
@@ -557,9 +559,13 @@ def measure_graft(work: Work, profile: Profile) -> dict[str, Any]:
     class After(Callback):
         def __init__(self) -> None:
             self.grafted: list[float] = []
+            self.figures: dict[str, Any] = {}
 
         def on_validation_epoch_end(self, *_: Any) -> None:
             self.grafted.append(meter.now() - watch.start)
+
+        def on_train_end(self, trainer: Any, module: Any) -> None:  # later the module is no longer on the device
+            self.figures = graft_figures(work, profile, meter, module, graft)
 
     # Validated three times: the first time warms up.
     module, data = open_shadowlit(work, profile)
@@ -569,15 +575,25 @@ def measure_graft(work: Work, profile: Profile) -> dict[str, Any]:
         profile, [watch, graft, after], max_steps=3, val_check_interval=1, check_val_every_n_epoch=None
     )
     trainer.fit(module, data)
-    live, figures = graft.graft, {}
-    assert live is not None
-    figures |= {
+    return {
         "plain_s": statistics.median(watch.plain[1:]),
         "grafted_s": statistics.median(after.grafted[1:]),
-        "frozen_bytes": live.frozen_bytes,
         "loss": trainer.callback_metrics["val/grafted/loss"].item(),
-        "statistics_s": timed(meter, live.statistics),
+        **after.figures,
+        "peak_bytes": peak_bytes(on_gpu(profile)),
     }
+
+
+def graft_figures(work: Work, profile: Profile, meter: Meter, module: Any, callback: Any) -> dict[str, Any]:
+    """Times of the swaps, on the device and offloaded, and of a plain copy of the parameters."""
+    import torch
+
+    from shadowlit.graft.alignment import AlignedReader
+    from shadowlit.graft.checkpoint import CheckpointReader
+    from shadowlit.graft.live import LiveGraft
+    from shadowlit.graft.naming import host_parameters
+
+    live = callback.graft
     parameters = [p.detach() for p in host_parameters(module.model).values()]
     copies = [torch.empty_like(p) for p in parameters]
 
@@ -585,16 +601,21 @@ def measure_graft(work: Work, profile: Profile) -> dict[str, Any]:
         for target, source in zip(copies, parameters, strict=True):
             target.copy_(source)
 
-    figures["copy_s"] = timed(meter, copy)
+    figures = {
+        "frozen_bytes": live.frozen_bytes,
+        "parameters": sum(p.numel() for p in parameters),
+        "statistics_s": timed(meter, live.statistics),
+        "copy_s": timed(meter, copy),
+        **swap_times(meter, live, "device"),
+    }
     copies.clear()
-    figures |= swap_times(meter, live, "device")
     if on_gpu(profile):
-        graft.graft = live = None
+        callback.graft = live = None
         start = time.perf_counter()
         base, instruct = (Path(folder) for folder in work.pair)
         live = LiveGraft(module.model, AlignedReader.open(base, instruct), CheckpointReader(instruct), offload=True)
         figures |= {"read_s": time.perf_counter() - start, **swap_times(meter, live, "offload")}
-    return {**figures, "peak_bytes": peak_bytes(on_gpu(profile)), "parameters": sum(p.numel() for p in parameters)}
+    return figures
 
 
 def swap_times(meter: Meter, live: Any, name: str) -> dict[str, float]:
@@ -623,8 +644,6 @@ def timed(meter: Meter, function: Callable[[], Any], repetitions: int = 3) -> fl
 WORKERS: dict[str, Callable[[Work, Profile], dict[str, Any]]] = {
     "make": make, "loop": train_loop, "trl": train_trl, "shadowlit": train_shadowlit, "graft": measure_graft,
 }  # fmt: skip
-SAME_ORDER = ("trl", "trl-free", "trl-flex", "shadowlit", "shadowlit-free", "shadowlit-logits", "shadowlit-compiled",
-              "shadowlit-flex")  # fmt: skip
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -640,13 +659,9 @@ def work_in_process(work: Work, options: argparse.Namespace, limit_s: float) -> 
     """Run ``work`` in a process of its own and return its figures, or ``{"error": …}``."""
     out = Path(work.out)
     out.unlink(missing_ok=True)
-    tree = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(work.threads), "PYTHONPATH": tree}
     start = time.perf_counter()
     python = options.python.get(work.contestant.split("-")[0])
     if options.fork and python is None:
-        # Whether there is a GPU is asked of its driver's library, so that the server of the forks opens no context.
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([name for name in PRELOAD if importlib.util.find_spec(name.split(".")[0])])
         process = context.Process(target=work.run)
@@ -675,7 +690,7 @@ def work_in_process(work: Work, options: argparse.Namespace, limit_s: float) -> 
 
 def available(contestant: str, options: argparse.Namespace) -> bool:
     """Whether the package of a contestant can be imported."""
-    package = contestant.split("-")[0]
+    package = contestant.partition(":")[0].split("-")[0]
     return package != "trl" or package in options.python or importlib.util.find_spec("trl") is not None
 
 
@@ -728,7 +743,7 @@ def flops_per_token(profile: Profile, model: dict[str, Any], kind: str) -> float
 
 def difference(name: str, trained: dict[str, list[dict[str, Any]]]) -> str:
     """How far the losses are from the loop's on the same samples."""
-    if name not in SAME_ORDER or "loop" not in trained:
+    if "packed" in name or "loop" not in trained:
         return "–"
     own, loop = trained[name][0], trained["loop"][0]
     if own["tokens"] != loop["tokens"]:
@@ -739,7 +754,7 @@ def difference(name: str, trained: dict[str, list[dict[str, Any]]]) -> str:
 def compared(trained: dict[str, list[dict[str, Any]]]) -> list[str]:
     """The best of ours beside the best of the peers."""
     ours = {name: runs for name, runs in trained.items() if name.startswith("shadowlit")}
-    peers = {name: runs for name, runs in trained.items() if name in PEERS}
+    peers = {name: runs for name, runs in trained.items() if name not in ours}
     if not ours or not peers:
         return []
     fast, lean = max(peers, key=lambda n: middle(peers[n], "tokens_s")), min(
@@ -813,6 +828,7 @@ def main() -> None:
     if options.work:
         Work(**json.loads(options.work)).run()
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and the folder is removed
     root = Path(tempfile.mkdtemp(dir=options.workdir, prefix="train-"))
     try:
         benchmark(root, options)
@@ -823,6 +839,12 @@ def main() -> None:
 def benchmark(root: Path, options: argparse.Namespace) -> None:
     """Make the folder, run everything in turns, and print the table after each round."""
     began, profile = time.perf_counter(), PROFILES[options.profile]
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        # Whether there is a GPU is asked of its driver's library, so that the server of forks opens no context.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }  # fmt: skip
 
     def work(contestant: str, kind: str, limit_s: float) -> dict[str, Any]:
         job = Work(
@@ -834,12 +856,15 @@ def benchmark(root: Path, options: argparse.Namespace) -> None:
     if "error" in model:
         raise SystemExit(model["error"])
     print(f"made {model['bytes'] / 1e9:.2f} GB in {model['make_s']:.1f} s, {model['wall_s']:.1f} s in all", flush=True)
-    names = [name for name in options.only or profile.contestants if available(name, options)]
-    runs: Runs = {kind: {name: [] for name in names} for kind in options.kinds or profile.kinds}
+    kinds = tuple(options.kinds or profile.kinds)
+    turns = [
+        (kind, name.partition(":")[0]) for name in options.only or profile.contestants for kind in kinds
+        if name.partition(":")[2] in ("", kind) and available(name, options)
+    ]  # fmt: skip
+    runs: Runs = {kind: {name: [] for where, name in turns if where == kind} for kind in kinds}
     device = device_name(profile, options.threads)
     for repetition in range(options.repetitions):
-        order = [(kind, name) for name in names for kind in runs]
-        for kind, name in order if repetition % 2 == 0 else order[::-1]:
+        for kind, name in turns if repetition % 2 == 0 else turns[::-1]:
             past = runs[kind][name]
             if past and "error" in past[0]:
                 continue

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from shadowlit.graft.naming import canonical_name
@@ -48,12 +50,33 @@ def make_trainer(tmp_path, *callbacks, strategy="auto", **options):
     )  # fmt: skip
 
 
+class End(Callback):
+    """What the module was when the training ended: Lightning moves it to the CPU before ``fit`` returns."""
+
+    def on_train_end(self, trainer, module):
+        parameters = list(module.model.parameters())
+        self.weights = weights(module)
+        self.devices = {p.device.type for p in parameters}
+        self.dtypes = {p.dtype for p in parameters if p.requires_grad}
+        self.sharded = [isinstance(p, DTensor) for p in parameters]
+
+
+@dataclass
+class Run:
+    """A training that has ended: its module, what it logged, and the trainer."""
+
+    module: ShadowModule
+    trainer: Trainer
+    end: End
+    logged: dict[str, float]
+
+
 def fit(tmp_path, folders, kind, *callbacks, model=None, **options):
-    """Train for eight steps with four validations; return the module and what was logged."""
-    module = make_module(folders, kind, **(model or {}))
-    trainer = make_trainer(tmp_path, *callbacks, **options)
+    """Train for eight steps with four validations."""
+    module, end = make_module(folders, kind, **(model or {})), End()
+    trainer = make_trainer(tmp_path, *callbacks, end, **options)
     trainer.fit(module, RandomData())
-    return module, logged(trainer)
+    return Run(module, trainer, end, logged(trainer))
 
 
 def logged(trainer):
@@ -87,22 +110,22 @@ class Watch(Callback):
         self.changed += differing(self.before, weights(module))
 
 
-def grafted_model(module, folders, scale=1.0, dtype=torch.float32):
+def grafted_model(run, folders, scale=1.0, dtype=torch.float32):
     """The equation in float64 on the CPU, rounded once to ``dtype``: a model of its own with the grafted weights."""
     start, goal = (
         {n: p.detach().double() for n, p in AutoModelForCausalLM.from_pretrained(f).named_parameters()} for f in folders
     )
-    tuned = {canonical_name(name): p.double() for name, p in weights(module).items()}
+    tuned = {canonical_name(name): p.double() for name, p in run.end.weights.items()}
     model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not LINEAR.search(name):
                 continue
-            if module.adapter is None:
+            if run.module.adapter is None:
                 update = tuned[name] - start[name]
             else:
                 layer = name.removesuffix(".weight")
                 factors = [next(p for n, p in tuned.items() if n.startswith(layer) and f"lora_{x}" in n) for x in "BA"]
-                update = module.adapter.lora_alpha / module.adapter.r * factors[0] @ factors[1]
+                update = run.module.adapter.lora_alpha / run.module.adapter.r * factors[0] @ factors[1]
             parameter.copy_((goal[name] + scale * update).to(dtype).double())
     return model

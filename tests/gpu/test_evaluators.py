@@ -46,7 +46,7 @@ def test_evaluators_find_on_the_device_what_they_find_on_the_cpu(tmp_path, pairs
         watch, GraftCallback(), EvaluationCallback(evaluators(), folder=str(tmp_path / "e")),
         ExportCallback(folder=str(tmp_path / "export"), verify=False),
     ]  # fmt: skip
-    _, found = fit(tmp_path, folders, "lora", *callbacks, precision=precision, max_epochs=1)
+    found = fit(tmp_path, folders, "lora", *callbacks, precision=precision, max_epochs=1).logged
     assert watch.changed == []
     close = 1e-4 if precision == "32-true" else 5e-2
     subjects = {"base": folders[0], "instruct": folders[1], "grafted": tmp_path / "export/model"}

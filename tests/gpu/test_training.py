@@ -3,14 +3,16 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.packing import pack_samples
 from shadowlit.evaluation.scores import TokenScores
 from shadowlit.graft.export import reload_logits
 from shadowlit.graft.manifest import read_manifest
+from shadowlit.training.head import HeadLoss
+from shadowlit.training.objective import supervised_positions
 from tests.callbacks.test_graft import score_by_hand
 from tests.gpu.conftest import DEVICE
 from tests.gpu.runs import (
@@ -25,7 +27,6 @@ from tests.gpu.runs import (
     logged,
     make_module,
     make_trainer,
-    weights,
 )
 from tests.synthetic import RandomData, random_samples
 
@@ -52,13 +53,12 @@ def test_the_grafted_validation_is_the_equation_and_the_export_is_what_was_valid
     folders = pairs[files_of(precision)]
     watch = Watch()
     callbacks = [watch, GraftCallback(scales=[1.0, 0.5]), ExportCallback(folder=str(tmp_path / "export"))]
-    module, found = fit(tmp_path, folders, kind, *callbacks, precision=precision)
-    trained = [p for p in module.model.parameters() if p.requires_grad]
-    assert {p.device.type for p in module.model.parameters()} == {DEVICE.type}
-    assert {p.dtype for p in trained} == {torch.float32}
+    run = fit(tmp_path, folders, kind, *callbacks, precision=precision)
+    found = run.logged
+    assert run.end.devices == {DEVICE.type} and run.end.dtypes == {torch.float32}
     assert watch.validations == 4 and watch.changed == []
     exact = {
-        scale: score_by_hand(grafted_model(module, folders, scale, files_of(precision)), SETS) for scale in (1.0, 0.5)
+        scale: score_by_hand(grafted_model(run, folders, scale, files_of(precision)), SETS) for scale in (1.0, 0.5)
     }
     untouched = {
         who: score_by_hand(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval(), SETS)
@@ -76,25 +76,25 @@ def test_the_grafted_validation_is_the_equation_and_the_export_is_what_was_valid
     assert difference["max_abs"] < (1e-3 if precision == "32-true" else 0.5)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export/model", dtype=torch.float32)
     assert score_on_device(exported) == pytest.approx(found["val/grafted/loss"], abs=tolerance)
+    # Once more, after Lightning has moved the module off the device and back.
+    run.trainer.validate(run.module, RandomData(), verbose=False)
+    assert logged(run.trainer)["val/grafted/loss"] == pytest.approx(found["val/grafted/loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_bit_identical_with_and_without_the_graft(tmp_path, pairs, kind, precision):
-    runs = [
-        fit(tmp_path, pairs[torch.bfloat16], kind, *callbacks, precision=precision)
-        for callbacks in ([GraftCallback(scales=[1.0, 0.5])], [])
-    ]
-    start = weights(make_and_fill(tmp_path, pairs[torch.bfloat16], kind))
-    assert len(differing(weights(runs[0][0]), start)) > 10
-    assert differing(*[weights(module) for module, _ in runs]) == []
-    assert runs[0][1]["val/tuned/loss"] == runs[1][1]["val/tuned/loss"]
-
-
-def make_and_fill(tmp_path, folders, kind):
-    module = make_module(folders, kind)
-    make_trainer(tmp_path).validate(module, RandomData(), verbose=False)
-    return module
+    folders = pairs[torch.bfloat16]
+    first, second, grafted = (
+        fit(tmp_path, folders, kind, *callbacks, precision=precision)
+        for callbacks in ([], [], [GraftCallback(scales=[1.0, 0.5])])
+    )
+    if differing(first.end.weights, second.end.weights):
+        pytest.skip("the kernels of this device give other bits in every run, with or without a graft")
+    assert differing(first.end.weights, grafted.end.weights) == []
+    assert first.logged["val/tuned/loss"] == grafted.logged["val/tuned/loss"]
+    start = fit(tmp_path, folders, kind, precision=precision, max_steps=1)
+    assert len(differing(first.end.weights, start.end.weights)) > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,13 +118,13 @@ def test_offloaded_is_on_the_device(tmp_path, pairs, kind, precision):
     for offload in (False, True):
         watch, graft = Watch(), GraftCallback(offload=offload)
         export = ExportCallback(folder=str(tmp_path / f"export-{offload}"), parts=["model"], verify=False)
-        module, found = fit(tmp_path, pairs[torch.bfloat16], kind, watch, graft, export, precision=precision)
+        run = fit(tmp_path, pairs[torch.bfloat16], kind, watch, graft, export, precision=precision)
         held = {t.device.type for host in graft.graft._hosts for t in (host.instruct, host.base) if t is not None}
         assert held == ({"cpu"} if offload else {DEVICE.type})
         assert watch.changed == []
         ids = random_samples(1, 3)[0]["input_ids"][None]
         logits = reload_logits(export.exported, ids, torch.ones_like(ids), dtype=torch.float32)
-        runs.append((found, weights(module), logits))
+        runs.append((run.logged, run.end.weights, logits))
     assert runs[0][0] == runs[1][0]
     assert differing(runs[0][1], runs[1][1]) == []
     assert torch.equal(runs[0][2], runs[1][2])
@@ -138,13 +138,12 @@ def test_fsdp_on_one_rank_is_the_plain_strategy(tmp_path, pairs, kind, precision
     for strategy in ("auto", "fsdp2"):
         watch, graft = Watch(), GraftCallback(scales=[1.0, 0.5])
         export = ExportCallback(folder=str(tmp_path / strategy), parts=["model", "delta"], verify=False)
-        module, found = fit(tmp_path, folders, kind, watch, graft, export, strategy=strategy, precision=precision)
-        assert watch.validations == 4 and watch.changed == []
-        sharded = [isinstance(p, DTensor) for p in module.model.parameters()]
-        assert all(sharded) if strategy == "fsdp2" else not any(sharded)
+        run = fit(tmp_path, folders, kind, watch, graft, export, strategy=strategy, precision=precision)
+        assert watch.validations == 4 and watch.changed == [] and run.end.devices == {DEVICE.type}
+        assert all(run.end.sharded) if strategy == "fsdp2" else not any(run.end.sharded)
         if strategy == "fsdp2":
             assert torch.distributed.get_backend() == ("nccl" if DEVICE.type == "cuda" else "gloo")
-        runs.append((found, weights(module)))
+        runs.append((run.logged, run.end.weights))
     (plain, left), (sharded, right) = runs
     assert plain.keys() == sharded.keys() and left.keys() == right.keys()
     if precision == "32-true":
@@ -167,7 +166,7 @@ def test_activation_checkpointing_changes_no_bit(tmp_path, pairs, kind):
             precision="bf16-mixed", limit_val_batches=0)
         for checkpointing in (False, True)
     ]  # fmt: skip
-    assert differing(*[weights(module) for module, _ in runs]) == []
+    assert differing(*[run.end.weights for run in runs]) == []
 
 
 class Graphs(Callback):
@@ -189,8 +188,63 @@ def test_a_swap_under_compiled_layers_compiles_nothing(tmp_path, pairs, kind):
     torch._dynamo.utils.counters.clear()
     graphs, watch = Graphs(), Watch()
     callbacks = [watch, graphs, GraftCallback(baselines=False)]
-    module, found = fit(tmp_path, pairs[torch.bfloat16], kind, *callbacks, model={"compile_layers": True})
+    folders = pairs[torch.float32]
+    run = fit(tmp_path, folders, kind, *callbacks, model={"compile_layers": True})
     assert graphs.after[0] > 0 and len(set(graphs.after)) == 1, graphs.after
     assert watch.changed == []
-    exact = score_by_hand(grafted_model(module, pairs[torch.bfloat16], 1.0, torch.bfloat16), SETS)
-    assert found["val/grafted/loss"] == pytest.approx(exact, abs=1e-4)
+    exact = score_by_hand(grafted_model(run, folders), SETS)
+    assert run.logged["val/grafted/loss"] == pytest.approx(exact, abs=1e-4)
+
+
+def packed(samples):
+    """Samples of RandomData as one row without padding, and its labels and positions."""
+    lengths = [int(sample["attention_mask"].sum()) for sample in samples]
+    rows = [
+        {name: sample[name][:length].tolist() for name in ("input_ids", "labels")}
+        for sample, length in zip(samples, lengths, strict=True)
+    ]
+    return {name: torch.tensor(row, device=DEVICE)[None] for name, row in pack_samples(rows).items()}, lengths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_samples_do_not_see_each_other(pairs, dtype):
+    """Logits of a packed row are those of its samples by themselves, with the kernels that the device chooses."""
+    model = AutoModelForCausalLM.from_pretrained(pairs[torch.float32][0], dtype=dtype).to(DEVICE).eval()
+    samples = random_samples(6, 5, length=48)
+    row, lengths = packed(samples)
+    with torch.no_grad():
+        together = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
+        for sample, part in zip(samples, together.split(lengths), strict=True):
+            ids = sample["input_ids"][None, : len(part)].to(DEVICE)
+            alone = model(input_ids=ids, use_cache=False).logits[0]
+            error = (part - alone).float().norm() / alone.float().norm()
+            assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+        joined = model(input_ids=row["input_ids"], use_cache=False).logits[0][-lengths[-1] :]
+        assert (joined - together[-lengths[-1] :]).float().norm() / together.float().norm() > 0.1
+
+
+@pytest.mark.parametrize("way", ["chunked", "recomputed", "logits"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_loss_past_the_logits_is_that_of_float64(pairs, way, precision):
+    """Loss and gradients of the embedding, which is the head too, beside the whole logits in float64 on the CPU."""
+    folder, samples = pairs[torch.float32][0], random_samples(6, 5, length=48)
+    row, _ = packed(samples)
+    positions = supervised_positions(row["labels"], row["position_ids"])
+    targets = row["labels"].flatten()[positions + 1]
+    inputs = {name: row[name] for name in ("input_ids", "position_ids")}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE).train()
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        head = HeadLoss(model, way)
+        loss = head.loss(inputs, positions, targets)
+        losses, _ = head.token_losses(inputs, positions, targets)
+    loss.backward()
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).train()
+    logits = exact(**{name: value.cpu() for name, value in inputs.items()}, use_cache=False).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[positions.cpu()], targets.cpu(), reduction="sum")
+    expected.backward()
+    close, closer = (1e-5, 1e-6) if precision == "32-true" else (3e-2, 3e-3)
+    assert loss.item() == pytest.approx(expected.item(), rel=closer)
+    assert losses.sum().item() == pytest.approx(expected.item(), rel=closer)
+    for name, parameter in exact.named_parameters():
+        found = dict(model.named_parameters())[name].grad.double().cpu()
+        assert (found - parameter.grad).norm() < close * parameter.grad.norm(), name
