@@ -229,7 +229,7 @@ def make(work: Work, profile: Profile) -> dict[str, Any]:
         save_file({n: t.to(dtype).cpu() for n, t in noise.items()}, root / "instruct" / file, metadata={"format": "pt"})
     if len(shards) > 1:
         for folder in ("base", "instruct"):
-            table = {"metadata": {"total_size": 0}, "weight_map": index}
+            table = {"metadata": {"total_size": sum(t.nbytes for s in shards for t in s.values())}, "weight_map": index}
             (root / folder / "model.safetensors.index.json").write_text(json.dumps(table))
 
     random = np.random.default_rng(0)
@@ -743,7 +743,7 @@ def flops_per_token(profile: Profile, model: dict[str, Any], kind: str) -> float
 
 def difference(name: str, trained: dict[str, list[dict[str, Any]]]) -> str:
     """How far the losses are from the loop's on the same samples."""
-    if "packed" in name or "loop" not in trained:
+    if name == "loop" or "packed" in name or "loop" not in trained:
         return "–"
     own, loop = trained[name][0], trained["loop"][0]
     if own["tokens"] != loop["tokens"]:
