@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -260,7 +261,9 @@ def _open_sharded(path: Path) -> _Opened:
     @lru_cache(maxsize=_CACHED)
     def load(name: str) -> Tensor:
         tensor = torch.empty(found[name][0], dtype=found[name][1])
-        sharded.load({f"state_dict.{name}": tensor}, checkpoint_id=path, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            sharded.load({f"state_dict.{name}": tensor}, checkpoint_id=path, no_dist=True)
         return tensor
 
     step = int(torch.load(path / _REST, map_location="cpu", mmap=True, weights_only=True)["global_step"])

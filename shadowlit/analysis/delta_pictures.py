@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from shadowlit.analysis.deltas import Matrix
 from shadowlit.analysis.evolution import Evolution
 from shadowlit.analysis.heat_map import in_order
-from shadowlit.analysis.style import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, series_style, styled
+from shadowlit.analysis.style import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, message, panels, series_style, styled
 from shadowlit.analysis.subspaces import Overlap, Spectrum
 from shadowlit.analysis.truncation import ALL, Cost, Losses
 
 _SMALLEST = 1e-4  # of the largest singular value: what lies below isn't drawn
+_NO_RUNS = "No run with checkpoints was given: a ModelCheckpoint with every_n_train_steps and save_top_k=-1 keeps them."
 _ANNOTATED = 8  # updates; numbers in more cells couldn't be read
 
 
@@ -98,6 +99,8 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
     Args:
         found: of :func:`shadowlit.analysis.evolution.evolution`, by the runs' names.
     """
+    if not found:
+        return message(_NO_RUNS)
     figure, axes = panels(1, 3, DOUBLE, 2.35)
     for number, (name, one) in enumerate(found.items()):
         style = series_style(number)
@@ -121,6 +124,8 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
 @styled
 def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
     """Sizes of updates by kind of tensor over the steps of their runs, a panel per run."""
+    if not found:
+        return message(_NO_RUNS)
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     figure, axes = panels(rows, columns, SINGLE if columns == 1 else DOUBLE, 0.3 + 2.0 * rows)

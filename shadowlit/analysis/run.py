@@ -23,6 +23,10 @@ from shadowlit.pair import ModelPair
 Points = Sequence[tuple[int, float]]
 SUBJECTS = ("tuned", "grafted", "base", "instruct")
 _SCORES = ("loss", "perplexity", "accuracy", "sequence_accuracy")
+_NO_ANSWERS = (
+    "There are no answers. A run leaves them at a validation in which an evaluator of its configuration's section "
+    "'evaluation' is due."
+)
 _STEP = re.compile(r"step-(\d+)")
 
 
@@ -210,9 +214,12 @@ def changes(run: Run, step: int | None = None) -> Table:
         step: of the validation; None for the last one with answers.
 
     Raises:
-        DataError: there are no answers of that step.
+        DataError: there are answers, but none of that step.
     """
     home = answers_folder(run, step)
+    columns = ("evaluator", "right in both", "won", "lost", "wrong in both")
+    if home is None:
+        return Table(columns, [], _NO_ANSWERS)
     rows = []
     for file in sorted((home / "grafted").glob("*.jsonl")):
         before = {row["index"]: row["score"] for row in _rows(home.parent / "instruct" / file.name)}
@@ -221,7 +228,7 @@ def changes(run: Run, step: int | None = None) -> Table:
             counts = [pairs.count(kind) for kind in ((True, True), (False, True), (True, False), (False, False))]
             rows.append((file.stem, *counts))
     caption = f"step {_STEP.fullmatch(home.name)[1]}; right is a score above 0.5"  # type: ignore[index]
-    return Table(("evaluator", "right in both", "won", "lost", "wrong in both"), rows, caption)
+    return Table(columns, rows, caption)
 
 
 def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None = None, rows: int = 2) -> Markdown:
@@ -234,9 +241,11 @@ def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None 
         rows: questions of each evaluator.
 
     Raises:
-        DataError: there are no answers of that step.
+        DataError: there are answers, but none of that step.
     """
     home = answers_folder(run, step)
+    if home is None:
+        return Markdown(_NO_ANSWERS)
     found = {
         (file.parent.name, file.stem): list(_rows(file))
         for who in ("grafted", "tuned")
@@ -247,25 +256,21 @@ def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None 
     return Markdown(text or f"No evaluator of {run.folder} keeps answers: {', '.join(names)}.")
 
 
-def answers_folder(run: Run, step: int | None = None) -> Path:
-    """The folder with the answers of one validation.
+def answers_folder(run: Run, step: int | None = None) -> Path | None:
+    """The folder with the answers of one validation; None if the run has none at all, or none yet.
 
     Raises:
-        DataError: there is none, or none of that step.
+        DataError: there are answers, but none of that step.
     """
     root = Path((run.config.get("evaluation") or {}).get("folder") or run.folder / "evaluation")
     root = root if root.is_dir() else run.folder / "evaluation"
     steps = {int(match[1]): home for home in root.glob("step-*") if (match := _STEP.fullmatch(home.name))}
     # A validation in progress has a folder before it has the grafted answers.
     steps = {number: home for number, home in steps.items() if (home / "grafted").is_dir()}
-    if not steps or (step is not None and step not in steps):
-        told = f"; there are those of {', '.join(map(str, sorted(steps)))}" if steps else ""
-        wanted = "answers" if step is None else f"answers of step {step}"
-        raise DataError(
-            f"{root} holds no {wanted}{told}. A run leaves them at a validation in which an evaluator of its "
-            "configuration's section 'evaluation' is due."
-        )
-    return steps[max(steps) if step is None else step]
+    if steps and step is not None and step not in steps:
+        told = ", ".join(map(str, sorted(steps)))
+        raise DataError(f"{root} holds no answers of step {step}; there are those of {told}. Give one of them.")
+    return steps[max(steps) if step is None else step] if steps else None
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:

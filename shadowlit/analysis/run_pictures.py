@@ -1,4 +1,7 @@
-"""Pictures of a run: the four models, the gain, what survives, what is forgotten, scores."""
+"""Pictures of a run: the four models, the gain, what survives, what is forgotten, scores.
+
+What a run hasn't logged, or not yet, is said in the picture's place: it is no error of a run that it measures less.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,18 @@ from matplotlib.ticker import MaxNLocator
 
 from shadowlit.analysis.curves import draw_curves
 from shadowlit.analysis.run import Points, Run
-from shadowlit.analysis.style import DOUBLE, OKABE_ITO, SEQUENTIAL, SINGLE, SUBJECTS, hide, panels, series_style, styled
-from shadowlit.errors import DataError
+from shadowlit.analysis.style import (
+    DOUBLE,
+    OKABE_ITO,
+    SEQUENTIAL,
+    SINGLE,
+    SUBJECTS,
+    hide,
+    message,
+    panels,
+    series_style,
+    styled,
+)
 
 _WIDE = 20
 _ORIGIN = {"grafted": "instruct", "tuned": "base"}  # what a model is at step 0
@@ -26,15 +39,12 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
         run: of :func:`shadowlit.analysis.run.read_run`.
         whats: ``loss``, ``perplexity``, ``accuracy``, ``sequence_accuracy``: a row of panels each.
         sets: names of validation sets, a column each; None for all of the run's; "" for all together.
-
-    Raises:
-        DataError: the run has logged none of them yet.
     """
     chosen = list(sets if sets is not None else run.sets or [""])
     width = min(DOUBLE, max(SINGLE, 2.3 * len(chosen)))
     figure, axes = panels(len(whats), len(chosen), width, 0.45 + 1.75 * len(whats))
     if not draw_curves(axes, run.series, chosen, whats):
-        raise _nothing(run, f"val/…/{whats[0]}")
+        return _nothing(run, f"val/…/{whats[0]}")
     for axis in axes[: len(chosen) * sum(what == "loss" for what in whats[:1])]:
         _log_if_wide(axis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 if width < 6 else 4)
@@ -43,11 +53,7 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
 
 @styled
 def gains(run: Run) -> Figure:
-    """By how much the grafted Instruct is better than the untouched one: in loss, and in scores where there are some.
-
-    Raises:
-        DataError: the run has logged no gain yet.
-    """
+    """By how much the grafted Instruct is better than the untouched one: in loss, and in scores if there are some."""
     losses = {
         name or "all sets": run.gain(f"{name}/loss" if name else "loss") for name in dict.fromkeys(["", *run.sets])
     }
@@ -55,7 +61,7 @@ def gains(run: Run) -> Figure:
     groups = [(losses, "gain in loss (nats per token)"), (by_score, "gain in score")]
     groups = [(lines, label) for lines, label in groups if any(lines.values())]
     if not groups:
-        raise _nothing(run, "val/grafted/loss with val/instruct/loss")
+        return _nothing(run, "val/grafted/loss with val/instruct/loss")
     figure, axes = panels(1, len(groups), SINGLE * len(groups), 2.6)
     for axis, (lines, label) in zip(axes, groups, strict=True):
         for number, (name, points) in enumerate(lines.items()):
@@ -69,13 +75,9 @@ def gains(run: Run) -> Figure:
 
 @styled
 def survival(run: Run) -> Figure:
-    """What of the update arrives in the exported dtype, how large it is, and in which layers it grows.
-
-    Raises:
-        DataError: the run logs no statistics of the graft.
-    """
+    """What of the update arrives in the exported dtype, how large it is, and in which layers it grows."""
     if not run.points("graft/survival"):
-        raise _nothing(run, "graft/survival (graft.statistics=true)")
+        return _nothing(run, "graft/survival (graft.statistics=true)")
     figure, axes = panels(1, 3, DOUBLE, 2.2)
     axes[0].plot(*zip(*run.points("graft/survival"), strict=True), **series_style(2))
     axes[0].set_ylabel("survival (1: all arrives)")
@@ -108,13 +110,9 @@ def survival(run: Run) -> Figure:
 
 @styled
 def forgetting(run: Run) -> Figure:
-    """How far the models have moved from the untouched Instruct, on what it knew: KL in nats per token.
-
-    Raises:
-        DataError: the run has no evaluator that measures a divergence.
-    """
+    """How far the models have moved from the untouched Instruct, on what it knew: KL in nats per token."""
     if not run.divergences:
-        raise _nothing(run, "val/grafted/…/kl (an evaluator shadowlit.evaluation.forgetting.Divergence)")
+        return _nothing(run, "val/grafted/…/kl (an evaluator shadowlit.evaluation.forgetting.Divergence)")
     names = run.divergences
     figure, axes = panels(1, len(names), min(DOUBLE, SINGLE * len(names)), 2.5)
     for axis, name in zip(axes, names, strict=True):
@@ -130,14 +128,10 @@ def forgetting(run: Run) -> Figure:
 
 @styled
 def score_curves(run: Run) -> Figure:
-    """Scores of the evaluators over the steps, with standard errors; the untouched models as lines.
-
-    Raises:
-        DataError: the run has no evaluators, or none has scored yet.
-    """
+    """Scores of the evaluators over the steps, with standard errors; the untouched models as lines."""
     names = [name for name in run.evaluators if name not in run.divergences]
     if not names:
-        raise _nothing(run, "val/…/<evaluator>/score (a section 'evaluation' with evaluators)")
+        return _nothing(run, "val/…/<evaluator>/score (a section 'evaluation' with evaluators)")
     columns = min(4, len(names)) if len(names) != 6 else 3
     rows = -(-len(names) // columns)
     figure, axes = panels(rows, columns, min(DOUBLE, max(SINGLE, 2.3 * columns)), 0.5 + 1.75 * rows, sharey=True)
@@ -155,13 +149,9 @@ def score_curves(run: Run) -> Figure:
 
 @styled
 def training(run: Run) -> Figure:
-    """Training loss and learning rate of each effective batch.
-
-    Raises:
-        DataError: the run has logged no training loss yet.
-    """
+    """Training loss and learning rate of each effective batch."""
     if not run.points("train/loss"):
-        raise _nothing(run, "train/loss")
+        return _nothing(run, "train/loss")
     figure, axes = panels(1, 2, DOUBLE, 2.1)
     for number, (axis, metric, label) in enumerate(
         zip(axes, ("train/loss", "train/lr"), ("training loss (nats per token)", "learning rate"), strict=True)
@@ -216,8 +206,8 @@ def _steps(axis: Axes) -> None:
     axis.grid()
 
 
-def _nothing(run: Run, what: str) -> DataError:
-    return DataError(
+def _nothing(run: Run, what: str) -> Figure:
+    return message(
         f"{run.folder} has not logged {what} up to step {run.step}. If the run goes on, wait for its next validation; "
         "else its configuration doesn't measure it."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,15 @@ def series_style(number: int, black: bool = True) -> dict[str, Any]:
     colours = SERIES if black else (*SERIES[:-1], "#999999")
     turn = number // len(colours)
     return {"color": colours[number % len(colours)], "marker": MARKERS[(number + turn) % len(MARKERS)]}
+
+
+@styled
+def message(text: str) -> Figure:
+    """A figure that says why there is nothing to draw, so that whoever draws many goes on."""
+    figure, (axis,) = panels(1, 1, DOUBLE, 0.5)
+    hide([axis])
+    axis.text(0, 0.5, "\n".join(textwrap.wrap(text, 120)), va="center", color="0.35")
+    return figure
 
 
 def hide(axes: Sequence[Axes]) -> None:

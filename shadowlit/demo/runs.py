@@ -18,7 +18,7 @@ from shadowlit.files import replace_text
 
 _MADE = "embedded_for_notebooks"
 _DONE = "complete"
-_STEPS = 12
+_STEPS = 10
 _LOGGERS = ("lightning.pytorch", "lightning.fabric", "shadowlit")
 
 
@@ -73,7 +73,9 @@ def given_or_made(
     if updates is not None:
         followed = {n: s for n, s in updates.items() if any(Path(s).rglob("*.ckpt"))} if runs is None else runs
         first, second = sides or (*updates, *updates)[:2]
-        return Material(base or str(BASE), instruct or str(INSTRUCT), updates, followed, (first, second), cut or first, scored)
+        return Material(
+            base or str(BASE), instruct or str(INSTRUCT), updates, followed, (first, second), cut or first, scored
+        )
     home = Path(folder) / _MADE
     facts = home / "data"
     if not (facts / "facts_train.jsonl").is_file():
@@ -87,7 +89,7 @@ def given_or_made(
         "facts r16": {"data.train": facts / "facts_train.jsonl"},
         "Δ_I r16": exchanged,
     }
-    made = {name: str(_fit(home / _plain(name), plan)) for name, plan in plans.items()}
+    made = {name: str(fit(home / _plain(name), plan)) for name, plan in plans.items()}
     followed = {name: made[name] for name in ("r16", "full")}
     return Material(str(BASE), str(INSTRUCT), made, followed, ("r16", "Δ_I r16"), "full", made["full"])
 
@@ -98,19 +100,20 @@ def run_or_made(run: str | None, folder: str | Path) -> str:
         return run
     generation = {"class_path": "shadowlit.evaluation.generated.Generation"}
     right = {"match": "regex", "pattern": r"^{answer}(?!\w)", "answer": "answer"}
-    shared = {"max_new_tokens": 12, "every": 2, "limit": 24, "batch_size": 24}
+    shared = {"max_new_tokens": 12, "every": 2, "limit": 16, "batch_size": 16}
     evaluators = {
         "new": {**generation, "init_args": {"data": str(DATA / "new.jsonl"), **right, **shared}},
         "old": {**generation, "init_args": {"data": str(DATA / "old.jsonl"), **right, **shared}},
         "forgetting": {
             "class_path": "shadowlit.evaluation.forgetting.Divergence",
-            "init_args": {"data": str(DATA / "old.jsonl"), "every": 2, "limit": 48},
+            "init_args": {"data": str(DATA / "old.jsonl"), "every": 2, "limit": 32},
         },
     }
     sets = {name: str(DATA / f"{name}.jsonl") for name in ("new", "new_house", "old")}
     plan = {
         "data.validation": sets,
         "evaluation.evaluators": evaluators,
+        "data.eval_batch_size": 32,
         "trainer.max_steps": 2 * _STEPS,
         "trainer.val_check_interval": 4,
         "trainer.limit_val_batches": 1,
@@ -118,10 +121,10 @@ def run_or_made(run: str | None, folder: str | Path) -> str:
         "graft.baselines": True,
         "export.enabled": True,
     }
-    return str(_fit(Path(folder) / _MADE / "watched", plan))
+    return str(fit(Path(folder) / _MADE / "watched", plan))
 
 
-def _fit(folder: Path, plan: Mapping[str, object]) -> Path:
+def fit(folder: Path, plan: Mapping[str, object]) -> Path:
     """Run ``fit`` into a folder of its own, unless that is complete."""
     if (folder / _DONE).is_file():
         return folder
