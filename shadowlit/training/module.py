@@ -30,6 +30,8 @@ from shadowlit.training.head import HeadLoss, Way
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
 from shadowlit.training.parallel import local, parallelize
+from shadowlit.training.separation import require_separation
+from shadowlit.training.varlen import borders_of, takes_borders
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,9 @@ warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch
 
 Batch = Mapping[str, Tensor]
 TUNED = "tuned"
+# The last four are of packed rows, for attention that takes their borders instead of a mask.
+_INPUTS = ("input_ids", "attention_mask", "position_ids",
+           "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # fmt: skip
 
 
 class ShadowModule(LightningModule):
@@ -70,7 +75,8 @@ class ShadowModule(LightningModule):
         head_loss: How losses come from the last hidden states. auto: past the logits of a whole batch where the
             model's head allows it, which is proven on the model when it starts; see
             :class:`shadowlit.training.head.HeadLoss` for the others: chunked, recomputed, torch, liger, logits.
-        attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …
+        attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …; or varlen,
+            sdpa that computes each sample of a packed row by itself, for ``data.packing``.
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
         seed: Seeds the adapter's start and the dropout.
     """
@@ -152,10 +158,19 @@ class ShadowModule(LightningModule):
         assert self.model is not None
         return self.model(**_model_inputs(batch), use_cache=False).logits
 
+    def on_train_start(self) -> None:
+        """Refuse packed rows where the model would let one sample see another."""
+        if getattr(self.trainer.datamodule, "packing", None) is not None:  # type: ignore[attr-defined]
+            assert self.model is not None
+            with self.trainer.precision_plugin.val_step_context():
+                require_separation(self.model)
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Find the supervised tokens while the batch is on the CPU: a GPU would have to be waited for."""
+        """Find supervised tokens and samples' borders while they are on the CPU: a GPU would have to be waited for."""
         if isinstance(batch, Mapping) and "labels" in batch and "supervised" not in batch:
-            return {**batch, "supervised": supervised_positions(batch["labels"], batch.get("position_ids"))}
+            positions = batch.get("position_ids")
+            borders = borders_of(positions) if positions is not None and takes_borders(self.attn_implementation) else {}
+            return {**batch, **borders, "supervised": supervised_positions(batch["labels"], positions)}
         return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -349,7 +364,7 @@ def _takes_sums(metric: Metric) -> bool:
 
 
 def _model_inputs(batch: Batch) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return {name: batch[name] for name in _INPUTS if name in batch}
 
 
 def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:

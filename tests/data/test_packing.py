@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer, seed_everything
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.data.blocks import BlockBuilder
 from shadowlit.data.collate import Collate, PackCollate
@@ -19,7 +19,7 @@ from shadowlit.data.packing import PackedOrder, best_fit_decreasing, pack_sample
 from shadowlit.data.sampler import FILLER, ShardedBatchSampler, count_slots, evaluation_order, grouped_order
 from shadowlit.data.sources import Conversation
 from shadowlit.data.template import Encoded
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import cross_entropy_sum
@@ -267,7 +267,7 @@ def pair(tmp_path_factory):
     return ModelPair(*map(str, save_pair(tmp_path_factory.mktemp("pair"), "qwen3")))
 
 
-def losses(pair, path, **options):
+def losses(pair, path, attn_implementation="sdpa", **options):
     """Loss and tokens of every step of two epochs, and what the data report."""
     seed_everything(0)
     seen = []
@@ -282,7 +282,7 @@ def losses(pair, path, **options):
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, use_distributed_sampler=False, max_epochs=2, accumulate_grad_batches=2,
     )  # fmt: skip
-    trainer.fit(Module(pair, lr=1e-2), data)
+    trainer.fit(Module(pair, lr=1e-2, attn_implementation=attn_implementation), data)
     return seen, data.reports["train"]
 
 
@@ -294,6 +294,28 @@ def test_a_batch_without_padding_trains_as_a_padded_one(pair, path):
     assert padded[0] > padded[-2] + 0.1
     assert after.num_slots == after.num_tokens == before.num_tokens < before.num_slots
     assert after.fill == 1
+
+
+@pytest.mark.parametrize("options", [{"packing": "padding_free"}, {"packing": "best_fit", "max_length": 64}])
+def test_attention_by_sample_trains_as_a_mask_does(pair, path, options):
+    masked, _ = losses(pair, path, **options)
+    alone, _ = losses(pair, path, attn_implementation="varlen", **options)
+    assert alone == pytest.approx(masked, rel=1e-5)
+
+
+def test_a_model_without_borders_does_not_begin_to_train(tmp_path, path):
+    """It trains unpacked, and is asked as soon as packing is set."""
+    for seed, name in enumerate(("base", "instruct")):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(
+            "falcon", vocab_size=272, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, alibi=True
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        make_tokenizer(CHATML).save_pretrained(tmp_path / name)
+    pair = ModelPair(str(tmp_path / "base"), str(tmp_path / "instruct"))
+    losses(pair, path)
+    with pytest.raises(ShadowlitError, match=r"in 'falcon' with attn_implementation='sdpa' a packed sample changes"):
+        losses(pair, path, packing="padding_free")
 
 
 def test_packs_carry_the_loss_of_their_samples(pair, path):

@@ -37,6 +37,15 @@ def test_an_adapter_and_its_dropout_change_nothing():
     require_separation(model)
 
 
+def test_compiled_layers_are_asked_uncompiled():
+    model = build(make_config("llama", tied=True))
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    require_separation(model)
+    assert not torch._dynamo.utils.counters["stats"]
+
+
 LEAKING = {
     "falcon": {"alibi": True, "num_kv_heads": 2},
     "bloom": {"n_layer": 2, "n_head": 4},

@@ -1,0 +1,89 @@
+"""Attention by sample is attention under a mask, whatever tells the borders."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.training.separation import require_separation
+from shadowlit.training.varlen import NAME, borders_of, takes_borders, varlen_attention
+from tests.data.test_packing import MODELS, SAMPLES, assert_same, make_model, outcome, packed, separate
+from tests.data.test_packing import PackCollate as Packed
+
+
+def test_borders_by_hand():
+    found = borders_of(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
+    assert found.pop("cu_seq_lens_q") is found.pop("cu_seq_lens_k")
+    assert found == {"max_length_q": 4, "max_length_k": 4}
+    borders = borders_of(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))["cu_seq_lens_q"]
+    assert borders.tolist() == [0, 3, 5, 6, 10] and borders.dtype == torch.int32
+    assert takes_borders(NAME) and takes_borders("flash_attention_2") and not takes_borders("sdpa")
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_one_row_by_hand(window, scaling):
+    """Against attention under the mask that the borders make, with fewer heads for keys than for queries."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 9, 8, generator=generator)
+    key, value = torch.randn(2, 2, 2, 9, 8, generator=generator)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
+    sample = (positions == 0).cumsum(1)
+    places = torch.arange(9)
+    behind = places[:, None] - places
+    mask = (sample[:, :, None] == sample[:, None]) & (behind >= 0) & (behind < (window or 9))
+    expected = F.scaled_dot_product_attention(query, key, value, mask[:, None], scale=scaling, enable_gqa=True)
+    for told in ({"position_ids": positions}, borders_of(positions)):
+        found, weights = varlen_attention(
+            torch.nn.Module(), query, key, value, None, scaling=scaling, sliding_window=window, **told
+        )
+        assert weights is None
+        torch.testing.assert_close(found, expected.transpose(1, 2), rtol=0, atol=1e-6)
+
+
+WITH_CAPS = ("gemma2",)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in MODELS if arch not in WITH_CAPS])
+def test_packed_is_separate(arch):
+    """Logits, loss and gradient: of samples alone under sdpa, of packs under varlen, with and without borders."""
+    model = make_model(arch)
+    expected = outcome(model, separate())
+    model.set_attn_implementation(NAME)
+    assert_same(expected, outcome(model, separate()))
+    (rows,) = packed()
+    assert_same(expected, outcome(model, [rows]))
+    assert_same(expected, outcome(model, [{**rows, **borders_of(rows["position_ids"])}]))
+    assert_same(expected, outcome(model, [Packed(0, 8, flatten=True)(SAMPLES)]))
+    require_separation(model)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])
+def test_padded_batches_are_left_to_sdpa(arch):
+    model = make_model(arch)
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13], [5, 6, 7, 0, 0, 0, 0, 0, 0]])
+    mask = (ids > 0).long()
+    expected = model(input_ids=ids, attention_mask=mask).logits[mask > 0]
+    model.set_attn_implementation(NAME)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits[mask > 0], expected, rtol=0, atol=1e-5)
+
+
+def test_recomputed_and_compiled_layers():
+    from shadowlit.training.parallel import parallelize
+
+    model = make_model("qwen3", NAME)
+    expected = outcome(model, separate())
+    with pytest.MonkeyPatch.context() as patch:
+        compile_with = torch.nn.Module.compile
+        patch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend="aot_eager"))
+        parallelize(model, None, activation_checkpointing=True, compile_layers=True)
+    (rows,) = packed()
+    assert_same(expected, outcome(model, [{**rows, **borders_of(rows["position_ids"])}]))
+    torch._dynamo.reset()
+
+
+def test_models_that_cap_their_scores_are_refused():
+    model = make_model("gemma2", "eager")
+    model.set_attn_implementation(NAME)
+    with pytest.raises(ShadowlitError, match=r"'varlen', but Gemma2Attention needs 'softcap'.*Set it to 'eager'"):
+        outcome(model, separate())
