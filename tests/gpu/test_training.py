@@ -150,7 +150,7 @@ def test_fsdp_on_one_rank_is_the_plain_strategy(tmp_path, pairs, kind, precision
         for name, value in plain.items():
             assert sharded[name] == pytest.approx(value, rel=2e-4, abs=2e-5), name
         for name, value in left.items():
-            torch.testing.assert_close(right[name], value, rtol=0, atol=2e-5)
+            assert (right[name] - value).norm() <= 1e-4 * value.norm(), name
         return
     # FSDP2's policy computes the norms in bfloat16 too, where autocast keeps float32: other roundings.
     for subject in ("tuned", "grafted", "grafted@0.5", "base", "instruct"):
@@ -218,7 +218,7 @@ def test_packed_samples_do_not_see_each_other(pairs, dtype):
             ids = sample["input_ids"][None, : len(part)].to(DEVICE)
             alone = model(input_ids=ids, use_cache=False).logits[0]
             error = (part - alone).float().norm() / alone.float().norm()
-            assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+            assert error < (1e-5 if dtype == torch.float32 else 4e-2)
         joined = model(input_ids=row["input_ids"], use_cache=False).logits[0][-lengths[-1] :]
         assert (joined - together[-lengths[-1] :]).float().norm() / together.float().norm() > 0.1
 
@@ -242,7 +242,7 @@ def test_the_loss_past_the_logits_is_that_of_float64(pairs, way, precision):
     logits = exact(**{name: value.cpu() for name, value in inputs.items()}, use_cache=False).logits[0]
     expected = torch.nn.functional.cross_entropy(logits[positions.cpu()], targets.cpu(), reduction="sum")
     expected.backward()
-    close, closer = (1e-5, 1e-6) if precision == "32-true" else (3e-2, 3e-3)
+    close, closer = (1e-5, 1e-6) if precision == "32-true" else (6e-2, 3e-3)
     assert loss.item() == pytest.approx(expected.item(), rel=closer)
     assert losses.sum().item() == pytest.approx(expected.item(), rel=closer)
     for name, parameter in exact.named_parameters():
