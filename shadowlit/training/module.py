@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
@@ -29,7 +29,8 @@ from shadowlit.pair import ModelPair
 from shadowlit.training.head import HeadLoss, Way
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
-from shadowlit.training.parallel import local, parallelize
+from shadowlit.training.optimizer import OptimizerName, make_optimizer, plain_tensors, whole_tensors
+from shadowlit.training.parallel import local, parallelize, reduce_gradients
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import borders_of, takes_borders
 
@@ -69,8 +70,14 @@ class ShadowModule(LightningModule):
         eps: AdamW's epsilon.
         schedule: How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all.
         warmup_ratio: Share of all optimizer steps in which the rate rises from 0, between 0 and 1.
-        activation_checkpointing: Recompute each decoder layer in the backward pass; less memory, about a third more
-            time.
+        optimizer: adamw, or adamw_8bit, whose moments take 2 bytes per trained parameter instead of 8 (torchao or
+            bitsandbytes).
+        reduce_gradients: When FSDP2's ranks add their gradients: after every micro-batch, which keeps them sharded, or
+            once per step, which holds 4 more bytes per trained parameter on every rank meanwhile. auto: per step for
+            an adapter. DDP always adds them once per step.
+        activation_checkpointing: What each decoder layer computes again in the backward pass instead of keeping it.
+            false or none: nothing. true or full: everything; least memory, about a third more time. selective: what is
+            cheap for the memory that it takes; attention and products that don't widen are kept.
         compile_layers: Compile each decoder layer with ``torch.compile``.
         head_loss: How losses come from the last hidden states. auto: past the logits of a whole batch where the
             model's head allows it, which is proven on the model when it starts; see
@@ -91,7 +98,9 @@ class ShadowModule(LightningModule):
         eps: float = 1e-8,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_ratio: float = 0.1,
-        activation_checkpointing: bool = False,
+        optimizer: OptimizerName = "adamw",
+        reduce_gradients: Literal["auto", "micro_batch", "step"] = "auto",
+        activation_checkpointing: bool | Literal["none", "full", "selective"] = False,
         compile_layers: bool = False,
         head_loss: Way = "auto",
         attn_implementation: str = "sdpa",
@@ -110,6 +119,7 @@ class ShadowModule(LightningModule):
             adapter.target_modules = "all-linear"
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.optimizer, self.reduce_gradients = optimizer, reduce_gradients
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
         self.head_loss = head_loss
         self.attn_implementation = attn_implementation
@@ -176,6 +186,10 @@ class ShadowModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
         self._seed_dropout()
+        if self.trainer.accumulate_grad_batches > 1:
+            assert self.model is not None
+            steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+            reduce_gradients(self.model, steps or not self._accumulates_whole)
         positions, targets = _supervised(batch)
         loss = self._losses().loss(_model_inputs(batch), positions, targets)
         sums = torch.stack([loss.detach().double(), loss.new_full((), len(targets), dtype=torch.float64)])
@@ -271,18 +285,34 @@ class ShadowModule(LightningModule):
         trained = {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
         return {name: tensor for name, tensor in state.items() if name in trained}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what an optimizer of 8 bits holds as plain tensors."""
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make of it again what the optimizer takes."""
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW on whatever requires a gradient; the schedule counts optimizer steps."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.dim() >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        optimizer = AdamW([g for g in groups if g["params"]], lr=self.lr, betas=self.betas, eps=self.eps)
+        optimizer = make_optimizer(
+            self.optimizer,
+            (p for p in self.parameters() if p.requires_grad),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
         total = int(self.trainer.estimated_stepping_batches)
         warmup = math.ceil(self.warmup_ratio * total)
         schedule = LambdaLR(optimizer, partial(_rate, total=total, warmup=warmup, schedule=self.schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _accumulates_whole(self) -> bool:
+        return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
 
     def _score(self, batch: Batch, set_name: str) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _T = TypeVar("_T")
@@ -30,7 +32,7 @@ def parallelize(
     model: nn.Module,
     mesh: DeviceMesh | None,
     *,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: bool | Literal["none", "full", "selective"] = False,
     compile_layers: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -43,14 +45,18 @@ def parallelize(
         model: a transformers causal language model, with or without peft's adapters, on the meta device when it
             is to be sharded.
         mesh: a one-dimensional mesh over the data-parallel ranks; ``None`` leaves the parameters whole.
-        activation_checkpointing: recompute every decoder layer in the backward pass instead of storing it.
+        activation_checkpointing: what every decoder layer computes again in the backward pass instead of storing it:
+            nothing (``False``, ``none``), all (``True``, ``full``), or what :func:`_keeps` leaves (``selective``).
         compile_layers: compile every decoder layer with ``torch.compile``.
         compute_dtype: dtype of the all-gathered parameters under FSDP2; gradients are reduced in float32.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if activation_checkpointing:
+    if activation_checkpointing not in (False, "none"):
         # transformers' own hooks; the non-reentrant form works with frozen inputs, as LoRA has them.
-        model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        options: dict[str, Any] = {"use_reentrant": False}
+        if activation_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
+        model.activation_checkpointing_enable(options)  # type: ignore[operator]
     if compile_layers:
         for layer in layers:
             layer.compile()
@@ -62,6 +68,26 @@ def parallelize(
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.within_forward = _call  # type: ignore[assignment]
     register_fsdp_forward_method(model, "within_forward")
+
+
+def _keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Which results of a decoder layer are kept: those that take long to compute for the memory that they take.
+
+    An element of a product costs as many multiplications as its inner dimension has, one of attention as the sequence
+    is long. So attention is kept, and products whose result is no wider than what went in: queries, keys, values,
+    the projections back to the hidden size, the lower half of an adapter. Computed again are the products into the
+    wide middle of the MLP, the upper halves of adapters, and whatever works on single elements.
+    """
+    if operation in _PRODUCTS:
+        matrix = args[_PRODUCTS[operation]]
+        keep = matrix.shape[-1] <= matrix.shape[-2]
+    else:
+        keep = "attention" in str(operation) or "flash_attn" in str(operation)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Products of matrices, and which argument is the right one, [inner, outer].
+_PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}
 
 
 def within_forward(model: nn.Module, function: Callable[..., _T], *args: Any) -> _T:
@@ -76,6 +102,16 @@ def within_forward(model: nn.Module, function: Callable[..., _T], *args: Any) ->
 
 def _call(function: Callable[..., _T], *args: Any) -> _T:
     return function(*args)
+
+
+def reduce_gradients(model: nn.Module, now: bool) -> None:
+    """Let FSDP2's ranks add the gradients of the next backward pass, or keep them, whole and in float32, for later.
+
+    Sums over micro-batches and over ranks may be taken in either order. Without FSDP2 nothing is done; DDP is told by
+    Lightning.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
 
 
 def local(parameter: Tensor) -> Tensor:

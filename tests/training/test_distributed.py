@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from torch.profiler import profile
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
@@ -105,6 +106,30 @@ def test_the_other_architectures_shard_too(tmp_path, arch):
         # abs: graft/gain is a difference of two losses of about 5.6.
         assert rank["metrics"] == pytest.approx(one["metrics"], rel=2e-4, abs=1e-5)
         assert rank["share"] == pytest.approx(0.5, abs=0.02)
+
+
+def reductions(folders, kind, strategy, when):
+    """How often the ranks added gradients in two steps of two micro-batches, and the weights then."""
+    seed_everything(0)
+    module = make_module(folders, kind, reduce_gradients=when)
+    trainer = make_trainer(strategy, 2, [], max_steps=2, limit_val_batches=0)
+    with profile() as profiler:
+        trainer.fit(module, RandomData())
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    return counts, whole_parameters(module)
+
+
+def test_gradients_are_added_once_per_step_where_that_is_wanted(tmp_path):
+    """Three units of which two learn under an adapter; two steps of two micro-batches each."""
+    folders = save_pair(tmp_path, "qwen3")
+    runs = {
+        (kind, when): run_ranks(reductions, 2, folders, kind, "fsdp2", when)[0]
+        for kind, when in (("full", "auto"), ("full", "step"), ("lora", "auto"))
+    }
+    sums = {run: counts["c10d::_reduce_scatter_base_"] for run, (counts, _) in runs.items()}
+    assert sums == {("full", "auto"): 12, ("full", "step"): 6, ("lora", "auto"): 4}
+    for name, value in runs["full", "auto"][1].items():
+        torch.testing.assert_close(runs["full", "step"][1][name], value, rtol=0, atol=2e-5)
 
 
 def updates_of_an_adapter(folders):

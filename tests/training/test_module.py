@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from shadowlit.errors import GraftError, ShadowlitError
@@ -19,8 +20,9 @@ from shadowlit.evaluation.scores import TokenScores
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule, _rate
 from shadowlit.training.objective import cross_entropy_sum, token_sums
+from shadowlit.training.parallel import parallelize
 from tests.synthetic import RandomData, random_samples
-from tests.tiny import ARCHITECTURES, save_pair
+from tests.tiny import ARCHITECTURES, make_config, save_pair
 
 
 @pytest.fixture(scope="module")
@@ -187,14 +189,43 @@ def test_values_out_of_range(pair, options, message):
         ShadowModule(pair, **options)
 
 
-@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+@pytest.mark.parametrize("adapter", [None, {"r": 4, "lora_dropout": 0.1}])
 def test_activation_checkpointing_changes_no_bit(pair, adapter):
     runs = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "none", "full", "selective"):
         module = ShadowModule(pair, adapter and LoraConfig(**adapter), lr=1e-3, activation_checkpointing=checkpointing)
-        train(module)
+        train(module, max_steps=3)
         runs.append(parameters(module))
-    assert torch.equal(*runs)
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+class Operations(TorchDispatchMode):
+    """Counts products of matrices and forward passes of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.attentions = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function == torch.ops.aten.mm.default
+        self.attentions += "attention" in str(function) and "backward" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_checkpointing_computes_again():
+    """Of the seven products and one attention of each of two layers: all but the last one, or what widens."""
+    counts = {}
+    for kind in ("none", "full", "selective"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(make_config("qwen3", tied=True)).train()
+        parallelize(model, None, activation_checkpointing=kind)
+        with Operations() as counted:
+            model(input_ids=torch.arange(12)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+        counts[kind] = counted.products, counted.attentions
+    products, attentions = counts["none"]
+    assert attentions == 2
+    assert counts["full"] == (products + 2 * 6, 4)
+    assert counts["selective"] == (products + 2 * 2, 2)
 
 
 def test_schedule():

@@ -1,0 +1,103 @@
+"""AdamW in float32, or with moments of 8 bits, on whatever learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW, Optimizer
+
+from shadowlit.errors import ShadowlitError
+
+OptimizerName = Literal["adamw", "adamw_8bit"]
+
+
+def make_optimizer(
+    name: OptimizerName,
+    trained: Iterable[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> Optimizer:
+    """AdamW (arXiv 1711.05101) on the parameters that learn; weight decay on matrices only.
+
+    ``adamw`` is torch's, as one kernel over all elements where there is one (CPU and CUDA). ``adamw_8bit`` keeps both
+    moments in blocks of 8 bits (arXiv 2110.02861): 2 bytes per trained parameter instead of 8. It is torchao's, which
+    also shards, or else that of bitsandbytes.
+
+    Args:
+        name: which of the two.
+        trained: the parameters, float32.
+        lr: peak learning rate.
+        betas: decay rates of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+
+    Raises:
+        ShadowlitError: neither library is installed, or bitsandbytes alone and the parameters are sharded.
+    """
+    trained = list(trained)
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
+    if name == "adamw_8bit":
+        return _eight_bits(trained)(groups, **options)
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)
+    optimizer = AdamW(groups, fused=fused, **options)
+    # Lightning takes a fused optimizer for one that a scaler of gradients works in, and refuses to clip; bfloat16
+    # needs no scaler.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+def plain_tensors(state: Any) -> Any:
+    """An optimizer's state with torchao's quantised tensors taken apart, for ``torch.load`` can't move them."""
+    if isinstance(state, dict):
+        return {key: plain_tensors(value) for key, value in state.items()}
+    if not _is_quantised(state):
+        return state
+    names, context = state.__tensor_flatten__()
+    return {_QUANTISED: list(context), **{name: getattr(state, name) for name in names}}
+
+
+def whole_tensors(state: Any) -> Any:
+    """The inverse of :func:`plain_tensors`."""
+    if not isinstance(state, dict):
+        return state
+    if _QUANTISED not in state:
+        return {key: whole_tensors(value) for key, value in state.items()}
+    from torchao.optim.subclass_8bit import OptimState8bit
+
+    return OptimState8bit.__tensor_unflatten__(state, state[_QUANTISED])
+
+
+_QUANTISED = "torchao 8-bit state"  # marks a quantised tensor that was taken apart
+
+
+def _is_quantised(value: Any) -> bool:
+    return isinstance(value, Tensor) and type(value).__name__ == "OptimState8bit"
+
+
+def _eight_bits(trained: list[Tensor]) -> Any:
+    sharded = any(isinstance(p, DTensor) for p in trained)
+    if find_spec("torchao") is not None:
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit
+    if find_spec("bitsandbytes") is not None and not sharded:
+        from bitsandbytes.optim import AdamW8bit as OfBitsandbytes
+
+        return OfBitsandbytes
+    packages = "torchao (bitsandbytes can't hold sharded moments)" if sharded else "torchao or bitsandbytes"
+    raise ShadowlitError(
+        f"model.optimizer is 'adamw_8bit', which needs the package {packages}. Install it, e.g. pip install torchao, "
+        "or set model.optimizer to adamw."
+    )
