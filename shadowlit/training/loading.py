@@ -124,8 +124,9 @@ def _fill(
 def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int) -> Tensor:
     """peft's own start of a LoRA factor, drawn whole from a generator of its own: equal on any number of ranks."""
     digest = hashlib.sha256(f"{seed}:{canonical_name(name)}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    start = torch.zeros(parameter.shape)
+    # On the CPU, so that every device starts alike: Lightning configures the model under the device's own context.
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    start = torch.zeros(parameter.shape, device="cpu")
     if "lora_A" in name and adapter.init_lora_weights == "gaussian":
         start.normal_(std=1 / start.shape[0], generator=generator)
     elif "lora_A" in name or ("lora_B" in name and name.endswith("weight") and not adapter.init_lora_weights):
