@@ -203,6 +203,10 @@ def _first_batch(trainer: Trainer) -> dict[str, Tensor]:
     with isolate_rng():
         batch = next(iter(loaders[0] if isinstance(loaders, list) else loaders))
     rows = {name: value[:_PROBE_ROWS] for name, value in batch.items() if isinstance(value, Tensor)}
+    if "attention_mask" not in rows:  # packed rows of the training data: the first sample of the first
+        begins = (rows["position_ids"][0] == 0).nonzero().flatten().tolist()
+        first = rows["input_ids"][:1, : begins[1] if len(begins) > 1 else None]
+        rows = {"input_ids": first, "attention_mask": torch.ones_like(first)}
     return trainer.strategy.broadcast(rows)
 
 

@@ -326,8 +326,10 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
     places, reached = [], 0
     for start, end in tokens["offset_mapping"]:
         # Some tokenizers trim a token's leading space from its offsets; it belongs to the token all the same.
-        places.append((min(start, reached), end))
-        reached = max(reached, end)
+        # Compared here, not by min and max: a call for each token is a third of the time.
+        places.append((start if start < reached else reached, end))
+        if end > reached:
+            reached = end
     return tokens["input_ids"], places
 
 

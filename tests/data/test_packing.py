@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from lightning.pytorch import Trainer, seed_everything
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.blocks import BlockBuilder
 from shadowlit.data.collate import Collate, PackCollate
 from shadowlit.data.dataset import PackedDataset, TokenDataset
@@ -316,6 +318,19 @@ def test_a_model_without_borders_does_not_begin_to_train(tmp_path, path):
     losses(pair, path)
     with pytest.raises(ShadowlitError, match=r"in 'falcon' with attn_implementation='sdpa' a packed sample changes"):
         losses(pair, path, packing="padding_free")
+
+
+def test_a_run_without_validation_exports_what_it_trained_packed(pair, path, tmp_path):
+    """What the export is checked with then comes from the training data."""
+    data = ShadowData(pair, path, packing="padding_free", batch_size=4)
+    export = ExportCallback(folder=str(tmp_path / "export"))
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False, max_steps=1, callbacks=[GraftCallback(), export],
+    )  # fmt: skip
+    trainer.fit(ShadowModule(pair), data)
+    manifest = json.loads((tmp_path / "export/model/shadowlit.json").read_text())
+    assert manifest["logits_against_validated"]["max_abs"] < 1e-4
 
 
 def test_packs_carry_the_loss_of_their_samples(pair, path):
