@@ -6,8 +6,8 @@
 Makes three folders of Qwen3-0.6B's shapes (bfloat16, random) and three of four times the size in a temporary folder
 below DIR: 23 GB with the results, each of which is deleted at once. Every contestant runs as a process of its own, in
 turns, in the environment it was called from, with the checkpoints in the page cache and the disk idle; times are taken
-after a round that is not counted. Prints Markdown: medians with the smallest and largest value, and each goal with its
-figure.
+after a round that is not counted, in which Python may store what it has compiled, as it does where a package is
+installed. Prints Markdown: medians with the smallest and largest value, and each goal with its figure.
 
 mergekit wants an environment of its own: ``python -m venv ENV; ENV/bin/pip install mergekit``. Without it its rows
 are left out. It merges by ``task_arithmetic`` with Base as base model and weight 1 for tuned and Instruct, not
@@ -28,8 +28,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +89,8 @@ def run(command: tuple[str, ...], out: Path, sample: bool) -> Figures:
         start = time.perf_counter()
         process = subprocess.Popen(
             [part.replace(OUT, str(out)) for part in command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+            | {"HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         peaks = sample_until_done(process.pid) if sample else {}
         _, status, usage = os.wait4(process.pid, 0)
@@ -107,7 +110,9 @@ def run(command: tuple[str, ...], out: Path, sample: bool) -> Figures:
 def sample_until_done(pid: int) -> Figures:
     """The peaks of private memory of a process and its children; returns when it has ended, but is not waited for.
 
-    USS is what only these processes map, the mapped page cache of files included; the anonymous part leaves that out.
+    USS is what only these processes map, the mapped page cache of files included, and what they share among each other
+    on purpose; the anonymous part leaves the files out. What a forked process has not changed yet counts in none of
+    them in the one, and in each of them in the other.
     """
     peaks = {"uss_bytes": 0.0, "anonymous_bytes": 0.0}
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -118,8 +123,8 @@ def sample_until_done(pid: int) -> Figures:
             except OSError:  # it has ended meanwhile
                 continue
             sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in rollup.splitlines()[1:]}
-            now["uss_bytes"] += sizes["Private_Clean"] + sizes["Private_Dirty"]
-            now["anonymous_bytes"] += sizes["Anonymous"]
+            now["uss_bytes"] += sizes["Private_Clean"] + sizes["Private_Dirty"] + sizes["Pss_Shmem"]
+            now["anonymous_bytes"] += sizes["Anonymous"] + sizes["Pss_Shmem"]
         peaks = {key: max(value, now[key]) for key, value in peaks.items()}
         time.sleep(SAMPLE_S)
     return peaks
@@ -217,11 +222,14 @@ def words(command: str, folder: Path, out: str) -> list[str]:
     return [command, *(f"--{model}={folder / model}" for model in MODELS), f"--out={out}", "--select=all"]
 
 
-def ours(command: str, root: Path, out: str) -> None:
+def ours(command: str, root: Path, out: str, by_threads: bool) -> None:
     """Time a command of shadowlit after a tiny model has brought in all imports, and its waiting for the disk."""
     sys.path.insert(0, str(ROOT))
     from shadowlit.__main__ import main as shadowlit
+    from shadowlit.graft import workers
 
+    if by_threads:
+        workers.may_fork = lambda: False
     waited = {"fsync_s": 0.0}
 
     def timed(flush: Any) -> Any:
@@ -262,16 +270,15 @@ def naive(root: Path, out: str) -> None:
     report(work_s=time.perf_counter() - start)
 
 
-def floor(root: Path, out: str, models: tuple[str, ...], write: bool, flush: bool) -> None:
-    """Read the files of ``models`` and write those of the last one again."""
+def floor(root: Path, out: str, flush: bool) -> None:
+    """Read the files of the three models and write those of the last one again."""
     start = time.perf_counter()
     buffer = memoryview(bytearray(BUFFER_BYTES))
-    if write:
-        os.mkdir(out)
-    for model in models:
+    os.mkdir(out)
+    for model in MODELS:
         for path in sorted((root / "small" / model).iterdir()):
             with path.open("rb", buffering=0) as source:
-                if not (write and model == models[-1]):
+                if model != MODELS[-1]:
                     while source.readinto(buffer):
                         pass
                     continue
@@ -280,6 +287,26 @@ def floor(root: Path, out: str, models: tuple[str, ...], write: bool, flush: boo
                         target.write(buffer[:count])
                     if flush:
                         os.fsync(target.fileno())
+    report(work_s=time.perf_counter() - start)
+
+
+def read(root: Path, models: tuple[str, ...]) -> None:
+    """Read the files of ``models`` by as many threads as there are cores, none of which computes anything."""
+    start = time.perf_counter()
+    blocks = []
+    for model in models:
+        for path in sorted((root / "small" / model).iterdir()):
+            descriptor = os.open(path, os.O_RDONLY)
+            blocks += [(descriptor, offset) for offset in range(0, path.stat().st_size, BUFFER_BYTES)]
+    memory = threading.local()
+
+    def take(block: tuple[int, int]) -> None:
+        if not hasattr(memory, "buffer"):
+            memory.buffer = bytearray(BUFFER_BYTES)
+        os.preadv(block[0], [memory.buffer], block[1])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(take, blocks))
     report(work_s=time.perf_counter() - start)
 
 
@@ -347,13 +374,13 @@ def subcommand(name: str, root: Path, *rest: str) -> None:
     if name == "make":
         make(root, rest[0], int(rest[1]))
     elif name in ("graft", "similarity"):
-        ours(name, root, rest[0])
+        ours(name, root, *rest[:1], by_threads="threads" in rest)
     elif name == "naive":
         naive(root, rest[0])
     elif name in ("floor", "flushed"):
-        floor(root, rest[0], MODELS, write=True, flush=name == "flushed")
+        floor(root, rest[0], flush=name == "flushed")
     elif name == "read":
-        floor(root, rest[0], ("base", "instruct"), write=False, flush=False)
+        read(root, ("base", "instruct"))
     elif name == "compare":
         compare(root, Path(rest[0]))
     else:
@@ -393,7 +420,8 @@ def mergekit_command(root: Path, executable: str, in_float32: bool) -> tuple[str
 
 GRAFT, WORK, NAIVE, FLOOR, FLUSHED = "shadowlit graft", "its work", "in memory", "read and write", "the same, flushed"
 MERGEKIT, MERGEKIT_16 = "mergekit, float32", "mergekit, bfloat16"
-SIMILARITY, SIMILARITY_WORK, READ = "shadowlit similarity", "its work (similarity)", "read the two"
+SIMILARITY, SIMILARITY_WORK, READ = "shadowlit similarity", "its work (similarity)", "read the two by all cores"
+BY_THREADS = "its work, by threads"
 
 
 def graft_contestants(root: Path, mergekit: str | None) -> list[Contestant]:
@@ -462,9 +490,14 @@ def print_graft_goals(times: dict[str, list[Figures]]) -> None:
 
 
 def print_similarity(times: dict[str, list[Figures]]) -> None:
-    print("\n| similarity | whole process, s | work, s |\n|---|---|---|")
-    print(f"| {SIMILARITY} | {spread(times[SIMILARITY], 'wall_s')} | {spread(times[SIMILARITY_WORK], 'work_s')} |")
-    print(f"| {READ} | {spread(times[READ], 'wall_s')} | {spread(times[READ], 'work_s')} |\n")
+    print(
+        "\n| similarity | whole process, s | CPU, s | work, s | CPU of the work's process, s |\n|---|---|---|---|---|"
+    )
+    for name, whole, work in ((SIMILARITY, SIMILARITY, SIMILARITY_WORK), ("by threads", None, BY_THREADS),
+                              (READ, READ, READ)):  # fmt: skip
+        cells = [spread(times[whole], key) if whole else "–" for key in ("wall_s", "cpu_s")]
+        print(f"| {name} | {' | '.join(cells)} | {spread(times[work], 'work_s')} | {spread(times[work], 'cpu_s')} |")
+    print()
     ratio = median(times[SIMILARITY_WORK], "work_s") / median(times[READ], "work_s")
     goal("similarity at the speed of reading the pair (work ≤ 1.5 × reading)", ratio, 1.5, f"{ratio:.1f} ×")
 
@@ -556,16 +589,21 @@ def benchmark(root: Path, options: argparse.Namespace) -> None:
         shown = contestants if "graft" in options.only else contestants[:1]
         memory = measure(shown, options.repetitions, root, sample=True, warm_up=False)
     if "graft" in options.only:
-        work = Contestant(WORK, this("graft", root, OUT), True)
-        times = measure([*contestants, work], options.repetitions, root, warm_up=not memory)
+        works = [
+            Contestant(WORK, this("graft", root, OUT), True),
+            Contestant(BY_THREADS, this("graft", root, OUT, "threads"), True),
+        ]
+        times = measure([*contestants, *works], options.repetitions, root, warm_up=not memory)
         print_graft(contestants, times, memory)
-        print()
+        print(f"\nThe work of {GRAFT}: {spread(times[WORK], 'work_s')} s by processes, "
+              f"{spread(times[BY_THREADS], 'work_s')} s by threads.\n")  # fmt: skip
         print_graft_goals(times)
     if "similarity" in options.only:
         commands = (
             (SIMILARITY, ours_command("similarity", root, "small")),
             (SIMILARITY_WORK, this("similarity", root, OUT)),
-            (READ, this("read", root, OUT)),
+            (BY_THREADS, this("similarity", root, OUT, "threads")),
+            (READ, this("read", root)),
         )
         print_similarity(measure([Contestant(*both) for both in commands], options.repetitions, root))
     if "check" in options.only:

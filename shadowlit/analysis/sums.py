@@ -7,7 +7,7 @@ In numpy: importing torch would take longer than comparing two small models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -17,11 +17,11 @@ import numpy.typing as npt
 from shadowlit.errors import CheckpointError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import TensorInfo
-from shadowlit.graft.numeric import split_bfloat16
+from shadowlit.graft.numeric import split_bfloat16, vectors
 from shadowlit.graft.workers import in_order
 
 _TASK_ELEMENTS = 2**23  # of a tensor, computed by one process or thread
-_WINDOW_ELEMENTS = 2**18  # of all vectors of a window together, in float32
+_WINDOW_ELEMENTS = 2**18  # of all vectors of a window together, in float32: half of a usual L2 cache
 _CHUNK = 1024  # products are added in float32 over so many elements, and in float64 from there on
 
 # Types of numpy in which it reads what the format's codes stand for; torch reads the others.
@@ -203,115 +203,148 @@ def _moments(readers: Sequence[CheckpointReader], name: str, start: int, stop: i
     """The moments of elements ``start`` to ``stop`` of a tensor."""
     infos = [reader.tensors.get(name) for reader in readers]
     plan = _Plan.of(len(readers), deltas)
-    step = _round_up(_WINDOW_ELEMENTS // (plan.num_vectors + 1))
-    num_chunks = _round_up(stop - start) // _CHUNK
-    dots = np.zeros((plan.num_sums, num_chunks), np.float32)
+    step = _round_up(_WINDOW_ELEMENTS // (len(readers) + 1))
+    sums = np.zeros((plan.num_sums, _round_up(stop - start) // _CHUNK), np.float32)
     window: _Window | None = None
     with np.errstate(invalid="ignore", over="ignore"):  # told of a whole tensor, by its name
         for first in range(start, stop, step):
             size = min(step, stop - first)
             if window is None or window.size != size:
                 window = _Window(plan, infos, size)
-            for reader, memory, itemsize in zip(readers, window.stored, window.itemsizes, strict=True):
-                if memory is not None:
-                    reader.read_into(memory[: size * itemsize].data, name, first * itemsize)
+            for reader, itemsize, memory in window.stored(readers):
+                reader.read_into(memory, name, first * itemsize)
             begin = (first - start) // _CHUNK
-            window.sums(dots[:, begin : begin + _round_up(size) // _CHUNK])
-        return plan.moments(stop - start, dots.sum(1, dtype=np.float64))
+            sums[:, begin : begin + _round_up(size) // _CHUNK] = window.sums()
+        return plan.moments(stop - start, sums.sum(1, dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which sums there are, in their order: of each vector's size, of pairs' products, signs, and common elements."""
+    """Which sums there are, in their order: every vector's size, products, signs of pairs, common elements of pairs.
+
+    Attributes:
+        num_stored: the tensors, which are the first vectors.
+        num_vectors: they, and their offsets.
+        products: pairs of vectors.
+        differences: the vectors whose angles count.
+        pairs: of differences, by their own numbers; none if there is only one.
+    """
 
     num_stored: int
     num_vectors: int
     products: tuple[tuple[int, int], ...]
     differences: range
-    signs: tuple[tuple[int, int], ...]
+    pairs: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, num_stored: int, deltas: bool) -> _Plan:
         num_vectors = num_stored if deltas else 2 * num_stored - 1
         differences = range(0 if deltas else num_stored, num_vectors)
-        pairs = tuple(combinations_with_replacement(differences, 2))
-        products = pairs if deltas else ((0, 0), *((i, j) for i in range(1, num_stored) for j in (0, i)), *pairs)
-        first = differences.start
-        signs = tuple((i - first, j - first) for i, j in pairs) if len(differences) > 1 else ()
-        return cls(num_stored, num_vectors, products, differences, signs)
+        of_stored = [(0, 0), *((i, j) for i in range(1, num_stored) for j in (0, i))]
+        of_differences = tuple(combinations_with_replacement(differences, 2))
+        products = of_differences if deltas else (*of_stored, *of_differences)
+        pairs = tuple(combinations_with_replacement(range(len(differences)), 2)) if len(differences) > 1 else ()
+        return cls(num_stored, num_vectors, products, differences, pairs)
 
     @property
     def num_sums(self) -> int:
-        return self.num_vectors + len(self.products) + 2 * len(self.signs)
+        return self.num_vectors + len(self.products) + 2 * len(self.pairs)
 
     def moments(self, num_elements: int, sums: Totals) -> Moments:
-        ends = np.cumsum([self.num_vectors, len(self.products), len(self.signs)])
+        ends = np.cumsum([self.num_vectors, len(self.products), len(self.pairs)])
         sizes, products, signs, both = np.split(sums, ends)
         d = len(self.differences)
         return Moments(
             num_elements, sizes, _symmetric(self.num_vectors, self.products, products),
-            _symmetric(d, self.signs, signs), _symmetric(d, self.signs, both),
+            _symmetric(d, self.pairs, signs), _symmetric(d, self.pairs, both),
         )  # fmt: skip
 
 
 class _Window:
-    """Memory for ``size`` elements of a tensor in every checkpoint, as they are stored and as vectors in the cache.
+    """Memory for ``size`` elements of a tensor in every checkpoint, and the operations on them, in their order.
 
-    All views are made once: a model has ten thousand windows, and a view takes as long as a thousand elements.
+    They are listed once, with all the views that they need: a model has ten thousand windows, and making a view takes
+    as long as a thousand elements.
     """
 
     def __init__(self, plan: _Plan, infos: Sequence[TensorInfo | None], size: int) -> None:
-        self.size, width = size, _round_up(size)
-        self.itemsizes = [info.itemsize if info else 0 for info in infos]
-        # Zeros behind the last element, which nothing is read into, add nothing.
-        self.stored = [np.zeros(width * info.itemsize, np.uint8) if info else None for info in infos]
-        vectors = np.zeros((plan.num_vectors, width), np.float32)
-        # The order of elements means nothing if it is the same in all; bfloat16 widens fastest in another one.
-        in_pairs = all(info is None or info.code == "BF16" for info in infos) and width % 2 == 0
-        self._fills = [
-            (memory, "pairs" if in_pairs else info.code, vector)
-            for memory, info, vector in zip(self.stored, infos, vectors, strict=False)
-            if info is not None and memory is not None
+        self.size, width, n = size, _round_up(size), plan.num_stored
+        # Zeros behind the last element, into which nothing is read, add nothing.
+        self._stored = [
+            None if info is None else (info.itemsize, np.zeros(width * info.itemsize, np.uint8)) for info in infos
         ]
-        n = plan.num_stored
-        self._offsets = [(vectors[i], vectors[0], vectors[n + i - 1]) for i in range(1, n) if n < plan.num_vectors]
-        chunks = vectors.reshape(plan.num_vectors, -1, _CHUNK)
-        self._products = [(chunks[i], chunks[j]) for i, j in plan.products]
-        self._vectors, self._chunks, self._ones = list(vectors), list(chunks), np.ones(_CHUNK, np.float32)
-        differences = [vectors[i] for i in plan.differences] if plan.signs else []
-        signs = np.zeros((len(differences), width), np.float32)
-        self._signs = list(zip(differences, signs, strict=True))
-        sign_chunks = signs.reshape(len(differences), width // _CHUNK, _CHUNK)
-        self._sign_products = [(sign_chunks[i], sign_chunks[j]) for i, j in plan.signs]
+        self._program: list[tuple[Callable[..., object], tuple[object, ...]]] = []
+        self._sums = np.zeros((plan.num_sums, width // _CHUNK), np.float32)
+        self._rows = dict(zip(["size", "product", "sign", "both"], np.split(self._sums, np.cumsum(
+            [plan.num_vectors, len(plan.products), len(plan.pairs)])), strict=True))  # fmt: skip
+        *rows, self._scratch = vectors(n + 1, width)
+        self._ones = np.ones(_CHUNK, np.float32)
+        self._widen(infos, rows)
+        values = dict(enumerate(rows))
+        if plan.num_vectors > n:
+            self._multiply(plan, [pair for pair in plan.products if pair[1] < n], values)
+            self._measure(range(n), values)
+            for i in range(1, n):  # the tensors themselves aren't needed any more
+                self._add(np.subtract, rows[i], rows[0], rows[i])
+                values[n + i - 1] = rows[i]
+        self._multiply(plan, [(i, j) for i, j in plan.products if i in plan.differences], values)
+        self._measure(plan.differences, values)
+        if plan.pairs:
+            self._compare_signs(plan, [values[i] for i in plan.differences])
 
-    def sums(self, out: Values) -> None:
-        """The plan's sums of what is stored, [sums, chunks]."""
-        for memory, code, vector in self._fills:
-            _fill(memory, code, vector)
-        for one, first, offset in self._offsets:
-            np.subtract(one, first, out=offset)
-        rows = iter(out)
-        sizes = [next(rows) for _ in self._chunks]
-        for one, other in self._products:
-            np.vecdot(one, other, out=next(rows))
-        for vector, sign in self._signs:
-            np.sign(vector, out=sign)
-        for one, other in self._sign_products:
-            np.vecdot(one, other, out=next(rows))
-        for _, sign in self._signs:
-            np.abs(sign, out=sign)
-        for one, other in self._sign_products:
-            np.vecdot(one, other, out=next(rows))
-        for vector, chunks, size in zip(self._vectors, self._chunks, sizes, strict=True):
-            np.abs(vector, out=vector)
-            np.vecdot(chunks, self._ones, out=size)
+    def stored(self, readers: Sequence[CheckpointReader]) -> Iterator[tuple[CheckpointReader, int, memoryview]]:
+        """What is to be filled before the sums are taken: reader, bytes per element, memory."""
+        for reader, own in zip(readers, self._stored, strict=True):
+            if own is not None:
+                itemsize, memory = own
+                yield reader, itemsize, memory[: self.size * itemsize].data
+
+    def sums(self) -> Values:
+        """The plan's sums, [sums, chunks]; the next call writes them anew."""
+        for function, arguments in self._program:
+            function(*arguments)
+        return self._sums
+
+    def _add(self, function: Callable[..., object], *arguments: object) -> None:
+        self._program.append((function, arguments))
+
+    def _widen(self, infos: Sequence[TensorInfo | None], rows: Sequence[Values]) -> None:
+        # The order of elements means nothing if it is the same in all; bfloat16 widens fastest in another one.
+        in_pairs = all(info is None or info.code == "BF16" for info in infos)
+        for info, own, row in zip(infos, self._stored, rows, strict=True):
+            if info is None or own is None:
+                self._add(row.fill, 0.0)
+            elif in_pairs:
+                self._add(split_bfloat16, own[1].view(np.uint32), row)
+            else:
+                self._add(_fill, own[1], info.code, row)
+
+    def _multiply(self, plan: _Plan, pairs: Sequence[tuple[int, int]], values: Mapping[int, Values]) -> None:
+        for i, j in pairs:
+            row = self._rows["product"][plan.products.index((i, j))]
+            self._add(np.vecdot, _chunks(values[i]), _chunks(values[j]), row)
+
+    def _measure(self, numbers: Sequence[int], values: Mapping[int, Values]) -> None:
+        for i in numbers:
+            self._add(np.abs, values[i], self._scratch)
+            self._add(np.vecdot, _chunks(self._scratch), self._ones, self._rows["size"][i])
+
+    def _compare_signs(self, plan: _Plan, differences: Sequence[Values]) -> None:
+        """Products of signs, and of their sizes: 1 for elements that are zero in neither, of which they are counts."""
+        for kind, function in (("sign", np.sign), ("both", np.abs)):
+            for values in differences:
+                self._add(function, values, values)
+            for (i, j), row in zip(plan.pairs, self._rows[kind], strict=True):
+                self._add(np.vecdot, _chunks(differences[i]), _chunks(differences[j]), row)
+
+
+def _chunks(vector: Values) -> Values:
+    return vector.reshape(-1, _CHUNK)
 
 
 def _fill(memory: Stored, code: str, vector: Values) -> None:
-    """Widen stored elements into a vector; ``pairs`` are bfloat16 in whatever order is fastest."""
-    if code == "pairs":
-        split_bfloat16(memory.view(np.uint32), vector)
-    elif code == "BF16":
+    """Widen stored elements into a vector."""
+    if code == "BF16":
         bits = vector.view(np.uint32)
         np.copyto(bits, memory.view(np.uint16))
         np.left_shift(bits, 16, out=bits)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from shadowlit.errors import CheckpointError, ExportError
 from shadowlit.graft.headers import Headers, TensorInfo, dtype_code, some_of
 from shadowlit.graft.numeric import Raw, not_finite
-from shadowlit.graft.streaming import start_write_back
+from shadowlit.graft.streaming import reserve, start_write_back
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ DELTA_FILE = "delta.safetensors"
 _HEADER_ROOM_BYTES = 128 * 1024
 
 _FLUSH_BYTES = 32 * 2**20
+_RESERVE_BYTES = 2**20  # smaller tensors aren't worth a call
 
 _SAMPLE_BYTES = 16 * 1024
 _SAMPLE_READS = 2048
@@ -239,6 +240,8 @@ class CheckpointWriter:
         written = 0
         try:
             shard = self._shard_for(num_bytes, streamed.info.itemsize, len(json.dumps({name: entry})) + 64)
+            if num_bytes >= _RESERVE_BYTES:
+                reserve(shard.stream.fileno(), shard.stream.tell(), num_bytes)
             for part in streamed.parts:
                 data = _bytes_of(name, part)
                 shard.stream.write(data)

@@ -29,8 +29,11 @@ _EXPONENTS: dict[str, tuple[Any, int]] = {
 }
 FLOATS = frozenset(_EXPONENTS)
 """Codes of the dtypes that can be computed with."""
-_UPPER_HALF = np.uint32(0xFFFF0000)
+# Arrays without dimensions: operations on Python's integers and numpy's scalars take up to half as long again.
+_UPPER_HALF, _HALF, _LAST, _BELOW_MIDDLE = (np.array(k, np.uint32) for k in (0xFFFF0000, 16, 1, 0x7FFF))
 _WINDOW_WORDS = 2**16
+_ROW = 4096  # elements of a product that is added in float32
+_PAGE_BYTES, _LINE_BYTES = 4096, 64
 _of_thread = threading.local()
 
 
@@ -94,7 +97,7 @@ def graft_part(
     stored = narrow(exact, target)
     with np.errstate(invalid="ignore"):  # infinities leave NaN in the squares, which is how they are found
         lost = widen(stored.view(np.uint8), target) - exact
-    return stored, float(np.dot(update, update)), float(np.dot(lost, lost))
+    return stored, _square(update), _square(lost)
 
 
 def graft_bfloat16(
@@ -140,16 +143,23 @@ def _graft_words(base: Words, tuned: Words, instruct: Words, scale: float, out: 
     np.subtract(update, exact, out=update)
     if scale != 1:
         np.multiply(update, np.float32(scale), out=update)
-    update_square = float(np.dot(update, update))
+    update_square = _square(update)
     split_bfloat16(instruct, exact)
     np.add(exact, update, out=exact)
     rounded = _round_to_bfloat16(exact.view(np.uint32), out=update.view(np.uint32))
     np.bitwise_and(rounded, _UPPER_HALF, out=rounded)
     lower, upper = rounded.reshape(2, -1)
-    np.right_shift(lower, 16, out=out)
+    np.right_shift(lower, _HALF, out=out)
     np.bitwise_or(out, upper, out=out)
     lost = np.subtract(rounded.view(np.float32), exact, out=exact)
-    return update_square, float(np.dot(lost, lost))
+    return update_square, _square(lost)
+
+
+def _square(values: Array) -> float:
+    """``‖values‖²``; in rows so short that BLAS shares none out among its own threads, by whose number sums differ."""
+    whole = values.size // _ROW * _ROW
+    rows, rest = values[:whole].reshape(-1, _ROW), values[whole:]
+    return float(np.vecdot(rows, rows).sum(dtype=np.float64)) + float(np.dot(rest, rest))
 
 
 def split_bfloat16(words: Words, out: npt.NDArray[np.float32]) -> None:
@@ -160,23 +170,35 @@ def split_bfloat16(words: Words, out: npt.NDArray[np.float32]) -> None:
         out: [2 n], the values.
     """
     lower, upper = out.view(np.uint32).reshape(2, -1)
-    np.left_shift(words, 16, out=lower)
+    np.left_shift(words, _HALF, out=lower)
     np.bitwise_and(words, _UPPER_HALF, out=upper)
 
 
 def _round_to_bfloat16(bits: Words, out: Words | None = None) -> Words:
     """float32 whose upper halves are the nearest bfloat16, of two the even one; the lower halves mean nothing."""
-    out = np.right_shift(bits, 16, out=out)
-    np.bitwise_and(out, 1, out=out)
-    np.add(out, 0x7FFF, out=out)
+    out = np.right_shift(bits, _HALF, out=out)
+    np.bitwise_and(out, _LAST, out=out)
+    np.add(out, _BELOW_MIDDLE, out=out)
     return np.add(out, bits, out=out)
 
 
-def _thread_vectors() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+def _thread_vectors() -> list[npt.NDArray[np.float32]]:
     """Memory for the values of a window, twice, which the thread keeps."""
     if not hasattr(_of_thread, "vectors"):
-        _of_thread.vectors = np.empty(2 * _WINDOW_WORDS, np.float32), np.empty(2 * _WINDOW_WORDS, np.float32)
+        _of_thread.vectors = vectors(2, 2 * _WINDOW_WORDS)
     return _of_thread.vectors
+
+
+def vectors(count: int, size: int) -> list[npt.NDArray[np.float32]]:
+    """``count`` vectors [size] of zeros, laid as the processor likes them.
+
+    Each begins at a line of the cache, or every operation on it takes a third longer (numpy promises 16 bytes only),
+    and at another place of its page than the others, or loads wait for stores that only seem to be to the same address.
+    """
+    stride = -(-4 * size // _PAGE_BYTES) * _PAGE_BYTES + 5 * _LINE_BYTES
+    memory = np.zeros(count * stride + _PAGE_BYTES, np.uint8)
+    start = -memory.ctypes.data % _PAGE_BYTES
+    return [memory[start + i * stride :][: 4 * size].view(np.float32) for i in range(count)]
 
 
 def is_finite(stored: Raw, code: str) -> bool:

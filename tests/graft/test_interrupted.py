@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.__main__ import main
 from shadowlit.errors import CheckpointError, ExportError
+from shadowlit.graft import checkpoint, streaming
 from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, atomic_folder
 from tests.tiny import save_model, save_pair
 
@@ -196,6 +198,41 @@ class TestFullDisk:
             assert left(tmp_path / str(limit)) == []
         assert enough["status"] == 0
         require_whole(tmp_path / str(largest) / "out", models / "whole")
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EOPNOTSUPP])
+    def test_room_is_reserved_before_a_large_tensor(self, tmp_path, monkeypatch, code):
+        """A disk without it is told before a byte is written; a file system that can't reserve any does without."""
+
+        class Library:
+            def __init__(self, *_, **__):
+                pass
+
+            def fallocate(self, *_):
+                ctypes.set_errno(code)
+                return -1
+
+        monkeypatch.setattr(streaming.ctypes, "CDLL", Library)
+        monkeypatch.setattr(checkpoint, "_RESERVE_BYTES", 8)
+        writer = CheckpointWriter(tmp_path)
+        parts = iter([torch.ones(2)])
+        streamed = checkpoint.Streamed("F32", (2,), parts)
+        if code == errno.ENOSPC:
+            with pytest.raises(
+                CheckpointError, match=r"'w' could not be written .*No space left.*Free some disk space"
+            ):
+                writer.add("w", streamed)
+            assert next(parts) is not None and left(tmp_path) == []
+        else:
+            writer.add("w", streamed)
+            writer.close()
+            assert torch.equal(weights(tmp_path)["w"], torch.ones(2))
+
+    def test_reserving_leaves_the_size(self, tmp_path):
+        with (tmp_path / "file").open("wb") as stream:
+            stream.write(b"x")
+            stream.flush()
+            streaming.reserve(stream.fileno(), 1, 2**20)
+        assert (tmp_path / "file").read_bytes() == b"x"
 
     def test_an_adapter_that_does_not_fit(self, tmp_path):
         """safetensors' own writer tells a full disk as an error of its own."""
