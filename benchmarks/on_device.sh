@@ -83,7 +83,7 @@ machine
 case $stage in
 tests | all | smoke)
     if [ "$stage" = smoke ]; then
-        SHADOWLIT_GPU_TESTS=cpu tests "${SMOKE_SECONDS:-900}" cpu bf16-mixed -k "equation or evaluators"
+        SHADOWLIT_GPU_TESTS=cpu tests "${SMOKE_SECONDS:-900}" cpu 32-true -k "equation or evaluators"
     else
         tests 125 gpu bf16-mixed
     fi

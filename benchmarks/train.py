@@ -114,28 +114,31 @@ PEERS = ("loop", "trl", "trl-free", "trl-packed")
 PROFILES = {
     "smoke": Profile(
         qwen3(32, 64, 2, 4, 2, 8, 512, True),
-        (*PEERS, "shadowlit", "shadowlit-free", "shadowlit-packed", "shadowlit-logits", "graft",
-         "shadowlit-free-compiled:full"),
+        (*PEERS, "shadowlit", "shadowlit-free", "shadowlit-free-varlen", "shadowlit-packed-varlen", "graft",
+         "shadowlit-logits:full", "shadowlit-free-compiled:full"),
         batch=4, micro=2, median=24, longest=64, pack=64, warmup=1, steps=2, linked=True,
     ),
     "cpu-vocab": Profile(
         qwen3(128, 384, 1, 4, 2, 32, 151936, True),
-        (*PEERS, "shadowlit-logits", "shadowlit", "shadowlit-free", "shadowlit-packed", "graft"),
+        (*PEERS, "shadowlit-logits", "shadowlit", "shadowlit-free", "shadowlit-free-varlen", "shadowlit-packed-varlen",
+         "graft"),
     ),
     "cpu-100m": Profile(
         qwen3(768, 2304, 12, 12, 4, 64, 32768, True),
-        (*PEERS, "shadowlit-logits", "shadowlit", "shadowlit-free", "shadowlit-packed", "graft"),
+        (*PEERS, "shadowlit-logits", "shadowlit", "shadowlit-free", "shadowlit-free-varlen", "shadowlit-packed-varlen",
+         "graft"),
         steps=4,
     ),
     "gpu-0.6b": Profile(
         qwen3(1024, 3072, 28, 16, 8, 128, 151936, True),
-        ("loop", "trl-free", "shadowlit-free", "trl-packed", "shadowlit-packed", "graft", "shadowlit-free-compiled",
-         "shadowlit:full", "shadowlit-logits:full", "trl:full", "shadowlit-free-flex:full", "trl-free-flex:full"),
+        ("loop", "trl-free", "shadowlit-free-varlen", "trl-packed", "shadowlit-packed-varlen", "graft",
+         "shadowlit-free-varlen-compiled", "shadowlit-free:full", "shadowlit:full", "shadowlit-logits:full", "trl:full",
+         "trl-free-flex:full", "shadowlit-free-flex:full"),
         accelerator="gpu", batch=32, micro=16, median=350, longest=2048, sigma=0.8, pack=2048, warmup=3, steps=12,
     ),
     "gpu-8b": Profile(
         qwen3(4096, 12288, 36, 32, 8, 128, 151936, False),
-        ("shadowlit-free", "trl-free", "graft", "loop", "shadowlit-packed", "trl-packed"),
+        ("shadowlit-free-varlen", "trl-free", "graft", "loop", "shadowlit-packed-varlen", "trl-packed"),
         accelerator="gpu", batch=16, micro=8, median=350, longest=2048, sigma=0.8, pack=2048, warmup=2, steps=6,
         checkpointing=True, kinds=("lora",), linked=True,
     ),
@@ -164,7 +167,7 @@ class Work:
 
     @property
     def ways(self) -> frozenset[str]:
-        """The switches in a contestant's name: free, packed, logits, compiled, flex."""
+        """The switches in a contestant's name: free, packed, varlen, flex, logits, compiled."""
         return frozenset(self.contestant.split("-")[1:])
 
     @property
@@ -477,14 +480,16 @@ def open_shadowlit(work: Work, profile: Profile, **options: Any) -> tuple[Any, A
     from shadowlit.data.module import ShadowData
     from shadowlit.pair import ModelPair
     from shadowlit.training.module import ShadowModule
+    from tests.gpu.older_torch import accept_grouped_heads
 
+    accept_grouped_heads()
     packed = "packed" in work.ways
     pair = ModelPair(*work.pair)
     module = ShadowModule(
         pair, LoraConfig(**LORA) if work.kind == "lora" else None, lr=RATES[work.kind], schedule="constant",
         warmup_ratio=0.0, activation_checkpointing=profile.checkpointing, compile_layers="compiled" in work.ways,
         head_loss="logits" if "logits" in work.ways else "auto",
-        attn_implementation="flex_attention" if "flex" in work.ways else "sdpa",
+        attn_implementation="flex_attention" if "flex" in work.ways else "varlen" if "varlen" in work.ways else "sdpa",
     )  # fmt: skip
     data = ShadowData(
         pair, train=work.data("train"), max_length=profile.longest, shuffle=packed,

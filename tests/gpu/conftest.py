@@ -11,6 +11,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+from tests.gpu.older_torch import accept_grouped_heads
+
 ON_CPU = os.environ.get("SHADOWLIT_GPU_TESTS") == "cpu"
 ACCELERATOR = "cpu" if ON_CPU else "gpu"
 DEVICE = torch.device("cpu" if ON_CPU else "cuda")
@@ -27,6 +29,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def deterministic():
     """Equal bits for equal inputs, so that what must not change anything can be shown to change no bit."""
+    accept_grouped_heads()
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -30,8 +30,8 @@ def files_of(precision):
     return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
-def make_module(folders, kind, cls=ShadowModule, **options):
-    adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1) if kind == "lora" else None
+def make_module(folders, kind, cls=ShadowModule, dropout=0.1, **options):
+    adapter = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout) if kind == "lora" else None
     return cls(ModelPair(*map(str, folders)), adapter, **{"lr": 2e-2 if kind == "lora" else 3e-3, **options})
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.module import ShadowData
 from shadowlit.data.packing import pack_samples
 from shadowlit.evaluation.scores import TokenScores
 from shadowlit.graft.export import reload_logits
@@ -14,6 +15,7 @@ from shadowlit.graft.manifest import read_manifest
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.objective import supervised_positions
 from tests.callbacks.test_graft import score_by_hand
+from tests.evaluation.scenes import write_rows
 from tests.gpu.conftest import DEVICE
 from tests.gpu.runs import (
     KINDS,
@@ -207,20 +209,69 @@ def packed(samples):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_samples_do_not_see_each_other(pairs, dtype):
-    """Logits of a packed row are those of its samples by themselves, with the kernels that the device chooses."""
-    model = AutoModelForCausalLM.from_pretrained(pairs[torch.float32][0], dtype=dtype).to(DEVICE).eval()
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+def test_packed_samples_do_not_see_each_other(pairs, attention, dtype):
+    """Logits and gradients of a packed row are those of its samples by themselves, with the device's own kernels."""
+    model = AutoModelForCausalLM.from_pretrained(pairs[torch.float32][0], dtype=dtype, attn_implementation=attention)
+    model.to(DEVICE)
     samples = random_samples(6, 5, length=48)
     row, lengths = packed(samples)
-    with torch.no_grad():
-        together = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
-        for sample, part in zip(samples, together.split(lengths), strict=True):
-            ids = sample["input_ids"][None, : len(part)].to(DEVICE)
-            alone = model(input_ids=ids, use_cache=False).logits[0]
-            error = (part - alone).float().norm() / alone.float().norm()
-            assert error < (1e-5 if dtype == torch.float32 else 4e-2)
-        joined = model(input_ids=row["input_ids"], use_cache=False).logits[0][-lengths[-1] :]
-        assert (joined - together[-lengths[-1] :]).float().norm() / together.float().norm() > 0.1
+    towards = torch.randn(sum(lengths), 272, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def gradients(logits):
+        """Of a random functional of the logits: of the whole first layer, and the embedding below it."""
+        model.zero_grad()
+        (logits.float() * towards).sum().backward()
+        return torch.cat([p.grad.float().flatten() for n, p in model.named_parameters() if ".1." not in n])
+
+    together = model(input_ids=row["input_ids"], position_ids=row["position_ids"], use_cache=False).logits[0]
+    alone = torch.cat([
+        model(input_ids=sample["input_ids"][None, :length].to(DEVICE), use_cache=False).logits[0]
+        for sample, length in zip(samples, lengths, strict=True)
+    ])  # fmt: skip
+    joined = model(input_ids=row["input_ids"], position_ids=torch.arange(sum(lengths), device=DEVICE)[None],
+                   use_cache=False).logits[0]  # fmt: skip
+    close = 1e-5 if dtype == torch.float32 else 4e-2
+    assert distance(together, alone) < close < 0.1 < distance(joined, alone)
+    assert distance(gradients(together), gradients(alone)) < close
+
+
+def distance(found, expected):
+    return ((found - expected).float().norm() / expected.float().norm()).item()
+
+
+class Losses(Callback):
+    """The logged loss of every optimizer step."""
+
+    def __init__(self):
+        self.all = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.all.append(trainer.callback_metrics["train/loss"].item())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_free_training_has_the_losses_of_padded_training(tmp_path, pairs, kind, precision):
+    """The same samples in every step, by attention of variable length, with the graft's validation in between."""
+    folders = pairs[files_of(precision)]
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ok " * (i % 7 + 1)}]}
+        for i in range(24)
+    ]
+    file, runs = write_rows(tmp_path / "rows.jsonl", rows), []
+    for packing, attention in ((None, "sdpa"), ("padding_free", "varlen")):
+        module, losses = make_module(folders, kind, dropout=0.0, attn_implementation=attention), Losses()
+        data = ShadowData(module.pair, train=file, validation=file, packing=packing, batch_size=4, shuffle=False,
+                          cache=False)  # fmt: skip
+        trainer = make_trainer(tmp_path, GraftCallback(), losses, precision=precision, accumulate_grad_batches=1,
+                               max_epochs=1, val_check_interval=None)  # fmt: skip
+        trainer.fit(module, data)
+        runs.append((losses.all, trainer.callback_metrics["val/grafted/loss"].item()))
+    close = 1e-4 if precision == "32-true" else 5e-2
+    assert len(runs[0][0]) == 6 and runs[0][0][-1] < runs[0][0][0] - 0.2
+    assert runs[1][0] == pytest.approx(runs[0][0], abs=close)
+    assert runs[1][1] == pytest.approx(runs[0][1], abs=close)
 
 
 @pytest.mark.parametrize("way", ["chunked", "recomputed", "logits"])
