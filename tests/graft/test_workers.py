@@ -168,6 +168,16 @@ def test_signals_are_handled_as_before(processes):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_an_interruption_is_the_parents_affair(processes):
+    """Ctrl-C reaches every process of a terminal; one that computes goes on until it is told otherwise."""
+
+    def function(item, room):
+        os.kill(os.getpid(), signal.SIGINT)
+        return item
+
+    assert [result for result, _ in in_order(function, range(20), 0, 1)] == list(range(20))
+
+
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +291,7 @@ WAITS = """
 from shadowlit.graft.checkpoint import CheckpointWriter
 def wait(self, name, tensor):
     next(iter(tensor.parts))
+    time.sleep(0.5)  # the others have done what they can, and wait
     print("writing", flush=True)
     time.sleep(60)
 CheckpointWriter.add = wait
