@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from shadowlit.analysis.similarity import Group, Similarity
-from shadowlit.analysis.style import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, panels, styled
+from shadowlit.analysis.style import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
 from shadowlit.errors import ShadowlitError
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
@@ -78,7 +78,7 @@ def in_order(kinds: Iterable[str]) -> list[str]:
 
 @styled
 def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
-    """Draw maps below each other, layers to the right; cells without a value are grey.
+    """Draw maps below each other, many narrow ones in two columns; layers to the right, cells without a value grey.
 
     Maps of one label have one scale: from zero, or symmetric about their centre.
 
@@ -90,11 +90,12 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
     if not layers:
         raise ShadowlitError("no tensor lies in a decoder layer, so that there is nothing to draw. Leave heat_map out.")
     width = min(DOUBLE, max(SINGLE, 1.8 + 0.17 * len(layers)))
-    figure, axes = panels(len(maps), 1, width, (0.75 + 0.15 * len(kinds)) * len(maps))
-    for axis, one in zip(axes, maps, strict=True):
-        alike = [v for other in maps if other.label == one.label for v in other.cells.values() if not math.isnan(v)]
-        reach = max((abs(v - (one.centre or 0.0)) for v in alike), default=0.0) or 1.0
-        low, high = (0.0, reach) if one.centre is None else (one.centre - reach, one.centre + reach)
+    columns = 2 if len(maps) > 2 and width == SINGLE else 1
+    rows = -(-len(maps) // columns)
+    figure, axes = panels(rows, columns, width * columns, (0.75 + 0.15 * len(kinds)) * rows)
+    step = -(-len(layers) // 20)
+    for number, (axis, one) in enumerate(zip(axes, maps, strict=False)):
+        low, high = _limits(one, [other for other in maps if other.label == one.label])
         image = axis.imshow(
             [[one.cells.get((kind, layer), math.nan) for layer in layers] for kind in kinds],
             cmap=SEQUENTIAL if one.centre is None else DIVERGING,
@@ -103,14 +104,22 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
             vmax=high,
         )
         axis.set_facecolor("lightgrey")
-        step = -(-len(layers) // 20)
-        axis.set_yticks(range(len(kinds)), kinds)
+        axis.set_yticks(range(len(kinds)), kinds if number % columns == 0 else [""] * len(kinds))
         axis.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         axis.tick_params(length=0)
-        axis.set_xlabel("decoder layer")
         axis.set_title(one.title)
+        if number + columns >= len(maps):
+            axis.set_xlabel("decoder layer")
         figure.colorbar(image, ax=axis, label=one.label)
+    hide(axes[len(maps) :])
     return figure
+
+
+def _limits(one: HeatMap, alike: Sequence[HeatMap]) -> tuple[float, float]:
+    centre = one.centre or 0.0
+    values = [value for other in alike for value in other.cells.values() if not math.isnan(value)]
+    reach = max((abs(value - centre) for value in values), default=0.0) or 1.0
+    return (0.0, reach) if one.centre is None else (centre - reach, centre + reach)
 
 
 def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:

@@ -39,17 +39,18 @@ def noise(*shape, seed):
 
 
 def test_angles_and_conflicts_by_hand():
-    """⟨a, b⟩ = 1·1 + 2·(−2) = −3, ‖a‖² = 5, ‖b‖² = 1 + 4 + 4 = 9; of two elements that both change, one differs."""
-    a, b = delta(x=[[1.0, 2.0], [0.0, 0.0]]), delta(x=[[1.0, -2.0], [0.0, 2.0]])
+    """⟨a, b⟩ = 1 − 4 + 1 = −2, ‖a‖² = 6, ‖b‖² = 10; of three elements that both change, one has another sign."""
+    a, b = delta(x=[[1.0, 2.0], [1.0, 0.0]]), delta(x=[[1.0, -2.0], [1.0, 2.0]])
     (found,) = compare_deltas({"left": a, "right": b})
     assert (found.a, found.b) == ("left", "right")
-    assert found.whole.sums.cosine == pytest.approx(-3 / math.sqrt(45))
-    assert matrix([found], "sign_conflict").values.tolist() == [[0.0, 0.5], [0.5, 0.0]]
-    assert matrix([found]).values[0, 1] == pytest.approx(-3 / math.sqrt(45))
-    assert matrix([found]).names == ("left", "right")
-    ((title, cosine, opposite, ratio),) = pair_table([found]).rows
-    assert (title, opposite) == ("left, right", 0.5) and ratio == pytest.approx(3 / math.sqrt(5))
-    assert cosine == pytest.approx(-3 / math.sqrt(45))
+    cosine = pytest.approx(-2 / math.sqrt(60))
+    assert found.whole.sums.cosine == cosine
+    conflict, agreement = matrix([found], "sign_conflict"), matrix([found], "sign_agreement")
+    third = pytest.approx(1 / 3)
+    assert conflict.values.tolist() == [[0.0, third], [third, 0.0]] and conflict.inverted
+    assert agreement.values[0, 1] == pytest.approx(2 / 3) and not agreement.inverted
+    assert matrix([found]).values[0, 1] == cosine and matrix([found]).names == ("left", "right")
+    assert pair_table([found]).rows == [("left, right", cosine, third, pytest.approx(math.sqrt(10 / 6)))]
 
 
 def test_a_tensor_that_one_lacks_is_zero():
