@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
@@ -27,6 +28,7 @@ from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import cross_entropy_sum
 from shadowlit.training.parallel import parallelize
 from tests.data.templates import talk
+from tests.distributed import run_ranks
 from tests.tiny import CHATML, make_config, make_tokenizer, save_pair
 
 PAIR = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
@@ -269,7 +271,7 @@ def pair(tmp_path_factory):
     return ModelPair(*map(str, save_pair(tmp_path_factory.mktemp("pair"), "qwen3")))
 
 
-def losses(pair, path, attn_implementation="sdpa", **options):
+def losses(pair, path, attn_implementation="sdpa", devices=1, strategy="auto", **options):
     """Loss and tokens of every step of two epochs, and what the data report."""
     seed_everything(0)
     seen = []
@@ -281,8 +283,9 @@ def losses(pair, path, attn_implementation="sdpa", **options):
 
     data = ShadowData(pair, path, **{"batch_size": 4, **options})
     trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, use_distributed_sampler=False, max_epochs=2, accumulate_grad_batches=2,
+        accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False, max_epochs=2,
+        accumulate_grad_batches=2,
     )  # fmt: skip
     trainer.fit(Module(pair, lr=1e-2, attn_implementation=attn_implementation), data)
     return seen, data.reports["train"]
@@ -318,6 +321,27 @@ def test_a_model_without_borders_does_not_begin_to_train(tmp_path, path):
     losses(pair, path)
     with pytest.raises(ShadowlitError, match=r"in 'falcon' with attn_implementation='sdpa' a packed sample changes"):
         losses(pair, path, packing="padding_free")
+
+
+def losses_on_ranks(folders, path, strategy, size, options):
+    pair = ModelPair(*map(str, folders))
+    if strategy == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=size, tensor_parallel_size=1)
+    batch_size = options.get("batch_size", 4) // size
+    return losses(pair, path, devices=size, strategy=strategy, **{**options, "batch_size": batch_size})[0]
+
+
+@pytest.mark.parametrize("options", [
+    {"packing": "best_fit", "max_length": 64, "pack_length": 100}, {"packing": "padding_free"},
+    {"group_by_length": True},
+], ids=lambda options: options.get("packing", "grouped"))  # fmt: skip
+def test_two_processes_train_as_one(tmp_path, path, options):
+    """23 samples, and packs whose number is odd: the last batches are unequal, and filled up."""
+    folders = save_pair(tmp_path, "qwen3")
+    (one,) = run_ranks(losses_on_ranks, 1, folders, path, "auto", 1, options)
+    for strategy in ("ddp", "fsdp2"):
+        for rank in run_ranks(losses_on_ranks, 2, folders, path, strategy, 2, options):
+            assert rank == pytest.approx(one, rel=1e-4)
 
 
 def test_a_run_without_validation_exports_what_it_trained_packed(pair, path, tmp_path):
