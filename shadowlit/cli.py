@@ -15,6 +15,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
+from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.errors import ShadowlitError
@@ -52,6 +53,7 @@ class ShadowCLI(LightningCLI):
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_lightning_class_args(ThroughputCallback, "throughput")
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")
         parser.link_arguments("pair", "data.pair", apply_on="instantiate")
         parser.set_defaults(

@@ -1,0 +1,122 @@
+"""Floating-point operations that a training step needs, and what a GPU can do: the two sides of MFU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowlit.graft.naming import host_of, is_adapter_name
+
+# Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets (which mostly print twice these, with
+# sparsity). The first name that the device's name contains counts.
+_PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "A40": 149.7e12,
+    "A30": 165e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What a device can do per second in dense bfloat16; ``None`` where it isn't known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAKS.items() if key in name), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model has to compute, from counts of its parameters alone.
+
+    A product with a weight of ``n`` elements costs ``2 n`` operations per token forwards and ``2 n`` for each of the
+    two gradients, of its input and of the weight: ``6 n`` (Kaplan et al., arXiv 2001.08361, section 2.1). A frozen
+    weight needs no gradient of its own: ``4 n``, also where adapters sit on it, whose factors cost ``6 n``. The
+    head sees the supervised tokens only. Looking up embeddings costs nothing. Attention costs, for every pair of a
+    token and one that it sees, ``2`` operations per head and channel for the score and ``2`` for the value, thrice for
+    the gradients: ``12 * heads * head_dim`` per layer and pair (PaLM, arXiv 2204.02311, appendix B, which counts all
+    pairs; here a causal mask, the bounds of packed conversations and sliding windows leave out what needn't be
+    computed). What is recomputed does not count: this is the use of the hardware by the model, MFU.
+
+    Attributes:
+        per_token: operations per token in the layers, forwards and backwards.
+        per_supervised: operations per supervised token in the head.
+        attention: operations per pair, one entry for each layer.
+        windows: how far back a token sees in each layer; ``None`` for all the way.
+    """
+
+    per_token: float
+    per_supervised: float
+    attention: tuple[float, ...]
+    windows: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Work:
+        """Count a transformers causal language model, wrapped by peft or sharded or neither."""
+        host = host_of(model)
+        config = host.config.get_text_config()
+        head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
+        in_head = {id(p) for p in head.parameters()} if head is not None else set()
+        looked_up = {id(p) for p in embedding.parameters()} - in_head
+        per_token = 0.0
+        for name, parameter in model.named_parameters():
+            if id(parameter) in in_head or id(parameter) in looked_up or ".original_module." in name:
+                continue
+            if parameter.dim() >= 2 or is_adapter_name(name):
+                per_token += (6 if parameter.requires_grad else 4) * parameter.numel()
+        per_supervised = sum((6 if p.requires_grad else 4) * p.numel() for p in head.parameters()) if head else 0.0
+        num_layers = int(config.num_hidden_layers)
+        heads = int(config.num_attention_heads)
+        width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(per_token, per_supervised, (12.0 * heads * width,) * num_layers, _windows(config, num_layers))
+
+    def flops(self, tokens: float, supervised: float, pairs: Mapping[int | None, float]) -> float:
+        """Operations of steps with so many tokens, supervised ones, and pairs by window."""
+        attention = sum(cost * pairs[window] for cost, window in zip(self.attention, self.windows, strict=True))
+        return self.per_token * tokens + self.per_supervised * supervised + attention
+
+
+def count_pairs(batch: Mapping[str, Tensor], windows: set[int | None]) -> tuple[Tensor, dict[int | None, Tensor]]:
+    """Tokens of a batch that aren't padding, and the pairs of a token and one that it sees, by window.
+
+    A token at position ``p`` of its conversation sees ``p + 1`` tokens, itself among them, and at most the window.
+    Scalars on the batch's device; nothing waits for it.
+    """
+    if "position_ids" in batch:
+        seen = batch["position_ids"] + 1
+        tokens = torch.full((), seen.numel(), device=seen.device)
+    elif "attention_mask" in batch:
+        mask = batch["attention_mask"]
+        seen = mask.cumsum(-1) * mask
+        tokens = mask.sum()
+    else:
+        ids = batch["input_ids"]
+        seen = torch.arange(1, ids.shape[-1] + 1, device=ids.device).expand_as(ids)
+        tokens = torch.full((), ids.numel(), device=ids.device)
+    return tokens, {window: (seen if window is None else seen.clamp(max=window)).sum() for window in windows}
+
+
+def _windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
+    """Each layer's sliding window, as transformers' configs tell it."""
+    window = getattr(config, "sliding_window", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return (None,) * num_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * num_layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds)
