@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format notebooks clean
 
 demo: $(STAMP)
 	$(BIN)/python -m shadowlit.demo --config configs/demo_lora.yaml
@@ -16,6 +16,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: $(STAMP)
+	$(BIN)/jupyter nbconvert --to html --execute --output-dir notebooks/html notebooks/*.ipynb
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
