@@ -67,14 +67,15 @@ def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: st
     columns = [level.value for level in table.effects(x, metric, arm)]
     rows = [level.value for level in table.effects(y, metric, arm)]
     values = np.full((len(rows), len(columns)), math.nan)
-    every = [row for row in table.rows if row.arm == arm and row.state == "complete"]
+    found_rows = table.rows if "scale" in (x, y) else table.of(arm)
+    every = [row for row in found_rows if row.arm == arm and row.state == "complete"]
     for i, of_row in enumerate(rows):
         for j, of_column in enumerate(columns):
             cell = [row.metrics.get(metric, math.nan) for row in every
                     if row.level(y) == of_row and row.level(x) == of_column]  # fmt: skip
             finite = [value for value in cell if math.isfinite(value)]
             values[i, j] = float(np.mean(finite)) if finite else math.nan
-    figure, (panel,) = panels(1, 1, SINGLE, 0.6 + 0.32 * max(3, len(rows)))
+    figure, (panel,) = panels(1, 1, SINGLE, 0.8 + 0.32 * max(4, len(rows)))
     image = panel.imshow(values, cmap=SEQUENTIAL, aspect="auto")
     panel.set_xticks(range(len(columns)), [str(value) for value in columns])
     panel.set_yticks(range(len(rows)), [str(value) for value in rows])
