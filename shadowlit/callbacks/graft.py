@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from shadowlit.errors import GraftError
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.live import BASE, LiveGraft
+from shadowlit.graft.live import BASE, LiveGraft, Squares
 from shadowlit.training.module import TUNED, ShadowModule
 
 log = logging.getLogger(__name__)
@@ -214,8 +214,10 @@ class GraftCallback(Callback):
         self._within_s = 0.0
         graft = self.build(module)
         swap_s = graft.apply_s
-        for number, scale in enumerate(self.scales):
-            self._pass(trainer, module, "grafted" if number == 0 else f"grafted@{scale:g}", scale, loaders, limits)
+        squares: Squares | None = {} if self.statistics else None  # the main scale's, found while it is put in
+        self._pass(trainer, module, "grafted", self.scales[0], loaders, limits, squares)
+        for scale in self.scales[1:]:
+            self._pass(trainer, module, f"grafted@{scale:g}", scale, loaders, limits)
         if trainer.sanity_checking:
             return
         scores = module.scores("grafted")
@@ -227,7 +229,7 @@ class GraftCallback(Callback):
         if "instruct" in constants:
             module.log("graft/gain", constants["instruct"]["loss"] - scores["loss"], prog_bar=True)
         if self.statistics:
-            for name, value in graft.statistics(self.scales[0]).items():
+            for name, value in graft.statistics(self.scales[0], squares).items():
                 module.log(f"graft/{name}", value)
         module.log("graft/seconds", time.perf_counter() - start - self._within_s)
         module.log("graft/swap_seconds", graft.apply_s - swap_s)
@@ -270,6 +272,7 @@ class GraftCallback(Callback):
         state: float | str,
         loaders: Any,
         limits: list,
+        squares: Squares | None = None,
     ) -> None:
         """Run the batches of ``loaders`` with the weights of ``state`` and score them as ``subject``."""
         graft = self.build(module)
@@ -283,7 +286,7 @@ class GraftCallback(Callback):
             # Iterating a loader draws a seed from the global generator: the training must not notice.
             with (
                 isolate_rng(),
-                graft.applied(state),
+                graft.applied(state, squares),
                 _restoring_subject(module),
                 _progress(trainer, subject, sum(map(int, limits))) as advance,
             ):

@@ -14,7 +14,7 @@ def windows(tensor: Tensor) -> Iterator[slice]:
     On a CPU a range fits the cache, so that a temporary of it costs no traffic to memory; elsewhere it is large
     enough for the launch of a kernel not to count.
     """
-    step = 2**20 if tensor.device.type == "cpu" else 2**26
+    step = 2**17 if tensor.device.type == "cpu" else 2**26
     for start in range(0, tensor.numel(), step):
         yield slice(start, min(start + step, tensor.numel()))
 
@@ -32,7 +32,8 @@ class Exchange:
 
     A keyboard interrupt or a signal may strike between any two statements. All progress is one attribute, set
     only after the step that it stands for, and every step may be repeated: :meth:`backward` restores both
-    tensors bit for bit from wherever a call was left.
+    tensors bit for bit from wherever a call was left. Copies between a GPU and pinned memory are in the order of the
+    GPU's stream; whoever reads ``held`` on the CPU waits for it first.
 
     Args:
         live: a contiguous tensor, for example a frozen parameter's shard.
@@ -80,7 +81,7 @@ class Exchange:
             return
         window = self._ranges[progress.part]
         if not progress.copied:
-            self._live[window].copy_(self._held[window])
+            self._live[window].copy_(self._held[window], non_blocking=True)
             self._progress = progress._replace(copied=True)
-        self._held[window].copy_(progress.staged)
+        self._held[window].copy_(progress.staged, non_blocking=True)
         self._progress = _Progress(done=progress.after)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from shadowlit.errors import GraftError
 from shadowlit.graft.adapter import AdaptedLayer, adapted_layers, leaves_residual
 from shadowlit.graft.alignment import AlignedReader
-from shadowlit.graft.arithmetic import add_delta, delta, graft, lost_in_rounding
+from shadowlit.graft.arithmetic import add_delta, delta, graft
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.exchange import Exchange, windows
 from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
@@ -24,6 +25,7 @@ from shadowlit.graft.selection import Coverage, coverage, kind_of, resolve
 from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 
 BASE = "base"  # the state in which the untouched Base stands in the module
+Squares = dict[str, Tensor]  # by name: sums of squares of an update and of what is lost of it, float64 [2]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class _Host:
     exchange: Exchange | None  # where `base` is None
     saved: Tensor | None = None  # the tuned values while others stand in their place
     adapted: AdaptedLayer | None = None
+    instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was asked for
 
     def tuned(self) -> Tensor:
         return local(self.parameter) if self.saved is None else self.saved
@@ -118,10 +121,10 @@ class LiveGraft:
         )
 
     @contextmanager
-    def applied(self, state: float | str) -> Iterator[None]:
-        """Let the grafted weights of a scale, or those of the ``BASE``, stand in the module within the context."""
+    def applied(self, state: float | str, squares: Squares | None = None) -> Iterator[None]:
+        """Let the weights of ``state`` stand in the module within the context; arguments as of :meth:`apply`."""
         try:
-            self.apply(state)
+            self.apply(state, squares)
             yield
         finally:
             self.restore()
@@ -145,11 +148,12 @@ class LiveGraft:
             raise
 
     @torch.no_grad()
-    def apply(self, state: float | str) -> None:
+    def apply(self, state: float | str, squares: Squares | None = None) -> None:
         """Put the weights of ``state`` into the module.
 
         Args:
             state: the scale of a graft (0 gives the Instruct), or ``BASE`` for the untouched Base.
+            squares: gets what :meth:`statistics` needs of every tensor whose update passes by, for this scale.
         """
         start = time.perf_counter()
         self._busy = True
@@ -162,9 +166,10 @@ class LiveGraft:
         self.state = state
         scale = 0.0 if isinstance(state, str) else state
         for host in self._hosts:
-            self._put(host, state)
+            self._put(host, state, squares)
             if host.adapted is not None:
                 host.adapted.set_scale(scale if host.adapted.selected else 0.0)
+        self._settle()
         self._busy = False
         self.apply_s += time.perf_counter() - start
 
@@ -180,10 +185,11 @@ class LiveGraft:
             if host.exchange is not None:
                 host.exchange.backward()
             elif host.saved is not None:
-                local(host.parameter).copy_(host.saved)
+                local(host.parameter).copy_(host.saved, non_blocking=True)
                 host.saved = None
             if host.adapted is not None:
                 host.adapted.restore()
+        self._settle()
         self.state = None
         self._busy = False
         self.apply_s += time.perf_counter() - start
@@ -204,8 +210,12 @@ class LiveGraft:
         self.restore()
 
     @torch.no_grad()
-    def statistics(self, scale: float = 1.0) -> dict[str, float]:
+    def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
         """Norms of the update and what of it arrives in the exported dtype; a collective when sharded.
+
+        Args:
+            scale: the strength of the graft.
+            squares: what :meth:`apply` found out while it put this scale in, with the weights as they still are.
 
         Returns:
             ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
@@ -214,27 +224,25 @@ class LiveGraft:
         """
         assert self.state is None
         reshard_all(self.model)
-        squares: dict[str, Tensor] = {}
+        known = squares or {}
+        layers: dict[str, Tensor] = {}
         for host in self._hosts:
             if not host.selected or (host.base is None and host.adapted is None):
                 continue
-            update, instruct = self._update(host).flatten(), host.instruct.view(-1)
-            sums = torch.zeros(3, dtype=torch.float64, device=update.device)
-            for part in windows(update):
-                there = instruct[part].to(update.device)
-                lost = lost_in_rounding(there, update[part], scale, self._rounding(host))
-                # Products of a window in float32, which BLAS is fast at; their sum over the windows in float64.
-                sums += torch.stack([torch.dot(x, x) for x in (update[part], lost, there.float())])
+            found = known[host.name] if host.name in known else self._squares(host, scale)
+            if host.instruct_square is None:
+                parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
+                host.instruct_square = torch.stack([torch.dot(x, x).double() for x in parts]).sum()
             key = _layer_of(host.name)
-            squares[key] = squares.get(key, 0) + sums
-        table = self._reduce(torch.stack(list(squares.values())))
+            layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
+        table = self._reduce(torch.stack(list(layers.values())))
         update_square, lost_square, instruct_square = table.sum(0).tolist()
         lost_share = lost_square / (scale**2 * update_square) if scale and update_square else 0.0
         return {
             "delta_norm": update_square**0.5,
             "relative_delta": (update_square / instruct_square) ** 0.5 if instruct_square else 0.0,
             "survival": 1 - lost_share**0.5,
-            **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(squares, table.tolist(), strict=True)},
+            **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(layers, table.tolist(), strict=True)},
         }
 
     @torch.no_grad()
@@ -331,7 +339,7 @@ class LiveGraft:
             return tensor.pin_memory() if live.is_cuda else tensor
         return tensor.to(live.device)
 
-    def _put(self, host: _Host, state: float | str) -> None:
+    def _put(self, host: _Host, state: float | str, squares: Squares | None) -> None:
         live = local(host.parameter)
         if host.exchange is not None:
             if state == BASE:
@@ -340,19 +348,53 @@ class LiveGraft:
                 host.exchange.forward()
             return
         assert host.base is not None
+        tuned = live if host.saved is None else host.saved
         if host.saved is None:
-            host.saved = live.cpu() if self.offload and live.is_cuda else live.clone()
+            host.saved = self._copy(live)
         if isinstance(state, str):
-            live.copy_(host.base)
+            live.copy_(host.base, non_blocking=True)
             return
         scale = state if host.selected else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged
-            live.copy_(host.instruct.to(self._rounding(host)))
+            live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
             return
-        out, tuned, base, instruct = (t.view(-1) for t in (live, host.saved, host.base, host.instruct))
+        measured = torch.zeros(2, dtype=torch.float64, device=live.device)
+        out, tuned, base, instruct = (t.view(-1) for t in (live, tuned, host.base, host.instruct))
         for part in windows(out):
             goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
-            out[part] = graft(goal, end, start, scale).to(self._rounding(host))
+            update = delta(end, start)
+            exact = add_delta(goal, update, scale)
+            rounded = exact.to(self._rounding(host))
+            if squares is not None:
+                measured += _sums_of_squares(update, exact, rounded)
+            out[part] = rounded
+        if squares is not None:
+            squares[host.name] = measured
+
+    def _squares(self, host: _Host, scale: float) -> Tensor:
+        """Sums of squares of an update and of what of it is lost in rounding, float64 ``[2]``."""
+        update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+        sums = torch.zeros(2, dtype=torch.float64, device=update.device)
+        for part in windows(update):
+            exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
+            sums += _sums_of_squares(update[part], exact, exact.to(self._rounding(host)))
+        return sums
+
+    def _copy(self, live: Tensor) -> Tensor:
+        """The values of a parameter, where they stay while others stand in its place."""
+        if self.offload and live.is_cuda:
+            return torch.empty_like(live, device="cpu", pin_memory=True).copy_(live, non_blocking=True)
+        if live.device.type != "cpu" or live.numel() < 2**20:
+            return live.clone()
+        # numpy asks the kernel for large pages, which are there twice as soon as the small ones that torch gets.
+        memory = torch.from_numpy(np.empty(live.numel() * live.element_size(), dtype=np.uint8))
+        return memory.view(live.dtype).view(live.shape).copy_(live)
+
+    def _settle(self) -> None:
+        """Wait for a GPU: what lies offloaded may be read on the CPU next, and the time is to be known."""
+        device = next((local(host.parameter).device for host in self._hosts), None)
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def _rounding(self, host: _Host) -> torch.dtype:
         return self.dtype or host.instruct.dtype
@@ -386,6 +428,12 @@ class LiveGraft:
             frozenset(trained),
             {host.name: host.parameter.numel() for host in self._hosts},
         )
+
+
+def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
+    """Of a window's update, and of its loss in rounding: products in float32, which BLAS is fast at; ``[2]``."""
+    lost = rounded.to(exact.dtype) - exact
+    return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
 
 
 def _require_pairing(parameters: dict[str, nn.Parameter], base: AlignedReader, instruct: CheckpointReader) -> None:

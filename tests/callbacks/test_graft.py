@@ -200,8 +200,8 @@ def test_a_checkpoint_asked_for_in_the_middle_of_a_swap_is_refused(tmp_path, fol
 
     put = graft._put
 
-    def put_and_save(host, state):
-        put(host, state)
+    def put_and_save(host, state, squares):
+        put(host, state, squares)
         trainer.save_checkpoint(tmp_path / "swap.ckpt")
 
     graft._put = put_and_save

@@ -243,6 +243,11 @@ def test_statistics_against_independent_numbers(tmp_path):
         train_a_bit(model, size=1e-4 if adapter is None else 0.01)
         graft = open_graft(model, folders)
         numbers = graft.statistics(0.5)
+        squares = {}
+        with graft.applied(0.5, squares):
+            pass
+        assert squares.keys() == (graft.selected if adapter is None else set())
+        assert graft.statistics(0.5, squares) == numbers
         start = dict(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float64).named_parameters())
         goal = dict(AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float64).named_parameters())
         tuned = effective_weights(model)
@@ -257,6 +262,16 @@ def test_statistics_against_independent_numbers(tmp_path):
         assert numbers["survival"] < 0.99
         in_layer = [update for name, update in updates.items() if "layers.1." in name]
         assert numbers["delta_norm/layer_01"] == pytest.approx(norm(in_layer), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_copy_of_a_large_parameter_is_one(tmp_path, dtype):
+    graft = open_graft(load(save_pair(tmp_path, "qwen3")[0]), (tmp_path / "base", tmp_path / "instruct"))
+    live = torch.randn(1100, 1000).to(dtype)
+    saved = graft._copy(live)
+    assert saved.dtype == dtype and torch.equal(saved, live)
+    live.zero_()
+    assert saved.abs().max() > 1
 
 
 def test_adapter_export_folds_scale_and_selection(tmp_path):
