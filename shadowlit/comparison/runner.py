@@ -13,6 +13,7 @@ from typing import Any
 
 from shadowlit.comparison.plan import Recipe, Training
 from shadowlit.errors import DataError
+from shadowlit.trials.identity import changes
 from shadowlit.trials.process import Job, TrialProcess, is_finished, start, succeeded
 
 UNTOUCHED = "untouched"
@@ -44,11 +45,10 @@ def own_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
             ) from error
         file = folder / _IDENTITY
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
+            changed = changes(json.loads(file.read_text(encoding="utf-8")), identity)
             if changed:
                 raise DataError(
-                    f"{folder} holds trainings of another recipe: {', '.join(changed)} changed since. Give another "
+                    f"{folder} holds trainings of another recipe: {changed} changed since. Give another "
                     "--out, or remove the folder; arms, rates and seeds may grow, nothing else."
                 )
         else:

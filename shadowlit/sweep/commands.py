@@ -108,7 +108,7 @@ def run(
         console.print(f"{drawn or f'{len(planned)} trials'} in {folder}")
         return
     from shadowlit.sweep.report import write_report
-    from shadowlit.sweep.scheduler import Scheduler, gpus_of_places, own_folder, visible_gpus
+    from shadowlit.sweep.scheduler import Scheduler, gpus_of_places, keep_definition, visible_gpus
     from shadowlit.sweep.storage import open_storage
     from shadowlit.sweep.study import SweepStudy
 
@@ -117,7 +117,8 @@ def run(
     places = len(gpus) or workers or 1
     share = threads if threads is not None or gpus else max(1, (os.cpu_count() or 1) // places)
     study = SweepStudy(definition, open_storage(storage, folder))
-    with own_folder(folder, definition), _progress(console, study) as (outcome, poll):
+    keep_definition(folder, definition)
+    with _progress(console, study) as (outcome, poll):
         scheduler = Scheduler(
             study, folder, workers=places, threads=share, gpus=gpus, limit=limit, on_outcome=outcome, on_poll=poll
         )
@@ -144,7 +145,7 @@ def report(folder: str | None = None, storage: str | None = None, name: str | No
         name: Of the study, e.g. rank-demo_lora; needed where the storage holds several.
     """
     from shadowlit.sweep.report import write_report
-    from shadowlit.sweep.scheduler import own_folder
+    from shadowlit.sweep.scheduler import keep_definition
     from shadowlit.sweep.storage import FILE, open_storage
     from shadowlit.sweep.study import SweepStudy, stored_definition
 
@@ -157,8 +158,8 @@ def report(folder: str | None = None, storage: str | None = None, name: str | No
         )
     found = open_storage(storage, home)
     definition = stored_definition(found, name)
-    with own_folder(home, definition):
-        Console(highlight=False).print(f"report    {write_report(SweepStudy(definition, found), home)}")
+    keep_definition(home, definition)
+    Console(highlight=False).print(f"report    {write_report(SweepStudy(definition, found), home)}")
 
 
 COMMANDS = {"run": run, "report": report}

@@ -322,8 +322,8 @@ class Definition:
             yield f"scales is {list(self.scales)}, expected at least one and each once, e.g. [1.0, 0.5]"
         if not set(self.task_scales) <= set(self.scales[1:]):
             yield (
-                f"task_scales is {list(self.task_scales)}, expected some of scales {list(self.scales)} beyond the first, "
-                "which the evaluators measure anyway"
+                f"task_scales is {list(self.task_scales)}, expected some of scales {list(self.scales)} beyond the "
+                "first, which the evaluators measure anyway"
             )
         if self.draws and not self.trials:
             yield f"sampler is {self.sampler} but trials is not set; set how many settings it draws, e.g. trials: 20"

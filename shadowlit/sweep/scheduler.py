@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +19,13 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.sweep.definition import Definition
 from shadowlit.sweep.study import Claim, SweepStudy
+from shadowlit.sweep.table import DEFINITION
+from shadowlit.trials.identity import changes
 from shadowlit.trials.process import Job, TrialProcess, drop_checkpoints, is_finished, last_words, start, succeeded
 from shadowlit.trials.trial import LIVE, RESULT
 
 log = logging.getLogger(__name__)
 
-DEFINITION = "sweep.json"
 UNTOUCHED = "untouched"
 _POLL_S = 0.2
 _ASK_S = 5.0
@@ -64,8 +65,7 @@ class Outcome:
     reason: str = ""
 
 
-@contextlib.contextmanager
-def own_folder(folder: Path, definition: Definition) -> Iterator[None]:
+def keep_definition(folder: Path, definition: Definition) -> None:
     """Keep the definition in the sweep's folder, which has one sweep.
 
     Raises:
@@ -74,19 +74,17 @@ def own_folder(folder: Path, definition: Definition) -> Iterator[None]:
     file = folder / DEFINITION
     identity = definition.identity()
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))["identity"]
-        changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
+        changed = changes(json.loads(file.read_text(encoding="utf-8"))["identity"], identity)
         if changed:
             raise ShadowlitError(
-                f"{folder} holds another sweep: {', '.join(changed)} differ. Give this one another name or folder, or "
-                "remove that folder; values, seeds and arms may be added, nothing else changed."
+                f"{folder} holds another sweep: {changed} differ. Give this one another name or folder, or remove that "
+                "folder; values, seeds and arms may be added, nothing else changed."
             )
     try:
         kept = {"identity": identity, "definition": json.loads(definition.to_json())}
         replace_text(file, json.dumps(kept, indent=1, ensure_ascii=False))
     except OSError as error:
         raise ShadowlitError(f"the folder {folder} can't be written ({error}). Give another folder.") from error
-    yield
 
 
 class Scheduler:

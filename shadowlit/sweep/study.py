@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.sweep.definition import Axis, Definition, TrialKey
+from shadowlit.trials.identity import changes
 
 log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial twice
@@ -188,11 +189,10 @@ class SweepStudy:
             return study
         except DuplicatedStudyError:
             study = optuna.load_study(**options)
-        found = self._identity_of(study)
-        changed = sorted(key for key in identity.keys() | found.keys() if identity.get(key) != found.get(key))
+        changed = changes(self._identity_of(study), identity)
         if changed:
             raise ShadowlitError(
-                f"the storage holds another sweep named {self.definition.study!r}: {', '.join(changed)} differ. Give "
+                f"the storage holds another sweep named {self.definition.study!r}: {changed} differ. Give "
                 "this one another name, or remove that one; values, seeds and arms may be added, nothing else changed."
             )
         study.set_user_attr("definition", self.definition.to_json())

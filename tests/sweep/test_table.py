@@ -8,7 +8,7 @@ import pytest
 from shadowlit.errors import ShadowlitError
 from shadowlit.sweep.pictures import interaction, main_effects, trial_curves
 from shadowlit.sweep.report import write_report
-from shadowlit.sweep.scheduler import own_folder
+from shadowlit.sweep.scheduler import keep_definition
 from shadowlit.sweep.storage import open_storage
 from shadowlit.sweep.study import SweepStudy
 from shadowlit.sweep.table import Table, build_table, read_curves, read_table, write_curves, write_table
@@ -98,9 +98,9 @@ def test_the_mean_of_several_metrics(tmp_path):
 def test_written_and_read_it_is_the_same(tmp_path):
     study = filled(tmp_path, lambda lr, rank, seed, scale: math.nan if rank == 4 else lr / 3, scales=[1.0, 0.5])
     table = build_table(study)
-    with own_folder(tmp_path, study.definition):
-        write_table(table, tmp_path)
-        write_curves(study, tmp_path)
+    keep_definition(tmp_path, study.definition)
+    write_table(table, tmp_path)
+    write_curves(study, tmp_path)
     again = read_table(tmp_path)
     assert len(again.rows) == len(table.rows)
     for old, new in zip(table.rows, again.rows, strict=True):
