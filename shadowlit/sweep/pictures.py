@@ -106,7 +106,7 @@ def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table
     figure, (panel,) = panels(1, 1, SINGLE, 2.4)
     if not curves:
         hide([panel])
-        panel.set_title("no trial has reported while it ran: the sweep has no pruner, or none has begun")
+        panel.set_title("no trial has been measured while it ran")
     for name, points in curves.items():
         level = of_trial.get(name)
         style = series_style(levels.index(level)) if level in levels else {"color": "0.6"}

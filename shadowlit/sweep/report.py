@@ -52,7 +52,8 @@ def _draw(table: Table, folder: Path) -> dict[str, str]:
         stem = f"interaction_{arm}"
         save_figure(interaction(table, varied[0], varied[1], arm=arm), folder / stem)
         found[f"The two together, {arm}"] = stem
-    if curves := read_curves(folder):
+    curves = read_curves(folder)
+    if any(len(points) > 1 for points in curves.values()):
         save_figure(trial_curves(curves, table), folder / "trials")
         found["Trials while they ran"] = "trials"
     return found

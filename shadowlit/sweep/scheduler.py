@@ -195,7 +195,7 @@ class Scheduler:
                 raise UpdateFinishedTrialError("it was taken up by another worker")
             if each.step is None or each.value is None or live is None:
                 return True
-            if self.study.definition.pruner == "none" or _patiently(self._reporting(claim, each.step, each.value)):
+            if _patiently(self._reporting(claim, each.step, each.value)):
                 return True
             each.process.stop()
             drop_checkpoints(self.folder / each.name)

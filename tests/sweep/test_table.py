@@ -28,6 +28,7 @@ def filled(tmp_path, value, **options):
         metrics = {name: value(lr, rank, claim.key.seed, scale) for name, scale in zip(names, scales, strict=True)}
         metrics |= {"val/tuned/loss": value(lr, rank, claim.key.seed, 0) + 10, "val/grafted/x/score": 0.5}
         study.report(claim, 5, 9.0)
+        study.report(claim, 10, 8.0)
         study.finish(claim, {"metrics": metrics, "step": 10, "wall_s": 2.0, "peak_memory_bytes": 1e9})
     study.keep_untouched({"val/instruct/loss": 7.0, "val/base/loss": 8.0, "val/instruct/x/score": 0.25})
     return study
@@ -109,7 +110,7 @@ def test_written_and_read_it_is_the_same(tmp_path):
             new.trial, new.state, new.arm, new.scale, new.seed, dict(new.setting), dict(new.metrics), dict(new.cost)
         )  # fmt: skip
     assert {row.state for row in again.rows} == {"complete", "diverged"}
-    assert read_curves(tmp_path)["lr=0.001_r=1_seed=0"] == [(5, 9.0)]
+    assert read_curves(tmp_path)["lr=0.001_r=1_seed=0"] == [(5, 9.0), (10, 8.0)]
     with pytest.raises(ShadowlitError, match=r"there is no .*sweep\.json.*sweep report writes it"):
         read_table(tmp_path / "none")
     with pytest.raises(ShadowlitError, match=r"there is no .*curves\.csv"):
