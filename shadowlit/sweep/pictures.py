@@ -28,25 +28,28 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
     Args:
         table: Of the sweep.
         metrics: Rows of the picture; None for those of the report.
-        axes: Columns; None for all.
+        axes: Columns; None for all with several levels. A single one has its metrics side by side.
     """
-    metrics, axes = list(metrics or table.shown()), list(axes or table.axes)
-    width = min(DOUBLE, max(SINGLE, 2.4 * len(axes)))
-    figure, found = panels(len(metrics), len(axes), width, _HEIGHT * len(metrics) + 0.3, sharey="row")
+    metrics, axes = list(metrics or table.shown()), list(axes or table.varied)
+    shown = [(metric, axis) for metric in metrics for axis in axes]
+    columns = len(axes) if len(axes) > 1 else min(3, len(metrics))
+    rows = -(-len(shown) // columns)
+    width = min(DOUBLE, max(SINGLE, 2.4 * columns))
+    figure, found = panels(rows, columns, width, _HEIGHT * rows + 0.3, sharey="row" if len(axes) > 1 else False)
     drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
-    for number, panel in enumerate(found):
-        metric, axis = metrics[number // len(axes)], axes[number % len(axes)]
+    for number, (panel, (metric, axis)) in enumerate(zip(found, shown, strict=False)):
         for arm in table.arms:
             if axis in drawn:
                 _scatter(panel, table, axis, metric, arm)
             else:
                 _line(panel, table.effects(axis, metric, arm), arm)
         _untouched(panel, table, metric)
-        if number // len(axes) == len(metrics) - 1:
+        if number + columns >= len(shown):
             panel.set_xlabel(_told(table, axis))
         if number % len(axes) == 0:
             panel.set_ylabel(unit(metric))
         panel.grid(True)
+    hide(found[len(shown) :])
     handles, labels = _legend(found)
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(labels))))
     return figure
@@ -153,7 +156,8 @@ def _line(panel: Axes, levels: Sequence[Level], arm: str) -> None:
     if numeric and len(places) > 1 and min(places) > 0 and max(places) / min(places) > _WIDE:
         panel.set_xscale("log")
     if numeric and len(places) <= 8:
-        panel.set_xticks(places, [f"{place:g}" for place in places])
+        turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if len(places) > 4 else {}
+        panel.set_xticks(places, [f"{place:g}" for place in places], **turned)
         panel.minorticks_off()
     elif not numeric:
         panel.set_xticks(places, [str(value) for value in values], rotation=20, ha="right")

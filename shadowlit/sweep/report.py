@@ -46,9 +46,11 @@ def _draw(table: Table, folder: Path) -> dict[str, str]:
         return {}
     found = {"Main effects": "main_effects"}
     save_figure(main_effects(table), folder / "main_effects")
-    varied = [axis.name for axis in table.definition.axes if axis.range is None and len(axis.levels) > 1]
-    varied += [SCALE] if SCALE in table.axes else []
+    ranges = {axis.name for axis in table.definition.axes if axis.range is not None}
+    varied = [axis for axis in table.varied if axis not in ranges]
     for arm in table.arms if len(varied) == 2 else []:
+        if SCALE in varied and arm[0] == arm[2]:
+            continue
         stem = f"interaction_{arm}"
         save_figure(interaction(table, varied[0], varied[1], arm=arm), folder / stem)
         found[f"The two together, {arm}"] = stem
@@ -82,7 +84,7 @@ def _lines(table: Table, failed: dict[str, str], pictures: dict[str, str]) -> It
     yield "## Best setting of each arm"
     yield ""
     yield from _best(table)
-    for axis in table.axes:
+    for axis in table.varied:
         if all(each.range is None for each in definition.axes if each.name == axis):
             yield from _effects(table, axis)
     for title, stem in pictures.items():

@@ -114,6 +114,12 @@ class Table:
         return own + ([SCALE] if len(self.definition.scales) > 1 else [])
 
     @property
+    def varied(self) -> list[str]:
+        """Those of the axes that have several levels; all, if none has."""
+        single = {axis.name for axis in self.definition.axes if axis.range is None and len(axis.levels) == 1}
+        return [axis for axis in self.axes if axis not in single] or self.axes
+
+    @property
     def metrics(self) -> list[str]:
         """Names of what was measured."""
         return sorted({name for row in self.rows for name in row.metrics})
