@@ -193,8 +193,8 @@ class Definition:
         """The folder of a trial: from what is changed, so the same trial has the same one always."""
         parts = [f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}"
                  for short, (_, value) in zip(self.short_names, key.setting, strict=True)]  # fmt: skip
-        text = "_".join([*(f"train={source}" for source in [key.source] if len(self.sources) > 1),
-                         *parts, f"seed={key.seed}"])  # fmt: skip
+        # The Instruct's alone are marked, so that the Base's keep their names when an arm is added.
+        text = "_".join([*(["train=I"] if key.source == "I" else []), *parts, f"seed={key.seed}"])
         plain = re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII)
         if plain == text and len(text) <= _LONGEST_NAME:
             return text

@@ -54,7 +54,9 @@ def test_variants_set_several_keys_together():
 def test_names_come_from_what_is_changed_and_tell_trials_apart():
     definition = define(seeds=[0, 1], arms=["B2I", "I2I"])
     names = [definition.name_of(key) for key in definition.planned()]
-    assert names[0] == "train=B_lr=0.001_r=1_seed=0" and len(set(names)) == 16
+    assert names[:2] == ["lr=0.001_r=1_seed=0", "train=I_lr=0.001_r=1_seed=0"] and len(set(names)) == 16
+    alone = define()  # another arm changes no name
+    assert {alone.name_of(key) for key in alone.planned()} <= set(names)
     # The last word alone would be the same for both: one more is taken.
     both = define(grid={"model.seed_x.r": [1], "model.adapter.r": [2]})
     assert both.name_of(both.planned()[0]) == "seed_x.r=1_adapter.r=2_seed=0"
