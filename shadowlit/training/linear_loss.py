@@ -214,7 +214,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += left @ right``, in float32 also where the factors are in half precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:
+    elif total.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(total.device)[0] >= 8:
         # Without a product in half precision of the weight's size.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
