@@ -185,6 +185,14 @@ class Definition:
             for each in self.drop
         )
 
+    def wants(self, key: TrialKey) -> bool:
+        """Whether a trial is one of this sweep's, which may have lost values, seeds or arms since it was planned."""
+        return key in self._planned if not self.draws else key.source in self.sources and key.seed in self.seeds
+
+    @cached_property
+    def _planned(self) -> set[TrialKey]:
+        return set(self.planned())
+
     def siblings(self, key: TrialKey) -> list[TrialKey]:
         """The trials of a drawn setting: each model that is trained, with each seed."""
         return [TrialKey(key.setting, source, seed) for seed in self.seeds for source in self.sources]

@@ -78,8 +78,13 @@ class SweepStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All trials that count, the last of each key: what was struck out, orphaned or run anew does not."""
-        counted = [trial for trial in self._all() if not {"void", "orphaned"} & trial.user_attrs.keys()]
+        """All trials that count, the last of each key: what was struck out, orphaned, run anew or left out does not."""
+        counted = [
+            trial
+            for trial in self._all()
+            if not {"void", "orphaned"} & trial.user_attrs.keys()
+            and ("key" not in trial.user_attrs or self.definition.wants(_key(trial.user_attrs["key"])))
+        ]
         return list({_key_text(trial) or str(trial.number): trial for trial in counted}.values())
 
     @property
@@ -105,7 +110,8 @@ class SweepStudy:
         """A trial for this worker to run; None if nothing waits."""
         self._take_up()
         for waiting in self._all(TrialState.WAITING):
-            if not self._pop(waiting):
+            # What this worker's definition leaves out is for one whose definition has it.
+            if not self.definition.wants(_key(waiting.user_attrs["key"])) or not self._pop(waiting):
                 continue
             if self._has_double(waiting):
                 self._give_up(waiting, "void", "planned twice")
@@ -255,7 +261,7 @@ class SweepStudy:
                 self._give_up(trial, "orphaned", "its worker ended without a word")
             except UpdateFinishedTrialError:  # it did end, or another took it up
                 continue
-            if "key" in trial.user_attrs:
+            if "key" in trial.user_attrs and self.definition.wants(_key(trial.user_attrs["key"])):
                 log.warning("%s is taken up from a worker that was killed", trial.user_attrs["name"])
                 self._enqueue(_key(trial.user_attrs["key"]))
 

@@ -88,6 +88,18 @@ def test_values_and_seeds_may_be_added(where, tmp_path, name):
     assert len(claims(more)) == 3 * 2 * 2 - 4
 
 
+def test_what_is_left_out_later_is_neither_run_nor_shown(where, tmp_path, name):
+    """Planned with two arms and four settings, then narrowed: the rest waits for whoever wants it."""
+    wide = opened(where, tmp_path, name=name, arms=["B2I", "I2I"])
+    wide.fill()
+    wide.finish(wide.claim(), DONE)
+    narrow = opened(where, tmp_path, name=name, grid={"model.lr": [2e-3], "model.adapter.r": [1, 4]})
+    narrow.fill()
+    assert [claim.key for claim in claims(narrow)] == narrow.definition.planned()
+    assert len(narrow.trials) == 2
+    assert len(claims(wide)) == 8 - 1 - 2
+
+
 def test_another_sweep_of_the_same_name_is_refused(where, tmp_path, name):
     opened(where, tmp_path, name=name)
     with pytest.raises(ShadowlitError, match=rf"another sweep named '{name}-demo_lora': overrides differ"):
