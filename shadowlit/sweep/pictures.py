@@ -152,7 +152,7 @@ def _line(panel: Axes, levels: Sequence[Level], arm: str) -> None:
     error = None if not known else np.array([[lv.mean - lv.low, lv.high - lv.mean] for lv in levels]).T
     numeric = is_numeric(values)
     places: Any = [float(value) for value in values] if numeric else list(range(len(values)))
-    joined = {} if numeric else {"linestyle": "none"}  # between words there is nothing
+    joined: dict[str, Any] = {} if numeric else {"linestyle": "none"}  # between words there is nothing
     panel.errorbar(places, mean, yerr=error, capsize=2, label=arm, **arm_style(arm), **joined)
     if numeric and len(places) > 1 and min(places) > 0 and max(places) / min(places) > _WIDE:
         panel.set_xscale("log")
