@@ -275,6 +275,8 @@ def test_a_killed_process_leaves_nothing_of_a_graft(models, tmp_path, processes,
 def start(models, target, folder, code=""):
     """The real command, which forks; in its output are the ids of its processes, once they compute."""
     told = (
+        # Tests that run in the background ignore SIGINT, and so would the command.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"{ALWAYS}import os, sys, time\nfork = os.fork\n"
         "def told():\n    pid = fork()\n    pid and print(pid, flush=True)\n    return pid\n"
         f"os.fork = told\n{code}"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,7 +50,7 @@ def _at_the_root(monkeypatch):
 
 def started(tmp_path, definition, out, **options):
     file = tmp_path / f"{definition['name']}.yaml"
-    file.write_text(yaml.safe_dump(definition))
+    file.write_text(yaml.safe_dump(definition, sort_keys=False))  # the order of axes is that of names
     command = [sys.executable, "-m", "shadowlit", "sweep", f"--config={file}", f"--out={out}", "--threads=1"]
     command += [f"--{name}={value}" for name, value in options.items()]
     with (tmp_path / "told.txt").open("a") as told:
@@ -69,21 +70,28 @@ def results(out):
 
 def trainings(process):
     """The processes of trials: they were forked from the server, which is a child of the command."""
-    return [each for each in psutil.Process(process.pid).children(recursive=True)
-            if psutil.Process(each.ppid()).ppid() == process.pid]  # fmt: skip
+    with suppress(psutil.NoSuchProcess):
+        return [each for each in psutil.Process(process.pid).children(recursive=True)
+                if psutil.Process(each.ppid()).ppid() == process.pid]  # fmt: skip
+    return []
 
 
 def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
     """A training is killed, then the command itself, both by SIGKILL; the same command again finishes the rest."""
     out = tmp_path / "out"
     first = started(tmp_path, TWELVE, out, workers=2)
-    wait_for(lambda: len(results(out)) >= 2 and trainings(first), first)
-    trainings(first)[0].send_signal(signal.SIGKILL)
-    wait_for(lambda: "failed" in (tmp_path / "told.txt").read_text() and trainings(first), first)
+    wait_for(lambda: results(out) and (out / "untouched/result.json").is_file(), first)
+    while "failed" not in (tmp_path / "told.txt").read_text():  # one that was ending anyway is no loss
+        assert first.poll() is None
+        for training in trainings(first)[:1]:
+            with suppress(psutil.NoSuchProcess):
+                training.send_signal(signal.SIGKILL)
+        time.sleep(0.5)
+    wait_for(lambda: trainings(first), first)
     first.send_signal(signal.SIGKILL)
     first.wait()
     kept = results(out)
-    assert 2 <= len(kept) < 12
+    assert 1 <= len(kept) < 12
 
     assert started(tmp_path, TWELVE, out, workers=2).wait(600) == 0, (tmp_path / "told.txt").read_text()
     found = results(out)
@@ -121,8 +129,10 @@ def test_two_machines_share_a_database_and_one_dies(tmp_path, database):
     by_one, by_two = (set(results(out)) for out in outs)
     definition = define(**TWELVE)
     planned = {definition.name_of(key) for key in definition.planned()}
-    assert by_one | by_two == planned and len(planned) == 12 and not by_one & by_two
+    assert by_one | by_two == planned and len(planned) == 12
     study = SweepStudy(definition, open_storage(database, tmp_path))
+    # A training that ends in the moment of its worker's death leaves a result that nobody hears of.
+    assert by_one & by_two <= {trial.user_attrs["name"] for trial in study._all() if "orphaned" in trial.user_attrs}
     complete = Counter(trial.user_attrs["name"] for trial in study._all() if state_of(trial) == "complete")
     assert complete == Counter(planned)
     report(str(tmp_path / "three"), storage=database, name="twelve-demo_lora")
@@ -271,7 +281,7 @@ def test_the_experiments_can_run(file, capsys, monkeypatch):
     from shadowlit.__main__ import main
 
     assert main(["sweep", f"--config={file}", "--dry-run"]) == 0
-    shown = capsys.readouterr().out.split()
+    shown = capsys.readouterr().out.replace(",", "").split()
     text = file.read_text()
     told = next(line for line in text.splitlines() if " on the embedded pair." in line)
     assert (
