@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.sweep.definition import Definition
+from shadowlit.sweep.definition import Definition, TrialKey
 
 if TYPE_CHECKING:
     from shadowlit.sweep.scheduler import Outcome, Running
@@ -110,7 +111,7 @@ def run(
     from shadowlit.sweep.report import write_report
     from shadowlit.sweep.scheduler import Scheduler, gpus_of_places, keep_definition, visible_gpus
     from shadowlit.sweep.storage import open_storage
-    from shadowlit.sweep.study import SweepStudy
+    from shadowlit.sweep.study import SweepStudy, state_of
 
     visible = [] if definition.on_cpu else visible_gpus()
     gpus = gpus_of_places(visible, gpus_per_trial, workers) if visible else []
@@ -126,7 +127,7 @@ def run(
             scheduler.run()
         finally:
             report_file = write_report(study, folder)
-    told = Counter(_states(study))
+    told = Counter(map(state_of, study.trials))
     console.print(", ".join(f"{count} {state}" for state, count in sorted(told.items())))
     console.print(f"report    {report_file}")
     if told["failed"]:
@@ -169,7 +170,6 @@ DEFAULT = "run"
 def _check(definition: Definition, folder: Path) -> None:
     """Let the parser of fit see every value that is varied, a few at a time; it names the key of whatever is wrong."""
     from shadowlit.cli import check
-    from shadowlit.sweep.definition import TrialKey
 
     if not Path(definition.fit).is_file():
         raise ShadowlitError(f"fit is {definition.fit!r}, which is no file; expected a configuration of fit.")
@@ -184,23 +184,14 @@ def _check(definition: Definition, folder: Path) -> None:
             check(list(definition.arguments(TrialKey(setting, source, definition.seeds[0]), folder / "check")))
 
 
-def _states(study: SweepStudy) -> Iterator[str]:
-    from shadowlit.sweep.study import state_of
-
-    return map(state_of, study.trials)
-
-
 @contextmanager
 def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
     """Show how many trials are done, and what runs with its metric so far; without a terminal, what ended."""
-    import time
-
     from rich.live import Live
     from rich.table import Table
 
-    total, begun, ended = study.definition.num_planned, time.monotonic(), Counter[str]()
-    if not study.definition.draws:
-        total = len(study.definition.planned())
+    total = len(study.definition.planned()) or study.definition.num_planned
+    begun, ended = time.monotonic(), Counter[str]()
 
     def outcome(found: Outcome) -> None:
         ended[found.state] += 1
@@ -214,12 +205,7 @@ def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
             now = time.monotonic()
             table = Table(box=None, title=f"{sum(ended.values())} ended here, {total} planned, {now - begun:.0f} s",
                           title_justify="left", padding=(0, 2))  # fmt: skip
-            for heading in (
-                "running",
-                "step",
-                study.definition.judged,
-                "s",
-            ):
+            for heading in ("running", "step", study.definition.judged, "s"):
                 table.add_column(heading, justify="left" if heading == "running" else "right")
             for each in running:
                 value = "" if each.value is None else f"{each.value:.4f}"

@@ -193,9 +193,10 @@ class Scheduler:
         try:
             if not _patiently(lambda: self.study.beat(claim)):
                 raise UpdateFinishedTrialError("it was taken up by another worker")
-            if each.step is None or each.value is None or live is None:
+            step, value = each.step, each.value
+            if step is None or value is None or live is None:
                 return True
-            if _patiently(self._reporting(claim, each.step, each.value)):
+            if _patiently(lambda: self.study.report(claim, step, value)):
                 return True
             each.process.stop()
             drop_checkpoints(self.folder / each.name)
@@ -205,9 +206,6 @@ class Scheduler:
             each.process.stop()
             log.warning("%s is left alone: %s", each.name, error)
         return False
-
-    def _reporting(self, claim: Claim, step: int, value: float) -> Callable[[], bool]:
-        return lambda: self.study.report(claim, step, value)
 
     def _end(self, each: Running, code: int) -> None:
         home = self.folder / each.name
@@ -242,11 +240,13 @@ class Scheduler:
         if self.study.definition.measures_each or self.study.untouched is not None:
             return
         lock = stack.enter_context((self.folder / ".untouched.lock").open("w"))
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            home = self.folder / UNTOUCHED
-            job = Job(UNTOUCHED, self.study.definition.untouched_arguments(home))
-            self._running.append(Running(UNTOUCHED, self._start(job, home, 0), None, 0))
+        except OSError:  # another worker does
+            return
+        home = self.folder / UNTOUCHED
+        job = Job(UNTOUCHED, self.study.definition.untouched_arguments(home))
+        self._running.append(Running(UNTOUCHED, self._start(job, home, 0), None, 0))
 
     def _stop(self) -> None:
         """End what still runs, after an interruption or an error, and say so."""
