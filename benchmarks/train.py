@@ -1,7 +1,8 @@
-"""Training beside what a user would take instead: a plain PyTorch loop, and TRL's SFTTrainer.
+"""Training beside what a user would take instead: a plain PyTorch loop, TRL's SFTTrainer, LLaMA-Factory.
 
     python benchmarks/train.py --profile cpu-vocab [--repetitions 5] [--kinds full lora] [--only NAME ...]
-                               [--python trl=ENV/bin/python] [--out FOLDER] [--deadline SECONDS] [--fork]
+                               [--python trl=ENV/bin/python llamafactory=ENV/bin/python] [--out FOLDER]
+                               [--deadline SECONDS] [--fork]
 
 Every contestant trains in a process of its own, in turns, on one folder of random weights and one file of
 conversations whose lengths are log-normal, half of each tokens of the assistant, which alone carry loss; with AdamW at
@@ -16,10 +17,11 @@ Profiles: ``cpu-vocab`` (19.6M parameters, 19.4M of them a tied head of a vocabu
 ``gpu-8b`` is a link to its Base: the graft moves the same bytes. The contestants named graft measure a validation
 with and without the graft, and its swaps.
 
-TRL wants an environment of its own where its needs differ: ``--python trl=ENV/bin/python``. A contestant whose package
-is missing is left out. ``--fork`` forks the processes from a server that has imported everything, which saves a GPU's
-time; the resident memory of such processes says nothing. Full tuning of 8B takes 16 bytes a parameter for weights,
-gradients and AdamW alone, 131 GB: not measured.
+TRL and LLaMA-Factory want an environment of their own where their needs differ: ``--python trl=ENV/bin/python``. A
+contestant whose package is missing is left out. LLaMA-Factory pads to a multiple of 8, and recomputes activations by
+default, which is switched off where the others keep them. ``--fork`` forks the processes from a server that has
+imported everything, which saves a GPU's time; the resident memory of such processes says nothing. Full tuning of 8B
+takes 16 bytes a parameter for weights, gradients and AdamW alone, 131 GB: not measured.
 """
 
 from __future__ import annotations
@@ -110,7 +112,8 @@ def qwen3(hidden: int, ff: int, layers: int, heads: int, kv: int, head: int, voc
     }  # fmt: skip
 
 
-PEERS = ("loop", "trl", "trl-free", "trl-packed")
+PEERS = ("loop", "trl", "trl-free", "trl-packed", "llamafactory", "llamafactory-packed")
+OTHERS = ("trl", "llamafactory")  # packages of their own
 PROFILES = {
     "smoke": Profile(
         qwen3(32, 64, 2, 4, 2, 8, 512, True),
@@ -122,12 +125,13 @@ PROFILES = {
         qwen3(128, 384, 1, 4, 2, 32, 151936, True),
         (*PEERS, "shadowlit-logits", "shadowlit", "shadowlit-free", "shadowlit-free-varlen", "shadowlit-packed-varlen",
          "graft"),
+        warmup=1, steps=2,
     ),
     "cpu-100m": Profile(
         qwen3(768, 2304, 12, 12, 4, 64, 32768, True),
         (*PEERS, "shadowlit-logits", "shadowlit", "shadowlit-free", "shadowlit-free-varlen", "shadowlit-packed-varlen",
          "graft"),
-        steps=4,
+        warmup=1, steps=2,
     ),
     "gpu-0.6b": Profile(
         qwen3(1024, 3072, 28, 16, 8, 128, 151936, True),
@@ -473,6 +477,63 @@ def train_trl(work: Work, profile: Profile) -> dict[str, Any]:
     return meter.figures()
 
 
+def train_llamafactory(work: Work, profile: Profile) -> dict[str, Any]:
+    """LLaMA-Factory: padded, or packed with the samples kept apart (neat_packing)."""
+    import torch
+    from llamafactory.train import tuner
+    from llamafactory.train.sft import workflow
+    from transformers import TrainerCallback
+
+    packed = "packed" in work.ways
+    meter = Meter(profile.warmup, on_gpu(profile))
+
+    class Counted(workflow.CustomSeq2SeqTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            meter.add(inputs["input_ids"], inputs["labels"])
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "loss" in logs:
+                meter.step(logs["loss"])
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = load_as_given(*args, **kwargs)
+        if not on_gpu(profile):
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+        same_start(model)
+        return model
+
+    load_as_given, workflow.load_model, workflow.CustomSeq2SeqTrainer = workflow.load_model, load, Counted
+    size, accumulate = profile.micro, profile.batch // profile.micro
+    if packed:
+        accumulate = min(accumulate, profile.rows)
+        size = max(1, round(profile.rows / accumulate))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    source = {"file_name": work.data("train"), "formatting": "sharegpt", "columns": {"messages": "messages"}}
+    Path(f"{work.root}/dataset_info.json").write_text(json.dumps({"train": source | {"tags": tags}}))
+    lora = {
+        "lora_rank": LORA["r"], "lora_alpha": LORA["lora_alpha"], "lora_dropout": 0.0, "lora_target": "all",
+    }  # fmt: skip
+    tuner.run_exp(
+        {
+            "model_name_or_path": work.pair[0], "stage": "sft", "do_train": True, "finetuning_type": work.kind,
+            **(lora if work.kind == "lora" else {}), "dataset_dir": work.root, "dataset": "train",
+            "template": "chatml", "overwrite_cache": True, "disable_shuffling": not packed, "flash_attn": "sdpa",
+            "cutoff_len": profile.pack if packed else profile.longest, "packing": packed, "neat_packing": packed,
+            "disable_gradient_checkpointing": not profile.checkpointing, "use_reentrant_gc": False,
+            "output_dir": f"{work.root}/llamafactory", "overwrite_output_dir": True, "max_steps": work.last,
+            "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate,
+            "learning_rate": RATES[work.kind], "lr_scheduler_type": "constant", "weight_decay": 0.0,
+            "max_grad_norm": 1.0, "bf16": on_gpu(profile), "use_cpu": not on_gpu(profile), "logging_steps": 1,
+            "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
+            "logging_nan_inf_filter": False,
+        },
+        callbacks=[Watch()],
+    )  # fmt: skip
+    return meter.figures()
+
+
 def open_shadowlit(work: Work, profile: Profile, **options: Any) -> tuple[Any, Any]:
     """The module and its data, with the switches that a contestant's name holds."""
     from peft import LoraConfig
@@ -647,7 +708,8 @@ def timed(meter: Meter, function: Callable[[], Any], repetitions: int = 3) -> fl
 
 
 WORKERS: dict[str, Callable[[Work, Profile], dict[str, Any]]] = {
-    "make": make, "loop": train_loop, "trl": train_trl, "shadowlit": train_shadowlit, "graft": measure_graft,
+    "make": make, "loop": train_loop, "trl": train_trl, "llamafactory": train_llamafactory,
+    "shadowlit": train_shadowlit, "graft": measure_graft,
 }  # fmt: skip
 
 
@@ -696,7 +758,7 @@ def work_in_process(work: Work, options: argparse.Namespace, limit_s: float) -> 
 def available(contestant: str, options: argparse.Namespace) -> bool:
     """Whether the package of a contestant can be imported."""
     package = contestant.partition(":")[0].split("-")[0]
-    return package != "trl" or package in options.python or importlib.util.find_spec("trl") is not None
+    return package not in OTHERS or package in options.python or importlib.util.find_spec(package) is not None
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
