@@ -492,6 +492,9 @@ def train_llamafactory(work: Work, profile: Profile) -> dict[str, Any]:
             meter.add(inputs["input_ids"], inputs["labels"])
             return super().training_step(model, inputs, *args, **kwargs)
 
+        def save_model(self, *args: Any, **kwargs: Any) -> None:
+            """No contestant writes its result."""
+
     class Watch(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if logs and "loss" in logs:

@@ -7,7 +7,8 @@ import copy
 import dataclasses
 import datetime
 import re
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ from shadowlit.data.sources import (
     raise_all,
     read_conversations,
     say,
+    stream_conversations,
 )
+from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.data.template import Encoded, check_template, encode_prompt, encode_turns, load_template, renders_date
 from shadowlit.errors import DataError
 from shadowlit.pair import ModelPair
@@ -54,6 +57,9 @@ from shadowlit.pair import ModelPair
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _GPU_WORKERS = 2  # the training process launches kernels, which nothing should interrupt
 _LITTLE_FILL = 0.7  # share of tokens in the batches below which the log says what would spare padding
+
+# A stream's loader has the length of the training, and one worker at most.
+warnings.filterwarnings("ignore", message=r"Your `IterableDataset` has `__len__` defined")
 
 
 class ShadowData(LightningDataModule):
@@ -100,6 +106,11 @@ class ShadowData(LightningDataModule):
         seed: Of the order, and of the choice of ``limit_train_samples``.
         limit_train_samples: Train on so many rows only: the first of a permutation drawn from the seed, so a smaller
             choice is part of each larger one. Null for all.
+        streaming: Read the training data as the training goes on, instead of tokenising all of them at the start:
+            JSON lines, Parquet, or what ``datasets`` streams. ``stream_window`` rows are read, tokenised, shuffled
+            and packed at a time, and a pass over the data follows the other until ``trainer.max_steps``, which is
+            needed, is reached. The position is part of each checkpoint.
+        stream_window: Rows of a window: what is held in memory, and how far a row can move when windows are shuffled.
         system: System text for conversations that have none of their own.
         chat_template: Path of a jinja file, to use instead of the Instruct's template.
         template_kwargs: Arguments of the template, e.g. ``{enable_thinking: false}``.
@@ -135,6 +146,8 @@ class ShadowData(LightningDataModule):
         shuffle: bool = True,
         seed: int = 0,
         limit_train_samples: int | None = None,
+        streaming: bool = False,
+        stream_window: int = 10_000,
         system: str | None = None,
         chat_template: str | None = None,
         template_kwargs: dict[str, Any] | None = None,
@@ -147,6 +160,7 @@ class ShadowData(LightningDataModule):
         super().__init__()
         self.pair = pair
         self.train = [train] if isinstance(train, str) else list(train or [])
+        self.streaming, self.stream_window = streaming, stream_window
         self.validation = {"val": validation} if isinstance(validation, str) else dict(validation or {})
         self.test = {"test": test} if isinstance(test, str) else dict(test or {})
         self.predict = predict
@@ -212,7 +226,7 @@ class ShadowData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Fetch hub data sets and tokenise, in one process per machine, so that the others find them in the cache."""
-        sources = [(source, "train") for source in self.train]
+        sources = [(source, "train") for source in self.train if not self.streaming]
         sources += [(source, "validation") for source in self.validation.values()]
         sources += [(source, "test") for source in (*self.test.values(), *([self.predict] if self.predict else []))]
         for source, use in sources:
@@ -247,12 +261,17 @@ class ShadowData(LightningDataModule):
                 self._add_prompts(self.predict)
             except DataError as error:
                 errors.append(str(error))
+        if stage in ("fit", None) and self.streaming and self.train and not errors:
+            try:
+                self.dataset("train")
+            except DataError as error:
+                errors.append(str(error))
         raise_all(errors)
         if stage in ("fit", None) and "train" in self._sets:
             self._warn_of_overlap()
 
     def dataset(self, split: str) -> TokenDataset:
-        """A tokenised set: ``train``, ``val/<set>``, ``test/<set>``, or a set's bare name.
+        """A tokenised set: ``train``, ``val/<set>``, ``test/<set>``, or a set's bare name; a stream's first window.
 
         Raises:
             DataError: There is no such set, or :meth:`setup` hasn't read it.
@@ -260,10 +279,12 @@ class ShadowData(LightningDataModule):
         for name in (split, f"val/{split}", f"test/{split}"):
             if name in self._sets:
                 return self._sets[name]
+        if split == "train" and self.streaming and self.train:
+            return self._stream().first_window()
         known = ", ".join(self._sets) or "none"
         raise DataError(f"there is no data set '{split}'; there are: {known}. Give one of these, or add it to data.")
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableLoader | StreamLoader:
         """This rank's training batches: ``input_ids``, ``attention_mask`` and ``labels``, int64 ``[B, T]``.
 
         With packing there are ``position_ids`` that restart at each sample instead of the ``attention_mask``.
@@ -274,6 +295,8 @@ class ShadowData(LightningDataModule):
         """
         if not self.train:
             raise DataError("data.train is not set. Give the file to train on.")
+        if self.streaming:
+            return self._stream_loader()
         dataset = self.dataset("train")
         world_size, rank = self._ranks()
         if len(dataset) < world_size:
@@ -283,20 +306,18 @@ class ShadowData(LightningDataModule):
             )
         sampler = self._training_sampler(dataset, world_size, rank)
         self._count_slots(dataset, sampler)
-        collate: Collate | PackCollate = Collate(self.pad_token_id, self.pad_to_multiple_of)
-        if self.packing is not None:
-            collate = PackCollate(self.pad_token_id, self.pad_to_multiple_of, flatten=self.packing == "padding_free")
         loader = ResumableLoader(
             PackedDataset(dataset) if self.packing == "best_fit" else dataset,
             sampler,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
-            collate_fn=collate,
+            collate_fn=self._training_collate(),
             **self._loading(keep_workers=True),
         )
         resume, self._resume = self._resume, None
         if resume is not None:
-            _check_order(resume, self._order(sampler))
+            begun = f"after {resume['batch']} batches of an epoch" if resume.get("batch") else None
+            _check_order(resume["order"], self._order(sampler), begun)
             loader.load_state_dict({"epoch": resume["epoch"], "batch": resume["batch"]})
         return loader
 
@@ -330,6 +351,8 @@ class ShadowData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and the order that it is a position in."""
         loader = self.trainer.train_dataloader if self.trainer is not None else None
+        if isinstance(loader, StreamLoader):
+            return {**loader.state_dict(), "order": self._stream_order()}
         if not isinstance(loader, ResumableLoader):
             return {}
         return {**loader.state_dict(), "order": self._order(loader.batch_sampler)}
@@ -338,9 +361,23 @@ class ShadowData(LightningDataModule):
         """Let the next training loader go on from a checkpoint's position."""
         self._resume = state_dict or None
 
+    def trained_tokens(self, epochs: float) -> float:
+        """Tokens that a training of so many epochs has seen, on all ranks; of a stream, those of this training."""
+        loader = self.trainer.train_dataloader if self.trainer is not None else None
+        if isinstance(loader, StreamLoader):
+            return loader.state_dict()["num_tokens"] * self._ranks()[0]
+        return self.reports["train"].num_tokens * epochs if "train" in self.reports else 0.0
+
     def _problems(self) -> Iterable[str]:
         """What can be told from the settings alone."""
-        for name, least in (("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("prefetch", 1)):
+        if self.streaming and self.limit_train_samples is not None:
+            yield (
+                f"data.limit_train_samples is {self.limit_train_samples}, a choice among all rows, which a stream "
+                "doesn't know. Unset it and limit trainer.max_steps, or set data.streaming=false."
+            )
+        for name, least in (
+            ("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("prefetch", 1), ("stream_window", 1)
+        ):  # fmt: skip
             if name == "eval_batch_size" and self.eval_batch_size == self.batch_size:
                 continue
             if getattr(self, name) < least:
@@ -371,7 +408,7 @@ class ShadowData(LightningDataModule):
     def _wanted(self, stage: str | None) -> list[tuple[str, list[str], str]]:
         """Name, sources and use of each set that a command needs."""
         wanted: list[tuple[str, list[str], str]] = []
-        if stage in ("fit", None) and self.train:
+        if stage in ("fit", None) and self.train and not self.streaming:
             wanted.append(("train", self.train, "train"))
         if stage in ("fit", "validate", None):
             wanted += [(f"val/{name}", [source], "validation") for name, source in self.validation.items()]
@@ -529,22 +566,98 @@ class ShadowData(LightningDataModule):
 
     def _training_sampler(self, dataset: TokenDataset, world_size: int, rank: int) -> ShardedBatchSampler:
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
-        shuffle = self.shuffle and not overfits
-        size = len(dataset)
+        if self._packs is not None and len(self._packs) < world_size:
+            raise DataError(
+                f"{len(dataset)} training samples make {len(self._packs)} packs, fewer than the {world_size} ranks. "
+                f"Lower data.pack_length={self.pack_length}, or use data.packing=padding_free."
+            )
+        return self._sampler(dataset.lengths, self._packs, self.shuffle and not overfits, world_size, rank)
+
+    def _sampler(
+        self, lengths: np.ndarray, packs: PackedOrder | None, shuffle: bool, world_size: int, rank: int
+    ) -> ShardedBatchSampler:
+        """Batches of samples of these lengths, or of the packs that they make."""
+        size = len(lengths)
         order: Order | None = None
-        if self._packs is not None:
-            self._packs.shuffle = shuffle
-            size, order = len(self._packs), self._packs
-            if size < world_size:
-                raise DataError(
-                    f"{len(dataset)} training samples make {size} packs, fewer than the {world_size} ranks. Lower "
-                    f"data.pack_length={self.pack_length}, or use data.packing=padding_free."
-                )
+        if packs is not None:
+            packs.shuffle = shuffle
+            size, order = len(packs), packs
         elif self.group_by_length and shuffle:
-            order = partial(grouped_order, dataset.lengths, self.batch_size * world_size, self.seed)
+            order = partial(grouped_order, lengths, self.batch_size * world_size, self.seed)
         return ShardedBatchSampler(
             size, self.batch_size, world_size, rank, self.seed, shuffle, self.drop_last, order=order
         )
+
+    def _training_collate(self) -> Collate | PackCollate:
+        if self.packing is None:
+            return Collate(self.pad_token_id, self.pad_to_multiple_of)
+        return PackCollate(self.pad_token_id, self.pad_to_multiple_of, flatten=self.packing == "padding_free")
+
+    def _stream(self) -> TokenStream:
+        world_size, rank = self._ranks()
+        return TokenStream(
+            read=self._stream_conversations,
+            window_rows=self.stream_window,
+            tokenise=partial(
+                tokenise,
+                "train",
+                encode=self._encoder(encode_turns),
+                max_length=self.max_length,
+                filler_token=self.pad_token_id,
+                overlong=self.overlong,
+                drop_unsupervised=self.drop_unsupervised,
+            ),
+            batches=partial(self._window_batches, world_size, rank),
+            packed=self.packing == "best_fit",
+            collate=self._training_collate(),
+        )
+
+    def _stream_conversations(self) -> Iterator[Conversation]:
+        for source in self.train:
+            yield from stream_conversations(source, self.format)
+
+    def _window_batches(
+        self, world_size: int, rank: int, dataset: TokenDataset, number: int, start: int
+    ) -> Iterable[list[Any]]:
+        packs = PackedOrder(dataset.lengths, self.pack_length, self.seed) if self.packing == "best_fit" else None
+        if self.drop_last and len(packs or dataset) < world_size * self.batch_size:
+            return []
+        return self._sampler(dataset.lengths, packs, self.shuffle, world_size, rank).batches(number, start)
+
+    def _stream_loader(self) -> StreamLoader:
+        trainer = self.trainer
+        if trainer is None or trainer.max_steps < 1 or getattr(trainer, "overfit_batches", 0):
+            raise DataError(
+                "data.streaming needs trainer.max_steps, since a stream has no end, and no trainer.overfit_batches. "
+                "Set the number of optimizer steps, or data.streaming=false."
+            )
+        loader = StreamLoader(
+            self._stream(), trainer.max_steps * trainer.accumulate_grad_batches, **self._loading(keep_workers=False)
+        )
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            position = {name: value for name, value in resume.items() if name != "order"}
+            begun = f"in window {resume.get('window')} of a stream" if any(position.values()) else None
+            _check_order(resume["order"], self._stream_order(), begun)
+            loader.load_state_dict(position)
+        return loader
+
+    def _stream_order(self) -> dict[str, Any]:
+        """What a position of the stream is a position in."""
+        return {
+            "sources": self.train,
+            "stream_window": self.stream_window,
+            "global_batch_size": self._ranks()[0] * self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "packing": self.packing,
+            "pack_length": self.pack_length,
+            "group_by_length": self.group_by_length,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
+            "drop_unsupervised": self.drop_unsupervised,
+        }
 
     def _count_slots(self, dataset: TokenDataset, sampler: ShardedBatchSampler) -> None:
         """Report how much of the batches is padding, for the first epoch."""
@@ -645,9 +758,8 @@ def _encode(
     return encode(tokenizer, messages, **template_kwargs)
 
 
-def _check_order(resume: dict[str, Any], order: dict[str, Any]) -> None:
-    """Refuse to go on in the middle of an order that can't be had again."""
-    before = resume["order"]
+def _check_order(before: dict[str, Any], order: dict[str, Any], begun: str | None) -> None:
+    """Refuse to go on in the middle of an order that can't be had again; ``begun`` says where the middle is."""
     changed = [
         f"{key} {before.get(key)} → {order.get(key)}"
         for key in dict.fromkeys((*before, *order))
@@ -655,9 +767,9 @@ def _check_order(resume: dict[str, Any], order: dict[str, Any]) -> None:
     ]
     if not changed:
         return
-    if resume["batch"]:
+    if begun:
         raise DataError(
-            f"the checkpoint was taken after {resume['batch']} batches of an epoch, in an order that these data don't "
-            f"give: {', '.join(changed)}. Resume with the data, batch size and seed of that run."
+            f"the checkpoint was taken {begun}, in an order that these data don't give: {', '.join(changed)}. Resume "
+            "with the data, batch size and seed of that run."
         )
     rank_zero_warn(f"data: the run goes on with other data or batches than before: {', '.join(changed)}.")

@@ -1,7 +1,7 @@
 """Reads files and hub data sets into conversations; every error names the file, the row and the cure.
 
 JSON is parsed here rather than by ``datasets``, whose reader knows no line numbers and refuses rows of unequal
-keys. Everything is kept in memory.
+keys. What is read whole is kept in memory; a stream holds a row at a time.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from shadowlit.errors import DataError
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 MAX_SHOWN = 5
+_ROWS_READ = 1024  # of a Parquet file at a time
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
 
 
@@ -87,14 +88,40 @@ def read_conversations(
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.columns for row in rows if isinstance(row.columns, dict)), {})
+    return collect(_converter(source, first, format, prompts_only, tell or say), rows)
+
+
+def stream_conversations(source: str, format: str = "auto", *, use: str = "train") -> Iterator[Conversation]:
+    """The rows of a file or a hub data set one after the other, without holding more than one of them.
+
+    Args:
+        source: As for :func:`read_conversations`, but for a ``.json`` that is one list.
+        format: ``auto``, or a format's name.
+        use: As for :func:`read_conversations`.
+
+    Raises:
+        DataError: The source can't be read, or the row that is due is malformed.
+    """
+    convert: Callable[[Row], Conversation] | None = None
+    for row in stream_rows(source, use):
+        if convert is None:
+            columns = row.columns if isinstance(row.columns, dict) else {}
+            convert = _converter(source, columns, format, False, lambda text, is_warning: None)
+        yield convert(row)
+
+
+def _converter(
+    source: str, first: dict[str, Any], format: str, prompts_only: bool, tell: Callable[[str, bool], None]
+) -> Callable[[Row], Conversation]:
+    """What makes a conversation of a row of a source, whose columns are those of its first row."""
     if format == "auto":
         format = detect_format(first, source=source, prompts_only=prompts_only)
     else:
         check_columns(first, format, source=source, prompts_only=prompts_only)
     if unused := unused_columns(first, format):
-        (tell or say)(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
+        tell(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
     if first.get("tools"):
-        (tell or say)(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
+        tell(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
 
     def convert(row: Row) -> Conversation:
         where = place(source, row.index, row.line)
@@ -106,7 +133,7 @@ def read_conversations(
             raise DataError(f"{where} {error}") from None
         return Conversation(messages, source, row.index, row.line)
 
-    return collect(convert, rows)
+    return convert
 
 
 def say(text: str, is_warning: bool) -> None:
@@ -209,6 +236,29 @@ def read_rows(source: str, use: str) -> list[Row]:
     return _enumerate(_open_hub(source, use))
 
 
+def stream_rows(source: str, use: str) -> Iterator[Row]:
+    """The rows as they are, one after the other; ``source`` and ``use`` as for :func:`read_conversations`.
+
+    Raises:
+        DataError: The source can't be read in this way, or a line is broken JSON.
+    """
+    path = Path(source).expanduser()
+    folder, split = _folder_of(source)
+    if folder:
+        data = _open_folder(source, folder, split, use, streaming=True)
+    elif not path.is_file():
+        if _looks_local(source):
+            raise DataError(f"{source} does not exist (looked in {path.absolute().parent}). Correct the path.")
+        data = _open_hub(source, use, streaming=True)
+    elif path.suffix.lower() == ".parquet":
+        data = _stream_parquet(source, path)
+    else:
+        yield from _stream_lines(source, path)
+        return
+    for index, columns in enumerate(data):
+        yield Row(index, None, columns)
+
+
 def _looks_local(source: str) -> bool:
     path = Path(source)
     if path.suffix.lower() in (*EXTENSIONS, ".csv", ".txt", ".gz", ".zst") or source.startswith((".", "/", "~")):
@@ -261,17 +311,49 @@ def _read_lines(source: str, text: str) -> list[Row]:
     # Not splitlines(), which also breaks at characters that JSON strings may hold.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
-    def parse(item: tuple[int, tuple[int, str]]) -> Row:
-        index, (number, line) = item
-        try:
-            return Row(index, number, json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{place(source, index, number)} is broken JSON: {error.msg} in column {error.colno}. Correct or "
-                "remove the line; each line holds one whole object."
-            ) from None
+    return collect(lambda item: _parse_line(source, item[0], *item[1]), enumerate(lines))
 
-    return collect(parse, enumerate(lines))
+
+def _parse_line(source: str, index: int, number: int, line: str) -> Row:
+    try:
+        return Row(index, number, json.loads(line))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place(source, index, number)} is broken JSON: {error.msg} in column {error.colno}. Correct or "
+            "remove the line; each line holds one whole object."
+        ) from None
+
+
+def _stream_lines(source: str, path: Path) -> Iterator[Row]:
+    index = number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                if not index and line.lstrip().startswith("["):
+                    raise DataError(
+                        f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or "
+                        "set data.streaming=false."
+                    )
+                yield _parse_line(source, index, number, line)
+                index += 1
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{source} is not UTF-8 behind line {number}. Convert it, e.g. `iconv -f latin1 -t utf-8 {source}`."
+        ) from None
+
+
+def _stream_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS_READ):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
 
 
 def _read_parquet(source: str, path: Path) -> list[Row]:
@@ -284,14 +366,14 @@ def _read_parquet(source: str, path: Path) -> list[Row]:
         raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
 
 
-def _open_folder(source: str, folder: Path, split: str | None, use: str) -> Any:
+def _open_folder(source: str, folder: Path, split: str | None, use: str, streaming: bool = False) -> Any:
     import datasets
 
     try:
         if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            data = datasets.load_from_disk(str(folder))
+            data = datasets.load_from_disk(str(folder))  # mapped into memory, and read where it is used
         else:
-            data = datasets.load_dataset(str(folder))
+            data = datasets.load_dataset(str(folder), streaming=streaming)
     except Exception as error:
         raise DataError(
             f"the folder {source} is no data set that can be read: {_first_line(error)} Name a file, or a folder "
@@ -300,13 +382,15 @@ def _open_folder(source: str, folder: Path, split: str | None, use: str) -> Any:
     return _choose_split(source, data, split, use)
 
 
-def _open_hub(source: str, use: str) -> Any:
+def _open_hub(source: str, use: str, streaming: bool = False) -> Any:
     import datasets
 
     parts = _HUB.fullmatch(source)
     assert parts is not None
     try:
-        data = datasets.load_dataset(parts["repo"], name=parts["config"], revision=parts["revision"])
+        data = datasets.load_dataset(
+            parts["repo"], name=parts["config"], revision=parts["revision"], streaming=streaming
+        )
     except Exception as error:  # hub, network and parsing errors share no base class
         raise DataError(
             f"the data set '{source}' can't be read from the hub, and there is no such file: {_first_line(error)} "

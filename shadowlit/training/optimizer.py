@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
@@ -23,6 +24,7 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    offload: bool = False,
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101) on the parameters that learn; weight decay on matrices only.
 
@@ -37,9 +39,11 @@ def make_optimizer(
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled.
+        offload: keep the moments of ``adamw`` in the CPU's memory between steps; see :class:`OffloadedAdamW`.
 
     Raises:
-        ShadowlitError: neither library is installed, or bitsandbytes alone and the parameters are sharded.
+        ShadowlitError: neither library is installed, or bitsandbytes alone and the parameters are sharded; or moments
+            of 8 bits are to be offloaded.
     """
     trained = list(trained)
     groups = [
@@ -49,13 +53,74 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
     if name == "adamw_8bit":
+        if offload:
+            raise ShadowlitError(
+                "model.offload_optimizer is true, but model.optimizer is 'adamw_8bit', whose moments can't be moved. "
+                "Set one of the two: adamw with offload_optimizer, or adamw_8bit without."
+            )
         return _eight_bits(trained)(groups, **options)
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
-    optimizer = AdamW(groups, fused=fused, **options)
+    optimizer = (OffloadedAdamW if offload else AdamW)(groups, fused=fused, **options)
     # Lightning takes a fused optimizer for one that a scaler of gradients works in, and refuses to clip; bfloat16
     # needs no scaler.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+class OffloadedAdamW(AdamW):
+    """AdamW whose moments lie in the CPU's memory, and come to the device for one parameter at a time.
+
+    8 bytes per trained parameter less on the device, for 16 that are moved in every step. What is computed is the same,
+    bit for bit. Sharded parameters have sharded moments. Loading a checkpoint has all of them on the device for a
+    moment.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """One step, parameter after parameter."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    self.param_groups = [{**group, "params": [parameter]}]
+                    state = self.state[parameter]
+                    at_home = {name: state[name] for name in _MOMENTS if name in state}
+                    for name, moment in at_home.items():
+                        state[name] = moment.to(parameter.device, non_blocking=True)
+                    super().step()
+                    for name in _MOMENTS:
+                        state[name] = _to_cpu(state[name], at_home.get(name))
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As AdamW's, when what is on its way to the CPU has arrived."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return super().state_dict()
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _to_cpu(moment: Tensor, home: Tensor | None) -> Tensor:
+    """Copy a moment into ``home``, where it was before the step, or into new memory of the CPU."""
+    part = moment.to_local() if isinstance(moment, DTensor) else moment
+    if home is None or home.device.type != "cpu":
+        room = torch.empty_like(part, device="cpu", pin_memory=part.is_cuda)
+    else:
+        room = home.to_local() if isinstance(home, DTensor) else home
+    if room is not part:
+        room.copy_(part, non_blocking=True)
+    # Made as FSDP2 makes its own offloaded parameters: from_local would move it to the mesh's device.
+    return DTensor(room, moment._spec, requires_grad=False) if isinstance(moment, DTensor) else room
 
 
 def plain_tensors(state: Any) -> Any:

@@ -86,7 +86,6 @@ def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    report = cli.datamodule.reports.get("train")
     done = trainer.fit_loop.total_batch_idx + 1
     epochs = done / trainer.num_training_batches if done else 0.0  # the last one may have been cut short by max_steps
     return {
@@ -94,7 +93,7 @@ def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
         "wall_s": wall_s,
         "peak_memory_bytes": peak,
         "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "train_tokens": (report.num_tokens if report else 0) * epochs,
+        "train_tokens": cli.datamodule.trained_tokens(epochs),
     }
 
 

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from shadowlit.data.formats import convert_row, detect_format
-from shadowlit.data.sources import is_remote, read_conversations
+from shadowlit.data.sources import is_remote, read_conversations, stream_conversations
 from shadowlit.errors import DataError
 from tests.data.templates import talk
 
@@ -219,7 +219,11 @@ def test_missing_files_and_unknown_data_sets(tmp_path, monkeypatch):
 def test_hub_data_sets(monkeypatch):
     asked = []
 
-    def load(repo, name, revision):
+    def load(repo, name, revision, streaming):
+        if streaming:
+            return datasets.IterableDatasetDict(
+                {k: v.to_iterable_dataset() for k, v in load(repo, name, "", False).items()}
+            )
         asked.append((repo, name, revision))
         sets = {
             split: datasets.Dataset.from_list([{"prompt": split, "completion": "b"}]) for split in ("train", "test")
@@ -235,6 +239,9 @@ def test_hub_data_sets(monkeypatch):
         DataError, match=r"'org/name' has the splits train, test, and no 'validation'.*'org/name:train'"
     ):
         read_conversations("org/name", use="validation")
+    assert [c.messages for c in stream_conversations("org/name:test")] == [
+        c.messages for c in read_conversations("org/name:test")
+    ]
 
 
 def test_folders(tmp_path, monkeypatch):

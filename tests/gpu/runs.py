@@ -59,6 +59,7 @@ class End(Callback):
         self.devices = {p.device.type for p in parameters}
         self.dtypes = {p.dtype for p in parameters if p.requires_grad}
         self.sharded = [isinstance(p, DTensor) for p in parameters]
+        self.optimizer_state = trainer.optimizers[0].state
 
 
 @dataclass

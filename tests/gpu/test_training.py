@@ -132,6 +132,18 @@ def test_offloaded_is_on_the_device(tmp_path, pairs, kind, precision):
     assert torch.equal(runs[0][2], runs[1][2])
 
 
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2"])
+def test_offloaded_moments_are_those_of_the_device(tmp_path, pairs, strategy):
+    """The same weights bit for bit, with the moments in the CPU's pinned memory."""
+    runs = []
+    for offload in (False, True):
+        run = fit(tmp_path, pairs[torch.float32], "full", strategy=strategy, model={"offload_optimizer": offload})
+        runs.append(run.end.weights)
+    assert differing(*runs) == []
+    moments = [state["exp_avg"] for state in run.end.optimizer_state.values()]
+    assert moments and {moment.device.type for moment in moments} == {"cpu"}
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_fsdp_on_one_rank_is_the_plain_strategy(tmp_path, pairs, kind, precision):

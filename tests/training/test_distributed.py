@@ -160,12 +160,12 @@ def test_the_update_of_a_sharded_adapter_lies_as_its_host(tmp_path):
         assert [name for name, right in found.items() if not right] == []
 
 
-def train_and_resume(folders, kind, out, distributed_checkpoint):
+def train_and_resume(folders, kind, out, distributed_checkpoint, offload=False):
     """Weights of three epochs at once, and of the last two after a resume from the first one's checkpoint."""
     ends = []
     for resume in (None, out / "step=4.ckpt"):
         seed_everything(0)
-        module = make_module(folders, kind)
+        module = make_module(folders, kind, offload_optimizer=offload and resume is not None)
         checkpoint = ModelCheckpoint(out, filename="{step}", every_n_train_steps=4, save_top_k=-1)
         strategy = ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed_checkpoint
@@ -184,6 +184,14 @@ def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     assert resumed[1] == uninterrupted[1]
     for name, value in uninterrupted[0].items():
         assert torch.equal(resumed[0][name], value), name
+
+
+def test_offloaded_moments_of_shards_change_nothing(tmp_path):
+    """The second part of the training goes on with them, from a sharded checkpoint of one without."""
+    folders = save_pair(tmp_path, "qwen3")
+    uninterrupted, resumed, _ = run_ranks(train_and_resume, 2, folders, "full", tmp_path, True, True)[0]
+    assert resumed[1] == uninterrupted[1]
+    assert [name for name, value in uninterrupted[0].items() if not torch.equal(resumed[0][name], value)] == []
 
 
 def train_on_files(folders, data, strategy, world_size):

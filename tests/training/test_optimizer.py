@@ -13,7 +13,7 @@ import shadowlit.training.optimizer as optimizer_module
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.optimizer import make_optimizer
+from shadowlit.training.optimizer import OffloadedAdamW, make_optimizer
 from tests.distributed import run_ranks
 from tests.tiny import save_pair
 from tests.training.test_module import parameters, train
@@ -60,6 +60,36 @@ def fused_is_unfused():
 
 def test_shards_take_the_step_of_the_whole():
     assert run_ranks(fused_is_unfused, 2) == [True, True]
+
+
+def test_offloaded_moments_change_nothing(pair, tmp_path):
+    """Also after a resume. On a CPU the moments stay where they are, and the parameters come one by one."""
+    ends = {}
+    for offload in (False, True):
+        module = ShadowModule(pair, lr=1e-3, weight_decay=0.1, offload_optimizer=offload)
+        checkpoint = ModelCheckpoint(tmp_path / str(offload), filename="{step}", every_n_train_steps=8, save_top_k=-1)
+        trainer = train(module, callbacks=[checkpoint], max_epochs=2)
+        assert isinstance(trainer.optimizers[0], OffloadedAdamW) is offload
+        assert len(trainer.optimizers[0].param_groups) == 2
+        ends[offload] = parameters(module)
+    assert torch.equal(ends[True], ends[False])
+    for offload in (False, True):  # either goes on from the other's checkpoint
+        resumed = ShadowModule(pair, lr=1e-3, weight_decay=0.1, offload_optimizer=offload)
+        train(resumed, ckpt_path=tmp_path / str(not offload) / "step=8.ckpt", max_epochs=2)
+        assert torch.equal(parameters(resumed), ends[False])
+
+
+def test_moments_go_home_after_each_parameter():
+    """As on a GPU: what comes back from a step isn't what lay in the CPU's memory, which is filled again."""
+    moment, home = torch.arange(3.0), torch.zeros(3)
+    assert optimizer_module._to_cpu(moment, home) is home
+    assert torch.equal(home, moment)
+    assert optimizer_module._to_cpu(moment, None) is not moment
+
+
+def test_moments_of_8_bits_stay(pair):
+    with pytest.raises(ShadowlitError, match=r"offload_optimizer is true, but model\.optimizer is 'adamw_8bit'"):
+        train(ShadowModule(pair, optimizer="adamw_8bit", offload_optimizer=True))
 
 
 def test_8_bits_need_a_library(pair, monkeypatch):
