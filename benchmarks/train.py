@@ -3,6 +3,7 @@
     python benchmarks/train.py --profile cpu-vocab [--repetitions 5] [--kinds full lora] [--only NAME ...]
                                [--python trl=ENV/bin/python llamafactory=ENV/bin/python] [--out FOLDER]
                                [--deadline SECONDS] [--fork]
+    python benchmarks/train.py --curve [--repetitions 3] [--out FOLDER]
 
 Every contestant trains in a process of its own, in turns, on one folder of random weights and one file of
 conversations whose lengths are log-normal, half of each tokens of the assistant, which alone carry loss; with AdamW at
@@ -19,7 +20,7 @@ with and without the graft, and its swaps.
 
 TRL and LLaMA-Factory want an environment of their own where their needs differ: ``--python trl=ENV/bin/python``. A
 contestant whose package is missing is left out. LLaMA-Factory pads to a multiple of 8, and recomputes activations by
-default, which is switched off where the others keep them. ``--fork`` forks the processes from a server that has
+default, which is switched off where the others keep them. ``--curve`` trains models of four sizes on samples of four lengths, at 2,048 tokens a step: what grows with what. ``--fork`` forks the processes from a server that has
 imported everything, which saves a GPU's time; the resident memory of such processes says nothing. Full tuning of 8B
 takes 16 bytes a parameter for weights, gradients and AdamW alone, 131 GB: not measured.
 """
@@ -146,6 +147,18 @@ PROFILES = {
         accelerator="gpu", batch=16, micro=8, median=350, longest=2048, sigma=0.8, pack=2048, warmup=2, steps=6,
         checkpointing=True, kinds=("lora",), linked=True,
     ),
+}  # fmt: skip
+
+CURVE_TOKENS = 2048
+CURVE_SIZES = {"s": (192, 576, 4), "m": (320, 960, 6), "l": (512, 1536, 8), "xl": (768, 2304, 12)}  # width, MLP, layers
+CURVE_LENGTHS = (128, 256, 512, 1024)
+PROFILES |= {
+    f"curve-{name}-{length}": Profile(
+        qwen3(hidden, ff, layers, hidden // 64, hidden // 64, 64, 8192, True), ("shadowlit-free-varlen", "graft"),
+        batch=CURVE_TOKENS // length, micro=CURVE_TOKENS // length, median=length, longest=length, sigma=0.0,
+        warmup=1, steps=2, kinds=("full",),
+    )
+    for name, (hidden, ff, layers) in CURVE_SIZES.items() for length in CURVE_LENGTHS
 }  # fmt: skip
 
 
@@ -877,9 +890,51 @@ def device_name(profile: Profile, threads: int) -> str:
     return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown GPU"
 
 
+def curve(root: Path, options: argparse.Namespace) -> None:
+    """Print what a step, the memory and the graft's swaps cost, by size and length."""
+    set_environment(options)
+    found: dict[str, list[dict[str, Any]]] = {}
+    models: dict[str, dict[str, Any]] = {}
+    for repetition in range(options.repetitions):
+        for name in (name for name in PROFILES if name.startswith("curve-")):
+            folder = root / name
+            job = {"profile": name, "kind": "full", "root": str(folder), "out": f"{root}/out.json"}
+            for contestant in ("make", *PROFILES[name].contestants):
+                done = folder.exists() if contestant == "make" else contestant == "graft" and not name.endswith("-256")
+                if done:
+                    continue
+                run = work_in_process(
+                    Work(contestant, threads=options.threads, steps=options.steps, **job), options, options.limit
+                )
+                if "error" in run:
+                    raise SystemExit(run["error"])
+                if contestant == "make":
+                    models[name] = run
+                else:
+                    found.setdefault(f"{name} {contestant}", []).append(run)
+                    print(f"{repetition} {name}: {shown(run)}", file=sys.stderr, flush=True)
+    print("| parameters, M | in the layers, M | tokens of a sample | step, s | µs per token | ns per token and "
+          "million parameters of the layers and the head | peak memory, GB | graft in, ms | out, ms | one copy, ms |\n"
+          "|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for name, model in models.items():
+        runs, graft = found[f"{name} shadowlit-free-varlen"], found.get(f"{name} graft")
+        profile = PROFILES[name]
+        step, total = middle(runs, "step_s"), model["parameters"] / 1e6
+        in_layers = model["matrices"] / 1e6 - profile.shape["vocab_size"] * profile.shape["hidden_size"] / 1e6
+        swaps = [
+            f"{1e3 * middle(graft, key):.1f}" if graft else "–" for key in ("device_in_s", "device_out_s", "copy_s")
+        ]
+        print(
+            f"| {total:.1f} | {in_layers:.1f} | {profile.median} | {step:.2f} | {1e6 * step / CURVE_TOKENS:,.0f} | "
+            f"{1e9 * step / CURVE_TOKENS / (model['matrices'] / 1e6):,.0f} | {middle(runs, 'peak_bytes') / 1e9:.2f} | "
+            f"{' | '.join(swaps)} |"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="smoke")
+    parser.add_argument("--curve", action="store_true", help="the cost by size of the model and length of the samples")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=["full", "lora"])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants instead of the profile's")
@@ -901,20 +956,25 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # and the folder is removed
     root = Path(tempfile.mkdtemp(dir=options.workdir, prefix="train-"))
     try:
-        benchmark(root, options)
+        curve(root, options) if options.curve else benchmark(root, options)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def benchmark(root: Path, options: argparse.Namespace) -> None:
-    """Make the folder, run everything in turns, and print the table after each round."""
-    began, profile = time.perf_counter(), PROFILES[options.profile]
+def set_environment(options: argparse.Namespace) -> None:
+    """What every process shall find."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(options.threads),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         # Whether there is a GPU is asked of its driver's library, so that the server of forks opens no context.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }  # fmt: skip
+
+
+def benchmark(root: Path, options: argparse.Namespace) -> None:
+    """Make the folder, run everything in turns, and print the table after each round."""
+    began, profile = time.perf_counter(), PROFILES[options.profile]
+    set_environment(options)
 
     def work(contestant: str, kind: str, limit_s: float) -> dict[str, Any]:
         job = Work(

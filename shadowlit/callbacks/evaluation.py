@@ -204,6 +204,7 @@ class EvaluationCallback(Callback):
 
         return Scene(
             model=module.model,
+            head=module.head_losses(),
             pair=self._pair,
             device=module.device,
             rank=trainer.global_rank,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shadowlit.errors import DataError
 from shadowlit.pair import ModelPair
+from shadowlit.training.head import HeadLoss
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Scene:
 
     Attributes:
         model: A transformers model, wrapped by peft or sharded or neither, in evaluation mode.
+        head: How losses and logits come from it, without those of whole batches being made.
         pair: Gives tokenizer, chat template and the tokens that end a turn.
         device: Where batches belong.
         rank: This process, from 0.
@@ -31,6 +33,7 @@ class Scene:
     """
 
     model: nn.Module
+    head: HeadLoss
     pair: ModelPair
     device: torch.device
     rank: int
@@ -39,10 +42,19 @@ class Scene:
     reference: Callable[[], AbstractContextManager[Any]]
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return ``[B, T, V]`` logits of ``[B, T]`` tokens; every rank must call it equally often."""
+    def logits_at(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[N, V]`` of ``[B, T]`` tokens at ``[N]`` of their ``B * T`` positions.
+
+        Every rank must call it equally often; N may be 0.
+        """
         with torch.no_grad(), self.autocast():
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            return self.head.logits_at({"input_ids": input_ids, "attention_mask": attention_mask}, positions)
+
+    def token_losses(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropies ``[N]`` in nats of the tokens ``targets`` at ``[N]`` positions; as :meth:`logits_at`."""
+        with torch.no_grad(), self.autocast():
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+            return self.head.token_losses(inputs, positions, targets)[0]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.rows import fingerprint, spread
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
 from shadowlit.pair import ModelPair
-from shadowlit.training.objective import IGNORE
+from shadowlit.training.objective import IGNORE, supervised_positions
 
 _CHUNK = 1024  # positions whose distributions are in float32 at a time
 
@@ -129,16 +129,16 @@ class Divergence(Evaluator):
         filler = Encoded([self._pad] * 2, [IGNORE] * 2)
         batch = Collate(self._pad)([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded or [filler]])
         ids, mask = batch["input_ids"].to(scene.device), batch["attention_mask"].to(scene.device)
-        chosen = batch["labels"][:, 1:] != IGNORE
-        here = chosen.to(scene.device)
-        # Only what is supervised is kept while the reference runs.
-        logits = scene.logits(ids, mask)[:, :-1][here]
+        positions = supervised_positions(batch["labels"])
+        here = positions.to(scene.device)
+        logits = scene.logits_at(ids, mask, here)
         with scene.reference():
-            reference = scene.logits(ids, mask)[:, :-1][here]
+            reference = scene.logits_at(ids, mask, here)
         kl, same = (values.cpu() for values in divergence(logits, reference))
         values = torch.stack([kl, same.double(), torch.ones_like(kl)], dim=1)
-        row = chosen.nonzero()[:, 0]
-        return torch.zeros(len(chosen), 3, dtype=torch.float64).index_add_(0, row, values)[: len(encoded)]
+        num_rows, length = batch["labels"].shape
+        row = positions // length
+        return torch.zeros(num_rows, 3, dtype=torch.float64).index_add_(0, row, values)[: len(encoded)]
 
 
 def divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

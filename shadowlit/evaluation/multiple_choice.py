@@ -161,22 +161,25 @@ class MultipleChoice(Evaluator):
 
 def _loglikelihoods(items: Sequence[_Item], num_forwards: int, scene: Scene) -> list[list[float]]:
     """The log-likelihoods of each item's choices; always ``num_forwards`` forward passes, since ranks wait for them."""
-    found: list[list[Tensor | None]] = [[None] * len(item.choices) for item in items]
+    found = [torch.zeros(len(item.choices), dtype=torch.float64) for item in items]
     for source in range(num_forwards):
         asked = [i for i, item in enumerate(items) if source < len(item.inputs)]
-        logits = scene.logits(*_pad([items[i].inputs[source] for i in asked] or [(0,)], scene.device))
-        for row, i in enumerate(asked):
-            for number, choice in enumerate(items[i].choices):
-                if choice.source == source:
-                    found[i][number] = _sum_of(logits[row], choice)
-    return [torch.stack([value for value in row if value is not None]).tolist() for row in found]
-
-
-def _sum_of(logits: Tensor, choice: _Choice) -> Tensor:
-    """The log-likelihood of a choice from ``[T, V]`` logits; only the positions that predict it are normalised."""
-    predicting = logits[choice.start : choice.start + len(choice.targets)]
-    targets = torch.tensor(choice.targets, device=logits.device)
-    return torch.log_softmax(predicting, -1, dtype=torch.float32).gather(1, targets[:, None]).double().sum()
+        tokens, mask = _pad([items[i].inputs[source] for i in asked] or [(0,)], scene.device)
+        # Every token of every choice that is answered by these inputs: where it is predicted, and whose it is.
+        places = [
+            (row * tokens.shape[1] + choice.start + offset, token, i, number)
+            for row, i in enumerate(asked)
+            for number, choice in enumerate(items[i].choices)
+            if choice.source == source
+            for offset, token in enumerate(choice.targets)
+        ]
+        positions, targets = (
+            torch.tensor([place[k] for place in places], dtype=torch.int64, device=scene.device) for k in (0, 1)
+        )
+        losses = scene.token_losses(tokens, mask, positions, targets).double().tolist()
+        for loss, (_, _, i, number) in zip(losses, places, strict=True):
+            found[i][number] -= loss
+    return [values.tolist() for values in found]
 
 
 def _pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,17 @@ class HeadLoss:
             return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
         return within_forward(self.model, self._token_losses, inputs, positions, targets)
 
+    @torch.no_grad()
+    def logits_at(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        """The model's logits at chosen positions only: ``[N, V]``, float32 (float64 for a model in it)."""
+        if self.head is None:
+            return self._logits(inputs, positions)
+        return within_forward(self.model, self._logits_at, inputs, positions)
+
+    def _logits_at(self, inputs: Inputs, positions: Tensor) -> Tensor:
+        assert self.head is not None
+        return widen(self.head.finish(self.head.module(self._hidden(inputs, positions))))
+
     def _logits(self, inputs: Inputs, positions: Tensor) -> Tensor:
         logits = self.model(**inputs, use_cache=False).logits
         return widen(logits.flatten(0, 1).index_select(0, positions))

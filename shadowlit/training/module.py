@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
+from transformers import PreTrainedConfig
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.evaluation.generation import generate_answers, greedy_config
@@ -32,7 +33,8 @@ from shadowlit.training.objective import TokenSums, sum_tokens, supervised_posit
 from shadowlit.training.optimizer import OptimizerName, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.parallel import local, parallelize, reduce_gradients
 from shadowlit.training.separation import require_separation
-from shadowlit.training.varlen import borders_of, takes_borders
+from shadowlit.training.varlen import NAME as VARLEN
+from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,8 @@ class ShadowModule(LightningModule):
             model's head allows it, which is proven on the model when it starts; see
             :class:`shadowlit.training.head.HeadLoss` for the others: chunked, recomputed, torch, liger, logits.
         attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …; or varlen,
-            sdpa that computes each sample of a packed row by itself, for ``data.packing``.
+            sdpa that computes each sample of a packed row by itself. auto: varlen for ``data.packing`` where the model
+            allows it and its layers aren't compiled, else sdpa.
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
         seed: Seeds the adapter's start and the dropout.
     """
@@ -106,7 +109,7 @@ class ShadowModule(LightningModule):
         activation_checkpointing: bool | Literal["none", "full", "selective"] = False,
         compile_layers: bool = False,
         head_loss: Way = "auto",
-        attn_implementation: str = "sdpa",
+        attn_implementation: str = "auto",
         max_new_tokens: int = 512,
         seed: int = 0,
     ) -> None:
@@ -126,7 +129,7 @@ class ShadowModule(LightningModule):
         self.reduce_gradients = reduce_gradients
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
         self.head_loss = head_loss
-        self.attn_implementation = attn_implementation
+        self.attn_implementation = self.kernel = attn_implementation
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.model: nn.Module | None = None
@@ -144,6 +147,7 @@ class ShadowModule(LightningModule):
         config = self.pair.base_config()
         config.use_cache = False
         config.vocab_size = self.pair.config().vocab_size
+        self.kernel = self._kernel(config)
         mesh = self._data_parallel_mesh()
         self.model = load_for_training(
             AlignedReader.open(self.pair.base_folder(), self.pair.instruct_folder()),
@@ -158,7 +162,7 @@ class ShadowModule(LightningModule):
                 compile_layers=self.compile_layers,
                 compute_dtype=_compute_dtype(self.trainer.precision),
             ),
-            attn_implementation=self.attn_implementation,
+            attn_implementation=self.kernel,
             trust_remote_code=self.pair.trust_remote_code,
             seed=self.seed,
         )
@@ -183,7 +187,7 @@ class ShadowModule(LightningModule):
         """Find supervised tokens and samples' borders while they are on the CPU: a GPU would have to be waited for."""
         if isinstance(batch, Mapping) and "labels" in batch and "supervised" not in batch:
             positions = batch.get("position_ids")
-            borders = borders_of(positions) if positions is not None and takes_borders(self.attn_implementation) else {}
+            borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
             return {**batch, **borders, "supervised": supervised_positions(batch["labels"], positions)}
         return batch
 
@@ -195,7 +199,7 @@ class ShadowModule(LightningModule):
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             reduce_gradients(self.model, steps or not self._accumulates_whole)
         positions, targets = _supervised(batch)
-        loss = self._losses().loss(_model_inputs(batch), positions, targets)
+        loss = self.head_losses().loss(_model_inputs(batch), positions, targets)
         sums = torch.stack([loss.detach().double(), loss.new_full((), len(targets), dtype=torch.float64)])
         self._sums = sums if self._sums is None else self._sums + sums
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
@@ -263,6 +267,13 @@ class ShadowModule(LightningModule):
         """
         return TokenScores()
 
+    def head_losses(self) -> HeadLoss:
+        """How losses come from the model; found out in its first forward pass, in which its weights are there."""
+        assert self.model is not None
+        if self._head_loss is None or self._head_loss.model is not self.model:
+            self._head_loss = HeadLoss(self.model, self.head_loss)
+        return self._head_loss
+
     def scores(self, subject: str) -> dict[str, float]:
         """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
 
@@ -315,6 +326,13 @@ class ShadowModule(LightningModule):
         schedule = LambdaLR(optimizer, partial(_rate, total=total, warmup=warmup, schedule=self.schedule))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def _kernel(self, config: PreTrainedConfig) -> str:
+        """The attention kernel's name, with auto decided."""
+        if self.attn_implementation != "auto":
+            return self.attn_implementation
+        packs = getattr(self.trainer.datamodule, "packing", None) is not None  # type: ignore[attr-defined]
+        return VARLEN if packs and not self.compile_layers and knows_attention_of(config) else "sdpa"
+
     @property
     def _accumulates_whole(self) -> bool:
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
@@ -339,15 +357,8 @@ class ShadowModule(LightningModule):
 
     def _token_sums(self, batch: Batch) -> TokenSums:
         positions, targets = _supervised(batch)
-        losses, correct = self._losses().token_losses(_model_inputs(batch), positions, targets)
+        losses, correct = self.head_losses().token_losses(_model_inputs(batch), positions, targets)
         return sum_tokens(losses, correct, positions, batch["labels"], batch.get("position_ids"))
-
-    def _losses(self) -> HeadLoss:
-        """How losses come from the model; found out in its first forward pass, in which its weights are there."""
-        assert self.model is not None
-        if self._head_loss is None or self._head_loss.model is not self.model:
-            self._head_loss = HeadLoss(self.model, self.head_loss)
-        return self._head_loss
 
     def _log_scores(self, stage: str) -> None:
         for subject in dict.fromkeys(who for who, _ in self._scores):

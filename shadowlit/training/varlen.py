@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -45,6 +45,12 @@ def borders_of(position_ids: Tensor) -> dict[str, Any]:
 def takes_borders(attn_implementation: str) -> bool:
     """Whether attention of this name takes :func:`borders_of`; others get a mask from ``position_ids``."""
     return attn_implementation in _TAKES_BORDERS
+
+
+def knows_attention_of(config: PreTrainedConfig) -> bool:
+    """Whether a model's attention is what :func:`varlen_attention` computes: no caps of scores, no sinks."""
+    text = config.get_text_config()
+    return getattr(text, "attn_logit_softcapping", None) is None and text.model_type != "gpt_oss"
 
 
 def varlen_attention(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from shadowlit.evaluation.evaluator import Scene
 from shadowlit.evaluation.matching import Matcher
 from shadowlit.pair import ModelPair
+from shadowlit.training.head import HeadLoss
 
 DEMO = Path(__file__).parents[2] / "shadowlit/demo"
 DEMO_PAIR = (DEMO / "pair/base", DEMO / "pair/instruct")
@@ -24,6 +25,7 @@ def make_scene(folders, model=None, rank=0, world_size=1, **template_kwargs):
         model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     return Scene(
         model=model.eval(),
+        head=HeadLoss(model),
         pair=ModelPair(*map(str, folders)),
         device=torch.device("cpu"),
         rank=rank,

@@ -106,7 +106,7 @@ def test_a_row_whose_history_is_rewritten_is_one_sample(tmp_path):
         scene = replace(
             make_scene(folders, model, rank, world_size), pair=pair, reference=lambda: swapped(model, other)
         )
-        counter = model.register_forward_hook(lambda *_: calls.append(rank))
+        counter = model.model.register_forward_hook(lambda *_: calls.append(rank))
         found = evaluate(Divergence(write_rows(tmp_path / "rows.jsonl", rows), batch_size=2), scene)
         counter.remove()
         return found

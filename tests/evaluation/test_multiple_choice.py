@@ -121,7 +121,7 @@ def test_loglikelihoods_in_float64(tmp_path, folders):
 
 def count_forwards(folders, evaluator):
     scene, shapes = make_scene(folders), []
-    scene.model.register_forward_pre_hook(
+    scene.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     return evaluate(evaluator, scene), shapes
@@ -179,9 +179,9 @@ def test_autocast_and_no_gradient(tmp_path, folders):
     """Forwards run in the scene's context, and build no graph."""
     scene = make_scene(folders)
     scene = Scene(**{**vars(scene), "autocast": lambda: torch.autocast("cpu", torch.bfloat16)})
-    dtypes = []
-    scene.model.register_forward_hook(
-        lambda _, args, output: dtypes.append((output.logits.dtype, output.logits.requires_grad))
+    seen = []
+    scene.model.model.layers[0].self_attn.q_proj.register_forward_hook(
+        lambda _, args, output: seen.append((output.dtype, output.requires_grad))
     )
     evaluate(MultipleChoice(write_rows(tmp_path / "rows.jsonl", [GOOD])), scene)
-    assert dtypes == [(torch.bfloat16, False)]
+    assert seen == [(torch.bfloat16, False)]
