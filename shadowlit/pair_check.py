@@ -5,6 +5,7 @@ Each check is a function of the two sides and the selection that yields what it 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from shadowlit.errors import CheckpointError
+from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import TensorInfo, some_of
+from shadowlit.graft.layout import alike
 from shadowlit.hub_headers import read_hub_headers
 from shadowlit.pair import (
     ModelPair,
@@ -91,6 +93,10 @@ def check_pair(pair: ModelPair, select: Select = "linear") -> list[Problem]:
     problems: list[Problem] = []
     base = _open_side("base", pair, pair.base, pair.base_folder, pair.base_tokenizer, problems)
     instruct = _open_side("instruct", pair, pair.instruct, pair.instruct_folder, pair.instruct_tokenizer, problems)
+    if base.reader and instruct.reader:
+        # Either may hold its experts fused. What can't be brought together is told by the checks.
+        with contextlib.suppress(CheckpointError, GraftError):
+            base.headers, instruct.headers = (reader.tensors for reader in alike([base.reader, instruct.reader]))
     try:
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)

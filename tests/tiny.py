@@ -19,6 +19,10 @@ CHATML = (
 # The same template as most published ones have it: without generation marks.
 CHATML_UNMARKED = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma3_text")
 
 
@@ -38,8 +42,8 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 
 def make_config(arch: str, *, tied: bool, vocab_size: int = 272, layers: int = 2, hidden: int = 32):
     """A config of ``arch`` with ``layers`` decoder layers of width ``hidden``, four heads, two key-value heads."""
-    extra = {}
-    if arch in ("qwen3", "gemma3_text"):
+    extra = dict(MIXTURES.get(arch, {}))
+    if arch in ("qwen3", "gemma3_text", "qwen3_moe"):
         extra["head_dim"] = hidden // 4
     if arch == "gemma3_text":
         extra |= {"sliding_window": 64, "query_pre_attn_scalar": hidden // 4}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
@@ -18,6 +18,7 @@ from rich.table import Table
 from shadowlit.analysis.similarity import Group, Report, Similarity, compare, open_reader, shared_names, with_ranks
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.headers import some_of
+from shadowlit.graft.layout import alike
 from shadowlit.pair import model_folder
 from shadowlit.progress import progress_bar
 
@@ -64,6 +65,7 @@ def similarity(
                 "effective_rank is told of the offset between models; for deltas there is "
                 "'python -m shadowlit delta show DELTA --effective_rank'."
             )
+        readers = alike(readers)
         names = shared_names(readers, deltas=deltas)
         total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
         with progress_bar("comparing", total) as advance:
@@ -92,6 +94,9 @@ def _tell(report: Report, console: Console) -> None:
         console.print(_by_group("kind", family, [similarity.by_kind() for similarity in family]))
         if family[0].by_layer():
             console.print(_by_group("layer", family, [_runs(similarity.by_layer()) for similarity in family]))
+        for found in family:
+            if experts := found.by_expert():
+                console.print(_by_expert(found, experts))
         console.print(_model_level(family))
     for letter, names in report.left_out.items():
         console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}", soft_wrap=True)
@@ -124,6 +129,21 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
         if bar:
             cells += [_bar(row[0].measure(measure), top)]
         table.add_row(str(row[0].key), *cells)
+    return table
+
+
+def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -> Table:
+    """A row per layer: the first measure over all of its experts, and the experts at the two ends."""
+    measure = similarity.measures[0]
+    table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}")
+    for heading in ("layer", "experts", "all", "least", "expert", "most", "expert"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for layer, groups in experts.items():
+        together = Group(layer, tuple(tensor for group in groups for tensor in group.tensors))
+        defined = [group for group in groups if not math.isnan(group.measure(measure))]
+        ends = [end(defined, key=lambda group: group.measure(measure)) for end in (min, max)] if defined else []
+        cells = [cell for group in ends for cell in (_number(group.measure(measure)), str(group.key))]
+        table.add_row(str(layer), str(len(groups)), _number(together.measure(measure)), *(cells or ["–"] * 4))
     return table
 
 

@@ -22,6 +22,7 @@ from shadowlit.graft.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.graft.delta import Delta, TensorStatistics
 from shadowlit.graft.disk import linear_on_disk, open_update
 from shadowlit.graft.headers import TensorInfo
+from shadowlit.graft.layout import alike
 from shadowlit.graft.selection import kind_of, layer_of, resolve
 from shadowlit.pair import model_folder
 
@@ -216,7 +217,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
     """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
     with open_model(base) as first, open_model(instruct) as second:
-        (found,) = compare([first, second]).similarities
+        (found,) = compare(alike([first, second])).similarities
     return replace(found, a="Base", b="Instruct")
 
 

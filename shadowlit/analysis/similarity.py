@@ -17,7 +17,7 @@ from shadowlit.analysis.sums import Moments, Sums, stream_moments
 from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import DELTA_FILE, CheckpointReader
 from shadowlit.graft.headers import some_of
-from shadowlit.graft.selection import kind_of, layer_of
+from shadowlit.graft.selection import expert_of, kind_of, layer_of
 from shadowlit.graft.streaming import row_windows
 
 if TYPE_CHECKING:
@@ -58,13 +58,18 @@ class TensorSimilarity:
     effective_rank: float | None = None
     stable_rank: float | None = None
 
+    @property
+    def expert(self) -> int | None:
+        """The expert that it belongs to in a mixture, from 0; ``None`` for all other tensors."""
+        return expert_of(self.name)
+
 
 @dataclass(frozen=True)
 class Group:
     """Some tensors of a comparison together.
 
     Attributes:
-        key: what they have in common: a kind, or a layer.
+        key: what they have in common: a kind, a layer, or an expert.
         tensors: at least one.
     """
 
@@ -147,6 +152,17 @@ class Similarity:
         groups = [group for group in self.by(lambda tensor: tensor.layer) if isinstance(group.key, int)]
         return sorted(groups, key=lambda group: int(group.key or 0))
 
+    def by_expert(self) -> dict[int, list[Group]]:
+        """For every decoder layer that is a mixture of experts a group for every expert, both in their order."""
+        found: dict[int, dict[int, list[TensorSimilarity]]] = {}
+        for tensor in self.tensors:
+            if tensor.layer is not None and tensor.expert is not None:
+                found.setdefault(tensor.layer, {}).setdefault(tensor.expert, []).append(tensor)
+        return {
+            layer: [Group(expert, tuple(tensors)) for expert, tensors in sorted(experts.items())]
+            for layer, experts in sorted(found.items())
+        }
+
     @property
     def verdict(self) -> str:
         """What it means for a graft, in a sentence or two."""
@@ -218,7 +234,7 @@ class Report:
         """A line per tensor and pair; empty where something isn't defined. Models go by their letters."""
         text = io.StringIO()
         numbers = list(dict.fromkeys(name for names in MEASURES.values() for name in names))
-        columns = ["a", "b", "of", "name", "layer", "kind", "num_elements", *numbers, *_RANKS]
+        columns = ["a", "b", "of", "name", "layer", "kind", "expert", "num_elements", *numbers, *_RANKS]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for similarity in self.similarities:
@@ -247,7 +263,8 @@ def compare(
 
     Of models, each is compared with the first, and then the offsets of every two others from the first with each
     other: for Base, tuned Base and Instruct this is the angle between the update and the offset. Of deltas, every two
-    are compared. Computed in float32, added up in float64.
+    are compared. Experts of mixtures are compared one by one, however the files hold them, if the readers come from
+    :func:`shadowlit.graft.layout.alike`. Computed in float32, added up in float64.
 
     Args:
         readers: two or more checkpoints; the Base first.
@@ -376,6 +393,10 @@ def _as_dict(similarity: Similarity) -> dict[str, Any]:
         "verdict": similarity.verdict,
         "by_kind": {str(group.key): measured(group) for group in similarity.by_kind()},
         "by_layer": {str(group.key): measured(group) for group in similarity.by_layer()},
+        "by_expert": {
+            str(layer): {str(group.key): measured(group) for group in groups}
+            for layer, groups in similarity.by_expert().items()
+        },
         "tensors": [_of_tensor(tensor, similarity.of) for tensor in similarity.tensors],
     }
 
@@ -386,6 +407,7 @@ def _of_tensor(tensor: TensorSimilarity, of: str) -> dict[str, Any]:
         "name": tensor.name,
         "layer": tensor.layer,
         "kind": tensor.kind,
+        "expert": tensor.expert,
         "num_elements": tensor.sums.num_elements,
         **{name: _or_none(getattr(tensor.sums, name)) for name in MEASURES[of]},
         **{name: _or_none(value) for name, value in ranks.items() if value is not None},

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from shadowlit.errors import GraftError
+from shadowlit.evaluation.routing import Routing, routers_of
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.live import BASE, LiveGraft, Squares
@@ -44,6 +45,11 @@ class GraftCallback(Callback):
     share of the update that arrives in the exported dtype), ``graft/seconds`` and ``graft/time_share`` (of the run so
     far, in all of the callback's passes), ``graft/swap_seconds`` (in the swaps alone).
 
+    Of a mixture of experts also ``routing_agreement`` and ``routing_top1_changed`` of every grafted subject, against
+    the Instruct on the same tokens, and of the tuned model against the Base; see :mod:`shadowlit.evaluation.routing`.
+    For it the untouched models' choices stay in the CPU's memory: 2 bytes for each of a rank's supervised tokens in the
+    validation sets, layer, chosen expert, and model.
+
     Warning:
         Does not compose with callbacks that swap weights themselves (``WeightAveraging``, ``EMA``).
 
@@ -61,6 +67,8 @@ class GraftCallback(Callback):
         offload: Keep the frozen weights of the pair on the CPU.
         baselines: Measure the untouched Base and Instruct once, in the first full validation.
         statistics: Log norms and survival of the update at every validation.
+        routing: Of a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
+            measured in compiled layers.
     """
 
     def __init__(
@@ -71,6 +79,7 @@ class GraftCallback(Callback):
         offload: bool = False,
         baselines: bool = True,
         statistics: bool = True,
+        routing: bool = True,
     ) -> None:
         if not scales or len(set(scales)) < len(scales):
             raise GraftError(f"graft.scales is {scales}; expected at least one number, and none of them twice.")
@@ -80,10 +89,13 @@ class GraftCallback(Callback):
         self.offload = offload
         self.baselines = baselines
         self.statistics = statistics
+        self.routing = routing
         self.graft: LiveGraft | None = None
         self.within: list[Within] = []  # called in every pass, while the weights of its subject stand in the module
         self.constants: dict[str, dict[str, float]] = {}  # scores of the untouched models: subject -> metric -> value
         self._measured_on = ""  # the data of these scores
+        self._routing: Routing | None = None
+        self._routing_on = ""  # the data on which the untouched models' choices were recorded
         self._signed: tuple[list[Any], list, str] = ([], [], "")  # sets, numbers of batches, and their signature
         self.metrics: dict[str, float] = {}  # what the last validation logged
         self.seconds = 0.0
@@ -126,6 +138,54 @@ class GraftCallback(Callback):
 
     # -- the grafted passes -----------------------------------------------------------------------------------
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to record the tuned model's choices of experts, if it has some."""
+        self.build(pl_module)
+        if self._routing is not None and not trainer.sanity_checking:
+            self._routing.begin(TUNED)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Watch the routers in the batch."""
+        if self._routing is not None and not trainer.sanity_checking:
+            self._routing.watch()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take what they chose."""
+        if self._routing is not None and not trainer.sanity_checking:
+            self._routing.take(TUNED, batch)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self.on_validation_epoch_start(trainer, pl_module)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """As in validation."""
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """As in validation."""
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the grafted passes, before the module logs the scores of all subjects."""
         self._passes(trainer, pl_module, "val", trainer.val_dataloaders, _val_batches(trainer))
@@ -165,6 +225,7 @@ class GraftCallback(Callback):
             # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
             # signal handler in the middle of a pass.
             pl_module.register_state_dict_pre_hook(self._before_state_dict)
+            self._routing = self._new_routing(pl_module)
         return self.graft
 
     # -- never leave or save grafted weights ------------------------------------------------------------------
@@ -198,11 +259,32 @@ class GraftCallback(Callback):
 
     # -- private ----------------------------------------------------------------------------------------------
 
+    def _new_routing(self, module: ShadowModule) -> Routing | None:
+        assert module.model is not None
+        self._routing_on = ""
+        if not self.routing or not self.baselines or not routers_of(module.model):
+            return None
+        if module.compile_layers:
+            rank_zero_info("graft: choices of experts can't be seen in compiled layers; no routing agreement is logged")
+            return None
+        return Routing(module.model)
+
+    def _log_routing(self, module: ShadowModule, stage: str) -> None:
+        if self._routing is None:
+            return
+        for subject in ["grafted", *(f"grafted@{scale:g}" for scale in self.scales[1:]), TUNED]:
+            like = "base" if subject == TUNED else "instruct"
+            for name, value in self._routing.agreement(subject, like, module.device).items():
+                module.log(f"{stage}/{subject}/{name}", value)
+            self._routing.forget(subject)
+
     def _before_state_dict(self, *_: Any) -> None:
         if self.graft is not None:
             self.graft.restore_for_checkpoint()
 
     def _restore(self, pl_module: LightningModule) -> None:
+        if self._routing is not None:
+            self._routing.stop()
         if self.graft is not None:
             self.graft.restore()
         if isinstance(pl_module, ShadowModule):
@@ -228,6 +310,7 @@ class GraftCallback(Callback):
                 module.log(f"{stage}/{subject}/{name}", value)
         if "instruct" in constants:
             module.log("graft/gain", constants["instruct"]["loss"] - scores["loss"], prog_bar=True)
+        self._log_routing(module, stage)
         if self.statistics:
             for name, value in graft.statistics(self.scales[0], squares).items():
                 module.log(f"graft/{name}", value)
@@ -241,8 +324,10 @@ class GraftCallback(Callback):
         if not self.baselines:
             return {}
         signature = self._signature(loaders, limits)
-        if stage == "val" and self.constants and self._measured_on == signature:
+        known = self.constants and self._measured_on == signature
+        if stage == "val" and known and (self._routing is None or self._routing_on == signature):
             return self.constants
+        self._routing_on = signature if stage == "val" else ""
         measured = {}
         for subject, state in (("base", BASE), ("instruct", 0.0)):
             self._pass(trainer, module, subject, state, loaders, limits)
@@ -278,11 +363,14 @@ class GraftCallback(Callback):
         graft = self.build(module)
         step = trainer.strategy.test_step if trainer.testing else trainer.strategy.validation_step
         loaders = loaders if isinstance(loaders, list) else [loaders]
+        routing = None if trainer.sanity_checking else self._routing
         done = False
         while not done:
             interruptions = graft.interruptions
             module.take_scores(subject)
             module.subject = subject
+            if routing is not None:
+                routing.begin(subject)
             # Iterating a loader draws a seed from the global generator: the training must not notice.
             with (
                 isolate_rng(),
@@ -293,7 +381,11 @@ class GraftCallback(Callback):
                 for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
                     for number, batch in enumerate(islice(loader, int(limit))):
                         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                        if routing is not None:
+                            routing.watch()
                         step(trainer.precision_plugin.convert_input(batch), number, index)
+                        if routing is not None:
+                            routing.take(subject, batch)
                         advance()
                 module.subject = TUNED
                 start, swap_s = time.perf_counter(), graft.apply_s

@@ -15,6 +15,7 @@ from shadowlit.comparison.runner import UNTOUCHED
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.delta import Delta
 from shadowlit.graft.disk import FullUpdate
+from shadowlit.graft.layout import alike
 from shadowlit.pair import ModelPair
 from shadowlit.trials.trial import RESULT
 
@@ -133,7 +134,7 @@ class _Facts:
         self._instruct = CheckpointReader(pair.instruct_folder())
         shared = self._base.tensors.keys() & self._instruct.tensors.keys()
         self._comparable = all(self._base.tensors[n].shape == self._instruct.tensors[n].shape for n in shared)
-        self._sigma = compare([self._base, self._instruct]).similarities[0].sigma
+        self._sigma = compare(alike([self._base, self._instruct])).similarities[0].sigma
         self._offset: float | None = None
         self._cosines: dict[frozenset[Training], float] = {}
 

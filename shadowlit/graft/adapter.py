@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ _REFUSED = {
     "on the Instruct",
     "lora_bias": "the bias of its factors has no place in linear layers without one, so no Instruct can hold it",
     "trainable_token_indices": "it trains rows of the embedding beside the factors, which the graft does not pair",
-    "target_parameters": "it adapts bare parameters instead of modules, which the graft does not pair",
     "layer_replication": "it repeats layers, so the trained model has layers that the Instruct hasn't",
     "alora_invocation_tokens": "its factors act on some positions only, so there is no update of the weights",
     "use_qalora": "its factors act on pooled inputs, so there is no update of the weights of this shape",
@@ -37,7 +37,8 @@ def require_graftable(adapter: LoraConfig | None) -> None:
     """Raise unless the graft of an adapter of these settings is exact.
 
     Exact are LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732) with any rank and alpha patterns, biases, and
-    ``modules_to_save``; and starts taken from the weights (PiSSA, OLoRA …), whose residual is part of the update.
+    ``modules_to_save``, on modules and on bare parameters (fused experts); and starts taken from the weights (PiSSA,
+    OLoRA …), whose residual is part of the update.
 
     Raises:
         GraftError: naming every setting that makes the graft inexact, with the reason.
@@ -103,7 +104,8 @@ def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
                 f"{prefix} has the active adapters {module.active_adapters} "
                 f"({'merged' if module.merged else 'not merged'}); expected exactly one, not merged."
             )
-        layers[canonical_name(f"{prefix}.weight")] = (module, module.active_adapters[0])
+        parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        layers[canonical_name(f"{prefix}.{parameter}")] = (module, module.active_adapters[0])
     return layers
 
 

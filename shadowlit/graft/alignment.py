@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import TensorInfo
+from shadowlit.graft.layout import in_layout_of_module
 
 
 class AlignedReader:
@@ -40,6 +42,16 @@ class AlignedReader:
     def open(cls, base: Path, instruct: Path) -> AlignedReader:
         """Open the checkpoints in two folders."""
         return cls(CheckpointReader(base), CheckpointReader(instruct))
+
+    def of_module(self, shapes: Mapping[str, tuple[int, ...]]) -> AlignedReader:
+        """The same by the names of a module's parameters, ``shapes``, and with experts as the module holds them.
+
+        Raises:
+            CheckpointError: as :class:`shadowlit.graft.layout.Layout`.
+            GraftError: likewise.
+        """
+        base, instruct = (in_layout_of_module(reader, shapes) for reader in (self._base, self._instruct))
+        return self if (base, instruct) == (self._base, self._instruct) else AlignedReader(base, instruct)
 
     @property
     def folder(self) -> Path:

@@ -40,7 +40,9 @@ def add_delta(instruct: Tensor, update: Tensor, scale: float = 1.0) -> Tensor:
     Returns:
         The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
     """
-    return torch.add(widen(instruct), widen(update), alpha=scale)
+    update = widen(update)
+    # Product and sum are rounded each for itself, as on disk: torch.add's alpha would fuse them on some machines.
+    return widen(instruct) + (update if scale == 1 else scale * update)
 
 
 def graft(instruct: Tensor, tuned: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:

@@ -34,7 +34,7 @@ from shadowlit.graft.numeric import (
     widen,
 )
 from shadowlit.graft.pickled import open_checkpoint
-from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve
+from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve, routers
 from shadowlit.graft.streaming import row_windows
 from shadowlit.graft.workers import Room, in_order
 from shadowlit.pair import first_line
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
-_MIXTURE = re.compile(r"(.+)\.experts\.")
-_ROUTER = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
 
 Rows = npt.NDArray[np.floating]
 
@@ -163,6 +161,12 @@ class AdapterUpdate:
         if config.peft_type != "LORA":
             raise GraftError(f"{folder} holds a {config.peft_type} adapter; expected LoRA or rsLoRA. Merge it first.")
         require_graftable(config)
+        if config.target_parameters:
+            raise GraftError(
+                f"{folder}: adapter.target_parameters={config.target_parameters!r} can't be grafted on disk: it adapts "
+                "bare parameters, fused experts say, which the files may hold otherwise. Merge the adapter into the "
+                "Base (merge_and_unload), save that, and give it as the tuned model."
+            )
         if starts_from_weights(config):
             raise GraftError(
                 f"{folder} holds an adapter with init_lora_weights={config.init_lora_weights!r}, whose file lacks the "
@@ -336,17 +340,13 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
 
     Those are the matrices inside numbered layers, and the biases beside them; embeddings and the output head lie
     outside. Experts' matrices count, fused or single; the routers that choose among them don't, as in the paper's
-    code. Equal to :func:`shadowlit.graft.naming.linear_names` for Llama, Qwen, Mistral and Gemma; in models that hold
-    fused experts, whose modules are no ``nn.Linear``, that function leaves the experts out.
+    code. Equal to :func:`shadowlit.graft.naming.linear_names` for Llama, Qwen, Mistral, Gemma, Qwen-MoE and Mixtral.
     """
-    mixtures = {match[1] for name in tensors if (match := _MIXTURE.match(name))}
+    gates = routers(tensors)
     weights = {
         name
         for name, info in tensors.items()
-        if layer_of(name) is not None
-        and len(info.shape) >= 2
-        and "norm" not in name
-        and not ((match := _ROUTER.fullmatch(name)) and match[1] in mixtures)
+        if layer_of(name) is not None and len(info.shape) >= 2 and "norm" not in name and name not in gates
     }
     modules = {name.removesuffix(".weight") for name in weights}
     biases = {name for name in tensors if name.endswith(".bias") and name.removesuffix(".bias") in modules}

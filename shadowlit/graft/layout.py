@@ -52,7 +52,7 @@ def canonical_key(name: str) -> str:
     return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}{_MIXTRAL[match[2]]}.", key)
 
 
-def canonical_keys(headers: Headers) -> dict[str, str]:
+def canonical_keys(headers: Stored) -> dict[str, str]:
     """The names of a checkpoint by their canonical keys.
 
     Raises:
@@ -74,7 +74,7 @@ def is_computed(name: str) -> bool:
     return _COMPUTED.search(name) is not None
 
 
-def require_plain(headers: Headers) -> None:
+def require_plain(headers: Stored) -> None:
     """Raise for a checkpoint whose tensors are not the weights themselves.
 
     Raises:
@@ -95,18 +95,45 @@ def require_plain(headers: Headers) -> None:
 
 
 @dataclass(frozen=True)
-class _Range:
-    """A run of bytes of a stored tensor."""
+class Range:
+    """A run of bytes of a tensor.
+
+    Attributes:
+        name: the tensor's name.
+        start: the first byte, from the tensor's beginning.
+        num_bytes: how many.
+    """
 
     name: str
     start: int
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class Described:
+    """Tensors that lie in no file, described as a header would: the parameters of a module, say.
+
+    Attributes:
+        folder: where they belong, for messages.
+        tensors: by their names.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def of(cls, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Described:
+        """Parameters of these shapes, in float32."""
+        return cls(folder, {name: TensorInfo(name, "F32", shape, "") for name, shape in shapes.items()})
+
+
+Stored = Headers | Described
+
+
 class _Side:
     """A checkpoint by canonical keys."""
 
-    def __init__(self, headers: Headers) -> None:
+    def __init__(self, headers: Stored) -> None:
         require_plain(headers)
         self.headers = headers
         self.keys = canonical_keys(headers)
@@ -119,8 +146,8 @@ class _Side:
     def info(self, key: str) -> TensorInfo:
         return self.headers.tensors[self.keys[key]]
 
-    def whole(self, *keys: str) -> list[_Range]:
-        return [_Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
+    def whole(self, *keys: str) -> list[Range]:
+        return [Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
 
     def is_fused(self, experts: str) -> bool:
         return f"{experts}.gate_up_proj" in self.keys
@@ -138,7 +165,7 @@ class _Side:
     def repeats_embedding(self) -> bool:
         """Whether the output head is the embedding once more, bit for bit."""
         embedding = self.embedding()
-        if embedding is None or _HEAD not in self.keys:
+        if embedding is None or _HEAD not in self.keys or isinstance(self.headers, Described):
             return False
         head, body = self.info(_HEAD), self.info(embedding)
         if (head.code, head.shape) != (body.code, body.shape):
@@ -175,8 +202,8 @@ class _Side:
         return counts
 
 
-class LayoutReader(CheckpointReader):
-    """Presents a checkpoint under the names and in the layout of another one.
+class Layout:
+    """Where the tensors of one model, by their names and in their layout, lie among those of another one.
 
     Understood are the prefixes of wrappers and library versions (:func:`canonical_key`), and experts as one matrix
     each or fused: ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj``
@@ -184,21 +211,24 @@ class LayoutReader(CheckpointReader):
     checkpoint has it. Tensors without a counterpart keep their names; buffers that models compute are left out.
 
     Args:
-        headers: the checkpoint.
-        like: the checkpoint whose names and layout it shall have.
+        headers: what has the tensors: a checkpoint, or the parameters of a module.
+        like: whose names and layout they shall have.
+
+    Attributes:
+        tensors: the tensors as presented.
+        ranges: by name, of what parts of the tensors in ``headers`` each is made.
 
     Raises:
         CheckpointError: two names of one tensor, missing experts, adapters or quantised weights, in either.
         GraftError: experts in layouts that can't be brought together.
     """
 
-    def __init__(self, headers: Headers, like: Headers) -> None:
+    def __init__(self, headers: Stored, like: Stored) -> None:
         own, other = _Side(headers), _Side(like)
         _require_like_experts(own, other)
-        self.folder = headers.folder
         self._headers = headers
-        self._ranges: dict[str, list[_Range]] = {}
-        self.tensors = {}
+        self.ranges: dict[str, list[Range]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
         for key, name in other.keys.items():
             if key in own.keys:
                 self._present(name, own.info(key).shape, own.whole(key))
@@ -207,30 +237,19 @@ class LayoutReader(CheckpointReader):
             elif match := _EXPERT.fullmatch(key):
                 self._present_expert(name, own, match[1], int(match[2]), match[3])
         embedding, skipped = own.embedding(), set()
-        if embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
+        if isinstance(headers, Described) or isinstance(like, Described):
+            pass  # a module knows of its own tie
+        elif embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
             self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
         elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
             skipped.add(own.keys[_HEAD])
-        skipped |= {part.name for ranges in self._ranges.values() for part in ranges}
+        skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
         for key, name in own.keys.items():
             if name not in skipped and not is_computed(name):
                 self._present(name, own.info(key).shape, own.whole(key))
 
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
-        assert offset + len(buffer) <= self.info(name).num_bytes
-        for part in self._ranges[name]:
-            count = max(0, min(len(buffer), part.num_bytes - offset))
-            if count:
-                self._headers.read_into(buffer[:count], part.name, part.start + offset)
-            buffer, offset = buffer[count:], max(0, offset - part.num_bytes)
-
-    def close(self) -> None:
-        """Close the checkpoint's files."""
-        self._headers.close()
-
-    def _present(self, name: str, shape: tuple[int, ...], ranges: list[_Range]) -> None:
-        self._ranges[name] = ranges
+    def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
+        self.ranges[name] = ranges
         self.tensors[name] = replace(self._headers.tensors[ranges[0].name], name=name, shape=shape)
 
     def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
@@ -258,7 +277,97 @@ class LayoutReader(CheckpointReader):
         _, rows, columns = info.shape
         num_bytes = info.num_bytes // info.shape[0] // len(kinds)
         start = (number * len(kinds) + kinds.index(kind)) * num_bytes
-        self._present(name, (rows // len(kinds), columns), [_Range(info.name, start, num_bytes)])
+        self._present(name, (rows // len(kinds), columns), [Range(info.name, start, num_bytes)])
+
+
+class LayoutReader(CheckpointReader):
+    """Presents a checkpoint under the names and in the layout of another one, or of a module; see :class:`Layout`.
+
+    Args:
+        headers: the checkpoint.
+        like: whose names and layout it shall have.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+
+    def __init__(self, headers: Headers, like: Stored) -> None:
+        layout = Layout(headers, like)
+        self.folder = headers.folder
+        self.tensors = layout.tensors
+        self._headers = headers
+        self._ranges = layout.ranges
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
+        assert offset + len(buffer) <= self.info(name).num_bytes
+        for part in self._ranges[name]:
+            count = max(0, min(len(buffer), part.num_bytes - offset))
+            if count:
+                self._headers.read_into(buffer[:count], part.name, part.start + offset)
+            buffer, offset = buffer[count:], max(0, offset - part.num_bytes)
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._headers.close()
+
+
+def in_layout_of_module(headers: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointReader:
+    """A checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
+
+    Args:
+        headers: the checkpoint.
+        shapes: the shape of every parameter by its name.
+
+    Returns:
+        ``headers`` itself where it has all of the names; else a reader that presents what it has by them.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+    if all(name in headers.tensors for name in shapes):
+        return headers
+    return LayoutReader(headers, Described.of(headers.folder, shapes))
+
+
+def by_expert(headers: CheckpointReader) -> CheckpointReader:
+    """A checkpoint with a matrix for each expert, also where its file has all of a layer in one tensor.
+
+    Left fused are experts whose outputs are the columns of their matrices (gpt-oss, Llama 4).
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+    """
+    if not any(_FUSED.fullmatch(canonical_key(name)) for name in headers.tensors):
+        return headers
+    side, single = _Side(headers), {}
+    for key, name in side.keys.items():
+        info, match = side.info(key), _FUSED.fullmatch(key)
+        if match is None or side.orientation(match[1]) != "rows":
+            single[name] = info
+            continue
+        kinds, (count, rows, columns) = _ROWS_OF_FUSED[match[2]], info.shape
+        for number in range(count):
+            for kind in kinds:
+                own = f"{name.removesuffix(match[2])}{number}.{kind}.weight"
+                single[own] = TensorInfo(own, info.code, (rows // len(kinds), columns), info.file)
+    return LayoutReader(headers, Described(headers.folder, single))
+
+
+def alike(readers: Sequence[CheckpointReader]) -> list[CheckpointReader]:
+    """Mixtures of experts under the names of the first of them, with a matrix for each expert; others as they are.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+    first = by_expert(readers[0])
+    if not any(_EXPERT.fullmatch(canonical_key(name)) for name in first.tensors):
+        return list(readers)
+    rest = (by_expert(reader) for reader in readers[1:])
+    return [first, *(r if r.tensors.keys() == first.tensors.keys() else LayoutReader(r, first) for r in rest)]
 
 
 def in_layout_of(instruct: Headers, base: Headers) -> LayoutReader:

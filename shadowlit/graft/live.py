@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.arithmetic import add_delta, delta, graft
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.exchange import Exchange, windows
+from shadowlit.graft.headers import some_of
+from shadowlit.graft.layout import Described, Layout, Range, in_layout_of_module
 from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
 from shadowlit.graft.selection import Coverage, coverage, kind_of, resolve
 from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 
+_FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
 BASE = "base"  # the state in which the untouched Base stands in the module
 Squares = dict[str, Tensor]  # by name: sums of squares of an update and of what is lost of it, float64 [2]
 
@@ -53,7 +57,8 @@ class LiveGraft:
     is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
     the dtype of the export, and come back from a copy. Frozen parameters under an adapter are exchanged with the
     Instruct's, and the adapter's strength is multiplied by ``scale``: with LoRA nothing is computed at all.
-    Parameters outside the selection become the Instruct's own. Parameters are paired by name.
+    Parameters outside the selection become the Instruct's own. Parameters are paired by name; experts that the module
+    holds in one tensor and the files one by one (or the other way round) by :mod:`shadowlit.graft.layout`.
 
     The module is left as it was, bit for bit, by :meth:`restore`, from any point at which an exception or an
     interrupt may have left a call. Does not compose with other callbacks that swap weights (EMA, SWA), nor with
@@ -63,7 +68,8 @@ class LiveGraft:
         model: the trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
         base: reader of the Base's checkpoint that training started from.
         instruct: reader of the Instruct's checkpoint.
-        select: ``linear``, ``all`` or patterns; see :func:`shadowlit.graft.selection.resolve`.
+        select: ``linear``, ``all`` or patterns; see :func:`shadowlit.graft.selection.resolve`. Patterns are searched in
+            the names of the Instruct's files, and those that match none there in the names of the module's parameters.
         dtype: the dtype the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
         offload: keep the frozen shards and the copy of the tuned ones on the CPU.
 
@@ -89,13 +95,16 @@ class LiveGraft:
         self._busy = False
         self._instruct_reader = instruct
         parameters = host_parameters(model)
-        _require_pairing(parameters, base, instruct)
-        names = list(parameters)
-        self.selected = resolve(select, names, linear_names(model), _model_type(model))
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        base, by_module = base.of_module(shapes), in_layout_of_module(instruct, shapes)
+        _require_pairing(parameters, base, by_module)
+        # Names in the Instruct's files, and of what parts of parameters those are made that lie otherwise there.
+        self._parts = {} if by_module is instruct else _parts(shapes, instruct)
+        self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
         layers = adapted_layers(model)
         reshard_all(model)
         self._hosts = [
-            self._host(name, parameter, layers.get(name), base, instruct) for name, parameter in parameters.items()
+            self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
         ]
         self.dtype = dtype
         self.coverage = self._coverage()
@@ -249,22 +258,29 @@ class LiveGraft:
     def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
 
-        One whole tensor at a time, on the CPU, computed in float32 and rounded once. Every rank must iterate to
-        the end; all ranks get the tensors. What the module has no parameter for keeps the Instruct's values.
+        One whole tensor at a time, on the CPU, computed in float32 and rounded once; of experts that the files hold
+        one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
+        has no parameter for keeps the Instruct's values.
         """
         assert self.state is None
         reshard_all(self.model)
         hosts = {host.name: host for host in self._hosts}
         aliases = _aliases(self.model)
-        for name, info in self._instruct_reader.tensors.items():
-            host = hosts.get(aliases.get(name, name))
-            dtype = info.converted(self.dtype).dtype
-            if host is None:
-                yield name, self._instruct_reader.read(name).to(dtype)
-                continue
-            device = host.parameter.device
+
+        def grafted(name: str, dtype: torch.dtype) -> Tensor:
+            host = hosts[name]
             part = self._grafted(host, scale).to(dtype)
-            yield name, whole(part.to(device), host.parameter).cpu()
+            return whole(part.to(host.parameter.device), host.parameter).cpu()
+
+        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(grafted)
+        for name, info in self._instruct_reader.tensors.items():
+            dtype = info.converted(self.dtype).dtype
+            if name in self._parts:
+                yield name, _assemble(self._parts[name], info.shape, lambda host, to=dtype: kept(host, to))
+            elif (host := hosts.get(aliases.get(name, name))) is not None:
+                yield name, grafted(host.name, dtype)
+            else:
+                yield name, self._instruct_reader.read(name).to(dtype)
 
     @torch.no_grad()
     def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -274,9 +290,24 @@ class LiveGraft:
         """
         assert self.state is None
         reshard_all(self.model)
-        for host in self._hosts:
-            if host.selected and (host.base is not None or host.adapted is not None):
-                yield host.name, whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+        trained = {
+            host.name: host
+            for host in self._hosts
+            if host.selected and (host.base is not None or host.adapted is not None)
+        }
+
+        def update(name: str) -> Tensor:
+            host = trained[name]
+            return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+
+        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(update)
+        apart = {part.name for parts in self._parts.values() for part in parts}
+        for name in trained:
+            if name not in apart:
+                yield name, update(name)
+        for name, parts in self._parts.items():
+            if trained.keys() >= {part.name for part in parts}:
+                yield name, _assemble(parts, self._instruct_reader.tensors[name].shape, kept)
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
@@ -293,7 +324,7 @@ class LiveGraft:
             if module not in strength:
                 continue
             for name, parameter in module.named_parameters():
-                if "lora_" not in name:
+                if not name.startswith("lora_"):  # also those of a layer that this one is wrapped around
                     continue
                 tensor = whole(local(parameter), parameter).cpu()
                 folded = "lora_B" in name or "lora_embedding_A" in name
@@ -428,6 +459,44 @@ class LiveGraft:
             frozenset(trained),
             {host.name: host.parameter.numel() for host in self._hosts},
         )
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: CheckpointReader) -> dict[str, list[Range]]:
+    """Of what parts of parameters each tensor of the Instruct's files is made, where it is not a whole one itself."""
+    layout = Layout(Described.of(instruct.folder, shapes), instruct)
+    return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
+
+
+def _assemble(parts: list[Range], shape: tuple[int, ...], tensor_of: Callable[[str], Tensor]) -> Tensor:
+    """A tensor of the files, made of parts of parameters; the ranges count float32."""
+    found = [tensor_of(part.name).view(-1)[part.start // 4 : (part.start + part.num_bytes) // 4] for part in parts]
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
+
+
+def _select(
+    select: str | list[str], names: list[str], parts: dict[str, list[Range]], linear: frozenset[str], model_type: str
+) -> frozenset[str]:
+    """The parameters that a selection chooses; a pattern means what it means for the files."""
+    if select in ("linear", "all") or not parts:
+        return resolve(select, names, linear, model_type)
+    apart = {part.name for ranges in parts.values() for part in ranges}
+    in_files = [*(name for name in names if name not in apart), *parts]
+    by_file: set[str] = set()
+    by_parameter: set[str] = set()
+    for pattern in [select] if isinstance(select, str) else select:
+        try:
+            by_file |= resolve(pattern, in_files, linear, model_type)
+        except GraftError:
+            by_parameter |= resolve(pattern, names, linear, model_type)
+    touched = {part.name for name, ranges in parts.items() if name in by_file for part in ranges}
+    missed = {part.name for name, ranges in parts.items() if name not in by_file for part in ranges}
+    if torn := sorted((touched & missed) - by_parameter):
+        raise GraftError(
+            f"graft.select={select!r} chooses some of the matrices that the module holds in {some_of(torn)}, and not "
+            "others. Expected all of them or none: in memory they are one tensor, which gets the update as a whole. "
+            "Choose all ('experts'), or graft on disk, where each is chosen by itself (python -m shadowlit graft)."
+        )
+    return frozenset(by_file & set(names) | touched | by_parameter)
 
 
 def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:

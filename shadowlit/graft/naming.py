@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from shadowlit.graft.selection import is_of_experts, routers
+
 # What peft, torch.compile and activation checkpointing put into a parameter's name.
 _WRAPPERS = re.compile(
     r"^base_model\.model\.|\bbase_layer\.|\bmodules_to_save\.[^.]+\.|\b_orig_mod\.|\b_checkpoint_wrapped_module\."
@@ -48,17 +50,21 @@ def host_of(model: nn.Module) -> Any:
 
 
 def linear_names(model: nn.Module) -> frozenset[str]:
-    """Checkpoint names of the weights and biases of every ``nn.Linear`` of ``model`` but its output head.
+    """Checkpoint names of weights and biases of every ``nn.Linear`` of ``model`` but its output head, and of experts.
 
     The paper's code lists seven projections by name; the modules themselves know better, so architectures that
     call them ``wqkv`` or ``w1`` are covered too. The output head maps to the vocabulary and is no linear layer
-    in the sense of the paper.
+    in the sense of the paper. Experts count, which transformers 5 holds in one bare parameter per layer and kind; the
+    routers that choose among them don't, as in the paper's code.
     """
     host = host_of(model)
     head = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
-    return frozenset(
+    linear = {
         canonical_name(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in prefix
         for name, _ in module.named_parameters(recurse=False)
-    )
+    }
+    parameters = host_parameters(model)
+    experts = {name for name, parameter in parameters.items() if is_of_experts(name) and parameter.dim() >= 2}
+    return frozenset(linear | experts) - routers(parameters)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from shadowlit.errors import GraftError
 
 _LAYER = re.compile(r"\.(\d+)\.")
+# Of a mixture of experts, as one matrix for each (with its number) or all in one tensor; and what chooses among them.
+_EXPERTS = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?")
+_ROUTER = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Coverage:
         num_selected_parameters: elements in the selected tensors.
         num_parameters: elements of the model.
         left_out: names of tensors that were trained but receive no update, so that their learning is dropped.
+        num_experts: tensors of experts, in mixtures of them.
+        num_selected_experts: those that receive an update.
+        num_routers: tensors that choose among the experts.
+        num_selected_routers: those that receive an update.
     """
 
     num_selected: int
@@ -29,12 +36,21 @@ class Coverage:
     num_selected_parameters: int
     num_parameters: int
     left_out: tuple[str, ...]
+    num_experts: int = 0
+    num_selected_experts: int = 0
+    num_routers: int = 0
+    num_selected_routers: int = 0
 
     def __str__(self) -> str:
         text = (
             f"{self.num_selected} of {self.num_tensors} tensors, {_count(self.num_selected_parameters)} of "
             f"{_count(self.num_parameters)} parameters"
         )
+        if self.num_experts:
+            text += (
+                f"; of the mixtures of experts {self.num_selected_experts} of {self.num_experts} tensors of experts, "
+                f"{self.num_selected_routers} of {self.num_routers} of routers"
+            )
         if self.left_out:
             kinds = Counter(kind_of(name) for name in self.left_out)
             listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
@@ -43,9 +59,32 @@ class Coverage:
 
 
 def kind_of(name: str) -> str:
-    """The last module's name in a parameter's name: ``q_proj`` for ``model.layers.0.self_attn.q_proj.weight``."""
+    """The last module's name in a parameter's name: ``q_proj`` for ``model.layers.0.self_attn.q_proj.weight``.
+
+    Of experts also what they are, without their number: ``experts.down_proj``, whether they are fused or single.
+    """
     parts = name.split(".")
+    if match := _EXPERTS.match(name):
+        return f"experts.{name[match.end() :].removesuffix('.weight')}"
     return parts[-2] if len(parts) > 1 else parts[0]
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a parameter belongs to, from 0; ``None`` for all others, and for fused ones."""
+    match = _EXPERTS.match(name)
+    return int(match[2]) if match and match[2] else None
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a parameter belongs to the experts of a mixture, fused or single; shared experts are none of them."""
+    return _EXPERTS.match(name) is not None
+
+
+def routers(names: Iterable[str]) -> frozenset[str]:
+    """Those of ``names`` that belong to what chooses among experts: a gate or router beside them."""
+    names = list(names)
+    mixtures = {match[1] for name in names if (match := _EXPERTS.match(name))}
+    return frozenset(name for name in names if (match := _ROUTER.fullmatch(name)) and match[1] in mixtures)
 
 
 def layer_of(name: str) -> int | None:
@@ -95,12 +134,17 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
 
 def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[str, int]) -> Coverage:
     """Report what ``selected`` covers of a model with tensors of ``sizes`` elements, ``trained`` ones named."""
+    experts, gates = frozenset(filter(is_of_experts, sizes)), routers(sizes)
     return Coverage(
         num_selected=len(selected),
         num_tensors=len(sizes),
         num_selected_parameters=sum(sizes[name] for name in selected),
         num_parameters=sum(sizes.values()),
         left_out=tuple(sorted(trained - selected)),
+        num_experts=len(experts),
+        num_selected_experts=len(experts & selected),
+        num_routers=len(gates),
+        num_selected_routers=len(gates & selected),
     )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowlit.graft.naming import host_of, is_adapter_name
+from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
+from shadowlit.graft.selection import is_of_experts
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets (which mostly print twice these, with
 # sparsity). The first name that the device's name contains counts.
@@ -48,8 +49,9 @@ class Work:
 
     A product with a weight of ``n`` elements costs ``2 n`` operations per token forwards and ``2 n`` for each of the
     two gradients, of its input and of the weight: ``6 n`` (Kaplan et al., arXiv 2001.08361, section 2.1). A frozen
-    weight needs no gradient of its own: ``4 n``, also where adapters sit on it, whose factors cost ``6 n``. The
-    head sees the supervised tokens only. Looking up embeddings costs nothing. Attention costs, for every pair of a
+    weight needs no gradient of its own: ``4 n``, also where adapters sit on it, whose factors cost ``6 n``. Of a
+    mixture of experts a token meets only those that its router chose: their share of the experts' parameters counts.
+    The head sees the supervised tokens only. Looking up embeddings costs nothing. Attention costs, for every pair of a
     token and one that it sees, ``2`` operations per head and channel for the score and ``2`` for the value, thrice for
     the gradients: ``12 * heads * head_dim`` per layer and pair (PaLM, arXiv 2204.02311, appendix B, which counts all
     pairs; here a causal mask, the bounds of packed conversations and sliding windows leave out what needn't be
@@ -75,12 +77,13 @@ class Work:
         head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
         in_head = {id(p) for p in head.parameters()} if head is not None else set()
         looked_up = {id(p) for p in embedding.parameters()} - in_head
-        per_token = 0.0
+        per_token, active = 0.0, _active_share(config)
         for name, parameter in model.named_parameters():
             if id(parameter) in in_head or id(parameter) in looked_up or ".original_module." in name:
                 continue
             if parameter.dim() >= 2 or is_adapter_name(name):
-                per_token += (6 if parameter.requires_grad else 4) * parameter.numel()
+                share = active if is_of_experts(canonical_name(name)) else 1.0
+                per_token += (6 if parameter.requires_grad else 4) * parameter.numel() * share
         per_supervised = sum((6 if p.requires_grad else 4) * p.numel() for p in head.parameters()) if head else 0.0
         num_layers = int(config.num_hidden_layers)
         heads = int(config.num_attention_heads)
@@ -111,6 +114,14 @@ def count_pairs(batch: Mapping[str, Tensor], windows: set[int | None]) -> tuple[
         seen = torch.arange(1, ids.shape[-1] + 1, device=ids.device).expand_as(ids)
         tokens = torch.full((), ids.numel(), device=ids.device)
     return tokens, {window: (seen if window is None else seen.clamp(max=window)).sum() for window in windows}
+
+
+def _active_share(config: Any) -> float:
+    """Share of a mixture's experts that a token meets, by the names that transformers' configs have for it."""
+    chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    total = next((value for name in names if (value := getattr(config, name, None))), None)
+    return chosen / total if chosen and total else 1.0
 
 
 def _windows(config: Any, num_layers: int) -> tuple[int | None, ...]:

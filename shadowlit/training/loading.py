@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.adapter import require_untied, starts_from_weights
 from shadowlit.graft.alignment import AlignedReader
-from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
+from shadowlit.graft.naming import canonical_name, host_of, host_parameters, is_adapter_name
+from shadowlit.graft.selection import is_of_experts
 from shadowlit.training.parallel import local, local_slices
 
 log = logging.getLogger(__name__)
@@ -32,14 +34,16 @@ def load_for_training(
     mesh: DeviceMesh | None,
     parallelize: Callable[[nn.Module], None],
     attn_implementation: str = "sdpa",
+    experts_implementation: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
 ) -> nn.Module:
     """Build the model of a checkpoint for training, with float32 masters for everything that learns.
 
     Full tuning trains float32 copies of all weights. With an adapter the weights stay frozen in the dtype they
-    are stored in and the factors are float32. No rank ever holds the whole model: it is built on the meta device,
-    sharded there, and filled from the safetensors files by rows.
+    are stored in and the factors are float32; an adapter of experts, or of other bare parameters, leaves the weights in
+    float32 too, since peft adds its product to them, where bfloat16 would lose most of it. No rank ever holds the whole
+    model: it is built on the meta device, sharded there, and filled from the safetensors files by rows.
 
     Args:
         reader: the Base's checkpoint, in the shape of its Instruct.
@@ -49,14 +53,16 @@ def load_for_training(
         mesh: the data-parallel mesh of FSDP2, or ``None``.
         parallelize: applied between building and filling; see :func:`shadowlit.training.parallel.parallelize`.
         attn_implementation: transformers' name of the attention kernel.
+        experts_implementation: transformers' name of the way through a mixture of experts; ``None`` for its default.
         trust_remote_code: run modelling code that comes with the folder.
         seed: seeds the adapter's start, the same on any number of ranks.
 
     Raises:
         CheckpointError: the checkpoint lacks a tensor that the model needs.
-        GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded, or it
-            changes one side of a tied embedding.
+        GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded, or has
+            fused experts that it adapts; or it changes one side of a tied embedding.
     """
+    options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     stored = _stored_dtype(reader)
     from_weights = adapter is not None and starts_from_weights(adapter)
     # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
@@ -67,8 +73,12 @@ def load_for_training(
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            **options,
         )
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/moe.md")
     if adapter is not None and from_weights:
+        _require_modules(model, adapter)
         if mesh is not None:
             raise GraftError(
                 f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices or from "
@@ -84,6 +94,8 @@ def load_for_training(
     if adapter is not None:
         with torch.device("meta"):
             model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+            if any(isinstance(module, ParamWrapper) for module in model.modules()):
+                model = model.float()
         require_untied(model)
     parallelize(model)
     _fill(model, reader, device, seed, adapter)
@@ -99,6 +111,13 @@ def _fill(
     adapter: LoraConfig | None = None,
 ) -> None:
     host = host_of(model)
+    reader = reader.of_module({name: tuple(parameter.shape) for name, parameter in host_parameters(model).items()})
+    ranks = {
+        f"{prefix}.lora_A.{name}.weight": rank
+        for prefix, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        for name, rank in module.r.items()
+    }
     model.to_empty(device=device)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         host.tie_weights()  # to_empty gives every module storage of its own; FSDP2 re-ties
@@ -106,7 +125,7 @@ def _fill(
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
             assert adapter is not None
-            start = _adapter_start(name, parameter, adapter, seed)
+            start = _adapter_start(name, parameter, adapter, seed, ranks.get(name, 1))
             local(parameter).copy_(start[local_slices(parameter)])
             continue
         stored_name = canonical_name(name.replace(".original_module.", "."))
@@ -121,14 +140,25 @@ def _fill(
     host.initialize_weights()
 
 
-def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int) -> Tensor:
+def _require_modules(model: nn.Module, adapter: LoraConfig) -> None:
+    """Raise for an adapter that starts from the weights of modules, where it is to adapt bare parameters."""
+    experts = any(is_of_experts(name) and p.dim() == 3 for name, p in model.named_parameters())
+    if adapter.target_parameters or (experts and adapter.target_modules == "all-linear"):
+        raise GraftError(
+            f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from the weights of modules, but experts "
+            "are bare parameters. Use init_lora_weights=true, or give adapter.target_modules without experts, e.g. "
+            "[q_proj, k_proj, v_proj, o_proj]."
+        )
+
+
+def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int, rank: int) -> Tensor:
     """peft's own start of a LoRA factor, drawn whole from a generator of its own: equal on any number of ranks."""
     digest = hashlib.sha256(f"{seed}:{canonical_name(name)}".encode()).digest()
     # On the CPU, so that every device starts alike: Lightning configures the model under the device's own context.
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     start = torch.zeros(parameter.shape, device="cpu")
     if "lora_A" in name and adapter.init_lora_weights == "gaussian":
-        start.normal_(std=1 / start.shape[0], generator=generator)
+        start.normal_(std=1 / rank, generator=generator)
     elif "lora_A" in name or ("lora_B" in name and name.endswith("weight") and not adapter.init_lora_weights):
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
     elif "lora_embedding_B" in name:

@@ -89,6 +89,8 @@ class ShadowModule(LightningModule):
         attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …; or varlen,
             sdpa that computes each sample of a packed row by itself. auto: varlen for ``data.packing`` where the model
             allows it and its layers aren't compiled, else sdpa.
+        experts_implementation: The way through a mixture of experts, by transformers' name: grouped_mm (its default),
+            batched_mm, eager. Outside of FSDP2, bf16-mixed computes in bfloat16 with eager only.
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
         seed: Seeds the adapter's start and the dropout.
     """
@@ -110,6 +112,7 @@ class ShadowModule(LightningModule):
         compile_layers: bool = False,
         head_loss: Way = "auto",
         attn_implementation: str = "auto",
+        experts_implementation: str | None = None,
         max_new_tokens: int = 512,
         seed: int = 0,
     ) -> None:
@@ -130,6 +133,7 @@ class ShadowModule(LightningModule):
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
         self.head_loss = head_loss
         self.attn_implementation = self.kernel = attn_implementation
+        self.experts_implementation = experts_implementation
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.model: nn.Module | None = None
@@ -163,6 +167,7 @@ class ShadowModule(LightningModule):
                 compute_dtype=_compute_dtype(self.trainer.precision),
             ),
             attn_implementation=self.kernel,
+            experts_implementation=self.experts_implementation,
             trust_remote_code=self.pair.trust_remote_code,
             seed=self.seed,
         )

@@ -15,7 +15,8 @@ from shadowlit.analysis.sums import Sums
 from shadowlit.demo import BASE, INSTRUCT
 from shadowlit.errors import CheckpointError, PairError
 from shadowlit.graft.checkpoint import CheckpointReader
-from tests.tiny import save_model, save_pair
+from tests.graft.test_mixtures import fuse
+from tests.tiny import MIXTURES, save_model, save_pair
 
 LAYER = "model.layers.{}.mlp.up_proj.weight"
 
@@ -393,3 +394,34 @@ def test_nothing_to_draw(tmp_path, capsys):
     assert main(["similarity", folder, folder, f"--heat_map={tmp_path / 'x.png'}"]) == 1
     assert "nothing to draw" in capsys.readouterr().err
     assert not list(tmp_path.glob("*x.png*"))
+
+
+# --- mixtures of experts ---
+
+
+@pytest.mark.parametrize("arch", MIXTURES)
+def test_experts_are_compared_one_by_one_in_either_layout(tmp_path, capsys, arch):
+    folders = save_pair(tmp_path, arch, tied=False, dtype=torch.bfloat16)
+    fused = [fuse(folder, tmp_path / f"fused{i}") for i, folder in enumerate(folders)]
+    states = [load_file(folder / "model.safetensors") for folder in fused]
+    reports = []
+    for i, pair in enumerate([folders, fused, (folders[0], fused[1]), (fused[0], folders[1])]):
+        out = tmp_path / f"{i}.json"
+        assert main(["similarity", "--models", json.dumps([str(f) for f in pair]), f"--out={out}"]) == 0
+        assert "mean σ of experts" in capsys.readouterr().out
+        (report,) = json.loads(out.read_text())["similarities"]
+        reports.append(report)
+    assert all(report["sigma"] == pytest.approx(reports[0]["sigma"], rel=1e-9) for report in reports)
+    for report in reports:
+        assert {layer: set(found) for layer, found in report["by_expert"].items()} == {
+            str(layer): {"0", "1", "2", "3"} for layer in range(2)
+        }
+        for layer in range(2):
+            gates, downs = (
+                [state[f"model.layers.{layer}.mlp.experts.{kind}"][3] for state in states]
+                for kind in ("gate_up_proj", "down_proj")
+            )
+            halves = [*zip(*(gate.chunk(2) for gate in gates), strict=True), downs]
+            wanted = [expected_weights(a, b)[0] for a, b in halves]
+            got = report["by_expert"][str(layer)]["3"]["sigma"]
+            assert got == pytest.approx(sum(wanted) / 3, rel=1e-5)

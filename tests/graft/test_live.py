@@ -292,7 +292,6 @@ def test_adapter_export_folds_scale_and_selection(tmp_path):
     [
         ({"use_dora": True}, "use_dora=True can't be grafted exactly: its column norms depend on the weights"),
         ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"target_parameters": ["mlp.experts.w"]}, "target_parameters"),
         ({"lora_bias": True}, "lora_bias=True can't be grafted exactly"),
         ({"layer_replication": [(0, 2)]}, "layer_replication"),
     ],

@@ -43,7 +43,12 @@ def make_trainer(strategy, world_size, callbacks, **options):
 
 
 def make_module(folders, kind, **options):
-    adapter = LoraConfig(r=4) if kind == "lora" else None
+    adapters = {
+        "lora": {},
+        "attention": {"target_modules": ["q_proj", "v_proj"]},
+        "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
+    }
+    adapter = LoraConfig(r=4, **adapters[kind]) if kind in adapters else None
     return ShadowModule(ModelPair(*map(str, folders)), adapter, lr=1e-2 if adapter else 1e-3, **options)
 
 
@@ -106,6 +111,33 @@ def test_the_other_architectures_shard_too(tmp_path, arch):
         # abs: graft/gain is a difference of two losses of about 5.6.
         assert rank["metrics"] == pytest.approx(one["metrics"], rel=2e-4, abs=1e-5)
         assert rank["share"] == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["full", "attention", "experts"])
+def test_a_mixture_of_experts_on_two_processes_is_one(tmp_path, kind):
+    """The ranks hold other experts; what they train, log and export is the same, routing included."""
+    folders = save_pair(tmp_path, "qwen3_moe", tied=False, distance=0.3)
+    (one,) = run_ranks(train, 1, folders, kind, "auto", 1, tmp_path / "one")
+    ranks = run_ranks(train, 2, folders, kind, "fsdp2", 2, tmp_path / "two", True)
+    exported, other = (CheckpointReader(tmp_path / out / "model") for out in ("one", "two"))
+    assert exported.tensors.keys() == other.tensors.keys() == CheckpointReader(folders[1]).tensors.keys()
+    for rank in ranks:
+        assert rank["metrics"].keys() == one["metrics"].keys()
+        assert 0.2 < rank["metrics"]["val/grafted/routing_agreement"] < 1
+        for name, value in one["metrics"].items():
+            # Where two experts are as good as equal, another order of the same sums may choose the other one.
+            exact = {"rel": 2e-4, "abs": 2e-5} if "routing" not in name else {"abs": 5e-3}
+            assert rank["metrics"][name] == pytest.approx(value, **exact), name
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(rank["weights"][name], value, rtol=0, atol=5e-5)
+    assert [rank["share"] for rank in ranks] == [pytest.approx(0.5, abs=0.02)] * 2
+    assert sum(rank["frozen_bytes"] for rank in ranks) == one["frozen_bytes"]
+    for name in exported.tensors:
+        torch.testing.assert_close(other.read(name), exported.read(name), rtol=0, atol=1e-5)
+    assert any(".experts.3." in name for name in exported.tensors)
+    assert Delta.open(tmp_path / "two/delta").cosine(Delta.open(tmp_path / "one/delta")) > 0.9999
+    manifest = json.loads((tmp_path / "two/model/shadowlit.json").read_text())
+    assert manifest["logits_against_validated"]["max_abs"] < 1e-5
 
 
 def reductions(folders, kind, strategy, when):
