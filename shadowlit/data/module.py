@@ -35,6 +35,7 @@ from shadowlit.data.dataset import (
 )
 from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT, Format, Message
+from shadowlit.data.images import ImageCollate, ImageProcessing
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.packing import PackedOrder, Packing
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, evaluation_order, grouped_order
@@ -42,13 +43,14 @@ from shadowlit.data.sources import (
     Conversation,
     digest_source,
     fetch,
+    folder_of,
     is_remote,
     raise_all,
     read_conversations,
     say,
 )
-from shadowlit.data.template import Encoded, check_template, encode_prompt, encode_turns, load_template, renders_date
-from shadowlit.errors import DataError
+from shadowlit.data.template import Encoded, check_template, encode_question, encode_turns, load_template, renders_date
+from shadowlit.errors import DataError, PairError
 from shadowlit.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -58,6 +60,9 @@ _LITTLE_FILL = 0.7  # share of tokens in the batches below which the log says wh
 
 class ShadowData(LightningDataModule):
     """Conversations, tokenised with the Instruct's chat template, loss on the assistant's turns; or plain text.
+
+    Rows may have images where the pair is one of vision-language models (see :mod:`shadowlit.data.formats`). Paths
+    begin in the folder of the data file; images are opened when a batch is put together.
 
     A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set of
     the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the one called
@@ -169,6 +174,7 @@ class ShadowData(LightningDataModule):
         self.prompts: PromptDataset | None = None
         self._packs: PackedOrder | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._images: ImageProcessing | None = None
         self._resume: dict[str, Any] | None = None
         raise_all(list(self._problems()))
 
@@ -202,6 +208,21 @@ class ShadowData(LightningDataModule):
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    @property
+    def images(self) -> ImageProcessing | None:
+        """The processor of a pair of vision-language models; None for one of text models.
+
+        Raises:
+            PairError: It can't be loaded.
+        """
+        if self._images is None:
+            try:
+                seen = getattr(self.pair, "has_images", False)
+            except PairError:  # a broken config, of which the check of the pair tells
+                seen = False
+            self._images = ImageProcessing(self.pair) if seen else None
+        return self._images
 
     @property
     def pad_token_id(self) -> int:
@@ -283,7 +304,10 @@ class ShadowData(LightningDataModule):
             )
         sampler = self._training_sampler(dataset, world_size, rank)
         self._count_slots(dataset, sampler)
-        collate: Collate | PackCollate = Collate(self.pad_token_id, self.pad_to_multiple_of)
+        collate: Collate | PackCollate | ImageCollate = Collate(self.pad_token_id, self.pad_to_multiple_of)
+        if dataset.has_images:
+            assert self.images is not None
+            collate = ImageCollate(collate, self.images)
         if self.packing is not None:
             collate = PackCollate(self.pad_token_id, self.pad_to_multiple_of, flatten=self.packing == "padding_free")
         loader = ResumableLoader(
@@ -448,8 +472,15 @@ class ShadowData(LightningDataModule):
             system=self.system,
             template_kwargs=self.template_kwargs,
             date=date,
+            **self._image_settings(sources),
         )
         return (Path(self.cache_dir).expanduser() if self.cache_dir else default_folder()) / f"{key}.arrow"
+
+    def _image_settings(self, sources: list[str]) -> dict[str, Any]:
+        """What the tokens of images depend on, and where relative paths begin."""
+        if self.images is None:
+            return {}
+        return {"images": self.images.digest(), "folders": [str(folder_of(source)) for source in sources]}
 
     def _read(self, name: str, sources: list[str], use: str, tell: Callable[[str, bool], None]) -> list[Conversation]:
         conversations = [c for source in sources for c in read_conversations(source, self.format, use=use, tell=tell)]
@@ -482,6 +513,12 @@ class ShadowData(LightningDataModule):
         return dataset, report
 
     def _add(self, name: str, dataset: TokenDataset, report: DataReport) -> None:
+        if name == "train" and self.packing is not None and dataset.has_images:
+            raise DataError(
+                f"data.packing is {self.packing!r}, but the training samples have images, whose positions in a row "
+                "the models count from the row's beginning, not from the sample's. Set data.packing=null, and "
+                "data.group_by_length=true to spare padding."
+            )
         self._sets[name] = dataset
         rank_zero_info(f"data: {report}")
         if name == "train" and self.packing == "best_fit":
@@ -498,7 +535,7 @@ class ShadowData(LightningDataModule):
         self.prompts, report = tokenise_prompts(
             "predict",
             read_conversations(source, self.format, use="test", prompts_only=True),
-            self._encoder(encode_prompt),
+            self._encoder(encode_question),
             max_length=self.max_length,
             filler_token=self.pad_token_id,
         )
@@ -506,7 +543,9 @@ class ShadowData(LightningDataModule):
         rank_zero_info(f"data: {report}")
 
     def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
-        return partial(_encode, encode, self._encode_document, self.tokenizer, self.system, self.template_kwargs)
+        return partial(
+            _encode, encode, self._encode_document, self.tokenizer, self.images, self.system, self.template_kwargs
+        )
 
     def _encode_document(self, text: str) -> list[Encoded]:
         return encode_document(self.tokenizer, text, self._end_of_text, self.max_length)
@@ -598,6 +637,9 @@ class ShadowData(LightningDataModule):
             len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False,
             order=None if order is None else lambda epoch: order,
         )  # fmt: skip
+        if dataset.has_images:
+            assert self.images is not None
+            return make_loader(dataset, sampler, collate_fn=ImageCollate(collate, self.images), **self._loading())
         return make_loader(dataset, sampler, collate_fn=collate, **self._loading())
 
     def _loading(self, keep_workers: bool = False) -> dict[str, Any]:
@@ -634,6 +676,7 @@ def _encode(
     encode: Callable[..., Any],
     document: Callable[[str], Any],
     tokenizer: PreTrainedTokenizerBase,
+    images: ImageProcessing | None,
     system: str | None,
     template_kwargs: dict[str, Any],
     messages: list[Message],
@@ -642,7 +685,7 @@ def _encode(
         return document(messages[0]["content"])
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
-    return encode(tokenizer, messages, **template_kwargs)
+    return encode(tokenizer, messages, images, **template_kwargs)
 
 
 def _check_order(resume: dict[str, Any], order: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import TensorInfo
+from shadowlit.graft.layout import stored_names
 
 
 class AlignedReader:
@@ -17,7 +18,8 @@ class AlignedReader:
 
     An Instruct may have more rows in its embedding and output head than its Base (tokens added for the chat), or
     fewer (other padding). The Instruct's tokenizer is the one in use, so its rows count: those that the Base lacks
-    are the Instruct's own, those that only the Base has are left out. All other tensors are the Base's.
+    are the Instruct's own, those that only the Base has are left out. All other tensors are the Base's. Where the two
+    were saved under other names (another version of transformers), the Instruct's names are the ones in use.
 
     Args:
         base: reader of the Base's checkpoint.
@@ -26,14 +28,17 @@ class AlignedReader:
 
     def __init__(self, base: CheckpointReader, instruct: CheckpointReader) -> None:
         self._base, self._instruct = base, instruct
+        renamed = stored_names(base.tensors, instruct.tensors)
+        self._stored = {name: own for own, name in renamed.items()}
+        own_tensors = {renamed[own]: info for own, info in base.tensors.items()}
         self._rows = {
             name: min(info.shape[0], instruct.tensors[name].shape[0])
-            for name, info in base.tensors.items()
+            for name, info in own_tensors.items()
             if name in instruct.tensors and _differ_in_rows(info, instruct.tensors[name])
         }
         self.tensors: dict[str, TensorInfo] = {
             name: dataclasses.replace(info, shape=instruct.tensors[name].shape) if name in self._rows else info
-            for name, info in base.tensors.items()
+            for name, info in own_tensors.items()
         }
 
     @classmethod
@@ -53,18 +58,19 @@ class AlignedReader:
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """Read the rows and columns ``slices`` of tensor ``name``, in the Base's dtype."""
+        stored = self._stored.get(name, name)
         if name not in self._rows:
-            return self._base.read_slice(name, slices)
+            return self._base.read_slice(stored, slices)
         shared, rows = self._rows[name], slices[0]
         start, stop, _ = rows.indices(self.tensors[name].shape[0])
         own = slice(start, max(start, min(stop, shared)))
         added = slice(min(max(start, shared), stop), stop)
         parts = []
         if own.stop > own.start:
-            parts.append(self._base.read_slice(name, (own, *slices[1:])))
+            parts.append(self._base.read_slice(stored, (own, *slices[1:])))
         if added.stop > added.start:
             parts.append(self._instruct.read_slice(name, (added, *slices[1:])).to(self.tensors[name].dtype))
-        return torch.cat(parts) if parts else self._base.read_slice(name, (slice(0, 0), *slices[1:]))
+        return torch.cat(parts) if parts else self._base.read_slice(stored, (slice(0, 0), *slices[1:]))
 
 
 def _differ_in_rows(left: TensorInfo, right: TensorInfo) -> bool:

@@ -20,8 +20,10 @@ from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.arithmetic import add_delta, delta, graft
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.exchange import Exchange, windows
+from shadowlit.graft.layout import stored_names
 from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
-from shadowlit.graft.selection import Coverage, coverage, kind_of, resolve
+from shadowlit.graft.selection import Coverage, coverage, kind_of, layer_of, resolve
+from shadowlit.graft.towers import tower_of
 from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 
 BASE = "base"  # the state in which the untouched Base stands in the module
@@ -88,11 +90,16 @@ class LiveGraft:
         self.apply_s = 0.0  # seconds spent swapping in and out since the graft was built
         self._busy = False
         self._instruct_reader = instruct
-        parameters = host_parameters(model)
+        # Known by their names in the Instruct's files, for so the export, the delta and the graft on disk know them.
+        own = host_parameters(model)
+        stored = stored_names({*own, *_aliases(model)}, instruct.tensors)
+        self._aliases = {stored[name]: stored[first] for name, first in _aliases(model).items()}
+        parameters = {stored[name]: parameter for name, parameter in own.items()}
         _require_pairing(parameters, base, instruct)
         names = list(parameters)
-        self.selected = resolve(select, names, linear_names(model), _model_type(model))
-        layers = adapted_layers(model)
+        linear = frozenset(stored[name] for name in linear_names(model) if name in stored)
+        self.selected = resolve(select, names, linear, _model_type(model))
+        layers = {stored[name]: layer for name, layer in adapted_layers(model).items()}
         reshard_all(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, instruct) for name, parameter in parameters.items()
@@ -255,9 +262,8 @@ class LiveGraft:
         assert self.state is None
         reshard_all(self.model)
         hosts = {host.name: host for host in self._hosts}
-        aliases = _aliases(self.model)
         for name, info in self._instruct_reader.tensors.items():
-            host = hosts.get(aliases.get(name, name))
+            host = hosts.get(self._aliases.get(name, name))
             dtype = info.converted(self.dtype).dtype
             if host is None:
                 yield name, self._instruct_reader.read(name).to(dtype)
@@ -471,5 +477,8 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _layer_of(name: str) -> str:
-    layer = re.search(r"\blayers\.(\d+)\.", name)
+    tower, layer = tower_of(name), re.search(r"\blayers\.(\d+)\.", name)
+    if tower != "language":  # whose blocks may be numbered under other names, and mustn't be added to the decoder's
+        number = layer_of(name)
+        return f"{tower}_{kind_of(name)}" if number is None else f"{tower}_layer_{number:02d}"
     return f"layer_{int(layer[1]):02d}" if layer else kind_of(name)

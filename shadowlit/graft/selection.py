@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shadowlit.errors import GraftError
+from shadowlit.graft.towers import count_towers, split_selection, tower_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -22,6 +23,7 @@ class Coverage:
         num_selected_parameters: elements in the selected tensors.
         num_parameters: elements of the model.
         left_out: names of tensors that were trained but receive no update, so that their learning is dropped.
+        towers: of a model of several towers, how many tensors of each are selected, and how many it has.
     """
 
     num_selected: int
@@ -29,12 +31,15 @@ class Coverage:
     num_selected_parameters: int
     num_parameters: int
     left_out: tuple[str, ...]
+    towers: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
         text = (
             f"{self.num_selected} of {self.num_tensors} tensors, {_count(self.num_selected_parameters)} of "
             f"{_count(self.num_parameters)} parameters"
         )
+        if len(self.towers) > 1:
+            text += f" ({', '.join(f'{tower} {chosen} of {total}' for tower, chosen, total in self.towers)})"
         if self.left_out:
             kinds = Counter(kind_of(name) for name in self.left_out)
             listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
@@ -59,24 +64,36 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
 
     Args:
         select: ``linear`` (every linear layer but the output head, as in the paper), ``all``, or one or several
-            regular expressions, searched in the names.
+            regular expressions, searched in the names. A list may hold several of these, and the names of towers of a
+            vision-language model (``language``, ``vision``, ``projector``), within which all else is chosen then:
+            ``[language, projector, linear]``. Towers alone are all of their tensors.
         names: all tensor names of the model.
         linear: the names that ``linear`` stands for.
         model_type: the architecture's name, for the message.
 
     Raises:
-        GraftError: a pattern is not a regular expression, or one of them matches nothing.
+        GraftError: a pattern is not a regular expression, or one of them matches nothing, or the model has no such
+            tower.
     """
     names = list(names)
-    if select == "all":
-        return frozenset(names)
-    if select == "linear":
-        chosen = frozenset(names) & linear
-        if not chosen:
-            raise _nothing(select, names, model_type)
-        return chosen
+    towers, parts = split_selection(select)
+    missing = [tower for tower in towers if not any(tower_of(name) == tower for name in names)]
+    if missing:
+        raise GraftError(
+            f"graft.select names the tower {', '.join(missing)}, but of the {len(names)} tensors of model type "
+            f"{model_type!r} none is of it; there are {_listed(names)}. Choose among these."
+        )
+    if towers:
+        names = [name for name in names if tower_of(name) in towers]
+        parts = parts or ["all"]
     chosen_names: set[str] = set()
-    for pattern in [select] if isinstance(select, str) else select:
+    for pattern in parts:
+        if pattern in ("all", "linear"):
+            chosen = names if pattern == "all" else [name for name in names if name in linear]
+            if not chosen:
+                raise _nothing(pattern, names, model_type)
+            chosen_names.update(chosen)
+            continue
         try:
             matcher = re.compile(pattern)
         except re.error as error:
@@ -101,7 +118,17 @@ def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[s
         num_selected_parameters=sum(sizes[name] for name in selected),
         num_parameters=sum(sizes.values()),
         left_out=tuple(sorted(trained - selected)),
+        towers=_by_tower(selected, sizes),
     )
+
+
+def _by_tower(selected: Iterable[str], names: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+    chosen = count_towers(selected)
+    return tuple((tower, chosen.get(tower, 0), total) for tower, total in count_towers(names).items())
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
 
 
 def _nothing(select: str, names: list[str], model_type: str) -> GraftError:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
 from shadowlit.graft.adapter import require_untied, starts_from_weights
 from shadowlit.graft.alignment import AlignedReader
+from shadowlit.graft.layout import stored_names
 from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
+from shadowlit.graft.towers import TOWERS, count_towers, tower_of
+from shadowlit.pair import is_image_text
 from shadowlit.training.parallel import local, local_slices
 
 log = logging.getLogger(__name__)
@@ -34,10 +38,13 @@ def load_for_training(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     seed: int = 0,
+    towers: Sequence[str] = ("language",),
+    frozen_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Build the model of a checkpoint for training, with float32 masters for everything that learns.
 
-    Full tuning trains float32 copies of all weights. With an adapter the weights stay frozen in the dtype they
+    Full tuning trains float32 copies of all weights, of a vision-language model those of ``towers``; its other towers
+    stay frozen, without masters. With an adapter the weights stay frozen in the dtype they
     are stored in and the factors are float32. No rank ever holds the whole model: it is built on the meta device,
     sharded there, and filled from the safetensors files by rows.
 
@@ -51,8 +58,12 @@ def load_for_training(
         attn_implementation: transformers' name of the attention kernel.
         trust_remote_code: run modelling code that comes with the folder.
         seed: seeds the adapter's start, the same on any number of ranks.
+        towers: what of the model learns: names of towers (``language``, ``vision``, ``projector``), or regular
+            expressions searched in the parameters' names. An adapter sits on these only.
+        frozen_dtype: dtype of towers that are frozen in full tuning; ``None`` for that of the files.
 
     Raises:
+        ShadowlitError: the model has nothing of what ``towers`` names.
         CheckpointError: the checkpoint lacks a tensor that the model needs.
         GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded, or it
             changes one side of a tied embedding.
@@ -61,13 +72,23 @@ def load_for_training(
     from_weights = adapter is not None and starts_from_weights(adapter)
     # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
     dtype = torch.float32 if adapter is None or from_weights else stored
+    auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             config,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
+    frozen = _outside(model, towers)
+    if adapter is None:
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+                parameter.data = parameter.data.to(frozen_dtype or stored)
+    elif frozen and adapter.exclude_modules is None:
+        # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
+        adapter.exclude_modules = _modules_of(model, frozen)
     if adapter is not None and from_weights:
         if mesh is not None:
             raise GraftError(
@@ -102,6 +123,8 @@ def _fill(
     model.to_empty(device=device)
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         host.tie_weights()  # to_empty gives every module storage of its own; FSDP2 re-ties
+    names = {name: canonical_name(name.replace(".original_module.", ".")) for name, _ in model.named_parameters()}
+    stored = stored_names(names.values(), reader.tensors)
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
@@ -109,7 +132,7 @@ def _fill(
             start = _adapter_start(name, parameter, adapter, seed)
             local(parameter).copy_(start[local_slices(parameter)])
             continue
-        stored_name = canonical_name(name.replace(".original_module.", "."))
+        stored_name = stored[names[name]]
         if stored_name not in reader.tensors:
             raise CheckpointError(
                 f"{reader.folder} has no tensor {stored_name!r}, which the model of its config.json needs. "
@@ -119,6 +142,41 @@ def _fill(
     # Buffers that no checkpoint holds (rotary frequencies, embedding scales): transformers' own initialisation
     # leaves alone every parameter marked above.
     host.initialize_weights()
+
+
+def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:
+    """Names of the parameters that aren't of ``towers``."""
+    names = [name for name, _ in model.named_parameters()]
+    learning: set[str] = set()
+    for part in towers:
+        try:
+            chosen = {n for n in names if (tower_of(n) == part if part in TOWERS else re.search(part, n))}
+        except re.error as error:
+            raise ShadowlitError(
+                f"model.train_towers has {part!r}, which is not a regular expression ({error}). Expected "
+                f"{', '.join(TOWERS)}, or a pattern such as 'visual.blocks.31'."
+            ) from None
+        if not chosen:
+            found = ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
+            raise ShadowlitError(
+                f"model.train_towers has {part!r}, which is in no name of the {len(names)} parameters of "
+                f"{type(model).__name__}; its towers are {found}. Name these, or a pattern that matches."
+            )
+        learning |= chosen
+    if not learning:
+        raise ShadowlitError("model.train_towers is empty, so nothing would learn. Name a tower, e.g. [language].")
+    return frozenset(names) - learning
+
+
+def _modules_of(model: nn.Module, parameters: frozenset[str]) -> str:
+    """A pattern for the modules that have no other parameters than these, the outermost of them."""
+    owned = {
+        prefix
+        for prefix, module in model.named_modules()
+        if (names := [f"{prefix}.{name}" for name, _ in module.named_parameters()]) and parameters.issuperset(names)
+    }
+    outermost = sorted(prefix for prefix in owned if prefix.rpartition(".")[0] not in owned)
+    return rf"({'|'.join(map(re.escape, outermost))})(\..*)?"
 
 
 def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int) -> Tensor:
