@@ -15,7 +15,16 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from shadowlit.analysis.similarity import Group, Report, Similarity, compare, open_reader, shared_names, with_ranks
+from shadowlit.analysis.similarity import (
+    Group,
+    Report,
+    Similarity,
+    compare,
+    in_one_layout,
+    open_reader,
+    shared_names,
+    with_ranks,
+)
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.headers import some_of
 from shadowlit.pair import model_folder
@@ -64,6 +73,8 @@ def similarity(
                 "effective_rank is told of the offset between models; for deltas there is "
                 "'python -m shadowlit delta show DELTA --effective_rank'."
             )
+        if not deltas:
+            readers = in_one_layout(readers)
         names = shared_names(readers, deltas=deltas)
         total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
         with progress_bar("comparing", total) as advance:

@@ -17,6 +17,7 @@ from shadowlit.analysis.sums import Moments, Sums, stream_moments
 from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import DELTA_FILE, CheckpointReader
 from shadowlit.graft.headers import some_of
+from shadowlit.graft.layout import LayoutReader, stored_names
 from shadowlit.graft.selection import kind_of, layer_of
 from shadowlit.graft.streaming import row_windows
 
@@ -278,6 +279,18 @@ def compare(
         ),
         left_out={letter: left for letter, left in left_out.items() if left},
     )
+
+
+def in_one_layout(readers: Sequence[CheckpointReader]) -> list[CheckpointReader]:
+    """Models under the names of the first one, where versions of transformers saved them under others.
+
+    Raises:
+        CheckpointError: one of them holds more than plain weights, or tensors twice.
+        GraftError: experts in layouts that can't be brought together.
+    """
+    first = readers[0]
+    renamed = [any(a != b for a, b in stored_names(reader.tensors, first.tensors).items()) for reader in readers]
+    return [LayoutReader(reader, first) if odd else reader for reader, odd in zip(readers, renamed, strict=True)]
 
 
 def shared_names(readers: Sequence[CheckpointReader], *, deltas: bool) -> list[str]:

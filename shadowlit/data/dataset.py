@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -356,7 +356,7 @@ def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised
                 f"ends at token {sample.images_end}, and {max_length} fit. Raise data.max_length={max_length}, give "
                 "fewer or smaller images, or set data.overlong=drop."
             )
-        fitted = sample._replace(input_ids=sample.input_ids[:max_length], labels=sample.labels[:max_length])
+        fitted = replace(sample, input_ids=sample.input_ids[:max_length], labels=sample.labels[:max_length])
     if _num_supervised(fitted):
         return fitted
     if drop_unsupervised:

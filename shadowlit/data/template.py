@@ -20,10 +20,11 @@ none. ``preview`` shows it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -42,8 +43,9 @@ _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "
 Span = tuple[int, int]
 
 
-class Encoded(NamedTuple):
-    """A tokenised conversation.
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation; unpacks as its tokens and labels.
 
     Attributes:
         input_ids: ``[T]`` tokens.
@@ -59,6 +61,9 @@ class Encoded(NamedTuple):
     pictures: Sequence[Picture] = ()
     images_end: int = 0
     num_image_tokens: int = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter((self.input_ids, self.labels))
 
 
 class RewrittenHistoryError(DataError):

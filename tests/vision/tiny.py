@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -186,3 +187,44 @@ def picture(seed: int, width: int = SIZE, height: int = SIZE) -> Image.Image:
     """A picture of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "white": (240, 240, 240)}
+
+
+def write_rows(folder: Path, count: int, name: str = "train", text_every: int = 4, seed: int = 0) -> Path:
+    """Write ``count`` questions about pictures of one colour each; every ``text_every``-th has none, some have two."""
+    rows = []
+    for i in range(count):
+        colours = [list(COLOURS)[(seed + i) % 4], list(COLOURS)[(seed + 3 * i + 1) % 4]][: 1 + (i % 3 == 2)]
+        if i % text_every == text_every - 1:
+            colours = []
+        parts = []
+        for k, colour in enumerate(colours):
+            size = SIZE + 14 * ((seed + i) % 2)
+            pixels = np.asarray(picture(1000 * seed + 10 * i + k, size, SIZE)) // 8 + np.array(COLOURS[colour]) * 7 // 8
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{name}-{i}-{k}.png")
+            parts.append({"type": "image", "path": f"{name}-{i}-{k}.png"})
+        parts.append({"type": "text", "text": "Which colour?" if colours else f"Say {i}."})
+        answer = " ".join(colours) if colours else f"{i}"
+        rows.append({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]})
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def to_hub_names(folder: Path) -> None:
+    """Rename a saved model's tensors to what its family was first published with."""
+    path = folder / "model.safetensors"
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        for old, new in (
+            ("model.language_model.", "model."),  # Qwen-VL
+            ("model.visual.", "visual."),
+            ("vision_tower.", "vision_tower.vision_model."),  # Gemma 3, LLaVA
+        ):
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        renamed[name] = tensor
+    save_file(renamed, path, metadata={"format": "pt"})
