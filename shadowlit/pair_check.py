@@ -577,14 +577,21 @@ class _TemplateUse:
     ends: list[int] | None
 
 
-def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
-    """Render a small conversation and collect the ids; raises whatever the template raises."""
-    turns = [
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "Hello, how can I help?"},
-    ] * 2
+def _template_use(tokenizer: PreTrainedTokenizerBase, parts: bool) -> _TemplateUse:
+    """Render a small conversation and collect the ids; raises whatever the template raises.
+
+    Args:
+        tokenizer: Its chat template is rendered.
+        parts: Give contents in parts, which templates of vision-language models may insist on.
+    """
+    asked, told = "Hello.", "Hello, how can I help?"
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+
+    turns = [turn("user", asked), turn("assistant", told)] * 2
     try:  # a system turn shows more tokens, but some templates refuse it
-        conversation = [{"role": "system", "content": "Be brief."}, *turns]
+        conversation = [turn("system", "Be brief."), *turns]
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
     except Exception:
         conversation = turns
@@ -595,7 +602,7 @@ def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
     def used(part: str) -> list[int]:
         return [i for i in tokenizer(part, add_special_tokens=False)["input_ids"] if i in special]
 
-    _, answer, tail = text.rpartition(turns[-1]["content"])
+    _, answer, tail = text.rpartition(told)
     return _TemplateUse(sorted({*used(text), *used(prompt)}), used(tail) if answer else None)
 
 
@@ -614,7 +621,7 @@ def _check_template(base: _Side, instruct: _Side, owner: _Side) -> Iterator[Prob
         )
         return
     try:
-        use = _template_use(owner.tokenizer)
+        use = _template_use(owner.tokenizer, parts=owner.get("vision_config") is not None)
     except Exception as error:
         yield Problem(
             "error",
