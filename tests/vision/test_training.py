@@ -24,7 +24,7 @@ from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.parallel import local, reshard_all, whole
 from tests.distributed import run_ranks
-from tests.vision.tiny import FAMILIES, make_config, make_processor, save_pair, to_hub_names, write_rows
+from tests.vision.tiny import FAMILIES, make_config, make_processor, rename_tensors, save_pair, write_rows
 
 
 def run(folders, root, kind="full", callbacks=(), strategy="auto", world_size=1, precision="32-true", **options):
@@ -126,14 +126,14 @@ def test_the_export_is_the_validated_graft(tmp_path, rows, family, kind):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
-def test_names_of_the_first_publication_train_and_graft_alike(tmp_path, rows, family):
+def test_other_names_in_the_files_train_and_graft_alike(tmp_path, rows, family):
     new = save_pair(tmp_path / "new", family)
     old = save_pair(tmp_path / "old", family)
-    to_hub_names(old[1])
+    rename_tensors(old[1])
     names = [set(load_file(f / "model.safetensors")) for f in (new[1], old[1])]
     assert names[0] != names[1]
     results = {}
-    for kind, folders in (("new", new), ("mixed", old)):  # an Instruct with old names and a Base with new ones
+    for kind, folders in (("new", new), ("mixed", old)):  # an Instruct with names that its Base doesn't have
         export = ExportCallback(folder=str(tmp_path / kind / "export"), parts=["model"])
         module, trainer = run(folders, rows, callbacks=[GraftCallback(), export])
         results[kind] = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
@@ -141,7 +141,7 @@ def test_names_of_the_first_publication_train_and_graft_alike(tmp_path, rows, fa
     model = tmp_path / "mixed/export/model"
     assert set(load_file(model / "model.safetensors")) == names[1]
     assert answered_loss(model, rows / "val.jsonl") == pytest.approx(results["new"]["val/grafted/loss"], abs=1e-5)
-    # On disk, from a Base and an update with other names than the Instruct's.
+    # On disk too, from a Base and a tuned model with other names than the Instruct's.
     module.model.save_pretrained(tmp_path / "tuned")
     graft_on_disk(str(old[0]), str(tmp_path / "tuned"), str(old[1]), str(tmp_path / "disk"))
     on_disk, live = (load_file(f / "model.safetensors") for f in (tmp_path / "disk", model))

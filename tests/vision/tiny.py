@@ -213,18 +213,16 @@ def write_rows(folder: Path, count: int, name: str = "train", text_every: int = 
     return file
 
 
-def to_hub_names(folder: Path) -> None:
-    """Rename a saved model's tensors to what its family was first published with."""
+def rename_tensors(folder: Path) -> None:
+    """Rename a saved model's tensors to what another version of transformers, or the first publication, has."""
     path = folder / "model.safetensors"
+    ways = (
+        ("visual.", "model.visual."),  # Qwen-VL, later
+        ("model.", "model.language_model."),
+        ("vision_tower.", "vision_tower.vision_model."),  # Gemma 3 and LLaVA, as they were published
+    )
     renamed = {}
     for name, tensor in load_file(path).items():
-        for old, new in (
-            ("model.language_model.", "model."),  # Qwen-VL
-            ("model.visual.", "visual."),
-            ("vision_tower.", "vision_tower.vision_model."),  # Gemma 3, LLaVA
-        ):
-            if name.startswith(old):
-                name = new + name.removeprefix(old)
-                break
-        renamed[name] = tensor
+        old, new = next((way for way in ways if name.startswith(way[0])), ("", ""))
+        renamed[new + name.removeprefix(old)] = tensor
     save_file(renamed, path, metadata={"format": "pt"})
