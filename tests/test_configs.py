@@ -138,7 +138,7 @@ def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
         args += [
             f"--pair.base={pair / 'base'}", f"--pair.instruct={pair / 'instruct'}", f"--data.train={rows}",
             f'--data.validation={{"task": "{rows}"}}', "--data.batch_size=2", "--data.template_kwargs={}",
-            "--data.max_length=256",
+            "--data.max_length=256", "--data.num_workers=0",
         ]  # fmt: skip
     steps, logged, folder = run_ranks(fit, 2, args)[0] if sharded else fit(args)
     assert steps == 2

@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from shadowlit.data.formats import Message
 from shadowlit.errors import DataError, PairError
+from shadowlit.training.objective import IGNORE
 
 if TYPE_CHECKING:
     from PIL import Image as Pillow
@@ -40,6 +42,7 @@ IMAGE_INPUTS = (
 """What processors make of images beside the tokens, by the names of the models' arguments."""
 
 Span = tuple[int, int]
+_MOST_TEXTS = 1000  # kept, of thousands of characters each
 _BLANK = (56, 56)  # width and height of the image in a batch that has none
 
 
@@ -80,7 +83,7 @@ class Picture:
         Raises:
             DataError: There is no such file, or it holds no image.
         """
-        with _reading(self) as image:
+        with _opened(self) as image:
             width, height = image.size
             # As transformers turns images upright: these orientations exchange width and height.
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
@@ -94,7 +97,7 @@ class Picture:
         """
         from PIL import ImageOps
 
-        with _reading(self) as opened:
+        with _opened(self) as opened:
             image = ImageOps.exif_transpose(opened).convert("RGB")
         if self.size is not None and image.size != self.size:
             raise DataError(
@@ -104,38 +107,24 @@ class Picture:
         return image
 
 
-class _reading:
-    """Opens a picture's file or bytes; what goes wrong within becomes a DataError that names it."""
+@contextmanager
+def _opened(picture: Picture) -> Iterator[Pillow.Image]:
+    """The picture's file or bytes, opened; what goes wrong within becomes a DataError that names it."""
+    from PIL import Image
 
-    def __init__(self, picture: Picture) -> None:
-        self._picture = picture
-        self._image: Any = None
-
-    def __enter__(self) -> Pillow.Image:
-        from PIL import Image
-
-        picture = self._picture
-        if picture.path is not None and not Path(picture.path).is_file():
-            raise DataError(
-                f"names the image {picture}, and there is no such file. Correct the path: a relative one begins in the "
-                "folder of the data file."
-            )
-        try:
-            self._image = Image.open(BytesIO(picture.data) if picture.data is not None else picture.path)
-        except Exception as error:
-            raise self._unreadable(error) from None
-        return self._image
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._image.close()
-        if isinstance(error, Exception) and not isinstance(error, DataError):
-            raise self._unreadable(error) from None
-
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(
-            f"has the image {self._picture}, which can't be read ({type(error).__name__}: {error}). Expected a whole "
-            "PNG, JPEG or other file that Pillow opens; replace the image or remove the row."
+    if picture.path is not None and not Path(picture.path).is_file():
+        raise DataError(
+            f"names the image {picture}, and there is no such file. Correct the path: a relative one begins in the "
+            "folder of the data file."
         )
+    try:
+        with Image.open(BytesIO(picture.data) if picture.data is not None else str(picture.path)) as image:
+            yield image
+    except Exception as error:  # of Pillow's many readers: OSError, SyntaxError, struct.error …
+        raise DataError(
+            f"has the image {picture}, which can't be read ({type(error).__name__}: {error}). Expected a whole PNG, "
+            "JPEG or other file that Pillow opens; replace the image or remove the row."
+        ) from None
 
 
 def picture_of(value: Any, folder: Path) -> Picture:
@@ -317,6 +306,8 @@ class ImageProcessing:
         if not sizes:
             return []
         if sizes not in self._texts:
+            if len(self._texts) >= _MOST_TEXTS:
+                self._texts.clear()
             made = self.processor(
                 images=[[_blank(size) for size in sizes]],
                 text=[self.image_token * len(sizes)],
@@ -346,7 +337,7 @@ class ImageCollate:
         loaded = [list(_loaded(sample)) for sample in samples if sample.get("images")]
         if not loaded:
             tokens, blank = self.images.filler()
-            samples = [*samples, {"input_ids": tokens, "labels": [-100] * len(tokens), "index": -1}]
+            samples = [*samples, {"input_ids": tokens, "labels": [IGNORE] * len(tokens), "index": -1}]
             loaded = [[blank]]
         batch = self.collate(samples)
         return {**batch, **self.images.inputs(batch["input_ids"], loaded)}

@@ -91,9 +91,9 @@ class LiveGraft:
         self._busy = False
         self._instruct_reader = instruct
         # Known by their names in the Instruct's files, for so the export, the delta and the graft on disk know them.
-        own = host_parameters(model)
-        stored = stored_names({*own, *_aliases(model)}, instruct.tensors)
-        self._aliases = {stored[name]: stored[first] for name, first in _aliases(model).items()}
+        own, aliases = host_parameters(model), _aliases(model)
+        stored = stored_names({*own, *aliases}, instruct.tensors)
+        self._aliases = {stored[name]: stored[first] for name, first in aliases.items()}
         parameters = {stored[name]: parameter for name, parameter in own.items()}
         _require_pairing(parameters, base, instruct)
         names = list(parameters)

@@ -266,6 +266,28 @@ def test_what_cannot_be_chosen_is_said(tmp_path, rows):
         run(folders, rows, callbacks=[GraftCallback(select=["projector", "self_attn"])])
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_the_grafted_model_answers_about_images(tmp_path, rows, family):
+    """``predict`` gives what the Instruct's model generates by its own processor, prompt by prompt."""
+    folders = save_pair(tmp_path, family)
+    pair = ModelPair(*map(str, folders))
+    data = ShadowData(pair, predict=str(rows / "val.jsonl"), batch_size=3, cache=False)
+    module = ShadowModule(pair, max_new_tokens=8)
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, inference_mode=False, default_root_dir=tmp_path,
+        use_distributed_sampler=False, enable_checkpointing=False, callbacks=[GraftCallback()],
+    )  # fmt: skip
+    answers = [answer["answer"] for batch in trainer.predict(module, data) for answer in batch]
+    model, processor = AutoModelForImageTextToText.from_pretrained(folders[1]), pair.processor()  # nothing was learned
+    for line, answer in zip((rows / "val.jsonl").read_text().splitlines(), answers, strict=True):
+        question = json.loads(line)["messages"][0]
+        images = [Image.open(rows / part["path"]) for part in question["content"] if part["type"] == "image"]
+        text = processor.tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        inputs = processor(images=[images] if images else None, text=[text], return_tensors="pt")
+        generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert answer == processor.tokenizer.decode(generated, skip_special_tokens=True)
+
+
 def test_the_tiny_models_are_of_their_families():
     for family in FAMILIES:
         assert make_config(family, make_processor(family)).model_type == family
