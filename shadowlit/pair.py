@@ -17,7 +17,7 @@ from shadowlit.errors import PairError
 from shadowlit.graft.checkpoint import CheckpointReader
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.ti
 # The same weights once more, in their maker's own format.
 _HUB_IGNORED = ["consolidated*.safetensors", "original/*"]
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+# Where the processors of older vision-language models keep the chat template.
+_PROCESSOR_TEMPLATE = "chat_template.json"
 # The files of which a tokenizer needs at least one.
 _TOKENIZER_FILE = re.compile(r"^(tokenizer\.json|tekken\.json|vocab\..*|.*\.model|.*\.tiktoken)$")
 
@@ -152,6 +154,23 @@ class ModelPair:
         """
         return self._instruct_tokenizer
 
+    def processor(self) -> ProcessorMixin:
+        """The processor of a vision-language pair, with the tokenizer: that of ``template_owner``.
+
+        Raises:
+            PairError: The pair is one of text models, or its processor cannot be loaded.
+        """
+        return self._processor
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the pair is one of vision-language models, by the config of ``template_owner``.
+
+        Raises:
+            PairError: It is missing, broken, or of an unknown model type.
+        """
+        return is_image_text(self.base_config() if self.template_owner == "base" else self.config())
+
     def config(self) -> PretrainedConfig:
         """The Instruct's config.
 
@@ -238,6 +257,12 @@ class ModelPair:
     @cached_property
     def _instruct_tokenizer(self) -> PreTrainedTokenizerBase:
         return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
+
+    @cached_property
+    def _processor(self) -> ProcessorMixin:
+        config = self.base_config() if self.template_owner == "base" else self.config()
+        folder = self.template_folder()
+        return _load_processor(self.template_owner, folder, config, self.tokenizer(), self.trust_remote_code)
 
 
 class PairWithoutWeights(ModelPair):
@@ -380,7 +405,10 @@ def _load_tokenizer(who: str, folder: Path, trust_remote_code: bool) -> PreTrain
         # Without any file, transformers makes an empty tokenizer of the config's model type and says nothing.
         if not any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir()):
             raise FileNotFoundError("no file with a vocabulary")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():  # as LLaVA's and others' have it
+            tokenizer.chat_template = read_json(who, folder / _PROCESSOR_TEMPLATE).get("chat_template")
+        return tokenizer
     except Exception as error:
         raise ProblemError(
             Problem(
@@ -391,6 +419,80 @@ def _load_tokenizer(who: str, folder: Path, trust_remote_code: bool) -> PreTrain
                 "copy the model's tokenizer files into the folder, or download it again.",
             )
         ) from error
+
+
+def is_image_text(config: PretrainedConfig) -> bool:
+    """Whether a config is one of a model that reads images and writes text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    return config.model_type in NAMES and getattr(config, "vision_config", None) is not None
+
+
+def _load_processor(
+    who: str, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
+) -> ProcessorMixin:
+    """The processor of a vision-language model's folder, by transformers."""
+    from transformers import AutoProcessor
+    from transformers.utils import is_torchvision_available
+
+    if not is_image_text(config):
+        raise ProblemError(
+            Problem(
+                "error",
+                f"{who} processor",
+                f"'{config.model_type}' is a text model",
+                "a vision-language model, such as qwen2_5_vl, gemma3 or llava",
+                "remove the images from the data, or give a pair that can see them.",
+            )
+        )
+    try:
+        if is_torchvision_available():
+            processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        else:
+            processor = _processor_of_images(folder, config, trust_remote_code)
+        if not hasattr(processor, "image_processor"):
+            raise TypeError(f"it is a {type(processor).__name__}, without an image processor")
+    except Exception as error:
+        raise ProblemError(
+            Problem(
+                "error",
+                f"{who} processor",
+                f"transformers cannot load the processor in {folder} ({first_line(error)})",
+                "preprocessor_config.json or processor_config.json beside the tokenizer's files",
+                "copy the model's processor files into the folder, or download it again; images also need the package "
+                "pillow, and some models torchvision (pip install 'shadowlit[vision]').",
+            )
+        ) from error
+    processor.tokenizer.chat_template = tokenizer.chat_template
+    return processor
+
+
+def _processor_of_images(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
+    """A processor made of its parts but the one for videos, which needs torchvision where images need only pillow."""
+    from transformers import AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    kind = PROCESSOR_MAPPING.get(type(config), None)
+    if kind is None or "video_processor" not in kind.get_attributes():
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+    class ImagesOnly(kind):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+        @classmethod
+        def _get_arguments_from_pretrained(cls, *args: Any, **kwargs: Any) -> list[Any]:
+            from transformers import AutoImageProcessor, AutoTokenizer
+
+            given = {"trust_remote_code": trust_remote_code}
+            loaders = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+            return [
+                loaders[name].from_pretrained(folder, **given) if name in loaders else None
+                for name in kind.get_attributes()
+            ]
+
+    ImagesOnly.__name__ = kind.__name__
+    return ImagesOnly.from_pretrained(folder)
 
 
 def _fingerprint(folder: Path) -> str:

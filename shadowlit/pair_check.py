@@ -18,7 +18,8 @@ import torch
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import TensorInfo, some_of
-from shadowlit.graft.layout import alike
+from shadowlit.graft.layout import alike, stored_names
+from shadowlit.graft.towers import split_selection, tower_of
 from shadowlit.hub_headers import read_hub_headers
 from shadowlit.pair import (
     ModelPair,
@@ -93,11 +94,12 @@ def check_pair(pair: ModelPair, select: Select = "linear") -> list[Problem]:
     problems: list[Problem] = []
     base = _open_side("base", pair, pair.base, pair.base_folder, pair.base_tokenizer, problems)
     instruct = _open_side("instruct", pair, pair.instruct, pair.instruct_folder, pair.instruct_tokenizer, problems)
-    if base.reader and instruct.reader:
-        # Either may hold its experts fused. What can't be brought together is told by the checks.
-        with contextlib.suppress(CheckpointError, GraftError):
-            base.headers, instruct.headers = (reader.tensors for reader in alike([base.reader, instruct.reader]))
     try:
+        problems += _rename(base, instruct)
+        if base.reader and instruct.reader:
+            # Either may hold its experts fused. What can't be brought together is told by the checks.
+            with contextlib.suppress(CheckpointError, GraftError):
+                instruct.headers, base.headers = (reader.tensors for reader in alike([instruct.reader, base.reader]))
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)
         problems += _check_unread(base, instruct)
@@ -198,8 +200,11 @@ def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T 
 
 
 def _flat_config(config: PretrainedConfig) -> dict[str, Any]:
-    """The language model's config; of a multimodal model its text part's keys over the whole's."""
-    return {**config.to_dict(), **config.get_text_config().to_dict(), "model_type": config.model_type}
+    """The language model's config; of a multimodal model its text part's keys over the whole's, and its vision's."""
+    vision = getattr(config, "vision_config", None)
+    seen = {f"vision_config.{key}": value for key, value in (vision.to_dict() if vision else {}).items()}
+    seen = {key: value for key, value in seen.items() if key.partition(".")[2] not in _SEEN_ELSEWHERE}
+    return {**config.to_dict(), **config.get_text_config().to_dict(), **seen, "model_type": config.model_type}
 
 
 def _has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
@@ -211,15 +216,34 @@ def _has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
 
 def _selects(select: Select, names: Iterable[str]) -> bool:
     """Whether a selection touches one of these embedding or lm_head tensors."""
-    if select == "linear":
-        return False
-    if select == "all":
-        return True
-    patterns = [select] if isinstance(select, str) else select
+    towers, patterns = split_selection(select)
+    if towers:
+        names, patterns = [name for name in names if tower_of(name) in towers], patterns or ["all"]
+    patterns = [pattern for pattern in patterns if pattern != "linear"]
+    if "all" in patterns:
+        return bool(list(names))
     try:
         return any(re.search(pattern, name) for pattern in patterns for name in names)
     except re.error:  # the selection itself reports a broken pattern
         return True
+
+
+def _rename(base: _Side, instruct: _Side) -> Iterator[Problem]:
+    """Know the Base's tensors by the Instruct's names, where the two were saved under other prefixes."""
+    if base.headers is None or instruct.headers is None:
+        return
+    names = stored_names(base.headers, instruct.headers)
+    renamed = [f"{own} for {name}" for own, name in names.items() if own != name]
+    if renamed and len(set(names.values())) == len(names):
+        base.headers = {names[own]: info for own, info in base.headers.items()}
+        yield Problem(
+            "note",
+            "tensors",
+            f"{len(renamed)} of {len(names)} tensors have other names in the Base, as other versions of transformers "
+            f"save them: {some_of(renamed)}",
+            "",
+            "nothing: they are paired by what the names have in common.",
+        )
 
 
 def _check_revision(side: _Side, source: str, revision: str | None) -> Iterator[Problem]:
@@ -558,14 +582,21 @@ class _TemplateUse:
     ends: list[int] | None
 
 
-def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
-    """Render a small conversation and collect the ids; raises whatever the template raises."""
-    turns = [
-        {"role": "user", "content": "Hello."},
-        {"role": "assistant", "content": "Hello, how can I help?"},
-    ] * 2
+def _template_use(tokenizer: PreTrainedTokenizerBase, parts: bool) -> _TemplateUse:
+    """Render a small conversation and collect the ids; raises whatever the template raises.
+
+    Args:
+        tokenizer: Its chat template is rendered.
+        parts: Give contents in parts, which templates of vision-language models may insist on.
+    """
+    asked, told = "Hello.", "Hello, how can I help?"
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+
+    turns = [turn("user", asked), turn("assistant", told)] * 2
     try:  # a system turn shows more tokens, but some templates refuse it
-        conversation = [{"role": "system", "content": "Be brief."}, *turns]
+        conversation = [turn("system", "Be brief."), *turns]
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
     except Exception:
         conversation = turns
@@ -576,7 +607,7 @@ def _template_use(tokenizer: PreTrainedTokenizerBase) -> _TemplateUse:
     def used(part: str) -> list[int]:
         return [i for i in tokenizer(part, add_special_tokens=False)["input_ids"] if i in special]
 
-    _, answer, tail = text.rpartition(turns[-1]["content"])
+    _, answer, tail = text.rpartition(told)
     return _TemplateUse(sorted({*used(text), *used(prompt)}), used(tail) if answer else None)
 
 
@@ -595,7 +626,7 @@ def _check_template(base: _Side, instruct: _Side, owner: _Side) -> Iterator[Prob
         )
         return
     try:
-        use = _template_use(owner.tokenizer)
+        use = _template_use(owner.tokenizer, parts=owner.get("vision_config") is not None)
     except Exception as error:
         yield Problem(
             "error",

@@ -12,6 +12,7 @@ from shadowlit.cli import main
 from shadowlit.graft.manifest import read_manifest
 from tests.distributed import run_ranks
 from tests.tiny import save_pair
+from tests.vision import tiny as vision
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: path.name)
@@ -94,6 +95,8 @@ def tiny(tmp_path_factory):
     for arch in ("qwen3", "llama"):
         (root / arch).mkdir()
         save_pair(root / arch, arch, tied=arch == "qwen3", dtype=torch.bfloat16)
+    vision.save_pair(root / "llava", "llava", dtype=torch.bfloat16)
+    vision.write_rows(root / "llava", 16, "rows", text_every=8)
     turns = [
         [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes" * (i % 3)}] for i in range(16)
     ]
@@ -130,10 +133,12 @@ def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
     if not path.stem.startswith("demo"):
         pair = tiny / ("llama" if "Llama" in config["pair"]["base"] else "qwen3")
         rows = tiny / "rows.jsonl"
+        if "train_towers" in config["model"]:
+            pair, rows = tiny / "llava", tiny / "llava/rows.jsonl"
         args += [
             f"--pair.base={pair / 'base'}", f"--pair.instruct={pair / 'instruct'}", f"--data.train={rows}",
             f'--data.validation={{"task": "{rows}"}}', "--data.batch_size=2", "--data.template_kwargs={}",
-            "--data.max_length=256",
+            "--data.max_length=256", "--data.num_workers=0",
         ]  # fmt: skip
     steps, logged, folder = run_ranks(fit, 2, args)[0] if sharded else fit(args)
     assert steps == 2

@@ -15,7 +15,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from shadowlit.analysis.similarity import Group, Report, Similarity, compare, open_reader, shared_names, with_ranks
+from shadowlit.analysis.similarity import (
+    Group,
+    Report,
+    Similarity,
+    compare,
+    open_reader,
+    shared_names,
+    with_ranks,
+)
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.headers import some_of
 from shadowlit.graft.layout import alike

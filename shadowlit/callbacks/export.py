@@ -17,6 +17,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.errors import ExportError
 from shadowlit.graft.adapter import starts_from_weights
 from shadowlit.graft.delta import write_delta
@@ -170,8 +171,9 @@ class ExportCallback(Callback):
 
 def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_remote_code: bool) -> None:
     ids, mask = probe["input_ids"].cpu(), probe["attention_mask"].cpu()
+    images = {name: probe[name] for name in IMAGE_INPUTS if name in probe}
     # In float32, so that what is compared is the weights and not how a CPU computes in half precision.
-    reloaded = reload_logits(folder, ids, mask, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    reloaded = reload_logits(folder, ids, mask, dtype=torch.float32, trust_remote_code=trust_remote_code, images=images)
     difference = logit_difference(reference, reloaded, mask)
     add_to_manifest(folder, {"logits_against_validated": difference})
     rank_zero_info(
@@ -202,7 +204,9 @@ def _first_batch(trainer: Trainer) -> dict[str, Tensor]:
     loaders: Any = trainer.val_dataloaders or trainer.train_dataloader
     with isolate_rng():
         batch = next(iter(loaders[0] if isinstance(loaders, list) else loaders))
-    rows = {name: value[:_PROBE_ROWS] for name, value in batch.items() if isinstance(value, Tensor)}
+    rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    if not any(name in rows for name in IMAGE_INPUTS):  # whose pixels belong to all rows together
+        rows = {name: value[:_PROBE_ROWS] for name, value in rows.items()}
     if "attention_mask" not in rows:  # packed rows of the training data: the first sample of the first
         begins = (rows["position_ids"][0] == 0).nonzero().flatten().tolist()
         first = rows["input_ids"][:1, : begins[1] if len(begins) > 1 else None]

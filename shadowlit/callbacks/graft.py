@@ -59,7 +59,8 @@ class GraftCallback(Callback):
 
     Args:
         select: Which tensors get the update: linear (every linear layer but the output head, as the paper's code),
-            all, or regular expressions searched in the tensors' names.
+            all, or regular expressions searched in the tensors' names. In a list of several, the towers of a
+            vision-language model (language, vision, projector) restrict the rest: [language, linear].
         scales: Strengths of the graft to validate. The first is the main one, logged as ``val/grafted/*``; a further
             one, say 0.5, as ``val/grafted@0.5/*``.
         dtype: The dtype that the graft is rounded to, in validation and in the export. auto: that of the Instruct's

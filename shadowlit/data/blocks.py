@@ -22,6 +22,7 @@ from shadowlit.training.objective import IGNORE
 
 _ABOUT, _CHECKSUM = b"shadowlit", b"checksum"
 _COLUMNS = ("source", "row", "line", "digest")
+_NONE: list[bytes] = []  # the images of a sample that has none, one list for all of them
 _MOST_TOKENS = 4_000_000  # of a block before it is written, 20 MB
 
 
@@ -36,7 +37,8 @@ class Block:
         source: ``[N]`` int64, the number of the source that a sample came from.
         row: ``[N]`` int64, its row there.
         line: ``[N]`` int64, its 1-based line, or -1.
-        digest: ``[N]`` uint64, a hash of its tokens, to find equal ones.
+        digest: ``[N]`` uint64, a hash of its tokens and images, to find equal ones.
+        images: Arrow's ``[N]`` lists of packed pictures; None where no sample has one.
     """
 
     tokens: np.ndarray
@@ -46,6 +48,7 @@ class Block:
     row: np.ndarray
     line: np.ndarray
     digest: np.ndarray
+    images: Any = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -72,7 +75,10 @@ class BlockBuilder:
         place = (self.sources.setdefault(origin.source, len(self.sources)), origin.row, origin.line or -1)
         for column, value in zip(self._places, place, strict=True):
             column.append(value)
-        self._digests.append(int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=8).digest(), "little"))
+        images = [picture.pack() for picture in sample.pictures]
+        self._images.append(images or _NONE)
+        content = b"".join([tokens.tobytes(), *images])
+        self._digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
 
     @property
     def is_full(self) -> bool:
@@ -91,6 +97,7 @@ class BlockBuilder:
             row=row,
             line=line,
             digest=np.array(self._digests, np.uint64),
+            images=_as_arrow(self._images) if any(self._images) else None,
         )
         self._clear()
         return block
@@ -99,6 +106,7 @@ class BlockBuilder:
         self._tokens, self._supervised, self._ends = array("i"), bytearray(), array("q", [0])
         self._places = array("q"), array("q"), array("q")
         self._digests = array("Q")
+        self._images: list[list[bytes]] = []
 
 
 class BlockFile:
@@ -113,7 +121,7 @@ class BlockFile:
 
         lists = [("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.uint8()))]
         kinds = (*[pa.int64()] * 3, pa.uint64())
-        self._schema = pa.schema([*lists, *zip(_COLUMNS, kinds, strict=True)])
+        self._schema = pa.schema([*lists, *zip(_COLUMNS, kinds, strict=True), ("images", pa.list_(pa.binary()))])
         self._writer = pa.ipc.new_stream(stream, self._schema)
         self._checksum = 0
 
@@ -124,7 +132,8 @@ class BlockFile:
         ends = pa.array(block.ends.astype(np.int32))
         lists = [pa.ListArray.from_arrays(ends, pa.array(x)) for x in (block.tokens, block.supervised.view(np.uint8))]
         columns = [pa.array(getattr(block, name)) for name in _COLUMNS]
-        self._writer.write_batch(pa.record_batch([*lists, *columns], schema=self._schema))
+        images = _as_arrow([_NONE] * len(block)) if block.images is None else block.images
+        self._writer.write_batch(pa.record_batch([*lists, *columns, images], schema=self._schema))
         self._checksum = _checksum(block, self._checksum)
 
     def finish(self, about: dict[str, Any]) -> None:
@@ -197,10 +206,21 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
     flat = tokens.values.to_numpy(), supervised.values.to_numpy().view(np.bool_), tokens.offsets.to_numpy()
-    return Block(*flat, *(batch.column(name).to_numpy() for name in _COLUMNS))
+    images = batch.column("images")
+    return Block(
+        *flat, *(batch.column(name).to_numpy() for name in _COLUMNS), images=images if len(images.values) else None
+    )
+
+
+def _as_arrow(images: list[list[bytes]]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(images, pa.list_(pa.binary()))
 
 
 def _checksum(block: Block, before: int) -> int:
     for values in (block.tokens, block.supervised, *(getattr(block, name) for name in _COLUMNS)):
         before = zlib.crc32(np.ascontiguousarray(values).view(np.uint8).data, before)
+    for image in () if block.images is None else block.images.flatten():
+        before = zlib.crc32(image.as_buffer(), before)
     return zlib.crc32(np.diff(block.ends).astype(np.int32).tobytes(), before)

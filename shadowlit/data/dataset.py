@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
 from shadowlit.data.formats import Message
+from shadowlit.data.images import Picture
 from shadowlit.data.packing import Pack, pack_samples
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.sources import Conversation, raise_all
@@ -87,6 +88,8 @@ class DataReport:
 class TokenDataset(Dataset):
     """Samples ``{"input_ids": list[int], "labels": list[int]}``; labels are -100 where there is no loss.
 
+    A sample with images has them too, not yet opened (``images``), and says where it is from (``origin``).
+
     Index -1 isn't the last sample but the filler: two tokens without loss.
 
     Args:
@@ -107,14 +110,18 @@ class TokenDataset(Dataset):
         """Number of samples, fillers not counted."""
         return self._firsts[-1]
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample ``index``, or the filler for -1."""
         if index == FILLER:
             return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE] * 2}
         block, place = self._find(index)
         span = slice(block.ends[place], block.ends[place + 1])
         tokens = block.tokens[span]
-        return {"input_ids": tokens.tolist(), "labels": np.where(block.supervised[span], tokens, IGNORE).tolist()}
+        labels = np.where(block.supervised[span], tokens, IGNORE).tolist()
+        sample: dict[str, Any] = {"input_ids": tokens.tolist(), "labels": labels}
+        if block.images is not None and (images := block.images[place].as_py()):
+            sample |= {"images": [Picture.unpack(image) for image in images], "origin": self.origin(index)}
+        return sample
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the blocks where they can be mapped again: pickled, they would be copied into every worker."""
@@ -125,6 +132,11 @@ class TokenDataset(Dataset):
         self.__dict__.update(state)
         if self._file is not None:
             self._blocks = [block for block in read_blocks(self._file, verify=False)[0] if len(block)]
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any sample has an image."""
+        return any(block.images is not None for block in self._blocks)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -142,7 +154,7 @@ class TokenDataset(Dataset):
         )
 
     def hashes(self) -> np.ndarray:
-        """A hash of each sample's tokens, ``[len(self)]`` uint64, to find identical ones."""
+        """A hash of each sample's tokens and images, ``[len(self)]`` uint64, to find identical ones."""
         return np.concatenate([np.zeros(0, np.uint64), *(block.digest for block in self._blocks)])
 
     def digests(self) -> list[bytes]:
@@ -181,12 +193,12 @@ class PromptDataset(Dataset):
     """Prompts ``{"input_ids": list[int], "index": int}``, the index being the row; -1 for the filler.
 
     Args:
-        prompts: The tokenised prompts.
+        prompts: The tokenised prompts, with their images.
         origins: The rows they came from.
         filler_token: The token that the filler is made of.
     """
 
-    def __init__(self, prompts: list[list[int]], origins: list[Conversation], filler_token: int) -> None:
+    def __init__(self, prompts: list[Encoded], origins: list[Conversation], filler_token: int) -> None:
         self._prompts, self._origins, self._filler_token = prompts, origins, filler_token
 
     def __len__(self) -> int:
@@ -197,7 +209,14 @@ class PromptDataset(Dataset):
         """Prompt ``index``, or the filler for -1."""
         if index == FILLER:
             return {"input_ids": [self._filler_token] * 2, "index": FILLER}
-        return {"input_ids": self._prompts[index], "index": self._origins[index].row}
+        prompt, origin = self._prompts[index], self._origins[index]
+        sample: dict[str, Any] = {"input_ids": prompt.input_ids, "index": origin.row}
+        return {**sample, "images": prompt.pictures, "origin": str(origin)} if prompt.pictures else sample
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any prompt has an image."""
+        return any(prompt.pictures for prompt in self._prompts)
 
     def origin(self, index: int) -> str:
         """``sample 17 of prompts.jsonl (line 18)``."""
@@ -278,7 +297,7 @@ def tokenise(
 def tokenise_prompts(
     name: str,
     conversations: Iterable[Conversation],
-    encode: Callable[[list[Message]], list[int]],
+    encode: Callable[[list[Message]], Encoded],
     *,
     max_length: int,
     filler_token: int,
@@ -299,13 +318,14 @@ def tokenise_prompts(
     for conversation in origins:
         try:
             prompt = encode(conversation.messages)
-            if len(prompt) > max_length:
-                raise DataError(f"has a prompt of {len(prompt)} tokens. Raise data.max_length={max_length}.")
+            length = len(prompt.input_ids)
+            if length > max_length:
+                raise DataError(f"has a prompt of {length} tokens. Raise data.max_length={max_length}.")
             kept.append(prompt)
         except DataError as error:
             errors.append(f"{conversation} {error}")
     raise_all(errors)
-    lengths = [len(prompt) for prompt in kept]
+    lengths = [len(prompt.input_ids) for prompt in kept]
     report = DataReport(name, len(kept), len(kept), num_tokens=sum(lengths), longest=max(lengths, default=0))
     return PromptDataset(kept, origins, filler_token), report
 
@@ -330,7 +350,13 @@ def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised
             raise DataError(
                 f"has {length} tokens. Raise data.max_length={max_length}, or set data.overlong to truncate or drop."
             )
-        fitted = Encoded(sample.input_ids[:max_length], sample.labels[:max_length])
+        if sample.images_end > max_length:  # half an image is none
+            raise DataError(
+                f"has {len(sample.pictures)} images of {sample.num_image_tokens} tokens together, the last of which "
+                f"ends at token {sample.images_end}, and {max_length} fit. Raise data.max_length={max_length}, give "
+                "fewer or smaller images, or set data.overlong=drop."
+            )
+        fitted = replace(sample, input_ids=sample.input_ids[:max_length], labels=sample.labels[:max_length])
     if _num_supervised(fitted):
         return fitted
     if drop_unsupervised:

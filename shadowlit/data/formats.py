@@ -10,6 +10,11 @@
 
 ``system`` and alpaca's ``input`` may be missing or empty. Other columns are left alone. An assistant message may
 carry ``"train": false`` (or ``"weight": 0``), which keeps it out of the loss.
+
+Images are parts of a message's content, ``[{"type": "image", "path": "red.png"}, {"type": "text", "text": "…"}]``, the
+file also called ``image``, ``url`` or ``bytes``; or they stand in a column ``images`` (or ``image``), and the texts say
+``<image>`` where each belongs, or the parts have none of their own. A message's content that is a list of texts only is
+their text.
 """
 
 from __future__ import annotations
@@ -23,10 +28,14 @@ from shadowlit.errors import DataError
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Message = dict[str, Any]
 
+PLACEHOLDER = "<image>"
+"""What stands for an image of the column ``images`` in a text."""
+
 DOCUMENT = "document"
 """The role of the only message of plain text."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_IMAGES = ("images", "image")
 # Beside role and content, what a chat template may look at.
 _EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 _SPEAKERS = {
@@ -64,9 +73,10 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
         Messages with ``role`` and ``content``, and ``train: False`` where a turn stays out of the loss.
 
     Raises:
-        DataError: The row is malformed. The message doesn't say which row it is.
+        DataError: The row is malformed, or has more images than places for them, or fewer. The message doesn't say
+            which row it is.
     """
-    messages = _SPECS[format].convert(row, prompts_only)
+    messages = _with_images(_SPECS[format].convert(row, prompts_only), row)
     if not prompts_only and not any(message["role"] in ("assistant", DOCUMENT) for message in messages):
         raise DataError("has no assistant turn, so there is nothing to learn. Remove the row or add the answer.")
     return messages
@@ -118,7 +128,7 @@ def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_o
 def unused_columns(columns: Iterable[str], format: str) -> list[str]:
     """The columns that ``format`` doesn't read, sorted."""
     spec = _SPECS[format]
-    return sorted(set(columns) - {*spec.required, *spec.optional})
+    return sorted(set(columns) - {*spec.required, *spec.optional, *_IMAGES})
 
 
 def from_messages(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
@@ -206,6 +216,66 @@ _SPECS: dict[str, _Spec] = {
 }
 
 
+def _with_images(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
+    """Put the images of a row's column in their places."""
+    given = [value for name in _IMAGES if row.get(name) is not None for value in _as_list(row[name])]
+    column = next((name for name in _IMAGES if name in row), None)
+    rest, num_places = iter(given), 0
+    placed = []
+    for message in messages:
+        content = message["content"]
+        if column is not None and isinstance(content, str) and PLACEHOLDER in content and message["role"] != DOCUMENT:
+            content = _at_placeholders(content)
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                if part["type"] == "image" and part["image"] is None:
+                    num_places += 1
+                    part = {**part, "image": next(rest, None)}
+                parts.append(part)
+            content = parts
+        placed.append({**message, "content": content})
+    if num_places != len(given):
+        count = f"{len(given)} image{'' if len(given) == 1 else 's'} in '{column or 'images'}'"
+        raise DataError(
+            f"has {count}, and {num_places} places for them; expected equally many. Write {PLACEHOLDER} in a turn's "
+            "text where each image belongs, or give parts of type image, and a path for each."
+        )
+    return placed
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _at_placeholders(text: str) -> list[dict[str, Any]]:
+    """A text cut into parts at its placeholders, without the line breaks beside them, which a template writes."""
+    first, *others = text.split(PLACEHOLDER)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": first.removesuffix("\n")}]
+    for between in others:
+        parts += [{"type": "image", "image": None}, {"type": "text", "text": between.removeprefix("\n")}]
+    return [part for part in parts if part["type"] == "image" or part["text"]]
+
+
+def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
+    """A message's content in parts, checked; their text, where no image is among them."""
+    parts: list[dict[str, Any]] = []
+    for number, part in enumerate(content):
+        place = f"'content' of {where}, part {number}"
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            parts.append({"type": "text", "text": _field(part, "text", str, place)})
+        elif kind in ("image", "image_url"):
+            # Parquet gives every part every key.
+            values = (part[key] for key in ("image", "image_url", "path", "url", "bytes") if part.get(key) is not None)
+            parts.append({"type": "image", "image": next(values, None)})
+        else:
+            raise DataError(f"has {_shown(part)} in {place}; expected an object of type text or image. Correct it.")
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return parts
+
+
 def _said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
     """The messages in a field that is a text of ``role`` or a list of messages."""
     value = row.get(name)
@@ -233,8 +303,11 @@ def _turn(turn: Any, where: str) -> Message:
         raise DataError(f"has the unknown role {role!r} in {where}; expected one of {', '.join(ROLES)}. Rename it.")
     # Parquet gives every message every key; None means absent.
     extras = {key: turn[key] for key in _EXTRAS if turn.get(key) is not None}
-    content = _field(turn, "content", str, where, default="" if extras.get("tool_calls") else None)
-    if role in ("user", "assistant") and not extras.get("tool_calls"):
+    if isinstance(turn.get("content"), list):
+        content = _parts(turn["content"], where)
+    else:
+        content = _field(turn, "content", str, where, default="" if extras.get("tool_calls") else None)
+    if isinstance(content, str) and role in ("user", "assistant") and not extras.get("tool_calls"):
         _filled(content, f"content' of '{where}")
     message = {"role": role, "content": content, **extras}
     if role == "assistant" and not _trained(turn, where):

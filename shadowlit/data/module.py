@@ -36,6 +36,7 @@ from shadowlit.data.dataset import (
 )
 from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT, Format, Message
+from shadowlit.data.images import ImageCollate, ImageProcessing
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.packing import PackedOrder, Packing
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, evaluation_order, grouped_order
@@ -43,6 +44,7 @@ from shadowlit.data.sources import (
     Conversation,
     digest_source,
     fetch,
+    folder_of,
     is_remote,
     raise_all,
     read_conversations,
@@ -50,8 +52,8 @@ from shadowlit.data.sources import (
     stream_conversations,
 )
 from shadowlit.data.stream import StreamLoader, TokenStream
-from shadowlit.data.template import Encoded, check_template, encode_prompt, encode_turns, load_template, renders_date
-from shadowlit.errors import DataError
+from shadowlit.data.template import Encoded, check_template, encode_question, encode_turns, load_template, renders_date
+from shadowlit.errors import DataError, PairError
 from shadowlit.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -64,6 +66,9 @@ warnings.filterwarnings("ignore", message=r"Your `IterableDataset` has `__len__`
 
 class ShadowData(LightningDataModule):
     """Conversations, tokenised with the Instruct's chat template, loss on the assistant's turns; or plain text.
+
+    Rows may have images where the pair is one of vision-language models (see :mod:`shadowlit.data.formats`). Paths
+    begin in the folder of the data file; images are opened when a batch is put together.
 
     A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set of
     the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the one called
@@ -183,6 +188,7 @@ class ShadowData(LightningDataModule):
         self.prompts: PromptDataset | None = None
         self._packs: PackedOrder | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._images: ImageProcessing | None = None
         self._resume: dict[str, Any] | None = None
         raise_all(list(self._problems()))
 
@@ -216,6 +222,21 @@ class ShadowData(LightningDataModule):
                 )
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    @property
+    def images(self) -> ImageProcessing | None:
+        """The processor of a pair of vision-language models; None for one of text models.
+
+        Raises:
+            PairError: It can't be loaded.
+        """
+        if self._images is None:
+            try:
+                seen = getattr(self.pair, "has_images", False)
+            except PairError:  # a broken config, of which the check of the pair tells
+                seen = False
+            self._images = ImageProcessing(self.pair) if seen else None
+        return self._images
 
     @property
     def pad_token_id(self) -> int:
@@ -263,7 +284,7 @@ class ShadowData(LightningDataModule):
                 errors.append(str(error))
         if stage in ("fit", None) and self.streaming and self.train and not errors:
             try:
-                self.dataset("train")
+                self._require_packable(self.dataset("train"))
             except DataError as error:
                 errors.append(str(error))
         raise_all(errors)
@@ -311,7 +332,7 @@ class ShadowData(LightningDataModule):
             sampler,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
-            collate_fn=self._training_collate(),
+            collate_fn=self._training_collate(dataset.has_images),
             **self._loading(keep_workers=True),
         )
         resume, self._resume = self._resume, None
@@ -485,8 +506,15 @@ class ShadowData(LightningDataModule):
             system=self.system,
             template_kwargs=self.template_kwargs,
             date=date,
+            **self._image_settings(sources),
         )
         return (Path(self.cache_dir).expanduser() if self.cache_dir else default_folder()) / f"{key}.arrow"
+
+    def _image_settings(self, sources: list[str]) -> dict[str, Any]:
+        """What the tokens of images depend on, and where relative paths begin."""
+        if self.images is None:
+            return {}
+        return {"images": self.images.digest(), "folders": [str(folder_of(source)) for source in sources]}
 
     def _read(self, name: str, sources: list[str], use: str, tell: Callable[[str, bool], None]) -> list[Conversation]:
         conversations = [c for source in sources for c in read_conversations(source, self.format, use=use, tell=tell)]
@@ -519,6 +547,8 @@ class ShadowData(LightningDataModule):
         return dataset, report
 
     def _add(self, name: str, dataset: TokenDataset, report: DataReport) -> None:
+        if name == "train":
+            self._require_packable(dataset)
         self._sets[name] = dataset
         rank_zero_info(f"data: {report}")
         if name == "train" and self.packing == "best_fit":
@@ -531,11 +561,19 @@ class ShadowData(LightningDataModule):
             )
         self.reports[name] = report
 
+    def _require_packable(self, dataset: TokenDataset) -> None:
+        if self.packing is not None and dataset.has_images:
+            raise DataError(
+                f"data.packing is {self.packing!r}, but the training samples have images, whose positions in a row "
+                "the models count from the row's beginning, not from the sample's. Set data.packing=null, and "
+                "data.group_by_length=true to spare padding."
+            )
+
     def _add_prompts(self, source: str) -> None:
         self.prompts, report = tokenise_prompts(
             "predict",
             read_conversations(source, self.format, use="test", prompts_only=True),
-            self._encoder(encode_prompt),
+            self._encoder(encode_question),
             max_length=self.max_length,
             filler_token=self.pad_token_id,
         )
@@ -543,7 +581,9 @@ class ShadowData(LightningDataModule):
         rank_zero_info(f"data: {report}")
 
     def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
-        return partial(_encode, encode, self._encode_document, self.tokenizer, self.system, self.template_kwargs)
+        return partial(
+            _encode, encode, self._encode_document, self.tokenizer, self.images, self.system, self.template_kwargs
+        )
 
     def _encode_document(self, text: str) -> list[Encoded]:
         return encode_document(self.tokenizer, text, self._end_of_text, self.max_length)
@@ -588,9 +628,13 @@ class ShadowData(LightningDataModule):
             size, self.batch_size, world_size, rank, self.seed, shuffle, self.drop_last, order=order
         )
 
-    def _training_collate(self) -> Collate | PackCollate:
+    def _training_collate(self, has_images: bool) -> Collate | PackCollate | ImageCollate:
         if self.packing is None:
-            return Collate(self.pad_token_id, self.pad_to_multiple_of)
+            collate = Collate(self.pad_token_id, self.pad_to_multiple_of)
+            if not has_images:
+                return collate
+            assert self.images is not None
+            return ImageCollate(collate, self.images)
         return PackCollate(self.pad_token_id, self.pad_to_multiple_of, flatten=self.packing == "padding_free")
 
     def _stream(self) -> TokenStream:
@@ -609,7 +653,7 @@ class ShadowData(LightningDataModule):
             ),
             batches=partial(self._window_batches, world_size, rank),
             packed=self.packing == "best_fit",
-            collate=self._training_collate(),
+            collate=self._training_collate(self.images is not None),
         )
 
     def _stream_conversations(self) -> Iterator[Conversation]:
@@ -711,6 +755,9 @@ class ShadowData(LightningDataModule):
             len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False,
             order=None if order is None else lambda epoch: order,
         )  # fmt: skip
+        if dataset.has_images:
+            assert self.images is not None
+            return make_loader(dataset, sampler, collate_fn=ImageCollate(collate, self.images), **self._loading())
         return make_loader(dataset, sampler, collate_fn=collate, **self._loading())
 
     def _loading(self, keep_workers: bool = False) -> dict[str, Any]:
@@ -747,6 +794,7 @@ def _encode(
     encode: Callable[..., Any],
     document: Callable[[str], Any],
     tokenizer: PreTrainedTokenizerBase,
+    images: ImageProcessing | None,
     system: str | None,
     template_kwargs: dict[str, Any],
     messages: list[Message],
@@ -755,7 +803,7 @@ def _encode(
         return document(messages[0]["content"])
     if system and messages[0]["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
-    return encode(tokenizer, messages, **template_kwargs)
+    return encode(tokenizer, messages, images, **template_kwargs)
 
 
 def _check_order(before: dict[str, Any], order: dict[str, Any], begun: str | None) -> None:

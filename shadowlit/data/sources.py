@@ -17,6 +17,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from shadowlit.data.formats import Message, check_columns, convert_row, detect_format, unused_columns
+from shadowlit.data.images import locate
 from shadowlit.errors import DataError
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -123,17 +124,25 @@ def _converter(
     if first.get("tools"):
         tell(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
 
+    folder = folder_of(source)
+
     def convert(row: Row) -> Conversation:
         where = place(source, row.index, row.line)
         if not isinstance(row.columns, dict):
             raise DataError(f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it.")
         try:
-            messages = convert_row(row.columns, format, prompts_only=prompts_only)
+            messages = locate(convert_row(row.columns, format, prompts_only=prompts_only), folder)
         except DataError as error:
             raise DataError(f"{where} {error}") from None
         return Conversation(messages, source, row.index, row.line)
 
     return convert
+
+
+def folder_of(source: str) -> Path:
+    """Where the relative paths in a source begin: its own folder."""
+    path = Path(source).expanduser()
+    return (_folder_of(source)[0] or path.parent).absolute()
 
 
 def say(text: str, is_warning: bool) -> None:

@@ -20,10 +20,11 @@ none. ``preview`` shows it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import jinja2.meta
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from shadowlit.data.formats import Message
+from shadowlit.data.images import ImageProcessing, Picture, pictures_in
 from shadowlit.errors import DataError
 from shadowlit.training.objective import IGNORE
 
@@ -41,29 +43,46 @@ _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "
 Span = tuple[int, int]
 
 
-class Encoded(NamedTuple):
-    """A tokenised conversation.
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised conversation; unpacks as its tokens and labels.
 
     Attributes:
         input_ids: ``[T]`` tokens.
         labels: ``[T]``, the token itself where it carries loss and -100 elsewhere; aligned with ``input_ids``, the
             shift by one happens in the loss.
+        pictures: The images, in order, whose tokens are among them.
+        images_end: Where the last token of an image ends, 0 without images.
+        num_image_tokens: Tokens of images.
     """
 
     input_ids: list[int]
     labels: list[int]
+    pictures: Sequence[Picture] = ()
+    images_end: int = 0
+    num_image_tokens: int = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter((self.input_ids, self.labels))
 
 
 class RewrittenHistoryError(DataError):
     """A template that renders a turn otherwise once other turns follow it."""
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any) -> Encoded:
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    images: ImageProcessing | None = None,
+    /,
+    **template_kwargs: Any,
+) -> Encoded:
     """Tokenise a conversation; every assistant turn carries loss, but for those with ``"train": False``.
 
     Args:
         tokenizer: The Instruct's, a fast one; its chat template is used.
         messages: ``{"role", "content", …}`` in order.
+        images: The Instruct's processor, for a pair of vision-language models. Tokens of images never carry loss.
         template_kwargs: Passed to the template, e.g. ``enable_thinking=False``.
 
     Returns:
@@ -72,9 +91,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, *
     Raises:
         RewrittenHistoryError: The template has no marks and renders earlier turns otherwise than they were generated
             (Qwen3 strips their reasoning); :func:`encode_turns` copes with it.
-        DataError: No template, a template that refuses the conversation, or no fast tokenizer.
+        DataError: No template, a template that refuses the conversation, or no fast tokenizer; images that can't be
+            read, that have no place in the text, or that the pair can't see.
     """
     template = _template(tokenizer)
+    messages, pictures = _with_pictures(messages, images)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = [i for i in turns if _is_trained(messages[i])]
     marked = _MARK.search(template) is not None
@@ -84,6 +105,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, *
     else:
         text = _render(tokenizer, messages, False, template_kwargs)
         spans = [_prefix_span(tokenizer, messages, i, text, template_kwargs) for i in trained]
+    shown: list[Span] = []
+    if images is not None:
+        text, spans, shown = images.expand(text, spans, pictures)
     input_ids, places = _tokenise(tokenizer, text)
     labels = [IGNORE] * len(input_ids)
     for span in spans:
@@ -97,11 +121,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, *
             else _turn_end(tokenizer, input_ids, within, text, places)
         )
         labels[first : end + 1] = input_ids[first : end + 1]
-    return Encoded(input_ids, labels)
+    if images is None:
+        return Encoded(input_ids, labels)
+    num_image_tokens, images_end = _check_image_tokens(images, input_ids, places, shown)
+    for start, end in shown:  # an assistant may show an image, but nobody generates one
+        for t, place in enumerate(places):
+            if place[1] > start and place[0] < end:
+                labels[t] = IGNORE
+    return Encoded(input_ids, labels, pictures, images_end, num_image_tokens)
 
 
 def encode_turns(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    images: ImageProcessing | None = None,
+    /,
+    **template_kwargs: Any,
 ) -> list[Encoded]:
     """As :func:`encode`; where the template rewrites the history, one sample per assistant turn.
 
@@ -112,10 +147,10 @@ def encode_turns(
         DataError: As :func:`encode`.
     """
     try:
-        return [encode(tokenizer, messages, **template_kwargs)]
+        return [encode(tokenizer, messages, images, **template_kwargs)]
     except RewrittenHistoryError:
         trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and _is_trained(message)]
-        return [encode(tokenizer, _only_last(messages[: i + 1]), **template_kwargs) for i in trained]
+        return [encode(tokenizer, _only_last(messages[: i + 1]), images, **template_kwargs) for i in trained]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any) -> str:
@@ -131,10 +166,19 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         DataError: Nothing stands before the answer, or as :func:`encode`.
     """
     _template(tokenizer)
+    return _render(tokenizer, prompt_of(messages), True, template_kwargs)
+
+
+def prompt_of(messages: Sequence[Message]) -> Sequence[Message]:
+    """The conversation without its final answer.
+
+    Raises:
+        DataError: Nothing stands before the answer.
+    """
     prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if not prompt:
         raise DataError("has no turn before the answer, so no prompt. Add the question.")
-    return _render(tokenizer, prompt, True, template_kwargs)
+    return prompt
 
 
 def encode_prompt(
@@ -145,7 +189,68 @@ def encode_prompt(
     Raises:
         DataError: As :func:`render_prompt`.
     """
-    return _tokenise(tokenizer, render_prompt(tokenizer, messages, **template_kwargs))[0]
+    return encode_question(tokenizer, messages, None, **template_kwargs).input_ids
+
+
+def encode_question(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    images: ImageProcessing | None,
+    /,
+    **template_kwargs: Any,
+) -> Encoded:
+    """The tokens of a prompt and its images, without labels; arguments as of :func:`encode`.
+
+    Raises:
+        DataError: As :func:`render_prompt` and :func:`encode`.
+    """
+    _template(tokenizer)
+    prompt, pictures = _with_pictures(prompt_of(messages), images)
+    text = _render(tokenizer, prompt, True, template_kwargs)
+    if images is None:
+        return Encoded(_tokenise(tokenizer, text)[0], [])
+    text, _, shown = images.expand(text, [], pictures)
+    input_ids, places = _tokenise(tokenizer, text)
+    count, end = _check_image_tokens(images, input_ids, places, shown)
+    return Encoded(input_ids, [], pictures, end, count)
+
+
+def _with_pictures(
+    messages: Sequence[Message], images: ImageProcessing | None
+) -> tuple[Sequence[Message], list[Picture]]:
+    """The messages as the template of the pair takes them, and their images, measured."""
+    pictures = pictures_in(messages)
+    if images is None:
+        if pictures:
+            raise DataError(
+                f"has {len(pictures)} image{'' if len(pictures) == 1 else 's'}, but the models of the pair read text "
+                "only. Give a vision-language pair (Qwen-VL, Gemma 3, LLaVA), or remove the images."
+            )
+        return messages, []
+    # Several templates of such models know contents in parts only.
+    parted = [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+        for m in messages
+    ]
+    return parted, [picture.measured() for picture in pictures]
+
+
+def _check_image_tokens(
+    images: ImageProcessing, input_ids: list[int], places: list[Span], shown: list[Span]
+) -> tuple[int, int]:
+    """How many tokens are of images, and where the last of them ends.
+
+    Raises:
+        DataError: A token of an image stands where no image is.
+    """
+    found = images.find_tokens(input_ids)
+    stray = [t for t in found if not any(places[t][1] > start and places[t][0] < end for start, end in shown)]
+    if stray:
+        raise DataError(
+            f"has {len(stray)} tokens of an image in its text (the first is token {stray[0]}), and no image for them. "
+            "Remove them from the text, or give the image."
+        )
+    return len(found), found[-1] + 1 if found else 0
 
 
 def load_template(path: str) -> str:
@@ -219,8 +324,12 @@ def _only_last(messages: Sequence[Message]) -> list[Message]:
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
-    """Messages as a template knows them."""
-    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    """Messages as a template knows them, which says where an image is, and not which one."""
+    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    for message in plain:
+        if not isinstance(message["content"], str):
+            message["content"] = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
+    return plain
 
 
 def _render(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +94,7 @@ def generate(
     config: GenerationConfig,
     input_ids: Tensor,
     attention_mask: Tensor,
+    images: Mapping[str, Tensor] | None = None,
     *,
     synced_gpus: bool = False,
     stop: Sequence[str] = (),
@@ -107,6 +108,7 @@ def generate(
         config: see :func:`greedy_config`.
         input_ids: ``[B, T]``, left-padded.
         attention_mask: ``[B, T]``, 0 on padding.
+        images: what the processor makes of the prompts' images, by the names of the model's arguments.
         synced_gpus: keep all ranks generating until the last one is done, which sharded models need.
         stop: strings that end an answer too.
         sampler: chooses the tokens, e.g. a :class:`~shadowlit.evaluation.sampling.RowSampler`; None for greedy.
@@ -122,6 +124,7 @@ def generate(
         generated = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
+            **(images or {}),
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler] if sampler is not None else []),
             stopping_criteria=StoppingCriteriaList([stopping] if stop else []),
@@ -142,10 +145,11 @@ def generate_answers(
     config: GenerationConfig,
     input_ids: Tensor,
     attention_mask: Tensor,
+    images: Mapping[str, Tensor] | None = None,
     synced_gpus: bool = False,
 ) -> list[str]:
     """The texts of :func:`generate`, with the same arguments."""
-    answers = generate(model, tokenizer, config, input_ids, attention_mask, synced_gpus=synced_gpus)
+    answers = generate(model, tokenizer, config, input_ids, attention_mask, images, synced_gpus=synced_gpus)
     return [answer.text for answer in answers]
 
 

@@ -36,6 +36,7 @@ from shadowlit.graft.numeric import (
 from shadowlit.graft.pickled import open_checkpoint
 from shadowlit.graft.selection import Coverage, coverage, layer_of, resolve, routers
 from shadowlit.graft.streaming import row_windows
+from shadowlit.graft.towers import tower_of
 from shadowlit.graft.workers import Room, in_order
 from shadowlit.pair import first_line
 
@@ -341,12 +342,16 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     Those are the matrices inside numbered layers, and the biases beside them; embeddings and the output head lie
     outside. Experts' matrices count, fused or single; the routers that choose among them don't, as in the paper's
     code. Equal to :func:`shadowlit.graft.naming.linear_names` for Llama, Qwen, Mistral, Gemma, Qwen-MoE and Mixtral.
+    The projector between towers, whose few layers have names instead of numbers, counts too.
     """
     gates = routers(tensors)
     weights = {
         name
         for name, info in tensors.items()
-        if layer_of(name) is not None and len(info.shape) >= 2 and "norm" not in name and name not in gates
+        if (layer_of(name) is not None or (tower_of(name) == "projector" and name.endswith(".weight")))
+        and len(info.shape) >= 2
+        and "norm" not in name
+        and name not in gates
     }
     modules = {name.removesuffix(".weight") for name in weights}
     biases = {name for name in tensors if name.endswith(".bias") and name.removesuffix(".bias") in modules}

@@ -20,7 +20,7 @@ from shadowlit.errors import ExportError
 from shadowlit.graft.checkpoint import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
 from shadowlit.graft.headers import TensorInfo, dtype_code, dtype_of, some_of
 from shadowlit.graft.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
-from shadowlit.pair import ModelPair, read_json
+from shadowlit.pair import ModelPair, is_image_text, load_config, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +159,7 @@ def reload_logits(
     attention_mask: torch.Tensor,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    images: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The logits of an exported folder, loaded on the CPU as any user would load it.
 
@@ -168,6 +169,7 @@ def reload_logits(
         attention_mask: [B, T], 1 for tokens and 0 for padding.
         dtype: The dtype to load and compute in; None for the folder's own.
         trust_remote_code: Run Python code from the folder.
+        images: What the processor makes of the images, by the names of the model's arguments.
 
     Returns:
         [B, T, V] in float32, on the CPU.
@@ -176,10 +178,12 @@ def reload_logits(
         ExportError: transformers cannot load the folder, or finds tensors missing or left over in it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = load_config("instruct", folder, trust_remote_code)
+        auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(
             folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -194,7 +198,8 @@ def reload_logits(
             f"{folder} loads incompletely: {told}. Do not use it; the weights do not belong to its config.json."
         )
     with torch.no_grad():
-        return model.eval()(input_ids=input_ids.cpu(), attention_mask=attention_mask.cpu()).logits.float()
+        seen = {name: value.cpu() for name, value in (images or {}).items()}
+        return model.eval()(input_ids=input_ids.cpu(), attention_mask=attention_mask.cpu(), **seen).logits.float()
 
 
 def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,8 +20,10 @@ from shadowlit.graft.headers import Headers, TensorInfo, some_of
 from shadowlit.graft.selection import layer_of
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
-# What stands before the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too.
+# What stands before the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too, and
+# may have a body of their own, which transformers 5 no longer names.
 _BODY = re.compile(r"^((base_model|model|language_model|transformer)\.)+")
+_VISION_BODY = re.compile(r"^(vision_tower)\.vision_model\.")
 _MIXTRAL_EXPERT = re.compile(r"(\.experts\.\d+\.)(w[123])\.")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -48,8 +50,26 @@ def canonical_key(name: str) -> str:
     ``module._orig_mod.model.layers.0.mlp.up_proj.weight`` become ``layers.0.mlp.up_proj.weight``, Mixtral's
     ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``.
     """
-    key = _BODY.sub("", _WRAPPERS.sub("", name)).replace(".block_sparse_moe.", ".mlp.")
+    key = _VISION_BODY.sub(r"\1.", _BODY.sub("", _WRAPPERS.sub("", name))).replace(".block_sparse_moe.", ".mlp.")
     return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}{_MIXTRAL[match[2]]}.", key)
+
+
+def stored_names(names: Iterable[str], tensors: Iterable[str]) -> dict[str, str]:
+    """Under which of the names ``tensors`` a checkpoint holds what is called ``names`` elsewhere.
+
+    transformers writes vision-language models under the names of their first publication, which aren't those of its
+    modules: ``language_model.model.layers.0`` for ``model.language_model.layers.0``.
+
+    Args:
+        names: parameters of a module, or tensors of another checkpoint.
+        tensors: the names in the checkpoint.
+
+    Returns:
+        For each of ``names`` itself where the checkpoint has it, else the one with the same canonical key, else itself.
+    """
+    stored = set(tensors)
+    keys = {canonical_key(name): name for name in stored}
+    return {name: name if name in stored else keys.get(canonical_key(name), name) for name in names}
 
 
 def canonical_keys(headers: Stored) -> dict[str, str]:
@@ -357,17 +377,16 @@ def by_expert(headers: CheckpointReader) -> CheckpointReader:
 
 
 def alike(readers: Sequence[CheckpointReader]) -> list[CheckpointReader]:
-    """Mixtures of experts under the names of the first of them, with a matrix for each expert; others as they are.
+    """Checkpoints under the names of the first of them; experts of mixtures with a matrix for each, fused or not.
 
     Raises:
         CheckpointError: as :class:`Layout`.
         GraftError: likewise.
     """
-    first = by_expert(readers[0])
-    if not any(_EXPERT.fullmatch(canonical_key(name)) for name in first.tensors):
-        return list(readers)
-    rest = (by_expert(reader) for reader in readers[1:])
-    return [first, *(r if r.tensors.keys() == first.tensors.keys() else LayoutReader(r, first) for r in rest)]
+    first, *rest = map(by_expert, readers)
+    names = {canonical_key(name): name for name in first.tensors}
+    odd = [any(names.get(canonical_key(name), name) != name for name in reader.tensors) for reader in rest]
+    return [first, *(LayoutReader(r, first) if other else r for r, other in zip(rest, odd, strict=True))]
 
 
 def in_layout_of(instruct: Headers, base: Headers) -> LayoutReader:

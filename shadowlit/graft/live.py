@@ -22,9 +22,10 @@ from shadowlit.graft.arithmetic import add_delta, delta, graft
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.exchange import Exchange, windows
 from shadowlit.graft.headers import some_of
-from shadowlit.graft.layout import Described, Layout, Range, in_layout_of_module
+from shadowlit.graft.layout import Described, Layout, Range, canonical_key, in_layout_of_module
 from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
-from shadowlit.graft.selection import Coverage, coverage, kind_of, resolve
+from shadowlit.graft.selection import Coverage, coverage, kind_of, layer_of, resolve
+from shadowlit.graft.towers import tower_of
 from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 
 _FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
@@ -266,6 +267,7 @@ class LiveGraft:
         reshard_all(self.model)
         hosts = {host.name: host for host in self._hosts}
         aliases = _aliases(self.model)
+        by_key = {canonical_key(alias): first for alias, first in aliases.items()}
 
         def grafted(name: str, dtype: torch.dtype) -> Tensor:
             host = hosts[name]
@@ -277,7 +279,7 @@ class LiveGraft:
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
                 yield name, _assemble(self._parts[name], info.shape, lambda host, to=dtype: kept(host, to))
-            elif (host := hosts.get(aliases.get(name, name))) is not None:
+            elif (host := hosts.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
                 yield name, self._instruct_reader.read(name).to(dtype)
@@ -540,5 +542,8 @@ def _model_type(model: nn.Module) -> str:
 
 
 def _layer_of(name: str) -> str:
-    layer = re.search(r"\blayers\.(\d+)\.", name)
+    tower, layer = tower_of(name), re.search(r"\blayers\.(\d+)\.", name)
+    if tower != "language":  # whose blocks may be numbered under other names, and mustn't be added to the decoder's
+        number = layer_of(name)
+        return f"{tower}_{kind_of(name)}" if number is None else f"{tower}_layer_{number:02d}"
     return f"layer_{int(layer[1]):02d}" if layer else kind_of(name)

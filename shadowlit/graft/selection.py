@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shadowlit.errors import GraftError
+from shadowlit.graft.towers import count_towers, split_selection, tower_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 # Of a mixture of experts, as one matrix for each (with its number) or all in one tensor; and what chooses among them.
@@ -29,6 +30,7 @@ class Coverage:
         num_selected_experts: those that receive an update.
         num_routers: tensors that choose among the experts.
         num_selected_routers: those that receive an update.
+        towers: of a model of several towers, how many tensors of each are selected, and how many it has.
     """
 
     num_selected: int
@@ -40,6 +42,7 @@ class Coverage:
     num_selected_experts: int = 0
     num_routers: int = 0
     num_selected_routers: int = 0
+    towers: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
         text = (
@@ -51,6 +54,8 @@ class Coverage:
                 f"; of the mixtures of experts {self.num_selected_experts} of {self.num_experts} tensors of experts, "
                 f"{self.num_selected_routers} of {self.num_routers} of routers"
             )
+        if len(self.towers) > 1:
+            text += f" ({', '.join(f'{tower} {chosen} of {total}' for tower, chosen, total in self.towers)})"
         if self.left_out:
             kinds = Counter(kind_of(name) for name in self.left_out)
             listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
@@ -98,24 +103,36 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
 
     Args:
         select: ``linear`` (every linear layer but the output head, as in the paper), ``all``, or one or several
-            regular expressions, searched in the names.
+            regular expressions, searched in the names. A list may hold several of these, and the names of towers of a
+            vision-language model (``language``, ``vision``, ``projector``), within which all else is chosen then:
+            ``[language, projector, linear]``. Towers alone are all of their tensors.
         names: all tensor names of the model.
         linear: the names that ``linear`` stands for.
         model_type: the architecture's name, for the message.
 
     Raises:
-        GraftError: a pattern is not a regular expression, or one of them matches nothing.
+        GraftError: a pattern is not a regular expression, or one of them matches nothing, or the model has no such
+            tower.
     """
     names = list(names)
-    if select == "all":
-        return frozenset(names)
-    if select == "linear":
-        chosen = frozenset(names) & linear
-        if not chosen:
-            raise _nothing(select, names, model_type)
-        return chosen
+    towers, parts = split_selection(select)
+    missing = [tower for tower in towers if not any(tower_of(name) == tower for name in names)]
+    if missing:
+        raise GraftError(
+            f"graft.select names the tower {', '.join(missing)}, but of the {len(names)} tensors of model type "
+            f"{model_type!r} none is of it; there are {_listed(names)}. Choose among these."
+        )
+    if towers:
+        names = [name for name in names if tower_of(name) in towers]
+        parts = parts or ["all"]
     chosen_names: set[str] = set()
-    for pattern in [select] if isinstance(select, str) else select:
+    for pattern in parts:
+        if pattern in ("all", "linear"):
+            chosen = names if pattern == "all" else [name for name in names if name in linear]
+            if not chosen:
+                raise _nothing(pattern, names, model_type)
+            chosen_names.update(chosen)
+            continue
         try:
             matcher = re.compile(pattern)
         except re.error as error:
@@ -145,7 +162,17 @@ def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[s
         num_selected_experts=len(experts & selected),
         num_routers=len(gates),
         num_selected_routers=len(gates & selected),
+        towers=_by_tower(selected, sizes),
     )
+
+
+def _by_tower(selected: Iterable[str], names: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+    chosen = count_towers(selected)
+    return tuple((tower, chosen.get(tower, 0), total) for tower, total in count_towers(names).items())
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
 
 
 def _nothing(select: str, names: list[str], model_type: str) -> GraftError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
 from shadowlit.graft.selection import is_of_experts
+from shadowlit.graft.towers import tower_of
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets (which mostly print twice these, with
 # sparsity). The first name that the device's name contains counts.
@@ -71,7 +72,10 @@ class Work:
 
     @classmethod
     def of(cls, model: nn.Module) -> Work:
-        """Count a transformers causal language model, wrapped by peft or sharded or neither."""
+        """Count a transformers causal language model, wrapped by peft or sharded or neither.
+
+        Of a vision-language model the language model alone is counted.
+        """
         host = host_of(model)
         config = host.config.get_text_config()
         head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
@@ -80,6 +84,8 @@ class Work:
         per_token, active = 0.0, _active_share(config)
         for name, parameter in model.named_parameters():
             if id(parameter) in in_head or id(parameter) in looked_up or ".original_module." in name:
+                continue
+            if tower_of(name) != "language":  # which works on patches of images, not on tokens
                 continue
             if parameter.dim() >= 2 or is_adapter_name(name):
                 share = active if is_of_experts(canonical_name(name)) else 1.0

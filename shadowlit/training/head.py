@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from shadowlit.errors import ShadowlitError
 from shadowlit.graft.arithmetic import widen
 from shadowlit.graft.naming import host_of
+from shadowlit.pair import is_image_text
 from shadowlit.training.linear_loss import (
     default_chunk_size,
     linear_cross_entropy_sum,
@@ -188,7 +189,8 @@ def understand(model: nn.Module) -> tuple[Head | None, str]:
     host = host_of(model)
     name = type(host).__name__
     module = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
-    if module is None or not hasattr(host, "get_decoder") or (decoder := host.get_decoder()) in (None, host):
+    decoder = _body_of(host)
+    if module is None or decoder in (None, host):
         return None, f"{name} has no output head or no decoder that transformers can name"
     head = Head(decoder, module, *_finish_of(host.config.get_text_config()))
     device = next(model.parameters()).device
@@ -218,6 +220,13 @@ def understand(model: nn.Module) -> tuple[Head | None, str]:
             "that its config names"
         )
     return head, ""
+
+
+def _body_of(host: Any) -> nn.Module | None:
+    """Everything before the head: the decoder; of a vision-language model what takes images too."""
+    if is_image_text(host.config):
+        return host.base_model
+    return host.get_decoder() if hasattr(host, "get_decoder") else None
 
 
 def _finish_of(config: Any) -> tuple[float, float | None]:

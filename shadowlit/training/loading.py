@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -13,13 +14,15 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
 from shadowlit.graft.adapter import require_untied, starts_from_weights
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.naming import canonical_name, host_of, host_parameters, is_adapter_name
 from shadowlit.graft.selection import is_of_experts
+from shadowlit.graft.towers import TOWERS, count_towers, tower_of
+from shadowlit.pair import is_image_text
 from shadowlit.training.parallel import local, local_slices
 
 log = logging.getLogger(__name__)
@@ -37,13 +40,16 @@ def load_for_training(
     experts_implementation: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    towers: Sequence[str] = ("language",),
+    frozen_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Build the model of a checkpoint for training, with float32 masters for everything that learns.
 
-    Full tuning trains float32 copies of all weights. With an adapter the weights stay frozen in the dtype they
-    are stored in and the factors are float32; an adapter of experts, or of other bare parameters, leaves the weights in
-    float32 too, since peft adds its product to them, where bfloat16 would lose most of it. No rank ever holds the whole
-    model: it is built on the meta device, sharded there, and filled from the safetensors files by rows.
+    Full tuning trains float32 copies of all weights, of a vision-language model those of ``towers``; its other towers
+    stay frozen, without masters. With an adapter the weights stay frozen in the dtype they are stored in and the
+    factors are float32; an adapter of experts, or of other bare parameters, leaves the weights in float32 too, since
+    peft adds its product to them, where bfloat16 would lose most of it. No rank ever holds the whole model: it is built
+    on the meta device, sharded there, and filled from the safetensors files by rows.
 
     Args:
         reader: the Base's checkpoint, in the shape of its Instruct.
@@ -56,8 +62,12 @@ def load_for_training(
         experts_implementation: transformers' name of the way through a mixture of experts; ``None`` for its default.
         trust_remote_code: run modelling code that comes with the folder.
         seed: seeds the adapter's start, the same on any number of ranks.
+        towers: what of the model learns: names of towers (``language``, ``vision``, ``projector``), or regular
+            expressions searched in the parameters' names. An adapter sits on these only.
+        frozen_dtype: dtype of towers that are frozen in full tuning; ``None`` for that of the files.
 
     Raises:
+        ShadowlitError: the model has nothing of what ``towers`` names.
         CheckpointError: the checkpoint lacks a tensor that the model needs.
         GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded, or has
             fused experts that it adapts; or it changes one side of a tied embedding.
@@ -67,8 +77,9 @@ def load_for_training(
     from_weights = adapter is not None and starts_from_weights(adapter)
     # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
     dtype = torch.float32 if adapter is None or from_weights else stored
+    auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto.from_config(
             config,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -77,6 +88,15 @@ def load_for_training(
         )
     if getattr(config.get_text_config(), "output_router_logits", False):
         log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/moe.md")
+    frozen = _outside(model, towers)
+    if adapter is None:
+        for name, parameter in model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+                parameter.data = parameter.data.to(frozen_dtype or stored)
+    elif frozen and adapter.exclude_modules is None:
+        # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
+        adapter.exclude_modules = _modules_of(model, frozen)
     if adapter is not None and from_weights:
         _require_modules(model, adapter)
         if mesh is not None:
@@ -149,6 +169,41 @@ def _require_modules(model: nn.Module, adapter: LoraConfig) -> None:
             "are bare parameters. Use init_lora_weights=true, or give adapter.target_modules without experts, e.g. "
             "[q_proj, k_proj, v_proj, o_proj]."
         )
+
+
+def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:
+    """Names of the parameters that aren't of ``towers``."""
+    names = [name for name, _ in model.named_parameters()]
+    learning: set[str] = set()
+    for part in towers:
+        try:
+            chosen = {n for n in names if (tower_of(n) == part if part in TOWERS else re.search(part, n))}
+        except re.error as error:
+            raise ShadowlitError(
+                f"model.train_towers has {part!r}, which is not a regular expression ({error}). Expected "
+                f"{', '.join(TOWERS)}, or a pattern such as 'visual.blocks.31'."
+            ) from None
+        if not chosen:
+            found = ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
+            raise ShadowlitError(
+                f"model.train_towers has {part!r}, which is in no name of the {len(names)} parameters of "
+                f"{type(model).__name__}; its towers are {found}. Name these, or a pattern that matches."
+            )
+        learning |= chosen
+    if not learning:
+        raise ShadowlitError("model.train_towers is empty, so nothing would learn. Name a tower, e.g. [language].")
+    return frozenset(names) - learning
+
+
+def _modules_of(model: nn.Module, parameters: frozenset[str]) -> str:
+    """A pattern for the modules that have no other parameters than these, the outermost of them."""
+    owned = {
+        prefix
+        for prefix, module in model.named_modules()
+        if (names := [f"{prefix}.{name}" for name, _ in module.named_parameters()]) and parameters.issuperset(names)
+    }
+    outermost = sorted(prefix for prefix in owned if prefix.rpartition(".")[0] not in owned)
+    return rf"({'|'.join(map(re.escape, outermost))})(\..*)?"
 
 
 def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int, rank: int) -> Tensor:

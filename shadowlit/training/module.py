@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from transformers import PreTrainedConfig
 
+from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.errors import ShadowlitError
 from shadowlit.evaluation.generation import generate_answers, greedy_config
 from shadowlit.evaluation.scores import TokenScores
 from shadowlit.graft.adapter import require_graftable
 from shadowlit.graft.alignment import AlignedReader
-from shadowlit.pair import ModelPair
+from shadowlit.pair import ModelPair, is_image_text
 from shadowlit.training.head import HeadLoss, Way
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
@@ -47,7 +48,7 @@ Batch = Mapping[str, Tensor]
 TUNED = "tuned"
 # The last four are of packed rows, for attention that takes their borders instead of a mask.
 _INPUTS = ("input_ids", "attention_mask", "position_ids",
-           "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # fmt: skip
+           "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", *IMAGE_INPUTS)  # fmt: skip
 
 
 class ShadowModule(LightningModule):
@@ -93,6 +94,8 @@ class ShadowModule(LightningModule):
             batched_mm, eager. Outside of FSDP2, bf16-mixed computes in bfloat16 with eager only.
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
         seed: Seeds the adapter's start and the dropout.
+        train_towers: What of a vision-language model learns: language, vision, projector, or regular expressions
+            searched in the parameters' names. The rest stays frozen, and an adapter sits on these only.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class ShadowModule(LightningModule):
         experts_implementation: str | None = None,
         max_new_tokens: int = 512,
         seed: int = 0,
+        train_towers: list[str] = ["language"],  # noqa: B006 - read only, and shown by --help
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
@@ -136,6 +140,7 @@ class ShadowModule(LightningModule):
         self.experts_implementation = experts_implementation
         self.max_new_tokens = max_new_tokens
         self.seed = seed
+        self.train_towers = list(train_towers)
         self.model: nn.Module | None = None
         self.subject = TUNED
         self._head_loss: HeadLoss | None = None
@@ -150,9 +155,15 @@ class ShadowModule(LightningModule):
             return
         config = self.pair.base_config()
         config.use_cache = False
-        config.vocab_size = self.pair.config().vocab_size
+        config.get_text_config().vocab_size = self.pair.config().get_text_config().vocab_size
         self.kernel = self._kernel(config)
+        if is_image_text(config) and self.kernel == VARLEN:
+            raise ShadowlitError(
+                f"model.attn_implementation is {VARLEN!r}, which is causal in every layer, but '{config.model_type}' "
+                "has a vision tower, in which patches see each other. Use sdpa or flash_attention_2."
+            )
         mesh = self._data_parallel_mesh()
+        compute_dtype = _compute_dtype(self.trainer.precision)
         self.model = load_for_training(
             AlignedReader.open(self.pair.base_folder(), self.pair.instruct_folder()),
             config,
@@ -164,19 +175,23 @@ class ShadowModule(LightningModule):
                 mesh=mesh,
                 activation_checkpointing=self.activation_checkpointing,
                 compile_layers=self.compile_layers,
-                compute_dtype=_compute_dtype(self.trainer.precision),
+                compute_dtype=compute_dtype,
             ),
             attn_implementation=self.kernel,
             experts_implementation=self.experts_implementation,
             trust_remote_code=self.pair.trust_remote_code,
             seed=self.seed,
+            towers=self.train_towers,
+            # In float32 everything computes in float32, and layers of two dtypes can't be put one behind the other.
+            frozen_dtype=torch.float32 if compute_dtype == torch.float32 else None,
         )
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` ``[B, T]``.
 
-        What else the batch has of ``attention_mask`` and ``position_ids``, both ``[B, T]``, reaches the model. Rows
-        packed from several conversations come with ``position_ids`` that restart at each, and without a mask.
+        What else the batch has of ``attention_mask`` and ``position_ids``, both ``[B, T]``, reaches the model, and so
+        does what a processor makes of images (:data:`shadowlit.data.images.IMAGE_INPUTS`). Rows packed from several
+        conversations come with ``position_ids`` that restart at each, and without a mask.
         """
         assert self.model is not None
         return self.model(**_model_inputs(batch), use_cache=False).logits
@@ -247,6 +262,7 @@ class ShadowModule(LightningModule):
             config,
             batch["input_ids"],
             batch["attention_mask"],
+            {name: batch[name] for name in IMAGE_INPUTS if name in batch},
             synced_gpus=self.trainer.world_size > 1,
         )
         return [
@@ -336,7 +352,8 @@ class ShadowModule(LightningModule):
         if self.attn_implementation != "auto":
             return self.attn_implementation
         packs = getattr(self.trainer.datamodule, "packing", None) is not None  # type: ignore[attr-defined]
-        return VARLEN if packs and not self.compile_layers and knows_attention_of(config) else "sdpa"
+        knows = not self.compile_layers and not is_image_text(config) and knows_attention_of(config)
+        return VARLEN if packs and knows else "sdpa"
 
     @property
     def _accumulates_whole(self) -> bool:

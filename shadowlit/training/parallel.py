@@ -16,6 +16,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from shadowlit.graft.towers import tower_of
+
 _T = TypeVar("_T")
 
 
@@ -50,7 +52,8 @@ def parallelize(
         compile_layers: compile every decoder layer with ``torch.compile``.
         compute_dtype: dtype of the all-gathered parameters under FSDP2; gradients are reduced in float32.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for _, module in named]
     if activation_checkpointing not in (False, "none"):
         # transformers' own hooks; the non-reentrant form works with frozen inputs, as LoRA has them.
         options: dict[str, Any] = {"use_reentrant": False}
@@ -58,8 +61,9 @@ def parallelize(
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps)
         model.activation_checkpointing_enable(options)  # type: ignore[operator]
     if compile_layers:
-        for layer in layers:
-            layer.compile()
+        for name, layer in named:
+            if tower_of(name) == "language":  # a vision tower's shapes change with every batch of images
+                layer.compile()
     if mesh is None:
         return
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
