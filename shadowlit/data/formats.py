@@ -22,6 +22,8 @@ from shadowlit.errors import DataError
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Message = dict[str, Any]
+Samples = Literal["conversations", "pairs", "labels"]
+"""What one sample is: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
 
 DOCUMENT = "document"
 """The role of the only message of plain text."""
@@ -175,12 +177,12 @@ def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -
     Raises:
         DataError: A field is missing, of the wrong type or empty, or the completion holds no assistant turn.
     """
-    prompt = _said(row, "prompt", "user")
+    prompt = said(row, "prompt", "user")
     # A prompt's own assistant turns are context.
     prompt = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
     if prompts_only and row.get("completion") is None:
         return prompt
-    completion = _said(row, "completion", "assistant")
+    completion = said(row, "completion", "assistant")
     if not any(turn["role"] == "assistant" for turn in completion):
         raise DataError("has a 'completion' without an assistant turn. Give the answer the role assistant.")
     return prompt + completion
@@ -206,7 +208,7 @@ _SPECS: dict[str, _Spec] = {
 }
 
 
-def _said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
+def said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
     """The messages in a field that is a text of ``role`` or a list of messages."""
     value = row.get(name)
     if isinstance(value, str):
