@@ -123,8 +123,17 @@ class GraftCallback(Callback):
                 "the module does not start at the Base: its weights differ before the first step. Expected those of "
                 "pair.base. To go on from a checkpoint, pass it as ckpt_path."
             )
+        self._references(pl_module)
 
     # -- the grafted passes -----------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what an objective of preferences compares with, where that isn't known yet."""
+        self._references(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self._references(pl_module)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Run the grafted passes, before the module logs the scores of all subjects."""
@@ -207,6 +216,22 @@ class GraftCallback(Callback):
             self.graft.restore()
         if isinstance(pl_module, ShadowModule):
             pl_module.subject = TUNED
+
+    def _references(self, pl_module: LightningModule) -> None:
+        """Let the untouched models' weights stand in the module while their log-probabilities are measured.
+
+        Not the weights as they happen to be when the training begins: after a resume those are trained already.
+        """
+        assert isinstance(pl_module, ShadowModule)
+        for who, state in (("base", BASE), ("instruct", 0.0)):
+            while names := pl_module.lacking_references(who):
+                graft = self.build(pl_module)
+                interruptions = graft.interruptions
+                with isolate_rng(), graft.applied(state):
+                    measured = pl_module.measure_references(names)
+                # Else a signal handler saved a checkpoint on the way, which put the trained weights back.
+                if graft.interruptions == interruptions:
+                    pl_module.keep_references(who, measured)
 
     def _passes(self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list) -> None:
         assert isinstance(module, ShadowModule)

@@ -70,7 +70,8 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
     """
     messages = _SPECS[format].convert(row, prompts_only)
     if not prompts_only and not any(message["role"] in ("assistant", DOCUMENT) for message in messages):
-        raise DataError("has no assistant turn, so there is nothing to learn. Remove the row or add the answer.")
+        hint = " Its pair of answers is for model.objective=DPO and the like." if "chosen" in row else ""
+        raise DataError(f"has no assistant turn, so there is nothing to learn. Remove the row or add the answer.{hint}")
     return messages
 
 
@@ -90,7 +91,10 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
     if not matching and prompts_only:
         matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.prompt)]
     if not matching:
-        raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. Rename the columns.")
+        raise DataError(
+            f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. "
+            f"{_remedy(found)}"
+        )
     if len(matching) > 1:  # many data sets of conversations have them once more as text
         matching = [name for name in matching if name != "text"]
     if len(matching) > 1:
@@ -291,6 +295,12 @@ def _shown(value: Any) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
+
+
+def _remedy(found: set[str]) -> str:
+    if found.issuperset(("chosen", "rejected")):
+        return "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
+    return "Rename the columns."
 
 
 def _accepted(prompts_only: bool) -> str:
