@@ -11,9 +11,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.module import ShadowData
+from shadowlit.delta_commands import apply, sum_
 from shadowlit.errors import ShadowlitError
+from shadowlit.graft.delta import Delta
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import ASFT, CPO, DPO, KTO, ORPO, SimPO
@@ -188,7 +191,7 @@ def test_what_is_logged_by_hand(folders):
         assert 0 <= metrics[f"val/{who}/likelier"] <= 1
     for who in ("tuned", "grafted"):
         own = {what: metrics[f"val/{who}/{what}"] for what in ("margin", "reward_chosen", "reward_rejected", "accuracy")}
-        assert own["margin"] == pytest.approx(own["reward_chosen"] - own["reward_rejected"], abs=1e-9)
+        assert own["margin"] == pytest.approx(own["reward_chosen"] - own["reward_rejected"], abs=1e-6)
     assert metrics["train/margin"] > 0 and metrics["train/loss"] < math.log(2) and metrics["train/tokens"] > 0
     (before,) = trainer.validate(module, data, verbose=False)
     assert before["val/tuned/loss"] == metrics["val/tuned/loss"]
@@ -249,6 +252,36 @@ def test_the_callback_changes_no_bit_of_a_training_without_reference(folders):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def test_two_updates_are_grafted_together(folders, tmp_path):
+    """Fine-tuned and preferred apart: the Instruct with both, rounded once, and scored as the sum of the two."""
+    talks = folders[0].parent / "talks.jsonl"
+    rows = ({"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ab"}]} for i in range(4))
+    talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tuned = {}
+    for name in ("sft", "dpo"):
+        module, data = make(folders, DPO(0.3))
+        if name == "sft":
+            module = ShadowModule(module.pair, lr=1e-3, warmup_ratio=0)
+            data = ShadowData(module.pair, train=str(talks), batch_size=4, cache=False, max_length=64)
+        export = ExportCallback(parts=["delta"], folder=str(tmp_path / name))
+        fit(module, data, callbacks=[GraftCallback(select="all", dtype="float32"), export])
+        tuned[name] = parameters(module)
+    deltas = [Delta.open(tmp_path / name / "delta") for name in tuned]
+    both = deltas[0] + deltas[1]
+    base, instruct = (dict(open_model(folder).named_parameters()) for folder in folders)
+    assert abs(deltas[0].cosine(deltas[1])) < 0.9
+    for name, start in base.items():
+        expected = instruct[name] + (tuned["sft"][name] - start) + (tuned["dpo"][name] - start)
+        found = instruct[name] + both.tensor(name)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    sum_([str(tmp_path / name / "delta") for name in tuned], str(tmp_path / "both"), dtype="float32")
+    apply(str(tmp_path / "both"), str(folders[1]), str(tmp_path / "model"), select="all", dtype="float32")
+    written = dict(open_model(tmp_path / "model").named_parameters())
+    for name, start in base.items():
+        expected = instruct[name] + (tuned["sft"][name] - start) + (tuned["dpo"][name] - start)
+        torch.testing.assert_close(written[name], expected, rtol=0, atol=1e-6)
+
+
 # -- several processes --------------------------------------------------------------------------------------------
 
 
@@ -267,7 +300,7 @@ def test_two_processes_are_one(tmp_path, name, kind, strategy):
     folders = save_pair(tmp_path)
     (one,) = run_ranks(spread_over_ranks, 1, folders, name, kind, "auto", 1)
     for weights, metrics in run_ranks(spread_over_ranks, 2, folders, name, kind, strategy, 2):
-        assert metrics == pytest.approx(one[1], rel=2e-4, abs=2e-4)
+        assert metrics == pytest.approx(one[1], rel=2e-4, abs=2e-4, nan_ok=True)
         for parameter, value in one[0].items():
             torch.testing.assert_close(weights[parameter], value, rtol=0, atol=5e-5)
 
