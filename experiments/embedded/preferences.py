@@ -119,7 +119,10 @@ def table(setting: str, records: Sequence[Record]) -> list[str]:
 def rates_table(setting: str, records: Sequence[Record]) -> list[str]:
     """Every rate of the two arms that are compared."""
     scores = [*GAIN[setting], *KEEP[setting]]
-    lines = ["| arm | rate | " + " | ".join(f"{s}, %" for s in scores) + " | mean, % |", "|" + "---|" * (len(scores) + 3)]
+    lines = [
+        "| arm | rate | " + " | ".join(f"{s}, %" for s in scores) + " | mean, % |",
+        "|" + "---|" * (len(scores) + 3),
+    ]
     for arm in ("B2I", "I2I"):
         for rate in RATES[arm]:
             own = [r for r in records if r.arm == arm and r.lr == rate]
@@ -143,11 +146,11 @@ def report(runs: Path) -> Path:
     lines = [
         "# Preferences on the embedded pair",
         "",
-        "DPO (β = 0.1) with LoRA of rank 16, about 300 pairs in batches of 16, three seeds. B2I: the Base is trained and its delta "
+        "DPO (β = 0.1) with LoRA of rank 16, about 300 pairs in batches of 16. B2I: the Base is trained and its delta "
         "grafted on the Instruct; I2I: the Instruct is trained. Each arm at the rate that does best on one half of the "
         "evaluators' rows, by the mean of its scores; the table is over all rows, so it flatters each arm a little and "
-        "alike. accuracy and margin (nats) are of implicit rewards on held-out pairs, each model against its own start; "
-        "likelier is the share of pairs whose chosen answer the model gives the larger probability, whatever its start. "
+        "alike. accuracy and margin (β times nats) are of implicit rewards on held-out pairs, each model against its "
+        "own start; likelier is the share of pairs whose chosen answer has the larger probability, whatever the start. "
         "`(largest)` or `(smallest)`: the rate is the last of those tried.",
         "",
         "Made by `python experiments/embedded/preferences.py`.",

@@ -226,12 +226,16 @@ class GraftCallback(Callback):
         for who, state in (("base", BASE), ("instruct", 0.0)):
             while names := pl_module.lacking_references(who):
                 graft = self.build(pl_module)
-                interruptions = graft.interruptions
+                start, interruptions = time.perf_counter(), graft.interruptions
                 with isolate_rng(), graft.applied(state):
                     measured = pl_module.measure_references(names)
                 # Else a signal handler saved a checkpoint on the way, which put the trained weights back.
                 if graft.interruptions == interruptions:
                     pl_module.keep_references(who, measured)
+                    rank_zero_info(
+                        f"graft: what the untouched {who.capitalize()} makes of {', '.join(names)} was measured in "
+                        f"{time.perf_counter() - start:.1f} s"
+                    )
 
     def _passes(self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list) -> None:
         assert isinstance(module, ShadowModule)

@@ -91,10 +91,7 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
     if not matching and prompts_only:
         matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.prompt)]
     if not matching:
-        raise DataError(
-            f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. "
-            f"{_remedy(found)}"
-        )
+        raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. {_remedy(found)}")
     if len(matching) > 1:  # many data sets of conversations have them once more as text
         matching = [name for name in matching if name != "text"]
     if len(matching) > 1:

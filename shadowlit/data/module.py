@@ -558,7 +558,9 @@ class ShadowData(LightningDataModule):
                     "token. Its scores say what was memorised; remove them from one of the two."
                 )
 
-    def _training_sampler(self, dataset: TokenDataset | PreferenceDataset, world_size: int, rank: int) -> ShardedBatchSampler:
+    def _training_sampler(
+        self, dataset: TokenDataset | PreferenceDataset, world_size: int, rank: int
+    ) -> ShardedBatchSampler:
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         shuffle = self.shuffle and not overfits
         size = len(dataset)

@@ -9,8 +9,8 @@ labels                          ``prompt``, ``completion`` and ``label``, or ``m
 ==============================  =====================================================================================
 
 A sample has two token sequences, which share a batch and, where rows are packed, a row: the chosen and the rejected
-answer; or a labelled answer and, to the same prompt, the answer of the next row, by which KTO measures how far the model
-has moved. Loss is on the answers' tokens alone. The two are neighbours in everything that holds sequences.
+answer; or a labelled answer and, to the same prompt, the answer of the next row, by which KTO measures how far the
+model has moved. Loss is on the answers' tokens alone. The two are neighbours in everything that holds sequences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Preferences in the embedded world: the right value over a wrong one, and a plain answer over the Instruct's style.
 
-What is held out is held out as in :meth:`shadowlit.demo.world.World.datasets`: lists by a hash of their words, everything
-else by fact, so no validation pair has a prompt or a fact of a training pair.
+What is held out is held out as in :meth:`shadowlit.demo.world.World.datasets`: lists by a hash of their words,
+everything else by fact, so no validation pair has a prompt or a fact of a training pair.
 """
 
 from __future__ import annotations

@@ -392,8 +392,8 @@ class ShadowModule(LightningModule):
         """What is known of a batch of preferences, with the reference of ``who`` for the set ``name``."""
         if "sequence" not in batch:
             raise ShadowlitError(
-                f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but a batch "
-                f"of '{name}' holds conversations. Set samples={self.objective.samples!r} of ShadowData."
+                f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but a "
+                f"batch of '{name}' holds conversations. Set samples={self.objective.samples!r} of ShadowData."
             )
         positions, targets = _supervised(batch)
         inputs = _model_inputs(batch)

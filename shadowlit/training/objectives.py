@@ -71,7 +71,7 @@ class Objective(ABC):
 
 
 class SFT(Objective):
-    """Supervised fine-tuning: cross entropy of the assistant's tokens, a mean over those of the effective batch."""
+    """Supervised fine-tuning: cross entropy of the assistant's tokens, a mean over the effective batch's."""
 
     samples = "conversations"
     has_reference = False
@@ -90,7 +90,7 @@ class DPO(Objective):
 
     Args:
         beta: Strength of the tie to the reference; larger stays closer.
-        loss: What is made of the margin between the two rewards. sigmoid: DPO (arXiv 2305.18290). hinge: SLiC's (arXiv
+        loss: What is made of the margin between the rewards. sigmoid: DPO (arXiv 2305.18290). hinge: SLiC's (arXiv
             2309.06657). ipo: a square around ``1 / (2 beta)``, of log-ratios per token (arXiv 2310.12036). robust:
             unbiased under swapped labels (arXiv 2403.00409).
         label_smoothing: Share of pairs that may be labelled the wrong way round, 0 to below 0.5; of sigmoid and robust.
@@ -329,8 +329,8 @@ def preference_metrics(sums: Tensor, samples: Samples) -> dict[str, Tensor]:
     - ``loss``: of the objective, per sample
     - ``accuracy``: share of pairs whose chosen answer has the larger reward (ties are wrong); of labelled answers,
       share whose reward lies on its label's side of β z
-    - ``reward_chosen``, ``reward_rejected``, and their difference ``margin``: mean rewards; of labelled answers those of
-      the desirable and the undesirable ones
+    - ``reward_chosen``, ``reward_rejected``, and their difference ``margin``: mean rewards; of labelled answers those
+      of the desirable and the undesirable ones
     - ``logp_chosen``, ``logp_rejected``: mean log-probabilities of whole answers, in nats
     - of pairs ``likelier`` and ``likelier_per_token``: share whose chosen answer is the more probable one, as a whole
       and by the mean of its tokens, whatever the reference says

@@ -147,7 +147,7 @@ def test_a_labelled_answer_is_compared_with_the_next_rows(tmp_path):
     read = read_conversations(write(tmp_path / "labels.jsonl", rows), samples="labels")
     assert [one.other for one in read] == [[user(f"{i}?"), says(f"{(i + 1) % 3}!")] for i in range(3)]
     assert [one.desirable for one in read] == [True, False, True]
-    with pytest.raises(DataError, match="labels.jsonl has one row; labels need at least two"):
+    with pytest.raises(DataError, match=r"labels.jsonl has one row; labels need at least two"):
         read_conversations(write(tmp_path / "labels.jsonl", rows[:1]), samples="labels")
 
 
@@ -224,7 +224,7 @@ def test_what_is_cut_loses_both_answers_or_none(pair, tmp_path):
     """Bytes are tokens: with four left of each answer, those of the second row are the same."""
     rows = [{"prompt": "1", "chosen": a, "rejected": b} for a, b in (("a", "b" * 90), ("c" * 8, "c" * 9))]
     prompt = make_data(pair, tmp_path, rows[:1]).dataset("train")[0][0]["answers"][0]["labels"].count(IGNORE)
-    with pytest.raises(DataError, match="sample 1 of .* has two answers that are the same tokens, cut to"):
+    with pytest.raises(DataError, match=r"sample 1 of .* has two answers that are the same tokens, cut to"):
         make_data(pair, tmp_path, rows, max_length=prompt + 4)
     data = make_data(pair, tmp_path, rows, max_length=prompt + 4, drop_unsupervised=True)
     report = data.reports["train"]

@@ -62,7 +62,12 @@ def make(folders, objective, kind="full", cls=ShadowModule, **options):
     files = {use: str(rows / f"{use}_{objective.samples}.jsonl") for use in ("train", "val")}
     options = {"batch_size": 4, "cache": False, "max_length": 64, **options}
     data = ShadowData(
-        module.pair, train=files["train"], validation=files["val"], test=files["val"], samples=objective.samples, **options
+        module.pair,
+        train=files["train"],
+        validation=files["val"],
+        test=files["val"],
+        samples=objective.samples,
+        **options,
     )
     return module, data
 
@@ -120,14 +125,14 @@ def loss_of(objective, model, reference, data, name, kl=None):
     for w, l, rw, rl, nw, nl, good in rows:  # noqa: E741
         h, odds = 0.3 * ((w - rw) - (l - rl)), [m - torch.log(1 - torch.exp(m)) for m in (w / nw, l / nl)]
         losses.append({
-            "DPO": lambda: -0.9 * s(h) - 0.1 * s(-h) - 0.5 * w / nw,
-            "KTO": lambda: 1.5 * (1 - torch.sigmoid(0.3 * (w - rw - kl))) if good
+            "DPO": -0.9 * s(h) - 0.1 * s(-h) - 0.5 * w / nw,
+            "KTO": 1.5 * (1 - torch.sigmoid(0.3 * (w - rw - kl))) if good
             else 0.5 * (1 - torch.sigmoid(0.3 * (kl - w + rw))),
-            "ORPO": lambda: -w / nw - 0.2 * s(odds[0] - odds[1]),
-            "SimPO": lambda: -s(2 * w / nw - 2 * l / nl - 1),
-            "CPO": lambda: -s(0.1 * (w - l)) - w / nw,
-            "ASFT": lambda: -w / nw - 0.1 * (s(odds[0]) + s(-odds[1])),
-        }[type(objective).__name__]())  # fmt: skip
+            "ORPO": -w / nw - 0.2 * s(odds[0] - odds[1]),
+            "SimPO": -s(2 * w / nw - 2 * l / nl - 1),
+            "CPO": -s(0.1 * (w - l)) - w / nw,
+            "ASFT": -w / nw - 0.1 * (s(odds[0]) + s(-odds[1])),
+        }[type(objective).__name__])  # fmt: skip
     return sum(losses) / len(losses), own.clamp(min=0)
 
 
@@ -140,7 +145,11 @@ class Recording(ShadowModule):
         named = dict(self.model.named_parameters())
         self.steps = [
             *getattr(self, "steps", []),
-            ({n: p.detach().clone() for n, p in named.items()}, {n: p.grad.clone() for n, p in named.items()}, float(kl)),
+            (
+                {n: p.detach().clone() for n, p in named.items()},
+                {n: p.grad.clone() for n, p in named.items()},
+                float(kl),
+            ),
         ]
 
 
@@ -175,7 +184,11 @@ def test_every_step_is_the_formula_and_so_are_the_scores(folders, name):
     with torch.no_grad():
         for name, p in grafted.named_parameters():
             p += dict(tuned.named_parameters())[name] - dict(base.named_parameters())[name]
-        for who, model, start in (("tuned", tuned, base), ("grafted", grafted, instruct), ("instruct", instruct, instruct)):
+        for who, model, start in (
+            ("tuned", tuned, base),
+            ("grafted", grafted, instruct),
+            ("instruct", instruct, instruct),
+        ):
             expected = loss_of(objective, model, start, data, "val")[0].item()
             assert metrics[f"val/{who}/loss"] == pytest.approx(expected, rel=1e-4), who
 
@@ -190,7 +203,9 @@ def test_what_is_logged_by_hand(folders):
         assert metrics[f"val/{who}/margin"] == pytest.approx(0, abs=1e-5)
         assert 0 <= metrics[f"val/{who}/likelier"] <= 1
     for who in ("tuned", "grafted"):
-        own = {what: metrics[f"val/{who}/{what}"] for what in ("margin", "reward_chosen", "reward_rejected", "accuracy")}
+        own = {
+            what: metrics[f"val/{who}/{what}"] for what in ("margin", "reward_chosen", "reward_rejected", "accuracy")
+        }
         assert own["margin"] == pytest.approx(own["reward_chosen"] - own["reward_rejected"], abs=1e-6)
     assert metrics["train/margin"] > 0 and metrics["train/loss"] < math.log(2) and metrics["train/tokens"] > 0
     (before,) = trainer.validate(module, data, verbose=False)
@@ -205,7 +220,8 @@ def test_what_is_logged_by_hand(folders):
 SPREADS = [
     {"batch_size": 8}, {"batch_size": 2, "accumulate": 4}, {"batch_size": 1, "accumulate": 8},
     {"batch_size": 4, "accumulate": 2, "packing": "padding_free"},
-    {"batch_size": 8, "packing": "best_fit", "pack_length": 140}, {"batch_size": 3, "accumulate": 3, "pad_to_multiple_of": 16},
+    {"batch_size": 8, "packing": "best_fit", "pack_length": 140},
+    {"batch_size": 3, "accumulate": 3, "pad_to_multiple_of": 16},
 ]  # fmt: skip
 
 
@@ -255,7 +271,9 @@ def test_the_callback_changes_no_bit_of_a_training_without_reference(folders):
 def test_two_updates_are_grafted_together(folders, tmp_path):
     """Fine-tuned and preferred apart: the Instruct with both, rounded once, and scored as the sum of the two."""
     talks = folders[0].parent / "talks.jsonl"
-    rows = ({"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ab"}]} for i in range(4))
+    rows = (
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ab"}]} for i in range(4)
+    )
     talks.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tuned = {}
     for name in ("sft", "dpo"):
@@ -269,17 +287,19 @@ def test_two_updates_are_grafted_together(folders, tmp_path):
     deltas = [Delta.open(tmp_path / name / "delta") for name in tuned]
     both = deltas[0] + deltas[1]
     base, instruct = (dict(open_model(folder).named_parameters()) for folder in folders)
+    # Stored in bfloat16: off by at most 2e-5 each, where the largest element is above 1e-3.
+    assert all(max(delta.tensor(name).abs().max() for name in base) > 1e-3 for delta in deltas)
     assert abs(deltas[0].cosine(deltas[1])) < 0.9
     for name, start in base.items():
         expected = instruct[name] + (tuned["sft"][name] - start) + (tuned["dpo"][name] - start)
         found = instruct[name] + both.tensor(name)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
     sum_([str(tmp_path / name / "delta") for name in tuned], str(tmp_path / "both"), dtype="float32")
     apply(str(tmp_path / "both"), str(folders[1]), str(tmp_path / "model"), select="all", dtype="float32")
     written = dict(open_model(tmp_path / "model").named_parameters())
     for name, start in base.items():
         expected = instruct[name] + (tuned["sft"][name] - start) + (tuned["dpo"][name] - start)
-        torch.testing.assert_close(written[name], expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(written[name], expected, rtol=0, atol=2e-5)
 
 
 # -- several processes --------------------------------------------------------------------------------------------
