@@ -38,7 +38,8 @@ class GraftCallback(Callback):
     bit. Everything that the module scores is logged for both: ``val/tuned/*`` and ``val/grafted/*``; and once
     measured, the untouched models' ``val/base/*`` and ``val/instruct/*`` beside them. ``graft/gain`` is the
     Instruct's loss minus the grafted one's: above 0, the graft is better. The training trajectory is bit-identical
-    to one without the callback, and no checkpoint ever holds grafted weights.
+    to one without the callback, and no checkpoint ever holds grafted weights. Objectives of preferences that compare
+    with the start of the model need it: it puts the untouched Base and Instruct in once, to be measured.
 
     Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/survival`` (the
     share of the update that arrives in the exported dtype), ``graft/seconds`` and ``graft/time_share`` (of the run so

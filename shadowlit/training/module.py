@@ -284,6 +284,7 @@ class ShadowModule(LightningModule):
         Its ``compute()`` returns a dict from metric names to numbers. A :class:`TokenScores`, or a subclass that
         leaves ``update`` alone, gets the sums of a batch through ``add``, without whole logits being made. Any other
         metric, and a subclass that overrides ``update(logits, labels)``, gets ``[B, T, V]`` and ``[B, T]`` tensors.
+        With an objective of preferences, ``update`` gets :class:`shadowlit.training.objectives.Answers` instead.
         """
         return PreferenceScores(self.objective) if self._prefers else TokenScores()
 

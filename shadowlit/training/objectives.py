@@ -112,8 +112,8 @@ class DPO(Objective):
             raise ShadowlitError(f"DPO's label_smoothing is {label_smoothing}; expected 0 to below 0.5.")
         if label_smoothing and loss in ("hinge", "ipo"):
             raise ShadowlitError(
-                f"DPO's label_smoothing is {label_smoothing}, which its loss '{loss}' doesn't know. Set loss to sigmoid "
-                "or robust, or label_smoothing to 0."
+                f"DPO's label_smoothing is {label_smoothing}, which its loss '{loss}' doesn't know. Set loss to "
+                "sigmoid or robust, or label_smoothing to 0."
             )
         if loss == "robust" and not label_smoothing:
             raise ShadowlitError(
