@@ -1,6 +1,6 @@
 """Preferences on the embedded pair: DPO of the Base grafted on the Instruct, against DPO of the Instruct.
 
-    python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill style]
+    python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill style] [--seeds 0 1 2]
 
 Makes the pairs of :mod:`shadowlit.demo.preferences`, runs ``compare`` on two settings (two learning rates and three
 seeds per arm, 24 trainings), and writes ``experiments/embedded/PREFERENCES.md``. What is finished is skipped.
@@ -61,13 +61,13 @@ def evaluators(setting: str, data: Path) -> dict[str, dict]:
     }
 
 
-def run(setting: str, runs: Path, workers: int) -> None:
+def run(setting: str, runs: Path, workers: int, seeds: list[int]) -> None:
     """One of the two comparisons."""
     data = runs / "data"
     compare(
         "configs/demo_lora.yaml",
         arms=ARMS,
-        seeds=SEEDS,
+        seeds=seeds,
         rates=RATES,
         gain=GAIN[setting],
         keep=KEEP[setting],
@@ -170,11 +170,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/preferences"))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="+", default=list(TITLES), choices=list(TITLES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args()
     os.chdir(ROOT)
     write_preferences(World(), options.runs / "data")
     for setting in options.only:
-        run(setting, options.runs, options.workers)
+        run(setting, options.runs, options.workers, options.seeds)
     print(report(options.runs))
 
 
