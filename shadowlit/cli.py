@@ -56,6 +56,7 @@ class ShadowCLI(LightningCLI):
         parser.add_lightning_class_args(ThroughputCallback, "throughput")
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")
         parser.link_arguments("pair", "data.pair", apply_on="instantiate")
+        parser.link_arguments("model.objective", "data.samples", lambda it: it.samples, apply_on="instantiate")
         parser.set_defaults(
             {
                 "trainer.logger": {

@@ -39,7 +39,8 @@ class GraftCallback(Callback):
     bit. Everything that the module scores is logged for both: ``val/tuned/*`` and ``val/grafted/*``; and once
     measured, the untouched models' ``val/base/*`` and ``val/instruct/*`` beside them. ``graft/gain`` is the
     Instruct's loss minus the grafted one's: above 0, the graft is better. The training trajectory is bit-identical
-    to one without the callback, and no checkpoint ever holds grafted weights.
+    to one without the callback, and no checkpoint ever holds grafted weights. Objectives of preferences that compare
+    with the start of the model need it: it puts the untouched Base and Instruct in once, to be measured.
 
     Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/survival`` (the
     share of the update that arrives in the exported dtype), ``graft/seconds`` and ``graft/time_share`` (of the run so
@@ -136,8 +137,17 @@ class GraftCallback(Callback):
                 "the module does not start at the Base: its weights differ before the first step. Expected those of "
                 "pair.base. To go on from a checkpoint, pass it as ckpt_path."
             )
+        self._references(pl_module)
 
     # -- the grafted passes -----------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what an objective of preferences compares with, where that isn't known yet."""
+        self._references(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in validation."""
+        self._references(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to record the tuned model's choices of experts, if it has some."""
@@ -290,6 +300,26 @@ class GraftCallback(Callback):
             self.graft.restore()
         if isinstance(pl_module, ShadowModule):
             pl_module.subject = TUNED
+
+    def _references(self, pl_module: LightningModule) -> None:
+        """Let the untouched models' weights stand in the module while their log-probabilities are measured.
+
+        Not the weights as they happen to be when the training begins: after a resume those are trained already.
+        """
+        assert isinstance(pl_module, ShadowModule)
+        for who, state in (("base", BASE), ("instruct", 0.0)):
+            while names := pl_module.lacking_references(who):
+                graft = self.build(pl_module)
+                start, interruptions = time.perf_counter(), graft.interruptions
+                with isolate_rng(), graft.applied(state):
+                    measured = pl_module.measure_references(names)
+                # Else a signal handler saved a checkpoint on the way, which put the trained weights back.
+                if graft.interruptions == interruptions:
+                    pl_module.keep_references(who, measured)
+                    rank_zero_info(
+                        f"graft: what the untouched {who.capitalize()} makes of {', '.join(names)} was measured in "
+                        f"{time.perf_counter() - start:.1f} s"
+                    )
 
     def _passes(self, trainer: Trainer, module: LightningModule, stage: str, loaders: Any, limits: list) -> None:
         assert isinstance(module, ShadowModule)

@@ -21,7 +21,7 @@ from shadowlit.data.template import Encoded
 from shadowlit.training.objective import IGNORE
 
 _ABOUT, _CHECKSUM = b"shadowlit", b"checksum"
-_COLUMNS = ("source", "row", "line", "digest")
+_COLUMNS = ("source", "row", "line", "desirable", "digest")
 _NONE: list[bytes] = []  # the images of a sample that has none, one list for all of them
 _MOST_TOKENS = 4_000_000  # of a block before it is written, 20 MB
 
@@ -37,6 +37,7 @@ class Block:
         source: ``[N]`` int64, the number of the source that a sample came from.
         row: ``[N]`` int64, its row there.
         line: ``[N]`` int64, its 1-based line, or -1.
+        desirable: ``[N]`` int64, 1 but for the sequences of a sample that is labelled as undesirable, 0.
         digest: ``[N]`` uint64, a hash of its tokens and images, to find equal ones.
         images: Arrow's ``[N]`` lists of packed pictures; None where no sample has one.
     """
@@ -47,6 +48,7 @@ class Block:
     source: np.ndarray
     row: np.ndarray
     line: np.ndarray
+    desirable: np.ndarray
     digest: np.ndarray
     images: Any = None
 
@@ -75,6 +77,7 @@ class BlockBuilder:
         place = (self.sources.setdefault(origin.source, len(self.sources)), origin.row, origin.line or -1)
         for column, value in zip(self._places, place, strict=True):
             column.append(value)
+        self._desirable.append(origin.desirable is not False)
         images = [picture.pack() for picture in sample.pictures]
         self._images.append(images or _NONE)
         content = b"".join([tokens.tobytes(), *images])
@@ -96,6 +99,7 @@ class BlockBuilder:
             source=source,
             row=row,
             line=line,
+            desirable=np.array(self._desirable, np.int64),
             digest=np.array(self._digests, np.uint64),
             images=_as_arrow(self._images) if any(self._images) else None,
         )
@@ -105,7 +109,7 @@ class BlockBuilder:
     def _clear(self) -> None:
         self._tokens, self._supervised, self._ends = array("i"), bytearray(), array("q", [0])
         self._places = array("q"), array("q"), array("q")
-        self._digests = array("Q")
+        self._desirable, self._digests = array("q"), array("Q")
         self._images: list[list[bytes]] = []
 
 
@@ -120,7 +124,7 @@ class BlockFile:
         import pyarrow as pa
 
         lists = [("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.uint8()))]
-        kinds = (*[pa.int64()] * 3, pa.uint64())
+        kinds = (*[pa.int64()] * 4, pa.uint64())
         self._schema = pa.schema([*lists, *zip(_COLUMNS, kinds, strict=True), ("images", pa.list_(pa.binary()))])
         self._writer = pa.ipc.new_stream(stream, self._schema)
         self._checksum = 0

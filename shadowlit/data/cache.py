@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
-_CODE = ("blocks", "dataset", "document", "formats", "images", "sources", "template")
+_CODE = ("blocks", "dataset", "document", "formats", "images", "preference", "sources", "template")
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 
 

@@ -145,6 +145,11 @@ class TokenDataset(Dataset):
             [np.zeros(0, np.int64), *(np.diff(block.ends).astype(np.int64) for block in self._blocks)]
         )
 
+    @property
+    def desirable(self) -> np.ndarray:
+        """Whether each sample belongs to an answer that isn't labelled as undesirable, ``[len(self)]`` bool."""
+        return np.concatenate([np.zeros(0, np.bool_), *(block.desirable.astype(np.bool_) for block in self._blocks)])
+
     def origin(self, index: int) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
         block, place = self._find(index)
@@ -262,18 +267,22 @@ def tokenise(
             samples = encode(conversation.messages)
             if not samples:  # every turn is kept out of the loss
                 samples = [Encoded([], [])]
-            num_split += len(samples) > 1
-            for sample in samples:
-                fitted = _fit(sample, max_length, overlong, drop_unsupervised)
+            groups = [[sample] for sample in samples]
+            if conversation.other is not None:
+                groups = [_both(samples, encode(conversation.other))]
+            num_split += len(groups) > 1
+            for group in groups:
+                fitted = _fit_all(group, max_length, overlong, drop_unsupervised, conversation.desirable is not None)
                 if fitted is None:
                     num_dropped += 1
                     continue
-                num_truncated += len(fitted.input_ids) < len(sample.input_ids)
-                builder.add(fitted, conversation)
+                num_truncated += any(len(a.input_ids) < len(b.input_ids) for a, b in zip(fitted, group, strict=True))
                 num_samples += 1
-                num_tokens += len(fitted.input_ids)
-                num_supervised_tokens += _num_supervised(fitted)
-                longest = max(longest, len(fitted.input_ids))
+                for sample in fitted:
+                    builder.add(sample, conversation)
+                    num_tokens += len(sample.input_ids)
+                    num_supervised_tokens += _num_supervised(sample)
+                    longest = max(longest, len(sample.input_ids))
             if builder.is_full:
                 keep(builder.take())
         except DataError as error:
@@ -330,13 +339,45 @@ def tokenise_prompts(
     return PromptDataset(kept, origins, filler_token), report
 
 
-def count_shared(one: TokenDataset, other: TokenDataset) -> int:
+def count_shared(one: Any, other: Any) -> int:
     """How many samples of ``other`` are token for token in ``one``."""
     return int(np.isin(other.hashes(), one.hashes()).sum())
 
 
 def _num_supervised(sample: Encoded) -> int:
     return sum(label != IGNORE for label in sample.labels)
+
+
+def _both(first: list[Encoded], second: list[Encoded]) -> list[Encoded]:
+    """The two sequences of a preference sample."""
+    if len(first) != 1 or len(second) != 1:
+        raise DataError(
+            "has an answer of several turns, of which the chat template renders earlier ones otherwise than they were "
+            "given, so that no single sequence holds it. Give answers of one turn, or set data.chat_template to a "
+            "template with {% generation %} marks."
+        )
+    return [first[0], second[0]]
+
+
+def _fit_all(
+    group: list[Encoded], max_length: int, overlong: Overlong, drop_unsupervised: bool, labelled: bool
+) -> list[Encoded] | None:
+    """The sequences of a sample as they are used, or None where it is dropped."""
+    fitted = []
+    for number, sample in enumerate(group):
+        # What KTO compares a labelled answer with is none of the user's making: it may always be cut.
+        one = _fit(sample, max_length, "truncate" if labelled and number else overlong, drop_unsupervised)
+        if one is None:
+            return None
+        fitted.append(one)
+    if len(fitted) > 1 and fitted[0] == fitted[1] and not labelled:
+        if drop_unsupervised:
+            return None
+        raise DataError(
+            f"has two answers that are the same tokens, cut to data.max_length={max_length}. Raise it, correct the "
+            "row, or set data.drop_unsupervised=true."
+        )
+    return fitted
 
 
 def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised: bool) -> Encoded | None:

@@ -27,6 +27,8 @@ from shadowlit.errors import DataError
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Message = dict[str, Any]
+Samples = Literal["conversations", "pairs", "labels"]
+"""What one sample is: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
 
 PLACEHOLDER = "<image>"
 """What stands for an image of the column ``images`` in a text."""
@@ -78,7 +80,8 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
     """
     messages = _with_images(_SPECS[format].convert(row, prompts_only), row)
     if not prompts_only and not any(message["role"] in ("assistant", DOCUMENT) for message in messages):
-        raise DataError("has no assistant turn, so there is nothing to learn. Remove the row or add the answer.")
+        hint = " Its pair of answers is for model.objective=DPO and the like." if "chosen" in row else ""
+        raise DataError(f"has no assistant turn, so there is nothing to learn. Remove the row or add the answer.{hint}")
     return messages
 
 
@@ -98,7 +101,7 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
     if not matching and prompts_only:
         matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.prompt)]
     if not matching:
-        raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. Rename the columns.")
+        raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. {_remedy(found)}")
     if len(matching) > 1:  # many data sets of conversations have them once more as text
         matching = [name for name in matching if name != "text"]
     if len(matching) > 1:
@@ -185,12 +188,12 @@ def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -
     Raises:
         DataError: A field is missing, of the wrong type or empty, or the completion holds no assistant turn.
     """
-    prompt = _said(row, "prompt", "user")
+    prompt = said(row, "prompt", "user")
     # A prompt's own assistant turns are context.
     prompt = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
     if prompts_only and row.get("completion") is None:
         return prompt
-    completion = _said(row, "completion", "assistant")
+    completion = said(row, "completion", "assistant")
     if not any(turn["role"] == "assistant" for turn in completion):
         raise DataError("has a 'completion' without an assistant turn. Give the answer the role assistant.")
     return prompt + completion
@@ -276,7 +279,7 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
     return parts
 
 
-def _said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
+def said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
     """The messages in a field that is a text of ``role`` or a list of messages."""
     value = row.get(name)
     if isinstance(value, str):
@@ -362,6 +365,12 @@ def _shown(value: Any) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
+
+
+def _remedy(found: set[str]) -> str:
+    if found.issuperset(("chosen", "rejected")):
+        return "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
+    return "Rename the columns."
 
 
 def _accepted(prompts_only: bool) -> str:

@@ -35,10 +35,11 @@ from shadowlit.data.dataset import (
     tokenise_prompts,
 )
 from shadowlit.data.document import encode_document
-from shadowlit.data.formats import DOCUMENT, Format, Message
+from shadowlit.data.formats import DOCUMENT, Format, Message, Samples
 from shadowlit.data.images import ImageCollate, ImageProcessing
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.packing import PackedOrder, Packing
+from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, evaluation_order, grouped_order
 from shadowlit.data.sources import (
     Conversation,
@@ -91,7 +92,10 @@ class ShadowData(LightningDataModule):
             row is taken for the answer and left out.
         format: Format of all sources: messages (role, content), sharegpt (conversations with from, value), alpaca
             (instruction, input, output), prompt_completion, or text (documents, trained on as they are, each with the
-            end of text of the Base's pre-training); auto recognises each source by its columns.
+            end of text of the Base's pre-training); auto recognises each source by its columns. Preferences have
+            formats of their own, see :mod:`shadowlit.data.preference`.
+        samples: What a row holds: conversations, pairs (of answers) or labels (labelled answers). Comes from
+            ``model.objective``.
         max_length: Longest sample, in tokens.
         overlong: What happens to longer samples: truncate keeps their beginning, drop leaves them out, error stops.
             Documents are cut into pieces instead.
@@ -101,7 +105,8 @@ class ShadowData(LightningDataModule):
             batch one behind the other, so that none is padded: the same samples per step as without. best_fit fills
             rows of ``pack_length`` tokens with whole samples, so that all steps are about equally large. null for one
             padded row per sample. Needs a model that takes ``position_ids`` for the borders; others are refused.
-        pack_length: Most tokens of a row that best_fit fills; null for ``max_length``, which it may not fall short of.
+        pack_length: Most tokens of a row that best_fit fills; null for ``max_length``, which it may not fall short of;
+            twice that for preferences, which have two sequences.
         group_by_length: Without packing, train on batches of about equally long samples, which spares padding.
         batch_size: Training rows per rank and step of the loop, samples or best_fit's packs; × ranks ×
             accumulate_grad_batches is the effective batch.
@@ -139,6 +144,7 @@ class ShadowData(LightningDataModule):
         test: dict[str, str] | str | None = None,
         predict: str | None = None,
         format: Format = "auto",
+        samples: Samples = "conversations",
         max_length: int = 4096,
         overlong: Overlong = "truncate",
         drop_unsupervised: bool = False,
@@ -169,10 +175,11 @@ class ShadowData(LightningDataModule):
         self.validation = {"val": validation} if isinstance(validation, str) else dict(validation or {})
         self.test = {"test": test} if isinstance(test, str) else dict(test or {})
         self.predict = predict
-        self.format = format
+        self.format, self.samples = format, samples
         self.max_length, self.overlong, self.drop_unsupervised = max_length, overlong, drop_unsupervised
         self.packing: Packing | None = packing
-        self.pack_length = max_length if pack_length is None else pack_length
+        longest = max_length if samples == "conversations" else 2 * max_length
+        self.pack_length = longest if pack_length is None else pack_length
         self.group_by_length = group_by_length
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
@@ -184,7 +191,7 @@ class ShadowData(LightningDataModule):
         self.cache, self.cache_dir = cache, cache_dir
         self.num_workers, self.prefetch = num_workers, prefetch
         self.reports: dict[str, DataReport] = {}
-        self._sets: dict[str, TokenDataset] = {}
+        self._sets: dict[str, TokenDataset | PreferenceDataset] = {}
         self.prompts: PromptDataset | None = None
         self._packs: PackedOrder | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -291,7 +298,7 @@ class ShadowData(LightningDataModule):
         if stage in ("fit", None) and "train" in self._sets:
             self._warn_of_overlap()
 
-    def dataset(self, split: str) -> TokenDataset:
+    def dataset(self, split: str) -> TokenDataset | PreferenceDataset:
         """A tokenised set: ``train``, ``val/<set>``, ``test/<set>``, or a set's bare name; a stream's first window.
 
         Raises:
@@ -328,11 +335,13 @@ class ShadowData(LightningDataModule):
         sampler = self._training_sampler(dataset, world_size, rank)
         self._count_slots(dataset, sampler)
         loader = ResumableLoader(
-            PackedDataset(dataset) if self.packing == "best_fit" else dataset,
+            PackedDataset(dataset) if self.packing == "best_fit" and isinstance(dataset, TokenDataset) else dataset,
             sampler,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
-            collate_fn=self._training_collate(dataset.has_images),
+            collate_fn=self._training_collate(
+                isinstance(dataset, TokenDataset) and dataset.has_images, isinstance(dataset, PreferenceDataset)
+            ),
             **self._loading(keep_workers=True),
         )
         resume, self._resume = self._resume, None
@@ -369,6 +378,17 @@ class ShadowData(LightningDataModule):
             raise DataError("data.predict is not set. Give the file with the prompts.")
         return self._shard(self.prompts, PromptCollate(self.pad_token_id))
 
+    @property
+    def preference_sets(self) -> dict[str, PreferenceDataset]:
+        """Sets of pairs or labels that have been read, by ``train``, ``val/<set>`` and ``test/<set>``."""
+        return {name: one for name, one in self._sets.items() if isinstance(one, PreferenceDataset)}
+
+    def scoring_loader(self, name: str) -> DataLoader:
+        """Every sample of a set of preferences once, over all ranks; batches as in validation."""
+        dataset = self.preference_sets[name]
+        order = evaluation_order(dataset.longest, self.eval_batch_size * self._ranks()[0])
+        return self._shard(dataset, PreferenceCollate(self.pad_token_id, self.pad_to_multiple_of), order)
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and the order that it is a position in."""
         loader = self.trainer.train_dataloader if self.trainer is not None else None
@@ -391,6 +411,11 @@ class ShadowData(LightningDataModule):
 
     def _problems(self) -> Iterable[str]:
         """What can be told from the settings alone."""
+        if self.streaming and self.samples != "conversations":
+            yield (
+                "data.streaming is true, but model.objective learns from preferences, which are scored by the model's "
+                "start before the training and so read as a whole. Set data.streaming=false."
+            )
         if self.streaming and self.limit_train_samples is not None:
             yield (
                 f"data.limit_train_samples is {self.limit_train_samples}, a choice among all rows, which a stream "
@@ -499,6 +524,7 @@ class ShadowData(LightningDataModule):
             self.tokenizer,
             sources=[*zip(sources, digests, strict=True)],
             format=self.format,
+            samples=self.samples,
             max_length=self.max_length,
             overlong=self.overlong,
             drop_unsupervised=self.drop_unsupervised,
@@ -517,7 +543,11 @@ class ShadowData(LightningDataModule):
         return {"images": self.images.digest(), "folders": [str(folder_of(source)) for source in sources]}
 
     def _read(self, name: str, sources: list[str], use: str, tell: Callable[[str, bool], None]) -> list[Conversation]:
-        conversations = [c for source in sources for c in read_conversations(source, self.format, use=use, tell=tell)]
+        conversations = [
+            conversation
+            for source in sources
+            for conversation in read_conversations(source, self.format, use=use, samples=self.samples, tell=tell)
+        ]
         limit = self.limit_train_samples
         if name != "train" or limit is None:
             return conversations
@@ -549,17 +579,28 @@ class ShadowData(LightningDataModule):
     def _add(self, name: str, dataset: TokenDataset, report: DataReport) -> None:
         if name == "train":
             self._require_packable(dataset)
-        self._sets[name] = dataset
+        if self.samples != "conversations" and dataset.has_images:
+            raise DataError(
+                f"{name} has images, but model.objective learns from preferences, which are read as text alone. Train "
+                "on conversations (objective: SFT), or give preferences without images."
+            )
+        whole = dataset if self.samples == "conversations" else PreferenceDataset(dataset)
         rank_zero_info(f"data: {report}")
         if name == "train" and self.packing == "best_fit":
-            self._packs = PackedOrder(dataset.lengths, self.pack_length, self.seed)
+            if whole.lengths.max() > self.pack_length:
+                at = int(whole.lengths.argmax())
+                raise DataError(
+                    f"{whole.origin(at)} has two answers of {whole.lengths[at]} tokens together, which share a row, "
+                    f"but data.pack_length is {self.pack_length}. Raise it, or lower data.max_length."
+                )
+            self._packs = PackedOrder(whole.lengths, self.pack_length, self.seed)
             report = dataclasses.replace(report, num_packs=len(self._packs))
             rank_zero_info(
                 f"data: train: packed into {report.num_packs:,} rows of up to {self.pack_length:,} tokens, "
                 f"{report.samples_per_pack:.1f} samples and "
                 f"{100 * report.num_tokens / report.num_packs / self.pack_length:.1f} % full on average"
             )
-        self.reports[name] = report
+        self._sets[name], self.reports[name] = whole, report
 
     def _require_packable(self, dataset: TokenDataset) -> None:
         if self.packing is not None and dataset.has_images:
@@ -604,7 +645,9 @@ class ShadowData(LightningDataModule):
                     "token. Its scores say what was memorised; remove them from one of the two."
                 )
 
-    def _training_sampler(self, dataset: TokenDataset, world_size: int, rank: int) -> ShardedBatchSampler:
+    def _training_sampler(
+        self, dataset: TokenDataset | PreferenceDataset, world_size: int, rank: int
+    ) -> ShardedBatchSampler:
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         if self._packs is not None and len(self._packs) < world_size:
             raise DataError(
@@ -628,7 +671,11 @@ class ShadowData(LightningDataModule):
             size, self.batch_size, world_size, rank, self.seed, shuffle, self.drop_last, order=order
         )
 
-    def _training_collate(self, has_images: bool) -> Collate | PackCollate | ImageCollate:
+    def _training_collate(
+        self, has_images: bool, in_pairs: bool = False
+    ) -> Collate | PackCollate | ImageCollate | PreferenceCollate:
+        if in_pairs:
+            return PreferenceCollate(self.pad_token_id, self.pad_to_multiple_of, self.packing)
         if self.packing is None:
             collate = Collate(self.pad_token_id, self.pad_to_multiple_of)
             if not has_images:
@@ -703,10 +750,13 @@ class ShadowData(LightningDataModule):
             "drop_unsupervised": self.drop_unsupervised,
         }
 
-    def _count_slots(self, dataset: TokenDataset, sampler: ShardedBatchSampler) -> None:
+    def _count_slots(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
         """Report how much of the batches is padding, for the first epoch."""
-        sizes = self._packs.sizes(0) if self._packs is not None else dataset.lengths[np.asarray(sampler.order(0))]
-        slots = count_slots(
+        # A padded pair is two rows, both as long as the longest of the batch.
+        rows = 2 if isinstance(dataset, PreferenceDataset) and self.packing is None else 1
+        lengths = dataset.longest if isinstance(dataset, PreferenceDataset) and rows == 2 else dataset.lengths
+        sizes = self._packs.sizes(0) if self._packs is not None else lengths[np.asarray(sampler.order(0))]
+        slots = rows * count_slots(
             sizes, self.batch_size, sampler.num_replicas, self.pad_to_multiple_of, self.packing == "padding_free"
         )
         known, self.reports["train"] = (
@@ -745,11 +795,17 @@ class ShadowData(LightningDataModule):
         limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
         # The first batches of a set in another order would be other samples.
         grouped = isinstance(limit, float) and limit == 1.0
-        order = evaluation_order(dataset.lengths, self.eval_batch_size * self._ranks()[0]) if grouped else None
-        return self._shard(dataset, Collate(self.pad_token_id, self.pad_to_multiple_of), order)
+        is_pairs = isinstance(dataset, PreferenceDataset)
+        lengths = dataset.longest if isinstance(dataset, PreferenceDataset) else dataset.lengths
+        order = evaluation_order(lengths, self.eval_batch_size * self._ranks()[0]) if grouped else None
+        collate = (PreferenceCollate if is_pairs else Collate)(self.pad_token_id, self.pad_to_multiple_of)
+        return self._shard(dataset, collate, order)
 
     def _shard(
-        self, dataset: TokenDataset | PromptDataset, collate: Collate | PromptCollate, order: np.ndarray | None = None
+        self,
+        dataset: TokenDataset | PromptDataset | PreferenceDataset,
+        collate: Collate | PromptCollate | PreferenceCollate,
+        order: np.ndarray | None = None,
     ) -> DataLoader:
         sampler = ShardedBatchSampler(
             len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False,

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
+from shadowlit.data.preference import PreferenceDataset
 from shadowlit.errors import DataError
 from shadowlit.training.objective import IGNORE
 
 # Two shades each, so that neighbouring tokens can be told apart.
 _LOSS = ("black on green", "black on bright_green")
 _NO_LOSS = ("", "dim")
+_LABELS = {True: ("desirable", "answer to another prompt"), False: ("undesirable", "answer to another prompt")}
 
 
 def preview(data: ShadowData, split: str = "train", num_samples: int = 3, console: Console | None = None) -> None:
@@ -41,13 +43,18 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
     assert dataset is not None
     coloured = console.color_system is not None and not console.no_color
     for index in range(min(num_samples, len(dataset))):
-        tokens = dataset[index]["input_ids"]
-        labels = dataset[index].get("labels", [IGNORE] * len(tokens))
-        num_loss = sum(label != IGNORE for label in labels)
-        head = f"{dataset.origin(index)}: {len(tokens)} tokens, {num_loss} with loss"
-        # Not a rule, which would cut a long path and the numbers behind it.
-        console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
-        console.print(render_sample(data.tokenizer, tokens, labels, coloured))
+        sequences = {"": dataset[index]}
+        if isinstance(dataset, PreferenceDataset):
+            names = ("chosen", "rejected") if data.samples == "pairs" else _LABELS[dataset[index][0]["desirable"]]
+            sequences = dict(zip(names, dataset[index][0]["answers"], strict=True))
+        for what, sample in sequences.items():
+            tokens = sample["input_ids"]
+            labels = sample.get("labels", [IGNORE] * len(tokens))
+            num_loss = sum(label != IGNORE for label in labels)
+            head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {num_loss} with loss"
+            # Not a rule, which would cut a long path and the numbers behind it.
+            console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
+            console.print(render_sample(data.tokenizer, tokens, labels, coloured))
     console.print(_legend(coloured))
     console.print(_table(data.reports.values()))
 

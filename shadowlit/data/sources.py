@@ -16,7 +16,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.formats import Message, check_columns, convert_row, detect_format, unused_columns
+from shadowlit.data.formats import Message, Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
 from shadowlit.errors import DataError
 
@@ -35,12 +35,16 @@ class Conversation:
         source: The file or hub data set, as the user named it.
         row: 0-based index in the source.
         line: 1-based line of a JSONL file, else None.
+        other: The conversation with the second answer of a preference sample, else None.
+        desirable: The label of a labelled answer, else None.
     """
 
     messages: list[Message]
     source: str
     row: int
     line: int | None = None
+    other: list[Message] | None = None
+    desirable: bool | None = None
 
     def __str__(self) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
@@ -68,6 +72,7 @@ def read_conversations(
     *,
     use: str = "train",
     prompts_only: bool = False,
+    samples: Samples = "conversations",
     tell: Callable[[str, bool], None] | None = None,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
@@ -78,6 +83,7 @@ def read_conversations(
         format: ``auto``, or a format's name.
         use: ``train``, ``validation`` or ``test``: the split of a folder or hub data set where none is named.
         prompts_only: Accept rows without an answer.
+        samples: What one row holds: a conversation, or a pair or labelled answer, whose format is found by itself.
         tell: Gets what there is to say about the source, and whether it is a warning; None for :func:`say`.
 
     Raises:
@@ -89,6 +95,8 @@ def read_conversations(
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.columns for row in rows if isinstance(row.columns, dict)), {})
+    if samples != "conversations" and not prompts_only:
+        return _preferences(source, rows, first, samples)
     return collect(_converter(source, first, format, prompts_only, tell or say), rows)
 
 
@@ -129,7 +137,7 @@ def _converter(
     def convert(row: Row) -> Conversation:
         where = place(source, row.index, row.line)
         if not isinstance(row.columns, dict):
-            raise DataError(f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it.")
+            raise DataError(_no_object(source, row))
         try:
             messages = locate(convert_row(row.columns, format, prompts_only=prompts_only), folder)
         except DataError as error:
@@ -143,6 +151,25 @@ def folder_of(source: str) -> Path:
     """Where the relative paths in a source begin: its own folder."""
     path = Path(source).expanduser()
     return (_folder_of(source)[0] or path.parent).absolute()
+
+
+def _preferences(source: str, rows: list[Row], first: Iterable[str], samples: Samples) -> list[Conversation]:
+    # Imported here: the module stands on data sets, which stand on this one.
+    from shadowlit.data.preference import read_preferences, require_columns
+
+    require_columns(first, samples, source)
+    errors = [_no_object(source, row) for row in rows if not isinstance(row.columns, dict)]
+    known = [row for row in rows if isinstance(row.columns, dict)]
+    found, more = read_preferences(
+        [(row.columns, Conversation([], source, row.index, row.line)) for row in known], samples
+    )
+    raise_all(errors + more)
+    return found
+
+
+def _no_object(source: str, row: Row) -> str:
+    where = place(source, row.index, row.line)
+    return f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it."
 
 
 def say(text: str, is_warning: bool) -> None:

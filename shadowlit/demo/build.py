@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from shadowlit.demo.preferences import SHIPPED, write_preferences
 from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World
 
 IGNORE = -100
@@ -138,6 +139,7 @@ def build(out: Path, recipe: Recipe = Recipe(), progress: OnStep | None = None) 
     facts = {key: value for key, value in asdict(built).items() if key != "out"}
     (out / "pair" / "build.json").write_text(json.dumps({"recipe": asdict(recipe), **facts}, indent=2) + "\n")
     write_datasets(world, out / "data")
+    write_preferences(world, out / "data", SHIPPED)
     return built
 
 

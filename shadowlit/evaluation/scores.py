@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from shadowlit.training.objective import TokenSums, token_sums
+from shadowlit.training.objectives import Answers, Objective, preference_metrics, preference_sums
+
+
+class PreferenceScores(Metric):
+    """What an objective of preferences says of a validation set; see :func:`preference_metrics` for the numbers.
+
+    Six numbers of every sample are kept until ``compute``: KTO compares each with a mean over all of them.
+
+    Args:
+        objective: What is trained for.
+    """
+
+    full_state_update = False
+    rows: list[Tensor]
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, answers: Answers) -> None:
+        """Add the samples of a batch."""
+        reference = torch.zeros_like(answers.logps) if answers.reference is None else answers.reference
+        columns = (answers.logps, answers.lengths, reference, answers.desirable.double()[:, None])
+        self.rows.append(torch.cat(columns, 1).detach())
+
+    def compute(self) -> dict[str, float]:
+        """Return the metrics over everything added, on all ranks alike; NaN where there is nothing."""
+        rows: Any = self.rows  # a tensor once it was gathered
+        known = torch.cat(rows) if isinstance(rows, list) else rows
+        answers = Answers(known[:, :2], known[:, 2:4], known[:, 6] > 0, known[:, 4:6])
+        kl: Tensor | float = 0.0
+        if self.objective.samples == "labels":
+            kl = answers.ratios[:, 1].mean().clamp(min=0)
+        sums = preference_sums(self.objective, answers, kl)[1]
+        return {name: value.item() for name, value in preference_metrics(sums, self.objective.samples).items()}
 
 
 class TokenScores(Metric):

@@ -22,6 +22,7 @@ from shadowlit.training.linear_loss import (
     linear_cross_entropy_sum,
     linear_token_losses,
     recomputed_cross_entropy_sum,
+    recomputed_token_losses,
 )
 from shadowlit.training.parallel import within_forward
 
@@ -101,6 +102,15 @@ class HeadLoss:
             return F.cross_entropy(self._logits(inputs, positions), targets, reduction="sum")
         return within_forward(self.model, self._loss, inputs, positions, targets)
 
+    def token_log_probs(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities ``[N]`` of the targets, float32 with a gradient; arguments as of :meth:`loss`.
+
+        Whatever the way, the logits of a chunk are computed again in the backward pass.
+        """
+        if self.head is None:
+            return -F.cross_entropy(self._logits(inputs, positions), targets, reduction="none")
+        return within_forward(self.model, self._token_log_probs, inputs, positions, targets)
+
     @torch.no_grad()
     def token_losses(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropies ``[N]``, float32, and whether the target is the most probable token, bool ``[N]``."""
@@ -154,6 +164,12 @@ class HeadLoss:
             hidden, weight, targets, bias=bias, reduction="sum", softcap=head.cap, accum_dtype=torch.float32
         ).float()
 
+    def _token_log_probs(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+        assert self.head is not None
+        hidden, head = self._hidden(inputs, positions), self.head
+        size = default_chunk_size(_vocabulary(self.model), hidden.device)
+        return -recomputed_token_losses(lambda x: head.finish(head.module(x)), hidden, targets, size)
+
     def _token_losses(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         assert self.head is not None
         hidden, head = self._hidden(inputs, positions), self.head
@@ -202,7 +218,7 @@ def understand(model: nn.Module) -> tuple[Head | None, str]:
         seen.append((args[0], ramp))
         return ramp.clone()
 
-    with _evaluating(model), torch.compiler.set_stance("force_eager"):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         hook = module.register_forward_hook(replace)
         try:
             logits = model(**tokens, use_cache=False).logits
@@ -285,7 +301,7 @@ def _vocabulary(model: nn.Module) -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode within the context, then every module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

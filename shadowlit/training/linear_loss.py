@@ -118,6 +118,24 @@ def recomputed_cross_entropy_sum(
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
+def recomputed_token_losses(
+    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_size: int
+) -> Tensor:
+    """Cross entropies ``[N]`` of single tokens, in nats, with a gradient; arguments as in the sum's function.
+
+    What multiplies each token's loss is known in the backward pass only, so the logits of a chunk can't be turned into
+    a gradient at once: they are computed again there, and never exist for more than a chunk.
+    """
+
+    def losses(part: Tensor, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(widen(logits_of(part)), tokens, reduction="none")
+
+    if len(targets) <= chunk_size:
+        return losses(hidden, targets)
+    parts = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+
+
 def default_chunk_size(num_tokens: int, device: torch.device) -> int:
     """Positions per chunk that suit a device, for a vocabulary of ``num_tokens``."""
     return max(16, _CHUNK_ELEMENTS.get(device.type, 2**26) // num_tokens)

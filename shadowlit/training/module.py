@@ -24,15 +24,17 @@ from transformers import PreTrainedConfig
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.errors import ShadowlitError
 from shadowlit.evaluation.generation import generate_answers, greedy_config
-from shadowlit.evaluation.scores import TokenScores
+from shadowlit.evaluation.scores import PreferenceScores, TokenScores
 from shadowlit.graft.adapter import require_graftable
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.pair import ModelPair, is_image_text
-from shadowlit.training.head import HeadLoss, Way
+from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
+from shadowlit.training.objectives import SFT, Answers, Objective, preference_metrics, preference_sums
 from shadowlit.training.optimizer import OptimizerName, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.parallel import local, parallelize, reduce_gradients
+from shadowlit.training.reference import BASE, References, start_of, sum_by_sequence
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
 from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
@@ -59,6 +61,9 @@ class ShadowModule(LightningModule):
     float32; ``trainer.precision: bf16-mixed`` computes in bfloat16. The dropout masks of a batch follow from the
     seed and the batch's number, so that a resumed run repeats them.
 
+    Objectives of preferences (docs/preference.md) divide the summed losses of pairs, or of labelled answers, by their
+    number in the same way. What they compare with is measured by :class:`GraftCallback`, which holds the start.
+
     Validation adds each batch to the scores of the current :attr:`subject` (the ``tuned`` model; callbacks that put
     other weights in name theirs) and logs ``val/<subject>/<metric>`` at its end, over all sets together and, where
     there are several, ``val/<subject>/<set>/<metric>`` for each.
@@ -67,6 +72,7 @@ class ShadowModule(LightningModule):
         pair: The Base that is trained and the Instruct that gets the update.
         adapter: Any argument of ``peft.LoraConfig``; null for full tuning. Without ``target_modules`` all linear
             layers but the output head are adapted.
+        objective: What is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO or ASFT, with its options; null for SFT.
         lr: Peak learning rate of AdamW.
         weight_decay: Decoupled weight decay; on matrices only, not on norms and biases.
         betas: Decay rates of AdamW's two moments.
@@ -102,6 +108,7 @@ class ShadowModule(LightningModule):
         self,
         pair: ModelPair,
         adapter: LoraConfig | None = None,
+        objective: Objective | None = None,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -127,6 +134,7 @@ class ShadowModule(LightningModule):
             raise ShadowlitError(f"model.lr is {lr}; expected a positive learning rate, e.g. 2e-4 for LoRA.")
         require_graftable(adapter)
         self.pair = pair
+        self.objective = SFT() if objective is None else objective
         self.adapter = adapter
         if adapter is not None and adapter.target_modules is None and adapter.target_parameters is None:
             adapter.target_modules = "all-linear"
@@ -145,7 +153,9 @@ class ShadowModule(LightningModule):
         self.subject = TUNED
         self._head_loss: HeadLoss | None = None
         self._scores: dict[tuple[str, str], Metric] = {}  # by subject and set; the set "" is all of them
-        self._sums: Tensor | None = None  # loss and supervised tokens of the effective batch so far
+        self._sums: Tensor | None = None  # loss, what it is divided by, and more, of the effective batch so far
+        self._references = References()
+        self._kl: Tensor | float = 0.0  # how far the policy was from the reference in the step before, for KTO
         # An adapter's checkpoint holds the factors only.
         self.strict_loading = adapter is None
 
@@ -196,6 +206,15 @@ class ShadowModule(LightningModule):
         assert self.model is not None
         return self.model(**_model_inputs(batch), use_cache=False).logits
 
+    def on_fit_start(self) -> None:
+        """Refuse data that aren't what the objective is about."""
+        samples = getattr(self.trainer.datamodule, "samples", "conversations")  # type: ignore[attr-defined]
+        if samples != self.objective.samples:
+            raise ShadowlitError(
+                f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
+                f"data module gives {samples}. Set samples={self.objective.samples!r} of ShadowData."
+            )
+
     def on_train_start(self) -> None:
         """Refuse packed rows where the model would let one sample see another."""
         if getattr(self.trainer.datamodule, "packing", None) is not None:  # type: ignore[attr-defined]
@@ -218,25 +237,34 @@ class ShadowModule(LightningModule):
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             reduce_gradients(self.model, steps or not self._accumulates_whole)
-        positions, targets = _supervised(batch)
-        loss = self.head_losses().loss(_model_inputs(batch), positions, targets)
-        sums = torch.stack([loss.detach().double(), loss.new_full((), len(targets), dtype=torch.float64)])
+        if self._prefers:
+            loss, sums = preference_sums(self.objective, self._answers(batch, BASE, "train"), self._kl)
+        else:
+            positions, targets = _supervised(batch)
+            loss = self.head_losses().loss(_model_inputs(batch), positions, targets)
+            sums = torch.stack([loss.detach().double(), loss.new_full((), len(targets), dtype=torch.float64)])
         self._sums = sums if self._sums is None else self._sums + sums
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the supervised tokens of the whole effective batch, before any clipping."""
+        """Divide the gradients by the supervised tokens, or samples, of the whole effective batch; before clipping."""
         assert self._sums is not None
         sums, self._sums = self._sums, None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
-        loss, num_tokens = sums[0], sums[1].clamp(min=1)
+        loss, number = sums[0], sums[1].clamp(min=1)
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, num_tokens.reciprocal())
-        self.log("train/loss", loss / num_tokens, prog_bar=True)
-        self.log("train/tokens", sums[1])
+        torch._foreach_mul_(gradients, number.reciprocal())
+        self.log("train/loss", loss / number, prog_bar=True)
+        self.log("train/tokens", sums[2 if self._prefers else 1])
+        if self._prefers:
+            metrics = preference_metrics(sums, self.objective.samples)
+            self._kl = metrics.get("kl", self._kl)
+            for name, value in metrics.items():
+                if name != "loss":
+                    self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -285,8 +313,48 @@ class ShadowModule(LightningModule):
         Its ``compute()`` returns a dict from metric names to numbers. A :class:`TokenScores`, or a subclass that
         leaves ``update`` alone, gets the sums of a batch through ``add``, without whole logits being made. Any other
         metric, and a subclass that overrides ``update(logits, labels)``, gets ``[B, T, V]`` and ``[B, T]`` tensors.
+        With an objective of preferences, ``update`` gets :class:`shadowlit.training.objectives.Answers` instead.
         """
-        return TokenScores()
+        return PreferenceScores(self.objective) if self._prefers else TokenScores()
+
+    def lacking_references(self, who: str) -> list[str]:
+        """The sets that the objective has to know ``who``'s log-probabilities of, and doesn't; base or instruct."""
+        if not self.objective.has_reference:
+            return []
+        sets = getattr(self.trainer.datamodule, "preference_sets", {})  # type: ignore[attr-defined]
+        # The training data only ever meet the model that is trained.
+        return self._references.lacking(who, {n: one for n, one in sets.items() if who == BASE or n != "train"})
+
+    @torch.no_grad()
+    def measure_references(self, names: list[str]) -> dict[str, Tensor]:
+        """Log-probabilities of the answers of sets of preferences under the weights that stand in the module.
+
+        A collective: every rank does its share of each set.
+
+        Returns:
+            ``[samples, 2]`` float64 by set, for :meth:`keep_references`.
+        """
+        assert self.model is not None
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        measured = {}
+        for name in names:
+            dataset = data.preference_sets[name]
+            logps = torch.zeros(len(dataset), 2, dtype=torch.float64, device=self.device)
+            with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
+                for batch in data.scoring_loader(name):
+                    batch = self.trainer.strategy.batch_to_device(batch)
+                    found = self._answers(batch, None, name)
+                    logps[batch["sample"].index_select(0, batch["valid"])] = found.logps
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(logps)
+            measured[name] = logps
+        return measured
+
+    def keep_references(self, who: str, measured: dict[str, Tensor]) -> None:
+        """Let these log-probabilities, by set, be those of the untouched base or instruct."""
+        sets = self.trainer.datamodule.preference_sets  # type: ignore[attr-defined]
+        for name, logps in measured.items():
+            self._references.keep(who, name, sets[name], logps)
 
     def head_losses(self) -> HeadLoss:
         """How losses come from the model; found out in its first forward pass, in which its weights are there."""
@@ -322,12 +390,15 @@ class ShadowModule(LightningModule):
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write what an optimizer of 8 bits holds as plain tensors."""
+        """Write what an optimizer of 8 bits holds as plain tensors, and what the next step of KTO compares with."""
+        if self.objective.samples == "labels":
+            checkpoint["kl"] = float(self._kl)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make of it again what the optimizer takes."""
+        self._kl = checkpoint.get("kl", 0.0)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]
 
@@ -359,6 +430,29 @@ class ShadowModule(LightningModule):
     def _accumulates_whole(self) -> bool:
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
 
+    @property
+    def _prefers(self) -> bool:
+        return self.objective.samples != "conversations"
+
+    def _answers(self, batch: Batch, who: str | None, name: str) -> Answers:
+        """What is known of a batch of preferences, with the reference of ``who`` for the set ``name``."""
+        if "sequence" not in batch:
+            raise ShadowlitError(
+                f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but a "
+                f"batch of '{name}' holds conversations. Set samples={self.objective.samples!r} of ShadowData."
+            )
+        positions, targets = _supervised(batch)
+        inputs = _model_inputs(batch)
+        logps = self.head_losses().token_log_probs(inputs, positions, targets)
+        sequence = batch["sequence"].flatten().index_select(0, positions)
+        sums, counts = sum_by_sequence(logps, sequence, 2 * len(batch["sample"]))
+        valid = batch["valid"]
+        reference = None
+        if who is not None and self.objective.has_reference:
+            reference = self._references.look_up(who, name, batch["sample"].index_select(0, valid))
+        of_samples = (x.view(-1, 2).index_select(0, valid) for x in (sums, counts))
+        return Answers(*of_samples, batch["desirable"].index_select(0, valid), reference)
+
     def _score(self, batch: Batch, set_name: str) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         several = isinstance(loaders, list) and len(loaders) > 1
@@ -368,6 +462,12 @@ class ShadowModule(LightningModule):
             if key not in self._scores:
                 self._scores[key] = self.configure_scores().to(self.device)
         metrics = [self._scores[key] for key in keys]
+        if self._prefers:
+            stage = "test" if self.trainer.testing else "val"
+            answers = self._answers(batch, start_of(self.subject), f"{stage}/{set_name}")
+            for metric in metrics:
+                metric.update(answers)
+            return
         if _takes_sums(metrics[0]):
             sums = self._token_sums(batch)
             for metric in metrics:

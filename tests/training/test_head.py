@@ -17,6 +17,7 @@ from shadowlit.training.linear_loss import (
     linear_cross_entropy_sum,
     linear_token_losses,
     recomputed_cross_entropy_sum,
+    recomputed_token_losses,
 )
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import sum_tokens, supervised_positions, token_sums
@@ -125,6 +126,43 @@ def test_recomputed_chunks_are_the_whole(chunk_size):
         torch.testing.assert_close(own, whole, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_size", [4, 13, 100])
+def test_tokens_of_recomputed_chunks_may_weigh_differently(chunk_size):
+    """What a preference makes of an answer's tokens: each with a factor of its own."""
+    hidden, weight, bias, targets = make_inputs()
+    factors = torch.linspace(-1, 2, len(targets), dtype=torch.float64)
+    losses = recomputed_token_losses(lambda x: F.linear(x, weight, bias), hidden, targets, chunk_size)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-13, atol=0)
+    wanted = (hidden, weight, bias)
+    own = torch.autograd.grad((losses * factors).sum(), wanted)
+    for found, whole in zip(own, torch.autograd.grad((expected * factors).sum(), wanted), strict=True):
+        torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "cohere", "granite", "phi"])
+def test_token_log_probs_are_those_of_the_whole_logits(arch):
+    """Heads with a scale, a cap or a bias; in training and without a gradient."""
+    model, batch = make_model(arch), make_batch()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    positions = supervised_positions(batch["labels"])
+    targets = batch["labels"].flatten()[positions + 1]
+    found = {}
+    for way in ("auto", "logits"):
+        model.zero_grad()
+        losses = HeadLoss(model, way)
+        logps = losses.token_log_probs(inputs, positions, targets)
+        (logps * torch.linspace(0, 1, len(targets))).sum().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        with torch.no_grad():
+            assert torch.equal(losses.token_log_probs(inputs, positions, targets), logps)
+        found[way] = logps.detach(), gradients
+    torch.testing.assert_close(found["auto"][0], found["logits"][0], rtol=1e-5, atol=1e-6)
+    assert found["auto"][1].keys() == found["logits"][1].keys()
+    for name, gradient in found["logits"][1].items():
+        torch.testing.assert_close(found["auto"][1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
 def test_the_gradient_is_the_slope():
     """Against finite differences, not against another gradient."""
     hidden, weight, bias, targets = make_inputs()
@@ -185,6 +223,7 @@ def test_memory_does_not_grow_with_vocabulary_times_tokens():
     with Largest() as ours:
         linear_cross_entropy_sum(hidden, weight, targets, chunk_size=16).backward()
         linear_token_losses(hidden, weight, targets, chunk_size=16)
+        recomputed_token_losses(lambda x: F.linear(x, weight), hidden, targets, 16).sum().backward()
     with Largest() as whole:
         plain(hidden, weight, None, targets).backward()
     assert (ours.elements, whole.elements) == (16 * 500, 400 * 500)
