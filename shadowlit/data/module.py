@@ -291,7 +291,7 @@ class ShadowData(LightningDataModule):
                 errors.append(str(error))
         if stage in ("fit", None) and self.streaming and self.train and not errors:
             try:
-                self._require_packable(self.dataset("train"))
+                self._require_packable(self._stream().first_window())
             except DataError as error:
                 errors.append(str(error))
         raise_all(errors)
@@ -717,7 +717,7 @@ class ShadowData(LightningDataModule):
 
     def _stream_loader(self) -> StreamLoader:
         trainer = self.trainer
-        if trainer is None or trainer.max_steps < 1 or getattr(trainer, "overfit_batches", 0):
+        if trainer is None or trainer.max_steps < 1 or getattr(trainer, "overfit_batches", False):
             raise DataError(
                 "data.streaming needs trainer.max_steps, since a stream has no end, and no trainer.overfit_batches. "
                 "Set the number of optimizer steps, or data.streaming=false."
@@ -811,7 +811,7 @@ class ShadowData(LightningDataModule):
             len(dataset), self.eval_batch_size, *self._ranks(), shuffle=False,
             order=None if order is None else lambda epoch: order,
         )  # fmt: skip
-        if dataset.has_images:
+        if getattr(dataset, "has_images", False):
             assert self.images is not None
             return make_loader(dataset, sampler, collate_fn=ImageCollate(collate, self.images), **self._loading())
         return make_loader(dataset, sampler, collate_fn=collate, **self._loading())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,7 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
     assert dataset is not None
     coloured = console.color_system is not None and not console.no_color
     for index in range(min(num_samples, len(dataset))):
-        sequences = {"": dataset[index]}
+        sequences: dict[str, Any] = {"": dataset[index]}
         if isinstance(dataset, PreferenceDataset):
             names = ("chosen", "rejected") if data.samples == "pairs" else _LABELS[dataset[index][0]["desirable"]]
             sequences = dict(zip(names, dataset[index][0]["answers"], strict=True))

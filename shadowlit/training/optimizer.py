@@ -76,7 +76,7 @@ class OffloadedAdamW(AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """One step, parameter after parameter."""
         loss = None
         if closure is not None:
