@@ -23,6 +23,7 @@ from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.delta import Delta
 from shadowlit.graft.disk import AdapterUpdate, linear_on_disk
 from shadowlit.graft.headers import TensorInfo, dtype_code, some_of
+from shadowlit.graft.layout import with_experts_as
 from shadowlit.graft.naming import canonical_name
 from shadowlit.graft.selection import resolve
 from shadowlit.pair import ModelPair
@@ -167,7 +168,10 @@ def open_stage(
         update = AdapterUpdate(base, stage.path, adapter or _adapter(config, home), reader)
         delta = Delta.from_update(update)
     else:
-        delta = _difference(reader, AlignedReader(base, CheckpointReader(pair.instruct_folder())))
+        # The run holds experts as its module does, the delta shall hold them as the files.
+        delta = _difference(
+            with_experts_as(reader, base), AlignedReader(base, CheckpointReader(pair.instruct_folder()))
+        )
     wanted = select or (config.get("graft") or {}).get("select") or "linear"
     return delta.only(resolve(wanted, delta.shapes, linear_on_disk(base.tensors), "of the update"))
 
@@ -195,7 +199,7 @@ def _none(folder: Path) -> DataError:
     )
 
 
-def _difference(tuned: TrainedReader, base: AlignedReader) -> Delta:
+def _difference(tuned: CheckpointReader, base: AlignedReader) -> Delta:
     shapes = {name: info.shape for name, info in base.tensors.items() if name in tuned.tensors}
     unequal = [f"{name} {shape} and {tuned.tensors[name].shape}" for name, shape in shapes.items()
                if tuned.tensors[name].shape != shape]  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shadowlit.analysis.run import located
@@ -19,7 +20,9 @@ from shadowlit.evaluation.scores import TokenScores
 from shadowlit.graft.arithmetic import add_delta
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.delta import Delta
+from shadowlit.graft.layout import Described, Layout, assemble, in_layout_of_module
 from shadowlit.graft.naming import host_parameters
+from shadowlit.graft.selection import is_of_experts
 from shadowlit.pair import ModelPair
 
 
@@ -54,6 +57,8 @@ class Scorer:
         )
         self._model = model.to(self._device).eval()
         self._parameters = host_parameters(self._model)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
+        self._reader = in_layout_of_module(self._reader, self._shapes)
 
     @torch.no_grad()
     def loss(self, update: Delta | None) -> float:
@@ -68,6 +73,7 @@ class Scorer:
         Raises:
             DataError: the update changes tensors that the model hasn't, or their shapes.
         """
+        update = None if update is None else self._by_parameter(update)
         changed = {} if update is None else update.shapes
         odd = [n for n, s in changed.items() if n not in self._parameters or self._parameters[n].shape != s]
         if odd:
@@ -81,6 +87,19 @@ class Scorer:
         finally:
             for name in changed:
                 self._parameters[name].copy_(self._reader.read(name))
+
+    def _by_parameter(self, update: Delta) -> Delta:
+        """The update with experts as the model holds them."""
+        if not any(is_of_experts(name) and name not in self._shapes for name in update.shapes):
+            return update
+        folder = self._reader.folder
+        layout = Layout(Described.of(folder, update.shapes), Described.of(folder, self._shapes))
+
+        def rows(name: str, start: int, stop: int) -> Tensor:
+            return assemble(layout.ranges[name], shapes[name], update.tensor)[start:stop]
+
+        shapes = {name: info.shape for name, info in layout.tensors.items()}
+        return Delta(shapes, rows)
 
     def _score(self) -> float:
         scores = TokenScores().to(self._device)

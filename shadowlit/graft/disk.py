@@ -10,7 +10,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,14 @@ import numpy.typing as npt
 from shadowlit.errors import GraftError
 from shadowlit.graft.checkpoint import Streamed
 from shadowlit.graft.headers import Headers, TensorInfo, some_of
-from shadowlit.graft.layout import LayoutReader, canonical_key, canonical_keys, is_computed
+from shadowlit.graft.layout import (
+    ExpertRows,
+    LayoutReader,
+    canonical_key,
+    canonical_keys,
+    fused_experts,
+    is_computed,
+)
 from shadowlit.graft.numeric import (
     Raw,
     finite_squares,
@@ -125,13 +132,17 @@ class _Factors:
     module: str
     down: str
     up: str
-    of_embedding: bool
+    of_embedding: bool = False
+    experts: int = 1  # which these are the factors of, all in one
+    part: ExpertRows | None = None  # of the experts' matrices that it is about
 
 
 class AdapterUpdate:
     """The update of a LoRA or rsLoRA adapter in peft's form: ``scaling * B @ A``, and modules it stores whole.
 
-    LoRA: arXiv 2106.09685. rsLoRA: arXiv 2312.03732.
+    LoRA: arXiv 2106.09685. rsLoRA: arXiv 2312.03732. Of experts peft holds one pair of factors for a layer and kind,
+    A [experts * rank, inputs] by experts and B [outputs, rank * experts] by ranks; the files' experts may be fused or
+    single.
 
     Args:
         base: reader of the Base's checkpoint.
@@ -162,12 +173,6 @@ class AdapterUpdate:
         if config.peft_type != "LORA":
             raise GraftError(f"{folder} holds a {config.peft_type} adapter; expected LoRA or rsLoRA. Merge it first.")
         require_graftable(config)
-        if config.target_parameters:
-            raise GraftError(
-                f"{folder}: adapter.target_parameters={config.target_parameters!r} can't be grafted on disk: it adapts "
-                "bare parameters, fused experts say, which the files may hold otherwise. Merge the adapter into the "
-                "Base (merge_and_unload), save that, and give it as the tuned model."
-            )
         if starts_from_weights(config):
             raise GraftError(
                 f"{folder} holds an adapter with init_lora_weights={config.init_lora_weights!r}, whose file lacks the "
@@ -185,7 +190,7 @@ class AdapterUpdate:
         )
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}
-        names = canonical_keys(base)
+        names, fused = canonical_keys(base), fused_experts(base)
         for stored in self._reader.tensors:
             name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
             for down, up in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
@@ -193,7 +198,10 @@ class AdapterUpdate:
                     module = name.split(f".{down}")[0]
                     host = f"{module}.weight"
                     factors = _Factors(module, stored, stored.replace(down, up), "embedding" in down)
-                    self._factors[names.get(canonical_key(host), host)] = factors
+                    if module.endswith(".experts"):
+                        self._factors |= self._of_experts(factors, fused)
+                    else:
+                        self._factors[names.get(canonical_key(host), host)] = factors
             if ".lora_" not in name:
                 self._whole[names.get(canonical_key(name), name)] = stored
         adapted = {*self._factors, *self._whole}
@@ -227,11 +235,31 @@ class AdapterUpdate:
             return total
         factors = self._factors[name]
         down = self._whole_factor(factors.down)
-        if factors.of_embedding:
+        if factors.part is not None:
+            product = _product_of_experts(down, self._whole_factor(factors.up), factors, start, stop)
+        elif factors.of_embedding:
             product = (self._whole_factor(factors.up) @ down[:, start:stop]).T
         else:
             product = self._reader.rows(factors.up, start, stop) @ down
         return total + np.float32(self._scalings[name]) * product
+
+    def _of_experts(
+        self, factors: _Factors, fused: Mapping[str, tuple[tuple[int, ...], list[ExpertRows]]]
+    ) -> dict[str, _Factors]:
+        """The factors of a layer's experts, by the Base's names of what they change: told from their shapes."""
+        if factors.up not in self._reader.tensors:
+            return {f"{factors.module}.weight": factors}  # told as half a pair
+        down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
+        for kind in ("gate_up_proj", "down_proj"):
+            shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
+            if len(shape) == 3 and shape[1:] == (up[0], down[-1]) and down[0] == up[-1] and down[0] % shape[0] == 0:
+                of = replace(factors, module=f"{factors.module}.{kind}", experts=shape[0])
+                return {part.name: replace(of, part=part) for part in parts}
+        raise GraftError(
+            f"{self._folder} adapts {factors.module} by factors of the shapes {down} and {up}, to which the experts of "
+            f"{self._base.folder} don't fit. Give the Base that the adapter was trained on, or merge the adapter into "
+            "it (merge_and_unload) and give that."
+        )
 
     def _parts_of(self, name: str) -> list[str]:
         """The adapter's names of all that changes ``name``."""
@@ -240,7 +268,8 @@ class AdapterUpdate:
 
     def _require_fitting(self) -> None:
         """Every stored tensor has one part in the update, and what is added has the Base's shape."""
-        used = Counter(stored for name in self.shapes for stored in self._parts_of(name))
+        changes = {tuple(self._parts_of(name)) for name in self.shapes}  # one pair of factors is all experts'
+        used = Counter(stored for parts in changes for stored in parts)
         odd = sorted(name for name in {*self._reader.tensors, *used} if used[name] != 1)
         if odd:
             raise GraftError(
@@ -250,7 +279,7 @@ class AdapterUpdate:
         for name, shape in self.shapes.items():
             stored = [self._reader.info(part).shape for part in self._parts_of(name)]
             added = stored[-1:] if name in self._whole else []
-            if name in self._factors:
+            if name in self._factors and self._factors[name].part is None:
                 down, up = (s if len(s) == 2 else (0, 0) for s in stored[:2])
                 product = (down[1], up[0]) if self._factors[name].of_embedding else (up[0], down[1])
                 added.append(product if down[0] == up[1] > 0 else ())
@@ -263,10 +292,15 @@ class AdapterUpdate:
     def _scaling(self, factors: _Factors) -> float:
         from peft.utils.other import get_pattern_key
 
-        config, rank = self._config, self._reader.info(factors.down).shape[0]
+        config, rank = self._config, self._reader.info(factors.down).shape[0] // factors.experts
         try:
-            pattern = get_pattern_key(config.alpha_pattern.keys(), factors.module)
-            scaling = config.alpha_pattern.get(pattern, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank)
+            # peft names a bare parameter by its whole path, a module without its weight.
+            keys = (get_pattern_key(config.alpha_pattern.keys(), f"{factors.module}{end}") for end in ("", ".weight"))
+            alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
+            plain = not config.alpha_pattern and not config.rank_pattern
+            if plain and factors.module.endswith(".gate_up_proj") and rank == 2 * config.r:
+                alpha *= 2  # what peft makes of all-linear, or of gate_proj and up_proj, in a mixture that it wraps
+            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
             if abs(scaling) < _MAX_SCALING:
                 return scaling
             problem = f"a strength of {scaling}"
@@ -277,6 +311,17 @@ class AdapterUpdate:
             f"alpha_pattern={reprlib.repr(config.alpha_pattern)}, by which {factors.module} gets {problem}. Save the "
             "adapter again."
         )
+
+
+def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, stop: int) -> Rows:
+    """Rows ``start`` to ``stop`` of a stored tensor of experts: of one expert's matrix, or whole experts."""
+    assert factors.part is not None
+    downs = down.reshape(factors.experts, -1, down.shape[1])  # [experts, rank, inputs]
+    ups = up.reshape(len(up), -1, factors.experts)  # [outputs, rank, experts]
+    if factors.part.expert is None:
+        return np.stack([ups[:, :, e] @ downs[e] for e in range(start, stop)]) if stop > start else downs[:0, :0]
+    first = factors.part.first_row
+    return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
 
 
 def open_update(base: Headers, tuned: Path, allow_pickle: bool = False) -> Update:

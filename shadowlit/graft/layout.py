@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.headers import Headers, TensorInfo, some_of
-from shadowlit.graft.selection import layer_of
+from shadowlit.graft.selection import is_of_experts, layer_of
+
+if TYPE_CHECKING:
+    import torch
 
 _WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 # What stands before the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too, and
@@ -350,6 +353,72 @@ def in_layout_of_module(headers: CheckpointReader, shapes: Mapping[str, tuple[in
     if all(name in headers.tensors for name in shapes):
         return headers
     return LayoutReader(headers, Described.of(headers.folder, shapes))
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What a stored tensor is of the fused one of its layer and kind.
+
+    Attributes:
+        name: the stored tensor's name.
+        expert: whose matrix it holds; ``None`` if it is the fused tensor itself.
+        first_row: of that expert's matrix.
+    """
+
+    name: str
+    expert: int | None
+    first_row: int
+
+
+def fused_experts(headers: Headers) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
+    """The fused tensors of a checkpoint's experts, which need not be stored so.
+
+    Returns:
+        By their canonical keys, ``layers.0.mlp.experts.down_proj`` say: the shape, [experts, outputs, inputs], and all
+        that is stored of them. Experts that are stored otherwise are left out.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+    """
+    side, found = _Side(headers), {}
+    for experts, count in side.experts.items():
+        for fused, kinds in _ROWS_OF_FUSED.items():
+            key = f"{experts}.{fused}"
+            if side.is_fused(experts):
+                if side.orientation(experts) == "rows":
+                    found[key] = side.info(key).shape, [ExpertRows(side.keys[key], None, 0)]
+                continue
+            stored = [(n, i, f"{experts}.{n}.{kind}.weight") for n in range(count) for i, kind in enumerate(kinds)]
+            if all(own in side.keys for _, _, own in stored):
+                rows, columns = side.info(stored[0][2]).shape
+                parts = [ExpertRows(side.keys[own], n, i * rows) for n, i, own in stored]
+                found[key] = (count, len(kinds) * rows, columns), parts
+    return found
+
+
+def with_experts_as(headers: CheckpointReader, like: Headers) -> CheckpointReader:
+    """A checkpoint with its experts under the names and in the layout of another one's; itself where they are alike.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+    odd = any(is_of_experts(name) and name not in like.tensors for name in headers.tensors)
+    return LayoutReader(headers, like) if odd else headers
+
+
+def assemble(parts: Sequence[Range], shape: tuple[int, ...], tensor_of: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A tensor made of parts of others, of any dtype.
+
+    Args:
+        parts: of tensors that :meth:`Described.of` has described: they count bytes of float32.
+        shape: the result's.
+        tensor_of: gives the others by their names.
+    """
+    import torch
+
+    found = [tensor_of(part.name).reshape(-1)[part.start // 4 : (part.start + part.num_bytes) // 4] for part in parts]
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
 
 
 def by_expert(headers: CheckpointReader) -> CheckpointReader:

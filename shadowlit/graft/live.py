@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -22,7 +22,7 @@ from shadowlit.graft.arithmetic import add_delta, delta, graft
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.exchange import Exchange, windows
 from shadowlit.graft.headers import some_of
-from shadowlit.graft.layout import Described, Layout, Range, canonical_key, in_layout_of_module
+from shadowlit.graft.layout import Described, Layout, Range, assemble, canonical_key, in_layout_of_module
 from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
 from shadowlit.graft.selection import Coverage, coverage, kind_of, layer_of, resolve
 from shadowlit.graft.towers import tower_of
@@ -278,7 +278,7 @@ class LiveGraft:
         for name, info in self._instruct_reader.tensors.items():
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
-                yield name, _assemble(self._parts[name], info.shape, partial(kept, dtype=dtype))
+                yield name, assemble(self._parts[name], info.shape, partial(kept, dtype=dtype))
             elif (host := hosts.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
@@ -309,7 +309,7 @@ class LiveGraft:
                 yield name, update(name)
         for name, parts in self._parts.items():
             if trained.keys() >= {part.name for part in parts}:
-                yield name, _assemble(parts, self._instruct_reader.tensors[name].shape, kept)
+                yield name, assemble(parts, self._instruct_reader.tensors[name].shape, kept)
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
@@ -467,12 +467,6 @@ def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: CheckpointReader) ->
     """Of what parts of parameters each tensor of the Instruct's files is made, where it is not a whole one itself."""
     layout = Layout(Described.of(instruct.folder, shapes), instruct)
     return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
-
-
-def _assemble(parts: list[Range], shape: tuple[int, ...], tensor_of: Callable[[str], Tensor]) -> Tensor:
-    """A tensor of the files, made of parts of parameters; the ranges count float32."""
-    found = [tensor_of(part.name).view(-1)[part.start // 4 : (part.start + part.num_bytes) // 4] for part in parts]
-    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
 
 
 def _select(

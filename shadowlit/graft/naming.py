@@ -9,9 +9,10 @@ from torch import nn
 
 from shadowlit.graft.selection import is_of_experts, routers
 
-# What peft, torch.compile and activation checkpointing put into a parameter's name.
+# What peft, torch.compile and activation checkpointing put into a parameter's name. Of adapters of two parameters of
+# one module peft wraps one around the other: there the wrapper's name is all that tells their factors apart.
 _WRAPPERS = re.compile(
-    r"^base_model\.model\.|\bbase_layer\.|\bmodules_to_save\.[^.]+\.|\b_orig_mod\.|\b_checkpoint_wrapped_module\."
+    r"^base_model\.model\.|\bbase_layer\.(?!(?:base_layer\.)*lora_)|\bmodules_to_save\.[^.]+\.|\b_orig_mod\.|\b_checkpoint_wrapped_module\."
 )
 _ADAPTER = re.compile(r"\blora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
 

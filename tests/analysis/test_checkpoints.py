@@ -227,14 +227,17 @@ def test_paths_relative_to_where_the_run_was_started(tmp_path, pair, monkeypatch
     assert open_delta(home).norm() > 0
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", "full", "lora of a mixture", "full of a mixture"])
 def test_equal_to_what_a_real_run_logged(kind, tmp_path):
     """The norm of the update at every checkpoint, and the loss of the graft, as the callback measured them."""
     plan = {
         "trainer.max_steps": 4, "trainer.val_check_interval": 2, "graft.baselines": True,
         "trainer.limit_val_batches": 1.0, "data.limit_train_samples": 64,
     }  # fmt: skip
-    plan |= {"model.adapter": "null", "model.lr": 3e-4} if kind == "full" else {}
+    plan |= {"model.adapter": "null", "model.lr": 3e-4} if "full" in kind else {}
+    if "mixture" in kind:  # its experts lie fused in the run, and one by one in the pair's files
+        base, instruct = save_pair(tmp_path, "qwen3_moe", tied=False)
+        plan |= {"pair.base": str(base), "pair.instruct": str(instruct), "trainer.limit_val_batches": 2}
     home = fit(tmp_path / "run", plan)
     run = read_run(home)
     found = evolution(home)

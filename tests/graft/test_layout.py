@@ -283,15 +283,6 @@ def test_linear_holds_the_experts_in_either_layout_and_no_router(moe):
         assert linear_names(AutoModelForCausalLM.from_config(config)) == fused
 
 
-def test_adapters_on_bare_parameters_are_refused(tmp_path, moe):
-    root, _, _ = moe
-    model = AutoModelForCausalLM.from_pretrained(root / "base" / "single")
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(GraftError, match=r"target_parameters=.* can't be grafted on disk: it adapts bare parameters"):
-        open_update(CheckpointReader(root / "base" / "fused"), tmp_path / "adapter")
-
-
 def test_an_adapter_on_single_experts_needs_a_base_with_single_experts(tmp_path, moe):
     root, _, held = moe
     inner = held["base"]["model.layers.0.mlp.experts.down_proj"].shape[2]

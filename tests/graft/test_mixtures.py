@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.__main__ import main
 from shadowlit.errors import GraftError
+from shadowlit.graft import streaming
 from shadowlit.graft.alignment import AlignedReader
 from shadowlit.graft.checkpoint import CheckpointReader
 from shadowlit.graft.delta import Delta, write_delta
-from shadowlit.graft.disk import DiskGraft, Strength, linear_on_disk
+from shadowlit.graft.disk import DiskGraft, Strength, linear_on_disk, open_update
 from shadowlit.graft.export import export_adapter, export_folder, reload_logits
 from shadowlit.graft.layout import by_expert
 from shadowlit.graft.live import BASE, LiveGraft
@@ -174,6 +175,49 @@ def test_an_exported_adapter_on_the_instruct_is_the_graft(tmp_path, kind):
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[1]), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     assert (expected - logits(AutoModelForCausalLM.from_pretrained(folders[1]))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("arch", "form", "kind"),
+    [
+        ("qwen3_moe", "single", "experts"),
+        ("qwen3_moe", "single", "one kind of experts"),
+        ("qwen3_moe", "single", "rslora"),
+        ("mixtral", "single", "patterns"),
+        ("mixtral", "single", "everything"),
+        ("mixtral", "fused", "everything"),
+        ("mixtral", "base fused", "experts"),
+        ("qwen3_moe", "instruct fused", "everything"),
+    ],
+)
+def test_an_adapter_on_experts_is_grafted_on_disk_as_live(tmp_path, monkeypatch, arch, form, kind):
+    warnings.simplefilter("ignore")
+    monkeypatch.setattr(streaming, "PART_ELEMENTS", 100)  # a few rows a part
+    folders = pair_in(tmp_path, arch, form)
+    model = load(folders[0], LoraConfig(r=4, **ADAPTERS[kind]))
+    train_a_bit(model)
+    model.save_pretrained(tmp_path / "adapter")
+    live = dict(open_graft(model, folders, select="all").grafted_tensors(0.5))
+    options = [f"--tuned={tmp_path / 'adapter'}", f"--out={tmp_path / 'out'}", "--scale=0.5", "--select=all"]
+    assert main(["graft", f"--base={folders[0]}", f"--instruct={folders[1]}", *options]) == 0
+    disk, start = tensors(tmp_path / "out"), tensors(folders[1])
+    assert disk.keys() == live.keys()
+    for name, tensor in disk.items():
+        torch.testing.assert_close(tensor, live[name], rtol=0, atol=1e-6)
+        if "down" in name or "w2" in name:
+            assert (tensor - start[name]).abs().max() > 1e-4
+
+
+def test_factors_of_experts_that_do_not_fit_the_base(tmp_path):
+    base, _ = pair_in(tmp_path, "qwen3_moe", "single")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
+    stem = "base_model.model.model.layers.0.mlp.experts.lora_"
+    for factors in ({"A": (8, 24), "B": (33, 8)}, {"A": (6, 24), "B": (32, 6)}, {"A": (8, 24), "B": (32, 6)}):
+        found = {f"{stem}{letter}.weight": torch.randn(shape) for letter, shape in factors.items()}
+        save_file(found, tmp_path / "adapter" / "adapter_model.safetensors")
+        with pytest.raises(GraftError, match=r"adapts model\.layers\.0\.mlp\.experts by factors of the shapes"):
+            open_update(CheckpointReader(base), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("arch", MIXTURES)
