@@ -1,6 +1,6 @@
 """Preferences on the embedded pair: DPO of the Base grafted on the Instruct, against DPO of the Instruct.
 
-    python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill style] [--seeds 0 1 2]
+    python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill] [--seeds 0 1 2]
 
 Makes the pairs of :mod:`shadowlit.demo.preferences`, runs ``compare`` on two settings (two learning rates and three
 seeds per arm, 24 trainings), and writes ``experiments/embedded/PREFERENCES.md``. What is finished is skipped.
