@@ -4,7 +4,8 @@
 
 Trains the embedded Base on 16 pairs with each of DPO's losses, and keeps weights, loss and gradient of the first step,
 at which policy and reference are one, and of the eighth. TRL's ``DPOTrainer``, in an environment of its own, computes
-both again from the same weights and texts: its own tokenisation, collation, reference and loss. Last run (TRL 1.16, torch 2.13, CPU, float32)::
+both again from the same weights and texts: its own tokenisation, collation, reference and loss. Last run (TRL 1.16,
+torch 2.13, CPU, float32)::
 
     loss             ours          TRL  difference  gradient, relative   step
     sigmoid     0.6931472    0.6931472     1.9e-09             8.4e-07   1
