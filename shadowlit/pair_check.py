@@ -99,7 +99,8 @@ def check_pair(pair: ModelPair, select: Select = "linear") -> list[Problem]:
         if base.reader and instruct.reader:
             # Either may hold its experts fused. What can't be brought together is told by the checks.
             with contextlib.suppress(CheckpointError, GraftError):
-                instruct.headers, base.headers = (reader.tensors for reader in alike([instruct.reader, base.reader]))
+                instruct.reader, base.reader = alike([instruct.reader, base.reader])
+                instruct.headers, base.headers = instruct.reader.tensors, base.reader.tensors
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)
         problems += _check_unread(base, instruct)

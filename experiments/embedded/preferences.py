@@ -1,6 +1,6 @@
 """Preferences on the embedded pair: DPO of the Base grafted on the Instruct, against DPO of the Instruct.
 
-    python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill style] [--seeds 0 1 2]
+    python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill] [--seeds 0 1 2]
 
 Makes the pairs of :mod:`shadowlit.demo.preferences`, runs ``compare`` on two settings (two learning rates and three
 seeds per arm, 24 trainings), and writes ``experiments/embedded/PREFERENCES.md``. What is finished is skipped.
@@ -19,7 +19,7 @@ import numpy as np
 
 from shadowlit.comparison.commands import compare
 from shadowlit.comparison.records import Record, read_records
-from shadowlit.comparison.selection import choose_rate
+from shadowlit.comparison.selection import choose_rate, seeds_of
 from shadowlit.demo.preferences import write_preferences
 from shadowlit.demo.world import World
 
@@ -159,7 +159,9 @@ def report(runs: Path) -> Path:
         file = runs / setting / "records.json"
         if file.is_file():
             records = read_records(file)
-            lines += ["", f"## {title}", "", *table(setting, records), "", *rates_table(setting, records)]
+            seeds = ", ".join(map(str, seeds_of(records)))
+            lines += ["", f"## {title}", "", f"Seeds: {seeds}.", "", *table(setting, records), ""]
+            lines += rates_table(setting, records)
     target = ROOT / "experiments/embedded/PREFERENCES.md"
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return target

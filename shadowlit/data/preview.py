@@ -44,10 +44,13 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
     assert dataset is not None
     coloured = console.color_system is not None and not console.no_color
     for index in range(min(num_samples, len(dataset))):
-        sequences: dict[str, Any] = {"": dataset[index]}
+        sequences: dict[str, dict[str, Any]]
         if isinstance(dataset, PreferenceDataset):
-            names = ("chosen", "rejected") if data.samples == "pairs" else _LABELS[dataset[index][0]["desirable"]]
-            sequences = dict(zip(names, dataset[index][0]["answers"], strict=True))
+            (pair,) = dataset[index]
+            names = ("chosen", "rejected") if data.samples == "pairs" else _LABELS[pair["desirable"]]
+            sequences = dict(zip(names, pair["answers"], strict=True))
+        else:
+            sequences = {"": dataset[index]}
         for what, sample in sequences.items():
             tokens = sample["input_ids"]
             labels = sample.get("labels", [IGNORE] * len(tokens))

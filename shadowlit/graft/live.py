@@ -25,7 +25,7 @@ from shadowlit.graft.headers import some_of
 from shadowlit.graft.layout import Described, Layout, Range, assemble, canonical_key, in_layout_of_module
 from shadowlit.graft.naming import canonical_name, host_parameters, linear_names
 from shadowlit.graft.selection import Coverage, coverage, kind_of, layer_of, resolve
-from shadowlit.graft.towers import tower_of
+from shadowlit.graft.towers import split_selection, tower_of
 from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 
 _FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
@@ -475,15 +475,20 @@ def _select(
     """The parameters that a selection chooses; a pattern means what it means for the files."""
     if select in ("linear", "all") or not parts:
         return resolve(select, names, linear, model_type)
+    towers, patterns = split_selection(select)
     apart = {part.name for ranges in parts.values() for part in ranges}
     in_files = [*(name for name in names if name not in apart), *parts]
     by_file: set[str] = set()
     by_parameter: set[str] = set()
-    for pattern in [select] if isinstance(select, str) else select:
+    for pattern in patterns or ["all"]:
+        within = [*towers, pattern]
         try:
-            by_file |= resolve(pattern, in_files, linear, model_type)
+            if pattern in ("linear", "all"):
+                by_parameter |= resolve(within, names, linear, model_type)
+            else:
+                by_file |= resolve(within, in_files, linear, model_type)
         except GraftError:
-            by_parameter |= resolve(pattern, names, linear, model_type)
+            by_parameter |= resolve(within, names, linear, model_type)
     touched = {part.name for name, ranges in parts.items() if name in by_file for part in ranges}
     missed = {part.name for name, ranges in parts.items() if name not in by_file for part in ranges}
     if torn := sorted((touched & missed) - by_parameter):

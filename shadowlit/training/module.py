@@ -450,8 +450,8 @@ class ShadowModule(LightningModule):
         reference = None
         if who is not None and self.objective.has_reference:
             reference = self._references.look_up(who, name, batch["sample"].index_select(0, valid))
-        sums, counts = (x.view(-1, 2).index_select(0, valid) for x in (sums, counts))
-        return Answers(sums, counts, batch["desirable"].index_select(0, valid), reference)
+        logps, lengths = (x.view(-1, 2).index_select(0, valid) for x in (sums, counts))
+        return Answers(logps, lengths, batch["desirable"].index_select(0, valid), reference)
 
     def _score(self, batch: Batch, set_name: str) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders

@@ -1,10 +1,15 @@
 """Attention by sample is attention under a mask, whatever tells the borders."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.pair import ModelPair
+from shadowlit.training.module import ShadowModule
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME, borders_of, takes_borders, varlen_attention
 from tests.data.test_packing import MODELS, SAMPLES, assert_same, make_model, outcome, packed, separate
@@ -87,3 +92,21 @@ def test_models_that_cap_their_scores_are_refused():
     model.set_attn_implementation(NAME)
     with pytest.raises(ShadowlitError, match=r"'varlen', but Gemma2Attention needs 'softcap'.*Set it to 'eager'"):
         outcome(model, separate())
+
+
+@pytest.mark.parametrize(
+    ("packing", "arch", "options", "expected"),
+    [
+        ("padding_free", "qwen3", {}, NAME),
+        ("best_fit", "llama", {}, NAME),
+        (None, "qwen3", {}, "sdpa"),
+        ("padding_free", "gemma2", {}, "sdpa"),  # caps its scores
+        ("padding_free", "qwen3", {"compile_layers": True}, "sdpa"),
+        ("padding_free", "qwen3", {"attn_implementation": "eager"}, "eager"),
+    ],
+)
+def test_auto_is_varlen_where_rows_are_packed_and_it_can_be(packing, arch, options, expected):
+    module = ShadowModule(ModelPair("base", "instruct"), **options)
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(packing=packing))
+    module.trainer = trainer
+    assert module._kernel(AutoConfig.for_model(arch)) == expected
