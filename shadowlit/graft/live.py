@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -276,7 +276,7 @@ class LiveGraft:
         for name, info in self._instruct_reader.tensors.items():
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
-                yield name, assemble(self._parts[name], info.shape, lambda host, to=dtype: kept(host, to))
+                yield name, assemble(self._parts[name], info.shape, partial(kept, dtype=dtype))
             elif (host := hosts.get(aliases.get(name, name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
