@@ -216,11 +216,14 @@ class _Side:
         for experts, kinds in found.items():
             counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
             for kind, numbers in kinds.items():
-                missing = sorted(set(range(counts[experts])) - numbers)
+                # Looked for as far as they are told: the largest number comes from a file, and may be any.
+                missing = [n for n in range(min(counts[experts], len(numbers) + 5)) if n not in numbers][:5]
+                others = counts[experts] - len(numbers) - len(missing)
                 if missing:
+                    listed = some_of(missing) + (f" and {others} more" if others else "")
                     raise CheckpointError(
-                        f"{self.folder} lacks {kind} of the experts {some_of(missing)} of {experts}, which has experts "
-                        f"0 to {counts[experts] - 1}. Finish the download, or save the model again."
+                        f"{self.folder} lacks {kind} of the experts {listed} of {experts}, which has experts 0 to "
+                        f"{counts[experts] - 1}. Finish the download, or save the model again."
                     )
         return counts
 
@@ -389,8 +392,9 @@ def fused_experts(headers: Headers) -> dict[str, tuple[tuple[int, ...], list[Exp
                     found[key] = side.info(key).shape, [ExpertRows(side.keys[key], None, 0)]
                 continue
             stored = [(n, i, f"{experts}.{n}.{kind}.weight") for n in range(count) for i, kind in enumerate(kinds)]
-            if all(own in side.keys for _, _, own in stored):
-                rows, columns = side.info(stored[0][2]).shape
+            shapes = {side.info(own).shape if own in side.keys else () for _, _, own in stored}
+            if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
+                rows, columns = shape
                 parts = [ExpertRows(side.keys[own], n, i * rows) for n, i, own in stored]
                 found[key] = (count, len(kinds) * rows, columns), parts
     return found

@@ -362,6 +362,7 @@ def test_quantised_weights(tmp_path, name):
     [
         (numbered([0, 2]), FUSED, CheckpointError, r"lacks down_proj of the experts 1 of layers\.0\.experts, which"),
         (FUSED, numbered([1]), CheckpointError, r"lacks down_proj of the experts 0 of"),
+        (numbered([10**12]), FUSED, CheckpointError, r"experts 0, 1, 2, 3, 4 and 999999999995 more of"),
         (
             numbered([0, 1], ["gate_proj", "up_proj"]) | numbered([0], ["down_proj"]),
             FUSED,
