@@ -472,11 +472,11 @@ def _processor_of_images(folder: Path, config: PretrainedConfig, trust_remote_co
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     if kind is None or "video_processor" not in kind.get_attributes():
         return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
-    class ImagesOnly(kind):  # type: ignore[misc, valid-type]
+    class ImagesOnly(kind):
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
@@ -485,7 +485,7 @@ def _processor_of_images(folder: Path, config: PretrainedConfig, trust_remote_co
             from transformers import AutoImageProcessor, AutoTokenizer
 
             given = {"trust_remote_code": trust_remote_code}
-            loaders = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+            loaders: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
             return [
                 loaders[name].from_pretrained(folder, **given) if name in loaders else None
                 for name in kind.get_attributes()

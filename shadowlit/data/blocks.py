@@ -207,9 +207,8 @@ def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
     flat = tokens.values.to_numpy(), supervised.values.to_numpy().view(np.bool_), tokens.offsets.to_numpy()
     images = batch.column("images")
-    return Block(
-        *flat, *(batch.column(name).to_numpy() for name in _COLUMNS), images=images if len(images.values) else None
-    )
+    columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
+    return Block(*flat, **columns, images=images if len(images.values) else None)
 
 
 def _as_arrow(images: list[list[bytes]]) -> Any:
