@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +210,9 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
     flat = tokens.values.to_numpy(), supervised.values.to_numpy().view(np.bool_), tokens.offsets.to_numpy()
-    columns = (batch.column(name).to_numpy() for name in _COLUMNS)
-    block, images = Block(*flat, *columns), batch.column("images")
-    return replace(block, images=images) if len(images.values) else block
+    images = batch.column("images")
+    columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
+    return Block(*flat, **columns, images=images if len(images.values) else None)
 
 
 def _as_arrow(images: list[list[bytes]]) -> Any:
