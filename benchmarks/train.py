@@ -20,9 +20,10 @@ with and without the graft, and its swaps.
 
 TRL and LLaMA-Factory want an environment of their own where their needs differ: ``--python trl=ENV/bin/python``. A
 contestant whose package is missing is left out. LLaMA-Factory pads to a multiple of 8, and recomputes activations by
-default, which is switched off where the others keep them. ``--curve`` trains models of four sizes on samples of four lengths, at 2,048 tokens a step: what grows with what. ``--fork`` forks the processes from a server that has
-imported everything, which saves a GPU's time; the resident memory of such processes says nothing. Full tuning of 8B
-takes 16 bytes a parameter for weights, gradients and AdamW alone, 131 GB: not measured.
+default, which is switched off where the others keep them. ``--curve`` trains models of four sizes on samples of four
+lengths, at 2,048 tokens a step: what grows with what. ``--fork`` forks the processes from a server that has imported
+everything, which saves a GPU's time; the resident memory of such processes says nothing. Full tuning of 8B takes 16
+bytes a parameter for weights, gradients and AdamW alone, 131 GB: not measured.
 """
 
 from __future__ import annotations
