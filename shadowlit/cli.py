@@ -16,11 +16,13 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
+from shadowlit.data.formats import Samples
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair import ModelPair
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.objectives import Objective
 
 # jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
 warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
@@ -56,7 +58,7 @@ class ShadowCLI(LightningCLI):
         parser.add_lightning_class_args(ThroughputCallback, "throughput")
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")
         parser.link_arguments("pair", "data.pair", apply_on="instantiate")
-        parser.link_arguments("model.objective", "data.samples", lambda it: it.samples, apply_on="instantiate")
+        parser.link_arguments("model.objective", "data.samples", _samples_of, apply_on="instantiate")
         parser.set_defaults(
             {
                 "trainer.logger": {
@@ -81,6 +83,11 @@ class ShadowCLI(LightningCLI):
         if self.subcommand == "preview":
             return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         return super().instantiate_trainer(**kwargs)
+
+
+def _samples_of(objective: Objective | None) -> Samples:
+    """What rows the objective learns from; without one it is supervised fine-tuning."""
+    return "conversations" if objective is None else objective.samples
 
 
 def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI:

@@ -2,8 +2,8 @@
 
     python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill] [--seeds 0 1 2]
 
-Makes the pairs of :mod:`shadowlit.demo.preferences`, runs ``compare`` on two settings (two learning rates and three
-seeds per arm, 24 trainings), and writes ``experiments/embedded/PREFERENCES.md``. What is finished is skipped.
+Makes the pairs of :mod:`shadowlit.demo.preferences`, runs ``compare`` on two settings (three learning rates and three
+seeds per arm, 36 trainings), and writes ``experiments/embedded/PREFERENCES.md``. What is finished is skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = "shadowlit/demo/data"
 ARMS = ["B2I", "I2I", "B2B", "I2B"]
 SEEDS = [0, 1, 2]
-RATES = {"B2I": [2e-3, 4e-3], "I2I": [1e-3, 2e-3]}
+RATES = {"B2I": [2e-3, 4e-3, 8e-3], "I2I": [5e-4, 1e-3, 2e-3]}
 EPOCHS = {"skill": 6, "style": 3}
 SETS = {
     "skill": {"new": "skill_new", "new_house": "skill_new_house", "old_house": "skill_old_house"},

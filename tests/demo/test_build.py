@@ -17,6 +17,7 @@ from shadowlit.demo.build import (
     packed_rows,
     train_tokenizer,
 )
+from shadowlit.demo.preferences import SHIPPED
 from shadowlit.demo.world import END_OF_TURN, World, chat_text, exchange
 from tests.evaluation.scenes import demo_matcher
 
@@ -137,7 +138,7 @@ def test_the_shipped_folders_are_the_default_recipes():
 
 def test_the_shipped_data_are_what_the_world_says():
     sets = World().datasets()
-    assert {path.stem for path in DATA.glob("*.jsonl")} == set(sets)
+    assert {path.stem for path in DATA.glob("*.jsonl")} == {*sets, *SHIPPED}
     for name, rows in sets.items():
         assert rows_of(name) == rows
 

@@ -13,7 +13,7 @@ from shadowlit.training.loading import _adapter_start
 def test_factors_start_alike_on_every_device(name, start):
     """Lightning configures the model under its device's context, where tensors are made on that device."""
     parameter, adapter = torch.empty(4, 8), LoraConfig(init_lora_weights=start)
-    expected = _adapter_start(name, parameter, adapter, 0)
+    expected = _adapter_start(name, parameter, adapter, seed=0, rank=4)
     with torch.device("meta"):  # stands for any other device
-        found = _adapter_start(name, parameter, adapter, 0)
+        found = _adapter_start(name, parameter, adapter, seed=0, rank=4)
     assert found.device.type == "cpu" and torch.equal(found, expected)
