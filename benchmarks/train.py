@@ -914,7 +914,7 @@ def curve(root: Path, options: argparse.Namespace) -> None:
                 else:
                     found.setdefault(f"{name} {contestant}", []).append(run)
                     print(f"{repetition} {name}: {shown(run)}", file=sys.stderr, flush=True)
-    print("| parameters, M | in the layers, M | tokens of a sample | step, s | µs per token | ns per token and "
+    print("| parameters, M | in the layers, M | tokens of a sample | step, s | µs per token | µs per token and "
           "million parameters of the layers and the head | peak memory, GB | graft in, ms | out, ms | one copy, ms |\n"
           "|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
     for name, model in models.items():
@@ -927,7 +927,7 @@ def curve(root: Path, options: argparse.Namespace) -> None:
         ]
         print(
             f"| {total:.1f} | {in_layers:.1f} | {profile.median} | {step:.2f} | {1e6 * step / CURVE_TOKENS:,.0f} | "
-            f"{1e9 * step / CURVE_TOKENS / (model['matrices'] / 1e6):,.0f} | {middle(runs, 'peak_bytes') / 1e9:.2f} | "
+            f"{1e6 * step / CURVE_TOKENS / (model['matrices'] / 1e6):,.0f} | {middle(runs, 'peak_bytes') / 1e9:.2f} | "
             f"{' | '.join(swaps)} |"
         )
 
