@@ -710,6 +710,7 @@ class ShadowData(LightningDataModule):
     def _window_batches(
         self, world_size: int, rank: int, dataset: TokenDataset, number: int, start: int
     ) -> Iterable[list[Any]]:
+        self._require_packable(dataset)
         packs = PackedOrder(dataset.lengths, self.pack_length, self.seed) if self.packing == "best_fit" else None
         if self.drop_last and len(packs or dataset) < world_size * self.batch_size:
             return []

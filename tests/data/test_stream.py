@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.module import ShadowData
 from shadowlit.data.sources import read_conversations, stream_conversations
 from shadowlit.errors import DataError
@@ -173,3 +174,11 @@ def test_a_preview_shows_the_first_window(path):
     shown = data(path)
     shown.setup("fit")
     assert len(shown.dataset("train")) == 4
+
+
+def test_an_image_that_comes_later_is_refused_in_packed_rows(path, monkeypatch):
+    """Every window is looked at, not the first one alone."""
+    ready = on_rank(data(path, packing="padding_free"))
+    monkeypatch.setattr(TokenDataset, "has_images", property(lambda self: True))
+    with pytest.raises(DataError, match=r"data\.packing is 'padding_free', but the training samples have images"):
+        next(iter(ready.train_dataloader()))
