@@ -291,7 +291,7 @@ class ShadowData(LightningDataModule):
                 errors.append(str(error))
         if stage in ("fit", None) and self.streaming and self.train and not errors:
             try:
-                self._require_packable(self._stream().first_window())
+                self._require_packable(self._stream().first_samples())
             except DataError as error:
                 errors.append(str(error))
         raise_all(errors)
@@ -299,7 +299,7 @@ class ShadowData(LightningDataModule):
             self._warn_of_overlap()
 
     def dataset(self, split: str) -> TokenDataset | PreferenceDataset:
-        """A tokenised set: ``train``, ``val/<set>``, ``test/<set>``, or a set's bare name; a stream's first window.
+        """A tokenised set: ``train``, ``val/<set>``, ``test/<set>``, or a set's bare name; a stream's first samples.
 
         Raises:
             DataError: There is no such set, or :meth:`setup` hasn't read it.
@@ -308,7 +308,7 @@ class ShadowData(LightningDataModule):
             if name in self._sets:
                 return self._sets[name]
         if split == "train" and self.streaming and self.train:
-            return self._stream().first_window()
+            return self._stream().first_samples()
         known = ", ".join(self._sets) or "none"
         raise DataError(f"there is no data set '{split}'; there are: {known}. Give one of these, or add it to data.")
 

@@ -16,6 +16,7 @@ from shadowlit.data.sources import Conversation
 from shadowlit.errors import DataError
 
 _PASS = 2**32  # more than the windows of a pass over the data
+_LOOKED_AT = 64  # rows that are tokenised before the training begins, unless none of them makes a sample
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,21 @@ class TokenStream(IterableDataset):
         self._tokenise, self._batches, self._packed, self._collate = tokenise, batches, packed, collate
         self.start = Position()
 
-    def first_window(self) -> TokenDataset:
-        """The samples that a pass begins with.
+    def first_samples(self) -> TokenDataset:
+        """Some of those that a pass begins with: enough to see what is wrong with all, or to look at a few.
 
         Raises:
-            DataError: There is none, or a row is malformed.
+            DataError: The first window has none, or a malformed row.
         """
-        dataset, report = self._tokenise(next((rows for _, rows in self._windows(0)), []))
-        if not len(dataset):
-            raise DataError(
-                f"data.train has no sample in its first {report.num_rows} rows. Give a source with rows, raise "
-                "data.max_length, or look at data.overlong."
-            )
-        return dataset
+        rows = next((rows for _, rows in self._windows(0)), [])
+        for start in range(0, len(rows), _LOOKED_AT):
+            dataset, _ = self._tokenise(rows[start : start + _LOOKED_AT])
+            if len(dataset):
+                return dataset
+        raise DataError(
+            f"data.train has no sample in its first {len(rows)} rows. Give a source with rows, raise data.max_length, "
+            "or look at data.overlong."
+        )
 
     def __iter__(self) -> Iterator[tuple[Position, dict[str, torch.Tensor]]]:
         """Batches from :attr:`start` on, each after the position that is behind it.

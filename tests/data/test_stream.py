@@ -170,7 +170,7 @@ def test_bad_input_is_told_before_the_training(path, tmp_path):
         batches(data(path, drop_last=True, batch_size=8), 1)
 
 
-def test_a_preview_shows_the_first_window(path):
+def test_a_preview_shows_the_first_samples(path):
     shown = data(path)
     shown.setup("fit")
     assert len(shown.dataset("train")) == 4
