@@ -238,8 +238,8 @@ def words(command: str, folder: Path, out: str) -> list[str]:
 def ours(command: str, root: Path, out: str, by_threads: bool) -> None:
     """Time a command of shadowlit after a tiny model has brought in all imports, and its waiting for the disk."""
     sys.path.insert(0, str(ROOT))
-    from shadowlit.__main__ import main as shadowlit
-    from shadowlit.graft import workers
+    from shadowlit.checkpoint import workers
+    from shadowlit.cli.main import main as shadowlit
 
     if by_threads:
         workers.may_fork = lambda: False

@@ -56,7 +56,7 @@ def run(root: str, kind: str, mode: str, world_size: int) -> None:
     from torch.utils.data import DataLoader
 
     from shadowlit.callbacks.graft import GraftCallback
-    from shadowlit.pair import ModelPair
+    from shadowlit.pair.pair import ModelPair
     from shadowlit.training.module import ShadowModule
 
     class Tokens(LightningDataModule):

@@ -51,7 +51,7 @@ def ours(folder: Path) -> None:
     from shadowlit.data.template import render_prompt
     from shadowlit.demo.preferences import preferences
     from shadowlit.demo.world import World
-    from shadowlit.pair import ModelPair
+    from shadowlit.pair.pair import ModelPair
     from shadowlit.training.module import ShadowModule
     from shadowlit.training.objectives import DPO
 

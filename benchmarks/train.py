@@ -556,7 +556,7 @@ def open_shadowlit(work: Work, profile: Profile, **options: Any) -> tuple[Any, A
     from peft import LoraConfig
 
     from shadowlit.data.module import ShadowData
-    from shadowlit.pair import ModelPair
+    from shadowlit.pair.pair import ModelPair
     from shadowlit.training.module import ShadowModule
     from tests.gpu.older_torch import accept_grouped_heads
 
@@ -671,10 +671,10 @@ def graft_figures(work: Work, profile: Profile, meter: Meter, module: Any, callb
     """Times of the swaps, on the device and offloaded, and of a plain copy of the parameters."""
     import torch
 
-    from shadowlit.graft.alignment import AlignedReader
-    from shadowlit.graft.checkpoint import CheckpointReader
-    from shadowlit.graft.live import LiveGraft
-    from shadowlit.graft.naming import host_parameters
+    from shadowlit.checkpoint.alignment import AlignedReader
+    from shadowlit.checkpoint.folder import CheckpointReader
+    from shadowlit.grafting.live import LiveGraft
+    from shadowlit.grafting.parameters import host_parameters
 
     live = callback.graft
     parameters = [p.detach() for p in host_parameters(module.model).values()]

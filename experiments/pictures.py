@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from shadowlit.data.module import ShadowData
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments/results/pictures"

@@ -29,3 +29,8 @@ class ExportError(ShadowlitError):
 
 class EvaluationError(ShadowlitError):
     """A suite, a task, a backend or a model with which a benchmark cannot be run."""
+
+
+def first_line(error: Exception) -> str:
+    """The error's type and what its first line says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

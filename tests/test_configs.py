@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from shadowlit.cli import main
-from shadowlit.graft.manifest import read_manifest
+from shadowlit.grafting.manifest import read_manifest
+from shadowlit.lightning_cli import main
 from tests.distributed import run_ranks
 from tests.tiny import save_pair
 from tests.vision import tiny as vision

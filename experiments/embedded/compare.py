@@ -15,11 +15,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
 
-from shadowlit.comparison.commands import compare
-from shadowlit.comparison.records import read_records
-from shadowlit.comparison.report import Description, summarise, write_combined
+from shadowlit.cli.compare import compare
 from shadowlit.demo.settings import write_settings
 from shadowlit.demo.world import World
+from shadowlit.studies.comparison.records import read_records
+from shadowlit.studies.comparison.report import write_combined
+from shadowlit.studies.comparison.summary import Description, summarise
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = "shadowlit/demo/data"

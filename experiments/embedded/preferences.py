@@ -17,11 +17,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 
 import numpy as np
 
-from shadowlit.comparison.commands import compare
-from shadowlit.comparison.records import Record, read_records
-from shadowlit.comparison.selection import choose_rate, seeds_of
+from shadowlit.cli.compare import compare
 from shadowlit.demo.preferences import write_preferences
 from shadowlit.demo.world import World
+from shadowlit.studies.comparison.records import Record, read_records
+from shadowlit.studies.comparison.selection import choose_rate, seeds_of
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = "shadowlit/demo/data"

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from shadowlit.analysis.run import pair_of, read_config
+from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.layout import with_experts_as
+from shadowlit.checkpoint.names import canonical_name
+from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
-from shadowlit.graft.alignment import AlignedReader
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.delta import Delta
-from shadowlit.graft.disk import AdapterUpdate, linear_on_disk
-from shadowlit.graft.headers import TensorInfo, dtype_code, some_of
-from shadowlit.graft.layout import with_experts_as
-from shadowlit.graft.naming import canonical_name
-from shadowlit.graft.selection import resolve
-from shadowlit.pair import ModelPair
+from shadowlit.grafting.disk import AdapterUpdate, linear_on_disk
+from shadowlit.grafting.selection import resolve
+from shadowlit.pair.pair import ModelPair
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -84,7 +84,7 @@ class TrainedReader(CheckpointReader):
         return any(".lora_" in name for name in self.tensors)
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
+        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
         assert offset + len(buffer) <= self.info(name).num_bytes
         if len(buffer):
             flat = self._load(self._stored[name]).contiguous().reshape(-1).view(torch.uint8)

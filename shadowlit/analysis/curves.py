@@ -9,8 +9,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from shadowlit.analysis.style import SUBJECTS, panels
 from shadowlit.errors import DataError
+from shadowlit.plotting import SUBJECTS, panels
 
 _UNITS = {
     "loss": "loss (nats per token)",

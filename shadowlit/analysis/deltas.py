@@ -15,16 +15,17 @@ from shadowlit.analysis.checkpoints import latest, open_stage
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare
 from shadowlit.analysis.tables import Table
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.layout import alike
+from shadowlit.checkpoint.names import kind_of, layer_of
+from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
+from shadowlit.delta.delta import Delta, TensorStatistics
+from shadowlit.delta.transforms import magnitude
 from shadowlit.errors import DataError, GraftError
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.compression import magnitude
-from shadowlit.graft.delta import SINGLE_FILE as DELTA_FILE
-from shadowlit.graft.delta import Delta, TensorStatistics
-from shadowlit.graft.disk import linear_on_disk, open_update
-from shadowlit.graft.headers import TensorInfo
-from shadowlit.graft.layout import alike
-from shadowlit.graft.selection import kind_of, layer_of, resolve
-from shadowlit.pair import model_folder
+from shadowlit.grafting.disk import linear_on_disk, open_update
+from shadowlit.grafting.selection import resolve
+from shadowlit.pair.folders import model_folder
 
 _FLOAT32 = 4  # bytes
 
@@ -89,7 +90,7 @@ class DeltaReader(CheckpointReader):
         self._delta = delta
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.graft.headers.Headers.read_into`."""
+        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
         info = self.info(name)
         row_bytes = _FLOAT32 * max(1, info.num_elements // max(1, info.shape[0] if info.shape else 1))
         start, stop = offset // row_bytes, -(-(offset + len(buffer)) // row_bytes)
@@ -240,7 +241,7 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
 
 
 def trimmed(delta: Delta, density: float) -> Delta:
-    """The update with only the largest elements of each tensor; see :func:`shadowlit.graft.compression.magnitude`."""
+    """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
     if not 0 < density <= 1:
         raise GraftError(f"density is {density}; expected a share of elements in (0, 1], e.g. 0.2.")
     return delta.map(lambda _, tensor: magnitude(tensor, density))

@@ -12,8 +12,8 @@ from shadowlit.analysis.checkpoints import Stage, open_stage, stages
 from shadowlit.analysis.deltas import compare_deltas
 from shadowlit.analysis.similarity import Similarity
 from shadowlit.analysis.tables import Table
+from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
-from shadowlit.graft.delta import Delta
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from shadowlit.analysis.similarity import Group, Similarity
-from shadowlit.analysis.style import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
 from shadowlit.errors import ShadowlitError
+from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
 

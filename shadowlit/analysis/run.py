@@ -17,8 +17,8 @@ from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.tables import Markdown, Table
 from shadowlit.errors import DataError
 from shadowlit.evaluation.samples import side_by_side
-from shadowlit.graft.manifest import MANIFEST_FILE, read_manifest
-from shadowlit.pair import ModelPair
+from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest
+from shadowlit.pair.pair import ModelPair
 
 Points = Sequence[tuple[int, float]]
 SUBJECTS = ("tuned", "grafted", "base", "instruct")

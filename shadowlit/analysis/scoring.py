@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shadowlit.analysis.run import located
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.layout import Described, Layout, assemble, in_layout_of_module
+from shadowlit.checkpoint.names import is_of_experts
 from shadowlit.data.module import ShadowData
+from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
-from shadowlit.evaluation.scores import TokenScores
-from shadowlit.graft.arithmetic import add_delta
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.delta import Delta
-from shadowlit.graft.layout import Described, Layout, assemble, in_layout_of_module
-from shadowlit.graft.naming import host_parameters
-from shadowlit.graft.selection import is_of_experts
-from shadowlit.pair import ModelPair
+from shadowlit.grafting.arithmetic import add_delta
+from shadowlit.grafting.parameters import host_parameters
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.metrics import TokenScores
 
 
 class Scorer:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.analysis.sums import Moments, Sums, stream_moments
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.names import expert_of, kind_of, layer_of
+from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import PairError
-from shadowlit.graft.checkpoint import DELTA_FILE, CheckpointReader
-from shadowlit.graft.headers import some_of
-from shadowlit.graft.selection import expert_of, kind_of, layer_of
-from shadowlit.graft.streaming import row_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -264,7 +264,7 @@ def compare(
     Of models, each is compared with the first, and then the offsets of every two others from the first with each
     other: for Base, tuned Base and Instruct this is the angle between the update and the offset. Of deltas, every two
     are compared. Experts of mixtures are compared one by one, however the files hold them, if the readers come from
-    :func:`shadowlit.graft.layout.alike`. Computed in float32, added up in float64.
+    :func:`shadowlit.checkpoint.layout.alike`. Computed in float32, added up in float64.
 
     Args:
         readers: two or more checkpoints; the Base first.
@@ -329,7 +329,7 @@ def with_ranks(
         readers: of models, not of deltas.
         advance: called with the number of elements of every matrix that is done.
     """
-    from shadowlit.graft.spectrum import effective_rank, singular_values, stable_rank
+    from shadowlit.delta.spectrum import effective_rank, singular_values, stable_rank
 
     letters = list(report.models)
 

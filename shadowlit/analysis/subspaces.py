@@ -13,10 +13,10 @@ from torch import Tensor
 from shadowlit.analysis.deltas import Matrix, matrices
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.tables import Table
+from shadowlit.checkpoint.names import kind_of, layer_of
+from shadowlit.delta.delta import Delta
+from shadowlit.delta.spectrum import effective_rank, gram, singular_values, stable_rank
 from shadowlit.errors import GraftError
-from shadowlit.graft.delta import Delta
-from shadowlit.graft.selection import kind_of, layer_of
-from shadowlit.graft.spectrum import effective_rank, gram, singular_values, stable_rank
 
 Side = Literal["output", "input"]
 _NO_DIRECTION = 1e-6  # of the largest singular value: what float32 matrices have as noise
@@ -40,7 +40,7 @@ class Spectrum:
 
     @property
     def effective_rank(self) -> float:
-        """``exp(H(s / Σ s))``; see :func:`shadowlit.graft.spectrum.effective_rank`."""
+        """``exp(H(s / Σ s))``; see :func:`shadowlit.delta.spectrum.effective_rank`."""
         return effective_rank(self.values)
 
     @property

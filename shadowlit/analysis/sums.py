@@ -14,11 +14,11 @@ from itertools import combinations_with_replacement
 import numpy as np
 import numpy.typing as npt
 
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.numeric import split_bfloat16, vectors
+from shadowlit.checkpoint.workers import in_order
 from shadowlit.errors import CheckpointError
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.headers import TensorInfo
-from shadowlit.graft.numeric import split_bfloat16, vectors
-from shadowlit.graft.workers import in_order
 
 _TASK_ELEMENTS = 2**23  # of a tensor, computed by one process or thread
 _WINDOW_ELEMENTS = 2**18  # of all vectors of a window together, in float32: half of a usual L2 cache

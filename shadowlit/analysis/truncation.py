@@ -16,10 +16,10 @@ from torch import Tensor
 from shadowlit.analysis.deltas import trimmed
 from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.analysis.subspaces import Spectrum
+from shadowlit.checkpoint.names import kind_of
+from shadowlit.delta.delta import Delta
+from shadowlit.delta.transforms import truncated_svd
 from shadowlit.errors import DataError, GraftError
-from shadowlit.graft.compression import truncated_svd
-from shadowlit.graft.delta import Delta
-from shadowlit.graft.selection import kind_of
 
 ALL = "all"
 _PART = 2**20  # elements that are in float64 at a time

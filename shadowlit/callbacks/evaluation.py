@@ -17,15 +17,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.schedule import is_last_validation
-from shadowlit.data.sources import raise_all
+from shadowlit.data.conversation import raise_all
+from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import DataError, GraftError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.samples import log_text, side_by_side
 from shadowlit.files import replace_text
-from shadowlit.graft.live import BASE, LiveGraft
-from shadowlit.pair import ModelPair
+from shadowlit.grafting.live import BASE, LiveGraft
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import TUNED, ShadowModule
-from shadowlit.training.parallel import of_all_ranks
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _UNTOUCHED: dict[str, float | str] = {"base": BASE, "instruct": 0.0}

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.images import IMAGE_INPUTS
+from shadowlit.delta.delta import write_delta
 from shadowlit.errors import ExportError
-from shadowlit.graft.adapter import starts_from_weights
-from shadowlit.graft.delta import write_delta
-from shadowlit.graft.export import (
+from shadowlit.grafting.adapter import starts_from_weights
+from shadowlit.grafting.export import (
     export_adapter,
     export_folder,
     logit_difference,
     reload_logits,
 )
-from shadowlit.graft.manifest import Manifest, add_to_manifest, build_manifest
+from shadowlit.grafting.manifest import Manifest, add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)

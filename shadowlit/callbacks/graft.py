@@ -16,11 +16,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
-from shadowlit.graft.alignment import AlignedReader
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.live import BASE, LiveGraft, Squares
+from shadowlit.grafting.live import BASE, LiveGraft, Squares
+from shadowlit.pair.check import require_fit
 from shadowlit.training.module import TUNED, ShadowModule
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class GraftCallback(Callback):
                 f"GraftCallback can't share a run with {', '.join(swapping)}: both swap the module's weights around "
                 "validation. Remove one of them."
             )
-        pl_module.pair.require_fit(self.select)
+        require_fit(pl_module.pair, self.select)
         current = pl_module.pair.fingerprints()
         if self._fingerprints and self._fingerprints != current:
             changed = [who for who in current if current[who] != self._fingerprints.get(who)]

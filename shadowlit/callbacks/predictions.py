@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from shadowlit.distributed import of_all_ranks
 from shadowlit.files import replace_text
-from shadowlit.training.parallel import of_all_ranks
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.distributed import of_all_ranks
 from shadowlit.training.flops import Work, count_pairs, peak_flops
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.objective import IGNORE
-from shadowlit.training.parallel import of_all_ranks
 
 _PARTS = ("data", "forward_backward", "optimizer", "validation", "graft", "evaluation")
 _TRAINING = _PARTS[:3]
@@ -91,7 +91,7 @@ class ThroughputCallback(Callback):
         counts = torch.stack([tokens, *(pairs[window] for window in self._windows)]).double()
         self._counts = counts if self._counts is None else self._counts + counts
         positions = batch.get("supervised")
-        self._supervised += int((batch["labels"] != IGNORE).sum()) if positions is None else len(positions)
+        self._supervised += int((batch["labels"] != IGNORE_INDEX).sum()) if positions is None else len(positions)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The gradients are there."""

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from shadowlit.data.sources import Conversation
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation
 from shadowlit.data.template import Encoded
-from shadowlit.training.objective import IGNORE
 
 _ABOUT, _CHECKSUM = b"shadowlit", b"checksum"
 _COLUMNS = ("source", "row", "line", "desirable", "digest")
@@ -72,7 +71,7 @@ class BlockBuilder:
         """Add a sample and where it came from."""
         tokens = array("i", sample.input_ids)
         self._tokens.extend(tokens)
-        self._supervised.extend(label != IGNORE for label in sample.labels)
+        self._supervised.extend(label != IGNORE_INDEX for label in sample.labels)
         self._ends.append(len(self._tokens))
         place = (self.sources.setdefault(origin.source, len(self.sources)), origin.row, origin.line or -1)
         for column, value in zip(self._places, place, strict=True):

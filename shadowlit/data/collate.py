@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.packing import pack_samples
-from shadowlit.training.objective import IGNORE
 
 Sample = dict[str, Any]
 
@@ -34,7 +34,7 @@ class Collate:
         return {
             "input_ids": _fill(samples, "input_ids", length, self.pad_token_id),
             "attention_mask": _fill([{"mask": [1] * len(s["input_ids"])} for s in samples], "mask", length, 0),
-            "labels": _fill(samples, "labels", length, IGNORE),
+            "labels": _fill(samples, "labels", length, IGNORE_INDEX),
         }
 
 
@@ -60,7 +60,7 @@ class PackCollate:
         batch = {
             "input_ids": _fill(rows, "input_ids", length, self.pad_token_id),
             "position_ids": _fill(rows, "position_ids", length, 0),
-            "labels": _fill(rows, "labels", length, IGNORE),
+            "labels": _fill(rows, "labels", length, IGNORE_INDEX),
         }
         for places, row in zip(batch["position_ids"], rows, strict=True):
             used = len(row["position_ids"])

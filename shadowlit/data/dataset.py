@@ -13,14 +13,13 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation, raise_all
 from shadowlit.data.formats import Message
 from shadowlit.data.images import Picture
 from shadowlit.data.packing import Pack, pack_samples
 from shadowlit.data.sampler import FILLER
-from shadowlit.data.sources import Conversation, raise_all
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
-from shadowlit.training.objective import IGNORE
 
 Overlong = Literal["error", "truncate", "drop"]
 
@@ -113,11 +112,11 @@ class TokenDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Sample ``index``, or the filler for -1."""
         if index == FILLER:
-            return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE] * 2}
+            return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE_INDEX] * 2}
         block, place = self._find(index)
         span = slice(block.ends[place], block.ends[place + 1])
         tokens = block.tokens[span]
-        labels = np.where(block.supervised[span], tokens, IGNORE).tolist()
+        labels = np.where(block.supervised[span], tokens, IGNORE_INDEX).tolist()
         sample: dict[str, Any] = {"input_ids": tokens.tolist(), "labels": labels}
         if block.images is not None and (images := block.images[place].as_py()):
             sample |= {"images": [Picture.unpack(image) for image in images], "origin": self.origin(index)}
@@ -345,7 +344,7 @@ def count_shared(one: Any, other: Any) -> int:
 
 
 def _num_supervised(sample: Encoded) -> int:
-    return sum(label != IGNORE for label in sample.labels)
+    return sum(label != IGNORE_INDEX for label in sample.labels)
 
 
 def _both(first: list[Encoded], second: list[Encoded]) -> list[Encoded]:
@@ -407,7 +406,7 @@ def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised
             "has no token with loss: none of its assistant turns is to be trained on. Remove 'train'/'weight' from "
             "one, or set data.drop_unsupervised=true."
         )
-    prompt = next(t for t, label in enumerate(sample.labels) if label != IGNORE)
+    prompt = next(t for t, label in enumerate(sample.labels) if label != IGNORE_INDEX)
     raise DataError(
         f"has no token with loss after truncation to {max_length} tokens (its prompt has {prompt}). "
         "Raise data.max_length or set data.drop_unsupervised=true."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
-from shadowlit.training.objective import IGNORE
 
 
 def encode_document(
@@ -26,4 +26,4 @@ def encode_document(
     if end_token_id is not None and (not ids or ids[-1] != end_token_id):
         ids.append(end_token_id)
     pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
-    return [Encoded(piece, [IGNORE, *piece[1:]]) for piece in pieces if len(piece) > 1]
+    return [Encoded(piece, [IGNORE_INDEX, *piece[1:]]) for piece in pieces if len(piece) > 1]

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.formats import Message
 from shadowlit.errors import DataError, PairError
-from shadowlit.training.objective import IGNORE
 
 if TYPE_CHECKING:
     from PIL import Image as Pillow
     from transformers import ProcessorMixin
 
-    from shadowlit.pair import ModelPair
+    from shadowlit.pair.pair import ModelPair
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 """Which tokens are of images, ``[B, T]``, by the names that models have for it."""
@@ -337,7 +337,7 @@ class ImageCollate:
         loaded = [list(_loaded(sample)) for sample in samples if sample.get("images")]
         if not loaded:
             tokens, blank = self.images.filler()
-            samples = [*samples, {"input_ids": tokens, "labels": [IGNORE] * len(tokens), "index": -1}]
+            samples = [*samples, {"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens), "index": -1}]
             loaded = [[blank]]
         batch = self.collate(samples)
         return {**batch, **self.images.inputs(batch["input_ids"], loaded)}

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from shadowlit.data.blocks import Block, read_blocks, write_blocks
 from shadowlit.data.cache import cache_key, default_folder
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
+from shadowlit.data.conversation import Conversation, raise_all
 from shadowlit.data.dataset import (
     DataReport,
     Overlong,
@@ -42,12 +43,10 @@ from shadowlit.data.packing import PackedOrder, Packing
 from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, epoch_order, evaluation_order, grouped_order
 from shadowlit.data.sources import (
-    Conversation,
     digest_source,
     fetch,
     folder_of,
     is_remote,
-    raise_all,
     read_conversations,
     say,
     stream_conversations,
@@ -55,7 +54,7 @@ from shadowlit.data.sources import (
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.data.template import Encoded, check_template, encode_question, encode_turns, load_template, renders_date
 from shadowlit.errors import DataError, PairError
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _GPU_WORKERS = 2  # the training process launches kernels, which nothing should interrupt

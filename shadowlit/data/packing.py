@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shadowlit.training.objective import IGNORE
+from shadowlit.data.conversation import IGNORE_INDEX
 
 Packing = Literal["padding_free", "best_fit"]
 Pack = tuple[int, ...]
@@ -146,7 +146,7 @@ def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]
         begin = len(row["labels"])
         row["input_ids"] += sample["input_ids"]
         row["labels"] += sample["labels"]
-        row["labels"][begin] = IGNORE
+        row["labels"][begin] = IGNORE_INDEX
         row["position_ids"] += range(len(sample["input_ids"]))
     return row
 

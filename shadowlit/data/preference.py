@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shadowlit.data.collate import Collate, PackCollate
+from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.formats import Message, Samples, from_messages, from_sharegpt, said
 from shadowlit.data.packing import Pack, Packing, pack_samples
 from shadowlit.data.sampler import FILLER
-from shadowlit.data.sources import Conversation
 from shadowlit.errors import DataError
 
 _LABELLED = (("prompt", "completion", "label"), ("messages", "label"))

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.errors import DataError
-from shadowlit.training.objective import IGNORE
 
 # Two shades each, so that neighbouring tokens can be told apart.
 _LOSS = ("black on green", "black on bright_green")
@@ -53,8 +53,8 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
             sequences = {"": dataset[index]}
         for what, sample in sequences.items():
             tokens = sample["input_ids"]
-            labels = sample.get("labels", [IGNORE] * len(tokens))
-            num_loss = sum(label != IGNORE for label in labels)
+            labels = sample.get("labels", [IGNORE_INDEX] * len(tokens))
+            num_loss = sum(label != IGNORE_INDEX for label in labels)
             head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {num_loss} with loss"
             # Not a rule, which would cut a long path and the numbers behind it.
             console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
@@ -76,7 +76,7 @@ def render_sample(
     """
     text = Text()
     pieces = token_texts(tokenizer, input_ids)
-    for has_loss, run in groupby(range(len(pieces)), key=lambda i: labels[pieces[i][1]] != IGNORE):
+    for has_loss, run in groupby(range(len(pieces)), key=lambda i: labels[pieces[i][1]] != IGNORE_INDEX):
         if has_loss and not coloured:
             text.append("⟦")
         for i in run:

@@ -16,39 +16,15 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.formats import Message, Samples, check_columns, convert_row, detect_format, unused_columns
+from shadowlit.data.conversation import Conversation, collect, place, raise_all
+from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
 from shadowlit.errors import DataError
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
-MAX_SHOWN = 5
+
 _ROWS_READ = 1024  # of a Parquet file at a time
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The messages of one row, and where they came from.
-
-    Attributes:
-        messages: ``{"role", "content", …}`` in order.
-        source: The file or hub data set, as the user named it.
-        row: 0-based index in the source.
-        line: 1-based line of a JSONL file, else None.
-        other: The conversation with the second answer of a preference sample, else None.
-        desirable: The label of a labelled answer, else None.
-    """
-
-    messages: list[Message]
-    source: str
-    row: int
-    line: int | None = None
-    other: list[Message] | None = None
-    desirable: bool | None = None
-
-    def __str__(self) -> str:
-        """``sample 17 of train.jsonl (line 18)``."""
-        return place(self.source, self.row, self.line)
 
 
 @dataclass(frozen=True)
@@ -196,38 +172,6 @@ def digest_source(source: str, use: str) -> str | None:
         return None
 
 
-def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """``[function(item) for item in items]``, with the DataErrors of all items in one.
-
-    Raises:
-        DataError: The only error, or up to five of several and their number.
-    """
-    results, errors = [], []
-    for item in items:
-        try:
-            results.append(function(item))
-        except DataError as error:
-            errors.append(str(error))
-    raise_all(errors)
-    return results
-
-
-def raise_all(errors: list[str]) -> None:
-    """Raise what was collected, if anything.
-
-    Raises:
-        DataError: ``errors`` isn't empty; up to five are listed.
-    """
-    if not errors:
-        return
-    errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be told once per set
-    if len(errors) == 1:
-        raise DataError(errors[0])
-    shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))
-    more = f"\n  … and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
-    raise DataError(f"{len(errors)} problems with the data:{shown}{more}")
-
-
 def is_remote(source: str) -> bool:
     """Whether ``source`` has to be fetched from the hub."""
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
@@ -240,11 +184,6 @@ def fetch(source: str, use: str) -> None:
         DataError: The hub doesn't give it.
     """
     _open_hub(source, use)
-
-
-def place(source: str, row: int, line: int | None) -> str:
-    """``sample 17 of train.jsonl (line 18)``."""
-    return f"sample {row} of {source}" + (f" (line {line})" if line is not None else "")
 
 
 def read_rows(source: str, use: str) -> list[Row]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import DataReport, PackedDataset, TokenDataset
 from shadowlit.data.sampler import FILLER
-from shadowlit.data.sources import Conversation
 from shadowlit.errors import DataError
 
 _PASS = 2**32  # more than the windows of a pass over the data

@@ -31,10 +31,10 @@ import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.formats import Message
 from shadowlit.data.images import ImageProcessing, Picture, pictures_in
 from shadowlit.errors import DataError
-from shadowlit.training.objective import IGNORE
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
@@ -109,7 +109,7 @@ def encode(
     if images is not None:
         text, spans, shown = images.expand(text, spans, pictures)
     input_ids, places = _tokenise(tokenizer, text)
-    labels = [IGNORE] * len(input_ids)
+    labels = [IGNORE_INDEX] * len(input_ids)
     for span in spans:
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
@@ -127,7 +127,7 @@ def encode(
     for start, end in shown:  # an assistant may show an image, but nobody generates one
         for t, place in enumerate(places):
             if place[1] > start and place[0] < end:
-                labels[t] = IGNORE
+                labels[t] = IGNORE_INDEX
     return Encoded(input_ids, labels, pictures, images_end, num_image_tokens)
 
 

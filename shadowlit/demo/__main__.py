@@ -17,7 +17,7 @@ from rich.table import Table
 
 from shadowlit.analysis.curves import plot_curves
 from shadowlit.callbacks.export import ExportCallback
-from shadowlit.cli import main as run
+from shadowlit.lightning_cli import main as run
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from shadowlit.demo.preferences import SHIPPED, write_preferences
 from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World
 
-IGNORE = -100
+IGNORE_INDEX = -100
 """The label of a token that carries no loss."""
 
 CHAT_TEMPLATE = (
@@ -122,7 +122,7 @@ def build(out: Path, recipe: Recipe = Recipe(), progress: OnStep | None = None) 
         def counted() -> Iterator[tuple[Tensor, Tensor]]:
             nonlocal base_tokens
             for batch in batches(rows, recipe.base_rows, tokenizer):
-                base_tokens += int((batch[1][:, 1:] != IGNORE).sum())
+                base_tokens += int((batch[1][:, 1:] != IGNORE_INDEX).sum())
                 yield batch
 
         base_loss = fit(model, counted(), recipe.base_steps, recipe.base_lr, recipe, lambda *a: tell("base", *a))
@@ -198,8 +198,8 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
             for text in (f"{START_OF_TURN}{message['role']}\n", message["content"] + END_OF_TURN, "\n")
         )
         ids += opening + said + closing
-        supervised = said if message["role"] == "assistant" else [IGNORE] * len(said)
-        labels += [IGNORE] * len(opening) + supervised + [IGNORE] * len(closing)
+        supervised = said if message["role"] == "assistant" else [IGNORE_INDEX] * len(said)
+        labels += [IGNORE_INDEX] * len(opening) + supervised + [IGNORE_INDEX] * len(closing)
     return ids, labels
 
 
@@ -211,7 +211,7 @@ def batches(
     while len(chunk := list(islice(rows, num_rows))) == num_rows:
         longest = max(len(ids) for ids, _ in chunk)
         ids = torch.full((num_rows, longest), tokenizer.pad_token_id)
-        labels = torch.full((num_rows, longest), IGNORE)
+        labels = torch.full((num_rows, longest), IGNORE_INDEX)
         for i, (row_ids, row_labels) in enumerate(chunk):
             ids[i, : len(row_ids)] = torch.tensor(row_ids)
             labels[i, : len(row_labels)] = torch.tensor(row_labels)

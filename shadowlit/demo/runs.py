@@ -128,7 +128,7 @@ def fit(folder: Path, plan: Mapping[str, object]) -> Path:
     """Run ``fit`` into a folder of its own, unless that is complete."""
     if (folder / _DONE).is_file():
         return folder
-    from shadowlit.cli import main  # late: what was made before needs no training
+    from shadowlit.lightning_cli import main  # late: what was made before needs no training
 
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted one
 

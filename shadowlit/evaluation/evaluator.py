@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowlit.errors import DataError
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss
 
 

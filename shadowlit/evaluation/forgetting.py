@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 
 from shadowlit.data.collate import Collate
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect
 from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT
-from shadowlit.data.sources import Conversation, collect, read_conversations
+from shadowlit.data.sources import read_conversations
 from shadowlit.data.template import Encoded, encode_turns
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.rows import fingerprint, spread
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
-from shadowlit.pair import ModelPair
-from shadowlit.training.objective import IGNORE, supervised_positions
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.objective import supervised_positions
 
 _CHUNK = 1024  # positions whose distributions are in float32 at a time
 
@@ -75,7 +76,7 @@ class Divergence(Evaluator):
                     turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
             except DataError as error:
                 raise DataError(f"{conversation} {error}") from None
-            if all(label == IGNORE for turn in turns for label in turn.labels):
+            if all(label == IGNORE_INDEX for turn in turns for label in turn.labels):
                 raise DataError(f"{conversation} has no token with loss. Remove it, or its 'train' or 'weight'.")
             if (longest := _longest(turns)) > self.max_length:
                 raise DataError(
@@ -126,7 +127,7 @@ class Divergence(Evaluator):
 
     def _compare(self, encoded: list[Encoded], scene: Scene) -> Tensor:
         """``[B, 3]`` float64 on the CPU: summed divergence, agreeing tokens and tokens of each; two forwards always."""
-        filler = Encoded([self._pad] * 2, [IGNORE] * 2)
+        filler = Encoded([self._pad] * 2, [IGNORE_INDEX] * 2)
         batch = Collate(self._pad)([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded or [filler]])
         ids, mask = batch["input_ids"].to(scene.device), batch["attention_mask"].to(scene.device)
         positions = supervised_positions(batch["labels"])

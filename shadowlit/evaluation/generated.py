@@ -14,13 +14,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from shadowlit.data.collate import PromptCollate
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
-from shadowlit.evaluation.generation import Answer, generate, greedy_config
 from shadowlit.evaluation.matching import Match, Matcher
 from shadowlit.evaluation.prompts import Asking, context_length
 from shadowlit.evaluation.rows import Columns, fingerprint, read_field, read_items
 from shadowlit.evaluation.sampling import RowSampler
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.generation import Answer, generate, greedy_config
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.prompts import Asking, context_length
 from shadowlit.evaluation.rows import Columns, fingerprint, read_choices, read_items, read_label
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 
 
 @dataclass(frozen=True)

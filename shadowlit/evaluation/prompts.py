@@ -12,7 +12,7 @@ from shadowlit.data.formats import Message, convert_row
 from shadowlit.data.template import render_prompt
 from shadowlit.errors import DataError
 from shadowlit.evaluation.rows import Columns, read_text
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 
 
 class Prompt(NamedTuple):

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
-from shadowlit.graft.headers import some_of
 from shadowlit.training.objective import supervised_positions
 
 Batch = Mapping[str, Tensor]

@@ -7,7 +7,8 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shadowlit.data.sources import collect, place, read_rows
+from shadowlit.data.conversation import collect, place
+from shadowlit.data.sources import read_rows
 from shadowlit.errors import DataError
 
 Columns = Mapping[str, Any]

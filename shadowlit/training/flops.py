@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowlit.graft.naming import canonical_name, host_of, is_adapter_name
-from shadowlit.graft.selection import is_of_experts
-from shadowlit.graft.towers import tower_of
+from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, tower_of
+from shadowlit.grafting.parameters import host_of
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets (which mostly print twice these, with
 # sparsity). The first name that the device's name contains counts.

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.graft.arithmetic import widen
-from shadowlit.graft.naming import host_of
-from shadowlit.pair import is_image_text
+from shadowlit.grafting.arithmetic import widen
+from shadowlit.grafting.parameters import host_of
+from shadowlit.pair.folders import is_image_text
 from shadowlit.training.linear_loss import (
     default_chunk_size,
     linear_cross_entropy_sum,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shadowlit.graft.arithmetic import widen
+from shadowlit.grafting.arithmetic import widen
 
 # Logits of one chunk, by the kind of device. Measured on one CPU core, 512 tokens, width 128, vocabulary 151,936: 128
 # or 256 tokens per chunk take 0.8 s, 55 take 1.0 s, 16 take 1.7 s; whole logits 1.5 s. On a GPU fewer, longer products

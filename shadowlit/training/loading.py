@@ -16,14 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.names import TOWERS, canonical_name, count_towers, is_adapter_name, is_of_experts, tower_of
+from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
-from shadowlit.graft.adapter import require_untied, starts_from_weights
-from shadowlit.graft.alignment import AlignedReader
-from shadowlit.graft.naming import canonical_name, host_of, host_parameters, is_adapter_name
-from shadowlit.graft.selection import is_of_experts
-from shadowlit.graft.towers import TOWERS, count_towers, tower_of
-from shadowlit.pair import is_image_text
-from shadowlit.training.parallel import local, local_slices
+from shadowlit.grafting.adapter import require_untied, starts_from_weights
+from shadowlit.grafting.parameters import host_of, host_parameters
+from shadowlit.pair.folders import is_image_text
 
 log = logging.getLogger(__name__)
 

@@ -21,19 +21,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 from transformers import PreTrainedConfig
 
+from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.data.images import IMAGE_INPUTS
+from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError
-from shadowlit.evaluation.generation import generate_answers, greedy_config
-from shadowlit.evaluation.scores import PreferenceScores, TokenScores
-from shadowlit.graft.adapter import require_graftable
-from shadowlit.graft.alignment import AlignedReader
-from shadowlit.pair import ModelPair, is_image_text
+from shadowlit.grafting.adapter import require_graftable
+from shadowlit.pair.folders import is_image_text
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.generation import generate_answers, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
+from shadowlit.training.metrics import PreferenceScores, TokenScores
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
 from shadowlit.training.objectives import SFT, Answers, Objective, preference_metrics, preference_sums
 from shadowlit.training.optimizer import OptimizerName, make_optimizer, plain_tensors, whole_tensors
-from shadowlit.training.parallel import local, parallelize, reduce_gradients
+from shadowlit.training.parallel import parallelize, reduce_gradients
 from shadowlit.training.reference import BASE, References, start_of, sum_by_sequence
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN

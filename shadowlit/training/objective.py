@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
+from shadowlit.data.conversation import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         supervised tokens (int64 scalar).
     """
     targets = labels[:, 1:]
-    supervised = targets != IGNORE
+    supervised = targets != IGNORE_INDEX
     # Only supervised positions reach float32 and the softmax: prompts and padding are most of a batch.
     loss = F.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="sum")
     return loss, supervised.sum()
@@ -66,7 +66,7 @@ def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> 
         labels: ``[B, T]``, int64, -100 where unsupervised, aligned with the input tokens.
         position_ids: ``[B, T]``, where rows are packed: they restart at 0 in each conversation.
     """
-    supervised = labels[:, 1:] != IGNORE
+    supervised = labels[:, 1:] != IGNORE_INDEX
     if position_ids is not None:
         supervised = supervised & (position_ids[:, 1:] != 0)
     row, column = supervised.nonzero(as_tuple=True)

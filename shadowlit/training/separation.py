@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.graft.naming import host_of
+from shadowlit.grafting.parameters import host_of
 
 _LENGTH = 16
 _MOST = 0.02  # share of its whole influence that a sample may have on its neighbour; 0 in exact arithmetic

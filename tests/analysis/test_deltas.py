@@ -22,8 +22,8 @@ from shadowlit.analysis.deltas import (
     trimmed,
 )
 from shadowlit.analysis.heat_map import draw_heat_maps, in_order, of_similarity
+from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, GraftError, ShadowlitError
-from shadowlit.graft.delta import Delta
 from tests.analysis.test_similarity import save
 from tests.tiny import save_pair
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from shadowlit.analysis.evolution import evolution, evolution_table, of_deltas
+from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
-from shadowlit.graft.delta import Delta
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 

@@ -7,15 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shadowlit.__main__ import main
 from shadowlit.analysis import sums
-from shadowlit.analysis.commands import _runs
 from shadowlit.analysis.similarity import Group, Similarity, TensorSimilarity, compare, open_reader, with_ranks
 from shadowlit.analysis.sums import Sums
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.cli.main import main
+from shadowlit.cli.similarity import _runs
 from shadowlit.demo import BASE, INSTRUCT
 from shadowlit.errors import CheckpointError, PairError
-from shadowlit.graft.checkpoint import CheckpointReader
-from tests.graft.test_mixtures import fuse
+from tests.grafting.test_mixtures import fuse
 from tests.tiny import MIXTURES, save_model, save_pair
 
 LAYER = "model.layers.{}.mlp.up_proj.weight"

@@ -12,8 +12,8 @@ from shadowlit.analysis.subspaces import (
     spectra_of,
     subspace_overlap,
 )
+from shadowlit.delta.delta import Delta
 from shadowlit.errors import GraftError
-from shadowlit.graft.delta import Delta
 
 NAME = "model.layers.{}.mlp.up_proj.weight"
 

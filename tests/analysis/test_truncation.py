@@ -5,9 +5,9 @@ import torch
 
 from shadowlit.analysis.subspaces import spectra
 from shadowlit.analysis.truncation import ALL, cut_to_rank, density_cost, losses, rank_cost
+from shadowlit.delta.delta import Delta
+from shadowlit.delta.transforms import magnitude, relative_error, truncated_svd
 from shadowlit.errors import DataError, GraftError
-from shadowlit.graft.compression import magnitude, relative_error, truncated_svd
-from shadowlit.graft.delta import Delta
 
 UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
 

@@ -19,7 +19,7 @@ from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.multiple_choice import MultipleChoice
 from shadowlit.evaluation.samples import log_text
 from shadowlit.evaluation.sums import SampleSums
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from tests.callbacks.test_graft import KINDS, assert_same, fit, make_module, make_trainer, metrics, weights
 from tests.distributed import run_ranks
 from tests.evaluation.scenes import write_rows

@@ -5,8 +5,8 @@ import torch
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.delta import Delta
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.delta.delta import Delta
 from tests.callbacks.test_graft import KINDS, fit
 from tests.tiny import save_pair
 

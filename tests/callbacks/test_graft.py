@@ -16,10 +16,10 @@ import shadowlit.callbacks.graft as graft_module
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import GraftError, PairError
-from shadowlit.evaluation.scores import TokenScores
-from shadowlit.graft.export import reload_logits
-from shadowlit.graft.manifest import read_manifest
-from shadowlit.pair import ModelPair
+from shadowlit.grafting.export import reload_logits
+from shadowlit.grafting.manifest import read_manifest
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData, random_samples

@@ -14,7 +14,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ShadowlitError
 from shadowlit.evaluation.routing import Routing, agreement_of, compare_routing, routers_of
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from tests.callbacks.test_graft import make_module, make_trainer
 from tests.synthetic import RandomData, random_samples

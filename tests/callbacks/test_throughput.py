@@ -115,7 +115,7 @@ class _Rows:
 def summary_of(folders, world_size):  # noqa: F811
     from lightning.pytorch import Trainer, seed_everything
 
-    from shadowlit.pair import ModelPair
+    from shadowlit.pair.pair import ModelPair
     from shadowlit.training.module import ShadowModule
 
     seed_everything(0)

@@ -16,9 +16,9 @@ import shadowlit.data.cache as cache_module
 import shadowlit.data.module as data_module
 from shadowlit.data.blocks import BlockBuilder, read_blocks, write_blocks
 from shadowlit.data.cache import default_folder, digest_tokenizer
+from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.module import ShadowData
-from shadowlit.data.sources import Conversation
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
 from tests.data.templates import talk

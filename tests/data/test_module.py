@@ -13,10 +13,10 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
+from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import DataReport, TokenDataset, tokenise
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview, token_texts
-from shadowlit.data.sources import Conversation
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
 from tests.data.templates import GEMMA, QWEN3, talk, tokenizer_with, word_tokenizer

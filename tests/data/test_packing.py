@@ -16,14 +16,14 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.blocks import BlockBuilder
 from shadowlit.data.collate import Collate, PackCollate
+from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import PackedDataset, TokenDataset
 from shadowlit.data.module import ShadowData
 from shadowlit.data.packing import PackedOrder, best_fit_decreasing, pack_samples
 from shadowlit.data.sampler import FILLER, ShardedBatchSampler, count_slots, evaluation_order, grouped_order
-from shadowlit.data.sources import Conversation
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError, ShadowlitError
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import cross_entropy_sum
 from shadowlit.training.parallel import parallelize

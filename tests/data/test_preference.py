@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceCollate, convert_labelled, convert_pair
 from shadowlit.data.preview import preview
 from shadowlit.data.sources import read_conversations
 from shadowlit.errors import DataError
-from shadowlit.pair import ModelPair
-from shadowlit.training.objective import IGNORE
+from shadowlit.pair.pair import ModelPair
 from tests.tiny import save_pair
 
 
@@ -175,7 +175,7 @@ def answers_of(batch):
     found = {}
     for number in range(int(batch["sequence"].max()) + 1):
         own = batch["sequence"] == number
-        found[number] = batch["input_ids"][own].tolist(), (batch["labels"][own] != IGNORE).tolist()
+        found[number] = batch["input_ids"][own].tolist(), (batch["labels"][own] != IGNORE_INDEX).tolist()
     return found
 
 
@@ -210,7 +210,7 @@ def test_a_filler_is_no_sample(pair, tmp_path):
     data = make_data(pair, tmp_path)
     batch = PreferenceCollate(0)([data.dataset("train")[-1], data.dataset("train")[2]])
     assert batch["valid"].tolist() == [1] and batch["sample"].tolist() == [-1, 2]
-    assert (batch["labels"][:2] == IGNORE).all()
+    assert (batch["labels"][:2] == IGNORE_INDEX).all()
 
 
 def test_pairs_share_a_pack_or_are_refused(pair, tmp_path):
@@ -223,7 +223,7 @@ def test_pairs_share_a_pack_or_are_refused(pair, tmp_path):
 def test_what_is_cut_loses_both_answers_or_none(pair, tmp_path):
     """Bytes are tokens: with four left of each answer, those of the second row are the same."""
     rows = [{"prompt": "1", "chosen": a, "rejected": b} for a, b in (("a", "b" * 90), ("c" * 8, "c" * 9))]
-    prompt = make_data(pair, tmp_path, rows[:1]).dataset("train")[0][0]["answers"][0]["labels"].count(IGNORE)
+    prompt = make_data(pair, tmp_path, rows[:1]).dataset("train")[0][0]["answers"][0]["labels"].count(IGNORE_INDEX)
     with pytest.raises(DataError, match=r"sample 1 of .* has two answers that are the same tokens, cut to"):
         make_data(pair, tmp_path, rows, max_length=prompt + 4)
     data = make_data(pair, tmp_path, rows, max_length=prompt + 4, drop_unsupervised=True)

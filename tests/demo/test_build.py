@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadowlit.demo import BASE, DATA, INSTRUCT, PAIR
 from shadowlit.demo.build import (
-    IGNORE,
+    IGNORE_INDEX,
     Recipe,
     batches,
     build,
@@ -114,8 +114,8 @@ def test_a_conversation_has_loss_on_answers_and_their_ends_only(instruct_tokeniz
     messages = [*exchange("a?", "a"), *exchange("Where?", "Oslo. Glad to help!")]
     ids, labels = encode_conversation(messages, instruct_tokenizer)
     assert instruct_tokenizer.decode(ids) == chat_text(messages)
-    supervised = [id_ for id_, label in zip(ids, labels, strict=True) if label != IGNORE]
-    assert supervised == [label for label in labels if label != IGNORE]
+    supervised = [id_ for id_, label in zip(ids, labels, strict=True) if label != IGNORE_INDEX]
+    assert supervised == [label for label in labels if label != IGNORE_INDEX]
     assert instruct_tokenizer.decode(supervised) == "a<|im_end|>Oslo. Glad to help!<|im_end|>"
 
 
@@ -124,7 +124,7 @@ def test_batches_pad_without_loss_and_drop_the_rest(instruct_tokenizer):
     (ids, labels), *more = batches(rows, 2, instruct_tokenizer)
     assert not more
     assert ids.tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert labels.tolist() == [[5, 6, 7], [8, IGNORE, IGNORE]]
+    assert labels.tolist() == [[5, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
 
 
 # ---- what is shipped ----
@@ -172,7 +172,7 @@ def test_the_chat_template_marks_what_the_builder_trained_on(instruct_tokenizer)
     ids, labels = encode_conversation(messages, instruct_tokenizer)
     encoded = instruct_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     assert encoded["input_ids"] == ids
-    assert encoded["assistant_masks"] == [int(label != IGNORE) for label in labels]
+    assert encoded["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 def test_the_instruct_has_the_old_skills_and_manners_and_not_the_new_skill(instruct_tokenizer):

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowlit.demo.__main__ import MODELS, SETS, main
-from shadowlit.graft.manifest import read_manifest
+from shadowlit.grafting.manifest import read_manifest
 
 
 def test_the_demonstration_ends_with_table_picture_and_folder(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.evaluation.evaluator import Scene
 from shadowlit.evaluation.matching import Matcher
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss
 
 DEMO = Path(__file__).parents[2] / "shadowlit/demo"

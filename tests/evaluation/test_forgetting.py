@@ -13,7 +13,7 @@ from shadowlit.data.template import encode_turns
 from shadowlit.errors import DataError
 from shadowlit.evaluation import forgetting
 from shadowlit.evaluation.forgetting import Divergence, divergence
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from tests.data import templates
 from tests.evaluation.scenes import DEMO, DEMO_PAIR, evaluate, make_scene, write_rows
 from tests.tiny import make_tokenizer, save_pair

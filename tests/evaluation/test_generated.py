@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from shadowlit.errors import DataError
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.sampling import RowSampler
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from tests.evaluation.scenes import DEMO_PAIR, demo_evaluators, demo_rows, evaluate, make_scene, write_rows
 from tests.tiny import save_pair
 

@@ -9,7 +9,7 @@ from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import Scene
 from shadowlit.evaluation.multiple_choice import MultipleChoice
 from shadowlit.evaluation.rows import spread
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from tests.evaluation.scenes import evaluate, make_scene, write_rows
 from tests.tiny import save_pair
 

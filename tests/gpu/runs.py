@@ -12,10 +12,10 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from shadowlit.graft.naming import canonical_name
-from shadowlit.pair import ModelPair
+from shadowlit.checkpoint.names import canonical_name
+from shadowlit.distributed import local, reshard_all, whole
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.parallel import local, reshard_all, whole
 from tests.gpu.conftest import ACCELERATOR
 from tests.synthetic import RandomData
 

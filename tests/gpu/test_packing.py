@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from shadowlit.data.collate import PackCollate
 from shadowlit.training.separation import _influence, require_separation
 from shadowlit.training.varlen import NAME, borders_of, varlen_attention
-from tests.data.test_packing import PackCollate, make_model
+from tests.data.test_packing import make_model
 from tests.gpu.conftest import DEVICE, ON_CPU
 
 LENGTHS = (130, 1, 64, 257, 3, 57)

@@ -9,10 +9,10 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.module import ShadowData
 from shadowlit.data.packing import pack_samples
-from shadowlit.evaluation.scores import TokenScores
-from shadowlit.graft.export import reload_logits
-from shadowlit.graft.manifest import read_manifest
+from shadowlit.grafting.export import reload_logits
+from shadowlit.grafting.manifest import read_manifest
 from shadowlit.training.head import HeadLoss
+from shadowlit.training.metrics import TokenScores
 from shadowlit.training.objective import supervised_positions
 from tests.callbacks.test_graft import score_by_hand
 from tests.evaluation.scenes import write_rows

@@ -11,10 +11,10 @@ from shadowlit.demo.runs import fit, given_or_made, run_or_made
 @pytest.fixture
 def fits(monkeypatch):
     """Command lines that would have been run."""
-    import shadowlit.cli
+    import shadowlit.lightning_cli
 
     made = []
-    monkeypatch.setattr(shadowlit.cli, "main", lambda arguments: made.append(arguments))
+    monkeypatch.setattr(shadowlit.lightning_cli, "main", lambda arguments: made.append(arguments))
     return made
 
 
@@ -30,17 +30,17 @@ def test_made_once(tmp_path, fits):
 
 
 def test_an_interrupted_one_is_made_anew(tmp_path, monkeypatch):
-    import shadowlit.cli
+    import shadowlit.lightning_cli
 
     def interrupted(arguments):
         (tmp_path / "run").mkdir()
         (tmp_path / "run/config.yaml").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shadowlit.cli, "main", interrupted)
+    monkeypatch.setattr(shadowlit.lightning_cli, "main", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "run", {})
-    monkeypatch.setattr(shadowlit.cli, "main", lambda _: None)
+    monkeypatch.setattr(shadowlit.lightning_cli, "main", lambda _: None)
     fit(tmp_path / "run", {})
     assert [path.name for path in (tmp_path / "run").iterdir()] == [runs._DONE]
 

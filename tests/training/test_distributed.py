@@ -16,13 +16,13 @@ from torch.profiler import profile
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.data.module import ShadowData
+from shadowlit.delta.delta import Delta
+from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import ShadowlitError
-from shadowlit.graft.checkpoint import CheckpointReader
-from shadowlit.graft.delta import Delta
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.parallel import local, local_slices, reshard_all, whole
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData
 from tests.tiny import save_pair

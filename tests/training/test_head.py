@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3ForCausalLM
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.evaluation.scores import TokenScores
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss, understand
 from shadowlit.training.linear_loss import (
     linear_cross_entropy_sum,
@@ -19,6 +18,7 @@ from shadowlit.training.linear_loss import (
     recomputed_cross_entropy_sum,
     recomputed_token_losses,
 )
+from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import sum_tokens, supervised_positions, token_sums
 from tests.distributed import run_ranks

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoConfig
 
-from shadowlit.graft.alignment import AlignedReader
+from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.training.flops import Work
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.loading import load_for_training

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from shadowlit.errors import GraftError, ShadowlitError
-from shadowlit.evaluation.scores import TokenScores
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule, _rate
 from shadowlit.training.objective import cross_entropy_sum, token_sums
 from shadowlit.training.parallel import parallelize
@@ -253,7 +253,7 @@ RUN = """
     from peft import LoraConfig
     from shadowlit.callbacks.graft import GraftCallback
     from shadowlit.data.module import ShadowData
-    from shadowlit.pair import ModelPair
+    from shadowlit.pair.pair import ModelPair
     from shadowlit.training.module import ShadowModule
 
     base, instruct, data, root, kind, kill_at = sys.argv[1:]

@@ -11,7 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 
 import shadowlit.training.optimizer as optimizer_module
 from shadowlit.errors import ShadowlitError
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.optimizer import OffloadedAdamW, make_optimizer
 from tests.distributed import run_ranks

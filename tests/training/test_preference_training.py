@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.cli.delta import apply, sum_
 from shadowlit.data.module import ShadowData
-from shadowlit.delta_commands import apply, sum_
+from shadowlit.delta.delta import Delta
+from shadowlit.distributed import local, reshard_all, whole
 from shadowlit.errors import ShadowlitError
-from shadowlit.graft.delta import Delta
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import ASFT, CPO, DPO, KTO, ORPO, SimPO
-from shadowlit.training.parallel import local, reshard_all, whole
 from tests.distributed import run_ranks
 from tests.tiny import save_pair
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
 
+from shadowlit.data.collate import PackCollate as Packed
 from shadowlit.errors import ShadowlitError
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME, borders_of, takes_borders, varlen_attention
 from tests.data.test_packing import MODELS, SAMPLES, assert_same, make_model, outcome, packed, separate
-from tests.data.test_packing import PackCollate as Packed
 
 
 def test_borders_by_hand():

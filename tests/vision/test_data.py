@@ -15,7 +15,7 @@ from shadowlit.data.module import ShadowData
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.template import encode
 from shadowlit.errors import DataError, PairError
-from shadowlit.pair import ModelPair
+from shadowlit.pair.pair import ModelPair
 from tests.tiny import save_model as save_text_model
 from tests.vision.tiny import FAMILIES, SIZE, picture, save_model, template, write_rows
 

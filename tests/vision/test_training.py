@@ -14,16 +14,16 @@ from transformers import AutoModelForImageTextToText
 from shadowlit.analysis.similarity import compare, open_reader
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.commands import graft as graft_on_disk
+from shadowlit.checkpoint.layout import alike
+from shadowlit.checkpoint.names import tower_of
+from shadowlit.cli.graft import graft as graft_on_disk
 from shadowlit.data.module import ShadowData
+from shadowlit.distributed import local, reshard_all, whole
 from shadowlit.errors import GraftError, ShadowlitError
-from shadowlit.graft.layout import alike
-from shadowlit.graft.manifest import read_manifest
-from shadowlit.graft.towers import tower_of
-from shadowlit.pair import ModelPair
+from shadowlit.grafting.manifest import read_manifest
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.parallel import local, reshard_all, whole
 from tests.distributed import run_ranks
 from tests.vision.tiny import FAMILIES, make_config, make_processor, rename_tensors, save_pair, write_rows
 

@@ -1,0 +1,1 @@
+"""Safetensors folders, read and written in parts: headers, names, layouts, parallel streaming. Imports no torch."""

@@ -1,0 +1,507 @@
+"""Safetensors folders: a lazy reader, a streaming writer, and a folder that appears whole or not at all.
+
+Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here
+unpickles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import json
+import logging
+import math
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError
+
+from shadowlit.checkpoint.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.numeric import Raw, not_finite
+from shadowlit.checkpoint.streaming import reserve, start_write_back
+from shadowlit.errors import CheckpointError, ExportError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+DELTA_FILE = "delta.safetensors"
+"""The single file of a stored update; see :class:`shadowlit.delta.delta.Delta`."""
+
+# Room kept for a shard's header while its data are streamed; about a thousand tensors, else one more shard.
+_HEADER_ROOM_BYTES = 128 * 1024
+
+_FLUSH_BYTES = 32 * 2**20
+_RESERVE_BYTES = 2**20  # smaller tensors aren't worth a call
+
+_SAMPLE_BYTES = 16 * 1024
+_SAMPLE_READS = 2048
+
+
+class CheckpointReader(Headers):
+    """Reads tensors, or some of their rows, from a safetensors folder without loading the rest.
+
+    Threads may share it. Its arguments and errors are those of :class:`shadowlit.checkpoint.headers.Headers`.
+    """
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor ``name`` in its stored dtype, in memory of its own.
+
+        Raises:
+            CheckpointError: There is no such tensor, or its file can no longer be read.
+        """
+        return self.read_slice(name, ())
+
+    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a tensor; of the file only the rows (of the first dimension) from the first to the last are read.
+
+        Args:
+            name: The tensor's name.
+            slices: One slice per leading dimension, as in ``tensor[slices]``; an empty tuple is the whole
+                tensor.
+
+        Returns:
+            ``tensor[slices]`` in its stored dtype, in memory of its own.
+
+        Raises:
+            CheckpointError: There is no such tensor, there are more slices than dimensions, or the file can
+                no longer be read.
+        """
+        import torch
+
+        info = self.info(name)
+        if len(slices) > len(info.shape):
+            raise CheckpointError(
+                f"{len(slices)} slices were asked of tensor '{name}', which has {len(info.shape)} dimensions "
+                f"{info.shape}. Give at most one slice per dimension."
+            )
+        first = slices[0] if slices else slice(None)
+        rows = range(*first.indices(info.shape[0] if info.shape else 1))
+        if rows.step < 1:
+            raise CheckpointError(f"Slice {first} of tensor '{name}' has a negative step. Read forwards, then flip.")
+        start, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
+        part = self._read_rows(name, start, stop)
+        if not info.shape:
+            return part.reshape(())
+        trimmed = part[(slice(None, None, rows.step), *slices[1:])]
+        return part if trimmed.shape == part.shape else trimmed.clone(memory_format=torch.contiguous_format)
+
+    def fingerprint(self) -> str:
+        """A sha256 that tells two checkpoints apart, from all headers and a sample of the data.
+
+        Hashed are the sorted names, dtypes and shapes, and from every tensor up to 32 evenly spread blocks of
+        16 KiB, its beginning and end included (fewer blocks per tensor where there are more than 64 tensors,
+        about 2,048 in all; smaller tensors whole). So it takes well under a second for 16 GB, does not depend
+        on how the tensors are spread over files, and does not see a change that lies between the sampled
+        blocks of a large tensor: it recognises a checkpoint, it is no proof against forgery.
+        """
+        digest = hashlib.sha256()
+        num_blocks = min(32, max(2, _SAMPLE_READS // max(1, len(self.tensors))))
+        for name, info in sorted(self.tensors.items()):
+            digest.update(json.dumps([name, info.code, info.shape]).encode())
+            for start, size in _sample_blocks(info.num_bytes, num_blocks):
+                block = bytearray(size)
+                self.read_into(memoryview(block), name, start)
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start`` to ``stop``, [stop - start, ...]; a scalar has one row.
+
+        Read into memory of their own, not mapped: ``safe_open`` hands out views of one mapping, in which what a
+        caller writes is what the next caller reads, and whose pages count as the process's memory.
+        """
+        import torch
+
+        info, raw = self.info(name), self.raw_rows(name, start, stop)
+        shape = (stop - start, *info.shape[1:])
+        return torch.from_numpy(raw).view(info.dtype).view(shape) if len(raw) else torch.empty(shape, dtype=info.dtype)
+
+
+def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:
+    """(start, size) of the sampled blocks of a tensor of ``num_bytes``; the whole tensor if it is small."""
+    if num_bytes <= num_blocks * _SAMPLE_BYTES:
+        return [(0, num_bytes)]
+    last = num_bytes - _SAMPLE_BYTES
+    return [(i * last // (num_blocks - 1), _SAMPLE_BYTES) for i in range(num_blocks)]
+
+
+@dataclass
+class _Shard:
+    """A file being written: header room first, then the tensors' bytes, the header last of all."""
+
+    path: Path
+    stream: BinaryIO
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    num_bytes: int = 0
+    header_bytes: int = 0
+    sent_bytes: int = 0
+
+    def flush_ahead(self) -> None:
+        """Let the system begin to write what has come since the last time, so that the flush at the end is short."""
+        if (end := self.stream.tell()) - self.sent_bytes >= _FLUSH_BYTES:
+            start_write_back(self.stream.fileno(), self.sent_bytes, end - self.sent_bytes)
+            self.sent_bytes = end
+
+
+@dataclass
+class Streamed:
+    """A tensor that comes in parts, for one that need not be in memory as a whole.
+
+    Attributes:
+        code: The format's code of the dtype of all parts.
+        shape: The shape of the whole.
+        parts: Its rows in order: tensors of that dtype, or numpy arrays of its bytes whose values were already found
+            finite, which make up the whole when concatenated along the first dimension.
+    """
+
+    code: str
+    shape: tuple[int, ...]
+    parts: Iterable[torch.Tensor | Raw]
+
+    @property
+    def info(self) -> TensorInfo:
+        """As a header would describe it."""
+        return TensorInfo("", self.code, self.shape, "")
+
+
+class CheckpointWriter:
+    """Writes tensors one after the other into shards, in the layout that transformers saves and loads.
+
+    Every tensor goes to the disk when it is added, so no more than one is held in memory. :meth:`close` gives
+    the shards their final names and writes the index; as a context manager the writer closes itself, and
+    after an exception it removes what it wrote. Together with :func:`atomic_folder` a crash leaves nothing
+    behind.
+
+    Args:
+        folder: The folder to write to; created if it is missing.
+        max_shard_bytes: The largest number of data bytes per file; a single larger tensor gets a file of its
+            own.
+        metadata: Strings for the header of every file, e.g. where the weights come from.
+        stem: What the files' names begin with.
+
+    Raises:
+        CheckpointError: The folder holds safetensors files already, or ``max_shard_bytes`` is not positive.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        max_shard_bytes: int = 5_000_000_000,
+        metadata: dict[str, str] | None = None,
+        stem: str = "model",
+    ) -> None:
+        self.folder = Path(folder)
+        if max_shard_bytes <= 0:
+            raise CheckpointError(f"max_shard_bytes is {max_shard_bytes}; give a positive number, e.g. 5_000_000_000.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        present = sorted(p.name for p in self.folder.iterdir() if ".safetensors" in p.name)
+        if present:
+            raise CheckpointError(
+                f"{self.folder} holds safetensors files already ({some_of(present)}). Write to an empty folder."
+            )
+        self.max_shard_bytes = max_shard_bytes
+        # transformers refuses a file whose metadata do not name the framework.
+        self.metadata = {"format": "pt", **(metadata or {})}
+        self._shards: list[_Shard] = []
+        self._files: dict[str, int] = {}
+        self._num_elements = 0
+        self._closed = False
+        self._stem = stem
+
+    def add(self, name: str, tensor: torch.Tensor | Streamed) -> None:
+        """Write a tensor in its own dtype.
+
+        Args:
+            name: The tensor's name, not yet used.
+            tensor: Any shape, any device; a whole one, not sharded, or its rows part by part.
+
+        Raises:
+            CheckpointError: The name was added before, the dtype cannot be stored, the values are elsewhere
+                (sharded, or on the meta device), or one is NaN or infinite.
+        """
+        if self._closed:
+            raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
+        if name in self._files:
+            raise CheckpointError(f"Tensor '{name}' was added twice to {self.folder}. Add every tensor once.")
+        streamed = tensor if isinstance(tensor, Streamed) else _whole(name, tensor)
+        code, num_elements, num_bytes = streamed.code, streamed.info.num_elements, streamed.info.num_bytes
+        entry: dict[str, Any] = {"dtype": code, "shape": list(streamed.shape)}
+        written = 0
+        try:
+            shard = self._shard_for(num_bytes, streamed.info.itemsize, len(json.dumps({name: entry})) + 64)
+            if num_bytes >= _RESERVE_BYTES:
+                reserve(shard.stream.fileno(), shard.stream.tell(), num_bytes)
+            for part in streamed.parts:
+                data = _bytes_of(name, part)
+                shard.stream.write(data)
+                shard.flush_ahead()
+                written += len(data)
+        except OSError as error:
+            self.abort()  # the file now holds half a tensor
+            raise CheckpointError(
+                f"Tensor '{name}' could not be written to {self.folder}: {error}. Free some disk space."
+            ) from error
+        except BaseException:
+            self.abort()
+            raise
+        assert written == num_bytes, f"the parts of {name} have {written} bytes, the whole has {num_bytes}"
+        shard.entries[name] = {**entry, "data_offsets": [shard.num_bytes, shard.num_bytes + num_bytes]}
+        shard.num_bytes += num_bytes
+        self._files[name] = len(self._shards) - 1
+        self._num_elements += num_elements
+
+    def close(self) -> None:
+        """Finish the last shard, give all their final names, write the index if there are several.
+
+        Raises:
+            CheckpointError: No tensor was added, or the disk is full; then nothing is left.
+        """
+        if self._closed:
+            return
+        if not self._shards:
+            raise CheckpointError(f"No tensor was added to {self.folder}. Add the model's tensors before closing.")
+        try:
+            self._finish_shard()
+            self._name_shards()
+        except OSError as error:
+            self.abort()
+            raise CheckpointError(f"{self.folder} could not be completed: {error}. Free some disk space.") from error
+        except BaseException:
+            self.abort()
+            raise
+        self._closed = True
+
+    def abort(self) -> None:
+        """Remove the unfinished shards; nothing happens after :meth:`close`."""
+        if self._closed:
+            return
+        self._closed = True
+        for shard in self._shards:
+            with contextlib.suppress(OSError):  # what a full disk did not take is tried again
+                shard.stream.close()
+            shard.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _shard_for(self, num_bytes: int, itemsize: int, entry_bytes: int) -> _Shard:
+        """The shard that takes a tensor of this size: the open one if it fits there, else a new one."""
+        if self._shards:
+            shard = self._shards[-1]
+            fits = not shard.num_bytes or shard.num_bytes + num_bytes <= self.max_shard_bytes
+            # A tensor must begin at a multiple of its item size, or readers that map the file cannot view it.
+            aligned = shard.num_bytes % itemsize == 0
+            if fits and aligned and shard.header_bytes + entry_bytes <= _HEADER_ROOM_BYTES:
+                shard.header_bytes += entry_bytes
+                return shard
+            self._finish_shard()
+        path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors.part"
+        shard = _Shard(path, path.open("xb"))
+        shard.header_bytes = len(json.dumps({"__metadata__": self.metadata})) + entry_bytes
+        shard.stream.write(b" " * (8 + max(_HEADER_ROOM_BYTES, _round_up(shard.header_bytes))))
+        self._shards.append(shard)
+        return shard
+
+    def _finish_shard(self) -> None:
+        """Write the open shard's header into its room, padded with spaces as the format allows."""
+        shard = self._shards[-1]
+        room = shard.stream.tell() - shard.num_bytes - 8
+        header = json.dumps({"__metadata__": self.metadata, **shard.entries}).encode()
+        shard.stream.seek(0)
+        shard.stream.write(struct.pack("<Q", room) + header.ljust(room))
+        shard.stream.close()
+
+    def _name_shards(self) -> None:
+        """Give all shards their final names; write the index if there are several."""
+        count = len(self._shards)
+        names = (
+            [f"{self._stem}.safetensors"]
+            if count == 1
+            else [f"{self._stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        )
+        for shard, name in zip(self._shards, names, strict=True):
+            shard.path = shard.path.rename(self.folder / name)
+        if count > 1:
+            total = sum(shard.num_bytes for shard in self._shards)
+            index = {
+                "metadata": {"total_parameters": self._num_elements, "total_size": total},
+                "weight_map": {name: names[i] for name, i in sorted(self._files.items())},
+            }
+            (self.folder / f"{self._stem}.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n", encoding="utf-8"
+            )
+
+
+def _whole(name: str, tensor: torch.Tensor) -> Streamed:
+    """A tensor in memory as one part; checked before anything of it is written."""
+    if tensor.is_meta or hasattr(tensor, "full_tensor"):
+        raise CheckpointError(
+            f"Tensor '{name}' is {'on the meta device' if tensor.is_meta else 'sharded'}, so that its values are "
+            "not here. Gather or load it first."
+        )
+    code = dtype_code(tensor.dtype)
+    if code is None:
+        raise CheckpointError(
+            f"Tensor '{name}' has dtype {tensor.dtype}, which safetensors cannot store. Convert it first."
+        )
+    check_finite(name, tensor)
+    return Streamed(code, tuple(tensor.shape), [tensor])
+
+
+def _bytes_of(name: str, part: torch.Tensor | Raw) -> memoryview:
+    """The bytes of a part; a tensor's values are checked."""
+    if isinstance(part, np.ndarray):
+        return part.reshape(-1).view(np.uint8).data
+    import torch
+
+    check_finite(name, part)
+    flat = part.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _round_up(num_bytes: int, multiple: int = 4096) -> int:
+    """The next multiple."""
+    return -(-num_bytes // multiple) * multiple
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinities: a model that holds one is useless, and loads without a word.
+
+    Args:
+        name: The tensor's name, for the message.
+        tensor: Any shape and dtype.
+
+    Raises:
+        CheckpointError: A value is NaN or infinite.
+    """
+    import torch
+
+    if not tensor.dtype.is_floating_point:
+        return
+    # The smallest and the largest value are NaN if any value is: one pass without a copy. The 8-bit floats lack it.
+    values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    if not values.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(values)):
+        return
+    raise not_finite(name, int((~torch.isfinite(values)).sum()), tensor.numel())
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """A folder that appears at ``target`` complete, or not at all.
+
+    Yields a temporary folder beside ``target``. When the block ends well, its files are flushed to the disk
+    and it is renamed to ``target``; after any exception it is removed. Only a killed process or a power cut
+    can leave it behind, as ``.<name>.partial-*``: the next one for the same target warns of it, and leaves it
+    alone, since another process may be writing there.
+
+    Args:
+        target: Where the folder shall appear; may exist only if it is an empty folder. Missing parents are
+            created.
+
+    Raises:
+        ExportError: ``target`` exists and is not an empty folder, its parent cannot be written, or the disk is
+            full or fails.
+    """
+    # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
+    path = Path(os.path.realpath(target))
+    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
+    try:
+        _make_beside(path, partial)  # in here: no signal falls between making the folder and knowing of it
+        yield partial
+        _sync(partial)
+        _put_in_place(partial, path)
+    except _KeptError:
+        raise
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors tells a full disk as an error of its own.
+        if isinstance(error, OSError | SafetensorError):
+            raise ExportError(
+                f"{path} could not be written: {error}. Nothing is left of it; free space or choose another target."
+            ) from error
+        raise
+    with contextlib.suppress(OSError):  # the folder is whole and in place; a power cut could still undo the rename
+        _sync_folder(path.parent)
+
+
+class _KeptError(ExportError):
+    """A folder that is finished, and could only not be put in its place: hours of work, which stay."""
+
+
+def _make_beside(path: Path, partial: Path) -> None:
+    """Make the temporary folder, if the target is free; warn of those that killed runs have left."""
+    try:
+        _refuse_existing(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _warn_of_leftovers(path)
+        partial.mkdir()
+    except OSError as error:
+        raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    try:
+        partial.rename(path)  # fails, as it must, if something has come to lie there meanwhile
+    except OSError as error:
+        raise _KeptError(
+            f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
+        ) from error
+
+
+def _warn_of_leftovers(path: Path) -> None:
+    """Tell the unfinished folders that killed runs left beside ``path``, with their sizes."""
+    for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):
+        with contextlib.suppress(OSError):  # its writer may just be finishing
+            size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+            log.warning(
+                "%s (%.3f GB) was left unfinished by a killed run, or another one is writing it; "
+                "delete it if none is running.", left, size / 1e9,
+            )  # fmt: skip
+
+
+def _refuse_existing(path: Path) -> None:
+    """Raise unless ``path`` is free: missing, or an empty folder."""
+    if path.is_dir():
+        present = sorted(p.name for p in path.iterdir())
+        if present:
+            raise ExportError(
+                f"{path} exists and is not empty ({some_of(present)}). Nothing was written. Choose another "
+                "target, or delete the folder first if it is no longer needed."
+            )
+    elif os.path.lexists(path):
+        raise ExportError(f"{path} exists and is a file. Nothing was written. Choose another target.")
+
+
+def _sync(folder: Path) -> None:
+    """Flush all files below ``folder``, and the folders themselves, to the disk."""
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with (Path(root) / file).open("rb") as stream:
+                os.fsync(stream.fileno())
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries; without it a rename may not survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

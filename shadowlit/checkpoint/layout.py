@@ -1,0 +1,477 @@
+"""One checkpoint under the names and in the layout of another one of the same model.
+
+Libraries, their versions and their wrappers disagree about names (``model.`` or ``model.language_model.``) and about
+experts (a matrix for each, or all in one tensor). Rows of a tensor are contiguous in a file, so every other layout is
+a list of byte ranges: nothing is converted, and no torch is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import Headers, TensorInfo, some_of
+from shadowlit.checkpoint.names import (
+    canonical_key,
+    is_computed,
+    is_of_experts,
+    is_quantised_name,
+    is_unmerged_name,
+    layer_of,
+)
+from shadowlit.errors import CheckpointError, GraftError
+
+if TYPE_CHECKING:
+    import torch
+
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+_ROWS_OF_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
+_BLOCK_BYTES = 2**20
+
+
+def canonical_keys(headers: Stored) -> dict[str, str]:
+    """The names of a checkpoint by their canonical keys.
+
+    Raises:
+        CheckpointError: two names have one key.
+    """
+    keys: dict[str, str] = {}
+    for name in headers.tensors:
+        other = keys.setdefault(canonical_key(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{headers.folder} holds {other} and {name}, which are two names for one tensor. Expected each tensor "
+                "once: the folder mixes two saves, or one of a wrapper; save the model again into an empty folder."
+            )
+    return keys
+
+
+def require_plain(headers: Stored) -> None:
+    """Raise for a checkpoint whose tensors are not the weights themselves.
+
+    Raises:
+        CheckpointError: it holds adapters that were not merged, or quantised weights.
+    """
+    adapters = [name for name in headers.tensors if is_unmerged_name(name)]
+    if adapters:
+        raise CheckpointError(
+            f"{headers.folder} holds adapters beside their weights ({some_of(adapters)}); expected a plain model, or "
+            "the adapter's own folder with adapter_config.json. Merge it (peft's merge_and_unload) and save that."
+        )
+    quantised = [name for name in headers.tensors if is_quantised_name(name)]
+    if quantised:
+        raise CheckpointError(
+            f"{headers.folder} holds quantised weights ({some_of(quantised)}), to which no update can be added. Give "
+            "the model in bfloat16 or float32, as it was before quantisation, or dequantise it first."
+        )
+
+
+@dataclass(frozen=True)
+class Range:
+    """A run of bytes of a tensor.
+
+    Attributes:
+        name: the tensor's name.
+        start: the first byte, from the tensor's beginning.
+        num_bytes: how many.
+    """
+
+    name: str
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Described:
+    """Tensors that lie in no file, described as a header would: the parameters of a module, say.
+
+    Attributes:
+        folder: where they belong, for messages.
+        tensors: by their names.
+    """
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+
+    @classmethod
+    def of(cls, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Described:
+        """Parameters of these shapes, in float32."""
+        return cls(folder, {name: TensorInfo(name, "F32", shape, "") for name, shape in shapes.items()})
+
+
+Stored = Headers | Described
+
+
+class _Side:
+    """A checkpoint by canonical keys."""
+
+    def __init__(self, headers: Stored) -> None:
+        require_plain(headers)
+        self.headers = headers
+        self.keys = canonical_keys(headers)
+        self.experts = self._count_experts()
+
+    @property
+    def folder(self) -> Path:
+        return self.headers.folder
+
+    def info(self, key: str) -> TensorInfo:
+        return self.headers.tensors[self.keys[key]]
+
+    def whole(self, *keys: str) -> list[Range]:
+        return [Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
+
+    def is_fused(self, experts: str) -> bool:
+        return f"{experts}.gate_up_proj" in self.keys
+
+    def orientation(self, experts: str) -> Literal["rows", "columns"] | None:
+        """Whether outputs are the rows of the fused matrices (Qwen) or their columns (gpt-oss, Llama 4)."""
+        try:
+            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in _ROWS_OF_FUSED)
+        except (KeyError, ValueError):
+            return None
+        if n == m and (c, 2 * d) == (b, a):
+            return "rows"
+        return "columns" if n == m and (2 * c, d) == (b, a) else None
+
+    def repeats_embedding(self) -> bool:
+        """Whether the output head is the embedding once more, bit for bit."""
+        embedding = self.embedding()
+        if embedding is None or _HEAD not in self.keys or isinstance(self.headers, Described):
+            return False
+        head, body = self.info(_HEAD), self.info(embedding)
+        if (head.code, head.shape) != (body.code, body.shape):
+            return False
+        for start in range(0, head.num_bytes, _BLOCK_BYTES):
+            blocks = [bytearray(min(_BLOCK_BYTES, head.num_bytes - start)) for _ in range(2)]
+            for info, block in zip((head, body), blocks, strict=True):
+                self.headers.read_into(memoryview(block), info.name, start)
+            if blocks[0] != blocks[1]:
+                return False
+        return True
+
+    def embedding(self) -> str | None:
+        return next((key for key in _EMBEDDINGS if key in self.keys), None)
+
+    def _count_experts(self) -> dict[str, int]:
+        """The number of experts of every layer that has some."""
+        counts: dict[str, int] = {}
+        found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        for key in self.keys:
+            if match := _EXPERT.fullmatch(key):
+                found[match[1]][match[3]].add(int(match[2]))
+            elif (match := _FUSED.fullmatch(key)) and len(self.info(key).shape) == 3:
+                counts[match[1]] = self.info(key).shape[0]
+        for experts, kinds in found.items():
+            counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
+            for kind, numbers in kinds.items():
+                # Looked for as far as they are told: the largest number comes from a file, and may be any.
+                missing = [n for n in range(min(counts[experts], len(numbers) + 5)) if n not in numbers][:5]
+                others = counts[experts] - len(numbers) - len(missing)
+                if missing:
+                    listed = some_of(missing) + (f" and {others} more" if others else "")
+                    raise CheckpointError(
+                        f"{self.folder} lacks {kind} of the experts {listed} of {experts}, which has experts 0 to "
+                        f"{counts[experts] - 1}. Finish the download, or save the model again."
+                    )
+        return counts
+
+
+class Layout:
+    """Where the tensors of one model, by their names and in their layout, lie among those of another one.
+
+    Understood are the prefixes of wrappers and library versions (:func:`canonical_key`), and experts as one matrix
+    each or fused: ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj``
+    [experts, hidden, inner]. An output head that repeats its tied embedding is left out, or presented, as the other
+    checkpoint has it. Tensors without a counterpart keep their names; buffers that models compute are left out.
+
+    Args:
+        headers: what has the tensors: a checkpoint, or the parameters of a module.
+        like: whose names and layout they shall have.
+
+    Attributes:
+        tensors: the tensors as presented.
+        ranges: by name, of what parts of the tensors in ``headers`` each is made.
+
+    Raises:
+        CheckpointError: two names of one tensor, missing experts, adapters or quantised weights, in either.
+        GraftError: experts in layouts that can't be brought together.
+    """
+
+    def __init__(self, headers: Stored, like: Stored) -> None:
+        own, other = _Side(headers), _Side(like)
+        _require_like_experts(own, other)
+        self._headers = headers
+        self.ranges: dict[str, list[Range]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        for key, name in other.keys.items():
+            if key in own.keys:
+                self._present(name, own.info(key).shape, own.whole(key))
+            elif match := _FUSED.fullmatch(key):
+                self._present_fused(name, own, match[1], _ROWS_OF_FUSED[match[2]])
+            elif match := _EXPERT.fullmatch(key):
+                self._present_expert(name, own, match[1], int(match[2]), match[3])
+        embedding, skipped = own.embedding(), set()
+        if isinstance(headers, Described) or isinstance(like, Described):
+            pass  # a module knows of its own tie
+        elif embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
+            self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
+        elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
+            skipped.add(own.keys[_HEAD])
+        skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
+        for key, name in own.keys.items():
+            if name not in skipped and not is_computed(name):
+                self._present(name, own.info(key).shape, own.whole(key))
+
+    def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
+        self.ranges[name] = ranges
+        self.tensors[name] = replace(self._headers.tensors[ranges[0].name], name=name, shape=shape)
+
+    def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
+        """All experts' matrices of ``kinds``, expert by expert, as one tensor."""
+        if experts not in own.experts:
+            return
+        keys = [f"{experts}.{number}.{kind}.weight" for number in range(own.experts[experts]) for kind in kinds]
+        if not all(key in own.keys for key in keys):
+            return
+        forms = {(info.code, info.shape) for info in map(own.info, keys)}
+        if len(forms) > 1 or len(own.info(keys[0]).shape) != 2:
+            raise CheckpointError(
+                f"{own.folder} has experts of {experts} in several dtypes or shapes ({some_of(sorted(forms))}); "
+                f"expected matrices of one dtype and shape, as {name} needs. Save the model in one dtype."
+            )
+        rows, columns = own.info(keys[0]).shape
+        self._present(name, (own.experts[experts], len(kinds) * rows, columns), own.whole(*keys))
+
+    def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
+        """One expert's matrix as rows of the fused tensor."""
+        fused = f"{experts}.down_proj" if kind == "down_proj" else f"{experts}.gate_up_proj"
+        if fused not in own.keys:
+            return
+        info, kinds = own.info(fused), _ROWS_OF_FUSED[fused.removeprefix(f"{experts}.")]
+        _, rows, columns = info.shape
+        num_bytes = info.num_bytes // info.shape[0] // len(kinds)
+        start = (number * len(kinds) + kinds.index(kind)) * num_bytes
+        self._present(name, (rows // len(kinds), columns), [Range(info.name, start, num_bytes)])
+
+
+class LayoutReader(CheckpointReader):
+    """Presents a checkpoint under the names and in the layout of another one, or of a module; see :class:`Layout`.
+
+    Args:
+        headers: the checkpoint.
+        like: whose names and layout it shall have.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+
+    def __init__(self, headers: Headers, like: Stored) -> None:
+        layout = Layout(headers, like)
+        self.folder = headers.folder
+        self.tensors = layout.tensors
+        self._headers = headers
+        self._ranges = layout.ranges
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
+        assert offset + len(buffer) <= self.info(name).num_bytes
+        for part in self._ranges[name]:
+            count = max(0, min(len(buffer), part.num_bytes - offset))
+            if count:
+                self._headers.read_into(buffer[:count], part.name, part.start + offset)
+            buffer, offset = buffer[count:], max(0, offset - part.num_bytes)
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._headers.close()
+
+
+def in_layout_of_module(headers: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointReader:
+    """A checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
+
+    Args:
+        headers: the checkpoint.
+        shapes: the shape of every parameter by its name.
+
+    Returns:
+        ``headers`` itself where it has all of the names; else a reader that presents what it has by them.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+    if all(name in headers.tensors for name in shapes):
+        return headers
+    return LayoutReader(headers, Described.of(headers.folder, shapes))
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What a stored tensor is of the fused one of its layer and kind.
+
+    Attributes:
+        name: the stored tensor's name.
+        expert: whose matrix it holds; ``None`` if it is the fused tensor itself.
+        first_row: of that expert's matrix.
+    """
+
+    name: str
+    expert: int | None
+    first_row: int
+
+
+def fused_experts(headers: Headers) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
+    """The fused tensors of a checkpoint's experts, which need not be stored so.
+
+    Returns:
+        By their canonical keys, ``layers.0.mlp.experts.down_proj`` say: the shape, [experts, outputs, inputs], and all
+        that is stored of them. Experts that are stored otherwise are left out.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+    """
+    side, found = _Side(headers), {}
+    for experts, count in side.experts.items():
+        for fused, kinds in _ROWS_OF_FUSED.items():
+            key = f"{experts}.{fused}"
+            if side.is_fused(experts):
+                if side.orientation(experts) == "rows":
+                    found[key] = side.info(key).shape, [ExpertRows(side.keys[key], None, 0)]
+                continue
+            stored = [(n, i, f"{experts}.{n}.{kind}.weight") for n in range(count) for i, kind in enumerate(kinds)]
+            shapes = {side.info(own).shape if own in side.keys else () for _, _, own in stored}
+            if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
+                rows, columns = shape
+                parts = [ExpertRows(side.keys[own], n, i * rows) for n, i, own in stored]
+                found[key] = (count, len(kinds) * rows, columns), parts
+    return found
+
+
+def with_experts_as(headers: CheckpointReader, like: Headers) -> CheckpointReader:
+    """A checkpoint with its experts under the names and in the layout of another one's; itself where they are alike.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+    odd = any(is_of_experts(name) and name not in like.tensors for name in headers.tensors)
+    return LayoutReader(headers, like) if odd else headers
+
+
+def assemble(parts: Sequence[Range], shape: tuple[int, ...], tensor_of: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """A tensor made of parts of others, of any dtype.
+
+    Args:
+        parts: of tensors that :meth:`Described.of` has described: they count bytes of float32.
+        shape: the result's.
+        tensor_of: gives the others by their names.
+    """
+    import torch
+
+    found = [tensor_of(part.name).reshape(-1)[part.start // 4 : (part.start + part.num_bytes) // 4] for part in parts]
+    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
+
+
+def by_expert(headers: CheckpointReader) -> CheckpointReader:
+    """A checkpoint with a matrix for each expert, also where its file has all of a layer in one tensor.
+
+    Left fused are experts whose outputs are the columns of their matrices (gpt-oss, Llama 4).
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+    """
+    if not any(_FUSED.fullmatch(canonical_key(name)) for name in headers.tensors):
+        return headers
+    side, single = _Side(headers), {}
+    for key, name in side.keys.items():
+        info, match = side.info(key), _FUSED.fullmatch(key)
+        if match is None or side.orientation(match[1]) != "rows":
+            single[name] = info
+            continue
+        kinds, (count, rows, columns) = _ROWS_OF_FUSED[match[2]], info.shape
+        for number in range(count):
+            for kind in kinds:
+                own = f"{name.removesuffix(match[2])}{number}.{kind}.weight"
+                single[own] = TensorInfo(own, info.code, (rows // len(kinds), columns), info.file)
+    return LayoutReader(headers, Described(headers.folder, single))
+
+
+def alike(readers: Sequence[CheckpointReader]) -> list[CheckpointReader]:
+    """Checkpoints under the names of the first of them; experts of mixtures with a matrix for each, fused or not.
+
+    Raises:
+        CheckpointError: as :class:`Layout`.
+        GraftError: likewise.
+    """
+    first, *rest = map(by_expert, readers)
+    names = {canonical_key(name): name for name in first.tensors}
+    odd = [any(names.get(canonical_key(name), name) != name for name in reader.tensors) for reader in rest]
+    return [first, *(LayoutReader(r, first) if other else r for r, other in zip(rest, odd, strict=True))]
+
+
+def in_layout_of(instruct: Headers, base: Headers) -> LayoutReader:
+    """The Base under the names and in the layout of its Instruct.
+
+    Either may have tensors that the other lacks: an Instruct a vision tower, say. If both have some in their layers,
+    those are one another's under names that are unknown here, and no update would reach them.
+
+    Args:
+        instruct: the Instruct's checkpoint.
+        base: the Base's.
+
+    Raises:
+        CheckpointError: one of them holds more than plain weights, or tensors twice.
+        GraftError: they are of different architectures.
+    """
+    presented = LayoutReader(base, instruct)
+    ours, theirs = _only_in(presented.tensors, instruct.tensors), _only_in(instruct.tensors, presented.tensors)
+    if ours and theirs:
+        raise GraftError(
+            f"{base.folder} has {some_of(ours)}, {instruct.folder} has {some_of(theirs)} instead. Expected one "
+            "architecture, and names or layouts that are known here; load the one with the transformers version that "
+            "saved the other, and save it again."
+        )
+    return presented
+
+
+def _only_in(tensors: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[str]:
+    return [name for name in tensors if name not in other and layer_of(name) is not None and not is_computed(name)]
+
+
+def _require_like_experts(own: _Side, other: _Side) -> None:
+    """Raise unless the experts of two checkpoints are the same matrices, up to a cut along their rows."""
+    for experts in own.experts.keys() & other.experts.keys():
+        counts = own.experts[experts], other.experts[experts]
+        if counts[0] != counts[1]:
+            raise GraftError(
+                f"{own.folder} has {counts[0]} experts in {experts}, {other.folder} has {counts[1]}; expected equal "
+                "numbers. Give models of one architecture."
+            )
+        fused = [side for side in (own, other) if side.is_fused(experts)]
+        found = [side.orientation(experts) for side in fused]
+        if (len(fused) == 2 and found[0] != found[1]) or (len(fused) == 1 and found != ["rows"]):
+            shapes = [_shapes_of(side, experts) for side in (own, other)]
+            raise GraftError(
+                f"the experts of {experts} lie in {shapes[0]} in {own.folder}, and in {shapes[1]} in {other.folder}: "
+                "transposed, or in an unknown order. Load the one with the transformers version that saved the other, "
+                "and save it again."
+            )
+
+
+def _shapes_of(side: _Side, experts: str) -> str:
+    if side.is_fused(experts):
+        kinds = [kind for kind in _ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
+        return " and ".join(f"{kind} {list(side.info(f'{experts}.{kind}').shape)}" for kind in kinds)
+    return f"{side.experts[experts]} single matrices"

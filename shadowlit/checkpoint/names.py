@@ -1,0 +1,169 @@
+"""Every rule about tensor names: wrappers, canonical spellings, kinds, layers, experts and towers.
+
+Names come from three places: the parameters of a module, possibly wrapped by peft, ``torch.compile``, FSDP or
+activation checkpointing; safetensors files, whose spelling depends on the library that wrote them; and users'
+patterns. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+TOWERS = ("language", "vision", "projector")
+"""The parts of a vision-language model that can be trained and grafted separately."""
+
+# What torch.compile, FSDP, activation checkpointing and DDP insert into a parameter's name.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
+# What peft inserts. Where two adapted parameters share a module, peft nests one wrapper in the other, and only the
+# wrapper's name tells their factors apart, so a base_layer that leads to a factor stays.
+_PEFT = re.compile(r"^base_model\.model\.|\bbase_layer\.(?!(?:base_layer\.)*lora_)|\bmodules_to_save\.[^.]+\.")
+_FACTOR = re.compile(r"\blora_[A-Za-z]")
+_UNMERGED = re.compile(rf"{_FACTOR.pattern}|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
+
+# What precedes the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too, and may
+# have a body of their own, which transformers 5 no longer names.
+_BODY = re.compile(r"^((base_model|model|language_model|transformer)\.)+")
+_VISION_BODY = re.compile(r"^(vision_tower)\.vision_model\.")
+_MIXTRAL_EXPERT = re.compile(r"(\.experts\.\d+\.)(w[123])\.")
+_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+# Buffers that older versions stored and newer ones compute.
+_COMPUTED = re.compile(r"\brotary_emb\.inv_freq$")
+_QUANTISED = re.compile(
+    r"(\.weight_(scale|packed|zero_point)|_scale_inv|\.qweight|\.qzeros|\.SCB|\babsmax|\.quant_map|\.quant_state\..+"
+    r"|\.experts\.\w+_(blocks|scales))$"
+)
+
+_LAYER = re.compile(r"\.(\d+)\.")
+# The experts of a mixture, one matrix per expert (with its number) or all in one tensor, and what routes among them.
+_EXPERTS = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?")
+_ROUTER = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
+
+# transformers' names, the same in modules and files. Qwen-VL's projector is part of its vision tower's module, so the
+# projector is looked for first.
+_PROJECTOR = re.compile(
+    r"(^|\.)(multi_modal_projector|mm_projector|image_newline|merger|deepstack_merger_list|connector|aligner"
+    r"|embed_vision)(\.|$)"
+)
+_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_encoder|vision_backbone)(\.|$)")
+_SOUND = re.compile(r"(^|\.)(audio_tower|audio_model|embed_audio|audio)(\.|$)")
+
+
+def canonical_name(name: str) -> str:
+    """Return the name that a checkpoint file uses for the parameter called ``name`` in a wrapped module.
+
+    ``base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight`` becomes
+    ``model.layers.0.self_attn.q_proj.weight``.
+    """
+    return _PEFT.sub("", _WRAPPERS.sub("", name))
+
+
+def canonical_key(name: str) -> str:
+    """Return the one spelling that stands for all names that libraries give to the same tensor of a model.
+
+    ``base_model.model.model.layers.0.mlp.up_proj.weight``, ``model.language_model.layers.0.mlp.up_proj.weight`` and
+    ``module._orig_mod.model.layers.0.mlp.up_proj.weight`` become ``layers.0.mlp.up_proj.weight``; Mixtral's
+    ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``.
+    """
+    key = _VISION_BODY.sub(r"\1.", _BODY.sub("", _WRAPPERS.sub("", name))).replace(".block_sparse_moe.", ".mlp.")
+    return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}{_MIXTRAL[match[2]]}.", key)
+
+
+def stored_names(names: Iterable[str], tensors: Iterable[str]) -> dict[str, str]:
+    """Map names used elsewhere to the names under which a checkpoint stores the same tensors.
+
+    transformers writes vision-language models under the names of their first publication, which differ from those of
+    its modules: ``language_model.model.layers.0`` for ``model.language_model.layers.0``.
+
+    Args:
+        names: Parameters of a module, or tensors of another checkpoint.
+        tensors: Names of the tensors in the checkpoint.
+
+    Returns:
+        For each of ``names``: the name itself if the checkpoint has it, else the stored name with the same canonical
+        key, else the name itself.
+    """
+    stored = set(tensors)
+    keys = {canonical_key(name): name for name in stored}
+    return {name: name if name in stored else keys.get(canonical_key(name), name) for name in names}
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether ``name`` is one of an adapter's own factors, which no checkpoint of the Base holds."""
+    return _FACTOR.search(name) is not None
+
+
+def is_unmerged_name(name: str) -> bool:
+    """Whether ``name`` shows that a stored model still has an adapter that was not merged into its weights."""
+    return _UNMERGED.search(name) is not None
+
+
+def is_quantised_name(name: str) -> bool:
+    """Whether ``name`` is a part of a quantised weight: its scale, zero point or packed values."""
+    return _QUANTISED.search(name) is not None
+
+
+def is_computed(name: str) -> bool:
+    """Whether ``name`` is a buffer that models compute for themselves, and that only some versions store."""
+    return _COMPUTED.search(name) is not None
+
+
+def kind_of(name: str) -> str:
+    """Return the last module's name in a parameter's name: ``q_proj`` for ``model.layers.0.self_attn.q_proj.weight``.
+
+    For experts, fused or single, the kind includes the matrix and omits the expert's number: ``experts.down_proj``.
+    """
+    parts = name.split(".")
+    if match := _EXPERTS.match(name):
+        return f"experts.{name[match.end() :].removesuffix('.weight')}"
+    return parts[-2] if len(parts) > 1 else parts[0]
+
+
+def layer_of(name: str) -> int | None:
+    """Return the number of the layer that a parameter belongs to, from 0; ``None`` outside numbered layers."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that a parameter belongs to, from 0; ``None`` for fused experts and the rest."""
+    match = _EXPERTS.match(name)
+    return int(match[2]) if match and match[2] else None
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether a parameter belongs to a mixture's experts, fused or single. Shared experts do not count."""
+    return _EXPERTS.match(name) is not None
+
+
+def routers(names: Iterable[str]) -> frozenset[str]:
+    """Return the routers among ``names``: a gate or router next to a mixture's experts."""
+    names = list(names)
+    mixtures = {match[1] for name in names if (match := _EXPERTS.match(name))}
+    return frozenset(name for name in names if (match := _ROUTER.fullmatch(name)) and match[1] in mixtures)
+
+
+def tower_of(name: str) -> str:
+    """Return the tower that a tensor or module belongs to: one of :data:`TOWERS`, or ``audio``.
+
+    Whatever belongs to no other tower belongs to the language model, and so does all of a text model.
+    """
+    if _SOUND.search(name):
+        return "audio"
+    if _PROJECTOR.search(name):
+        return "projector"
+    return "vision" if _VISION.search(name) else "language"
+
+
+def count_towers(names: Iterable[str]) -> dict[str, int]:
+    """Count how many of ``names`` belong to each tower. Towers without any are left out."""
+    counts = Counter(tower_of(name) for name in names)
+    return {tower: counts[tower] for tower in (*TOWERS, "audio") if counts[tower]}
+
+
+def split_selection(select: str | Iterable[str]) -> tuple[list[str], list[str]]:
+    """Split a selection into the towers that it names and the rest: ``linear``, ``all``, patterns."""
+    parts = [select] if isinstance(select, str) else list(select)
+    return [part for part in parts if part in TOWERS], [part for part in parts if part not in TOWERS]

@@ -1,0 +1,133 @@
+"""Pickled checkpoints (``pytorch_model.bin``), read as tensors and nothing else.
+
+A pickle can run code when it is loaded. Here it is read by torch's restricted unpickler alone, which knows tensors and
+plain containers and refuses everything else, and only when the user has asked for it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import SINGLE_FILE as SAFETENSORS_FILE
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, match_index, read_weight_map, some_of
+from shadowlit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE = "pytorch_model.bin"
+
+
+class PickledReader(CheckpointReader):
+    """Reads tensors, or some of their rows, from a folder of pickled weights; the files are mapped, not loaded.
+
+    Args:
+        folder: A folder with ``pytorch_model.bin``, or ``pytorch_model.bin.index.json`` and its shards.
+
+    Raises:
+        CheckpointError: There is no such file, a file is missing, lies outside the folder, holds anything but
+            tensors or can't be mapped, or the index and the shards disagree.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        index = self.folder / f"{SINGLE_FILE}.index.json"
+        if (self.folder / SINGLE_FILE).is_file():
+            files = {SINGLE_FILE: _load(self.folder / SINGLE_FILE)}
+        elif index.is_file():
+            weight_map = read_weight_map(index)
+            files = {file: _load(self.folder / file) for file in sorted(set(weight_map.values()))}
+            match_index(index, weight_map, files)
+        else:
+            raise CheckpointError(
+                f"{self.folder} holds no {SINGLE_FILE} and no {index.name}. Give the folder into which the model was "
+                "saved, or finish its download."
+            )
+        held = {name: (file, tensor) for file, tensors in files.items() for name, tensor in tensors.items()}
+        self._held = {name: tensor for name, (_, tensor) in held.items()}
+        self.tensors = {name: _info(self.folder, file, name, tensor) for name, (file, tensor) in sorted(held.items())}
+
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
+        import torch
+
+        info = self.info(name)
+        assert offset + len(buffer) <= info.num_bytes
+        if len(buffer):
+            flat = self._held[name].contiguous().reshape(-1).view(torch.uint8)
+            torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat[offset : offset + len(buffer)])
+
+    def close(self) -> None:
+        """Nothing: the files are mapped for as long as the reader lives."""
+
+
+def open_checkpoint(folder: Path, allow_pickle: bool = False) -> CheckpointReader:
+    """Open the checkpoint in a folder: safetensors, or pickled weights where those are allowed and there are no others.
+
+    Args:
+        folder: the checkpoint's folder.
+        allow_pickle: read ``pytorch_model.bin`` as tensors alone.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it can't be read.
+    """
+    names = [f"{file}{suffix}" for file in (SAFETENSORS_FILE, SINGLE_FILE) for suffix in ("", ".index.json")]
+    present = [name for name in names if (folder / name).is_file()]
+    if not present or not present[0].startswith(SINGLE_FILE):
+        return CheckpointReader(folder)
+    if allow_pickle:
+        return PickledReader(folder)
+    try:
+        return CheckpointReader(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Or give --allow_pickle=true, which reads them as tensors alone.") from error
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file, mapped."""
+    import torch
+
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is not a zip archive, the form that torch has saved since version 1.6, and can't be mapped: it is "
+            "older, or was cut short. Load it once where you trust it (torch.load with weights_only=True) and save its "
+            "tensors with safetensors."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of pickle, zipfile or torch: many types, one meaning
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{path} can't be read as tensors alone ({type(error).__name__}: {reason}). Expected a state dict; "
+            "nothing else in it was run. Don't trust this file; ask its author for safetensors."
+        ) from error
+    if not isinstance(state, Mapping) or not state:
+        found = "nothing" if state == {} else f"a {type(state).__name__}"
+        raise CheckpointError(f"{path} holds {found}, expected tensors by name. Save a state dict.")
+    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor) or not _is_dense(value)]
+    if others:
+        raise CheckpointError(
+            f"{path} holds more than plain tensors ({some_of(others)}), expected tensors by name. Save the model's "
+            "state dict alone, not a training checkpoint."
+        )
+    return {str(name): value.detach() for name, value in state.items()}
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    import torch
+
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
+def _info(folder: Path, file: str, name: str, tensor: torch.Tensor) -> TensorInfo:
+    code = dtype_code(tensor.dtype)
+    if code is None:
+        raise CheckpointError(
+            f"{folder / file} holds tensor '{name}' of dtype {tensor.dtype}, which safetensors cannot store. Convert "
+            "the model to bfloat16 or float32."
+        )
+    return TensorInfo(name, code, tuple(tensor.shape), file)

@@ -1,0 +1,262 @@
+"""Work on parts, shared out among processes or threads, whose results come out in order.
+
+numpy's operations on a part that fits the cache are so short that two threads spend their time waiting for the
+interpreter's lock; two processes don't. What they compute is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import pickle
+import select
+import signal
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NoReturn, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowlit.checkpoint.streaming import AHEAD, THREADS, ordered
+from shadowlit.errors import ShadowlitError
+
+PROCESSES = 4
+"""At most so many, and not more than there are cores: from there on, writing what they compute takes longest."""
+WORTH_FORKING_BYTES = 2**27
+"""Of stored tensors to be read; below that, threads are done before processes have begun."""
+_ROOMS_PER_WORKER = 3  # one is computed, one waits, one is written
+_PAGE_BYTES = 4096
+_TASK = struct.Struct("<I")
+_REPLY = struct.Struct("<IQ")  # the task's number, and the bytes that follow
+_CAUGHT = (signal.SIGINT, signal.SIGTERM)
+
+Room = npt.NDArray[np.uint8]
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def in_order(
+    function: Callable[[_In, Room], _Out], items: Sequence[_In], room_bytes: int, num_bytes: int
+) -> Iterator[tuple[_Out, Room]]:
+    """``function(item, room)`` of every item, in the order of the items, a few of them computed ahead.
+
+    Processes are forked where that pays and is safe (see :func:`may_fork`), or threads do it. Nothing may change while
+    the iterator is used but what ``function`` itself changes, and of that only what it returns and writes to its room
+    is seen here.
+
+    Args:
+        function: computes a part. What it returns, or the error that it raises, must be small, and be one that can be
+            pickled.
+        items: what it is called with.
+        room_bytes: size of the memory for the bytes of one part; 0 if there are none.
+        num_bytes: that all items together read; tells whether it pays to fork.
+
+    Yields:
+        What ``function`` returned, and the room that it had, which is another part's when the iterator goes on.
+
+    Raises:
+        ShadowlitError: a process was killed.
+        Exception: the first one, by the order of items, that ``function`` raised.
+    """
+    count = min(PROCESSES, num_cores(), len(items))
+    if num_bytes >= WORTH_FORKING_BYTES and count > 1 and may_fork():
+        with contextlib.ExitStack() as stack:
+            try:
+                team = stack.enter_context(_Team(function, items, room_bytes, count))
+            except OSError:  # no memory, or no process more for this user: threads need neither
+                pass
+            else:
+                yield from team.results()
+                return
+    yield from _by_threads(function, items, room_bytes)
+
+
+def may_fork() -> bool:
+    """Whether a copy of this process could compute: only the calling thread goes on in it.
+
+    Locks that another one holds would stay locked, and torch's own threads would be missing. Elsewhere than on Linux
+    even libraries that come with the system are not made for it.
+    """
+    return sys.platform == "linux" and threading.active_count() == 1 and "torch" not in sys.modules
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _by_threads(
+    function: Callable[[_In, Room], _Out], items: Sequence[_In], room_bytes: int
+) -> Iterator[tuple[_Out, Room]]:
+    from concurrent.futures import ThreadPoolExecutor
+
+    rooms = [np.empty(room_bytes, np.uint8) for _ in range(min(AHEAD + 1, len(items)))]
+    with ThreadPoolExecutor(min(THREADS, num_cores())) as pool:
+        numbers = range(len(items))
+        found = ordered(pool, lambda number: function(items[number], rooms[number % len(rooms)]), numbers)
+        for number, result in zip(numbers, found, strict=True):
+            yield result, rooms[number % len(rooms)]
+
+
+class _Worker:
+    """A forked process as its parent knows it, and the replies that have come from it."""
+
+    def __init__(self, pid: int, replies: int) -> None:
+        self.pid, self.replies = pid, replies
+        self._received = bytearray()
+
+    def receive(self) -> Iterator[tuple[int, Any, BaseException | None]]:
+        """The replies that are there: number, result, error. One process's only, so that unpickling is safe.
+
+        Raises:
+            ShadowlitError: the process has ended.
+        """
+        received = os.read(self.replies, 2**16)
+        if not received:
+            self._tell_end()
+        self._received += received
+        while len(self._received) >= _REPLY.size:
+            number, size = _REPLY.unpack_from(self._received)
+            end = _REPLY.size + size
+            if len(self._received) < end:
+                return
+            yield number, *pickle.loads(self._received[_REPLY.size : end])
+            del self._received[:end]
+
+    def _tell_end(self) -> NoReturn:
+        status = os.waitpid(self.pid, 0)[1]
+        self.pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        raise ShadowlitError(
+            f"a process that computes a part of the tensors was {how}; expected it to go on to the end. The system "
+            "kills one where memory runs out: free some, and run this again."
+        )
+
+    def end(self) -> None:
+        os.close(self.replies)
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored, nobody waits
+                os.waitpid(self.pid, 0)
+
+
+class _Team(Generic[_In, _Out]):
+    """Forked processes that take the numbers of items from one pipe, whoever is free, and reply by one of their own.
+
+    They see the pipe's end when this process is gone, however it went, and end too.
+    """
+
+    def __init__(
+        self, function: Callable[[_In, Room], _Out], items: Sequence[_In], room_bytes: int, count: int
+    ) -> None:
+        self._function, self._items, self._count = function, items, count
+        self._workers: list[_Worker] = []
+        self._pipes: list[int] = []
+        size = -(-room_bytes // _PAGE_BYTES) * _PAGE_BYTES
+        num_rooms = count * _ROOMS_PER_WORKER
+        memory = np.frombuffer(mmap.mmap(-1, max(1, num_rooms * size)), np.uint8)  # shared with the forked ones
+        self._rooms = [memory[i * size : i * size + room_bytes] for i in range(num_rooms)]
+
+    def __enter__(self) -> _Team[_In, _Out]:
+        try:
+            self._pipes = list(os.pipe())
+            for _ in range(self._count):
+                self._fork()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def results(self) -> Iterator[tuple[_Out, Room]]:
+        """What the items come to, in their order."""
+        poll = select.poll()
+        by_descriptor = {worker.replies: worker for worker in self._workers}
+        for descriptor in by_descriptor:
+            poll.register(descriptor, select.POLLIN)
+        total, sent = len(self._items), 0
+        arrived: dict[int, tuple[Any, BaseException | None]] = {}
+        for number in range(total):
+            # A room is free when the part that it held was taken.
+            for ahead in range(sent, min(total, number + len(self._rooms))):
+                os.write(self._pipes[1], _TASK.pack(ahead))
+                sent = ahead + 1
+            while number not in arrived:
+                for descriptor, _ in poll.poll():
+                    for done, result, error in by_descriptor[descriptor].receive():
+                        arrived[done] = result, error
+            result, error = arrived.pop(number)
+            if error is not None:
+                raise error
+            yield result, self._rooms[number % len(self._rooms)]
+
+    def _fork(self) -> None:
+        reading, writing = os.pipe()
+        # Until the copy has handlers of its own, it must not run this process's: they clean up.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT)
+        try:
+            pid = os.fork()
+            if not pid:
+                self._compute(writing, [reading, *(worker.replies for worker in self._workers)], before)
+            self._workers.append(_Worker(pid, reading))
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(writing)
+
+    def _compute(self, replies: int, not_ours: list[int], mask: set[Any]) -> NoReturn:
+        """What a forked process does until there is nothing more to do; never returns into what its parent was at."""
+        status = 1
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            for descriptor in (self._pipes[1], *not_ours):
+                os.close(descriptor)
+            while task := os.read(self._pipes[0], _TASK.size):
+                (number,) = _TASK.unpack(task)
+                try:
+                    room = self._rooms[number % len(self._rooms)]
+                    told = pickle.dumps((self._function(self._items[number], room), None))
+                except Exception as error:
+                    told = pickle.dumps((None, _portable(error)))
+                _write(replies, _REPLY.pack(number, len(told)) + told)
+            status = 0
+        except BrokenPipeError:  # the parent is gone
+            status = 0
+        finally:
+            os._exit(status)
+
+    def _end(self) -> None:
+        for descriptor in self._pipes:
+            os.close(descriptor)
+        for worker in self._workers:
+            worker.end()
+        self._pipes, self._workers = [], []
+
+
+def _portable(error: Exception) -> Exception:
+    """An error as it can be sent to another process; one that isn't the user's keeps the place it came from."""
+    if not isinstance(error, ShadowlitError):
+        error.add_note(f"in a process that computes parts:\n{traceback.format_exc()}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+    return error
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]

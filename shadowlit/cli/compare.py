@@ -1,0 +1,167 @@
+"""``python -m shadowlit compare``; the docstring is the help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.studies.comparison.plan import Recipe, plan
+
+
+def compare(
+    fit: str,
+    arms: list[str] | str = "B2I,I2I",
+    seeds: list[int] | str = "0,1,2",
+    rates: dict[str, list[float]] | None = None,
+    scales: list[float] = [1.0],  # noqa: B006 - read only, and shown by --help
+    task_scales: list[float] = [],  # noqa: B006
+    gain: list[str] | str | None = None,
+    keep: list[str] | str | None = None,
+    line: str = "loss",
+    overrides: dict[str, Any] | None = None,
+    title: str | None = None,
+    out: str | None = None,
+    workers: int = 1,
+    threads: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Train and measure the arms of a pair side by side, and report what the data support.
+
+    An arm is named by the source of its delta and the target of the graft: B2I is Shadow-FT, I2I tunes the Instruct
+    directly, B2B and I2B are the controls. Two trainings serve four arms: one of the Base, one of the Instruct, on the
+    same data in the same order, with the same recipe. What is finished is skipped, so the same command goes on after
+    an interruption, and adds arms, rates and seeds. Of each evaluator's rows one half chooses an arm's learning rate,
+    the other half is reported.
+
+    Args:
+        fit: A configuration of fit, with evaluators in its section evaluation.
+        arms: Which arms, e.g. B2I,I2I,B2B,I2B.
+        seeds: Of data order, adapter and dropout, e.g. 0,1,2.
+        rates: Learning rates of each arm, e.g. '{"B2I": [1e-4, 3e-4], "I2I": [3e-5, 1e-4]}'; an arm that is left out
+            has those of the other arm of its source. Null: the configuration's own rate.
+        scales: Strengths of the graft whose validation loss is measured; the first is the arm's own.
+        task_scales: Those of them, beyond the first, that the evaluators measure too.
+        gain: Evaluators of what is to be learned; null for all.
+        keep: Evaluators of what is to be kept: they and the divergence from the Instruct are the price.
+        line: Metric that is drawn along the line from the Instruct to the graft: loss, or <set>/loss.
+        overrides: Further changes of the configuration, by dotted key.
+        title: Of the report; null for the configuration's name.
+        out: Folder of trainings and report; null for runs/compare/<configuration>.
+        workers: Trainings at a time. All see the same GPUs: with GPUs leave it at 1.
+        threads: Of torch, for each training; null for its own choice.
+        dry_run: Only list the trainings.
+    """
+    console = Console(highlight=False)
+    given = _listed(arms)
+    recipe = Recipe(Path(fit), dict(overrides or {}), tuple(scales), tuple(task_scales))
+    own = rates or {arm: [_own_rate(recipe)] for arm in given}
+    trainings = plan(given, own, _seeds(seeds))
+    evaluators = _evaluators(recipe)
+    gained = _known("gain", _listed(gain) if gain is not None else evaluators, evaluators)
+    kept = _known("keep", _listed(keep or []), evaluators)
+    folder = Path(out) if out else Path("runs/compare") / Path(fit).stem
+    if recipe.scales[:1] != (1.0,):
+        raise ShadowlitError(f"--scales is {list(scales)}; the first must be 1.0, at which arms are compared.")
+    for name, value in (("workers", workers), ("threads", 1 if threads is None else threads)):
+        if value < 1:
+            raise ShadowlitError(f"--{name} is {value}; expected at least 1.")
+    if dry_run:
+        console.print(f"{len(trainings)} trainings in {folder}: " + ", ".join(t.name for t in trainings))
+        return
+    from shadowlit.studies.comparison.collect import collect
+    from shadowlit.studies.comparison.records import write_records
+    from shadowlit.studies.comparison.report import write_report
+    from shadowlit.studies.comparison.runner import UNTOUCHED, jobs, own_folder, run
+    from shadowlit.studies.comparison.summary import Description
+    from shadowlit.studies.trials.process import last_words
+
+    with own_folder(folder, recipe):
+        found = jobs(recipe, trainings, folder)
+        with _progress(console, len(found)) as done:
+            failed = run(
+                found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), done=done
+            )
+        if UNTOUCHED in failed:
+            raise ShadowlitError(
+                f"the untouched models could not be measured, so there is nothing to compare with: "
+                f"{last_words(folder / UNTOUCHED)}. Mend the cause, and start the same command again; the log is "
+                f"{folder / UNTOUCHED / 'log.txt'}."
+            )
+        records = collect(recipe, trainings, given, own, folder, line)
+        write_records(records, folder / "records.json")
+        report = write_report(
+            records,
+            Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own)),
+            gain=gained,
+            keep=kept,
+            folder=folder / "report",
+        )
+    console.print(f"report    {report}")
+    if failed:
+        told = "; ".join(f"{name}: {last_words(folder / name)}" for name in failed)
+        raise ShadowlitError(
+            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {told}. Mend the cause, and "
+            f"start the same command again; their logs lie in {folder}."
+        )
+
+
+def _listed(value: list[Any] | str) -> list[Any]:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else list(value)
+
+
+def _seeds(value: list[int] | str) -> list[int]:
+    try:
+        return [int(seed) for seed in _listed(value)]
+    except ValueError:
+        raise ShadowlitError(f"--seeds is {value!r}; expected whole numbers, e.g. 0,1,2.") from None
+
+
+def _own_rate(recipe: Recipe) -> float:
+    rate = recipe.get("model.lr")
+    if rate is None:
+        raise ShadowlitError(f"{recipe.config} has no model.lr, and no --rates are given. Give one of them.")
+    return float(rate)
+
+
+def _evaluators(recipe: Recipe) -> list[str]:
+    found = recipe.get("evaluation.evaluators")
+    if not found:
+        raise ShadowlitError(
+            f"{recipe.config} has no evaluation.evaluators, by which arms are compared. Add some: docs/evaluation.md."
+        )
+    return list(found)
+
+
+def _known(option: str, names: list[str], evaluators: list[str]) -> list[str]:
+    unknown = [name for name in names if name not in evaluators]
+    if unknown:
+        raise ShadowlitError(
+            f"--{option} names {', '.join(unknown)}; the configuration's evaluators are {', '.join(evaluators)}."
+        )
+    return names
+
+
+def _command(fit: str, arms: list[str], seeds: Any, rates: dict[str, list[float]]) -> str:
+    listed = ",".join(map(str, _listed(seeds)))
+    return f"python -m shadowlit compare {fit} --arms {','.join(arms)} --seeds {listed} --rates '{json.dumps(rates)}'"
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Any]:
+    columns = (TextColumn("trainings"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def done(name: str, ok: bool) -> None:
+            bar.advance(task)
+            if not ok:
+                console.print(f"{name} failed")
+
+        yield done

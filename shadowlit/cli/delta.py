@@ -1,0 +1,313 @@
+"""``python -m shadowlit delta``: the update as an artefact; the docstrings are the help."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.names import kind_of
+from shadowlit.cli.graft import format_bytes, parse_bytes, write_graft
+from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
+from shadowlit.delta.lora import export_svd_adapter
+from shadowlit.delta.transforms import dare, magnitude, truncated_svd
+from shadowlit.errors import GraftError
+from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk, open_update
+from shadowlit.grafting.manifest import describe_source, versions
+from shadowlit.grafting.selection import resolve
+from shadowlit.pair.folders import model_folder
+
+DType = Literal["bfloat16", "float32", "float16"]
+
+
+def make(
+    base: str, tuned: str, out: str, select: str | list[str] = "all", dtype: DType = "bfloat16", shard_size: str = "5GB"
+) -> None:
+    """Store the update tuned - base as a delta.
+
+    Base and tuned may be any two models of one architecture: with --tuned INSTRUCT it is the offset of a pair, which
+    Chat Vector (arXiv 2310.04799), RE-Adapt (arXiv 2405.15007) and ParamΔ (arXiv 2504.21023) move.
+
+    Args:
+        base: Folder or hub id of the model that the tuning started from.
+        tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        out: Folder to make. Appears complete or not at all.
+        select: all, linear (every linear layer but the output head), or regular expressions for tensor names.
+        dtype: That the delta is stored in; bfloat16 loses about 0.2 % of it.
+        shard_size: Largest file, e.g. 5GB or 500MB.
+    """
+    base_folder, tuned_folder = model_folder("base", base, None, False), model_folder("tuned", tuned, None, False)
+    with CheckpointReader(base_folder) as reader:
+        update = open_update(reader, tuned_folder)
+        found = Delta.from_update(update).only(
+            resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
+        )
+        manifest = {
+            "base": describe_source(base, base_folder, reader.fingerprint()),
+            "tuned": {"id": tuned},
+            "select": select,
+            "history": [],
+            "versions": versions(),
+        }
+        _save(found, out, dtype, shard_size, manifest)
+
+
+def show(deltas: list[str], effective_rank: bool = False) -> None:
+    """Tell norm, size and sparsity of deltas by kind of tensor, and where several of them conflict.
+
+    Args:
+        deltas: Folders of deltas.
+        effective_rank: Also the mean effective rank of the matrices; needs one of them in memory, and time.
+    """
+    console = Console(highlight=False)
+    opened = [Delta.open(folder) for folder in deltas]
+    for folder, found in zip(deltas, opened, strict=True):
+        console.print(_table(folder, found, effective_rank))
+    if len(opened) > 1:
+        console.print(_conflicts(deltas, opened))
+
+
+def sum_(
+    deltas: list[str],
+    out: str,
+    weights: list[float] | None = None,
+    method: Literal["add", "ties"] = "add",
+    density: float = 0.2,
+    dtype: DType = "bfloat16",
+    shard_size: str = "5GB",
+) -> None:
+    """Combine deltas of one Base, with a table of their conflicts: Σ weight * delta, or TIES.
+
+    A difference is a sum with --weights '[1,-1]' (task arithmetic, arXiv 2212.04089). TIES (arXiv 2306.01708) trims
+    each, elects a sign per element and takes the mean of those that agree; it holds one tensor of each in memory.
+
+    Args:
+        deltas: Folders of deltas.
+        out: Folder to make. Appears complete or not at all.
+        weights: One for each; 1 by default.
+        method: add or ties.
+        density: For ties: share of elements of each delta that is kept.
+        dtype: That the result is stored in.
+        shard_size: Largest file, e.g. 5GB or 500MB.
+    """
+    opened = [Delta.open(folder) for folder in deltas]
+    given = [1.0] * len(opened) if weights is None else weights
+    found = weighted_sum(opened, given) if method == "add" else ties_sum(opened, density, given)
+    if len(opened) > 1:
+        Console(highlight=False).print(_conflicts(deltas, opened))
+    step: dict[str, Any] = {"method": method, "weights": given, "of": [one.manifest for one in opened]}
+    if method == "ties":
+        step["density"] = density
+    manifest = {"base": opened[0].manifest.get("base"), "history": [step], "versions": versions()}
+    _save(found, out, dtype, shard_size, manifest)
+
+
+def compress(
+    delta: str,
+    out: str,
+    method: Literal["magnitude", "dare", "svd"],
+    density: float | None = None,
+    rank: int | None = None,
+    explained_variance: float | None = None,
+    seed: int = 0,
+    dtype: DType = "bfloat16",
+    shard_size: str = "5GB",
+) -> None:
+    """Make a delta sparser or of lower rank, and tell what it lost.
+
+    magnitude keeps the largest elements of each tensor (arXiv 1506.02626); dare drops elements at random and rescales
+    the rest (arXiv 2311.03099); svd cuts every matrix by rank or by explained variance (LoRE-Adapt, arXiv 2405.15007)
+    and leaves other tensors as they are. One tensor is in memory at a time. The result is stored dense.
+
+    Args:
+        delta: Folder of a delta.
+        out: Folder to make. Appears complete or not at all.
+        method: magnitude, dare or svd.
+        density: For magnitude and dare: share of elements to keep, in (0, 1].
+        rank: For svd: singular values to keep.
+        explained_variance: For svd: keep the fewest that hold this share of the squared norm, in (0, 1].
+        seed: For dare: of the mask.
+        dtype: That the result is stored in.
+        shard_size: Largest file, e.g. 5GB or 500MB.
+    """
+    if (density is None) == (method != "svd"):
+        raise GraftError(f"method={method} and density={density}: magnitude and dare need a density, svd takes none.")
+    if (rank is not None or explained_variance is not None) != (method == "svd"):
+        raise GraftError(f"method={method} with rank={rank} and explained_variance={explained_variance}: only svd "
+                         "takes them, and needs one of them.")  # fmt: skip
+    opened = Delta.open(delta)
+    squares: dict[str, tuple[float, float]] = {}
+
+    def one(name: str, tensor: Tensor) -> Tensor:
+        if method == "svd":
+            small = truncated_svd(tensor, rank, explained_variance).matrix if tensor.ndim == 2 else tensor
+        elif method == "magnitude":
+            small = magnitude(tensor, density or 0.0)
+        else:
+            generator = torch.Generator().manual_seed(_tensor_seed(seed, name))
+            small = dare(tensor, density or 0.0, generator)
+        squares[name] = (float((small - tensor).double().square().sum()), float(tensor.double().square().sum()))
+        return small
+
+    step = {
+        "method": method, "density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed,
+    }  # fmt: skip
+    manifest = {**opened.manifest, "history": [*opened.manifest.get("history", []), step], "versions": versions()}
+    _save(opened.map(one), out, dtype, shard_size, manifest)
+    lost, size = (sum(values) for values in zip(*squares.values(), strict=True))
+    Console(highlight=False).print(
+        f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm"
+    )
+
+
+def lora(
+    delta: str,
+    instruct: str,
+    out: str,
+    rank: int | None = None,
+    explained_variance: float | None = None,
+    dtype: DType = "bfloat16",
+) -> None:
+    """Cut a delta into a LoRA adapter that peft and vLLM load beside the Instruct, and tell what it lost.
+
+    The linear layers' matrices are cut by singular values; what an adapter can't hold (norms, biases, embeddings, head)
+    is left out and counted as lost.
+
+    Args:
+        delta: Folder of a delta.
+        instruct: Folder or hub id of the Instruct that the adapter is for.
+        out: Folder to make. Appears complete or not at all.
+        rank: Rank of every layer.
+        explained_variance: Or: the smallest rank, layer by layer, that holds this share of the squared norm.
+        dtype: Of the factors.
+    """
+    opened = Delta.open(delta)
+    with _progress("decomposing", len(opened.shapes)) as advance:
+        report = export_svd_adapter(
+            opened, instruct, Path(out), rank, explained_variance, getattr(torch, dtype), lambda: advance(1)
+        )
+    console = Console(highlight=False)
+    console.print(f"delta: {out} has {report.num_layers} layers, rank {report.smallest_rank} to {report.largest_rank}")
+    console.print(
+        f"delta: the adapter differs from the delta by {report.error:.1%} of its norm "
+        f"({report.error_of_adapted:.1%} in the layers that it adapts; left out: {report.left_out or 'nothing'})"
+    )
+
+
+def apply(
+    delta: str,
+    instruct: str,
+    out: str,
+    scale: str = "1",
+    select: str | list[str] = "linear",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    shard_size: str = "5GB",
+    dry_run: bool = False,
+    files_from: str | None = None,
+) -> None:
+    r"""Add a delta to an Instruct, or to its next version: instruct + scale * delta, rounded once.
+
+    Args:
+        delta: Folder of a delta.
+        instruct: Folder or hub id of the model that gets it; of the delta's architecture.
+        out: Folder to make. Appears complete or not at all.
+        scale: Strength, and others by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
+        dtype: Of the result; auto for the Instruct's own.
+        shard_size: Largest file, e.g. 5GB or 500MB.
+        dry_run: Only say what would be changed and how large the result is.
+        files_from: Take config, tokenizer, template and generation settings from this folder or hub id.
+    """
+    opened, strength = Delta.open(delta), Strength.parse(scale)
+    folder = model_folder("instruct", instruct, None, False)
+    wanted = None if dtype == "auto" else dtype
+    console = Console(highlight=False)
+    with CheckpointReader(folder) as reader:
+        plan = DiskGraft(opened, reader, strength, select, wanted)
+        console.print(f"delta: {plan.coverage}")
+        console.print(f"delta: the result has {format_bytes(plan.num_bytes)}")
+        if dry_run:
+            return
+        manifest = {
+            "base": opened.manifest.get("base"),
+            "instruct": describe_source(instruct, folder, reader.fingerprint()),
+            "delta": opened.manifest,
+            "scale": strength.default,
+            "select": select,
+            "dtype": wanted,
+            "coverage": plan.coverage,
+            "config": {"scale": scale, "delta": delta},
+            "versions": versions(),
+        }
+        write_graft(plan, folder, Path(out), wanted, shard_size, manifest, files_from)
+
+
+COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}
+
+
+def _tensor_seed(seed: int, name: str) -> int:
+    """A seed for one tensor, the same on every machine."""
+    return (seed << 32) | zlib.crc32(name.encode())
+
+
+def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mapping[str, Any]) -> None:
+    max_bytes = parse_bytes(shard_size)
+    with _progress("writing", found.num_elements) as advance:
+        lost = found.save(Path(out), getattr(torch, dtype), manifest, max_bytes, advance)
+    console = Console(highlight=False)
+    console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}")
+    console.print(f"delta: storing it changes it by {lost:.2%} of its norm")
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Any]:
+    with Progress(console=Console(highlight=False), transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _table(title: str, found: Delta, effective_rank: bool) -> Table:
+    """Norm, root mean square, peak and zeros by kind of tensor."""
+    statistics = found.statistics()
+    norm = math.sqrt(sum(t.square for t in statistics))
+    zeros = sum(t.num_zeros for t in statistics) / max(1, found.num_elements)
+    table = Table(title=f"{title}: norm {norm:.4g}, {zeros:.1%} zeros")
+    for column in ("kind", "tensors", "norm", "rms", "max", "zeros", *(["effective rank"] if effective_rank else [])):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    groups: dict[str, list[Any]] = {}
+    for tensor in statistics:
+        groups.setdefault(kind_of(tensor.name), []).append(tensor)
+    for kind, tensors in groups.items():
+        square = sum(t.square for t in tensors)
+        size = max(1, sum(math.prod(t.shape) for t in tensors))
+        row = [
+            kind, str(len(tensors)), f"{math.sqrt(square):.4g}", f"{math.sqrt(square / size):.2e}",
+            f"{max(t.peak for t in tensors):.2e}", f"{sum(t.num_zeros for t in tensors) / size:.1%}",
+        ]  # fmt: skip
+        if effective_rank:
+            ranks = [found.effective_rank(t.name) for t in tensors if len(t.shape) == 2]
+            row.append(f"{sum(ranks) / len(ranks):.1f}" if ranks else "–")
+        table.add_row(*row)
+    return table
+
+
+def _conflicts(names: Sequence[str], deltas: Sequence[Delta]) -> Table:
+    """Every pair of deltas: do they point the same way, and do their elements have the same signs."""
+    table = Table(title="conflicts")
+    for column in ("delta", "and", "cosine", "equal signs", "elements in both"):
+        table.add_column(column, justify="left" if column in ("delta", "and") else "right")
+    for (name_a, a), (name_b, b) in combinations(zip(names, deltas, strict=True), 2):
+        met = overlap(a, b)
+        table.add_row(name_a, name_b, f"{met.cosine:+.3f}", f"{met.sign_agreement:.1%}", f"{met.shared:.1%}")
+    return table

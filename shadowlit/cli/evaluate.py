@@ -1,0 +1,168 @@
+"""``python -m shadowlit evaluate``; the docstring is the help."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shadowlit.checkpoint.folder import atomic_folder
+from shadowlit.errors import EvaluationError, ExportError
+from shadowlit.grafting.manifest import plain, versions, write_json
+from shadowlit.harness.models import Evaluation
+from shadowlit.harness.report import Report, make_report
+from shadowlit.harness.subjects import Subject, local_folder
+from shadowlit.harness.tasks import Settings, harness_version, load_benchmarks, require_harness
+from shadowlit.pair.folders import read_json
+
+_UNSAFE = re.compile(r"[^\w.-]+")
+# Wide enough for the table, where no terminal sets a width: one line per row, for grep.
+_PLAIN_WIDTH = 220
+_DEVICE = re.compile(r"auto|all|cpu|mps|cuda(:\d+)?")
+
+
+def evaluate(
+    model: list[str],
+    suite: list[str],
+    adapter: str | None = None,
+    tasks_folder: str | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: str = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    backend: Literal["hf", "vllm"] = "hf",
+    seed: int = 1234,
+    execute_code: bool = False,
+    template_kwargs: dict[str, Any] | None = None,
+    out: str | None = None,
+) -> None:
+    """Put models to benchmarks of lm-evaluation-harness, and compare them sample by sample.
+
+    Everything that can be checked is, before a model is loaded.
+
+    Args:
+        model: Folders or hub ids. Of several, the first is the reference that the others are compared with.
+        suite: math7, code3, reasoning9 (the groups of the Shadow-FT paper), paper (all three), ifeval; names of the
+            harness' tasks, groups and tags; or paths of YAML files.
+        adapter: Folder or hub id of an adapter in peft's form that the last model carries. Give a model twice to see
+            what the adapter changes.
+        tasks_folder: Folder with tasks of your own, as YAML files in the harness' form. Functions that they name are
+            Python code, and run.
+        chat: Apply the chat template; by default where the tokenizer has one.
+        system: System message.
+        fewshot: Examples in the prompt of every task, except of those that allow none.
+        limit: Only the first so many samples of every task: for trying things out.
+        max_new_tokens: Longest answer; by default 4096 in the paper's groups, as in the paper, and otherwise each
+            task's own.
+        batch_size: A number, auto, or auto:N to look for the largest one that fits N times. auto is 8 on a CPU.
+        dtype: Of the weights; auto for the folder's own.
+        device: auto, cpu, cuda, cuda:1, mps; or all, for layers spread over all GPUs.
+        backend: hf for transformers, or vllm if it is installed, on the GPUs that it sees.
+        seed: Of the choice of examples, and of sampling where a task samples.
+        execute_code: Run programs that the models wrote, with your rights. HumanEval and its like need it.
+        template_kwargs: Arguments of the chat template, e.g. '{"enable_thinking": false}'.
+        out: Folder to make, with results.json, report.md and every sample. Appears complete or not at all; an existing
+            one is never overwritten.
+    """
+    require_harness(backend)
+    settings = Settings(
+        chat=chat, system=system, fewshot=fewshot, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        seed=seed, execute_code=execute_code, template_kwargs=template_kwargs or {},
+    )  # fmt: skip
+    if not _DEVICE.fullmatch(device):
+        raise EvaluationError(f"device is {device!r}; expected auto, all, cpu, mps, cuda or cuda:N.")
+    if not model:
+        raise EvaluationError("no model was given; expected one or more folders or hub ids.")
+    if out is not None:
+        _require_free(Path(out))
+    for source in model:
+        read_json("model", local_folder(source, weights=False) / "config.json")
+    if adapter is not None:
+        read_json("adapter", local_folder(adapter, weights=False) / "adapter_config.json")
+    start = time.perf_counter()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    benchmarks = load_benchmarks(suite, settings, tasks_folder)
+    subjects = [Subject(source, adapter if i == len(model) else None) for i, source in enumerate(model, start=1)]
+    for subject in subjects:  # what would stop the last one stops before the first one's hours
+        subject.check(benchmarks)
+    evaluations = []
+    for subject in subjects:
+        console.print(f"evaluate: {subject.name}", soft_wrap=True)
+        evaluations.append(subject.evaluate(benchmarks, backend, dtype, device))
+    report = make_report(evaluations)
+    _tell(report, console)
+    if out is not None:
+        config = {"suite": suite, "tasks_folder": tasks_folder, "dtype": dtype, "device": device, "backend": backend}
+        _write(Path(out), subjects, evaluations, report, {**config, **asdict(settings)})
+        console.print(f"evaluate: {out} is complete", soft_wrap=True)
+    console.print(f"evaluate: done in {time.perf_counter() - start:.1f} s")
+
+
+def _tell(report: Report, console: Console) -> None:
+    for letter, name in report.models:
+        console.print(f"{letter} = {name}", soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for i, heading in enumerate(report.headings):
+        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i != 1, overflow="fold")
+    for section in report.sections:
+        for row in section:
+            table.add_row(*(Text(cell) for cell in row))
+        table.add_section()
+    console.print(table)
+    for note in report.notes:
+        console.print(Text(f"- {note}"), soft_wrap=True)
+
+
+def _require_free(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ExportError(f"out is {out}, which exists already. Choose another folder, or remove it first.")
+
+
+def _write(
+    out: Path, subjects: Sequence[Subject], evaluations: Sequence[Evaluation], report: Report, config: dict[str, Any]
+) -> None:
+    """Write the folder beside its place and rename it into place."""
+    with atomic_folder(out) as folder:
+        models = {}
+        for (letter, _), subject, found in zip(report.models, subjects, evaluations, strict=True):
+            models[letter] = {"name": found.model, "chat": found.chat, **subject.describe(), "suites": _scores(found),
+                              "harness": found.harness}  # fmt: skip
+            for task, samples in found.samples.items():
+                path = folder / "samples" / letter / f"{_UNSAFE.sub('_', task)}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lines = (json.dumps(plain(sample), ensure_ascii=False) + "\n" for sample in samples)
+                path.write_text("".join(lines), encoding="utf-8")
+        told = {"config": config, "versions": {**versions(), "lm_eval": harness_version()}, "models": models,
+                "notes": report.notes}  # fmt: skip
+        write_json(folder / "results.json", plain(told))
+        (folder / "report.md").write_text(str(report), encoding="utf-8")
+
+
+def _scores(found: Evaluation) -> list[dict[str, Any]]:
+    """The scores that count, for a program to read."""
+    return [
+        {
+            "title": suite.title,
+            "mean": suite.mean and asdict(suite.mean),
+            "missing": suite.missing,
+            "tasks": [
+                {key: value for key, value in asdict(score).items() if key not in ("values", "weighted")}
+                for score in suite.tasks
+            ],
+        }
+        for suite in found.suites
+    ]

@@ -1,0 +1,108 @@
+"""Commands that are typed functions: how their words on the command line become arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any, get_origin, get_type_hints
+
+from shadowlit.checkpoint.streaming import keep_freed_memory
+from shadowlit.errors import ShadowlitError
+
+
+def run_function(name: str, module: str, args: Sequence[str]) -> None:
+    """Run the function ``name`` of ``module``, or one of its ``COMMANDS`` (``DEFAULT`` without a word); the docstring
+    is the help.
+
+    SIGINT and SIGTERM end it as an exception, so that what it was writing is removed.
+
+    Raises:
+        ShadowlitError: too many words without an option.
+        SystemExit: 130 after SIGINT, 143 after SIGTERM.
+    """
+    with _ends_cleanly():
+        _run(name, module, args)
+
+
+def _run(name: str, module: str, args: Sequence[str]) -> None:
+    from jsonargparse import auto_cli
+
+    keep_freed_memory()
+    found = importlib.import_module(module)
+    commands: dict[str, Any] | None = getattr(found, "COMMANDS", None)
+    if commands is None:
+        function = getattr(found, name)
+        auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
+    else:
+        # Options alone are those of the usual command; asking for help is about all of them.
+        if hasattr(found, "DEFAULT") and (not args or (args[0].startswith("-") and args[0] not in ("-h", "--help"))):
+            args = [found.DEFAULT, *args]
+        known = args[0] if args and args[0] in commands else None
+        rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
+        auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")
+
+
+@contextlib.contextmanager
+def _ends_cleanly() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into SystemExit: at the latter, Python dies on the spot by default."""
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        yield
+        return
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # a job in the background ignores SIGINT, and shall
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in usual]
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # cleaning up takes no second interruption
+        raise SystemExit(128 + number)
+
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
+    """Give every word its option: ``A B --dry-run`` becomes ``--base=A --tuned=B --dry_run=true``.
+
+    Words before the first option are the first parameters, in their order; all of them are the first one's if that is
+    a list. The words after an option whose parameter is a list are all its own. A switch needs no value.
+
+    Raises:
+        ShadowlitError: more words than parameters.
+    """
+    kinds = get_type_hints(function)
+    names = list(inspect.signature(function).parameters)
+    first = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    words, options = args[:first], args[first:]
+    if words and get_origin(kinds[names[0]]) is list:
+        spelled = [f"--{names[0]}={json.dumps(list(words))}"]
+    elif len(words) > len(names):
+        raise ShadowlitError(f"{len(words)} words were given ({' '.join(words)}); expected at most {len(names)}.")
+    else:
+        spelled = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
+    taken = 0
+    for i, option in enumerate(options):
+        if i < taken:
+            continue
+        key, equals, value = option.partition("=")
+        key = "--" + key[2:].replace("-", "_") if key.startswith("--") else key
+        if get_origin(kinds.get(key[2:])) is list:
+            taken = next((j for j in range(i + 1, len(options)) if options[j].startswith("-")), len(options))
+            members = [value, *options[i + 1 : taken]] if equals else list(options[i + 1 : taken])
+            written = len(members) == 1 and members[0].startswith("[")  # as a list already
+            spelled.append(f"{key}={members[0] if written else json.dumps(members)}")
+            continue
+        follows = options[i + 1] if i + 1 < len(options) else "--"
+        if kinds.get(key[2:]) is bool and not equals and follows.lower() not in ("true", "false"):
+            equals, value = "=", "true"
+        spelled.append(f"{key}{equals}{value}")
+    return spelled

@@ -1,0 +1,217 @@
+"""``python -m shadowlit similarity``; the docstring is the help."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from shadowlit.analysis.similarity import (
+    Group,
+    Report,
+    Similarity,
+    compare,
+    open_reader,
+    shared_names,
+    with_ranks,
+)
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import alike
+from shadowlit.errors import ShadowlitError
+from shadowlit.pair.folders import model_folder
+from shadowlit.progress import progress_bar
+
+_TITLES = {
+    "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
+    "norm_ratio": "norms b/a", "effective_rank": "eff. rank",
+}  # fmt: skip
+_PICTURES = (".png", ".pdf", ".svg")
+_MAX_ROWS = 48  # of the table by layer
+_BAR = 8  # characters
+
+
+def similarity(
+    models: list[str], out: str | None = None, heat_map: str | None = None, effective_rank: bool = False
+) -> None:
+    """Tell how alike models of one architecture are, and what that means for a graft.
+
+    Streams: a few rows of each tensor are in memory at a time.
+
+    Args:
+        models: Folders or hub ids. BASE INSTRUCT gives σ = Σ|a - b| / (Σ|a| + Σ|b|) as in Shadow-FT (arXiv 2505.12716),
+            cosine and relative norm. BASE TUNED INSTRUCT compares each with the first, and the offsets from it with
+            each other: how the update lies to what made the Instruct. DELTA_B DELTA_I, the updates learned from the
+            Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their cosine, the first
+            thing to read before a graft.
+        out: Write all numbers to this file: .json or .csv.
+        heat_map: Draw σ, or the cosine of updates, by layer and kind into this picture: .png, .pdf or .svg.
+        effective_rank: Also how many directions the offset from the first model uses in each matrix (Roy and Vetterli
+            2007). Takes minutes to hours, and the memory of the largest matrix in float32.
+    """
+    _require_ending("out", out, (".json", ".csv"))
+    _require_ending("heat_map", heat_map, _PICTURES)
+    console = Console(highlight=False)
+    with ExitStack() as stack:
+        opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(models, start=1)]
+        readers = [stack.enter_context(reader) for reader, _ in opened]
+        kinds = {is_delta for _, is_delta in opened}
+        if len(kinds) > 1:
+            told = ", ".join(m for m, (_, is_delta) in zip(models, opened, strict=True) if is_delta)
+            raise ShadowlitError(f"{told}: deltas among models. Give only models, or only deltas.")
+        deltas = kinds == {True}
+        if deltas and effective_rank:
+            raise ShadowlitError(
+                "effective_rank is told of the offset between models; for deltas there is "
+                "'python -m shadowlit delta show DELTA --effective_rank'."
+            )
+        readers = alike(readers)
+        names = shared_names(readers, deltas=deltas)
+        total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
+        with progress_bar("comparing", total) as advance:
+            report = compare(readers, deltas=deltas, advance=advance)
+        if effective_rank:
+            total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
+            with progress_bar("effective rank", total) as advance:
+                report = with_ranks(report, readers, advance)
+    report = replace(report, models=dict(zip(report.models, models, strict=True)))
+    _tell(report, console)
+    if out is not None:
+        text = report.to_json() if out.endswith(".json") else report.to_csv()
+        _replace(Path(out), lambda path: path.write_text(text, encoding="utf-8"))
+    if heat_map is not None:
+        from shadowlit.analysis.heat_map import plot_heat_map  # late: matplotlib takes longer than a small comparison
+
+        _replace(Path(heat_map), lambda path: plot_heat_map(report.similarities, path))
+
+
+def _tell(report: Report, console: Console) -> None:
+    """Print tables and verdicts."""
+    for letter, model in report.models.items():
+        console.print(f"{letter} = {model}", soft_wrap=True)
+    for _, members in groupby(report.similarities, key=lambda similarity: similarity.of):
+        family = list(members)
+        console.print(_by_group("kind", family, [similarity.by_kind() for similarity in family]))
+        if family[0].by_layer():
+            console.print(_by_group("layer", family, [_runs(similarity.by_layer()) for similarity in family]))
+        for found in family:
+            if experts := found.by_expert():
+                console.print(_by_expert(found, experts))
+        console.print(_model_level(family))
+    for letter, names in report.left_out.items():
+        console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}", soft_wrap=True)
+    for found in report.similarities:
+        before = f"{found.title}: " if found.of == "weights" and len(report.models) > 2 else ""
+        console.print(before + found.verdict)
+
+
+def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[Group]]) -> Table:
+    """A row per kind or layer: everything about a single pair, else the first measure of each pair."""
+    measure = family[0].measures[0]
+    single = len(family) == 1
+    table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}")
+    table.add_column(by, no_wrap=True)
+    headings = [_TITLES[measure], "least", "most"] if single else [similarity.title for similarity in family]
+    if single:
+        headings += [_TITLES[name] for name in family[0].measures[1:]]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    bar = single and by == "layer"
+    if bar:
+        table.add_column("")
+    top = max((abs(g.measure(measure)) for found in groups for g in found if not math.isnan(g.measure(measure))),
+              default=0.0)  # fmt: skip
+    for row in zip(*groups, strict=True):
+        cells = [_number(group.measure(measure)) for group in row]
+        if single:
+            cells += _range(row[0], measure)
+            cells += [_number(row[0].measure(name)) for name in family[0].measures[1:]]
+        if bar:
+            cells += [_bar(row[0].measure(measure), top)]
+        table.add_row(str(row[0].key), *cells)
+    return table
+
+
+def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -> Table:
+    """A row per layer: the first measure over all of its experts, and the experts at the two ends."""
+    measure = similarity.measures[0]
+    table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}")
+    for heading in ("layer", "experts", "all", "least", "expert", "most", "expert"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+    for layer, groups in experts.items():
+        together = Group(layer, tuple(tensor for group in groups for tensor in group.tensors))
+        defined = [group for group in groups if not math.isnan(group.measure(measure))]
+        ends = [end(defined, key=lambda group: group.measure(measure)) for end in (min, max)] if defined else []
+        cells = [cell for group in ends for cell in (_number(group.measure(measure)), str(group.key))]
+        table.add_row(str(layer), str(len(groups)), _number(together.measure(measure)), *(cells or ["–"] * 4))
+    return table
+
+
+def _model_level(family: Sequence[Similarity]) -> Table:
+    """A row per pair. σ is the paper's mean over the tensors in decoder layers, the rest is over all elements."""
+    weights = family[0].of == "weights"
+    table = _table("whole model")
+    table.add_column("pair")
+    for name in family[0].measures:
+        table.add_column("σ (paper)" if name == "sigma" else _TITLES[name], justify="right")
+    for similarity in family:
+        values = [similarity.whole.measure(name) for name in similarity.measures]
+        if weights:
+            values[0] = similarity.sigma
+        table.add_row(similarity.title, *map(_number, values))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=f"\n{title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+
+
+def _runs(layers: Sequence[Group]) -> list[Group]:
+    """Layers, or runs of them where there are more than the table has rows."""
+    step = max(1, -(-len(layers) // _MAX_ROWS))
+    runs = [layers[i : i + step] for i in range(0, len(layers), step)]
+    return [
+        Group(
+            run[0].key if len(run) == 1 else f"{run[0].key}–{run[-1].key}",
+            tuple(tensor for group in run for tensor in group.tensors),
+        )
+        for run in runs
+    ]
+
+
+def _range(group: Group, measure: str) -> list[str]:
+    values = [value for t in group.tensors if not math.isnan(value := getattr(t.sums, measure))]
+    return [_number(min(values, default=math.nan)), _number(max(values, default=math.nan))]
+
+
+def _bar(value: float, top: float) -> str:
+    return "" if math.isnan(value) or not top else "█" * round(_BAR * abs(value) / top)
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _require_ending(name: str, path: str | None, endings: Sequence[str]) -> None:
+    if path is not None and Path(path).suffix not in endings:
+        raise ShadowlitError(f"{name} is {path!r}; expected a name ending in {', '.join(endings)}.")
+
+
+def _replace(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and rename it into place, so that it is there complete or not at all."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
+            beside = Path(folder) / target.name
+            write(beside)
+            os.replace(beside, target)
+    except OSError as error:
+        raise ShadowlitError(f"{target} can't be written: {error}. Choose another place.") from error

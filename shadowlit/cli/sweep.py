@@ -1,0 +1,215 @@
+"""``python -m shadowlit sweep``; the docstrings are the help."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.studies.sweep.definition import Definition, TrialKey
+
+if TYPE_CHECKING:
+    from shadowlit.studies.sweep.scheduler import Outcome, Running
+    from shadowlit.studies.sweep.study import SweepStudy
+
+_HOME = Path("runs/sweeps")
+
+
+def run(
+    name: str,
+    fit: str,
+    grid: dict[str, list[Any]] = {},  # noqa: B006 - read only, and shown by --help
+    variants: dict[str, dict[str, dict[str, Any]]] = {},  # noqa: B006
+    ranges: dict[str, dict[str, Any]] = {},  # noqa: B006
+    drop: list[dict[str, Any]] = [],  # noqa: B006
+    overrides: dict[str, Any] = {},  # noqa: B006
+    arms: list[str] = ["B2I"],  # noqa: B006
+    seeds: list[int] = [0],  # noqa: B006
+    scales: list[float] = [1.0],  # noqa: B006
+    task_scales: list[float] = [],  # noqa: B006
+    metric: str | list[str] = "loss",
+    direction: Literal["minimize", "maximize"] = "minimize",
+    sampler: Literal["grid", "random", "tpe"] = "grid",
+    sampler_options: dict[str, Any] = {},  # noqa: B006
+    trials: int | None = None,
+    pruner: Literal["none", "median", "percentile", "hyperband", "successive_halving", "threshold"] = "none",
+    pruner_options: dict[str, Any] = {},  # noqa: B006
+    show: list[str] = [],  # noqa: B006
+    max_trials: int = 1000,
+    storage: str | None = None,
+    out: str | None = None,
+    workers: int | None = None,
+    threads: int | None = None,
+    gpus_per_trial: int = 1,
+    limit: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Run the ordinary fit over a grid, or over settings that are drawn; each trial in a process of its own.
+
+    Give it a file: python -m shadowlit sweep --config experiments/rank.yaml; every key of the file can be given on the
+    command line too. The same command goes on after an interruption, adds values and seeds, and joins in on another
+    machine that shares the storage: no trial runs twice, and what a killed worker had begun is taken up again. What
+    failed is tried again by the next start.
+
+    Args:
+        name: Of the sweep; with the name of fit, that of its study and its folder.
+        fit: The configuration of fit that all trials share; another pair, or another model, is another file here.
+        grid: Values of any keys, by dotted key, e.g. {model.lr: [1e-4, 3e-4]}; all combinations are run.
+        variants: Keys that vary together: by name, labels that set several keys each.
+        ranges: Numbers that random and tpe draw: {model.lr: {low: 1e-5, high: 1e-2, log: true}}; integer: true for
+            whole ones.
+        drop: Combinations to leave out: those in which every named axis has one of the values.
+        overrides: What else is changed in the configuration, for all trials, by dotted key.
+        arms: Named by the source of the delta and the target of the graft: B2I is Shadow-FT, I2I tunes the Instruct
+            directly; the Base, the Instruct or both are trained for them.
+        seeds: Each setting is trained with each.
+        scales: Strengths of the graft that every trial measures, without training anew; the first is the arm's own.
+        task_scales: Those of them, beyond the first, that the evaluators measure too.
+        metric: What a trial is judged by, as logged for its arm after val/grafted/ or val/tuned/: loss, new/score …;
+            several are averaged.
+        direction: minimize or maximize it.
+        sampler: grid runs all combinations; random and tpe draw as many settings as trials says.
+        sampler_options: Arguments of Optuna's sampler, e.g. {seed: 1}.
+        trials: How many settings random or tpe draws; each is run with all seeds.
+        pruner: Ends hopeless trials by their metric after each validation: Optuna's pruner of that name.
+        pruner_options: Its arguments, e.g. {n_startup_trials: 5} for median.
+        show: Further metrics of the report.
+        max_trials: More trials than this are an error.
+        storage: null for a file in the sweep's folder; another .journal file; or a database that several machines
+            share, e.g. postgresql://user:password@host/name.
+        out: Folder of trials and report; null for runs/sweeps/<name>-<fit>.
+        workers: Trials at a time; null for as many as the GPUs allow, or one without.
+        threads: Of torch, for each trial; null for an equal share of the cores, on the CPU.
+        gpus_per_trial: GPUs that each trial gets for itself, where there are any.
+        limit: Trials that this worker begins at most, e.g. 1 in a SLURM array; null for no limit.
+        dry_run: Only check, and list the trials.
+    """
+    console = Console(highlight=False)
+    definition = Definition(
+        name, fit, overrides, grid, variants, ranges, drop, arms, seeds, scales, task_scales, metric, direction,
+        sampler, sampler_options, trials, pruner, pruner_options, show, max_trials,
+    )  # fmt: skip
+    folder = Path(out) if out else _HOME / definition.study
+    for option, value in (("workers", workers), ("threads", threads), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ShadowlitError(f"{option} is {value}; expected at least 1.")
+    _check(definition, folder)
+    planned = definition.planned()
+    if dry_run:
+        for key in planned:
+            console.print(definition.name_of(key))
+        drawn = f"{definition.num_planned} trials, of settings that are drawn" if definition.draws else ""
+        console.print(f"{drawn or f'{len(planned)} trials'} in {folder}")
+        return
+    from shadowlit.studies.sweep.report import write_report
+    from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_places, keep_definition, visible_gpus
+    from shadowlit.studies.sweep.storage import open_storage
+    from shadowlit.studies.sweep.study import SweepStudy, state_of
+
+    visible = [] if definition.on_cpu else visible_gpus()
+    gpus = gpus_of_places(visible, gpus_per_trial, workers) if visible else []
+    places = len(gpus) or workers or 1
+    share = threads if threads is not None or gpus else max(1, (os.cpu_count() or 1) // places)
+    study = SweepStudy(definition, open_storage(storage, folder))
+    keep_definition(folder, definition)
+    with _progress(console, study) as (outcome, poll):
+        scheduler = Scheduler(
+            study, folder, workers=places, threads=share, gpus=gpus, limit=limit, on_outcome=outcome, on_poll=poll
+        )
+        try:
+            scheduler.run()
+        finally:
+            report_file = write_report(study, folder)
+    told = Counter(map(state_of, study.trials))
+    console.print(", ".join(f"{count} {state}" for state, count in sorted(told.items())))
+    console.print(f"report    {report_file}")
+    if told["failed"]:
+        raise ShadowlitError(
+            f"{told['failed']} trials failed; {report_file} tells why. Mend the cause, and start the same command "
+            "again: it tries them anew."
+        )
+
+
+def report(folder: str | None = None, storage: str | None = None, name: str | None = None) -> None:
+    """Write the tables and pictures of a sweep, finished or not, from what its storage holds at this moment.
+
+    Args:
+        folder: Of the sweep, where the report goes; null for runs/sweeps/<name>.
+        storage: As the sweep's; null for the file in its folder.
+        name: Of the study, e.g. rank-demo_lora; needed where the storage holds several.
+    """
+    from shadowlit.studies.sweep.report import write_report
+    from shadowlit.studies.sweep.scheduler import keep_definition
+    from shadowlit.studies.sweep.storage import FILE, open_storage
+    from shadowlit.studies.sweep.study import SweepStudy, stored_definition
+
+    if folder is None and name is None:
+        raise ShadowlitError("no folder and no name is given. Give the folder, e.g. runs/sweeps/rank-demo_lora.")
+    home = Path(folder) if folder else _HOME / str(name)
+    if storage is None and not (home / FILE).is_file():
+        raise ShadowlitError(
+            f"there is no {home / FILE}. Give the folder of a sweep, and its storage where it isn't a file there."
+        )
+    found = open_storage(storage, home)
+    definition = stored_definition(found, name)
+    keep_definition(home, definition)
+    Console(highlight=False).print(f"report    {write_report(SweepStudy(definition, found), home)}")
+
+
+COMMANDS = {"run": run, "report": report}
+DEFAULT = "run"
+
+
+def _check(definition: Definition, folder: Path) -> None:
+    """Let the parser of fit see every value that is varied, a few at a time; it names the key of whatever is wrong."""
+    from shadowlit.lightning_cli import check
+
+    if not Path(definition.fit).is_file():
+        raise ShadowlitError(f"fit is {definition.fit!r}, which is no file; expected a configuration of fit.")
+    levels = [
+        [limits["low"], limits["high"]] if (limits := axis.range) is not None else list(axis.levels)
+        for axis in definition.axes
+    ]
+    for number in range(max(map(len, levels))):
+        chosen = [each[number % len(each)] for each in levels]
+        setting = tuple((axis.name, label) for axis, label in zip(definition.axes, chosen, strict=True))
+        for source in definition.sources[:: 1 if number == 0 else 2]:
+            check(list(definition.arguments(TrialKey(setting, source, definition.seeds[0]), folder / "check")))
+
+
+@contextmanager
+def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
+    """Show how many trials are done, and what runs with its metric so far; without a terminal, what ended."""
+    from rich.live import Live
+    from rich.table import Table
+
+    total = len(study.definition.planned()) or study.definition.num_planned
+    begun, ended = time.monotonic(), Counter[str]()
+
+    def outcome(found: Outcome) -> None:
+        ended[found.state] += 1
+        console.print(f"{found.name} {found.state}" + (f": {found.reason}" if found.reason else ""))
+
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+
+        def poll(running: Sequence[Running]) -> None:
+            if not console.is_terminal:
+                return
+            now = time.monotonic()
+            table = Table(box=None, title=f"{sum(ended.values())} ended here, {total} planned, {now - begun:.0f} s",
+                          title_justify="left", padding=(0, 2))  # fmt: skip
+            for heading in ("running", "step", study.definition.judged, "s"):
+                table.add_column(heading, justify="left" if heading == "running" else "right")
+            for each in running:
+                value = "" if each.value is None else f"{each.value:.4f}"
+                table.add_row(each.name, str(each.step or 0), value, f"{now - each.begun:.0f}")
+            live.update(table, refresh=True)
+
+        yield outcome, poll

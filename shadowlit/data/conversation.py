@@ -1,0 +1,78 @@
+"""A conversation as every data module sees it, and how problems with rows are collected and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from shadowlit.data.formats import Message
+from shadowlit.errors import DataError
+
+IGNORE_INDEX = -100
+"""The label of a token without supervision, as in transformers and ``torch.nn.functional.cross_entropy``."""
+
+MAX_SHOWN = 5
+"""How many problems of one kind a message lists; it counts the rest."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of one row, and where they came from.
+
+    Attributes:
+        messages: ``{"role", "content", …}`` in order.
+        source: The file or hub data set, as the user named it.
+        row: 0-based index in the source.
+        line: 1-based line of a JSONL file, else None.
+        other: The conversation with the second answer of a preference sample, else None.
+        desirable: The label of a labelled answer, else None.
+    """
+
+    messages: list[Message]
+    source: str
+    row: int
+    line: int | None = None
+    other: list[Message] | None = None
+    desirable: bool | None = None
+
+    def __str__(self) -> str:
+        """``sample 17 of train.jsonl (line 18)``."""
+        return place(self.source, self.row, self.line)
+
+
+def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """``[function(item) for item in items]``, with the DataErrors of all items in one.
+
+    Raises:
+        DataError: The only error, or up to five of several and their number.
+    """
+    results, errors = [], []
+    for item in items:
+        try:
+            results.append(function(item))
+        except DataError as error:
+            errors.append(str(error))
+    raise_all(errors)
+    return results
+
+
+def raise_all(errors: list[str]) -> None:
+    """Raise what was collected, if anything.
+
+    Raises:
+        DataError: ``errors`` isn't empty; up to five are listed.
+    """
+    if not errors:
+        return
+    errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be told once per set
+    if len(errors) == 1:
+        raise DataError(errors[0])
+    shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))
+    more = f"\n  … and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
+    raise DataError(f"{len(errors)} problems with the data:{shown}{more}")
+
+
+def place(source: str, row: int, line: int | None) -> str:
+    """``sample 17 of train.jsonl (line 18)``."""
+    return f"sample {row} of {source}" + (f" (line {line})" if line is not None else "")

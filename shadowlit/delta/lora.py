@@ -1,0 +1,133 @@
+"""A delta cut into a LoRA adapter for the Instruct, by the singular values of its matrices."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.names import kind_of
+from shadowlit.delta.delta import Delta
+from shadowlit.delta.transforms import truncated_svd
+from shadowlit.errors import GraftError
+from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.export import export_adapter
+from shadowlit.grafting.manifest import versions
+from shadowlit.pair.pair import ModelPair
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter holds of the delta that it was cut from.
+
+    Attributes:
+        num_layers: linear layers that it adapts.
+        smallest_rank: the lowest rank of a layer.
+        largest_rank: the highest.
+        error: ``‖adapter − delta‖ / ‖delta‖`` over the whole delta; what is left out counts as lost.
+        error_of_adapted: the same over the adapted matrices alone.
+        left_out: kinds of tensors that the delta changes and an adapter can't hold, and their number.
+    """
+
+    num_layers: int
+    smallest_rank: int
+    largest_rank: int
+    error: float
+    error_of_adapted: float
+    left_out: str
+
+
+@torch.no_grad()
+def export_svd_adapter(
+    delta: Delta,
+    instruct: str,
+    out: Path,
+    rank: int | None,
+    explained_variance: float | None,
+    dtype: torch.dtype = torch.bfloat16,
+    advance: Callable[[], None] = lambda: None,
+) -> AdapterReport:
+    """Write an adapter whose update is the delta, cut matrix by matrix.
+
+    Errors are measured on the factors as they are stored. Every layer has ``lora_alpha`` equal to its rank, so that
+    the scaling is 1.
+
+    Args:
+        delta: the update; one of its matrices is in memory at a time.
+        instruct: folder or hub id of the Instruct.
+        out: the folder to make.
+        rank: of every layer (a smaller matrix has its own).
+        explained_variance: or the share of each matrix's squared norm to keep.
+        dtype: of the factors.
+        advance: called after each tensor.
+
+    Raises:
+        GraftError: the delta has no matrix of a linear layer of the Instruct, or one of another shape.
+        ExportError: the folder is taken or can't be written.
+    """
+    from peft import LoraConfig
+
+    pair = ModelPair(instruct, instruct)
+    with CheckpointReader(pair.instruct_folder()) as reader:
+        tensors = dict(reader.tensors)
+    linear = linear_on_disk(tensors)
+    chosen = sorted(n for n, shape in delta.shapes.items() if n in linear and n.endswith(".weight") and len(shape) == 2)
+    unequal = [f"{n} {delta.shapes[n]} and {tensors[n].shape}" for n in chosen if delta.shapes[n] != tensors[n].shape]
+    if not chosen or unequal:
+        found = f"differs in the shapes of {some_of(unequal)}" if unequal else f"changes {some_of(delta.shapes)} only"
+        raise GraftError(f"the delta {found}; expected matrices of linear layers of {instruct}. Give its Instruct.")
+    state: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    lost, sizes = Counter[bool](), Counter[bool]()
+    left_out: Counter[str] = Counter()
+    for name in delta.shapes:
+        update = delta.tensor(name)
+        size = float(update.double().square().sum())
+        adapted = name in chosen
+        sizes[adapted] += size  # type: ignore[assignment]
+        if adapted and size:
+            cut = truncated_svd(update, rank, explained_variance)
+            up, down = cut.up.to(dtype), cut.down.to(dtype)
+            module = name.removesuffix(".weight")
+            ranks[module] = cut.rank
+            state[f"base_model.model.{module}.lora_A.weight"] = down
+            state[f"base_model.model.{module}.lora_B.weight"] = up
+            error = up.float() @ down.float() - update
+            lost[adapted] += float(error.double().square().sum())  # type: ignore[assignment]
+        elif size:
+            left_out[kind_of(name)] += 1
+            lost[adapted] += size  # type: ignore[assignment]
+        advance()
+    if not ranks:
+        raise GraftError("the delta is zero in every linear layer; there is nothing to put into an adapter.")
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    other = {module: r for module, r in ranks.items() if r != usual}
+    config = LoraConfig(
+        r=usual, lora_alpha=usual, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=_targets(ranks, linear), rank_pattern=dict(other), alpha_pattern=dict(other),
+    )  # fmt: skip
+    report = AdapterReport(
+        num_layers=len(ranks),
+        smallest_rank=min(ranks.values()),
+        largest_rank=max(ranks.values()),
+        error=math.sqrt(sum(lost.values()) / sum(sizes.values())),
+        error_of_adapted=math.sqrt(lost[True] / sizes[True]),
+        left_out=", ".join(f"{kind} ({count})" for kind, count in left_out.items()),
+    )
+    manifest = {"delta": delta.manifest, "scale": 1.0, "svd": asdict(report), "versions": versions()}
+    export_adapter(out, pair, config, state, manifest)
+    return report
+
+
+def _targets(ranks: dict[str, int], linear: frozenset[str]) -> list[str]:
+    """Names of the adapted modules: their last parts where that means the same layers, which is what servers expect."""
+    leaves = {module.rpartition(".")[2] for module in ranks}
+    meant = {n.removesuffix(".weight") for n in linear if n.endswith(".weight")}
+    same = {module for module in meant if module.rpartition(".")[2] in leaves}
+    return sorted(leaves if same == set(ranks) else ranks)

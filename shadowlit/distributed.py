@@ -1,0 +1,55 @@
+"""Ranks and sharded parameters: what every rank holds, this rank's part of a tensor, and the whole of it."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+_T = TypeVar("_T")
+
+
+def of_all_ranks(own: list[_T]) -> list[_T]:
+    """What every rank has, one after the other, on all of them; a collective. ``own`` without several ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    parts: list[list[_T]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, own)
+    return [one for part in parts for one in part]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of ``parameter`` on this rank, detached and sharing its storage; all of it when it isn't sharded."""
+    return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def local_slices(parameter: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of ``parameter`` lies in the whole tensor: one slice per dimension."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def whole(part: Tensor, like: Tensor) -> Tensor:
+    """Gather ``part``, this rank's share of a tensor placed as ``like`` is; a collective over its mesh."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    ).full_tensor()
+
+
+def reshard_all(model: nn.Module) -> None:
+    """Make every FSDP unit hold its shards again.
+
+    Must stand before every read or write of local shards: after a forward pass the root unit keeps its parameters
+    gathered, and what is written to them then is lost at the next reshard without a word.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,371 @@
+"""Exports: a Hugging Face folder that is the Instruct's in everything but the weights, or a PEFT adapter for
+it.
+
+The folder's config, tokenizer, chat template and generation settings are the Instruct's files, byte for byte,
+so that the grafted model is used exactly as the Instruct is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowlit.checkpoint.folder import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_of, some_of
+from shadowlit.errors import ExportError
+from shadowlit.grafting.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
+from shadowlit.pair.folders import is_image_text, load_config, read_json
+from shadowlit.pair.pair import ModelPair
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+# Weights in any form, and archives of them. A suffix that is missing here costs disk space, not correctness:
+# transformers takes model.safetensors before all others.
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx",
+    ".onnx_data", ".npz", ".pkl", ".pickle", ".tflite", ".index.json",
+)  # fmt: skip
+# The model card speaks of the Instruct, the manifest of an earlier graft; an adapter_config.json would make
+# transformers look for an adapter.
+_NOT_COPIED = ("readme.md", MANIFEST_FILE, "adapter_config.json")
+# The one subfolder that belongs to a tokenizer.
+_TEMPLATE_FOLDER = "additional_chat_templates"
+_TOKENIZER_PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+_TOKENIZER_SUFFIXES = (".model", ".tiktoken")
+
+
+def export_folder(
+    target: Path,
+    instruct_folder: Path,
+    tensors: Iterable[tuple[str, torch.Tensor | Streamed]],
+    dtype: torch.dtype | str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    manifest: Mapping[str, Any] | None = None,
+    files_from: Path | None = None,
+    stored: Mapping[str, TensorInfo] | None = None,
+) -> Path:
+    """Write a model folder that is the Instruct's in everything but the weights.
+
+    Tensors are written as they come, so a generator keeps one of them in memory. Of several ranks one calls this. The
+    folder appears at ``target`` complete or not at all.
+
+    Args:
+        target: The folder to make; must not exist, or be empty.
+        instruct_folder: The Instruct's local folder, whose other files are copied.
+        tensors: Names and values, once for every tensor of the Instruct's files and no other (so a tied
+            lm_head only if the Instruct stores it), in the Instruct's shapes, rounded once, from float32, to
+            their final dtype.
+        dtype: The dtype of all floating-point tensors, also written to ``config.json``; None for the
+            Instruct's own, tensor by tensor.
+        max_shard_bytes: The largest number of data bytes per file.
+        manifest: The content of ``shadowlit.json``, see :func:`build_manifest`.
+        files_from: Another folder whose config, tokenizer and template are copied instead of the Instruct's.
+        stored: The Instruct's tensors, where its folder holds no safetensors.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        ExportError: ``target`` holds files already or cannot be written, a tensor is missing, unknown, or
+            of another shape or dtype, or a file to be copied is a link that leaves its folder.
+        CheckpointError: A tensor holds NaN or infinities, or the Instruct's folder cannot be read.
+        PairError: The config.json is broken.
+    """
+    manifest = plain(manifest or {})
+    expected = CheckpointReader(instruct_folder).tensors if stored is None else stored
+    with atomic_folder(target) as folder:
+        _copy_files(files_from or instruct_folder, folder)
+        if dtype is not None:
+            _set_config_dtype(folder / "config.json", dtype)
+        with CheckpointWriter(folder, max_shard_bytes, provenance(manifest)) as writer:
+            missing = dict(expected)
+            for name, tensor in tensors:
+                _check_tensor(name, tensor, expected, dtype)
+                writer.add(name, tensor)
+                missing.pop(name, None)
+            if missing:
+                raise ExportError(
+                    f"{len(missing)} of {len(expected)} tensors of the Instruct were not given: "
+                    f"{some_of(missing)}. Give the Instruct's own value for each tensor that was not grafted."
+                )
+        write_json(folder / MANIFEST_FILE, manifest)
+    log.info("Exported the grafted model to %s", target)
+    return target
+
+
+def export_adapter(
+    target: Path,
+    pair: ModelPair,
+    peft_config: PeftConfig,
+    adapter_state: Mapping[str, torch.Tensor],
+    manifest: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter in PEFT's form that sits on the Instruct, with the Instruct's tokenizer and template.
+
+    ``PeftModel.from_pretrained(instruct, target)`` loads it, and so does a server that takes adapters. The
+    folder appears at ``target`` complete or not at all. Exact for LoRA and rsLoRA; whatever
+    ``modules_to_save`` stores must already be grafted, because PEFT puts it in the place of the Instruct's
+    own.
+
+    Args:
+        target: The folder to make; must not exist, or be empty.
+        pair: The pair; the adapter names its Instruct, at the commit that was read.
+        peft_config: The adapter's config; it is copied, not changed.
+        adapter_state: The adapter's tensors by PEFT's saved names, as from
+            ``peft.get_peft_model_state_dict(model)``.
+        manifest: The content of ``shadowlit.json``.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        ExportError: ``target`` holds files already or cannot be written, the names are not PEFT's saved ones,
+            or an adapter of this kind means something else on the Instruct than on the Base.
+        CheckpointError: A tensor holds NaN or infinities.
+    """
+    from safetensors.torch import save_file
+
+    _require_movable(peft_config)
+    _check_adapter_names(adapter_state)
+    with atomic_folder(target) as folder:
+        instruct_folder = pair.instruct_folder()
+        for name in _files_to_copy(instruct_folder):
+            if _belongs_to_tokenizer(name):
+                _copy_file(instruct_folder, folder, name)
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_state.items()}
+        for key, tensor in tensors.items():
+            check_finite(key, tensor)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        _adapter_config(pair, peft_config).save_pretrained(str(folder))
+        write_json(folder / MANIFEST_FILE, plain(manifest or {}))
+    log.info("Exported the adapter for %s to %s", pair.instruct, target)
+    return target
+
+
+def reload_logits(
+    folder: Path,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+    images: Mapping[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The logits of an exported folder, loaded on the CPU as any user would load it.
+
+    Args:
+        folder: A model folder.
+        input_ids: [B, T], token ids.
+        attention_mask: [B, T], 1 for tokens and 0 for padding.
+        dtype: The dtype to load and compute in; None for the folder's own.
+        trust_remote_code: Run Python code from the folder.
+        images: What the processor makes of the images, by the names of the model's arguments.
+
+    Returns:
+        [B, T, V] in float32, on the CPU.
+
+    Raises:
+        ExportError: transformers cannot load the folder, or finds tensors missing or left over in it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = load_config("instruct", folder, trust_remote_code)
+        auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
+        loaded: Any = auto.from_pretrained(
+            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{folder} does not load: {error}. Do not use it; export again, and report it if it fails again."
+        ) from error
+    model, report = loaded
+    odd = {what: sorted(map(str, names)) for what, names in report.items() if names}
+    if odd:
+        told = "; ".join(f"{what.replace('_', ' ')}: {some_of(names)}" for what, names in odd.items())
+        raise ExportError(
+            f"{folder} loads incompletely: {told}. Do not use it; the weights do not belong to its config.json."
+        )
+    with torch.no_grad():
+        seen = {name: value.cpu() for name, value in (images or {}).items()}
+        return model.eval()(input_ids=input_ids.cpu(), attention_mask=attention_mask.cpu(), **seen).logits.float()
+
+
+def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, float]:
+    """How far two models' logits for the same tokens lie apart.
+
+    Args:
+        a: [B, T, V], logits.
+        b: [B, T, V], logits.
+        attention_mask: [B, T]; positions of padding are left out. None for all positions.
+
+    Returns:
+        ``max_abs`` and ``rms`` of the difference, in logits, and ``top1_agreement``, the share (0–1) of
+        positions at which both have the same most likely token.
+
+    Raises:
+        ExportError: The shapes differ, or no position is left.
+    """
+    import torch
+
+    if a.shape != b.shape:
+        raise ExportError(
+            f"Logits of shapes {list(a.shape)} and {list(b.shape)} cannot be compared. Give both models the "
+            "same tokens, and models with equal vocabularies."
+        )
+    mask = torch.ones(a.shape[:2]) if attention_mask is None else attention_mask
+    keep = mask.bool().cpu()
+    if not bool(keep.any()):
+        raise ExportError("No position is left to compare: attention_mask is all zero. Give one token.")
+    one, other = a.detach().cpu()[keep].float(), b.detach().cpu()[keep].float()
+    difference = one - other
+    return {
+        "max_abs": float(difference.abs().max()),
+        "rms": float(difference.double().square().mean().sqrt()),
+        "top1_agreement": float((one.argmax(-1) == other.argmax(-1)).double().mean()),
+    }
+
+
+def _files_to_copy(folder: Path) -> Iterator[Path]:
+    """The files that are not weights, relative to the folder: config, tokenizer, licence, code."""
+    for path in sorted([*folder.iterdir(), *(folder / _TEMPLATE_FOLDER).glob("*")]):
+        name = path.name.lower()
+        if not (name.startswith(".") or name.endswith(_WEIGHT_SUFFIXES) or name in _NOT_COPIED or path.is_dir()):
+            _require_own(path, folder)
+            yield path.relative_to(folder)
+
+
+def _require_own(path: Path, folder: Path) -> None:
+    """Refuse what is not a file of the folder: a link could have a private file copied, and published.
+
+    Links into the ``blobs`` beside ``snapshots`` are how the hub's cache keeps a model's own files.
+    """
+    home = folder.resolve()
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise ExportError(
+            f"{path} is a link that leads nowhere ({error}). Finish the download, or delete the link."
+        ) from error
+    if not real.is_file():
+        raise ExportError(
+            f"{path} is a pipe, socket or device, expected a file. Delete it, or download the model again."
+        )
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(real.is_relative_to(root) for root in roots):
+        raise ExportError(
+            f"{path} is a link to {real}, which lies outside of {home}. The export would hold a copy of that file; if "
+            "it belongs to the model, put the file itself in the link's place."
+        )
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    """Copy all files but the weights."""
+    if not (source / "config.json").is_file():
+        raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
+    read_json("instruct", source / "config.json")  # a broken one is told before anything is written
+    for name in _files_to_copy(source):
+        _copy_file(source, folder, name)
+
+
+def _copy_file(source: Path, folder: Path, name: Path) -> None:
+    """Copy a file's content: in the hub's cache it is a link, which dangles when the cache is cleared."""
+    (folder / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(source / name, folder / name)
+
+
+def _belongs_to_tokenizer(name: Path) -> bool:
+    return (
+        name.parts[0] == _TEMPLATE_FOLDER
+        or name.name.startswith(_TOKENIZER_PREFIXES)
+        or name.suffix in _TOKENIZER_SUFFIXES
+    )
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype | str) -> None:
+    """Write the dtype into config.json and its parts, under the keys that are there; or leave the file."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    before = copy.deepcopy(config)
+    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+        for key in part.keys() & {"dtype", "torch_dtype"}:
+            part[key] = dtype_name(dtype)
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype_name(dtype)
+    if config != before:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
+
+
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor | Streamed,
+    expected: Mapping[str, TensorInfo],
+    dtype: torch.dtype | str | None,
+) -> None:
+    """Name, shape and dtype are those that the exported folder must have."""
+    if name not in expected:
+        raise ExportError(
+            f"Tensor '{name}' is not among the Instruct's {len(expected)} ({some_of(expected)}). Use the "
+            "names of the Instruct's files; leave out a tied lm_head that they do not hold."
+        )
+    info = expected[name]
+    if tuple(tensor.shape) != info.shape:
+        raise ExportError(
+            f"Tensor '{name}' has shape {list(tensor.shape)}, the Instruct's has {list(info.shape)}. Export "
+            "a graft of this Instruct, in whole tensors."
+        )
+    code = tensor.code if isinstance(tensor, Streamed) else dtype_code(tensor.dtype)
+    wanted = info.converted(dtype).code
+    if code != wanted:
+        raise ExportError(
+            f"Tensor '{name}' is {dtype_of(code)}, expected {dtype_of(wanted)}. Round it once, from float32, before "
+            "it is exported."
+        )
+
+
+def _require_movable(peft_config: PeftConfig) -> None:
+    """Refuse adapters whose update depends on the weights they lie on."""
+    start = getattr(peft_config, "init_lora_weights", True)
+    reasons = ["use_dora=True"] if getattr(peft_config, "use_dora", False) else []
+    reasons += [f"init_lora_weights={start!r}"] if start not in (True, False, "gaussian") else []
+    if reasons:
+        raise ExportError(
+            f"An adapter with {' and '.join(reasons)} means another update on the Instruct than on the Base "
+            "it was trained on. Export the grafted model instead; a plain LoRA or rsLoRA adapter can be "
+            "exported as it is."
+        )
+
+
+def _check_adapter_names(adapter_state: Mapping[str, torch.Tensor]) -> None:
+    """PEFT ignores names that it does not know, and would load an adapter that does nothing."""
+    wrong = [key for key in adapter_state if not key.startswith("base_model.model.") or ".default." in key]
+    if wrong or not adapter_state:
+        found = f"{len(wrong)} of {len(adapter_state)} names ({some_of(wrong)})" if wrong else "no tensor"
+        raise ExportError(
+            f"The adapter has {found} that PEFT would not load. Give the names of its saved form, "
+            "'base_model.model.<module>.lora_A.weight', as from peft.get_peft_model_state_dict(model)."
+        )
+
+
+def _adapter_config(pair: ModelPair, peft_config: PeftConfig) -> PeftConfig:
+    """The adapter's config as it is saved: on the Instruct, for inference, sets in a fixed order."""
+    config = copy.deepcopy(peft_config)
+    local = Path(pair.instruct).expanduser()
+    config.base_model_name_or_path = str(local.resolve()) if local.is_dir() else pair.instruct
+    config.revision = pair.revisions()["instruct"] or pair.instruct_revision
+    config.inference_mode = True
+    for field in dataclasses.fields(config):
+        if isinstance(getattr(config, field.name), set):
+            setattr(config, field.name, sorted(getattr(config, field.name)))
+    return config

@@ -1,0 +1,548 @@
+"""The graft inside a training module: frozen shards beside the parameters, swapped in and out in place."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import Described, Layout, Range, assemble, in_layout_of_module
+from shadowlit.checkpoint.names import canonical_key, canonical_name, kind_of, layer_of, split_selection, tower_of
+from shadowlit.distributed import local, local_slices, reshard_all, whole
+from shadowlit.errors import GraftError
+from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
+from shadowlit.grafting.arithmetic import add_delta, delta, graft
+from shadowlit.grafting.parameters import host_parameters, linear_names
+from shadowlit.grafting.selection import Coverage, coverage, resolve
+from shadowlit.grafting.swap import Exchange, windows
+
+_FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
+BASE = "base"  # the state in which the untouched Base stands in the module
+Squares = dict[str, Tensor]  # by name: sums of squares of an update and of what is lost of it, float64 [2]
+
+
+@dataclass
+class _Host:
+    """A parameter of the host model and the frozen shards that belong to it; all of one local shape."""
+
+    name: str
+    parameter: nn.Parameter
+    instruct: Tensor
+    base: Tensor | None  # None where the parameter is frozen at the Base's own value
+    selected: bool
+    exchange: Exchange | None  # where `base` is None
+    saved: Tensor | None = None  # the tuned values while others stand in their place
+    adapted: AdaptedLayer | None = None
+    instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was asked for
+
+    def tuned(self) -> Tensor:
+        return local(self.parameter) if self.saved is None else self.saved
+
+
+class LiveGraft:
+    """Puts the grafted, the Instruct's or the Base's weights into a module that trains, and the trained ones back.
+
+    Every operation is elementwise on this rank's shards, and the frozen shards lie as the parameters do; nothing
+    is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
+    the dtype of the export, and come back from a copy. Frozen parameters under an adapter are exchanged with the
+    Instruct's, and the adapter's strength is multiplied by ``scale``: with LoRA nothing is computed at all.
+    Parameters outside the selection become the Instruct's own. Parameters are paired by name; experts that the module
+    holds in one tensor and the files one by one (or the other way round) by :mod:`shadowlit.checkpoint.layout`.
+
+    The module is left as it was, bit for bit, by :meth:`restore`, from any point at which an exception or an
+    interrupt may have left a call. Does not compose with other callbacks that swap weights (EMA, SWA), nor with
+    a merged adapter.
+
+    Args:
+        model: the trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
+        base: reader of the Base's checkpoint that training started from.
+        instruct: reader of the Instruct's checkpoint.
+        select: ``linear``, ``all`` or patterns; see :func:`shadowlit.grafting.selection.resolve`. Patterns are searched
+            in the names of the Instruct's files, and those that match none there in the module's parameters' names.
+        dtype: the dtype the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
+        offload: keep the frozen shards and the copy of the tuned ones on the CPU.
+
+    Raises:
+        GraftError: a name, a shape or an adapter that can't be paired or grafted, or an empty selection.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: AlignedReader,
+        instruct: CheckpointReader,
+        *,
+        select: str | list[str] = "linear",
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.model = model
+        self.offload = offload
+        self.state: float | str | None = None  # the scale that stands in the module, BASE, or None: the tuned weights
+        self.interruptions = 0  # how often a checkpoint was saved while other weights than the tuned ones stood
+        self.apply_s = 0.0  # seconds spent swapping in and out since the graft was built
+        self._busy = False
+        self._instruct_reader = instruct
+        parameters = host_parameters(model)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        base, by_module = base.of_module(shapes), in_layout_of_module(instruct, shapes)
+        _require_pairing(parameters, base, by_module)
+        # Names in the Instruct's files, and of what parts of parameters those are made that lie otherwise there.
+        self._parts = {} if by_module is instruct else _parts(shapes, instruct)
+        self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
+        layers = adapted_layers(model)
+        reshard_all(model)
+        self._hosts = [
+            self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
+        ]
+        self.dtype = dtype
+        self.coverage = self._coverage()
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of frozen shards that this rank holds between validations."""
+        held = [t for host in self._hosts for t in (host.instruct, host.base) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def num_local_parameters(self) -> int:
+        """Elements of the host's parameters on this rank."""
+        return sum(local(host.parameter).numel() for host in self._hosts)
+
+    @property
+    def on_base(self) -> bool:
+        """Whether every trained parameter on this rank still has the Base's value."""
+        reshard_all(self.model)
+        return all(
+            host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned().device, host.tuned().dtype))
+            for host in self._hosts
+        )
+
+    @contextmanager
+    def applied(self, state: float | str, squares: Squares | None = None) -> Iterator[None]:
+        """Let the weights of ``state`` stand in the module within the context; arguments as of :meth:`apply`."""
+        try:
+            self.apply(state, squares)
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def exchanged(self, state: float | str) -> Iterator[None]:
+        """Let the weights of another ``state`` stand within the context, then those again that stood before."""
+        before = self.state
+        if state == before:
+            yield
+            return
+        try:
+            self.apply(state)
+            yield
+            if before is None:
+                self.restore()
+            else:
+                self.apply(before)
+        except BaseException:
+            self.restore()
+            raise
+
+    @torch.no_grad()
+    def apply(self, state: float | str, squares: Squares | None = None) -> None:
+        """Put the weights of ``state`` into the module.
+
+        Args:
+            state: the scale of a graft (0 gives the Instruct), or ``BASE`` for the untouched Base.
+            squares: gets what :meth:`statistics` needs of every tensor whose update passes by, for this scale.
+        """
+        start = time.perf_counter()
+        self._busy = True
+        reshard_all(self.model)
+        if self.state is None:
+            # Lightning moves a module to the CPU when a command ends, and back when the next one begins.
+            for host in self._hosts:
+                if host.exchange is not None:
+                    host.exchange.follow(local(host.parameter))
+        self.state = state
+        scale = 0.0 if isinstance(state, str) else state
+        for host in self._hosts:
+            self._put(host, state, squares)
+            if host.adapted is not None:
+                host.adapted.set_scale(scale if host.adapted.selected else 0.0)
+        self._settle()
+        self._busy = False
+        self.apply_s += time.perf_counter() - start
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the trained weights back, bit for bit; harmless when they are there already."""
+        if self.state is None:
+            return
+        start = time.perf_counter()
+        self._busy = True
+        reshard_all(self.model)
+        for host in self._hosts:
+            if host.exchange is not None:
+                host.exchange.backward()
+            elif host.saved is not None:
+                local(host.parameter).copy_(host.saved, non_blocking=True)
+                host.saved = None
+            if host.adapted is not None:
+                host.adapted.restore()
+        self._settle()
+        self.state = None
+        self._busy = False
+        self.apply_s += time.perf_counter() - start
+
+    def restore_for_checkpoint(self) -> None:
+        """Put the trained weights back before anything reads the module's state.
+
+        Raises:
+            GraftError: the request came from a signal handler in the middle of a swap. No checkpoint is written;
+                the weights are put back when the exception unwinds.
+        """
+        if self._busy:
+            raise GraftError(
+                "a checkpoint was requested while weights were being swapped for a grafted validation; none was "
+                "written, since it would not hold the trained weights. The last regular checkpoint stands."
+            )
+        self.interruptions += self.state is not None
+        self.restore()
+
+    @torch.no_grad()
+    def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
+        """Norms of the update and what of it arrives in the exported dtype; a collective when sharded.
+
+        Args:
+            scale: the strength of the graft.
+            squares: what :meth:`apply` found out while it put this scale in, with the weights as they still are.
+
+        Returns:
+            ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
+            Instruct's), ``survival`` (1: all of the update arrives in the exported dtype, 0: nothing useful does),
+            and ``delta_norm/<layer>`` for every decoder layer.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        known = squares or {}
+        layers: dict[str, Tensor] = {}
+        for host in self._hosts:
+            if not host.selected or (host.base is None and host.adapted is None):
+                continue
+            found = known[host.name] if host.name in known else self._squares(host, scale)
+            if host.instruct_square is None:
+                parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
+                host.instruct_square = torch.stack([torch.dot(x, x).double() for x in parts]).sum()
+            key = _layer_of(host.name)
+            layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
+        table = self._reduce(torch.stack(list(layers.values())))
+        update_square, lost_square, instruct_square = table.sum(0).tolist()
+        lost_share = lost_square / (scale**2 * update_square) if scale and update_square else 0.0
+        return {
+            "delta_norm": update_square**0.5,
+            "relative_delta": (update_square / instruct_square) ** 0.5 if instruct_square else 0.0,
+            "survival": 1 - lost_share**0.5,
+            **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(layers, table.tolist(), strict=True)},
+        }
+
+    @torch.no_grad()
+    def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
+
+        One whole tensor at a time, on the CPU, computed in float32 and rounded once; of experts that the files hold
+        one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
+        has no parameter for keeps the Instruct's values.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        hosts = {host.name: host for host in self._hosts}
+        aliases = _aliases(self.model)
+        by_key = {canonical_key(alias): first for alias, first in aliases.items()}
+
+        def grafted(name: str, dtype: torch.dtype) -> Tensor:
+            host = hosts[name]
+            part = self._grafted(host, scale).to(dtype)
+            return whole(part.to(host.parameter.device), host.parameter).cpu()
+
+        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(grafted)
+        for name, info in self._instruct_reader.tensors.items():
+            dtype = info.converted(self.dtype).dtype
+            if name in self._parts:
+                yield name, assemble(self._parts[name], info.shape, partial(kept, dtype=dtype))
+            elif (host := hosts.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
+                yield name, grafted(host.name, dtype)
+            else:
+                yield name, self._instruct_reader.read(name).to(dtype)
+
+    @torch.no_grad()
+    def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
+
+        One whole tensor at a time, float32, on the CPU. Every rank must iterate to the end; all ranks get them.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        trained = {
+            host.name: host
+            for host in self._hosts
+            if host.selected and (host.base is not None or host.adapted is not None)
+        }
+
+        def update(name: str) -> Tensor:
+            host = trained[name]
+            return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+
+        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(update)
+        apart = {part.name for parts in self._parts.values() for part in parts}
+        for name in trained:
+            if name not in apart:
+                yield name, update(name)
+        for name, parts in self._parts.items():
+            if trained.keys() >= {part.name for part in parts}:
+                yield name, assemble(parts, self._instruct_reader.tensors[name].shape, kept)
+
+    @torch.no_grad()
+    def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """The adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
+
+        ``scale`` is folded into the factor that starts at zero, and outside the selection it is zero, so that the
+        adapter on the Instruct is the graft.
+        """
+        assert self.state is None
+        reshard_all(self.model)
+        strength = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
+        tensors = {}
+        for prefix, module in self.model.named_modules():
+            if module not in strength:
+                continue
+            for name, parameter in module.named_parameters():
+                if not name.startswith("lora_"):  # also those of a layer that this one is wrapped around
+                    continue
+                tensor = whole(local(parameter), parameter).cpu()
+                folded = "lora_B" in name or "lora_embedding_A" in name
+                tensors[f"{prefix}.{name}"] = tensor * strength[module] if folded else tensor.clone()
+        return tensors
+
+    def _host(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        layer: tuple | None,
+        base: AlignedReader,
+        instruct: CheckpointReader,
+    ) -> _Host:
+        live = local(parameter)
+        slices = local_slices(parameter)
+        start = base.read_slice(name, slices)
+        target = instruct.read_slice(name, slices)
+        selected = name in self.selected
+        frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
+        if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
+            raise GraftError(
+                f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
+                f"{base.folder}. Check pair.base, and that no other callback changes weights."
+            )
+        if frozen:
+            # What is exchanged with the parameter must be of its dtype. The pair check warns when they differ.
+            target = target.to(live.dtype)
+        held = self._hold(target, live)
+        return _Host(
+            name,
+            parameter,
+            held,
+            None if frozen else self._hold(start, live),
+            selected,
+            Exchange(live, held) if frozen else None,
+            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected) if layer else None,
+        )
+
+    def _hold(self, tensor: Tensor, live: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        if self.offload or live.device.type == "cpu":
+            return tensor.pin_memory() if live.is_cuda else tensor
+        return tensor.to(live.device)
+
+    def _put(self, host: _Host, state: float | str, squares: Squares | None) -> None:
+        live = local(host.parameter)
+        if host.exchange is not None:
+            if state == BASE:
+                host.exchange.backward()
+            else:
+                host.exchange.forward()
+            return
+        assert host.base is not None
+        tuned = live if host.saved is None else host.saved
+        if host.saved is None:
+            host.saved = self._copy(live)
+        if isinstance(state, str):
+            live.copy_(host.base, non_blocking=True)
+            return
+        scale = state if host.selected else 0.0
+        if not scale:  # the Instruct itself, even where the training has diverged
+            live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
+            return
+        measured = torch.zeros(2, dtype=torch.float64, device=live.device)
+        out, tuned, base, instruct = (t.view(-1) for t in (live, tuned, host.base, host.instruct))
+        for part in windows(out):
+            goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
+            update = delta(end, start)
+            exact = add_delta(goal, update, scale)
+            rounded = exact.to(self._rounding(host))
+            if squares is not None:
+                measured += _sums_of_squares(update, exact, rounded)
+            out[part] = rounded
+        if squares is not None:
+            squares[host.name] = measured
+
+    def _squares(self, host: _Host, scale: float) -> Tensor:
+        """Sums of squares of an update and of what of it is lost in rounding, float64 ``[2]``."""
+        update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+        sums = torch.zeros(2, dtype=torch.float64, device=update.device)
+        for part in windows(update):
+            exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
+            sums += _sums_of_squares(update[part], exact, exact.to(self._rounding(host)))
+        return sums
+
+    def _copy(self, live: Tensor) -> Tensor:
+        """The values of a parameter, where they stay while others stand in its place."""
+        if self.offload and live.is_cuda:
+            return torch.empty_like(live, device="cpu", pin_memory=True).copy_(live, non_blocking=True)
+        if live.device.type != "cpu" or live.numel() < 2**20:
+            return live.clone()
+        # numpy asks the kernel for large pages, which are there twice as soon as the small ones that torch gets.
+        memory = torch.from_numpy(np.empty(live.numel() * live.element_size(), dtype=np.uint8))
+        return memory.view(live.dtype).view(live.shape).copy_(live)
+
+    def _settle(self) -> None:
+        """Wait for a GPU: what lies offloaded may be read on the CPU next, and the time is to be known."""
+        device = next((local(host.parameter).device for host in self._hosts), None)
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def _rounding(self, host: _Host) -> torch.dtype:
+        return self.dtype or host.instruct.dtype
+
+    def _update(self, host: _Host) -> Tensor:
+        device = local(host.parameter).device
+        total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
+        if host.adapted is not None:
+            learned = local(host.adapted.delta_weight(host.parameter)).float()
+            total = learned if total is None else total + learned
+        return torch.zeros(host.instruct.shape, device=device) if total is None else total
+
+    def _grafted(self, host: _Host, scale: float) -> Tensor:
+        instruct = host.instruct.to(local(host.parameter).device)
+        if not host.selected:
+            return instruct
+        if host.adapted is None and host.base is not None:
+            return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
+        return add_delta(instruct, self._update(host), scale)
+
+    def _reduce(self, sums: Tensor) -> Tensor:
+        sharded = next((h.parameter for h in self._hosts if isinstance(h.parameter, DTensor)), None)
+        if sharded is not None:
+            dist.all_reduce(sums, group=sharded.device_mesh.get_group())
+        return sums
+
+    def _coverage(self) -> Coverage:
+        trained = {host.name for host in self._hosts if host.base is not None or host.adapted is not None}
+        return coverage(
+            self.selected & trained,
+            frozenset(trained),
+            {host.name: host.parameter.numel() for host in self._hosts},
+        )
+
+
+def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: CheckpointReader) -> dict[str, list[Range]]:
+    """Of what parts of parameters each tensor of the Instruct's files is made, where it is not a whole one itself."""
+    layout = Layout(Described.of(instruct.folder, shapes), instruct)
+    return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
+
+
+def _select(
+    select: str | list[str], names: list[str], parts: dict[str, list[Range]], linear: frozenset[str], model_type: str
+) -> frozenset[str]:
+    """The parameters that a selection chooses; a pattern means what it means for the files."""
+    if select in ("linear", "all") or not parts:
+        return resolve(select, names, linear, model_type)
+    towers, patterns = split_selection(select)
+    apart = {part.name for ranges in parts.values() for part in ranges}
+    in_files = [*(name for name in names if name not in apart), *parts]
+    by_file: set[str] = set()
+    by_parameter: set[str] = set()
+    for pattern in patterns or ["all"]:
+        within = [*towers, pattern]
+        try:
+            if pattern in ("linear", "all"):
+                by_parameter |= resolve(within, names, linear, model_type)
+            else:
+                by_file |= resolve(within, in_files, linear, model_type)
+        except GraftError:
+            by_parameter |= resolve(within, names, linear, model_type)
+    touched = {part.name for name, ranges in parts.items() if name in by_file for part in ranges}
+    missed = {part.name for name, ranges in parts.items() if name not in by_file for part in ranges}
+    if torn := sorted((touched & missed) - by_parameter):
+        raise GraftError(
+            f"graft.select={select!r} chooses some of the matrices that the module holds in {some_of(torn)}, and not "
+            "others. Expected all of them or none: in memory they are one tensor, which gets the update as a whole. "
+            "Choose all ('experts'), or graft on disk, where each is chosen by itself (python -m shadowlit graft)."
+        )
+    return frozenset(by_file & set(names) | touched | by_parameter)
+
+
+def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
+    """Of a window's update, and of its loss in rounding: products in float32, which BLAS is fast at; ``[2]``."""
+    lost = rounded.to(exact.dtype) - exact
+    return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
+
+
+def _require_pairing(parameters: dict[str, nn.Parameter], base: AlignedReader, instruct: CheckpointReader) -> None:
+    problems = []
+    readers: tuple[tuple[str, AlignedReader | CheckpointReader], ...] = (("Base", base), ("Instruct", instruct))
+    for title, reader in readers:
+        missing = [name for name in parameters if name not in reader.tensors]
+        if missing:
+            problems.append(f"the {title}'s checkpoint {reader.folder} has no tensor {', '.join(missing[:5])}")
+        problems += [
+            f"{name} has the shape {reader.tensors[name].shape} in the {title}'s checkpoint and "
+            f"{tuple(parameter.shape)} in the module"
+            for name, parameter in parameters.items()
+            if name in reader.tensors and reader.tensors[name].shape != tuple(parameter.shape)
+        ][:5]
+    if problems:
+        raise GraftError(
+            "the trained module and the pair can't be paired by name: " + "; ".join(problems) + ". Every parameter "
+            "needs its tensor in both checkpoints. Check pair.base and pair.instruct."
+        )
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
+    first = {id(parameter): name for name, parameter in host_parameters(model).items()}
+    return {
+        canonical_name(name): first[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in first
+    }
+
+
+def _model_type(model: nn.Module) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def _layer_of(name: str) -> str:
+    tower, layer = tower_of(name), re.search(r"\blayers\.(\d+)\.", name)
+    if tower != "language":  # whose blocks may be numbered under other names, and mustn't be added to the decoder's
+        number = layer_of(name)
+        return f"{tower}_{kind_of(name)}" if number is None else f"{tower}_layer_{number:02d}"
+    return f"layer_{int(layer[1]):02d}" if layer else kind_of(name)

@@ -1,0 +1,150 @@
+"""Which tensors of the Instruct receive the update, and the report of what was left out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from shadowlit.checkpoint.names import count_towers, is_of_experts, kind_of, routers, split_selection, tower_of
+from shadowlit.errors import GraftError
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a selection covers of a model.
+
+    Attributes:
+        num_selected: tensors that receive an update.
+        num_tensors: tensors of the model.
+        num_selected_parameters: elements in the selected tensors.
+        num_parameters: elements of the model.
+        left_out: names of tensors that were trained but receive no update, so that their learning is dropped.
+        num_experts: tensors of experts, in mixtures of them.
+        num_selected_experts: those that receive an update.
+        num_routers: tensors that choose among the experts.
+        num_selected_routers: those that receive an update.
+        towers: of a model of several towers, how many tensors of each are selected, and how many it has.
+    """
+
+    num_selected: int
+    num_tensors: int
+    num_selected_parameters: int
+    num_parameters: int
+    left_out: tuple[str, ...]
+    num_experts: int = 0
+    num_selected_experts: int = 0
+    num_routers: int = 0
+    num_selected_routers: int = 0
+    towers: tuple[tuple[str, int, int], ...] = ()
+
+    def __str__(self) -> str:
+        text = (
+            f"{self.num_selected} of {self.num_tensors} tensors, {_count(self.num_selected_parameters)} of "
+            f"{_count(self.num_parameters)} parameters"
+        )
+        if self.num_experts:
+            text += (
+                f"; of the mixtures of experts {self.num_selected_experts} of {self.num_experts} tensors of experts, "
+                f"{self.num_selected_routers} of {self.num_routers} of routers"
+            )
+        if len(self.towers) > 1:
+            text += f" ({', '.join(f'{tower} {chosen} of {total}' for tower, chosen, total in self.towers)})"
+        if self.left_out:
+            kinds = Counter(kind_of(name) for name in self.left_out)
+            listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
+            text += f"; trained but left out: {listed}"
+        return text
+
+
+def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str], model_type: str) -> frozenset[str]:
+    """Return the names that ``select`` chooses.
+
+    Args:
+        select: ``linear`` (every linear layer but the output head, as in the paper), ``all``, or one or several
+            regular expressions, searched in the names. A list may hold several of these, and the names of towers of a
+            vision-language model (``language``, ``vision``, ``projector``), within which all else is chosen then:
+            ``[language, projector, linear]``. Towers alone are all of their tensors.
+        names: all tensor names of the model.
+        linear: the names that ``linear`` stands for.
+        model_type: the architecture's name, for the message.
+
+    Raises:
+        GraftError: a pattern is not a regular expression, or one of them matches nothing, or the model has no such
+            tower.
+    """
+    names = list(names)
+    towers, parts = split_selection(select)
+    missing = [tower for tower in towers if not any(tower_of(name) == tower for name in names)]
+    if missing:
+        raise GraftError(
+            f"graft.select names the tower {', '.join(missing)}, but of the {len(names)} tensors of model type "
+            f"{model_type!r} none is of it; there are {_listed(names)}. Choose among these."
+        )
+    if towers:
+        names = [name for name in names if tower_of(name) in towers]
+        parts = parts or ["all"]
+    chosen_names: set[str] = set()
+    for pattern in parts:
+        if pattern in ("all", "linear"):
+            chosen = names if pattern == "all" else [name for name in names if name in linear]
+            if not chosen:
+                raise _nothing(pattern, names, model_type)
+            chosen_names.update(chosen)
+            continue
+        try:
+            matcher = re.compile(pattern)
+        except re.error as error:
+            raise GraftError(
+                f"graft.select has {pattern!r}, which is not a regular expression ({error}). "
+                "Expected 'linear', 'all', or regular expressions such as 'self_attn'."
+            ) from None
+        matched = {name for name in names if matcher.search(name)}
+        if not matched:
+            raise _nothing(pattern, names, model_type)
+        chosen_names |= matched
+    if not chosen_names:
+        raise _nothing(str(select), names, model_type)
+    return frozenset(chosen_names)
+
+
+def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[str, int]) -> Coverage:
+    """Report what ``selected`` covers of a model with tensors of ``sizes`` elements, ``trained`` ones named."""
+    experts, gates = frozenset(filter(is_of_experts, sizes)), routers(sizes)
+    return Coverage(
+        num_selected=len(selected),
+        num_tensors=len(sizes),
+        num_selected_parameters=sum(sizes[name] for name in selected),
+        num_parameters=sum(sizes.values()),
+        left_out=tuple(sorted(trained - selected)),
+        num_experts=len(experts),
+        num_selected_experts=len(experts & selected),
+        num_routers=len(gates),
+        num_selected_routers=len(gates & selected),
+        towers=_by_tower(selected, sizes),
+    )
+
+
+def _by_tower(selected: Iterable[str], names: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+    chosen = count_towers(selected)
+    return tuple((tower, chosen.get(tower, 0), total) for tower, total in count_towers(names).items())
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
+
+
+def _nothing(select: str, names: list[str], model_type: str) -> GraftError:
+    kinds = ", ".join(dict.fromkeys(kind_of(name) for name in names))
+    return GraftError(
+        f"0 of {len(names)} tensors matched selection {select!r} for model type {model_type!r}; its tensors belong "
+        f"to {kinds}. Set graft.select to 'all' or to a pattern that matches them, e.g. '(q_proj|v_proj)'."
+    )
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)

@@ -1,0 +1,1 @@
+"""Benchmarks after training, run by lm-evaluation-harness: tasks, suites, models and the report."""

@@ -1,0 +1,121 @@
+"""A table of what models reached, and whatever has to be said of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from string import ascii_uppercase
+
+from shadowlit.errors import EvaluationError
+from shadowlit.harness.models import Evaluation
+from shadowlit.harness.suites import Score, SuiteScore, TaskScore, difference, load_suites, mean_of, suite_difference
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores of one or more models in the same tasks.
+
+    Attributes:
+        models: Letter and name of every model; with several, the first is the reference.
+        headings: Of the columns.
+        sections: Rows that belong together: those of a suite, ending with its mean.
+        notes: What has to be said of the numbers.
+    """
+
+    models: tuple[tuple[str, str], ...]
+    headings: tuple[str, ...]
+    sections: tuple[tuple[tuple[str, ...], ...], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Markdown."""
+        lines = [f"- {letter} = {name}" for letter, name in self.models]
+        lines += ["", _markdown_row(self.headings), _markdown_row(["---", "---", *["--:"] * (len(self.headings) - 2)])]
+        lines += [_markdown_row(row) for section in self.sections for row in section]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
+
+
+def make_report(evaluations: Sequence[Evaluation]) -> Report:
+    """Compare models; differences are those from the first one, sample by sample.
+
+    Raises:
+        EvaluationError: The models were not put to the same tasks.
+    """
+    tasks = [[(score.task, score.metric) for suite in found.suites for score in suite.tasks] for found in evaluations]
+    if any(other != tasks[0] for other in tasks[1:]):
+        raise EvaluationError("the models were evaluated in different tasks. Evaluate them with the same benchmarks.")
+    letters = [ascii_uppercase[i] if i < len(ascii_uppercase) else f"M{i + 1}" for i in range(len(evaluations))]
+    models = tuple(
+        (letter, f"{found.model} ({'' if found.chat else 'no '}chat template)")
+        for letter, found in zip(letters, evaluations, strict=True)
+    )
+    headings = ("task", "metric", "shots", "samples", *letters, *(f"{other} − {letters[0]}" for other in letters[1:]))
+    suites = list(zip(*(found.suites for found in evaluations), strict=True))
+    sections = [_section(family) for family in suites]
+    means = [family for family in suites if family[0].mean is not None]
+    if len(means) > 1:
+        sections.append((_overall(means),))
+    return Report(models, headings, tuple(sections), tuple(_notes(evaluations)))
+
+
+def _section(family: Sequence[SuiteScore]) -> tuple[tuple[str, ...], ...]:
+    rows = []
+    for scores in zip(*(suite.tasks for suite in family), strict=True):
+        first: TaskScore = scores[0]
+        arrow = "" if first.higher_is_better else " ↓"
+        shots = "–" if first.num_fewshot is None else str(first.num_fewshot)
+        cells = [str(score.score) for score in scores] + [_signed(difference(s, first)) for s in scores[1:]]
+        metric = first.metric.removesuffix(",none").replace(",", ", ")
+        rows.append((first.name, metric + arrow, shots, str(first.num_samples), *cells))
+    means = [suite.mean for suite in family]
+    if means[0] is not None:
+        cells = [str(mean) for mean in means] + [_signed(suite_difference(suite, family[0])) for suite in family[1:]]
+        rows.append((f"mean of {family[0].title}", "", "", "", *cells))
+    return tuple(rows)
+
+
+def _overall(means: Sequence[Sequence[SuiteScore]]) -> tuple[str, ...]:
+    """The row of the mean of the suites' means."""
+    by_model = list(zip(*means, strict=True))
+    cells = [str(mean_of([suite.mean for suite in suites if suite.mean])) for suites in by_model]
+    for suites in by_model[1:]:
+        parts = [suite_difference(suite, first) for suite, first in zip(suites, by_model[0], strict=True)]
+        cells.append(_signed(mean_of([part for part in parts if part])))
+    return (f"mean of {len(means)} groups", "", "", "", *cells)
+
+
+def _signed(score: Score | None) -> str:
+    return "" if score is None else f"+{score}" if score.value >= 0 else str(score).replace("-", "−", 1)
+
+
+def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
+    notes = []
+    first = evaluations[0]
+    for suite in first.suites:
+        if suite.missing:
+            rest = f"; the mean of {suite.title} is over the other {len(suite.tasks)}" if suite.mean else ""
+            version = metadata.version("lm_eval")
+            notes.append(f"not in lm-evaluation-harness {version}: {', '.join(suite.missing)}{rest}")
+    scores = [score for suite in first.suites for score in suite.tasks]
+    bare = [score.name for score in scores if score.score.stderr is None]
+    if bare:
+        notes.append(f"no standard error from the harness, so none of a mean with it: {', '.join(bare)}")
+    unpaired = [score.name for score in scores if score.values is None]
+    if len(evaluations) > 1 and unpaired:
+        notes.append(f"not a mean over samples, so no standard error of the difference: {', '.join(unpaired)}")
+    limit = first.harness.get("config", {}).get("limit")
+    if limit is not None:
+        notes.append(f"only the first {limit:g} samples of every task: not to be compared with published numbers")
+    if len({found.chat for found in evaluations}) > 1:
+        notes.append("the models differ in whether a chat template was applied")
+    told = {task.task: task for suites in load_suites().values() for suite in suites for task in suite.tasks}
+    for score in scores:
+        task = told.get(score.task)
+        if task is not None and task.note and task.name == score.name:
+            notes.append(f"{score.name}: {task.note}")
+    return notes
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

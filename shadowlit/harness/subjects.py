@@ -1,0 +1,153 @@
+"""Models on disk or on the hub: checked, loaded and described for an evaluation."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.errors import CheckpointError, EvaluationError
+from shadowlit.grafting.manifest import describe_source
+from shadowlit.harness.models import Evaluation, evaluate_model, require_room, run, use_chat, vllm_model
+from shadowlit.harness.tasks import Benchmarks
+from shadowlit.pair.folders import ProblemError, commit_of, load_config, model_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be evaluated.
+
+    Attributes:
+        source: Its folder or hub id.
+        adapter: Folder or hub id of the adapter that it carries, in peft's form.
+    """
+
+    source: str
+    adapter: str | None
+
+    @property
+    def name(self) -> str:
+        """What to call it in a report."""
+        return self.source if self.adapter is None else f"{self.source} + {self.adapter}"
+
+    def check(self, benchmarks: Benchmarks) -> None:
+        """Find what would stop the evaluation, in config and tokenizer alone.
+
+        Raises:
+            EvaluationError: It has no chat template that shall be applied, or too little room for its answers.
+            PairError: Its config cannot be loaded.
+        """
+        folder = local_folder(self.source, weights=False)
+        tokenizer = _tokenizer(folder)
+        use_chat(self.source, tokenizer, benchmarks.settings)
+        require_room(self.source, load_config("model", folder, False), tokenizer, benchmarks)
+
+    def evaluate(self, benchmarks: Benchmarks, backend: str, dtype: str, device: str) -> Evaluation:
+        """Load the model, put it to the tasks, and let go of it.
+
+        Args:
+            benchmarks: The tasks.
+            backend: ``hf`` or ``vllm``.
+            dtype: Of the weights; ``auto`` for the folder's own.
+            device: ``auto``, ``all`` for layers spread over all GPUs, or a device.
+
+        Raises:
+            EvaluationError: It cannot be loaded.
+        """
+        import torch
+
+        folder = local_folder(self.source)
+        adapter = None if self.adapter is None else local_folder(self.adapter)
+        tokenizer = _tokenizer(folder)
+        if backend == "vllm":
+            chat = use_chat(self.source, tokenizer, benchmarks.settings)
+            lm = vllm_model(folder, adapter, dtype, benchmarks.settings)
+            found = run(self.name, lm, benchmarks, chat)
+            del lm
+        else:
+            model = _load(folder, adapter, dtype, device)
+            found = evaluate_model(model, tokenizer, benchmarks, name=self.name)
+            del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Where the model comes from, and fingerprints of its weights; None where they aren't safetensors."""
+        folder = local_folder(self.source)
+        try:
+            with CheckpointReader(folder) as reader:
+                fingerprint = reader.fingerprint()
+        except CheckpointError as error:
+            log.warning("no fingerprint of %s: %s", self.source, error)
+            fingerprint = ""
+        told: dict[str, Any] = {"source": describe_source(self.source, folder, fingerprint)}
+        if self.adapter is not None:
+            folder = local_folder(self.adapter)
+            weights = folder / "adapter_model.safetensors"
+            digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
+            told["adapter"] = {"id": self.adapter, "commit": commit_of(folder), "sha256": digest}
+        return told
+
+
+def local_folder(source: str, weights: bool = True) -> Path:
+    """The folder of a model or adapter; that of a hub id is downloaded.
+
+    Args:
+        source: Folder or hub id.
+        weights: Also download safetensors files.
+
+    Raises:
+        EvaluationError: There is no such folder, and the hub does not give it.
+    """
+    try:
+        return model_folder("model", source, None, False, weights)
+    except ProblemError as error:
+        problem = error.problem
+        raise EvaluationError(f"{problem.found}. Expected: {problem.expected}. Check the spelling.") from error
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # of transformers, tokenizers, sentencepiece: many types
+        raise EvaluationError(f"the tokenizer in {folder} cannot be loaded ({error}). Is the folder whole?") from error
+
+
+def _load(folder: Path, adapter: Path | None, dtype: str, device: str) -> Any:
+    """The model with its adapter; loaded here, for the harness' way resizes embeddings under an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    where: Any = "auto" if device == "all" else {"": str(_device(device))}
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where)
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:  # of transformers, peft, safetensors, the device: many types
+        what = folder if adapter is None else f"{folder} with {adapter}"
+        raise EvaluationError(f"{what} cannot be loaded ({type(error).__name__}: {error}).") from error
+    return model.eval()
+
+
+def _device(device: str) -> torch.device:
+    import torch
+
+    if device != "auto":
+        return torch.device(device)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")

@@ -1,0 +1,269 @@
+"""Suites of benchmarks: which tasks of lm-evaluation-harness they are, and how scores become means and differences.
+
+The suites stand in ``suites.yaml`` beside this module. Imports neither torch nor the harness.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+# The harness rounds nothing; sums in another order differ by this much.
+_SAME_MEAN = 1e-6
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number and its standard error.
+
+    Attributes:
+        value: As the harness reports it: shares of 1, not percent.
+        stderr: Standard error of ``value``; None where there is none.
+    """
+
+    value: float
+    stderr: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {'–' if self.stderr is None else f'{self.stderr:.4f}'}"
+
+
+@dataclass(frozen=True)
+class SuiteTask:
+    """A benchmark of a suite.
+
+    Attributes:
+        name: The paper's name of it; for a task that was asked for by its own name, that.
+        task: The harness' name; None where the harness has no such task.
+        metric: The metric that counts; None for the first one that the harness reports.
+        filter: The filter of the answers whose metric counts.
+        num_fewshot: Examples in the prompt; None for the task's own number.
+        higher_is_better: False for losses.
+        executes_code: Whether the model's answers are run as programs.
+        based_on: Another task of the harness, of which this one is a variant.
+        changes: What the variant sets differently.
+        note: In what the task may differ from the paper's.
+    """
+
+    name: str
+    task: str | None
+    metric: str | None = None
+    filter: str = "none"
+    num_fewshot: int | None = None
+    higher_is_better: bool = True
+    executes_code: bool = False
+    based_on: str | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    note: str | None = None
+
+    @property
+    def key(self) -> str | None:
+        """What the harness calls the number that counts; None for the first one."""
+        return None if self.metric is None else f"{self.metric},{self.filter}"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Benchmarks whose plain mean is a score of its own.
+
+    Attributes:
+        title: The paper's name of it; None for tasks that were asked for by their own names, which have no mean.
+        tasks: Its benchmarks.
+        max_new_tokens: Longest answer; None for each task's own limit.
+        missing: The paper's names of benchmarks that the harness lacks.
+    """
+
+    title: str | None
+    tasks: tuple[SuiteTask, ...]
+    max_new_tokens: int | None = None
+    missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What one model reached in one task.
+
+    Attributes:
+        name: Of the row in a table.
+        task: The harness' name.
+        metric: What the harness calls the number, ``metric,filter``.
+        score: The number.
+        higher_is_better: False for losses.
+        num_fewshot: Examples in the prompt; None where subtasks differ.
+        num_samples: Number of samples.
+        values: The number of every sample by its place in the data, for every subtask. None where the task's score
+            isn't the mean of its samples'.
+        weighted: Whether subtasks count by their size; else all alike.
+    """
+
+    name: str
+    task: str
+    metric: str
+    score: Score
+    higher_is_better: bool
+    num_fewshot: int | None
+    num_samples: int
+    values: Mapping[str, Mapping[int, float]] | None = field(repr=False)
+    weighted: bool = True
+
+
+@dataclass(frozen=True)
+class SuiteScore:
+    """What one model reached in a suite."""
+
+    title: str | None
+    tasks: tuple[TaskScore, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> Score | None:
+        """The plain mean over the tasks; None for fewer than two of them, and for tasks that are no suite."""
+        return mean_of([task.score for task in self.tasks]) if self.title and len(self.tasks) > 1 else None
+
+
+@cache
+def load_suites() -> dict[str, tuple[Suite, ...]]:
+    """All suites by name; one that consists of suites gives all of them."""
+    entries = yaml.safe_load((files("shadowlit.harness") / "suites.yaml").read_text(encoding="utf-8"))
+    single = {
+        name: Suite(
+            title=entry["title"],
+            tasks=tuple(SuiteTask(**task) for task in entry["tasks"]),
+            max_new_tokens=entry.get("max_new_tokens"),
+        )
+        for name, entry in entries.items()
+        if isinstance(entry, dict)
+    }
+    return {
+        name: (single[name],) if name in single else tuple(single[part] for part in entry)
+        for name, entry in entries.items()
+    }
+
+
+def select_suites(names: Sequence[str]) -> list[Suite]:
+    """The suites of these names, each once, and at the end a suite without title of all names that are no suite's."""
+    known = load_suites()
+    found = dict.fromkeys(suite.title for name in names for suite in known.get(name, ()))
+    by_title = {suite.title: suite for suites in known.values() for suite in suites}
+    within = {task.task for title in found for task in by_title[title].tasks}
+    others = [name for name in dict.fromkeys(names) if name not in known and name not in within]
+    suites = [by_title[title] for title in found]
+    return [*suites, Suite(None, tuple(SuiteTask(name, name) for name in others))] if others else suites
+
+
+def mean_of(scores: Sequence[Score]) -> Score:
+    """The plain mean of independent scores, with ``sqrt(Σ se²) / k``; no standard error where one of them has none."""
+    value = statistics.fmean(score.value for score in scores)
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    complete = len(errors) == len(scores)
+    return Score(value, math.sqrt(math.fsum(e * e for e in errors)) / len(scores) if complete else None)
+
+
+def mean_difference(values: Sequence[float], reference: Sequence[float]) -> Score:
+    """The mean of ``values - reference``, sample by sample, and its standard error; none for a single sample.
+
+    Samples that both models get right, or both wrong, add nothing to the error: it is smaller than that of two
+    independent scores (Miller 2024, arXiv 2411.00640).
+    """
+    differences = [a - b for a, b in zip(values, reference, strict=True)]
+    n = len(differences)
+    return Score(statistics.fmean(differences), statistics.stdev(differences) / math.sqrt(n) if n > 1 else None)
+
+
+def difference(score: TaskScore, reference: TaskScore) -> Score:
+    """How much a model is above a reference in the same task; without standard error where samples can't be paired."""
+    ours, theirs = score.values, reference.values
+    if ours is None or theirs is None or any(ours[name].keys() != theirs.get(name, {}).keys() for name in ours):
+        return Score(score.score.value - reference.score.value)
+    parts = [([ours[name][i] for i in ours[name]], [theirs[name][i] for i in ours[name]]) for name in ours]
+    if score.weighted:
+        return mean_difference([v for values, _ in parts for v in values], [v for _, values in parts for v in values])
+    return mean_of([mean_difference(a, b) for a, b in parts])
+
+
+def suite_difference(score: SuiteScore, reference: SuiteScore) -> Score | None:
+    """The difference of two means over the same tasks; None where there is no mean."""
+    if score.mean is None:
+        return None
+    return mean_of([difference(a, b) for a, b in zip(score.tasks, reference.tasks, strict=True)])
+
+
+def read_scores(suites: Sequence[Suite], results: Mapping[str, Any]) -> tuple[SuiteScore, ...]:
+    """The scores of suites out of what the harness' ``simple_evaluate`` returned.
+
+    Raises:
+        KeyError: The harness didn't report a number that counts.
+    """
+    return tuple(
+        SuiteScore(suite.title, tuple(_task_score(task, results) for task in suite.tasks), suite.missing)
+        for suite in suites
+    )
+
+
+def _task_score(task: SuiteTask, results: Mapping[str, Any]) -> TaskScore:
+    assert task.task is not None
+    reported = results["results"][task.task]
+    key = task.key or next(key for key in reported if "," in key and "_stderr," not in key)
+    metric, _, used_filter = key.partition(",")
+    stderr = reported.get(f"{metric}_stderr,{used_filter}")
+    score = Score(float(reported[key]), float(stderr) if _is_number(stderr) else None)
+    leaves = _leaves(task.task, results.get("group_subtasks", {}))
+    weighted = _is_weighted(key, score.value, leaves, results)
+    better = results.get("higher_is_better", {}).get(task.task, {}).get(metric)
+    return TaskScore(
+        name=task.name,
+        task=task.task,
+        metric=key,
+        score=score,
+        higher_is_better=task.higher_is_better if better is None else bool(better),
+        num_fewshot=_shots(leaves, results),
+        num_samples=sum(int(results["results"][leaf]["sample_len"]) for leaf in leaves),
+        values=None if weighted is None else _values(leaves, key, results),
+        weighted=bool(weighted),
+    )
+
+
+def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks below a group, itself for a task."""
+    children = subtasks.get(name)
+    return [name] if children is None else list(dict.fromkeys(x for c in children for x in _leaves(c, subtasks)))
+
+
+def _shots(leaves: Sequence[str], results: Mapping[str, Any]) -> int | None:
+    found = {results.get("n-shot", {}).get(leaf) for leaf in leaves}
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_weighted(key: str, value: float, leaves: Sequence[str], results: Mapping[str, Any]) -> bool | None:
+    """Whether the score is the mean over all samples (True), the plain mean of subtasks' means (False), or neither."""
+    values = _values(leaves, key, results)
+    if values is None:
+        return None
+    if abs(statistics.fmean(v for part in values.values() for v in part.values()) - value) < _SAME_MEAN:
+        return True
+    plain = statistics.fmean(statistics.fmean(part.values()) for part in values.values())
+    return False if abs(plain - value) < _SAME_MEAN else None
+
+
+def _values(leaves: Sequence[str], key: str, results: Mapping[str, Any]) -> dict[str, dict[int, float]] | None:
+    """The samples' numbers by subtask and document; None unless every document has one."""
+    metric, _, used_filter = key.partition(",")
+    found: dict[str, dict[int, float]] = {}
+    for leaf in leaves:
+        samples = [s for s in results.get("samples", {}).get(leaf, ()) if s["filter"] == used_filter]
+        if not samples or not all(_is_number(sample.get(metric)) for sample in samples):
+            return None
+        found[leaf] = {int(sample["doc_id"]): float(sample[metric]) for sample in samples}
+    return found
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a finite number: of Python, a bool, or of numpy."""
+    return hasattr(value, "__float__") and not isinstance(value, str) and math.isfinite(float(value))

@@ -1,0 +1,53 @@
+"""The tensors of a model on the Hugging Face hub, from the headers alone: no weights are downloaded."""
+
+from __future__ import annotations
+
+from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.errors import CheckpointError
+
+
+def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes of a model's tensors, by range requests: about 100 KB per file.
+
+    Args:
+        repo_id: Hub id of the model.
+        revision: Commit, tag or branch; None for the main branch.
+
+    Returns:
+        The tensors by name, sorted.
+
+    Raises:
+        CheckpointError: The hub does not give the headers, there are no safetensors files, the index does not match
+            the headers, or a dtype is unknown.
+    """
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        metadata = get_safetensors_metadata(repo_id, revision=revision)
+    except Exception as error:  # of the hub, of httpx, of a broken header: many types, one remedy
+        raise CheckpointError(
+            f"the safetensors headers of '{repo_id}' cannot be read from the hub "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). Expected: model.safetensors, or "
+            "its index and shards. Pickled weights are never loaded: convert them with save_pretrained on a machine "
+            "where you trust them, and give the folder"
+        ) from error
+    tensors: dict[str, TensorInfo] = {}
+    for name, file in sorted(metadata.weight_map.items()):
+        entry = metadata.files_metadata[file].tensors.get(name)
+        if entry is None:
+            raise CheckpointError(
+                f"the index of '{repo_id}' on the hub names '{name}' in {file}, which does not hold it"
+            )
+        tensors[name] = TensorInfo(name, entry.dtype, tuple(entry.shape), file)
+        _require_known(tensors[name], repo_id)
+    return tensors
+
+
+def _require_known(info: TensorInfo, repo_id: str) -> None:
+    try:
+        _ = info.itemsize
+    except KeyError as error:
+        raise CheckpointError(
+            f"tensor '{info.name}' of '{repo_id}' on the hub has dtype {info.code}, which is unknown here. Expected: "
+            "a floating-point dtype such as BF16"
+        ) from error

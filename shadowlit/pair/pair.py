@@ -1,0 +1,206 @@
+"""ModelPair: a Base and the Instruct that was made from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.pair.folders import (
+    _load_processor,
+    _load_tokenizer,
+    commit_of,
+    is_image_text,
+    load_config,
+    model_folder,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
+
+log = logging.getLogger(__name__)
+
+Select = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """A Base and the Instruct that was made from it.
+
+    Nothing is read or downloaded before a method asks for it.
+
+    Args:
+        base: Folder or Hugging Face id of the Base, the model that is trained.
+        instruct: Folder or Hugging Face id of the Instruct, the model that gets the update. Its tokenizer and
+            chat template are used for both, unless ``template_owner`` says otherwise.
+        base_revision: Commit, tag or branch of the Base on the hub; pin a commit to make runs repeatable.
+        instruct_revision: Commit, tag or branch of the Instruct on the hub.
+        trust_remote_code: Run Python code that comes with the model. Dangerous: only for authors you trust,
+            and only with pinned revisions.
+        template_owner: Whose tokenizer, chat template and end of turn serve both models. ``base`` where the Instruct
+            has none that is fit to train with, and for a pair with its roles exchanged: the Instruct is trained, and
+            its update grafted onto the Base (arms I2I and I2B).
+    """
+
+    base: str
+    instruct: str
+    base_revision: str | None = None
+    instruct_revision: str | None = None
+    trust_remote_code: bool = False
+    template_owner: Literal["instruct", "base"] = "instruct"
+
+    def base_folder(self) -> Path:
+        """The local folder of the Base, downloaded first if ``base`` is a hub id.
+
+        Raises:
+            PairError: There is no such folder, or the hub does not give it.
+        """
+        return self._base_folder
+
+    def instruct_folder(self) -> Path:
+        """The local folder of the Instruct, downloaded first if ``instruct`` is a hub id.
+
+        Raises:
+            PairError: There is no such folder, or the hub does not give it.
+        """
+        return self._instruct_folder
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that both models are used with, with its chat template: that of ``template_owner``.
+
+        Raises:
+            PairError: It cannot be loaded.
+        """
+        return self._base_tokenizer if self.template_owner == "base" else self._instruct_tokenizer
+
+    def other_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model that doesn't own the template: a Base's ends documents as its pre-training did.
+
+        Raises:
+            PairError: It cannot be loaded.
+        """
+        return self._instruct_tokenizer if self.template_owner == "base" else self._base_tokenizer
+
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ModelPair:
+        """The same pair, both of whose models are used with ``tokenizer``, e.g. one with another chat template."""
+        pair = copy(self)
+        vars(pair)[f"_{self.template_owner}_tokenizer"] = tokenizer
+        return pair
+
+    def template_folder(self) -> Path:
+        """The folder of ``template_owner``, whose generation config says where a turn ends.
+
+        Raises:
+            PairError: There is no such folder, or the hub does not give it.
+        """
+        return self._base_folder if self.template_owner == "base" else self._instruct_folder
+
+    def base_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The Base's own tokenizer.
+
+        Raises:
+            PairError: It cannot be loaded.
+        """
+        return self._base_tokenizer
+
+    def instruct_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The Instruct's own tokenizer.
+
+        Raises:
+            PairError: It cannot be loaded.
+        """
+        return self._instruct_tokenizer
+
+    def processor(self) -> ProcessorMixin:
+        """The processor of a vision-language pair, with the tokenizer: that of ``template_owner``.
+
+        Raises:
+            PairError: The pair is one of text models, or its processor cannot be loaded.
+        """
+        return self._processor
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the pair is one of vision-language models, by the config of ``template_owner``.
+
+        Raises:
+            PairError: It is missing, broken, or of an unknown model type.
+        """
+        return is_image_text(self.base_config() if self.template_owner == "base" else self.config())
+
+    def config(self) -> PretrainedConfig:
+        """The Instruct's config.
+
+        Raises:
+            PairError: It is missing, broken, or of an unknown model type.
+        """
+        return load_config("instruct", self.instruct_folder(), self.trust_remote_code)
+
+    def base_config(self) -> PretrainedConfig:
+        """The Base's config.
+
+        Raises:
+            PairError: It is missing, broken, or of an unknown model type.
+        """
+        return load_config("base", self.base_folder(), self.trust_remote_code)
+
+    def fingerprints(self) -> dict[str, str]:
+        """``{"base": ..., "instruct": ...}``: see :meth:`CheckpointReader.fingerprint`.
+
+        Raises:
+            PairError: A folder is missing.
+            CheckpointError: A folder holds no readable safetensors.
+        """
+        return {"base": _fingerprint(self.base_folder()), "instruct": _fingerprint(self.instruct_folder())}
+
+    def revisions(self) -> dict[str, str | None]:
+        """The commit that each model was read at: the hub's, or None for a plain folder.
+
+        Raises:
+            PairError: A folder is missing.
+        """
+        return {"base": commit_of(self.base_folder()), "instruct": commit_of(self.instruct_folder())}
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        return model_folder("base", self.base, self.base_revision, self.trust_remote_code)
+
+    @cached_property
+    def _instruct_folder(self) -> Path:
+        return model_folder("instruct", self.instruct, self.instruct_revision, self.trust_remote_code)
+
+    @cached_property
+    def _base_tokenizer(self) -> PreTrainedTokenizerBase:
+        return _load_tokenizer("base", self.base_folder(), self.trust_remote_code)
+
+    @cached_property
+    def _instruct_tokenizer(self) -> PreTrainedTokenizerBase:
+        return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
+
+    @cached_property
+    def _processor(self) -> ProcessorMixin:
+        config = self.base_config() if self.template_owner == "base" else self.config()
+        folder = self.template_folder()
+        return _load_processor(self.template_owner, folder, config, self.tokenizer(), self.trust_remote_code)
+
+
+class PairWithoutWeights(ModelPair):
+    """A pair into whose folders no weights are downloaded; its fingerprints may be out of reach."""
+
+    @cached_property
+    def _base_folder(self) -> Path:
+        return model_folder("base", self.base, self.base_revision, self.trust_remote_code, weights=False)
+
+    @cached_property
+    def _instruct_folder(self) -> Path:
+        return model_folder("instruct", self.instruct, self.instruct_revision, self.trust_remote_code, weights=False)
+
+
+def _fingerprint(folder: Path) -> str:
+    with CheckpointReader(folder) as reader:
+        return reader.fingerprint()

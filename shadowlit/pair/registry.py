@@ -1,0 +1,195 @@
+"""The registry of known pairs: which Base belongs to which Instruct, and what a graft meets between them.
+
+The facts stand in ``pairs.yaml`` beside this module. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+
+from shadowlit.errors import PairError
+from shadowlit.pair.pair import ModelPair
+
+_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class KnownPair:
+    """A pair whose two models are published on the Hugging Face hub.
+
+    Attributes:
+        name: Short and lower-case, e.g. ``qwen3-4b-2507``.
+        family: The release it belongs to, e.g. ``qwen3``.
+        base: Hub id of the Base.
+        instruct: Hub id of the Instruct.
+        base_revision: A commit of the Base; None where none is known.
+        instruct_revision: A commit of the Instruct; None where none is known.
+        template_owner: Whose chat template counts, for both models: ``instruct``, or ``base``.
+        base_template: Whether the Base comes with a chat template too; None where that is not known.
+        licence: The hub's name for the licence; None where it is not known.
+        gated: Whether the hub asks for an agreement first; None where that is not known.
+        sigma: The pair's σ as published, the mean over the tensors inside the layers (arXiv 2505.12716), 0 to 1;
+            None where it is not.
+        peculiarities: What matters for a graft: a word, and what it means.
+        official: The two ids as the official list of Shadow-FT has them, where one of them is wrong.
+        note: Whatever else is to be known of this pair.
+    """
+
+    name: str
+    family: str
+    base: str
+    instruct: str
+    base_revision: str | None = None
+    instruct_revision: str | None = None
+    template_owner: str = "instruct"
+    base_template: bool | None = None
+    licence: str | None = None
+    gated: bool | None = None
+    sigma: float | None = None
+    peculiarities: Mapping[str, str] = field(default_factory=dict)
+    official: tuple[str, str] | None = None
+    note: str | None = None
+
+    def pair(self, trust_remote_code: bool = False) -> ModelPair:
+        """The two models at their known commits; nothing is read or downloaded.
+
+        Args:
+            trust_remote_code: Run Python code that comes with the models.
+        """
+        return ModelPair(self.base, self.instruct, self.base_revision, self.instruct_revision, trust_remote_code)
+
+
+_KEYS = frozenset(key.name for key in fields(KnownPair))
+
+
+@cache
+def load_registry() -> Mapping[str, KnownPair]:
+    """All known pairs by name, in the order of ``pairs.yaml``.
+
+    Raises:
+        PairError: An entry is not well-formed; see :func:`parse_registry`.
+    """
+    return parse_registry(files("shadowlit.pair").joinpath("pairs.yaml").read_text(encoding="utf-8"))
+
+
+def parse_registry(text: str) -> Mapping[str, KnownPair]:
+    """Read a registry.
+
+    Args:
+        text: YAML with ``peculiarities``, a mapping from words to sentences, and ``families``, a list. A family has
+            the keys of its entries' common values, and ``pairs``, the list of them; peculiarities of a family are
+            added to those of an entry.
+
+    Raises:
+        PairError: The text is not of this form, or an entry has an unknown key, an ill-formed value or a name that
+            another one has; the message names the entry.
+    """
+    try:
+        document = yaml.safe_load(text)
+        meanings, families = document["peculiarities"], document["families"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise PairError(
+            f"The registry is not YAML with 'peculiarities' and 'families' ({error!r}). Repair it, or install again."
+        ) from error
+    registry: dict[str, KnownPair] = {}
+    for family in families:
+        common = {key: value for key, value in family.items() if key != "pairs"}
+        for entry in family["pairs"]:
+            words = [*common.get("peculiarities", []), *entry.get("peculiarities", [])]
+            pair = _parse_entry({**common, **entry, "peculiarities": words}, meanings)
+            if pair.name in registry:
+                raise _wrong(pair.name, "there are two entries of this name", "one")
+            registry[pair.name] = pair
+    return MappingProxyType(registry)
+
+
+def find_pair(name: str) -> KnownPair:
+    """The known pair of this name.
+
+    Raises:
+        PairError: There is none; the message has the nearest names.
+    """
+    registry = load_registry()
+    if name not in registry:
+        near = difflib.get_close_matches(name.lower(), registry, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise PairError(
+            f"There is no known pair '{name}' among {len(registry)}.{hint} "
+            "'python -m shadowlit pairs' lists them; two folders or hub ids, Base and Instruct, do as well."
+        )
+    return registry[name]
+
+
+def _parse_entry(entry: dict[str, Any], meanings: Mapping[str, str]) -> KnownPair:
+    """One entry, its family's values included."""
+    name = entry.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _wrong(name or entry.get("base"), f"name is {name!r}", "lower-case letters, digits, dots and hyphens")
+    unknown = sorted(entry.keys() - _KEYS)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], _KEYS, n=1)
+        raise _wrong(name, f"unknown key {unknown[0]!r}", f"{near[0]!r}" if near else f"one of {sorted(_KEYS)}")
+    if not isinstance(entry.get("family"), str):
+        raise _wrong(name, f"family is {entry.get('family')!r}", "a name")
+    _check_ids(name, entry)
+    _check_facts(name, entry)
+    words = entry["peculiarities"]
+    strange = [word for word in words if word not in meanings]
+    if strange:
+        raise _wrong(name, f"peculiarity {strange[0]!r} is not explained", f"one of {sorted(meanings)}")
+    official = entry.get("official")
+    return KnownPair(
+        **entry
+        | {
+            "peculiarities": MappingProxyType({word: meanings[word] for word in words}),
+            "official": (official["base"], official["instruct"]) if official else None,
+        }
+    )
+
+
+def _check_ids(name: str, entry: dict[str, Any]) -> None:
+    """The two hub ids, their commits, and the ids of the official list."""
+    for key in ("base", "instruct"):
+        if not isinstance(entry.get(key), str) or not _HUB_ID.fullmatch(entry[key]):
+            raise _wrong(name, f"{key} is {entry.get(key)!r}", "a hub id such as 'org/name'")
+        revision = entry.get(f"{key}_revision")
+        if revision is not None and not (isinstance(revision, str) and _COMMIT.fullmatch(revision)):
+            raise _wrong(name, f"{key}_revision is {revision!r}", "a commit of 40 hexadecimal digits, or null")
+    if entry["base"] == entry["instruct"]:
+        raise _wrong(name, f"base and instruct are both {entry['base']!r}", "two models")
+    official = entry.get("official")
+    if official is not None:
+        if not isinstance(official, dict) or official.keys() != {"base", "instruct"}:
+            raise _wrong(name, f"official is {official!r}", "base and instruct, as the official list has them")
+        if official == {"base": entry["base"], "instruct": entry["instruct"]}:
+            raise _wrong(name, "official names the same two models", "the key only where the official list is wrong")
+
+
+def _check_facts(name: str, entry: dict[str, Any]) -> None:
+    """The values that are neither ids nor words."""
+    if entry.get("template_owner", "instruct") not in ("base", "instruct"):
+        raise _wrong(name, f"template_owner is {entry['template_owner']!r}", "'base' or 'instruct'")
+    for key in ("base_template", "gated"):
+        if entry.get(key) not in (True, False, None):
+            raise _wrong(name, f"{key} is {entry[key]!r}", "true, false or null")
+    for key in ("licence", "note"):
+        if not isinstance(entry.get(key), str | None):
+            raise _wrong(name, f"{key} is {entry[key]!r}", "a text or null")
+    sigma = entry.get("sigma")
+    if sigma is not None and not (isinstance(sigma, float) and 0 < sigma < 1):
+        raise _wrong(name, f"sigma is {sigma!r}", "a number between 0 and 1, or null")
+
+
+def _wrong(name: str | None, found: str, expected: str) -> PairError:
+    return PairError(f"Entry '{name}' of the registry of pairs: {found}. Expected: {expected}. Mend pairs.yaml.")

@@ -1,0 +1,172 @@
+"""From the folders of finished trainings to records."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shadowlit.analysis.similarity import compare
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.layout import alike
+from shadowlit.delta.delta import Delta
+from shadowlit.grafting.disk import FullUpdate
+from shadowlit.pair.pair import ModelPair
+from shadowlit.studies.comparison.plan import Recipe, Training, rates_of_arms
+from shadowlit.studies.comparison.records import Record
+from shadowlit.studies.comparison.runner import UNTOUCHED
+from shadowlit.studies.trials.trial import RESULT
+
+
+def collect(
+    recipe: Recipe,
+    trainings: Sequence[Training],
+    arms: Sequence[str],
+    rates: Mapping[str, Sequence[float]],
+    folder: Path,
+    line: str = "loss",
+) -> list[Record]:
+    """One record for each arm of each finished training, at each scale, and those of the untouched models.
+
+    Args:
+        recipe: What the trainings share.
+        trainings: Those of the plan; unfinished ones are left out.
+        arms: Those to be compared.
+        rates: Learning rates by arm.
+        folder: Of the comparison.
+        line: The metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
+    """
+    found = [_untouched(folder / UNTOUCHED, who) for who in ("Base", "Instruct")]
+    own = rates_of_arms(arms, rates)
+    finished = {t: folder / t.name for t in trainings if (folder / t.name / RESULT).is_file()}
+    facts = _Facts(recipe, own, finished)
+    starts = {record.arm[0]: record.metrics.get(line, math.nan) for record in found}
+    for training, home in finished.items():
+        result = json.loads((home / RESULT).read_text(encoding="utf-8"))
+        for arm in (training.tuned_arm, training.grafted_arm):
+            if arm in own and training.lr in own[arm]:
+                known = facts.of(training, result) if arm == training.grafted_arm else {}
+                found += _of_training(training, arm, home, result, recipe, known, line, starts[arm[-1]])
+    return found
+
+
+def _untouched(home: Path, arm: str) -> Record:
+    result = json.loads((home / RESULT).read_text(encoding="utf-8"))
+    who = arm.lower()
+    return Record(arm, metrics=_metrics(result, who), samples=_samples(home / "evaluation" / who))
+
+
+def _of_training(
+    training: Training,
+    arm: str,
+    home: Path,
+    result: Mapping[str, Any],
+    recipe: Recipe,
+    facts: Mapping[str, float],
+    line: str,
+    start: float,
+) -> list[Record]:
+    tuned = arm == training.tuned_arm
+    samples = home / "evaluation" / f"step-{result['step']}"
+    records = []
+    for scale in (1.0,) if tuned else recipe.scales:
+        who = "tuned" if tuned else _subject(scale, recipe)
+        metrics = _metrics(result, who)
+        losses = {0.0: start, **{s: _metrics(result, _subject(s, recipe)).get(line, math.nan) for s in recipe.scales}}
+        records.append(
+            Record(
+                arm,
+                training.lr,
+                training.seed,
+                scale,
+                metrics=metrics,
+                samples=_samples(samples / who),
+                cost=_cost(result),
+                facts=dict(facts),
+                line={} if tuned or scale != recipe.scales[0] else dict(sorted(losses.items())),
+            )
+        )
+    return records
+
+
+def _subject(scale: float, recipe: Recipe) -> str:
+    return "grafted" if scale == recipe.scales[0] else f"grafted@{scale:g}"
+
+
+def _metrics(result: Mapping[str, Any], who: str) -> dict[str, float]:
+    prefix = f"val/{who}/"
+    return {name.removeprefix(prefix): value for name, value in result["metrics"].items() if name.startswith(prefix)}
+
+
+def _samples(home: Path) -> dict[str, dict[int, float]]:
+    found = {}
+    for file in sorted(home.glob("*.jsonl")):
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        found[file.stem] = {row["index"]: float(row["score"]) for row in rows}
+    return found
+
+
+def _cost(result: Mapping[str, Any]) -> dict[str, float]:
+    """What the training cost without being watched, and what watching cost."""
+    logged = result["metrics"]
+    watching = sum(logged.get(name, 0.0) for name in ("graft/seconds", "evaluation/seconds"))
+    train_s = max(0.0, result["wall_s"] - watching)
+    return {
+        "train_s": train_s,
+        "evaluation_s": watching,
+        "tokens_per_s": result["train_tokens"] / train_s if train_s else math.nan,
+        "peak_memory_bytes": float(result["peak_memory_bytes"]),
+        "trained_parameters": float(result["trained_parameters"]),
+    }
+
+
+class _Facts:
+    """What is known of a pair and of its updates, computed once."""
+
+    def __init__(
+        self, recipe: Recipe, rates: Mapping[str, tuple[float, ...]], finished: Mapping[Training, Path]
+    ) -> None:
+        self._rates, self._finished = rates, finished
+        pair = ModelPair(**recipe.pair())
+        self._base = CheckpointReader(pair.base_folder())
+        self._instruct = CheckpointReader(pair.instruct_folder())
+        shared = self._base.tensors.keys() & self._instruct.tensors.keys()
+        self._comparable = all(self._base.tensors[n].shape == self._instruct.tensors[n].shape for n in shared)
+        self._sigma = compare(alike([self._base, self._instruct])).similarities[0].sigma
+        self._offset: float | None = None
+        self._cosines: dict[frozenset[Training], float] = {}
+
+    def of(self, training: Training, result: Mapping[str, Any]) -> dict[str, float]:
+        """The facts of a training's graft."""
+        logged = result["metrics"]
+        delta = Delta.open(self._finished[training] / "delta")
+        facts = {"sigma": self._sigma, "delta_norm": delta.norm()}
+        for name in ("relative_delta", "survival"):
+            facts[name] = logged.get(f"graft/{name}", math.nan)
+        if self._offset is None and self._comparable:
+            offset = Delta.from_update(FullUpdate(self._base, self._instruct))
+            self._offset = offset.only(delta.shapes).norm()
+        if self._offset:
+            facts["delta_over_offset"] = facts["delta_norm"] / self._offset
+        other = self._other(training)
+        if other is not None:
+            pair = frozenset((training, other))
+            if pair not in self._cosines:  # asked for from both of its sides
+                self._cosines[pair] = delta.cosine(Delta.open(self._finished[other] / "delta"))
+            facts["cos_deltas"] = self._cosines[pair]
+        return facts
+
+    def _other(self, training: Training) -> Training | None:
+        """The training of the other model with the same seed, at the rate of the same rank in its list."""
+        target = "I" if training.source == "B" else "B"
+        own, others = self._list(training.source), self._list(target)
+        rank = own.index(training.lr)
+        if rank >= len(others):
+            return None
+        other = Training(target, others[rank], training.seed)
+        return other if other in self._finished else None
+
+    def _list(self, source: str) -> list[float]:
+        return sorted({rate for arm, rates in self._rates.items() if arm[0] == source for rate in rates})

@@ -1,0 +1,133 @@
+"""What a sweep has found, as tables and pictures of a notebook."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from shadowlit.analysis.tables import Table as Shown
+from shadowlit.plotting import SINGLE, hide, panels
+from shadowlit.studies.statistics import Average
+from shadowlit.studies.sweep.plots import interaction
+from shadowlit.studies.sweep.table import SCALE, Standing, Table
+
+
+def progress(table: Table) -> Shown:
+    """What was varied, and how many trials have ended in which way."""
+    definition = table.definition
+    states = Counter({row.trial: row.state for row in table.rows if row.seed is not None}.values())
+    axes = [f"{axis}: {', '.join(_levels(table, axis))}" for axis in table.axes]
+    rows: list[tuple[str, object]] = [
+        ("sweep", definition.study),
+        *(("varied", axis) for axis in axes),
+        ("arms", ", ".join(definition.arms)),
+        ("seeds", ", ".join(map(str, definition.seeds))),
+        ("judged by", f"{', '.join(definition.metrics)} ({definition.direction})"),
+        *((f"trials {state}", count) for state, count in sorted(states.items())),
+    ]
+    return Shown(("", "value"), rows)
+
+
+def best(table: Table, metrics: Sequence[str] | None = None) -> Shown:
+    """The best setting of each arm by what trials are judged by, over seeds; the untouched models beside them.
+
+    Chosen and shown on the same rows, which flatters it.
+
+    Args:
+        table: of the sweep.
+        metrics: columns; None for those of the report.
+    """
+    wanted = list(metrics or table.shown())
+    rows: list[Sequence[object]] = []
+    for arm in ("Base", "Instruct"):
+        values = [table.untouched(arm, metric) for metric in wanted]
+        if not all(map(math.isnan, values)):
+            rows.append((arm, "untouched", None, *values))
+    for arm in table.arms:
+        rows += [(arm, *_standing(table, standing, wanted)) for standing in table.standings(arm)[:1]]
+    return Shown(("arm", "setting", "seeds", *wanted), rows)
+
+
+def settings(table: Table, arm: str | None = None, metrics: Sequence[str] | None = None, most: int = 20) -> Shown:
+    """The settings of an arm, the best first.
+
+    Args:
+        table: of the sweep.
+        arm: None for the first.
+        metrics: columns; None for those of the report.
+        most: rows.
+    """
+    wanted = list(metrics or table.shown())
+    found = table.standings(arm or table.arms[0]) if table.arms else []
+    rows = [_standing(table, standing, wanted) for standing in found[:most]]
+    return Shown(("setting", "seeds", *wanted), rows, f"{arm or (table.arms or ['no arm'])[0]}, {len(found)} settings")
+
+
+def effects(table: Table, metric: str | None = None) -> Shown:
+    """The main effect of every axis on a metric: mean and 95 % interval over seeds at each of its levels.
+
+    Args:
+        table: of the sweep.
+        metric: None for what trials are judged by.
+    """
+    wanted = metric or table.shown()[0]
+    drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
+    rows = [
+        (table.short(axis), arm, level.value, level.mean, level.low, level.high, level.num_seeds, level.num_settings)
+        for axis in table.axes
+        if axis not in drawn
+        for arm in table.arms
+        for level in table.effects(axis, wanted, arm)
+    ]
+    return Shown(("axis", "arm", "level", wanted, "from", "to", "seeds", "settings"), rows)
+
+
+def draw_interaction(
+    table: Table, x: str | None = None, y: str | None = None, metric: str | None = None, arm: str | None = None
+) -> Figure:
+    """How two axes act together; see :func:`shadowlit.studies.sweep.plots.interaction`.
+
+    Args:
+        table: of the sweep.
+        x: axis of the columns; None for the one with the most levels.
+        y: axis of the rows; None for the next.
+        metric: None for what trials are judged by.
+        arm: None for the first.
+    """
+    drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
+    ordered = sorted((axis for axis in table.axes if axis not in drawn), key=lambda axis: -len(_levels(table, axis)))
+    left = [axis for axis in ordered if axis not in (x, y)]
+    x = x or next(iter(left), None)
+    y = y or next((axis for axis in left if axis != x), None)
+    if x is None or y is None or not table.arms:
+        figure, axes = panels(1, 1, SINGLE, 0.6)
+        hide(axes)
+        axes[0].set_title("nothing to draw: fewer than two axes of named values, or no trial", fontsize=7)
+        return figure
+    return interaction(table, x, y, metric, arm)
+
+
+def _levels(table: Table, axis: str) -> list[str]:
+    if axis == SCALE:
+        return [f"{scale:g}" for scale in table.definition.scales]
+    found = next(each for each in table.definition.axes if each.name == axis)
+    if found.range is not None:
+        return [f"{found.range['low']:g} to {found.range['high']:g}"]
+    return list(found.levels)
+
+
+def _standing(table: Table, standing: Standing, metrics: Sequence[str]) -> list[object]:
+    parts = [f"{table.short(axis)}={value}" for axis, value in standing.setting.items()]
+    if standing.scale is not None and len(table.definition.scales) > 1:
+        parts.append(f"λ={standing.scale:g}")
+    return [", ".join(parts), standing.num_seeds, *(_average(standing.metrics.get(metric)) for metric in metrics)]
+
+
+def _average(value: Average | None) -> str | None:
+    if value is None or not math.isfinite(value.mean):
+        return None
+    error = f" ± {value.standard_error:.2g}" if math.isfinite(value.standard_error) else ""
+    return f"{value.mean:.4g}{error}"

@@ -1,0 +1,185 @@
+"""The pictures of a sweep: main effects with intervals, how two axes act together, trials while they ran."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from shadowlit.plotting import DOUBLE, SEQUENTIAL, SINGLE, hide, panels, series_style, styled
+from shadowlit.studies.comparison.plots import arm_style
+from shadowlit.studies.sweep.table import Level, Table, is_numeric
+
+_HEIGHT = 2.1
+_WIDE = 15  # numbers that lie further apart than this factor are drawn on a logarithmic axis
+
+
+@styled
+def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Sequence[str] | None = None) -> Figure:
+    """A panel for each metric and axis: the mean of each arm at each level, with its 95 % interval over seeds.
+
+    Each mean is over the settings that all levels of its axis share. Dashed and dotted lines are the untouched
+    Instruct and Base, where they are near. An axis of numbers that were drawn shows a point for each trial instead.
+
+    Args:
+        table: Of the sweep.
+        metrics: Rows of the picture; None for those of the report.
+        axes: Columns; None for all with several levels. A single one has its metrics side by side.
+    """
+    metrics, axes = list(metrics or table.shown()), list(axes or table.varied)
+    shown = [(metric, axis) for metric in metrics for axis in axes]
+    columns = len(axes) if len(axes) > 1 else min(3, len(metrics))
+    rows = -(-len(shown) // columns)
+    width = min(DOUBLE, max(SINGLE, 2.4 * columns))
+    figure, found = panels(rows, columns, width, _HEIGHT * rows + 0.3, sharey="row" if len(axes) > 1 else False)
+    drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
+    for number, (panel, (metric, axis)) in enumerate(zip(found, shown, strict=False)):
+        for arm in table.arms:
+            if axis in drawn:
+                _scatter(panel, table, axis, metric, arm)
+            else:
+                _line(panel, table.effects(axis, metric, arm), arm)
+        _untouched(panel, table, metric)
+        if number + columns >= len(shown):
+            panel.set_xlabel(_told(table, axis))
+        if number % len(axes) == 0:
+            panel.set_ylabel(unit(metric))
+        panel.grid(True)
+    hide(found[len(shown) :])
+    handles, labels = _legend(found)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(labels))))
+    return figure
+
+
+@styled
+def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: str | None = None) -> Figure:
+    """How two axes act together: the mean over seeds and the other axes, for each pair of their levels.
+
+    Args:
+        table: Of the sweep.
+        x: Axis of the columns.
+        y: Axis of the rows.
+        metric: What is drawn; None for what trials are judged by.
+        arm: Which; None for the first.
+    """
+    metric, arm = metric or table.shown()[0], arm or table.arms[0]
+    columns = [level.value for level in table.effects(x, metric, arm)]
+    rows = [level.value for level in table.effects(y, metric, arm)]
+    values = np.full((len(rows), len(columns)), math.nan)
+    found_rows = table.rows if "scale" in (x, y) else table.of(arm)
+    every = [row for row in found_rows if row.arm == arm and row.state == "complete"]
+    for i, of_row in enumerate(rows):
+        for j, of_column in enumerate(columns):
+            cell = [row.metrics.get(metric, math.nan) for row in every
+                    if row.level(y) == of_row and row.level(x) == of_column]  # fmt: skip
+            finite = [value for value in cell if math.isfinite(value)]
+            values[i, j] = float(np.mean(finite)) if finite else math.nan
+    figure, (panel,) = panels(1, 1, SINGLE, 0.8 + 0.32 * max(4, len(rows)))
+    image = panel.imshow(values, cmap=SEQUENTIAL, aspect="auto")
+    panel.set_xticks(range(len(columns)), [str(value) for value in columns])
+    panel.set_yticks(range(len(rows)), [str(value) for value in rows])
+    panel.set_xlabel(_told(table, x))
+    panel.set_ylabel(_told(table, y))
+    found = values[np.isfinite(values)]
+    middle = (found.min() + found.max()) / 2 if len(found) else 0.0
+    for i, j in np.ndindex(values.shape):
+        if math.isfinite(values[i, j]):
+            light = values[i, j] < middle
+            panel.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color="white" if light else "black")
+    figure.colorbar(image, ax=panel, label=f"{unit(metric)}, {arm}")
+    return figure
+
+
+@styled
+def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table, axis: str | None = None) -> Figure:
+    """What each trial was judged by while it ran; colours tell the levels of an axis.
+
+    Args:
+        curves: Steps and values by trial.
+        table: Of the sweep.
+        axis: Whose levels are told apart; None for the first.
+    """
+    axis = axis or next((name for name in table.axes if name != "scale"), table.axes[0])
+    of_trial = {row.trial: row.level(axis) for row in table.rows}
+    levels = list(dict.fromkeys(level for level in of_trial.values() if level is not None))
+    figure, (panel,) = panels(1, 1, SINGLE, 2.4)
+    if not curves:
+        hide([panel])
+        panel.set_title("no trial has been measured while it ran")
+    for name, points in curves.items():
+        level = of_trial.get(name)
+        style = series_style(levels.index(level)) if level in levels else {"color": "0.6"}
+        label = f"{table.short(axis)} = {level}"
+        panel.plot(*zip(*points, strict=True), **style, alpha=0.8, label=label)
+    if curves:
+        panel.set_xlabel("optimizer steps")
+        panel.set_ylabel(unit(table.definition.judged))
+        panel.grid(True)
+        handles, labels = _legend([panel])
+        panel.legend(handles, labels)
+    return figure
+
+
+def unit(metric: str) -> str:
+    """A metric as an axis names it, with its unit."""
+    what = metric.rpartition("/")[2]
+    units = {"loss": "nats per token", "kl": "nats per token", "perplexity": "per token"}
+    if what in units:
+        return f"{metric} ({units[what]})"
+    shares = ("score", "accuracy", "exact", "agreement", "survival", "token_accuracy", "exact_match")
+    return f"{metric} (share)" if what in shares else metric
+
+
+def _untouched(panel: Axes, table: Table, metric: str) -> None:
+    """Lines for the untouched models, where they are near enough not to press everything else together."""
+    low, high = panel.dataLim.y0, panel.dataLim.y1
+    for untouched, line in (("Instruct", "--"), ("Base", ":")):
+        value = table.untouched(untouched, metric)
+        if low - (high - low) <= value <= high + (high - low):
+            panel.axhline(value, color="0.35", linestyle=line, linewidth=0.9, label=f"{untouched}, untouched")
+
+
+def _line(panel: Axes, levels: Sequence[Level], arm: str) -> None:
+    values = [level.value for level in levels]
+    if not values:
+        return
+    mean = np.array([level.mean for level in levels])
+    known = all(math.isfinite(level.low) for level in levels)
+    error = None if not known else np.array([[lv.mean - lv.low, lv.high - lv.mean] for lv in levels]).T
+    numeric = is_numeric(values)
+    places: Any = [float(value) for value in values] if numeric else list(range(len(values)))
+    joined: dict[str, Any] = {} if numeric else {"linestyle": "none"}  # between words there is nothing
+    panel.errorbar(places, mean, yerr=error, capsize=2, label=arm, **arm_style(arm), **joined)
+    if numeric and len(places) > 1 and min(places) > 0 and max(places) / min(places) > _WIDE:
+        panel.set_xscale("log")
+    if numeric and len(places) <= 8:
+        turned: dict[str, Any] = {"rotation": 45, "ha": "right"} if len(places) > 4 else {}
+        panel.set_xticks(places, [f"{place:g}" for place in places], **turned)
+        panel.minorticks_off()
+    elif not numeric:
+        panel.set_xticks(places, [str(value) for value in values], rotation=20, ha="right")
+
+
+def _scatter(panel: Axes, table: Table, axis: str, metric: str, arm: str) -> None:
+    points = [(float(level), row.metrics.get(metric, math.nan)) for row in table.of(arm)
+              if (level := row.level(axis)) is not None]  # fmt: skip
+    if not points:
+        return
+    style = {**arm_style(arm), "linestyle": "none"}
+    panel.plot(*zip(*points, strict=True), **style, alpha=0.8, label=arm)
+    limits = next(each.range for each in table.definition.axes if each.name == axis)
+    if limits and limits.get("log"):
+        panel.set_xscale("log")
+
+
+def _told(table: Table, axis: str) -> str:
+    return "scale λ" if axis == "scale" else table.short(axis).replace("_", " ")
+
+
+def _legend(found: Sequence[Axes]) -> tuple[list[Any], list[str]]:
+    pairs = {label: handle for panel in found for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    return list(pairs.values()), list(pairs)

@@ -1,0 +1,429 @@
+"""The trials of a sweep in Optuna's storage: each is run once, whoever runs it and whoever is killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from shadowlit.errors import ShadowlitError
+from shadowlit.studies.sweep.definition import Axis, Definition, TrialKey
+from shadowlit.studies.trials.identity import changes
+
+log = logging.getLogger(__name__)
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial twice
+
+GRACE_S = 120.0
+"""A trial whose worker, on another machine, has given no sign of life for so long is taken up by another."""
+BEAT_S = 20.0
+"""How often a worker gives one."""
+_DRAWS_PER_SETTING = 20
+_DRAWS_PER_SETTING = 20
+
+
+@dataclass
+class Claim:
+    """A trial that this worker runs.
+
+    Attributes:
+        key: What it is.
+        trial: Optuna's view of it.
+        beats: Signs of life that were given.
+        beaten: When the last one was, by the monotonic clock.
+        reported: The step of the last value that was reported.
+    """
+
+    key: TrialKey
+    trial: optuna.Trial
+    beats: int = 0
+    beaten: float = field(default_factory=time.monotonic)
+    reported: int = -1
+
+
+class SweepStudy:
+    """A sweep's trials, for one worker among any number.
+
+    Every trial has a key: setting, trained model, seed. Trials of the storage are claimed one at a time, which it does
+    atomically. A key that stands in it more than once, since several workers planned the sweep at the same time, is
+    run at its lowest number alone, and the others are struck out.
+
+    Args:
+        definition: What the sweep is.
+        storage: Where its trials are.
+
+    Raises:
+        ShadowlitError: The storage has another sweep of this name, or the sampler or pruner doesn't know its options.
+    """
+
+    def __init__(self, definition: Definition, storage: BaseStorage) -> None:
+        self.definition = definition
+        self.storage = storage
+        self._me = _identity()
+        self._seen: dict[int, tuple[Any, float]] = {}  # of others' trials: the last sign of life, and when we saw it
+        self._study = self._open()
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials that count, the last of each key: what was struck out, orphaned, run anew or left out does not."""
+        counted = [
+            trial
+            for trial in self._all()
+            if not {"void", "orphaned"} & trial.user_attrs.keys()
+            and ("key" not in trial.user_attrs or self.definition.wants(_key(trial.user_attrs["key"])))
+        ]
+        return list({_key_text(trial) or str(trial.number): trial for trial in counted}.values())
+
+    @property
+    def untouched(self) -> dict[str, float] | None:
+        """What the untouched models measured, once a worker has."""
+        return self._study.user_attrs.get("untouched")
+
+    def keep_untouched(self, metrics: Mapping[str, float]) -> None:
+        """Keep what the untouched models measured."""
+        self._study.set_user_attr("untouched", _finite(metrics))
+
+    def fill(self) -> None:
+        """Plan what is neither done nor waiting: what is new, what failed, what was interrupted."""
+        trials = self._all()
+        alive = {_key_text(trial) for trial in trials if self._is_alive(trial)}
+        drawn = [_key(t.user_attrs["key"]) for t in trials if "key" in t.user_attrs and "void" not in t.user_attrs]
+        wanted = self.definition.planned() or [each for key in drawn for each in self.definition.siblings(key)]
+        for key in dict.fromkeys(wanted):
+            if _text(key) not in alive:
+                self._enqueue(key)
+
+    def claim(self) -> Claim | None:
+        """A trial for this worker to run; None if nothing waits."""
+        self._take_up()
+        for waiting in self._all(TrialState.WAITING):
+            # What this worker's definition leaves out is for one whose definition has it.
+            if not self.definition.wants(_key(waiting.user_attrs["key"])) or not self._pop(waiting):
+                continue
+            if self._has_double(waiting):
+                self._give_up(waiting, "void", "planned twice")
+                continue
+            return self._claimed(waiting._trial_id, _key(waiting.user_attrs["key"]))
+        return self._draw() if self.definition.draws else None
+
+    def beat(self, claim: Claim) -> bool:
+        """Give a sign of life if it is time; False if the trial was taken up by another meanwhile."""
+        if time.monotonic() - claim.beaten < BEAT_S:
+            return True
+        claim.beats, claim.beaten = claim.beats + 1, time.monotonic()
+        try:
+            claim.trial.set_user_attr("beats", claim.beats)
+        except UpdateFinishedTrialError:
+            return False
+        return True
+
+    def report(self, claim: Claim, step: int, value: float) -> bool:
+        """Keep the metric of a validation; whether the trial is worth going on with."""
+        if step <= claim.reported or not math.isfinite(value):
+            return True
+        claim.reported = step
+        claim.trial.report(value, step)
+        return not claim.trial.should_prune()
+
+    def finish(self, claim: Claim, result: Mapping[str, Any], pruned: bool = False) -> str:
+        """Keep a trial's result.
+
+        Args:
+            claim: The trial.
+            result: ``metrics`` by name, ``step``, and what it cost.
+            pruned: It was ended early.
+
+        Returns:
+            What it is now: complete, pruned, or failed if its metric is no number.
+
+        Raises:
+            ShadowlitError: It has no such metric.
+        """
+        metrics = result["metrics"]
+        try:
+            value = self.definition.judge(metrics, claim.key.source)
+        except KeyError as error:
+            known = ", ".join(sorted(metric for metric in metrics if metric.startswith("val/")))
+            raise ShadowlitError(
+                f"metric is {self.definition.metric!r}, but {error.args[0]} was not logged. Logged were {known}."
+            ) from None
+        for what, found in {**result, "metrics": _finite(metrics)}.items():
+            claim.trial.set_user_attr(what, found)
+        if pruned:
+            self._study.tell(claim.trial, state=TrialState.PRUNED)
+            return "pruned"
+        if not math.isfinite(value):  # a result like any other, but no number to go on with
+            claim.trial.set_user_attr("diverged", True)
+            self._study.tell(claim.trial, state=TrialState.FAIL)
+            return "diverged"
+        self._study.tell(claim.trial, value)
+        return "complete"
+
+    def fail(self, claim: Claim, reason: str) -> None:
+        """A trial failed, or was interrupted; the same command started again runs it anew."""
+        try:
+            claim.trial.set_user_attr("reason", reason)
+            self._study.tell(claim.trial, state=TrialState.FAIL)
+        except (UpdateFinishedTrialError, ValueError) as error:
+            log.warning("%s was taken up by another worker: %s", self.definition.name_of(claim.key), error)
+
+    def _open(self) -> optuna.Study:
+        identity = self.definition.identity()
+        options: dict[str, Any] = {
+            "study_name": self.definition.study,
+            "storage": self.storage,
+            "sampler": _sampler(self.definition),
+            "pruner": _pruner(self.definition),
+        }
+        try:
+            study = optuna.create_study(direction=self.definition.direction, **options)
+            study.set_user_attr("identity", identity)
+            study.set_user_attr("definition", self.definition.to_json())
+            return study
+        except DuplicatedStudyError:
+            study = optuna.load_study(**options)
+        changed = changes(self._identity_of(study), identity)
+        if changed:
+            raise ShadowlitError(
+                f"the storage holds another sweep named {self.definition.study!r}: {changed} differ. Give "
+                "this one another name, or remove that one; values, seeds and arms may be added, nothing else changed."
+            )
+        study.set_user_attr("definition", self.definition.to_json())
+        return study
+
+    @staticmethod
+    def _identity_of(study: optuna.Study) -> dict[str, Any]:
+        """Who made the study says right afterwards what it is; a moment's patience spares a lock."""
+        for _ in range(50):
+            if "identity" in study.user_attrs:
+                return study.user_attrs["identity"]
+            time.sleep(0.1)
+        return {}
+
+    def _all(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=states or None)
+
+    def _is_alive(self, trial: FrozenTrial) -> bool:
+        """Whether a trial is done, waits or runs."""
+        return trial.state != TrialState.FAIL or "diverged" in trial.user_attrs
+
+    def _enqueue(self, key: TrialKey, **attributes: Any) -> None:
+        axes = {axis.name: axis for axis in self.definition.axes}
+        params = {name: axes[name].parameter(label) for name, label in key.setting}
+        distributions = {name: _distribution(axes[name], self.definition.draws) for name in params}
+        if len(self.definition.sources) > 1:
+            params["train"], distributions["train"] = key.source, CategoricalDistribution(["B", "I"])
+        own = {"key": _stored(key), "name": self.definition.name_of(key), "seed": key.seed, **attributes}
+        self._study.add_trial(
+            create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=own)
+        )
+
+    def _pop(self, trial: FrozenTrial) -> bool:
+        try:
+            return self.storage.set_trial_state_values(trial._trial_id, state=TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            return False
+
+    def _has_double(self, trial: FrozenTrial) -> bool:
+        text = _key_text(trial)
+        return any(
+            other.number < trial.number and _key_text(other) == text and self._is_alive(other) for other in self._all()
+        )
+
+    def _give_up(self, trial: FrozenTrial, word: str, why: str) -> None:
+        self.storage.set_trial_user_attr(trial._trial_id, word, why)
+        self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+
+    def _claimed(self, trial_id: int, key: TrialKey) -> Claim:
+        self.storage.set_trial_user_attr(trial_id, "worker", self._me)
+        return Claim(key, optuna.Trial(self._study, trial_id))
+
+    def _take_up(self) -> None:
+        """Put back what killed workers had begun."""
+        for trial in self._all(TrialState.RUNNING):
+            worker = trial.user_attrs.get("worker")
+            if worker == self._me or not self._is_orphan(trial, worker):
+                continue
+            try:
+                self._give_up(trial, "orphaned", "its worker ended without a word")
+            except UpdateFinishedTrialError:  # it did end, or another took it up
+                continue
+            if "key" in trial.user_attrs and self.definition.wants(_key(trial.user_attrs["key"])):
+                log.warning("%s is taken up from a worker that was killed", trial.user_attrs["name"])
+                self._enqueue(_key(trial.user_attrs["key"]))
+
+    def _is_orphan(self, trial: FrozenTrial, worker: Mapping[str, Any] | None) -> bool:
+        if worker and worker["host"] == self._me["host"]:
+            return not _is_running(worker)
+        sign = (worker, trial.user_attrs.get("beats"))
+        if trial._trial_id not in self._seen or self._seen[trial._trial_id][0] != sign:
+            self._seen[trial._trial_id] = (sign, time.monotonic())  # by our clock: machines' clocks differ
+        return time.monotonic() - self._seen[trial._trial_id][1] > GRACE_S
+
+    def _draw(self) -> Claim | None:
+        """The first trial of a new setting; the others of that setting wait for whoever is next."""
+        wanted = self.definition.trials or 0
+        for _ in range(_DRAWS_PER_SETTING * wanted):  # few values and many trials: nothing new may be left
+            if len(self._firsts()) >= wanted:
+                return None
+            trial = self._study.ask()
+            self.storage.set_trial_user_attr(trial._trial_id, "worker", self._me)
+            setting = tuple((axis.name, _suggest(trial, axis)) for axis in self.definition.axes)
+            key = TrialKey(setting, self.definition.sources[0], self.definition.seeds[0])
+            own = {"name": self.definition.name_of(key), "seed": key.seed, "key": _stored(key)}
+            for name, value in own.items():
+                trial.set_user_attr(name, value)
+            why = self._objection(trial.number, key)
+            if not why:
+                for sibling in self.definition.siblings(key)[1:]:
+                    self._enqueue(sibling)
+                return Claim(key, trial)
+            trial.set_user_attr("void", why)
+            self._study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def _objection(self, number: int, key: TrialKey) -> str:
+        """Why a setting that was drawn is not to be run; empty if nothing is against it."""
+        if self.definition.is_dropped(dict(key.setting)):
+            return "dropped"
+        if any(_key_text(t) == _text(key) and t.number < number and self._is_alive(t) for t in self._all()):
+            return "drawn before"
+        # Several workers may draw the last one at the same time.
+        return "" if number in sorted(t.number for t in self._firsts())[: self.definition.trials] else "one too many"
+
+    def _firsts(self) -> list[FrozenTrial]:
+        """The trials that stand for a drawn setting each, failed ones too: the next start runs those again."""
+        own = (self.definition.sources[0], self.definition.seeds[0])
+        found = [trial for trial in self.trials if "key" in trial.user_attrs]
+        return [t for t in found if (t.user_attrs["key"]["source"], t.user_attrs["key"]["seed"]) == own]
+
+
+def _sampler(definition: Definition) -> Any:
+    names = {"grid": "RandomSampler", "random": "RandomSampler", "tpe": "TPESampler"}
+    # Trials run side by side: those that are running count as poor, so that not all try the same place.
+    own = {"constant_liar": True} if definition.sampler == "tpe" else {}
+    options = {"seed": None, **own, **definition.sampler_options}
+    return _made(getattr(optuna.samplers, names[definition.sampler]), options, "sampler_options")
+
+
+def _pruner(definition: Definition) -> Any:
+    words = definition.pruner.split("_")
+    name = "NopPruner" if definition.pruner == "none" else "".join(map(str.capitalize, words)) + "Pruner"
+    return _made(getattr(optuna.pruners, name), dict(definition.pruner_options), "pruner_options")
+
+
+def _made(kind: Any, options: Mapping[str, Any], key: str) -> Any:
+    try:
+        return kind(**options)
+    except (TypeError, ValueError) as error:
+        told = {name: value for name, value in options.items() if value is not None}
+        raise ShadowlitError(
+            f"{key} is {told}, which optuna's {kind.__name__} doesn't take ({error}). See its arguments in optuna's "
+            "reference."
+        ) from None
+
+
+def _distribution(axis: Axis, draws: bool) -> BaseDistribution:
+    if axis.range is None and axis.is_numeric and not draws:  # values may be added later, which categories may not
+        values = [axis.parameter(label) for label in axis.levels]
+        return FloatDistribution(min(values), max(values))
+    if axis.range is None:
+        return CategoricalDistribution(list(axis.levels))
+    kind = IntDistribution if axis.range.get("integer") else FloatDistribution
+    return kind(axis.range["low"], axis.range["high"], log=bool(axis.range.get("log")))
+
+
+def _suggest(trial: optuna.Trial, axis: Axis) -> Any:
+    return trial._suggest(axis.name, _distribution(axis, draws=True))
+
+
+def _stored(key: TrialKey) -> dict[str, Any]:
+    return {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
+
+
+def _text(key: TrialKey) -> str:
+    return json.dumps(_stored(key), sort_keys=True)
+
+
+def _key_text(trial: FrozenTrial) -> str:
+    found = trial.user_attrs.get("key")
+    return json.dumps(found, sort_keys=True) if found else ""
+
+
+def _key(found: Mapping[str, Any]) -> TrialKey:
+    return TrialKey(tuple(found["setting"].items()), found["source"], found["seed"])
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON has them."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _identity() -> dict[str, Any]:
+    """Who this worker is: a machine, or a container on it, and a process."""
+    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
+
+
+def _host() -> str:
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the system's own words: process numbers are used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _is_running(worker: Mapping[str, Any]) -> bool:
+    if Path("/proc").is_dir():
+        return worker["started"] is not None and _started(worker["pid"]) == worker["started"]
+    try:
+        os.kill(worker["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """What a trial is: waiting, running, complete, pruned, diverged, failed."""
+    if trial.state == TrialState.FAIL:
+        return "diverged" if "diverged" in trial.user_attrs else "failed"
+    return trial.state.name.lower()
+
+
+def stored_definition(storage: BaseStorage, name: str | None) -> Definition:
+    """The definition of a sweep that a storage holds.
+
+    Raises:
+        ShadowlitError: It holds none of this name, or several and no name is given.
+    """
+    found = {study.study_name: study for study in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+    ours = [each for each, study in found.items() if "definition" in study.user_attrs]
+    wanted = name if name is not None else ours[0] if len(ours) == 1 else None
+    if wanted not in ours:
+        raise ShadowlitError(
+            f"the storage has no sweep {name!r}; it has {', '.join(map(repr, ours)) or 'none'}. Give one of them as "
+            "name."
+        )
+    return Definition.from_json(found[wanted].user_attrs["definition"])

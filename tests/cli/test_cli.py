@@ -1,0 +1,182 @@
+"""The command line: what a user types, and what stands on the screen and on the disk afterwards."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from shadowlit.analysis.curves import plot_curves, read_metrics
+from shadowlit.cli.main import COMMANDS, main
+from shadowlit.errors import DataError
+from tests.tiny import save_pair
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A pair, 12 training rows, two validation sets, and a configuration that uses them."""
+    root = tmp_path_factory.mktemp("run")
+    base, instruct = save_pair(root, "qwen3")
+    for name, count in (("train", 12), ("left", 4), ("right", 3)):
+        lines = []
+        for i in range(count):
+            turns = [{"role": "user", "content": f"{name} {i}"}, {"role": "assistant", "content": "yes" * (i % 3 + 1)}]
+            lines.append(json.dumps({"messages": turns}) + "\n")
+        (root / f"{name}.jsonl").write_text("".join(lines))
+    config = {
+        "pair": {"base": str(base), "instruct": str(instruct)},
+        "model": {"lr": 1e-3, "max_new_tokens": 4},
+        "data": {
+            "train": str(root / "train.jsonl"), "batch_size": 4, "max_length": 64,
+            "validation": {"left": str(root / "left.jsonl"), "right": str(root / "right.jsonl")},
+            "test": {"left": str(root / "left.jsonl")}, "predict": str(root / "right.jsonl"),
+        },
+        "trainer": {
+            "accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": str(root / "runs"), "name": "tiny"},
+            },
+            "callbacks": [{
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"monitor": "val/grafted/loss", "save_last": True},
+            }],
+        },
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+@pytest.fixture(scope="module")
+def fitted(root):
+    arguments = ["fit", "--config", str(root / "run.yaml"), "--trainer.logger.init_args.name=fitted"]
+    assert main(arguments) == 0
+    return root / "runs/fitted/version_0"
+
+
+def test_without_a_command_the_commands_are_shown_at_once():
+    shown = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "shadowlit"], capture_output=True, text=True, check=True
+    )
+    assert all(f"  {name} " in shown.stdout for name in COMMANDS)
+    assert " torch" not in shown.stderr  # not even imported
+
+
+def test_an_unknown_command_is_told_with_the_nearest(capsys):
+    assert main(["fitt"]) == 2
+    assert "there is no command 'fitt'. Did you mean 'fit'?" in capsys.readouterr().err
+
+
+def test_a_fit_leaves_config_metrics_checkpoint_and_export(fitted):
+    config = yaml.safe_load((fitted / "config.yaml").read_text())
+    assert config["model"]["lr"] == 1e-3 and config["graft"]["select"] == "linear"
+    assert (fitted / "checkpoints/last.ckpt").exists()
+    manifest = json.loads((fitted / "export/model/shadowlit.json").read_text())
+    assert manifest["config"]["model"]["lr"] == 1e-3
+    with (fitted / "metrics.csv").open() as file:
+        columns = csv.DictReader(file).fieldnames
+    for who in ("tuned", "grafted", "base", "instruct"):
+        assert {f"val/{who}/loss", f"val/{who}/left/accuracy", f"val/{who}/right/sequence_accuracy"} <= set(columns)
+    assert {"graft/gain", "graft/survival", "graft/delta_norm", "graft/time_share", "train/loss"} <= set(columns)
+
+
+def test_the_saved_config_runs_again_and_overwrites_nothing(root, fitted):
+    before = (fitted / "config.yaml").read_bytes()
+    assert main(["fit", "--config", str(fitted / "config.yaml"), "--trainer.max_steps=1"]) == 0
+    again = yaml.safe_load((root / "runs/fitted/version_1/config.yaml").read_text())
+    assert again["trainer"]["max_steps"] == 1
+    assert (fitted / "config.yaml").read_bytes() == before
+
+
+def test_validate_and_test_a_checkpoint(root, fitted, capsys):
+    for command in ("validate", "test"):
+        arguments = [command, "--config", str(root / "run.yaml"), f"--ckpt_path={fitted / 'checkpoints/last.ckpt'}"]
+        assert main(arguments) == 0
+        stage = {"validate": "val", "test": "test"}[command]
+        shown = capsys.readouterr().out
+        assert all(f"{stage}/{who}/loss" in shown for who in ("tuned", "grafted", "base", "instruct"))
+
+
+def test_predict_writes_the_grafted_answers_in_order(root, fitted):
+    target = root / "answers.jsonl"
+    checkpoint = fitted / "checkpoints/last.ckpt"
+    arguments = ["predict", "--config", str(root / "run.yaml"), f"--ckpt_path={checkpoint}"]
+    assert main([*arguments, f"--predictions.file={target}", "--data.batch_size=2"]) == 0
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [answer["index"] for answer in answers] == [0, 1, 2]
+    assert answers[0]["answer"] == greedy(fitted / "export/model", root / "right.jsonl")
+
+
+def greedy(folder, prompts):
+    """The first prompt's answer, by transformers alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = json.loads(prompts.read_text().splitlines()[0])["messages"][:-1]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return tokenizer.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_print_config_shows_every_key_and_takes_overrides(root, capsys):
+    arguments = ["fit", "--config", str(root / "run.yaml"), "--model.adapter.r=3", "--graft.scales=[1.0,0.5]"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["adapter"]["init_args"]["r"] == 3
+    assert config["graft"]["scales"] == [1.0, 0.5]
+    assert config["trainer"]["use_distributed_sampler"] is False
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("--model.learning_rate=1", "learning_rate"),
+        ("--graft.scale=1", "scale"),
+        ("--model.adapter.rank=8", "rank"),
+        ("--model.lr=fast", "fast"),
+    ],
+)
+def test_a_typo_or_a_wrong_type_is_an_error(root, argument, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(root / "run.yaml"), argument])
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_help_is_made_from_the_docstrings(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Which tensors get the update" in shown
+    assert "Peak learning rate of AdamW" in shown
+
+
+def test_an_error_of_the_user_is_told_without_a_traceback(root):
+    command = [sys.executable, "-m", "shadowlit", "fit", "--config", str(root / "run.yaml"), "--data.train=none.jsonl"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("error: none.jsonl does not exist")
+    assert "Traceback" not in failed.stderr
+
+
+def test_preview_shows_the_mask(root, capsys):
+    assert main(["preview", "--config", str(root / "run.yaml"), "--num_samples=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "⟦" in shown and "yes" in shown
+
+
+def test_curves_of_the_run(fitted, tmp_path):
+    series = read_metrics(fitted / "metrics.csv")
+    assert series["val/grafted/loss"][0][0] == 3  # three steps of four rows
+    picture = plot_curves(fitted / "metrics.csv", tmp_path / "curves.png", sets=("left", "right"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DataError, match="has none of loss"):
+        plot_curves(fitted / "metrics.csv", tmp_path / "x.png", sets=("middle",), whats=("loss",))
+    with pytest.raises(DataError, match=r"there is no .*metrics.csv"):
+        read_metrics(tmp_path / "metrics.csv")

@@ -1,0 +1,369 @@
+"""The graft inside a module, against the equation computed in float64 by independent code."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.errors import GraftError
+from shadowlit.grafting.adapter import require_graftable
+from shadowlit.grafting.live import BASE, LiveGraft
+from shadowlit.training.loading import load_for_training
+from tests.tiny import ARCHITECTURES, save_model, save_pair
+
+IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(7))
+
+
+def load(folder, adapter=None, device="cpu"):
+    return load_for_training(
+        AlignedReader.open(folder, folder),
+        AutoConfig.from_pretrained(folder), adapter=adapter, device=torch.device(device), mesh=None,
+        parallelize=lambda model: None,
+    )  # fmt: skip
+
+
+def open_graft(model, folders, **options):
+    return LiveGraft(model, AlignedReader.open(*folders), CheckpointReader(folders[1]), **options)
+
+
+def train_a_bit(model, size=0.02, seed=3):
+    """Move everything that is trained, as an optimizer would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def logits(model):
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def effective_weights(model):
+    """Weights of the trained model with the adapter merged by peft itself, by checkpoint name, in float64."""
+    merged = copy.deepcopy(model)
+    if hasattr(merged, "merge_and_unload"):
+        merged = merged.double().merge_and_unload()
+    return {name: p.detach().double() for name, p in merged.named_parameters()}
+
+
+def truth(folders, model, scale, selected):
+    """An Instruct with W_I + scale (W_B+ - W_B) on the selected tensors, computed in float64."""
+    base, instruct = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in folders)
+    start, tuned = dict(base.named_parameters()), effective_weights(model)
+    with torch.no_grad():
+        for name, parameter in instruct.named_parameters():
+            if name in selected:
+                parameter.add_(scale * (tuned[name] - start[name]))
+    return instruct
+
+
+ADAPTERS = {
+    "full": None,
+    "lora": {"r": 4},
+    "rslora": {"r": 4, "use_rslora": True, "lora_alpha": 16},
+    "patterns": {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
+    "embedding": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+    "bias": {"r": 4, "bias": "all"},
+    "pissa": {"r": 4, "init_lora_weights": "pissa"},
+    "olora": {"r": 4, "init_lora_weights": "olora"},
+    "modules_to_save": {"r": 4, "modules_to_save": ["lm_head", "norm"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_graft_is_exact_for_every_adapter(tmp_path, kind, scale):
+    warnings.simplefilter("ignore")
+    folders = save_pair(tmp_path, "qwen2", tied=False)
+    options = ADAPTERS[kind]
+    adapter = None if options is None else LoraConfig(**{"target_modules": "all-linear", **options})
+    require_graftable(adapter)
+    model = load(folders[0], adapter)
+    train_a_bit(model)
+    tuned = logits(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    graft = open_graft(model, folders, select="all")
+    expected = truth(folders, model, scale, graft.selected)
+    with graft.applied(scale):
+        got = logits(model)
+    change = (expected(IDS).logits - AutoModelForCausalLM.from_pretrained(folders[1])(IDS).logits).norm()
+    assert (got - expected(IDS).logits).norm() < 2e-5 * change
+    exported = dict(graft.grafted_tensors(scale))
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(exported[name].double(), parameter, rtol=0, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), tuned)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+def test_five_architectures(tmp_path, arch, tied, adapter):
+    folders = save_pair(tmp_path, arch, tied=tied, dtype=torch.bfloat16)
+    model = load(folders[0], adapter and LoraConfig(**adapter, target_modules="all-linear"))
+    if adapter is None:  # the start is the Base as transformers loads it, in float32
+        assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)))
+    graft = open_graft(model, folders, dtype=torch.float32)
+    assert graft.on_base
+    with graft.applied(1.0):  # nothing learned yet: the graft is the Instruct
+        reference = AutoModelForCausalLM.from_pretrained(folders[1], dtype="auto" if adapter else torch.float32)
+        assert torch.equal(logits(model), logits(reference))
+    train_a_bit(model)
+    assert graft.on_base is (adapter is not None)  # under an adapter the host never moves
+    expected = truth(folders, model, 1.0, graft.selected)
+    exported = dict(graft.grafted_tensors())
+    assert set(exported) == set(CheckpointReader(folders[1]).tensors)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(exported[name].double(), parameter, rtol=0, atol=1e-6)
+    with graft.applied(BASE):
+        reference = AutoModelForCausalLM.from_pretrained(folders[0], dtype="auto" if adapter else torch.float32)
+        assert torch.equal(logits(model), logits(reference))
+
+
+def test_a_tied_embedding_is_grafted_once(tmp_path):
+    folders = save_pair(tmp_path, "llama", tied=True)
+    model = load(folders[0])
+    train_a_bit(model)
+    graft = open_graft(model, folders, select="all")
+    expected = truth(folders, model, 1.0, graft.selected)
+    assert "lm_head.weight" not in graft.selected
+    with graft.applied(1.0):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        torch.testing.assert_close(model.lm_head.weight.double(), expected.lm_head.weight, rtol=0, atol=1e-7)
+
+
+def test_a_diverged_training_leaves_the_untouched_models_finite(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0])
+    graft = open_graft(model, folders)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    for state, folder in ((BASE, folders[0]), (0.0, folders[1])):
+        with graft.applied(state):
+            assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)))
+
+
+def test_outside_the_selection_stands_the_instruct_itself(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0])
+    train_a_bit(model)
+    graft = open_graft(model, folders, select=["q_proj"])
+    instruct = dict(AutoModelForCausalLM.from_pretrained(folders[1]).named_parameters())
+    with graft.applied(1.0):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, instruct[name]) is ("q_proj" not in name)
+    assert len(graft.coverage.left_out) == 24 - 2
+
+
+def test_several_scales_in_a_row_need_no_restore_between(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    for adapter in (None, LoraConfig(r=4, target_modules="all-linear")):
+        model = load(folders[0], adapter)
+        train_a_bit(model)
+        graft = open_graft(model, folders)
+        alone = {}
+        for scale in (0.0, 0.5, 1.5, BASE):
+            with graft.applied(scale):
+                alone[scale] = logits(model)
+        for scale in (0.5, BASE, 1.5, 0.0):
+            graft.apply(scale)
+            assert torch.equal(logits(model), alone[scale])
+        graft.restore()
+
+
+@pytest.mark.parametrize("adapter", [None, {"r": 4}])
+def test_an_exchange_within_a_state_gives_back_what_stood(tmp_path, adapter):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(**adapter, target_modules="all-linear") if adapter else None)
+    train_a_bit(model)
+    graft = open_graft(model, folders)
+    tuned = logits(model)
+    with graft.applied(0.0):
+        instruct = logits(model)
+    for state in (None, 1.0, BASE, 0.0):
+        if state is not None:
+            graft.apply(state)
+        before = logits(model)
+        with graft.exchanged(0.0):
+            assert graft.state == 0.0 and torch.equal(logits(model), instruct)
+        assert graft.state == state and torch.equal(logits(model), before)
+        with pytest.raises(KeyboardInterrupt), graft.exchanged(BASE):
+            raise KeyboardInterrupt
+        assert state == BASE or (graft.state is None and torch.equal(logits(model), tuned))
+        graft.restore()
+    with graft.applied(1.0):
+        swaps = graft.apply_s
+        with graft.exchanged(1.0):
+            assert graft.apply_s == swaps  # nothing to do
+
+
+def test_a_module_that_was_moved_is_grafted_where_it_is_now(tmp_path):
+    """Lightning moves a module off its device when a command ends, and back: other storage, the same parameters."""
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules="all-linear"))
+    train_a_bit(model)
+    graft = open_graft(model, folders)
+    with graft.applied(1.0):
+        before = logits(model)
+    tuned = logits(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with graft.applied(1.0):
+        assert torch.equal(logits(model), before) and not torch.equal(before, tuned)
+    assert torch.equal(logits(model), tuned)
+
+
+def test_validated_weights_are_those_of_the_exported_dtype(tmp_path):
+    """Full tuning: the float32 masters hold the values that a bfloat16 file will hold."""
+    folders = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
+    model = load(folders[0])
+    train_a_bit(model, size=1e-4)
+    graft = open_graft(model, folders)
+    exported = dict(graft.grafted_tensors())
+    assert {t.dtype for t in exported.values()} == {torch.bfloat16}
+    with graft.applied(1.0):
+        assert all(torch.equal(p, exported[name].float()) for name, p in model.named_parameters())
+
+
+def test_statistics_against_independent_numbers(tmp_path):
+    folders = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
+    for adapter in (None, LoraConfig(r=4, target_modules="all-linear")):
+        model = load(folders[0], adapter)
+        train_a_bit(model, size=1e-4 if adapter is None else 0.01)
+        graft = open_graft(model, folders)
+        numbers = graft.statistics(0.5)
+        squares = {}
+        with graft.applied(0.5, squares):
+            pass
+        assert squares.keys() == (graft.selected if adapter is None else set())
+        assert graft.statistics(0.5, squares) == numbers
+        start = dict(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float64).named_parameters())
+        goal = dict(AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float64).named_parameters())
+        tuned = effective_weights(model)
+        updates = {name: tuned[name] - start[name] for name in graft.selected}
+        lost = {
+            name: (goal[name] + 0.5 * update).bfloat16().double() - goal[name] - 0.5 * update
+            for name, update in updates.items()
+        }
+        norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()  # noqa: E731
+        assert numbers["delta_norm"] == pytest.approx(norm(updates.values()), rel=1e-4)
+        assert numbers["survival"] == pytest.approx(1 - norm(lost.values()) / norm(updates.values()) / 0.5, abs=2e-3)
+        assert numbers["survival"] < 0.99
+        in_layer = [update for name, update in updates.items() if "layers.1." in name]
+        assert numbers["delta_norm/layer_01"] == pytest.approx(norm(in_layer), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_copy_of_a_large_parameter_is_one(tmp_path, dtype):
+    graft = open_graft(load(save_pair(tmp_path, "qwen3")[0]), (tmp_path / "base", tmp_path / "instruct"))
+    live = torch.randn(1100, 1000).to(dtype)
+    saved = graft._copy(live)
+    assert saved.dtype == dtype and torch.equal(saved, live)
+    live.zero_()
+    assert saved.abs().max() > 1
+
+
+def test_adapter_export_folds_scale_and_selection(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules="all-linear"))
+    train_a_bit(model)
+    graft = open_graft(model, folders, select=["q_proj"])
+    tensors = graft.adapter_tensors(0.5)
+    factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert set(tensors) == set(factors)
+    for name, tensor in tensors.items():
+        strength = 1.0 if "lora_A" in name else 0.5 if "q_proj" in name else 0.0
+        assert torch.equal(tensor, factors[name] * strength)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "use_dora=True can't be grafted exactly: its column norms depend on the weights"),
+        ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"lora_bias": True}, "lora_bias=True can't be grafted exactly"),
+        ({"layer_replication": [(0, 2)]}, "layer_replication"),
+    ],
+)
+def test_what_can_not_be_exact_is_refused_with_the_reason(options, reason):
+    with pytest.raises(GraftError, match=reason):
+        require_graftable(LoraConfig(**options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_an_adapter_on_one_side_of_a_tied_embedding_is_refused(tmp_path, options):
+    folders = save_pair(tmp_path, "qwen3", tied=True)
+    with pytest.raises(GraftError, match=r"are one tensor \(tie_word_embeddings\)"):
+        load(folders[0], LoraConfig(r=2, **options))
+
+
+def test_a_frozen_weight_that_is_not_the_bases_is_an_error(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    model.base_model.model.model.norm.weight.data[0] += 1
+    with pytest.raises(GraftError, match=r"model\.norm\.weight is frozen .* but is not the Base's"):
+        open_graft(model, folders)
+
+
+def test_unmatched_names_are_an_error(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    (tmp_path / "other").mkdir()
+    others = save_pair(tmp_path / "other", "llama")
+    with pytest.raises(GraftError, match=r"Instruct's checkpoint .* has no tensor .*q_norm"):
+        open_graft(load(folders[0]), (folders[0], others[1]))
+
+
+def test_several_active_adapters_are_refused(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules=["q_proj"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._active_adapter = ["default", "second"]
+    with pytest.raises(GraftError, match="active adapters"):
+        open_graft(model, folders)
+
+
+@pytest.mark.parametrize("sizes", [(272, 280), (280, 272)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_unequal_vocabularies_take_the_instructs_rows(tmp_path, sizes, tied):
+    base = save_model(tmp_path / "base", "qwen3", tied=tied, vocab_size=sizes[0])
+    instruct = save_model(tmp_path / "instruct", "qwen3", tied=tied, vocab_size=sizes[1], seed=1)
+    reader = AlignedReader.open(base, instruct)
+    assert reader.num_aligned == (1 if tied else 2)
+    model = load_for_training(
+        reader, AutoConfig.from_pretrained(base, vocab_size=sizes[1]), adapter=None, device=torch.device("cpu"),
+        mesh=None, parallelize=lambda model: None,
+    )  # fmt: skip
+    own, other = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (base, instruct))
+    shared = min(sizes)
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(embedding[:shared], own[:shared])
+    assert torch.equal(embedding[shared:], other[shared:])
+    assert torch.equal(reader.read_slice("model.embed_tokens.weight", (slice(268, 271), slice(0, 5))),
+                       embedding[268:271, :5])  # fmt: skip
+    train_a_bit(model)
+    graft = open_graft(model, (base, instruct))
+    with graft.applied(1.0):
+        assert torch.equal(embedding, other)  # outside the selection: the Instruct's own, all of its rows
+    exported = dict(graft.grafted_tensors())
+    assert exported["model.embed_tokens.weight"].shape[0] == sizes[1]

@@ -1,0 +1,83 @@
+"""Two trainings serve four arms; what each of them is told."""
+
+import json
+
+import pytest
+import yaml
+
+from shadowlit.errors import DataError
+from shadowlit.studies.comparison.plan import Recipe, Training, plan, rates_of_arms
+
+
+def test_two_trainings_serve_four_arms():
+    rates = {"B2I": [2e-3], "I2I": [3e-4]}
+    found = plan(["B2I", "I2I", "B2B", "I2B"], rates, [0, 1])
+    assert found == [
+        Training("I", 3e-4, 0), Training("B", 2e-3, 0), Training("I", 3e-4, 1), Training("B", 2e-3, 1)
+    ]  # fmt: skip
+    assert [t.name for t in found[:2]] == ["I_lr0.0003_seed0", "B_lr0.002_seed0"]
+    assert [(t.tuned_arm, t.grafted_arm) for t in found[:2]] == [("I2I", "I2B"), ("B2B", "B2I")]
+    assert rates_of_arms(["B2B", "I2I"], rates) == {"B2B": (2e-3,), "I2I": (3e-4,)}
+
+
+def test_a_source_is_trained_at_the_rates_of_all_its_arms_and_no_other_is_trained():
+    assert plan(["B2I", "B2B"], {"B2I": [3, 1], "B2B": [2, 1, 1]}, [7]) == [
+        Training("B", 1.0, 7), Training("B", 2.0, 7), Training("B", 3.0, 7)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arms", "rates", "seeds", "message"), [
+    (["B2X"], {"B2X": [1.0]}, [0], "arms are B2X"),
+    (["B2I"], {"I2I": [1.0]}, [0], r"the arm B2I has the learning rates \[\]"),
+    (["B2I"], {"B2I": [0.0]}, [0], r"the arm B2I has the learning rates \[0.0\]"),
+    (["B2I"], {"B2I": [1.0]}, [], "no seed is given"),
+    ([], {}, [0], "arms are missing"),
+])  # fmt: skip
+def test_plans_that_cannot_be(arms, rates, seeds, message):
+    with pytest.raises(DataError, match=message):
+        plan(arms, rates, seeds)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    file = tmp_path / "fit.yaml"
+    pair = {"base": "b", "instruct": "i", "instruct_revision": "abc"}
+    file.write_text(yaml.safe_dump({"pair": pair, "model": {"lr": 1e-3, "adapter": None}}))
+    return Recipe(file, {"data.train": "x.jsonl", "trainer.max_epochs": 3}, (1.0, 0.5), (0.5,))
+
+
+def told(arguments):
+    """Arguments as a dictionary."""
+    assert arguments[0] == "--config"
+    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments[2:])
+
+
+def test_both_sources_get_one_recipe_and_the_instruct_exchanges_the_roles(recipe, tmp_path):
+    base = told(recipe.fit_arguments(Training("B", 1e-3, 4), tmp_path / "t"))
+    instruct = told(recipe.fit_arguments(Training("I", 1e-3, 4), tmp_path / "t"))
+    exchanged = {
+        "pair.base": "i", "pair.instruct": "b", "pair.base_revision": "abc", "pair.instruct_revision": "null",
+        "pair.template_owner": "base", "evaluation.reference": "base",
+    }  # fmt: skip
+    assert instruct == {**base, **exchanged}
+    assert {key: base[key] for key in ("model.lr", "seed_everything", "model.seed", "data.seed")} == {
+        "model.lr": "0.001", "seed_everything": "4", "model.seed": "4", "data.seed": "4"
+    }  # fmt: skip
+    assert base["data.train"] == "x.jsonl" and base["trainer.max_epochs"] == "3"
+    assert json.loads(base["graft.scales"]) == [1.0, 0.5] and json.loads(base["evaluation.scales"]) == [0.5]
+    untouched = told(recipe.untouched_arguments(tmp_path / "t"))
+    assert "pair.base" not in untouched and untouched["evaluation.baselines"] == "true"
+
+
+def test_values_are_those_of_the_overrides_then_of_the_file(recipe):
+    assert recipe.get("trainer.max_epochs") == 3 and recipe.get("model.lr") == 1e-3
+    assert recipe.get("trainer.devices") is None and recipe.get("pair.base.deeper") is None
+    assert recipe.pair() == {"base": "b", "instruct": "i", "instruct_revision": "abc"}
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path):
+    with pytest.raises(DataError, match=r"none\.yaml can't be read"):
+        Recipe(tmp_path / "none.yaml", {}).content()
+    (tmp_path / "list.yaml").write_text("[1]")
+    with pytest.raises(DataError, match="holds no keys"):
+        Recipe(tmp_path / "list.yaml", {}).content()

@@ -1,0 +1,279 @@
+import csv
+import math
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shadowlit.errors import DataError
+from shadowlit.studies.comparison.records import Record
+from shadowlit.studies.comparison.report import combine, render, sentence, to_csv, write_combined, write_report
+from shadowlit.studies.comparison.summary import Comparison, Description, barrier, summarise
+from shadowlit.studies.statistics import Interval
+from tests.studies.comparison.synthetic import records
+
+SECTIONS = [
+    "What the data say",
+    "Each arm at its chosen rate",
+    "Paired differences",
+    "All rates",
+    "What is learned and what is kept",
+    "What might predict the gain",
+    "The line to the graft",
+    "Cost",
+    "To be kept in mind",
+    "Missing",
+]
+FILES = {"REPORT.md", "table.csv", "trade.png", "table.png", "predicting.png"}
+WHAT = Description("Bare answers", "configs/x.yaml", "python -m shadowlit compare x")
+GAIN, KEEP = ["new"], ["old", "format"]
+
+
+def told_of(found, gain=GAIN, keep=KEEP):
+    return summarise(found, WHAT, gain=gain, keep=keep)
+
+
+def section(text: str, title: str) -> str:
+    return re.split(r"^#+ ", text.split(f" {title}\n", 1)[1], maxsplit=1, flags=re.M)[0]
+
+
+def row(text: str, start: str) -> list[str]:
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.fixture(scope="module")
+def report():
+    return told_of(records())
+
+
+def test_a_report_has_all_files_and_sections(tmp_path):
+    path = write_report(records(), WHAT, gain=GAIN, keep=KEEP, folder=tmp_path / "new/report")
+    assert path.name == "REPORT.md" and {file.name for file in path.parent.iterdir()} == FILES
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, flags=re.M) == SECTIONS
+    for picture in re.findall(r"\]\((.*?\.png)\)", text):
+        with Image.open(path.parent / picture) as image:
+            assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 10
+    assert "nan" not in text.lower().replace("finance", "")
+
+
+def test_the_table_is_of_the_reported_half_at_the_chosen_rate(report):
+    found = [r for r in records() if (r.arm, r.lr, r.scale) == ("B2I", 1e-3, 1.0)]
+    by_seed = [100 * sum(r.samples["new"][i] for i in range(1, 80, 2)) / 40 for r in found]
+    mean, error = sum(by_seed) / 3, np.std(by_seed, ddof=1) / math.sqrt(3)
+    cells = row(section(render(report), "Each arm at its chosen rate"), "B2I")
+    assert cells[1:3] == ["1e-3", f"{mean:.1f} ± {error:.1f}"]
+
+
+def test_nothing_that_is_reported_depends_on_the_selection_half_but_the_choice(report):
+    """All selection rows are made right everywhere: the differences at equal rates stay as they were."""
+    changed = [
+        replace(r, samples={n: {i: s if i % 2 else 1.0 for i, s in rows.items()} for n, rows in r.samples.items()})
+        for r in records()
+    ]
+    again = told_of(changed)
+    scores = {(s.arm, s.lr, s.scale): s.scores for s in report.grid}
+    assert {(s.arm, s.lr, s.scale): s.scores for s in again.grid} == scores
+    assert again.choices["B2I"].best.lr == 1e-4  # all equal: the lowest
+
+
+def test_nothing_that_is_chosen_depends_on_the_reported_half(report):
+    changed = [
+        replace(r, samples={n: {i: 1.0 - s if i % 2 else s for i, s in rows.items()} for n, rows in r.samples.items()})
+        for r in records()
+    ]
+    again = told_of(changed)
+    assert again.choices == report.choices
+    assert [s.selection for s in again.grid] == [s.selection for s in report.grid]
+    assert again.best_scales["B2I"].lr == report.best_scales["B2I"].lr
+    assert again.table[3].mean != report.table[3].mean
+
+
+def test_a_difference_is_paired_by_row_and_seed():
+    """Two arms that differ on one row of twenty in every seed, however unlike the rows and seeds are."""
+    hard = [0.0, 0.0, 1.0, 1.0, 0.0] * 8
+    found = [Record("Instruct", samples={"new": dict(enumerate(hard))})]
+    for seed in range(3):
+        base = {i: max(0.0, score - 0.1 * seed) for i, score in enumerate(hard)}
+        better = base | {i: min(1.0, base[i] + 1.0) for i in (1, 3)}  # row 1 is wrong and row 3 right before
+        found += [Record("I2I", 1e-4, seed, 1.0, samples={"new": base})]
+        found += [Record("B2I", 1e-4, seed, 1.0, samples={"new": better})]
+    (comparison, *_) = told_of(found, keep=[]).comparisons
+    assert comparison.all.difference == pytest.approx(np.mean([1.0, 1.1, 1.2]) / 20)
+    assert comparison.all.num_rows == 20 and comparison.all.num_seeds == 3
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "interval", "told"),
+    [
+        (
+            "B2I", "I2I", Interval(0.031, 0.010, 0.052, 3, 250),
+            "B2I is better than I2I on the mean of new and old by 3.1 points (95 % CI 1.0 to 5.2, 3 seeds, 250 rows).",
+        ),
+        (
+            "B2I", "I2I", Interval(-0.031, -0.052, -0.010, 3, 250),
+            "I2I is better than B2I on the mean of new and old by 3.1 points (95 % CI 1.0 to 5.2, 3 seeds, 250 rows).",
+        ),
+        (
+            "B2I", "I2I", Interval(-0.004, -0.018, 0.010, 2, 250),
+            "No difference between B2I and I2I can be told on the mean of new and old: −0.4 points (95 % CI −1.8 to "
+            "1.0, 2 of 3 seeds, 250 rows).",
+        ),
+        (
+            "B2I", "Instruct", Interval(-0.2, -0.3, -0.1, 1, 1),
+            "The untouched Instruct is better than B2I on the mean of new and old by 20.0 points (95 % CI 10.0 to "
+            "30.0, 1 of 3 seeds, 1 row). With one seed, this says nothing of other trainings.",
+        ),
+        (
+            "B2I", "Instruct", Interval(0.0, 0.0, 0.0, 3, 9),
+            "No difference between B2I and the untouched Instruct can be told on the mean of new and old: 0.0 points "
+            "(95 % CI 0.0 to 0.0, 3 seeds, 9 rows).",
+        ),
+    ],
+)  # fmt: skip
+def test_sentences_claim_what_the_interval_holds(a, b, interval, told):
+    comparison = Comparison(a, b, {}, interval, None, None, 3)
+    assert sentence(comparison, interval, ["new", "old"]) == told
+
+
+def test_an_arm_without_a_finished_training_is_missing_everywhere():
+    text = render(told_of([r for r in records() if r.arm != "I2I"]))
+    assert row(section(text, "Each arm at its chosen rate"), "I2I") == ["I2I", "–"] + ["missing"] * 4
+    assert row(section(text, "Paired differences"), "B2I − I2I")[1:] == ["–"] * 6
+    assert row(section(text, "All rates"), "I2I")[-1] == "no training"
+    assert "B2I and I2I can't be compared: no finished measurement of I2I." in text
+    assert "- I2I: no finished training at scale 1" in section(text, "Missing")
+
+
+def test_a_missing_seed_is_told_and_the_arm_compared_on_the_others():
+    found = [r for r in records() if (r.arm, r.seed) != ("I2I", 2)]
+    report = told_of(found)
+    text = render(report)
+    assert re.fullmatch(r"[\d.]+ ± [\d.]+ \(2 of 3\)", row(section(text, "Each arm at its chosen rate"), "I2I")[2])
+    assert report.comparisons[0].all.num_seeds == 2 and "2 of 3 seeds" in section(text, "What the data say")
+    assert "- I2I at 0.0001: no finished training of seed 2" in section(text, "Missing")
+
+
+def test_a_score_that_is_nan_makes_its_evaluator_missing_not_smaller():
+    found = records()
+    spoilt = next(r for r in found if (r.arm, r.lr, r.seed, r.scale) == ("B2I", 1e-3, 1, 1.0))
+    spoilt.samples["old"][1] = math.nan
+    report = told_of(found)
+    standing = next(s for s in report.table if s.arm == "B2I")
+    assert (standing.scores["old"].count, standing.mean.count, standing.scores["new"].count) == (2, 2, 3)
+    assert report.comparisons[0].all.num_seeds == 2
+    assert "- B2I at 0.001, seed 1: old has scores of 79 of 80 rows" in section(render(report), "Missing")
+    lines = list(csv.DictReader(to_csv(report).splitlines()))
+    (cell,) = [
+        each
+        for each in lines
+        if [each[k] for k in ("arm", "lr", "seed", "scale", "metric", "half")]
+        == ["B2I", "0.001", "1", "1.0", "old/score", "reported"]
+    ]
+    assert cell["value"] == ""
+
+
+def test_arms_without_a_common_seed_are_not_compared():
+    found = [r for r in records() if r.arm not in ("B2I", "I2I") or (r.arm == "B2I") == (r.seed == 0)]
+    assert told_of(found).comparisons[0].reason == "they have no seed in common"
+
+
+def test_an_evaluator_that_cannot_be_averaged_is_left_out_and_told():
+    found = [replace(r, samples=r.samples | {"kl": {0: 3.5, 1: 0.1}, "one": {0: 1.0}}) for r in records()]
+    report = told_of(found, keep=["old", "kl", "one", "loss"])
+    assert report.evaluators == ("new", "old")
+    text = section(render(report), "To be kept in mind")
+    assert "kl is in no mean: its scores leave the range from 0 to 1." in text
+    assert "one is in no mean: it has a single row" in text and "loss is in no mean: it has no scores of rows" in text
+    with pytest.raises(DataError, match="no evaluator can compare the arms"):
+        told_of(found, gain=["kl"], keep=[])
+
+
+def test_edges_and_unequal_numbers_of_rates_are_told():
+    found = [r for r in records() if (r.arm, r.lr) != ("I2B", 1e-3)]
+    text = render(told_of(found))
+    assert "B2I: the best rate is the largest tried: the arm may be undertuned." in section(text, "What the data say")
+    mind = section(text, "To be kept in mind")
+    assert "I2B was tried at one rate only" in mind and "(B2B 2, B2I 2, I2B 1, I2I 2)" in mind
+
+
+def test_records_and_evaluators_are_not_counted_twice():
+    with pytest.raises(DataError, match=r"two records of B2B, rate 0.0001, seed 0, scale 1.0"):
+        told_of([*records(), next(r for r in records() if r.arm == "B2B")])
+    with pytest.raises(DataError, match="'new' is named twice"):
+        told_of(records(), keep=["new"])
+
+
+def test_scores_of_the_csv_are_those_of_the_records(report):
+    lines = list(csv.DictReader(to_csv(report).splitlines()))
+    assert list(lines[0]) == ["arm", "lr", "seed", "scale", "metric", "half", "value"]
+    record = next(r for r in records() if (r.arm, r.lr, r.seed) == ("I2B", 1e-4, 2))
+    own = {
+        (each["metric"], each["half"]): float(each["value"])
+        for each in lines
+        if (each["arm"], each["lr"], each["seed"]) == ("I2B", "0.0001", "2")
+    }
+    for half, first in (("selection", 0), ("reported", 1)):
+        assert own["old/score", half] == pytest.approx(sum(record.samples["old"][i] for i in range(first, 80, 2)) / 40)
+    assert own["train_s", "all"] == 12.0 and own["loss", "all"] == 1.0 and own["sigma", "all"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("line", "height"),
+    [
+        ({0.0: 1.0, 0.5: 1.7, 1.0: 1.2}, 0.5),
+        ({0.0: 2.0, 0.5: 1.5, 1.0: 1.0}, 0.0),
+        ({0.0: 1.0, 0.5: 0.5, 1.0: 1.0, 1.5: 9.0}, 0.0),  # beyond the graft is not on the way to it
+        ({0.0: 1.0, 1.0: 1.0}, math.nan),
+        ({0.5: 1.0, 0.75: 2.0, 1.0: 1.0}, math.nan),
+        ({0.0: 1.0, 0.5: math.nan, 1.0: 1.0}, math.nan),
+    ],
+)
+def test_a_barrier_is_what_rises_above_both_ends(line, height):
+    assert barrier(line) == pytest.approx(height, nan_ok=True)
+
+
+def test_the_gain_of_a_graft_is_told_beside_what_was_known(report):
+    assert len(report.predictions) == 6
+    first = report.predictions[0]
+    own = next(r for r in records() if (r.arm, r.lr, r.seed, r.scale) == ("B2I", 1e-4, 0, 1.0))
+    start = next(r for r in records() if r.arm == "Instruct")
+    gains = [
+        sum(own.samples[name][i] - start.samples[name][i] for i in range(1, 80, 2)) / 40
+        for name in ("new", "old", "format")
+    ]
+    assert first.gain == pytest.approx(sum(gains) / 3)
+    cells = row(section(render(report), "What might predict the gain"), "σ of the pair")
+    assert cells[1:] == ["–", "6", "0.02 to 0.02", "the same in all runs"]
+
+
+def test_untouched_models_alone_make_a_report(tmp_path):
+    found = [r for r in records() if r.arm in ("Base", "Instruct")]
+    text = write_report(found, WHAT, gain=GAIN, keep=KEEP, folder=tmp_path).read_text()
+    assert text.count("can't be compared") == 3 and "No graft of B2I at scale 1 is finished." in text
+
+
+def test_several_settings_make_one_report(tmp_path):
+    whole = told_of(records())
+    without = told_of([r for r in records() if r.arm != "I2I"], keep=[])
+    path = write_combined({"bare": whole, "house style": without}, Description("All"), tmp_path)
+    text = path.read_text()
+    overview = section(text, "Overview")
+    assert row(overview, "house style")[6:8] == ["missing", "–"]
+    assert row(overview, "bare")[4] == row(section(render(whole), "Each arm at its chosen rate"), "B2I")[-1]
+    over_all = section(text, "Over all settings")
+    assert "B2I is better than the untouched Instruct in 2 of 2 settings (bare, house style)" in over_all
+    assert "Not comparable in 1 (house style)." in over_all
+    assert "house%20style/trade.png" in text
+    for name in ("bare", "house style"):
+        assert {file.name for file in (tmp_path / name).iterdir()} == FILES
+    assert (tmp_path / "table.csv").read_text().startswith("setting,arm,lr,")
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {"REPORT.md", "table.csv", "predicting.png"}
+
+
+def test_nothing_to_combine_is_refused():
+    with pytest.raises(DataError, match="no reports"):
+        combine({}, WHAT)

@@ -1,0 +1,241 @@
+"""Comparisons for real: each training once, whatever is killed; records that say what the models did."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from shadowlit.cli.compare import compare
+from shadowlit.delta.delta import Delta
+from shadowlit.errors import DataError, ShadowlitError
+from shadowlit.studies.comparison.plan import Recipe, Training
+from shadowlit.studies.comparison.records import read_records
+from shadowlit.studies.comparison.runner import jobs, own_folder, run
+from shadowlit.studies.trials import process
+from shadowlit.studies.trials.process import Job, last_words
+from tests.evaluation.scenes import write_rows
+from tests.tiny import save_pair
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A configuration of fit on a tiny pair, in a folder of its own."""
+    root = tmp_path_factory.mktemp("setting")
+    base, instruct = save_pair(root, "qwen3")
+    talks = [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}{i}"}]}
+        for i in range(8)
+    ]
+    rows = write_rows(root / "rows.jsonl", talks)
+    generation = {"data": rows, "match": "contains", "max_new_tokens": 3}
+    own = {
+        "said": {"class_path": "shadowlit.evaluation.generated.Generation", "init_args": generation},
+        "forgetting": {"class_path": "shadowlit.evaluation.forgetting.Divergence", "init_args": {"data": rows}},
+    }
+    content = {
+        "pair": {"base": str(base), "instruct": str(instruct)},
+        "model": {"lr": 1e-3, "adapter": None},
+        "data": {"train": rows, "validation": rows, "batch_size": 4},
+        "evaluation": {"evaluators": own},
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "num_sanity_val_steps": 0,
+                    "enable_checkpointing": False},
+    }  # fmt: skip
+    (root / "fit.yaml").write_text(yaml.safe_dump(content))
+    return root
+
+
+def run_compare(setting, out, **options):
+    given = {"rates": {"B2I": [1e-3], "I2I": [2e-3]}, "seeds": [0], "arms": "B2I,I2I,B2B,I2B"}
+    compare(
+        str(setting / "fit.yaml"), out=str(out), gain=["said"], threads=1, workers=2, scales=[1.0, 0.5],
+        task_scales=[0.5], **{**given, **options},
+    )  # fmt: skip
+    return read_records(out / "records.json")
+
+
+@pytest.fixture(scope="module")
+def compared(setting, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compared")
+    return out, run_compare(setting, out)
+
+
+def test_two_trainings_give_four_arms_and_the_untouched(compared):
+    _, records = compared
+    assert [(r.arm, r.lr, r.seed, r.scale) for r in records] == [
+        ("Base", None, None, None), ("Instruct", None, None, None),
+        ("B2B", 1e-3, 0, 1.0), ("B2I", 1e-3, 0, 1.0), ("B2I", 1e-3, 0, 0.5),
+        ("I2I", 2e-3, 0, 1.0), ("I2B", 2e-3, 0, 1.0), ("I2B", 2e-3, 0, 0.5),
+    ]  # fmt: skip
+    by_arm = {(r.arm, r.scale): r for r in records}
+    assert all(set(r.samples["said"]) == set(range(8)) for r in records)
+    assert by_arm["Instruct", None].metrics["forgetting/kl"] == 0
+    assert by_arm["I2I", 1.0].metrics["forgetting/kl"] > 0
+    assert by_arm["Base", None].metrics["forgetting/kl"] > 0
+
+
+def test_every_arm_is_the_model_that_its_delta_makes(compared, setting):
+    """Losses of the four arms against weights put together by hand from the stored deltas and the pair."""
+    out, records = compared
+    folders = {"B": setting / "base", "I": setting / "instruct"}
+    for arm in ("B2B", "B2I", "I2I", "I2B"):
+        source, target = arm[0], arm[2]
+        name = Training(source, {"B": 1e-3, "I": 2e-3}[source], 0).name
+        delta = Delta.open(out / name / "delta")
+        model = AutoModelForCausalLM.from_pretrained(folders[target], dtype=torch.float32).eval()
+        state = model.state_dict()
+        for tensor in delta.shapes:
+            state[tensor] += delta.tensor(tensor)
+        record = next(r for r in records if r.arm == arm and r.scale == 1.0)
+        # The tuned model also has what isn't grafted: norms and embeddings.
+        tolerance = 1e-4 if source != target else 2e-2
+        assert record.metrics["loss"] == pytest.approx(loss_by_hand(model, setting), rel=tolerance), arm
+
+
+def loss_by_hand(model, setting):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(setting / "instruct")
+    total, count = 0.0, 0
+    for line in (setting / "rows.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        ids = torch.tensor([tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]])
+        asked = tokenizer.apply_chat_template(messages[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
+        with torch.no_grad():
+            log_probs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        places = range(len(asked), ids.shape[1] - 1)  # without the line break behind the end of the turn
+        total -= sum(log_probs[t - 1, ids[0, t]].item() for t in places)
+        count += len(places)
+    return total / count
+
+
+def test_facts_cost_and_line(compared):
+    out, records = compared
+    graft = next(r for r in records if r.arm == "B2I" and r.scale == 1.0)
+    b, i = (Delta.open(out / name / "delta") for name in ("B_lr0.001_seed0", "I_lr0.002_seed0"))
+    assert graft.facts["cos_deltas"] == pytest.approx(b.cosine(i))
+    assert graft.facts["delta_norm"] == pytest.approx(b.norm())
+    assert 0 < graft.facts["sigma"] < 1 and 0 < graft.facts["delta_over_offset"] < 1
+    assert graft.facts["survival"] > 0.99
+    assert set(graft.line) == {0.0, 0.5, 1.0} and graft.line[1.0] == graft.metrics["loss"]
+    instruct = next(r for r in records if r.arm == "Instruct")
+    assert graft.line[0.0] == instruct.metrics["loss"]
+    half = next(r for r in records if r.arm == "B2I" and r.scale == 0.5)
+    assert graft.line[0.5] == half.metrics["loss"]
+    assert graft.cost["train_s"] > 0 and graft.cost["trained_parameters"] > 1e4
+    assert graft.cost["peak_memory_bytes"] > 1e7 and graft.cost["tokens_per_s"] > 0
+
+
+def test_what_is_finished_is_skipped_and_more_can_be_added(compared, setting):
+    out, _ = compared
+    before = (out / "B_lr0.001_seed0/result.json").stat().st_mtime_ns
+    records = run_compare(setting, out, arms="B2I,I2I", seeds="0,1")
+    assert (out / "B_lr0.001_seed0/result.json").stat().st_mtime_ns == before
+    assert {(r.arm, r.seed) for r in records if r.seed is not None} == {
+        ("B2I", 0), ("I2I", 0), ("B2I", 1), ("I2I", 1)
+    }  # fmt: skip
+    one, two = (json.loads((out / f"B_lr0.001_seed{s}/result.json").read_text())["metrics"] for s in (0, 1))
+    assert one["val/tuned/loss"] != two["val/tuned/loss"]
+
+
+def test_another_recipe_needs_another_folder(compared, setting):
+    out, _ = compared
+    with pytest.raises(DataError, match=r"trainings of another recipe: overrides changed since"):
+        run_compare(setting, out, overrides={"model.weight_decay": 0.1})
+
+
+def test_two_comparisons_do_not_share_a_folder(setting, tmp_path):
+    recipe = Recipe(setting / "fit.yaml", {})
+    with (
+        own_folder(tmp_path, recipe),
+        pytest.raises(DataError, match="another comparison is running"),
+        own_folder(tmp_path, recipe),
+    ):
+        pass
+
+
+def test_a_failing_training_costs_only_itself(setting, tmp_path):
+    """A rate at which the training diverges: its graft can't be stored. The report has the others."""
+    rates = {"B2I": [1e-3, 1e30]}
+    with pytest.raises(ShadowlitError, match=r"1 of 3 jobs failed.*B_lr1e\+30_seed0: .*NaN or infinite"):
+        run_compare(setting, tmp_path, arms="B2I", rates=rates)
+    records = read_records(tmp_path / "records.json")
+    assert [r.lr for r in records if r.arm == "B2I" and r.scale == 1.0] == [1e-3]
+    assert (tmp_path / "report/REPORT.md").is_file()
+
+
+def test_every_training_runs_once_though_the_command_is_killed(setting, tmp_path):
+    """SIGKILL while trainings run, and the same command again; orphans end by themselves."""
+    script = tmp_path / "again.py"
+    script.write_text(
+        "from shadowlit.cli.compare import compare\n"
+        f"if __name__ == '__main__':\n    compare({str(setting / 'fit.yaml')!r}, out={str(tmp_path / 'out')!r}, "
+        "arms='B2I', rates={'B2I': [1e-3, 2e-3, 3e-3]}, seeds='0,1', workers=2, threads=1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "out").glob("*/result.json"))) < 2:
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
+    subprocess.run([sys.executable, str(script)], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    found = sorted((tmp_path / "out").glob("*/result.json"))
+    assert len(found) == 7  # six trainings and the untouched models
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    grafts = [(r.lr, r.seed) for r in read_records(tmp_path / "out/records.json") if r.arm == "B2I"]
+    assert sorted(grafts) == [(lr, seed) for lr in (1e-3, 2e-3, 3e-3) for seed in (0, 1)]
+
+
+def test_a_job_in_a_process_of_its_own_from_the_start(setting, tmp_path):
+    """As trainings on several devices are: Lightning may start more processes from it."""
+    recipe = Recipe(setting / "fit.yaml", {})
+    job = jobs(recipe, [Training("B", 1e-3, 0)], tmp_path)[1]
+    assert run([job], tmp_path, in_process=False, threads=1) == []
+    assert json.loads((tmp_path / job.name / "result.json").read_text())["step"] == 2
+    assert run([Job("bad", ("fit", "--no_such_key=1"))], tmp_path, in_process=False) == ["bad"]
+    assert "no_such_key" in last_words(tmp_path / "bad", 20)
+
+
+def test_an_interrupted_training_goes_on_from_its_checkpoint(setting, tmp_path):
+    folder = tmp_path / "B"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints/last.ckpt").touch()
+    (folder / "metrics.csv").touch()
+    job = process._resumed(Job("B", ("fit", "--x=1")), folder)
+    assert job.arguments == ("fit", "--x=1", f"--ckpt_path={folder / 'checkpoints/last.ckpt'}")
+    assert not (folder / "metrics.csv").exists() and (folder / "checkpoints/last.ckpt").exists()
+    assert process._resumed(Job("C", ("fit",)), tmp_path / "C").arguments == ("fit",)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"gain": ["nothing"]}, "--gain names nothing; the configuration's evaluators are forgetting, said"),
+    ({"scales": [0.5, 1.0]}, r"--scales is \[0\.5, 1\.0\]; the first must be 1\.0"),
+    ({"arms": "B2X"}, "arms are B2X"),
+    ({"workers": 0}, "--workers is 0; expected at least 1"),
+    ({"threads": 0}, "--threads is 0; expected at least 1"),
+    ({"seeds": "0,x"}, "--seeds is '0,x'; expected whole numbers"),
+    ({"overrides": {"evaluation.evaluators": {}}}, r"has no evaluation\.evaluators"),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_told_at_once(setting, tmp_path, options, message):
+    with pytest.raises(ShadowlitError, match=message):
+        compare(str(setting / "fit.yaml"), out=str(tmp_path / "out"), **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_lists_the_trainings(setting, tmp_path, capsys):
+    compare(str(setting / "fit.yaml"), seeds="0,1", dry_run=True, out=str(tmp_path / "out"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "4 trainings" in shown and "B_lr0.001_seed0" in shown and "I_lr0.001_seed1" in shown
+    assert not (tmp_path / "out").exists()

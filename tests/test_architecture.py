@@ -1,0 +1,136 @@
+"""Imports run downwards: from a package to those on the floors below it, never up and never in a circle."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# From the ground up. Modules and packages on one floor don't import each other.
+FLOORS = [
+    {"errors", "files", "progress", "distributed", "version"},
+    {"plotting"},
+    {"checkpoint"},
+    {"pair"},
+    {"data"},
+    {"grafting"},
+    {"delta"},
+    {"training"},
+    {"evaluation", "harness"},
+    {"callbacks"},
+    {"analysis"},
+    {"lightning_cli"},
+    {"studies", "demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted((root / "shadowlit").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(source: str, known: set[str]) -> Iterator[tuple[str, int]]:
+    """The modules of the package that a source imports, with the line: at the top, lazily, or for types alone."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                if name in known or node.module in known:
+                    yield (name if name in known else str(node.module)), node.lineno
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            yield from ((a.value, node.lineno) for a in node.args if isinstance(a, ast.Constant) and a.value in known)
+
+
+def package_of(module: str) -> str:
+    """The part of a module's name that has a floor."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def upward(sources: dict[str, str]) -> list[str]:
+    """Imports that run up, or between two packages of one floor."""
+    found = []
+    for module, source in sources.items():
+        for target, line in imports(source, set(sources)):
+            here, there = package_of(module), package_of(target)
+            if here != there and FLOOR_OF[there] >= FLOOR_OF[here]:
+                found.append(f"{module}:{line} imports {target}")
+    return found
+
+
+def circles(sources: dict[str, str]) -> list[list[str]]:
+    """Groups of modules each of which imports, directly or not, all others of its group (Tarjan)."""
+    edges = {module: {t for t, _ in imports(source, set(sources)) if t != module} for module, source in sources.items()}
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(module: str) -> None:
+        index[module] = low[module] = len(index)
+        stack.append(module)
+        for target in edges[module]:
+            if target not in index:
+                visit(target)
+                low[module] = min(low[module], low[target])
+            elif target in stack:
+                low[module] = min(low[module], index[target])
+        if low[module] == index[module]:
+            group = [stack.pop()]
+            while group[-1] != module:
+                group.append(stack.pop())
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for module in edges:
+        if module not in index:
+            visit(module)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    return {name: path.read_text(encoding="utf-8") for name, path in modules(ROOT).items()}
+
+
+def test_every_package_has_a_floor(sources):
+    assert {package_of(module) for module in sources} == FLOOR_OF.keys()
+
+
+def test_imports_run_downwards(sources):
+    assert upward(sources) == []
+
+
+def test_no_circles_between_modules(sources):
+    assert circles(sources) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from shadowlit.training.module import ShadowModule",
+        "import shadowlit.training.module",
+        "def late():\n    from shadowlit.training import module",
+        "if TYPE_CHECKING:\n    from shadowlit.training.module import ShadowModule",
+        "importlib.import_module('shadowlit.training.module')",
+    ],
+)
+def test_an_arrow_that_runs_up_is_found(sources, line):
+    """Also one that is lazy, one for types alone, and one of a whole module."""
+    changed = {**sources, "shadowlit.grafting.arithmetic": sources["shadowlit.grafting.arithmetic"] + "\n" + line}
+    (found,) = upward(changed)
+    assert found.startswith("shadowlit.grafting.arithmetic:") and "shadowlit.training" in found
+    assert any("shadowlit.grafting.arithmetic" in circle for circle in circles(changed))
