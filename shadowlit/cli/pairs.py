@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowlit.errors import PairError
-from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.registry import KnownPair, find_pair, load_registry
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
@@ -79,6 +78,7 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
     """
     # Imported late: list and show need no torch.
     from shadowlit.pair.check import check_pair
+    from shadowlit.pair.pair import ModelPair
 
     if len(pair) == 1:
         models = find_pair(pair[0]).pair(trust_remote_code)

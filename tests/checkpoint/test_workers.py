@@ -23,7 +23,7 @@ from shadowlit.grafting.manifest import read_manifest
 from tests.tiny import save_model, save_pair
 
 ROOT = Path(__file__).parents[2]
-ALWAYS = "from shadowlit.grafting import workers; workers.WORTH_FORKING_BYTES = 0; workers.num_cores = lambda: 2\n"
+ALWAYS = "from shadowlit.checkpoint import workers; workers.WORTH_FORKING_BYTES = 0; workers.num_cores = lambda: 2\n"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 

@@ -468,7 +468,7 @@ class TestReport:
 
     def test_warnings_are_logged_and_let_pass(self, tied, caplog):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5, max_position_embeddings=64)
-        with caplog.at_level(logging.INFO, "shadowlit.pair.pair"):
+        with caplog.at_level(logging.INFO, "shadowlit.pair.check"):
             require_fit(tied)
         assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
         assert "rms_norm_eps" in caplog.records[0].getMessage()
@@ -481,7 +481,7 @@ class TestReport:
         assert "instruct model: './nowhere'" in str(error.value)
 
     def test_broken_pattern_is_left_to_the_selection(self, tied):
-        assert tied.check("(") == []
+        assert check_pair(tied, "(") == []
 
     def test_order(self, tied):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5, max_position_embeddings=64, head_dim=16)
