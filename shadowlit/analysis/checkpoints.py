@@ -20,8 +20,9 @@ from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
-from shadowlit.checkpoint.layout import with_experts_as
+from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.names import canonical_name
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
 from shadowlit.grafting.disk import AdapterUpdate, linear_on_disk
@@ -54,7 +55,7 @@ class Stage:
     reader: TrainedReader
 
 
-class TrainedReader(CheckpointReader):
+class TrainedReader(ComputedReader):
     """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
 
     A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
@@ -68,30 +69,20 @@ class TrainedReader(CheckpointReader):
     """
 
     def __init__(self, path: Path) -> None:
-        self.folder = path
-        stored, self._load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
-        self._stored = {trained_name(name): name for name in stored if ".original_module." not in name}
-        self.tensors = {
+        stored, load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
+        names = {trained_name(name): name for name in stored if ".original_module." not in name}
+        infos = {
             name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)
-            for name, at in sorted(self._stored.items())
+            for name, at in sorted(names.items())
         }
-        if not self.tensors:
+        if not infos:
             raise CheckpointError(f"{path} holds no weights. Give a checkpoint of 'python -m shadowlit fit'.")
+        super().__init__(path, infos, rows_of(lambda name: load(names[name])))
 
     @property
     def is_adapter(self) -> bool:
         """Whether it holds an adapter's factors."""
         return any(".lora_" in name for name in self.tensors)
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
-        assert offset + len(buffer) <= self.info(name).num_bytes
-        if len(buffer):
-            flat = self._load(self._stored[name]).contiguous().reshape(-1).view(torch.uint8)
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat[offset : offset + len(buffer)])
-
-    def close(self) -> None:
-        """Nothing: files are mapped for as long as the reader lives."""
 
 
 def trained_name(name: str) -> str:
@@ -169,9 +160,8 @@ def open_stage(
         delta = Delta.from_update(update)
     else:
         # The run holds experts as its module does, the delta shall hold them as the files.
-        delta = _difference(
-            with_experts_as(reader, base), AlignedReader(base, CheckpointReader(pair.instruct_folder()))
-        )
+        aligned = AlignedReader(base, CheckpointReader(pair.instruct_folder()))
+        delta = _difference(in_layout_of(reader, base), aligned)
     wanted = select or (config.get("graft") or {}).get("select") or "linear"
     return delta.only(resolve(wanted, delta.shapes, linear_on_disk(base.tensors), "of the update"))
 
@@ -199,7 +189,7 @@ def _none(folder: Path) -> DataError:
     )
 
 
-def _difference(tuned: CheckpointReader, base: AlignedReader) -> Delta:
+def _difference(tuned: TensorReader, base: TensorReader) -> Delta:
     shapes = {name: info.shape for name, info in base.tensors.items() if name in tuned.tensors}
     unequal = [f"{name} {shape} and {tuned.tensors[name].shape}" for name, shape in shapes.items()
                if tuned.tensors[name].shape != shape]  # fmt: skip

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from shadowlit.analysis.checkpoints import latest, open_stage
 from shadowlit.analysis.heat_map import HeatMap
-from shadowlit.analysis.similarity import Report, Similarity, compare
+from shadowlit.analysis.similarity import Report, Similarity, compare, in_one_layout
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import TensorInfo
-from shadowlit.checkpoint.layout import alike
 from shadowlit.checkpoint.names import kind_of, layer_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.delta.delta import Delta, TensorStatistics
 from shadowlit.delta.transforms import magnitude
@@ -26,9 +25,6 @@ from shadowlit.errors import DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk, open_update
 from shadowlit.grafting.selection import resolve
 from shadowlit.pair.folders import model_folder
-
-_FLOAT32 = 4  # bytes
-
 
 # -- opening --------------------------------------------------------------------------------------------------
 
@@ -72,35 +68,12 @@ def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = Non
 
 
 def _selected(delta: Delta, select: str | list[str]) -> frozenset[str]:
-    infos = {name: TensorInfo(name, "F32", shape, "") for name, shape in delta.shapes.items()}
-    return resolve(select, delta.shapes, linear_on_disk(infos), "of the update")
+    return resolve(select, delta.shapes, linear_on_disk(described(delta.shapes)), "of the update")
 
 
-class DeltaReader(CheckpointReader):
-    """Presents a delta, computed as it is read, as a checkpoint in float32.
-
-    Args:
-        name: what messages call it.
-        delta: the update.
-    """
-
-    def __init__(self, name: str, delta: Delta) -> None:
-        self.folder = Path(name)
-        self.tensors = {n: TensorInfo(n, "F32", shape, "") for n, shape in sorted(delta.shapes.items())}
-        self._delta = delta
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
-        info = self.info(name)
-        row_bytes = _FLOAT32 * max(1, info.num_elements // max(1, info.shape[0] if info.shape else 1))
-        start, stop = offset // row_bytes, -(-(offset + len(buffer)) // row_bytes)
-        if len(buffer):
-            raw = self._delta.rows(name, start, stop).contiguous().reshape(-1).view(torch.uint8)
-            within = offset - start * row_bytes
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(raw[within : within + len(buffer)])
-
-    def close(self) -> None:
-        """Nothing: the delta's own files stay open."""
+def reader_of(name: str, delta: Delta) -> TensorReader:
+    """Present a delta, computed as it is read, as a checkpoint in float32; messages call it ``name``."""
+    return ComputedReader(Path(name), described(dict(sorted(delta.shapes.items()))), delta.rows)
 
 
 # -- sizes ----------------------------------------------------------------------------------------------------
@@ -137,7 +110,7 @@ class TensorNorm:
         return math.sqrt(self.square / self.weight_square) if self.weight_square else math.nan
 
 
-def norms(delta: Delta, weights: CheckpointReader | None = None) -> list[TensorNorm]:
+def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]:
     """The size of every tensor of an update, streamed.
 
     Args:
@@ -154,7 +127,7 @@ def norms(delta: Delta, weights: CheckpointReader | None = None) -> list[TensorN
     return [_norm(found, squares.get(found.name, math.nan)) for found in delta.statistics()]
 
 
-def norms_of(deltas: Mapping[str, Delta], weights: CheckpointReader | None = None) -> dict[str, list[TensorNorm]]:
+def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
     """:func:`norms` of several updates, by their names."""
     return {name: norms(delta, weights) for name, delta in deltas.items()}
 
@@ -218,7 +191,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
     """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
     with open_model(base) as first, open_model(instruct) as second:
-        (found,) = compare(alike([first, second])).similarities
+        (found,) = compare(in_one_layout([first, second])).similarities
     return replace(found, a="Base", b="Instruct")
 
 
@@ -235,7 +208,7 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
         GraftError: the density is outside (0, 1].
     """
     kept = dict(deltas) if density == 1 else {name: trimmed(delta, density) for name, delta in deltas.items()}
-    report: Report = compare([DeltaReader(name, delta) for name, delta in kept.items()], deltas=True)
+    report: Report = compare([reader_of(name, delta) for name, delta in kept.items()], deltas=True)
     names = dict(zip(string.ascii_uppercase, deltas, strict=False))
     return [replace(found, a=names[found.a], b=names[found.b]) for found in report.similarities]
 

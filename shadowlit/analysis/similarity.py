@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from shadowlit.analysis.sums import Moments, Sums, stream_moments
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
 from shadowlit.checkpoint.names import expert_of, kind_of, layer_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import PairError
 
@@ -253,8 +255,19 @@ def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:
     return (CheckpointReader(folder, DELTA_FILE) if is_delta else CheckpointReader(folder)), is_delta
 
 
+def in_one_layout(readers: Sequence[TensorReader]) -> list[TensorReader]:
+    """Present models under the names of the first of them, with one matrix for each expert of a mixture.
+
+    Raises:
+        CheckpointError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
+        GraftError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
+    """
+    first, *rest = (in_layout_of_module(reader, single_experts(reader)) for reader in readers)
+    return [first, *(in_layout_of(reader, first) for reader in rest)]
+
+
 def compare(
-    readers: Sequence[CheckpointReader],
+    readers: Sequence[TensorReader],
     *,
     deltas: bool = False,
     advance: Callable[[int], None] = lambda _: None,
@@ -264,7 +277,7 @@ def compare(
     Of models, each is compared with the first, and then the offsets of every two others from the first with each
     other: for Base, tuned Base and Instruct this is the angle between the update and the offset. Of deltas, every two
     are compared. Experts of mixtures are compared one by one, however the files hold them, if the readers come from
-    :func:`shadowlit.checkpoint.layout.alike`. Computed in float32, added up in float64.
+    :func:`in_one_layout`. Computed in float32, added up in float64.
 
     Args:
         readers: two or more checkpoints; the Base first.
@@ -297,7 +310,7 @@ def compare(
     )
 
 
-def shared_names(readers: Sequence[CheckpointReader], *, deltas: bool) -> list[str]:
+def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
     """Names of the tensors to compare: those in all models, or in any of several deltas; their shapes fit.
 
     Raises:
@@ -318,7 +331,7 @@ def shared_names(readers: Sequence[CheckpointReader], *, deltas: bool) -> list[s
 
 
 def with_ranks(
-    report: Report, readers: Sequence[CheckpointReader], advance: Callable[[int], None] = lambda _: None
+    report: Report, readers: Sequence[TensorReader], advance: Callable[[int], None] = lambda _: None
 ) -> Report:
     """Add effective and stable rank of the offsets of models, matrix by matrix.
 
@@ -333,7 +346,7 @@ def with_ranks(
 
     letters = list(report.models)
 
-    def ranked(b: CheckpointReader, tensor: TensorSimilarity) -> TensorSimilarity:
+    def ranked(b: TensorReader, tensor: TensorSimilarity) -> TensorSimilarity:
         shape = readers[0].tensors[tensor.name].shape
         if len(shape) != 2:
             return tensor
@@ -348,7 +361,7 @@ def with_ranks(
     return replace(report, similarities=similarities)
 
 
-def _offset(a: CheckpointReader, b: CheckpointReader, name: str) -> Tensor:
+def _offset(a: TensorReader, b: TensorReader, name: str) -> Tensor:
     """b - a of a matrix, in float32; of the shared rows."""
     import torch
 

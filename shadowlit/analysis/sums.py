@@ -14,9 +14,9 @@ from itertools import combinations_with_replacement
 import numpy as np
 import numpy.typing as npt
 
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.numeric import split_bfloat16, vectors
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.workers import in_order
 from shadowlit.errors import CheckpointError
 
@@ -151,7 +151,7 @@ class Moments:
 
 
 def stream_moments(
-    readers: Sequence[CheckpointReader],
+    readers: Sequence[TensorReader],
     names: Sequence[str],
     *,
     deltas: bool,
@@ -199,7 +199,7 @@ def stream_moments(
             whole = None
 
 
-def _moments(readers: Sequence[CheckpointReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
+def _moments(readers: Sequence[TensorReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
     """The moments of elements ``start`` to ``stop`` of a tensor."""
     infos = [reader.tensors.get(name) for reader in readers]
     plan = _Plan.of(len(readers), deltas)
@@ -292,7 +292,7 @@ class _Window:
         if plan.pairs:
             self._compare_signs(plan, [values[i] for i in plan.differences])
 
-    def stored(self, readers: Sequence[CheckpointReader]) -> Iterator[tuple[CheckpointReader, int, memoryview]]:
+    def stored(self, readers: Sequence[TensorReader]) -> Iterator[tuple[TensorReader, int, memoryview]]:
         """What is to be filled before the sums are taken: reader, bytes per element, memory."""
         for reader, own in zip(readers, self._stored, strict=True):
             if own is not None:

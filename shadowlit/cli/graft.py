@@ -10,11 +10,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Strength, open_update
 from shadowlit.grafting.export import export_folder
+from shadowlit.grafting.folders import base_of
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
@@ -61,7 +61,7 @@ def graft(
         open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
         open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
     ):
-        in_place = in_layout_of(instruct_reader, base_reader)
+        in_place = base_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", tuned, None, False), allow_pickle)
         strength = Strength.parse(scale)
         wanted = None if dtype == "auto" else dtype

@@ -20,12 +20,12 @@ from shadowlit.analysis.similarity import (
     Report,
     Similarity,
     compare,
+    in_one_layout,
     open_reader,
     shared_names,
     with_ranks,
 )
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.layout import alike
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair.folders import model_folder
 from shadowlit.progress import progress_bar
@@ -73,7 +73,7 @@ def similarity(
                 "effective_rank is told of the offset between models; for deltas there is "
                 "'python -m shadowlit delta show DELTA --effective_rank'."
             )
-        readers = alike(readers)
+        readers = in_one_layout(readers)
         names = shared_names(readers, deltas=deltas)
         total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
         with progress_bar("comparing", total) as advance:

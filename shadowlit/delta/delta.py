@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointWriter, Streamed, atomic_folder
-from shadowlit.checkpoint.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader, CheckpointWriter, Streamed, atomic_folder
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
 from shadowlit.delta.transforms import ties
@@ -60,7 +60,7 @@ class Delta:
             CheckpointError: there is none, or its files are broken.
             ExportError: its manifest is missing or broken.
         """
-        reader = Headers(folder, single_file=SINGLE_FILE)
+        reader = CheckpointReader(folder, single_file=SINGLE_FILE)
 
         shapes = {name: info.shape for name, info in reader.tensors.items()}
         return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))

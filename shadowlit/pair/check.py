@@ -19,8 +19,9 @@ import torch.distributed as dist
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.layout import alike
+from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.names import split_selection, stored_names, tower_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import CheckpointError, GraftError, PairError, first_line
 from shadowlit.pair.folders import Problem, ProblemError, Severity, commit_of, load_config, read_json
 from shadowlit.pair.hub import read_hub_headers
@@ -103,8 +104,8 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
         if base.reader and instruct.reader:
             # Either may hold its experts fused. What can't be brought together is told by the checks.
             with contextlib.suppress(CheckpointError, GraftError):
-                instruct.reader, base.reader = alike([instruct.reader, base.reader])
-                instruct.headers, base.headers = instruct.reader.tensors, base.reader.tensors
+                base.reader = in_layout_of(base.reader, instruct.reader)
+                base.headers = base.reader.tensors
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)
         problems += _check_unread(base, instruct)
@@ -159,7 +160,7 @@ class _Side:
     config: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
     headers: Mapping[str, TensorInfo] | None = None
-    reader: CheckpointReader | None = None
+    reader: TensorReader | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
@@ -757,7 +758,7 @@ def _check_untrained(base: _Side, owner: _Side, use: _TemplateUse) -> Iterator[P
 
 
 def _look_for_untrained(
-    reader: CheckpointReader, info: TensorInfo, ids: list[int], tokenizer: PreTrainedTokenizerBase
+    reader: TensorReader, info: TensorInfo, ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, str]:
     """The untrained among ``ids``: read their rows, those of placeholders, and a sample of all others."""
     num_rows = info.shape[0]
