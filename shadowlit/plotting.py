@@ -1,4 +1,4 @@
-"""How every picture looks: colours, sizes, and the two files that a figure is saved to."""
+"""The style of every plot: colours, sizes, and the two files that a figure is saved to."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def hide(axes: Sequence[Axes]) -> None:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SavedFigure:
     """A saved figure, which a notebook shows in the size that it has in print.
 
     Attributes:
@@ -136,13 +136,13 @@ class Picture:
         return {"image/png": png}, {"image/png": {"width": round(_SCREEN_DPI * self.figure.get_figwidth())}}
 
 
-def save_figure(figure: Figure, stem: str | Path) -> Picture:
+def save_figure(figure: Figure, stem: str | Path) -> SavedFigure:
     """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` of 300 dots per inch.
 
-    A reader never sees half a picture. The PDF holds no date: equal figures are equal files.
+    Both files are written atomically. The PDF holds no date: equal figures are equal files.
 
     Returns:
-        What a notebook shows.
+        The figure as a notebook shows it.
 
     Raises:
         OSError: The files can't be written.
@@ -154,4 +154,4 @@ def save_figure(figure: Figure, stem: str | Path) -> Picture:
         for ending, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
             with written_beside(stem.with_name(f"{stem.name}.{ending}")) as partial:
                 figure.savefig(partial, format=ending, dpi=_PRINT_DPI, metadata=metadata)
-    return Picture(figure, stem)
+    return SavedFigure(figure, stem)

@@ -1,4 +1,4 @@
-"""The picture of a run: how the tuned Base and the grafted Instruct fare while the training goes on."""
+"""The learning curves of a run: losses and accuracies of the tuned Base and the grafted Instruct over the steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plot_curves(
 
     Args:
         metrics: the run's ``metrics.csv``.
-        target: the picture's path; its ending gives the format (png, pdf, svg).
+        target: Path of the image; its ending gives the format (png, pdf, svg).
         sets: names of validation sets; the empty name is all of them together.
         whats: metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
 

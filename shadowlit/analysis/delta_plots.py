@@ -1,4 +1,4 @@
-"""Pictures of updates: spectra, angles, overlaps, evolution, what cutting costs."""
+"""Plots of updates: spectra, angles, overlaps, evolution, what cutting costs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of layer by kind of tensor."""
+"""Heat maps of layer by kind of tensor."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:
 
     Args:
         similarities: at least one.
-        target: the picture's path; its ending gives the format.
+        target: Path of the image; its ending gives the format.
 
     Returns:
         ``target``.

@@ -1,6 +1,6 @@
-"""Pictures of a run: the four models, the gain, what survives, what is forgotten, scores.
+"""Plots of a run: the four models, the gain, what survives, what is forgotten, scores.
 
-What a run hasn't logged, or not yet, is said in the picture's place: it is no error of a run that it measures less.
+Where a run has not logged what a plot needs, a message takes the plot's place: measuring less is no error.
 """
 
 from __future__ import annotations

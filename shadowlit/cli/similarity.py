@@ -34,7 +34,7 @@ _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
     "norm_ratio": "norms b/a", "effective_rank": "eff. rank",
 }  # fmt: skip
-_PICTURES = (".png", ".pdf", ".svg")
+_IMAGES = (".png", ".pdf", ".svg")
 _MAX_ROWS = 48  # of the table by layer
 _BAR = 8  # characters
 
@@ -53,12 +53,13 @@ def similarity(
             Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their cosine, the first
             thing to read before a graft.
         out: Write all numbers to this file: .json or .csv.
-        heat_map: Draw σ, or the cosine of updates, by layer and kind into this picture: .png, .pdf or .svg.
+        heat_map: Image file for a heat map of σ, or of the cosine of updates, by layer and kind of tensor: .png, .pdf
+            or .svg.
         effective_rank: Also how many directions the offset from the first model uses in each matrix (Roy and Vetterli
             2007). Takes minutes to hours, and the memory of the largest matrix in float32.
     """
     _require_ending("out", out, (".json", ".csv"))
-    _require_ending("heat_map", heat_map, _PICTURES)
+    _require_ending("heat_map", heat_map, _IMAGES)
     console = Console(highlight=False)
     with ExitStack() as stack:
         opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(models, start=1)]
