@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -20,7 +21,9 @@ from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, singl
 from shadowlit.checkpoint.names import expert_of, kind_of, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
-from shadowlit.errors import PairError
+from shadowlit.errors import PairError, ShadowlitError
+from shadowlit.pair.folders import model_folder
+from shadowlit.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -243,6 +246,59 @@ class Report:
             pair = {"a": similarity.a, "b": similarity.b, "of": similarity.of}
             writer.writerows(pair | _of_tensor(tensor, similarity.of) for tensor in similarity.tensors)
         return text.getvalue()
+
+
+def similarity(*models: str | Path, effective_rank: bool = False, progress: bool = False) -> Report:
+    """Compare models of one architecture, or updates; only a few rows of each tensor are in memory at a time.
+
+    Args:
+        models: Two to 26 folders or hub ids, the Base first; or folders of stored deltas.
+        effective_rank: Also compute how many directions the offset from the first model uses in each matrix (Roy and
+            Vetterli 2007). Takes minutes to hours, and the memory of the largest matrix in float32.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Of models, the similarity of the first with each of the others and of the others' offsets from it; of deltas,
+        that of every two.
+
+    Raises:
+        ShadowlitError: Models and deltas are mixed, or effective ranks of deltas are asked for.
+        PairError: As :func:`compare`.
+        CheckpointError: A checkpoint is missing or broken, or a tensor holds NaN or infinities.
+
+    Example::
+
+        report = shadowlit.similarity("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B")
+        print(report.similarities[0].sigma, report.similarities[0].verdict)
+    """
+    sources = [str(model) for model in models]
+    with ExitStack() as stack:
+        opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(sources, start=1)]
+        readers: Sequence[TensorReader] = [stack.enter_context(reader) for reader, _ in opened]
+        kinds = {is_delta for _, is_delta in opened}
+        if len(kinds) > 1:
+            told = ", ".join(model for model, (_, is_delta) in zip(sources, opened, strict=True) if is_delta)
+            raise ShadowlitError(f"{told}: deltas among models. Give only models, or only deltas.")
+        deltas = kinds == {True}
+        if deltas and effective_rank:
+            raise ShadowlitError(
+                "effective_rank is computed for the offset between models; for deltas there is "
+                "'python -m shadowlit delta show DELTA --effective_rank'."
+            )
+        readers = in_one_layout(readers)
+        names = shared_names(readers, deltas=deltas)
+        total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
+        with _bar("comparing", total, progress) as advance:
+            report = compare(readers, deltas=deltas, advance=advance)
+        if effective_rank:
+            total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
+            with _bar("effective rank", total, progress) as advance:
+                report = with_ranks(report, readers, advance)
+    return replace(report, models=dict(zip(report.models, sources, strict=True)))
+
+
+def _bar(what: str, total: int, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
+    return progress_bar(what, total) if shown else nullcontext(lambda _: None)
 
 
 def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:

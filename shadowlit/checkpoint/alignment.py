@@ -49,7 +49,10 @@ class AlignedReader(ComputedReader):
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
         """See :meth:`shadowlit.checkpoint.reader.TensorReader.read_into`."""
-        (super() if name in self._names else self._base).read_into(buffer, name, offset)
+        if name in self._names:
+            super().read_into(buffer, name, offset)
+        else:
+            self._base.read_into(buffer, name, offset)
 
     def close(self) -> None:
         """Close the files of both."""

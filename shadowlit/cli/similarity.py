@@ -6,8 +6,6 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -15,20 +13,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from shadowlit.analysis.similarity import (
-    Group,
-    Report,
-    Similarity,
-    compare,
-    in_one_layout,
-    open_reader,
-    shared_names,
-    with_ranks,
-)
+from shadowlit.analysis.similarity import Group, Report, Similarity
+from shadowlit.analysis.similarity import similarity as compare_models
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
-from shadowlit.pair.folders import model_folder
-from shadowlit.progress import progress_bar
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
@@ -60,31 +48,8 @@ def similarity(
     """
     _require_ending("out", out, (".json", ".csv"))
     _require_ending("heat_map", heat_map, _IMAGES)
-    console = Console(highlight=False)
-    with ExitStack() as stack:
-        opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(models, start=1)]
-        readers = [stack.enter_context(reader) for reader, _ in opened]
-        kinds = {is_delta for _, is_delta in opened}
-        if len(kinds) > 1:
-            told = ", ".join(m for m, (_, is_delta) in zip(models, opened, strict=True) if is_delta)
-            raise ShadowlitError(f"{told}: deltas among models. Give only models, or only deltas.")
-        deltas = kinds == {True}
-        if deltas and effective_rank:
-            raise ShadowlitError(
-                "effective_rank is told of the offset between models; for deltas there is "
-                "'python -m shadowlit delta show DELTA --effective_rank'."
-            )
-        readers = in_one_layout(readers)
-        names = shared_names(readers, deltas=deltas)
-        total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
-        with progress_bar("comparing", total) as advance:
-            report = compare(readers, deltas=deltas, advance=advance)
-        if effective_rank:
-            total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
-            with progress_bar("effective rank", total) as advance:
-                report = with_ranks(report, readers, advance)
-    report = replace(report, models=dict(zip(report.models, models, strict=True)))
-    _tell(report, console)
+    report = compare_models(*models, effective_rank=effective_rank, progress=True)
+    _tell(report, Console(highlight=False))
     if out is not None:
         text = report.to_json() if out.endswith(".json") else report.to_csv()
         _replace(Path(out), lambda path: path.write_text(text, encoding="utf-8"))

@@ -83,6 +83,11 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
     whatever the size of the models. Nothing is raised for what is found. A part that can't be read is a problem too,
     and only the checks that need it are skipped.
 
+    Example::
+
+        for problem in check_pair(ModelPair("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B"), download=False):
+            print(problem)
+
     Args:
         pair: The Base and its Instruct.
         select: What will be grafted: ``linear``, ``all``, or regular expressions for tensor names. Unequal
