@@ -136,6 +136,17 @@ class SavedFigure:
         return {"image/png": png}, {"image/png": {"width": round(_SCREEN_DPI * self.figure.get_figwidth())}}
 
 
+def save_image(figure: Figure, target: Path, dpi: int) -> Path:
+    """Save a figure atomically in the format of the target's ending; return ``target``.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    with written_beside(target) as partial:
+        figure.savefig(partial, dpi=dpi, format=target.suffix[1:])
+    return target
+
+
 def save_figure(figure: Figure, stem: str | Path) -> SavedFigure:
     """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` of 300 dots per inch.
 

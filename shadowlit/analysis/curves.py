@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from shadowlit.errors import DataError
-from shadowlit.plotting import SUBJECTS, panels
+from shadowlit.plotting import SUBJECTS, panels, save_image
 
 _UNITS = {
     "loss": "loss (nats per token)",
@@ -70,8 +70,7 @@ def plot_curves(
         raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(target, dpi=150)
-    return target
+    return save_image(figure, target, dpi=150)
 
 
 def draw_curves(

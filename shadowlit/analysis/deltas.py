@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shadowlit.analysis.checkpoints import latest, open_stage
 from shadowlit.analysis.heat_map import HeatMap
-from shadowlit.analysis.similarity import Report, Similarity, compare, in_one_layout
+from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of, layer_of
@@ -190,8 +190,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
     """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
-    with open_model(base) as first, open_model(instruct) as second:
-        (found,) = compare(in_one_layout([first, second])).similarities
+    (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 
 

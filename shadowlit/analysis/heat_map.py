@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.similarity import Group, Similarity
 from shadowlit.errors import ShadowlitError
-from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
+from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, save_image, styled
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
 
@@ -136,5 +136,4 @@ def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:
         ShadowlitError: no tensor lies in a decoder layer.
     """
     figure = draw_heat_maps([of_similarity(similarity) for similarity in similarities])
-    figure.savefig(target, dpi=200, format=target.suffix[1:])
-    return target
+    return save_image(figure, target, dpi=200)

@@ -22,7 +22,6 @@ from shadowlit.pair.pair import ModelPair
 
 Points = Sequence[tuple[int, float]]
 SUBJECTS = ("tuned", "grafted", "base", "instruct")
-_SCORES = ("loss", "perplexity", "accuracy", "sequence_accuracy")
 _NO_ANSWERS = (
     "There are no answers. A run leaves them at a validation in which an evaluator of its configuration's section "
     "'evaluation' is due."

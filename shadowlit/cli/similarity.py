@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from shadowlit.analysis.similarity import Group, Report, Similarity
 from shadowlit.analysis.similarity import similarity as compare_models
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
+from shadowlit.files import replace_text
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
@@ -51,12 +51,21 @@ def similarity(
     report = compare_models(*models, effective_rank=effective_rank, progress=True)
     _tell(report, Console(highlight=False))
     if out is not None:
-        text = report.to_json() if out.endswith(".json") else report.to_csv()
-        _replace(Path(out), lambda path: path.write_text(text, encoding="utf-8"))
+        with _writing(out):
+            replace_text(Path(out), report.to_json() if out.endswith(".json") else report.to_csv())
     if heat_map is not None:
         from shadowlit.analysis.heat_map import plot_heat_map  # late: matplotlib takes longer than a small comparison
 
-        _replace(Path(heat_map), lambda path: plot_heat_map(report.similarities, path))
+        with _writing(heat_map):
+            plot_heat_map(report.similarities, Path(heat_map))
+
+
+@contextmanager
+def _writing(target: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShadowlitError(f"{target} can't be written: {error}. Choose another place.") from error
 
 
 def _tell(report: Report, console: Console) -> None:
@@ -169,15 +178,3 @@ def _number(value: float) -> str:
 def _require_ending(name: str, path: str | None, endings: Sequence[str]) -> None:
     if path is not None and Path(path).suffix not in endings:
         raise ShadowlitError(f"{name} is {path!r}; expected a name ending in {', '.join(endings)}.")
-
-
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and rename it into place, so that it is there complete or not at all."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
-            beside = Path(folder) / target.name
-            write(beside)
-            os.replace(beside, target)
-    except OSError as error:
-        raise ShadowlitError(f"{target} can't be written: {error}. Choose another place.") from error
