@@ -230,7 +230,7 @@ def test_prompts_end_before_the_answer():
     assert longer == asked + "b<|im_end|>\n" + asked.replace("a<", "c<")
     assert tokenizer.decode(encode_question(tokenizer, talk("a", "b", "c"), None).input_ids) == longer
     with pytest.raises(DataError, match=r"no turn before the answer.*Add the question"):
-        encode_question(tokenizer, [{"role": "assistant", "content": "a"}], None).input_ids
+        encode_question(tokenizer, [{"role": "assistant", "content": "a"}], None)
 
 
 def test_no_chat_template_and_no_fast_tokenizer():
