@@ -30,26 +30,26 @@ _BAR = 8  # characters
 def similarity(
     models: list[str], out: str | None = None, heat_map: str | None = None, effective_rank: bool = False
 ) -> None:
-    """Tell how alike models of one architecture are, and what that means for a graft.
+    """Measure how similar models of one architecture are, and say what that means for a graft.
 
-    Streams: a few rows of each tensor are in memory at a time.
+    Only a few rows of each tensor are in memory at a time.
 
     Args:
         models: Folders or hub ids. BASE INSTRUCT gives σ = Σ|a - b| / (Σ|a| + Σ|b|) as in Shadow-FT (arXiv 2505.12716),
             cosine and relative norm. BASE TUNED INSTRUCT compares each with the first, and the offsets from it with
-            each other: how the update lies to what made the Instruct. DELTA_B DELTA_I, the updates learned from the
-            Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their cosine, the first
-            thing to read before a graft.
-        out: Write all numbers to this file: .json or .csv.
+            each other: the angle between the update and the offset of the Instruct. DELTA_B DELTA_I, the updates
+            learned from the Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their
+            cosine, the first number to look at before a graft.
+        out: File for all numbers: .json or .csv.
         heat_map: Image file for a heat map of σ, or of the cosine of updates, by layer and kind of tensor: .png, .pdf
             or .svg.
-        effective_rank: Also how many directions the offset from the first model uses in each matrix (Roy and Vetterli
-            2007). Takes minutes to hours, and the memory of the largest matrix in float32.
+        effective_rank: Also compute how many directions the offset from the first model uses in each matrix (Roy and
+            Vetterli 2007). Takes minutes to hours, and the memory of the largest matrix in float32.
     """
     _require_ending("out", out, (".json", ".csv"))
     _require_ending("heat_map", heat_map, _IMAGES)
     report = compare_models(*models, effective_rank=effective_rank, progress=True)
-    _tell(report, Console(highlight=False))
+    _print(report, Console(highlight=False))
     if out is not None:
         with _writing(out):
             replace_text(Path(out), report.to_json() if out.endswith(".json") else report.to_csv())
@@ -68,7 +68,7 @@ def _writing(target: str) -> Iterator[None]:
         raise ShadowlitError(f"{target} can't be written: {error}. Choose another place.") from error
 
 
-def _tell(report: Report, console: Console) -> None:
+def _print(report: Report, console: Console) -> None:
     """Print tables and verdicts."""
     for letter, model in report.models.items():
         console.print(f"{letter} = {model}", soft_wrap=True)
@@ -89,7 +89,7 @@ def _tell(report: Report, console: Console) -> None:
 
 
 def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[Group]]) -> Table:
-    """A row per kind or layer: everything about a single pair, else the first measure of each pair."""
+    """One row per kind or layer: all measures of a single pair, or the first measure of several pairs."""
     measure = family[0].measures[0]
     single = len(family) == 1
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}")
@@ -116,7 +116,7 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
 
 
 def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -> Table:
-    """A row per layer: the first measure over all of its experts, and the experts at the two ends."""
+    """One row per layer: the first measure over all of its experts, and its least and greatest expert."""
     measure = similarity.measures[0]
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}")
     for heading in ("layer", "experts", "all", "least", "expert", "most", "expert"):
@@ -131,7 +131,7 @@ def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -
 
 
 def _model_level(family: Sequence[Similarity]) -> Table:
-    """A row per pair. σ is the paper's mean over the tensors in decoder layers, the rest is over all elements."""
+    """One row per pair. σ is the paper's mean over the tensors in decoder layers; the rest is over all elements."""
     weights = family[0].of == "weights"
     table = _table("whole model")
     table.add_column("pair")
@@ -150,7 +150,7 @@ def _table(title: str) -> Table:
 
 
 def _runs(layers: Sequence[Group]) -> list[Group]:
-    """Layers, or runs of them where there are more than the table has rows."""
+    """Layers, or groups of successive layers where there are more than the table has rows."""
     step = max(1, -(-len(layers) // _MAX_ROWS))
     runs = [layers[i : i + step] for i in range(0, len(layers), step)]
     return [
