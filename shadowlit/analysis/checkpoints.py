@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _ADAPTER_NAME = re.compile(r"\b(lora_(?:embedding_)?[AB])\.[^.]+")
 _SHARDED = ".metadata"  # of torch.distributed.checkpoint, written last
-_REST = "meta.pt"  # what Lightning keeps beside the shards
+_REST = "meta.pt"  # what Lightning stores next to the shards
 _CACHED = 2  # whole tensors of a sharded checkpoint
 
 
@@ -45,9 +45,9 @@ class Stage:
     """A checkpoint of a run.
 
     Attributes:
-        step: optimizer steps done.
-        path: the file, or the folder of a sharded one.
-        reader: of what was trained.
+        step: Optimizer steps done.
+        path: The file, or the folder of a sharded one.
+        reader: Reader of the trained tensors.
     """
 
     step: int
@@ -65,7 +65,7 @@ class TrainedReader(ComputedReader):
         path: ``*.ckpt``, a file or a folder.
 
     Raises:
-        CheckpointError: it isn't complete, or not a checkpoint of a ``ShadowModule``.
+        CheckpointError: It isn't complete, or not a checkpoint of a ``ShadowModule``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -98,7 +98,7 @@ def latest(run: str | Path) -> Stage:
     """The newest complete checkpoint below a run's folder, or the checkpoint itself.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     folder = Path(run)
     paths = [folder] if folder.suffix == ".ckpt" else sorted(folder.rglob("*.ckpt"), key=_written, reverse=True)
@@ -114,11 +114,11 @@ def stages(run: str | Path, most: int | None = None) -> list[Stage]:
     One that is being written, or that the run removes meanwhile, is left out with a warning.
 
     Args:
-        run: the run's folder, or a checkpoint.
-        most: of so many steps, evenly spread over those that there are, the first and the last included.
+        run: The run's folder, or a checkpoint.
+        most: Largest number of checkpoints; more are thinned out evenly, keeping the first and the last.
 
     Raises:
-        DataError: there are none.
+        DataError: There are none.
     """
     folder = Path(run)
     # The newest one is kept twice, under its own name and as last.ckpt: the own name comes first.
@@ -142,14 +142,14 @@ def open_stage(
     """The update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
 
     Args:
-        stage: of :func:`stages`.
-        pair: that was trained; None for the one in the run's ``config.yaml``.
-        adapter: its settings, for an adapter; None for those in ``config.yaml``.
-        select: which tensors, as in ``graft.select``; None for the run's own selection: what reaches the Instruct.
+        stage: One of :func:`stages`.
+        pair: Pair that was trained; None for the one in the run's ``config.yaml``.
+        adapter: Settings of an adapter; None for those in ``config.yaml``.
+        select: Tensors, as in ``graft.select``; None for the run's own selection.
 
     Raises:
-        DataError: there is no configuration that tells what isn't given.
-        GraftError: the checkpoint doesn't fit the Base, or its adapter has no exact update.
+        DataError: What isn't given isn't in a configuration either.
+        GraftError: The checkpoint doesn't fit the Base, or its adapter has no exact update.
     """
     home, config = _config_above(stage.path)
     pair = pair or pair_of(config, home)

@@ -26,7 +26,7 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
         For every metric its values with the optimizer step they were logged at, in order.
 
     Raises:
-        DataError: there is no such file, or it has no steps.
+        DataError: There is no such file, or it has no steps.
     """
     if not file.is_file():
         raise DataError(f"there is no {file}. Expected the metrics.csv that CSVLogger writes into a run's folder.")
@@ -52,16 +52,16 @@ def plot_curves(
     grafted one is the Instruct.
 
     Args:
-        metrics: the run's ``metrics.csv``.
+        metrics: The run's ``metrics.csv``.
         target: Path of the image; its ending gives the format (png, pdf, svg).
-        sets: names of validation sets; the empty name is all of them together.
-        whats: metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
+        sets: Names of validation sets; the empty name is all of them together.
+        whats: Metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
 
     Returns:
         ``target``.
 
     Raises:
-        DataError: the run logged none of what was asked for.
+        DataError: The run logged none of what was asked for.
     """
     series = read_metrics(metrics)
     figure, axes = panels(len(whats), len(sets), 4.2 * len(sets), 3.1 * len(whats))

@@ -38,14 +38,14 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
     """The update in whatever holds one; nothing is read before its rows are asked for.
 
     Args:
-        source: a run's folder or a checkpoint of it (the newest, also while the run goes on), a folder of
+        source: Folder of a run or a checkpoint of it (the newest, also while the run goes on), a folder of
             ``shadowlit delta make``, an adapter, or a tuned model.
-        base: what an adapter or a tuned model was trained from: folder or hub id.
-        select: which tensors, as in ``graft.select``; None for what the run grafts, and for all of any other update.
+        base: Folder or hub id of the model that an adapter or a tuned model was trained from.
+        select: Tensors, as in ``graft.select``; None for those that the run grafts, and for all of any other update.
 
     Raises:
-        DataError: it is none of these.
-        GraftError: it doesn't fit the Base, or has no exact update.
+        DataError: It is none of these.
+        GraftError: It doesn't fit the Base, or has no exact update.
     """
     folder = Path(source)
     if any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json")):
@@ -84,12 +84,12 @@ class TensorNorm:
     """The size of one tensor of an update.
 
     Attributes:
-        name: the tensor's name.
-        layer: its decoder layer, from 0; None outside of them.
-        kind: what it is, e.g. ``q_proj``.
-        num_elements: its elements.
-        square: its squared Euclidean norm.
-        weight_square: that of the weights it is an update of; NaN if they weren't given.
+        name: The tensor's name.
+        layer: Its decoder layer, from 0; None outside of them.
+        kind: Kind of tensor, e.g. ``q_proj``.
+        num_elements: Its elements.
+        square: Its squared Euclidean norm.
+        weight_square: Squared norm of the weights that it updates; NaN if they weren't given.
     """
 
     name: str
@@ -114,8 +114,8 @@ def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]
     """The size of every tensor of an update, streamed.
 
     Args:
-        delta: the update.
-        weights: those that it is an update of, for relative norms. Where these lack a tensor or have another shape
+        delta: The update.
+        weights: Those that it is an update of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
     squares: dict[str, float] = {}
@@ -143,7 +143,7 @@ def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
     Without the weights the root mean square of the update, ``‖Δ‖ / √n``.
 
     Args:
-        found: of :func:`norms_of`.
+        found: Result of :func:`norms_of`.
     """
     return [_norm_map(title, tensors) for title, tensors in found.items()]
 
@@ -167,7 +167,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
     """A row per update: its size, its size relative to the weights, and where the most of it is.
 
     Args:
-        found: of :func:`norms`, by the updates' names.
+        found: Results of :func:`norms`, by the updates' names.
     """
     rows = []
     for name, tensors in found.items():
@@ -198,13 +198,13 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
     """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
 
     Args:
-        deltas: two to 26, by their names; a tensor that one lacks is zero there.
-        density: share of each tensor's elements, the largest, that are compared; the others count as zero, as TIES
+        deltas: Two to 26 updates by name; a tensor that one lacks is zero there.
+        density: Share of each tensor's elements, the largest, that are compared; the others count as zero, as TIES
             (arXiv 2306.01708) trims them. Below 1, one tensor of each is in memory.
 
     Raises:
-        PairError: fewer than two or more than 26, or they differ in shape.
-        GraftError: the density is outside (0, 1].
+        PairError: Fewer than two or more than 26, or they differ in shape.
+        GraftError: The density is outside (0, 1].
     """
     kept = dict(deltas) if density == 1 else {name: trimmed(delta, density) for name, delta in deltas.items()}
     report: Report = compare([reader_of(name, delta) for name, delta in kept.items()], deltas=True)
@@ -224,11 +224,11 @@ class Matrix:
     """A number for every two updates.
 
     Attributes:
-        names: of the updates.
+        names: Names of the updates.
         values: [k, k], symmetric; the diagonal is what an update has with itself.
-        label: what the numbers are.
-        centre: the value of unrelated updates, for a diverging map; None for a map from 0 to 1.
-        inverted: high values are the bad ones.
+        label: Meaning of the numbers.
+        centre: The value of unrelated updates, for a diverging map; None for a map from 0 to 1.
+        inverted: High values are the bad ones.
     """
 
     names: tuple[str, ...]
@@ -242,7 +242,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
     """A measure of every two updates, over all elements.
 
     Args:
-        similarities: of :func:`compare_deltas`.
+        similarities: Results of :func:`compare_deltas`.
         measure: ``cosine``; ``sign_agreement``; or ``sign_conflict``, the share of opposite signs among the elements
             that neither leaves at zero.
     """
@@ -270,7 +270,7 @@ def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
     """The comparison of two updates out of those of several.
 
     Raises:
-        DataError: there is none of the two.
+        DataError: There is none of the two.
     """
     found = [one for one in similarities if {one.a, one.b} == {a, b}]
     if not found:
@@ -283,12 +283,12 @@ def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
     """Names of the matrices of an update in some decoder layers, in the order of layers and names.
 
     Args:
-        delta: the update.
-        layers: which; None for up to four, evenly spread with both ends, since singular values of large matrices
-            take seconds each.
+        delta: The update.
+        layers: Decoder layers; None for up to four, evenly spread with both ends, since singular values of large
+            matrices take seconds each.
 
     Raises:
-        GraftError: the update has no matrix in them.
+        GraftError: The update has no matrix in them.
     """
     named = {name: layer_of(name) for name, shape in delta.shapes.items() if len(shape) == 2}
     there = sorted({layer for layer in named.values() if layer is not None})

@@ -29,14 +29,14 @@ class Scorer:
     """An Instruct in memory, in float32, and the validation data of a run.
 
     Args:
-        pair: whose Instruct is scored.
-        config: of the run; its section ``data`` counts.
-        folder: of the run, from which relative paths are looked for.
-        batches: of each validation set; None for all.
-        device: that computes.
+        pair: Pair whose Instruct is scored.
+        config: Configuration of the run, of which the section ``data`` is used.
+        folder: Folder of the run, from which relative paths are looked up.
+        batches: Number of batches of each validation set; None for all.
+        device: Device that computes.
 
     Raises:
-        DataError: no validation data, or broken ones.
+        DataError: The validation data are missing or broken.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class Scorer:
         afterwards.
 
         Args:
-            update: by the names of the Instruct's tensors; None for the untouched Instruct.
+            update: Update by the names of the Instruct's tensors; None for the untouched Instruct.
 
         Raises:
-            DataError: the update changes tensors that the model hasn't, or their shapes.
+            DataError: The update has tensors that the model lacks, or other shapes.
         """
         reader = self._by_parameter(update or Delta.of({}))
         changed = {name: info.shape for name, info in reader.tensors.items()}

@@ -1,4 +1,4 @@
-"""How alike checkpoints are: the paper's σ and its relatives, and the angle between updates, read in one pass."""
+"""The similarity of checkpoints: the paper's σ and its relatives, and the angle between updates, in one pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MEASURES = {
     "deltas": ("cosine", "sign_agreement", "norm_ratio"),
     "offsets": ("cosine", "sign_agreement", "norm_ratio"),
 }
-"""What is measured of two models, of two updates, and of two offsets from one model; see ``Sums``."""
+"""Measures of two models, of two updates, and of two offsets from one model; see ``Sums``."""
 _RANKS = ("effective_rank", "stable_rank")
 _MAX_MODELS = 26
 
@@ -48,12 +48,12 @@ class TensorSimilarity:
     """Two tensors of one name.
 
     Attributes:
-        name: the tensor's name.
-        layer: its decoder layer, from 0; ``None`` outside of them.
-        kind: what it is, e.g. ``q_proj``.
-        sums: what the measures follow from.
-        effective_rank: of the offset b - a, for matrices of two models; ``None`` if not asked for.
-        stable_rank: likewise.
+        name: The tensor's name.
+        layer: Its decoder layer, from 0; ``None`` outside of them.
+        kind: Kind of tensor, e.g. ``q_proj``.
+        sums: Sums that the measures follow from.
+        effective_rank: Effective rank of the offset b - a, for matrices of two models; ``None`` if not asked for.
+        stable_rank: Stable rank of that offset.
     """
 
     name: str
@@ -74,8 +74,8 @@ class Group:
     """Some tensors of a comparison together.
 
     Attributes:
-        key: what they have in common: a kind, a layer, or an expert.
-        tensors: at least one.
+        key: Kind, layer or expert that they have in common.
+        tensors: One or more tensors.
     """
 
     key: str | int | None
@@ -106,10 +106,10 @@ class Similarity:
     """Two checkpoints, two deltas, or two offsets from one checkpoint, tensor by tensor.
 
     Attributes:
-        a: what the first is called: ``A``, or ``B - A`` for an offset.
-        b: what the second is called.
-        of: ``weights``, ``deltas`` or ``offsets``; says which measures there are.
-        tensors: in the order of their names.
+        a: Name of the first: ``A``, or ``B - A`` for an offset.
+        b: Name of the second.
+        of: ``weights``, ``deltas`` or ``offsets``; decides which measures there are.
+        tensors: Tensors, sorted by name.
     """
 
     a: str
@@ -124,7 +124,7 @@ class Similarity:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names of the measures, the most telling first."""
+        """Names of the measures, the most informative first."""
         ranked = any(tensor.effective_rank is not None for tensor in self.tensors)
         return MEASURES[self.of] + (("effective_rank",) if ranked else ())
 
@@ -170,7 +170,7 @@ class Similarity:
 
     @property
     def verdict(self) -> str:
-        """What it means for a graft, in a sentence or two."""
+        """The meaning for a graft, in a sentence or two."""
         return {"weights": self._of_weights, "deltas": self._of_deltas, "offsets": self._of_offsets}[self.of]()
 
     def _of_weights(self) -> str:
@@ -216,9 +216,10 @@ class Report:
     """Several checkpoints, compared.
 
     Attributes:
-        models: what was compared: folder or hub id by letter, A being the first.
-        similarities: of A with each of the others and of the others' offsets from A; or of every two deltas.
-        left_out: tensors that are not in all models, by letter, and so were not compared. Of deltas none is: a tensor
+        models: Folders or hub ids that were compared, by letter; A is the first.
+        similarities: Similarities of A with each of the others and of the others' offsets from A; of deltas, of every
+            two.
+        left_out: Tensors that are not in all models, by letter, and so were not compared. Of deltas none is: a tensor
             that one lacks is an update of zero.
     """
 
@@ -305,7 +306,7 @@ def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:
     """A reader of the model or the delta in a folder, and whether it is a delta.
 
     Raises:
-        CheckpointError: there is neither, or its files are broken.
+        CheckpointError: There is neither, or its files are broken.
     """
     is_delta = any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json"))
     return (CheckpointReader(folder, DELTA_FILE) if is_delta else CheckpointReader(folder)), is_delta
@@ -336,15 +337,15 @@ def compare(
     :func:`in_one_layout`. Computed in float32, added up in float64.
 
     Args:
-        readers: two or more checkpoints; the Base first.
-        deltas: they hold updates, not weights.
-        advance: called with the number of elements of every part that is done.
+        readers: Two or more checkpoints; the Base first.
+        deltas: They hold updates, not weights.
+        advance: Called with the number of elements of every part that is done.
 
     Raises:
-        PairError: fewer than two or more than 26 are given, they share no tensor, or one differs in shape (outside of
+        PairError: Fewer than two or more than 26 are given, they share no tensor, or one differs in shape (outside of
             the decoder layers, as in embedding and head, the numbers of rows may differ; then the shared rows are
             compared).
-        CheckpointError: a tensor holds NaN or infinities.
+        CheckpointError: A tensor holds NaN or infinities.
     """
     if not 2 <= len(readers) <= _MAX_MODELS:
         raise PairError(f"{len(readers)} models were given; expected 2 to {_MAX_MODELS}. Give the Base first.")
@@ -370,7 +371,7 @@ def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
     """Names of the tensors to compare: those in all models, or in any of several deltas; their shapes fit.
 
     Raises:
-        PairError: there are none, or shapes differ.
+        PairError: There are none, or shapes differ.
     """
     present = {name: [r.tensors[name] for r in readers if name in r.tensors] for r in readers for name in r.tensors}
     names = sorted(name for name, found in present.items() if deltas or len(found) == len(readers))
@@ -394,9 +395,9 @@ def with_ranks(
     Takes far longer than reading; holds one offset in float32, and the Gram matrix of its smaller side in float64.
 
     Args:
-        report: of these readers.
-        readers: of models, not of deltas.
-        advance: called with the number of elements of every matrix that is done.
+        report: Report on these readers.
+        readers: Readers of models, not of deltas.
+        advance: Called with the number of elements of every matrix that is done.
     """
     from shadowlit.delta.spectrum import effective_rank, singular_values, stable_rank
 
@@ -430,7 +431,7 @@ def _offset(a: TensorReader, b: TensorReader, name: str) -> Tensor:
 
 
 def _pairs(letters: Sequence[str], deltas: bool) -> Iterator[tuple[Similarity, Callable[[Moments], Sums]]]:
-    """What is compared, still without tensors, and how its sums are had."""
+    """Yield what is compared, still without tensors, and the function that returns its sums."""
     names = letters if deltas else [f"{letter} - {letters[0]}" for letter in letters[1:]]
     if not deltas:
         for i, letter in enumerate(letters[1:], start=1):

@@ -27,9 +27,9 @@ class Spectrum:
     """The singular values of one matrix of an update.
 
     Attributes:
-        name: the tensor's name.
-        layer: its decoder layer, from 0.
-        kind: what it is, e.g. ``q_proj``.
+        name: The tensor's name.
+        layer: Its decoder layer, from 0.
+        kind: Kind of tensor, e.g. ``q_proj``.
         values: [min(out, in)], descending, float64.
     """
 
@@ -61,11 +61,11 @@ def spectra(delta: Delta, layers: Sequence[int] | None = None) -> list[Spectrum]
     """The singular values of the matrices of an update; one matrix is in memory at a time.
 
     Args:
-        delta: the update.
-        layers: which decoder layers; None for up to four, evenly spread.
+        delta: The update.
+        layers: Decoder layers; None for up to four, evenly spread.
 
     Raises:
-        GraftError: the update has no matrix in them.
+        GraftError: The update has no matrix in them.
     """
     return [
         Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
@@ -82,7 +82,7 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
     """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices.
 
     Args:
-        found: of :func:`spectra_of`.
+        found: Result of :func:`spectra_of`.
     """
     maps = []
     for title, each in found.items():
@@ -97,7 +97,7 @@ def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
     """A row per update: means over its matrices.
 
     Args:
-        found: of :func:`spectra`, by the updates' names.
+        found: Results of :func:`spectra`, by the updates' names.
     """
     rows = [
         (
@@ -119,7 +119,7 @@ class Overlap:
     Attributes:
         matrix: φ of every two, the mean over the matrices, 0 to 1.
         chance: φ of random subspaces of these dimensions.
-        rank: how many directions of each.
+        rank: Number of directions of each.
         side: ``output`` or ``input``.
     """
 
@@ -139,14 +139,14 @@ def subspace_overlap(
     LoRA (arXiv 2106.09685, section 7.2). A sign or a size that differs doesn't show here, as it does in a cosine.
 
     Args:
-        deltas: two or more, by their names.
-        rank: leading directions of each; of a matrix of lower rank all that it has.
+        deltas: Two or more updates by name.
+        rank: Number of leading directions of each; a matrix of lower rank contributes all that it has.
         side: ``output`` for the left singular vectors (what the updates write), ``input`` for the right ones (what
             they read).
-        layers: which decoder layers; None for up to four, evenly spread.
+        layers: Decoder layers; None for up to four, evenly spread.
 
     Raises:
-        GraftError: the rank isn't positive, or they share no matrix in these layers.
+        GraftError: The rank isn't positive, or they share no matrix in these layers.
     """
     if rank < 1 or len(deltas) < 2:
         raise GraftError(f"rank={rank} of {len(deltas)} updates; expected at least 1, and two updates.")
@@ -186,7 +186,7 @@ def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
 
     Args:
         matrix: [out, in].
-        rank: how many; fewer if the matrix has fewer singular values above 1e-6 of the largest.
+        rank: Number of vectors; fewer if the matrix has fewer singular values above 1e-6 of the largest.
         side: ``output`` for left ones [out, r], ``input`` for right ones [in, r].
 
     Returns:

@@ -1,4 +1,4 @@
-"""Safetensors folders: a lazy reader, a streaming writer, and a folder that appears whole or not at all.
+"""Safetensors folders: a lazy reader, a streaming writer, and a folder that is written atomically.
 
 Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here
 unpickles.
@@ -375,7 +375,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """A folder that appears at ``target`` complete, or not at all.
 
-    Yields a temporary folder beside ``target``. When the block ends well, its files are flushed to the disk
+    Yields a temporary folder next to ``target``. When the block ends well, its files are flushed to the disk
     and it is renamed to ``target``; after any exception it is removed. Only a killed process or a power cut
     can leave it behind, as ``.<name>.partial-*``: the next one for the same target warns of it, and leaves it
     alone, since another process may be writing there.
@@ -400,7 +400,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         raise
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors tells a full disk as an error of its own.
+        # safetensors reports a full disk as an error of its own.
         if isinstance(error, OSError | SafetensorError):
             raise ExportError(
                 f"{path} could not be written: {error}. Nothing is left of it; free space or choose another target."
@@ -427,7 +427,7 @@ def _make_beside(path: Path, partial: Path) -> None:
 
 def _put_in_place(partial: Path, path: Path) -> None:
     try:
-        partial.rename(path)  # fails, as it must, if something has come to lie there meanwhile
+        partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
     except OSError as error:
         raise _KeptError(
             f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
@@ -435,7 +435,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _warn_of_leftovers(path: Path) -> None:
-    """Tell the unfinished folders that killed runs left beside ``path``, with their sizes."""
+    """Log the unfinished folders that killed runs left next to ``path``, with their sizes."""
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):
         with contextlib.suppress(OSError):  # its writer may just be finishing
             size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())

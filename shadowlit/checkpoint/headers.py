@@ -95,11 +95,11 @@ class TensorInfo:
 
     @property
     def is_weight(self) -> bool:
-        """Whether the values are weights as they stand: an 8-bit float, like an integer, needs a scale beside it."""
+        """Whether the values are weights by themselves: an 8-bit float, like an integer, needs a scale as well."""
         return self.is_floating_point and self.itemsize > 1
 
     def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
-        """As it is where all floating-point tensors are brought to ``dtype``; ``None`` leaves them."""
+        """Return the description after floating-point tensors are converted to ``dtype``; ``None`` changes nothing."""
         return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[_name_of(dtype)])
 
     @property
@@ -129,7 +129,7 @@ def read_folder(folder: Path, single_file: str) -> tuple[dict[str, Entry], dict[
     """All tensors of a folder, sorted by name, checked against the index if there is one; and the files' states."""
     if not os.path.isdir(folder):
         raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
-    # Whatever has the name is meant as the model: a link that leads nowhere is told, not passed over.
+    # Whatever has this name is meant as the model: a dangling link is an error and is not skipped.
     if os.path.lexists(folder / single_file):
         entries, state = _read_header(folder, single_file)
         return dict(sorted(entries.items())), {single_file: state}
@@ -170,14 +170,14 @@ def read_weight_map(path: Path) -> dict[str, str]:
     outside = [file for file in files if file in (".", "..") or re.search(r"[/\\]", file) or not _is_name(file)]
     if outside:
         raise CheckpointError(
-            f"{path} names files that do not lie beside it: {some_of(map(repr, outside))}. Shards must be plain file "
+            f"{path} names files outside of its folder: {some_of(map(repr, outside))}. Shards must be plain file "
             "names in the index's own folder; save the model again, and do not trust this one."
         )
     missing = [file for file in files if not os.path.lexists(path.parent / file)]
     if missing:
         raise CheckpointError(
             f"{path} names {len(files)} files, of which {len(missing)} are missing: {some_of(missing)}. "
-            "Finish the download, or copy the missing shards beside the index."
+            "Finish the download, or copy the missing shards into the index's folder."
         )
     _require_distinct(path, files)
     return weight_map
@@ -278,7 +278,7 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
 
 
 def _regular(path: Path) -> os.stat_result:
-    """What the system says of a file, which must be a regular one; asked before opening, since a pipe would wait."""
+    """Return the status of a regular file; checked before opening it, since opening a pipe would block."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:

@@ -30,10 +30,10 @@ _BLOCK_BYTES = 2**20
 
 
 def canonical_keys(reader: TensorReader) -> dict[str, str]:
-    """The names of a checkpoint by their canonical keys.
+    """Return the names of a checkpoint by their canonical keys.
 
     Raises:
-        CheckpointError: two names have one key.
+        CheckpointError: Two names have one key.
     """
     keys: dict[str, str] = {}
     for name in reader.tensors:
@@ -50,12 +50,12 @@ def require_plain(reader: TensorReader) -> None:
     """Raise for a checkpoint whose tensors are not the weights themselves.
 
     Raises:
-        CheckpointError: it holds adapters that were not merged, or quantised weights.
+        CheckpointError: It holds adapters that were not merged, or quantised weights.
     """
     adapters = [name for name in reader.tensors if is_unmerged_name(name)]
     if adapters:
         raise CheckpointError(
-            f"{reader.folder} holds adapters beside their weights ({some_of(adapters)}); expected a plain model, or "
+            f"{reader.folder} holds adapters next to its weights ({some_of(adapters)}); expected a plain model, or "
             "the adapter's own folder with adapter_config.json. Merge it (peft's merge_and_unload) and save that."
         )
     quantised = [name for name in reader.tensors if is_quantised_name(name)]
@@ -71,9 +71,9 @@ class Range:
     """A run of bytes of a tensor.
 
     Attributes:
-        name: the tensor's name.
-        start: the first byte, from the tensor's beginning.
-        num_bytes: how many.
+        name: The tensor's name.
+        start: The first byte, from the tensor's beginning.
+        num_bytes: Number of bytes.
     """
 
     name: str
@@ -114,7 +114,7 @@ class _Side:
         return "columns" if n == m and (2 * c, d) == (b, a) else None
 
     def repeats_embedding(self) -> bool:
-        """Whether the output head is the embedding once more, bit for bit."""
+        """Whether the output head repeats the embedding, bit for bit."""
         embedding = self.embedding()
         if embedding is None or _HEAD not in self.keys:
             return False
@@ -144,7 +144,7 @@ class _Side:
         for experts, kinds in found.items():
             counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
             for kind, numbers in kinds.items():
-                # Looked for as far as they are told: the largest number comes from a file, and may be any.
+                # Only as many as are listed: the largest number comes from a file and may be anything.
                 missing = [n for n in range(min(counts[experts], len(numbers) + 5)) if n not in numbers][:5]
                 others = counts[experts] - len(numbers) - len(missing)
                 if missing:
@@ -225,7 +225,7 @@ class LayoutReader(TensorReader):
         self.tensors[name] = replace(self._reader.tensors[ranges[0].name], name=name, shape=shape)
 
     def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
-        """All experts' matrices of ``kinds``, expert by expert, as one tensor."""
+        """Present all experts' matrices of ``kinds``, expert by expert, as one tensor."""
         if experts not in own.experts:
             return
         keys = [f"{experts}.{number}.{kind}.weight" for number in range(own.experts[experts]) for kind in kinds]
@@ -241,7 +241,7 @@ class LayoutReader(TensorReader):
         self._present(name, (own.experts[experts], len(kinds) * rows, columns), own.whole(*keys))
 
     def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
-        """One expert's matrix as rows of the fused tensor."""
+        """Present rows of the fused tensor as one expert's matrix."""
         fused = f"{experts}.down_proj" if kind == "down_proj" else f"{experts}.gate_up_proj"
         if fused not in own.keys:
             return
@@ -289,12 +289,12 @@ def in_layout_of_module(reader: TensorReader, shapes: Mapping[str, tuple[int, ..
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What a stored tensor is of the fused one of its layer and kind.
+    """The part of a layer's fused tensor that a stored tensor holds.
 
     Attributes:
-        name: the stored tensor's name.
-        expert: whose matrix it holds; ``None`` if it is the fused tensor itself.
-        first_row: of that expert's matrix.
+        name: The stored tensor's name.
+        expert: Number of the expert whose matrix it holds; ``None`` if it is the fused tensor itself.
+        first_row: First row of that expert's matrix.
     """
 
     name: str
@@ -303,7 +303,7 @@ class ExpertRows:
 
 
 def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
-    """The fused tensors of a checkpoint's experts, which need not be stored so.
+    """Return the fused tensors of a checkpoint's experts, whether or not they are stored fused.
 
     Returns:
         By their canonical keys, ``layers.0.mlp.experts.down_proj`` say: the shape, [experts, outputs, inputs], and all

@@ -57,11 +57,11 @@ def open_checkpoint(folder: Path, allow_pickle: bool = False) -> TensorReader:
     """Open the checkpoint in a folder: safetensors, or pickled weights where those are allowed and there are no others.
 
     Args:
-        folder: the checkpoint's folder.
-        allow_pickle: read ``pytorch_model.bin`` as tensors alone.
+        folder: The checkpoint's folder.
+        allow_pickle: Read ``pytorch_model.bin`` as tensors alone.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it can't be read.
+        CheckpointError: There is no checkpoint, or it can't be read.
     """
     names = [f"{file}{suffix}" for file in (SAFETENSORS_FILE, SINGLE_FILE) for suffix in ("", ".index.json")]
     present = [name for name in names if (folder / name).is_file()]

@@ -63,7 +63,7 @@ _DEFINING = frozenset([
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
     "num_experts_per_tok", "layer_types", "query_pre_attn_scalar",
 ])
-# Seen in tensors, told by another check, or without effect on what the layers compute.
+# Seen in tensors, reported by another check, or without effect on what the layers compute.
 _SEEN_ELSEWHERE = frozenset([
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "tie_word_embeddings", "max_position_embeddings", "quantization_config", "dtype", "torch_dtype",
@@ -107,7 +107,7 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
     try:
         problems += _rename(base, instruct)
         if base.reader and instruct.reader:
-            # Either may hold its experts fused. What can't be brought together is told by the checks.
+            # Either may hold its experts fused. The checks report what can't be brought together.
             with contextlib.suppress(CheckpointError, GraftError):
                 base.reader = in_layout_of(base.reader, instruct.reader)
                 base.headers = base.reader.tensors

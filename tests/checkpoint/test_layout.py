@@ -338,7 +338,7 @@ def test_adapters_that_were_not_merged(tmp_path, name):
     left = write(tmp_path / "left", **{f"base_model.model.model.layers.0.{name}": torch.ones(3, 3)})
     plain = write(tmp_path / "plain", model__norm__weight=torch.ones(3))
     for pair in ((left, plain), (plain, left)):
-        with pytest.raises(CheckpointError, match=r"left holds adapters beside .*merge_and_unload"):
+        with pytest.raises(CheckpointError, match=r"left holds adapters next to .*merge_and_unload"):
             LayoutReader(*pair)
 
 
