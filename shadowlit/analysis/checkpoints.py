@@ -130,7 +130,7 @@ def stages(run: str | Path, most: int | None = None) -> list[Stage]:
     if not found:
         raise _none(folder)
     ordered = [found[step] for step in sorted(found)]
-    return [ordered[i] for i in _spread(len(ordered), most)]
+    return [ordered[i] for i in spread(len(ordered), most)]
 
 
 def open_stage(
@@ -271,8 +271,8 @@ def _code(path: Path, name: str, dtype: torch.dtype) -> str:
     return code
 
 
-def _spread(count: int, most: int | None) -> Sequence[int]:
-    """At most so many of ``count`` indices, evenly spread, with both ends."""
+def spread(count: int, most: int | None) -> Sequence[int]:
+    """Return at most ``most`` of ``count`` indices, evenly spread, with both ends."""
     if most is None or count <= most:
         return range(count)
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)} | {count - 1})

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shadowlit.analysis.checkpoints import latest, open_stage
+from shadowlit.analysis.checkpoints import latest, open_stage, spread
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
@@ -31,7 +31,7 @@ from shadowlit.pair.folders import model_folder
 
 def open_model(source: str | Path) -> CheckpointReader:
     """The weights of a model: a folder, or a hub id."""
-    return CheckpointReader(model_folder("model", str(source), None, False))
+    return CheckpointReader(model_folder("model", str(source)))
 
 
 def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
@@ -58,7 +58,7 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
         raise DataError(
             f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
         )
-    delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source), None, False)))
+    delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source))))
     return delta if select is None else delta.only(_selected(delta, select))
 
 
@@ -293,7 +293,7 @@ def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
     named = {name: layer_of(name) for name, shape in delta.shapes.items() if len(shape) == 2}
     there = sorted({layer for layer in named.values() if layer is not None})
     if layers is None:
-        layers = there if len(there) <= 4 else sorted({there[round(i * (len(there) - 1) / 3)] for i in range(4)})
+        layers = [there[i] for i in spread(len(there), 4)]
     wanted = set(layers)
     found = sorted((layer, name) for name, layer in named.items() if layer is not None and layer in wanted)
     if not found:

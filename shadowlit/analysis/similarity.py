@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowlit.analysis.sums import Moments, Sums, stream_moments
+from shadowlit.analysis.sums import Moments, Sums, mean_of_defined, stream_moments
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
@@ -89,12 +89,12 @@ class Group:
     @property
     def sigma(self) -> float:
         """Plain mean of σ over the tensors, as in the paper; empty tensors don't count."""
-        return _mean(tensor.sums.sigma for tensor in self.tensors)
+        return mean_of_defined(tensor.sums.sigma for tensor in self.tensors)
 
     @property
     def effective_rank(self) -> float:
         """Plain mean over the matrices whose offset isn't zero; NaN if there are none."""
-        return _mean(math.nan if t.effective_rank is None else t.effective_rank for t in self.tensors)
+        return mean_of_defined(math.nan if t.effective_rank is None else t.effective_rank for t in self.tensors)
 
     def measure(self, name: str) -> float:
         """One of ``MEASURES``, or ``effective_rank``: over all elements, but σ and ranks as means over the tensors."""
@@ -134,7 +134,7 @@ class Similarity:
 
         Embeddings, the final norm and the output head are left out.
         """
-        return _mean(tensor.sums.sigma for tensor in self.tensors if tensor.layer is not None)
+        return mean_of_defined(tensor.sums.sigma for tensor in self.tensors if tensor.layer is not None)
 
     @property
     def whole(self) -> Group:
@@ -274,7 +274,7 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
     """
     sources = [str(model) for model in models]
     with ExitStack() as stack:
-        opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(sources, start=1)]
+        opened = [open_reader(model_folder(f"{i}.", model)) for i, model in enumerate(sources, start=1)]
         readers: Sequence[TensorReader] = [stack.enter_context(reader) for reader, _ in opened]
         kinds = {is_delta for _, is_delta in opened}
         if len(kinds) > 1:
@@ -486,9 +486,3 @@ def _of_tensor(tensor: TensorSimilarity, of: str) -> dict[str, Any]:
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _mean(values: Iterator[float]) -> float:
-    """Of those that aren't NaN; NaN if there are none."""
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan

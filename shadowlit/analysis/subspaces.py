@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shadowlit.analysis.deltas import Matrix, matrices
 from shadowlit.analysis.heat_map import HeatMap
+from shadowlit.analysis.sums import mean_of_defined
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.names import kind_of, layer_of
 from shadowlit.delta.delta import Delta
@@ -89,7 +90,7 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
         ranks: dict[tuple[str, int], list[float]] = {}
         for one in each:
             ranks.setdefault((one.kind, one.layer), []).append(one.effective_rank)
-        maps.append(HeatMap(title, {at: _mean(values) for at, values in ranks.items()}, "effective rank"))
+        maps.append(HeatMap(title, {at: mean_of_defined(values) for at, values in ranks.items()}, "effective rank"))
     return maps
 
 
@@ -102,10 +103,10 @@ def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
     rows = [
         (
             name,
-            _mean([one.effective_rank for one in each]),
-            _mean([one.stable_rank for one in each]),
-            _mean([float(one.rank_of_share(0.9)) for one in each]),
-            _mean([float(len(one.values)) for one in each]),
+            mean_of_defined([one.effective_rank for one in each]),
+            mean_of_defined([one.stable_rank for one in each]),
+            mean_of_defined([float(one.rank_of_share(0.9)) for one in each]),
+            mean_of_defined([float(len(one.values)) for one in each]),
         )
         for name, each in found.items()
     ]
@@ -169,7 +170,7 @@ def subspace_overlap(
                         chance.append(max(left.shape[1], right.shape[1]) / len(left))
     values = torch.where(counts > 0, sums / counts.clamp_min(1), math.nan)
     told = Matrix(tuple(names), values, f"overlap φ of {rank} directions")
-    return Overlap(told, _mean(chance), rank, side)
+    return Overlap(told, mean_of_defined(chance), rank, side)
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
@@ -202,8 +203,3 @@ def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
         return leading
     # Dividing by small singular values costs orthogonality; QR restores it.
     return torch.linalg.qr(values.T.double() @ leading).Q
-
-
-def _mean(values: Sequence[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan

@@ -7,7 +7,7 @@ In numpy: importing torch would take longer than comparing two small models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -363,6 +363,12 @@ def _symmetric(size: int, pairs: Sequence[tuple[int, int]], values: Totals) -> T
     for (i, j), value in zip(pairs, values, strict=True):
         matrix[i, j] = matrix[j, i] = value
     return matrix
+
+
+def mean_of_defined(values: Iterable[float]) -> float:
+    """Return the mean of the values that aren't NaN; NaN if there are none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _round_up(size: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowlit.checkpoint.folder import atomic_folder
+from shadowlit.cli.functions import wide_console
 from shadowlit.errors import EvaluationError, ExportError
 from shadowlit.grafting.manifest import plain, versions, write_json
 from shadowlit.harness.models import Evaluation
@@ -26,8 +26,6 @@ from shadowlit.harness.tasks import Settings, harness_version, load_benchmarks, 
 from shadowlit.pair.folders import read_json
 
 _UNSAFE = re.compile(r"[^\w.-]+")
-# Wide enough for one line per row where no terminal sets a width, so that grep works.
-_PLAIN_WIDTH = 220
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda(:\d+)?")
 
 
@@ -94,7 +92,7 @@ def evaluate(
     if adapter is not None:
         read_json("adapter", local_folder(adapter, weights=False) / "adapter_config.json")
     start = time.perf_counter()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console = wide_console()
     benchmarks = load_benchmarks(suite, settings, tasks_folder)
     subjects = [Subject(source, adapter if i == len(model) else None) for i, source in enumerate(model, start=1)]
     for subject in subjects:  # an error in the last one must not come after hours of the first one

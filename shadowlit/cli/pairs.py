@@ -5,19 +5,15 @@ Listing and showing import no torch.
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from shadowlit.cli.functions import wide_console
 from shadowlit.errors import PairError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.registry import KnownPair, find_pair, load_registry
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-# Wide enough for one line per row where no terminal sets a width, so that grep works.
-_PLAIN_WIDTH = 220
 
 
 def list_pairs() -> None:
@@ -32,7 +28,7 @@ def list_pairs() -> None:
             table.add_section()
         family = pair.family
         table.add_row(pair.name, pair.base, pair.instruct, _template(pair), ", ".join(pair.peculiarities))
-    console = _console()
+    console = wide_console(markup=False)
     console.print(table)
     console.print("'python -m shadowlit pairs show NAME' explains a pair, 'pairs check NAME' checks it.", style="dim")
 
@@ -44,7 +40,7 @@ def show(name: str) -> None:
         name: Name of a known pair, e.g. qwen3-4b-2507.
     """
     pair = find_pair(name)
-    console = _console()
+    console = wide_console(markup=False)
     console.print(pair.name, style="bold")
     facts = {
         "Base": pair.base,
@@ -86,7 +82,7 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
         models = ModelPair(pair[0], pair[1], trust_remote_code=trust_remote_code)
     else:
         raise PairError(f"{len(pair)} models were given; expected the name of a known pair, or Base and Instruct.")
-    console = _console()
+    console = wide_console(markup=False)
     for who, source, revision in (
         ("Base", models.base, models.base_revision),
         ("Instruct", models.instruct, models.instruct_revision),
@@ -107,10 +103,6 @@ def _template(pair: KnownPair) -> str:
     """The model whose chat template is used, and whether the Base has one too."""
     other = {True: " (the Base has one too)", False: " (the Base has none)", None: ""}[pair.base_template]
     return f"{pair.template_owner.capitalize()}'s{other}"
-
-
-def _console() -> Console:
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 DEFAULT = "list"

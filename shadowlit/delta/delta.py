@@ -87,9 +87,9 @@ class Delta:
             CheckpointError: A checkpoint is missing or broken.
             GraftError: The two don't have the same tensors, or the selection matches none.
         """
-        folder = model_folder("base", str(base), None, False)
+        folder = model_folder("base", str(base))
         reader = CheckpointReader(folder)
-        update = open_update(reader, model_folder("tuned", str(tuned), None, False))
+        update = open_update(reader, model_folder("tuned", str(tuned)))
         manifest = {
             "base": describe_source(str(base), folder, reader.fingerprint()),
             "tuned": {"id": str(tuned)},

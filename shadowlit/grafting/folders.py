@@ -109,7 +109,7 @@ def plan_graft(
         open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
     ):
         in_place = base_of(instruct_reader, base_reader)
-        update = open_update(in_place, model_folder("tuned", str(tuned), None, False), allow_pickle)
+        update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
         strength = Strength.parse(str(scale))
         plan = DiskGraft(update, instruct_reader, strength, select, dtype)
 
@@ -139,7 +139,7 @@ def write_graft(
         dtype=plan.dtype,
         max_shard_bytes=max_shard_bytes,
         manifest=plan.manifest(),
-        files_from=None if files_from is None else model_folder("files_from", str(files_from), None, False),
+        files_from=None if files_from is None else model_folder("files_from", str(files_from)),
         stored=plan.graft.stored,
     )
     add_to_manifest(Path(out), {"survival": {"survival": plan.graft.survival}})
