@@ -113,7 +113,7 @@ def plan_graft(
         strength = Strength.parse(str(scale))
         plan = DiskGraft(update, instruct_reader, strength, select, dtype)
 
-        def manifest() -> dict[str, Any]:
+        def manifest() -> Mapping[str, Any]:
             return build_manifest(
                 pair, scale=strength.default, select=select, dtype=dtype, coverage=plan.coverage,
                 config={"tuned": str(tuned), "scale": str(scale)},
