@@ -1,4 +1,4 @@
-"""Progress bars that need no thread of their own: beside a thread, no process is forked to compute."""
+"""Progress bars without a thread of their own: a process with threads is not forked to compute."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _REFRESH_S = 0.1
 
 @contextmanager
 def progress_bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
-    """A bar that goes when the block ends; nothing is shown where the output is no terminal.
+    """Show a bar until the block ends; nothing is shown if the output is not a terminal.
 
     Args:
-        what: is being done, before the bar.
-        total: how much there is to do.
-        columns: behind the bar; the share that is done and the time that is left, if none are given.
+        what: Text before the bar.
+        total: Amount of work.
+        columns: Columns after the bar; by default the share that is done and the time that is left.
 
     Yields:
-        A function to call with what has been done since the last call.
+        A function to call with the amount of work done since the last call.
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

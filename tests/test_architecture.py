@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. Modules and packages on one floor don't import each other.
 FLOORS = [
-    {"errors", "files", "progress", "distributed", "version"},
+    {"errors", "files", "lazy", "progress", "distributed", "version"},
     {"plotting"},
     {"checkpoint"},
     {"pair"},

@@ -51,6 +51,11 @@ class EvaluationCallback(Callback):
 
     Stands after GraftCallback among the trainer's callbacks; without one, only the tuned model is measured.
 
+    Example::
+
+        math = Generation("math.jsonl", prompt="question", answer="answer", match="numeric")
+        Trainer(callbacks=[GraftCallback(), EvaluationCallback({"math": math})])
+
     Args:
         evaluators: What to measure, by name; the names appear in the metrics.
         scales: Those of graft.scales, beyond the first, that are measured too.

@@ -46,6 +46,11 @@ class ExportCallback(Callback):
     ``<folder>/adapter`` (for the Instruct, in PEFT's form), and on request ``<folder>/delta`` (the update itself, in
     bfloat16, as ``shadowlit delta`` has it). Needs a GraftCallback.
 
+    Example::
+
+        best = ModelCheckpoint(monitor="val/grafted/loss")
+        Trainer(callbacks=[GraftCallback(), best, ExportCallback(folder="export")])
+
     Args:
         enabled: Whether to export at all.
         parts: What to write: model, adapter (where there is one that can be moved), delta.

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of
-from shadowlit.cli.graft import format_bytes, parse_bytes, write_graft
+from shadowlit.cli.graft import format_bytes, parse_bytes, write_with_progress
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import dare, magnitude, truncated_svd
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk, open_update
+from shadowlit.grafting.disk import DiskGraft, Strength
+from shadowlit.grafting.folders import GraftPlan
 from shadowlit.grafting.manifest import describe_source, versions
-from shadowlit.grafting.selection import resolve
 from shadowlit.pair.folders import model_folder
 
 DType = Literal["bfloat16", "float32", "float16"]
@@ -47,20 +47,8 @@ def make(
         dtype: That the delta is stored in; bfloat16 loses about 0.2 % of it.
         shard_size: Largest file, e.g. 5GB or 500MB.
     """
-    base_folder, tuned_folder = model_folder("base", base, None, False), model_folder("tuned", tuned, None, False)
-    with CheckpointReader(base_folder) as reader:
-        update = open_update(reader, tuned_folder)
-        found = Delta.from_update(update).only(
-            resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
-        )
-        manifest = {
-            "base": describe_source(base, base_folder, reader.fingerprint()),
-            "tuned": {"id": tuned},
-            "select": select,
-            "history": [],
-            "versions": versions(),
-        }
-        _save(found, out, dtype, shard_size, manifest)
+    found = Delta.make(base, tuned, select)
+    _save(found, out, dtype, shard_size, found.manifest)
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:
@@ -250,7 +238,8 @@ def apply(
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        write_graft(plan, folder, Path(out), wanted, shard_size, manifest, files_from)
+        planned = GraftPlan(plan, folder, wanted, lambda: manifest)
+        write_with_progress(planned, Path(out), shard_size, files_from)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}

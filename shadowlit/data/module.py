@@ -82,6 +82,10 @@ class ShadowData(LightningDataModule):
     Needs ``trainer.use_distributed_sampler: false``; the loaders shard by themselves, without duplicates and with
     equally many batches on every rank, and the position in the training data is part of each checkpoint.
 
+    Example::
+
+        data = ShadowData(pair, train="train.jsonl", validation={"new": "new.jsonl", "old": "old.jsonl"})
+
     Args:
         pair: Its Instruct gives tokenizer and chat template.
         train: Source, or several that are joined.

@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
     }
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    picture = plot_curves(
+    plot = plot_curves(
         folder / "metrics.csv",
         folder / "curves.png",
         sets=("new", "new_house", "old"),
@@ -58,7 +58,7 @@ def main(args: list[str] | None = None) -> None:
     console.print(
         f"\ntrained, validated and exported in {trained_s:.0f} s ({share:.0%} of the training's time answering and "
         f"measuring forgetting), all in {time.perf_counter() - start:.0f} s\n"
-        f"picture   {picture}\nnumbers   {folder / 'demo.json'}\nmodel     {export.exported}\n\n"
+        f"plot      {plot}\nnumbers   {folder / 'demo.json'}\nmodel     {export.exported}\n\n"
         "Load it as any other model:\n"
     )
     console.print(

@@ -38,6 +38,10 @@ class Divergence(Evaluator):
     Where the chat template rewrites the history, a row is read once for each of its turns, as in training. Of plain
     text every token counts that has one before it.
 
+    Example::
+
+        EvaluationCallback({"chat": Divergence("chat.jsonl", limit=64)})
+
     Args:
         data: Conversations or plain text, as for training.
         max_length: Longest row, in tokens; a longer conversation is an error, a longer text is cut into pieces.

@@ -48,6 +48,10 @@ class Generation(Evaluator):
     Samples: ``index``, ``score``, ``prompt`` as the model reads it, ``answer``, ``reference`` (a list where there are
     several), ``finished``; ``too_long`` for prompts that weren't asked.
 
+    Example::
+
+        Generation("math.jsonl", prompt="question", answer="answer", match="numeric", max_new_tokens=256)
+
     Args:
         data: File with the rows: JSONL, JSON or Parquet.
         prompt: The field with the question. A row without it is asked by its ``messages``, whose last turn isn't shown

@@ -59,6 +59,10 @@ class MultipleChoice(Evaluator):
     Samples: ``index``, ``score``, ``prediction`` and ``label`` (numbers of choices, from 0), ``loglikelihoods``; no
     prediction where the row is too long.
 
+    Example::
+
+        MultipleChoice("quiz.jsonl", prompt="question", choices="choices", label="answer")
+
     Args:
         data: File with the rows: JSONL, JSON or Parquet.
         prompt: The field with the question. A row without it is asked by its ``messages``.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,11 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.checkpoint.alignment import AlignedReader
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.layout import Described, Layout, Range, assemble, in_layout_of_module
+from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.layout import LayoutReader, Range, in_layout_of_module
 from shadowlit.checkpoint.names import canonical_key, canonical_name, kind_of, layer_of, split_selection, tower_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
@@ -81,8 +80,8 @@ class LiveGraft:
     def __init__(
         self,
         model: nn.Module,
-        base: AlignedReader,
-        instruct: CheckpointReader,
+        base: TensorReader,
+        instruct: TensorReader,
         *,
         select: str | list[str] = "linear",
         dtype: torch.dtype | None = None,
@@ -97,10 +96,11 @@ class LiveGraft:
         self._instruct_reader = instruct
         parameters = host_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        base, by_module = base.of_module(shapes), in_layout_of_module(instruct, shapes)
+        base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
         _require_pairing(parameters, base, by_module)
         # Names in the Instruct's files, and of what parts of parameters those are made that lie otherwise there.
         self._parts = {} if by_module is instruct else _parts(shapes, instruct)
+        self._infos = {name: by_module.info(name) for name in shapes}
         self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
         layers = adapted_layers(model)
         reshard_all(model)
@@ -274,11 +274,12 @@ class LiveGraft:
             part = self._grafted(host, scale).to(dtype)
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
-        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(grafted)
+        infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
+        in_files = self._in_files(infos, lambda name: grafted(name, infos[name].dtype))
         for name, info in self._instruct_reader.tensors.items():
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
-                yield name, assemble(self._parts[name], info.shape, partial(kept, dtype=dtype))
+                yield name, in_files.read(name)
             elif (host := hosts.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
@@ -302,14 +303,14 @@ class LiveGraft:
             host = trained[name]
             return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
 
-        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(update)
+        in_files = self._in_files(described({name: info.shape for name, info in self._infos.items()}), update)
         apart = {part.name for parts in self._parts.values() for part in parts}
         for name in trained:
             if name not in apart:
                 yield name, update(name)
         for name, parts in self._parts.items():
             if trained.keys() >= {part.name for part in parts}:
-                yield name, assemble(parts, self._instruct_reader.tensors[name].shape, kept)
+                yield name, in_files.read(name)
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
@@ -338,8 +339,8 @@ class LiveGraft:
         name: str,
         parameter: nn.Parameter,
         layer: tuple | None,
-        base: AlignedReader,
-        instruct: CheckpointReader,
+        base: TensorReader,
+        instruct: TensorReader,
     ) -> _Host:
         live = local(parameter)
         slices = local_slices(parameter)
@@ -454,6 +455,12 @@ class LiveGraft:
             dist.all_reduce(sums, group=sharded.device_mesh.get_group())
         return sums
 
+    def _in_files(self, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]) -> TensorReader:
+        """Present whole tensors, computed by the module's names, in the layout of the Instruct's files."""
+        kept = rows_of(lru_cache(maxsize=_FUSED_AT_ONCE)(tensor_of))
+        reader = ComputedReader(self._instruct_reader.folder, infos, kept)
+        return LayoutReader(reader, self._instruct_reader, ties=False) if self._parts else reader
+
     def _coverage(self) -> Coverage:
         trained = {host.name for host in self._hosts if host.base is not None or host.adapted is not None}
         return coverage(
@@ -463,9 +470,9 @@ class LiveGraft:
         )
 
 
-def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: CheckpointReader) -> dict[str, list[Range]]:
+def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
     """Of what parts of parameters each tensor of the Instruct's files is made, where it is not a whole one itself."""
-    layout = Layout(Described.of(instruct.folder, shapes), instruct)
+    layout = LayoutReader(ComputedReader(instruct.folder, described(shapes)), instruct, ties=False)
     return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
 
 
@@ -506,10 +513,9 @@ def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
     return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
 
 
-def _require_pairing(parameters: dict[str, nn.Parameter], base: AlignedReader, instruct: CheckpointReader) -> None:
+def _require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, instruct: TensorReader) -> None:
     problems = []
-    readers: tuple[tuple[str, AlignedReader | CheckpointReader], ...] = (("Base", base), ("Instruct", instruct))
-    for title, reader in readers:
+    for title, reader in (("Base", base), ("Instruct", instruct)):
         missing = [name for name in parameters if name not in reader.tensors]
         if missing:
             problems.append(f"the {title}'s checkpoint {reader.folder} has no tensor {', '.join(missing[:5])}")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.layout import alike
+from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.names import stored_names
 from shadowlit.errors import CheckpointError, GraftError, PairError
 from shadowlit.pair.folders import Problem, Severity
@@ -36,6 +36,11 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
     whatever the size of the models. Nothing is raised for what is found. A part that can't be read is a problem too,
     and only the checks that need it are skipped.
 
+    Example::
+
+        for problem in check_pair(ModelPair("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B"), download=False):
+            print(problem)
+
     Args:
         pair: The Base and its Instruct.
         select: What will be grafted: ``linear``, ``all``, or regular expressions for tensor names. Unequal
@@ -55,10 +60,10 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
     try:
         problems += _rename(base, instruct)
         if base.reader and instruct.reader:
-            # Either may hold its experts fused. What can't be brought together is told by the checks.
+            # Either may hold its experts fused. The checks report what can't be brought together.
             with contextlib.suppress(CheckpointError, GraftError):
-                instruct.reader, base.reader = alike([instruct.reader, base.reader])
-                instruct.headers, base.headers = instruct.reader.tensors, base.reader.tensors
+                base.reader = in_layout_of(base.reader, instruct.reader)
+                base.headers = base.reader.tensors
         problems += _check_revision(base, pair.base, pair.base_revision)
         problems += _check_revision(instruct, pair.instruct, pair.instruct_revision)
         problems += _check_unread(base, instruct)

@@ -1,6 +1,6 @@
 """The registry of known pairs: which Base belongs to which Instruct, and what a graft meets between them.
 
-The facts stand in ``pairs.yaml`` beside this module. Imports neither torch nor transformers.
+The pairs are listed in ``pairs.yaml`` next to this module. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import CheckpointError
 from shadowlit.pair.folders import Problem, ProblemError, commit_of, load_config, read_json
 from shadowlit.pair.hub import read_hub_headers
@@ -62,7 +63,7 @@ class Side:
     config: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
     headers: Mapping[str, TensorInfo] | None = None
-    reader: CheckpointReader | None = None
+    reader: TensorReader | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @property

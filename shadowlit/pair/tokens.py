@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import first_line
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.side import Side
@@ -263,7 +263,7 @@ def _check_untrained(base: Side, owner: Side, use: _TemplateUse) -> Iterator[Pro
 
 
 def _look_for_untrained(
-    reader: CheckpointReader, info: TensorInfo, ids: list[int], tokenizer: PreTrainedTokenizerBase
+    reader: TensorReader, info: TensorInfo, ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, str]:
     """The untrained among ``ids``: read their rows, those of placeholders, and a sample of all others."""
     num_rows = info.shape[0]

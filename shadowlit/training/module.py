@@ -70,6 +70,11 @@ class ShadowModule(LightningModule):
     other weights in name theirs) and logs ``val/<subject>/<metric>`` at its end, over all sets together and, where
     there are several, ``val/<subject>/<set>/<metric>`` for each.
 
+    Example::
+
+        module = ShadowModule(pair, adapter=LoraConfig(r=64, lora_alpha=128), lr=2e-4)
+        Trainer(max_epochs=3, callbacks=[GraftCallback()]).fit(module, data)
+
     Args:
         pair: The Base that is trained and the Instruct that gets the update.
         adapter: Any argument of ``peft.LoraConfig``; null for full tuning. Without ``target_modules`` all linear

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import by_expert
+from shadowlit.checkpoint.layout import in_layout_of_module, single_experts
 from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta, write_delta
 from shadowlit.errors import GraftError
@@ -267,7 +267,7 @@ def test_a_shard_reads_its_own_experts_and_no_others(tmp_path):
     read, stored.read_into = stored.read_into, lambda *args: (sizes.append(len(args[0])), read(*args))
     model = AutoModelForCausalLM.from_pretrained(base)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    reader = AlignedReader(stored, CheckpointReader(instruct)).of_module(shapes)
+    reader = in_layout_of_module(AlignedReader(stored, CheckpointReader(instruct)), shapes)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     whole = model.get_parameter(name)
     for start, stop in ((0, 2), (2, 4), (3, 3)):
@@ -335,11 +335,12 @@ def test_starts_from_weights_that_are_no_modules_are_refused(tmp_path, start):
             load(base, LoraConfig(r=4, init_lora_weights=start, **options))
 
 
-def test_by_expert_is_the_file_that_transformers_writes(tmp_path):
+def test_single_experts_are_the_file_that_transformers_writes(tmp_path):
     for arch in MIXTURES:
         (tmp_path / arch).mkdir()
         base, instruct = pair_in(tmp_path / arch, arch, "instruct fused")
-        single, cut = by_expert(CheckpointReader(base)), by_expert(CheckpointReader(instruct))
+        readers = (CheckpointReader(folder) for folder in (base, instruct))
+        single, cut = (in_layout_of_module(reader, single_experts(reader)) for reader in readers)
         assert single.tensors.keys() == CheckpointReader(base).tensors.keys()
         assert len(cut.tensors) == len(single.tensors)
         model = AutoModelForCausalLM.from_pretrained(instruct)

@@ -11,10 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from shadowlit.analysis.similarity import compare, open_reader
+from shadowlit.analysis.similarity import compare, in_one_layout, open_reader
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.checkpoint.layout import alike
 from shadowlit.checkpoint.names import tower_of
 from shadowlit.cli.graft import graft as graft_on_disk
 from shadowlit.data.module import ShadowData
@@ -148,7 +147,7 @@ def test_other_names_in_the_files_train_and_graft_alike(tmp_path, rows, family):
     on_disk, live = (load_file(f / "model.safetensors") for f in (tmp_path / "disk", model))
     assert [name for name in live if not torch.equal(on_disk[name], live[name])] == []
     readers = [open_reader(folder)[0] for folder in old]
-    (similarity,) = compare(alike(readers)).similarities
+    (similarity,) = compare(in_one_layout(readers)).similarities
     assert len(similarity.tensors) == len(names[1])
 
 

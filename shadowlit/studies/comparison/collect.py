@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shadowlit.analysis.similarity import compare
+from shadowlit.analysis.similarity import compare, in_one_layout
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import alike
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.disk import FullUpdate
 from shadowlit.pair.pair import ModelPair
@@ -134,7 +133,7 @@ class _Facts:
         self._instruct = CheckpointReader(pair.instruct_folder())
         shared = self._base.tensors.keys() & self._instruct.tensors.keys()
         self._comparable = all(self._base.tensors[n].shape == self._instruct.tensors[n].shape for n in shared)
-        self._sigma = compare(alike([self._base, self._instruct])).similarities[0].sigma
+        self._sigma = compare(in_one_layout([self._base, self._instruct])).similarities[0].sigma
         self._offset: float | None = None
         self._cosines: dict[frozenset[Training], float] = {}
 
