@@ -122,7 +122,7 @@ class TokenStream(IterableDataset):
         for indices in self._batches(dataset, position.number * _PASS + position.window, position.batch):
             batch = [items[index] for index in indices]
             num_tokens = sum(
-                len(item["input_ids"]) for index, item in zip(indices, batch, strict=True) if index != FILLER
+                len(item["input_ids"]) for index, item in zip(indices, batch, strict=True) if index is not FILLER
             )
             yield self._collate(batch), num_tokens
 
