@@ -1,12 +1,7 @@
 """Formats from outside the package: ``data.format`` may name a function that turns a row into a conversation.
 
-The function is given by its import path, ``data.format=package.module.function``, or by the name of an entry point in
-the group ``shadowlit.formats`` of an installed package::
-
-    [project.entry-points."shadowlit.formats"]
-    quiz = "my_package.formats:quiz"
-
-It is called with each row, a dict of its columns, and returns what the row holds:
+The function is named by its import path (``package.module.function``) or by an entry point in the group
+``shadowlit.formats``. It is called with each row, a dict of its columns, and returns:
 
 =================  ===================================================================================================
 ``data.samples``   result
@@ -16,20 +11,8 @@ pairs              ``(chosen, rejected)``: two conversations, each a list of mes
 labels             ``(messages, label)``: a conversation that ends with the answer, and whether that is desirable
 =================  ===================================================================================================
 
-Messages have the form of the built-in format ``messages`` and are checked in the same way: an assistant message may
-have ``"train": False``, and the content may be a list of parts with texts and images. Prompts (``data.predict``) may
-lack the answer. A :class:`~shadowlit.errors.DataError` that the function raises is reported with the row. A file
-``my_formats.py`` with::
-
-    def quiz(row):
-        return [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": row["choices"][row["solution"]]},
-        ]
-
-is used by ``data.format=my_formats.quiz``; the folder of the file must be on the ``PYTHONPATH``. ``auto`` detects
-built-in formats only. Tokenised data are cached under a key that includes the file in which the function is defined,
-but not the modules that it imports: after a change to those set ``data.cache=false`` once, or delete the cache.
+Messages have the form of the built-in format ``messages`` and are checked in the same way. Prompts (``data.predict``)
+may lack the answer. ``auto`` detects built-in formats only. ``docs/formats.md`` has an example.
 """
 
 from __future__ import annotations
@@ -86,10 +69,10 @@ class CustomFormat:
             samples: pairs or labels.
 
         Raises:
-            DataError: The function fails, or doesn't return two values.
+            DataError: The function fails, or doesn't return a tuple of two.
         """
         made = self._call(row)
-        if not isinstance(made, tuple | list) or len(made) != 2:
+        if not isinstance(made, tuple) or len(made) != 2:
             raise DataError(
                 f"becomes {shown(made)} by data.format={self.name}; expected {_RESULTS[samples]}, since "
                 f"model.objective needs {samples}. Correct the function."

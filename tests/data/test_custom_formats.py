@@ -114,8 +114,8 @@ def test_a_function_in_the_configuration_file(folder, quiz, capsys):
     assert main(["preview", "--config", str(folder / "run.yaml"), "--num_samples=2"]) == 0
     text = capsys.readouterr().out
     assert "1+1<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦2<|im_end|>⟧" in text and "⟦4<|im_end|>⟧" in text
-    with pytest.raises(DataError, match=r"data\.format is 'my_formats\.quizz', which can't be imported"):
-        main(["preview", "--config", str(folder / "run.yaml"), "--data.format=my_formats.quizz"])
+    assert main(["preview", "--config", str(folder / "run.yaml"), "--data.format=my_formats.quizz"]) == 1
+    assert "error: data.format is 'my_formats.quizz', which can't be imported" in capsys.readouterr().err
 
 
 def test_a_text_is_a_document(folder, quiz):
