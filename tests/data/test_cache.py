@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pickle
 import random
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -148,6 +150,17 @@ def test_the_code_and_the_tokenizer_are_part_of_the_key(path, tmp_path, tokenise
     other.add_tokens(["xyz"])
     assert digest_tokenizer(one) != digest_tokenizer(other)
     assert digest_tokenizer(one) != digest_tokenizer(make_tokenizer(CHATML_UNMARKED))
+
+
+def test_the_code_in_the_key_is_all_that_makes_tokens():
+    """Whatever the preparation imports, except for modules that decide where and in what order, not what."""
+    folder = Path(prepare_module.__file__).parent
+    found, new = set(), {"prepare"}
+    while new:
+        found |= new
+        sources = [(folder / f"{name}.py").read_text() for name in new]
+        new = {name for source in sources for name in re.findall(r"from shadowlit\.data\.(\w+) import", source)} - found
+    assert found - {"cache", "packing", "settings"} == set(cache_module._CODE)
 
 
 def test_todays_date_in_a_template_is_part_of_the_key(path, tmp_path, tokenised):
