@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.schedule import is_last_validation
 from shadowlit.data.conversation import raise_all
+from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import DataError, GraftError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
@@ -104,16 +105,15 @@ class EvaluationCallback(Callback):
         self._graft = self._graft_callback(trainer)
         if self._graft is not None and self._measure not in self._graft.within:
             self._graft.within.append(self._measure)
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = run_data(trainer)
         self._pair = pl_module.pair
-        if getattr(data, "chat_template", None) is not None:
+        if data.chat_template is not None and data.tokenizer is not None:
             self._pair = self._pair.with_tokenizer(data.tokenizer)
         self._settings = f"{trainer.precision} {self.reference}"
-        template_kwargs = getattr(data, "template_kwargs", {})
         errors = list(self._problems())
         for name, evaluator in self.evaluators.items():
             try:
-                evaluator.read(self._pair, template_kwargs)
+                evaluator.read(self._pair, data.template_kwargs)
             except DataError as error:
                 errors.append(f"evaluation.evaluators.{name}: {error}")
         raise_all(errors)
@@ -216,7 +216,7 @@ class EvaluationCallback(Callback):
             world_size=trainer.world_size,
             autocast=trainer.precision_plugin.val_step_context,
             reference=reference,
-            template_kwargs=getattr(trainer.datamodule, "template_kwargs", {}),  # type: ignore[attr-defined]
+            template_kwargs=run_data(trainer).template_kwargs,
         )
 
     def _finish(self, trainer: Trainer, module: LightningModule, stage: str) -> None:

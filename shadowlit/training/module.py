@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.data.images import IMAGE_INPUTS
+from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.adapter import require_graftable
@@ -215,7 +216,7 @@ class ShadowModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse data that aren't what the objective is about."""
-        samples = getattr(self.trainer.datamodule, "samples", "conversations")  # type: ignore[attr-defined]
+        samples = run_data(self.trainer).samples
         if samples != self.objective.samples:
             raise ShadowlitError(
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
@@ -224,7 +225,7 @@ class ShadowModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse packed rows where the model would let one sample see another."""
-        if getattr(self.trainer.datamodule, "packing", None) is not None:  # type: ignore[attr-defined]
+        if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
                 require_separation(self.model)
@@ -328,7 +329,7 @@ class ShadowModule(LightningModule):
         """The sets that the objective has to know ``who``'s log-probabilities of, and doesn't; base or instruct."""
         if not self.objective.has_reference:
             return []
-        sets = getattr(self.trainer.datamodule, "preference_sets", {})  # type: ignore[attr-defined]
+        sets = run_data(self.trainer).preference_sets
         # The training data only ever meet the model that is trained.
         return self._references.lacking(who, {n: one for n, one in sets.items() if who == BASE or n != "train"})
 
@@ -342,7 +343,7 @@ class ShadowModule(LightningModule):
             ``[samples, 2]`` float64 by set, for :meth:`keep_references`.
         """
         assert self.model is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = run_data(self.trainer)
         measured = {}
         for name in names:
             dataset = data.preference_sets[name]
@@ -359,7 +360,7 @@ class ShadowModule(LightningModule):
 
     def keep_references(self, who: str, measured: dict[str, Tensor]) -> None:
         """Let these log-probabilities, by set, be those of the untouched base or instruct."""
-        sets = self.trainer.datamodule.preference_sets  # type: ignore[attr-defined]
+        sets = run_data(self.trainer).preference_sets
         for name, logps in measured.items():
             self._references.keep(who, name, sets[name], logps)
 
@@ -429,7 +430,7 @@ class ShadowModule(LightningModule):
         """The attention kernel's name, with auto decided."""
         if self.attn_implementation != "auto":
             return self.attn_implementation
-        packs = getattr(self.trainer.datamodule, "packing", None) is not None  # type: ignore[attr-defined]
+        packs = run_data(self.trainer).packing is not None
         knows = not self.compile_layers and not is_image_text(config) and knows_attention_of(config)
         return VARLEN if packs and knows else "sdpa"
 
@@ -496,8 +497,8 @@ class ShadowModule(LightningModule):
         self._scores.clear()
 
     def _set_name(self, dataloader_idx: int) -> str:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = getattr(data, "test_names" if self.trainer.testing else "validation_names", None)
+        data = run_data(self.trainer)
+        names = data.test_names if self.trainer.testing else data.validation_names
         return names[dataloader_idx] if names else str(dataloader_idx)
 
     def _seed_dropout(self) -> None:
