@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 
-from shadowlit.studies.comparison.records import Record
 from shadowlit.studies.comparison.selection import (
     choose_rate,
     choose_rate_and_scale,
@@ -12,16 +11,18 @@ from shadowlit.studies.comparison.selection import (
     scores_of,
     split,
 )
+from shadowlit.studies.rows import Row
+from tests.studies.comparison.synthetic import trained
 
 
-def record(lr: float, selection: float, *, seed: int = 0, scale: float = 1.0, arm: str = "B2I", reported: float = 0.0):
+def record(lr: float, selection: float, *, seed: int = 0, scale: float = 1.0, reported: float = 0.0):
     rows = {i: reported if i % 2 else selection for i in range(10)}
-    return Record(arm, lr, seed, scale, samples={"new": rows})
+    return trained("B2I", lr, seed, scale, samples={"new": rows})
 
 
 def test_rows_are_halved_by_their_place_in_the_order_of_indices():
     assert split({9: "d", 2: "b", 0: "a", 5: "c"}) == ({0: "a", 5: "c"}, {2: "b", 9: "d"})
-    records = [Record("Base", samples={"new": {0: 1.0, 4: 0.0}}), Record("Instruct", samples={"new": {2: 1.0}})]
+    records = [Row("Base", samples={"new": {0: 1.0, 4: 0.0}}), Row("Instruct", samples={"new": {2: 1.0}})]
     assert halves_of(records, "new") == ([0, 4], [2])
     assert halves_of(records, "old") == ([], [])
 
@@ -53,7 +54,7 @@ def test_the_reported_half_has_no_say(reported):
 def test_of_equal_rates_the_lowest_is_taken():
     thirds = {0: 0.1, 2: 0.2, 4: 0.3}  # a sum that depends on the order
     records = [
-        Record("B2I", lr, 0, 1.0, samples={"new": scores | {1: 0.0, 3: 0.0}})
+        trained("B2I", lr, 0, 1.0, samples={"new": scores | {1: 0.0, 3: 0.0}})
         for lr, scores in ((1e-3, thirds), (1e-4, {0: 0.3, 2: 0.2, 4: 0.1}))
     ]
     assert choose_rate(records, "B2I", ["new"]).best.lr == 1e-4
@@ -67,7 +68,7 @@ def test_a_mean_over_fewer_seeds_does_not_win():
 
 
 def test_a_record_without_all_rows_has_no_score():
-    whole, part = record(1e-4, 0.5), Record("B2I", 1e-3, 0, 1.0, samples={"new": {0: 1.0, 1: 1.0}})
+    whole, part = record(1e-4, 0.5), trained("B2I", 1e-3, 0, 1.0, samples={"new": {0: 1.0, 1: 1.0}})
     choice = choose_rate([whole, part], "B2I", ["new"])
     assert choice.best.lr == 1e-4 and math.isnan(choice.candidates[1].score)
     assert scores_of(part, "new", [0, 2]) is None and scores_of(part, "new", []) is None
