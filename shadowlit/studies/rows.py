@@ -133,17 +133,14 @@ def metric_names(rows: Iterable[Row]) -> list[str]:
 def to_csv(rows: Sequence[Row], axes: Sequence[str]) -> str:
     """The rows as ``table.csv`` has them, one a line; a number that is missing is an empty cell.
 
-    The columns are trial, state, arm, scale, seed, the axes, the metrics, then cost, facts and ``line/<scale>``.
+    The columns are trial, state, arm, scale, seed, the axes, the metrics in alphabetical order, and the cost.
     """
-    measured = [{**row.metrics, **row.cost, **row.facts, **_line(row)} for row in rows]
-    costs = [name for name in _COST if any(name in row.cost for row in rows)]
-    facts = dict.fromkeys(name for row in rows for name in row.facts)
-    line = sorted({scale for row in rows for scale in row.line})
-    numbers = [*metric_names(rows), *costs, *facts, *(f"line/{scale:g}" for scale in line)]
+    numbers = [*metric_names(rows), *(name for name in _COST if any(name in row.cost for row in rows))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_FIXED, *axes, *numbers])
-    for row, found in zip(rows, measured, strict=True):
+    for row in rows:
+        found = {**row.metrics, **row.cost}
         fixed = [row.trial, row.state, row.arm, row.scale, row.seed, *(row.setting.get(axis) for axis in axes)]
         writer.writerow([*fixed, *(cell(found.get(name)) for name in numbers)])
     return text.getvalue()
@@ -177,7 +174,3 @@ def from_csv(text: str, axes: Mapping[str, bool]) -> list[Row]:
 def cell(value: float | None) -> str:
     """A number as a CSV file has it, exact; empty where it is missing or not finite."""
     return "" if value is None or not math.isfinite(value) else repr(float(value))
-
-
-def _line(row: Row) -> dict[str, float]:
-    return {f"line/{scale:g}": loss for scale, loss in row.line.items()}

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
-from shadowlit.studies.comparison.summary import FACTS, Line, Prediction, Report
+from shadowlit.studies.comparison.summary import FACTS, OVER_INSTRUCT, Report
 from shadowlit.studies.plots import COLOURS, MARKERS, arm_style, legend_of
-from shadowlit.studies.rows import Standing
+from shadowlit.studies.rows import Row, Standing
 from shadowlit.studies.statistics import Average
 
 _SIZES = (4.0, 11.0)  # of the markers of the lowest and the highest rate, in points
@@ -104,12 +104,15 @@ def plot_table(report: Report) -> Figure:
     return figure
 
 
-def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequence[Line]) -> Figure:
+def plot_predicting(
+    predictions: Mapping[str, Sequence[Row]], lines: Sequence[Standing] = (), scales: Sequence[float] = ()
+) -> Figure:
     """What was known about a graft against what it gained, and the losses on the way to it.
 
     Args:
         predictions: Predictions by setting; a single setting has no legend.
-        lines: Losses, for which a panel for each arm is added; may be empty.
+        lines: Standings with losses on the line, for which a panel for each arm is added.
+        scales: Scales of these losses.
     """
     arms = list(dict.fromkeys(line.arm for line in lines))
     count = len(FACTS) + len(arms)
@@ -120,7 +123,7 @@ def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequ
     palette = list(COLOURS.values())
     for axis, (fact, words) in zip(axes, FACTS.items(), strict=False):
         for i, (setting, found) in enumerate(predictions.items()):
-            points = [(each.facts.get(fact, math.nan), 100 * each.gain) for each in found]
+            points = [(row.facts.get(fact, math.nan), 100 * row.metrics[OVER_INSTRUCT]) for row in found]
             points = [point for point in points if all(map(math.isfinite, point))]
             if points:
                 marker = list(MARKERS.values())[(i // len(palette)) % len(MARKERS)] if len(predictions) > 1 else "o"
@@ -133,7 +136,7 @@ def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequ
         axis.set_ylabel("B2I − Instruct (points)")
         axis.grid(alpha=0.25)
     for axis, arm in zip(axes[len(FACTS) :], arms, strict=False):
-        _draw_lines(axis, [line for line in lines if line.arm == arm])
+        _draw_lines(axis, [line for line in lines if line.arm == arm], scales)
     for axis in axes[count:]:
         axis.set_axis_off()
     if len(predictions) > 1:
@@ -142,13 +145,13 @@ def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequ
     return figure
 
 
-def _draw_lines(axis: Axes, lines: Sequence[Line]) -> None:
+def _draw_lines(axis: Axes, lines: Sequence[Standing], scales: Sequence[float]) -> None:
     colours = matplotlib.colormaps["viridis"]
     for i, line in enumerate(lines):
-        scales = [scale for scale, loss in line.losses.items() if math.isfinite(loss.mean)]
-        losses = [line.losses[scale].mean for scale in scales]
+        losses = {scale: line[f"line/{scale:g}"].mean for scale in scales}
+        points = [point for point in losses.items() if math.isfinite(point[1])]
         colour = colours(0.9 * i / max(1, len(lines) - 1))
-        axis.plot(scales, losses, marker=".", color=colour, label=f"lr {line.lr:g}")
+        axis.plot(*zip(*points, strict=True), marker=".", color=colour, label=f"lr {line.lr:g}")
     axis.set_title(f"{'Instruct' if lines[0].arm[-1] == 'I' else 'Base'} → {lines[0].arm}", fontsize="medium")
     axis.set_xlabel("scale λ")
     axis.set_ylabel("validation loss (nats)")

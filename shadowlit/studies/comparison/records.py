@@ -14,8 +14,8 @@ from shadowlit.studies.arms import ARMS, UNTOUCHED, is_grafted
 from shadowlit.studies.comparison.plan import Training
 from shadowlit.studies.rows import Row
 
-_MEASURED: dict[str, Callable[[str], Any]] = {"metrics": str, "samples": str, "cost": str, "facts": str, "line": float}
-_FIELDS = ("arm", "lr", "seed", "scale", *_MEASURED)
+_MEASURED: dict[str, Callable[[str], Any]] = {"metrics": str, "cost": str, "facts": str, "line": float}
+_FIELDS = ("arm", "lr", "seed", "scale", "metrics", "samples", "cost", "facts", "line")
 
 
 def to_json(rows: Sequence[Row]) -> str:
@@ -23,7 +23,7 @@ def to_json(rows: Sequence[Row]) -> str:
     found = []
     for row in rows:
         scale = 1.0 if row.scale is None and row.arm not in UNTOUCHED else row.scale
-        measured = {name: _finite(getattr(row, name)) for name in _MEASURED}
+        measured = {name: _finite(getattr(row, name)) for name in _FIELDS[4:]}
         found.append({"arm": row.arm, "lr": row.lr, "seed": row.seed, "scale": scale, **measured})
     return json.dumps(found, allow_nan=False, ensure_ascii=False) + "\n"
 
@@ -77,14 +77,12 @@ def _row(found: Mapping[str, Any]) -> Row:
         names = " or ".join(missing)
         raise DataError(f"a record of the arm {arm} has no {names}; only Base and Instruct may lack it.")
     try:
-        measured: dict[str, Any] = {
-            name: _numbers(found.get(name, {}), key) for name, key in _MEASURED.items() if name != "samples"
-        }
-        samples = {name: _numbers(scores, int) for name, scores in found.get("samples", {}).items()}
+        measured: dict[str, Any] = {name: _numbers(found.get(name, {}), key) for name, key in _MEASURED.items()}
+        measured["samples"] = {name: _numbers(scores, int) for name, scores in found.get("samples", {}).items()}
         if arm in UNTOUCHED:
-            return Row(arm, samples=samples, **measured)
+            return Row(arm, **measured)
         training = Training(arm[0], found["lr"], found["seed"])
-        return training.row(arm, found["scale"] if is_grafted(arm) else None, samples=samples, **measured)
+        return training.row(arm, found["scale"] if is_grafted(arm) else None, **measured)
     except (TypeError, ValueError, AttributeError) as error:
         raise DataError(f"a record of {arm} holds something that is not a number: {error}.") from error
 

@@ -15,6 +15,7 @@ from shadowlit.studies.comparison.plots import plot_predicting, plot_table, plot
 from shadowlit.studies.comparison.summary import (
     COMPARED,
     FACTS,
+    OVER_INSTRUCT,
     Comparison,
     Description,
     Report,
@@ -77,7 +78,7 @@ def write_combined(reports: Mapping[str, Report], description: Description, fold
     text = combine(reports, description)
     for name, report in reports.items():
         _write(report, folder / name)
-    figure = plot_predicting({name: report.predictions for name, report in reports.items()}, ())
+    figure = plot_predicting({name: report.predictions for name, report in reports.items()})
     rows = [
         replace(row, setting={"setting": name, **row.setting})
         for name, report in reports.items()
@@ -169,7 +170,7 @@ def _write(report: Report, folder: Path) -> Path:
     figures = {
         "trade": plot_trade(report),
         "table": plot_table(report),
-        "predicting": plot_predicting({report.description.title: report.predictions}, report.lines),
+        "predicting": plot_predicting({report.description.title: report.predictions}, report.lines, report.line_scales),
     }
     return write_files(folder, render(report), report.rows, (LR,), figures)
 
@@ -193,11 +194,11 @@ def _legend(report: Report) -> str:
 def _statements(report: Report) -> str:
     lines = []
     for comparison in report.comparisons:
-        lines.append(f"- {sentence(comparison, comparison.all, report.evaluators)}")
-        if comparison.all and report.gain and report.keep:
+        lines.append(f"- {sentence(comparison, comparison.intervals.get('mean'), report.evaluators)}")
+        if comparison.intervals and report.gain and report.keep:
             for words, interval, names in (
-                ("Learned", comparison.gain, report.gain),
-                ("Kept", comparison.keep, report.keep),
+                ("Learned", comparison.intervals["gain"], report.gain),
+                ("Kept", comparison.intervals["keep"], report.keep),
             ):
                 lines.append(f"  - {words}: {sentence(comparison, interval, names)}")
     compared = {arm for pair in COMPARED for arm in pair}
@@ -227,20 +228,13 @@ def _main_table(report: Report) -> str:
 
 
 def _differences(report: Report) -> str:
-    rows = []
-    columns: list[tuple[str, Callable[[Comparison], Interval | None]]] = [
-        (name, lambda comparison, name=name: comparison.evaluators.get(name))  # type: ignore[misc]
-        for name in report.evaluators
-    ]
-    columns.append(("mean", lambda comparison: comparison.all))
+    columns = {f"{name}/score": name for name in report.evaluators} | {"mean": "mean"}
     if report.gain and report.keep:
-        columns += [("learned", lambda comparison: comparison.gain), ("kept", lambda comparison: comparison.keep)]
-    for comparison in report.comparisons:
-        cells = [_interval(of(comparison)) for _, of in columns]
-        rows.append([f"{comparison.a} − {comparison.b}", *cells])
+        columns |= {"gain": "learned", "keep": "kept"}
+    rows = [[f"{c.a} − {c.b}", *(_interval(c.intervals.get(what)) for what in columns)] for c in report.comparisons]
     return (
         "Points, with the 95 % interval of a paired bootstrap over rows and Student's t over seeds.\n\n"
-        + markdown_table(["difference", *(name for name, _ in columns)], rows)
+        + markdown_table(["difference", *columns.values()], rows)
         + "\n\nThe intervals of several evaluators are not corrected for their number."
     )
 
@@ -291,7 +285,7 @@ def _predicting(report: Report) -> str:
     rows = []
     for each in report.predictions:
         facts = [_number(each.facts.get(fact, math.nan), ".4g") for fact in FACTS]
-        rows.append([_rate(each.lr), str(each.seed), *facts, _points(each.gain, signed=True)])
+        rows.append([_rate(each.lr), str(each.seed), *facts, _points(each.metrics[OVER_INSTRUCT], signed=True)])
     return text + markdown_table(["lr", "seed", *FACTS.values(), "gain (points)"], rows)
 
 
@@ -320,15 +314,12 @@ def _known(found: Mapping[str, Correlation], fact: str) -> list[str]:
 def _line_table(report: Report) -> str:
     if not report.lines:
         return "No losses were measured between the target and the graft."
-    scales = sorted({scale for line in report.lines for scale in line.losses})
-    rows = []
-    for line in report.lines:
-        losses = [_nats(line.losses[scale]) if scale in line.losses else NONE for scale in scales]
-        rows.append([line.arm, _rate(line.lr), *losses, _nats(line.barrier)])
+    names = [f"line/{scale:g}" for scale in report.line_scales] + ["barrier"]
+    rows = [[line.arm, _rate(line.lr), *(_nats(line[name]) for name in names)] for line in report.lines]
     return (
         "Validation loss in nats per token by scale, from the untouched target (0) to the graft (1). The barrier is "
         "the highest loss between them above the larger end; 0: none.\n\n"
-        + markdown_table(["arm", "lr", *(f"{scale:g}" for scale in scales), "barrier"], rows)
+        + markdown_table(["arm", "lr", *(f"{scale:g}" for scale in report.line_scales), "barrier"], rows)
     )
 
 
@@ -351,7 +342,7 @@ def _overview(reports: Mapping[str, Report]) -> str:
     rows = []
     for name, report in reports.items():
         means = {standing.arm: _percent(standing["reported/mean"]) for standing in report.table}
-        differences = [_interval(comparison.all) for comparison in report.comparisons]
+        differences = [_interval(comparison.intervals.get("mean")) for comparison in report.comparisons]
         rows.append([name, *(means[arm] for arm in ARMS), *differences])
     return markdown_table(["setting", *ARMS, *(f"{a} − {b}" for a, b in COMPARED)], rows)
 
@@ -359,7 +350,7 @@ def _overview(reports: Mapping[str, Report]) -> str:
 def _over_all(reports: Mapping[str, Report], index: int) -> str:
     """In how many settings the one arm is better, in how many the other."""
     a, b = map(in_words, COMPARED[index])
-    intervals = {name: report.comparisons[index].all for name, report in reports.items()}
+    intervals = {name: report.comparisons[index].intervals.get("mean") for name, report in reports.items()}
     compared = {name: interval for name, interval in intervals.items() if interval is not None}
     groups = {sign: [name for name, interval in compared.items() if interval.sign == sign] for sign in (1, -1, 0)}
     absent = [name for name in reports if name not in compared]

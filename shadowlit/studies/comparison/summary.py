@@ -14,12 +14,14 @@ from shadowlit.studies.comparison.selection import (
     Choice,
     choose_rate,
     choose_rate_and_scale,
+    groups_of,
     halves_of,
-    mean_score,
+    scored,
     scores_of,
     seeds_of,
+    standings,
 )
-from shadowlit.studies.rows import Row, Standing, by_place, metric_names, standing_of
+from shadowlit.studies.rows import Row, Standing, metric_names, standing_of
 from shadowlit.studies.statistics import Average, Correlation, Interval, average, few_seeds, paired_bootstrap, spearman
 
 COMPARED = (("B2I", "I2I"), ("B2I", "Instruct"), ("I2I", "Instruct"))
@@ -31,6 +33,8 @@ FACTS = {
     "survival": "survival in the exported dtype",
 }
 """What might predict whether a graft pays, and how reports call it."""
+OVER_INSTRUCT = "reported/mean_over_instruct"
+"""Mean score over all evaluators minus that of the untouched Instruct, on the reported half."""
 Halves = Mapping[str, tuple[list[int], list[int]]]
 
 
@@ -56,56 +60,17 @@ class Comparison:
     Attributes:
         a: An arm.
         b: Arm that is subtracted.
-        evaluators: Interval of each evaluator, in units of its score; empty if the two can't be compared.
-        all: Interval of the mean over all evaluators.
-        gain: Interval of the mean over the evaluators of what is learned; None if there are none.
-        keep: Interval of the mean over the evaluators of what is kept; None if there are none.
+        intervals: Interval by kind of score: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``; empty if the two
+            can't be compared.
         num_expected: Number of seeds that there should be.
         reason: Reason why the two can't be compared, or empty.
     """
 
     a: str
     b: str
-    evaluators: dict[str, Interval]
-    all: Interval | None
-    gain: Interval | None
-    keep: Interval | None
+    intervals: dict[str, Interval]
     num_expected: int
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What was known about one graft (B2I at scale 1), and what it gained.
-
-    Attributes:
-        lr: Learning rate.
-        seed: Seed.
-        facts: Measured values of ``FACTS``.
-        gain: Mean score over all evaluators minus that of the untouched Instruct, on the reported half.
-    """
-
-    lr: float
-    seed: int
-    facts: dict[str, float]
-    gain: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """Validation losses on the line from an arm's target to the graft, at one rate.
-
-    Attributes:
-        arm: The arm.
-        lr: Learning rate.
-        losses: Mean over seeds, by scale.
-        barrier: Mean over seeds of :func:`barrier`.
-    """
-
-    arm: str
-    lr: float
-    losses: dict[float, Average]
-    barrier: Average
 
 
 @dataclass(frozen=True)
@@ -118,7 +83,8 @@ class Report:
         keep: Evaluators of what is kept.
         num_rows: Numbers of samples of each evaluator for the selection, and reported.
         seeds: All seeds that any arm has.
-        rows: All rows, with their scores on both halves among the metrics: see :func:`summarise`.
+        rows: All rows, with their scores on both halves among the metrics: see
+            :func:`shadowlit.studies.comparison.selection.scored`. Facts and losses on the line are metrics too.
         table: Standing of every arm at its chosen rate and scale 1.
         grid: Standing of every arm at every rate and scale; the untouched models first.
         shown: Metrics of the standings to show besides the scores: divergences and losses over all samples (nats per
@@ -126,9 +92,10 @@ class Report:
         choices: Choice of the rate at scale 1, by arm; arms without a finished training are missing.
         best_scales: Standing at the best rate and scale, by arm with several scales.
         comparisons: Comparisons of ``COMPARED``.
-        predictions: One prediction for each graft.
+        predictions: Row of each graft of B2I at scale 1: what was known about it, and what it gained.
         correlations: Correlation with the gain, by fact.
-        lines: Losses on the way to the graft, by arm and rate.
+        lines: Standings with losses on the way to the graft.
+        line_scales: Scales of these losses.
         costs: Mean over all trainings of an arm, by arm and name.
         notes: Cautions for the reader.
         missing: Everything that should be there and is not.
@@ -146,9 +113,10 @@ class Report:
     choices: dict[str, Choice]
     best_scales: dict[str, Standing]
     comparisons: tuple[Comparison, ...]
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[Row, ...]
     correlations: dict[str, Correlation]
-    lines: tuple[Line, ...]
+    lines: tuple[Standing, ...]
+    line_scales: tuple[float, ...]
     costs: dict[str, dict[str, Average]]
     notes: tuple[str, ...]
     missing: tuple[str, ...]
@@ -161,10 +129,6 @@ class Report:
 
 def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str]) -> Report:
     """Compare the arms.
-
-    The scores of each row become metrics of it, on the half that is for the selection and on the reported half:
-    ``reported/<evaluator>/score`` and the unweighted means over evaluators ``reported/mean``, ``reported/gain`` and
-    ``reported/keep``; likewise ``selection/…``.
 
     Evaluators without scores of samples, or with scores outside of 0 to 1, are in no mean; a note says so, and their
     metrics are shown.
@@ -189,12 +153,13 @@ def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[s
         )
     halves = {name: halves_of(rows, name) for name in gain + keep}
     shown = _shown_metrics(rows)
-    rows = sorted((_scored(row, halves, gain, keep) for row in rows), key=_order)
-    seeds = seeds_of(rows)
-    choices = {arm: choice for arm in TUNED if (choice := choose_rate(rows, arm, gain + keep))}
-    chosen = {arm: _of_arm(rows, arm, choices) for arm in ARMS}
-    standings = _Standings(metric_names(rows), len(seeds))
-    predictions = _predictions(rows)
+    rows = sorted(_complete(scored(rows, gain, keep)), key=_order)
+    seeds, grid = seeds_of(rows), standings(rows)
+    choices = {arm: choice for arm in TUNED if (choice := choose_rate(grid, arm))}
+    chosen = {s.arm: s for s in grid if s.arm in UNTOUCHED} | {arm: choice.best for arm, choice in choices.items()}
+    own, names = _chosen(rows, chosen), metric_names(rows)
+    predictions = [row for row in rows if row.arm == "B2I" and row.scale == 1.0]
+    scales = sorted({scale for row in rows for scale in row.line})
     return Report(
         description,
         gain,
@@ -202,25 +167,26 @@ def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[s
         {name: (len(selection), len(reported)) for name, (selection, reported) in halves.items()},
         tuple(seeds),
         tuple(rows),
-        table=tuple(standings.of(arm, found) for arm, found in chosen.items()),
-        grid=tuple(standings.of(found[0].arm, found) for found in by_place(rows)),
+        table=tuple(chosen.get(arm) or standing_of(arm, [], names, len(seeds) if arm in TUNED else 1) for arm in ARMS),
+        grid=tuple(grid),
         shown=shown,
         choices=choices,
-        best_scales=dict(_best_scales(rows, gain + keep, standings)),
-        comparisons=tuple(_compare(a, b, chosen, halves, gain, keep, len(seeds)) for a, b in COMPARED),
-        predictions=predictions,
+        best_scales=dict(_best_scales(grid)),
+        comparisons=tuple(_compare(a, b, own, halves, groups_of(gain, keep), len(seeds)) for a, b in COMPARED),
+        predictions=tuple(predictions),
         correlations=correlate(predictions),
-        lines=tuple(_lines(rows)),
+        lines=tuple(standing for standing in grid if any(standing[f"line/{scale:g}"].count for scale in scales)),
+        line_scales=tuple(scales),
         costs=_costs(rows),
         notes=tuple(_notes(choices, seeds, unscored)),
         missing=tuple(_missing(rows, halves, seeds)),
     )
 
 
-def correlate(predictions: Sequence[Prediction]) -> dict[str, Correlation]:
+def correlate(predictions: Sequence[Row]) -> dict[str, Correlation]:
     """The rank correlation of every fact with the gain."""
-    gains = [each.gain for each in predictions]
-    return {fact: spearman([each.facts.get(fact, math.nan) for each in predictions], gains) for fact in FACTS}
+    gains = [row.metrics[OVER_INSTRUCT] for row in predictions]
+    return {fact: spearman([row.facts.get(fact, math.nan) for row in predictions], gains) for fact in FACTS}
 
 
 def barrier(line: Mapping[float, float]) -> float:
@@ -238,25 +204,14 @@ def barrier(line: Mapping[float, float]) -> float:
     return max(between) - max(line[0.0], line[1.0])
 
 
-@dataclass(frozen=True)
-class _Standings:
-    metrics: Sequence[str]
-    num_seeds: int
-
-    def of(self, arm: str, rows: Sequence[Row]) -> Standing:
-        """The standing of rows that differ in their seeds alone; every seed is expected to be there."""
-        return standing_of(arm, rows, self.metrics, 1 if arm in UNTOUCHED else self.num_seeds)
-
-
-def _scored(row: Row, halves: Halves, gain: tuple[str, ...], keep: tuple[str, ...]) -> Row:
-    groups = {f"{name}/score": (name,) for name in halves} | {"mean": gain + keep, "gain": gain, "keep": keep}
-    scores = {
-        f"{half}/{what}": mean_score(row, {name: halves[name][number] for name in names})
-        for number, half in enumerate(("selection", "reported"))
-        for what, names in groups.items()
-        if names
-    }
-    return replace(row, metrics={**row.metrics, **scores})
+def _complete(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows with everything else among their metrics that standings, plots and ``table.csv`` show."""
+    start = next((row.metrics["reported/mean"] for row in rows if row.arm == "Instruct"), math.nan)
+    for row in rows:
+        more = {OVER_INSTRUCT: row.metrics["reported/mean"] - start, **row.facts}
+        if row.line:
+            more |= {"barrier": barrier(row.line), **{f"line/{scale:g}": loss for scale, loss in row.line.items()}}
+        yield replace(row, metrics={**row.metrics, **more})
 
 
 def _order(row: Row) -> tuple[int, float, float, int]:
@@ -292,20 +247,17 @@ def _shown_metrics(rows: Sequence[Row]) -> tuple[str, ...]:
     return (*divergences, *losses)
 
 
-def _of_arm(rows: Sequence[Row], arm: str, choices: Mapping[str, Choice]) -> list[Row]:
-    """An untouched model's row, or the rows of an arm's chosen rate at scale 1."""
-    lr = choices[arm].best.lr if arm in choices else None
-    return [r for r in rows if r.arm == arm and r.is_whole and (arm in UNTOUCHED or (r.lr == lr and lr is not None))]
+def _chosen(rows: Sequence[Row], chosen: Mapping[str, Standing]) -> dict[str, list[Row]]:
+    """The rows that the chosen standings are from."""
+    places = {arm: (found.scale, found.setting) for arm, found in chosen.items()}
+    return {arm: [row for row in rows if row.arm == arm and (row.scale, row.setting) == places[arm]] for arm in places}
 
 
-def _best_scales(
-    rows: Sequence[Row], evaluators: Sequence[str], standings: _Standings
-) -> Iterator[tuple[str, Standing]]:
+def _best_scales(grid: Sequence[Standing]) -> Iterator[tuple[str, Standing]]:
     for arm in TUNED:
-        choice = choose_rate_and_scale(rows, arm, evaluators)
-        if choice and len({candidate.scale for candidate in choice.candidates if candidate.num_seeds}) > 1:
-            best = choice.best
-            yield arm, standings.of(arm, [r for r in rows if (r.arm, r.lr, r.scale) == (arm, best.lr, best.scale)])
+        choice = choose_rate_and_scale(grid, arm)
+        if choice and len({each.scale for each in choice.candidates if each["selection/mean"].count}) > 1:
+            yield arm, choice.best
 
 
 def _compare(
@@ -313,13 +265,14 @@ def _compare(
     b: str,
     chosen: Mapping[str, Sequence[Row]],
     halves: Halves,
-    gain: tuple[str, ...],
-    keep: tuple[str, ...],
+    groups: Mapping[str, tuple[str, ...]],
     num_expected: int,
 ) -> Comparison:
     def stacked(arm: str) -> dict[int | None, dict[str, np.ndarray]]:
         """Scores of the seeds that have all of them."""
-        found = {r.seed: {name: scores_of(r, name, rows[1]) for name, rows in halves.items()} for r in chosen[arm]}
+        found = {
+            r.seed: {name: scores_of(r, name, rows[1]) for name, rows in halves.items()} for r in chosen.get(arm, [])
+        }
         return {
             seed: {name: row for name, row in scores.items() if row is not None}
             for seed, scores in found.items()
@@ -331,57 +284,20 @@ def _compare(
     shared = sorted(seed for seed in first if seed is not None and (b in UNTOUCHED or seed in second))
     if absent or not shared:
         reason = f"no finished measurement of {' and of '.join(absent)}" if absent else "they have no seed in common"
-        return Comparison(a, b, {}, None, None, None, num_expected, reason)
+        return Comparison(a, b, {}, num_expected, reason)
     differences = {
         name: np.stack([first[seed][name] - second[None if b in UNTOUCHED else seed][name] for seed in shared])
         for name in halves
     }
-    groups = [[name] for name in halves] + [list(group) for group in (gain + keep, gain, keep) if group]
-    intervals = [_possible(interval) for interval in paired_bootstrap(differences, groups)]
-    of_groups = iter(intervals[len(halves) :])
-    every = next(of_groups)
-    return Comparison(
-        a,
-        b,
-        dict(zip(halves, intervals, strict=False)),
-        every,
-        next(of_groups) if gain else None,
-        next(of_groups) if keep else None,
-        num_expected,
-    )
-
-
-def _possible(interval: Interval) -> Interval:
-    """Scores lie between 0 and 1, so that their differences can't leave -1 to 1."""
-    return replace(interval, low=max(-1.0, interval.low), high=min(1.0, interval.high))
+    intervals = zip(groups, paired_bootstrap(differences, list(groups.values())), strict=True)
+    # Scores lie between 0 and 1, so that their differences can't leave -1 to 1.
+    possible = {what: replace(i, low=max(-1.0, i.low), high=min(1.0, i.high)) for what, i in intervals}
+    return Comparison(a, b, possible, num_expected)
 
 
 def in_words(arm: str) -> str:
     """An arm within a sentence."""
     return f"the untouched {arm}" if arm in UNTOUCHED else arm
-
-
-def _predictions(rows: Sequence[Row]) -> tuple[Prediction, ...]:
-    start = next((row.metrics["reported/mean"] for row in rows if row.arm == "Instruct"), math.nan)
-    return tuple(
-        Prediction(
-            row.lr,
-            row.seed,
-            {name: value for name, value in row.facts.items() if name in FACTS},
-            row.metrics["reported/mean"] - start,
-        )
-        for row in rows
-        if row.arm == "B2I" and row.scale == 1.0 and row.lr is not None and row.seed is not None
-    )
-
-
-def _lines(rows: Sequence[Row]) -> Iterator[Line]:
-    drawn = [row for row in rows if row.line and row.lr is not None]
-    for arm, lr in sorted({(row.arm, row.lr) for row in drawn if row.lr is not None}):
-        own = [row.line for row in drawn if (row.arm, row.lr) == (arm, lr)]
-        scales = sorted({scale for line in own for scale in line})
-        losses = {scale: average([line.get(scale, math.nan) for line in own]) for scale in scales}
-        yield Line(arm, lr, losses, average([barrier(line) for line in own]))
 
 
 def _costs(rows: Sequence[Row]) -> dict[str, dict[str, Average]]:

@@ -82,28 +82,7 @@ class TrialKey:
 class Definition:
     """A sweep, as its file defines it.
 
-    Attributes:
-        name: Name of the sweep; one per storage and configuration.
-        fit: Configuration of ``fit`` that all trials share.
-        overrides: Values that are changed in it for all trials, by dotted key.
-        grid: Values by dotted key.
-        variants: Labels that set several keys together, by name.
-        ranges: Ranges from which random and tpe draw numbers, by dotted key.
-        drop: Combinations to leave out: those in which every named axis has one of the values.
-        arms: Arms to measure, some of ``B2I I2I B2B I2B``; the Base, the Instruct or both are trained for them.
-        seeds: Seeds; each setting is trained with each of them.
-        scales: Scales λ of the graft that are measured in each trial; the first is the arm's own.
-        task_scales: Scales, beyond the first, that the evaluators measure too.
-        metric: Metric that a trial is judged by, of the first arm that its training serves: ``loss``, ``new/score``.
-            Several are averaged, and the mean is called ``mean``.
-        direction: minimize or maximize.
-        sampler: grid runs all combinations; random and tpe draw ``trials`` settings.
-        sampler_options: Arguments of Optuna's sampler.
-        trials: Number of settings that random or tpe draws.
-        pruner: Rule that ends a hopeless trial, by its metric after each validation.
-        pruner_options: Arguments of Optuna's pruner.
-        show: Further metrics of the report.
-        max_trials: Largest number of trials; more are an error.
+    The attributes are the keys of the file, which ``python -m shadowlit sweep run --help`` describes.
     """
 
     name: str

@@ -10,10 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
@@ -34,14 +34,26 @@ class Job:
     arguments: tuple[str, ...]
 
 
-class TrialProcess(Protocol):
-    """A running job, however it was started."""
+@dataclass(frozen=True)
+class TrialProcess:
+    """A running job, however it was started.
 
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
+    Attributes:
+        process: Process, which can be terminated and killed.
+        poll: Returns its exit code, or None while it runs.
+        wait: Waits for its end, at most so many seconds.
+    """
+
+    process: Any
+    poll: Callable[[], int | None]
+    wait: Callable[[float], Any]
 
     def stop(self) -> None:
         """End it."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(10)
+        self.process.kill()
 
 
 @dataclass
@@ -197,39 +209,12 @@ def _resumed(job: Job, folder: Path) -> Job:
     return job
 
 
-class _Forked:
-    def __init__(self, process: Any) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.join(10)
-        self._process.kill()
-
-
 def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["shadowlit.studies.trials.preload"])
     process = context.Process(target=run_logged, args=(folder, list(job.arguments), threads))
     process.start()
-    return _Forked(process)
-
-
-class _Spawned:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        self._process.kill()
+    return TrialProcess(process, lambda: process.exitcode, process.join)
 
 
 def _spawn(job: Job, folder: Path, threads: int | None, environment: Mapping[str, str]) -> TrialProcess:
@@ -237,4 +222,5 @@ def _spawn(job: Job, folder: Path, threads: int | None, environment: Mapping[str
     # Set in the environment, which further processes of the training inherit.
     own = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}), **environment}
     with (folder / LOG).open("wb") as out:
-        return _Spawned(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own))
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own)
+    return TrialProcess(process, process.poll, process.wait)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from shadowlit.errors import DataError
 from shadowlit.studies.comparison.report import combine, render, sentence, write_combined, write_report
-from shadowlit.studies.comparison.summary import Comparison, Description, barrier, summarise
+from shadowlit.studies.comparison.summary import OVER_INSTRUCT, Comparison, Description, barrier, summarise
 from shadowlit.studies.rows import LR, Row, to_csv
 from shadowlit.studies.statistics import Interval
 from tests.studies.comparison.synthetic import records, trained
@@ -94,7 +94,9 @@ def test_nothing_that_is_chosen_depends_on_the_reported_half(report):
         for r in records()
     ]
     again = told_of(changed)
-    assert again.choices == report.choices
+    assert {arm: choice.best.lr for arm, choice in again.choices.items()} == {
+        arm: choice.best.lr for arm, choice in report.choices.items()
+    }
     assert [s["selection/mean"] for s in again.grid] == [s["selection/mean"] for s in report.grid]
     assert again.best_scales["B2I"].lr == report.best_scales["B2I"].lr
     assert again.table[3]["reported/mean"] != report.table[3]["reported/mean"]
@@ -110,8 +112,8 @@ def test_a_difference_is_paired_by_row_and_seed():
         found += [trained("I2I", 1e-4, seed, samples={"new": base})]
         found += [trained("B2I", 1e-4, seed, samples={"new": better})]
     (comparison, *_) = told_of(found, keep=[]).comparisons
-    assert comparison.all.difference == pytest.approx(np.mean([1.0, 1.1, 1.2]) / 20)
-    assert comparison.all.num_rows == 20 and comparison.all.num_seeds == 3
+    assert comparison.intervals["mean"].difference == pytest.approx(np.mean([1.0, 1.1, 1.2]) / 20)
+    assert comparison.intervals["mean"].num_rows == 20 and comparison.intervals["mean"].num_seeds == 3
 
 
 @pytest.mark.parametrize(
@@ -143,7 +145,7 @@ def test_a_difference_is_paired_by_row_and_seed():
     ],
 )  # fmt: skip
 def test_sentences_claim_what_the_interval_holds(a, b, interval, told):
-    comparison = Comparison(a, b, {}, interval, None, None, 3)
+    comparison = Comparison(a, b, {"mean": interval}, 3)
     assert sentence(comparison, interval, ["new", "old"]) == told
 
 
@@ -161,7 +163,9 @@ def test_a_missing_seed_is_told_and_the_arm_compared_on_the_others():
     report = told_of(found)
     text = render(report)
     assert re.fullmatch(r"[\d.]+ ± [\d.]+ \(2 of 3\)", row(section(text, "Each arm at its chosen rate"), "I2I")[2])
-    assert report.comparisons[0].all.num_seeds == 2 and "2 of 3 seeds" in section(text, "What the data say")
+    assert report.comparisons[0].intervals["mean"].num_seeds == 2 and "2 of 3 seeds" in section(
+        text, "What the data say"
+    )
     assert "- I2I at 0.0001: no finished training of seed 2" in section(text, "Missing")
 
 
@@ -173,7 +177,7 @@ def test_a_score_that_is_nan_makes_its_evaluator_missing_not_smaller():
     standing = next(s for s in report.table if s.arm == "B2I")
     counts = [standing[f"reported/{what}"].count for what in ("old/score", "mean", "new/score")]
     assert counts == [2, 2, 3]
-    assert report.comparisons[0].all.num_seeds == 2
+    assert report.comparisons[0].intervals["mean"].num_seeds == 2
     assert "- B2I at 0.001, seed 1: old has scores of 79 of 80 rows" in section(render(report), "Missing")
     (line,) = [
         line
@@ -257,7 +261,7 @@ def test_the_gain_of_a_graft_is_told_beside_what_was_known(report):
         sum(own.samples[name][i] - start.samples[name][i] for i in range(1, 80, 2)) / 40
         for name in ("new", "old", "format")
     ]
-    assert first.gain == pytest.approx(sum(gains) / 3)
+    assert first.metrics[OVER_INSTRUCT] == pytest.approx(sum(gains) / 3)
     cells = row(section(render(report), "What might predict the gain"), "σ of the pair")
     assert cells[1:] == ["–", "6", "0.02 to 0.02", "the same in all runs"]
 
