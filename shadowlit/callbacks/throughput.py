@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import resource
+import math
+import sys
 import time
 from typing import Any
 
@@ -138,7 +139,7 @@ class ThroughputCallback(Callback):
         self.summary |= {"tokens_per_s": tokens / training, "supervised_tokens_per_s": supervised / training}
         if self._peak is not None:
             self.summary["mfu"] = flops / training / (self._peak * trainer.world_size)
-        self.summary["peak_memory_gb"] = max(of_all_ranks([_peak_memory_gb(pl_module.device)]))
+        self.summary["peak_memory_gb"] = max(of_all_ranks([peak_memory_bytes(pl_module.device) / 1e9]))
         self.summary |= {part: value / whole for part, value in seconds.items()}
         self.summary["seconds"] = whole
         rank_zero_info(_table(self.summary))
@@ -162,7 +163,7 @@ class ThroughputCallback(Callback):
         found = {
             "train/tokens_per_s": tokens / lasted,
             "train/supervised_tokens_per_s": supervised / lasted,
-            "train/peak_memory_gb": _peak_memory_gb(device),
+            "train/peak_memory_gb": peak_memory_bytes(device) / 1e9,
         }
         if self._peak is not None:
             num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -220,10 +221,15 @@ class _Stopwatch:
         return event
 
 
-def _peak_memory_gb(device: torch.device) -> float:
+def peak_memory_bytes(device: torch.device) -> float:
+    """The largest memory so far: what was allocated on the GPU, or without one the process's; NaN on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _table(summary: dict[str, float]) -> str:

@@ -34,7 +34,7 @@ def keep_freed_memory() -> None:
     Costs no more memory than the parts in flight. Saves three quarters of the time spent in the system; only glibc
     has the switch, elsewhere nothing happens.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**30)
@@ -46,7 +46,7 @@ def start_write_back(descriptor: int, offset: int, count: int) -> None:
     Promises nothing: a flush is still needed, but finds little to do. Only Linux has the call, elsewhere nothing
     happens. Errors are ignored here; the flush reports them.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
         ctypes.CDLL(None).sync_file_range(
             descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE
         )
@@ -61,7 +61,7 @@ def reserve(descriptor: int, offset: int, count: int) -> None:
     Raises:
         OSError: The disk is full.
     """
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError, TypeError):
         call = ctypes.CDLL(None, use_errno=True).fallocate
         if call(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(count)):
             code = ctypes.get_errno()

@@ -15,11 +15,11 @@ import yaml
 
 from shadowlit.cli.sweep import report, run
 from shadowlit.errors import ShadowlitError
-from shadowlit.studies.sweep import scheduler as module
-from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_places, visible_gpus
+from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_slots, visible_gpus
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
 from shadowlit.studies.sweep.table import read_table
+from shadowlit.studies.trials import process as module
 from tests.studies.sweep.test_definition import define
 
 ROOT = Path(__file__).parents[3]
@@ -146,7 +146,7 @@ def test_a_failing_trial_costs_itself_alone_and_is_tried_again(tmp_path, capsys)
         "name": "failing", "fit": "configs/demo_lora.yaml", "overrides": SHORT, "threads": 1, "workers": 2,
         "grid": {"data.batch_size": [32, 0]}, "out": str(tmp_path),
     }  # fmt: skip
-    with pytest.raises(ShadowlitError, match=r"1 trials failed; .*REPORT\.md tells why"):
+    with pytest.raises(ShadowlitError, match=r"1 trials failed; .*REPORT\.md has the reasons"):
         run(**given)
     table = read_table(tmp_path)
     assert Counter(row.state for row in table.rows if row.seed is not None) == {"complete": 1, "failed": 1}
@@ -220,14 +220,14 @@ def test_each_trial_gets_gpus_of_its_own(tmp_path, monkeypatch):
 
 def test_gpus_are_shared_out(monkeypatch):
     four = ["0", "1", "2", "3"]
-    assert gpus_of_places(four, 1, None) == [["0"], ["1"], ["2"], ["3"]]
-    assert gpus_of_places(four, 2, None) == [["0", "1"], ["2", "3"]]
-    assert gpus_of_places(four, 1, 2) == [["0"], ["1"]]
+    assert gpus_of_slots(four, 1, None) == [["0"], ["1"], ["2"], ["3"]]
+    assert gpus_of_slots(four, 2, None) == [["0", "1"], ["2", "3"]]
+    assert gpus_of_slots(four, 1, 2) == [["0"], ["1"]]
     for per_trial, workers in ((3, 2), (5, None), (1, 5)):
         with pytest.raises(ShadowlitError, match=r"GPUs, and 4 are visible\. Lower workers or gpus_per_trial"):
-            gpus_of_places(four, per_trial, workers)
+            gpus_of_slots(four, per_trial, workers)
     with pytest.raises(ShadowlitError, match="gpus_per_trial is 0"):
-        gpus_of_places(four, 0, None)
+        gpus_of_slots(four, 0, None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-abc")
     assert visible_gpus() == ["3", "GPU-abc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
