@@ -22,7 +22,7 @@ from shadowlit.errors import DataError
 from shadowlit.grafting.arithmetic import add_delta
 from shadowlit.grafting.parameters import host_parameters
 from shadowlit.pair.pair import ModelPair
-from shadowlit.training.metrics import TokenScores
+from shadowlit.training.metrics import TokenScores, on_device
 
 
 class Scorer:
@@ -91,7 +91,7 @@ class Scorer:
         return in_layout_of_module(reader, self._shapes)
 
     def _score(self) -> float:
-        scores = TokenScores().to(self._device)
+        scores = on_device(TokenScores(), self._device)
         for batch in self._batches:
             ids, mask, labels = (batch[n].to(self._device) for n in ("input_ids", "attention_mask", "labels"))
             scores.update(self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels)

@@ -18,6 +18,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.distributed import of_all_ranks
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.flops import Work, count_pairs, peak_flops
 from shadowlit.training.module import ShadowModule
 
@@ -89,7 +90,8 @@ class ThroughputCallback(Callback):
             return
         self._watch.mark("data")
         tokens, pairs = count_pairs(batch, set(self._windows))
-        counts = torch.stack([tokens, *(pairs[window] for window in self._windows)]).double()
+        counts = torch.stack([tokens, *(pairs[window] for window in self._windows)])
+        counts = counts.to(accumulation_dtype(counts.device))
         self._counts = counts if self._counts is None else self._counts + counts
         positions = batch.get("supervised")
         self._supervised += int((batch["labels"] != IGNORE_INDEX).sum()) if positions is None else len(positions)

@@ -17,7 +17,9 @@ from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
 from shadowlit.evaluation.rows import fingerprint, spread
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.pair.pair import ModelPair
+from shadowlit.training.metrics import on_device
 from shadowlit.training.objective import supervised_positions
 
 _CHUNK = 1024  # positions whose distributions are in float32 at a time
@@ -95,7 +97,7 @@ class Divergence(Evaluator):
     def run(self, scene: Scene) -> Findings:
         """Measure; a collective, to be called on all ranks alike."""
         assert self._rows is not None, "read() comes before run()"
-        sums = SampleSums("kl", "agreement", "num_tokens", "row_kl", "row_kl_squared").to(scene.device)
+        sums = on_device(SampleSums("kl", "agreement", "num_tokens", "row_kl", "row_kl_squared"), scene.device)
         samples: list[dict[str, Any]] = []
         # Of all ranks' rows, so that all run equally many forwards.
         most_turns = max(len(turns) for _, turns in self._rows)
@@ -140,7 +142,7 @@ class Divergence(Evaluator):
         with scene.reference():
             reference = scene.logits_at(ids, mask, here)
         kl, same = (values.cpu() for values in divergence(logits, reference))
-        values = torch.stack([kl, same.double(), torch.ones_like(kl)], dim=1)
+        values = torch.stack([kl, same, torch.ones_like(kl)], dim=1).double()
         num_rows, length = batch["labels"].shape
         row = positions // length
         return torch.zeros(num_rows, 3, dtype=torch.float64).index_add_(0, row, values)[: len(encoded)]
@@ -162,7 +164,7 @@ def divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
         log_p, log_r = some.float().log_softmax(-1), others.float().log_softmax(-1)
         p = log_p.exp()
         # 0 · log 0 = 0, but a NaN stays one.
-        parts.append(torch.where(p == 0, 0, p * (log_p - log_r)).sum(-1).double())
+        parts.append(torch.where(p == 0, 0, p * (log_p - log_r)).sum(-1).to(accumulation_dtype(p.device)))
         same.append(some.argmax(-1) == others.argmax(-1))
     return torch.cat(parts), torch.cat(same)
 

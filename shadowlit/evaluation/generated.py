@@ -21,6 +21,7 @@ from shadowlit.evaluation.sampling import RowSampler
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import Answer, generate, greedy_config
+from shadowlit.training.metrics import on_device
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ class Generation(Evaluator):
         """Ask and compare; a collective, to be called on all ranks alike."""
         assert self._items is not None, "read() comes before run()"
         config = greedy_config(scene.pair.template_folder(), scene.pair.tokenizer(), self.max_new_tokens)
-        sums = SampleSums("score", "squares", "num_too_long", "num_unfinished", "answer_tokens").to(scene.device)
+        sums = on_device(
+            SampleSums("score", "squares", "num_too_long", "num_unfinished", "answer_tokens"), scene.device
+        )
         samples: list[dict[str, Any]] = []
         for rows in self.own(len(self._items), scene):
             own = [self._items[row] for row in rows if row >= 0]

@@ -18,6 +18,7 @@ from shadowlit.evaluation.prompts import Asking, context_length
 from shadowlit.evaluation.rows import Columns, fingerprint, read_choices, read_items, read_label
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
 from shadowlit.pair.pair import ModelPair
+from shadowlit.training.metrics import on_device
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class MultipleChoice(Evaluator):
     def run(self, scene: Scene) -> Findings:
         """Score the rows; a collective, to be called on all ranks alike."""
         assert self._items is not None, "read() comes before run()"
-        sums = SampleSums("score", "squares", "accuracy_norm", "loss", "num_too_long").to(scene.device)
+        sums = on_device(SampleSums("score", "squares", "accuracy_norm", "loss", "num_too_long"), scene.device)
         num_forwards = max((len(item.inputs) for item in self._items if not self._is_too_long(item)), default=0)
         samples: list[dict[str, Any]] = []
         for rows in self.own(len(self._items), scene):
@@ -180,7 +181,7 @@ def _loglikelihoods(items: Sequence[_Item], num_forwards: int, scene: Scene) -> 
         positions, targets = (
             torch.tensor([place[k] for place in places], dtype=torch.int64, device=scene.device) for k in (0, 1)
         )
-        losses = scene.token_losses(tokens, mask, positions, targets).double().tolist()
+        losses = scene.token_losses(tokens, mask, positions, targets).tolist()
         for loss, (_, _, i, number) in zip(losses, places, strict=True):
             found[i][number] -= loss
     return [values.tolist() for values in found]

@@ -22,7 +22,7 @@ from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described,
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
-from shadowlit.grafting.arithmetic import add_delta, delta, graft
+from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.swap import Exchange, windows
@@ -242,7 +242,7 @@ class LiveGraft:
             found = known[host.name] if host.name in known else self._squares(host, scale)
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
-                host.instruct_square = torch.stack([torch.dot(x, x).double() for x in parts]).sum()
+                host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
             key = _layer_of(host.name)
             layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
         table = self._reduce(torch.stack(list(layers.values())))
@@ -392,7 +392,7 @@ class LiveGraft:
         if not scale:  # the Instruct itself, even where the training has diverged
             live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
             return
-        measured = torch.zeros(2, dtype=torch.float64, device=live.device)
+        measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
         out, tuned, base, instruct = (t.view(-1) for t in (live, tuned, host.base, host.instruct))
         for part in windows(out):
             goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
@@ -408,7 +408,7 @@ class LiveGraft:
     def _squares(self, host: _Host, scale: float) -> Tensor:
         """Sums of squares of an update and of what of it is lost in rounding, float64 ``[2]``."""
         update, instruct = self._update(host).flatten(), host.instruct.view(-1)
-        sums = torch.zeros(2, dtype=torch.float64, device=update.device)
+        sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
         for part in windows(update):
             exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
             sums += _sums_of_squares(update[part], exact, exact.to(self._rounding(host)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.arithmetic import accumulation_dtype
 
 BASE, INSTRUCT = "base", "instruct"
 
@@ -52,7 +53,7 @@ class References:
 
 
 def sum_by_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    """Sums and counts of tokens by the sequence that they belong to, in float64, which keeps the order out of it.
+    """Sums and counts of tokens by sequence, in float64 (but on MPS), so that their order makes no difference.
 
     Args:
         values: ``[N]``.
@@ -62,6 +63,7 @@ def sum_by_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> tup
     Returns:
         Two tensors ``[num_sequences]``.
     """
-    sums, counts = values.new_zeros(2, num_sequences, dtype=torch.float64).unbind()
-    ones = torch.ones_like(values, dtype=torch.float64).detach()
-    return sums.index_add(0, sequence, values.double()), counts.index_add(0, sequence, ones)
+    dtype = accumulation_dtype(values.device)
+    sums, counts = values.new_zeros(2, num_sequences, dtype=dtype).unbind()
+    ones = torch.ones_like(values, dtype=dtype).detach()
+    return sums.index_add(0, sequence, values.to(dtype)), counts.index_add(0, sequence, ones)

@@ -140,7 +140,7 @@ class Recording(ShadowModule):
     """Keeps the weights and the gradients of every step."""
 
     def on_before_optimizer_step(self, optimizer):
-        kl = self._kl
+        kl = getattr(self.objective, "kl", 0.0)
         super().on_before_optimizer_step(optimizer)
         named = dict(self.model.named_parameters())
         self.steps = [
