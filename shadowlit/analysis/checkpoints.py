@@ -24,8 +24,9 @@ from shadowlit.checkpoint.layout import with_experts_as
 from shadowlit.checkpoint.names import canonical_name
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
-from shadowlit.grafting.disk import AdapterUpdate, linear_on_disk
+from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import AdapterUpdate
 from shadowlit.pair.pair import ModelPair
 
 if TYPE_CHECKING:

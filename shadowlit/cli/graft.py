@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
@@ -13,12 +13,16 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, open_update
+from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
 from shadowlit.progress import progress_bar
+
+if TYPE_CHECKING:
+    from shadowlit.delta.transforms import Transforms
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -35,27 +39,33 @@ def graft(
     dry_run: bool = False,
     files_from: str | None = None,
     allow_pickle: bool = False,
+    transforms: list[dict[str, Any]] = [],  # noqa: B006 - read only, and shown by --help
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
-    Streams: a few rows of each tensor are in memory at a time. Computed in float32, rounded once.
+    Streams: a few rows of each tensor are in memory at a time, with --transforms a few copies of one whole tensor.
+    Computed in float32, rounded once.
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.
         tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
         instruct: Folder or hub id of the Instruct that gets the update.
-        out: Folder to make. Appears complete or not at all; an existing one is never overwritten.
-        scale: Strength of the graft, and others by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
-        select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
-        dtype: Of the result; auto for the Instruct's own.
-        shard_size: Largest file, e.g. 5GB or 500MB.
-        files_from: Take config, tokenizer, template and generation settings from this folder or hub id instead of the
-            Instruct: where the update moves to a model that isn't the one to talk to (Chat Vector, ParamΔ).
-        dry_run: Only say what would be grafted and how large the result is, from the headers alone.
+        out: Folder to create. It is written atomically; an existing one is never overwritten.
+        scale: Scale of the update, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        select: Tensors that get the update: linear (every linear layer but the output head), all, or regular
+            expressions.
+        dtype: Dtype of the result; auto for the Instruct's own.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
+        files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
+            Instruct's, for updates that move to a model other than the one to talk to (Chat Vector, ParamΔ).
+        dry_run: Only report what would be grafted and how large the result is, from the headers alone.
         allow_pickle: Also read pytorch_model.bin in local folders, as tensors alone: nothing in it is run.
+        transforms: Transforms of the update, applied in this order before it is scaled, e.g.
+            '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
     """
     console = Console(highlight=False)
     start = time.perf_counter()
+    chosen = choose(transforms)
     pair = ModelPair(base, instruct)
     with (
         open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
@@ -63,20 +73,29 @@ def graft(
     ):
         in_place = in_layout_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", tuned, None, False), allow_pickle)
-        strength = Strength.parse(scale)
+        scales = Scale.parse(scale)
         wanted = None if dtype == "auto" else dtype
-        plan = DiskGraft(update, instruct_reader, strength, select, wanted)
+        plan = DiskGraft(update, instruct_reader, scales, select, wanted, chosen)
         console.print(f"graft: {plan.coverage}")
         console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
             return
         manifest = build_manifest(
-            pair, scale=strength.default, select=select, dtype=wanted, coverage=plan.coverage,
-            config={"tuned": tuned, "scale": scale},
+            pair, scale=scales.default, select=select, dtype=wanted, coverage=plan.coverage,
+            config={"tuned": tuned, "scale": scale}, transforms=chosen.specs if chosen else (),
             fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
         )  # fmt: skip
         write_graft(plan, instruct_reader.folder, Path(out), wanted, shard_size, manifest, files_from)
     console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
+
+
+def choose(specs: list[dict[str, Any]]) -> Transforms | None:
+    """The transforms of a command line; torch, which they compute with, is imported only if there are some."""
+    if not specs:
+        return None
+    from shadowlit.delta.transforms import Transforms
+
+    return Transforms(specs, "--transforms")
 
 
 def write_graft(
@@ -88,7 +107,7 @@ def write_graft(
     manifest: Mapping[str, Any],
     files_from: str | None,
 ) -> None:
-    """Stream a planned graft to its folder, with a progress bar, and tell what arrived of the update."""
+    """Stream a planned graft to its folder, with a progress bar, and report how much of the update survives."""
     console = Console(highlight=False)
     with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
         export_folder(

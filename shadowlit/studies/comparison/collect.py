@@ -12,7 +12,7 @@ from shadowlit.analysis.similarity import compare
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import alike
 from shadowlit.delta.delta import Delta
-from shadowlit.grafting.disk import FullUpdate
+from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.comparison.plan import Recipe, Training, rates_of_arms
 from shadowlit.studies.comparison.records import Record
