@@ -25,8 +25,9 @@ from shadowlit.checkpoint.names import canonical_name
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
-from shadowlit.grafting.disk import AdapterUpdate, linear_on_disk
+from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import AdapterUpdate
 from shadowlit.pair.pair import ModelPair
 
 if TYPE_CHECKING:

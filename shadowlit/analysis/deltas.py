@@ -20,10 +20,11 @@ from shadowlit.checkpoint.names import kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.delta.delta import Delta, TensorStatistics
-from shadowlit.delta.transforms import magnitude
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
-from shadowlit.grafting.disk import linear_on_disk, open_update
+from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.folders import model_folder
 
 # -- opening --------------------------------------------------------------------------------------------------
@@ -214,9 +215,7 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
 
 def trimmed(delta: Delta, density: float) -> Delta:
     """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
-    if not 0 < density <= 1:
-        raise GraftError(f"density is {density}; expected a share of elements in (0, 1], e.g. 0.2.")
-    return delta.map(lambda _, tensor: magnitude(tensor, density))
+    return delta.map(Transforms([{"name": "magnitude", "density": density}], "transforms"))
 
 
 @dataclass(frozen=True)

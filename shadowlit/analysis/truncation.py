@@ -18,7 +18,7 @@ from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.analysis.subspaces import Spectrum
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.transforms import truncated_svd
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 
 ALL = "all"
@@ -115,7 +115,7 @@ def _errors(squares: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[float,
 
 def cut_to_rank(delta: Delta, rank: int) -> Delta:
     """The update with every matrix cut to a rank; other tensors stay as they are."""
-    return delta.map(lambda _, t: truncated_svd(t, rank).matrix if t.ndim == 2 else t)
+    return delta.map(Transforms([{"name": "svd", "rank": rank}], "transforms"))
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,7 @@ class ExportCallback(Callback):
             survival={"survival": statistics["survival"], "delta_norm": statistics["delta_norm"]},
             metrics=callback.metrics,
             config=_resolved_config(trainer),
+            transforms=callback.transforms.specs,
         )
 
     def _export_model(
@@ -162,6 +163,12 @@ class ExportCallback(Callback):
             rank_zero_info(
                 "export: no adapter is written, only the whole model. One that starts from the weights, or trains "
                 "biases or whole modules beside its factors, means another update on the Instruct than on the Base."
+            )
+            return
+        if callback.transforms:
+            rank_zero_info(
+                "export: no adapter is written. The graft transforms the update (graft.transforms), so the adapter's "
+                "factors do not give it; export.parts=[delta] and 'delta lora' make an adapter of it."
             )
             return
         factors = callback.build(module).adapter_tensors(callback.scales[0])

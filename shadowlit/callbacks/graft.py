@@ -13,14 +13,17 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
 from shadowlit.grafting.live import BASE, LiveGraft, Squares
+from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
 from shadowlit.training.module import TUNED, ShadowModule
 
@@ -72,6 +75,9 @@ class GraftCallback(Callback):
         statistics: Log norms and survival of the update at every validation.
         routing: Of a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
             measured in compiled layers.
+        transforms: Transforms of the update, applied in this order before it is scaled, e.g.
+            [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, or the import path of a function. Metrics, norms,
+            survival and exports are those of the transformed update.
     """
 
     def __init__(
@@ -83,9 +89,11 @@ class GraftCallback(Callback):
         baselines: bool = True,
         statistics: bool = True,
         routing: bool = True,
+        transforms: list[dict[str, Any]] = [],  # noqa: B006
     ) -> None:
         if not scales or len(set(scales)) < len(scales):
             raise GraftError(f"graft.scales is {scales}; expected at least one number, and none of them twice.")
+        self.transforms = Transforms(transforms)
         self.select = select
         self.scales = list(scales)
         self.dtype = _DTYPES.get(dtype)
@@ -121,6 +129,8 @@ class GraftCallback(Callback):
                 f"GraftCallback can't share a run with {', '.join(swapping)}: both swap the module's weights around "
                 "validation. Remove one of them."
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            require_elementwise(self.transforms, trainer.world_size)
         require_fit(pl_module.pair, self.select)
         current = pl_module.pair.fingerprints()
         if self._fingerprints and self._fingerprints != current:
@@ -232,8 +242,9 @@ class GraftCallback(Callback):
             base = AlignedReader.open(pl_module.pair.base_folder(), pl_module.pair.instruct_folder())
             instruct = CheckpointReader(pl_module.pair.instruct_folder())
             self.graft = LiveGraft(
-                pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload
-            )
+                pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload,
+                transforms=self.transforms,
+            )  # fmt: skip
             # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
             # signal handler in the middle of a pass.
             pl_module.register_state_dict_pre_hook(self._before_state_dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
@@ -21,9 +20,9 @@ from shadowlit.checkpoint.names import kind_of
 from shadowlit.cli.graft import format_bytes, parse_bytes, write_with_progress
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
-from shadowlit.delta.transforms import dare, magnitude, truncated_svd
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength
+from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.folders import GraftPlan
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.pair.folders import model_folder
@@ -82,12 +81,12 @@ def sum_(
 
     Args:
         deltas: Folders of deltas.
-        out: Folder to make. Appears complete or not at all.
-        weights: One for each; 1 by default.
-        method: add or ties.
-        density: For ties: share of elements of each delta that is kept.
-        dtype: That the result is stored in.
-        shard_size: Largest file, e.g. 5GB or 500MB.
+        out: Folder to create. It is written atomically.
+        weights: Weight of each delta; 1 by default.
+        method: add, or ties.
+        density: Fraction of each delta's elements that is kept (ties).
+        dtype: Dtype that the result is stored in.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
     """
     opened = [Delta.open(folder) for folder in deltas]
     given = [1.0] * len(opened) if weights is None else weights
@@ -104,59 +103,61 @@ def sum_(
 def compress(
     delta: str,
     out: str,
-    method: Literal["magnitude", "dare", "svd"],
+    method: str,
     density: float | None = None,
     rank: int | None = None,
     explained_variance: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
+    parameters: dict[str, Any] = {},  # noqa: B006 - read only, and shown by --help
     dtype: DType = "bfloat16",
     shard_size: str = "5GB",
 ) -> None:
-    """Make a delta sparser or of lower rank, and tell what it lost.
+    """Transform a delta, e.g. make it sparser or of lower rank, and report what it lost.
 
-    magnitude keeps the largest elements of each tensor (arXiv 1506.02626); dare drops elements at random and rescales
-    the rest (arXiv 2311.03099); svd cuts every matrix by rank or by explained variance (LoRE-Adapt, arXiv 2405.15007)
-    and leaves other tensors as they are. One tensor is in memory at a time. The result is stored dense.
+    magnitude keeps the largest elements of each tensor (arXiv 1506.02626), and so does ties for a single delta (arXiv
+    2306.01708); dare drops elements at random and rescales the rest (arXiv 2311.03099); svd cuts every matrix by rank
+    or by explained variance (LoRE-Adapt, arXiv 2405.15007) and leaves other tensors as they are. Any function of a
+    tensor can be given by its import path, mypackage.transforms.sign_only. One tensor is in memory at a time. The
+    result is stored dense.
 
     Args:
         delta: Folder of a delta.
-        out: Folder to make. Appears complete or not at all.
-        method: magnitude, dare or svd.
-        density: For magnitude and dare: share of elements to keep, in (0, 1].
-        rank: For svd: singular values to keep.
-        explained_variance: For svd: keep the fewest that hold this share of the squared norm, in (0, 1].
-        seed: For dare: of the mask.
-        dtype: That the result is stored in.
-        shard_size: Largest file, e.g. 5GB or 500MB.
+        out: Folder to create. It is written atomically.
+        method: Transform: magnitude, dare, svd, ties, an entry point in the group shadowlit.transforms, or the import
+            path of a function.
+        density: Fraction of the elements to keep, in (0, 1] (magnitude, dare, ties).
+        rank: Number of singular values to keep (svd).
+        explained_variance: Or: the fewest that hold this fraction of the squared norm, in (0, 1] (svd).
+        seed: Seed of the mask, 0 by default (dare).
+        parameters: Parameters of other transforms, e.g. '{"size": 1e-4}'.
+        dtype: Dtype that the result is stored in.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
     """
-    if (density is None) == (method != "svd"):
-        raise GraftError(f"method={method} and density={density}: magnitude and dare need a density, svd takes none.")
-    if (rank is not None or explained_variance is not None) != (method == "svd"):
-        raise GraftError(f"method={method} with rank={rank} and explained_variance={explained_variance}: only svd "
-                         "takes them, and needs one of them.")  # fmt: skip
+    options = {"density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    if twice := [name for name in parameters if name in given]:
+        raise GraftError(f"--{twice[0]} is given both as an option and in --parameters. Give it once.")
+    chosen = Transforms([{**parameters, **given, "name": method}], option=_option)
     opened = Delta.open(delta)
     squares: dict[str, tuple[float, float]] = {}
 
     def one(name: str, tensor: Tensor) -> Tensor:
-        if method == "svd":
-            small = truncated_svd(tensor, rank, explained_variance).matrix if tensor.ndim == 2 else tensor
-        elif method == "magnitude":
-            small = magnitude(tensor, density or 0.0)
-        else:
-            generator = torch.Generator().manual_seed(_tensor_seed(seed, name))
-            small = dare(tensor, density or 0.0, generator)
+        small = chosen(name, tensor)
         squares[name] = (float((small - tensor).double().square().sum()), float(tensor.double().square().sum()))
         return small
 
-    step = {
-        "method": method, "density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed,
-    }  # fmt: skip
+    step = {"method": method, **options, "seed": seed or 0, **parameters}
     manifest = {**opened.manifest, "history": [*opened.manifest.get("history", []), step], "versions": versions()}
     _save(opened.map(one), out, dtype, shard_size, manifest)
     lost, size = (sum(values) for values in zip(*squares.values(), strict=True))
     Console(highlight=False).print(
         f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm"
     )
+
+
+def _option(parameter: str) -> str:
+    """What messages call a parameter of a transform on the command line."""
+    return "--method" if parameter == "name" else f"--{parameter}"
 
 
 def lora(
@@ -210,19 +211,19 @@ def apply(
         delta: Folder of a delta.
         instruct: Folder or hub id of the model that gets it; of the delta's architecture.
         out: Folder to make. Appears complete or not at all.
-        scale: Strength, and others by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        scale: Scale of the delta, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
         select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
         dtype: Of the result; auto for the Instruct's own.
         shard_size: Largest file, e.g. 5GB or 500MB.
         dry_run: Only say what would be changed and how large the result is.
         files_from: Take config, tokenizer, template and generation settings from this folder or hub id.
     """
-    opened, strength = Delta.open(delta), Strength.parse(scale)
+    opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
     console = Console(highlight=False)
     with CheckpointReader(folder) as reader:
-        plan = DiskGraft(opened, reader, strength, select, wanted)
+        plan = DiskGraft(opened, reader, scales, select, wanted)
         console.print(f"delta: {plan.coverage}")
         console.print(f"delta: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
@@ -231,7 +232,7 @@ def apply(
             "base": opened.manifest.get("base"),
             "instruct": describe_source(instruct, folder, reader.fingerprint()),
             "delta": opened.manifest,
-            "scale": strength.default,
+            "scale": scales.default,
             "select": select,
             "dtype": wanted,
             "coverage": plan.coverage,
@@ -243,11 +244,6 @@ def apply(
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}
-
-
-def _tensor_seed(seed: int, name: str) -> int:
-    """A seed for one tensor, the same on every machine."""
-    return (seed << 32) | zlib.crc32(name.encode())
 
 
 def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mapping[str, Any]) -> None:

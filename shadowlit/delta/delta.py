@@ -7,7 +7,6 @@ tuned weights, rounded to bfloat16, lose most of a small one.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,19 +23,19 @@ from shadowlit.delta.spectrum import effective_rank
 from shadowlit.delta.transforms import ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
-from shadowlit.grafting.disk import Update, linear_on_disk, open_update
+from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import Update, by_tensor, open_update
 from shadowlit.pair.folders import model_folder
 
 SINGLE_FILE = DELTA_FILE
 STEM = SINGLE_FILE.removesuffix(".safetensors")
-_CACHED = 2  # whole tensors kept by a delta that is computed tensor by tensor
 
 Rows = Callable[[str, int, int], Tensor]
 
 
-class Delta:
+class Delta(Update):
     """An update, by tensor names; nothing is read or computed before its rows are asked for.
 
     Sums and multiples are deltas again. A tensor that one summand lacks counts as an update of zero.
@@ -102,7 +101,7 @@ class Delta:
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """What a tuned checkpoint has learned; see :func:`shadowlit.grafting.disk.open_update`."""
+        """What a tuned checkpoint has learned; see :func:`shadowlit.grafting.update.open_update`."""
         return cls(update.shapes, _as_tensors(update.rows))
 
     @classmethod
@@ -154,7 +153,7 @@ class Delta:
             function: from name and tensor to a tensor of the same shape; called again only if the same tensor is
                 asked for after two others.
         """
-        return Delta(self.shapes, _by_tensor(lambda name: function(name, self.tensor(name))), self.manifest)
+        return Delta(self.shapes, by_tensor(lambda name: function(name, self.tensor(name))), self.manifest)
 
     @property
     def num_elements(self) -> int:
@@ -398,7 +397,7 @@ def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) 
         present = [(d.tensor(name), w) for d, w in zip(deltas, weights, strict=True) if name in d.shapes]
         return ties([tensor for tensor, _ in present], density, [weight for _, weight in present])
 
-    return Delta(shapes, _by_tensor(whole))
+    return Delta(shapes, by_tensor(whole))
 
 
 def windows(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
@@ -426,23 +425,6 @@ def _union(deltas: Sequence[Delta]) -> dict[str, tuple[int, ...]]:
 
 def _rows_or_zeros(found: Delta, window: tuple[str, int, int]) -> Tensor | None:
     return found.rows(*window) if window[0] in found.shapes else None
-
-
-def _by_tensor(whole: Callable[[str], Tensor]) -> Rows:
-    """Rows of tensors that can only be computed whole; the last few are kept, threads don't compute one twice."""
-    kept: dict[str, Tensor] = {}
-    lock = threading.Lock()
-
-    def rows(name: str, start: int, stop: int) -> Tensor:
-        with lock:
-            if name not in kept:
-                while len(kept) >= _CACHED:
-                    del kept[next(iter(kept))]
-                kept[name] = whole(name)
-            tensor = kept[name]
-        return tensor[start:stop] if tensor.ndim else tensor
-
-    return rows
 
 
 def _as_tensors(rows: Callable[[str, int, int], Any]) -> Rows:

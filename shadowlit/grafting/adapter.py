@@ -75,7 +75,10 @@ class AdaptedLayer:
 
     def delta_weight(self, host: Tensor) -> Tensor:
         """The update of the host's weight as the factors train it, in the host's shape and placement."""
+        acting = self.layer.scaling[self.adapter]  # peft multiplies by it, and a graft may have set it to zero
+        self.restore()
         update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
+        self.layer.scaling[self.adapter] = acting
         if isinstance(host, DTensor):
             # A product of sharded factors lies wherever it was cheapest to compute: by columns, or as partial sums.
             update = update.redistribute(host.device_mesh, host.placements)

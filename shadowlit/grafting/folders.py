@@ -14,9 +14,10 @@ from shadowlit.checkpoint.names import is_computed, layer_of
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, open_update
+from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.update import Transforms, open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
 
@@ -35,6 +36,7 @@ def graft(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
+    transforms: Transforms | None = None,
 ) -> DiskGraft:
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
 
@@ -54,6 +56,8 @@ def graft(
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
         allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
+        transforms: Transforms of the update before it is scaled, a :class:`shadowlit.delta.transforms.Transforms`;
+            a few copies of one whole tensor are then in memory.
 
     Returns:
         The finished graft, whose ``coverage`` says which tensors got the update, and whose ``survival`` is the
@@ -69,7 +73,9 @@ def graft(
         done = shadowlit.graft("Qwen/Qwen3-0.6B-Base", "runs/my-tuned-base", "Qwen/Qwen3-0.6B", "grafted")
         print(f"{done.survival:.1%} of the update survives")
     """
-    with plan_graft(base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle) as plan:
+    with plan_graft(
+        base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle, transforms=transforms
+    ) as plan:
         write_graft(plan, out, max_shard_bytes=max_shard_bytes, files_from=files_from)
     return plan.graft
 
@@ -101,6 +107,7 @@ def plan_graft(
     select: str | list[str] = "linear",
     dtype: str | None = None,
     allow_pickle: bool = False,
+    transforms: Transforms | None = None,
 ) -> Iterator[GraftPlan]:
     """Open three models and check from their headers that they can be grafted; see :func:`graft`."""
     pair = ModelPair(str(base), str(instruct))
@@ -110,13 +117,13 @@ def plan_graft(
     ):
         in_place = base_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
-        strength = Strength.parse(str(scale))
-        plan = DiskGraft(update, instruct_reader, strength, select, dtype)
+        scales = Scale.parse(str(scale))
+        plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms)
 
         def manifest() -> Mapping[str, Any]:
             return build_manifest(
-                pair, scale=strength.default, select=select, dtype=dtype, coverage=plan.coverage,
-                config={"tuned": str(tuned), "scale": str(scale)},
+                pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
+                config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
                 fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
             )  # fmt: skip
 

@@ -26,6 +26,8 @@ from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, 
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.swap import Exchange, windows
+from shadowlit.grafting.transformed import ParameterTransforms
+from shadowlit.grafting.update import Transforms
 
 _FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
 BASE = "base"  # the state in which the untouched Base stands in the module
@@ -57,6 +59,8 @@ class LiveGraft:
     is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
     the dtype of the export, and come back from a copy. Frozen parameters under an adapter are exchanged with the
     Instruct's, and the adapter's strength is multiplied by ``scale``: with LoRA nothing is computed at all.
+    With ``transforms`` it is ``instruct + scale * T(tuned - base)``; an adapter's update is then added to the frozen
+    weights as well, and the adapter itself is switched off.
     Parameters outside the selection become the Instruct's own. Parameters are paired by name; experts that the module
     holds in one tensor and the files one by one (or the other way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -72,9 +76,11 @@ class LiveGraft:
             in the names of the Instruct's files, and those that match none there in the module's parameters' names.
         dtype: the dtype the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
         offload: keep the frozen shards and the copy of the tuned ones on the CPU.
+        transforms: functions of the update, applied before it is scaled; elementwise ones only where it is sharded.
 
     Raises:
-        GraftError: a name, a shape or an adapter that can't be paired or grafted, or an empty selection.
+        GraftError: a name, a shape or an adapter that can't be paired or grafted, an empty selection, or a transform
+            that can't be applied to these parameters.
     """
 
     def __init__(
@@ -86,8 +92,10 @@ class LiveGraft:
         select: str | list[str] = "linear",
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        transforms: Transforms | None = None,
     ) -> None:
         self.model = model
+        self.dtype = dtype
         self.offload = offload
         self.state: float | str | None = None  # the scale that stands in the module, BASE, or None: the tuned weights
         self.interruptions = 0  # how often a checkpoint was saved while other weights than the tuned ones stood
@@ -102,12 +110,13 @@ class LiveGraft:
         self._parts = {} if by_module is instruct else _parts(shapes, instruct)
         self._infos = {name: by_module.info(name) for name in shapes}
         self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
+        self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = adapted_layers(model)
         reshard_all(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
         ]
-        self.dtype = dtype
+        self._by_name = {host.name: host for host in self._hosts}
         self.coverage = self._coverage()
 
     @property
@@ -230,7 +239,8 @@ class LiveGraft:
         Returns:
             ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
             Instruct's), ``survival`` (1: all of the update arrives in the exported dtype, 0: nothing useful does),
-            and ``delta_norm/<layer>`` for every decoder layer.
+            and ``delta_norm/<layer>`` for every decoder layer. All are of the transformed update, which the Instruct
+            gets, where there are transforms.
         """
         assert self.state is None
         reshard_all(self.model)
@@ -265,12 +275,11 @@ class LiveGraft:
         """
         assert self.state is None
         reshard_all(self.model)
-        hosts = {host.name: host for host in self._hosts}
         aliases = _aliases(self.model)
         by_key = {canonical_key(alias): first for alias, first in aliases.items()}
 
         def grafted(name: str, dtype: torch.dtype) -> Tensor:
-            host = hosts[name]
+            host = self._by_name[name]
             part = self._grafted(host, scale).to(dtype)
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
@@ -280,7 +289,7 @@ class LiveGraft:
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
                 yield name, in_files.read(name)
-            elif (host := hosts.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
+            elif (host := self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
                 yield name, self._instruct_reader.read(name).to(dtype)
@@ -318,8 +327,16 @@ class LiveGraft:
 
         ``scale`` is folded into the factor that starts at zero, and outside the selection it is zero, so that the
         adapter on the Instruct is the graft.
+
+        Raises:
+            GraftError: the update is transformed, so that the factors don't give it.
         """
         assert self.state is None
+        if self._transforms is not None:
+            raise GraftError(
+                "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
+                "delta; 'python -m shadowlit delta lora' makes an adapter of a delta."
+            )
         reshard_all(self.model)
         strength = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
         tensors = {}
@@ -353,7 +370,11 @@ class LiveGraft:
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
-        if frozen:
+        # When it is transformed, an adapter's update is added to the weights that it sits on.
+        merged = layer is not None and selected and self._transforms is not None
+        if frozen and merged:
+            self._require_storable(name, live.dtype, self.dtype or target.dtype)
+        elif frozen:
             # What is exchanged with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
         held = self._hold(target, live)
@@ -363,9 +384,20 @@ class LiveGraft:
             held,
             None if frozen else self._hold(start, live),
             selected,
-            Exchange(live, held) if frozen else None,
-            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected) if layer else None,
+            Exchange(live, held) if frozen and not merged else None,
+            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected and not merged)
+            if layer
+            else None,
         )
+
+    @staticmethod
+    def _require_storable(name: str, held: torch.dtype, dtype: torch.dtype) -> None:
+        """Raise unless a frozen weight can hold what will be exported: else it is not what was validated."""
+        if torch.promote_types(held, dtype) != held:
+            raise GraftError(
+                f"{name} is frozen in {held}, which can't hold the graft in {dtype}: with graft.transforms the "
+                "adapter's update is added to it. Set graft.dtype to auto, or to a dtype that it holds."
+            )
 
     def _hold(self, tensor: Tensor, live: Tensor) -> Tensor:
         tensor = tensor.contiguous()
@@ -381,22 +413,22 @@ class LiveGraft:
             else:
                 host.exchange.forward()
             return
-        assert host.base is not None
         tuned = live if host.saved is None else host.saved
         if host.saved is None:
             host.saved = self._copy(live)
         if isinstance(state, str):
-            live.copy_(host.base, non_blocking=True)
+            live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
             return
         scale = state if host.selected else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged
             live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
-        out, tuned, base, instruct = (t.view(-1) for t in (live, tuned, host.base, host.instruct))
+        out, sides = live.view(-1), [host.instruct, tuned, host.base]
+        transformed = None if self._transforms is None else self._update(host).reshape(-1)
         for part in windows(out):
-            goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
-            update = delta(end, start)
+            goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
+            update = delta(*ends) if transformed is None else transformed[part]
             exact = add_delta(goal, update, scale)
             rounded = exact.to(self._rounding(host))
             if squares is not None:
@@ -434,6 +466,12 @@ class LiveGraft:
         return self.dtype or host.instruct.dtype
 
     def _update(self, host: _Host) -> Tensor:
+        """What the Instruct gets of this rank's part of an update: all of it, or what the transforms make of it."""
+        if self._transforms is None or (host.base is None and host.adapted is None):
+            return self._learned(host)
+        return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
+
+    def _learned(self, host: _Host) -> Tensor:
         device = local(host.parameter).device
         total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
         if host.adapted is not None:
@@ -445,7 +483,7 @@ class LiveGraft:
         instruct = host.instruct.to(local(host.parameter).device)
         if not host.selected:
             return instruct
-        if host.adapted is None and host.base is not None:
+        if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
 

@@ -17,9 +17,10 @@ from shadowlit.checkpoint.layout import in_layout_of_module, single_experts
 from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta, write_delta
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk, open_update
+from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.export import export_adapter, export_folder, reload_logits
 from shadowlit.grafting.live import BASE, LiveGraft
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.pair import ModelPair
 from tests.grafting.test_live import IDS, effective_weights, load, logits, open_graft, train_a_bit, truth
 from tests.tiny import MIXTURES, save_pair
@@ -241,7 +242,7 @@ def test_a_delta_lies_as_the_files_do(tmp_path, form):
     write_delta(tmp_path / "delta", graft.delta_tensors(), torch.float32)
     delta, instruct = Delta.open(tmp_path / "delta"), CheckpointReader(folders[1])
     assert set(delta.shapes) == linear_on_disk(instruct.tensors)
-    plan = DiskGraft(delta, instruct, Strength())
+    plan = DiskGraft(delta, instruct, Scale())
     export_folder(tmp_path / "out", folders[1], plan.tensors())
     written = tensors(tmp_path / "out")
     assert all(torch.equal(written[name], tensor) for name, tensor in graft.grafted_tensors())
@@ -288,7 +289,7 @@ def test_the_report_names_experts_and_routers_apart(tmp_path):
     assert "trained but left out: " in told and "gate (2)" in told
     assert "4 of 4 tensors of experts, 2 of 2 of routers" in str(open_graft(model, folders, select="all").coverage)
     instruct = CheckpointReader(folders[1])
-    on_disk = DiskGraft(Delta.open(write_all(model, folders, tmp_path / "d")), instruct, Strength()).coverage
+    on_disk = DiskGraft(Delta.open(write_all(model, folders, tmp_path / "d")), instruct, Scale()).coverage
     assert "24 of 24 tensors of experts, 0 of 2 of routers" in str(on_disk)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from shadowlit.analysis.similarity import compare, in_one_layout
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.delta import Delta
-from shadowlit.grafting.disk import FullUpdate
+from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.arms import UNTOUCHED, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
