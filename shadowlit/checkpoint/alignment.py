@@ -63,6 +63,11 @@ class AlignedReader:
         """How many tensors have the Instruct's rows instead of the Base's."""
         return len(self._rows)
 
+    def close(self) -> None:
+        """Close the files of both checkpoints; a later read opens them again."""
+        self._base.close()
+        self._instruct.close()
+
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> Tensor:
         """Read the rows and columns ``slices`` of tensor ``name``, in the Base's dtype."""
         if name not in self._rows:

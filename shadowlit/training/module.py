@@ -26,6 +26,7 @@ from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.adapter import require_graftable
+from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate_answers, greedy_config
@@ -36,7 +37,7 @@ from shadowlit.training.objective import TokenSums, sum_tokens, supervised_posit
 from shadowlit.training.objectives import SFT, Answers, Objective, preference_metrics, preference_sums
 from shadowlit.training.optimizer import OptimizerName, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.parallel import parallelize, reduce_gradients
-from shadowlit.training.reference import BASE, References, start_of, sum_by_sequence
+from shadowlit.training.reference import References, sum_by_sequence
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
 from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
@@ -49,14 +50,13 @@ warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
 
 Batch = Mapping[str, Tensor]
-TUNED = "tuned"
 # The last four are of packed rows, for attention that takes their borders instead of a mask.
 _INPUTS = ("input_ids", "attention_mask", "position_ids",
            "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", *IMAGE_INPUTS)  # fmt: skip
 
 
 class ShadowModule(LightningModule):
-    """Trains the Base of a pair on conversations, and scores whatever weights stand in it.
+    """Trains the Base of a pair on conversations, and scores whatever weights are loaded into it.
 
     The loss is the cross entropy summed over the supervised tokens of the whole effective batch (micro-batches ×
     ranks), divided by their number: accumulation and unequal lengths change nothing. Everything that learns is
@@ -66,8 +66,8 @@ class ShadowModule(LightningModule):
     Objectives of preferences (docs/preference.md) divide the summed losses of pairs, or of labelled answers, by their
     number in the same way. What they compare with is measured by :class:`GraftCallback`, which holds the start.
 
-    Validation adds each batch to the scores of the current :attr:`subject` (the ``tuned`` model; callbacks that put
-    other weights in name theirs) and logs ``val/<subject>/<metric>`` at its end, over all sets together and, where
+    Validation adds each batch to the scores of a subject (the ``tuned`` model, unless the callback that loaded other
+    weights passes another one) and logs ``val/<subject>/<metric>`` at its end, over all sets together and, where
     there are several, ``val/<subject>/<set>/<metric>`` for each.
 
     Args:
@@ -152,9 +152,8 @@ class ShadowModule(LightningModule):
         self.seed = seed
         self.train_towers = list(train_towers)
         self.model: nn.Module | None = None
-        self.subject = TUNED
         self._head_loss: HeadLoss | None = None
-        self._scores: dict[tuple[str, str], Metric] = {}  # by subject and set; the set "" is all of them
+        self._scores: dict[tuple[Subject, str], Metric] = {}  # by subject and set; the set "" is all of them
         self._sums: Tensor | None = None  # loss, what it is divided by, and more, of the effective batch so far
         self._references = References()
         self._kl: Tensor | float = 0.0  # how far the policy was from the reference in the step before, for KTO
@@ -269,16 +268,16 @@ class ShadowModule(LightningModule):
                     self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the scores of the weights that stand in the module."""
-        self._score(batch, self._set_name(dataloader_idx))
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
+        """Add a batch to the scores of ``subject``, whose weights are loaded. An override passes it on to ``super``."""
+        self._score(batch, self._set_name(dataloader_idx), subject)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
         """As :meth:`validation_step`, on the test sets."""
-        self._score(batch, self._set_name(dataloader_idx))
+        self._score(batch, self._set_name(dataloader_idx), subject)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answer the prompts of a left-padded batch greedily, with the weights that stand in the module.
+        """Answer the prompts of a left-padded batch greedily, with the weights that are loaded.
 
         Returns:
             One ``{"index": row in the file, "answer": text}`` per prompt.
@@ -302,7 +301,7 @@ class ShadowModule(LightningModule):
         ]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of every subject that was put in since the validation began."""
+        """Log the scores of every subject that was measured since the validation began."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -319,8 +318,8 @@ class ShadowModule(LightningModule):
         """
         return PreferenceScores(self.objective) if self._prefers else TokenScores()
 
-    def lacking_references(self, who: str) -> list[str]:
-        """The sets that the objective has to know ``who``'s log-probabilities of, and doesn't; base or instruct."""
+    def lacking_references(self, who: Subject) -> list[str]:
+        """The sets of which the objective needs ``who``'s log-probabilities and doesn't know them; BASE or INSTRUCT."""
         if not self.objective.has_reference:
             return []
         sets = getattr(self.trainer.datamodule, "preference_sets", {})  # type: ignore[attr-defined]
@@ -329,7 +328,7 @@ class ShadowModule(LightningModule):
 
     @torch.no_grad()
     def measure_references(self, names: list[str]) -> dict[str, Tensor]:
-        """Log-probabilities of the answers of sets of preferences under the weights that stand in the module.
+        """Log-probabilities of the answers of preference sets under the weights that are loaded.
 
         A collective: every rank does its share of each set.
 
@@ -352,8 +351,8 @@ class ShadowModule(LightningModule):
             measured[name] = logps
         return measured
 
-    def keep_references(self, who: str, measured: dict[str, Tensor]) -> None:
-        """Let these log-probabilities, by set, be those of the untouched base or instruct."""
+    def keep_references(self, who: Subject, measured: dict[str, Tensor]) -> None:
+        """Keep these log-probabilities, by set, as those of the untouched model ``who``."""
         sets = self.trainer.datamodule.preference_sets  # type: ignore[attr-defined]
         for name, logps in measured.items():
             self._references.keep(who, name, sets[name], logps)
@@ -365,7 +364,7 @@ class ShadowModule(LightningModule):
             self._head_loss = HeadLoss(self.model, self.head_loss)
         return self._head_loss
 
-    def scores(self, subject: str) -> dict[str, float]:
+    def scores(self, subject: Subject) -> dict[str, float]:
         """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
 
         Reduced over all ranks; every rank must call it.
@@ -377,7 +376,7 @@ class ShadowModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
-    def take_scores(self, subject: str) -> dict[str, float]:
+    def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
         taken = self.scores(subject)
         self._scores = {key: metric for key, metric in self._scores.items() if key[0] != subject}
@@ -436,7 +435,7 @@ class ShadowModule(LightningModule):
     def _prefers(self) -> bool:
         return self.objective.samples != "conversations"
 
-    def _answers(self, batch: Batch, who: str | None, name: str) -> Answers:
+    def _answers(self, batch: Batch, who: Subject | None, name: str) -> Answers:
         """What is known of a batch of preferences, with the reference of ``who`` for the set ``name``."""
         if "sequence" not in batch:
             raise ShadowlitError(
@@ -455,18 +454,18 @@ class ShadowModule(LightningModule):
         logps, lengths = (x.view(-1, 2).index_select(0, valid) for x in (sums, counts))
         return Answers(logps, lengths, batch["desirable"].index_select(0, valid), reference)
 
-    def _score(self, batch: Batch, set_name: str) -> None:
+    def _score(self, batch: Batch, set_name: str, subject: Subject) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         several = isinstance(loaders, list) and len(loaders) > 1
         # A single set is all sets together.
-        keys = [(self.subject, name) for name in (("", set_name) if several else ("",))]
+        keys = [(subject, name) for name in (("", set_name) if several else ("",))]
         for key in keys:
             if key not in self._scores:
                 self._scores[key] = self.configure_scores().to(self.device)
         metrics = [self._scores[key] for key in keys]
         if self._prefers:
             stage = "test" if self.trainer.testing else "val"
-            answers = self._answers(batch, start_of(self.subject), f"{stage}/{set_name}")
+            answers = self._answers(batch, subject.start, f"{stage}/{set_name}")
             for metric in metrics:
                 metric.update(answers)
             return
@@ -487,7 +486,7 @@ class ShadowModule(LightningModule):
     def _log_scores(self, stage: str) -> None:
         for subject in dict.fromkeys(who for who, _ in self._scores):
             for name, value in self.scores(subject).items():
-                self.log(f"{stage}/{subject}/{name}", value, prog_bar=name == "loss")
+                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
         self._scores.clear()
 
     def _set_name(self, dataloader_idx: int) -> str:

@@ -13,6 +13,7 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import alike
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.disk import FullUpdate
+from shadowlit.grafting.subject import Subject
 from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.comparison.plan import Recipe, Training, rates_of_arms
 from shadowlit.studies.comparison.records import Record
@@ -92,7 +93,7 @@ def _of_training(
 
 
 def _subject(scale: float, recipe: Recipe) -> str:
-    return "grafted" if scale == recipe.scales[0] else f"grafted@{scale:g}"
+    return Subject("grafted", scale, main=scale == recipe.scales[0]).name
 
 
 def _metrics(result: Mapping[str, Any], who: str) -> dict[str, float]:

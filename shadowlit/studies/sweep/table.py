@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
+from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.studies.statistics import Average, average, mean_interval
 from shadowlit.studies.sweep.definition import MEAN, Definition, without_subject
 
@@ -224,8 +225,8 @@ def build_table(study: SweepStudy) -> Table:
             if arm[0] != key["source"]:
                 continue
             for scale in (None,) if arm[0] == arm[2] else definition.scales:
-                who = "tuned" if scale is None else "grafted" if scale == definition.scales[0] else f"grafted@{scale:g}"
-                metrics = _with_mean(_of_subject(logged, who), definition)
+                who = TUNED if scale is None else Subject("grafted", scale, main=scale == definition.scales[0])
+                metrics = _with_mean(_of_subject(logged, who.name), definition)
                 rows.append(
                     Row(attributes["name"], state_of(trial), arm, scale, key["seed"], key["setting"], metrics, cost)
                 )

@@ -21,7 +21,7 @@ from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.runner import jobs, own_folder, run
 from shadowlit.studies.trials import process
 from shadowlit.studies.trials.process import Job, last_words
-from tests.evaluation.scenes import write_rows
+from tests.evaluation.contexts import write_rows
 from tests.tiny import save_pair
 
 ROOT = Path(__file__).parents[3]
