@@ -115,8 +115,6 @@ class GraftCallback(Callback):
         self._hook: RemovableHandle | None = None
         self._fingerprints: dict[str, str] = {}
 
-    # -- before anything runs ---------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module, the other callbacks and the pair before any weight is loaded for training."""
         if not isinstance(pl_module, ShadowModule):
@@ -151,8 +149,6 @@ class GraftCallback(Callback):
             )
         self._measure_references(pl_module)
 
-    # -- the grafted passes; each hook of a validation serves a test, too ----------------------------------------
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a record, and measure the reference of a preference objective where it is not known yet."""
         run = RunTotals() if trainer.sanity_checking else self._run
@@ -165,21 +161,13 @@ class GraftCallback(Callback):
         if routing := self._recording(trainer):
             routing.begin(TUNED.name)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any, **__: Any) -> None:
         """Watch the routers in the batch."""
         if routing := self._recording(trainer):
             routing.watch()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         """Record what the routers chose."""
         if routing := self._recording(trainer):
@@ -203,6 +191,7 @@ class GraftCallback(Callback):
             self.record.close(trainer)
             self.finished = self.record
 
+    # A test is a validation on other sets.
     on_test_start = on_validation_start
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_start = on_validation_batch_start
@@ -241,8 +230,6 @@ class GraftCallback(Callback):
             self._routing, self._routing_on = self._new_routing(pl_module), ""
         return self.graft
 
-    # -- never leave or save grafted weights ------------------------------------------------------------------
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Swap the trained weights back, whatever happened, and free the pair's."""
         self._release()
@@ -271,8 +258,6 @@ class GraftCallback(Callback):
         else:
             self._untouched.state = state_dict.get("untouched", {})
         self.finished = ValidationRecord(metrics=state_dict["metrics"])
-
-    # -- private ----------------------------------------------------------------------------------------------
 
     def _before_state_dict(self, *_: Any) -> None:
         if self.graft is not None:
@@ -338,12 +323,9 @@ class GraftCallback(Callback):
             self._pass(trainer, module, subject)
             return {stage: module.take_scores(subject)}
 
-        unrecorded = self._routing is not None and self._routing_on != signature
-        if trainer.testing or unrecorded:
-            self._routing_on = ""
-        self._untouched.measure({stage: signature}, measure, again=trainer.testing or unrecorded)
-        if not trainer.testing:
-            self._routing_on = signature
+        again = trainer.testing or (self._routing is not None and self._routing_on != signature)
+        self._untouched.measure({stage: signature}, measure, again)
+        self._routing_on = "" if trainer.testing else signature
         return self._untouched.known(stage, signature)
 
     def _pass(self, trainer: Trainer, module: ShadowModule, subject: Subject, squares: Squares | None = None) -> None:
@@ -353,12 +335,12 @@ class GraftCallback(Callback):
             module.take_scores(subject)  # those of a pass that is repeated
             # Iterating a loader draws a seed from the global generator: the training must not notice.
             with isolate_rng():
-                self._run_batches(trainer, module, subject)
-                self._ask_others(trainer, module, subject)
+                self._run_batches(trainer, subject)
+            self._ask_others(trainer, module, subject)
 
         self.build(module).measure(subject, run, squares)
 
-    def _run_batches(self, trainer: Trainer, module: ShadowModule, subject: Subject) -> None:
+    def _run_batches(self, trainer: Trainer, subject: Subject) -> None:
         step = trainer.strategy.test_step if trainer.testing else trainer.strategy.validation_step
         loaders, limits = _batches(trainer)
         if routing := self._recording(trainer):
@@ -382,7 +364,8 @@ class GraftCallback(Callback):
         swaps_s = graft.apply_s
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MeasuresSubjects):
-                callback.on_subject(trainer, module, subject, self.record)
+                with isolate_rng():
+                    callback.on_subject(trainer, module, subject, self.record)
         graft.apply_s = swaps_s  # swaps that another callback asked for are not the graft's
         if subject not in self.record.subjects:
             self.record.subjects.append(subject)

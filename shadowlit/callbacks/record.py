@@ -19,15 +19,9 @@ _IN_PROGRESS_BAR = ("graft/gain",)
 
 @dataclass
 class RunTotals:
-    """What the validations of one fit share.
+    """What the validations of one fit share: seconds by part, and the names of all metrics that were added so far."""
 
-    Attributes:
-        started: When the fit started, by ``time.perf_counter``; None outside of a fit.
-        seconds: Seconds so far by part.
-        names: Names of all metrics that were added to a record so far.
-    """
-
-    started: float | None = None
+    started: float | None = None  # by time.perf_counter; None outside of a fit
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     names: set[str] = field(default_factory=set)
 
@@ -110,13 +104,12 @@ class MeasuresSubjects(Protocol):
     """
 
     def on_subject(self, trainer: Trainer, module: ShadowModule, subject: Subject, record: ValidationRecord) -> None:
-        """Measure the model in ``module``, which holds the weights of ``subject`` and is in evaluation mode.
+        """Measure ``module``, which holds the weights of ``subject``, and add the metrics to ``record``, to be logged.
 
-        It is called at the end of a validation's plain pass: for every graft, then for the tuned model, then for the
-        untouched ones where GraftCallback measures them, on all ranks alike, and never in the sanity check. Metrics
-        that are added to ``record`` are logged. If a checkpoint is saved meanwhile, for example by a signal handler,
-        the trained weights are swapped in for it and the call is repeated, so a second call for the same subject must
-        replace the results of the first.
+        Called after the validation's plain pass on all ranks: for every graft, then the tuned model, then the untouched
+        ones if they are measured; not in the sanity check. The module is in evaluation mode and must be left so; random
+        generators are restored. The call is repeated if a checkpoint was saved meanwhile, since the trained weights
+        were swapped in for it; the second call's results must replace the first one's.
         """
 
 
