@@ -117,9 +117,8 @@ class EvaluationCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide which evaluators run in this validation; all do in a test."""
-        self.record = ValidationRecord("test" if trainer.testing else "val", self._run_totals)
-        if self._graft is not None:
-            self.record = self._graft.record
+        own = ValidationRecord("test" if trainer.testing else "val", self._run_totals)
+        self.record = own if self._graft is None else self._graft.record
         if trainer.sanity_checking:
             due = []
         elif trainer.state.fn != TrainerFn.FITTING or is_last_validation(trainer):
@@ -135,8 +134,8 @@ class EvaluationCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what GraftCallback has not had measured, and log everything."""
-        assert isinstance(pl_module, ShadowModule) and self.record is not None
         if self._due:
+            assert isinstance(pl_module, ShadowModule) and self.record is not None
             if self._graft is None:
                 self.on_subject(trainer, pl_module, TUNED, self.record)
             elif self.baselines:
@@ -156,8 +155,6 @@ class EvaluationCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take both over; scores of other rows or settings are measured again."""
         self._untouched.state, self._validations = state_dict["constants"], state_dict["validations"]
-
-    # -- private ----------------------------------------------------------------------------------------------
 
     def _problems(self) -> Iterator[str]:
         for name, evaluator in self.evaluators.items():
