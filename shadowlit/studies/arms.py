@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from shadowlit.grafting.subject import TUNED as TUNED_SUBJECT
+from shadowlit.grafting.subject import grafts
+
 UNTOUCHED = ("Base", "Instruct")
 """The two reference models, which nothing is trained for."""
 TUNED = ("B2B", "B2I", "I2B", "I2I")
@@ -28,8 +31,8 @@ def subject_of(arm: str, scale: float | None, scales: Sequence[float]) -> str:
     if arm in UNTOUCHED:
         return arm.lower()
     if not is_grafted(arm):
-        return "tuned"
-    return "grafted" if scale == scales[0] else f"grafted@{scale:g}"
+        return TUNED_SUBJECT.name
+    return next(subject.name for subject in grafts(scales) if subject.scale == scale)
 
 
 def metrics_of(logged: Mapping[str, float | None], subject: str) -> dict[str, float]:

@@ -68,7 +68,7 @@ def train(folders, kind, strategy, world_size, out, checkpointing=False):
     return {
         "metrics": {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k},
         "weights": whole_parameters(module),
-        "frozen_bytes": graft.graft.frozen_bytes,
+        "frozen_bytes": graft.build(module).frozen_bytes,
         "share": sum(local(p).numel() for p in sharded) / max(1, sum(p.numel() for p in sharded)),
         "tied": module.model.get_output_embeddings().weight is module.model.get_input_embeddings().weight,
     }
@@ -171,14 +171,15 @@ def updates_of_an_adapter(folders):
     graft = GraftCallback()
     make_trainer("fsdp2", 2, [graft], max_steps=2).fit(module, RandomData())
     found = {}
-    for host in graft.graft._hosts:
+    live = graft.build(module)
+    for host in live._hosts:
         if host.adapted is None:
             continue
         layer, name = host.adapted.layer, host.adapted.adapter
         factors = (layer.lora_B[name].weight, layer.lora_A[name].weight)
         up, down = (whole(local(p), p) for p in factors)
         rows = local_slices(host.parameter)[0]
-        part = graft.graft._update(host)
+        part = live._update(host)
         expected = host.adapted.scaling * (up @ down)[rows]
         found[host.name] = part.shape == expected.shape and torch.allclose(part, expected, atol=1e-7)
     return found

@@ -170,7 +170,7 @@ def test_towers_learn_and_are_grafted_as_chosen(tmp_path, rows):
         grafted, instruct = (load_file(f / "model.safetensors") for f in (export.exported, folders[1]))
         assert {tower_of(n) for n in instruct if not torch.equal(grafted[n], instruct[n])} == expected
         for tower in expected:
-            assert f"{tower} " in str(callback.graft.coverage)
+            assert f"{tower} " in str(callback.build(module).coverage)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
@@ -198,7 +198,7 @@ def test_frozen_towers_have_no_masters(tmp_path, rows):
     numbers = {tower: [p.numel() for n, p in module.model.named_parameters() if (tower_of(n) == "language") == tower]
                for tower in (True, False)}  # fmt: skip
     # Base and Instruct in half precision for what learns; the Instruct alone for what is frozen.
-    assert graft.graft.frozen_bytes == 4 * sum(numbers[True]) + 2 * sum(numbers[False])
+    assert graft.build(module).frozen_bytes == 4 * sum(numbers[True]) + 2 * sum(numbers[False])
     assert trainer.callback_metrics["val/grafted/loss"].isfinite()
 
 

@@ -22,7 +22,7 @@ from shadowlit.studies.comparison.runner import own_folder, run
 from shadowlit.studies.trials import process
 from shadowlit.studies.trials.process import Job, last_words
 from shadowlit.studies.trials.recipe import Recipe
-from tests.evaluation.scenes import write_rows
+from tests.evaluation.contexts import write_rows
 from tests.tiny import save_pair
 
 ROOT = Path(__file__).parents[3]
