@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.checkpoint.layout import in_layout_of
@@ -18,7 +17,7 @@ from shadowlit.grafting.export import export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
-from shadowlit.progress import progress_bar
+from shadowlit.progress import make_console, progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -54,7 +53,7 @@ def graft(
         dry_run: Only say what would be grafted and how large the result is, from the headers alone.
         allow_pickle: Also read pytorch_model.bin in local folders, as tensors alone: nothing in it is run.
     """
-    console = Console(highlight=False)
+    console = make_console()
     start = time.perf_counter()
     pair = ModelPair(base, instruct)
     with (
@@ -89,7 +88,7 @@ def write_graft(
     files_from: str | None,
 ) -> None:
     """Stream a planned graft to its folder, with a progress bar, and tell what arrived of the update."""
-    console = Console(highlight=False)
+    console = make_console()
     with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
         export_folder(
             out,
