@@ -210,6 +210,14 @@ def _command(
     sys.exit(function(*args))
 
 
+def shadowlit(*args: str) -> int:
+    """What ``python -m shadowlit ARGS`` does: the command reads its line itself."""
+    from shadowlit.cli.main import main
+
+    sys.argv = ["shadowlit", *args]
+    return main()
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a command has left: its exit status and what it printed."""
@@ -220,9 +228,7 @@ class Finished:
 
 
 def run_command(folder: Path, *args: str, timeout_s: float = 300, env: Mapping[str, str] = {}) -> Finished:
-    """Run ``python -m shadowlit ARGS`` in a forked process; its output lies in ``folder`` meanwhile."""
-    from shadowlit.cli.main import main
-
+    """Run ``python -m shadowlit ARGS`` in a forked process; its output is in ``folder``."""
     files = [folder / name for name in ("out.txt", "err.txt")]
-    code = Forked(main, list(args), out=files[0], err=files[1], env=env).wait(timeout_s)
+    code = Forked(shadowlit, *args, out=files[0], err=files[1], env=env).wait(timeout_s)
     return Finished(code, *(file.read_text() for file in files))
