@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 from shadowlit.errors import CheckpointError, PairError
-from shadowlit.pair.check import check_pair, require_fit, untrained_rows
+from shadowlit.pair.check import check_pair, require_fit
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.pair import ModelPair
+from shadowlit.pair.tokens import untrained_rows
 from tests.tiny import ARCHITECTURES, SPECIAL, make_tokenizer, save_model, save_pair
 
 
