@@ -1,7 +1,8 @@
-"""Progress bars without a thread of their own: a process with threads is not forked to compute."""
+"""Consoles for results, and progress bars without a thread: a process that has one can't fork to compute."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
 _REFRESH_S = 0.1
+# Wide enough for every table, where no terminal sets a width: one line per row, for grep.
+_PLAIN_WIDTH = 220
+
+
+def make_console() -> Console:
+    """Create a console that breaks no line of text and prints brackets as they are; only tables adapt to its width."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 @contextmanager

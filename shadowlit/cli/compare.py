@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.progress import make_console
 from shadowlit.studies.comparison.plan import plan
 from shadowlit.studies.trials.recipe import Recipe
 
@@ -59,7 +60,7 @@ def compare(
         threads: Threads of torch for each training; null for torch's own choice.
         dry_run: Only list the trainings.
     """
-    console = Console(highlight=False)
+    console = make_console()
     given = _listed(arms)
     recipe = Recipe(Path(fit), dict(overrides or {}), tuple(scales), tuple(task_scales))
     own = rates or {arm: [_own_rate(recipe)] for arm in given}

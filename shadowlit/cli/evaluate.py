@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 from shadowlit.checkpoint.folder import atomic_folder
-from shadowlit.cli.functions import wide_console
 from shadowlit.errors import EvaluationError, ExportError
 from shadowlit.grafting.manifest import plain, versions, write_json
 from shadowlit.harness.models import Evaluation
@@ -24,6 +23,7 @@ from shadowlit.harness.report import Report, make_report
 from shadowlit.harness.subjects import Subject, local_folder
 from shadowlit.harness.tasks import Settings, harness_version, load_benchmarks, require_harness
 from shadowlit.pair.folders import read_json
+from shadowlit.progress import make_console
 
 _UNSAFE = re.compile(r"[^\w.-]+")
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda(:\d+)?")
@@ -92,37 +92,37 @@ def evaluate(
     if adapter is not None:
         read_json("adapter", local_folder(adapter, weights=False) / "adapter_config.json")
     start = time.perf_counter()
-    console = wide_console()
+    console = make_console()
     benchmarks = load_benchmarks(suite, settings, tasks_folder)
     subjects = [Subject(source, adapter if i == len(model) else None) for i, source in enumerate(model, start=1)]
     for subject in subjects:  # an error in the last one must not come after hours of the first one
         subject.check(benchmarks)
     evaluations = []
     for subject in subjects:
-        console.print(f"evaluate: {subject.name}", soft_wrap=True)
+        console.print(f"evaluate: {subject.name}")
         evaluations.append(subject.evaluate(benchmarks, backend, dtype, device))
     report = make_report(evaluations)
     _print(report, console)
     if out is not None:
         config = {"suite": suite, "tasks_folder": tasks_folder, "dtype": dtype, "device": device, "backend": backend}
         _write(Path(out), subjects, evaluations, report, {**config, **asdict(settings)})
-        console.print(f"evaluate: {out} is complete", soft_wrap=True)
+        console.print(f"evaluate: {out} is complete")
     console.print(f"evaluate: done in {time.perf_counter() - start:.1f} s")
 
 
 def _print(report: Report, console: Console) -> None:
     for letter, name in report.models:
-        console.print(f"{letter} = {name}", soft_wrap=True)
+        console.print(f"{letter} = {name}")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, heading in enumerate(report.headings):
-        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i != 1, overflow="fold")
+        table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
     for section in report.sections:
         for row in section:
             table.add_row(*(Text(cell) for cell in row))
         table.add_section()
     console.print(table)
     for note in report.notes:
-        console.print(Text(f"- {note}"), soft_wrap=True)
+        console.print(Text(f"- {note}"))
 
 
 def _require_free(out: Path) -> None:

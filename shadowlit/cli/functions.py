@@ -7,13 +7,10 @@ import importlib
 import inspect
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, get_origin, get_type_hints
-
-from rich.console import Console
 
 from shadowlit.checkpoint.streaming import keep_freed_memory
 from shadowlit.errors import ShadowlitError
@@ -56,11 +53,6 @@ def _run(name: str, module: str, args: Sequence[str]) -> None:
         known = args[0] if args and args[0] in commands else None
         rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
         auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")
-
-
-def wide_console(markup: bool = True) -> Console:
-    """Return a console that is wide enough for one line per table row where no terminal sets a width, for grep."""
-    return Console(highlight=False, markup=markup, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 @contextlib.contextmanager

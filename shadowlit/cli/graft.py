@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.errors import GraftError
 from shadowlit.grafting.folders import GraftPlan, plan_graft, write_graft
-from shadowlit.progress import progress_bar
+from shadowlit.progress import make_console, progress_bar
 
 if TYPE_CHECKING:
     from shadowlit.delta.transforms import Transforms
@@ -55,7 +54,7 @@ def graft(
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
     """
-    console = Console(highlight=False)
+    console = make_console()
     start = time.perf_counter()
     wanted = None if dtype == "auto" else dtype
     chosen = choose(transforms)
@@ -81,7 +80,7 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
 
 def write_with_progress(plan: GraftPlan, out: Path, shard_size: str, files_from: str | None) -> None:
     """Write a planned graft to its folder, with a progress bar, and report how much of the update survives."""
-    console = Console(highlight=False)
+    console = make_console()
     with progress_bar("grafting", plan.graft.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
         write_graft(plan, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance)
     console.print(f"graft: {plan.graft.survival:.1%} of the update arrives in the result's dtype")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from shadowlit.cli.functions import wide_console
 from shadowlit.errors import PairError
 from shadowlit.pair.registry import KnownPair, find_pair, load_registry
+from shadowlit.progress import make_console
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
 
@@ -27,7 +27,7 @@ def list_pairs() -> None:
             table.add_section()
         family = pair.family
         table.add_row(pair.name, pair.base, pair.instruct, _template(pair), ", ".join(pair.peculiarities))
-    console = wide_console(markup=False)
+    console = make_console()
     console.print(table)
     console.print("'python -m shadowlit pairs show NAME' explains a pair, 'pairs check NAME' checks it.", style="dim")
 
@@ -39,7 +39,7 @@ def show(name: str) -> None:
         name: Name of a known pair, e.g. qwen3-4b-2507.
     """
     pair = find_pair(name)
-    console = wide_console(markup=False)
+    console = make_console()
     console.print(pair.name, style="bold")
     facts = {
         "Base": pair.base,
@@ -82,16 +82,16 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
         models = ModelPair(pair[0], pair[1], trust_remote_code=trust_remote_code)
     else:
         raise PairError(f"{len(pair)} models were given; expected the name of a known pair, or Base and Instruct.")
-    console = wide_console(markup=False)
+    console = make_console()
     for who, source, revision in (
         ("Base", models.base, models.base_revision),
         ("Instruct", models.instruct, models.instruct_revision),
     ):
-        console.print(f"{who:<8}  {source}{f' at {revision}' if revision else ''}", soft_wrap=True)
+        console.print(f"{who:<8}  {source}{f' at {revision}' if revision else ''}")
     problems = check_pair(models, select, download=False)
     for problem in problems:
         severity = Text(f"{problem.severity:<8}", style=_STYLES[problem.severity])
-        console.print(severity.append(f"  {problem}", style="default"), soft_wrap=True)
+        console.print(severity.append(f"  {problem}", style="default"))
     counts = [sum(problem.severity == severity for problem in problems) for severity in _STYLES]
     found = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in zip(counts, _STYLES, strict=True))
     if counts[0]:

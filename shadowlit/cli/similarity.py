@@ -17,6 +17,7 @@ from shadowlit.analysis.similarity import similarity as compare_models
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
+from shadowlit.progress import make_console
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
@@ -49,7 +50,7 @@ def similarity(
     _require_ending("out", out, (".json", ".csv"))
     _require_ending("heat_map", heat_map, _IMAGES)
     report = compare_models(*models, effective_rank=effective_rank, progress=True)
-    _print(report, Console(highlight=False))
+    _print(report, make_console())
     if out is not None:
         with _writing(out):
             replace_text(Path(out), report.to_json() if out.endswith(".json") else report.to_csv())
@@ -71,7 +72,7 @@ def _writing(target: str) -> Iterator[None]:
 def _print(report: Report, console: Console) -> None:
     """Print tables and verdicts."""
     for letter, model in report.models.items():
-        console.print(f"{letter} = {model}", soft_wrap=True)
+        console.print(f"{letter} = {model}")
     for _, members in groupby(report.similarities, key=lambda similarity: similarity.of):
         family = list(members)
         console.print(_by_group("kind", family, [similarity.by_kind() for similarity in family]))
@@ -82,7 +83,7 @@ def _print(report: Report, console: Console) -> None:
                 console.print(_by_expert(found, experts))
         console.print(_model_level(family))
     for letter, names in report.left_out.items():
-        console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}", soft_wrap=True)
+        console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}")
     for found in report.similarities:
         before = f"{found.title}: " if found.of == "weights" and len(report.models) > 2 else ""
         console.print(before + found.verdict)
@@ -93,15 +94,15 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
     measure = family[0].measures[0]
     single = len(family) == 1
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}")
-    table.add_column(by, no_wrap=True)
+    table.add_column(by, overflow="fold")
     headings = [_TITLES[measure], "least", "most"] if single else [similarity.title for similarity in family]
     if single:
         headings += [_TITLES[name] for name in family[0].measures[1:]]
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     bar = single and by == "layer"
     if bar:
-        table.add_column("")
+        table.add_column("", overflow="fold")
     top = max((abs(g.measure(measure)) for found in groups for g in found if not math.isnan(g.measure(measure))),
               default=0.0)  # fmt: skip
     for row in zip(*groups, strict=True):
@@ -120,7 +121,7 @@ def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -
     measure = similarity.measures[0]
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}")
     for heading in ("layer", "experts", "all", "least", "expert", "most", "expert"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for layer, groups in experts.items():
         together = Group(layer, tuple(tensor for group in groups for tensor in group.tensors))
         defined = [group for group in groups if not math.isnan(group.measure(measure))]
@@ -134,9 +135,10 @@ def _model_level(family: Sequence[Similarity]) -> Table:
     """One row per pair. σ is the paper's mean over the tensors in decoder layers; the rest is over all elements."""
     weights = family[0].of == "weights"
     table = _table("whole model")
-    table.add_column("pair")
+    table.add_column("pair", overflow="fold")
     for name in family[0].measures:
-        table.add_column("σ (paper)" if name == "sigma" else _TITLES[name], justify="right")
+        heading = "σ (paper)" if name == "sigma" else _TITLES[name]
+        table.add_column(heading, justify="right", overflow="fold")
     for similarity in family:
         values = [similarity.whole.measure(name) for name in similarity.measures]
         if weights:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def run(
         limit: Largest number of trials that this worker begins, e.g. 1 in a SLURM array; null for no limit.
         dry_run: Only check everything, and list the trials.
     """
-    console = Console(highlight=False)
+    console = make_console()
     definition = Definition(
         name, fit, overrides, grid, variants, ranges, drop, arms, seeds, scales, task_scales, metric, direction,
         sampler, sampler_options, trials, pruner, pruner_options, show, max_trials,
@@ -161,7 +162,7 @@ def report(folder: str | None = None, storage: str | None = None, name: str | No
     found = open_storage(storage, home)
     definition = stored_definition(found, name)
     keep_definition(home, definition)
-    Console(highlight=False).print(f"report    {write_report(SweepStudy(definition, found), home)}")
+    make_console().print(f"report    {write_report(SweepStudy(definition, found), home)}")
 
 
 COMMANDS = {"run": run, "report": report}

@@ -24,6 +24,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_ranks
+from tests.rounding import Start, require_same_update
 from tests.vision.tiny import FAMILIES, make_config, make_processor, rename_tensors, save_pair, write_rows
 
 
@@ -203,14 +204,15 @@ def test_frozen_towers_have_no_masters(tmp_path, rows):
 
 
 def train_sharded(folders, root, strategy, world_size, kind, towers):
+    start = Start()
     module, trainer = run(
-        folders, root, kind, [GraftCallback(select="all" if kind == "full" else "linear")], strategy, world_size,
+        folders, root, kind, [start, GraftCallback(select="all" if kind == "full" else "linear")], strategy, world_size,
         train_towers=towers, activation_checkpointing=strategy == "fsdp2",
     )  # fmt: skip
     reshard_all(module.model)
     weights = {name: whole(local(p), p).clone() for name, p in module.model.named_parameters()}
     metrics = {n: v.item() for n, v in trainer.callback_metrics.items() if "second" not in n and "time" not in n}
-    return weights, metrics
+    return weights, metrics, start.weights
 
 
 @pytest.mark.parametrize(
@@ -221,12 +223,12 @@ def test_two_processes_are_one(tmp_path, kind, towers):
     folders = save_pair(tmp_path, "qwen2_5_vl")
     write_rows(tmp_path, 8, text_every=2)
     write_rows(tmp_path, 6, "val", seed=1)
-    ((one, metrics),) = run_ranks(train_sharded, 1, folders, tmp_path, "auto", 1, kind, towers)
-    for rank, (weights, found) in enumerate(run_ranks(train_sharded, 2, folders, tmp_path, "fsdp2", 2, kind, towers)):
+    ((one, metrics, start),) = run_ranks(train_sharded, 1, folders, tmp_path, "auto", 1, kind, towers)
+    ranks = run_ranks(train_sharded, 2, folders, tmp_path, "fsdp2", 2, kind, towers)
+    for rank, (weights, found, _) in enumerate(ranks):
         for name, value in metrics.items():
             assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (rank, name)
-        for name, value in one.items():
-            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-4)
+        require_same_update(weights, one, start)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

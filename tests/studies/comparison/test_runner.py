@@ -1,10 +1,7 @@
 """Comparisons for real: each training once, whatever is killed; records that say what the models did."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from shadowlit.studies.comparison.runner import own_folder, run
 from shadowlit.studies.trials import process
 from shadowlit.studies.trials.process import Job, last_words
 from shadowlit.studies.trials.recipe import Recipe
+from tests.distributed import Forked
 from tests.evaluation.contexts import write_rows
 from tests.tiny import save_pair
 
@@ -174,24 +172,22 @@ def test_a_failing_training_costs_only_itself(setting, tmp_path):
     assert (tmp_path / "report/REPORT.md").is_file()
 
 
+def compare_again(setting, out):
+    rates = {"B2I": [1e-3, 2e-3, 3e-3]}
+    compare(str(setting / "fit.yaml"), out=str(out), arms="B2I", rates=rates, seeds="0,1", workers=2, threads=1)
+
+
 def test_every_training_runs_once_though_the_command_is_killed(setting, tmp_path):
     """SIGKILL while trainings run, and the same command again; orphans end by themselves."""
-    script = tmp_path / "again.py"
-    script.write_text(
-        "from shadowlit.cli.compare import compare\n"
-        f"if __name__ == '__main__':\n    compare({str(setting / 'fit.yaml')!r}, out={str(tmp_path / 'out')!r}, "
-        "arms='B2I', rates={'B2I': [1e-3, 2e-3, 3e-3]}, seeds='0,1', workers=2, threads=1)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL)
+    first = Forked(compare_again, setting, tmp_path / "out", out=tmp_path / "told.txt")
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("*/result.json"))) < 2:
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.wait(60)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
-    subprocess.run([sys.executable, str(script)], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    assert Forked(compare_again, setting, tmp_path / "out", out=tmp_path / "told.txt").wait(240) == 0
     found = sorted((tmp_path / "out").glob("*/result.json"))
     assert len(found) == 7  # six trainings and the untouched models
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -20,6 +18,7 @@ from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
 from shadowlit.studies.sweep.table import read_table
 from shadowlit.studies.trials import process as module
+from tests.distributed import Forked, shadowlit
 from tests.studies.sweep.test_definition import define
 
 ROOT = Path(__file__).parents[3]
@@ -51,10 +50,9 @@ def _at_the_root(monkeypatch):
 def started(tmp_path, definition, out, **options):
     file = tmp_path / f"{definition['name']}.yaml"
     file.write_text(yaml.safe_dump(definition, sort_keys=False))  # the order of axes is that of names
-    command = [sys.executable, "-m", "shadowlit", "sweep", f"--config={file}", f"--out={out}", "--threads=1"]
+    command = ["sweep", f"--config={file}", f"--out={out}", "--threads=1"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    with (tmp_path / "told.txt").open("a") as told:
-        return subprocess.Popen(command, stdout=told, stderr=told)
+    return Forked(shadowlit, *command, out=tmp_path / "told.txt")
 
 
 def wait_for(condition, process, seconds=300):
@@ -89,7 +87,7 @@ def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
         time.sleep(0.5)
     wait_for(lambda: trainings(first), first)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.wait(60)
     kept = results(out)
     assert 1 <= len(kept) < 12
 
@@ -117,6 +115,7 @@ def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
     assert (out / "main_effects.png").stat().st_size > 5000 and (out / "main_effects.pdf").is_file()
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_database_and_one_dies(tmp_path, database):
     """Each has a folder of its own; what the dead one had begun is taken up by the other while it runs."""
     outs = [tmp_path / "one", tmp_path / "two"]
@@ -124,7 +123,7 @@ def test_two_machines_share_a_database_and_one_dies(tmp_path, database):
     two = started(tmp_path, TWELVE, outs[1], storage=database)
     wait_for(lambda: all(results(out) for out in outs) and trainings(one), one)
     one.send_signal(signal.SIGKILL)
-    one.wait()
+    one.wait(60)
     assert two.wait(600) == 0, (tmp_path / "told.txt").read_text()
     by_one, by_two = (set(results(out)) for out in outs)
     definition = define(**TWELVE)
