@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import importlib
 import io
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
+import yaml
+from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
@@ -22,31 +28,88 @@ from shadowlit.data.preview import preview
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.objectives import Objective
+from shadowlit.training.objectives import OBJECTIVES, Objective
 
 # jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
 warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
 
 
 class ShadowTrainer(Trainer):
-    """Lightning's Trainer, and a look at the data that it would train on."""
+    """Lightning's Trainer with a command that shows the data it would train on."""
 
     def preview(
         self, model: LightningModule, datamodule: ShadowData, split: str = "train", num_samples: int = 3
     ) -> None:
-        """Print samples token by token, with what carries loss in colour, and what was cut or dropped.
+        """Print samples token by token, supervised tokens in colour, and report what was truncated or dropped.
 
         Args:
             model: Not used.
             datamodule: The data.
             split: train, or the name of a validation or test set.
-            num_samples: How many samples to print.
+            num_samples: Number of samples to print.
         """
         preview(datamodule, split, num_samples)
 
 
+class ShadowProgressBar(RichProgressBar):
+    """Lightning's progress bar; without ``/-2`` after the epoch where their number is not limited."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "   ")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the configuration next to a run; commands other than fit without a logger have no folder to save it in."""
+
+    def __init__(
+        self, parser: LightningArgumentParser, config: Namespace, class_path: str | None = None, **kwargs: Any
+    ) -> None:
+        config = config.clone()
+        if class_path is not None:
+            config["model.class_path"] = class_path
+        super().__init__(parser, config, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it."""
+        if trainer.loggers or stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class ShadowParser(LightningArgumentParser):
+    """Lightning's parser, which names the known objectives where another is given."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the message."""
+        if "model.objective" in message:
+            message += f"\nmodel.objective takes {', '.join(OBJECTIVES)}, or the import path of a class derived from "
+            message += "shadowlit.training.objectives.Objective."
+        super().error(message, ex)
+
+
 class ShadowCLI(LightningCLI):
-    """Parses a run's configuration; the pair is given once and reaches the module and the data alike."""
+    """Parses a run's configuration; the pair is given once and passed to both the module and the data."""
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the trainer, the model and the data, and the model's class."""
+        super().add_core_arguments_to_parser(parser)
+        parser.add_argument(
+            "--model.class_path",
+            type=str,
+            default=argparse.SUPPRESS,
+            help="Import path of a subclass of ShadowModule, whose arguments are then keys of model. "
+            "(default: shadowlit.training.module.ShadowModule)",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and set the model's class aside, which is no argument of the class itself."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config["subcommand"]]["model"].pop("class_path", None)
+        if path is not None and import_model_class(path) is not self.model_class:
+            raise ShadowlitError(
+                f"model.class_path is {path!r}, which was found too late. Give it on the command line, or in a file "
+                "that is given by --config."
+            )
+        self.save_config_kwargs = {**self.save_config_kwargs, "class_path": path}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the pair, the graft, the evaluation and the export, and the defaults that Lightning's own would spoil."""
@@ -82,20 +145,71 @@ class ShadowCLI(LightningCLI):
         """As configured; a preview needs none of the devices that a configuration asks for."""
         if self.subcommand == "preview":
             return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        trainer = self._get(self.config_init, "trainer")
+        given = [*(trainer.get("callbacks") or []), *self.trainer_defaults["callbacks"]]
+        if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+            self.trainer_defaults["callbacks"].append(ShadowProgressBar())
         return super().instantiate_trainer(**kwargs)
 
 
 def _samples_of(objective: Objective | None) -> Samples:
-    """What rows the objective learns from; without one it is supervised fine-tuning."""
+    """Kind of samples that the objective learns from; without an objective it is supervised fine-tuning."""
     return "conversations" if objective is None else objective.samples
+
+
+def import_model_class(path: str) -> type[ShadowModule]:
+    """Import the class that ``model.class_path`` names.
+
+    Raises:
+        ShadowlitError: There is none, or it is no subclass of ShadowModule.
+    """
+    expected = "expected the import path of a subclass of shadowlit.training.module.ShadowModule"
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ShadowlitError(
+            f"model.class_path is {path!r}, which can't be imported ({error}); {expected}. Correct it, or put its "
+            "package on PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, ShadowModule)):
+        raise ShadowlitError(f"model.class_path is {path!r}, which is {found!r}; {expected}.")
+    return found
+
+
+def _given_class(args: ArgsType) -> str | None:
+    """``model.class_path``, wherever it is given; it must be known before the parser is built."""
+    if args is not None and not isinstance(args, list):
+        return _class_in(args)
+    arguments = sys.argv[1:] if args is None else args
+    found = None
+    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        value = value if equals else after
+        if name == "--model.class_path":
+            found = value
+        elif name in ("-c", "--config"):
+            with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
+                text = Path(value, mode="fsr").get_content()
+                found = _class_in(yaml.safe_load(text)) or found
+    return found
+
+
+def _class_in(config: Any) -> str | None:
+    if not isinstance(config, Mapping | Namespace):
+        return None
+    model = config.get("model")
+    if isinstance(model, Mapping | Namespace):
+        return model.get("class_path")
+    return next((path for name in ShadowCLI.subcommands() if (path := _class_in(config.get(name)))), None)
 
 
 def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
     """Run one of the subcommands.
 
     Args:
-        args: By default the command line's.
-        callbacks: Join those that are configured.
+        args: Arguments; None for those of the command line.
+        callbacks: Callbacks that are added to the configured ones.
     """
     return _of(ShadowCLI, args, callbacks)
 
@@ -104,7 +218,7 @@ def check(args: list[str]) -> None:
     """Parse a command line as :func:`main` would, and run nothing.
 
     Raises:
-        ShadowlitError: What the parser has to say: a key that doesn't exist, a value of the wrong type.
+        ShadowlitError: The parser's message: a key that doesn't exist, a value of the wrong type.
     """
     told = io.StringIO()
     try:
@@ -117,19 +231,22 @@ def check(args: list[str]) -> None:
 
 class _Parsing(ShadowCLI):
     def _set_seed(self) -> None:
-        """The caller's random numbers are none of ours."""
+        """Leave the caller's random numbers alone."""
 
     def instantiate_classes(self) -> None:
-        """Nothing is made."""
+        """Instantiate nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Run nothing."""
 
 
 def _of(cli: type[ShadowCLI], args: ArgsType, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
+    path = _given_class(args)
     return cli(
-        ShadowModule,
+        ShadowModule if path is None else import_model_class(path),
         ShadowData,
+        save_config_callback=SaveConfig,
+        parser_class=ShadowParser,
         trainer_class=ShadowTrainer,
         trainer_defaults={"callbacks": list(callbacks)},
         seed_everything_default=0,

@@ -10,23 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of
-from shadowlit.cli.graft import format_bytes, parse_bytes, write_graft
+from shadowlit.cli.graft import format_bytes, parse_bytes, write_with_progress
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
+from shadowlit.grafting.disk import DiskGraft, Scale
+from shadowlit.grafting.folders import GraftPlan
 from shadowlit.grafting.manifest import describe_source, versions
-from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import open_update
 from shadowlit.pair.folders import model_folder
+from shadowlit.progress import make_console
 
 DType = Literal["bfloat16", "float32", "float16"]
 
@@ -47,20 +46,8 @@ def make(
         dtype: That the delta is stored in; bfloat16 loses about 0.2 % of it.
         shard_size: Largest file, e.g. 5GB or 500MB.
     """
-    base_folder, tuned_folder = model_folder("base", base, None, False), model_folder("tuned", tuned, None, False)
-    with CheckpointReader(base_folder) as reader:
-        update = open_update(reader, tuned_folder)
-        found = Delta.from_update(update).only(
-            resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
-        )
-        manifest = {
-            "base": describe_source(base, base_folder, reader.fingerprint()),
-            "tuned": {"id": tuned},
-            "select": select,
-            "history": [],
-            "versions": versions(),
-        }
-        _save(found, out, dtype, shard_size, manifest)
+    found = Delta.make(base, tuned, select)
+    _save(found, out, dtype, shard_size, found.manifest)
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:
@@ -70,7 +57,7 @@ def show(deltas: list[str], effective_rank: bool = False) -> None:
         deltas: Folders of deltas.
         effective_rank: Also the mean effective rank of the matrices; needs one of them in memory, and time.
     """
-    console = Console(highlight=False)
+    console = make_console()
     opened = [Delta.open(folder) for folder in deltas]
     for folder, found in zip(deltas, opened, strict=True):
         console.print(_table(folder, found, effective_rank))
@@ -105,7 +92,7 @@ def sum_(
     given = [1.0] * len(opened) if weights is None else weights
     found = weighted_sum(opened, given) if method == "add" else ties_sum(opened, density, given)
     if len(opened) > 1:
-        Console(highlight=False).print(_conflicts(deltas, opened))
+        make_console().print(_conflicts(deltas, opened))
     step: dict[str, Any] = {"method": method, "weights": given, "of": [one.manifest for one in opened]}
     if method == "ties":
         step["density"] = density
@@ -163,9 +150,7 @@ def compress(
     manifest = {**opened.manifest, "history": [*opened.manifest.get("history", []), step], "versions": versions()}
     _save(opened.map(one), out, dtype, shard_size, manifest)
     lost, size = (sum(values) for values in zip(*squares.values(), strict=True))
-    Console(highlight=False).print(
-        f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm"
-    )
+    make_console().print(f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm")
 
 
 def _option(parameter: str) -> str:
@@ -199,7 +184,7 @@ def lora(
         report = export_svd_adapter(
             opened, instruct, Path(out), rank, explained_variance, getattr(torch, dtype), lambda: advance(1)
         )
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"delta: {out} has {report.num_layers} layers, rank {report.smallest_rank} to {report.largest_rank}")
     console.print(
         f"delta: the adapter differs from the delta by {report.error:.1%} of its norm "
@@ -234,7 +219,7 @@ def apply(
     opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
-    console = Console(highlight=False)
+    console = make_console()
     with CheckpointReader(folder) as reader:
         plan = DiskGraft(opened, reader, scales, select, wanted)
         console.print(f"delta: {plan.coverage}")
@@ -252,7 +237,8 @@ def apply(
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        write_graft(plan, folder, Path(out), wanted, shard_size, manifest, files_from)
+        planned = GraftPlan(plan, folder, wanted, lambda: manifest)
+        write_with_progress(planned, Path(out), shard_size, files_from)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}
@@ -262,14 +248,14 @@ def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mappi
     max_bytes = parse_bytes(shard_size)
     with _progress("writing", found.num_elements) as advance:
         lost = found.save(Path(out), getattr(torch, dtype), manifest, max_bytes, advance)
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}")
     console.print(f"delta: storing it changes it by {lost:.2%} of its norm")
 
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
-    with Progress(console=Console(highlight=False), transient=True) as progress:
+    with Progress(console=make_console(), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -281,7 +267,7 @@ def _table(title: str, found: Delta, effective_rank: bool) -> Table:
     zeros = sum(t.num_zeros for t in statistics) / max(1, found.num_elements)
     table = Table(title=f"{title}: norm {norm:.4g}, {zeros:.1%} zeros")
     for column in ("kind", "tensors", "norm", "rms", "max", "zeros", *(["effective rank"] if effective_rank else [])):
-        table.add_column(column, justify="left" if column == "kind" else "right")
+        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
     groups: dict[str, list[Any]] = {}
     for tensor in statistics:
         groups.setdefault(kind_of(tensor.name), []).append(tensor)
@@ -303,7 +289,7 @@ def _conflicts(names: Sequence[str], deltas: Sequence[Delta]) -> Table:
     """Every pair of deltas: do they point the same way, and do their elements have the same signs."""
     table = Table(title="conflicts")
     for column in ("delta", "and", "cosine", "equal signs", "elements in both"):
-        table.add_column(column, justify="left" if column in ("delta", "and") else "right")
+        table.add_column(column, justify="left" if column in ("delta", "and") else "right", overflow="fold")
     for (name_a, a), (name_b, b) in combinations(zip(names, deltas, strict=True), 2):
         met = overlap(a, b)
         table.add_row(name_a, name_b, f"{met.cosine:+.3f}", f"{met.sign_agreement:.1%}", f"{met.shared:.1%}")

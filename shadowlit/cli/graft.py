@@ -1,25 +1,16 @@
-"""The commands that are plain typed functions; their docstrings are their ``--help``."""
+"""``python -m shadowlit graft``; the docstring is the help."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from shadowlit.checkpoint.layout import in_layout_of
-from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Scale
-from shadowlit.grafting.export import export_folder
-from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.update import open_update
-from shadowlit.pair.folders import model_folder
-from shadowlit.pair.pair import ModelPair
-from shadowlit.progress import progress_bar
+from shadowlit.grafting.folders import GraftPlan, plan_graft, write_graft
+from shadowlit.progress import make_console, progress_bar
 
 if TYPE_CHECKING:
     from shadowlit.delta.transforms import Transforms
@@ -63,29 +54,18 @@ def graft(
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
     """
-    console = Console(highlight=False)
+    console = make_console()
     start = time.perf_counter()
+    wanted = None if dtype == "auto" else dtype
     chosen = choose(transforms)
-    pair = ModelPair(base, instruct)
-    with (
-        open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
-        open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
-    ):
-        in_place = in_layout_of(instruct_reader, base_reader)
-        update = open_update(in_place, model_folder("tuned", tuned, None, False), allow_pickle)
-        scales = Scale.parse(scale)
-        wanted = None if dtype == "auto" else dtype
-        plan = DiskGraft(update, instruct_reader, scales, select, wanted, chosen)
-        console.print(f"graft: {plan.coverage}")
-        console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
+    with plan_graft(
+        base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle, transforms=chosen
+    ) as plan:
+        console.print(f"graft: {plan.graft.coverage}")
+        console.print(f"graft: the result has {format_bytes(plan.graft.num_bytes)}")
         if dry_run:
             return
-        manifest = build_manifest(
-            pair, scale=scales.default, select=select, dtype=wanted, coverage=plan.coverage,
-            config={"tuned": tuned, "scale": scale}, transforms=chosen.specs if chosen else (),
-            fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
-        )  # fmt: skip
-        write_graft(plan, instruct_reader.folder, Path(out), wanted, shard_size, manifest, files_from)
+        write_with_progress(plan, Path(out), shard_size, files_from)
     console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
 
 
@@ -98,30 +78,12 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
     return Transforms(specs, "--transforms")
 
 
-def write_graft(
-    plan: DiskGraft,
-    instruct: Path,
-    out: Path,
-    dtype: str | None,
-    shard_size: str,
-    manifest: Mapping[str, Any],
-    files_from: str | None,
-) -> None:
-    """Stream a planned graft to its folder, with a progress bar, and report how much of the update survives."""
-    console = Console(highlight=False)
-    with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
-        export_folder(
-            out,
-            instruct,
-            plan.tensors(advance),
-            dtype=dtype,
-            max_shard_bytes=parse_bytes(shard_size),
-            manifest=manifest,
-            files_from=None if files_from is None else model_folder("files_from", files_from, None, False),
-            stored=plan.stored,
-        )
-    add_to_manifest(out, {"survival": {"survival": plan.survival}})
-    console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
+def write_with_progress(plan: GraftPlan, out: Path, shard_size: str, files_from: str | None) -> None:
+    """Write a planned graft to its folder, with a progress bar, and report how much of the update survives."""
+    console = make_console()
+    with progress_bar("grafting", plan.graft.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
+        write_graft(plan, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance)
+    console.print(f"graft: {plan.graft.survival:.1%} of the update arrives in the result's dtype")
     console.print(f"graft: {out} is complete")
 
 

@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointWriter, Streamed, atomic_folder
-from shadowlit.checkpoint.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader, CheckpointWriter, Streamed, atomic_folder
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
 from shadowlit.delta.transforms import ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
-from shadowlit.grafting.manifest import MANIFEST_FILE, plain, read_manifest, write_json
-from shadowlit.grafting.update import Update, by_tensor
+from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
+from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import Update, by_tensor, open_update
+from shadowlit.pair.folders import model_folder
 
 SINGLE_FILE = DELTA_FILE
 STEM = SINGLE_FILE.removesuffix(".safetensors")
@@ -36,6 +39,12 @@ class Delta(Update):
     """An update, by tensor names; nothing is read or computed before its rows are asked for.
 
     Sums and multiples are deltas again. A tensor that one summand lacks counts as an update of zero.
+
+    Example::
+
+        delta = Delta.make("Qwen/Qwen3-0.6B-Base", "runs/my-tuned-base")
+        (0.5 * delta).save(Path("half-a-delta"))
+        print(delta.norm(), delta.cosine(Delta.open("another-delta")))
 
     Args:
         shapes: the shape of every tensor.
@@ -58,10 +67,37 @@ class Delta(Update):
             CheckpointError: there is none, or its files are broken.
             ExportError: its manifest is missing or broken.
         """
-        reader = Headers(folder, single_file=SINGLE_FILE)
+        reader = CheckpointReader(folder, single_file=SINGLE_FILE)
 
         shapes = {name: info.shape for name, info in reader.tensors.items()}
         return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))
+
+    @classmethod
+    def make(cls, base: str | Path, tuned: str | Path, select: str | list[str] = "all") -> Delta:
+        """Return the update ``tuned - base`` of two models; their files stay open as long as the object lives.
+
+        Args:
+            base: Folder or hub id of the model that the tuning started from.
+            tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+            select: ``all``, ``linear`` (every linear layer but the output head), or regular expressions for tensor
+                names.
+
+        Raises:
+            CheckpointError: A checkpoint is missing or broken.
+            GraftError: The two don't have the same tensors, or the selection matches none.
+        """
+        folder = model_folder("base", str(base))
+        reader = CheckpointReader(folder)
+        update = open_update(reader, model_folder("tuned", str(tuned)))
+        manifest = {
+            "base": describe_source(str(base), folder, reader.fingerprint()),
+            "tuned": {"id": str(tuned)},
+            "select": select,
+            "history": [],
+            "versions": versions(),
+        }
+        chosen = resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
+        return cls(update.shapes, _as_tensors(update.rows), manifest).only(chosen)
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import supervised_positions
 
 Batch = Mapping[str, Tensor]
@@ -128,7 +129,8 @@ class Routing:
             )
         sums = sum((_sums(a, b) for a, b in zip(mine, theirs, strict=True)), torch.zeros(4, dtype=torch.float64))
         if dist.is_available() and dist.is_initialized():
-            sums = sums.to(device or "cpu")
+            device = device or torch.device("cpu")
+            sums = sums.to(device, accumulation_dtype(device))
             dist.all_reduce(sums)
         return _shares(sums)
 

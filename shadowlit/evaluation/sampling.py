@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TopPLogitsWarper
 
+from shadowlit.grafting.arithmetic import accumulation_dtype
+
 
 class RowSampler(LogitsProcessor):
     """Draws the next token of each row from its distribution and leaves only that one possible.
@@ -45,8 +47,8 @@ class RowSampler(LogitsProcessor):
         scores = scores / self.temperature
         if self.warp is not None:
             scores = self.warp(input_ids, scores)
-        cumulative = torch.softmax(scores.double(), dim=-1).cumsum(dim=-1)
+        cumulative = torch.softmax(scores.to(accumulation_dtype(scores.device)), dim=-1).cumsum(dim=-1)
         step = input_ids.shape[1] - self.prompt_length
-        drawn = self.uniform[:, step, None].to(scores.device) * cumulative[:, -1:]
+        drawn = self.uniform[:, step, None].to(cumulative) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)

@@ -29,7 +29,7 @@ class SampleSums(Metric):
     def update(self, samples: Sequence[Mapping[str, float]]) -> None:
         """Add a batch, possibly of no samples; a name that a sample lacks counts 0."""
         rows = [[{**sample, "num_samples": 1}.get(name, 0) for name in self.names] for sample in samples]
-        self.sums += torch.tensor(rows, dtype=torch.float64).reshape(-1, len(self.names)).sum(0).to(self.sums.device)
+        self.sums += torch.tensor(rows, dtype=torch.float64).reshape(-1, len(self.names)).sum(0).to(self.sums)
 
     def compute(self) -> dict[str, float]:
         """Return the sums by name, on all ranks alike."""

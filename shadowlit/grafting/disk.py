@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 
 from shadowlit.checkpoint.folder import Streamed
-from shadowlit.checkpoint.headers import Headers, TensorInfo, some_of
+from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.names import layer_of, routers, tower_of
 from shadowlit.checkpoint.numeric import (
     Raw,
@@ -26,6 +26,7 @@ from shadowlit.checkpoint.numeric import (
     require_finite,
     widen,
 )
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
@@ -126,7 +127,7 @@ class DiskGraft:
     def __init__(
         self,
         update: Update,
-        instruct: Headers,
+        instruct: TensorReader,
         scale: Scale,
         select: str | list[str] = "linear",
         dtype: str | None = None,

@@ -36,10 +36,10 @@ def describe_source(source: str, folder: Path, fingerprint: str, revision: str |
     """Where one model comes from.
 
     Args:
-        source: what the user gave, a folder or hub id.
-        folder: where its files lie.
-        fingerprint: of its checkpoint.
-        revision: what the user asked for.
+        source: Folder or hub id that the user gave.
+        folder: Folder of its files.
+        fingerprint: Fingerprint of its checkpoint.
+        revision: Revision that the user asked for.
     """
     return Source(id=source, revision=revision, commit=commit_of(folder), fingerprint=fingerprint)
 

@@ -8,8 +8,8 @@ from functools import lru_cache
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import Described, Layout, Range, assemble
+from shadowlit.checkpoint.layout import LayoutReader, Range
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.update import Transforms
@@ -36,18 +36,15 @@ class ParameterTransforms:
         self,
         transforms: Transforms,
         parameters: Mapping[str, nn.Parameter],
-        instruct: CheckpointReader,
+        instruct: TensorReader,
         parts: Mapping[str, list[Range]],
     ) -> None:
         sharded = (p.device_mesh.size() for p in parameters.values() if isinstance(p, DTensor))
         require_elementwise(transforms, max(sharded, default=1))
-        self._transforms, self._parameters, self._parts = transforms, parameters, parts
-        self._shapes = {name: instruct.tensors[name].shape for name in parts}
-        in_files = Described.of(instruct.folder, self._shapes)
-        in_module = Described.of(
-            instruct.folder, {part.name: tuple(parameters[part.name].shape) for p in parts.values() for part in p}
-        )
-        self._in_files = Layout(in_files, in_module).ranges
+        self._transforms, self._parameters = transforms, parameters
+        shapes = {part.name: tuple(parameters[part.name].shape) for p in parts.values() for part in p}
+        self._module = ComputedReader(instruct.folder, described(shapes))
+        self._files = ComputedReader(instruct.folder, described({name: instruct.tensors[name].shape for name in parts}))
 
     def __call__(self, name: str, update_of: Callable[[str], Tensor]) -> Tensor:
         """This rank's part of the transformed update of a parameter.
@@ -60,23 +57,29 @@ class ParameterTransforms:
         if not self._transforms.whole:
             slices = local_slices(parameter)
             return self._transforms.on_part(update_of(name), lambda seed: self._noise(name, seed)[slices])
-        if name not in self._in_files:
+        if name not in self._module.tensors:
             return self._transforms(name, update_of(name))
-        learned = lru_cache(maxsize=2)(update_of)
-        return assemble(
-            self._in_files[name],
-            tuple(parameter.shape),
-            lambda stored: self._transforms(stored, assemble(self._parts[stored], self._shapes[stored], learned)),
+        learned = _laid_out(self._module, self._files, update_of)
+        transformed = _laid_out(
+            self._files, self._module, lambda stored: self._transforms(stored, learned.read(stored))
         )
+        return transformed.read(name).to(parameter.device)
 
     def _noise(self, name: str, seed: int) -> Tensor:
         """The random numbers of a whole parameter: those of the files' tensors that it holds."""
-        shape = tuple(self._parameters[name].shape)
-        if name not in self._in_files:
-            return self._transforms.noise(name, shape, seed)
-        return assemble(
-            self._in_files[name], shape, lambda stored: self._transforms.noise(stored, self._shapes[stored], seed)
+        if name not in self._module.tensors:
+            return self._transforms.noise(name, tuple(self._parameters[name].shape), seed)
+        shapes = {stored: info.shape for stored, info in self._files.tensors.items()}
+        noise = _laid_out(
+            self._files, self._module, lambda stored: self._transforms.noise(stored, shapes[stored], seed)
         )
+        return noise.read(name)
+
+
+def _laid_out(given: TensorReader, like: TensorReader, tensor_of: Callable[[str], Tensor]) -> TensorReader:
+    """Present float32 tensors with the names and shapes of ``given`` in the layout of ``like``."""
+    computed = ComputedReader(given.folder, given.tensors, rows_of(lru_cache(maxsize=2)(tensor_of)))
+    return LayoutReader(computed, like, ties=False)
 
 
 def require_elementwise(transforms: Transforms, num_ranks: int) -> None:

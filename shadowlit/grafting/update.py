@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shadowlit.checkpoint.headers import Headers, some_of
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import ExpertRows, LayoutReader, canonical_keys, fused_experts
 from shadowlit.checkpoint.names import canonical_key, is_computed
 from shadowlit.checkpoint.pickled import open_checkpoint
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, first_line
 
 if TYPE_CHECKING:
@@ -62,6 +64,10 @@ class Update:
 
 class Transforms(Protocol):
     """Functions of an update that are applied to it in order; see :class:`shadowlit.delta.transforms.Transforms`."""
+
+    @property
+    def specs(self) -> list[dict[str, Any]]:
+        """Name and parameters of every function, for the manifest."""
 
     @property
     def whole(self) -> list[str]:
@@ -136,7 +142,7 @@ class FullUpdate(Update):
         CheckpointError: A checkpoint holds more than plain weights, or a tensor twice.
     """
 
-    def __init__(self, base: Headers, tuned: Headers) -> None:
+    def __init__(self, base: TensorReader, tuned: TensorReader) -> None:
         self._base, self._tuned = base, LayoutReader(tuned, base)
         left, right = base.tensors, self._tuned.tensors
         missing = [name for name in left if name not in right and not is_computed(name)]
@@ -206,7 +212,7 @@ class AdapterUpdate(Update):
     """
 
     def __init__(
-        self, base: Headers, folder: Path, config: LoraConfig | None = None, reader: Headers | None = None
+        self, base: TensorReader, folder: Path, config: LoraConfig | None = None, reader: TensorReader | None = None
     ) -> None:
         # Imported late: peft takes seconds, and whole checkpoints don't need it.
         from peft import PeftConfig
@@ -234,7 +240,7 @@ class AdapterUpdate(Update):
             raise GraftError(f"{folder} adapts transposed layers (fan_in_fan_out=true). Merge it first.")
         self._config: Any = config
         self._folder = folder
-        self._reader = reader or Headers(folder, single_file="adapter_model.safetensors")
+        self._reader = reader or CheckpointReader(folder, single_file="adapter_model.safetensors")
         # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
         self._whole_factor = lru_cache(maxsize=4)(
             lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
@@ -371,7 +377,7 @@ def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, sto
     return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
 
 
-def open_update(base: Headers, tuned: Path, allow_pickle: bool = False) -> Update:
+def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False) -> Update:
     """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form."""
     if (tuned / "adapter_config.json").is_file():
         return AdapterUpdate(base, tuned)

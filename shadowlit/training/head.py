@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +18,7 @@ from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.parameters import host_of
 from shadowlit.pair.folders import is_image_text
 from shadowlit.training.linear_loss import (
+    cross_entropies,
     default_chunk_size,
     linear_cross_entropy_sum,
     linear_token_losses,
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 Way = Literal["auto", "chunked", "recomputed", "torch", "liger", "logits"]
 Inputs = Mapping[str, Tensor]
+LogitsFunction = Callable[[Tensor, Tensor], Tensor]  # from logits [n, V] and targets [n] to one number per token [n]
+Watch = Callable[[Tensor, Tensor], None]  # is shown logits [n, V] and targets [n]
 
 
 @dataclass(frozen=True)
@@ -107,17 +110,36 @@ class HeadLoss:
 
         Whatever the way, the logits of a chunk are computed again in the backward pass.
         """
+        return -self.map_logits(inputs, positions, targets, cross_entropies)
+
+    def map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
+        """``function(logits, targets)`` ``[N]`` of all tokens, with a gradient; other arguments as of :meth:`loss`.
+
+        Args:
+            inputs: see there.
+            positions: see there.
+            targets: see there.
+            function: from float32 logits ``[n, V]`` and targets ``[n]`` of a chunk to one number per token; called
+                again in the backward pass, where the logits are computed again.
+        """
         if self.head is None:
-            return -F.cross_entropy(self._logits(inputs, positions), targets, reduction="none")
-        return within_forward(self.model, self._token_log_probs, inputs, positions, targets)
+            return function(self._logits(inputs, positions), targets)
+        return within_forward(self.model, self._map_logits, inputs, positions, targets, function)
 
     @torch.no_grad()
-    def token_losses(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropies ``[N]``, float32, and whether the target is the most probable token, bool ``[N]``."""
+    def token_losses(
+        self, inputs: Inputs, positions: Tensor, targets: Tensor, watch: Watch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropies ``[N]``, float32, and whether the target is the most probable token, bool ``[N]``.
+
+        ``watch`` is shown the float32 logits ``[n, V]`` and the targets ``[n]`` of every chunk.
+        """
         if self.head is None:
             logits = self._logits(inputs, positions)
+            if watch is not None:
+                watch(logits, targets)
             return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-        return within_forward(self.model, self._token_losses, inputs, positions, targets)
+        return within_forward(self.model, self._token_losses, inputs, positions, targets, watch)
 
     @torch.no_grad()
     def logits_at(self, inputs: Inputs, positions: Tensor) -> Tensor:
@@ -164,23 +186,27 @@ class HeadLoss:
             hidden, weight, targets, bias=bias, reduction="sum", softcap=head.cap, accum_dtype=torch.float32
         ).float()
 
-    def _token_log_probs(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+    def _map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
         assert self.head is not None
         hidden, head = self._hidden(inputs, positions), self.head
         size = default_chunk_size(_vocabulary(self.model), hidden.device)
-        return -recomputed_token_losses(lambda x: head.finish(head.module(x)), hidden, targets, size)
+        return recomputed_token_losses(lambda x: head.finish(head.module(x)), hidden, targets, size, function)
 
-    def _token_losses(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _token_losses(
+        self, inputs: Inputs, positions: Tensor, targets: Tensor, watch: Watch | None
+    ) -> tuple[Tensor, Tensor]:
         assert self.head is not None
         hidden, head = self._hidden(inputs, positions), self.head
         if self.way != "recomputed":
             weight, bias = getattr(head.module, "weight", None), getattr(head.module, "bias", None)
             assert weight is not None
-            return linear_token_losses(hidden, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
+            return linear_token_losses(hidden, weight, targets, bias=bias, scale=head.scale, cap=head.cap, watch=watch)
         losses, correct = [widen(hidden.new_empty(0))], [targets.new_empty(0, dtype=torch.bool)]
         size = default_chunk_size(_vocabulary(self.model), hidden.device)
         for some, tokens in zip(hidden.split(size), targets.split(size), strict=True):
             logits = widen(head.finish(head.module(some)))
+            if watch is not None:
+                watch(logits, tokens)
             losses.append(F.cross_entropy(logits, tokens, reduction="none"))
             correct.append(logits.argmax(-1) == tokens)
         return torch.cat(losses), torch.cat(correct)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shadowlit.grafting.arithmetic import widen
+from shadowlit.grafting.arithmetic import accumulation_dtype, widen
 
 # Logits of one chunk, by the kind of device. Measured on one CPU core, 512 tokens, width 128, vocabulary 151,936: 128
 # or 256 tokens per chunk take 0.8 s, 55 take 1.0 s, 16 take 1.7 s; whole logits 1.5 s. On a GPU fewer, longer products
@@ -78,8 +78,11 @@ def linear_token_losses(
     scale: float = 1.0,
     cap: float | None = None,
     chunk_size: int | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses of single tokens, and whether they are the most probable ones; arguments as in the sum's function.
+
+    ``watch`` is shown a copy of the logits ``[n, V]`` and the targets ``[n]`` of every chunk.
 
     Returns:
         The cross entropies in nats, float32 ``[N]`` (float64 for float64 inputs), and bool ``[N]``.
@@ -89,6 +92,8 @@ def linear_token_losses(
     correct = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         for part, logits, _ in head.chunks(hidden, weight, bias):
+            if watch is not None:
+                watch(logits.clone(), targets[part])  # a metric may keep them, and the buffer is overwritten
             correct[part] = logits.argmax(-1) == targets[part]
             losses[part] = _losses(logits, targets[part])
     return losses, correct
@@ -118,17 +123,33 @@ def recomputed_cross_entropy_sum(
     return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
 
 
-def recomputed_token_losses(
-    logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_size: int
-) -> Tensor:
-    """Cross entropies ``[N]`` of single tokens, in nats, with a gradient; arguments as in the sum's function.
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """The cross entropies ``[n]`` in nats of logits ``[n, V]`` and int64 targets ``[n]``."""
+    return F.cross_entropy(logits, targets, reduction="none")
 
-    What multiplies each token's loss is known in the backward pass only, so the logits of a chunk can't be turned into
-    a gradient at once: they are computed again there, and never exist for more than a chunk.
+
+def recomputed_token_losses(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    chunk_size: int,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropies,
+) -> Tensor:
+    """Losses ``[N]`` of single tokens with a gradient, by default cross entropies in nats.
+
+    The factor of each token's loss is known in the backward pass only, so the logits of a chunk can't be turned into a
+    gradient at once: they are computed again there, and never exist for more than a chunk.
+
+    Args:
+        logits_of: from ``[n, H]`` to ``[n, V]``, differentiable.
+        hidden: ``[N, H]``.
+        targets: ``[N]``, int64.
+        chunk_size: tokens whose logits exist at a time.
+        loss: from float32 logits ``[n, V]`` (float64 where they are) and targets ``[n]`` to losses ``[n]``.
     """
 
     def losses(part: Tensor, tokens: Tensor) -> Tensor:
-        return F.cross_entropy(widen(logits_of(part)), tokens, reduction="none")
+        return loss(widen(logits_of(part)), tokens)
 
     if len(targets) <= chunk_size:
         return losses(hidden, targets)
@@ -184,7 +205,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_learns: bool,
     ) -> Tensor:
         sums = _sum_dtype(head.dtype)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        total = torch.zeros((), dtype=accumulation_dtype(hidden.device), device=hidden.device)
         by_hidden = torch.zeros_like(hidden) if hidden_learns else None
         by_weight = torch.zeros_like(weight, dtype=sums) if weight_learns else None
         by_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and bias_learns else None
@@ -195,7 +216,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if head.cap is not None and ctx.needs_input_grad[:3] != (False, False, False):
                     slope = 1 - (logits / head.cap).square_()
                 losses, gradient = _losses_and_gradient(logits, targets[part])
-                total += losses.sum(dtype=torch.float64)
+                total += losses.sum(dtype=total.dtype)
                 if by_hidden is None and by_weight is None and by_bias is None:
                     continue
                 if slope is not None:

@@ -3,56 +3,103 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import TokenSums, token_sums
-from shadowlit.training.objectives import Answers, Objective, preference_metrics, preference_sums
+from shadowlit.training.outputs import Answers
+
+
+class Scores:
+    """All metrics of one set: the objective's, and those of ``model.metrics``.
+
+    Args:
+        own: Metric of the objective, whose ``compute()`` returns a dict from names to numbers.
+        others: Metrics by name; a copy of each is made. ``compute()`` returns a number, or a dict whose keys are
+            appended to the name.
+        device: Device of the sums.
+    """
+
+    def __init__(self, own: Metric, others: Mapping[str, Metric], device: torch.device) -> None:
+        self.own = on_device(own, device)
+        self.others = {name: on_device(metric.clone(), device) for name, metric in others.items()}
+
+    def compute(self) -> dict[str, float]:
+        """The numbers by name, reduced over all ranks; every rank must call it.
+
+        Raises:
+            ShadowlitError: A metric gives something that is not a number, or a name twice.
+        """
+        found = dict(self.own.compute())
+        for name, metric in self.others.items():
+            value = metric.compute()
+            parts = {f"{name}_{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+            if twice := parts.keys() & found.keys():
+                raise ShadowlitError(
+                    f"model.metrics.{name} gives {', '.join(sorted(twice))}, which another metric gives too. Give it "
+                    "another name."
+                )
+            found.update({key: _number(key, part) for key, part in parts.items()})
+        return found
+
+
+def on_device(metric: Metric, device: torch.device) -> Metric:
+    """Move a metric's states to a device; those in float64 become float32 where the device has none."""
+    if accumulation_dtype(device) != torch.float64:
+        metric.set_dtype(torch.float32)
+    return metric.to(device)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ShadowlitError(
+            f"the metric '{name}' of model.metrics gives a tensor of shape {list(value.shape)}; expected one number, "
+            "or a dict of numbers. Average it in compute()."
+        )
+    return float(value)
 
 
 class PreferenceScores(Metric):
-    """What an objective of preferences says of a validation set; see :func:`preference_metrics` for the numbers.
+    """The metrics of an objective of preferences over a validation set.
 
-    Six numbers of every sample are kept until ``compute``: KTO compares each with a mean over all of them.
+    Six numbers of every sample are kept until ``compute``, since KTO compares each with a mean over all of them.
 
     Args:
-        objective: What is trained for.
+        measure: Function from the answers of the whole set to its metrics.
     """
 
     full_state_update = False
     rows: list[Tensor]
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, measure: Callable[[Answers], dict[str, float]]) -> None:
         super().__init__()
-        self.objective = objective
+        self.measure = measure
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(self, answers: Answers) -> None:
         """Add the samples of a batch."""
         reference = torch.zeros_like(answers.logps) if answers.reference is None else answers.reference
-        columns = (answers.logps, answers.lengths, reference, answers.desirable.double()[:, None])
+        columns = (answers.logps, answers.lengths, reference, answers.desirable.to(reference.dtype)[:, None])
         self.rows.append(torch.cat(columns, 1).detach())
 
     def compute(self) -> dict[str, float]:
         """Return the metrics over everything added, on all ranks alike; NaN where there is nothing."""
         rows: Any = self.rows  # a tensor once it was gathered
         known = torch.cat(rows) if isinstance(rows, list) else rows
-        answers = Answers(known[:, :2], known[:, 2:4], known[:, 6] > 0, known[:, 4:6])
-        kl: Tensor | float = 0.0
-        if self.objective.samples == "labels":
-            kl = answers.ratios[:, 1].mean().clamp(min=0)
-        sums = preference_sums(self.objective, answers, kl)[1]
-        return {name: value.item() for name, value in preference_metrics(sums, self.objective.samples).items()}
+        return self.measure(Answers(known[:, :2], known[:, 2:4], known[:, 6] > 0, known[:, 4:6]))
 
 
 class TokenScores(Metric):
     """Loss, perplexity and accuracies of next-token prediction over a validation set.
 
     All states are sums, reduced once over the ranks; ``compute`` divides them. Logits are never kept, and where
-    ``update`` is not overridden they are never made: ``ShadowModule`` adds the sums of a batch.
+    ``update`` is not overridden they are never computed: the objective adds the sums of a batch.
 
     - ``loss``: cross entropy per supervised token, in nats
     - ``perplexity``: ``exp(loss)``
@@ -79,11 +126,16 @@ class TokenScores(Metric):
         """Add a batch: ``logits`` [B, T, V] of any floating dtype, ``labels`` [B, T] int64, -100 unsupervised."""
         self.add(token_sums(logits, labels))
 
+    @property
+    def takes_sums(self) -> bool:
+        """Whether :meth:`add` does the same as :meth:`update`, which a subclass may have overridden."""
+        return type(self).update is TokenScores.update
+
     def add(self, sums: TokenSums) -> None:
         """Add the sums of a batch."""
         self._computed = None  # what compute() remembers; torchmetrics forgets it in update() only
         self._update_count += 1
-        self.loss += sums.loss.double()
+        self.loss += sums.loss.to(self.loss.dtype)
         self.num_tokens += sums.num_tokens
         self.num_correct += sums.num_correct
         self.num_samples += sums.num_samples

@@ -12,31 +12,37 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 from torchmetrics import Metric
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, get_scheduler
 
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.data.images import IMAGE_INPUTS
+from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.adapter import require_graftable
+from shadowlit.grafting.arithmetic import accumulation_dtype
+from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate_answers, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import PreferenceScores, TokenScores
-from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
-from shadowlit.training.objectives import SFT, Answers, Objective, preference_metrics, preference_sums
-from shadowlit.training.optimizer import OptimizerName, make_optimizer, plain_tensors, whole_tensors
+from shadowlit.training.metrics import Scores
+from shadowlit.training.objective import supervised_positions
+from shadowlit.training.objectives import SFT, Objective
+from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
+from shadowlit.training.outputs import Batch, Outputs, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
-from shadowlit.training.reference import BASE, References, start_of, sum_by_sequence
+from shadowlit.training.reference import References
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
 from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
@@ -48,62 +54,80 @@ warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(
 # Ours adds to a batch of any data module.
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
 
-Batch = Mapping[str, Tensor]
-TUNED = "tuned"
-# The last four are of packed rows, for attention that takes their borders instead of a mask.
-_INPUTS = ("input_ids", "attention_mask", "position_ids",
-           "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", *IMAGE_INPUTS)  # fmt: skip
+# transformers' schedules that need no metric.
+ScheduleName = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
 
 
 class ShadowModule(LightningModule):
-    """Trains the Base of a pair on conversations, and scores whatever weights stand in it.
+    """Trains the Base of a pair, and scores the weights that the model holds.
 
-    The loss is the cross entropy summed over the supervised tokens of the whole effective batch (micro-batches ×
-    ranks), divided by their number: accumulation and unequal lengths change nothing. Everything that learns is
-    float32; ``trainer.precision: bf16-mixed`` computes in bfloat16. The dropout masks of a batch follow from the
-    seed and the batch's number, so that a resumed run repeats them.
+    The loss of an effective batch (all micro-batches and ranks of a step) is a sum divided once by its count, for
+    supervised fine-tuning the number of supervised tokens. It doesn't change with accumulation, the number of ranks or
+    unequal lengths. Trainable parameters are float32; ``trainer.precision: bf16-mixed`` computes in bfloat16. The
+    dropout masks of a batch depend on the seed and the batch's number only, so that a resumed run repeats them.
 
-    Objectives of preferences (docs/preference.md) divide the summed losses of pairs, or of labelled answers, by their
-    number in the same way. What they compare with is measured by :class:`GraftCallback`, which holds the start.
+    Objectives with a reference (docs/preference.md) compare answers with their log-probabilities under the weights at
+    the start, which :class:`GraftCallback` measures.
 
-    Validation adds each batch to the scores of the current :attr:`subject` (the ``tuned`` model; callbacks that put
-    other weights in name theirs) and logs ``val/<subject>/<metric>`` at its end, over all sets together and, where
-    there are several, ``val/<subject>/<set>/<metric>`` for each.
+    Validation logs ``val/<subject>/<metric>``: for the ``tuned`` model, and for the models that callbacks swap in. The
+    metrics are over all validation sets together; where there are several, ``val/<subject>/<set>/<metric>`` is logged
+    for each.
+
+    Example::
+
+        module = ShadowModule(pair, adapter=LoraConfig(r=64, lora_alpha=128), lr=2e-4)
+        Trainer(max_epochs=3, callbacks=[GraftCallback()]).fit(module, data)
 
     Args:
         pair: The Base that is trained and the Instruct that gets the update.
-        adapter: Any argument of ``peft.LoraConfig``; null for full tuning. Without ``target_modules`` all linear
-            layers but the output head are adapted.
-        objective: What is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO or ASFT, with its options; null for SFT.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay; on matrices only, not on norms and biases.
+        adapter: Arguments of ``peft.LoraConfig``; null for full fine-tuning. Without ``target_modules`` all linear
+            layers except the output head are adapted.
+        objective: Objective that is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT or a class of your own, with
+            its options; null for SFT.
+        lr: Peak learning rate, of every optimizer whose own options don't set it.
+        weight_decay: Decoupled weight decay of AdamW, on matrices only, not on norms and biases.
         betas: Decay rates of AdamW's two moments.
         eps: AdamW's epsilon.
-        schedule: How the rate falls after the warm-up: to 0 along a cosine or a line, or not at all.
-        warmup_ratio: Share of all optimizer steps in which the rate rises from 0, between 0 and 1.
-        optimizer: adamw, or adamw_8bit, whose moments take 2 bytes per trained parameter instead of 8 (torchao or
-            bitsandbytes).
-        offload_optimizer: Keep AdamW's moments in the CPU's memory between steps: 8 bytes per trained parameter less
-            on a GPU, and a step that waits for 16 to be moved. On one device, under DDP and FSDP2.
+        schedule: Shape of the learning rate after warm-up: down to 0 along a cosine or a line, or constant.
+        warmup_ratio: Share of all optimizer steps during which the rate rises from 0, between 0 and 1.
+        optimizer: Optimizer: adamw, adamw_8bit, whose moments take 2 bytes per trained parameter instead of 8 (needs
+            torchao or bitsandbytes), or any optimizer by class_path and init_args, e.g. torch.optim.Muon. A class
+            takes ``lr`` unless its init_args set one; betas, eps and weight_decay are options of AdamW alone.
+        offload_optimizer: Whether AdamW's moments are kept in the CPU's memory between steps. Saves 8 bytes per trained
+            parameter on a GPU, but every step waits for 16 bytes to be moved. Works on one device, under DDP and FSDP2.
         reduce_gradients: When FSDP2's ranks add their gradients: after every micro-batch, which keeps them sharded, or
-            once per step, which holds 4 more bytes per trained parameter on every rank meanwhile. auto: per step for
-            an adapter. DDP always adds them once per step.
-        activation_checkpointing: What each decoder layer computes again in the backward pass instead of keeping it.
-            false or none: nothing. true or full: everything; least memory, about a third more time. selective: what is
-            cheap for the memory that it takes; attention and products that don't widen are kept.
-        compile_layers: Compile each decoder layer with ``torch.compile``.
-        head_loss: How losses come from the last hidden states. auto: past the logits of a whole batch where the
-            model's head allows it, which is proven on the model when it starts; see
-            :class:`shadowlit.training.head.HeadLoss` for the others: chunked, recomputed, torch, liger, logits.
-        attn_implementation: The attention kernel, by transformers' name: sdpa, flash_attention_2, eager …; or varlen,
-            sdpa that computes each sample of a packed row by itself. auto: varlen for ``data.packing`` where the model
+            once per step, which holds 4 more bytes per trained parameter on every rank meanwhile. auto: once per step
+            for an adapter. DDP always adds them once per step.
+        activation_checkpointing: Activations that each decoder layer recomputes in the backward pass instead of storing
+            them. false or none: nothing. true or full: everything, which needs least memory and about a third more
+            time. selective: what is cheap for the memory that it takes; attention and products that don't widen are
+            stored.
+        compile_layers: Whether to compile each decoder layer with ``torch.compile``.
+        head_loss: Implementation of the loss from the last hidden states. auto: without materialising the full logits
+            where the model's head allows it, which is checked on the model when it starts. The others are chunked,
+            recomputed, torch, liger and logits; see :class:`shadowlit.training.head.HeadLoss`.
+        attn_implementation: Attention kernel by its name in transformers: sdpa, flash_attention_2, eager …; or varlen,
+            which is sdpa on each sample of a packed row separately. auto: varlen for ``data.packing`` where the model
             allows it and its layers aren't compiled, else sdpa.
-        experts_implementation: The way through a mixture of experts, by transformers' name: grouped_mm (its default),
-            batched_mm, eager. Outside of FSDP2, bf16-mixed computes in bfloat16 with eager only.
+        experts_implementation: Implementation of a mixture of experts by its name in transformers: grouped_mm (the
+            default), batched_mm, eager. Without FSDP2, only eager computes in bfloat16 under bf16-mixed.
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
-        seed: Seeds the adapter's start and the dropout.
-        train_towers: What of a vision-language model learns: language, vision, projector, or regular expressions
-            searched in the parameters' names. The rest stays frozen, and an adapter sits on these only.
+        seed: Seed of the adapter's initialisation and of dropout.
+        train_towers: Parts of a vision-language model that are trained: language, vision, projector, or regular
+            expressions that are searched for in parameter names. The rest stays frozen, and only these are adapted.
+        metrics: More metrics of the validation and test sets, by name: torchmetrics classes by class_path and
+            init_args, logged as ``val/<subject>/<name>``. ``update(logits, labels)`` gets the float32 logits ``[N, V]``
+            that predict supervised tokens, and these tokens ``[N]``, a chunk at a time; for an objective of
+            preferences ``update`` gets :class:`shadowlit.training.outputs.Answers`. ``compute()`` returns a number,
+            or a dict of numbers, logged as ``<name>_<key>``.
+        lr_scheduler: Schedule that replaces ``schedule``: a name of ``transformers.get_scheduler``, which uses
+            warmup_ratio, or a scheduler by class_path and init_args, which counts optimizer steps and does not.
+        lr_scheduler_kwargs: Options of a schedule of transformers, e.g. ``{min_lr_rate: 0.1}`` for cosine_with_min_lr.
+        loraplus_lr_ratio: Learning rate of LoRA's factors B divided by ``lr``: 1 for LoRA, e.g. 16 for LoRA+ (arXiv
+            2402.12354).
     """
 
     def __init__(
@@ -117,7 +141,7 @@ class ShadowModule(LightningModule):
         eps: float = 1e-8,
         schedule: Literal["cosine", "linear", "constant"] = "cosine",
         warmup_ratio: float = 0.1,
-        optimizer: OptimizerName = "adamw",
+        optimizer: OptimizerChoice = "adamw",
         offload_optimizer: bool = False,
         reduce_gradients: Literal["auto", "micro_batch", "step"] = "auto",
         activation_checkpointing: bool | Literal["none", "full", "selective"] = False,
@@ -128,6 +152,10 @@ class ShadowModule(LightningModule):
         max_new_tokens: int = 512,
         seed: int = 0,
         train_towers: list[str] = ["language"],  # noqa: B006 - read only, and shown by --help
+        metrics: dict[str, Metric] | None = None,
+        lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
+        loraplus_lr_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
@@ -142,6 +170,8 @@ class ShadowModule(LightningModule):
             adapter.target_modules = "all-linear"
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
+        self.lr_scheduler, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs
+        self.loraplus_lr_ratio = loraplus_lr_ratio
         self.optimizer, self.offload_optimizer = optimizer, offload_optimizer
         self.reduce_gradients = reduce_gradients
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
@@ -151,13 +181,12 @@ class ShadowModule(LightningModule):
         self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.train_towers = list(train_towers)
+        self.metrics = dict(metrics or {})
         self.model: nn.Module | None = None
-        self.subject = TUNED
         self._head_loss: HeadLoss | None = None
-        self._scores: dict[tuple[str, str], Metric] = {}  # by subject and set; the set "" is all of them
-        self._sums: Tensor | None = None  # loss, what it is divided by, and more, of the effective batch so far
+        self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
+        self._sums: tuple[tuple[str, ...], Tensor] | None = None  # the objective's, by name, of the effective batch
         self._references = References()
-        self._kl: Tensor | float = 0.0  # how far the policy was from the reference in the step before, for KTO
         # An adapter's checkpoint holds the factors only.
         self.strict_loading = adapter is None
 
@@ -206,11 +235,11 @@ class ShadowModule(LightningModule):
         conversations come with ``position_ids`` that restart at each, and without a mask.
         """
         assert self.model is not None
-        return self.model(**_model_inputs(batch), use_cache=False).logits
+        return self.model(**model_inputs(batch), use_cache=False).logits
 
     def on_fit_start(self) -> None:
         """Refuse data that aren't what the objective is about."""
-        samples = getattr(self.trainer.datamodule, "samples", "conversations")  # type: ignore[attr-defined]
+        samples = run_data(self.trainer).samples
         if samples != self.objective.samples:
             raise ShadowlitError(
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
@@ -219,7 +248,7 @@ class ShadowModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse packed rows where the model would let one sample see another."""
-        if getattr(self.trainer.datamodule, "packing", None) is not None:  # type: ignore[attr-defined]
+        if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
                 require_separation(self.model)
@@ -239,46 +268,37 @@ class ShadowModule(LightningModule):
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             reduce_gradients(self.model, steps or not self._accumulates_whole)
-        if self._prefers:
-            loss, sums = preference_sums(self.objective, self._answers(batch, BASE, "train"), self._kl)
-        else:
-            positions, targets = _supervised(batch)
-            loss = self.head_losses().loss(_model_inputs(batch), positions, targets)
-            sums = torch.stack([loss.detach().double(), loss.new_full((), len(targets), dtype=torch.float64)])
-        self._sums = sums if self._sums is None else self._sums + sums
+        loss = self._add(self.objective.step(self._outputs(batch, BASE, "train")))
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the supervised tokens, or samples, of the whole effective batch; before clipping."""
+        """Divide the gradients by the objective's count over the whole effective batch; before clipping."""
         assert self._sums is not None
-        sums, self._sums = self._sums, None
+        names, reduced = self._sums
+        self._sums = None
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(sums)
+            dist.all_reduce(reduced)
         # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
-        loss, number = sums[0], sums[1].clamp(min=1)
+        sums = dict(zip(names, reduced.unbind(), strict=True))
+        number = sums["count"].clamp(min=1)
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
-        self.log("train/loss", loss / number, prog_bar=True)
-        self.log("train/tokens", sums[2 if self._prefers else 1])
-        if self._prefers:
-            metrics = preference_metrics(sums, self.objective.samples)
-            self._kl = metrics.get("kl", self._kl)
-            for name, value in metrics.items():
-                if name != "loss":
-                    self.log(f"train/{name}", value)
+        self.log("train/loss", sums["loss"] / number, prog_bar=True)
+        for name, value in self.objective.finish_step(sums).items():
+            self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the scores of the weights that stand in the module."""
-        self._score(batch, self._set_name(dataloader_idx))
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
+        """Add a batch to the scores of ``subject``, whose weights are loaded. An override passes it on to ``super``."""
+        self._score(batch, self._set_name(dataloader_idx), subject)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
         """As :meth:`validation_step`, on the test sets."""
-        self._score(batch, self._set_name(dataloader_idx))
+        self._score(batch, self._set_name(dataloader_idx), subject)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answer the prompts of a left-padded batch greedily, with the weights that stand in the module.
+        """Answer the prompts of a left-padded batch greedily, with the weights that are loaded.
 
         Returns:
             One ``{"index": row in the file, "answer": text}`` per prompt.
@@ -302,7 +322,7 @@ class ShadowModule(LightningModule):
         ]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of every subject that was put in since the validation began."""
+        """Log the scores of every subject that was measured since the validation began."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -310,26 +330,26 @@ class ShadowModule(LightningModule):
         self._log_scores("test")
 
     def configure_scores(self) -> Metric:
-        """The metric each set is scored with. Override to log more, for every subject alike.
+        """The metric that each set is scored with, for every subject. ``model.metrics`` adds others to it.
 
         Its ``compute()`` returns a dict from metric names to numbers. A :class:`TokenScores`, or a subclass that
-        leaves ``update`` alone, gets the sums of a batch through ``add``, without whole logits being made. Any other
-        metric, and a subclass that overrides ``update(logits, labels)``, gets ``[B, T, V]`` and ``[B, T]`` tensors.
-        With an objective of preferences, ``update`` gets :class:`shadowlit.training.objectives.Answers` instead.
+        doesn't override ``update``, gets the sums of a batch through ``add``, without materialising the full logits.
+        Any other metric, and a subclass that overrides ``update(logits, labels)``, gets ``[B, T, V]`` and ``[B, T]``
+        tensors. With an objective of preferences, ``update`` gets :class:`shadowlit.training.outputs.Answers` instead.
         """
-        return PreferenceScores(self.objective) if self._prefers else TokenScores()
+        return self.objective.configure_scores()
 
-    def lacking_references(self, who: str) -> list[str]:
-        """The sets that the objective has to know ``who``'s log-probabilities of, and doesn't; base or instruct."""
+    def lacking_references(self, who: Subject) -> list[str]:
+        """The sets of which the objective needs ``who``'s log-probabilities and doesn't know them; BASE or INSTRUCT."""
         if not self.objective.has_reference:
             return []
-        sets = getattr(self.trainer.datamodule, "preference_sets", {})  # type: ignore[attr-defined]
+        sets = run_data(self.trainer).preference_sets
         # The training data only ever meet the model that is trained.
         return self._references.lacking(who, {n: one for n, one in sets.items() if who == BASE or n != "train"})
 
     @torch.no_grad()
     def measure_references(self, names: list[str]) -> dict[str, Tensor]:
-        """Log-probabilities of the answers of sets of preferences under the weights that stand in the module.
+        """Log-probabilities of the answers of preference sets under the weights that are loaded.
 
         A collective: every rank does its share of each set.
 
@@ -337,24 +357,24 @@ class ShadowModule(LightningModule):
             ``[samples, 2]`` float64 by set, for :meth:`keep_references`.
         """
         assert self.model is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = run_data(self.trainer)
         measured = {}
         for name in names:
             dataset = data.preference_sets[name]
-            logps = torch.zeros(len(dataset), 2, dtype=torch.float64, device=self.device)
+            logps = torch.zeros(len(dataset), 2, dtype=accumulation_dtype(self.device), device=self.device)
             with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
                 for batch in data.scoring_loader(name):
                     batch = self.trainer.strategy.batch_to_device(batch)
-                    found = self._answers(batch, None, name)
+                    found = Outputs(self.head_losses(), batch).answers(with_reference=False)
                     logps[batch["sample"].index_select(0, batch["valid"])] = found.logps
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(logps)
             measured[name] = logps
         return measured
 
-    def keep_references(self, who: str, measured: dict[str, Tensor]) -> None:
-        """Let these log-probabilities, by set, be those of the untouched base or instruct."""
-        sets = self.trainer.datamodule.preference_sets  # type: ignore[attr-defined]
+    def keep_references(self, who: Subject, measured: dict[str, Tensor]) -> None:
+        """Keep these log-probabilities, by set, as those of the untouched model ``who``."""
+        sets = run_data(self.trainer).preference_sets
         for name, logps in measured.items():
             self._references.keep(who, name, sets[name], logps)
 
@@ -365,7 +385,7 @@ class ShadowModule(LightningModule):
             self._head_loss = HeadLoss(self.model, self.head_loss)
         return self._head_loss
 
-    def scores(self, subject: str) -> dict[str, float]:
+    def scores(self, subject: Subject) -> dict[str, float]:
         """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
 
         Reduced over all ranks; every rank must call it.
@@ -377,7 +397,7 @@ class ShadowModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
-    def take_scores(self, subject: str) -> dict[str, float]:
+    def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
         taken = self.scores(subject)
         self._scores = {key: metric for key, metric in self._scores.items() if key[0] != subject}
@@ -392,39 +412,57 @@ class ShadowModule(LightningModule):
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write what an optimizer of 8 bits holds as plain tensors, and what the next step of KTO compares with."""
-        if self.objective.samples == "labels":
-            checkpoint["kl"] = float(self._kl)
+        """Write an 8-bit optimizer's states as plain tensors, and what the objective carries over to the next step."""
+        self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make of it again what the optimizer takes."""
-        self._kl = checkpoint.get("kl", 0.0)
+        """Convert them back."""
+        self.objective.on_load_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW on whatever requires a gradient; the schedule counts optimizer steps."""
+        """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         optimizer = make_optimizer(
             self.optimizer,
-            (p for p in self.parameters() if p.requires_grad),
+            (p for _, p in trained),
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
             offload=self.offload_optimizer,
+            lora_b=[p for name, p in trained if "lora_B" in name],
+            loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
+        return {"optimizer": optimizer, "lr_scheduler": self._configure_schedule(optimizer)}
+
+    def _configure_schedule(self, optimizer: Optimizer) -> LRSchedulerConfigType:
         total = int(self.trainer.estimated_stepping_batches)
         warmup = math.ceil(self.warmup_ratio * total)
-        schedule = LambdaLR(optimizer, partial(_rate, total=total, warmup=warmup, schedule=self.schedule))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        if isinstance(self.lr_scheduler, str):
+            kwargs = self.lr_scheduler_kwargs
+            return {"scheduler": get_scheduler(self.lr_scheduler, optimizer, warmup, total, kwargs), "interval": "step"}
+        if self.lr_scheduler is None:
+            rate = partial(_rate, total=total, warmup=warmup, schedule=self.schedule)
+            return {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
+        scheduler = self.lr_scheduler(optimizer)
+        if not isinstance(scheduler, TorchReduceLROnPlateau):
+            return {"scheduler": scheduler, "interval": "step"}
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            raise ShadowlitError(
+                "model.lr_scheduler is torch's ReduceLROnPlateau, which can't name a metric. Use class_path "
+                "lightning.pytorch.cli.ReduceLROnPlateau with monitor, e.g. val/grafted/loss."
+            )
+        return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
 
     def _kernel(self, config: PreTrainedConfig) -> str:
         """The attention kernel's name, with auto decided."""
         if self.attn_implementation != "auto":
             return self.attn_implementation
-        packs = getattr(self.trainer.datamodule, "packing", None) is not None  # type: ignore[attr-defined]
+        packs = run_data(self.trainer).packing is not None
         knows = not self.compile_layers and not is_image_text(config) and knows_attention_of(config)
         return VARLEN if packs and knows else "sdpa"
 
@@ -432,67 +470,45 @@ class ShadowModule(LightningModule):
     def _accumulates_whole(self) -> bool:
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
 
-    @property
-    def _prefers(self) -> bool:
-        return self.objective.samples != "conversations"
+    def _outputs(self, batch: Batch, who: Subject, name: str) -> Outputs:
+        """The model's outputs for a batch of the set ``name``, with the references of ``who``."""
+        return Outputs(self.head_losses(), batch, partial(self._references.look_up, who, name))
 
-    def _answers(self, batch: Batch, who: str | None, name: str) -> Answers:
-        """What is known of a batch of preferences, with the reference of ``who`` for the set ``name``."""
-        if "sequence" not in batch:
+    def _add(self, sums: Mapping[str, Tensor | float]) -> Tensor:
+        """Add a micro-batch's sums to those of the effective batch; return the loss."""
+        names, loss = tuple(sums), sums.get("loss")
+        known = names if self._sums is None else self._sums[0]
+        if names != known or "count" not in sums or not isinstance(loss, Tensor):
             raise ShadowlitError(
-                f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but a "
-                f"batch of '{name}' holds conversations. Set samples={self.objective.samples!r} of ShadowData."
+                f"{type(self.objective).__name__}.step returns the sums {', '.join(names)}; expected a tensor loss and "
+                f"a count, and the same names in every batch (before: {', '.join(known)})."
             )
-        positions, targets = _supervised(batch)
-        inputs = _model_inputs(batch)
-        logps = self.head_losses().token_log_probs(inputs, positions, targets)
-        sequence = batch["sequence"].flatten().index_select(0, positions)
-        sums, counts = sum_by_sequence(logps, sequence, 2 * len(batch["sample"]))
-        valid = batch["valid"]
-        reference = None
-        if who is not None and self.objective.has_reference:
-            reference = self._references.look_up(who, name, batch["sample"].index_select(0, valid))
-        logps, lengths = (x.view(-1, 2).index_select(0, valid) for x in (sums, counts))
-        return Answers(logps, lengths, batch["desirable"].index_select(0, valid), reference)
+        like = torch.zeros((), dtype=accumulation_dtype(self.device), device=self.device)
+        values = torch.stack([v.detach().to(like) if isinstance(v, Tensor) else like + v for v in sums.values()])
+        self._sums = names, values if self._sums is None else self._sums[1] + values
+        return loss
 
-    def _score(self, batch: Batch, set_name: str) -> None:
+    def _score(self, batch: Batch, set_name: str, subject: Subject) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         several = isinstance(loaders, list) and len(loaders) > 1
         # A single set is all sets together.
-        keys = [(self.subject, name) for name in (("", set_name) if several else ("",))]
+        keys = [(subject, name) for name in (("", set_name) if several else ("",))]
         for key in keys:
             if key not in self._scores:
-                self._scores[key] = self.configure_scores().to(self.device)
-        metrics = [self._scores[key] for key in keys]
-        if self._prefers:
-            stage = "test" if self.trainer.testing else "val"
-            answers = self._answers(batch, start_of(self.subject), f"{stage}/{set_name}")
-            for metric in metrics:
-                metric.update(answers)
-            return
-        if _takes_sums(metrics[0]):
-            sums = self._token_sums(batch)
-            for metric in metrics:
-                metric.add(sums)  # type: ignore[operator]
-            return
-        logits = self(batch)
-        for metric in metrics:
-            metric.update(logits, batch["labels"])
-
-    def _token_sums(self, batch: Batch) -> TokenSums:
-        positions, targets = _supervised(batch)
-        losses, correct = self.head_losses().token_losses(_model_inputs(batch), positions, targets)
-        return sum_tokens(losses, correct, positions, batch["labels"], batch.get("position_ids"))
+                self._scores[key] = Scores(self.configure_scores(), self.metrics, self.device)
+        stage = "test" if self.trainer.testing else "val"
+        outputs = self._outputs(batch, subject.start, f"{stage}/{set_name}")
+        self.objective.score(outputs, [self._scores[key] for key in keys])
 
     def _log_scores(self, stage: str) -> None:
         for subject in dict.fromkeys(who for who, _ in self._scores):
             for name, value in self.scores(subject).items():
-                self.log(f"{stage}/{subject}/{name}", value, prog_bar=name == "loss")
+                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
         self._scores.clear()
 
     def _set_name(self, dataloader_idx: int) -> str:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = getattr(data, "test_names" if self.trainer.testing else "validation_names", None)
+        data = run_data(self.trainer)
+        names = data.test_names if self.trainer.testing else data.validation_names
         return names[dataloader_idx] if names else str(dataloader_idx)
 
     def _seed_dropout(self) -> None:
@@ -517,24 +533,6 @@ class ShadowModule(LightningModule):
                 f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1."
             )
         return self.device_mesh["data_parallel"]
-
-
-def _supervised(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Positions that predict a supervised token, into the ``B * T`` of the batch, and these tokens; both ``[N]``."""
-    labels = batch["labels"]
-    positions = batch.get("supervised")
-    if positions is None:
-        positions = supervised_positions(labels, batch.get("position_ids"))
-    return positions, labels.flatten().index_select(0, positions + 1)
-
-
-def _takes_sums(metric: Metric) -> bool:
-    """Whether a metric is one of sums, with no use for logits."""
-    return isinstance(metric, TokenScores) and type(metric).update is TokenScores.update
-
-
-def _model_inputs(batch: Batch) -> dict[str, Tensor]:
-    return {name: batch[name] for name in _INPUTS if name in batch}
 
 
 def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.grafting.arithmetic import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,6 @@ class TokenSums:
     num_correct: Tensor
     num_samples: Tensor
     num_exact: Tensor
-
-
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed next-token cross entropy of the supervised tokens.
-
-    ``labels[:, t]`` is predicted from ``logits[:, t - 1]``; labels of -100 carry no loss.
-
-    Args:
-        logits: ``[B, T, V]``, any floating dtype; the softmax is taken in float32.
-        labels: ``[B, T]``, int64, aligned with the input tokens.
-
-    Returns:
-        The sum in nats (float32 scalar, 0 with a gradient of 0 when nothing is supervised) and the number of
-        supervised tokens (int64 scalar).
-    """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE_INDEX
-    # Only supervised positions reach float32 and the softmax: prompts and padding are most of a batch.
-    loss = F.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="sum")
-    return loss, supervised.sum()
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -96,7 +77,8 @@ def sum_tokens(
     counts.index_add_(1, conversation, torch.stack([torch.ones_like(positions), correct.long()]))
     rows = counts[0] > 0
     exact = rows & (counts[0] == counts[1])
-    return TokenSums(losses.sum(dtype=torch.float64), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum())
+    loss = losses.sum(dtype=accumulation_dtype(losses.device))
+    return TokenSums(loss, counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum())
 
 
 @torch.no_grad()

@@ -1,91 +1,197 @@
-"""What is trained for: ``model.objective`` of the configuration.
+"""Objectives: what is trained for, ``model.objective`` of the configuration.
 
-Each class puts one formula of :mod:`shadowlit.training.preference` together with its options. A loss belongs to a
-sample, that is to a pair of answers or to a labelled one, and every term of it is a mean over tokens of that sample at
-most; so the loss of an effective batch is a sum over its samples divided by their number, however they are spread over
-micro-batches and ranks.
+An objective asks the model for what it needs of a batch (:class:`shadowlit.training.outputs.Outputs`) and returns sums;
+``ShadowModule`` adds them up over the micro-batches and ranks of a step and divides the gradients by the sum called
+``count``. The loss of an effective batch is thus the same however its samples are spread.
+
+An objective of your own is a subclass, chosen by ``model.objective.class_path``:
+
+- :class:`TokenObjective` for a loss per supervised token of conversations,
+- :class:`PreferenceObjective` for a loss per pair or labelled answer,
+- :class:`Objective` for anything else.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from shadowlit.data.formats import Samples
 from shadowlit.errors import ShadowlitError
 from shadowlit.training import preference
+from shadowlit.training.linear_loss import cross_entropies
+from shadowlit.training.metrics import PreferenceScores, Scores, TokenScores
+from shadowlit.training.outputs import Answers, Outputs
 
 NAMES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Two answers to each of ``N`` prompts: chosen and rejected, or the labelled one and one to another prompt.
-
-    Attributes:
-        logps: ``[N, 2]`` float64, log-probabilities summed over the answer's tokens, in nats.
-        lengths: ``[N, 2]`` float64, their tokens.
-        desirable: ``[N]`` bool, the label of the first answer; true in pairs.
-        reference: ``[N, 2]``, as ``logps`` under the reference; None where there is none.
-    """
-
-    logps: Tensor
-    lengths: Tensor
-    desirable: Tensor
-    reference: Tensor | None = None
-
-    @property
-    def ratios(self) -> Tensor:
-        """``[N, 2]``: log-probabilities minus those of the reference."""
-        assert self.reference is not None
-        return self.logps - self.reference
-
-    @property
-    def means(self) -> Tensor:
-        """``[N, 2]``: log-probabilities per token."""
-        return self.logps / self.lengths
+Sums = dict[str, Tensor]
 
 
 class Objective(ABC):
-    """A loss per sample; subclasses are what ``model.objective`` may be.
+    """What is trained for; subclasses are what ``model.objective`` may be.
 
     Attributes:
-        samples: What one sample is: conversations, pairs, or labels (answers that are desirable or not).
-        has_reference: Whether answers are compared with what the weights at the start make of them.
+        samples: Kind of the samples: conversations, pairs, or labels (answers that are desirable or not).
+        has_reference: Whether answers are compared with their log-probabilities under the weights at the start.
+    """
+
+    samples: Samples = "conversations"
+    has_reference: bool = False
+
+    @abstractmethod
+    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
+        """Return sums over a micro-batch: scalar tensors or numbers, of the same names in every batch.
+
+        ``loss`` is the summed loss with its gradient, and ``count`` what the loss of the whole effective batch is
+        divided by, usually tokens or samples. A term must be a sum over samples that depends on nothing of the rest of
+        the batch, or the loss changes with the size of the micro-batches.
+        """
+
+    def finish_step(self, sums: Sums) -> Sums:
+        """Return what is logged as ``train/<name>`` besides the loss; by default means of the other sums.
+
+        Args:
+            sums: Those of :meth:`step` over the effective batch, that is all micro-batches and ranks, in float64.
+        """
+        return {name: one / sums["count"] for name, one in sums.items() if name not in ("loss", "count")}
+
+    def configure_scores(self) -> Metric:
+        """The metric of validation sets: by default loss (cross entropy), perplexity and accuracies."""
+        return TokenScores()
+
+    def score(self, outputs: Outputs, scores: Sequence[Scores]) -> None:
+        """Add a validation batch to the scores of every set that it belongs to."""
+        others = [metric for one in scores for metric in one.others.values()]
+
+        def watch(logits: Tensor, labels: Tensor) -> None:
+            for metric in others if len(labels) else []:
+                metric.update(logits, labels)
+
+        if all(isinstance(one.own, TokenScores) and one.own.takes_sums for one in scores):
+            sums = outputs.token_sums(watch if others else None)
+            for one in scores:
+                one.own.add(sums)  # type: ignore[operator]
+            return
+        logits = outputs.logits()
+        for one in scores:
+            one.own.update(logits, outputs.batch["labels"])
+        watch(logits.flatten(0, 1).index_select(0, outputs.positions).float(), outputs.targets)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027 - few need it
+        """Add to a checkpoint what the next step depends on; nothing by default."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
+        """Take it back."""
+
+
+class TokenObjective(Objective):
+    """A loss per supervised token of conversations, of which the mean over the effective batch is minimised.
+
+    Validation logs cross entropy as ``loss``, which compares models whatever they were trained for. A focal loss
+    (arXiv 1708.02002)::
+
+        class Focal(TokenObjective):
+            def __init__(self, gamma: float = 2.0) -> None:
+                self.gamma = gamma
+
+            def token_losses(self, logits, targets):
+                losses = F.cross_entropy(logits, targets, reduction="none")
+                return (1 - torch.exp(-losses)) ** self.gamma * losses
+    """
+
+    @abstractmethod
+    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The losses ``[n]`` of a chunk of supervised tokens; must have no side effects, since it may run twice.
+
+        Args:
+            logits: ``[n, V]`` float32, with a gradient.
+            targets: ``[n]`` int64, the tokens that they predict.
+        """
+
+    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
+        """The summed losses, and the number of supervised tokens."""
+        return {"loss": outputs.map_logits(self.token_losses).sum(), "count": len(outputs.targets)}
+
+    def finish_step(self, sums: Sums) -> Sums:
+        """The number of supervised tokens."""
+        return {"tokens": sums["count"]}
+
+
+class SFT(TokenObjective):
+    """Supervised fine-tuning: the cross entropy of the assistant's tokens, a mean over the effective batch."""
+
+    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropies in nats."""
+        return cross_entropies(logits, targets)
+
+    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
+        """As of any loss per token, with the gradient of the head computed together with the loss."""
+        return {"loss": outputs.loss(), "count": len(outputs.targets)}
+
+
+class PreferenceObjective(Objective):
+    """A loss per pair of answers, or per labelled answer, of which the mean over the effective batch is minimised.
+
+    A subclass may set ``samples`` to labels and ``has_reference`` to false; then :attr:`Answers.reference` is None.
+    Each term of a loss should be a mean over tokens of its sample at most.
     """
 
     samples: Samples = "pairs"
     has_reference: bool = True
+    kl: Tensor | float = 0.0  # of labelled answers: distance from the reference in the step before
 
     @abstractmethod
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
-        """The loss of every sample, ``[N]``; ``kl`` is what KTO compares with."""
+    def losses(self, answers: Answers) -> Tensor:
+        """The loss of every sample, ``[N]``, with a gradient."""
 
     @abstractmethod
     def rewards(self, answers: Answers) -> Tensor:
-        """What the objective implicitly rewards each answer with, ``[N, 2]``."""
+        """The implicit reward of every answer, ``[N, 2]``, of which margins and accuracy are logged."""
+
+    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
+        """The summed losses, and what :func:`preference_metrics` is made of."""
+        return preference_sums(self, replace(outputs.answers(self.has_reference), kl=self.kl))
+
+    def finish_step(self, sums: Sums) -> Sums:
+        """The tokens of the answers and :func:`preference_metrics`; remembers the distance for the next step."""
+        metrics = preference_metrics(sums, self.samples)
+        self.kl = metrics.get("kl", self.kl)
+        return {"tokens": sums["tokens"], **{name: value for name, value in metrics.items() if name != "loss"}}
+
+    def configure_scores(self) -> Metric:
+        """The metrics of :func:`preference_metrics` over a validation set."""
+        return PreferenceScores(self._measure)
+
+    def score(self, outputs: Outputs, scores: Sequence[Scores]) -> None:
+        """Add a validation batch; every metric's ``update`` gets its :class:`Answers`."""
+        answers = outputs.answers(self.has_reference)
+        for one in scores:
+            for metric in (one.own, *one.others.values()):
+                metric.update(answers)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the distance that the next step of labelled answers compares with."""
+        if self.samples == "labels":
+            checkpoint["kl"] = float(self.kl)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the distance back."""
+        self.kl = checkpoint.get("kl", 0.0)
+
+    def _measure(self, answers: Answers) -> dict[str, float]:
+        if self.samples == "labels":
+            answers = replace(answers, kl=answers.ratios[:, 1].mean().clamp(min=0))
+        sums = {name: one.detach() for name, one in preference_sums(self, answers).items()}
+        return {name: value.item() for name, value in preference_metrics(sums, self.samples).items()}
 
 
-class SFT(Objective):
-    """Supervised fine-tuning: cross entropy of the assistant's tokens, a mean over the effective batch's."""
-
-    samples = "conversations"
-    has_reference = False
-
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
-        """Not asked for: the loss is a sum over tokens, see :mod:`shadowlit.training.objective`."""
-        raise NotImplementedError
-
-    def rewards(self, answers: Answers) -> Tensor:
-        """None; not asked for."""
-        raise NotImplementedError
-
-
-class DPO(Objective):
+class DPO(PreferenceObjective):
     """Direct preference optimisation: the reward is how much likelier an answer has become, times β.
 
     Args:
@@ -122,7 +228,7 @@ class DPO(Objective):
             )
         self.beta, self.loss, self.label_smoothing, self.sft_weight = beta, loss, label_smoothing, sft_weight
 
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
+    def losses(self, answers: Answers) -> Tensor:
         """``[N]``."""
         ratios = answers.ratios / answers.lengths if self.loss == "ipo" else answers.ratios
         margin = ratios[:, 0] - ratios[:, 1]
@@ -139,7 +245,7 @@ class DPO(Objective):
         return self.beta * answers.ratios
 
 
-class KTO(Objective):
+class KTO(PreferenceObjective):
     """Kahneman-Tversky optimisation: single answers with a label, each against how far the policy has moved.
 
     ``z``, the distance, is the mean log-ratio of answers to other prompts (the next row's), and at least 0. It is
@@ -161,17 +267,17 @@ class KTO(Objective):
         _require("KTO", beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
         self.beta, self.desirable_weight, self.undesirable_weight = beta, desirable_weight, undesirable_weight
 
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
+    def losses(self, answers: Answers) -> Tensor:
         """``[N]``."""
         weights = self.desirable_weight, self.undesirable_weight
-        return preference.kto(answers.ratios[:, 0], answers.desirable, kl, self.beta, *weights)
+        return preference.kto(answers.ratios[:, 0], answers.desirable, answers.kl, self.beta, *weights)
 
     def rewards(self, answers: Answers) -> Tensor:
         """``β (log π - log π_ref)``, ``[N, 2]``; the second answers' aren't used."""
         return self.beta * answers.ratios
 
 
-class _ByMeans(Objective):
+class _ByMeans(PreferenceObjective):
     """An objective without a reference, of log-probabilities per token."""
 
     has_reference = False
@@ -198,7 +304,7 @@ class ORPO(_ByMeans):
         _require("ORPO", weight=weight)
         self.weight = weight
 
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
+    def losses(self, answers: Answers) -> Tensor:
         """``[N]``."""
         chosen, rejected = answers.means.unbind(1)
         return -chosen + self.weight * preference.odds_ratio(chosen, rejected)
@@ -219,12 +325,12 @@ class SimPO(_ByMeans):
         _require("SimPO", beta=beta, gamma=gamma)
         self.beta, self.gamma = beta, gamma
 
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
+    def losses(self, answers: Answers) -> Tensor:
         """``[N]``."""
         return preference.simpo(answers.means[:, 0], answers.means[:, 1], self.beta, self.gamma)
 
 
-class CPO(Objective):
+class CPO(PreferenceObjective):
     """Contrastive preference optimisation: DPO without a reference, and supervised fine-tuning on the chosen answer.
 
     ``-log σ(β (log π(y_w|x) - log π(y_l|x))) - sft_weight * log π(y_w|x) / |y_w|``; arXiv 2401.08417. The paper writes
@@ -244,7 +350,7 @@ class CPO(Objective):
         _require("CPO", beta=beta, sft_weight=sft_weight)
         self.beta, self.sft_weight = beta, sft_weight
 
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
+    def losses(self, answers: Answers) -> Tensor:
         """``[N]``."""
         losses = preference.cpo(answers.logps[:, 0], answers.logps[:, 1], self.beta)
         return losses - self.sft_weight * answers.means[:, 0]
@@ -270,31 +376,30 @@ class ASFT(_ByMeans):
         _require("ASFT", weight=weight)
         self.weight = weight
 
-    def losses(self, answers: Answers, kl: Tensor | float = 0.0) -> Tensor:
+    def losses(self, answers: Answers) -> Tensor:
         """``[N]``."""
         chosen, rejected = answers.means.unbind(1)
         return -chosen + self.weight * preference.absolute_likelihood(chosen, rejected)
 
 
-def preference_sums(objective: Objective, answers: Answers, kl: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and the sums that :func:`preference_metrics` makes its numbers of.
+OBJECTIVES = tuple(one.__name__ for one in (SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT))
+
+
+def preference_sums(objective: PreferenceObjective, answers: Answers) -> Sums:
+    """The loss of a batch, a float64 scalar with a gradient, and the sums of :func:`preference_metrics`, without.
 
     Args:
-        objective: One of preferences.
+        objective: Objective that gives losses and rewards.
         answers: N samples.
-        kl: What KTO compares with.
-
-    Returns:
-        The summed loss, a float64 scalar with a gradient; and ``[13]`` float64 without.
     """
-    losses = objective.losses(answers, kl)
+    losses = objective.losses(answers)
     total = losses.sum()
     with torch.no_grad():
-        rewards, first = objective.rewards(answers).detach(), answers.desirable.double()
+        dtype = answers.logps.dtype
+        rewards, first = objective.rewards(answers).detach(), answers.desirable.to(dtype)
         logps, means = answers.logps.detach(), answers.means.detach()
-        labelled = objective.samples == "labels"
-        if labelled:  # an answer is chosen or rejected
-            correct = (rewards[:, 0] > getattr(objective, "beta", 1.0) * kl) == answers.desirable
+        if objective.samples == "labels":  # an answer is chosen or rejected
+            correct = (rewards[:, 0] > getattr(objective, "beta", 1.0) * answers.kl) == answers.desirable
             chosen, rejected = first, 1 - first
             second = 0
             tokens = answers.lengths[:, 0].sum()
@@ -305,44 +410,44 @@ def preference_sums(objective: Objective, answers: Answers, kl: Tensor | float =
             second = 1
             tokens = answers.lengths.sum()
             shifts = torch.zeros_like(total)
-        sums = [
-            total,
-            torch.ones_like(first).sum(),
-            tokens,
-            correct.double().sum(),
-            chosen.sum(),
-            rejected.sum(),
-            (rewards[:, 0] * chosen).sum(),
-            (rewards[:, second] * rejected).sum(),
-            (logps[:, 0] * chosen).sum(),
-            (logps[:, second] * rejected).sum(),
-            (logps[:, 0] > logps[:, 1]).double().sum(),
-            (means[:, 0] > means[:, 1]).double().sum(),
-            shifts,
-        ]
-        return total, torch.stack([one.detach().double() for one in sums])
+        return {
+            "loss": total,
+            "count": torch.ones_like(first).sum(),
+            "tokens": tokens,
+            "correct": correct.to(dtype).sum(),
+            "chosen": chosen.sum(),
+            "rejected": rejected.sum(),
+            "reward_chosen": (rewards[:, 0] * chosen).sum(),
+            "reward_rejected": (rewards[:, second] * rejected).sum(),
+            "logp_chosen": (logps[:, 0] * chosen).sum(),
+            "logp_rejected": (logps[:, second] * rejected).sum(),
+            "likelier": (logps[:, 0] > logps[:, 1]).to(dtype).sum(),
+            "likelier_per_token": (means[:, 0] > means[:, 1]).to(dtype).sum(),
+            "shifts": shifts,
+        }
 
 
-def preference_metrics(sums: Tensor, samples: Samples) -> dict[str, Tensor]:
-    """Means from sums over a batch, a set, or all ranks'; NaN where there was nothing to take a mean of.
+def preference_metrics(sums: Sums, samples: Samples) -> Sums:
+    """Means from sums over a batch, a set, or all ranks; NaN where there was nothing to take a mean of.
 
-    - ``loss``: of the objective, per sample
+    - ``loss``: mean loss of a sample
     - ``accuracy``: share of pairs whose chosen answer has the larger reward (ties are wrong); of labelled answers,
       share whose reward lies on its label's side of β z
-    - ``reward_chosen``, ``reward_rejected``, and their difference ``margin``: mean rewards; of labelled answers those
+    - ``reward_chosen``, ``reward_rejected``, and their difference ``margin``: mean rewards; for labelled answers those
       of the desirable and the undesirable ones
     - ``logp_chosen``, ``logp_rejected``: mean log-probabilities of whole answers, in nats
-    - of pairs ``likelier`` and ``likelier_per_token``: share whose chosen answer is the more probable one, as a whole
-      and by the mean of its tokens, whatever the reference says
-    - of labelled answers ``kl``: z, in nats
+    - for pairs ``likelier`` and ``likelier_per_token``: share whose chosen answer is the more probable one, as a whole
+      and by the mean of its tokens, whatever the reference makes of it
+    - for labelled answers ``kl``: z, in nats
     """
-    loss, count, _, correct, chosen, rejected, r_w, r_l, l_w, l_l, likelier, per_token, shifts = sums.unbind()
-    values = (loss / count, correct / count, r_w / chosen - r_l / rejected, r_w / chosen, r_l / rejected,
-              l_w / chosen, l_l / rejected)  # fmt: skip
+    count, chosen, rejected = sums["count"], sums["chosen"], sums["rejected"]
+    rewards = sums["reward_chosen"] / chosen, sums["reward_rejected"] / rejected
+    logps = sums["logp_chosen"] / chosen, sums["logp_rejected"] / rejected
+    values = (sums["loss"] / count, sums["correct"] / count, rewards[0] - rewards[1], *rewards, *logps)
     metrics = dict(zip(NAMES, values, strict=True))
     if samples == "labels":
-        return {**metrics, "kl": (shifts / count).clamp(min=0)}
-    return {**metrics, "likelier": likelier / count, "likelier_per_token": per_token / count}
+        return {**metrics, "kl": (sums["shifts"] / count).clamp(min=0)}
+    return {**metrics, **{name: sums[name] / count for name in ("likelier", "likelier_per_token")}}
 
 
 def _require(objective: str, **options: float) -> None:

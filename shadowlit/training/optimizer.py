@@ -1,8 +1,8 @@
-"""AdamW in float32, or with moments of 8 bits, on whatever learns."""
+"""The optimizer of the trained parameters: AdamW in float32, AdamW with moments of 8 bits, or any class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -13,11 +13,13 @@ from torch.optim import AdamW, Optimizer
 
 from shadowlit.errors import ShadowlitError
 
-OptimizerName = Literal["adamw", "adamw_8bit"]
+# Without lr among its options a class is called with the module's; the parser tells the two apart.
+OptimizerFactory = Callable[[Iterable, float], Optimizer] | Callable[[Iterable], Optimizer]
+OptimizerChoice = Literal["adamw", "adamw_8bit"] | OptimizerFactory
 
 
 def make_optimizer(
-    name: OptimizerName,
+    choice: OptimizerChoice,
     trained: Iterable[Tensor],
     *,
     lr: float,
@@ -25,34 +27,50 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     offload: bool = False,
+    lora_b: Collection[Tensor] = (),
+    loraplus_lr_ratio: float = 1.0,
 ) -> Optimizer:
-    """AdamW (arXiv 1711.05101) on the parameters that learn; weight decay on matrices only.
+    """An optimizer of the trained parameters; weight decay on matrices only.
 
-    ``adamw`` is torch's, as one kernel over all elements where there is one (CPU and CUDA). ``adamw_8bit`` keeps both
-    moments in blocks of 8 bits (arXiv 2110.02861): 2 bytes per trained parameter instead of 8. It is torchao's, which
-    also shards, or else that of bitsandbytes.
+    ``adamw`` is torch's AdamW (arXiv 1711.05101), as one kernel over all elements where there is one (CPU and CUDA).
+    ``adamw_8bit`` keeps both moments in blocks of 8 bits (arXiv 2110.02861): 2 bytes per trained parameter instead of
+    8. It is torchao's, which also shards, or else that of bitsandbytes.
 
     Args:
-        name: which of the two.
-        trained: the parameters, float32.
-        lr: peak learning rate.
-        betas: decay rates of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled.
-        offload: keep the moments of ``adamw`` in the CPU's memory between steps; see :class:`OffloadedAdamW`.
+        choice: Name of one of the two, or a class or function of parameter groups and ``lr``.
+        trained: Trained parameters, float32.
+        lr: Peak learning rate.
+        betas: Decay rates of AdamW's two moments.
+        eps: Number added to the root of AdamW's second moment.
+        weight_decay: Decoupled weight decay of AdamW.
+        offload: Whether to keep the moments of ``adamw`` in the CPU's memory between steps; see
+            :class:`OffloadedAdamW`.
+        lora_b: The factors B of LoRA among the parameters.
+        loraplus_lr_ratio: Learning rate of the factors B divided by ``lr`` (LoRA+, arXiv 2402.12354).
 
     Raises:
-        ShadowlitError: neither library is installed, or bitsandbytes alone and the parameters are sharded; or moments
-            of 8 bits are to be offloaded.
+        ShadowlitError: A class can't take the parameters, a setting is AdamW's alone, neither library of 8-bit moments
+            is installed, or bitsandbytes alone and the parameters are sharded.
     """
     trained = list(trained)
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+    faster = {id(p) for p in lora_b} if loraplus_lr_ratio != 1 else set()
+    own = {"weight_decay": weight_decay} if isinstance(choice, str) else {}  # a class has its own
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in faster], **own},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in faster], **own, "lr": loraplus_lr_ratio * lr},
     ]
     groups = [group for group in groups if group["params"]]
+    if not isinstance(choice, str):
+        if offload or weight_decay:
+            raise ShadowlitError(
+                f"model.optimizer is a class, but model.offload_optimizer={offload} and model.weight_decay="
+                f"{weight_decay} belong to adamw. Unset them, and give the class its options in "
+                "model.optimizer.init_args, e.g. weight_decay."
+            )
+        return _of_class(choice, groups, lr)
     options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
-    if name == "adamw_8bit":
+    if choice == "adamw_8bit":
         if offload:
             raise ShadowlitError(
                 "model.offload_optimizer is true, but model.optimizer is 'adamw_8bit', whose moments can't be moved. "
@@ -61,9 +79,24 @@ def make_optimizer(
         return _eight_bits(trained)(groups, **options)
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
     optimizer = (OffloadedAdamW if offload else AdamW)(groups, fused=fused, **options)
+    return _clippable(optimizer)
+
+
+def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    # The options of the configuration are bound in a functools.partial.
+    rate = {} if "lr" in getattr(factory, "keywords", {}) else {"lr": lr}
+    try:
+        return _clippable(factory(groups, **rate))
+    except (TypeError, ValueError) as error:
+        others = sum(p.dim() != 2 for group in groups for p in group["params"])
+        hint = f" {others} of the parameters, norms and biases, are no matrices: train an adapter." if others else ""
+        raise ShadowlitError(f"model.optimizer can't take the trained parameters: {error}.{hint}") from error
+
+
+def _clippable(optimizer: Optimizer) -> Optimizer:
     # Lightning takes a fused optimizer for one that a scaler of gradients works in, and refuses to clip; bfloat16
     # needs no scaler.
-    optimizer._step_supports_amp_scaling = False
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
 
 

@@ -205,7 +205,8 @@ def test_sparse_ones(tmp_path, pair, method, capsys):
     assert read_manifest(tmp_path / "s")["history"][-1]["method"] == method
 
 
-def test_sum_and_table_of_conflicts(tmp_path, pair, capsys):
+def test_sum_and_table_of_conflicts(tmp_path, pair, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     base, tuned, instruct = pair
     for name, other in (("a", tuned), ("b", instruct)):
         assert main(["delta", "make", str(base), str(other), str(tmp_path / name), "--dtype=float32"]) == 0

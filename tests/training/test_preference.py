@@ -13,11 +13,11 @@ from shadowlit.training.objectives import (
     DPO,
     KTO,
     ORPO,
-    Answers,
     SimPO,
     preference_metrics,
     preference_sums,
 )
+from shadowlit.training.outputs import Answers
 
 LOG2, LOG3 = math.log(2), math.log(3)
 
@@ -113,19 +113,19 @@ OBJECTIVES = {
 }
 
 
-def make_answers(num=6, seed=0):
+def make_answers(num=6, seed=0, kl=0.3):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 9, (num, 2), generator=generator).double()
     logps = -lengths * (0.2 + 2 * torch.rand(num, 2, generator=generator, dtype=torch.float64))
     reference = logps + torch.randn(num, 2, generator=generator, dtype=torch.float64)
-    return Answers(logps.requires_grad_(), lengths, torch.arange(num) % 2 == 0, reference)
+    return Answers(logps.requires_grad_(), lengths, torch.arange(num) % 2 == 0, reference, kl)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_losses_and_gradients(name):
     """Gradients by central differences of the plain formula."""
     answers = make_answers()
-    losses = OBJECTIVES[name].losses(answers, 0.3)
+    losses = OBJECTIVES[name].losses(answers)
     losses.sum().backward()
     for i, (pair, reference, lengths) in enumerate(
         zip(answers.logps.tolist(), answers.reference.tolist(), answers.lengths.tolist(), strict=True)
@@ -143,20 +143,21 @@ def test_losses_and_gradients(name):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_sums_of_parts_are_the_sums_of_the_whole(name):
     objective, answers = OBJECTIVES[name], make_answers()
-    total, sums = preference_sums(objective, answers, 0.3)
+    sums = preference_sums(objective, answers)
     parts = []
     for part in (slice(0, 1), slice(1, 6)):
-        one = Answers(answers.logps[part], answers.lengths[part], answers.desirable[part], answers.reference[part])
-        parts.append(preference_sums(objective, one, 0.3)[1])
-    torch.testing.assert_close(parts[0] + parts[1], sums)
-    assert total.requires_grad and not sums.requires_grad
+        fields = (answers.logps, answers.lengths, answers.desirable, answers.reference)
+        parts.append(preference_sums(objective, Answers(*(field[part] for field in fields), answers.kl)))
+    for sum_name, whole in sums.items():
+        torch.testing.assert_close(parts[0][sum_name] + parts[1][sum_name], whole)
+        assert whole.requires_grad is (sum_name == "loss")
 
 
 def test_metrics_by_hand():
     """Two pairs: the first is preferred by the rewards but not by the probabilities, the second the other way round."""
     answers = Answers(t(-4, -3, -1, -2).view(2, 2), t(4, 1, 2, 2).view(2, 2), torch.tensor([True, True]),
                       t(-6, -4, -1, -3).view(2, 2))  # fmt: skip
-    metrics = preference_metrics(preference_sums(DPO(0.5), answers)[1], "pairs")
+    metrics = preference_metrics(preference_sums(DPO(0.5), answers), "pairs")
     # log-ratios 2, 1 and 0, 1
     assert metrics["reward_chosen"] == 0.5 and metrics["reward_rejected"] == 0.5 and metrics["margin"] == 0
     assert metrics["accuracy"] == 0.5 and metrics["likelier"] == 0.5
@@ -166,8 +167,8 @@ def test_metrics_by_hand():
 
 def test_metrics_of_labels_by_hand():
     answers = Answers(t(-4, -3, -1, -2).view(2, 2), t(4, 1, 2, 2).view(2, 2), torch.tensor([True, False]),
-                      t(-6, -4, -1, -3).view(2, 2))  # fmt: skip
-    metrics = preference_metrics(preference_sums(KTO(0.5), answers, 1.0)[1], "labels")
+                      t(-6, -4, -1, -3).view(2, 2), kl=1.0)  # fmt: skip
+    metrics = preference_metrics(preference_sums(KTO(0.5), answers), "labels")
     assert (metrics["reward_chosen"], metrics["reward_rejected"], metrics["margin"]) == (1, 0, 1)
     assert metrics["accuracy"] == 1  # 2 lies above z = 1 and 0 below
     assert metrics["kl"] == 1
