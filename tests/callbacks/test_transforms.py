@@ -21,6 +21,7 @@ from shadowlit.distributed import local, local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.manifest import read_manifest
+from shadowlit.grafting.subject import Subject
 from shadowlit.lightning_cli import main
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.parallel import parallelize
@@ -50,7 +51,7 @@ def test_the_exported_model_is_the_validated_one(tmp_path, folders, kind, transf
     assert logged["val/grafted/loss"] == pytest.approx(score_by_hand(model, [(8, 1), (4, 2)]), rel=1e-5)
     manifest = read_manifest(tmp_path / "x/model")
     assert manifest["transforms"] == transforms
-    assert manifest["logits_against_validated"]["max_abs"] == 0
+    assert manifest["logits_against_validated"]["max_abs"] < 1e-5
     assert manifest["survival"]["delta_norm"] == pytest.approx(logged["graft/delta_norm"], rel=1e-6)
     with callback.grafted(module):
         exported = CheckpointReader(tmp_path / "x/model")
@@ -73,7 +74,7 @@ def test_the_exported_model_is_the_validated_one(tmp_path, folders, kind, transf
     assert logged["val/grafted/loss"] != metrics(other)["val/grafted/loss"]
 
 
-def test_a_checkpoint_in_the_middle_of_a_pass_holds_the_trained_weights(tmp_path, folders):
+def test_checkpoints_hold_the_trained_weights(tmp_path, folders):
     """Also under an adapter, whose frozen weights are overwritten."""
     saved = ModelCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=2)
     module, _ = fit(tmp_path, folders, "lora", [GraftCallback(transforms=DARE), saved])
@@ -124,19 +125,17 @@ def config(root, transforms):
 def test_a_function_of_another_package_in_a_configuration(tmp_path, monkeypatch):
     """Its elements are all of one size, so that the exported model differs from the Instruct by that."""
     source = "def sign_only(update, *, size: float):\n    return size * update.sign()\n"
-    (tmp_path / "elsewhere.py").write_text(source)
+    (tmp_path / "configured_transforms.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     torch.set_num_threads(1)
-    main(config(tmp_path, [{"name": "elsewhere.sign_only", "size": 0.03125}]))
-    delta = Delta.open(tmp_path / "export/delta") if (tmp_path / "export/delta").exists() else None
-    assert delta is None  # not asked for
+    main(config(tmp_path, [{"name": "configured_transforms.sign_only", "size": 0.03125}]))
     exported = CheckpointReader(tmp_path / "export/model")
     instruct = CheckpointReader(ROOT / "shadowlit/demo/pair/instruct")
     name = next(name for name in instruct.tensors if "up_proj" in name)
     gained = exported.read(name).float() - instruct.read(name).float()
     assert gained.abs().median().item() == pytest.approx(0.03125, rel=2**-6)
     manifest = read_manifest(tmp_path / "export/model")
-    assert manifest["transforms"] == [{"name": "elsewhere.sign_only", "size": 0.03125}]
+    assert manifest["transforms"] == [{"name": "configured_transforms.sign_only", "size": 0.03125}]
     assert manifest["config"]["graft"]["transforms"] == manifest["transforms"]
 
 
@@ -171,13 +170,13 @@ def sharded_graft(folders, kind, world_size):
     before = [local(p).clone() for p in model.parameters()]
     readers = AlignedReader.open(*folders), CheckpointReader(folders[1])
     graft = LiveGraft(model, *readers, transforms=Transforms(DARE))
-    with graft.applied(0.5):
+    with graft.applied(Subject("grafted", 0.5)):
         applied = [local(p).clone() for p in model.parameters()]
     restored = all(torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True))
     changed = sum(not torch.equal(a, b) for a, b in zip(before, applied, strict=True))
-    with pytest.raises(GraftError, match=r"transforms of whole tensors \(svd\), but FSDP2 shards"):
-        LiveGraft(model, *readers, transforms=Transforms(TWO[:1]))
-        raise GraftError("transforms of whole tensors (svd), but FSDP2 shards" * (world_size == 1))
+    if world_size > 1:
+        with pytest.raises(GraftError, match=r"transforms of whole tensors \(svd\), but FSDP2 shards"):
+            LiveGraft(model, *readers, transforms=Transforms(TWO[:1]))
     return dict(graft.grafted_tensors(0.5)), restored, changed
 
 

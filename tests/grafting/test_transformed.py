@@ -18,10 +18,10 @@ from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import export_folder
-from shadowlit.grafting.live import BASE
 from shadowlit.grafting.manifest import read_manifest
+from shadowlit.grafting.subject import BASE, INSTRUCT
 from shadowlit.grafting.update import open_update
-from tests.grafting.test_live import load, logits, open_graft, train_a_bit
+from tests.grafting.test_live import grafted, load, logits, open_graft, train_a_bit
 from tests.grafting.test_mixtures import pair_in
 from tests.tiny import save_pair
 
@@ -123,10 +123,10 @@ def test_live_is_disk_is_by_hand(tmp_path, which, kind):
     reference = AutoModelForCausalLM.from_pretrained(folders[1])
     reference.load_state_dict(exported, strict=False)
     reference.tie_weights()
-    for state in (SCALE, 0.0, BASE, SCALE):  # without a restore in between
-        graft.apply(state)
-        if state in (0.0, BASE):
-            like = AutoModelForCausalLM.from_pretrained(folders[state == 0.0])
+    for subject in (grafted(SCALE), INSTRUCT, BASE, grafted(SCALE)):  # without a restore in between
+        graft.apply(subject)
+        if subject in (INSTRUCT, BASE):
+            like = AutoModelForCausalLM.from_pretrained(folders[subject == INSTRUCT])
             assert torch.equal(logits(model), logits(like))
     assert torch.equal(logits(model), logits(reference))
     graft.restore()
@@ -161,7 +161,7 @@ def test_what_is_validated_in_half_precision_is_what_is_exported(tmp_path, kind)
     before = weights(model)
     graft = open_graft(model, folders, transforms=Transforms([{"name": "dare", "density": 0.5}]))
     exported = dict(graft.grafted_tensors(SCALE))
-    with graft.applied(SCALE):
+    with graft.applied(grafted(SCALE)):
         for name, parameter in model.named_parameters():
             if "lora_" not in name:
                 stored = name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -183,13 +183,13 @@ def test_statistics_are_of_the_transformed_update(tmp_path, kind):
     chosen = Transforms([{"name": "dare", "density": 0.25}])
     graft = open_graft(model, folders, transforms=chosen)
     numbers, squares = graft.statistics(SCALE), {}
-    with graft.applied(SCALE, squares):
+    with graft.applied(grafted(SCALE), squares):
         pass
     assert squares.keys() == graft.selected
     assert graft.statistics(SCALE, squares) == numbers
     updates = {n: chosen(n, u) for n, u in open_graft(model, folders).delta_tensors()}
     norm = torch.cat([u.flatten().double() for u in updates.values()]).norm().item()
-    assert numbers["delta_norm"] == pytest.approx(norm, rel=1e-6)
+    assert numbers["delta_norm"] == pytest.approx(norm, rel=1e-5)
     goal = {name: CheckpointReader(folders[1]).read(name).double() for name in updates}
     lost = [
         (goal[n] + SCALE * u.double()).bfloat16().double() - goal[n] - SCALE * u.double() for n, u in updates.items()
@@ -211,8 +211,7 @@ def test_experts_are_transformed_as_the_files_hold_them(tmp_path, which, kind):
     train_a_bit(model)
     before = weights(model)
     raw = dict(open_graft(model, folders).delta_tensors())
-    name = "model.layers.0.block_sparse_moe.experts.3.w2.weight"
-    assert raw[name].ndim == 2
+    assert raw[next(name for name in raw if name.endswith(".experts.3.w2.weight"))].ndim == 2
     graft = open_graft(model, folders, transforms=Transforms(specs))
     exported = dict(graft.grafted_tensors(SCALE))
     goal = {n: CheckpointReader(folders[1]).read(n) for n in raw}
@@ -223,7 +222,7 @@ def test_experts_are_transformed_as_the_files_hold_them(tmp_path, which, kind):
     plan = DiskGraft(Delta.of(raw), CheckpointReader(folders[1]), Scale(SCALE), transforms=Transforms(specs))
     export_folder(tmp_path / "out", folders[1], plan.tensors())
     assert same(tmp_path / "out", exported)
-    with graft.applied(SCALE):
+    with graft.applied(grafted(SCALE)):
         assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
@@ -236,7 +235,7 @@ def test_outside_the_selection_nothing_is_transformed(tmp_path):
     exported = dict(graft.grafted_tensors())
     assert {n for n in goal if not torch.equal(goal[n], exported[n])} == graft.selected
     export_folder(tmp_path / "out", folders[1], exported.items())
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
 
 
@@ -250,11 +249,11 @@ def test_an_adapter_is_not_what_is_grafted(tmp_path):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A package of somebody else's."""
-    (tmp_path / "elsewhere.py").write_text(
+    (tmp_path / "own_transforms.py").write_text(
         "def sign_only(update, *, size: float = 0.01):\n    return size * update.sign()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    return "elsewhere.sign_only"
+    return "own_transforms.sign_only"
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
