@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format notebooks clean
+.PHONY: demo test test-all lint format notebooks clean
 
 demo: $(STAMP)
 	$(BIN)/python -m shadowlit.demo --config configs/demo_lora.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# With the rest of those families of tests of which `make test` runs one.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not hub"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -96,12 +96,14 @@ def run(root: str, kind: str, mode: str, world_size: int) -> None:
     trainer.fit(module, Tokens())
     if trainer.is_global_zero:
         logged = {k: v.item() for k, v in trainer.callback_metrics.items()}
+        peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        live = None if mode == "none" else graft.build(module)
         figures = {
-            "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            "peak_gb": peak_gb,
             "plain_s": watch.plain_s,
             "graft_s": logged.get("graft/seconds", 0.0),
             "swap_s": logged.get("graft/swap_seconds", 0.0),
-            "bytes_per_parameter": graft.graft.frozen_bytes / graft.graft.num_local_parameters if graft.graft else 0.0,
+            "bytes_per_parameter": live.frozen_bytes / live.num_local_parameters if live else 0.0,
             "parameters": sum(p.numel() for p in module.parameters()),
         }
         print("FIGURES", json.dumps(figures), flush=True)

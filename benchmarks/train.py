@@ -702,11 +702,13 @@ def graft_figures(work: Work, profile: Profile, meter: Meter, module: Any, callb
 
 
 def swap_times(meter: Meter, live: Any, name: str) -> dict[str, float]:
-    """Median seconds of putting the grafted weights in, and the trained ones back; the first time is not counted."""
+    """Median seconds of swapping the grafted weights in and out; the first time is not counted."""
+    from shadowlit.grafting.subject import Subject
+
     ins, outs = [], []
     for _ in range(4):
         start = meter.now()
-        live.apply(1.0)
+        live.apply(Subject("grafted", 1.0))
         middle_ = meter.now()
         live.restore()
         ins.append(middle_ - start)

@@ -1,3 +1,23 @@
 """shadowlit: adapt Instruct language models through their Base (Shadow-FT, arXiv 2505.12716)."""
 
-__version__ = "0.1.0"
+from typing import TYPE_CHECKING
+
+from shadowlit.lazy import lazy_exports
+from shadowlit.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from shadowlit.analysis.similarity import similarity as similarity
+    from shadowlit.callbacks.evaluation import EvaluationCallback as EvaluationCallback
+    from shadowlit.callbacks.export import ExportCallback as ExportCallback
+    from shadowlit.callbacks.graft import GraftCallback as GraftCallback
+    from shadowlit.data.module import ShadowData as ShadowData
+    from shadowlit.delta.delta import Delta as Delta
+    from shadowlit.evaluation.forgetting import Divergence as Divergence
+    from shadowlit.evaluation.generated import Generation as Generation
+    from shadowlit.evaluation.multiple_choice import MultipleChoice as MultipleChoice
+    from shadowlit.grafting.folders import graft as graft
+    from shadowlit.pair.check import check_pair as check_pair
+    from shadowlit.pair.pair import ModelPair as ModelPair
+    from shadowlit.training.module import ShadowModule as ShadowModule
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

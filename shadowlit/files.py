@@ -1,36 +1,54 @@
-"""Single files that are there complete or not at all."""
+"""Single files that are written atomically: a reader finds a complete one or none."""
 
 from __future__ import annotations
 
+import glob
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_ABANDONED_S = 3600.0  # nothing that is written here takes so long: whoever began it was killed
+
 
 @contextmanager
 def written_beside(file: Path) -> Iterator[Path]:
-    """Yield the path ``<file>.partial`` to write to, which takes the file's place when the block ends well.
+    """Yield a path ``<file>.<random>.partial`` to write to, which replaces the file when the block ends without error.
 
-    Folders are made as needed. After an exception the partial file is removed, and what was there before stays.
+    Every writer has a path of its own, so that several may write the same file at once: the last one's stays. Folders
+    are made as needed. After an exception the partial file is removed, and the old file stays. A killed writer leaves
+    its partial file behind; the next writer of the same file removes it once it is an hour older than its own.
 
     Raises:
         OSError: The folder can't be made or the file not renamed.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
+        _remove_abandoned(file, partial)
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def replace_text(file: Path, text: str) -> Path:
-    """Write ``text`` as UTF-8 in one step; return ``file``.
+    """Write ``text`` as UTF-8 atomically; return ``file``.
 
     Raises:
-        OSError: It can't be written; what was there before is still there.
+        OSError: It can't be written; the old file is still there.
     """
     with written_beside(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
+
+
+def _remove_abandoned(file: Path, own: Path) -> None:
+    """Remove what killed writers of the file have left; times are compared by the clock of the file system alone."""
+    now = own.stat().st_mtime
+    for other in file.parent.glob(f"{glob.escape(file.name)}.*.partial"):
+        try:
+            if now - other.stat().st_mtime > _ABANDONED_S:
+                other.unlink()
+        except FileNotFoundError:  # its writer has renamed it meanwhile
+            continue

@@ -1,4 +1,4 @@
-"""How every picture looks: colours, sizes, and the two files that a figure is saved to."""
+"""The style of every plot: colours, sizes, and the two files that a figure is saved to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OKABE_ITO = {
     "vermillion": "#D55E00",
     "purple": "#CC79A7",
 }
-"""Okabe and Ito's palette, which every kind of colour vision tells apart."""
+"""Okabe and Ito's palette, whose colours can be told apart with any kind of colour vision."""
 SERIES = tuple(OKABE_ITO[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black"))
 """Colours of lines that have no meaning of their own, in order; yellow is too pale for lines on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -82,11 +82,11 @@ def panels(rows: int, columns: int, width: float, height: float, **options: Any)
     """A figure outside of pyplot, which would keep it, and its axes row by row.
 
     Args:
-        rows: of axes.
-        columns: of axes.
-        width: of the figure, in inches.
-        height: of the figure, in inches.
-        options: of ``Figure.subplots``.
+        rows: Rows of axes.
+        columns: Columns of axes.
+        width: Width of the figure, in inches.
+        height: Height of the figure, in inches.
+        options: Further arguments of ``Figure.subplots``.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
@@ -96,8 +96,8 @@ def series_style(number: int, black: bool = True) -> dict[str, Any]:
     """Colour and marker of the line with this number, from 0; when the colours come again, they meet other markers.
 
     Args:
-        number: of the line.
-        black: whether black is one of the colours; else grey takes its place.
+        number: Number of the line.
+        black: Whether black is one of the colours; else grey takes its place.
     """
     colours = SERIES if black else (*SERIES[:-1], "#999999")
     turn = number // len(colours)
@@ -106,7 +106,7 @@ def series_style(number: int, black: bool = True) -> dict[str, Any]:
 
 @styled
 def message(text: str) -> Figure:
-    """A figure that says why there is nothing to draw, so that whoever draws many goes on."""
+    """Return a figure that says why there is nothing to draw, so that other plots can still be drawn."""
     figure, (axis,) = panels(1, 1, DOUBLE, 0.5)
     hide([axis])
     axis.text(0, 0.5, "\n".join(textwrap.wrap(text, 120)), va="center", color="0.35")
@@ -120,12 +120,12 @@ def hide(axes: Sequence[Axes]) -> None:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SavedFigure:
     """A saved figure, which a notebook shows in the size that it has in print.
 
     Attributes:
-        figure: matplotlib's.
-        stem: path of its files, without ending.
+        figure: Matplotlib's.
+        stem: Path of its files, without ending.
     """
 
     figure: Figure
@@ -136,13 +136,24 @@ class Picture:
         return {"image/png": png}, {"image/png": {"width": round(_SCREEN_DPI * self.figure.get_figwidth())}}
 
 
-def save_figure(figure: Figure, stem: str | Path) -> Picture:
+def save_image(figure: Figure, target: Path, dpi: int) -> Path:
+    """Save a figure atomically in the format of the target's ending; return ``target``.
+
+    Raises:
+        OSError: The file can't be written.
+    """
+    with written_beside(target) as partial:
+        figure.savefig(partial, dpi=dpi, format=target.suffix[1:])
+    return target
+
+
+def save_figure(figure: Figure, stem: str | Path) -> SavedFigure:
     """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` of 300 dots per inch.
 
-    A reader never sees half a picture. The PDF holds no date: equal figures are equal files.
+    Both files are written atomically. The PDF holds no date: equal figures are equal files.
 
     Returns:
-        What a notebook shows.
+        The figure as a notebook shows it.
 
     Raises:
         OSError: The files can't be written.
@@ -154,4 +165,4 @@ def save_figure(figure: Figure, stem: str | Path) -> Picture:
         for ending, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
             with written_beside(stem.with_name(f"{stem.name}.{ending}")) as partial:
                 figure.savefig(partial, format=ending, dpi=_PRINT_DPI, metadata=metadata)
-    return Picture(figure, stem)
+    return SavedFigure(figure, stem)

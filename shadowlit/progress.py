@@ -1,7 +1,8 @@
-"""Progress bars that need no thread of their own: beside a thread, no process is forked to compute."""
+"""Consoles for results, and progress bars without a thread: a process that has one can't fork to compute."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,19 +14,27 @@ if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
 _REFRESH_S = 0.1
+# Wide enough for every table, where no terminal sets a width: one line per row, for grep.
+_PLAIN_WIDTH = 220
+
+
+def make_console() -> Console:
+    """Create a console that breaks no line of text and prints brackets as they are; only tables adapt to its width."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 @contextmanager
 def progress_bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
-    """A bar that goes when the block ends; nothing is shown where the output is no terminal.
+    """Show a bar until the block ends; nothing is shown if the output is not a terminal.
 
     Args:
-        what: is being done, before the bar.
-        total: how much there is to do.
-        columns: behind the bar; the share that is done and the time that is left, if none are given.
+        what: Text before the bar.
+        total: Amount of work.
+        columns: Columns after the bar; by default the share that is done and the time that is left.
 
     Yields:
-        A function to call with what has been done since the last call.
+        A function to call with the amount of work done since the last call.
     """
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import random
 import shutil
+import sys
 import tempfile
+
+import pytest
 
 # Set before any of these libraries is imported by a test: no network, no progress bars, no tokenizer threads.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,3 +22,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="shadowlit-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--random-order-seed", type=int, help="run the tests of each process in an order of this seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shuffle the tests where that is asked for: none may need another one before it."""
+    if (seed := config.getoption("--random-order-seed")) is not None:
+        random.Random(seed).shuffle(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Fork the server of processes while nothing has been computed yet, if a test of this run may need one."""
+    if "tests.distributed" in sys.modules:
+        sys.modules["tests.distributed"].start_server()

@@ -1,4 +1,4 @@
-"""Imported once by the server that distributed tests are forked from: nothing here may run a backward pass."""
+"""Imported once by the server that test processes are forked from: nothing here may run a backward pass."""
 
 import datasets  # noqa: F401
 import lightning.pytorch  # noqa: F401
@@ -7,4 +7,7 @@ import torch.distributed.checkpoint
 import torch.distributed.fsdp  # noqa: F401
 import torchmetrics  # noqa: F401
 import transformers
-import transformers.models.auto.modeling_auto  # noqa: F401
+import transformers.models.auto.modeling_auto
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+
+import shadowlit.studies.trials.preload  # noqa: F401

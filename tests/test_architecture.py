@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. Modules and packages on one floor don't import each other.
 FLOORS = [
-    {"errors", "files", "progress", "distributed", "version"},
+    {"errors", "files", "lazy", "progress", "distributed", "version"},
     {"plotting"},
     {"checkpoint"},
     {"pair"},
@@ -40,19 +41,23 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def imports(source: str, known: set[str]) -> Iterator[tuple[str, int]]:
+@cache
+def imports(source: str, known: frozenset[str]) -> list[tuple[str, int]]:
     """The modules of the package that a source imports, with the line: at the top, lazily, or for types alone."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports hide where they lead"
-            for alias in node.names:
-                name = f"{node.module}.{alias.name}"
-                if name in known or node.module in known:
-                    yield (name if name in known else str(node.module)), node.lineno
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-            yield from ((a.value, node.lineno) for a in node.args if isinstance(a, ast.Constant) and a.value in known)
+    return [found for node in ast.walk(ast.parse(source)) for found in _imported(node, known)]
+
+
+def _imported(node: ast.AST, known: frozenset[str]) -> Iterator[tuple[str, int]]:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, node.lineno) for alias in node.names if alias.name in known)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports hide where they lead"
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            if name in known or node.module in known:
+                yield (name if name in known else str(node.module)), node.lineno
+    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+        yield from ((a.value, node.lineno) for a in node.args if isinstance(a, ast.Constant) and a.value in known)
 
 
 def package_of(module: str) -> str:
@@ -64,7 +69,7 @@ def upward(sources: dict[str, str]) -> list[str]:
     """Imports that run up, or between two packages of one floor."""
     found = []
     for module, source in sources.items():
-        for target, line in imports(source, set(sources)):
+        for target, line in imports(source, frozenset(sources)):
             here, there = package_of(module), package_of(target)
             if here != there and FLOOR_OF[there] >= FLOOR_OF[here]:
                 found.append(f"{module}:{line} imports {target}")
@@ -73,7 +78,9 @@ def upward(sources: dict[str, str]) -> list[str]:
 
 def circles(sources: dict[str, str]) -> list[list[str]]:
     """Groups of modules each of which imports, directly or not, all others of its group (Tarjan)."""
-    edges = {module: {t for t, _ in imports(source, set(sources)) if t != module} for module, source in sources.items()}
+    edges = {
+        module: {t for t, _ in imports(source, frozenset(sources)) if t != module} for module, source in sources.items()
+    }
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []

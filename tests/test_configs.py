@@ -130,7 +130,10 @@ def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
     ]  # fmt: skip
     if sharded:
         args.append(f"--trainer.strategy.init_args.data_parallel_size={size}")
-    if not path.stem.startswith("demo"):
+    if path.stem.startswith("demo"):
+        args.append("--data.limit_train_samples=64")
+        args += [f"--evaluation.evaluators.{name}.init_args.limit=4" for name in config["evaluation"]["evaluators"]]
+    else:
         pair = tiny / ("llama" if "Llama" in config["pair"]["base"] else "qwen3")
         rows = tiny / "rows.jsonl"
         if "train_towers" in config["model"]:

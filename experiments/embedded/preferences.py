@@ -20,8 +20,9 @@ import numpy as np
 from shadowlit.cli.compare import compare
 from shadowlit.demo.preferences import write_preferences
 from shadowlit.demo.world import World
-from shadowlit.studies.comparison.records import Record, read_records
-from shadowlit.studies.comparison.selection import choose_rate, seeds_of
+from shadowlit.studies.comparison.records import read_records
+from shadowlit.studies.comparison.selection import choose_rate, scored, seeds_of, standings
+from shadowlit.studies.rows import Row
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = "shadowlit/demo/data"
@@ -94,7 +95,7 @@ def run(setting: str, runs: Path, workers: int, seeds: list[int]) -> None:
     )
 
 
-def table(setting: str, records: Sequence[Record]) -> list[str]:
+def table(setting: str, records: Sequence[Row]) -> list[str]:
     """An arm a line, at the rate that the selection half of the rows chose; mean ± sample deviation over the seeds."""
     scores = [*GAIN[setting], *KEEP[setting]]
     columns = [(f"{name}/score", f"{name}, %") for name in scores]
@@ -105,8 +106,9 @@ def table(setting: str, records: Sequence[Record]) -> list[str]:
         "| arm | rate | " + " | ".join(title for _, title in columns) + " | mean of scores, % |",
         "|" + "---|" * (len(columns) + 3),
     ]
+    grid = standings(scored(records, scores))
     for arm in ("Base", "Instruct", *ARMS):
-        choice = choose_rate(records, arm, scores) if arm in ARMS else None
+        choice = choose_rate(grid, arm) if arm in ARMS else None
         own = [r for r in records if r.arm == arm and (choice is None or r.lr == choice.best.lr)]
         cells = [arm, f"{choice.best.lr:g}" + (f" ({choice.edge})" if choice.edge else "") if choice else ""]
         for metric, title in columns:
@@ -116,7 +118,7 @@ def table(setting: str, records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def rates_table(setting: str, records: Sequence[Record]) -> list[str]:
+def rates_table(setting: str, records: Sequence[Row]) -> list[str]:
     """Every rate of the two arms that are compared."""
     scores = [*GAIN[setting], *KEEP[setting]]
     lines = [

@@ -20,12 +20,14 @@ from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
-from shadowlit.checkpoint.layout import with_experts_as
+from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.names import canonical_name
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
-from shadowlit.grafting.disk import AdapterUpdate, linear_on_disk
+from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import AdapterUpdate
 from shadowlit.pair.pair import ModelPair
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _ADAPTER_NAME = re.compile(r"\b(lora_(?:embedding_)?[AB])\.[^.]+")
 _SHARDED = ".metadata"  # of torch.distributed.checkpoint, written last
-_REST = "meta.pt"  # what Lightning keeps beside the shards
+_REST = "meta.pt"  # what Lightning stores next to the shards
 _CACHED = 2  # whole tensors of a sharded checkpoint
 
 
@@ -44,9 +46,9 @@ class Stage:
     """A checkpoint of a run.
 
     Attributes:
-        step: optimizer steps done.
-        path: the file, or the folder of a sharded one.
-        reader: of what was trained.
+        step: Optimizer steps done.
+        path: The file, or the folder of a sharded one.
+        reader: Reader of the trained tensors.
     """
 
     step: int
@@ -54,7 +56,7 @@ class Stage:
     reader: TrainedReader
 
 
-class TrainedReader(CheckpointReader):
+class TrainedReader(ComputedReader):
     """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
 
     A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
@@ -64,34 +66,24 @@ class TrainedReader(CheckpointReader):
         path: ``*.ckpt``, a file or a folder.
 
     Raises:
-        CheckpointError: it isn't complete, or not a checkpoint of a ``ShadowModule``.
+        CheckpointError: It isn't complete, or not a checkpoint of a ``ShadowModule``.
     """
 
     def __init__(self, path: Path) -> None:
-        self.folder = path
-        stored, self._load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
-        self._stored = {trained_name(name): name for name in stored if ".original_module." not in name}
-        self.tensors = {
+        stored, load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
+        names = {trained_name(name): name for name in stored if ".original_module." not in name}
+        infos = {
             name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)
-            for name, at in sorted(self._stored.items())
+            for name, at in sorted(names.items())
         }
-        if not self.tensors:
+        if not infos:
             raise CheckpointError(f"{path} holds no weights. Give a checkpoint of 'python -m shadowlit fit'.")
+        super().__init__(path, infos, rows_of(lambda name: load(names[name])))
 
     @property
     def is_adapter(self) -> bool:
         """Whether it holds an adapter's factors."""
         return any(".lora_" in name for name in self.tensors)
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
-        assert offset + len(buffer) <= self.info(name).num_bytes
-        if len(buffer):
-            flat = self._load(self._stored[name]).contiguous().reshape(-1).view(torch.uint8)
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat[offset : offset + len(buffer)])
-
-    def close(self) -> None:
-        """Nothing: files are mapped for as long as the reader lives."""
 
 
 def trained_name(name: str) -> str:
@@ -107,7 +99,7 @@ def latest(run: str | Path) -> Stage:
     """The newest complete checkpoint below a run's folder, or the checkpoint itself.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     folder = Path(run)
     paths = [folder] if folder.suffix == ".ckpt" else sorted(folder.rglob("*.ckpt"), key=_written, reverse=True)
@@ -123,11 +115,11 @@ def stages(run: str | Path, most: int | None = None) -> list[Stage]:
     One that is being written, or that the run removes meanwhile, is left out with a warning.
 
     Args:
-        run: the run's folder, or a checkpoint.
-        most: of so many steps, evenly spread over those that there are, the first and the last included.
+        run: The run's folder, or a checkpoint.
+        most: Largest number of checkpoints; more are thinned out evenly, keeping the first and the last.
 
     Raises:
-        DataError: there are none.
+        DataError: There are none.
     """
     folder = Path(run)
     # The newest one is kept twice, under its own name and as last.ckpt: the own name comes first.
@@ -139,7 +131,7 @@ def stages(run: str | Path, most: int | None = None) -> list[Stage]:
     if not found:
         raise _none(folder)
     ordered = [found[step] for step in sorted(found)]
-    return [ordered[i] for i in _spread(len(ordered), most)]
+    return [ordered[i] for i in spread(len(ordered), most)]
 
 
 def open_stage(
@@ -151,14 +143,14 @@ def open_stage(
     """The update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
 
     Args:
-        stage: of :func:`stages`.
-        pair: that was trained; None for the one in the run's ``config.yaml``.
-        adapter: its settings, for an adapter; None for those in ``config.yaml``.
-        select: which tensors, as in ``graft.select``; None for the run's own selection: what reaches the Instruct.
+        stage: One of :func:`stages`.
+        pair: Pair that was trained; None for the one in the run's ``config.yaml``.
+        adapter: Settings of an adapter; None for those in ``config.yaml``.
+        select: Tensors, as in ``graft.select``; None for the run's own selection.
 
     Raises:
-        DataError: there is no configuration that tells what isn't given.
-        GraftError: the checkpoint doesn't fit the Base, or its adapter has no exact update.
+        DataError: What isn't given isn't in a configuration either.
+        GraftError: The checkpoint doesn't fit the Base, or its adapter has no exact update.
     """
     home, config = _config_above(stage.path)
     pair = pair or pair_of(config, home)
@@ -169,9 +161,8 @@ def open_stage(
         delta = Delta.from_update(update)
     else:
         # The run holds experts as its module does, the delta shall hold them as the files.
-        delta = _difference(
-            with_experts_as(reader, base), AlignedReader(base, CheckpointReader(pair.instruct_folder()))
-        )
+        aligned = AlignedReader(base, CheckpointReader(pair.instruct_folder()))
+        delta = _difference(in_layout_of(reader, base), aligned)
     wanted = select or (config.get("graft") or {}).get("select") or "linear"
     return delta.only(resolve(wanted, delta.shapes, linear_on_disk(base.tensors), "of the update"))
 
@@ -199,7 +190,7 @@ def _none(folder: Path) -> DataError:
     )
 
 
-def _difference(tuned: CheckpointReader, base: AlignedReader) -> Delta:
+def _difference(tuned: TensorReader, base: TensorReader) -> Delta:
     shapes = {name: info.shape for name, info in base.tensors.items() if name in tuned.tensors}
     unequal = [f"{name} {shape} and {tuned.tensors[name].shape}" for name, shape in shapes.items()
                if tuned.tensors[name].shape != shape]  # fmt: skip
@@ -281,8 +272,8 @@ def _code(path: Path, name: str, dtype: torch.dtype) -> str:
     return code
 
 
-def _spread(count: int, most: int | None) -> Sequence[int]:
-    """At most so many of ``count`` indices, evenly spread, with both ends."""
+def spread(count: int, most: int | None) -> Sequence[int]:
+    """Return at most ``most`` of ``count`` indices, evenly spread, with both ends."""
     if most is None or count <= most:
         return range(count)
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)} | {count - 1})

@@ -1,4 +1,4 @@
-"""The picture of a run: how the tuned Base and the grafted Instruct fare while the training goes on."""
+"""The learning curves of a run: losses and accuracies of the tuned Base and the grafted Instruct over the steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from shadowlit.errors import DataError
-from shadowlit.plotting import SUBJECTS, panels
+from shadowlit.plotting import SUBJECTS, panels, save_image
 
 _UNITS = {
     "loss": "loss (nats per token)",
@@ -26,7 +26,7 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
         For every metric its values with the optimizer step they were logged at, in order.
 
     Raises:
-        DataError: there is no such file, or it has no steps.
+        DataError: There is no such file, or it has no steps.
     """
     if not file.is_file():
         raise DataError(f"there is no {file}. Expected the metrics.csv that CSVLogger writes into a run's folder.")
@@ -52,16 +52,16 @@ def plot_curves(
     grafted one is the Instruct.
 
     Args:
-        metrics: the run's ``metrics.csv``.
-        target: the picture's path; its ending gives the format (png, pdf, svg).
-        sets: names of validation sets; the empty name is all of them together.
-        whats: metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
+        metrics: The run's ``metrics.csv``.
+        target: Path of the image; its ending gives the format (png, pdf, svg).
+        sets: Names of validation sets; the empty name is all of them together.
+        whats: Metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
 
     Returns:
         ``target``.
 
     Raises:
-        DataError: the run logged none of what was asked for.
+        DataError: The run logged none of what was asked for.
     """
     series = read_metrics(metrics)
     figure, axes = panels(len(whats), len(sets), 4.2 * len(sets), 3.1 * len(whats))
@@ -70,8 +70,7 @@ def plot_curves(
         raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(target, dpi=150)
-    return target
+    return save_image(figure, target, dpi=150)
 
 
 def draw_curves(

@@ -1,4 +1,4 @@
-"""Pictures of updates: spectra, angles, overlaps, evolution, what cutting costs."""
+"""Plots of updates: spectra, angles, overlaps, evolution, what cutting costs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
     """Singular values relative to the largest, a panel per kind of matrix; a line per update and layer.
 
     Args:
-        found: of :func:`shadowlit.analysis.subspaces.spectra`, by the updates' names.
+        found: Results of :func:`shadowlit.analysis.subspaces.spectra`, by the updates' names.
     """
     kinds = in_order(one.kind for each in found.values() for one in each)
     columns = min(4, len(kinds))
@@ -55,11 +55,11 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
 
 @styled
 def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure:
-    """Numbers for every two updates, matrices beside each other; the diagonal, which tells nothing, is blank.
+    """Numbers for every two updates, matrices side by side; the diagonal carries no information and is blank.
 
     Args:
-        found: of equal names, and of one label, so that they share the colours.
-        titles: above them; by default none.
+        found: Matrices with equal names and one label, so that they share the colours.
+        titles: Above them; by default none.
     """
     size, first = len(found[0].names), found[0]
     width = SINGLE if len(found) == 1 else DOUBLE
@@ -97,7 +97,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
     """Size, direction against the last checkpoint, and turns of updates over the steps of their runs.
 
     Args:
-        found: of :func:`shadowlit.analysis.evolution.evolution`, by the runs' names.
+        found: Results of :func:`shadowlit.analysis.evolution.evolution`, by the runs' names.
     """
     if not found:
         return message(_NO_RUNS)
@@ -150,8 +150,8 @@ def draw_costs(found: Sequence[Cost], losses: Losses | None = None) -> Figure:
     """Relative error of a cut update, by kind and over all; below it, where they are known, validation losses.
 
     Args:
-        found: costs by rank, by density, or both: a column each.
-        losses: of the Instruct with the same cuts.
+        found: Costs by rank, by density, or both: a column each.
+        losses: Losses of the Instruct with the same cuts.
     """
     rows = 1 if losses is None else 2
     width = SINGLE if len(found) == 1 else DOUBLE

@@ -11,45 +11,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shadowlit.analysis.checkpoints import latest, open_stage
+from shadowlit.analysis.checkpoints import latest, open_stage, spread
 from shadowlit.analysis.heat_map import HeatMap
-from shadowlit.analysis.similarity import Report, Similarity, compare
+from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import TensorInfo
-from shadowlit.checkpoint.layout import alike
 from shadowlit.checkpoint.names import kind_of, layer_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.delta.delta import Delta, TensorStatistics
-from shadowlit.delta.transforms import magnitude
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
-from shadowlit.grafting.disk import linear_on_disk, open_update
+from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.folders import model_folder
-
-_FLOAT32 = 4  # bytes
-
 
 # -- opening --------------------------------------------------------------------------------------------------
 
 
 def open_model(source: str | Path) -> CheckpointReader:
     """The weights of a model: a folder, or a hub id."""
-    return CheckpointReader(model_folder("model", str(source), None, False))
+    return CheckpointReader(model_folder("model", str(source)))
 
 
 def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
     """The update in whatever holds one; nothing is read before its rows are asked for.
 
     Args:
-        source: a run's folder or a checkpoint of it (the newest, also while the run goes on), a folder of
+        source: Folder of a run or a checkpoint of it (the newest, also while the run goes on), a folder of
             ``shadowlit delta make``, an adapter, or a tuned model.
-        base: what an adapter or a tuned model was trained from: folder or hub id.
-        select: which tensors, as in ``graft.select``; None for what the run grafts, and for all of any other update.
+        base: Folder or hub id of the model that an adapter or a tuned model was trained from.
+        select: Tensors, as in ``graft.select``; None for those that the run grafts, and for all of any other update.
 
     Raises:
-        DataError: it is none of these.
-        GraftError: it doesn't fit the Base, or has no exact update.
+        DataError: It is none of these.
+        GraftError: It doesn't fit the Base, or has no exact update.
     """
     folder = Path(source)
     if any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json")):
@@ -62,7 +59,7 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
         raise DataError(
             f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
         )
-    delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source), None, False)))
+    delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source))))
     return delta if select is None else delta.only(_selected(delta, select))
 
 
@@ -72,35 +69,12 @@ def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = Non
 
 
 def _selected(delta: Delta, select: str | list[str]) -> frozenset[str]:
-    infos = {name: TensorInfo(name, "F32", shape, "") for name, shape in delta.shapes.items()}
-    return resolve(select, delta.shapes, linear_on_disk(infos), "of the update")
+    return resolve(select, delta.shapes, linear_on_disk(described(delta.shapes)), "of the update")
 
 
-class DeltaReader(CheckpointReader):
-    """Presents a delta, computed as it is read, as a checkpoint in float32.
-
-    Args:
-        name: what messages call it.
-        delta: the update.
-    """
-
-    def __init__(self, name: str, delta: Delta) -> None:
-        self.folder = Path(name)
-        self.tensors = {n: TensorInfo(n, "F32", shape, "") for n, shape in sorted(delta.shapes.items())}
-        self._delta = delta
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
-        info = self.info(name)
-        row_bytes = _FLOAT32 * max(1, info.num_elements // max(1, info.shape[0] if info.shape else 1))
-        start, stop = offset // row_bytes, -(-(offset + len(buffer)) // row_bytes)
-        if len(buffer):
-            raw = self._delta.rows(name, start, stop).contiguous().reshape(-1).view(torch.uint8)
-            within = offset - start * row_bytes
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(raw[within : within + len(buffer)])
-
-    def close(self) -> None:
-        """Nothing: the delta's own files stay open."""
+def reader_of(name: str, delta: Delta) -> TensorReader:
+    """Present a delta, computed as it is read, as a checkpoint in float32; messages call it ``name``."""
+    return ComputedReader(Path(name), described(dict(sorted(delta.shapes.items()))), delta.rows)
 
 
 # -- sizes ----------------------------------------------------------------------------------------------------
@@ -111,12 +85,12 @@ class TensorNorm:
     """The size of one tensor of an update.
 
     Attributes:
-        name: the tensor's name.
-        layer: its decoder layer, from 0; None outside of them.
-        kind: what it is, e.g. ``q_proj``.
-        num_elements: its elements.
-        square: its squared Euclidean norm.
-        weight_square: that of the weights it is an update of; NaN if they weren't given.
+        name: The tensor's name.
+        layer: Its decoder layer, from 0; None outside of them.
+        kind: Kind of tensor, e.g. ``q_proj``.
+        num_elements: Its elements.
+        square: Its squared Euclidean norm.
+        weight_square: Squared norm of the weights that it updates; NaN if they weren't given.
     """
 
     name: str
@@ -137,12 +111,12 @@ class TensorNorm:
         return math.sqrt(self.square / self.weight_square) if self.weight_square else math.nan
 
 
-def norms(delta: Delta, weights: CheckpointReader | None = None) -> list[TensorNorm]:
+def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]:
     """The size of every tensor of an update, streamed.
 
     Args:
-        delta: the update.
-        weights: those that it is an update of, for relative norms. Where these lack a tensor or have another shape
+        delta: The update.
+        weights: Those that it is an update of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
     squares: dict[str, float] = {}
@@ -154,7 +128,7 @@ def norms(delta: Delta, weights: CheckpointReader | None = None) -> list[TensorN
     return [_norm(found, squares.get(found.name, math.nan)) for found in delta.statistics()]
 
 
-def norms_of(deltas: Mapping[str, Delta], weights: CheckpointReader | None = None) -> dict[str, list[TensorNorm]]:
+def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
     """:func:`norms` of several updates, by their names."""
     return {name: norms(delta, weights) for name, delta in deltas.items()}
 
@@ -170,7 +144,7 @@ def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
     Without the weights the root mean square of the update, ``‖Δ‖ / √n``.
 
     Args:
-        found: of :func:`norms_of`.
+        found: Result of :func:`norms_of`.
     """
     return [_norm_map(title, tensors) for title, tensors in found.items()]
 
@@ -194,7 +168,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
     """A row per update: its size, its size relative to the weights, and where the most of it is.
 
     Args:
-        found: of :func:`norms`, by the updates' names.
+        found: Results of :func:`norms`, by the updates' names.
     """
     rows = []
     for name, tensors in found.items():
@@ -217,8 +191,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
     """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
-    with open_model(base) as first, open_model(instruct) as second:
-        (found,) = compare(alike([first, second])).similarities
+    (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 
 
@@ -226,25 +199,23 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
     """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
 
     Args:
-        deltas: two to 26, by their names; a tensor that one lacks is zero there.
-        density: share of each tensor's elements, the largest, that are compared; the others count as zero, as TIES
+        deltas: Two to 26 updates by name; a tensor that one lacks is zero there.
+        density: Share of each tensor's elements, the largest, that are compared; the others count as zero, as TIES
             (arXiv 2306.01708) trims them. Below 1, one tensor of each is in memory.
 
     Raises:
-        PairError: fewer than two or more than 26, or they differ in shape.
-        GraftError: the density is outside (0, 1].
+        PairError: Fewer than two or more than 26, or they differ in shape.
+        GraftError: The density is outside (0, 1].
     """
     kept = dict(deltas) if density == 1 else {name: trimmed(delta, density) for name, delta in deltas.items()}
-    report: Report = compare([DeltaReader(name, delta) for name, delta in kept.items()], deltas=True)
+    report: Report = compare([reader_of(name, delta) for name, delta in kept.items()], deltas=True)
     names = dict(zip(string.ascii_uppercase, deltas, strict=False))
     return [replace(found, a=names[found.a], b=names[found.b]) for found in report.similarities]
 
 
 def trimmed(delta: Delta, density: float) -> Delta:
     """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
-    if not 0 < density <= 1:
-        raise GraftError(f"density is {density}; expected a share of elements in (0, 1], e.g. 0.2.")
-    return delta.map(lambda _, tensor: magnitude(tensor, density))
+    return delta.map(Transforms([{"name": "magnitude", "density": density}], "transforms"))
 
 
 @dataclass(frozen=True)
@@ -252,11 +223,11 @@ class Matrix:
     """A number for every two updates.
 
     Attributes:
-        names: of the updates.
+        names: Names of the updates.
         values: [k, k], symmetric; the diagonal is what an update has with itself.
-        label: what the numbers are.
-        centre: the value of unrelated updates, for a diverging map; None for a map from 0 to 1.
-        inverted: high values are the bad ones.
+        label: Meaning of the numbers.
+        centre: The value of unrelated updates, for a diverging map; None for a map from 0 to 1.
+        inverted: High values are the bad ones.
     """
 
     names: tuple[str, ...]
@@ -270,7 +241,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
     """A measure of every two updates, over all elements.
 
     Args:
-        similarities: of :func:`compare_deltas`.
+        similarities: Results of :func:`compare_deltas`.
         measure: ``cosine``; ``sign_agreement``; or ``sign_conflict``, the share of opposite signs among the elements
             that neither leaves at zero.
     """
@@ -298,7 +269,7 @@ def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
     """The comparison of two updates out of those of several.
 
     Raises:
-        DataError: there is none of the two.
+        DataError: There is none of the two.
     """
     found = [one for one in similarities if {one.a, one.b} == {a, b}]
     if not found:
@@ -311,17 +282,17 @@ def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
     """Names of the matrices of an update in some decoder layers, in the order of layers and names.
 
     Args:
-        delta: the update.
-        layers: which; None for up to four, evenly spread with both ends, since singular values of large matrices
-            take seconds each.
+        delta: The update.
+        layers: Decoder layers; None for up to four, evenly spread with both ends, since singular values of large
+            matrices take seconds each.
 
     Raises:
-        GraftError: the update has no matrix in them.
+        GraftError: The update has no matrix in them.
     """
     named = {name: layer_of(name) for name, shape in delta.shapes.items() if len(shape) == 2}
     there = sorted({layer for layer in named.values() if layer is not None})
     if layers is None:
-        layers = there if len(there) <= 4 else sorted({there[round(i * (len(there) - 1) / 3)] for i in range(4)})
+        layers = [there[i] for i in spread(len(there), 4)]
     wanted = set(layers)
     found = sorted((layer, name) for name, layer in named.items() if layer is not None and layer in wanted)
     if not found:

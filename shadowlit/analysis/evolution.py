@@ -21,7 +21,7 @@ class Evolution:
     """The update at several checkpoints of a run.
 
     Attributes:
-        steps: optimizer steps of the checkpoints, ascending; at least one.
+        steps: Optimizer steps of the checkpoints, ascending; at least one.
         norms: ``‖Δ_t‖``.
         to_last: ``cos(Δ_t, Δ_last)``.
         moved: ``‖Δ_t − Δ_{t−1}‖``, the first from the Base.
@@ -43,11 +43,11 @@ def evolution(run: str | Path, most: int = 12) -> Evolution:
     Streamed in one pass over all of them; checkpoints of full tuning and of LoRA, files and sharded ones.
 
     Args:
-        run: the run's folder; the run may still be going on.
-        most: checkpoints to read, evenly spread, at most 26.
+        run: The run's folder; the run may still be going on.
+        most: Checkpoints to read, evenly spread, at most 26.
 
     Raises:
-        DataError: there are no checkpoints, or ``most`` is out of range.
+        DataError: There are no checkpoints, or ``most`` is out of range.
     """
     if not 2 <= most <= 26:
         raise DataError(f"most is {most}; expected 2 to 26 checkpoints, which are compared in one pass.")
@@ -65,7 +65,7 @@ def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
 
     Args:
         steps: ascending.
-        deltas: one for each step.
+        deltas: One for each step.
     """
     if len(deltas) == 1:  # compared with itself: all that is known of it is its size
         (alone,) = compare_deltas({"a": deltas[0], "b": deltas[0]})

@@ -1,4 +1,4 @@
-"""Pictures of layer by kind of tensor."""
+"""Heat maps of layer by kind of tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.similarity import Group, Similarity
 from shadowlit.errors import ShadowlitError
-from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
+from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, save_image, styled
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
 
@@ -30,10 +30,10 @@ class HeatMap:
     """What one panel shows.
 
     Attributes:
-        title: above the panel.
-        cells: value by kind of tensor and decoder layer; NaN for none.
-        label: of the colours.
-        centre: the value in the middle of a diverging map; None for a map that begins at zero.
+        title: Above the panel.
+        cells: Value by kind of tensor and decoder layer; NaN for none.
+        label: Label of the colours.
+        centre: The value in the middle of a diverging map; None for a map that begins at zero.
     """
 
     title: str
@@ -49,8 +49,8 @@ def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap
     Biases aren't shown.
 
     Args:
-        similarity: of two models, updates or offsets.
-        measure: one of its measures; None for the first: σ of models, the cosine of updates and offsets.
+        similarity: Similarity of two models, updates or offsets.
+        measure: One of its measures; None for the first: σ of models, the cosine of updates and offsets.
     """
     measure = measure or similarity.measures[0]
     found: dict[tuple[str, int], list[int]] = {}
@@ -83,7 +83,7 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
     Maps of one label have one scale: from zero, or symmetric about their centre.
 
     Raises:
-        ShadowlitError: no tensor lies in a decoder layer.
+        ShadowlitError: No tensor lies in a decoder layer.
     """
     kinds = in_order({kind for one in maps for kind, _ in one.cells})
     layers = sorted({layer for one in maps for _, layer in one.cells})
@@ -126,15 +126,14 @@ def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:
     """Draw the comparisons below each other: σ of models, the cosine of updates and offsets, by layer and kind.
 
     Args:
-        similarities: at least one.
-        target: the picture's path; its ending gives the format.
+        similarities: One or more similarities.
+        target: Path of the image; its ending gives the format.
 
     Returns:
         ``target``.
 
     Raises:
-        ShadowlitError: no tensor lies in a decoder layer.
+        ShadowlitError: No tensor lies in a decoder layer.
     """
     figure = draw_heat_maps([of_similarity(similarity) for similarity in similarities])
-    figure.savefig(target, dpi=200, format=target.suffix[1:])
-    return target
+    return save_image(figure, target, dpi=200)

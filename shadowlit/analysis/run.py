@@ -22,7 +22,6 @@ from shadowlit.pair.pair import ModelPair
 
 Points = Sequence[tuple[int, float]]
 SUBJECTS = ("tuned", "grafted", "base", "instruct")
-_SCORES = ("loss", "perplexity", "accuracy", "sequence_accuracy")
 _NO_ANSWERS = (
     "There are no answers. A run leaves them at a validation in which an evaluator of its configuration's section "
     "'evaluation' is due."
@@ -32,13 +31,13 @@ _STEP = re.compile(r"step-(\d+)")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run has logged so far.
+    """The metrics that a run has logged so far.
 
     Attributes:
-        folder: with ``metrics.csv``.
-        config: the resolved configuration; empty if there is none.
-        series: for every metric its values with the optimizer step they were logged at.
-        written_s: seconds since the metrics were last written.
+        folder: Folder with ``metrics.csv``.
+        config: The resolved configuration; empty if there is none.
+        series: Values of every metric with the optimizer step they were logged at.
+        written_s: Seconds since the metrics were last written.
     """
 
     folder: Path
@@ -98,14 +97,14 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read what a run has logged so far; its folder may be one that is still being written.
+    """Read the metrics that a run has logged so far; the run may still be going on.
 
     Args:
-        folder: with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, of which
-            the run that was written last is taken.
+        folder: Folder with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, in
+            which case the run that was written last is read.
 
     Raises:
-        DataError: there is none.
+        DataError: There is none.
     """
     home = Path(folder)
     if not (home / "metrics.csv").is_file():
@@ -124,7 +123,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
 
     Raises:
-        DataError: it isn't YAML.
+        DataError: It isn't YAML.
     """
     file = folder / "config.yaml"
     if not file.is_file():
@@ -141,11 +140,11 @@ def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:
     They are looked for from here, and from every folder above the run's.
 
     Args:
-        config: of the run.
-        folder: of the run.
+        config: Configuration of the run.
+        folder: Folder of the run.
 
     Raises:
-        DataError: the configuration names no pair.
+        DataError: The configuration names no pair.
     """
     section = config.get("pair") or {}
     if not section.get("base") or not section.get("instruct"):
@@ -166,7 +165,7 @@ def located(source: str, folder: Path) -> str:
 
 
 def overview(run: Run) -> Table:
-    """What the run is, how far it is, and what it has reached: the last validation of the four models."""
+    """Tabulate the settings of a run, its progress, and the last validation of the four models."""
     pair, model = run.config.get("pair") or {}, run.config.get("model") or {}
     adapter = model.get("adapter")
     settings = (adapter or {}).get("init_args", adapter or {})
@@ -210,11 +209,11 @@ def changes(run: Run, step: int | None = None) -> Table:
     Equal means can hide that other questions are right than before.
 
     Args:
-        run: with ``evaluation/step-<step>/``.
-        step: of the validation; None for the last one with answers.
+        run: Run with ``evaluation/step-<step>/``.
+        step: Step of the validation; None for the last one with answers.
 
     Raises:
-        DataError: there are answers, but none of that step.
+        DataError: There are answers, but none of that step.
     """
     home = answers_folder(run, step)
     columns = ("evaluator", "right in both", "won", "lost", "wrong in both")
@@ -235,13 +234,13 @@ def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None 
     """The first answers of the four models to the same questions, side by side.
 
     Args:
-        run: with ``evaluation/step-<step>/``.
-        evaluators: whose; None for all.
-        step: of the validation; None for the last one with answers.
-        rows: questions of each evaluator.
+        run: Run with ``evaluation/step-<step>/``.
+        evaluators: Names of evaluators; None for all.
+        step: Step of the validation; None for the last one with answers.
+        rows: Number of questions of each evaluator.
 
     Raises:
-        DataError: there are answers, but none of that step.
+        DataError: There are answers, but none of that step.
     """
     home = answers_folder(run, step)
     if home is None:
@@ -260,7 +259,7 @@ def answers_folder(run: Run, step: int | None = None) -> Path | None:
     """The folder with the answers of one validation; None if the run has none at all, or none yet.
 
     Raises:
-        DataError: there are answers, but none of that step.
+        DataError: There are answers, but none of that step.
     """
     root = Path((run.config.get("evaluation") or {}).get("folder") or run.folder / "evaluation")
     root = root if root.is_dir() else run.folder / "evaluation"

@@ -1,6 +1,6 @@
-"""Pictures of a run: the four models, the gain, what survives, what is forgotten, scores.
+"""Plots of a run: the four models, the gain, what survives, what is forgotten, scores.
 
-What a run hasn't logged, or not yet, is said in the picture's place: it is no error of a run that it measures less.
+Where a run has not logged what a plot needs, a message takes the plot's place: measuring less is no error.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
     """Validation metrics of the tuned Base and the grafted Instruct over the steps, the untouched models as lines.
 
     Args:
-        run: of :func:`shadowlit.analysis.run.read_run`.
+        run: Result of :func:`shadowlit.analysis.run.read_run`.
         whats: ``loss``, ``perplexity``, ``accuracy``, ``sequence_accuracy``: a row of panels each.
-        sets: names of validation sets, a column each; None for all of the run's; "" for all together.
+        sets: Names of validation sets, a column each; None for all of the run's; "" for all together.
     """
     chosen = list(sets if sets is not None else run.sets or [""])
     width = min(DOUBLE, max(SINGLE, 2.3 * len(chosen)))
@@ -53,7 +53,7 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
 
 @styled
 def gains(run: Run) -> Figure:
-    """By how much the grafted Instruct is better than the untouched one: in loss, and in scores if there are some."""
+    """Plot how much better the grafted Instruct is than the untouched one: in loss, and in scores if there are some."""
     losses = {
         name or "all sets": run.gain(f"{name}/loss" if name else "loss") for name in dict.fromkeys(["", *run.sets])
     }
@@ -75,7 +75,7 @@ def gains(run: Run) -> Figure:
 
 @styled
 def survival(run: Run) -> Figure:
-    """What of the update arrives in the exported dtype, how large it is, and in which layers it grows."""
+    """Plot the fraction of the update that survives rounding, its size, and its size in each layer."""
     if not run.points("graft/survival"):
         return _nothing(run, "graft/survival (graft.statistics=true)")
     figure, axes = panels(1, 3, DOUBLE, 2.2)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from shadowlit.analysis.run import located
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import Described, Layout, assemble, in_layout_of_module
-from shadowlit.checkpoint.names import is_of_experts
+from shadowlit.checkpoint.layout import in_layout_of_module
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
@@ -30,14 +29,14 @@ class Scorer:
     """An Instruct in memory, in float32, and the validation data of a run.
 
     Args:
-        pair: whose Instruct is scored.
-        config: of the run; its section ``data`` counts.
-        folder: of the run, from which relative paths are looked for.
-        batches: of each validation set; None for all.
-        device: that computes.
+        pair: Pair whose Instruct is scored.
+        config: Configuration of the run, of which the section ``data`` is used.
+        folder: Folder of the run, from which relative paths are looked up.
+        batches: Number of batches of each validation set; None for all.
+        device: Device that computes.
 
     Raises:
-        DataError: no validation data, or broken ones.
+        DataError: The validation data are missing or broken.
     """
 
     def __init__(
@@ -51,14 +50,13 @@ class Scorer:
         data = _data(pair, config, folder)
         self._batches = [batch for loader in data.val_dataloader() for batch in islice(loader, batches)]
         self._device = torch.device(device)
-        self._reader = CheckpointReader(pair.instruct_folder())
         model: Any = AutoModelForCausalLM.from_pretrained(
             pair.instruct_folder(), dtype=torch.float32, trust_remote_code=pair.trust_remote_code
         )
         self._model = model.to(self._device).eval()
         self._parameters = host_parameters(self._model)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-        self._reader = in_layout_of_module(self._reader, self._shapes)
+        self._reader = in_layout_of_module(CheckpointReader(pair.instruct_folder()), self._shapes)
 
     @torch.no_grad()
     def loss(self, update: Delta | None) -> float:
@@ -68,38 +66,29 @@ class Scorer:
         afterwards.
 
         Args:
-            update: by the names of the Instruct's tensors; None for the untouched Instruct.
+            update: Update by the names of the Instruct's tensors; None for the untouched Instruct.
 
         Raises:
-            DataError: the update changes tensors that the model hasn't, or their shapes.
+            DataError: The update has tensors that the model lacks, or other shapes.
         """
-        update = None if update is None else self._by_parameter(update)
-        changed = {} if update is None else update.shapes
+        reader = self._by_parameter(update or Delta.of({}))
+        changed = {name: info.shape for name, info in reader.tensors.items()}
         odd = [n for n, s in changed.items() if n not in self._parameters or self._parameters[n].shape != s]
         if odd:
             raise DataError(f"{self._reader.folder} has no {odd[0]} of shape {changed[odd[0]]}. Give its own update.")
         try:
             for name in changed:
-                assert update is not None
                 stored = self._reader.read(name)
-                self._parameters[name].copy_(add_delta(stored, update.tensor(name)).to(stored.dtype))
+                self._parameters[name].copy_(add_delta(stored, reader.read(name)).to(stored.dtype))
             return self._score()
         finally:
             for name in changed:
                 self._parameters[name].copy_(self._reader.read(name))
 
-    def _by_parameter(self, update: Delta) -> Delta:
-        """The update with experts as the model holds them."""
-        if not any(is_of_experts(name) and name not in self._shapes for name in update.shapes):
-            return update
-        folder = self._reader.folder
-        layout = Layout(Described.of(folder, update.shapes), Described.of(folder, self._shapes))
-
-        def rows(name: str, start: int, stop: int) -> Tensor:
-            return assemble(layout.ranges[name], shapes[name], update.tensor)[start:stop]
-
-        shapes = {name: info.shape for name, info in layout.tensors.items()}
-        return Delta(shapes, rows)
+    def _by_parameter(self, update: Delta) -> TensorReader:
+        """Present the update with experts as the model holds them."""
+        reader = ComputedReader(self._reader.folder, described(update.shapes), update.rows)
+        return in_layout_of_module(reader, self._shapes)
 
     def _score(self) -> float:
         scores = on_device(TokenScores(), self._device)

@@ -1,4 +1,4 @@
-"""How alike checkpoints are: the paper's σ and its relatives, and the angle between updates, read in one pass."""
+"""The similarity of checkpoints: the paper's σ and its relatives, and the angle between updates, in one pass."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowlit.analysis.sums import Moments, Sums, stream_moments
+from shadowlit.analysis.sums import Moments, Sums, mean_of_defined, stream_moments
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
 from shadowlit.checkpoint.names import expert_of, kind_of, layer_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
-from shadowlit.errors import PairError
+from shadowlit.errors import PairError, ShadowlitError
+from shadowlit.pair.folders import model_folder
+from shadowlit.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +38,7 @@ MEASURES = {
     "deltas": ("cosine", "sign_agreement", "norm_ratio"),
     "offsets": ("cosine", "sign_agreement", "norm_ratio"),
 }
-"""What is measured of two models, of two updates, and of two offsets from one model; see ``Sums``."""
+"""Measures of two models, of two updates, and of two offsets from one model; see ``Sums``."""
 _RANKS = ("effective_rank", "stable_rank")
 _MAX_MODELS = 26
 
@@ -43,12 +48,12 @@ class TensorSimilarity:
     """Two tensors of one name.
 
     Attributes:
-        name: the tensor's name.
-        layer: its decoder layer, from 0; ``None`` outside of them.
-        kind: what it is, e.g. ``q_proj``.
-        sums: what the measures follow from.
-        effective_rank: of the offset b - a, for matrices of two models; ``None`` if not asked for.
-        stable_rank: likewise.
+        name: The tensor's name.
+        layer: Its decoder layer, from 0; ``None`` outside of them.
+        kind: Kind of tensor, e.g. ``q_proj``.
+        sums: Sums that the measures follow from.
+        effective_rank: Effective rank of the offset b - a, for matrices of two models; ``None`` if not asked for.
+        stable_rank: Stable rank of that offset.
     """
 
     name: str
@@ -69,8 +74,8 @@ class Group:
     """Some tensors of a comparison together.
 
     Attributes:
-        key: what they have in common: a kind, a layer, or an expert.
-        tensors: at least one.
+        key: Kind, layer or expert that they have in common.
+        tensors: One or more tensors.
     """
 
     key: str | int | None
@@ -84,12 +89,12 @@ class Group:
     @property
     def sigma(self) -> float:
         """Plain mean of σ over the tensors, as in the paper; empty tensors don't count."""
-        return _mean(tensor.sums.sigma for tensor in self.tensors)
+        return mean_of_defined(tensor.sums.sigma for tensor in self.tensors)
 
     @property
     def effective_rank(self) -> float:
         """Plain mean over the matrices whose offset isn't zero; NaN if there are none."""
-        return _mean(math.nan if t.effective_rank is None else t.effective_rank for t in self.tensors)
+        return mean_of_defined(math.nan if t.effective_rank is None else t.effective_rank for t in self.tensors)
 
     def measure(self, name: str) -> float:
         """One of ``MEASURES``, or ``effective_rank``: over all elements, but σ and ranks as means over the tensors."""
@@ -101,10 +106,10 @@ class Similarity:
     """Two checkpoints, two deltas, or two offsets from one checkpoint, tensor by tensor.
 
     Attributes:
-        a: what the first is called: ``A``, or ``B - A`` for an offset.
-        b: what the second is called.
-        of: ``weights``, ``deltas`` or ``offsets``; says which measures there are.
-        tensors: in the order of their names.
+        a: Name of the first: ``A``, or ``B - A`` for an offset.
+        b: Name of the second.
+        of: ``weights``, ``deltas`` or ``offsets``; decides which measures there are.
+        tensors: Tensors, sorted by name.
     """
 
     a: str
@@ -119,7 +124,7 @@ class Similarity:
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Names of the measures, the most telling first."""
+        """Names of the measures, the most informative first."""
         ranked = any(tensor.effective_rank is not None for tensor in self.tensors)
         return MEASURES[self.of] + (("effective_rank",) if ranked else ())
 
@@ -129,7 +134,7 @@ class Similarity:
 
         Embeddings, the final norm and the output head are left out.
         """
-        return _mean(tensor.sums.sigma for tensor in self.tensors if tensor.layer is not None)
+        return mean_of_defined(tensor.sums.sigma for tensor in self.tensors if tensor.layer is not None)
 
     @property
     def whole(self) -> Group:
@@ -165,7 +170,7 @@ class Similarity:
 
     @property
     def verdict(self) -> str:
-        """What it means for a graft, in a sentence or two."""
+        """The meaning for a graft, in a sentence or two."""
         return {"weights": self._of_weights, "deltas": self._of_deltas, "offsets": self._of_offsets}[self.of]()
 
     def _of_weights(self) -> str:
@@ -211,9 +216,10 @@ class Report:
     """Several checkpoints, compared.
 
     Attributes:
-        models: what was compared: folder or hub id by letter, A being the first.
-        similarities: of A with each of the others and of the others' offsets from A; or of every two deltas.
-        left_out: tensors that are not in all models, by letter, and so were not compared. Of deltas none is: a tensor
+        models: Folders or hub ids that were compared, by letter; A is the first.
+        similarities: Similarities of A with each of the others and of the others' offsets from A; of deltas, of every
+            two.
+        left_out: Tensors that are not in all models, by letter, and so were not compared. Of deltas none is: a tensor
             that one lacks is an update of zero.
     """
 
@@ -243,18 +249,82 @@ class Report:
         return text.getvalue()
 
 
+def similarity(*models: str | Path, effective_rank: bool = False, progress: bool = False) -> Report:
+    """Compare models of one architecture, or updates; only a few rows of each tensor are in memory at a time.
+
+    Args:
+        models: Two to 26 folders or hub ids, the Base first; or folders of stored deltas.
+        effective_rank: Also compute how many directions the offset from the first model uses in each matrix (Roy and
+            Vetterli 2007). Takes minutes to hours, and the memory of the largest matrix in float32.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        Of models, the similarity of the first with each of the others and of the others' offsets from it; of deltas,
+        that of every two.
+
+    Raises:
+        ShadowlitError: Models and deltas are mixed, or effective ranks of deltas are asked for.
+        PairError: As :func:`compare`.
+        CheckpointError: A checkpoint is missing or broken, or a tensor holds NaN or infinities.
+
+    Example::
+
+        report = shadowlit.similarity("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B")
+        print(report.similarities[0].sigma, report.similarities[0].verdict)
+    """
+    sources = [str(model) for model in models]
+    with ExitStack() as stack:
+        opened = [open_reader(model_folder(f"{i}.", model)) for i, model in enumerate(sources, start=1)]
+        readers: Sequence[TensorReader] = [stack.enter_context(reader) for reader, _ in opened]
+        kinds = {is_delta for _, is_delta in opened}
+        if len(kinds) > 1:
+            told = ", ".join(model for model, (_, is_delta) in zip(sources, opened, strict=True) if is_delta)
+            raise ShadowlitError(f"{told}: deltas among models. Give only models, or only deltas.")
+        deltas = kinds == {True}
+        if deltas and effective_rank:
+            raise ShadowlitError(
+                "effective_rank is computed for the offset between models; for deltas there is "
+                "'python -m shadowlit delta show DELTA --effective_rank'."
+            )
+        readers = in_one_layout(readers)
+        names = shared_names(readers, deltas=deltas)
+        total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
+        with _bar("comparing", total, progress) as advance:
+            report = compare(readers, deltas=deltas, advance=advance)
+        if effective_rank:
+            total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
+            with _bar("effective rank", total, progress) as advance:
+                report = with_ranks(report, readers, advance)
+    return replace(report, models=dict(zip(report.models, sources, strict=True)))
+
+
+def _bar(what: str, total: int, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
+    return progress_bar(what, total) if shown else nullcontext(lambda _: None)
+
+
 def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:
     """A reader of the model or the delta in a folder, and whether it is a delta.
 
     Raises:
-        CheckpointError: there is neither, or its files are broken.
+        CheckpointError: There is neither, or its files are broken.
     """
     is_delta = any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json"))
     return (CheckpointReader(folder, DELTA_FILE) if is_delta else CheckpointReader(folder)), is_delta
 
 
+def in_one_layout(readers: Sequence[TensorReader]) -> list[TensorReader]:
+    """Present models under the names of the first of them, with one matrix for each expert of a mixture.
+
+    Raises:
+        CheckpointError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
+        GraftError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
+    """
+    first, *rest = (in_layout_of_module(reader, single_experts(reader)) for reader in readers)
+    return [first, *(in_layout_of(reader, first) for reader in rest)]
+
+
 def compare(
-    readers: Sequence[CheckpointReader],
+    readers: Sequence[TensorReader],
     *,
     deltas: bool = False,
     advance: Callable[[int], None] = lambda _: None,
@@ -264,18 +334,18 @@ def compare(
     Of models, each is compared with the first, and then the offsets of every two others from the first with each
     other: for Base, tuned Base and Instruct this is the angle between the update and the offset. Of deltas, every two
     are compared. Experts of mixtures are compared one by one, however the files hold them, if the readers come from
-    :func:`shadowlit.checkpoint.layout.alike`. Computed in float32, added up in float64.
+    :func:`in_one_layout`. Computed in float32, added up in float64.
 
     Args:
-        readers: two or more checkpoints; the Base first.
-        deltas: they hold updates, not weights.
-        advance: called with the number of elements of every part that is done.
+        readers: Two or more checkpoints; the Base first.
+        deltas: They hold updates, not weights.
+        advance: Called with the number of elements of every part that is done.
 
     Raises:
-        PairError: fewer than two or more than 26 are given, they share no tensor, or one differs in shape (outside of
+        PairError: Fewer than two or more than 26 are given, they share no tensor, or one differs in shape (outside of
             the decoder layers, as in embedding and head, the numbers of rows may differ; then the shared rows are
             compared).
-        CheckpointError: a tensor holds NaN or infinities.
+        CheckpointError: A tensor holds NaN or infinities.
     """
     if not 2 <= len(readers) <= _MAX_MODELS:
         raise PairError(f"{len(readers)} models were given; expected 2 to {_MAX_MODELS}. Give the Base first.")
@@ -297,11 +367,11 @@ def compare(
     )
 
 
-def shared_names(readers: Sequence[CheckpointReader], *, deltas: bool) -> list[str]:
+def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
     """Names of the tensors to compare: those in all models, or in any of several deltas; their shapes fit.
 
     Raises:
-        PairError: there are none, or shapes differ.
+        PairError: There are none, or shapes differ.
     """
     present = {name: [r.tensors[name] for r in readers if name in r.tensors] for r in readers for name in r.tensors}
     names = sorted(name for name, found in present.items() if deltas or len(found) == len(readers))
@@ -318,22 +388,22 @@ def shared_names(readers: Sequence[CheckpointReader], *, deltas: bool) -> list[s
 
 
 def with_ranks(
-    report: Report, readers: Sequence[CheckpointReader], advance: Callable[[int], None] = lambda _: None
+    report: Report, readers: Sequence[TensorReader], advance: Callable[[int], None] = lambda _: None
 ) -> Report:
     """Add effective and stable rank of the offsets of models, matrix by matrix.
 
     Takes far longer than reading; holds one offset in float32, and the Gram matrix of its smaller side in float64.
 
     Args:
-        report: of these readers.
-        readers: of models, not of deltas.
-        advance: called with the number of elements of every matrix that is done.
+        report: Report on these readers.
+        readers: Readers of models, not of deltas.
+        advance: Called with the number of elements of every matrix that is done.
     """
     from shadowlit.delta.spectrum import effective_rank, singular_values, stable_rank
 
     letters = list(report.models)
 
-    def ranked(b: CheckpointReader, tensor: TensorSimilarity) -> TensorSimilarity:
+    def ranked(b: TensorReader, tensor: TensorSimilarity) -> TensorSimilarity:
         shape = readers[0].tensors[tensor.name].shape
         if len(shape) != 2:
             return tensor
@@ -348,7 +418,7 @@ def with_ranks(
     return replace(report, similarities=similarities)
 
 
-def _offset(a: CheckpointReader, b: CheckpointReader, name: str) -> Tensor:
+def _offset(a: TensorReader, b: TensorReader, name: str) -> Tensor:
     """b - a of a matrix, in float32; of the shared rows."""
     import torch
 
@@ -361,7 +431,7 @@ def _offset(a: CheckpointReader, b: CheckpointReader, name: str) -> Tensor:
 
 
 def _pairs(letters: Sequence[str], deltas: bool) -> Iterator[tuple[Similarity, Callable[[Moments], Sums]]]:
-    """What is compared, still without tensors, and how its sums are had."""
+    """Yield what is compared, still without tensors, and the function that returns its sums."""
     names = letters if deltas else [f"{letter} - {letters[0]}" for letter in letters[1:]]
     if not deltas:
         for i, letter in enumerate(letters[1:], start=1):
@@ -416,9 +486,3 @@ def _of_tensor(tensor: TensorSimilarity, of: str) -> dict[str, Any]:
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _mean(values: Iterator[float]) -> float:
-    """Of those that aren't NaN; NaN if there are none."""
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan

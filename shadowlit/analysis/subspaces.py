@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shadowlit.analysis.deltas import Matrix, matrices
 from shadowlit.analysis.heat_map import HeatMap
+from shadowlit.analysis.sums import mean_of_defined
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.names import kind_of, layer_of
 from shadowlit.delta.delta import Delta
@@ -27,9 +28,9 @@ class Spectrum:
     """The singular values of one matrix of an update.
 
     Attributes:
-        name: the tensor's name.
-        layer: its decoder layer, from 0.
-        kind: what it is, e.g. ``q_proj``.
+        name: The tensor's name.
+        layer: Its decoder layer, from 0.
+        kind: Kind of tensor, e.g. ``q_proj``.
         values: [min(out, in)], descending, float64.
     """
 
@@ -61,11 +62,11 @@ def spectra(delta: Delta, layers: Sequence[int] | None = None) -> list[Spectrum]
     """The singular values of the matrices of an update; one matrix is in memory at a time.
 
     Args:
-        delta: the update.
-        layers: which decoder layers; None for up to four, evenly spread.
+        delta: The update.
+        layers: Decoder layers; None for up to four, evenly spread.
 
     Raises:
-        GraftError: the update has no matrix in them.
+        GraftError: The update has no matrix in them.
     """
     return [
         Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
@@ -82,14 +83,14 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
     """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices.
 
     Args:
-        found: of :func:`spectra_of`.
+        found: Result of :func:`spectra_of`.
     """
     maps = []
     for title, each in found.items():
         ranks: dict[tuple[str, int], list[float]] = {}
         for one in each:
             ranks.setdefault((one.kind, one.layer), []).append(one.effective_rank)
-        maps.append(HeatMap(title, {at: _mean(values) for at, values in ranks.items()}, "effective rank"))
+        maps.append(HeatMap(title, {at: mean_of_defined(values) for at, values in ranks.items()}, "effective rank"))
     return maps
 
 
@@ -97,15 +98,15 @@ def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
     """A row per update: means over its matrices.
 
     Args:
-        found: of :func:`spectra`, by the updates' names.
+        found: Results of :func:`spectra`, by the updates' names.
     """
     rows = [
         (
             name,
-            _mean([one.effective_rank for one in each]),
-            _mean([one.stable_rank for one in each]),
-            _mean([float(one.rank_of_share(0.9)) for one in each]),
-            _mean([float(len(one.values)) for one in each]),
+            mean_of_defined([one.effective_rank for one in each]),
+            mean_of_defined([one.stable_rank for one in each]),
+            mean_of_defined([float(one.rank_of_share(0.9)) for one in each]),
+            mean_of_defined([float(len(one.values)) for one in each]),
         )
         for name, each in found.items()
     ]
@@ -119,7 +120,7 @@ class Overlap:
     Attributes:
         matrix: φ of every two, the mean over the matrices, 0 to 1.
         chance: φ of random subspaces of these dimensions.
-        rank: how many directions of each.
+        rank: Number of directions of each.
         side: ``output`` or ``input``.
     """
 
@@ -139,14 +140,14 @@ def subspace_overlap(
     LoRA (arXiv 2106.09685, section 7.2). A sign or a size that differs doesn't show here, as it does in a cosine.
 
     Args:
-        deltas: two or more, by their names.
-        rank: leading directions of each; of a matrix of lower rank all that it has.
+        deltas: Two or more updates by name.
+        rank: Number of leading directions of each; a matrix of lower rank contributes all that it has.
         side: ``output`` for the left singular vectors (what the updates write), ``input`` for the right ones (what
             they read).
-        layers: which decoder layers; None for up to four, evenly spread.
+        layers: Decoder layers; None for up to four, evenly spread.
 
     Raises:
-        GraftError: the rank isn't positive, or they share no matrix in these layers.
+        GraftError: The rank isn't positive, or they share no matrix in these layers.
     """
     if rank < 1 or len(deltas) < 2:
         raise GraftError(f"rank={rank} of {len(deltas)} updates; expected at least 1, and two updates.")
@@ -169,7 +170,7 @@ def subspace_overlap(
                         chance.append(max(left.shape[1], right.shape[1]) / len(left))
     values = torch.where(counts > 0, sums / counts.clamp_min(1), math.nan)
     told = Matrix(tuple(names), values, f"overlap φ of {rank} directions")
-    return Overlap(told, _mean(chance), rank, side)
+    return Overlap(told, mean_of_defined(chance), rank, side)
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
@@ -186,7 +187,7 @@ def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
 
     Args:
         matrix: [out, in].
-        rank: how many; fewer if the matrix has fewer singular values above 1e-6 of the largest.
+        rank: Number of vectors; fewer if the matrix has fewer singular values above 1e-6 of the largest.
         side: ``output`` for left ones [out, r], ``input`` for right ones [in, r].
 
     Returns:
@@ -202,8 +203,3 @@ def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
         return leading
     # Dividing by small singular values costs orthogonality; QR restores it.
     return torch.linalg.qr(values.T.double() @ leading).Q
-
-
-def _mean(values: Sequence[float]) -> float:
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan

@@ -7,16 +7,16 @@ In numpy: importing torch would take longer than comparing two small models.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
 import numpy as np
 import numpy.typing as npt
 
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.numeric import split_bfloat16, vectors
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.workers import in_order
 from shadowlit.errors import CheckpointError
 
@@ -37,10 +37,10 @@ Stored = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Sums:
-    """What two tensors a and b of one shape come to; the sums of parts add up to those of the whole.
+    """Sums over two tensors a and b of one shape; the sums of parts add up to those of the whole.
 
     Attributes:
-        num_elements: elements of each.
+        num_elements: Elements of each.
         size_a: ``Σ|a|``.
         size_b: ``Σ|b|``.
         distance: ``Σ|a − b|``; only for weights.
@@ -48,8 +48,8 @@ class Sums:
         square_b: ``‖b‖²``.
         square_difference: ``‖b − a‖²``; only for weights.
         dot: ``⟨a, b⟩``.
-        num_both: elements that are zero in neither; only for updates and offsets.
-        num_same_sign: those of them with the same sign.
+        num_both: Elements that are zero in neither; only for updates and offsets.
+        num_same_sign: Those of them with the same sign.
     """
 
     num_elements: int = 0
@@ -106,7 +106,7 @@ class Moments:
     differences are these offsets; for deltas they are the k tensors themselves.
 
     Attributes:
-        num_elements: of each vector.
+        num_elements: Number of elements of each vector.
         sizes: [v], ``Σ|x|`` of every vector.
         products: [v, v], ``⟨x, y⟩`` of the vectors that are compared: the first with all tensors, every two
             differences, and each with itself; zero elsewhere.
@@ -151,7 +151,7 @@ class Moments:
 
 
 def stream_moments(
-    readers: Sequence[CheckpointReader],
+    readers: Sequence[TensorReader],
     names: Sequence[str],
     *,
     deltas: bool,
@@ -163,16 +163,16 @@ def stream_moments(
     differ, the shared rows count. The result doesn't depend on the number of threads.
 
     Args:
-        readers: the checkpoints.
-        names: tensors, with equal shapes but for the number of rows.
-        deltas: the checkpoints hold updates, not weights, so that no offsets are formed.
-        advance: called with the number of elements of every part that is done.
+        readers: The checkpoints.
+        names: Tensors, with equal shapes but for the number of rows.
+        deltas: The checkpoints hold updates, not weights, so that no offsets are formed.
+        advance: Called with the number of elements of every part that is done.
 
     Yields:
         Name and moments, in the order of ``names``.
 
     Raises:
-        CheckpointError: a tensor holds NaN or infinities.
+        CheckpointError: A tensor holds NaN or infinities.
     """
     sizes = {name: min(r.tensors[name].num_elements for r in readers if name in r.tensors) for name in names}
     tasks = [
@@ -199,14 +199,14 @@ def stream_moments(
             whole = None
 
 
-def _moments(readers: Sequence[CheckpointReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
+def _moments(readers: Sequence[TensorReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
     """The moments of elements ``start`` to ``stop`` of a tensor."""
     infos = [reader.tensors.get(name) for reader in readers]
     plan = _Plan.of(len(readers), deltas)
     step = _round_up(_WINDOW_ELEMENTS // (len(readers) + 1))
     sums = np.zeros((plan.num_sums, _round_up(stop - start) // _CHUNK), np.float32)
     window: _Window | None = None
-    with np.errstate(invalid="ignore", over="ignore"):  # told of a whole tensor, by its name
+    with np.errstate(invalid="ignore", over="ignore"):  # reported for a whole tensor, by its name
         for first in range(start, stop, step):
             size = min(step, stop - first)
             if window is None or window.size != size:
@@ -223,11 +223,11 @@ class _Plan:
     """Which sums there are, in their order: every vector's size, products, signs of pairs, common elements of pairs.
 
     Attributes:
-        num_stored: the tensors, which are the first vectors.
-        num_vectors: they, and their offsets.
-        products: pairs of vectors.
-        differences: the vectors whose angles count.
-        pairs: of differences, by their own numbers; none if there is only one.
+        num_stored: The tensors, which are the first vectors.
+        num_vectors: They, and their offsets.
+        products: Pairs of vectors.
+        differences: The vectors whose angles count.
+        pairs: Pairs of differences, by their own numbers; none if there is only one.
     """
 
     num_stored: int
@@ -292,7 +292,7 @@ class _Window:
         if plan.pairs:
             self._compare_signs(plan, [values[i] for i in plan.differences])
 
-    def stored(self, readers: Sequence[CheckpointReader]) -> Iterator[tuple[CheckpointReader, int, memoryview]]:
+    def stored(self, readers: Sequence[TensorReader]) -> Iterator[tuple[TensorReader, int, memoryview]]:
         """What is to be filled before the sums are taken: reader, bytes per element, memory."""
         for reader, own in zip(readers, self._stored, strict=True):
             if own is not None:
@@ -300,7 +300,7 @@ class _Window:
                 yield reader, itemsize, memory[: self.size * itemsize].data
 
     def sums(self) -> Values:
-        """The plan's sums, [sums, chunks]; the next call writes them anew."""
+        """The plan's sums, [sums, chunks]; the next call overwrites them."""
         for function, arguments in self._program:
             function(*arguments)
         return self._sums
@@ -363,6 +363,12 @@ def _symmetric(size: int, pairs: Sequence[tuple[int, int]], values: Totals) -> T
     for (i, j), value in zip(pairs, values, strict=True):
         matrix[i, j] = matrix[j, i] = value
     return matrix
+
+
+def mean_of_defined(values: Iterable[float]) -> float:
+    """Return the mean of the values that aren't NaN; NaN if there are none."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _round_up(size: int) -> int:

@@ -13,9 +13,9 @@ class Table:
     """Rows under headings; numbers are shown with four digits, NaN and None as a dash.
 
     Attributes:
-        columns: the headings.
-        rows: as long as the headings each.
-        caption: what the table tells; may be empty.
+        columns: The headings.
+        rows: Rows with a cell for each heading.
+        caption: Explanation of the table; may be empty.
     """
 
     columns: Sequence[str]

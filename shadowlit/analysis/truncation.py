@@ -18,7 +18,7 @@ from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.analysis.subspaces import Spectrum
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.transforms import truncated_svd
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 
 ALL = "all"
@@ -31,7 +31,7 @@ class Cost:
 
     Attributes:
         by: ``rank`` or ``density``.
-        kept: ranks, or shares of the elements in (0, 1]; ascending.
+        kept: Ranks, or shares of the elements in (0, 1]; ascending.
         errors: ``‖cut − Δ‖ / ‖Δ‖`` for each of them, by kind of tensor and over ``all``.
     """
 
@@ -46,11 +46,11 @@ def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
     ``√(Σ_{i>r} s_i² / Σ s_i²)``, sums over all matrices together (Eckart and Young, 1936).
 
     Args:
-        spectra: of :func:`shadowlit.analysis.subspaces.spectra`.
-        ranks: to cut to, positive.
+        spectra: Result of :func:`shadowlit.analysis.subspaces.spectra`.
+        ranks: Ranks to cut to, positive.
 
     Raises:
-        GraftError: no ranks, or one isn't positive.
+        GraftError: No ranks, or one isn't positive.
     """
     if not ranks or min(ranks) < 1:
         raise GraftError(f"ranks are {list(ranks)}; expected positive numbers.")
@@ -68,11 +68,11 @@ def density_cost(delta: Delta, densities: Sequence[float]) -> Cost:
     Han et al., arXiv 1506.02626; the trimming step of TIES, arXiv 2306.01708. One tensor is in memory at a time.
 
     Args:
-        delta: the update.
-        densities: shares of the elements to keep, in (0, 1].
+        delta: The update.
+        densities: Shares of the elements to keep, in (0, 1].
 
     Raises:
-        GraftError: no densities, or one outside (0, 1].
+        GraftError: No densities, or one outside (0, 1].
     """
     if not densities or min(densities) <= 0 or max(densities) > 1:
         raise GraftError(f"densities are {list(densities)}; expected shares of the elements in (0, 1].")
@@ -115,7 +115,7 @@ def _errors(squares: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[float,
 
 def cut_to_rank(delta: Delta, rank: int) -> Delta:
     """The update with every matrix cut to a rank; other tensors stay as they are."""
-    return delta.map(lambda _, t: truncated_svd(t, rank).matrix if t.ndim == 2 else t)
+    return delta.map(Transforms([{"name": "svd", "rank": rank}], "transforms"))
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ class Losses:
     """Validation losses of the Instruct with an update, whole and cut.
 
     Attributes:
-        untouched: of the Instruct, nats per supervised token.
-        whole: with all of the update.
-        by_rank: with the update cut to each rank.
-        by_density: with the largest share of its elements kept.
+        untouched: Loss of the Instruct, in nats per supervised token.
+        whole: Loss with all of the update.
+        by_rank: Loss with the update cut to each rank.
+        by_density: Loss with the largest elements kept, by their share.
     """
 
     untouched: float
@@ -149,16 +149,16 @@ def losses(
     The Instruct is loaded once, in float32; 4 bytes of memory per parameter. Each graft is computed from its files.
 
     Args:
-        delta: the update.
-        run: whose ``config.yaml`` names the pair and the data; None for no losses.
-        ranks: to cut to.
-        densities: shares of elements to keep.
-        scale: λ.
-        batches: of each validation set; None for all.
-        device: that computes.
+        delta: The update.
+        run: Folder whose ``config.yaml`` names the pair and the data; None for no losses.
+        ranks: Ranks to cut to.
+        densities: Shares of elements to keep.
+        scale: Scale λ of the graft.
+        batches: Number of batches of each validation set; None for all.
+        device: Device that computes.
 
     Raises:
-        DataError: the folder holds no configuration, or no validation data.
+        DataError: The folder holds no configuration, or no validation data.
     """
     if run is None:
         return None

@@ -1,4 +1,4 @@
-"""ExportCallback: leaves the grafted Instruct as a Hugging Face folder, proven equal to what was validated."""
+"""ExportCallback: writes the grafted Instruct as a Hugging Face folder, proven equal to what was validated."""
 
 from __future__ import annotations
 
@@ -40,16 +40,21 @@ class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
     The weights are those of the best checkpoint by the monitored metric (say ``val/grafted/loss``), or the last ones
-    when nothing is monitored; they stay in the module. What is left is written beside and renamed into place:
-    ``<folder>/model`` (the Instruct's folder with the grafted weights and ``shadowlit.json``, which says where they
-    come from, and how far the logits of the reloaded folder are from the validated ones), with LoRA
-    ``<folder>/adapter`` (for the Instruct, in PEFT's form), and on request ``<folder>/delta`` (the update itself, in
-    bfloat16, as ``shadowlit delta`` has it). Needs a GraftCallback.
+    when nothing is monitored; they stay in the module. Written, atomically, are ``<folder>/model`` (the Instruct's
+    folder with the grafted weights and ``shadowlit.json``, which states where they come from and how far the logits of
+    the reloaded folder are from the validated ones), with LoRA ``<folder>/adapter`` (for the Instruct, in PEFT's
+    form), and on request ``<folder>/delta`` (the update itself, in bfloat16, as ``shadowlit delta`` writes it). Needs a
+    GraftCallback.
+
+    Example::
+
+        best = ModelCheckpoint(monitor="val/grafted/loss")
+        Trainer(callbacks=[GraftCallback(), best, ExportCallback(folder="export")])
 
     Args:
         enabled: Whether to export at all.
         parts: What to write: model, adapter (where there is one that can be moved), delta.
-        folder: Where to; null for ``export`` in the run's own folder.
+        folder: The target; null for ``export`` in the run's own folder.
         max_shard_bytes: The largest size of one safetensors file, in bytes.
         verify: Reload the exported folder on the CPU, in float32, and compare its logits with those of the validated
             graft. Needs four bytes of memory per parameter.
@@ -122,8 +127,9 @@ class ExportCallback(Callback):
             dtype=callback.dtype,
             coverage=graft.coverage,
             survival={"survival": statistics["survival"], "delta_norm": statistics["delta_norm"]},
-            metrics=callback.metrics,
+            metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
+            transforms=callback.transforms.specs,
         )
 
     def _export_model(
@@ -157,6 +163,12 @@ class ExportCallback(Callback):
             rank_zero_info(
                 "export: no adapter is written, only the whole model. One that starts from the weights, or trains "
                 "biases or whole modules beside its factors, means another update on the Instruct than on the Base."
+            )
+            return
+        if callback.transforms:
+            rank_zero_info(
+                "export: no adapter is written. The graft transforms the update (graft.transforms), so the adapter's "
+                "factors do not give it; export.parts=[delta] and 'delta lora' make an adapter of it."
             )
             return
         factors = callback.build(module).adapter_tensors(callback.scales[0])

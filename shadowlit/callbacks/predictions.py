@@ -1,4 +1,4 @@
-"""PredictionWriter: leaves the answers of ``predict`` in one file, in the order of the prompts."""
+"""PredictionWriter: writes the answers of ``predict`` to one file, in the order of the prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PredictionWriter(BasePredictionWriter):
     One line ``{"index": row of the prompts' file, "answer": text}`` per prompt, sorted by row.
 
     Args:
-        file: Where to; null for ``predictions.jsonl`` in the run's own folder.
+        file: The target; null for ``predictions.jsonl`` in the run's own folder.
     """
 
     def __init__(self, file: str | None = None) -> None:
@@ -31,7 +31,7 @@ class PredictionWriter(BasePredictionWriter):
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
-        """Write the file, beside its place and renamed into it."""
+        """Write the file atomically."""
         answers = [answer for batch in _flat(predictions) for answer in batch]
         answers = of_all_ranks(answers)
         if not trainer.is_global_zero:
@@ -39,7 +39,7 @@ class PredictionWriter(BasePredictionWriter):
         target = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
         lines = (json.dumps(answer, ensure_ascii=False) for answer in sorted(answers, key=lambda a: a["index"]))
         replace_text(target, "".join(f"{line}\n" for line in lines))
-        rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct lie in {target}")
+        rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct were written to {target}")
 
 
 def _flat(predictions: Sequence[Any]) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import resource
+import math
+import sys
 import time
 from typing import Any
 
@@ -13,8 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from shadowlit.callbacks.evaluation import EvaluationCallback
-from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.record import record_of
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.distributed import of_all_ranks
 from shadowlit.grafting.arithmetic import accumulation_dtype
@@ -31,7 +31,7 @@ class ThroughputCallback(Callback):
     Logged every ``trainer.log_every_n_steps`` steps, over the steps since the last time:
 
     - ``train/tokens_per_s``: tokens of all ranks that are not padding, per second of training (validations left out)
-    - ``train/supervised_tokens_per_s``: those of them that carry loss
+    - ``train/supervised_tokens_per_s``: the supervised tokens among them
     - ``train/mfu``: operations that the model needs (:class:`shadowlit.training.flops.Work`) by those that the GPUs
       could do in dense bfloat16, 0 to 1; for GPUs whose peak is known
     - ``train/peak_memory_gb``: largest memory so far, in 10^9 bytes: that allocated on the GPU, or without one that
@@ -41,16 +41,16 @@ class ThroughputCallback(Callback):
       ``validation`` (the plain pass), ``graft`` (the passes of :class:`GraftCallback`), ``evaluation`` (those of
       :class:`EvaluationCallback`)
 
-    A summary of the whole run is said when the training ends, with the time from its setup to its first step. On a
-    GPU times are taken by events in its stream, so that nothing waits for it but once per logging.
+    A summary of the whole run is logged when the training ends, with the time from its setup to its first step. On a
+    GPU times are taken by events in its stream, so that it is waited for only once per logging.
 
-    Stands anywhere among the trainer's callbacks, and changes no bit of the training.
+    May be listed anywhere among the trainer's callbacks, and changes no bit of the training.
 
     Args:
         enabled: Measure and log.
 
     Attributes:
-        summary: Of the run, when it is over: the metrics above without their prefixes, ``seconds`` and ``startup_s``.
+        summary: Summary of the finished run: the metrics above without their prefixes, ``seconds`` and ``startup_s``.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -66,7 +66,6 @@ class ThroughputCallback(Callback):
         self._stepped = False
         self._logged_s = 0.0  # seconds of training at the last logging
         self._total = [0.0, 0.0, 0.0]  # tokens, supervised tokens, operations of all ranks
-        self._elsewhere = [0.0, 0.0]  # seconds of the graft's passes and of evaluations that are accounted for
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to count the start-up."""
@@ -79,7 +78,6 @@ class ThroughputCallback(Callback):
         self._work, self._peak = Work.of(pl_module.model), peak_flops(pl_module.device)
         self._windows = sorted(set(self._work.windows), key=lambda window: window or 0)
         self._counts, self._supervised, self._total, self._logged_s = None, 0, [0.0, 0.0, 0.0], 0.0
-        self._elsewhere = self._seconds_elsewhere(trainer)
         self.summary = {"startup_s": time.perf_counter() - self._setup_at}
         self._watch = _Stopwatch(pl_module.device)
 
@@ -96,7 +94,7 @@ class ThroughputCallback(Callback):
         self._supervised += int((batch["labels"] != IGNORE_INDEX).sum()) if positions is None else len(positions)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The gradients are there."""
+        """The gradients are computed."""
         if self._watch is not None:
             self._watch.mark("forward_backward")
             self._stepped = True
@@ -113,22 +111,21 @@ class ThroughputCallback(Callback):
         self._stepped = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let what was before count as waiting."""
+        """Count the time before as waiting."""
         if self._watch is not None and not trainer.sanity_checking:
             self._watch.mark("data")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Split the validation by the seconds that the graft and the evaluations report."""
+        """Split the validation by the seconds of the graft and of the evaluations in its record."""
         if self._watch is None or trainer.sanity_checking:
             return
         self._watch.mark("validation")
-        now = self._seconds_elsewhere(trainer)
-        for part, before, after in zip(("graft", "evaluation"), self._elsewhere, now, strict=True):
-            self._watch.move("validation", part, after - before)
-        self._elsewhere = now
+        if record := record_of(trainer):
+            for part in ("graft", "evaluation"):
+                self._watch.move("validation", part, record.spent(part))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sum the run up, and say it."""
+        """Log a summary of the run."""
         if self._watch is None:
             return
         self._watch.mark("data")
@@ -140,7 +137,7 @@ class ThroughputCallback(Callback):
         self.summary |= {"tokens_per_s": tokens / training, "supervised_tokens_per_s": supervised / training}
         if self._peak is not None:
             self.summary["mfu"] = flops / training / (self._peak * trainer.world_size)
-        self.summary["peak_memory_gb"] = max(of_all_ranks([_peak_memory_gb(pl_module.device)]))
+        self.summary["peak_memory_gb"] = max(of_all_ranks([peak_memory_bytes(pl_module.device) / 1e9]))
         self.summary |= {part: value / whole for part, value in seconds.items()}
         self.summary["seconds"] = whole
         rank_zero_info(_table(self.summary))
@@ -164,21 +161,13 @@ class ThroughputCallback(Callback):
         found = {
             "train/tokens_per_s": tokens / lasted,
             "train/supervised_tokens_per_s": supervised / lasted,
-            "train/peak_memory_gb": _peak_memory_gb(device),
+            "train/peak_memory_gb": peak_memory_bytes(device) / 1e9,
         }
         if self._peak is not None:
             num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
             found["train/mfu"] = flops / lasted / (self._peak * num_ranks)
         whole = sum(seconds.values())
         return found | {f"time/{part}": value / whole for part, value in seconds.items()}
-
-    @staticmethod
-    def _seconds_elsewhere(trainer: Trainer) -> list[float]:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return [
-            sum(callback.seconds for callback in callbacks if isinstance(callback, kind))
-            for kind in (GraftCallback, EvaluationCallback)
-        ]
 
 
 class _Stopwatch:
@@ -191,7 +180,7 @@ class _Stopwatch:
         self._last = self._now()
 
     def mark(self, part: str) -> None:
-        """Let what passed since the last mark count for ``part``."""
+        """Count the time since the last mark for ``part``."""
         now = self._now()
         if self._events:
             self._pending.append((part, now))
@@ -205,7 +194,7 @@ class _Stopwatch:
         self._seconds[other] += seconds
 
     def read(self) -> dict[str, float]:
-        """Seconds so far; waits for the GPU to arrive at the last mark."""
+        """Seconds so far; waits for the GPU to reach the last mark."""
         if self._pending:
             self._pending[-1][1].synchronize()
         for part, event in self._pending:
@@ -222,10 +211,15 @@ class _Stopwatch:
         return event
 
 
-def _peak_memory_gb(device: torch.device) -> float:
+def peak_memory_bytes(device: torch.device) -> float:
+    """The largest memory so far: what was allocated on the GPU, or without one the process's; NaN on Windows."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _table(summary: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Safetensors folders: a lazy reader, a streaming writer, and a folder that appears whole or not at all.
+"""Safetensors folders: a lazy reader, a streaming writer, and a folder that is written atomically.
 
 Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here
 unpickles.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import json
 import logging
 import math
@@ -18,6 +17,7 @@ import shutil
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,8 +25,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from safetensors import SafetensorError
 
-from shadowlit.checkpoint.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.headers import (
+    SINGLE_FILE,
+    TensorInfo,
+    broken_file,
+    dtype_code,
+    file_state,
+    read_folder,
+    some_of,
+)
 from shadowlit.checkpoint.numeric import Raw, not_finite
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import reserve, start_write_back
 from shadowlit.errors import CheckpointError, ExportError
 
@@ -44,96 +53,56 @@ _HEADER_ROOM_BYTES = 128 * 1024
 _FLUSH_BYTES = 32 * 2**20
 _RESERVE_BYTES = 2**20  # smaller tensors aren't worth a call
 
-_SAMPLE_BYTES = 16 * 1024
-_SAMPLE_READS = 2048
 
-
-class CheckpointReader(Headers):
+class CheckpointReader(TensorReader):
     """Reads tensors, or some of their rows, from a safetensors folder without loading the rest.
 
-    Threads may share it. Its arguments and errors are those of :class:`shadowlit.checkpoint.headers.Headers`.
+    All headers are read and checked at once. Files are opened when first needed and kept open until :meth:`close`;
+    threads may share them. As in transformers, the single file is taken where both forms are present.
+
+    Args:
+        folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        single_file: Name of the file where there is only one, e.g. ``adapter_model.safetensors``.
+
+    Raises:
+        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
+            broken, or the index and the shards disagree.
     """
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor ``name`` in its stored dtype, in memory of its own.
+    def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
+        self.folder = Path(folder)
+        self._streams: dict[str, FileIO] = {}
+        self._entries, self._states = read_folder(self.folder, single_file)
+        self.tensors = {name: entry.info for name, entry in self._entries.items()}
 
-        Raises:
-            CheckpointError: There is no such tensor, or its file can no longer be read.
-        """
-        return self.read_slice(name, ())
-
-    def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """A part of a tensor; of the file only the rows (of the first dimension) from the first to the last are read.
-
-        Args:
-            name: The tensor's name.
-            slices: One slice per leading dimension, as in ``tensor[slices]``; an empty tuple is the whole
-                tensor.
-
-        Returns:
-            ``tensor[slices]`` in its stored dtype, in memory of its own.
-
-        Raises:
-            CheckpointError: There is no such tensor, there are more slices than dimensions, or the file can
-                no longer be read.
-        """
-        import torch
-
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.checkpoint.reader.TensorReader.read_into`."""
         info = self.info(name)
-        if len(slices) > len(info.shape):
-            raise CheckpointError(
-                f"{len(slices)} slices were asked of tensor '{name}', which has {len(info.shape)} dimensions "
-                f"{info.shape}. Give at most one slice per dimension."
-            )
-        first = slices[0] if slices else slice(None)
-        rows = range(*first.indices(info.shape[0] if info.shape else 1))
-        if rows.step < 1:
-            raise CheckpointError(f"Slice {first} of tensor '{name}' has a negative step. Read forwards, then flip.")
-        start, stop = (rows[0], rows[-1] + 1) if rows else (0, 0)
-        part = self._read_rows(name, start, stop)
-        if not info.shape:
-            return part.reshape(())
-        trimmed = part[(slice(None, None, rows.step), *slices[1:])]
-        return part if trimmed.shape == part.shape else trimmed.clone(memory_format=torch.contiguous_format)
+        assert offset + len(buffer) <= info.num_bytes
+        path, position = self.folder / info.file, self._entries[name].start + offset
+        try:
+            stream = self._streams.get(info.file)
+            if stream is None:
+                # The offsets are those of the file whose header was read; another save may have replaced it.
+                if file_state(os.stat(path)) != self._states[info.file]:
+                    raise broken_file(path, "it is not the file any more whose header was read")
+                # One stream for all threads, atomically: a replaced one would be closed under the thread that reads
+                # it, and its descriptor be that of the next file opened.
+                stream = self._streams.setdefault(info.file, FileIO(path))
+            while len(buffer):
+                # Positional, so that threads may share the file; the system reads at most 2 GiB at once.
+                count = os.preadv(stream.fileno(), [buffer], position)
+                if not count:
+                    raise broken_file(path, f"it ends before byte {position + len(buffer)}")
+                buffer, position = buffer[count:], position + count
+        except OSError as error:
+            raise broken_file(path, str(error)) from error
 
-    def fingerprint(self) -> str:
-        """A sha256 that tells two checkpoints apart, from all headers and a sample of the data.
-
-        Hashed are the sorted names, dtypes and shapes, and from every tensor up to 32 evenly spread blocks of
-        16 KiB, its beginning and end included (fewer blocks per tensor where there are more than 64 tensors,
-        about 2,048 in all; smaller tensors whole). So it takes well under a second for 16 GB, does not depend
-        on how the tensors are spread over files, and does not see a change that lies between the sampled
-        blocks of a large tensor: it recognises a checkpoint, it is no proof against forgery.
-        """
-        digest = hashlib.sha256()
-        num_blocks = min(32, max(2, _SAMPLE_READS // max(1, len(self.tensors))))
-        for name, info in sorted(self.tensors.items()):
-            digest.update(json.dumps([name, info.code, info.shape]).encode())
-            for start, size in _sample_blocks(info.num_bytes, num_blocks):
-                block = bytearray(size)
-                self.read_into(memoryview(block), name, start)
-                digest.update(block)
-        return digest.hexdigest()
-
-    def _read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows ``start`` to ``stop``, [stop - start, ...]; a scalar has one row.
-
-        Read into memory of their own, not mapped: ``safe_open`` hands out views of one mapping, in which what a
-        caller writes is what the next caller reads, and whose pages count as the process's memory.
-        """
-        import torch
-
-        info, raw = self.info(name), self.raw_rows(name, start, stop)
-        shape = (stop - start, *info.shape[1:])
-        return torch.from_numpy(raw).view(info.dtype).view(shape) if len(raw) else torch.empty(shape, dtype=info.dtype)
-
-
-def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:
-    """(start, size) of the sampled blocks of a tensor of ``num_bytes``; the whole tensor if it is small."""
-    if num_bytes <= num_blocks * _SAMPLE_BYTES:
-        return [(0, num_bytes)]
-    last = num_bytes - _SAMPLE_BYTES
-    return [(i * last // (num_blocks - 1), _SAMPLE_BYTES) for i in range(num_blocks)]
+    def close(self) -> None:
+        """See :meth:`shadowlit.checkpoint.reader.TensorReader.close`."""
+        for stream in self._streams.values():
+            stream.close()
+        self._streams.clear()
 
 
 @dataclass
@@ -406,7 +375,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 def atomic_folder(target: str | Path) -> Iterator[Path]:
     """A folder that appears at ``target`` complete, or not at all.
 
-    Yields a temporary folder beside ``target``. When the block ends well, its files are flushed to the disk
+    Yields a temporary folder next to ``target``. When the block ends well, its files are flushed to the disk
     and it is renamed to ``target``; after any exception it is removed. Only a killed process or a power cut
     can leave it behind, as ``.<name>.partial-*``: the next one for the same target warns of it, and leaves it
     alone, since another process may be writing there.
@@ -431,7 +400,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         raise
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors tells a full disk as an error of its own.
+        # safetensors reports a full disk as an error of its own.
         if isinstance(error, OSError | SafetensorError):
             raise ExportError(
                 f"{path} could not be written: {error}. Nothing is left of it; free space or choose another target."
@@ -458,7 +427,7 @@ def _make_beside(path: Path, partial: Path) -> None:
 
 def _put_in_place(partial: Path, path: Path) -> None:
     try:
-        partial.rename(path)  # fails, as it must, if something has come to lie there meanwhile
+        partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
     except OSError as error:
         raise _KeptError(
             f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
@@ -466,7 +435,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _warn_of_leftovers(path: Path) -> None:
-    """Tell the unfinished folders that killed runs left beside ``path``, with their sizes."""
+    """Log the unfinished folders that killed runs left next to ``path``, with their sizes."""
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):
         with contextlib.suppress(OSError):  # its writer may just be finishing
             size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())

@@ -16,17 +16,12 @@ import stat
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from shadowlit.checkpoint.numeric import FLOATS, widen
-from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import torch
 
 SINGLE_FILE = "model.safetensors"
@@ -100,11 +95,11 @@ class TensorInfo:
 
     @property
     def is_weight(self) -> bool:
-        """Whether the values are weights as they stand: an 8-bit float, like an integer, needs a scale beside it."""
+        """Whether the values are weights by themselves: an 8-bit float, like an integer, needs a scale as well."""
         return self.is_floating_point and self.itemsize > 1
 
     def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
-        """As it is where all floating-point tensors are brought to ``dtype``; ``None`` leaves them."""
+        """Return the description after floating-point tensors are converted to ``dtype``; ``None`` changes nothing."""
         return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[_name_of(dtype)])
 
     @property
@@ -119,138 +114,22 @@ class TensorInfo:
 
 
 # A file's size in bytes, and when it was last changed, in nanoseconds.
-_State = tuple[int, int]
+FileState = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor and where its bytes lie: ``start`` counts from the beginning of the file."""
 
     info: TensorInfo
     start: int
 
 
-class Headers:
-    """A safetensors folder whose headers are read and checked, and whose bytes can be had by rows.
-
-    Files are opened when first needed and kept open until :meth:`close`. As in transformers, the single file is
-    taken where both forms are present.
-
-    Args:
-        folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
-        single_file: What the file is called where there is only one, e.g. ``adapter_model.safetensors``.
-
-    Raises:
-        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
-            broken, or the index and the shards disagree.
-    """
-
-    def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
-        self.folder = Path(folder)
-        self._streams: dict[str, FileIO] = {}
-        self._entries, self._states = _read_folder(self.folder, single_file)
-        self.tensors: dict[str, TensorInfo] = {name: entry.info for name, entry in self._entries.items()}
-
-    def info(self, name: str) -> TensorInfo:
-        """What the header says of ``name``.
-
-        Raises:
-            CheckpointError: There is no such tensor.
-        """
-        if name not in self.tensors:
-            raise CheckpointError(
-                f"There is no tensor '{_shown(name)}' in {self.folder}, which holds {len(self.tensors)} tensors "
-                f"({some_of(self.tensors)}). Check the name, or whether this is the right model."
-            )
-        return self.tensors[name]
-
-    def require_weights(self, names: Iterable[str]) -> None:
-        """Refuse tensors that are not weights as they stand: integers, packed or 8-bit ones, complex numbers.
-
-        Raises:
-            GraftError: Naming them and their dtypes.
-            CheckpointError: There is no such tensor.
-        """
-        others = [f"{info.name} ({info.code})" for info in map(self.info, names) if not info.is_weight]
-        if others:
-            raise GraftError(
-                f"{self.folder} holds {some_of(others)}, expected F64, F32, F16 or BF16: an update can be neither "
-                "taken from other dtypes nor added to them. Dequantise the model first (load it with transformers, "
-                "dequantize(), save it in bfloat16), or leave the tensors out of the selection."
-            )
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """Fill ``buffer`` with the bytes of tensor ``name`` from byte ``offset`` of its data.
-
-        Raises:
-            CheckpointError: There is no such tensor, or its file can no longer be read, or is another one by now.
-        """
-        info = self.info(name)
-        assert offset + len(buffer) <= info.num_bytes
-        path, position = self.folder / info.file, self._entries[name].start + offset
-        try:
-            stream = self._streams.get(info.file)
-            if stream is None:
-                # The offsets are those of the file whose header was read; another save may have replaced it.
-                if _state(os.stat(path)) != self._states[info.file]:
-                    raise _broken(path, "it is not the file any more whose header was read")
-                # One stream for all threads, atomically: a replaced one would be closed under the thread that reads
-                # it, and its descriptor be that of the next file opened.
-                stream = self._streams.setdefault(info.file, FileIO(path))
-            while len(buffer):
-                # Positional, so that threads may share the file; the system reads at most 2 GiB at once.
-                count = os.preadv(stream.fileno(), [buffer], position)
-                if not count:
-                    raise _broken(path, f"it ends before byte {position + len(buffer)}")
-                buffer, position = buffer[count:], position + count
-        except OSError as error:
-            raise _broken(path, str(error)) from error
-
-    def raw_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """The bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row.
-
-        Raises:
-            CheckpointError: as :meth:`read_into`.
-        """
-        info = self.info(name)
-        row = math.prod(info.shape[1:]) * info.itemsize
-        raw = np.empty((stop - start) * row, np.uint8)
-        self.read_into(raw.data, name, start * row)
-        return raw
-
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.floating]:
-        """The values of rows ``start`` to ``stop``, [stop - start, ...] in float32 (float64 if stored so).
-
-        Raises:
-            CheckpointError: as :meth:`read_into`, or the dtype is not a floating-point one of 16 bits or more.
-        """
-        info = self.info(name)
-        if not info.is_weight:
-            raise CheckpointError(
-                f"Tensor '{name}' in {self.folder / info.file} has dtype {info.code}; expected one of "
-                f"{', '.join(sorted(FLOATS))}. Give the unquantised model."
-            )
-        values = widen(self.raw_rows(name, start, stop), info.code)
-        return values.reshape(stop - start, *info.shape[1:]) if info.shape else values.reshape(())
-
-    def close(self) -> None:
-        """Close all files; a later read opens them again."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _read_folder(folder: Path, single_file: str) -> tuple[dict[str, _Entry], dict[str, _State]]:
+def read_folder(folder: Path, single_file: str) -> tuple[dict[str, Entry], dict[str, FileState]]:
     """All tensors of a folder, sorted by name, checked against the index if there is one; and the files' states."""
     if not os.path.isdir(folder):
         raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
-    # Whatever has the name is meant as the model: a link that leads nowhere is told, not passed over.
+    # Whatever has this name is meant as the model: a dangling link is an error and is not skipped.
     if os.path.lexists(folder / single_file):
         entries, state = _read_header(folder, single_file)
         return dict(sorted(entries.items())), {single_file: state}
@@ -291,14 +170,14 @@ def read_weight_map(path: Path) -> dict[str, str]:
     outside = [file for file in files if file in (".", "..") or re.search(r"[/\\]", file) or not _is_name(file)]
     if outside:
         raise CheckpointError(
-            f"{path} names files that do not lie beside it: {some_of(map(repr, outside))}. Shards must be plain file "
+            f"{path} names files outside of its folder: {some_of(map(repr, outside))}. Shards must be plain file "
             "names in the index's own folder; save the model again, and do not trust this one."
         )
     missing = [file for file in files if not os.path.lexists(path.parent / file)]
     if missing:
         raise CheckpointError(
             f"{path} names {len(files)} files, of which {len(missing)} are missing: {some_of(missing)}. "
-            "Finish the download, or copy the missing shards beside the index."
+            "Finish the download, or copy the missing shards into the index's folder."
         )
     _require_distinct(path, files)
     return weight_map
@@ -312,7 +191,7 @@ def _require_distinct(path: Path, files: list[str]) -> None:
         first = seen.setdefault((found.st_dev, found.st_ino), file)
         if first != file:
             raise CheckpointError(
-                f"{path} names one file twice, as {_shown(first)} and as {_shown(file)}. Expected a file for each "
+                f"{path} names one file twice, as {shown(first)} and as {shown(file)}. Expected a file for each "
                 "name; download or save the model again."
             )
 
@@ -330,18 +209,18 @@ def match_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[str,
         )
 
 
-def _read_header(folder: Path, file: str) -> tuple[dict[str, _Entry], _State]:
+def _read_header(folder: Path, file: str) -> tuple[dict[str, Entry], FileState]:
     """The checked header of one safetensors file, and the file's state when it was read."""
     path = folder / file
     _regular(path)
     try:
         with path.open("rb") as stream:
-            state = _state(os.fstat(stream.fileno()))
+            state = file_state(os.fstat(stream.fileno()))
             total = state[0]
             prefix = stream.read(8)
             size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
             if size > min(total - 8, _MAX_HEADER_BYTES):
-                raise _broken(
+                raise broken_file(
                     path,
                     f"its header would have {size} bytes, the file has {total}, a header at most {_MAX_HEADER_BYTES}",
                 )
@@ -349,55 +228,57 @@ def _read_header(folder: Path, file: str) -> tuple[dict[str, _Entry], _State]:
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _broken(path, f"its header cannot be read: {error}") from error
+        raise broken_file(path, f"its header cannot be read: {error}") from error
     if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
+        raise broken_file(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken(path, f"its __metadata__ {reprlib.repr(metadata)} are not a map of strings")
+        raise broken_file(path, f"its __metadata__ {reprlib.repr(metadata)} are not a map of strings")
     entries = {name: _read_entry(path, name, value, 8 + size) for name, value in header.items()}
     end = 8 + size
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.info.num_bytes)):
         if entry.start != end:
-            raise _broken(path, f"tensor '{_shown(entry.info.name)}' begins at byte {entry.start}, expected {end}")
+            raise broken_file(path, f"tensor '{shown(entry.info.name)}' begins at byte {entry.start}, expected {end}")
         end += entry.info.num_bytes
     if end != total:
-        raise _broken(path, f"its tensors end at byte {end}, the file at {total}")
+        raise broken_file(path, f"its tensors end at byte {end}, the file at {total}")
     return entries, state
 
 
-def _read_entry(path: Path, name: str, value: Any, data_start: int) -> _Entry:
+def _read_entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
     """One header entry, with dtype, shape and offsets that agree."""
     if not _is_name(name):
-        raise _broken(
-            path, f"it has a tensor named {_shown(ascii(name))}, expected 1 to {_MAX_NAME_CHARS} printable characters"
+        raise broken_file(
+            path, f"it has a tensor named {shown(ascii(name))}, expected 1 to {_MAX_NAME_CHARS} printable characters"
         )
-    told = f"tensor '{_shown(name)}'"
+    told = f"tensor '{shown(name)}'"
     fields = value if isinstance(value, dict) else {}
     code, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not (isinstance(code, str) and isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
-        raise _broken(path, f"the entry of {told} is not dtype, shape and data_offsets")
+        raise broken_file(path, f"the entry of {told} is not dtype, shape and data_offsets")
     if not all(type(n) is int for n in [*shape, *offsets]):
-        raise _broken(path, f"shape {reprlib.repr(shape)} or offsets {reprlib.repr(offsets)} of {told} are not counts")
+        raise broken_file(
+            path, f"shape {reprlib.repr(shape)} or offsets {reprlib.repr(offsets)} of {told} are not counts"
+        )
     if len(shape) > _MAX_DIMENSIONS:
-        raise _broken(path, f"{told} has {len(shape)} dimensions, expected at most {_MAX_DIMENSIONS}")
+        raise broken_file(path, f"{told} has {len(shape)} dimensions, expected at most {_MAX_DIMENSIONS}")
     if code not in _DTYPES:
         raise CheckpointError(
-            f"{path} holds {told} of dtype {_shown(code)}; known are {', '.join(_DTYPES)}. Convert the model "
+            f"{path} holds {told} of dtype {shown(code)}; known are {', '.join(_DTYPES)}. Convert the model "
             "to one of the floating-point dtypes, e.g. bfloat16, with transformers and save it as "
             "safetensors."
         )
     info = TensorInfo(name, code, tuple(shape), path.name)
     start, stop = offsets
     if info.num_bytes != stop - start:
-        raise _broken(path, f"{told} of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}")
+        raise broken_file(path, f"{told} of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}")
     if not info.num_elements and math.prod(filter(None, shape)) > _MAX_EMPTY_SHAPE:
-        raise _broken(path, f"{told} has the shape {shape} but no elements")
-    return _Entry(info, data_start + start)
+        raise broken_file(path, f"{told} has the shape {shape} but no elements")
+    return Entry(info, data_start + start)
 
 
 def _regular(path: Path) -> os.stat_result:
-    """What the system says of a file, which must be a regular one; asked before opening, since a pipe would wait."""
+    """Return the status of a regular file; checked before opening it, since opening a pipe would block."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
@@ -411,7 +292,7 @@ def _regular(path: Path) -> os.stat_result:
     return found
 
 
-def _state(found: os.stat_result) -> _State:
+def file_state(found: os.stat_result) -> FileState:
     """Size and time of the last change, by which a file is recognised."""
     return found.st_size, found.st_mtime_ns
 
@@ -431,7 +312,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key '{_shown(key)}' stands twice")
+            raise ValueError(f"the key '{shown(key)}' stands twice")
         found[key] = value
     return found
 
@@ -447,7 +328,7 @@ def _count(text: str) -> int | float:
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"the number {_shown(text)} is out of range")
+        raise ValueError(f"the number {shown(text)} is out of range")
     return number
 
 
@@ -478,7 +359,7 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
     return CheckpointError(f"{folder} holds no {single_file} and no {single_file}.index.json, {found}. {remedy}")
 
 
-def _broken(path: Path, what: str) -> CheckpointError:
+def broken_file(path: Path, what: str) -> CheckpointError:
     """The error for a file that is not a valid safetensors file."""
     return CheckpointError(
         f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it again."
@@ -487,12 +368,12 @@ def _broken(path: Path, what: str) -> CheckpointError:
 
 def some_of(names: Iterable[Any], limit: int = 5) -> str:
     """The first ``limit`` names of a collection, and how many more there are: for messages."""
-    listed = [_shown(str(name)) for name in names]
+    listed = [shown(str(name)) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A name from an untrusted file as a message may show it: no control characters, not endless."""
     cut = name if len(name) <= 200 else name[:200] + "…"
     return cut if cut.isprintable() else ascii(cut)[1:-1]

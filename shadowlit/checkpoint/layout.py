@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import Headers, TensorInfo, some_of
-from shadowlit.checkpoint.names import (
-    canonical_key,
-    is_computed,
-    is_of_experts,
-    is_quantised_name,
-    is_unmerged_name,
-    layer_of,
-)
+from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.names import canonical_key, is_computed, is_of_experts, is_quantised_name, is_unmerged_name
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.errors import CheckpointError, GraftError
-
-if TYPE_CHECKING:
-    import torch
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
@@ -39,39 +29,39 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 _BLOCK_BYTES = 2**20
 
 
-def canonical_keys(headers: Stored) -> dict[str, str]:
-    """The names of a checkpoint by their canonical keys.
+def canonical_keys(reader: TensorReader) -> dict[str, str]:
+    """Return the names of a checkpoint by their canonical keys.
 
     Raises:
-        CheckpointError: two names have one key.
+        CheckpointError: Two names have one key.
     """
     keys: dict[str, str] = {}
-    for name in headers.tensors:
+    for name in reader.tensors:
         other = keys.setdefault(canonical_key(name), name)
         if other != name:
             raise CheckpointError(
-                f"{headers.folder} holds {other} and {name}, which are two names for one tensor. Expected each tensor "
+                f"{reader.folder} holds {other} and {name}, which are two names for one tensor. Expected each tensor "
                 "once: the folder mixes two saves, or one of a wrapper; save the model again into an empty folder."
             )
     return keys
 
 
-def require_plain(headers: Stored) -> None:
+def require_plain(reader: TensorReader) -> None:
     """Raise for a checkpoint whose tensors are not the weights themselves.
 
     Raises:
-        CheckpointError: it holds adapters that were not merged, or quantised weights.
+        CheckpointError: It holds adapters that were not merged, or quantised weights.
     """
-    adapters = [name for name in headers.tensors if is_unmerged_name(name)]
+    adapters = [name for name in reader.tensors if is_unmerged_name(name)]
     if adapters:
         raise CheckpointError(
-            f"{headers.folder} holds adapters beside their weights ({some_of(adapters)}); expected a plain model, or "
+            f"{reader.folder} holds adapters next to its weights ({some_of(adapters)}); expected a plain model, or "
             "the adapter's own folder with adapter_config.json. Merge it (peft's merge_and_unload) and save that."
         )
-    quantised = [name for name in headers.tensors if is_quantised_name(name)]
+    quantised = [name for name in reader.tensors if is_quantised_name(name)]
     if quantised:
         raise CheckpointError(
-            f"{headers.folder} holds quantised weights ({some_of(quantised)}), to which no update can be added. Give "
+            f"{reader.folder} holds quantised weights ({some_of(quantised)}), to which no update can be added. Give "
             "the model in bfloat16 or float32, as it was before quantisation, or dequantise it first."
         )
 
@@ -81,9 +71,9 @@ class Range:
     """A run of bytes of a tensor.
 
     Attributes:
-        name: the tensor's name.
-        start: the first byte, from the tensor's beginning.
-        num_bytes: how many.
+        name: The tensor's name.
+        start: The first byte, from the tensor's beginning.
+        num_bytes: Number of bytes.
     """
 
     name: str
@@ -91,42 +81,21 @@ class Range:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class Described:
-    """Tensors that lie in no file, described as a header would: the parameters of a module, say.
-
-    Attributes:
-        folder: where they belong, for messages.
-        tensors: by their names.
-    """
-
-    folder: Path
-    tensors: Mapping[str, TensorInfo]
-
-    @classmethod
-    def of(cls, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Described:
-        """Parameters of these shapes, in float32."""
-        return cls(folder, {name: TensorInfo(name, "F32", shape, "") for name, shape in shapes.items()})
-
-
-Stored = Headers | Described
-
-
 class _Side:
     """A checkpoint by canonical keys."""
 
-    def __init__(self, headers: Stored) -> None:
-        require_plain(headers)
-        self.headers = headers
-        self.keys = canonical_keys(headers)
+    def __init__(self, reader: TensorReader) -> None:
+        require_plain(reader)
+        self.reader = reader
+        self.keys = canonical_keys(reader)
         self.experts = self._count_experts()
 
     @property
     def folder(self) -> Path:
-        return self.headers.folder
+        return self.reader.folder
 
     def info(self, key: str) -> TensorInfo:
-        return self.headers.tensors[self.keys[key]]
+        return self.reader.tensors[self.keys[key]]
 
     def whole(self, *keys: str) -> list[Range]:
         return [Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
@@ -145,9 +114,9 @@ class _Side:
         return "columns" if n == m and (2 * c, d) == (b, a) else None
 
     def repeats_embedding(self) -> bool:
-        """Whether the output head is the embedding once more, bit for bit."""
+        """Whether the output head repeats the embedding, bit for bit."""
         embedding = self.embedding()
-        if embedding is None or _HEAD not in self.keys or isinstance(self.headers, Described):
+        if embedding is None or _HEAD not in self.keys:
             return False
         head, body = self.info(_HEAD), self.info(embedding)
         if (head.code, head.shape) != (body.code, body.shape):
@@ -155,7 +124,7 @@ class _Side:
         for start in range(0, head.num_bytes, _BLOCK_BYTES):
             blocks = [bytearray(min(_BLOCK_BYTES, head.num_bytes - start)) for _ in range(2)]
             for info, block in zip((head, body), blocks, strict=True):
-                self.headers.read_into(memoryview(block), info.name, start)
+                self.reader.read_into(memoryview(block), info.name, start)
             if blocks[0] != blocks[1]:
                 return False
         return True
@@ -175,7 +144,7 @@ class _Side:
         for experts, kinds in found.items():
             counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
             for kind, numbers in kinds.items():
-                # Looked for as far as they are told: the largest number comes from a file, and may be any.
+                # Only as many as are listed: the largest number comes from a file and may be anything.
                 missing = [n for n in range(min(counts[experts], len(numbers) + 5)) if n not in numbers][:5]
                 others = counts[experts] - len(numbers) - len(missing)
                 if missing:
@@ -187,31 +156,33 @@ class _Side:
         return counts
 
 
-class Layout:
-    """Where the tensors of one model, by their names and in their layout, lie among those of another one.
+class LayoutReader(TensorReader):
+    """Presents a checkpoint under the names and in the layout of another one of the same model.
 
-    Understood are the prefixes of wrappers and library versions (:func:`canonical_key`), and experts as one matrix
-    each or fused: ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj``
-    [experts, hidden, inner]. An output head that repeats its tied embedding is left out, or presented, as the other
-    checkpoint has it. Tensors without a counterpart keep their names; buffers that models compute are left out.
+    Understood are the prefixes of wrappers and library versions
+    (:func:`shadowlit.checkpoint.names.canonical_key`), and experts as one matrix each or fused:
+    ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj`` [experts, hidden, inner]. Tensors
+    without a counterpart keep their names; buffers that models compute are left out.
 
     Args:
-        headers: what has the tensors: a checkpoint, or the parameters of a module.
-        like: whose names and layout they shall have.
+        reader: The checkpoint.
+        like: The checkpoint whose names and layout it is presented in.
+        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it.
+            Otherwise it stays as it is.
 
     Attributes:
-        tensors: the tensors as presented.
-        ranges: by name, of what parts of the tensors in ``headers`` each is made.
+        ranges: By name, the parts of the tensors of ``reader`` that each presented tensor consists of.
 
     Raises:
-        CheckpointError: two names of one tensor, missing experts, adapters or quantised weights, in either.
-        GraftError: experts in layouts that can't be brought together.
+        CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.
+        GraftError: The experts lie in layouts that can't be brought together.
     """
 
-    def __init__(self, headers: Stored, like: Stored) -> None:
-        own, other = _Side(headers), _Side(like)
+    def __init__(self, reader: TensorReader, like: TensorReader, ties: bool = True) -> None:
+        own, other = _Side(reader), _Side(like)
         _require_like_experts(own, other)
-        self._headers = headers
+        self.folder = reader.folder
+        self._reader = reader
         self.ranges: dict[str, list[Range]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for key, name in other.keys.items():
@@ -221,24 +192,40 @@ class Layout:
                 self._present_fused(name, own, match[1], _ROWS_OF_FUSED[match[2]])
             elif match := _EXPERT.fullmatch(key):
                 self._present_expert(name, own, match[1], int(match[2]), match[3])
-        embedding, skipped = own.embedding(), set()
-        if isinstance(headers, Described) or isinstance(like, Described):
-            pass  # a module knows of its own tie
-        elif embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
-            self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
-        elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
-            skipped.add(own.keys[_HEAD])
+        skipped = self._match_ties(own, other) if ties else set()
         skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
         for key, name in own.keys.items():
             if name not in skipped and not is_computed(name):
                 self._present(name, own.info(key).shape, own.whole(key))
 
+    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
+        """See :meth:`shadowlit.checkpoint.reader.TensorReader.read_into`."""
+        assert offset + len(buffer) <= self.info(name).num_bytes
+        for part in self.ranges[name]:
+            count = max(0, min(len(buffer), part.num_bytes - offset))
+            if count:
+                self._reader.read_into(buffer[:count], part.name, part.start + offset)
+            buffer, offset = buffer[count:], max(0, offset - part.num_bytes)
+
+    def close(self) -> None:
+        """Close the checkpoint's files."""
+        self._reader.close()
+
+    def _match_ties(self, own: _Side, other: _Side) -> set[str]:
+        """Present a tied output head where only the other checkpoint has one; return it where only this one does."""
+        embedding = own.embedding()
+        if embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
+            self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
+        elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
+            return {own.keys[_HEAD]}
+        return set()
+
     def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
         self.ranges[name] = ranges
-        self.tensors[name] = replace(self._headers.tensors[ranges[0].name], name=name, shape=shape)
+        self.tensors[name] = replace(self._reader.tensors[ranges[0].name], name=name, shape=shape)
 
     def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
-        """All experts' matrices of ``kinds``, expert by expert, as one tensor."""
+        """Present all experts' matrices of ``kinds``, expert by expert, as one tensor."""
         if experts not in own.experts:
             return
         keys = [f"{experts}.{number}.{kind}.weight" for number in range(own.experts[experts]) for kind in kinds]
@@ -254,7 +241,7 @@ class Layout:
         self._present(name, (own.experts[experts], len(kinds) * rows, columns), own.whole(*keys))
 
     def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
-        """One expert's matrix as rows of the fused tensor."""
+        """Present rows of the fused tensor as one expert's matrix."""
         fused = f"{experts}.down_proj" if kind == "down_proj" else f"{experts}.gate_up_proj"
         if fused not in own.keys:
             return
@@ -265,66 +252,49 @@ class Layout:
         self._present(name, (rows // len(kinds), columns), [Range(info.name, start, num_bytes)])
 
 
-class LayoutReader(CheckpointReader):
-    """Presents a checkpoint under the names and in the layout of another one, or of a module; see :class:`Layout`.
+def in_layout_of(reader: TensorReader, like: TensorReader) -> TensorReader:
+    """Return a checkpoint under the names and in the layout of another one; itself where they are alike.
 
-    Args:
-        headers: the checkpoint.
-        like: whose names and layout it shall have.
+    An output head that repeats the embedding stays as it is stored.
 
     Raises:
-        CheckpointError: as :class:`Layout`.
-        GraftError: likewise.
+        CheckpointError: As :class:`LayoutReader`.
+        GraftError: As :class:`LayoutReader`.
     """
-
-    def __init__(self, headers: Headers, like: Stored) -> None:
-        layout = Layout(headers, like)
-        self.folder = headers.folder
-        self.tensors = layout.tensors
-        self._headers = headers
-        self._ranges = layout.ranges
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
-        assert offset + len(buffer) <= self.info(name).num_bytes
-        for part in self._ranges[name]:
-            count = max(0, min(len(buffer), part.num_bytes - offset))
-            if count:
-                self._headers.read_into(buffer[:count], part.name, part.start + offset)
-            buffer, offset = buffer[count:], max(0, offset - part.num_bytes)
-
-    def close(self) -> None:
-        """Close the checkpoint's files."""
-        self._headers.close()
+    keys = {canonical_key(name) for name in like.tensors}
+    odd = (canonical_key(name) in keys or is_of_experts(name) for name in reader.tensors if name not in like.tensors)
+    return LayoutReader(reader, like, ties=False) if any(odd) else reader
 
 
-def in_layout_of_module(headers: CheckpointReader, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointReader:
-    """A checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
+def in_layout_of_module(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> TensorReader:
+    """Return a checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
 
     Args:
-        headers: the checkpoint.
-        shapes: the shape of every parameter by its name.
+        reader: The checkpoint.
+        shapes: The shape of every parameter by its name.
 
     Returns:
-        ``headers`` itself where it has all of the names; else a reader that presents what it has by them.
+        ``reader`` itself where it has all of the names; else a reader that presents what it has by them.
 
     Raises:
-        CheckpointError: as :class:`Layout`.
-        GraftError: likewise.
+        CheckpointError: As :class:`LayoutReader`.
+        GraftError: As :class:`LayoutReader`.
     """
-    if all(name in headers.tensors for name in shapes):
-        return headers
-    return LayoutReader(headers, Described.of(headers.folder, shapes))
+    if all(name in reader.tensors for name in shapes):
+        return reader
+    return LayoutReader(
+        reader, ComputedReader(reader.folder, described(shapes)), ties=False
+    )  # a module knows of its own tie
 
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """What a stored tensor is of the fused one of its layer and kind.
+    """The part of a layer's fused tensor that a stored tensor holds.
 
     Attributes:
-        name: the stored tensor's name.
-        expert: whose matrix it holds; ``None`` if it is the fused tensor itself.
-        first_row: of that expert's matrix.
+        name: The stored tensor's name.
+        expert: Number of the expert whose matrix it holds; ``None`` if it is the fused tensor itself.
+        first_row: First row of that expert's matrix.
     """
 
     name: str
@@ -332,17 +302,17 @@ class ExpertRows:
     first_row: int
 
 
-def fused_experts(headers: Headers) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
-    """The fused tensors of a checkpoint's experts, which need not be stored so.
+def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
+    """Return the fused tensors of a checkpoint's experts, whether or not they are stored fused.
 
     Returns:
         By their canonical keys, ``layers.0.mlp.experts.down_proj`` say: the shape, [experts, outputs, inputs], and all
         that is stored of them. Experts that are stored otherwise are left out.
 
     Raises:
-        CheckpointError: as :class:`Layout`.
+        CheckpointError: As :class:`LayoutReader`.
     """
-    side, found = _Side(headers), {}
+    side, found = _Side(reader), {}
     for experts, count in side.experts.items():
         for fused, kinds in _ROWS_OF_FUSED.items():
             key = f"{experts}.{fused}"
@@ -359,95 +329,27 @@ def fused_experts(headers: Headers) -> dict[str, tuple[tuple[int, ...], list[Exp
     return found
 
 
-def with_experts_as(headers: CheckpointReader, like: Headers) -> CheckpointReader:
-    """A checkpoint with its experts under the names and in the layout of another one's; itself where they are alike.
+def single_experts(reader: TensorReader) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a checkpoint's tensors as they are with one matrix for each expert.
+
+    Experts whose outputs are the columns of their matrices (gpt-oss, Llama 4) stay fused.
 
     Raises:
-        CheckpointError: as :class:`Layout`.
-        GraftError: likewise.
+        CheckpointError: As :class:`LayoutReader`.
     """
-    odd = any(is_of_experts(name) and name not in like.tensors for name in headers.tensors)
-    return LayoutReader(headers, like) if odd else headers
-
-
-def assemble(parts: Sequence[Range], shape: tuple[int, ...], tensor_of: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """A tensor made of parts of others, of any dtype.
-
-    Args:
-        parts: of tensors that :meth:`Described.of` has described: they count bytes of float32.
-        shape: the result's.
-        tensor_of: gives the others by their names.
-    """
-    import torch
-
-    found = [tensor_of(part.name).reshape(-1)[part.start // 4 : (part.start + part.num_bytes) // 4] for part in parts]
-    return (found[0] if len(found) == 1 else torch.cat(found)).view(shape)
-
-
-def by_expert(headers: CheckpointReader) -> CheckpointReader:
-    """A checkpoint with a matrix for each expert, also where its file has all of a layer in one tensor.
-
-    Left fused are experts whose outputs are the columns of their matrices (gpt-oss, Llama 4).
-
-    Raises:
-        CheckpointError: as :class:`Layout`.
-    """
-    if not any(_FUSED.fullmatch(canonical_key(name)) for name in headers.tensors):
-        return headers
-    side, single = _Side(headers), {}
+    if not any(_FUSED.fullmatch(canonical_key(name)) for name in reader.tensors):
+        return {name: info.shape for name, info in reader.tensors.items()}
+    side, single = _Side(reader), {}
     for key, name in side.keys.items():
-        info, match = side.info(key), _FUSED.fullmatch(key)
+        shape, match = side.info(key).shape, _FUSED.fullmatch(key)
         if match is None or side.orientation(match[1]) != "rows":
-            single[name] = info
+            single[name] = shape
             continue
-        kinds, (count, rows, columns) = _ROWS_OF_FUSED[match[2]], info.shape
+        kinds, (count, rows, columns) = _ROWS_OF_FUSED[match[2]], shape
         for number in range(count):
             for kind in kinds:
-                own = f"{name.removesuffix(match[2])}{number}.{kind}.weight"
-                single[own] = TensorInfo(own, info.code, (rows // len(kinds), columns), info.file)
-    return LayoutReader(headers, Described(headers.folder, single))
-
-
-def alike(readers: Sequence[CheckpointReader]) -> list[CheckpointReader]:
-    """Checkpoints under the names of the first of them; experts of mixtures with a matrix for each, fused or not.
-
-    Raises:
-        CheckpointError: as :class:`Layout`.
-        GraftError: likewise.
-    """
-    first, *rest = map(by_expert, readers)
-    names = {canonical_key(name): name for name in first.tensors}
-    odd = [any(names.get(canonical_key(name), name) != name for name in reader.tensors) for reader in rest]
-    return [first, *(LayoutReader(r, first) if other else r for r, other in zip(rest, odd, strict=True))]
-
-
-def in_layout_of(instruct: Headers, base: Headers) -> LayoutReader:
-    """The Base under the names and in the layout of its Instruct.
-
-    Either may have tensors that the other lacks: an Instruct a vision tower, say. If both have some in their layers,
-    those are one another's under names that are unknown here, and no update would reach them.
-
-    Args:
-        instruct: the Instruct's checkpoint.
-        base: the Base's.
-
-    Raises:
-        CheckpointError: one of them holds more than plain weights, or tensors twice.
-        GraftError: they are of different architectures.
-    """
-    presented = LayoutReader(base, instruct)
-    ours, theirs = _only_in(presented.tensors, instruct.tensors), _only_in(instruct.tensors, presented.tensors)
-    if ours and theirs:
-        raise GraftError(
-            f"{base.folder} has {some_of(ours)}, {instruct.folder} has {some_of(theirs)} instead. Expected one "
-            "architecture, and names or layouts that are known here; load the one with the transformers version that "
-            "saved the other, and save it again."
-        )
-    return presented
-
-
-def _only_in(tensors: Mapping[str, TensorInfo], other: Mapping[str, TensorInfo]) -> list[str]:
-    return [name for name in tensors if name not in other and layer_of(name) is not None and not is_computed(name)]
+                single[f"{name.removesuffix(match[2])}{number}.{kind}.weight"] = (rows // len(kinds), columns)
+    return single
 
 
 def _require_like_experts(own: _Side, other: _Side) -> None:

@@ -42,8 +42,8 @@ def widen(raw: npt.NDArray[np.uint8], code: str) -> Array:
     """The values of stored bytes.
 
     Args:
-        raw: flat bytes, whole elements; may be shared with the result.
-        code: of their dtype, one of :data:`FLOATS`.
+        raw: Flat bytes, whole elements; may be shared with the result.
+        code: Code of their dtype, one of :data:`FLOATS`.
 
     Returns:
         Flat, float32, or float64 for ``F64``.
@@ -60,8 +60,8 @@ def narrow(values: Array, code: str) -> Raw:
     """Finite values rounded to nearest even into a stored dtype; what is too large becomes infinite.
 
     Args:
-        values: flat, float32 or float64.
-        code: one of :data:`FLOATS`.
+        values: Flat, float32 or float64.
+        code: One of :data:`FLOATS`.
 
     Returns:
         Flat; ``uint16`` for ``BF16``, which numpy lacks.
@@ -81,11 +81,11 @@ def graft_part(
     """``instruct + scale * update``, rounded once.
 
     Args:
-        raw: flat bytes of the Instruct's part.
-        code: of their dtype.
-        update: flat, the same elements.
+        raw: Flat bytes of the Instruct's part.
+        code: Code of their dtype.
+        update: Flat, the same elements.
         scale: λ.
-        target: the code of the result's dtype.
+        target: The code of the result's dtype.
 
     Returns:
         The part in the target dtype, and two squared norms: of the scaled update, and of what rounding took from it.
@@ -115,11 +115,11 @@ def graft_bfloat16(
     the cache.
 
     Args:
-        base: flat bytes of the Base's part, an even number of elements.
-        tuned: likewise, of the tuned Base's.
-        instruct: likewise, of the Instruct's.
+        base: Flat bytes of the Base's part, an even number of elements.
+        tuned: Likewise, of the tuned Base's.
+        instruct: Likewise, of the Instruct's.
         scale: λ.
-        out: flat bytes for the result, as many; memory of its own if there is none.
+        out: Flat bytes for the result, as many; memory of its own if there is none.
 
     Returns:
         As :func:`graft_part`.
@@ -213,12 +213,12 @@ def require_finite(name: str, stored: Raw, code: str) -> None:
     """Refuse NaN and infinities: a model that holds one is useless, and loads without a word.
 
     Args:
-        name: the tensor's name, for the message.
-        stored: a part of it.
-        code: of its dtype; others than :data:`FLOATS` pass.
+        name: The tensor's name, for the message.
+        stored: Part of the tensor.
+        code: Code of its dtype; values of dtypes outside :data:`FLOATS` are not checked.
 
     Raises:
-        CheckpointError: a value is NaN or infinite.
+        CheckpointError: A value is NaN or infinite.
     """
     if code in FLOATS and not is_finite(stored, code):
         unsigned, exponent = _EXPONENTS[code]

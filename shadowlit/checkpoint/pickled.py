@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import SINGLE_FILE as SAFETENSORS_FILE
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, match_index, read_weight_map, some_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
 from shadowlit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 SINGLE_FILE = "pytorch_model.bin"
 
 
-class PickledReader(CheckpointReader):
+class PickledReader(ComputedReader):
     """Reads tensors, or some of their rows, from a folder of pickled weights; the files are mapped, not loaded.
 
     Args:
@@ -34,46 +35,33 @@ class PickledReader(CheckpointReader):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        index = self.folder / f"{SINGLE_FILE}.index.json"
-        if (self.folder / SINGLE_FILE).is_file():
-            files = {SINGLE_FILE: _load(self.folder / SINGLE_FILE)}
+        folder = Path(folder)
+        index = folder / f"{SINGLE_FILE}.index.json"
+        if (folder / SINGLE_FILE).is_file():
+            files = {SINGLE_FILE: _load(folder / SINGLE_FILE)}
         elif index.is_file():
             weight_map = read_weight_map(index)
-            files = {file: _load(self.folder / file) for file in sorted(set(weight_map.values()))}
+            files = {file: _load(folder / file) for file in sorted(set(weight_map.values()))}
             match_index(index, weight_map, files)
         else:
             raise CheckpointError(
-                f"{self.folder} holds no {SINGLE_FILE} and no {index.name}. Give the folder into which the model was "
+                f"{folder} holds no {SINGLE_FILE} and no {index.name}. Give the folder into which the model was "
                 "saved, or finish its download."
             )
         held = {name: (file, tensor) for file, tensors in files.items() for name, tensor in tensors.items()}
-        self._held = {name: tensor for name, (_, tensor) in held.items()}
-        self.tensors = {name: _info(self.folder, file, name, tensor) for name, (file, tensor) in sorted(held.items())}
-
-    def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
-        """See :meth:`shadowlit.checkpoint.headers.Headers.read_into`."""
-        import torch
-
-        info = self.info(name)
-        assert offset + len(buffer) <= info.num_bytes
-        if len(buffer):
-            flat = self._held[name].contiguous().reshape(-1).view(torch.uint8)
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat[offset : offset + len(buffer)])
-
-    def close(self) -> None:
-        """Nothing: the files are mapped for as long as the reader lives."""
+        infos = {name: _info(folder, file, name, tensor) for name, (file, tensor) in sorted(held.items())}
+        super().__init__(folder, infos, rows_of(lambda name: held[name][1]))
 
 
-def open_checkpoint(folder: Path, allow_pickle: bool = False) -> CheckpointReader:
+def open_checkpoint(folder: Path, allow_pickle: bool = False) -> TensorReader:
     """Open the checkpoint in a folder: safetensors, or pickled weights where those are allowed and there are no others.
 
     Args:
-        folder: the checkpoint's folder.
-        allow_pickle: read ``pytorch_model.bin`` as tensors alone.
+        folder: The checkpoint's folder.
+        allow_pickle: Read ``pytorch_model.bin`` as tensors alone.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it can't be read.
+        CheckpointError: There is no checkpoint, or it can't be read.
     """
     names = [f"{file}{suffix}" for file in (SAFETENSORS_FILE, SINGLE_FILE) for suffix in ("", ".index.json")]
     present = [name for name in names if (folder / name).is_file()]

@@ -19,7 +19,7 @@ THREADS = 2
 PART_ELEMENTS = 2**19
 """Rows are read, computed and written in parts of about this many elements."""
 AHEAD = 4
-"""So many results wait at most, beside the one that was taken."""
+"""Number of results that wait at most, besides the one that was taken."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _SYNC_FILE_RANGE_WRITE = 2  # of fcntl.h
 _FALLOC_FL_KEEP_SIZE = 1  # of linux/falloc.h
@@ -29,12 +29,12 @@ _Out = TypeVar("_Out")
 
 
 def keep_freed_memory() -> None:
-    """Let the allocator keep what parts free, instead of giving it back and fetching it anew for the next one.
+    """Let the allocator keep the memory that one part frees for the next part, instead of returning it to the system.
 
     Costs no more memory than the parts in flight. Saves three quarters of the time spent in the system; only glibc
     has the switch, elsewhere nothing happens.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**30)
@@ -44,9 +44,9 @@ def start_write_back(descriptor: int, offset: int, count: int) -> None:
     """Have the system begin to write a range of a file to the disk, without waiting for it.
 
     Promises nothing: a flush is still needed, but finds little to do. Only Linux has the call, elsewhere nothing
-    happens; nor does an error, which the flush will tell.
+    happens. Errors are ignored here; the flush reports them.
     """
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
         ctypes.CDLL(None).sync_file_range(
             descriptor, ctypes.c_int64(offset), ctypes.c_int64(count), _SYNC_FILE_RANGE_WRITE
         )
@@ -55,13 +55,13 @@ def start_write_back(descriptor: int, offset: int, count: int) -> None:
 def reserve(descriptor: int, offset: int, count: int) -> None:
     """Reserve room on the disk for a range of a file that is about to be written; its size stays as it is.
 
-    Writing in large pieces becomes cheaper by a fifth of the system's time, and a full disk is told before the work.
+    Writing in large pieces becomes cheaper by a fifth of the system's time, and a full disk is reported first.
     Only Linux has the call, and not every file system does it: elsewhere nothing happens.
 
     Raises:
-        OSError: the disk is full.
+        OSError: The disk is full.
     """
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(AttributeError, TypeError):
         call = ctypes.CDLL(None, use_errno=True).fallocate
         if call(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(count)):
             code = ctypes.get_errno()

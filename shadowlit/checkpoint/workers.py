@@ -50,18 +50,18 @@ def in_order(
     is seen here.
 
     Args:
-        function: computes a part. What it returns, or the error that it raises, must be small, and be one that can be
+        function: Computes a part. What it returns, or the error that it raises, must be small, and be one that can be
             pickled.
-        items: what it is called with.
-        room_bytes: size of the memory for the bytes of one part; 0 if there are none.
-        num_bytes: that all items together read; tells whether it pays to fork.
+        items: Arguments of its calls.
+        room_bytes: Size of the memory for the bytes of one part; 0 if there are none.
+        num_bytes: Bytes that all items together read; decides whether forking pays.
 
     Yields:
         What ``function`` returned, and the room that it had, which is another part's when the iterator goes on.
 
     Raises:
-        ShadowlitError: a process was killed.
-        Exception: the first one, by the order of items, that ``function`` raised.
+        ShadowlitError: A process was killed.
+        Exception: ``function`` raised it; of several, that of the first item.
     """
     count = min(PROCESSES, num_cores(), len(items))
     if num_bytes >= WORTH_FORKING_BYTES and count > 1 and may_fork():
@@ -114,7 +114,7 @@ class _Worker:
         """The replies that are there: number, result, error. One process's only, so that unpickling is safe.
 
         Raises:
-            ShadowlitError: the process has ended.
+            ShadowlitError: The process has ended.
         """
         received = os.read(self.replies, 2**16)
         if not received:
@@ -178,7 +178,7 @@ class _Team(Generic[_In, _Out]):
         self._end()
 
     def results(self) -> Iterator[tuple[_Out, Room]]:
-        """What the items come to, in their order."""
+        """Yield the results of the items in order."""
         poll = select.poll()
         by_descriptor = {worker.replies: worker for worker in self._workers}
         for descriptor in by_descriptor:

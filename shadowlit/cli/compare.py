@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.studies.comparison.plan import Recipe, plan
+from shadowlit.progress import make_console
+from shadowlit.studies.comparison.plan import plan
+from shadowlit.studies.trials.recipe import Recipe
 
 
 def compare(
@@ -32,33 +34,33 @@ def compare(
     threads: int | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Train and measure the arms of a pair side by side, and report what the data support.
+    """Train and measure the arms of a pair, and report which differences the data support.
 
     An arm is named by the source of its delta and the target of the graft: B2I is Shadow-FT, I2I tunes the Instruct
-    directly, B2B and I2B are the controls. Two trainings serve four arms: one of the Base, one of the Instruct, on the
-    same data in the same order, with the same recipe. What is finished is skipped, so the same command goes on after
-    an interruption, and adds arms, rates and seeds. Of each evaluator's rows one half chooses an arm's learning rate,
-    the other half is reported.
+    directly, B2B and I2B are the controls. Two trainings serve four arms: one of the Base and one of the Instruct, on
+    the same data in the same order, with the same recipe. Finished trainings are skipped, so the same command resumes
+    after an interruption, and arms, rates and seeds can be added. One half of each evaluator's rows chooses an arm's
+    learning rate, and the other half is reported.
 
     Args:
-        fit: A configuration of fit, with evaluators in its section evaluation.
-        arms: Which arms, e.g. B2I,I2I,B2B,I2B.
-        seeds: Of data order, adapter and dropout, e.g. 0,1,2.
+        fit: Configuration of fit, with evaluators in its section evaluation.
+        arms: Arms to compare, e.g. B2I,I2I,B2B,I2B.
+        seeds: Seeds of data order, adapter and dropout, e.g. 0,1,2.
         rates: Learning rates of each arm, e.g. '{"B2I": [1e-4, 3e-4], "I2I": [3e-5, 1e-4]}'; an arm that is left out
-            has those of the other arm of its source. Null: the configuration's own rate.
-        scales: Strengths of the graft whose validation loss is measured; the first is the arm's own.
-        task_scales: Those of them, beyond the first, that the evaluators measure too.
+            has the rates of the other arm of its source. Null for the configuration's own rate.
+        scales: Scales λ of the graft at which the validation loss is measured; the first must be 1.0.
+        task_scales: Scales, beyond the first, at which the evaluators measure too.
         gain: Evaluators of what is to be learned; null for all.
         keep: Evaluators of what is to be kept: they and the divergence from the Instruct are the price.
         line: Metric that is drawn along the line from the Instruct to the graft: loss, or <set>/loss.
         overrides: Further changes of the configuration, by dotted key.
-        title: Of the report; null for the configuration's name.
+        title: Title of the report; null for the configuration's name.
         out: Folder of trainings and report; null for runs/compare/<configuration>.
-        workers: Trainings at a time. All see the same GPUs: with GPUs leave it at 1.
-        threads: Of torch, for each training; null for its own choice.
+        workers: Number of trainings that run at a time. All of them see the same GPUs: with GPUs, leave it at 1.
+        threads: Threads of torch for each training; null for torch's own choice.
         dry_run: Only list the trainings.
     """
-    console = Console(highlight=False)
+    console = make_console()
     given = _listed(arms)
     recipe = Recipe(Path(fit), dict(overrides or {}), tuple(scales), tuple(task_scales))
     own = rates or {arm: [_own_rate(recipe)] for arm in given}
@@ -78,26 +80,23 @@ def compare(
     from shadowlit.studies.comparison.collect import collect
     from shadowlit.studies.comparison.records import write_records
     from shadowlit.studies.comparison.report import write_report
-    from shadowlit.studies.comparison.runner import UNTOUCHED, jobs, own_folder, run
+    from shadowlit.studies.comparison.runner import own_folder, run
     from shadowlit.studies.comparison.summary import Description
-    from shadowlit.studies.trials.process import last_words
+    from shadowlit.studies.rows import UNTOUCHED_TRIAL
+    from shadowlit.studies.trials.process import last_words, untouched_failed
 
     with own_folder(folder, recipe):
-        found = jobs(recipe, trainings, folder)
+        found = [recipe.untouched_job(folder), *(training.job(recipe, folder) for training in trainings)]
         with _progress(console, len(found)) as done:
             failed = run(
                 found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), done=done
             )
-        if UNTOUCHED in failed:
-            raise ShadowlitError(
-                f"the untouched models could not be measured, so there is nothing to compare with: "
-                f"{last_words(folder / UNTOUCHED)}. Mend the cause, and start the same command again; the log is "
-                f"{folder / UNTOUCHED / 'log.txt'}."
-            )
-        records = collect(recipe, trainings, given, own, folder, line)
-        write_records(records, folder / "records.json")
+        if UNTOUCHED_TRIAL in failed:
+            raise untouched_failed(folder / UNTOUCHED_TRIAL)
+        rows = collect(recipe, trainings, given, own, folder, line)
+        write_records(rows, folder / "records.json")
         report = write_report(
-            records,
+            rows,
             Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own)),
             gain=gained,
             keep=kept,
@@ -105,10 +104,10 @@ def compare(
         )
     console.print(f"report    {report}")
     if failed:
-        told = "; ".join(f"{name}: {last_words(folder / name)}" for name in failed)
+        reasons = "; ".join(f"{name}: {last_words(folder / name)}" for name in failed)
         raise ShadowlitError(
-            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {told}. Mend the cause, and "
-            f"start the same command again; their logs lie in {folder}."
+            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {reasons}. Fix the cause, and "
+            f"start the same command again; the logs are in {folder}."
         )
 
 
@@ -134,7 +133,7 @@ def _evaluators(recipe: Recipe) -> list[str]:
     found = recipe.get("evaluation.evaluators")
     if not found:
         raise ShadowlitError(
-            f"{recipe.config} has no evaluation.evaluators, by which arms are compared. Add some: docs/evaluation.md."
+            f"{recipe.config} has no evaluation.evaluators to compare the arms by. Add some: docs/evaluation.md."
         )
     return list(found)
 

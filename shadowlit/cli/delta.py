@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
@@ -11,22 +10,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of
-from shadowlit.cli.graft import format_bytes, parse_bytes, write_graft
+from shadowlit.cli.graft import format_bytes, parse_bytes, write_with_progress
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
-from shadowlit.delta.transforms import dare, magnitude, truncated_svd
+from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk, open_update
+from shadowlit.grafting.disk import DiskGraft, Scale
+from shadowlit.grafting.folders import GraftPlan
 from shadowlit.grafting.manifest import describe_source, versions
-from shadowlit.grafting.selection import resolve
 from shadowlit.pair.folders import model_folder
+from shadowlit.progress import make_console
 
 DType = Literal["bfloat16", "float32", "float16"]
 
@@ -47,20 +46,8 @@ def make(
         dtype: That the delta is stored in; bfloat16 loses about 0.2 % of it.
         shard_size: Largest file, e.g. 5GB or 500MB.
     """
-    base_folder, tuned_folder = model_folder("base", base, None, False), model_folder("tuned", tuned, None, False)
-    with CheckpointReader(base_folder) as reader:
-        update = open_update(reader, tuned_folder)
-        found = Delta.from_update(update).only(
-            resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
-        )
-        manifest = {
-            "base": describe_source(base, base_folder, reader.fingerprint()),
-            "tuned": {"id": tuned},
-            "select": select,
-            "history": [],
-            "versions": versions(),
-        }
-        _save(found, out, dtype, shard_size, manifest)
+    found = Delta.make(base, tuned, select)
+    _save(found, out, dtype, shard_size, found.manifest)
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:
@@ -70,7 +57,7 @@ def show(deltas: list[str], effective_rank: bool = False) -> None:
         deltas: Folders of deltas.
         effective_rank: Also the mean effective rank of the matrices; needs one of them in memory, and time.
     """
-    console = Console(highlight=False)
+    console = make_console()
     opened = [Delta.open(folder) for folder in deltas]
     for folder, found in zip(deltas, opened, strict=True):
         console.print(_table(folder, found, effective_rank))
@@ -94,18 +81,18 @@ def sum_(
 
     Args:
         deltas: Folders of deltas.
-        out: Folder to make. Appears complete or not at all.
-        weights: One for each; 1 by default.
-        method: add or ties.
-        density: For ties: share of elements of each delta that is kept.
-        dtype: That the result is stored in.
-        shard_size: Largest file, e.g. 5GB or 500MB.
+        out: Folder to create. It is written atomically.
+        weights: Weight of each delta; 1 by default.
+        method: add, or ties.
+        density: Fraction of each delta's elements that is kept (ties).
+        dtype: Dtype that the result is stored in.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
     """
     opened = [Delta.open(folder) for folder in deltas]
     given = [1.0] * len(opened) if weights is None else weights
     found = weighted_sum(opened, given) if method == "add" else ties_sum(opened, density, given)
     if len(opened) > 1:
-        Console(highlight=False).print(_conflicts(deltas, opened))
+        make_console().print(_conflicts(deltas, opened))
     step: dict[str, Any] = {"method": method, "weights": given, "of": [one.manifest for one in opened]}
     if method == "ties":
         step["density"] = density
@@ -116,59 +103,59 @@ def sum_(
 def compress(
     delta: str,
     out: str,
-    method: Literal["magnitude", "dare", "svd"],
+    method: str,
     density: float | None = None,
     rank: int | None = None,
     explained_variance: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
+    parameters: dict[str, Any] = {},  # noqa: B006 - read only, and shown by --help
     dtype: DType = "bfloat16",
     shard_size: str = "5GB",
 ) -> None:
-    """Make a delta sparser or of lower rank, and tell what it lost.
+    """Transform a delta, e.g. make it sparser or of lower rank, and report what it lost.
 
-    magnitude keeps the largest elements of each tensor (arXiv 1506.02626); dare drops elements at random and rescales
-    the rest (arXiv 2311.03099); svd cuts every matrix by rank or by explained variance (LoRE-Adapt, arXiv 2405.15007)
-    and leaves other tensors as they are. One tensor is in memory at a time. The result is stored dense.
+    magnitude keeps the largest elements of each tensor (arXiv 1506.02626), and so does ties for a single delta (arXiv
+    2306.01708); dare drops elements at random and rescales the rest (arXiv 2311.03099); svd cuts every matrix by rank
+    or by explained variance (LoRE-Adapt, arXiv 2405.15007) and leaves other tensors as they are. Any function of a
+    tensor can be given by its import path, mypackage.transforms.sign_only. One tensor is in memory at a time. The
+    result is stored dense.
 
     Args:
         delta: Folder of a delta.
-        out: Folder to make. Appears complete or not at all.
-        method: magnitude, dare or svd.
-        density: For magnitude and dare: share of elements to keep, in (0, 1].
-        rank: For svd: singular values to keep.
-        explained_variance: For svd: keep the fewest that hold this share of the squared norm, in (0, 1].
-        seed: For dare: of the mask.
-        dtype: That the result is stored in.
-        shard_size: Largest file, e.g. 5GB or 500MB.
+        out: Folder to create. It is written atomically.
+        method: Transform: magnitude, dare, svd, ties, an entry point in the group shadowlit.transforms, or the import
+            path of a function.
+        density: Fraction of the elements to keep, in (0, 1] (magnitude, dare, ties).
+        rank: Number of singular values to keep (svd).
+        explained_variance: Or: the fewest that hold this fraction of the squared norm, in (0, 1] (svd).
+        seed: Seed of the mask, 0 by default (dare).
+        parameters: Parameters of other transforms, e.g. '{"size": 1e-4}'.
+        dtype: Dtype that the result is stored in.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
     """
-    if (density is None) == (method != "svd"):
-        raise GraftError(f"method={method} and density={density}: magnitude and dare need a density, svd takes none.")
-    if (rank is not None or explained_variance is not None) != (method == "svd"):
-        raise GraftError(f"method={method} with rank={rank} and explained_variance={explained_variance}: only svd "
-                         "takes them, and needs one of them.")  # fmt: skip
+    options = {"density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    if twice := [name for name in parameters if name in given]:
+        raise GraftError(f"--{twice[0]} is given both as an option and in --parameters. Give it once.")
+    chosen = Transforms([{**parameters, **given, "name": method}], option=_option)
     opened = Delta.open(delta)
     squares: dict[str, tuple[float, float]] = {}
 
     def one(name: str, tensor: Tensor) -> Tensor:
-        if method == "svd":
-            small = truncated_svd(tensor, rank, explained_variance).matrix if tensor.ndim == 2 else tensor
-        elif method == "magnitude":
-            small = magnitude(tensor, density or 0.0)
-        else:
-            generator = torch.Generator().manual_seed(_tensor_seed(seed, name))
-            small = dare(tensor, density or 0.0, generator)
+        small = chosen(name, tensor)
         squares[name] = (float((small - tensor).double().square().sum()), float(tensor.double().square().sum()))
         return small
 
-    step = {
-        "method": method, "density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed,
-    }  # fmt: skip
+    step = {"method": method, **options, "seed": seed or 0, **parameters}
     manifest = {**opened.manifest, "history": [*opened.manifest.get("history", []), step], "versions": versions()}
     _save(opened.map(one), out, dtype, shard_size, manifest)
     lost, size = (sum(values) for values in zip(*squares.values(), strict=True))
-    Console(highlight=False).print(
-        f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm"
-    )
+    make_console().print(f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm")
+
+
+def _option(parameter: str) -> str:
+    """What messages call a parameter of a transform on the command line."""
+    return "--method" if parameter == "name" else f"--{parameter}"
 
 
 def lora(
@@ -197,7 +184,7 @@ def lora(
         report = export_svd_adapter(
             opened, instruct, Path(out), rank, explained_variance, getattr(torch, dtype), lambda: advance(1)
         )
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"delta: {out} has {report.num_layers} layers, rank {report.smallest_rank} to {report.largest_rank}")
     console.print(
         f"delta: the adapter differs from the delta by {report.error:.1%} of its norm "
@@ -222,19 +209,19 @@ def apply(
         delta: Folder of a delta.
         instruct: Folder or hub id of the model that gets it; of the delta's architecture.
         out: Folder to make. Appears complete or not at all.
-        scale: Strength, and others by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        scale: Scale of the delta, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
         select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
         dtype: Of the result; auto for the Instruct's own.
         shard_size: Largest file, e.g. 5GB or 500MB.
         dry_run: Only say what would be changed and how large the result is.
         files_from: Take config, tokenizer, template and generation settings from this folder or hub id.
     """
-    opened, strength = Delta.open(delta), Strength.parse(scale)
+    opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
-    console = Console(highlight=False)
+    console = make_console()
     with CheckpointReader(folder) as reader:
-        plan = DiskGraft(opened, reader, strength, select, wanted)
+        plan = DiskGraft(opened, reader, scales, select, wanted)
         console.print(f"delta: {plan.coverage}")
         console.print(f"delta: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
@@ -243,36 +230,32 @@ def apply(
             "base": opened.manifest.get("base"),
             "instruct": describe_source(instruct, folder, reader.fingerprint()),
             "delta": opened.manifest,
-            "scale": strength.default,
+            "scale": scales.default,
             "select": select,
             "dtype": wanted,
             "coverage": plan.coverage,
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        write_graft(plan, folder, Path(out), wanted, shard_size, manifest, files_from)
+        planned = GraftPlan(plan, folder, wanted, lambda: manifest)
+        write_with_progress(planned, Path(out), shard_size, files_from)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}
-
-
-def _tensor_seed(seed: int, name: str) -> int:
-    """A seed for one tensor, the same on every machine."""
-    return (seed << 32) | zlib.crc32(name.encode())
 
 
 def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mapping[str, Any]) -> None:
     max_bytes = parse_bytes(shard_size)
     with _progress("writing", found.num_elements) as advance:
         lost = found.save(Path(out), getattr(torch, dtype), manifest, max_bytes, advance)
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}")
     console.print(f"delta: storing it changes it by {lost:.2%} of its norm")
 
 
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Any]:
-    with Progress(console=Console(highlight=False), transient=True) as progress:
+    with Progress(console=make_console(), transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda count: progress.advance(task, count)
 
@@ -284,7 +267,7 @@ def _table(title: str, found: Delta, effective_rank: bool) -> Table:
     zeros = sum(t.num_zeros for t in statistics) / max(1, found.num_elements)
     table = Table(title=f"{title}: norm {norm:.4g}, {zeros:.1%} zeros")
     for column in ("kind", "tensors", "norm", "rms", "max", "zeros", *(["effective rank"] if effective_rank else [])):
-        table.add_column(column, justify="left" if column == "kind" else "right")
+        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
     groups: dict[str, list[Any]] = {}
     for tensor in statistics:
         groups.setdefault(kind_of(tensor.name), []).append(tensor)
@@ -306,7 +289,7 @@ def _conflicts(names: Sequence[str], deltas: Sequence[Delta]) -> Table:
     """Every pair of deltas: do they point the same way, and do their elements have the same signs."""
     table = Table(title="conflicts")
     for column in ("delta", "and", "cosine", "equal signs", "elements in both"):
-        table.add_column(column, justify="left" if column in ("delta", "and") else "right")
+        table.add_column(column, justify="left" if column in ("delta", "and") else "right", overflow="fold")
     for (name_a, a), (name_b, b) in combinations(zip(names, deltas, strict=True), 2):
         met = overlap(a, b)
         table.add_row(name_a, name_b, f"{met.cosine:+.3f}", f"{met.sign_agreement:.1%}", f"{met.shared:.1%}")

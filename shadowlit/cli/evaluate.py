@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,10 +23,9 @@ from shadowlit.harness.report import Report, make_report
 from shadowlit.harness.subjects import Subject, local_folder
 from shadowlit.harness.tasks import Settings, harness_version, load_benchmarks, require_harness
 from shadowlit.pair.folders import read_json
+from shadowlit.progress import make_console
 
 _UNSAFE = re.compile(r"[^\w.-]+")
-# Wide enough for the table, where no terminal sets a width: one line per row, for grep.
-_PLAIN_WIDTH = 220
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda(:\d+)?")
 
 
@@ -50,33 +48,33 @@ def evaluate(
     template_kwargs: dict[str, Any] | None = None,
     out: str | None = None,
 ) -> None:
-    """Put models to benchmarks of lm-evaluation-harness, and compare them sample by sample.
+    """Run benchmarks of lm-evaluation-harness on models, and compare the models sample by sample.
 
-    Everything that can be checked is, before a model is loaded.
+    Everything that can be checked is checked before a model is loaded.
 
     Args:
-        model: Folders or hub ids. Of several, the first is the reference that the others are compared with.
-        suite: math7, code3, reasoning9 (the groups of the Shadow-FT paper), paper (all three), ifeval; names of the
-            harness' tasks, groups and tags; or paths of YAML files.
-        adapter: Folder or hub id of an adapter in peft's form that the last model carries. Give a model twice to see
-            what the adapter changes.
-        tasks_folder: Folder with tasks of your own, as YAML files in the harness' form. Functions that they name are
-            Python code, and run.
-        chat: Apply the chat template; by default where the tokenizer has one.
+        model: Folders or hub ids. The first is the reference that the others are compared with.
+        suite: Benchmarks: math7, code3, reasoning9 (the groups of the Shadow-FT paper), paper (all three), ifeval;
+            names of the harness' tasks, groups and tags; or paths of YAML files.
+        adapter: Folder or hub id of an adapter in peft's form, which is added to the last model. Give a model twice to
+            see what the adapter changes.
+        tasks_folder: Folder with your own tasks, as YAML files in the harness' format. Python functions that they name
+            are executed.
+        chat: Apply the chat template; by default if the tokenizer has one.
         system: System message.
-        fewshot: Examples in the prompt of every task, except of those that allow none.
-        limit: Only the first so many samples of every task: for trying things out.
-        max_new_tokens: Longest answer; by default 4096 in the paper's groups, as in the paper, and otherwise each
-            task's own.
-        batch_size: A number, auto, or auto:N to look for the largest one that fits N times. auto is 8 on a CPU.
-        dtype: Of the weights; auto for the folder's own.
-        device: auto, cpu, cuda, cuda:1, mps; or all, for layers spread over all GPUs.
+        fewshot: Number of examples in the prompt of every task, except tasks that allow none.
+        limit: Number of samples of every task that are used, the first ones; for trying things out.
+        max_new_tokens: Length of the longest answer, in tokens; by default 4096 in the paper's groups, as in the
+            paper, and each task's own length otherwise.
+        batch_size: A number, auto, or auto:N to search N times for the largest batch that fits. auto is 8 on a CPU.
+        dtype: Dtype of the weights; auto for the folder's own.
+        device: auto, cpu, cuda, cuda:1, mps; or all, to spread the layers over all GPUs.
         backend: hf for transformers, or vllm if it is installed, on the GPUs that it sees.
-        seed: Of the choice of examples, and of sampling where a task samples.
-        execute_code: Run programs that the models wrote, with your rights. HumanEval and its like need it.
+        seed: Seed for the choice of examples, and for sampling in tasks that sample.
+        execute_code: Run programs that the models wrote, with your permissions. HumanEval and similar tasks need it.
         template_kwargs: Arguments of the chat template, e.g. '{"enable_thinking": false}'.
-        out: Folder to make, with results.json, report.md and every sample. Appears complete or not at all; an existing
-            one is never overwritten.
+        out: Folder to create, with results.json, report.md and every sample. It is written atomically; an existing one
+            is never overwritten.
     """
     require_harness(backend)
     settings = Settings(
@@ -94,37 +92,37 @@ def evaluate(
     if adapter is not None:
         read_json("adapter", local_folder(adapter, weights=False) / "adapter_config.json")
     start = time.perf_counter()
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console = make_console()
     benchmarks = load_benchmarks(suite, settings, tasks_folder)
     subjects = [Subject(source, adapter if i == len(model) else None) for i, source in enumerate(model, start=1)]
-    for subject in subjects:  # what would stop the last one stops before the first one's hours
+    for subject in subjects:  # an error in the last one must not come after hours of the first one
         subject.check(benchmarks)
     evaluations = []
     for subject in subjects:
-        console.print(f"evaluate: {subject.name}", soft_wrap=True)
+        console.print(f"evaluate: {subject.name}")
         evaluations.append(subject.evaluate(benchmarks, backend, dtype, device))
     report = make_report(evaluations)
-    _tell(report, console)
+    _print(report, console)
     if out is not None:
         config = {"suite": suite, "tasks_folder": tasks_folder, "dtype": dtype, "device": device, "backend": backend}
         _write(Path(out), subjects, evaluations, report, {**config, **asdict(settings)})
-        console.print(f"evaluate: {out} is complete", soft_wrap=True)
+        console.print(f"evaluate: {out} is complete")
     console.print(f"evaluate: done in {time.perf_counter() - start:.1f} s")
 
 
-def _tell(report: Report, console: Console) -> None:
+def _print(report: Report, console: Console) -> None:
     for letter, name in report.models:
-        console.print(f"{letter} = {name}", soft_wrap=True)
+        console.print(f"{letter} = {name}")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for i, heading in enumerate(report.headings):
-        table.add_column(heading, justify="left" if i < 2 else "right", no_wrap=i != 1, overflow="fold")
+        table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
     for section in report.sections:
         for row in section:
             table.add_row(*(Text(cell) for cell in row))
         table.add_section()
     console.print(table)
     for note in report.notes:
-        console.print(Text(f"- {note}"), soft_wrap=True)
+        console.print(Text(f"- {note}"))
 
 
 def _require_free(out: Path) -> None:
@@ -135,7 +133,7 @@ def _require_free(out: Path) -> None:
 def _write(
     out: Path, subjects: Sequence[Subject], evaluations: Sequence[Evaluation], report: Report, config: dict[str, Any]
 ) -> None:
-    """Write the folder beside its place and rename it into place."""
+    """Write the folder atomically."""
     with atomic_folder(out) as folder:
         models = {}
         for (letter, _), subject, found in zip(report.models, subjects, evaluations, strict=True):
@@ -146,14 +144,14 @@ def _write(
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lines = (json.dumps(plain(sample), ensure_ascii=False) + "\n" for sample in samples)
                 path.write_text("".join(lines), encoding="utf-8")
-        told = {"config": config, "versions": {**versions(), "lm_eval": harness_version()}, "models": models,
+        results = {"config": config, "versions": {**versions(), "lm_eval": harness_version()}, "models": models,
                 "notes": report.notes}  # fmt: skip
-        write_json(folder / "results.json", plain(told))
+        write_json(folder / "results.json", plain(results))
         (folder / "report.md").write_text(str(report), encoding="utf-8")
 
 
 def _scores(found: Evaluation) -> list[dict[str, Any]]:
-    """The scores that count, for a program to read."""
+    """The scores, for programs to read."""
     return [
         {
             "title": suite.title,

@@ -1,4 +1,4 @@
-"""Commands that are typed functions: how their words on the command line become arguments."""
+"""Commands that are typed functions: turning the words of a command line into arguments."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from typing import Any, get_origin, get_type_hints
 from shadowlit.checkpoint.streaming import keep_freed_memory
 from shadowlit.errors import ShadowlitError
 
+_PLAIN_WIDTH = 220  # characters
+
 
 def run_function(name: str, module: str, args: Sequence[str]) -> None:
-    """Run the function ``name`` of ``module``, or one of its ``COMMANDS`` (``DEFAULT`` without a word); the docstring
-    is the help.
+    """Run the function ``name`` of ``module``, or one of the module's ``COMMANDS``; its docstring is the ``--help``.
 
-    SIGINT and SIGTERM end it as an exception, so that what it was writing is removed.
+    If no subcommand is given, the module's ``DEFAULT`` is run. SIGINT and SIGTERM raise an exception in the function,
+    so that it removes what it was writing.
+
+    Args:
+        name: Name of the command.
+        module: Module that implements it.
+        args: Words and options that follow the command.
 
     Raises:
-        ShadowlitError: too many words without an option.
+        ShadowlitError: There are more words without an option than parameters.
         SystemExit: 130 after SIGINT, 143 after SIGTERM.
     """
     with _ends_cleanly():
@@ -40,7 +47,7 @@ def _run(name: str, module: str, args: Sequence[str]) -> None:
         function = getattr(found, name)
         auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
     else:
-        # Options alone are those of the usual command; asking for help is about all of them.
+        # Options without a subcommand belong to the default one; --help describes all of them.
         if hasattr(found, "DEFAULT") and (not args or (args[0].startswith("-") and args[0] not in ("-h", "--help"))):
             args = [found.DEFAULT, *args]
         known = args[0] if args and args[0] in commands else None
@@ -50,16 +57,16 @@ def _run(name: str, module: str, args: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _ends_cleanly() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into SystemExit: at the latter, Python dies on the spot by default."""
-    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+    """Turn the first SIGINT or SIGTERM into SystemExit: by default SIGTERM kills Python without any clean-up."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
-    usual = (signal.SIG_DFL, signal.default_int_handler)  # a job in the background ignores SIGINT, and shall
+    usual = (signal.SIG_DFL, signal.default_int_handler)  # a background job ignores SIGINT, and should
     numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in usual]
 
     def stop(number: int, _: FrameType | None) -> None:
         for each in numbers:
-            signal.signal(each, signal.SIG_IGN)  # cleaning up takes no second interruption
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         raise SystemExit(128 + number)
 
     before = [signal.signal(number, stop) for number in numbers]
@@ -71,13 +78,13 @@ def _ends_cleanly() -> Iterator[None]:
 
 
 def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
-    """Give every word its option: ``A B --dry-run`` becomes ``--base=A --tuned=B --dry_run=true``.
+    """Rewrite words as options: ``A B --dry-run`` becomes ``--base=A --tuned=B --dry_run=true``.
 
-    Words before the first option are the first parameters, in their order; all of them are the first one's if that is
-    a list. The words after an option whose parameter is a list are all its own. A switch needs no value.
+    Words before the first option are assigned to the parameters in order, or all to the first one if it is a list. If
+    an option's parameter is a list, it takes all words up to the next option. A switch needs no value.
 
     Raises:
-        ShadowlitError: more words than parameters.
+        ShadowlitError: There are more words than parameters.
     """
     kinds = get_type_hints(function)
     names = list(inspect.signature(function).parameters)
@@ -98,7 +105,7 @@ def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:
         if get_origin(kinds.get(key[2:])) is list:
             taken = next((j for j in range(i + 1, len(options)) if options[j].startswith("-")), len(options))
             members = [value, *options[i + 1 : taken]] if equals else list(options[i + 1 : taken])
-            written = len(members) == 1 and members[0].startswith("[")  # as a list already
+            written = len(members) == 1 and members[0].startswith("[")  # already a list
             spelled.append(f"{key}={members[0] if written else json.dumps(members)}")
             continue
         follows = options[i + 1] if i + 1 < len(options) else "--"

@@ -1,24 +1,19 @@
-"""The commands that are plain typed functions; their docstrings are their ``--help``."""
+"""``python -m shadowlit graft``; the docstring is the help."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from shadowlit.checkpoint.layout import in_layout_of
-from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, open_update
-from shadowlit.grafting.export import export_folder
-from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.pair.folders import model_folder
-from shadowlit.pair.pair import ModelPair
-from shadowlit.progress import progress_bar
+from shadowlit.grafting.folders import GraftPlan, plan_graft, write_graft
+from shadowlit.progress import make_console, progress_bar
+
+if TYPE_CHECKING:
+    from shadowlit.delta.transforms import Transforms
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -35,74 +30,60 @@ def graft(
     dry_run: bool = False,
     files_from: str | None = None,
     allow_pickle: bool = False,
+    transforms: list[dict[str, Any]] = [],  # noqa: B006 - read only, and shown by --help
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
-    Streams: a few rows of each tensor are in memory at a time. Computed in float32, rounded once.
+    Streams: a few rows of each tensor are in memory at a time, with --transforms a few copies of one whole tensor.
+    Computed in float32, rounded once.
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.
         tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
         instruct: Folder or hub id of the Instruct that gets the update.
-        out: Folder to make. Appears complete or not at all; an existing one is never overwritten.
-        scale: Strength of the graft, and others by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
-        select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
-        dtype: Of the result; auto for the Instruct's own.
-        shard_size: Largest file, e.g. 5GB or 500MB.
-        files_from: Take config, tokenizer, template and generation settings from this folder or hub id instead of the
-            Instruct: where the update moves to a model that isn't the one to talk to (Chat Vector, ParamΔ).
-        dry_run: Only say what would be grafted and how large the result is, from the headers alone.
+        out: Folder to create. It is written atomically; an existing one is never overwritten.
+        scale: Scale of the update, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
+        select: Tensors that get the update: linear (every linear layer but the output head), all, or regular
+            expressions.
+        dtype: Dtype of the result; auto for the Instruct's own.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
+        files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
+            Instruct's, for updates that move to a model other than the one to talk to (Chat Vector, ParamΔ).
+        dry_run: Only report what would be grafted and how large the result is, from the headers alone.
         allow_pickle: Also read pytorch_model.bin in local folders, as tensors alone: nothing in it is run.
+        transforms: Transforms of the update, applied in this order before it is scaled, e.g.
+            '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
     """
-    console = Console(highlight=False)
+    console = make_console()
     start = time.perf_counter()
-    pair = ModelPair(base, instruct)
-    with (
-        open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
-        open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
-    ):
-        in_place = in_layout_of(instruct_reader, base_reader)
-        update = open_update(in_place, model_folder("tuned", tuned, None, False), allow_pickle)
-        strength = Strength.parse(scale)
-        wanted = None if dtype == "auto" else dtype
-        plan = DiskGraft(update, instruct_reader, strength, select, wanted)
-        console.print(f"graft: {plan.coverage}")
-        console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
+    wanted = None if dtype == "auto" else dtype
+    chosen = choose(transforms)
+    with plan_graft(
+        base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle, transforms=chosen
+    ) as plan:
+        console.print(f"graft: {plan.graft.coverage}")
+        console.print(f"graft: the result has {format_bytes(plan.graft.num_bytes)}")
         if dry_run:
             return
-        manifest = build_manifest(
-            pair, scale=strength.default, select=select, dtype=wanted, coverage=plan.coverage,
-            config={"tuned": tuned, "scale": scale},
-            fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
-        )  # fmt: skip
-        write_graft(plan, instruct_reader.folder, Path(out), wanted, shard_size, manifest, files_from)
+        write_with_progress(plan, Path(out), shard_size, files_from)
     console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
 
 
-def write_graft(
-    plan: DiskGraft,
-    instruct: Path,
-    out: Path,
-    dtype: str | None,
-    shard_size: str,
-    manifest: Mapping[str, Any],
-    files_from: str | None,
-) -> None:
-    """Stream a planned graft to its folder, with a progress bar, and tell what arrived of the update."""
-    console = Console(highlight=False)
-    with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
-        export_folder(
-            out,
-            instruct,
-            plan.tensors(advance),
-            dtype=dtype,
-            max_shard_bytes=parse_bytes(shard_size),
-            manifest=manifest,
-            files_from=None if files_from is None else model_folder("files_from", files_from, None, False),
-            stored=plan.stored,
-        )
-    add_to_manifest(out, {"survival": {"survival": plan.survival}})
-    console.print(f"graft: {plan.survival:.1%} of the update arrives in the result's dtype")
+def choose(specs: list[dict[str, Any]]) -> Transforms | None:
+    """The transforms of a command line; torch, which they compute with, is imported only if there are some."""
+    if not specs:
+        return None
+    from shadowlit.delta.transforms import Transforms
+
+    return Transforms(specs, "--transforms")
+
+
+def write_with_progress(plan: GraftPlan, out: Path, shard_size: str, files_from: str | None) -> None:
+    """Write a planned graft to its folder, with a progress bar, and report how much of the update survives."""
+    console = make_console()
+    with progress_bar("grafting", plan.graft.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
+        write_graft(plan, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance)
+    console.print(f"graft: {plan.graft.survival:.1%} of the update arrives in the result's dtype")
     console.print(f"graft: {out} is complete")
 
 

@@ -25,7 +25,7 @@ COMMANDS = {
     "validate": Command(
         "score the tuned Base, the grafted Instruct and the untouched pair on the validation sets", LIGHTNING
     ),
-    "test": Command("the same on the test sets", LIGHTNING),
+    "test": Command("score the same models on the test sets", LIGHTNING),
     "predict": Command("generate answers to prompts with the grafted Instruct", LIGHTNING),
     "preview": Command("print samples token by token, with the supervised tokens highlighted", LIGHTNING),
     "compare": Command(

@@ -1,27 +1,22 @@
-"""``python -m shadowlit pairs``: the registry of known pairs, and the check of any pair; the docstrings are the help.
+"""``python -m shadowlit pairs``: list known pairs and check any pair; the docstrings are the help.
 
 Listing and showing import no torch.
 """
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from shadowlit.errors import PairError
-from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.registry import KnownPair, find_pair, load_registry
+from shadowlit.progress import make_console
 
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "dim"}
-# Wide enough for the table, where no terminal sets a width: one line per row, for grep.
-_PLAIN_WIDTH = 220
 
 
 def list_pairs() -> None:
-    """List the known pairs: names, hub ids, whose chat template counts, and what is peculiar to them."""
+    """List the known pairs: names, hub ids, the model whose chat template is used, and peculiarities."""
     registry = load_registry()
     table = Table(title=f"{len(registry)} known pairs", title_justify="left")
     for column in ("name", "Base", "Instruct", "template", "peculiarities"):
@@ -32,19 +27,19 @@ def list_pairs() -> None:
             table.add_section()
         family = pair.family
         table.add_row(pair.name, pair.base, pair.instruct, _template(pair), ", ".join(pair.peculiarities))
-    console = _console()
+    console = make_console()
     console.print(table)
     console.print("'python -m shadowlit pairs show NAME' explains a pair, 'pairs check NAME' checks it.", style="dim")
 
 
 def show(name: str) -> None:
-    """Tell all that is known of a pair, and print the lines for a configuration.
+    """Print everything that is known about a pair, and the lines for a configuration.
 
     Args:
-        name: Of a known pair, e.g. qwen3-4b-2507.
+        name: Name of a known pair, e.g. qwen3-4b-2507.
     """
     pair = find_pair(name)
-    console = _console()
+    console = make_console()
     console.print(pair.name, style="bold")
     facts = {
         "Base": pair.base,
@@ -69,16 +64,17 @@ def show(name: str) -> None:
 def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code: bool = False) -> None:
     """Check whether a Base and an Instruct fit together, as 'fit' does before it trains.
 
-    Folders are read in full. Of hub ids no weights are downloaded: configs, tokenizers and safetensors headers, a few
-    MB; what only the weights tell is left out, with a note. The exit status is 1 if there are errors.
+    Folders are read in full. For hub ids only configs, tokenizers and safetensors headers are downloaded, a few MB;
+    checks that need the weights are skipped, with a note. The exit status is 1 if there are errors.
 
     Args:
-        pair: The name of a known pair, or two folders or hub ids: Base, Instruct.
-        select: What will be grafted: linear, all, or regular expressions for tensor names.
+        pair: Name of a known pair, or two folders or hub ids: Base, Instruct.
+        select: Tensors that will be grafted: linear, all, or regular expressions for tensor names.
         trust_remote_code: Run Python code that comes with the models. Dangerous: only for authors you trust.
     """
     # Imported late: list and show need no torch.
     from shadowlit.pair.check import check_pair
+    from shadowlit.pair.pair import ModelPair
 
     if len(pair) == 1:
         models = find_pair(pair[0]).pair(trust_remote_code)
@@ -86,31 +82,27 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
         models = ModelPair(pair[0], pair[1], trust_remote_code=trust_remote_code)
     else:
         raise PairError(f"{len(pair)} models were given; expected the name of a known pair, or Base and Instruct.")
-    console = _console()
+    console = make_console()
     for who, source, revision in (
         ("Base", models.base, models.base_revision),
         ("Instruct", models.instruct, models.instruct_revision),
     ):
-        console.print(f"{who:<8}  {source}{f' at {revision}' if revision else ''}", soft_wrap=True)
+        console.print(f"{who:<8}  {source}{f' at {revision}' if revision else ''}")
     problems = check_pair(models, select, download=False)
     for problem in problems:
         severity = Text(f"{problem.severity:<8}", style=_STYLES[problem.severity])
-        console.print(severity.append(f"  {problem}", style="default"), soft_wrap=True)
+        console.print(severity.append(f"  {problem}", style="default"))
     counts = [sum(problem.severity == severity for problem in problems) for severity in _STYLES]
     found = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in zip(counts, _STYLES, strict=True))
     if counts[0]:
-        raise PairError(f"{found}: a graft of {select!r} cannot go on before the errors are mended.")
-    console.print(f"{found}: a graft of {select!r} may go on.")
+        raise PairError(f"{found}: a graft of {select!r} is not possible until the errors are fixed.")
+    console.print(f"{found}: a graft of {select!r} is possible.")
 
 
 def _template(pair: KnownPair) -> str:
-    """Whose chat template counts, and whether the Base has one too."""
+    """The model whose chat template is used, and whether the Base has one too."""
     other = {True: " (the Base has one too)", False: " (the Base has none)", None: ""}[pair.base_template]
     return f"{pair.template_owner.capitalize()}'s{other}"
-
-
-def _console() -> Console:
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
 
 
 DEFAULT = "list"

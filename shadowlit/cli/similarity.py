@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -15,26 +12,18 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from shadowlit.analysis.similarity import (
-    Group,
-    Report,
-    Similarity,
-    compare,
-    open_reader,
-    shared_names,
-    with_ranks,
-)
+from shadowlit.analysis.similarity import Group, Report, Similarity
+from shadowlit.analysis.similarity import similarity as compare_models
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.layout import alike
 from shadowlit.errors import ShadowlitError
-from shadowlit.pair.folders import model_folder
-from shadowlit.progress import progress_bar
+from shadowlit.files import replace_text
+from shadowlit.progress import make_console
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
     "norm_ratio": "norms b/a", "effective_rank": "eff. rank",
 }  # fmt: skip
-_PICTURES = (".png", ".pdf", ".svg")
+_IMAGES = (".png", ".pdf", ".svg")
 _MAX_ROWS = 48  # of the table by layer
 _BAR = 8  # characters
 
@@ -42,61 +31,48 @@ _BAR = 8  # characters
 def similarity(
     models: list[str], out: str | None = None, heat_map: str | None = None, effective_rank: bool = False
 ) -> None:
-    """Tell how alike models of one architecture are, and what that means for a graft.
+    """Measure how similar models of one architecture are, and say what that means for a graft.
 
-    Streams: a few rows of each tensor are in memory at a time.
+    Only a few rows of each tensor are in memory at a time.
 
     Args:
         models: Folders or hub ids. BASE INSTRUCT gives σ = Σ|a - b| / (Σ|a| + Σ|b|) as in Shadow-FT (arXiv 2505.12716),
             cosine and relative norm. BASE TUNED INSTRUCT compares each with the first, and the offsets from it with
-            each other: how the update lies to what made the Instruct. DELTA_B DELTA_I, the updates learned from the
-            Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their cosine, the first
-            thing to read before a graft.
-        out: Write all numbers to this file: .json or .csv.
-        heat_map: Draw σ, or the cosine of updates, by layer and kind into this picture: .png, .pdf or .svg.
-        effective_rank: Also how many directions the offset from the first model uses in each matrix (Roy and Vetterli
-            2007). Takes minutes to hours, and the memory of the largest matrix in float32.
+            each other: the angle between the update and the offset of the Instruct. DELTA_B DELTA_I, the updates
+            learned from the Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their
+            cosine, the first number to look at before a graft.
+        out: File for all numbers: .json or .csv.
+        heat_map: Image file for a heat map of σ, or of the cosine of updates, by layer and kind of tensor: .png, .pdf
+            or .svg.
+        effective_rank: Also compute how many directions the offset from the first model uses in each matrix (Roy and
+            Vetterli 2007). Takes minutes to hours, and the memory of the largest matrix in float32.
     """
     _require_ending("out", out, (".json", ".csv"))
-    _require_ending("heat_map", heat_map, _PICTURES)
-    console = Console(highlight=False)
-    with ExitStack() as stack:
-        opened = [open_reader(model_folder(f"{i}.", model, None, False)) for i, model in enumerate(models, start=1)]
-        readers = [stack.enter_context(reader) for reader, _ in opened]
-        kinds = {is_delta for _, is_delta in opened}
-        if len(kinds) > 1:
-            told = ", ".join(m for m, (_, is_delta) in zip(models, opened, strict=True) if is_delta)
-            raise ShadowlitError(f"{told}: deltas among models. Give only models, or only deltas.")
-        deltas = kinds == {True}
-        if deltas and effective_rank:
-            raise ShadowlitError(
-                "effective_rank is told of the offset between models; for deltas there is "
-                "'python -m shadowlit delta show DELTA --effective_rank'."
-            )
-        readers = alike(readers)
-        names = shared_names(readers, deltas=deltas)
-        total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
-        with progress_bar("comparing", total) as advance:
-            report = compare(readers, deltas=deltas, advance=advance)
-        if effective_rank:
-            total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
-            with progress_bar("effective rank", total) as advance:
-                report = with_ranks(report, readers, advance)
-    report = replace(report, models=dict(zip(report.models, models, strict=True)))
-    _tell(report, console)
+    _require_ending("heat_map", heat_map, _IMAGES)
+    report = compare_models(*models, effective_rank=effective_rank, progress=True)
+    _print(report, make_console())
     if out is not None:
-        text = report.to_json() if out.endswith(".json") else report.to_csv()
-        _replace(Path(out), lambda path: path.write_text(text, encoding="utf-8"))
+        with _writing(out):
+            replace_text(Path(out), report.to_json() if out.endswith(".json") else report.to_csv())
     if heat_map is not None:
         from shadowlit.analysis.heat_map import plot_heat_map  # late: matplotlib takes longer than a small comparison
 
-        _replace(Path(heat_map), lambda path: plot_heat_map(report.similarities, path))
+        with _writing(heat_map):
+            plot_heat_map(report.similarities, Path(heat_map))
 
 
-def _tell(report: Report, console: Console) -> None:
+@contextmanager
+def _writing(target: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ShadowlitError(f"{target} can't be written: {error}. Choose another place.") from error
+
+
+def _print(report: Report, console: Console) -> None:
     """Print tables and verdicts."""
     for letter, model in report.models.items():
-        console.print(f"{letter} = {model}", soft_wrap=True)
+        console.print(f"{letter} = {model}")
     for _, members in groupby(report.similarities, key=lambda similarity: similarity.of):
         family = list(members)
         console.print(_by_group("kind", family, [similarity.by_kind() for similarity in family]))
@@ -107,26 +83,26 @@ def _tell(report: Report, console: Console) -> None:
                 console.print(_by_expert(found, experts))
         console.print(_model_level(family))
     for letter, names in report.left_out.items():
-        console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}", soft_wrap=True)
+        console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}")
     for found in report.similarities:
         before = f"{found.title}: " if found.of == "weights" and len(report.models) > 2 else ""
         console.print(before + found.verdict)
 
 
 def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[Group]]) -> Table:
-    """A row per kind or layer: everything about a single pair, else the first measure of each pair."""
+    """One row per kind or layer: all measures of a single pair, or the first measure of several pairs."""
     measure = family[0].measures[0]
     single = len(family) == 1
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}")
-    table.add_column(by, no_wrap=True)
+    table.add_column(by, overflow="fold")
     headings = [_TITLES[measure], "least", "most"] if single else [similarity.title for similarity in family]
     if single:
         headings += [_TITLES[name] for name in family[0].measures[1:]]
     for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")
     bar = single and by == "layer"
     if bar:
-        table.add_column("")
+        table.add_column("", overflow="fold")
     top = max((abs(g.measure(measure)) for found in groups for g in found if not math.isnan(g.measure(measure))),
               default=0.0)  # fmt: skip
     for row in zip(*groups, strict=True):
@@ -141,11 +117,11 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
 
 
 def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -> Table:
-    """A row per layer: the first measure over all of its experts, and the experts at the two ends."""
+    """One row per layer: the first measure over all of its experts, and its least and greatest expert."""
     measure = similarity.measures[0]
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}")
     for heading in ("layer", "experts", "all", "least", "expert", "most", "expert"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for layer, groups in experts.items():
         together = Group(layer, tuple(tensor for group in groups for tensor in group.tensors))
         defined = [group for group in groups if not math.isnan(group.measure(measure))]
@@ -156,12 +132,13 @@ def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -
 
 
 def _model_level(family: Sequence[Similarity]) -> Table:
-    """A row per pair. σ is the paper's mean over the tensors in decoder layers, the rest is over all elements."""
+    """One row per pair. σ is the paper's mean over the tensors in decoder layers; the rest is over all elements."""
     weights = family[0].of == "weights"
     table = _table("whole model")
-    table.add_column("pair")
+    table.add_column("pair", overflow="fold")
     for name in family[0].measures:
-        table.add_column("σ (paper)" if name == "sigma" else _TITLES[name], justify="right")
+        heading = "σ (paper)" if name == "sigma" else _TITLES[name]
+        table.add_column(heading, justify="right", overflow="fold")
     for similarity in family:
         values = [similarity.whole.measure(name) for name in similarity.measures]
         if weights:
@@ -175,7 +152,7 @@ def _table(title: str) -> Table:
 
 
 def _runs(layers: Sequence[Group]) -> list[Group]:
-    """Layers, or runs of them where there are more than the table has rows."""
+    """Layers, or groups of successive layers where there are more than the table has rows."""
     step = max(1, -(-len(layers) // _MAX_ROWS))
     runs = [layers[i : i + step] for i in range(0, len(layers), step)]
     return [
@@ -203,15 +180,3 @@ def _number(value: float) -> str:
 def _require_ending(name: str, path: str | None, endings: Sequence[str]) -> None:
     if path is not None and Path(path).suffix not in endings:
         raise ShadowlitError(f"{name} is {path!r}; expected a name ending in {', '.join(endings)}.")
-
-
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place and rename it into place, so that it is there complete or not at all."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
-            beside = Path(folder) / target.name
-            write(beside)
-            os.replace(beside, target)
-    except OSError as error:
-        raise ShadowlitError(f"{target} can't be written: {error}. Choose another place.") from error

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
 
 if TYPE_CHECKING:
-    from shadowlit.studies.sweep.scheduler import Outcome, Running
+    from shadowlit.studies.sweep.scheduler import Outcome
     from shadowlit.studies.sweep.study import SweepStudy
+    from shadowlit.studies.trials.process import Running
 
 _HOME = Path("runs/sweeps")
 
@@ -51,47 +53,47 @@ def run(
     limit: int | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Run the ordinary fit over a grid, or over settings that are drawn; each trial in a process of its own.
+    """Run fit over a grid, or over settings that are drawn; each trial in a process of its own.
 
     Give it a file: python -m shadowlit sweep --config experiments/rank.yaml; every key of the file can be given on the
-    command line too. The same command goes on after an interruption, adds values and seeds, and joins in on another
-    machine that shares the storage: no trial runs twice, and what a killed worker had begun is taken up again. What
-    failed is tried again by the next start.
+    command line too. The same command resumes after an interruption, adds values and seeds, and joins in on another
+    machine that shares the storage: no trial runs twice, and the trials of a killed worker are taken over. Failed
+    trials are tried again at the next start.
 
     Args:
-        name: Of the sweep; with the name of fit, that of its study and its folder.
-        fit: The configuration of fit that all trials share; another pair, or another model, is another file here.
+        name: Name of the sweep; together with the name of fit, it names the study and its folder.
+        fit: Configuration of fit that all trials share; for another pair or model, give another file.
         grid: Values of any keys, by dotted key, e.g. {model.lr: [1e-4, 3e-4]}; all combinations are run.
-        variants: Keys that vary together: by name, labels that set several keys each.
-        ranges: Numbers that random and tpe draw: {model.lr: {low: 1e-5, high: 1e-2, log: true}}; integer: true for
-            whole ones.
+        variants: Keys that vary together: labels that set several keys each, by name.
+        ranges: Ranges from which random and tpe draw: {model.lr: {low: 1e-5, high: 1e-2, log: true}}; integer: true
+            for whole numbers.
         drop: Combinations to leave out: those in which every named axis has one of the values.
-        overrides: What else is changed in the configuration, for all trials, by dotted key.
-        arms: Named by the source of the delta and the target of the graft: B2I is Shadow-FT, I2I tunes the Instruct
-            directly; the Base, the Instruct or both are trained for them.
-        seeds: Each setting is trained with each.
-        scales: Strengths of the graft that every trial measures, without training anew; the first is the arm's own.
-        task_scales: Those of them, beyond the first, that the evaluators measure too.
-        metric: What a trial is judged by, as logged for its arm after val/grafted/ or val/tuned/: loss, new/score …;
-            several are averaged.
-        direction: minimize or maximize it.
+        overrides: Further changes of the configuration for all trials, by dotted key.
+        arms: Arms to measure, named by the source of the delta and the target of the graft: B2I is Shadow-FT, I2I
+            tunes the Instruct directly; the Base, the Instruct or both are trained for them.
+        seeds: Seeds; each setting is trained with each of them.
+        scales: Scales λ of the graft that every trial measures, at no further training; the first is the arm's own.
+        task_scales: Scales, beyond the first, at which the evaluators measure too.
+        metric: Metric that a trial is judged by, as logged for its arm after val/grafted/ or val/tuned/: loss,
+            new/score …; several are averaged.
+        direction: Whether to minimize or to maximize it.
         sampler: grid runs all combinations; random and tpe draw as many settings as trials says.
         sampler_options: Arguments of Optuna's sampler, e.g. {seed: 1}.
-        trials: How many settings random or tpe draws; each is run with all seeds.
-        pruner: Ends hopeless trials by their metric after each validation: Optuna's pruner of that name.
-        pruner_options: Its arguments, e.g. {n_startup_trials: 5} for median.
+        trials: Number of settings that random or tpe draws; each is run with all seeds.
+        pruner: Name of Optuna's pruner that ends hopeless trials by their metric after each validation.
+        pruner_options: Arguments of the pruner, e.g. {n_startup_trials: 5} for median.
         show: Further metrics of the report.
-        max_trials: More trials than this are an error.
+        max_trials: Largest number of trials; more are an error.
         storage: null for a file in the sweep's folder; another .journal file; or a database that several machines
             share, e.g. postgresql://user:password@host/name.
         out: Folder of trials and report; null for runs/sweeps/<name>-<fit>.
-        workers: Trials at a time; null for as many as the GPUs allow, or one without.
-        threads: Of torch, for each trial; null for an equal share of the cores, on the CPU.
-        gpus_per_trial: GPUs that each trial gets for itself, where there are any.
-        limit: Trials that this worker begins at most, e.g. 1 in a SLURM array; null for no limit.
-        dry_run: Only check, and list the trials.
+        workers: Number of trials that run at a time; null for as many as the GPUs allow, or one without GPUs.
+        threads: Threads of torch for each trial; null for an equal share of the cores, on the CPU.
+        gpus_per_trial: Number of GPUs that each trial gets for itself, where there are any.
+        limit: Largest number of trials that this worker begins, e.g. 1 in a SLURM array; null for no limit.
+        dry_run: Only check everything, and list the trials.
     """
-    console = Console(highlight=False)
+    console = make_console()
     definition = Definition(
         name, fit, overrides, grid, variants, ranges, drop, arms, seeds, scales, task_scales, metric, direction,
         sampler, sampler_options, trials, pruner, pruner_options, show, max_trials,
@@ -109,41 +111,41 @@ def run(
         console.print(f"{drawn or f'{len(planned)} trials'} in {folder}")
         return
     from shadowlit.studies.sweep.report import write_report
-    from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_places, keep_definition, visible_gpus
+    from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_slots, keep_definition, visible_gpus
     from shadowlit.studies.sweep.storage import open_storage
     from shadowlit.studies.sweep.study import SweepStudy, state_of
 
     visible = [] if definition.on_cpu else visible_gpus()
-    gpus = gpus_of_places(visible, gpus_per_trial, workers) if visible else []
-    places = len(gpus) or workers or 1
-    share = threads if threads is not None or gpus else max(1, (os.cpu_count() or 1) // places)
+    gpus = gpus_of_slots(visible, gpus_per_trial, workers) if visible else []
+    slots = len(gpus) or workers or 1
+    share = threads if threads is not None or gpus else max(1, (os.cpu_count() or 1) // slots)
     study = SweepStudy(definition, open_storage(storage, folder))
     keep_definition(folder, definition)
     with _progress(console, study) as (outcome, poll):
         scheduler = Scheduler(
-            study, folder, workers=places, threads=share, gpus=gpus, limit=limit, on_outcome=outcome, on_poll=poll
+            study, folder, workers=slots, threads=share, gpus=gpus, limit=limit, on_outcome=outcome, on_poll=poll
         )
         try:
             scheduler.run()
         finally:
             report_file = write_report(study, folder)
-    told = Counter(map(state_of, study.trials))
-    console.print(", ".join(f"{count} {state}" for state, count in sorted(told.items())))
+    counts = Counter(map(state_of, study.trials))
+    console.print(", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
     console.print(f"report    {report_file}")
-    if told["failed"]:
+    if counts["failed"]:
         raise ShadowlitError(
-            f"{told['failed']} trials failed; {report_file} tells why. Mend the cause, and start the same command "
-            "again: it tries them anew."
+            f"{counts['failed']} trials failed; {report_file} has the reasons. Fix the cause, and start the same "
+            "command again: it runs them again."
         )
 
 
 def report(folder: str | None = None, storage: str | None = None, name: str | None = None) -> None:
-    """Write the tables and pictures of a sweep, finished or not, from what its storage holds at this moment.
+    """Write the tables and plots of a sweep, finished or not, from what its storage holds at this moment.
 
     Args:
-        folder: Of the sweep, where the report goes; null for runs/sweeps/<name>.
-        storage: As the sweep's; null for the file in its folder.
-        name: Of the study, e.g. rank-demo_lora; needed where the storage holds several.
+        folder: Folder of the sweep, where the report goes; null for runs/sweeps/<name>.
+        storage: Storage of the sweep; null for the file in its folder.
+        name: Name of the study, e.g. rank-demo_lora; needed where the storage holds several.
     """
     from shadowlit.studies.sweep.report import write_report
     from shadowlit.studies.sweep.scheduler import keep_definition
@@ -160,7 +162,7 @@ def report(folder: str | None = None, storage: str | None = None, name: str | No
     found = open_storage(storage, home)
     definition = stored_definition(found, name)
     keep_definition(home, definition)
-    Console(highlight=False).print(f"report    {write_report(SweepStudy(definition, found), home)}")
+    make_console().print(f"report    {write_report(SweepStudy(definition, found), home)}")
 
 
 COMMANDS = {"run": run, "report": report}
@@ -168,7 +170,7 @@ DEFAULT = "run"
 
 
 def _check(definition: Definition, folder: Path) -> None:
-    """Let the parser of fit see every value that is varied, a few at a time; it names the key of whatever is wrong."""
+    """Let the parser of fit check every value that is varied, a few at a time; it names the key of what is wrong."""
     from shadowlit.lightning_cli import check
 
     if not Path(definition.fit).is_file():
@@ -186,7 +188,7 @@ def _check(definition: Definition, folder: Path) -> None:
 
 @contextmanager
 def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
-    """Show how many trials are done, and what runs with its metric so far; without a terminal, what ended."""
+    """Show how many trials have ended, and the metrics of those that run; without a terminal, only what has ended."""
     from rich.live import Live
     from rich.table import Table
 

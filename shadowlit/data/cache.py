@@ -1,4 +1,4 @@
-"""Where tokenised data are kept, and under which key: whatever the tokens depend on."""
+"""The cache of tokenised data: its folder, and the key, which covers everything that the tokens depend on."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
-_CODE = ("blocks", "dataset", "document", "formats", "images", "preference", "sources", "template")
+_CODE = (
+    "blocks", "conversation", "custom_formats", "dataset", "document", "formats", "images", "preference_formats",
+    "prepare", "sampler", "sources", "template",
+)  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 
 
 def default_folder() -> Path:
-    """The folder ``shadowlit`` beside what ``datasets`` keeps: ``HF_DATASETS_CACHE``, or ``HF_HOME``'s."""
+    """The folder ``shadowlit`` in the cache folder of ``datasets``: ``HF_DATASETS_CACHE``, or that of ``HF_HOME``."""
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser() / "shadowlit"
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
-    """A name for what ``settings`` and the tokenizer make, in hexadecimal.
+    """A hexadecimal name for the tokens that the settings and the tokenizer produce.
 
-    Our own code and the versions of what renders and tokenises are part of it, so that no change of theirs is
-    answered with what was made before.
+    It covers our own code and the versions of the packages that render and tokenise, so that tokens of an earlier
+    version are never read.
 
     Args:
-        tokenizer: A fast one, with the chat template in it.
-        settings: Whatever else the tokens depend on; anything that JSON can hold.
+        tokenizer: Fast tokenizer, with the chat template.
+        settings: Everything else that the tokens depend on, as JSON can represent it.
     """
     parts = {
         "settings": settings,
@@ -44,7 +47,7 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
 def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of a fast tokenizer: its class, vocabulary, rules, special tokens and chat template."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    for state in ("padding", "truncation"):  # of the last call, which ours set anew
+    for state in ("padding", "truncation"):  # of the last call; ours set them again
         core.pop(state, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     parts = [type(tokenizer).__name__, core, special, tokenizer.chat_template]

@@ -1,4 +1,4 @@
-"""Tokenised data sets: read once, kept as flat arrays of about five bytes a token, in memory or in a file."""
+"""Tokenised data sets: flat arrays of about five bytes per token, in memory or mapped from a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shadowlit.data.conversation import IGNORE_INDEX, Conversation, raise_all
 from shadowlit.data.formats import Message
 from shadowlit.data.images import Picture
 from shadowlit.data.packing import Pack, pack_samples
-from shadowlit.data.sampler import FILLER
+from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
 
@@ -26,20 +26,20 @@ Overlong = Literal["error", "truncate", "drop"]
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of a source.
+    """What a set holds, and what happened to the rows of its sources.
 
     Attributes:
         name: ``train``, ``val/<set>``, ``test/<set>`` or ``predict``.
         num_rows: Rows that were read.
         num_samples: Samples that are used; more than rows where rows were split.
-        num_split: Rows of which each assistant turn became a sample of its own.
-        num_truncated: Samples that were cut to ``max_length`` and used.
-        num_dropped: Samples that were left out: too long, or without a token with loss.
+        num_split: Rows in which each assistant turn became a sample of its own.
+        num_truncated: Samples that are used truncated to ``max_length``.
+        num_dropped: Samples that were left out: too long, or without a supervised token.
         num_tokens: Tokens of the used samples.
-        num_supervised_tokens: Those of them that carry loss.
+        num_supervised_tokens: Supervised tokens among them.
         longest: Tokens of the longest used sample.
-        num_packs: Rows that the samples are packed into; 0 where every sample is a row of its own.
-        num_slots: Positions that an epoch computes, padding included, over all ranks; known once batches are made.
+        num_packs: Rows that the samples are packed into; 0 where every sample has a row of its own.
+        num_slots: Positions that an epoch computes over all ranks, including padding; 0 before there are batches.
     """
 
     name: str
@@ -69,33 +69,32 @@ class DataReport:
 
     @property
     def fill(self) -> float:
-        """Share of the computed positions that hold tokens of samples, above 0 to 1; NaN before batches are made."""
+        """Share of the computed positions that hold tokens of samples, in (0, 1]; NaN before there are batches."""
         return self.num_tokens / self.num_slots if self.num_slots else math.nan
 
     @property
     def supervised_share(self) -> float:
-        """Share of the tokens that carry loss, 0 to 1."""
+        """Share of supervised tokens, 0 to 1."""
         return self.num_supervised_tokens / max(1, self.num_tokens)
 
     @property
     def lost(self) -> str:
-        """What wasn't used as it stood, e.g. ``3 truncated, 1 dropped``; empty if nothing."""
+        """What was changed or left out, e.g. ``3 truncated, 1 dropped``; empty if nothing was."""
         counts = (("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped))
         return ", ".join(f"{count:,} {what}" for what, count in counts if count)
 
 
 class TokenDataset(Dataset):
-    """Samples ``{"input_ids": list[int], "labels": list[int]}``; labels are -100 where there is no loss.
+    """Samples ``{"input_ids": list[int], "labels": list[int]}``; labels of unsupervised tokens are -100.
 
-    A sample with images has them too, not yet opened (``images``), and says where it is from (``origin``).
-
-    Index -1 isn't the last sample but the filler: two tokens without loss.
+    A sample with images also has ``images``, which are not opened yet, and ``origin``, its place in the source.
+    ``dataset[-1]`` is the last sample, ``dataset[FILLER]`` the filler: two unsupervised tokens.
 
     Args:
-        blocks: The tokenised samples.
-        sources: Names of the sources, by the numbers in the blocks.
-        filler_token: The token that the filler is made of.
-        file: The file that the blocks are mapped from, so that a copy in another process maps it too.
+        blocks: Tokenised samples.
+        sources: Names of the sources, by their numbers in the blocks.
+        filler_token: Token that the filler consists of.
+        file: File from which the blocks are mapped, so that a copy in another process maps it too.
     """
 
     def __init__(
@@ -109,9 +108,9 @@ class TokenDataset(Dataset):
         """Number of samples, fillers not counted."""
         return self._firsts[-1]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Sample ``index``, or the filler for -1."""
-        if index == FILLER:
+    def __getitem__(self, index: int | Filler) -> dict[str, Any]:
+        """Sample ``index``, counted from the end where it is negative, or the filler."""
+        if index is FILLER:
             return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE_INDEX] * 2}
         block, place = self._find(index)
         span = slice(block.ends[place], block.ends[place + 1])
@@ -123,7 +122,7 @@ class TokenDataset(Dataset):
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the blocks where they can be mapped again: pickled, they would be copied into every worker."""
+        """Leave out blocks that can be mapped again: pickled, they would be copied into every worker."""
         return {**self.__dict__, "_blocks": None} if self._file is not None else self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,48 +157,45 @@ class TokenDataset(Dataset):
         )
 
     def hashes(self) -> np.ndarray:
-        """A hash of each sample's tokens and images, ``[len(self)]`` uint64, to find identical ones."""
+        """Hashes of the samples' tokens and images, ``[len(self)]`` uint64, to find identical samples."""
         return np.concatenate([np.zeros(0, np.uint64), *(block.digest for block in self._blocks)])
 
     def digests(self) -> list[bytes]:
-        """As :meth:`hashes`, eight bytes each."""
+        """The values of :meth:`hashes` as eight bytes each."""
         return [value.tobytes() for value in self.hashes()]
 
     def _find(self, index: int) -> tuple[Block, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect_right(self._firsts, index) - 1
-        return self._blocks[number], index - self._firsts[number]
+        place = range(len(self))[index]
+        number = bisect_right(self._firsts, place) - 1
+        return self._blocks[number], place - self._firsts[number]
 
 
 class PackedDataset(Dataset):
-    """Packs of samples as rows, by the samples that they hold: ``packed[(17, 4)]``. See :func:`pack_samples`.
-
-    Index -1 is the filler, as in the set of samples.
+    """Packs of samples as rows; the index is the samples of a pack: ``packed[(17, 4)]``. See :func:`pack_samples`.
 
     Args:
-        samples: The samples that are packed.
+        samples: Samples that are packed.
     """
 
     def __init__(self, samples: TokenDataset) -> None:
         self._samples = samples
 
     def __len__(self) -> int:
-        """Number of samples: how many packs they make is the order's business."""
+        """Number of samples; the number of packs depends on the order."""
         return len(self._samples)
 
-    def __getitem__(self, pack: Pack | int) -> dict[str, list[int]]:
-        """The row of a pack, or the filler for -1."""
+    def __getitem__(self, pack: Pack | int | Filler) -> dict[str, list[int]]:
+        """The row of a pack, of a single sample, or of the filler."""
         return pack_samples([self._samples[index] for index in (pack if isinstance(pack, tuple) else (pack,))])
 
 
 class PromptDataset(Dataset):
-    """Prompts ``{"input_ids": list[int], "index": int}``, the index being the row; -1 for the filler.
+    """Prompts ``{"input_ids": list[int], "index": int}``, where ``index`` is the row, or -1 for the filler.
 
     Args:
-        prompts: The tokenised prompts, with their images.
-        origins: The rows they came from.
-        filler_token: The token that the filler is made of.
+        prompts: Tokenised prompts, with their images.
+        origins: Rows that they come from.
+        filler_token: Token that the filler consists of.
     """
 
     def __init__(self, prompts: list[Encoded], origins: list[Conversation], filler_token: int) -> None:
@@ -209,10 +205,10 @@ class PromptDataset(Dataset):
         """Number of prompts, fillers not counted."""
         return len(self._prompts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Prompt ``index``, or the filler for -1."""
-        if index == FILLER:
-            return {"input_ids": [self._filler_token] * 2, "index": FILLER}
+    def __getitem__(self, index: int | Filler) -> dict[str, Any]:
+        """Prompt ``index``, or the filler."""
+        if index is FILLER:
+            return {"input_ids": [self._filler_token] * 2, "index": FILLER_ROW}
         prompt, origin = self._prompts[index], self._origins[index]
         sample: dict[str, Any] = {"input_ids": prompt.input_ids, "index": origin.row}
         return {**sample, "images": prompt.pictures, "origin": str(origin)} if prompt.pictures else sample
@@ -238,21 +234,21 @@ def tokenise(
     drop_unsupervised: bool = False,
     keep: Callable[[Block], None] | None = None,
 ) -> tuple[TokenDataset, DataReport]:
-    """Tokenise conversations, cut or drop what is too long, and count.
+    """Tokenise conversations, truncate or drop samples that are too long, and count.
 
     Args:
-        name: For the report.
-        conversations: What was read.
-        encode: The samples that a conversation makes.
-        max_length: Longest sample, in tokens.
-        filler_token: See :class:`TokenDataset`.
-        overlong: What happens to longer ones: an error, the beginning is kept, or they are dropped.
-        drop_unsupervised: Drop samples without a token with loss instead of raising.
-        keep: Takes blocks of samples as they become large, so that memory needn't hold all; the data set is empty
-            then. None keeps them in memory.
+        name: Name of the set, for the report.
+        conversations: Conversations that were read.
+        encode: Function that turns the messages of a conversation into samples.
+        max_length: Maximum length of a sample, in tokens.
+        filler_token: As in :class:`TokenDataset`.
+        overlong: Treatment of longer samples: an error, truncation, or dropping.
+        drop_unsupervised: Drop samples without a supervised token instead of raising.
+        keep: Function that receives blocks of samples as they fill up, so that memory needn't hold all of them; the
+            returned data set is empty then. None keeps them in memory.
 
     Raises:
-        DataError: Samples that the template refuses, are too long or have no token with loss; up to five are listed.
+        DataError: Samples are refused by the template, too long, or without a supervised token; up to five are listed.
     """
     blocks: list[Block] = []
     keep = keep or blocks.append
@@ -264,7 +260,7 @@ def tokenise(
         num_rows += 1
         try:
             samples = encode(conversation.messages)
-            if not samples:  # every turn is kept out of the loss
+            if not samples:  # no turn is supervised
                 samples = [Encoded([], [])]
             groups = [[sample] for sample in samples]
             if conversation.other is not None:
@@ -310,17 +306,17 @@ def tokenise_prompts(
     max_length: int,
     filler_token: int,
 ) -> tuple[PromptDataset, DataReport]:
-    """Tokenise prompts. None is cut: an answer to half a question would be worth nothing.
+    """Tokenise prompts. They are never truncated: the answer to half a question would be worthless.
 
     Args:
-        name: For the report.
-        conversations: What was read.
-        encode: The tokens of a prompt.
-        max_length: Longest prompt, in tokens.
-        filler_token: See :class:`PromptDataset`.
+        name: Name of the set, for the report.
+        conversations: Conversations that were read.
+        encode: Function that turns the messages of a prompt into tokens.
+        max_length: Maximum length of a prompt, in tokens.
+        filler_token: As in :class:`PromptDataset`.
 
     Raises:
-        DataError: Prompts that the template refuses or that are too long; up to five are listed.
+        DataError: Prompts are refused by the template or too long; up to five are listed.
     """
     kept, origins, errors = [], list(conversations), []
     for conversation in origins:
@@ -339,7 +335,7 @@ def tokenise_prompts(
 
 
 def count_shared(one: Any, other: Any) -> int:
-    """How many samples of ``other`` are token for token in ``one``."""
+    """Number of samples of ``other`` whose tokens are those of a sample of ``one``."""
     return int(np.isin(other.hashes(), one.hashes()).sum())
 
 
@@ -361,10 +357,10 @@ def _both(first: list[Encoded], second: list[Encoded]) -> list[Encoded]:
 def _fit_all(
     group: list[Encoded], max_length: int, overlong: Overlong, drop_unsupervised: bool, labelled: bool
 ) -> list[Encoded] | None:
-    """The sequences of a sample as they are used, or None where it is dropped."""
+    """The sequences of a sample, truncated where needed, or None where the sample is dropped."""
     fitted = []
     for number, sample in enumerate(group):
-        # What KTO compares a labelled answer with is none of the user's making: it may always be cut.
+        # The other answer that KTO compares with isn't part of the user's row: it may always be truncated.
         one = _fit(sample, max_length, "truncate" if labelled and number else overlong, drop_unsupervised)
         if one is None:
             return None
@@ -380,7 +376,7 @@ def _fit_all(
 
 
 def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised: bool) -> Encoded | None:
-    """The sample as it is used, or None where it is dropped."""
+    """The sample, truncated where needed, or None where it is dropped."""
     length = len(sample.input_ids)
     fitted = sample
     if length > max_length:

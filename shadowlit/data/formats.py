@@ -1,4 +1,4 @@
-"""The formats of training data, each turned into ``messages`` at the edge by one pure function.
+"""The built-in formats of training data; one pure function per format turns its rows into messages.
 
 ===================  ==================================================================================
 ``messages``         ``{"messages": [{"role": "user", "content": "…"}, …]}``
@@ -8,13 +8,15 @@
 ``text``             ``{"text": "…"}``: a document, trained on as it is, without a chat template
 ===================  ==================================================================================
 
-``system`` and alpaca's ``input`` may be missing or empty. Other columns are left alone. An assistant message may
-carry ``"train": false`` (or ``"weight": 0``), which keeps it out of the loss.
+``system`` and alpaca's ``input`` may be missing or empty. Other columns are ignored. An assistant message may have
+``"train": false`` (or ``"weight": 0``), which excludes it from the loss.
 
-Images are parts of a message's content, ``[{"type": "image", "path": "red.png"}, {"type": "text", "text": "…"}]``, the
-file also called ``image``, ``url`` or ``bytes``; or they stand in a column ``images`` (or ``image``), and the texts say
-``<image>`` where each belongs, or the parts have none of their own. A message's content that is a list of texts only is
-their text.
+Images are parts of a message's content, ``[{"type": "image", "path": "red.png"}, {"type": "text", "text": "…"}]``;
+``image``, ``url`` or ``bytes`` may replace ``path``. Alternatively a column ``images`` (or ``image``) holds them, and
+``<image>`` in the texts, or image parts without a file, mark their places. A list of texts is concatenated.
+
+Formats from outside the package are described in :mod:`shadowlit.data.custom_formats`, those of preferences in
+:mod:`shadowlit.data.preference_formats`.
 """
 
 from __future__ import annotations
@@ -25,20 +27,19 @@ from typing import Any, Literal
 
 from shadowlit.errors import DataError
 
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 Message = dict[str, Any]
 Samples = Literal["conversations", "pairs", "labels"]
-"""What one sample is: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
+"""Kind of sample: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
 
 PLACEHOLDER = "<image>"
-"""What stands for an image of the column ``images`` in a text."""
+"""Marks the place of an image of the column ``images`` in a text."""
 
 DOCUMENT = "document"
-"""The role of the only message of plain text."""
+"""Role of the only message of a document."""
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _IMAGES = ("images", "image")
-# Beside role and content, what a chat template may look at.
+# Fields next to role and content that a chat template may use.
 _EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 _SPEAKERS = {
     "system": "system",
@@ -54,8 +55,15 @@ _SPEAKERS = {
 
 
 @dataclass(frozen=True)
-class _Spec:
-    """A format: the columns that name it, those that a prompt alone needs, those that it also reads."""
+class Format:
+    """A format of conversations.
+
+    Attributes:
+        convert: Function of a row, and of whether it is a prompt that needs no answer, that returns the messages.
+        required: Columns by which ``auto`` detects the format.
+        prompt: Columns that a prompt without an answer needs.
+        optional: Further columns that are read.
+    """
 
     convert: Callable[[Mapping[str, Any], bool], list[Message]]
     required: tuple[str, ...]
@@ -69,16 +77,16 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
     Args:
         row: The columns of one sample.
         format: A format's name, not ``auto``.
-        prompts_only: Accept a row that has nothing to learn from: no assistant turn, no answer.
+        prompts_only: Accept a row without an assistant turn.
 
     Returns:
         Messages with ``role`` and ``content``, and ``train: False`` where a turn stays out of the loss.
 
     Raises:
-        DataError: The row is malformed, or has more images than places for them, or fewer. The message doesn't say
-            which row it is.
+        DataError: The row is malformed, or the numbers of its images and of their places differ. The message doesn't
+            say which row it is.
     """
-    messages = _with_images(_SPECS[format].convert(row, prompts_only), row)
+    messages = _with_images(FORMATS[format].convert(row, prompts_only), row)
     if not prompts_only and not any(message["role"] in ("assistant", DOCUMENT) for message in messages):
         hint = " Its pair of answers is for model.objective=DPO and the like." if "chosen" in row else ""
         raise DataError(f"has no assistant turn, so there is nothing to learn. Remove the row or add the answer.{hint}")
@@ -89,20 +97,20 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
     """The format that ``columns`` belong to.
 
     Args:
-        columns: Names of the columns that were found.
-        source: The file, for the error.
-        prompts_only: Also accept columns that hold a prompt without an answer.
+        columns: Names of the columns of the source.
+        source: Name of the source, for the error.
+        prompts_only: Also accept the columns of a prompt without an answer.
 
     Raises:
         DataError: No format has these columns, or more than one has.
     """
     found = set(columns)
-    matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.required)]
+    matching = [name for name, spec in FORMATS.items() if found.issuperset(spec.required)]
     if not matching and prompts_only:
-        matching = [name for name, spec in _SPECS.items() if found.issuperset(spec.prompt)]
+        matching = [name for name, spec in FORMATS.items() if found.issuperset(spec.prompt)]
     if not matching:
         raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. {_remedy(found)}")
-    if len(matching) > 1:  # many data sets of conversations have them once more as text
+    if len(matching) > 1:  # many data sets repeat their conversations as text
         matching = [name for name in matching if name != "text"]
     if len(matching) > 1:
         raise DataError(
@@ -113,13 +121,13 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
 
 
 def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_only: bool = False) -> None:
-    """Raise where a forced ``format`` lacks columns.
+    """Check that a source has the columns of the ``format`` that was set.
 
     Raises:
         DataError: A column of ``format`` is missing.
     """
     found = set(columns)
-    spec = _SPECS[format]
+    spec = FORMATS[format]
     missing = [name for name in (spec.prompt if prompts_only else spec.required) if name not in found]
     if missing:
         raise DataError(
@@ -130,7 +138,7 @@ def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_o
 
 def unused_columns(columns: Iterable[str], format: str) -> list[str]:
     """The columns that ``format`` doesn't read, sorted."""
-    spec = _SPECS[format]
+    spec = FORMATS[format]
     return sorted(set(columns) - {*spec.required, *spec.optional, *_IMAGES})
 
 
@@ -153,7 +161,7 @@ def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Me
     for number, turn in enumerate(_field(row, "conversations", list)):
         where = f"conversations[{number}]"
         if not isinstance(turn, Mapping):
-            raise DataError(f"has {_shown(turn)} in {where}; expected an object with 'from' and 'value'.")
+            raise DataError(f"has {shown(turn)} in {where}; expected an object with 'from' and 'value'.")
         if turn.get("from") is None and turn.get("role") is not None:
             turns.append(turn)
             continue
@@ -183,7 +191,7 @@ def from_alpaca(row: Mapping[str, Any], prompts_only: bool = False) -> list[Mess
 
 
 def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    """``{"prompt", "completion"}``, strings or lists of messages, to messages; loss on the completion only.
+    """``{"prompt", "completion"}``, strings or lists of messages, to messages; only the completion is supervised.
 
     Raises:
         DataError: A field is missing, of the wrong type or empty, or the completion holds no assistant turn.
@@ -203,24 +211,24 @@ def from_text(row: Mapping[str, Any], prompts_only: bool = False) -> list[Messag
     """``{"text"}`` to one message of the role ``document``.
 
     Raises:
-        DataError: The field is missing, of the wrong type or empty, or a prompt is asked for.
+        DataError: The field is missing, of the wrong type or empty, or a prompt is expected.
     """
     if prompts_only:
         raise DataError("is plain text, which has no turn to answer. Give prompts as messages.")
     return [{"role": DOCUMENT, "content": _filled(_field(row, "text", str), "text")}]
 
 
-_SPECS: dict[str, _Spec] = {
-    "messages": _Spec(from_messages, ("messages",), ("messages",)),
-    "sharegpt": _Spec(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
-    "alpaca": _Spec(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system")),
-    "prompt_completion": _Spec(from_prompt_completion, ("prompt", "completion"), ("prompt",)),
-    "text": _Spec(from_text, ("text",), ("text",)),
+FORMATS: dict[str, Format] = {
+    "messages": Format(from_messages, ("messages",), ("messages",)),
+    "sharegpt": Format(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
+    "alpaca": Format(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system")),
+    "prompt_completion": Format(from_prompt_completion, ("prompt", "completion"), ("prompt",)),
+    "text": Format(from_text, ("text",), ("text",)),
 }
 
 
 def _with_images(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
-    """Put the images of a row's column in their places."""
+    """Insert the images of a row's column at their places."""
     given = [value for name in _IMAGES if row.get(name) is not None for value in _as_list(row[name])]
     column = next((name for name in _IMAGES if name in row), None)
     rest, num_places = iter(given), 0
@@ -252,7 +260,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _at_placeholders(text: str) -> list[dict[str, Any]]:
-    """A text cut into parts at its placeholders, without the line breaks beside them, which a template writes."""
+    """Split a text at its placeholders, and drop the line breaks next to them, which the template writes."""
     first, *others = text.split(PLACEHOLDER)
     parts: list[dict[str, Any]] = [{"type": "text", "text": first.removesuffix("\n")}]
     for between in others:
@@ -261,7 +269,7 @@ def _at_placeholders(text: str) -> list[dict[str, Any]]:
 
 
 def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
-    """A message's content in parts, checked; their text, where no image is among them."""
+    """Check the parts of a message's content; without an image among them, return their text."""
     parts: list[dict[str, Any]] = []
     for number, part in enumerate(content):
         place = f"'content' of {where}, part {number}"
@@ -273,7 +281,7 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
             values = (part[key] for key in ("image", "image_url", "path", "url", "bytes") if part.get(key) is not None)
             parts.append({"type": "image", "image": next(values, None)})
         else:
-            raise DataError(f"has {_shown(part)} in {place}; expected an object of type text or image. Correct it.")
+            raise DataError(f"has {shown(part)} in {place}; expected an object of type text or image. Correct it.")
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts)
     return parts
@@ -288,11 +296,11 @@ def said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
         return _turns(value, name)
     if name not in row:
         raise DataError(f"lacks the field '{name}'. Add it.")
-    raise DataError(f"has {_shown(value)} in '{name}'; expected a text or a list of messages.")
+    raise DataError(f"has {shown(value)} in '{name}'; expected a text or a list of messages.")
 
 
 def _turns(turns: Sequence[Any], name: str) -> list[Message]:
-    """Check a list of messages; keep of each what a template or the loss looks at."""
+    """Check a list of messages; keep the fields that the template or the loss uses."""
     if not turns:
         raise DataError(f"has an empty list in '{name}'. Remove the row.")
     return [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns)]
@@ -300,7 +308,7 @@ def _turns(turns: Sequence[Any], name: str) -> list[Message]:
 
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping):
-        raise DataError(f"has {_shown(turn)} in {where}; expected an object with 'role' and 'content'.")
+        raise DataError(f"has {shown(turn)} in {where}; expected an object with 'role' and 'content'.")
     role = _field(turn, "role", str, where)
     if role not in ROLES:
         raise DataError(f"has the unknown role {role!r} in {where}; expected one of {', '.join(ROLES)}. Rename it.")
@@ -319,14 +327,12 @@ def _turn(turn: Any, where: str) -> Message:
 
 
 def _trained(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether an assistant turn carries loss."""
+    """Whether an assistant turn is supervised."""
     train, weight = turn.get("train"), turn.get("weight")
     if train not in (None, True, False):
-        raise DataError(f"has 'train': {_shown(train)} in {where}; expected true or false.")
+        raise DataError(f"has 'train': {shown(train)} in {where}; expected true or false.")
     if weight not in (None, 0, 1):
-        raise DataError(
-            f"has 'weight': {_shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise."
-        )
+        raise DataError(f"has 'weight': {shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise.")
     return train is not False and weight != 0
 
 
@@ -345,7 +351,7 @@ def _field(row: Mapping[str, Any], name: str, kind: type, where: str = "", defau
         raise DataError(f"lacks the field '{name}'{place}. Add it or remove the row.")
     if not isinstance(value, kind):
         expected = "a text" if kind is str else "a list"
-        raise DataError(f"has {_shown(value)} in '{name}'{place}; expected {expected}. Correct or remove the row.")
+        raise DataError(f"has {shown(value)} in '{name}'{place}; expected {expected}. Correct or remove the row.")
     return value
 
 
@@ -355,8 +361,8 @@ def _filled(text: str, name: str) -> str:
     return text
 
 
-def _shown(value: Any) -> str:
-    """A value in an error: its type and its first characters."""
+def shown(value: Any) -> str:
+    """A value as an error shows it: its first characters and its type."""
     if value is None:
         return "null"
     text = repr(value)
@@ -374,5 +380,5 @@ def _remedy(found: set[str]) -> str:
 
 
 def _accepted(prompts_only: bool) -> str:
-    formats = (f"{', '.join(s.prompt if prompts_only else s.required)} ({name})" for name, s in _SPECS.items())
+    formats = (f"{', '.join(s.prompt if prompts_only else s.required)} ({name})" for name, s in FORMATS.items())
     return "accepted are " + ", or ".join(formats)

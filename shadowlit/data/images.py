@@ -24,6 +24,7 @@ from torch import Tensor
 
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.formats import Message
+from shadowlit.data.sampler import FILLER_ROW
 from shadowlit.errors import DataError, PairError
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ class ImageCollate:
         loaded = [list(_loaded(sample)) for sample in samples if sample.get("images")]
         if not loaded:
             tokens, blank = self.images.filler()
-            samples = [*samples, {"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens), "index": -1}]
+            samples = [*samples, {"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens), "index": FILLER_ROW}]
             loaded = [[blank]]
         batch = self.collate(samples)
         return {**batch, **self.images.inputs(batch["input_ids"], loaded)}

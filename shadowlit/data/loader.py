@@ -1,4 +1,4 @@
-"""A DataLoader that knows where it is, and goes on from there."""
+"""A DataLoader with a position in the data, from which it can resume."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from shadowlit.data.sampler import ShardedBatchSampler
 
 
 class ResumableLoader(DataLoader):
-    """Iterates over one epoch after the other; its state is the next batch to deliver.
+    """Iterates over one epoch after another; its state is the position of the next batch.
 
-    A batch counts when it is handed to the training loop, so what workers have fetched ahead doesn't matter. With
-    the last batch of an epoch the state is already the start of the next one. ``len`` is always that of a whole
-    epoch: after a resume at batch b Lightning counts on from b, and the loader delivers the rest.
+    A batch counts when it is handed to the training loop; batches that workers have prefetched don't. With the last
+    batch of an epoch, the state becomes the start of the next epoch. ``len`` is always that of a whole epoch: after a
+    resume at batch b Lightning continues to count from b, and the loader yields the remaining batches.
 
     Lightning saves and restores the state of a training loader by itself, except in checkpoints from the end of an
     epoch, whose loader states it saves but doesn't restore (``_FitLoop._load_combined_loader_states`` asks for
     ``restarting``). ``ShadowData`` therefore keeps the position in its own state too.
 
-    An iterator that is left before its end (an epoch cut short) isn't taken up again: the next one begins the next
-    epoch, as it does with any other loader.
+    An iterator that is abandoned before its end (an epoch cut short) is not resumed: the next iterator begins the next
+    epoch, as with any other loader.
 
     Args:
-        dataset: Map-style; index -1 must give the filler.
-        batch_sampler: Decides the batches.
-        epoch: The first epoch to deliver.
-        batches_per_epoch: Batches after which the training loop ends an epoch, where it doesn't take them all
+        dataset: Map-style data set that has a filler for :data:`~shadowlit.data.sampler.FILLER`.
+        batch_sampler: Sampler that decides the batches.
+        epoch: First epoch.
+        batches_per_epoch: Number of batches after which the training loop ends an epoch, if it doesn't take all
             (``limit_train_batches``); at most ``len``.
-        options: Passed to ``torch.utils.data.DataLoader``.
+        options: Options of ``torch.utils.data.DataLoader``.
     """
 
     batch_sampler: ShardedBatchSampler
@@ -47,20 +47,20 @@ class ResumableLoader(DataLoader):
     ) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **_quiet(options))
         self._epoch, self._batch = epoch, 0
-        self._exact = True  # the position was set, and doesn't stem from an iterator left half-way
+        self._exact = True  # the position was set, and isn't that of an abandoned iterator
         self._last = min(batches_per_epoch or len(batch_sampler), len(batch_sampler))
 
     def state_dict(self) -> dict[str, int]:
-        """``{"epoch", "batch"}`` of the next batch to deliver, both from 0."""
+        """``{"epoch", "batch"}`` of the next batch, both from 0."""
         return {"epoch": self._epoch, "batch": self._batch}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a position that :meth:`state_dict` gave."""
+        """Resume from a position that :meth:`state_dict` returned."""
         self._epoch, self._batch = state_dict["epoch"], state_dict["batch"]
         self._exact = True
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """The rest of the epoch. A generator: Lightning opens iterators early and drops them unused."""
+        """Yield the rest of the epoch. A generator, since Lightning creates iterators early and drops them unused."""
         if self._batch and not self._exact:
             self._epoch, self._batch = self._epoch + 1, 0
         self._exact = False
@@ -72,15 +72,15 @@ class ResumableLoader(DataLoader):
 
 
 def make_loader(dataset: Dataset, batch_sampler: ShardedBatchSampler, **options: Any) -> DataLoader:
-    """A plain loader over this rank's part of an evaluation set, in the set's order.
+    """A plain loader for this rank's part of an evaluation set, in the order of the sampler.
 
-    Built of a sampler and a batch size instead of the batch sampler, which Lightning can't rebuild for ``predict``:
-    all batches but the last are full, so cutting the flat list gives the same batches.
+    It has a sampler and a batch size instead of the batch sampler, which Lightning can't rebuild for ``predict``. All
+    batches but the last are full, so splitting the flat list gives the same batches.
     """
     own = [index for batch in batch_sampler for index in batch]
     return DataLoader(dataset, sampler=own, batch_size=batch_sampler.batch_size, **_quiet(options))
 
 
 def _quiet(options: dict[str, Any]) -> dict[str, Any]:
-    """Give the loader a generator of its own: else every iteration draws from the global one, and shifts dropout."""
+    """Give the loader its own generator: otherwise every iteration draws from the global one, and changes dropout."""
     return {"generator": torch.Generator().manual_seed(0), **options}

@@ -16,6 +16,7 @@ from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.errors import DataError
+from shadowlit.progress import make_console
 
 # Two shades each, so that neighbouring tokens can be told apart.
 _LOSS = ("black on green", "black on bright_green")
@@ -38,7 +39,7 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
     Raises:
         DataError: There is no such set, or the data can't be used.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     data.setup(_stage(data, split))
     dataset = data.prompts if split == "predict" else data.dataset(split)
     assert dataset is not None
@@ -58,7 +59,7 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
             head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {num_loss} with loss"
             # Not a rule, which would cut a long path and the numbers behind it.
             console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
-            console.print(render_sample(data.tokenizer, tokens, labels, coloured))
+            console.print(render_sample(data.tokenizer, tokens, labels, coloured), soft_wrap=False)
     console.print(_legend(coloured))
     console.print(_table(data.reports.values()))
 
@@ -142,10 +143,10 @@ def _legend(coloured: bool) -> Text:
 def _table(reports: Iterable[DataReport]) -> Table:
     """One line per set that was read."""
     table = Table(title="what was read", title_justify="left")
-    table.add_column("set")
+    table.add_column("set", overflow="fold")
     for column in ("rows", "samples", "tokens", "with loss", "longest"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("lost")
+        table.add_column(column, justify="right", overflow="fold")
+    table.add_column("lost", overflow="fold")
     for report in reports:
         numbers = (report.num_rows, report.num_samples, report.num_tokens)
         share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"

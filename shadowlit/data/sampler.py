@@ -1,45 +1,57 @@
-"""Which samples stand in which batch of which rank: a function of the seed and the epoch, and nothing else."""
+"""The samples in each batch of each rank, as a function of the seed and the epoch alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from enum import Enum
+from typing import Any, Final
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from shadowlit.errors import DataError
 
-FILLER = -1
+
+class Filler(Enum):
+    """Type of :data:`FILLER`."""
+
+    FILLER = "filler"
+
+
+FILLER: Final = Filler.FILLER
+"""Index of the filler: a sample without supervision that a rank gets where no sample is left for it."""
+
+FILLER_ROW = -1
+"""What a batch has for a filler instead of the index of a sample or row."""
+
 _MEGABATCH = 64  # global batches whose samples are sorted together by length
 
 Order = Callable[[int], Sequence[Any] | np.ndarray]
-"""The items of an epoch in their order, equally many in each."""
+"""Function from an epoch to its items in order; every epoch has the same number of items."""
 
 
 class ShardedBatchSampler(Sampler[list[Any]]):
-    """Splits every global batch over the ranks, without duplicates and with equally many batches on each.
+    """Splits every global batch over the ranks, without duplicates and with the same number of batches on each rank.
 
     A global batch is ``num_replicas · batch_size`` consecutive items of the epoch's order; rank ``r`` takes every
-    ``num_replicas``-th of them from the ``r``-th on. So one process with batches of 2B and two with batches of B see
-    the same global batches. In the last one, which may be smaller, a rank that comes off short gets the index
-    :data:`FILLER`: fewer than ``num_replicas`` per epoch, always in the last batch. For 5 samples, 2 ranks,
-    batches of 2 and no shuffling::
+    ``num_replicas``-th of them, beginning with number ``r``. So one process with batches of 2B and two with batches of
+    B see the same global batches. The last global batch may be smaller; a rank for which it has one sample too few gets
+    the index :data:`FILLER` instead. There are fewer than ``num_replicas`` fillers per epoch, all in the last batch.
+    For 5 samples, 2 ranks, batches of 2 and no shuffling::
 
         global batch   rank 0    rank 1
         0 1 2 3        0 2       1 3
         4              4         FILLER
 
     Args:
-        num_samples: Size of the data set; the items of an epoch, where ``order`` is given.
+        num_samples: Size of the data set, or the number of items of an epoch where ``order`` is given.
         batch_size: Samples per rank and batch.
         num_replicas: Number of ranks.
-        rank: This process, from 0.
-        seed: With the epoch it decides the order.
-        shuffle: A new order each epoch; else the data set's own.
-        drop_last: Leave an incomplete last global batch out.
-        order: The items of an epoch in their order, instead of samples drawn from the seed: packs, or samples grouped
-            by length.
+        rank: Rank of this process, from 0.
+        seed: Seed for the order, together with the epoch.
+        shuffle: Draw a new order for each epoch instead of keeping that of the data set.
+        drop_last: Leave out an incomplete last global batch.
+        order: Function that gives the items of an epoch instead: packs, or samples grouped by length.
 
     Raises:
         DataError: A number is out of its range, or ``drop_last`` leaves nothing.
@@ -75,7 +87,7 @@ class ShardedBatchSampler(Sampler[list[Any]]):
 
     @property
     def global_batch_size(self) -> int:
-        """Samples that all ranks take together in one batch."""
+        """Samples per batch, over all ranks."""
         return self.num_replicas * self.batch_size
 
     def __len__(self) -> int:
@@ -84,21 +96,21 @@ class ShardedBatchSampler(Sampler[list[Any]]):
         return whole + (rest > 0 and not self.drop_last)
 
     def seek(self, epoch: int, start: int = 0) -> None:
-        """Let the next iteration begin with batch ``start`` of ``epoch``."""
+        """Make the next iteration begin with batch ``start`` of ``epoch``."""
         self.epoch, self.start = epoch, start
 
     def __iter__(self) -> Iterator[list[Any]]:
-        """This rank's batches of the epoch, from the start on."""
+        """This rank's batches of the current epoch, from the current start."""
         return self.batches(self.epoch, self.start)
 
     def order(self, epoch: int) -> Sequence[Any] | np.ndarray:
-        """What all ranks together take in ``epoch``, in this order."""
+        """The items of ``epoch`` in order, over all ranks."""
         if self._order is not None:
             return self._order(epoch)
         return epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[Any]]:
-        """This rank's batches of ``epoch`` from number ``start`` on."""
+        """This rank's batches of ``epoch``, from number ``start``."""
         order = self.order(epoch)
         for number in range(start, len(self)):
             first = number * self.global_batch_size
@@ -116,17 +128,17 @@ def epoch_order(num_samples: int, seed: int, epoch: int = 0, shuffle: bool = Tru
 
 
 def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int = 0) -> np.ndarray:
-    """An order in which the samples of a global batch are about equally long.
+    """An order in which the samples of a global batch have similar lengths.
 
-    A permutation is cut into stretches of 64 global batches, each of which is sorted by length; the batches that
-    this makes are shuffled over the whole epoch, so that their lengths follow no course. What makes no whole batch
-    comes last, and is a random choice.
+    A permutation is split into chunks of 64 global batches, and each chunk is sorted by length. The resulting batches
+    are shuffled over the whole epoch, so that there is no trend in their lengths. The incomplete last batch is a random
+    choice.
 
     Args:
-        lengths: ``[N]`` int, tokens of each sample.
-        global_batch_size: Samples that all ranks take together in one batch.
-        seed: With the epoch it decides the order.
-        epoch: From 0.
+        lengths: Tokens of each sample, ``[N]`` int.
+        global_batch_size: Samples per batch, over all ranks.
+        seed: Seed for the order, together with the epoch.
+        epoch: Number of the epoch, from 0.
 
     Returns:
         ``[N]`` int64 indices, a permutation.
@@ -141,14 +153,14 @@ def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch:
 
 
 def evaluation_order(lengths: np.ndarray, global_batch_size: int) -> np.ndarray:
-    """An order in which the samples of a global batch are as equally long as can be; the same always.
+    """A fixed order in which the lengths within a global batch are as similar as possible.
 
-    Whole batches come in the order of their first samples, so the first one holds the first sample of the set and
-    isn't all of the longest; the shortest samples, if they make no whole batch, come last.
+    Whole batches are ordered by the smallest index in each, so that the first batch has the first sample of the set
+    rather than the longest samples. The shortest samples come last where they don't fill a batch.
 
     Args:
-        lengths: ``[N]`` int, tokens of each sample.
-        global_batch_size: Samples that all ranks take together in one batch.
+        lengths: Tokens of each sample, ``[N]`` int.
+        global_batch_size: Samples per batch, over all ranks.
 
     Returns:
         ``[N]`` int64 indices, a permutation.
@@ -162,14 +174,14 @@ def evaluation_order(lengths: np.ndarray, global_batch_size: int) -> np.ndarray:
 def count_slots(
     sizes: np.ndarray, batch_size: int, num_replicas: int = 1, multiple: int | None = None, flatten: bool = False
 ) -> int:
-    """Positions that all ranks compute in an epoch when every batch is padded to its longest row.
+    """Number of positions that all ranks compute in an epoch, where every batch is padded to its longest row.
 
     Args:
-        sizes: ``[N]`` int, tokens of each row, in the epoch's order.
+        sizes: Tokens of each row in the order of the epoch, ``[N]`` int.
         batch_size: Rows per rank and batch.
         num_replicas: Number of ranks.
-        multiple: What the length of a batch is rounded up to.
-        flatten: The rows of a batch make one, which is rounded up as a whole.
+        multiple: Multiple to which the length of a batch is rounded up.
+        flatten: Whether the rows of a batch are concatenated into one.
     """
     rows = batch_size * num_replicas
     grid = np.zeros((-(-len(sizes) // rows), batch_size, num_replicas), np.int64)

@@ -1,7 +1,7 @@
-"""Reads files and hub data sets into conversations; every error names the file, the row and the cure.
+"""Reads files and hub data sets into conversations; every error names the file, the row and the remedy.
 
-JSON is parsed here rather than by ``datasets``, whose reader knows no line numbers and refuses rows of unequal
-keys. What is read whole is kept in memory; a stream holds a row at a time.
+JSON is parsed here rather than by ``datasets``, whose reader has no line numbers and refuses rows with different keys.
+A source that is read as a whole is held in memory; a stream holds one row at a time.
 """
 
 from __future__ import annotations
@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, collect, place, raise_all
+from shadowlit.data.conversation import Conversation, collect, place
+from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
+from shadowlit.data.preference_formats import read_preferences, require_columns
 from shadowlit.errors import DataError
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -56,15 +59,16 @@ def read_conversations(
     Args:
         source: ``.json`` (a list of objects, or one object per line), ``.jsonl``, ``.parquet``, a folder that
             ``datasets`` can read, or a hub data set ``org/name[/config][@revision][:split]``.
-        format: ``auto``, or a format's name.
+        format: ``auto``, or a format as in :func:`shadowlit.data.custom_formats.find_format`.
         use: ``train``, ``validation`` or ``test``: the split of a folder or hub data set where none is named.
         prompts_only: Accept rows without an answer.
-        samples: What one row holds: a conversation, or a pair or labelled answer, whose format is found by itself.
-        tell: Gets what there is to say about the source, and whether it is a warning; None for :func:`say`.
+        samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
+            always detected.
+        tell: Function that receives messages about the source, and whether each is a warning; None for :func:`say`.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
-            of those are listed.
+            of those are listed. Or there is no such format.
     """
     rows = read_rows(source, use)
     if not rows:
@@ -72,20 +76,20 @@ def read_conversations(
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.columns for row in rows if isinstance(row.columns, dict)), {})
     if samples != "conversations" and not prompts_only:
-        return _preferences(source, rows, first, samples)
+        return _preferences(source, rows, first, samples, format)
     return collect(_converter(source, first, format, prompts_only, tell or say), rows)
 
 
 def stream_conversations(source: str, format: str = "auto", *, use: str = "train") -> Iterator[Conversation]:
-    """The rows of a file or a hub data set one after the other, without holding more than one of them.
+    """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
     Args:
-        source: As for :func:`read_conversations`, but for a ``.json`` that is one list.
-        format: ``auto``, or a format's name.
-        use: As for :func:`read_conversations`.
+        source: As in :func:`read_conversations`, except for a ``.json`` file that is one list.
+        format: As in :func:`read_conversations`.
+        use: As in :func:`read_conversations`.
 
     Raises:
-        DataError: The source can't be read, or the row that is due is malformed.
+        DataError: The source can't be read, or the next row is malformed. Or there is no such format.
     """
     convert: Callable[[Row], Conversation] | None = None
     for row in stream_rows(source, use):
@@ -95,57 +99,64 @@ def stream_conversations(source: str, format: str = "auto", *, use: str = "train
         yield convert(row)
 
 
+def stream_sources(sources: Sequence[str], format: str) -> Iterator[Conversation]:
+    """Yield the rows of several sources, one source after another; as :func:`stream_conversations`."""
+    for source in sources:
+        yield from stream_conversations(source, format)
+
+
 def _converter(
     source: str, first: dict[str, Any], format: str, prompts_only: bool, tell: Callable[[str, bool], None]
 ) -> Callable[[Row], Conversation]:
-    """What makes a conversation of a row of a source, whose columns are those of its first row."""
-    if format == "auto":
-        format = detect_format(first, source=source, prompts_only=prompts_only)
-    else:
-        check_columns(first, format, source=source, prompts_only=prompts_only)
-    if unused := unused_columns(first, format):
-        tell(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
+    """A function that turns a row of a source, whose first row has the columns ``first``, into a conversation."""
+    custom = find_format(format)
+    if custom is None:
+        if format == "auto":
+            format = detect_format(first, source=source, prompts_only=prompts_only)
+        else:
+            check_columns(first, format, source=source, prompts_only=prompts_only)
+        if unused := unused_columns(first, format):
+            tell(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
+    to_messages = partial(convert_row, format=format) if custom is None else custom.convert
     if first.get("tools"):
         tell(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
-
     folder = folder_of(source)
 
     def convert(row: Row) -> Conversation:
-        where = place(source, row.index, row.line)
-        if not isinstance(row.columns, dict):
-            raise DataError(_no_object(source, row))
         try:
-            messages = locate(convert_row(row.columns, format, prompts_only=prompts_only), folder)
+            _require_object(row.columns)
+            messages = locate(to_messages(row.columns, prompts_only=prompts_only), folder)
         except DataError as error:
-            raise DataError(f"{where} {error}") from None
+            raise DataError(f"{place(source, row.index, row.line)} {error}") from None
         return Conversation(messages, source, row.index, row.line)
 
     return convert
 
 
 def folder_of(source: str) -> Path:
-    """Where the relative paths in a source begin: its own folder."""
+    """The folder to which the paths in a source are relative: its own."""
     path = Path(source).expanduser()
     return (_folder_of(source)[0] or path.parent).absolute()
 
 
-def _preferences(source: str, rows: list[Row], first: Iterable[str], samples: Samples) -> list[Conversation]:
-    # Imported here: the module stands on data sets, which stand on this one.
-    from shadowlit.data.preference import read_preferences, require_columns
+def _preferences(
+    source: str, rows: list[Row], first: Iterable[str], samples: Samples, format: str
+) -> list[Conversation]:
+    custom = find_format(format)
+    if custom is None:
+        require_columns(first, samples, source)
 
-    require_columns(first, samples, source)
-    errors = [_no_object(source, row) for row in rows if not isinstance(row.columns, dict)]
-    known = [row for row in rows if isinstance(row.columns, dict)]
-    found, more = read_preferences(
-        [(row.columns, Conversation([], source, row.index, row.line)) for row in known], samples
-    )
-    raise_all(errors + more)
-    return found
+    def convert(columns: Any) -> Mapping[str, Any]:
+        _require_object(columns)
+        return columns if custom is None else custom.preference_row(columns, samples)
+
+    origins = [(row.columns, Conversation([], source, row.index, row.line)) for row in rows]
+    return read_preferences(origins, samples, convert)
 
 
-def _no_object(source: str, row: Row) -> str:
-    where = place(source, row.index, row.line)
-    return f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it."
+def _require_object(columns: Any) -> None:
+    if not isinstance(columns, dict):
+        raise DataError(f"is no object but {type(columns).__name__}. Write it as {{...}} or remove it.")
 
 
 def say(text: str, is_warning: bool) -> None:
@@ -154,10 +165,10 @@ def say(text: str, is_warning: bool) -> None:
 
 
 def digest_source(source: str, use: str) -> str | None:
-    """A hash of what a source holds, without reading its rows; None where there is none or it can't be read.
+    """A hash of the content of a source, without reading its rows; None where there is none or it can't be read.
 
-    Of a file its bytes, of a folder or hub data set what ``datasets`` knows it by. ``source`` and ``use`` as for
-    :func:`read_conversations`.
+    It is a hash of a file's bytes, or the fingerprint that ``datasets`` has for a folder or hub data set. ``source``
+    and ``use`` are as in :func:`read_conversations`.
     """
     path = Path(source).expanduser()
     try:
@@ -178,16 +189,16 @@ def is_remote(source: str) -> bool:
 
 
 def fetch(source: str, use: str) -> None:
-    """Bring a hub data set into the local cache.
+    """Download a hub data set into the local cache.
 
     Raises:
-        DataError: The hub doesn't give it.
+        DataError: The download fails.
     """
     _open_hub(source, use)
 
 
 def read_rows(source: str, use: str) -> list[Row]:
-    """Read all rows as they are; ``source`` and ``use`` as for :func:`read_conversations`.
+    """Read all rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be read, or a line is broken JSON.
@@ -212,10 +223,10 @@ def read_rows(source: str, use: str) -> list[Row]:
 
 
 def stream_rows(source: str, use: str) -> Iterator[Row]:
-    """The rows as they are, one after the other; ``source`` and ``use`` as for :func:`read_conversations`.
+    """Yield the rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
 
     Raises:
-        DataError: The source can't be read in this way, or a line is broken JSON.
+        DataError: The source can't be streamed, or a line is broken JSON.
     """
     path = Path(source).expanduser()
     folder, split = _folder_of(source)
@@ -242,7 +253,7 @@ def _looks_local(source: str) -> bool:
 
 
 def _folder_of(source: str) -> tuple[Path | None, str | None]:
-    """The local folder that ``source`` names, and the split behind its colon."""
+    """The local folder that ``source`` names, and the split after its colon."""
     for name, split in ((source, None), source.rsplit(":", 1) if ":" in source else (source, None)):
         if (path := Path(name).expanduser()).is_dir():
             return path, split
@@ -376,7 +387,7 @@ def _open_hub(source: str, use: str, streaming: bool = False) -> Any:
 
 
 def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:
-    """The named split; without a name the only one, or the one called as it is used."""
+    """The named split; without a name the only one, or the one that is called after its use."""
     if not isinstance(data, dict):
         return data
     names = list(data)

@@ -1,4 +1,4 @@
-"""Training data that are read as the training goes on, a window of rows at a time."""
+"""Training data that are read during the training, one window of rows at a time."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from shadowlit.data.sampler import FILLER
 from shadowlit.errors import DataError
 
 _PASS = 2**32  # more than the windows of a pass over the data
-_LOOKED_AT = 64  # rows that are tokenised before the training begins, unless none of them makes a sample
+_LOOKED_AT = 64  # rows that are tokenised before the training begins, unless none of them becomes a sample
 
 
 @dataclass(frozen=True)
 class Position:
-    """Which batch of a stream comes next, all from 0.
+    """The next batch of a stream; all numbers count from 0.
 
     Attributes:
-        number: the pass over the data.
-        window: of the pass.
-        batch: of the window.
-        num_tokens: that this rank has been given until then.
+        number: Number of the pass over the data.
+        window: Number of the window in the pass.
+        batch: Number of the batch in the window.
+        num_tokens: Tokens of the batches that this rank has received so far.
     """
 
     number: int = 0
@@ -37,21 +37,21 @@ class Position:
 
 
 class TokenStream(IterableDataset):
-    """One rank's batches of an endless stream: one pass over the sources after the other, in windows of rows.
+    """One rank's batches of an endless stream: repeated passes over the sources, in windows of rows.
 
-    A window is tokenised when it is due. Its samples are shuffled, packed and split over the ranks as a whole data set
-    is, so the batches are a function of the sources, the seed and the position, whoever delivers them. What makes no
-    whole global batch is a smaller one at the window's end (or is left out, where the sampler does so). Every rank
-    tokenises all of the window, of which it takes its part.
+    A window is tokenised when its first batch is needed. Its samples are shuffled, packed and split over the ranks like
+    a whole data set, so the batches are a function of the sources, the seed and the position alone. Samples that fill
+    no global batch form a smaller one at the end of the window, or are left out if the sampler does so. Every rank
+    tokenises the whole window and takes its part.
 
     Args:
-        read: Gives the conversations of a pass, from the first on.
-        window_rows: Conversations of a window.
-        tokenise: Makes samples of a window.
-        batches: What this rank takes of a window: called with the samples, a number to draw the order from, and the
-            batch to begin with.
-        packed: What it takes are packs of samples.
-        collate: Makes a batch of rows.
+        read: Function that yields the conversations of a pass.
+        window_rows: Number of conversations in a window.
+        tokenise: Function that turns the conversations of a window into samples.
+        batches: Function that returns this rank's batches of a window; it is called with the samples, a number from
+            which the order is drawn, and the first batch.
+        packed: Whether the items of a batch are packs of samples.
+        collate: Function that builds a batch.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class TokenStream(IterableDataset):
         self.start = Position()
 
     def first_samples(self) -> TokenDataset:
-        """Some of those that a pass begins with: enough to see what is wrong with all, or to look at a few.
+        """Some of the first samples of a pass: enough to find general errors, or for a preview.
 
         Raises:
             DataError: The first window has none, or a malformed row.
@@ -84,10 +84,10 @@ class TokenStream(IterableDataset):
         )
 
     def __iter__(self) -> Iterator[tuple[Position, dict[str, torch.Tensor]]]:
-        """Batches from :attr:`start` on, each after the position that is behind it.
+        """Yield the batches from :attr:`start`, each with the position that follows it.
 
         Raises:
-            DataError: A row that is due is malformed, or a whole pass gives no batch.
+            DataError: The next row is malformed, or a whole pass yields no batch.
         """
         position = self.start
         while True:
@@ -122,45 +122,45 @@ class TokenStream(IterableDataset):
         for indices in self._batches(dataset, position.number * _PASS + position.window, position.batch):
             batch = [items[index] for index in indices]
             num_tokens = sum(
-                len(item["input_ids"]) for index, item in zip(indices, batch, strict=True) if index != FILLER
+                len(item["input_ids"]) for index, item in zip(indices, batch, strict=True) if index is not FILLER
             )
             yield self._collate(batch), num_tokens
 
 
 class StreamLoader(DataLoader):
-    """Delivers a stream's batches, as many as the training needs; its state is the position of the next one.
+    """Loads the batches of a stream; its state is the position of the next batch.
 
-    Its length is that of the whole training, so Lightning counts one epoch, knows when the last batch comes, and
-    fetches none ahead of the position. A batch counts when it is handed to the training loop.
+    Its length is that of the whole training, so that Lightning counts one epoch, knows which batch is the last, and
+    fetches no batch ahead. A batch counts when it is handed to the training loop.
 
     Args:
-        stream: The batches.
-        length: Batches of the whole training.
-        options: Passed to ``torch.utils.data.DataLoader``; at most one worker, since several would change the order.
+        stream: Stream of batches.
+        length: Number of batches in the whole training.
+        options: Options of ``torch.utils.data.DataLoader``; at most one worker, since several would change the order.
     """
 
     dataset: TokenStream
 
     def __init__(self, stream: TokenStream, length: int, **options: Any) -> None:
         options["num_workers"] = min(1, options.get("num_workers", 0))
-        # Its own generator: else every iteration draws from the global one, and shifts dropout.
+        # Its own generator: otherwise every iteration draws from the global one, and changes dropout.
         super().__init__(stream, batch_size=None, generator=torch.Generator().manual_seed(0), **options)
         self._length, self._position = length, Position()
 
     def __len__(self) -> int:
-        """Batches of the whole training."""
+        """Number of batches in the whole training."""
         return self._length
 
     def state_dict(self) -> dict[str, int]:
-        """The :class:`Position` of the next batch to deliver."""
+        """The :class:`Position` of the next batch."""
         return asdict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from a position that :meth:`state_dict` gave."""
+        """Resume from a position that :meth:`state_dict` returned."""
         self._position = Position(**state_dict)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches from the position on, without end. A generator: Lightning opens iterators early, and drops them."""
+        """Yield batches from the position on. A generator, since Lightning creates iterators early and drops them."""
         self.dataset.start = self._position
         for position, batch in super().__iter__():
             self._position = position

@@ -181,17 +181,6 @@ def prompt_of(messages: Sequence[Message]) -> Sequence[Message]:
     return prompt
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any
-) -> list[int]:
-    """The ``[T]`` tokens of :func:`render_prompt`, with the same arguments.
-
-    Raises:
-        DataError: As :func:`render_prompt`.
-    """
-    return encode_question(tokenizer, messages, None, **template_kwargs).input_ids
-
-
 def encode_question(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],

@@ -7,7 +7,6 @@ tuned weights, rounded to bfloat16, lose most of a small one.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,27 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointWriter, Streamed, atomic_folder
-from shadowlit.checkpoint.headers import Headers, TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader, CheckpointWriter, Streamed, atomic_folder
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
 from shadowlit.delta.transforms import ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
-from shadowlit.grafting.disk import Update
-from shadowlit.grafting.manifest import MANIFEST_FILE, plain, read_manifest, write_json
+from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
+from shadowlit.grafting.selection import resolve
+from shadowlit.grafting.update import Update, by_tensor, open_update
+from shadowlit.pair.folders import model_folder
 
 SINGLE_FILE = DELTA_FILE
 STEM = SINGLE_FILE.removesuffix(".safetensors")
-_CACHED = 2  # whole tensors kept by a delta that is computed tensor by tensor
 
 Rows = Callable[[str, int, int], Tensor]
 
 
-class Delta:
+class Delta(Update):
     """An update, by tensor names; nothing is read or computed before its rows are asked for.
 
     Sums and multiples are deltas again. A tensor that one summand lacks counts as an update of zero.
+
+    Example::
+
+        delta = Delta.make("Qwen/Qwen3-0.6B-Base", "runs/my-tuned-base")
+        (0.5 * delta).save(Path("half-a-delta"))
+        print(delta.norm(), delta.cosine(Delta.open("another-delta")))
 
     Args:
         shapes: the shape of every tensor.
@@ -60,14 +67,41 @@ class Delta:
             CheckpointError: there is none, or its files are broken.
             ExportError: its manifest is missing or broken.
         """
-        reader = Headers(folder, single_file=SINGLE_FILE)
+        reader = CheckpointReader(folder, single_file=SINGLE_FILE)
 
         shapes = {name: info.shape for name, info in reader.tensors.items()}
         return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))
 
     @classmethod
+    def make(cls, base: str | Path, tuned: str | Path, select: str | list[str] = "all") -> Delta:
+        """Return the update ``tuned - base`` of two models; their files stay open as long as the object lives.
+
+        Args:
+            base: Folder or hub id of the model that the tuning started from.
+            tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+            select: ``all``, ``linear`` (every linear layer but the output head), or regular expressions for tensor
+                names.
+
+        Raises:
+            CheckpointError: A checkpoint is missing or broken.
+            GraftError: The two don't have the same tensors, or the selection matches none.
+        """
+        folder = model_folder("base", str(base))
+        reader = CheckpointReader(folder)
+        update = open_update(reader, model_folder("tuned", str(tuned)))
+        manifest = {
+            "base": describe_source(str(base), folder, reader.fingerprint()),
+            "tuned": {"id": str(tuned)},
+            "select": select,
+            "history": [],
+            "versions": versions(),
+        }
+        chosen = resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
+        return cls(update.shapes, _as_tensors(update.rows), manifest).only(chosen)
+
+    @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """What a tuned checkpoint has learned; see :func:`shadowlit.grafting.disk.open_update`."""
+        """What a tuned checkpoint has learned; see :func:`shadowlit.grafting.update.open_update`."""
         return cls(update.shapes, _as_tensors(update.rows))
 
     @classmethod
@@ -119,7 +153,7 @@ class Delta:
             function: from name and tensor to a tensor of the same shape; called again only if the same tensor is
                 asked for after two others.
         """
-        return Delta(self.shapes, _by_tensor(lambda name: function(name, self.tensor(name))), self.manifest)
+        return Delta(self.shapes, by_tensor(lambda name: function(name, self.tensor(name))), self.manifest)
 
     @property
     def num_elements(self) -> int:
@@ -363,7 +397,7 @@ def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) 
         present = [(d.tensor(name), w) for d, w in zip(deltas, weights, strict=True) if name in d.shapes]
         return ties([tensor for tensor, _ in present], density, [weight for _, weight in present])
 
-    return Delta(shapes, _by_tensor(whole))
+    return Delta(shapes, by_tensor(whole))
 
 
 def windows(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
@@ -391,23 +425,6 @@ def _union(deltas: Sequence[Delta]) -> dict[str, tuple[int, ...]]:
 
 def _rows_or_zeros(found: Delta, window: tuple[str, int, int]) -> Tensor | None:
     return found.rows(*window) if window[0] in found.shapes else None
-
-
-def _by_tensor(whole: Callable[[str], Tensor]) -> Rows:
-    """Rows of tensors that can only be computed whole; the last few are kept, threads don't compute one twice."""
-    kept: dict[str, Tensor] = {}
-    lock = threading.Lock()
-
-    def rows(name: str, start: int, stop: int) -> Tensor:
-        with lock:
-            if name not in kept:
-                while len(kept) >= _CACHED:
-                    del kept[next(iter(kept))]
-                kept[name] = whole(name)
-            tensor = kept[name]
-        return tensor[start:stop] if tensor.ndim else tensor
-
-    return rows
 
 
 def _as_tensors(rows: Callable[[str, int, int], Any]) -> Rows:

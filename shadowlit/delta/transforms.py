@@ -1,37 +1,49 @@
-"""Smaller updates: pure functions from tensor to tensor, with their formulas and papers.
+"""Transforms of an update: pure functions from tensor to tensor with their formulas and papers, and lists of them.
 
-All compute in float32 (float64 when the input is float64) and return what they were given in that dtype. What each
-one loses is told by :func:`relative_error`.
+A new transform is a function here, with a test, and nothing else::
+
+    @transform("sign_only", elementwise=True)
+    def sign_only(update: Tensor, *, size: float = 1e-4) -> Tensor:
+        return size * update.sign()
+
+The command line, the analysis and both grafts find it by its name; see :mod:`shadowlit.delta.registry` for functions in
+other packages. All compute in float32 (float64 for a float64 update).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shadowlit.delta.registry import NOISE, SEED, Transform, Where, checked, find, transform
 from shadowlit.delta.spectrum import gram
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, ShadowlitError, first_line
 from shadowlit.grafting.arithmetic import widen
 
+_TRIAL = 256  # rows and columns of the matrix on which a chosen transform is tried before anything is loaded
+_Step = tuple[Transform, dict[str, Any]]
 
-def magnitude(update: Tensor, density: float) -> Tensor:
-    """Keep the elements of largest magnitude, set the others to zero.
 
-    Han et al., arXiv 1506.02626; the trimming step of TIES, arXiv 2306.01708.
+@transform("magnitude")
+def magnitude(update: Tensor, *, density: float) -> Tensor:
+    """Keep the elements of largest magnitude and set the others to zero.
+
+    Han et al., arXiv 1506.02626.
 
     Args:
-        update: any shape.
-        density: share of elements to keep, in (0, 1].
+        update: Update of any shape.
+        density: Fraction of the elements to keep, in (0, 1].
 
     Returns:
-        Same shape; exactly ``round(density * n)`` elements, at least one, are kept as they were.
+        A tensor of the same shape; exactly ``round(density * n)`` elements, at least one, keep their values.
 
     Raises:
-        GraftError: the density is outside (0, 1].
+        GraftError: The density is outside (0, 1].
     """
     _require_density(density)
     values = widen(update)
@@ -43,41 +55,74 @@ def magnitude(update: Tensor, density: float) -> Tensor:
     return torch.zeros_like(flat).index_copy_(0, kept, flat[kept]).view_as(values)
 
 
-def dare(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
+@transform("dare", elementwise=True)
+def dare(update: Tensor, *, density: float, noise: Tensor) -> Tensor:
     """Drop elements at random and rescale the rest: ``m * update / density`` with ``m ~ Bernoulli(density)``.
 
     DARE, arXiv 2311.03099, with drop rate ``1 - density``. The expectation is the update itself.
 
     Args:
-        update: any shape.
-        density: probability that an element is kept, in (0, 1].
-        generator: the source of the mask, on the update's device.
+        update: Update of any shape.
+        density: Probability that an element is kept, in (0, 1].
+        noise: Uniform random numbers in [0, 1), in the update's shape; an element is kept where its number is below
+            the density.
 
     Raises:
-        GraftError: the density is outside (0, 1].
+        GraftError: The density is outside (0, 1].
     """
     _require_density(density)
     values = widen(update)
-    mask = torch.rand(values.shape, generator=generator, device=values.device) < density
-    return values * mask / density
+    return values * (noise < density) / density
+
+
+@transform("svd")
+def svd(update: Tensor, *, rank: int | None = None, explained_variance: float | None = None) -> Tensor:
+    """Cut each matrix by its singular values, see :func:`truncated_svd`; tensors of other shapes keep their values.
+
+    Args:
+        update: Update of any shape.
+        rank: Number of singular values to keep.
+        explained_variance: Or: the fewest that hold this fraction of the squared norm, in (0, 1].
+
+    Raises:
+        GraftError: Not exactly one of ``rank`` and ``explained_variance`` is given, or it is out of range.
+    """
+    return truncated_svd(update, rank, explained_variance).matrix if update.ndim == 2 else widen(update).clone()
+
+
+@transform("ties")
+def trim(update: Tensor, *, density: float = 0.2) -> Tensor:
+    """Keep the elements of largest magnitude: the first step of TIES, and all of it for a single update.
+
+    TIES-Merging, arXiv 2306.01708, which keeps 20 %. Several updates are merged by :func:`ties`.
+
+    Args:
+        update: Update of any shape.
+        density: Fraction of the elements to keep, in (0, 1].
+
+    Raises:
+        GraftError: The density is outside (0, 1].
+    """
+    return magnitude(update, density=density)
 
 
 def ties(updates: Sequence[Tensor], density: float, weights: Sequence[float] | None = None) -> Tensor:
-    """Merge updates of one Base: trim each, elect a sign per element, take the mean of those that agree.
+    """Merge updates of one Base: trim each, elect a sign per element, and average the elements that have it.
 
     TIES-Merging, arXiv 2306.01708: with trimmed ``t_k``, ``γ = sign(Σ w_k t_k)`` and the mean
     ``Σ w_k t_k [sign(t_k) = γ] / Σ w_k [sign(t_k) = γ]`` over the non-zero agreeing ones.
 
     Args:
-        updates: tensors of one shape.
-        density: share of elements of each that survives trimming, in (0, 1].
-        weights: positive weight of each update; equal ones by default.
+        updates: Tensors of one shape.
+        density: Fraction of each update's elements that trimming keeps, in (0, 1].
+        weights: Positive weight of each update; equal ones by default.
 
     Returns:
-        Same shape. Scale it as any other update (the paper's λ).
+        A tensor of the same shape. Scale it like any other update (the paper's λ).
 
     Raises:
-        GraftError: no updates, unequal shapes, a weight that isn't positive, or a density outside (0, 1].
+        GraftError: There are no updates, their shapes differ, a weight is not positive, or the density is outside
+            (0, 1].
     """
     weights = [1.0] * len(updates) if weights is None else list(weights)
     if not updates or len({u.shape for u in updates}) > 1 or len(weights) != len(updates) or min(weights) <= 0:
@@ -85,7 +130,7 @@ def ties(updates: Sequence[Tensor], density: float, weights: Sequence[float] | N
             f"ties was given {len(updates)} updates of shapes {[tuple(u.shape) for u in updates]} and weights "
             f"{weights}; expected at least one, all of one shape, and a positive weight for each."
         )
-    trimmed = [magnitude(update, density) for update in updates]
+    trimmed = [magnitude(update, density=density) for update in updates]
     elected = sum((w * t for w, t in zip(weights, trimmed, strict=True)), torch.zeros_like(trimmed[0])).sign()
     total, share = torch.zeros_like(elected), torch.zeros_like(elected)
     for weight, tensor in zip(weights, trimmed, strict=True):
@@ -100,9 +145,9 @@ class LowRank:
     """The best approximation of a matrix by one of lower rank, as a product.
 
     Attributes:
-        up: [out, r].
-        down: [r, in]; ``up @ down`` is the approximation.
-        explained: the share of the squared norm that it holds, ``Σ_{i≤r} s_i² / Σ s_i²`` (1 for a zero matrix).
+        up: Left factor, [out, r].
+        down: Right factor, [r, in]; ``up @ down`` is the approximation.
+        explained: Fraction of the squared norm that it holds, ``Σ_{i≤r} s_i² / Σ s_i²`` (1 for a zero matrix).
     """
 
     up: Tensor
@@ -129,23 +174,27 @@ def truncated_svd(update: Tensor, rank: int | None = None, explained_variance: f
     cost is one product and one symmetric decomposition of that side, and no division by a singular value is needed.
 
     Args:
-        update: [out, in].
-        rank: the number of singular values to keep; more than there are keeps all.
-        explained_variance: keep the fewest that hold this share of the squared norm, in (0, 1].
+        update: Matrix, [out, in].
+        rank: Number of singular values to keep; more than there are keeps all.
+        explained_variance: Or: the fewest that hold this fraction of the squared norm, in (0, 1].
 
     Returns:
         Both factors of equal norm per component, in float32 (float64 for a float64 update).
 
     Raises:
-        GraftError: not a matrix, or not exactly one of ``rank`` and ``explained_variance``.
+        GraftError: The update is not a matrix, or not exactly one of ``rank`` and ``explained_variance`` is given, or
+            it is out of range.
     """
-    if update.ndim != 2 or (rank is None) == (explained_variance is None) or (rank is not None and rank < 1):
+    if update.ndim != 2:
+        raise GraftError(f"truncated_svd was given a tensor of shape {tuple(update.shape)}; expected a matrix.")
+    if (rank is None) == (explained_variance is None):
         raise GraftError(
-            f"truncated_svd was given a tensor of shape {tuple(update.shape)}, rank={rank} and "
-            f"explained_variance={explained_variance}; expected a matrix, and a positive rank or a share in (0, 1]."
+            f"rank is {rank} and explained_variance is {explained_variance}; expected exactly one of them."
         )
+    if rank is not None and rank < 1:
+        raise GraftError(f"rank is {rank}; expected a positive number of singular values.")
     if explained_variance is not None and not 0 < explained_variance <= 1:
-        raise GraftError(f"explained_variance is {explained_variance}; expected a share in (0, 1].")
+        raise GraftError(f"explained_variance is {explained_variance}; expected a fraction in (0, 1].")
     values = widen(update)
     wide = values.shape[0] < values.shape[1]
     tall = (values.T if wide else values).double()
@@ -167,13 +216,132 @@ def truncated_svd(update: Tensor, rank: int | None = None, explained_variance: f
     return LowRank(up.to(values.dtype).contiguous(), down.to(values.dtype).contiguous(), explained)
 
 
-def relative_error(update: Tensor, approximation: Tensor) -> float:
-    """``‖approximation − update‖ / ‖update‖``: 0 for nothing lost; 0 also for an update of zeros kept as such."""
-    size = float(torch.linalg.vector_norm(widen(update), dtype=torch.float64))
-    error = float(torch.linalg.vector_norm(widen(approximation) - widen(update), dtype=torch.float64))
-    return error / size if size else (0.0 if not error else math.inf)
-
-
 def _require_density(density: float) -> None:
     if not 0 < density <= 1:
         raise GraftError(f"density is {density}; expected a share of elements in (0, 1], e.g. 0.1.")
+
+
+# -- choosing -------------------------------------------------------------------------------------------------
+
+
+class Transforms:
+    """Chosen transforms, applied in order: a function of a tensor's name and its update.
+
+    Each is tried on a small matrix, so that a parameter out of range is reported before anything is loaded.
+
+    Args:
+        specs: Name and parameters of each transform, e.g. ``[{"name": "dare", "density": 0.2}]``. The name may also be
+            the import path of a function, or an entry point in the group ``shadowlit.transforms``. One transform may
+            occur several times, but not twice in a row with the same parameters, and a random one not with the same
+            seed, which would drop the same elements.
+        key: Name of the list in messages.
+        option: Gives the name of a parameter in messages, where the only transform is not in a list.
+
+    Attributes:
+        specs: As given, with the defaults filled in.
+
+    Raises:
+        GraftError: A name, a parameter or a value is wrong.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[Mapping[str, Any]] = (),
+        key: str = "graft.transforms",
+        option: Where | None = None,
+    ) -> None:
+        self._steps: list[_Step] = []
+        self.specs: list[dict[str, Any]] = []
+        for i, spec in enumerate(specs):
+            where = option or f"{key}[{i}].{{}}".format
+            if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+                raise GraftError(
+                    f"{key}[{i}] is {spec!r}; expected a name and the transform's parameters, e.g. "
+                    '{"name": "dare", "density": 0.2}.'
+                )
+            found = find(spec["name"], where("name"))
+            parameters = checked(found, {k: v for k, v in spec.items() if k != "name"}, where)
+            self._append((found, parameters), where)
+            self.specs.append({"name": spec["name"], **parameters})
+
+    def __bool__(self) -> bool:
+        return bool(self._steps)
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of the transforms that need whole tensors."""
+        return [found.name for found, _ in self._steps if not found.elementwise]
+
+    def __call__(self, name: str, update: Tensor) -> Tensor:
+        """The transformed update of a whole tensor, in float32 (float64 for a float64 update)."""
+        return self.on_part(update, lambda seed: self.noise(name, tuple(update.shape), seed))
+
+    @torch.no_grad()
+    def on_part(self, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """The transformed part of an update; of the whole tensor where a transform is not elementwise.
+
+        Args:
+            update: Part of the update.
+            noise: Gives the same part of the tensor's random numbers by their seed.
+        """
+        for step in self._steps:
+            update = _apply(step, update, noise)
+        return update
+
+    @staticmethod
+    def noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """Uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and device."""
+        # The CPU's generator looks at 32 bits of its seed only, so that both must be in them.
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode(), seed))
+        return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+    def _append(self, step: _Step, where: Where) -> None:
+        found, parameters = step
+        if self._steps and self._steps[-1] == step:
+            raise GraftError(
+                f"{where('name')} is {found.name!r} with the same parameters as the transform before it. Remove one."
+            )
+        if found.is_random and any((f, p[SEED]) == (found, parameters[SEED]) for f, p in self._steps if f.is_random):
+            raise GraftError(
+                f"{where(SEED)} is {parameters[SEED]}, as of another {found.name!r} in the list, which would choose "
+                "by the same random numbers. Give each its own seed."
+            )
+        _try(step, where)
+        self._steps.append(step)
+
+
+def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+    found, given = step[0], dict(step[1])
+    if found.is_random:
+        given[NOISE] = noise(given.pop(SEED)).to(update.device)
+    return found.function(update, **given)
+
+
+def _try(step: _Step, where: Where) -> None:
+    """Apply a transform to a small random matrix; raise if it fails, or is not the pure function it has to be."""
+    update = torch.randn(_TRIAL, _TRIAL, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    before, rows = update.clone(), slice(_TRIAL // 4, _TRIAL // 2)
+
+    def noise(seed: int) -> Tensor:
+        return Transforms.noise("trial", (_TRIAL, _TRIAL), seed)
+
+    try:
+        result = _apply(step, update, noise)
+        again = _apply(step, update, noise)
+        part = _apply(step, update[rows], lambda seed: noise(seed)[rows]) if step[0].elementwise else again[rows]
+    except Exception as error:  # a user's own function may raise anything
+        text = str(error) if isinstance(error, ShadowlitError) else first_line(error)
+        raise GraftError(f"{where('name').removesuffix('.name')}, {step[0].name}: {text}") from error
+    problem = ""
+    if not isinstance(result, Tensor) or (result.shape, result.dtype) != (update.shape, update.dtype):
+        problem = "returns something else than a float32 tensor of the update's shape"
+    elif not torch.equal(update, before):
+        problem = "changes its input; it must return a new tensor"
+    elif not torch.equal(result, again):
+        problem = "returns other values when it is called again (or NaN); take random numbers from a parameter 'noise'"
+    elif not torch.equal(result[rows], part):
+        problem = "is registered as elementwise, but returns other values for a part of a tensor"
+    if problem:
+        raise GraftError(
+            f"{where('name')} is {step[0].name!r}, which {problem} (tried on a {_TRIAL} x {_TRIAL} matrix)."
+        )

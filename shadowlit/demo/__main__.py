@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from shadowlit.analysis.curves import plot_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.lightning_cli import main as run
+from shadowlit.progress import make_console
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
@@ -30,7 +30,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m shadowlit.demo", description=__doc__)
     parser.add_argument("--config", default="configs/demo_lora.yaml", help="a configuration of fit")
     options, overrides = parser.parse_known_args(args)
-    console = Console()
+    console = make_console()
     start = time.perf_counter()
     cli = run(["fit", "--config", options.config, *overrides])
     trained_s = time.perf_counter() - start
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> None:
     }
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    picture = plot_curves(
+    plot = plot_curves(
         folder / "metrics.csv",
         folder / "curves.png",
         sets=("new", "new_house", "old"),
@@ -58,15 +58,13 @@ def main(args: list[str] | None = None) -> None:
     console.print(
         f"\ntrained, validated and exported in {trained_s:.0f} s ({share:.0%} of the training's time answering and "
         f"measuring forgetting), all in {time.perf_counter() - start:.0f} s\n"
-        f"picture   {picture}\nnumbers   {folder / 'demo.json'}\nmodel     {export.exported}\n\n"
+        f"plot      {plot}\nnumbers   {folder / 'demo.json'}\nmodel     {export.exported}\n\n"
         "Load it as any other model:\n"
     )
     console.print(
         "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f'    model = AutoModelForCausalLM.from_pretrained("{export.exported}")\n'
         f'    tokenizer = AutoTokenizer.from_pretrained("{export.exported}")\n',
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -81,9 +79,9 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     """The four models in columns: loss and token accuracy by set, and the share of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
     drawn = Table(title="On held-out questions")
-    drawn.add_column("")
+    drawn.add_column("", overflow="fold")
     for title in MODELS.values():
-        drawn.add_column(title, justify="right")
+        drawn.add_column(title, justify="right", overflow="fold")
     for name, title in TEACHER_FORCED.items():
         losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in MODELS)
         drawn.add_row(f"{title}: loss", *losses)

@@ -24,6 +24,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from shadowlit.demo.preferences import SHIPPED, write_preferences
 from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World
+from shadowlit.progress import make_console
 
 IGNORE_INDEX = -100
 """The label of a token that carries no loss."""
@@ -323,7 +324,6 @@ def _deterministic(seed: int) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the pair with a progress bar; the command line of this module."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m shadowlit.demo.build", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of pair/ and data/")
     out = parser.parse_args(argv).out
-    recipe, console = Recipe(), Console()
+    recipe, console = Recipe(), make_console()
     columns = (
         TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), TimeRemainingColumn(),

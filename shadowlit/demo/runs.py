@@ -27,13 +27,13 @@ class Material:
     """A pair and updates of it.
 
     Attributes:
-        base: folder or hub id.
-        instruct: folder or hub id.
-        updates: by name, whatever :func:`shadowlit.analysis.deltas.open_delta` opens.
-        runs: by name, folders of runs with several checkpoints.
-        sides: names of an update learned by the Base and of one learned by the Instruct, or of any two.
-        cut: name of the update that is cut.
-        scored: folder of a run with validation data; None for none.
+        base: Folder or hub id.
+        instruct: Folder or hub id.
+        updates: Sources that :func:`shadowlit.analysis.deltas.open_delta` opens, by name.
+        runs: Folders of runs with several checkpoints, by name.
+        sides: Names of an update learned by the Base and of one learned by the Instruct, or of any two.
+        cut: Name of the update that is cut.
+        scored: Folder of a run with validation data; None for none.
     """
 
     base: str
@@ -61,14 +61,14 @@ def given_or_made(
     Δ_I, the new skill on the Instruct itself. Takes about half a minute on one core.
 
     Args:
-        base: of the pair.
-        instruct: of the pair.
-        updates: by name.
-        runs: by name, those whose checkpoints are compared; None for all updates that are runs.
-        sides: names of two updates; None for the first two.
-        cut: name of an update; None for the first.
-        scored: a run with validation data.
-        folder: for what is made.
+        base: Base of the pair.
+        instruct: Instruct of the pair.
+        updates: Updates by name.
+        runs: Runs whose checkpoints are compared, by name; None for all updates that are runs.
+        sides: Names of two updates; None for the first two.
+        cut: Name of an update; None for the first.
+        scored: Run with validation data.
+        folder: Folder for what is made.
     """
     if updates is not None:
         followed = {n: s for n, s in updates.items() if any(Path(s).rglob("*.ckpt"))} if runs is None else runs
@@ -186,7 +186,7 @@ def _plain(name: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what a training tells; its errors still come."""
+    """Suppress the log of a training, but not its errors."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     told = io.StringIO()
     try:

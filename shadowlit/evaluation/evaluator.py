@@ -1,4 +1,4 @@
-"""What every evaluation during training is: a measurement of whatever weights stand in a model."""
+"""The base class of evaluations during training: a measurement of whatever weights are loaded into a model."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from shadowlit.training.head import HeadLoss
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Where an evaluation takes place: the model with the weights to be measured, and this process's part of it.
+class EvalContext:
+    """What an evaluation runs on: the model with the weights to be measured, and this process's share of the work.
 
     Attributes:
         model: A transformers model, wrapped by peft or sharded or neither, in evaluation mode.
-        head: How losses and logits come from it, without those of whole batches being made.
-        pair: Gives tokenizer, chat template and the tokens that end a turn.
-        device: Where batches belong.
-        rank: This process, from 0.
+        head: Computes losses and logits from its hidden states, without materialising the logits of whole batches.
+        pair: The pair, which has the tokenizer, the chat template and the tokens that end a turn.
+        device: The device of the batches.
+        rank: Number of this process, from 0.
         world_size: Number of processes; each evaluates every ``world_size``-th row, and all run equally many forwards.
         autocast: The context that forwards run in; that of the trainer's precision.
-        reference: The context in which the reference model's weights (the untouched Instruct's) stand in ``model``.
+        reference: The context in which ``model`` has the weights of the reference (the untouched Instruct).
         template_kwargs: Arguments of the chat template.
     """
 
@@ -58,14 +58,14 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What an evaluator found.
+class EvalResult:
+    """The result of an evaluator.
 
     Attributes:
-        metrics: By name, reduced over the ranks and the same on all. ``score`` is the one that matters most, the
-            mean of the samples' scores.
-        samples: Of this rank's rows: ``index`` (row of the file, from 0), ``score`` (a number), and whatever else is
-            worth reading: prompt, answer, reference.
+        metrics: Metrics by name, reduced over the ranks and the same on all. ``score`` is the one that matters most,
+            the mean of the samples' scores.
+        samples: Samples of this rank's rows: ``index`` (row of the file, from 0), ``score`` (a number), and whatever
+            else is worth reading: prompt, answer, reference.
     """
 
     metrics: dict[str, float]
@@ -73,15 +73,15 @@ class Findings:
 
 
 class Evaluator(ABC):
-    """Measures the weights that stand in a model, on rows of its own.
+    """Measures the weights that are loaded into a model, on rows of its own.
 
     Args:
-        every: Run in the first validation, in each so many-th after it, and in the last one.
-        limit: Use only so many rows, evenly spread over the file; null for all.
+        every: Run in the first validation, in every *n*-th validation after it, and in the last one.
+        limit: Number of rows to use, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
 
     Attributes:
-        needs_reference: Whether it compares with the reference model, which only a graft can put in.
+        needs_reference: Whether it compares with the reference model, which only a graft can swap in.
     """
 
     needs_reference: ClassVar[bool] = False
@@ -101,20 +101,20 @@ class Evaluator(ABC):
         """
 
     @abstractmethod
-    def run(self, scene: Scene) -> Findings:
+    def run(self, context: EvalContext) -> EvalResult:
         """Measure; a collective, to be called on all ranks alike."""
 
     @abstractmethod
     def signature(self) -> str:
         """Tells these rows and settings from others: scores of the untouched models are measured once for each."""
 
-    def own(self, num_rows: int, scene: Scene) -> Iterator[list[int]]:
-        """Batches of this rank's row numbers; equally many on all ranks, an absent row is -1.
+    def rank_batches(self, num_rows: int, context: EvalContext) -> Iterator[list[int]]:
+        """Batches of this rank's row numbers; as many on every rank, a missing row is -1.
 
-        Every rank gets ``ceil(num_rows / world_size)`` rows; a filler's result counts nowhere.
+        Every rank gets ``ceil(num_rows / world_size)`` rows; the result of a missing row is discarded.
         """
-        per_rank = -(-num_rows // scene.world_size)
-        rows = [scene.rank + i * scene.world_size for i in range(per_rank)]
+        per_rank = -(-num_rows // context.world_size)
+        rows = [context.rank + i * context.world_size for i in range(per_rank)]
         rows = [row if row < num_rows else -1 for row in rows]
         for start in range(0, per_rank, self.batch_size):
             yield rows[start : start + self.batch_size]

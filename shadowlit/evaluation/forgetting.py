@@ -14,7 +14,7 @@ from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.sources import read_conversations
 from shadowlit.data.template import Encoded, encode_turns
 from shadowlit.errors import DataError
-from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
+from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import fingerprint, spread
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
 from shadowlit.grafting.arithmetic import accumulation_dtype
@@ -36,9 +36,13 @@ class Divergence(Evaluator):
     Metrics: ``kl``; ``agreement``, the share of tokens whose most probable one is the same in both, which is the
     ``score``; ``stderr`` of ``kl`` over rows; ``num_tokens``, ``num_samples``. Samples: ``index``, ``score``, ``kl``.
 
-    The two models' weights stand in one module in turn, so every batch costs two swaps: few large batches are best.
+    The two models' weights are swapped into one module in turn, so every batch costs two swaps: use few large batches.
     Where the chat template rewrites the history, a row is read once for each of its turns, as in training. Of plain
     text every token counts that has one before it.
+
+    Example::
+
+        EvaluationCallback({"chat": Divergence("chat.jsonl", limit=64)})
 
     Args:
         data: Conversations or plain text, as for training.
@@ -90,19 +94,19 @@ class Divergence(Evaluator):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = pad if isinstance(pad, int) else 0
 
-    def run(self, scene: Scene) -> Findings:
+    def run(self, context: EvalContext) -> EvalResult:
         """Measure; a collective, to be called on all ranks alike."""
         assert self._rows is not None, "read() comes before run()"
-        sums = on_device(SampleSums("kl", "agreement", "num_tokens", "row_kl", "row_kl_squared"), scene.device)
+        sums = on_device(SampleSums("kl", "agreement", "num_tokens", "row_kl", "row_kl_squared"), context.device)
         samples: list[dict[str, Any]] = []
         # Of all ranks' rows, so that all run equally many forwards.
         most_turns = max(len(turns) for _, turns in self._rows)
-        for rows in self.own(len(self._rows), scene):
+        for rows in self.rank_batches(len(self._rows), context):
             own = [self._rows[row] for row in rows if row >= 0]
             totals = torch.zeros(len(own), 3, dtype=torch.float64)
             for turn in range(most_turns):
                 present = [i for i, (_, turns) in enumerate(own) if turn < len(turns)]
-                found = self._compare([own[i][1][turn] for i in present], scene)
+                found = self._compare([own[i][1][turn] for i in present], context)
                 totals[present] += found
             for (index, _), (kl, same, num) in zip(own, totals.tolist(), strict=True):
                 sums.update([{"kl": kl, "agreement": same, "num_tokens": num, "row_kl": kl / num,
@@ -110,7 +114,7 @@ class Divergence(Evaluator):
                 samples.append({"index": index, "score": same / num, "kl": kl / num})
         total = sums.compute()
         agreement = mean(total["agreement"], total["num_tokens"])
-        return Findings(
+        return EvalResult(
             {
                 "score": agreement,
                 "agreement": agreement,
@@ -127,16 +131,16 @@ class Divergence(Evaluator):
         assert self._rows is not None, "read() comes before signature()"
         return fingerprint(type(self).__name__, self._rows)
 
-    def _compare(self, encoded: list[Encoded], scene: Scene) -> Tensor:
+    def _compare(self, encoded: list[Encoded], context: EvalContext) -> Tensor:
         """``[B, 3]`` float64 on the CPU: summed divergence, agreeing tokens and tokens of each; two forwards always."""
         filler = Encoded([self._pad] * 2, [IGNORE_INDEX] * 2)
         batch = Collate(self._pad)([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded or [filler]])
-        ids, mask = batch["input_ids"].to(scene.device), batch["attention_mask"].to(scene.device)
+        ids, mask = batch["input_ids"].to(context.device), batch["attention_mask"].to(context.device)
         positions = supervised_positions(batch["labels"])
-        here = positions.to(scene.device)
-        logits = scene.logits_at(ids, mask, here)
-        with scene.reference():
-            reference = scene.logits_at(ids, mask, here)
+        here = positions.to(context.device)
+        logits = context.logits_at(ids, mask, here)
+        with context.reference():
+            reference = context.logits_at(ids, mask, here)
         kl, same = (values.cpu() for values in divergence(logits, reference))
         values = torch.stack([kl, same, torch.ones_like(kl)], dim=1).double()
         num_rows, length = batch["labels"].shape

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shadowlit.data.collate import PromptCollate
 from shadowlit.errors import DataError
-from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
+from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.matching import Match, Matcher
 from shadowlit.evaluation.prompts import Asking, context_length
 from shadowlit.evaluation.rows import Columns, fingerprint, read_field, read_items
@@ -48,6 +48,10 @@ class Generation(Evaluator):
 
     Samples: ``index``, ``score``, ``prompt`` as the model reads it, ``answer``, ``reference`` (a list where there are
     several), ``finished``; ``too_long`` for prompts that weren't asked.
+
+    Example::
+
+        Generation("math.jsonl", prompt="question", answer="answer", match="numeric", max_new_tokens=256)
 
     Args:
         data: File with the rows: JSONL, JSON or Parquet.
@@ -145,22 +149,22 @@ class Generation(Evaluator):
                 f"that no {self.max_new_tokens} fit behind them, and score 0. Lower max_new_tokens, or shorten them."
             )
 
-    def run(self, scene: Scene) -> Findings:
+    def run(self, context: EvalContext) -> EvalResult:
         """Ask and compare; a collective, to be called on all ranks alike."""
         assert self._items is not None, "read() comes before run()"
-        config = greedy_config(scene.pair.template_folder(), scene.pair.tokenizer(), self.max_new_tokens)
+        config = greedy_config(context.pair.template_folder(), context.pair.tokenizer(), self.max_new_tokens)
         sums = on_device(
-            SampleSums("score", "squares", "num_too_long", "num_unfinished", "answer_tokens"), scene.device
+            SampleSums("score", "squares", "num_too_long", "num_unfinished", "answer_tokens"), context.device
         )
         samples: list[dict[str, Any]] = []
-        for rows in self.own(len(self._items), scene):
+        for rows in self.rank_batches(len(self._items), context):
             own = [self._items[row] for row in rows if row >= 0]
             fitting = [item for item in own if not self._is_too_long(item)]
-            answers = dict(zip((item.index for item in fitting), self._answers(fitting, config, scene), strict=True))
+            answers = dict(zip((item.index for item in fitting), self._answers(fitting, config, context), strict=True))
             batch = [self._judge(item, answers.get(item.index)) for item in own]
             sums.update([numbers for numbers, _ in batch])
             samples += [sample for _, sample in batch]
-        return Findings(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
+        return EvalResult(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
 
     def signature(self) -> str:
         """A hash of the tokenised rows and of all settings that change an answer or its score."""
@@ -183,9 +187,9 @@ class Generation(Evaluator):
     def _is_too_long(self, item: _Item) -> bool:
         return self._limit_tokens is not None and len(item.tokens) > self._limit_tokens
 
-    def _answers(self, items: Sequence[_Item], config: GenerationConfig, scene: Scene) -> list[Answer]:
+    def _answers(self, items: Sequence[_Item], config: GenerationConfig, context: EvalContext) -> list[Answer]:
         """The answers; one call of the model's generation in any case, since ranks wait for each other in it."""
-        tokenizer = scene.pair.tokenizer()
+        tokenizer = context.pair.tokenizer()
         pad = config.pad_token_id if config.pad_token_id is not None else 0
         rows = [{"input_ids": list(item.tokens), "index": item.index} for item in items]
         if not rows:
@@ -204,14 +208,14 @@ class Generation(Evaluator):
                 prompt_length=batch["input_ids"].shape[1],
                 max_new_tokens=self.max_new_tokens,
             )
-        with scene.autocast():
+        with context.autocast():
             answers = generate(
-                scene.model,
+                context.model,
                 tokenizer,
                 config,
-                batch["input_ids"].to(scene.device),
-                batch["attention_mask"].to(scene.device),
-                synced_gpus=scene.world_size > 1,
+                batch["input_ids"].to(context.device),
+                batch["attention_mask"].to(context.device),
+                synced_gpus=context.world_size > 1,
                 stop=self.stop,
                 sampler=sampler,
             )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.errors import DataError
-from shadowlit.evaluation.evaluator import Evaluator, Findings, Scene
+from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.prompts import Asking, context_length
 from shadowlit.evaluation.rows import Columns, fingerprint, read_choices, read_items, read_label
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
@@ -59,6 +59,10 @@ class MultipleChoice(Evaluator):
 
     Samples: ``index``, ``score``, ``prediction`` and ``label`` (numbers of choices, from 0), ``loglikelihoods``; no
     prediction where the row is too long.
+
+    Example::
+
+        MultipleChoice("quiz.jsonl", prompt="question", choices="choices", label="answer")
 
     Args:
         data: File with the rows: JSONL, JSON or Parquet.
@@ -116,21 +120,21 @@ class MultipleChoice(Evaluator):
                 "score 0. Shorten them, or raise max_length if the model takes more."
             )
 
-    def run(self, scene: Scene) -> Findings:
+    def run(self, context: EvalContext) -> EvalResult:
         """Score the rows; a collective, to be called on all ranks alike."""
         assert self._items is not None, "read() comes before run()"
-        sums = on_device(SampleSums("score", "squares", "accuracy_norm", "loss", "num_too_long"), scene.device)
+        sums = on_device(SampleSums("score", "squares", "accuracy_norm", "loss", "num_too_long"), context.device)
         num_forwards = max((len(item.inputs) for item in self._items if not self._is_too_long(item)), default=0)
         samples: list[dict[str, Any]] = []
-        for rows in self.own(len(self._items), scene):
+        for rows in self.rank_batches(len(self._items), context):
             own = [self._items[row] for row in rows if row >= 0]
             fitting = [item for item in own if not self._is_too_long(item)]
-            scores = _loglikelihoods(fitting, num_forwards, scene)
+            scores = _loglikelihoods(fitting, num_forwards, context)
             found = dict(zip((item.index for item in fitting), scores, strict=True))
             batch = [_judge(item, found.get(item.index)) for item in own]
             sums.update([numbers for numbers, _ in batch])
             samples += [sample for _, sample in batch]
-        return Findings(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
+        return EvalResult(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
 
     def signature(self) -> str:
         """A hash of the tokenised rows, and of how long they may be."""
@@ -160,12 +164,12 @@ class MultipleChoice(Evaluator):
         return self._limit_tokens is not None and item.length > self._limit_tokens
 
 
-def _loglikelihoods(items: Sequence[_Item], num_forwards: int, scene: Scene) -> list[list[float]]:
+def _loglikelihoods(items: Sequence[_Item], num_forwards: int, context: EvalContext) -> list[list[float]]:
     """The log-likelihoods of each item's choices; always ``num_forwards`` forward passes, since ranks wait for them."""
     found = [torch.zeros(len(item.choices), dtype=torch.float64) for item in items]
     for source in range(num_forwards):
         asked = [i for i, item in enumerate(items) if source < len(item.inputs)]
-        tokens, mask = _pad([items[i].inputs[source] for i in asked] or [(0,)], scene.device)
+        tokens, mask = _pad([items[i].inputs[source] for i in asked] or [(0,)], context.device)
         # Every token of every choice that is answered by these inputs: where it is predicted, and whose it is.
         places = [
             (row * tokens.shape[1] + choice.start + offset, token, i, number)
@@ -175,9 +179,9 @@ def _loglikelihoods(items: Sequence[_Item], num_forwards: int, scene: Scene) -> 
             for offset, token in enumerate(choice.targets)
         ]
         positions, targets = (
-            torch.tensor([place[k] for place in places], dtype=torch.int64, device=scene.device) for k in (0, 1)
+            torch.tensor([place[k] for place in places], dtype=torch.int64, device=context.device) for k in (0, 1)
         )
-        losses = scene.token_losses(tokens, mask, positions, targets).tolist()
+        losses = context.token_losses(tokens, mask, positions, targets).tolist()
         for loss, (_, _, i, number) in zip(losses, places, strict=True):
             found[i][number] -= loss
     return [values.tolist() for values in found]
@@ -209,7 +213,7 @@ def _judge(item: _Item, loglikelihoods: list[float] | None) -> tuple[dict[str, f
 
 
 def _best(values: list[float]) -> int:
-    """Where the highest value stands; the first of equal ones."""
+    """Index of the highest value; the first of equal ones."""
     return values.index(max(values))
 
 

@@ -42,7 +42,7 @@ def require_graftable(adapter: LoraConfig | None) -> None:
     OLoRA …), whose residual is part of the update.
 
     Raises:
-        GraftError: naming every setting that makes the graft inexact, with the reason.
+        GraftError: Naming every setting that makes the graft inexact, with the reason.
     """
     if adapter is None:
         return
@@ -62,10 +62,10 @@ class AdaptedLayer:
     """A layer of the host with LoRA factors of one adapter, and the strength they act with.
 
     Attributes:
-        layer: peft's layer around the host's module.
-        adapter: the adapter's name.
-        scaling: peft's own scaling, alpha / rank (or alpha / sqrt(rank) for rsLoRA).
-        selected: whether the graft's selection holds the host's weight.
+        layer: Peft's layer around the host's module.
+        adapter: The adapter's name.
+        scaling: Peft's own scaling, alpha / rank (or alpha / sqrt(rank) for rsLoRA).
+        selected: Whether the graft's selection holds the host's weight.
     """
 
     layer: LoraLayer
@@ -75,7 +75,10 @@ class AdaptedLayer:
 
     def delta_weight(self, host: Tensor) -> Tensor:
         """The update of the host's weight as the factors train it, in the host's shape and placement."""
+        acting = self.layer.scaling[self.adapter]  # peft multiplies by it, and a graft may have set it to zero
+        self.restore()
         update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
+        self.layer.scaling[self.adapter] = acting
         if isinstance(host, DTensor):
             # A product of sharded factors lies wherever it was cheapest to compute: by columns, or as partial sums.
             update = update.redistribute(host.device_mesh, host.placements)
@@ -94,7 +97,7 @@ def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
     """The LoRA layers of ``model`` and their active adapter, by the checkpoint name of the weight they adapt.
 
     Raises:
-        GraftError: a layer has several active adapters, or an adapter of another kind sits in the model.
+        GraftError: A layer has several active adapters, or an adapter of another kind sits in the model.
     """
     layers = {}
     for prefix, module in model.named_modules():
@@ -114,7 +117,7 @@ def require_untied(model: nn.Module) -> None:
     """Raise if an adapter sits on one side of a tied embedding: merged, it would change the other side too.
 
     Raises:
-        GraftError: with the remedy.
+        GraftError: With the remedy.
     """
     host = host_of(model)
     if not getattr(host.config.get_text_config(), "tie_word_embeddings", False):

@@ -42,7 +42,7 @@ def add_delta(instruct: Tensor, update: Tensor, scale: float = 1.0) -> Tensor:
     Args:
         instruct: weights of the Instruct, any shape and floating dtype.
         update: a delta of the same shape.
-        scale: the strength λ of the graft; 1 in the paper, 0 gives the Instruct.
+        scale: scale λ of the graft; 1 in the paper, 0 gives the Instruct.
 
     Returns:
         The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
@@ -59,29 +59,9 @@ def graft(instruct: Tensor, tuned: Tensor, base: Tensor, scale: float = 1.0) -> 
         instruct: weights of the Instruct, any shape and floating dtype.
         tuned: weights of the trained Base, same shape.
         base: weights of the Base before training, same shape.
-        scale: the strength λ of the graft; 1 in the paper, 0 gives the Instruct.
+        scale: scale λ of the graft; 1 in the paper, 0 gives the Instruct.
 
     Returns:
         The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
     """
     return add_delta(instruct, delta(tuned, base), scale)
-
-
-def lost_in_rounding(instruct: Tensor, update: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """The part of an update that does not arrive when the grafted weights are stored in ``dtype``.
-
-    ``round(instruct + scale * update) - instruct - scale * update``, elementwise. The survival of an update is
-    ``1 - norm(lost) / norm(scale * update)``: 1 when all of it arrives, 0 when the error is as large as the
-    update itself.
-
-    Args:
-        instruct: weights of the Instruct, any shape and floating dtype.
-        update: a delta of the same shape.
-        scale: the strength λ of the graft.
-        dtype: the dtype that the grafted weights are stored in.
-
-    Returns:
-        The error in float32 (float64 for float64 inputs), same shape.
-    """
-    exact = add_delta(instruct, update, scale)
-    return exact.to(dtype).to(exact.dtype) - exact

@@ -176,7 +176,7 @@ def reload_logits(
         [B, T, V] in float32, on the CPU.
 
     Raises:
-        ExportError: transformers cannot load the folder, or finds tensors missing or left over in it.
+        ExportError: Transformers cannot load the folder, or finds tensors missing or left over in it.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -275,7 +275,7 @@ def _copy_files(source: Path, folder: Path) -> None:
     """Copy all files but the weights."""
     if not (source / "config.json").is_file():
         raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
-    read_json("instruct", source / "config.json")  # a broken one is told before anything is written
+    read_json("instruct", source / "config.json")  # a broken file is reported before anything is written
     for name in _files_to_copy(source):
         _copy_file(source, folder, name)
 

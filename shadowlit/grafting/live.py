@@ -1,13 +1,14 @@
-"""The graft inside a training module: frozen shards beside the parameters, swapped in and out in place."""
+"""The graft inside a training module: frozen shards next to the parameters, swapped in and out in place."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,26 +16,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.checkpoint.alignment import AlignedReader
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.layout import Described, Layout, Range, assemble, in_layout_of_module
+from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.layout import LayoutReader, Range, in_layout_of_module
 from shadowlit.checkpoint.names import canonical_key, canonical_name, kind_of, layer_of, split_selection, tower_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.swap import Exchange, windows
+from shadowlit.grafting.subject import BASE, TUNED, Subject
+from shadowlit.grafting.swap import Swap, windows
+from shadowlit.grafting.transformed import ParameterTransforms
+from shadowlit.grafting.update import Transforms
 
 _FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
-BASE = "base"  # the state in which the untouched Base stands in the module
 Squares = dict[str, Tensor]  # by name: sums of squares of an update and of what is lost of it, float64 [2]
+_Found = TypeVar("_Found")
 
 
 @dataclass
-class _Host:
+class HostParameter:
     """A parameter of the host model and the frozen shards that belong to it; all of one local shape."""
 
     name: str
@@ -42,22 +45,25 @@ class _Host:
     instruct: Tensor
     base: Tensor | None  # None where the parameter is frozen at the Base's own value
     selected: bool
-    exchange: Exchange | None  # where `base` is None
-    saved: Tensor | None = None  # the tuned values while others stand in their place
+    swap: Swap | None  # where `base` is None
+    saved: Tensor | None = None  # the tuned values while others are loaded
     adapted: AdaptedLayer | None = None
     instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was asked for
 
     def tuned(self) -> Tensor:
+        """The trained values, whichever are loaded."""
         return local(self.parameter) if self.saved is None else self.saved
 
 
 class LiveGraft:
-    """Puts the grafted, the Instruct's or the Base's weights into a module that trains, and the trained ones back.
+    """Loads the weights of a subject into the module that is being trained, and swaps the trained ones back.
 
     Every operation is elementwise on this rank's shards, and the frozen shards lie as the parameters do; nothing
     is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
-    the dtype of the export, and come back from a copy. Frozen parameters under an adapter are exchanged with the
-    Instruct's, and the adapter's strength is multiplied by ``scale``: with LoRA nothing is computed at all.
+    the dtype of the export, and come back from a copy. Frozen parameters under an adapter are swapped with the
+    Instruct's, and the adapter's scaling is multiplied by ``scale``: with LoRA nothing is computed at all.
+    With ``transforms`` it is ``instruct + scale * T(tuned - base)``; an adapter's update is then added to the frozen
+    weights as well, and the adapter itself is switched off.
     Parameters outside the selection become the Instruct's own. Parameters are paired by name; experts that the module
     holds in one tensor and the files one by one (or the other way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -66,48 +72,59 @@ class LiveGraft:
     a merged adapter.
 
     Args:
-        model: the trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
-        base: reader of the Base's checkpoint that training started from.
-        instruct: reader of the Instruct's checkpoint.
+        model: The trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
+        base: Reader of the Base's checkpoint that training started from.
+        instruct: Reader of the Instruct's checkpoint.
         select: ``linear``, ``all`` or patterns; see :func:`shadowlit.grafting.selection.resolve`. Patterns are searched
             in the names of the Instruct's files, and those that match none there in the module's parameters' names.
-        dtype: the dtype the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
-        offload: keep the frozen shards and the copy of the tuned ones on the CPU.
+        dtype: The dtype that the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
+        offload: Keep the frozen shards and the copy of the tuned ones on the CPU.
+        transforms: Functions of the update, applied before it is scaled; only elementwise ones if it is sharded.
 
     Raises:
-        GraftError: a name, a shape or an adapter that can't be paired or grafted, or an empty selection.
+        GraftError: A name, a shape or an adapter can't be paired or grafted, the selection is empty, or a
+            transform can't be applied to these parameters.
+
+    Attributes:
+        subject: The subject whose weights are loaded.
+        interruptions: How often a checkpoint was saved while other weights than the tuned ones were loaded.
+        apply_s: Seconds spent on swapping in and out since the graft was built.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        base: AlignedReader,
-        instruct: CheckpointReader,
+        base: TensorReader,
+        instruct: TensorReader,
         *,
         select: str | list[str] = "linear",
         dtype: torch.dtype | None = None,
         offload: bool = False,
+        transforms: Transforms | None = None,
     ) -> None:
         self.model = model
+        self.dtype = dtype
         self.offload = offload
-        self.state: float | str | None = None  # the scale that stands in the module, BASE, or None: the tuned weights
-        self.interruptions = 0  # how often a checkpoint was saved while other weights than the tuned ones stood
-        self.apply_s = 0.0  # seconds spent swapping in and out since the graft was built
+        self.subject = TUNED
+        self.interruptions = 0
+        self.apply_s = 0.0
         self._busy = False
         self._instruct_reader = instruct
         parameters = host_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        base, by_module = base.of_module(shapes), in_layout_of_module(instruct, shapes)
+        base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
         _require_pairing(parameters, base, by_module)
         # Names in the Instruct's files, and of what parts of parameters those are made that lie otherwise there.
         self._parts = {} if by_module is instruct else _parts(shapes, instruct)
+        self._infos = {name: by_module.info(name) for name in shapes}
         self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
+        self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = adapted_layers(model)
         reshard_all(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
         ]
-        self.dtype = dtype
+        self._by_name = {host.name: host for host in self._hosts}
         self.coverage = self._coverage()
 
     @property
@@ -131,108 +148,118 @@ class LiveGraft:
         )
 
     @contextmanager
-    def applied(self, state: float | str, squares: Squares | None = None) -> Iterator[None]:
-        """Let the weights of ``state`` stand in the module within the context; arguments as of :meth:`apply`."""
-        try:
-            self.apply(state, squares)
-            yield
-        finally:
-            self.restore()
+    def applied(self, subject: Subject, squares: Squares | None = None) -> Iterator[None]:
+        """Load the weights of ``subject`` within the context, and afterwards those that were loaded before.
 
-    @contextmanager
-    def exchanged(self, state: float | str) -> Iterator[None]:
-        """Let the weights of another ``state`` stand within the context, then those again that stood before."""
-        before = self.state
-        if state == before:
+        After an exception the trained weights are loaded. Arguments as of :meth:`apply`.
+        """
+        before = self.subject
+        if subject == before:
             yield
             return
         try:
-            self.apply(state)
+            self.apply(subject, squares)
             yield
-            if before is None:
-                self.restore()
-            else:
-                self.apply(before)
+            self.apply(before)
         except BaseException:
             self.restore()
             raise
 
+    def measure(self, subject: Subject, function: Callable[[], _Found], squares: Squares | None = None) -> _Found:
+        """Call ``function`` with the weights of ``subject`` loaded, and return its result.
+
+        It is called again if a checkpoint was saved meanwhile, for which the trained weights were swapped in.
+        """
+        while True:
+            interruptions = self.interruptions
+            with self.applied(subject, squares):
+                found = function()
+                if self.interruptions == interruptions:
+                    return found
+
     @torch.no_grad()
-    def apply(self, state: float | str, squares: Squares | None = None) -> None:
-        """Put the weights of ``state`` into the module.
+    def apply(self, subject: Subject, squares: Squares | None = None) -> None:
+        """Load the weights of ``subject`` into the module.
 
         Args:
-            state: the scale of a graft (0 gives the Instruct), or ``BASE`` for the untouched Base.
-            squares: gets what :meth:`statistics` needs of every tensor whose update passes by, for this scale.
+            subject: The subject; the tuned one swaps everything back.
+            squares: A dict that gets what :meth:`statistics` needs of every tensor whose update is computed here.
         """
+        if subject == TUNED:
+            self.restore()
+            return
         start = time.perf_counter()
         self._busy = True
         reshard_all(self.model)
-        if self.state is None:
+        if self.subject == TUNED:
             # Lightning moves a module to the CPU when a command ends, and back when the next one begins.
             for host in self._hosts:
-                if host.exchange is not None:
-                    host.exchange.follow(local(host.parameter))
-        self.state = state
-        scale = 0.0 if isinstance(state, str) else state
+                if host.swap is not None:
+                    host.swap.follow(local(host.parameter))
+        self.subject = subject
         for host in self._hosts:
-            self._put(host, state, squares)
+            self._write_state(host, subject, squares)
             if host.adapted is not None:
-                host.adapted.set_scale(scale if host.adapted.selected else 0.0)
-        self._settle()
+                host.adapted.set_scale(subject.scale if host.adapted.selected else 0.0)
+        self._synchronize()
         self._busy = False
         self.apply_s += time.perf_counter() - start
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the trained weights back, bit for bit; harmless when they are there already."""
-        if self.state is None:
+        """Swap the trained weights back, bit for bit; harmless when they are loaded already."""
+        if self.subject == TUNED:
             return
         start = time.perf_counter()
         self._busy = True
         reshard_all(self.model)
         for host in self._hosts:
-            if host.exchange is not None:
-                host.exchange.backward()
+            if host.swap is not None:
+                host.swap.undo()
             elif host.saved is not None:
                 local(host.parameter).copy_(host.saved, non_blocking=True)
                 host.saved = None
             if host.adapted is not None:
                 host.adapted.restore()
-        self._settle()
-        self.state = None
+        self._synchronize()
+        self.subject = TUNED
         self._busy = False
         self.apply_s += time.perf_counter() - start
 
+    def close(self) -> None:
+        """Swap the trained weights back and close the Instruct's files."""
+        self.restore()
+        self._instruct_reader.close()
+
     def restore_for_checkpoint(self) -> None:
-        """Put the trained weights back before anything reads the module's state.
+        """Swap the trained weights back before anything reads the module's state.
 
         Raises:
-            GraftError: the request came from a signal handler in the middle of a swap. No checkpoint is written;
-                the weights are put back when the exception unwinds.
+            GraftError: The request came from a signal handler in the middle of a swap. No checkpoint is written;
+                the weights are swapped back when the exception unwinds.
         """
         if self._busy:
             raise GraftError(
                 "a checkpoint was requested while weights were being swapped for a grafted validation; none was "
-                "written, since it would not hold the trained weights. The last regular checkpoint stands."
+                "written, since it would not hold the trained weights. The last regular checkpoint remains valid."
             )
-        self.interruptions += self.state is not None
+        self.interruptions += self.subject != TUNED
         self.restore()
 
     @torch.no_grad()
     def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
-        """Norms of the update and what of it arrives in the exported dtype; a collective when sharded.
+        """Norms of the update, and the fraction that survives rounding to the exported dtype; a collective if sharded.
 
         Args:
-            scale: the strength of the graft.
-            squares: what :meth:`apply` found out while it put this scale in, with the weights as they still are.
+            scale: Scale of the graft.
+            squares: What :meth:`apply` computed for this scale, with the weights as they still are.
 
         Returns:
             ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
-            Instruct's), ``survival`` (1: all of the update arrives in the exported dtype, 0: nothing useful does),
-            and ``delta_norm/<layer>`` for every decoder layer.
+            Instruct's), ``survival`` (1: all of the update survives rounding, 0: nothing useful does),
+            and ``delta_norm/<layer>`` for every decoder layer. With transforms, all describe the transformed update.
         """
-        assert self.state is None
+        assert self.subject == TUNED
         reshard_all(self.model)
         known = squares or {}
         layers: dict[str, Tensor] = {}
@@ -263,23 +290,23 @@ class LiveGraft:
         one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
         has no parameter for keeps the Instruct's values.
         """
-        assert self.state is None
+        assert self.subject == TUNED
         reshard_all(self.model)
-        hosts = {host.name: host for host in self._hosts}
         aliases = _aliases(self.model)
         by_key = {canonical_key(alias): first for alias, first in aliases.items()}
 
         def grafted(name: str, dtype: torch.dtype) -> Tensor:
-            host = hosts[name]
+            host = self._by_name[name]
             part = self._grafted(host, scale).to(dtype)
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
-        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(grafted)
+        infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
+        in_files = self._in_files(infos, lambda name: grafted(name, infos[name].dtype))
         for name, info in self._instruct_reader.tensors.items():
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
-                yield name, assemble(self._parts[name], info.shape, partial(kept, dtype=dtype))
-            elif (host := hosts.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
+                yield name, in_files.read(name)
+            elif (host := self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
                 yield name, self._instruct_reader.read(name).to(dtype)
@@ -290,7 +317,7 @@ class LiveGraft:
 
         One whole tensor at a time, float32, on the CPU. Every rank must iterate to the end; all ranks get them.
         """
-        assert self.state is None
+        assert self.subject == TUNED
         reshard_all(self.model)
         trained = {
             host.name: host
@@ -302,14 +329,14 @@ class LiveGraft:
             host = trained[name]
             return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
 
-        kept = lru_cache(maxsize=_FUSED_AT_ONCE)(update)
+        in_files = self._in_files(described({name: info.shape for name, info in self._infos.items()}), update)
         apart = {part.name for parts in self._parts.values() for part in parts}
         for name in trained:
             if name not in apart:
                 yield name, update(name)
         for name, parts in self._parts.items():
             if trained.keys() >= {part.name for part in parts}:
-                yield name, assemble(parts, self._instruct_reader.tensors[name].shape, kept)
+                yield name, in_files.read(name)
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
@@ -317,20 +344,28 @@ class LiveGraft:
 
         ``scale`` is folded into the factor that starts at zero, and outside the selection it is zero, so that the
         adapter on the Instruct is the graft.
+
+        Raises:
+            GraftError: the update is transformed, so that the factors don't give it.
         """
-        assert self.state is None
+        assert self.subject == TUNED
+        if self._transforms is not None:
+            raise GraftError(
+                "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
+                "delta; 'python -m shadowlit delta lora' makes an adapter of a delta."
+            )
         reshard_all(self.model)
-        strength = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
+        scales = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
         tensors = {}
         for prefix, module in self.model.named_modules():
-            if module not in strength:
+            if module not in scales:
                 continue
             for name, parameter in module.named_parameters():
                 if not name.startswith("lora_"):  # also those of a layer that this one is wrapped around
                     continue
                 tensor = whole(local(parameter), parameter).cpu()
                 folded = "lora_B" in name or "lora_embedding_A" in name
-                tensors[f"{prefix}.{name}"] = tensor * strength[module] if folded else tensor.clone()
+                tensors[f"{prefix}.{name}"] = tensor * scales[module] if folded else tensor.clone()
         return tensors
 
     def _host(
@@ -338,9 +373,9 @@ class LiveGraft:
         name: str,
         parameter: nn.Parameter,
         layer: tuple | None,
-        base: AlignedReader,
-        instruct: CheckpointReader,
-    ) -> _Host:
+        base: TensorReader,
+        instruct: TensorReader,
+    ) -> HostParameter:
         live = local(parameter)
         slices = local_slices(parameter)
         start = base.read_slice(name, slices)
@@ -352,50 +387,65 @@ class LiveGraft:
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
-        if frozen:
-            # What is exchanged with the parameter must be of its dtype. The pair check warns when they differ.
+        # When it is transformed, an adapter's update is added to the weights that it sits on.
+        merged = layer is not None and selected and self._transforms is not None
+        if frozen and merged:
+            self._require_storable(name, live.dtype, self.dtype or target.dtype)
+        elif frozen:
+            # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
-        held = self._hold(target, live)
-        return _Host(
+        held = self._to_storage(target, live)
+        return HostParameter(
             name,
             parameter,
             held,
-            None if frozen else self._hold(start, live),
+            None if frozen else self._to_storage(start, live),
             selected,
-            Exchange(live, held) if frozen else None,
-            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected) if layer else None,
+            Swap(live, held) if frozen and not merged else None,
+            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected and not merged)
+            if layer
+            else None,
         )
 
-    def _hold(self, tensor: Tensor, live: Tensor) -> Tensor:
+    @staticmethod
+    def _require_storable(name: str, held: torch.dtype, dtype: torch.dtype) -> None:
+        """Raise unless a frozen weight can hold what will be exported: else it is not what was validated."""
+        if torch.promote_types(held, dtype) != held:
+            raise GraftError(
+                f"{name} is frozen in {held}, which can't hold the graft in {dtype}: with graft.transforms the "
+                "adapter's update is added to it. Set graft.dtype to auto, or to a dtype that it holds."
+            )
+
+    def _to_storage(self, tensor: Tensor, live: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         if self.offload or live.device.type == "cpu":
             return tensor.pin_memory() if live.is_cuda else tensor
         return tensor.to(live.device)
 
-    def _put(self, host: _Host, state: float | str, squares: Squares | None) -> None:
+    def _write_state(self, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
         live = local(host.parameter)
-        if host.exchange is not None:
-            if state == BASE:
-                host.exchange.backward()
+        if host.swap is not None:
+            if subject == BASE:
+                host.swap.undo()
             else:
-                host.exchange.forward()
+                host.swap.apply()
             return
-        assert host.base is not None
         tuned = live if host.saved is None else host.saved
         if host.saved is None:
             host.saved = self._copy(live)
-        if isinstance(state, str):
-            live.copy_(host.base, non_blocking=True)
+        if subject == BASE:
+            live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
             return
-        scale = state if host.selected else 0.0
+        scale = subject.scale if host.selected else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged
             live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
-        out, tuned, base, instruct = (t.view(-1) for t in (live, tuned, host.base, host.instruct))
+        out, sides = live.view(-1), [host.instruct, tuned, host.base]
+        transformed = None if self._transforms is None else self._update(host).reshape(-1)
         for part in windows(out):
-            goal, end, start = (t[part].to(out.device, non_blocking=True) for t in (instruct, tuned, base))
-            update = delta(end, start)
+            goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
+            update = delta(*ends) if transformed is None else transformed[part]
             exact = add_delta(goal, update, scale)
             rounded = exact.to(self._rounding(host))
             if squares is not None:
@@ -404,8 +454,8 @@ class LiveGraft:
         if squares is not None:
             squares[host.name] = measured
 
-    def _squares(self, host: _Host, scale: float) -> Tensor:
-        """Sums of squares of an update and of what of it is lost in rounding, float64 ``[2]``."""
+    def _squares(self, host: HostParameter, scale: float) -> Tensor:
+        """Sums of squares of an update and of its loss in rounding, float64 ``[2]``."""
         update, instruct = self._update(host).flatten(), host.instruct.view(-1)
         sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
         for part in windows(update):
@@ -414,7 +464,7 @@ class LiveGraft:
         return sums
 
     def _copy(self, live: Tensor) -> Tensor:
-        """The values of a parameter, where they stay while others stand in its place."""
+        """A copy of a parameter's values, kept while others are loaded."""
         if self.offload and live.is_cuda:
             return torch.empty_like(live, device="cpu", pin_memory=True).copy_(live, non_blocking=True)
         if live.device.type != "cpu" or live.numel() < 2**20:
@@ -423,16 +473,22 @@ class LiveGraft:
         memory = torch.from_numpy(np.empty(live.numel() * live.element_size(), dtype=np.uint8))
         return memory.view(live.dtype).view(live.shape).copy_(live)
 
-    def _settle(self) -> None:
-        """Wait for a GPU: what lies offloaded may be read on the CPU next, and the time is to be known."""
+    def _synchronize(self) -> None:
+        """Wait for a GPU: offloaded tensors may be read on the CPU next, and the time is measured."""
         device = next((local(host.parameter).device for host in self._hosts), None)
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def _rounding(self, host: _Host) -> torch.dtype:
+    def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
-    def _update(self, host: _Host) -> Tensor:
+    def _update(self, host: HostParameter) -> Tensor:
+        """What the Instruct gets of this rank's part of an update: all of it, or what the transforms make of it."""
+        if self._transforms is None or (host.base is None and host.adapted is None):
+            return self._learned(host)
+        return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
+
+    def _learned(self, host: HostParameter) -> Tensor:
         device = local(host.parameter).device
         total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
         if host.adapted is not None:
@@ -440,11 +496,11 @@ class LiveGraft:
             total = learned if total is None else total + learned
         return torch.zeros(host.instruct.shape, device=device) if total is None else total
 
-    def _grafted(self, host: _Host, scale: float) -> Tensor:
+    def _grafted(self, host: HostParameter, scale: float) -> Tensor:
         instruct = host.instruct.to(local(host.parameter).device)
         if not host.selected:
             return instruct
-        if host.adapted is None and host.base is not None:
+        if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
 
@@ -453,6 +509,12 @@ class LiveGraft:
         if sharded is not None:
             dist.all_reduce(sums, group=sharded.device_mesh.get_group())
         return sums
+
+    def _in_files(self, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]) -> TensorReader:
+        """Present whole tensors, computed by the module's names, in the layout of the Instruct's files."""
+        kept = rows_of(lru_cache(maxsize=_FUSED_AT_ONCE)(tensor_of))
+        reader = ComputedReader(self._instruct_reader.folder, infos, kept)
+        return LayoutReader(reader, self._instruct_reader, ties=False) if self._parts else reader
 
     def _coverage(self) -> Coverage:
         trained = {host.name for host in self._hosts if host.base is not None or host.adapted is not None}
@@ -463,9 +525,9 @@ class LiveGraft:
         )
 
 
-def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: CheckpointReader) -> dict[str, list[Range]]:
+def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
     """Of what parts of parameters each tensor of the Instruct's files is made, where it is not a whole one itself."""
-    layout = Layout(Described.of(instruct.folder, shapes), instruct)
+    layout = LayoutReader(ComputedReader(instruct.folder, described(shapes)), instruct, ties=False)
     return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
 
 
@@ -506,10 +568,9 @@ def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
     return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
 
 
-def _require_pairing(parameters: dict[str, nn.Parameter], base: AlignedReader, instruct: CheckpointReader) -> None:
+def _require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, instruct: TensorReader) -> None:
     problems = []
-    readers: tuple[tuple[str, AlignedReader | CheckpointReader], ...] = (("Base", base), ("Instruct", instruct))
-    for title, reader in readers:
+    for title, reader in (("Base", base), ("Instruct", instruct)):
         missing = [name for name in parameters if name not in reader.tensors]
         if missing:
             problems.append(f"the {title}'s checkpoint {reader.folder} has no tensor {', '.join(missing[:5])}")

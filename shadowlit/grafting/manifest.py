@@ -6,10 +6,10 @@ import dataclasses
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from shadowlit.errors import ExportError
 from shadowlit.files import replace_text
@@ -36,10 +36,10 @@ def describe_source(source: str, folder: Path, fingerprint: str, revision: str |
     """Where one model comes from.
 
     Args:
-        source: what the user gave, a folder or hub id.
-        folder: where its files lie.
-        fingerprint: of its checkpoint.
-        revision: what the user asked for.
+        source: Folder or hub id that the user gave.
+        folder: Folder of its files.
+        fingerprint: Fingerprint of its checkpoint.
+        revision: Revision that the user asked for.
     """
     return Source(id=source, revision=revision, commit=commit_of(folder), fingerprint=fingerprint)
 
@@ -57,6 +57,7 @@ class Manifest(TypedDict):
     metrics: dict[str, Any]
     versions: dict[str, str]
     config: dict[str, Any]
+    transforms: NotRequired[list[dict[str, Any]]]
 
 
 def build_manifest(
@@ -69,6 +70,7 @@ def build_manifest(
     survival: Any = None,
     metrics: Mapping[str, Any] | None = None,
     config: Any = None,
+    transforms: Sequence[Mapping[str, Any]] = (),
     fingerprints: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Collect the manifest of a graft. It holds no time and no host, so that equal runs export equal folders.
@@ -82,6 +84,7 @@ def build_manifest(
         survival: How much of the delta lives through the exported dtype: a mapping or a dataclass.
         metrics: Metrics of the validation that was exported, e.g. ``{"val/grafted/loss": 1.23}``.
         config: The resolved config of the run: a mapping or a dataclass.
+        transforms: Names and parameters of the functions that were applied to the update.
         fingerprints: Of ``base`` and ``instruct``, where their folders hold no safetensors.
 
     Returns:
@@ -92,7 +95,7 @@ def build_manifest(
         CheckpointError: A folder of the pair holds no readable safetensors.
     """
     prints = fingerprints or pair.fingerprints()
-    return Manifest(
+    manifest = Manifest(
         base=describe_source(pair.base, pair.base_folder(), prints["base"], pair.base_revision),
         instruct=describe_source(pair.instruct, pair.instruct_folder(), prints["instruct"], pair.instruct_revision),
         scale=scale,
@@ -104,6 +107,9 @@ def build_manifest(
         versions=versions(),
         config=plain(config or {}),
     )
+    if transforms:
+        manifest["transforms"] = plain(transforms)
+    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def add_to_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
 
 def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The part of the manifest that travels in every weight file's header."""
-    keys = [key for key in ("base", "instruct", "scale", "select", "arm", "delta") if key in manifest]
+    keys = [key for key in ("base", "instruct", "scale", "select", "arm", "delta", "transforms") if key in manifest]
     return {f"shadowlit.{key}": json.dumps(manifest[key], sort_keys=True) for key in keys}
 
 

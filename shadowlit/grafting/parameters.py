@@ -12,7 +12,7 @@ from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_ex
 def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of ``model`` that stand for tensors of the checkpoint, by their checkpoint names.
 
-    Adapter factors are left out, and so is the frozen original beside a copy that peft trains
+    Adapter factors are left out, and so is the frozen original of a copy that peft trains
     (``modules_to_save``): the copy is the one that the forward pass uses. Shared storage appears once.
     """
     return {

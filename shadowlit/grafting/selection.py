@@ -16,16 +16,16 @@ class Coverage:
     """What a selection covers of a model.
 
     Attributes:
-        num_selected: tensors that receive an update.
-        num_tensors: tensors of the model.
-        num_selected_parameters: elements in the selected tensors.
-        num_parameters: elements of the model.
-        left_out: names of tensors that were trained but receive no update, so that their learning is dropped.
-        num_experts: tensors of experts, in mixtures of them.
-        num_selected_experts: those that receive an update.
-        num_routers: tensors that choose among the experts.
-        num_selected_routers: those that receive an update.
-        towers: of a model of several towers, how many tensors of each are selected, and how many it has.
+        num_selected: Tensors that receive an update.
+        num_tensors: Tensors of the model.
+        num_selected_parameters: Elements in the selected tensors.
+        num_parameters: Elements of the model.
+        left_out: Names of tensors that were trained but receive no update, so that their learning is dropped.
+        num_experts: Tensors of experts, in mixtures of them.
+        num_selected_experts: Those that receive an update.
+        num_routers: Tensors that choose among the experts.
+        num_selected_routers: Those that receive an update.
+        towers: Numbers of selected tensors and of all tensors of each tower, for a model with several.
     """
 
     num_selected: int
@@ -66,12 +66,12 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
             regular expressions, searched in the names. A list may hold several of these, and the names of towers of a
             vision-language model (``language``, ``vision``, ``projector``), within which all else is chosen then:
             ``[language, projector, linear]``. Towers alone are all of their tensors.
-        names: all tensor names of the model.
-        linear: the names that ``linear`` stands for.
-        model_type: the architecture's name, for the message.
+        names: All tensor names of the model.
+        linear: The names that ``linear`` stands for.
+        model_type: The architecture's name, for the message.
 
     Raises:
-        GraftError: a pattern is not a regular expression, or one of them matches nothing, or the model has no such
+        GraftError: A pattern is not a regular expression, or one of them matches nothing, or the model has no such
             tower.
     """
     names = list(names)

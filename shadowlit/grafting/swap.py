@@ -20,24 +20,24 @@ def windows(tensor: Tensor) -> Iterator[slice]:
 
 
 class _Progress(NamedTuple):
-    done: int = 0  # ranges that stand exchanged
-    part: int = 0  # the range in work, where `staged` is set
+    done: int = 0  # ranges that are swapped
+    part: int = 0  # the range that is being swapped, where `staged` is set
     after: int = 0  # what `done` becomes when it is finished
     staged: Tensor | None = None  # what the live tensor held there before
     copied: bool = False  # whether the live tensor has its new content there
 
 
-class Exchange:
-    """Exchanges the contents of two equally shaped tensors range by range, and back again.
+class Swap:
+    """Swaps the contents of two equally shaped tensors range by range, and back again.
 
     A keyboard interrupt or a signal may strike between any two statements. All progress is one attribute, set
-    only after the step that it stands for, and every step may be repeated: :meth:`backward` restores both
+    only after the step that it records, and every step may be repeated: :meth:`undo` restores both
     tensors bit for bit from wherever a call was left. Copies between a GPU and pinned memory are in the order of the
     GPU's stream; whoever reads ``held`` on the CPU waits for it first.
 
     Args:
-        live: a contiguous tensor, for example a frozen parameter's shard.
-        held: a contiguous tensor of the same shape and dtype, on any device.
+        live: The one tensor, contiguous; for example a frozen parameter's shard.
+        held: The other tensor, contiguous, of the same shape and dtype, on any device.
     """
 
     def __init__(self, live: Tensor, held: Tensor) -> None:
@@ -47,30 +47,30 @@ class Exchange:
         self._progress = _Progress()
 
     @property
-    def exchanged(self) -> bool:
-        """Whether any part stands exchanged or is in work."""
+    def begun(self) -> bool:
+        """Whether any range is swapped, wholly or in part."""
         return self._progress.done > 0 or self._progress.staged is not None
 
     def follow(self, live: Tensor) -> None:
-        """Go on with the storage that the live tensor has been moved to; not while anything is exchanged."""
-        assert not self.exchanged and live.shape.numel() == self._live.numel()
+        """Continue with the storage that the live tensor has been moved to; not while anything is swapped."""
+        assert not self.begun and live.shape.numel() == self._live.numel()
         if live.data_ptr() != self._live.data_ptr() or live.device != self._live.device:
             self._live = live.view(-1)
             self._ranges = list(windows(self._live))
 
-    def forward(self) -> None:
-        """Exchange all that is not exchanged yet."""
+    def apply(self) -> None:
+        """Swap all ranges that are not swapped yet."""
         self._finish()
         while (done := self._progress.done) < len(self._ranges):
-            self._swap(done, after=done + 1)
+            self._swap_range(done, after=done + 1)
 
-    def backward(self) -> None:
-        """Put back all that is exchanged."""
+    def undo(self) -> None:
+        """Swap back all ranges that are swapped."""
         self._finish()
         while (done := self._progress.done) > 0:
-            self._swap(done - 1, after=done - 1)
+            self._swap_range(done - 1, after=done - 1)
 
-    def _swap(self, part: int, after: int) -> None:
+    def _swap_range(self, part: int, after: int) -> None:
         staged = self._live[self._ranges[part]].clone()
         self._progress = _Progress(self._progress.done, part, after, staged)
         self._finish()

@@ -112,7 +112,7 @@ def local_folder(source: str, weights: bool = True) -> Path:
         EvaluationError: There is no such folder, and the hub does not give it.
     """
     try:
-        return model_folder("model", source, None, False, weights)
+        return model_folder("model", source, weights=weights)
     except ProblemError as error:
         problem = error.problem
         raise EvaluationError(f"{problem.found}. Expected: {problem.expected}. Check the spelling.") from error

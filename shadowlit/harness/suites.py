@@ -1,6 +1,6 @@
 """Suites of benchmarks: which tasks of lm-evaluation-harness they are, and how scores become means and differences.
 
-The suites stand in ``suites.yaml`` beside this module. Imports neither torch nor the harness.
+The suites are defined in ``suites.yaml`` next to this module. Imports neither torch nor the harness.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ class ProblemError(PairError):
         self.problem = problem
 
 
-def model_folder(who: str, source: str, revision: str | None, trust_remote_code: bool, weights: bool = True) -> Path:
+def model_folder(
+    who: str, source: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+) -> Path:
     """The local folder of a folder name or hub id, downloaded first if it is one.
 
     Args:

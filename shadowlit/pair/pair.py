@@ -34,6 +34,11 @@ class ModelPair:
 
     Nothing is read or downloaded before a method asks for it.
 
+    Example::
+
+        pair = ModelPair("Qwen/Qwen3-0.6B-Base", "Qwen/Qwen3-0.6B")
+        tokenizer = pair.instruct_tokenizer()
+
     Args:
         base: Folder or Hugging Face id of the Base, the model that is trained.
         instruct: Folder or Hugging Face id of the Instruct, the model that gets the update. Its tokenizer and

@@ -1,6 +1,6 @@
 """The registry of known pairs: which Base belongs to which Instruct, and what a graft meets between them.
 
-The facts stand in ``pairs.yaml`` beside this module. Imports neither torch nor transformers.
+The pairs are listed in ``pairs.yaml`` next to this module. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from shadowlit.errors import PairError
-from shadowlit.pair.pair import ModelPair
+
+if TYPE_CHECKING:
+    from shadowlit.pair.pair import ModelPair
 
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,6 +69,8 @@ class KnownPair:
         Args:
             trust_remote_code: Run Python code that comes with the models.
         """
+        from shadowlit.pair.pair import ModelPair  # late: listing the pairs reads no model
+
         return ModelPair(self.base, self.instruct, self.base_revision, self.instruct_revision, trust_remote_code)
 
 

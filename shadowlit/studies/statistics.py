@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 from shadowlit.errors import DataError
 
 DRAWS = 10_000
-_STUDENT_975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-"""The 97.5 % quantile of Student's t, by degrees of freedom."""
+_MANY_SEEDS = 11  # from here on, an interval takes about two standard errors to each side, as readers expect
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Average:
 
 
 def average(values: Sequence[float], expected: int | None = None) -> Average:
-    """Mean and standard error of what was measured; how much of what was expected is told beside it.
+    """Mean and standard error of what was measured, with the numbers of values that there are and should be.
 
     Args:
-        values: NaN and infinities are not measurements and only count as expected.
+        values: Measured values; NaN and infinities are not measurements and only count as expected.
         expected: Number of values that there should be; by default as many as were given.
     """
     found = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
@@ -47,31 +47,38 @@ def average(values: Sequence[float], expected: int | None = None) -> Average:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of what was measured with each seed, and the ends of its 95 % interval by Student's t.
+    """Mean over seeds, and the ends of its 95 % interval by Student's t: ``mean ± t(0.975, n - 1) · s / √n``.
 
-    The ends are NaN for a single seed, which says nothing of others.
+    The ends are NaN for a single seed, which says nothing about others.
+
+    Args:
+        values: What was measured, one value for each seed.
     """
     found = average(values)
     if found.count < 2:
         return found.mean, math.nan, math.nan
-    freedom = found.count - 1
-    width = (_STUDENT_975[freedom] if freedom < len(_STUDENT_975) else 1.96) * found.standard_error
+    width = student(found.count) * found.standard_error
     return found.mean, found.mean - width, found.mean + width
 
 
+def student(num_seeds: int) -> float:
+    """The 97.5 % quantile of Student's t for a mean over so many seeds, at least two."""
+    return float(stats.t.ppf(0.975, num_seeds - 1))
+
+
 def few_seeds(num_seeds: int) -> str:
-    """What so many seeds allow to say, in a sentence."""
+    """A sentence on what so many seeds allow to conclude."""
     if num_seeds <= 1:
         return (
             "There is one seed: there are no standard errors, the intervals stand for other rows of the same kind, and "
             "nothing is known of other trainings."
         )
-    if num_seeds >= len(_STUDENT_975):
+    if num_seeds >= _MANY_SEEDS:
         return f"There are {num_seeds} seeds; ± is the standard error over them."
-    factor = _STUDENT_975[num_seeds - 1]
     return (
         f"There are {num_seeds} seeds; ± is the standard error over them, itself uncertain: a 95 % interval of a mean "
-        f"over seeds takes {factor:.1f} times as much, which the intervals of differences below account for."
+        f"over seeds takes {student(num_seeds):.1f} times as much, which the intervals of differences below account "
+        "for."
     )
 
 
@@ -80,11 +87,11 @@ class Interval:
     """A difference with its bootstrap interval.
 
     Attributes:
-        difference: The mean over seeds, in the unit of the scores.
+        difference: Mean over seeds, in the unit of the scores.
         low: Lower end of the interval.
         high: Upper end.
-        num_seeds: Trainings that it is from.
-        num_rows: Rows that it is from.
+        num_seeds: Number of trainings that it is from.
+        num_rows: Number of rows that it is from.
     """
 
     difference: float
@@ -114,9 +121,9 @@ def paired_bootstrap(
     """Percentile bootstrap intervals of paired differences over two levels, trainings and rows.
 
     All trainings answer the same rows, so that the two levels are crossed: a draw takes rows with replacement, the same
-    for all seeds and for each evaluator on its own, and adds the variation between seeds. Resampling rows anew for each
-    seed, as the nested (hierarchical) bootstrap does, would count ``S·N`` independent answers where there are ``N``
-    questions.
+    for all seeds and for each evaluator on its own, and adds the variation between seeds. Resampling the rows for each
+    seed separately, as the nested (hierarchical) bootstrap does, would count ``S·N`` independent answers where there
+    are ``N`` questions.
 
     Resampling three seeds gives intervals far too narrow where seeds differ: with a standard deviation of 0.1 to 0.17
     between seeds, 0.1 between rows and 0.3 of a single difference, 250 rows, intervals of 95 % held the truth in 76 to
@@ -133,8 +140,8 @@ def paired_bootstrap(
         groups: Evaluators whose means are averaged without weights; an interval is made of each group.
         level: Probability that the interval is to have.
         draws: Number of bootstrap draws.
-        seed: Of the random numbers.
-        seeds: ``student``, or ``resampled`` for drawing the seeds with replacement as well.
+        seed: Seed of the random numbers.
+        seeds: Treatment of the outer level: ``student``, or ``resampled`` to draw the seeds with replacement as well.
 
     Returns:
         An interval for each group.
@@ -180,10 +187,10 @@ class Correlation:
     """A rank correlation.
 
     Attributes:
-        rho: -1 to 1; NaN for fewer than three points, or if one side is the same everywhere.
-        count: How many points have both values.
+        rho: Coefficient, -1 to 1; NaN for fewer than three points, or if one side is the same everywhere.
+        count: Number of points that have both values.
         low: Smallest of the first values; NaN if there are none.
-        high: Largest.
+        high: Largest of them.
     """
 
     rho: float
@@ -193,7 +200,7 @@ class Correlation:
 
     @property
     def caution(self) -> str:
-        """Why not to lean on it; empty if there is no plain reason."""
+        """A reason not to rely on it; empty if there is no obvious one."""
         if not self.count:
             return "not measured"
         if self.high == self.low:
@@ -210,11 +217,6 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Correlation:
     if not len(points):
         return Correlation(math.nan, 0, math.nan, math.nan)
     low, high = float(points[:, 0].min()), float(points[:, 0].max())
-    ranks = np.stack([_ranks(column) for column in points.T])
-    defined = len(points) > 2 and (ranks.std(axis=1) > 0).all()
-    return Correlation(float(np.corrcoef(ranks)[0, 1]) if defined else math.nan, len(points), low, high)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, kind, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[kind]
+    defined = len(points) > 2 and (points.min(axis=0) < points.max(axis=0)).all()
+    rho = float(stats.spearmanr(*points.T).statistic) if defined else math.nan
+    return Correlation(rho, len(points), low, high)

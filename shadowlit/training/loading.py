@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.checkpoint.names import TOWERS, canonical_name, count_towers, is_adapter_name, is_of_experts, tower_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
 from shadowlit.grafting.adapter import require_untied, starts_from_weights
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 def load_for_training(
-    reader: AlignedReader,
+    reader: TensorReader,
     config: PreTrainedConfig,
     *,
     adapter: LoraConfig | None,
@@ -124,13 +125,14 @@ def load_for_training(
 @torch.no_grad()
 def _fill(
     model: nn.Module,
-    reader: AlignedReader,
+    reader: TensorReader,
     device: torch.device,
     seed: int,
     adapter: LoraConfig | None = None,
 ) -> None:
     host = host_of(model)
-    reader = reader.of_module({name: tuple(parameter.shape) for name, parameter in host_parameters(model).items()})
+    shapes = {name: tuple(parameter.shape) for name, parameter in host_parameters(model).items()}
+    reader = in_layout_of_module(reader, shapes)
     ranks = {
         f"{prefix}.lora_A.{name}.weight": rank
         for prefix, module in model.named_modules()
@@ -220,7 +222,7 @@ def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int,
     return start
 
 
-def _stored_dtype(reader: AlignedReader) -> torch.dtype:
+def _stored_dtype(reader: TensorReader) -> torch.dtype:
     """The dtype that most elements of a checkpoint are stored in."""
     sizes: dict[torch.dtype, int] = {}
     for info in reader.tensors.values():

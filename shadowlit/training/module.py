@@ -25,10 +25,12 @@ from transformers import PreTrainedConfig, get_scheduler
 
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.data.images import IMAGE_INPUTS
+from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
+from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate_answers, greedy_config
@@ -40,7 +42,7 @@ from shadowlit.training.objectives import SFT, Objective
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
-from shadowlit.training.reference import BASE, References, start_of
+from shadowlit.training.reference import References
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
 from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
@@ -52,7 +54,6 @@ warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\(
 # Ours adds to a batch of any data module.
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
 
-TUNED = "tuned"
 # transformers' schedules that need no metric.
 ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
@@ -74,6 +75,11 @@ class ShadowModule(LightningModule):
     Validation logs ``val/<subject>/<metric>``: for the ``tuned`` model, and for the models that callbacks swap in. The
     metrics are over all validation sets together; where there are several, ``val/<subject>/<set>/<metric>`` is logged
     for each.
+
+    Example::
+
+        module = ShadowModule(pair, adapter=LoraConfig(r=64, lora_alpha=128), lr=2e-4)
+        Trainer(max_epochs=3, callbacks=[GraftCallback()]).fit(module, data)
 
     Args:
         pair: The Base that is trained and the Instruct that gets the update.
@@ -177,9 +183,8 @@ class ShadowModule(LightningModule):
         self.train_towers = list(train_towers)
         self.metrics = dict(metrics or {})
         self.model: nn.Module | None = None
-        self.subject = TUNED
         self._head_loss: HeadLoss | None = None
-        self._scores: dict[tuple[str, str], Scores] = {}  # by subject and set; the set "" is all of them
+        self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
         self._sums: tuple[tuple[str, ...], Tensor] | None = None  # the objective's, by name, of the effective batch
         self._references = References()
         # An adapter's checkpoint holds the factors only.
@@ -234,7 +239,7 @@ class ShadowModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse data that aren't what the objective is about."""
-        samples = getattr(self.trainer.datamodule, "samples", "conversations")  # type: ignore[attr-defined]
+        samples = run_data(self.trainer).samples
         if samples != self.objective.samples:
             raise ShadowlitError(
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
@@ -243,7 +248,7 @@ class ShadowModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse packed rows where the model would let one sample see another."""
-        if getattr(self.trainer.datamodule, "packing", None) is not None:  # type: ignore[attr-defined]
+        if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
                 require_separation(self.model)
@@ -284,16 +289,16 @@ class ShadowModule(LightningModule):
             self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the scores of the weights that stand in the module."""
-        self._score(batch, self._set_name(dataloader_idx))
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
+        """Add a batch to the scores of ``subject``, whose weights are loaded. An override passes it on to ``super``."""
+        self._score(batch, self._set_name(dataloader_idx), subject)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
         """As :meth:`validation_step`, on the test sets."""
-        self._score(batch, self._set_name(dataloader_idx))
+        self._score(batch, self._set_name(dataloader_idx), subject)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answer the prompts of a left-padded batch greedily, with the weights that stand in the module.
+        """Answer the prompts of a left-padded batch greedily, with the weights that are loaded.
 
         Returns:
             One ``{"index": row in the file, "answer": text}`` per prompt.
@@ -317,7 +322,7 @@ class ShadowModule(LightningModule):
         ]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of every subject that was put in since the validation began."""
+        """Log the scores of every subject that was measured since the validation began."""
         self._log_scores("val")
 
     def on_test_epoch_end(self) -> None:
@@ -334,17 +339,17 @@ class ShadowModule(LightningModule):
         """
         return self.objective.configure_scores()
 
-    def lacking_references(self, who: str) -> list[str]:
-        """The sets that the objective has to know ``who``'s log-probabilities of, and doesn't; base or instruct."""
+    def lacking_references(self, who: Subject) -> list[str]:
+        """The sets of which the objective needs ``who``'s log-probabilities and doesn't know them; BASE or INSTRUCT."""
         if not self.objective.has_reference:
             return []
-        sets = getattr(self.trainer.datamodule, "preference_sets", {})  # type: ignore[attr-defined]
+        sets = run_data(self.trainer).preference_sets
         # The training data only ever meet the model that is trained.
         return self._references.lacking(who, {n: one for n, one in sets.items() if who == BASE or n != "train"})
 
     @torch.no_grad()
     def measure_references(self, names: list[str]) -> dict[str, Tensor]:
-        """Log-probabilities of the answers of sets of preferences under the weights that stand in the module.
+        """Log-probabilities of the answers of preference sets under the weights that are loaded.
 
         A collective: every rank does its share of each set.
 
@@ -352,7 +357,7 @@ class ShadowModule(LightningModule):
             ``[samples, 2]`` float64 by set, for :meth:`keep_references`.
         """
         assert self.model is not None
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data = run_data(self.trainer)
         measured = {}
         for name in names:
             dataset = data.preference_sets[name]
@@ -367,9 +372,9 @@ class ShadowModule(LightningModule):
             measured[name] = logps
         return measured
 
-    def keep_references(self, who: str, measured: dict[str, Tensor]) -> None:
-        """Let these log-probabilities, by set, be those of the untouched base or instruct."""
-        sets = self.trainer.datamodule.preference_sets  # type: ignore[attr-defined]
+    def keep_references(self, who: Subject, measured: dict[str, Tensor]) -> None:
+        """Keep these log-probabilities, by set, as those of the untouched model ``who``."""
+        sets = run_data(self.trainer).preference_sets
         for name, logps in measured.items():
             self._references.keep(who, name, sets[name], logps)
 
@@ -380,7 +385,7 @@ class ShadowModule(LightningModule):
             self._head_loss = HeadLoss(self.model, self.head_loss)
         return self._head_loss
 
-    def scores(self, subject: str) -> dict[str, float]:
+    def scores(self, subject: Subject) -> dict[str, float]:
         """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
 
         Reduced over all ranks; every rank must call it.
@@ -392,7 +397,7 @@ class ShadowModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
-    def take_scores(self, subject: str) -> dict[str, float]:
+    def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
         taken = self.scores(subject)
         self._scores = {key: metric for key, metric in self._scores.items() if key[0] != subject}
@@ -457,7 +462,7 @@ class ShadowModule(LightningModule):
         """The attention kernel's name, with auto decided."""
         if self.attn_implementation != "auto":
             return self.attn_implementation
-        packs = getattr(self.trainer.datamodule, "packing", None) is not None  # type: ignore[attr-defined]
+        packs = run_data(self.trainer).packing is not None
         knows = not self.compile_layers and not is_image_text(config) and knows_attention_of(config)
         return VARLEN if packs and knows else "sdpa"
 
@@ -465,7 +470,7 @@ class ShadowModule(LightningModule):
     def _accumulates_whole(self) -> bool:
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
 
-    def _outputs(self, batch: Batch, who: str, name: str) -> Outputs:
+    def _outputs(self, batch: Batch, who: Subject, name: str) -> Outputs:
         """The model's outputs for a batch of the set ``name``, with the references of ``who``."""
         return Outputs(self.head_losses(), batch, partial(self._references.look_up, who, name))
 
@@ -483,27 +488,27 @@ class ShadowModule(LightningModule):
         self._sums = names, values if self._sums is None else self._sums[1] + values
         return loss
 
-    def _score(self, batch: Batch, set_name: str) -> None:
+    def _score(self, batch: Batch, set_name: str, subject: Subject) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
         several = isinstance(loaders, list) and len(loaders) > 1
         # A single set is all sets together.
-        keys = [(self.subject, name) for name in (("", set_name) if several else ("",))]
+        keys = [(subject, name) for name in (("", set_name) if several else ("",))]
         for key in keys:
             if key not in self._scores:
                 self._scores[key] = Scores(self.configure_scores(), self.metrics, self.device)
         stage = "test" if self.trainer.testing else "val"
-        outputs = self._outputs(batch, start_of(self.subject), f"{stage}/{set_name}")
+        outputs = self._outputs(batch, subject.start, f"{stage}/{set_name}")
         self.objective.score(outputs, [self._scores[key] for key in keys])
 
     def _log_scores(self, stage: str) -> None:
         for subject in dict.fromkeys(who for who, _ in self._scores):
             for name, value in self.scores(subject).items():
-                self.log(f"{stage}/{subject}/{name}", value, prog_bar=name == "loss")
+                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
         self._scores.clear()
 
     def _set_name(self, dataloader_idx: int) -> str:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = getattr(data, "test_names" if self.trainer.testing else "validation_names", None)
+        data = run_data(self.trainer)
+        names = data.test_names if self.trainer.testing else data.validation_names
         return names[dataloader_idx] if names else str(dataloader_idx)
 
     def _seed_dropout(self) -> None:

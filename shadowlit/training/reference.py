@@ -1,4 +1,4 @@
-"""What the weights at the start make of the answers: measured once per data set, looked up in every step."""
+"""Log-probabilities of the answers under the weights at the start: measured once per data set, then looked up."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from torch import Tensor
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
-
-BASE, INSTRUCT = "base", "instruct"
-
-
-def start_of(subject: str) -> str:
-    """Whose weights a subject started from: the Base for what is trained, the Instruct for what is grafted."""
-    return INSTRUCT if subject.startswith(("grafted", INSTRUCT)) else BASE
+from shadowlit.grafting.subject import Subject
 
 
 class References:
@@ -25,18 +19,18 @@ class References:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, str], tuple[Any, Tensor]] = {}
+        self._known: dict[tuple[Subject, str], tuple[Any, Tensor]] = {}
 
-    def lacking(self, who: str, sets: dict[str, Any]) -> list[str]:
-        """The names of ``sets`` that haven't been measured with the weights of ``who``; a set read anew counts."""
+    def lacking(self, who: Subject, sets: dict[str, Any]) -> list[str]:
+        """The names of ``sets`` that haven't been measured with the weights of ``who``, or were read again."""
         known = self._known
         return [name for name, one in sets.items() if (who, name) not in known or known[who, name][0] is not one]
 
-    def keep(self, who: str, name: str, dataset: Any, logps: Tensor) -> None:
+    def keep(self, who: Subject, name: str, dataset: Any, logps: Tensor) -> None:
         """Remember ``[len(dataset), 2]`` log-probabilities."""
         self._known[who, name] = dataset, logps
 
-    def look_up(self, who: str, name: str, samples: Tensor) -> Tensor:
+    def look_up(self, who: Subject, name: str, samples: Tensor) -> Tensor:
         """The log-probabilities of some samples of a set, ``[N, 2]`` for indices ``[N]``.
 
         Raises:
@@ -44,9 +38,9 @@ class References:
         """
         if (who, name) not in self._known:
             raise ShadowlitError(
-                f"the objective compares with the start of the model, but nothing is known of what the {who} makes of "
-                f"'{name}'. Expected a GraftCallback, which holds the start, among the trainer's callbacks; add one, "
-                "or choose an objective without a reference: SimPO, ORPO, CPO, ASFT."
+                f"the objective compares with the start of the model, but the {who.name}'s log-probabilities of "
+                f"'{name}' are unknown. Expected a GraftCallback, which measures them, among the trainer's callbacks; "
+                "add one, or choose an objective without a reference: SimPO, ORPO, CPO, ASFT."
             )
         logps = self._known[who, name][1]
         return logps.to(samples.device).index_select(0, samples)

@@ -5,7 +5,6 @@ import torch
 from safetensors.torch import load_file
 
 from shadowlit.analysis.deltas import (
-    DeltaReader,
     compare_deltas,
     compare_models,
     matrices,
@@ -19,6 +18,7 @@ from shadowlit.analysis.deltas import (
     open_deltas,
     open_model,
     pair_table,
+    reader_of,
     trimmed,
 )
 from shadowlit.analysis.heat_map import draw_heat_maps, in_order, of_similarity
@@ -84,7 +84,7 @@ def test_conflicts_among_the_largest():
 @pytest.mark.parametrize("shape", [(7, 5), (11,), (), (3, 4, 5), (1, 6)])
 def test_a_delta_is_read_at_any_offset(shape):
     whole = noise(*shape, seed=1)
-    reader = DeltaReader("d", Delta.of({"x": whole}))
+    reader = reader_of("d", Delta.of({"x": whole}))
     raw = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
     for start in range(0, len(raw), 4):
         for size in (4, 12, len(raw) - start):

@@ -41,13 +41,13 @@ def test_saved_twice_alike(tmp_path):
     figure, (axis,) = panels(1, 1, 3.4, 2.0)
     axis.plot([0, 1], [0, 1])
     axis.set_xlabel("Δ (nats)")
-    picture = save_figure(figure, tmp_path / "deep" / "p")
+    saved = save_figure(figure, tmp_path / "deep" / "p")
     pdf, png = ((tmp_path / "deep" / f"p.{ending}").read_bytes() for ending in ("pdf", "png"))
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf and b"CreationDate" not in pdf
     assert not list((tmp_path / "deep").glob("*.partial"))
     save_figure(figure, tmp_path / "again")
     assert (tmp_path / "again.pdf").read_bytes() == pdf and (tmp_path / "again.png").read_bytes() == png
-    data, told = picture._repr_mimebundle_(include=None, exclude=None)
+    data, told = saved._repr_mimebundle_(include=None, exclude=None)
     assert data == {"image/png": png} and told == {"image/png": {"width": 408}}
 
 
@@ -94,7 +94,7 @@ def test_gains(run):
     assert losses.get_ylabel() == "gain in loss (nats per token)"
 
 
-def test_other_pictures_of_a_run(run):
+def test_other_plots_of_a_run(run):
     assert next(iter(lines(survival(run).axes[0]).values())) == [(10, 0.99), (20, 0.98)]
     assert lines(forgetting(run).axes[0])["grafted Instruct"] == [(10, 0.01), (20, 0.02)]
     assert lines(score_curves(run).axes[0])["grafted Instruct"] == [(0, 0.5), (10, 0.75), (20, 0.25)]

@@ -328,11 +328,11 @@ def test_many_layers_share_rows():
 
 
 def test_the_embedded_pair(tmp_path, capsys):
-    out, table, picture = tmp_path / "new" / "s.json", tmp_path / "s.csv", tmp_path / "s.png"
-    assert main(["similarity", str(BASE), str(INSTRUCT), f"--out={out}", f"--heat_map={picture}",
+    out, table, image = tmp_path / "new" / "s.json", tmp_path / "s.csv", tmp_path / "s.png"
+    assert main(["similarity", str(BASE), str(INSTRUCT), f"--out={out}", f"--heat_map={image}",
                  "--effective_rank=true"]) == 0  # fmt: skip
     assert "above the range of the paper's pairs (0.003–0.042)" in " ".join(capsys.readouterr().out.split())
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")
     told = json.loads(out.read_text())
     (pair,) = told["similarities"]
     assert told["models"] == {"A": str(BASE), "B": str(INSTRUCT)}

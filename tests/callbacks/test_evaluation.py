@@ -13,7 +13,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.module import ShadowData
 from shadowlit.errors import DataError, GraftError
-from shadowlit.evaluation.evaluator import Evaluator, Findings
+from shadowlit.evaluation.evaluator import EvalResult, Evaluator
 from shadowlit.evaluation.forgetting import Divergence
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.multiple_choice import MultipleChoice
@@ -22,7 +22,7 @@ from shadowlit.evaluation.sums import SampleSums
 from shadowlit.pair.pair import ModelPair
 from tests.callbacks.test_graft import KINDS, assert_same, fit, make_module, make_trainer, metrics, weights
 from tests.distributed import run_ranks
-from tests.evaluation.scenes import write_rows
+from tests.evaluation.contexts import write_rows
 from tests.synthetic import RandomData
 from tests.tiny import CHATML, save_pair
 from tests.training import test_distributed as distributed
@@ -58,25 +58,25 @@ def evaluators(files):
 class Probe(Evaluator):
     """Measures a fixed text's mean log-probability, which tells weights apart; remembers when it was asked."""
 
-    def __init__(self, every=1, act=lambda scene: None, mark="a"):
+    def __init__(self, every=1, act=lambda context: None, mark="a"):
         super().__init__(every)
         self.act, self.mark, self.calls = act, mark, 0
 
     def read(self, pair: ModelPair, template_kwargs) -> None:
         self.pair = pair
 
-    def run(self, scene) -> Findings:
+    def run(self, context) -> EvalResult:
         self.calls += 1
         ids = torch.arange(10, 30)[None]
-        losses = scene.token_losses(ids, torch.ones_like(ids), torch.arange(19), ids[0, 1:])
+        losses = context.token_losses(ids, torch.ones_like(ids), torch.arange(19), ids[0, 1:])
         torch.rand(3), random.random()  # whoever shares the training's generators would shift its order and dropout
-        self.act(scene)
+        self.act(context)
         score = -losses.double().mean().item()
-        sums = SampleSums("score").to(scene.device)
+        sums = SampleSums("score").to(context.device)
         sums.update([{"score": score}])
         total = sums.compute()
         mean = total["score"] / total["num_samples"]
-        return Findings({"score": mean}, [{"index": 5 - scene.rank, "score": score}])
+        return EvalResult({"score": mean}, [{"index": 5 - context.rank, "score": score}])
 
     def signature(self) -> str:
         return self.mark
@@ -127,9 +127,9 @@ def test_training_is_bit_identical_with_and_without(tmp_path, folders, files, ki
 def test_an_exception_restores_the_trained_weights(tmp_path, folders, error, subject_call):
     """In the grafted pass (first call), on the tuned weights within a reference, on an untouched model."""
 
-    def act(scene):
+    def act(context):
         if probe.calls == subject_call:
-            with scene.reference():
+            with context.reference():
                 raise error("in an evaluator")
 
     probe = Probe(act=act)
@@ -151,9 +151,9 @@ def test_a_checkpoint_saved_while_others_weights_stand_holds_the_trained_ones(tm
     """As a signal handler does: in the grafted pass, and while the reference stands; both are measured again."""
     saved = []
 
-    def act(scene):
+    def act(context):
         if probe.calls in (1, 3):
-            with scene.reference():
+            with context.reference():
                 path = tmp_path / f"{probe.calls}.ckpt"
                 trainer.save_checkpoint(path)
                 saved.append(torch.load(path, weights_only=True)["state_dict"])
@@ -297,7 +297,7 @@ def test_exchanged_roles_measure_the_divergence_from_the_base_in_their_place(tmp
 def test_an_evaluator_that_leaves_the_training_mode_on_disturbs_no_other(tmp_path, folders):
     """With dropout in the LoRA, whose passes would be drawn anew."""
     logged = []
-    for act in (lambda scene: None, lambda scene: scene.model.train()):
+    for act in (lambda context: None, lambda context: context.model.train()):
         own = {"first": Probe(act=act), "second": Probe()}
         callbacks = [GraftCallback(scales=[1.0, 0.5]), EvaluationCallback(own, folder=str(tmp_path / "e"))]
         logged.append(metrics(fit(tmp_path, folders, "lora", callbacks, max_steps=2)[1]))
@@ -306,7 +306,7 @@ def test_an_evaluator_that_leaves_the_training_mode_on_disturbs_no_other(tmp_pat
 
 
 def test_swaps_for_a_reference_are_the_evaluations_and_not_the_grafts(tmp_path, folders, files):
-    def act(scene):
+    def act(context):
         graft.graft.apply_s += 1000  # as if swaps took so long
 
     graft = GraftCallback()
@@ -319,8 +319,8 @@ def test_swaps_for_a_reference_are_the_evaluations_and_not_the_grafts(tmp_path, 
 
 def test_a_metric_that_a_validation_set_has_too_is_an_error(tmp_path, folders):
     class Losing(Probe):
-        def run(self, scene):
-            return Findings({"score": 0.0, "loss": 0.0}, [])
+        def run(self, context):
+            return EvalResult({"score": 0.0, "loss": 0.0}, [])
 
     callbacks = [GraftCallback(), EvaluationCallback({"left": Losing()}, folder=str(tmp_path / "e"))]
     with pytest.raises(DataError, match="left/loss would be logged for a validation set and for an evaluator"):
@@ -371,7 +371,7 @@ def test_what_cannot_be_is_told_before_the_training(tmp_path, folders, files):
         assert told in str(error.value)
     with pytest.raises(DataError, match="compares with the Instruct, which needs a GraftCallback"):
         fit(tmp_path, folders, callbacks=[EvaluationCallback({"f": Divergence(files["talks"])})])
-    with pytest.raises(GraftError, match="stands before GraftCallback"):
+    with pytest.raises(GraftError, match="is listed before GraftCallback"):
         fit(tmp_path, folders, callbacks=[EvaluationCallback({"p": Probe()}), GraftCallback()])
 
 

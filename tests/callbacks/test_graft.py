@@ -1,23 +1,38 @@
 """The hazards of a graft inside training, each with its test (see docs/footguns.md)."""
 
+import contextlib
+import gc
 import logging
 import os
 import signal
+import time
+import weakref
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
-from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-import shadowlit.callbacks.graft as graft_module
+import shadowlit.callbacks.untouched as untouched
+from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.errors import GraftError, PairError
+from shadowlit.evaluation.evaluator import EvalResult, Evaluator
 from shadowlit.grafting.export import reload_logits
 from shadowlit.grafting.manifest import read_manifest
+from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
@@ -124,9 +139,9 @@ class Saboteur(ShadowModule):
     action = None
     armed_at = 4  # optimizer steps
 
-    def validation_step(self, batch, batch_idx, dataloader_idx=0):
-        super().validation_step(batch, batch_idx, dataloader_idx)
-        if self.action and self.subject == "grafted" and self.global_step == self.armed_at and batch_idx == 1:
+    def validation_step(self, batch, batch_idx, dataloader_idx=0, subject=TUNED):
+        super().validation_step(batch, batch_idx, dataloader_idx, subject)
+        if self.action and subject.name == "grafted" and self.global_step == self.armed_at and batch_idx == 1:
             action, self.action = self.action, None
             action(self)
 
@@ -168,7 +183,6 @@ def test_an_exception_in_the_grafted_pass_restores_the_weights(tmp_path, folders
         trainer.fit(module, RandomData())
     expected = expected_weights(tmp_path, folders, kind)
     assert_same(weights(module), expected)
-    assert module.subject == "tuned"
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["state_dict"]
     trained = {f"model.{name}" for name, p in module.model.named_parameters() if p.requires_grad}
     assert trained <= saved.keys() <= trained | {"model.lm_head.weight"}
@@ -198,14 +212,14 @@ def test_a_checkpoint_asked_for_in_the_middle_of_a_swap_is_refused(tmp_path, fol
     graft = next(c for c in trainer.callbacks if isinstance(c, GraftCallback)).build(module)
     before = weights(module)
 
-    put = graft._put
+    write = graft._write_state
 
-    def put_and_save(host, state, squares):
-        put(host, state, squares)
+    def write_and_save(host, subject, squares):
+        write(host, subject, squares)
         trainer.save_checkpoint(tmp_path / "swap.ckpt")
 
-    graft._put = put_and_save
-    with pytest.raises(GraftError, match="none was written"), graft.applied(1.0):
+    graft._write_state = write_and_save
+    with pytest.raises(GraftError, match="none was written"), graft.applied(Subject("grafted", 1.0)):
         pass
     assert not (tmp_path / "swap.ckpt").exists()
     assert_same(weights(module), before)
@@ -271,14 +285,10 @@ def test_before_the_first_step_the_graft_is_the_instruct(tmp_path, folders, kind
 def test_the_sanity_check_runs_the_graft_and_logs_nothing(tmp_path, folders):
     seen = []
 
-    class Spy(Callback):
-        def on_validation_batch_start(self, trainer, module, *_):
-            seen.append((trainer.sanity_checking, module.subject))
-
     class Recorder(ShadowModule):
-        def validation_step(self, *args):
-            seen.append((self.trainer.sanity_checking, self.subject))
-            super().validation_step(*args)
+        def validation_step(self, batch, batch_idx, dataloader_idx=0, subject=TUNED):
+            seen.append((self.trainer.sanity_checking, subject.name))
+            super().validation_step(batch, batch_idx, dataloader_idx, subject)
 
     module = make_module(folders, cls=Recorder)
     trainer = make_trainer(tmp_path, GraftCallback(), max_steps=1, val_check_interval=None, limit_val_batches=0.5)
@@ -292,10 +302,10 @@ def test_the_untouched_models_are_measured_once_and_kept_over_a_resume(tmp_path,
     subjects = []
 
     class Recorder(ShadowModule):
-        def validation_step(self, *args):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0, subject=TUNED):
             if not self.trainer.sanity_checking:
-                subjects.append(self.subject)
-            super().validation_step(*args)
+                subjects.append(subject.name)
+            super().validation_step(batch, batch_idx, dataloader_idx, subject)
 
     module = make_module(folders, cls=Recorder)
     callbacks = [GraftCallback(), ModelCheckpoint(dirpath=tmp_path, save_last=True)]
@@ -354,18 +364,19 @@ def test_subclasses_log_their_own_metrics_for_every_subject(tmp_path, folders):
 def test_the_validation_data_are_hashed_once(tmp_path, folders, monkeypatch):
     """Four validations, one hash; other limits are other data."""
     hashed, asked = [], []
-    original = graft_module._signature
-    monkeypatch.setattr(graft_module, "_signature", lambda *given: hashed.append(given) or original(*given))
+    original = untouched._hash
+    monkeypatch.setattr(untouched, "_hash", lambda *given: hashed.append(given) or original(*given))
 
-    class Asked(GraftCallback):
-        def _signature(self, loaders, limits):
-            asked.append(super()._signature(loaders, limits))
+    class Asked(untouched.DataSignature):
+        def of(self, loaders, limits):
+            asked.append(super().of(loaders, limits))
             return asked[-1]
 
-    graft = Asked()
+    graft = GraftCallback()
+    graft._data = Asked()
     _, trainer = fit(tmp_path, folders, callbacks=[graft])
     assert (len(asked), len(set(asked)), len(hashed)) == (4, 1, 1)
-    assert graft._signature(trainer.val_dataloaders, [1, 1]) != asked[0]
+    assert graft._data.of(trainer.val_dataloaders, [1, 1]) != asked[0]
 
 
 def test_nothing_selected_is_an_error_and_the_coverage_is_said(tmp_path, folders, caplog):
@@ -401,9 +412,217 @@ def test_a_module_that_does_not_start_at_the_base_is_refused(tmp_path, folders):
         make_trainer(tmp_path, GraftCallback()).fit(make_module(folders, cls=Moved), RandomData())
 
 
-def test_callbacks_that_swap_weights_themselves_are_refused(tmp_path, folders):
-    with pytest.raises(GraftError, match="can't share a run with EMAWeightAveraging"):
-        fit(tmp_path, folders, callbacks=[GraftCallback(), EMAWeightAveraging()])
+class OwnAveraging(WeightAveraging):
+    """A subclass, as the docstring of Lightning's class recommends."""
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return True
+
+
+@pytest.mark.parametrize("make", [EMAWeightAveraging, OwnAveraging, lambda: StochasticWeightAveraging(1e-2)])
+def test_callbacks_that_swap_weights_themselves_are_refused(tmp_path, folders, make):
+    other = make()
+    with pytest.raises(GraftError, match=f"can't share a run with {type(other).__name__}: both swap"):
+        fit(tmp_path, folders, callbacks=[GraftCallback(), other])
+
+
+def test_a_step_that_cannot_be_told_the_subject_is_refused(tmp_path, folders):
+    class Deaf(ShadowModule):
+        def test_step(self, batch, batch_idx, dataloader_idx=0):
+            super().test_step(batch, batch_idx, dataloader_idx)
+
+    module = make_module(folders, cls=Deaf)
+    with pytest.raises(GraftError, match=r"Deaf\.test_step\(batch, batch_idx, dataloader_idx=0\) can't be told which"):
+        make_trainer(tmp_path, GraftCallback()).fit(module, RandomData())
+    make_trainer(tmp_path, max_steps=1).fit(module, RandomData())  # without the callback there is nothing to tell
+
+
+def test_a_step_that_passes_everything_on_scores_every_subject(tmp_path, folders):
+    class Passing(ShadowModule):
+        def validation_step(self, *args):
+            super().validation_step(*args)
+
+    logged = []
+    for cls in (ShadowModule, Passing):
+        trainer = make_trainer(tmp_path, GraftCallback(scales=[1.0, 0.5]), max_epochs=1)
+        trainer.fit(make_module(folders, cls=cls), RandomData())
+        logged.append({name: value for name, value in metrics(trainer).items() if name.startswith("val/")})
+    assert logged[0] == logged[1] and "val/grafted@0.5/loss" in logged[0]
+
+
+def open_files(*folders):
+    """Names of the files in the folders that this process has open."""
+    names = [os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
+             if os.path.islink(f"/proc/self/fd/{number}")]  # fmt: skip
+    return [name for name in names if any(name.startswith(str(folder)) for folder in folders)]
+
+
+class Holding(Callback):
+    """Remembers what the graft holds while a run lasts, without keeping it."""
+
+    def __init__(self, graft):
+        self.graft = graft
+
+    def on_train_end(self, trainer, module):
+        live = self.graft.graft
+        self.held = [weakref.ref(live), *(weakref.ref(host.instruct) for host in live._hosts)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_nothing_of_the_pair_is_kept_after_a_run(tmp_path, folders, kind, error):
+    class Failing(Callback):
+        def on_train_end(self, *_):
+            if error:
+                raise error
+
+    graft = GraftCallback()
+    watch = Holding(graft)
+    evaluation = EvaluationCallback({"probe": Fixed()}, folder=str(tmp_path / "e"))
+    export = ExportCallback(folder=str(tmp_path / "x"))
+    module = make_module(folders, kind)
+    trainer = make_trainer(tmp_path, graft, evaluation, export, watch, Failing())
+    if error:
+        with contextlib.suppress(error):
+            trainer.fit(module, RandomData())
+    else:
+        trainer.fit(module, RandomData())
+        assert (tmp_path / "x/model").is_dir()
+    gc.collect()
+    assert graft.graft is None and len(watch.held) > 20
+    assert [ref for ref in watch.held if ref() is not None] == []
+    assert open_files(*folders) == [] and not module._state_dict_pre_hooks
+
+
+class Fixed(Evaluator):
+    """Whose reference is swapped in, and which keeps nothing."""
+
+    def read(self, pair, template_kwargs):
+        pass
+
+    def run(self, context):
+        with context.reference():
+            return EvalResult({"score": 1.0}, [])
+
+    def signature(self):
+        return "fixed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_validation_after_the_run_builds_the_graft_again(tmp_path, folders, kind):
+    graft = GraftCallback(scales=[1.0, 0.5])
+    module, trainer = fit(tmp_path, folders, kind, [graft])
+    before, trained = metrics(trainer), weights(module)
+    trainer.validate(module, RandomData(), verbose=False)
+    after = metrics(trainer)
+    for who in ("tuned", "grafted", "grafted@0.5", "base", "instruct"):
+        assert after[f"val/{who}/loss"] == before[f"val/{who}/loss"]
+    assert after["graft/delta_norm"] == before["graft/delta_norm"]
+    assert_same(weights(module), trained)
+    with graft.grafted(module):  # and once more, by hand
+        assert any(not torch.equal(p, trained[name]) for name, p in module.model.named_parameters())
+    assert_same(weights(module), trained)
+
+
+def test_relative_delta_by_hand(tmp_path, folders):
+    """The update's norm over the Instruct's, both over the selected tensors."""
+    module, trainer = fit(tmp_path, folders, max_epochs=1)
+    base, instruct = (dict(AutoModelForCausalLM.from_pretrained(f).named_parameters()) for f in folders)
+    selected = [name for name, p in base.items() if "layers" in name and p.dim() == 2]
+    assert len(selected) == 14
+    tuned = dict(module.model.named_parameters())
+    square = lambda tensors: sum(t.double().square().sum().item() for t in tensors)  # noqa: E731
+    update, goal = square(tuned[n] - base[n] for n in selected), square(instruct[n] for n in selected)
+    assert metrics(trainer)["graft/relative_delta"] == pytest.approx((update / goal) ** 0.5, rel=1e-5)
+    assert metrics(trainer)["graft/delta_norm"] == pytest.approx(update**0.5, rel=1e-5)
+
+
+def test_a_checkpoint_from_before_the_record_still_resumes(tmp_path, folders):
+    """Its scores of the untouched models lie under other keys, and are not measured again."""
+    callbacks = [GraftCallback(), ModelCheckpoint(dirpath=tmp_path, save_last=True)]
+    first = make_trainer(tmp_path, *callbacks, max_epochs=1)
+    first.fit(make_module(folders), RandomData())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (key,) = [key for key in saved["callbacks"] if "GraftCallback" in key]
+    state = saved["callbacks"][key]
+    entry = state.pop("untouched")["val"]
+    assert set(entry) == {"signature", "base", "instruct"}
+    # The marks show where the logged numbers come from.
+    old = {who: {**entry[who], "mark": mark} for who, mark in (("base", 1.0), ("instruct", 2.0))}
+    saved["callbacks"][key] = {**state, "constants": old, "measured_on": entry["signature"]}
+    torch.save(saved, tmp_path / "old.ckpt")
+    again = make_trainer(tmp_path, GraftCallback())
+    again.fit(make_module(folders), RandomData(), ckpt_path=tmp_path / "old.ckpt")
+    logged = metrics(again)
+    assert logged["val/base/mark"] == 1 and logged["val/instruct/mark"] == 2
+    assert logged["val/instruct/loss"] == metrics(first)["val/instruct/loss"]
+
+
+def test_a_checkpoint_saved_in_a_pass_states_the_last_complete_validation(tmp_path, folders):
+    def save(module):
+        module.trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    every = ModelCheckpoint(tmp_path, filename="{step}", monitor="graft/gain", save_top_k=-1)
+    _, trainer = (module, trainer) = sabotage(tmp_path, folders, "full", save, GraftCallback(), every)
+    trainer.fit(module, RandomData())
+    states = []
+    for name in ("within.ckpt", "step=2.ckpt"):  # the action strikes at step 4
+        saved = torch.load(tmp_path / name, weights_only=True)
+        states.append(next(state for key, state in saved["callbacks"].items() if "GraftCallback" in key))
+    assert states[0]["metrics"] == states[1]["metrics"] and "val/grafted/loss" in states[0]["metrics"]
+
+
+class Norms(Callback):
+    """A user's own measurement of every subject."""
+
+    def __init__(self):
+        self.calls = []
+
+    def on_subject(self, trainer, module, subject, record):
+        self.calls.append((trainer.global_step, subject.name, [s.name for s in record.subjects]))
+        with record.timed("norm"):
+            time.sleep(0.05)
+            square = sum(p.double().square().sum().item() for p in module.model.parameters())
+        record.metrics[f"{record.stage}/{subject.name}/norm"] = square**0.5
+
+
+def test_a_callback_of_ones_own_measures_every_subject(tmp_path, folders):
+    own, graft = Norms(), GraftCallback(scales=[1.0, 0.5])
+    module, trainer = fit(tmp_path, folders, callbacks=[own, graft], max_epochs=1)
+    logged = metrics(trainer)
+    square = lambda model: sum(p.double().square().sum().item() for p in model.parameters())  # noqa: E731
+    for who, folder in (("base", folders[0]), ("instruct", folders[1])):
+        expected = square(AutoModelForCausalLM.from_pretrained(folder)) ** 0.5
+        assert logged[f"val/{who}/norm"] == pytest.approx(expected, rel=1e-6)
+    assert logged["val/tuned/norm"] == pytest.approx(square(module.model) ** 0.5, rel=1e-6)
+    with graft.grafted(module, 0.5):
+        assert logged["val/grafted@0.5/norm"] == pytest.approx(square(module.model) ** 0.5, rel=1e-6)
+    # Two validations; the untouched models in the first one only, and never in the sanity check.
+    order = ["grafted", "grafted@0.5", "tuned", "base", "instruct"]
+    assert [name for step, name, _ in own.calls if step == 2] == order
+    assert [name for step, name, _ in own.calls if step == 4] == order[:3] and len(own.calls) == 8
+    assert all(before == order[: len(before)] and name == order[len(before)] for _, name, before in own.calls)
+    record = graft.record
+    assert [subject.name for subject in record.subjects] == order[:3] and record is graft.finished
+    assert record.seconds["norm"] > 0.15 and logged["graft/seconds"] == pytest.approx(record.seconds["graft"])
+    # Lightning still shows what only the first validation measured; the record of the second does not state it.
+    assert logged.keys() - record.metrics.keys() == {"val/base/norm", "val/instruct/norm"}
+    assert record.metrics.items() <= logged.items()
+
+
+def test_time_in_a_part_does_not_count_for_the_part_around_it():
+    record = ValidationRecord(run=RunTotals(started=time.perf_counter()))
+    with record.timed("graft"):
+        time.sleep(0.02)
+        with record.timed("evaluation/a"):
+            time.sleep(0.1)
+        with record.timed("evaluation/b"), record.timed("inner"):
+            time.sleep(0.05)
+    assert 0.02 <= record.seconds["graft"] < 0.05 and record.seconds["evaluation/b"] < 0.03
+    assert 0.1 <= record.spent("evaluation") < 0.15 and record.spent("evaluation/a") >= 0.1
+    assert record.run.seconds["evaluation"] == pytest.approx(record.spent("evaluation"))
+    record.add_cost("inner")
+    assert record.metrics["inner/seconds"] >= 0.05 and 0.2 < record.metrics["inner/time_share"] < 0.4
 
 
 def test_offloading_changes_no_number(tmp_path, folders):

@@ -65,7 +65,9 @@ def test_shares_add_up_and_are_said(tmp_path, folders, caplog):  # noqa: F811
         _, _, callback = fit(tmp_path, folders, graft, logger=CSVLogger(tmp_path, "logs"))
     assert sum(callback.summary[part] for part in PARTS) == pytest.approx(1)
     assert all(callback.summary[part] >= 0 for part in PARTS)
-    assert callback.summary["graft"] * callback.summary["seconds"] == pytest.approx(graft.seconds, rel=1e-6)
+    assert callback.summary["graft"] * callback.summary["seconds"] == pytest.approx(
+        graft.record.run.seconds["graft"], rel=1e-6
+    )
     assert callback.summary["validation"] > 0 and callback.summary["evaluation"] == 0
     assert callback.summary["peak_memory_gb"] > 0.05 and "mfu" not in callback.summary
     (said,) = [record.message for record in caplog.records if record.message.startswith("throughput:")]

@@ -13,12 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import LayoutReader, in_layout_of
+from shadowlit.checkpoint.layout import LayoutReader
 from shadowlit.checkpoint.names import canonical_key
 from shadowlit.cli.main import main
 from shadowlit.errors import CheckpointError, GraftError
-from shadowlit.grafting.disk import linear_on_disk, open_update
+from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.folders import base_of
 from shadowlit.grafting.parameters import linear_names
+from shadowlit.grafting.update import open_update
 from tests.tiny import save_model, save_pair
 
 SIDES = ("base", "tuned", "instruct")
@@ -337,7 +339,7 @@ def test_adapters_that_were_not_merged(tmp_path, name):
     left = write(tmp_path / "left", **{f"base_model.model.model.layers.0.{name}": torch.ones(3, 3)})
     plain = write(tmp_path / "plain", model__norm__weight=torch.ones(3))
     for pair in ((left, plain), (plain, left)):
-        with pytest.raises(CheckpointError, match=r"left holds adapters beside .*merge_and_unload"):
+        with pytest.raises(CheckpointError, match=r"left holds adapters next to .*merge_and_unload"):
             LayoutReader(*pair)
 
 
@@ -400,7 +402,7 @@ def test_layouts_that_are_unknown_on_both_sides_are_refused(tmp_path):
     base = write(tmp_path / "base", model__layers__0__wqkv__weight=torch.ones(3, 3))
     instruct = write(tmp_path / "instruct", model__layers__0__q_proj__weight=torch.ones(3, 3))
     with pytest.raises(GraftError, match=r"base has .*wqkv\.weight, .*instruct has .*q_proj\.weight instead"):
-        in_layout_of(instruct, base)
+        base_of(instruct, base)
 
 
 @pytest.mark.parametrize(

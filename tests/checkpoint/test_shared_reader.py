@@ -7,14 +7,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from shadowlit.checkpoint import headers
-from shadowlit.checkpoint.headers import Headers
+from shadowlit.checkpoint import folder as folders
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.errors import CheckpointError
 
 
 def save_constant(folder, value):
     folder.mkdir()
     save_file({"weight": torch.full((4, 4), value)}, folder / "model.safetensors")
-    return Headers(folder)
+    return CheckpointReader(folder)
 
 
 def test_a_file_opened_by_two_threads_at_once_is_not_closed_under_either(tmp_path, monkeypatch):
@@ -24,7 +25,7 @@ def test_a_file_opened_by_two_threads_at_once_is_not_closed_under_either(tmp_pat
     both_open, first_reads, go_on = threading.Barrier(2), threading.Event(), threading.Event()
     found = {}
 
-    class Stream(headers.FileIO):
+    class Stream(folders.FileIO):
         def __init__(self, path):
             super().__init__(path)
             if path.parent == instruct.folder:
@@ -41,11 +42,11 @@ def test_a_file_opened_by_two_threads_at_once_is_not_closed_under_either(tmp_pat
     def read():
         try:
             found[threading.current_thread().name] = instruct.rows("weight", 0, 4)
-        except headers.CheckpointError as error:
+        except CheckpointError as error:
             found[threading.current_thread().name] = error
 
-    monkeypatch.setattr(headers, "FileIO", Stream)
-    monkeypatch.setattr(headers.os, "preadv", preadv)
+    monkeypatch.setattr(folders, "FileIO", Stream)
+    monkeypatch.setattr(folders.os, "preadv", preadv)
     first, second = (threading.Thread(target=read, name=name) for name in ("first", "second"))
     first.start()
     second.start()

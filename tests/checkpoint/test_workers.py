@@ -20,10 +20,11 @@ from shadowlit.checkpoint.workers import in_order
 from shadowlit.cli.main import main
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
 from shadowlit.grafting.manifest import read_manifest
+from tests.distributed import server_pid
 from tests.tiny import save_model, save_pair
 
 ROOT = Path(__file__).parents[2]
-ALWAYS = "from shadowlit.grafting import workers; workers.WORTH_FORKING_BYTES = 0; workers.num_cores = lambda: 2\n"
+ALWAYS = "from shadowlit.checkpoint import workers; workers.WORTH_FORKING_BYTES = 0; workers.num_cores = lambda: 2\n"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
@@ -43,7 +44,8 @@ def processes(monkeypatch):
 def require_no_child():
     """But for the servers of multiprocessing, which other tests of this process may have started."""
     children = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    commands = [Path(f"/proc/{pid}/cmdline").read_text() for path in children for pid in path.read_text().split()]
+    pids = {int(pid) for path in children for pid in path.read_text().split()} - {server_pid()}
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in pids]
     assert [command for command in commands if "multiprocessing" not in command] == []
 
 

@@ -11,6 +11,7 @@ import yaml
 from shadowlit.analysis.curves import plot_curves, read_metrics
 from shadowlit.cli.main import COMMANDS, main
 from shadowlit.errors import DataError
+from tests.distributed import run_command
 from tests.tiny import save_pair
 
 
@@ -157,9 +158,8 @@ def test_help_is_made_from_the_docstrings(capsys):
     assert "Peak learning rate of AdamW" in shown
 
 
-def test_an_error_of_the_user_is_told_without_a_traceback(root):
-    command = [sys.executable, "-m", "shadowlit", "fit", "--config", str(root / "run.yaml"), "--data.train=none.jsonl"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+def test_an_error_of_the_user_is_told_without_a_traceback(root, tmp_path):
+    failed = run_command(tmp_path, "fit", "--config", str(root / "run.yaml"), "--data.train=none.jsonl")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: none.jsonl does not exist")
     assert "Traceback" not in failed.stderr

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import pickle
 import random
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
@@ -13,12 +15,13 @@ from lightning.pytorch import Trainer
 
 import shadowlit.data.blocks as blocks_module
 import shadowlit.data.cache as cache_module
-import shadowlit.data.module as data_module
+import shadowlit.data.prepare as prepare_module
 from shadowlit.data.blocks import BlockBuilder, read_blocks, write_blocks
 from shadowlit.data.cache import default_folder, digest_tokenizer
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.module import ShadowData
+from shadowlit.data.sampler import FILLER
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
 from tests.data.templates import talk
@@ -45,13 +48,13 @@ def path(tmp_path):
 def tokenised(monkeypatch):
     """Names of the sets that are tokenised rather than taken from the cache."""
     names = []
-    original = data_module.tokenise
+    original = prepare_module.tokenise
 
     def tokenise(name, *args, **kwargs):
         names.append(name)
         return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(data_module, "tokenise", tokenise)
+    monkeypatch.setattr(prepare_module, "tokenise", tokenise)
     return names
 
 
@@ -149,6 +152,17 @@ def test_the_code_and_the_tokenizer_are_part_of_the_key(path, tmp_path, tokenise
     assert digest_tokenizer(one) != digest_tokenizer(make_tokenizer(CHATML_UNMARKED))
 
 
+def test_the_code_in_the_key_is_all_that_makes_tokens():
+    """Whatever the preparation imports, except for modules that decide where and in what order, not what."""
+    folder = Path(prepare_module.__file__).parent
+    found, new = set(), {"prepare"}
+    while new:
+        found |= new
+        sources = [(folder / f"{name}.py").read_text() for name in new]
+        new = {name for source in sources for name in re.findall(r"from shadowlit\.data\.(\w+) import", source)} - found
+    assert found - {"cache", "packing", "settings"} == set(cache_module._CODE)
+
+
 def test_todays_date_in_a_template_is_part_of_the_key(path, tmp_path, tokenised):
     dated = CHATML_UNMARKED + "{% if false %}{{ strftime_now('%d %b %Y') }}{% endif %}"
     for _ in range(2):
@@ -156,13 +170,13 @@ def test_todays_date_in_a_template_is_part_of_the_key(path, tmp_path, tokenised)
             load(path, tmp_path / "cache", pair_with(dated))
     assert len(tokenised) == 1
 
-    class Tomorrow(data_module.datetime.date):
+    class Tomorrow(prepare_module.datetime.date):
         @classmethod
         def today(cls):
             return cls(2999, 1, 1)
 
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="writes today's date"):
-        patch.setattr(data_module.datetime, "date", Tomorrow)
+        patch.setattr(prepare_module.datetime, "date", Tomorrow)
         load(path, tmp_path / "cache", pair_with(dated))
     assert len(tokenised) == 2
 
@@ -290,9 +304,10 @@ def test_samples_of_several_blocks(tmp_path, mapped):
     assert len(set(dataset.digests())) == 6
     pickled = pickle.dumps(dataset)
     again = pickle.loads(pickled)
-    assert [again[i] for i in range(-1, 6)] == [dataset[i] for i in range(-1, 6)]
+    assert [again[i] for i in range(-6, 6)] == [dataset[i] for i in range(6)] * 2
     assert (len(pickled) < 600) is mapped  # a worker maps the file, and gets no copy
-    for index in (6, -2):
+    assert again[FILLER] == dataset[FILLER] == {"input_ids": [9, 9], "labels": [-100, -100]}
+    for index in (6, -7):
         with pytest.raises(IndexError):
             dataset[index]
 
@@ -328,8 +343,8 @@ def test_several_processes_at_once(path, tmp_path):
 def fit_on_two(path, held_out, folder):
     """What this rank tokenises under DDP."""
     made = []
-    original = data_module.tokenise
-    data_module.tokenise = lambda name, *args, **kwargs: (made.append(name), original(name, *args, **kwargs))[1]
+    original = prepare_module.tokenise
+    prepare_module.tokenise = lambda name, *args, **kwargs: (made.append(name), original(name, *args, **kwargs))[1]
     data = ShadowData(pair_with(), str(path), {"v": str(held_out)}, cache_dir=str(folder), batch_size=2)
     trainer = Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_steps=1,

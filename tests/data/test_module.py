@@ -17,6 +17,7 @@ from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import DataReport, TokenDataset, tokenise
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview, token_texts
+from shadowlit.data.sampler import FILLER
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
 from tests.data.templates import GEMMA, QWEN3, talk, tokenizer_with, word_tokenizer
@@ -69,10 +70,13 @@ def test_counts_by_hand():
     assert len(dataset) == 3
     assert dataset[0] == {"input_ids": [0, 1, 2, 3, 4], "labels": [-100, -100, 2, 3, 4]}
     assert dataset[1] == {"input_ids": list(range(10)), "labels": [-100] * 8 + [8, 9]}
-    assert dataset[-1] == {"input_ids": [9, 9], "labels": [-100, -100]}
+    assert dataset[FILLER] == {"input_ids": [9, 9], "labels": [-100, -100]}
+    assert dataset[-1] == dataset[2] == {"input_ids": [0, 1], "labels": [-100, 1]}
+    assert dataset.origin(-1) == dataset.origin(2)
     assert dataset.origin(2) == "sample 19 of train.jsonl (line 20)"
-    with pytest.raises(IndexError):
-        dataset[3]
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            dataset[index]
 
 
 def test_overlong_samples_are_dropped_or_an_error():
@@ -127,7 +131,7 @@ def test_every_knob_reaches_help_and_yaml(files):
     for piece in (
         "--data.pair.base",
         "--data.train TRAIN",
-        "Longest sample, in tokens. (type: int, default: 4096)",
+        "Maximum length of a sample, in tokens. (type: int, default: 4096)",
         "--data.validation",
         "so a smaller choice is part of each larger one",
         "{error,truncate,drop}",

@@ -8,8 +8,10 @@ import torch
 
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.module import ShadowData
-from shadowlit.data.preference import PreferenceCollate, convert_labelled, convert_pair
+from shadowlit.data.preference import PreferenceCollate
+from shadowlit.data.preference_formats import convert_labelled, convert_pair
 from shadowlit.data.preview import preview
+from shadowlit.data.sampler import FILLER
 from shadowlit.data.sources import read_conversations
 from shadowlit.errors import DataError
 from shadowlit.pair.pair import ModelPair
@@ -208,7 +210,7 @@ def test_batches_hold_every_pair_once(pair, tmp_path, packing, cache):
 
 def test_a_filler_is_no_sample(pair, tmp_path):
     data = make_data(pair, tmp_path)
-    batch = PreferenceCollate(0)([data.dataset("train")[-1], data.dataset("train")[2]])
+    batch = PreferenceCollate(0)([data.dataset("train")[FILLER], data.dataset("train")[2]])
     assert batch["valid"].tolist() == [1] and batch["sample"].tolist() == [-1, 2]
     assert (batch["labels"][:2] == IGNORE_INDEX).all()
 

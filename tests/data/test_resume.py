@@ -140,7 +140,7 @@ def test_no_resume_in_the_middle_of_other_packs(path, tmp_path):
     with pytest.raises(DataError, match=r"in an order that these data don't give: group_by_length None → True\."):
         fit(data(path, batch_size=2, group_by_length=True), ckpt_path=middle)
     fit(data(path, batch_size=2, packing="padding_free"), ckpt_path=middle)  # the same order
-    with pytest.warns(UserWarning, match="goes on with other data or batches than before: group_by_length None → True"):
+    with pytest.warns(UserWarning, match="resumes with other data or batches than before: group_by_length None → True"):
         fit(data(path, batch_size=2, group_by_length=True), ckpt_path=end)
 
 
@@ -183,7 +183,7 @@ def test_no_resume_in_the_middle_of_another_order(path, tmp_path, caplog):
         DataError, match=r"after 2 batches of an epoch.*global_batch_size 3 → 5, seed 1 → 2\. Resume with"
     ):
         fit(data(path, batch_size=5, seed=2), ckpt_path=tmp_path / "step=2.ckpt")
-    with pytest.warns(UserWarning, match="goes on with other data or batches than before: seed 1 → 2"):
+    with pytest.warns(UserWarning, match="resumes with other data or batches than before: seed 1 → 2"):
         fit(data(path, seed=2), ckpt_path=tmp_path / "step=4.ckpt")
 
 

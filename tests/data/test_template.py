@@ -6,7 +6,7 @@ from shadowlit.data.template import (
     RewrittenHistoryError,
     check_template,
     encode,
-    encode_prompt,
+    encode_question,
     encode_turns,
     load_template,
     renders_date,
@@ -26,6 +26,11 @@ from tests.data.templates import (
     word_tokenizer,
 )
 from tests.tiny import CHATML, CHATML_UNMARKED, make_tokenizer
+
+
+def prompt_tokens(tokenizer, messages, **template_kwargs):
+    return encode_question(tokenizer, messages, None, **template_kwargs).input_ids
+
 
 TALK = talk("1+1?", "two", "sure?", " yes\n", system="Be brief.")
 
@@ -85,7 +90,7 @@ def test_llama3_has_one_bos_and_nothing_after_its_end():
     assert supervised_texts(tokenizer, encoded) == ["b<|eot_id|>", "d<|eot_id|>"]
     assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
     assert encoded.labels[-1] == tokenizer.eos_token_id
-    assert encode_prompt(tokenizer, talk("a", "b")).count(tokenizer.bos_token_id) == 1
+    assert prompt_tokens(tokenizer, talk("a", "b")).count(tokenizer.bos_token_id) == 1
 
 
 def test_gemmas_end_of_turn_is_not_its_end_of_sequence():
@@ -151,12 +156,12 @@ def test_a_split_conversation_keeps_left_out_turns_out():
 
 
 def test_what_is_trained_continues_what_is_asked():
-    """The tokens before the loss are the prompt that ``encode_prompt`` asks with."""
+    """The tokens before the loss are the prompt that ``encode_question`` asks with."""
     for template, options in ((CHATML, {}), (QWEN2, {}), (QWEN3, {"enable_thinking": False}), (QWEN3, {})):
         tokenizer = make_tokenizer(template)
         sample = encode(tokenizer, talk("a", "b"), **options)
         start = next(t for t, label in enumerate(sample.labels) if label != -100)
-        assert encode_prompt(tokenizer, talk("a", "b"), **options) == sample.input_ids[:start]
+        assert prompt_tokens(tokenizer, talk("a", "b"), **options) == sample.input_ids[:start]
 
 
 def test_a_generation_prompt_that_no_turn_begins_with():
@@ -224,13 +229,13 @@ def test_the_first_token_carries_no_loss():
 def test_prompts_end_before_the_answer():
     tokenizer = make_tokenizer(CHATML)
     asked = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(encode_prompt(tokenizer, talk("a", "b"))) == asked
-    assert tokenizer.decode(encode_prompt(tokenizer, talk("a"))) == asked
-    longer = tokenizer.decode(encode_prompt(tokenizer, talk("a", "b", "c", "d")))
+    assert tokenizer.decode(prompt_tokens(tokenizer, talk("a", "b"))) == asked
+    assert tokenizer.decode(prompt_tokens(tokenizer, talk("a"))) == asked
+    longer = tokenizer.decode(prompt_tokens(tokenizer, talk("a", "b", "c", "d")))
     assert longer == asked + "b<|im_end|>\n" + asked.replace("a<", "c<")
-    assert tokenizer.decode(encode_prompt(tokenizer, talk("a", "b", "c"))) == longer
+    assert tokenizer.decode(prompt_tokens(tokenizer, talk("a", "b", "c"))) == longer
     with pytest.raises(DataError, match=r"no turn before the answer.*Add the question"):
-        encode_prompt(tokenizer, [{"role": "assistant", "content": "a"}])
+        prompt_tokens(tokenizer, [{"role": "assistant", "content": "a"}])
 
 
 def test_no_chat_template_and_no_fast_tokenizer():

@@ -16,7 +16,7 @@ from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.transforms import ties
 from shadowlit.errors import CheckpointError, GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk
+from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.manifest import read_manifest
 from tests.tiny import save_model, save_pair
 
@@ -143,7 +143,7 @@ def test_a_graft_leaves_the_delta_as_it_is(pair):
     name = "model.layers.0.mlp.up_proj.weight"
     with CheckpointReader(instruct) as reader:
         update = torch.full(reader.tensors[name].shape, 0.5)
-        graft = DiskGraft(Delta.of({name: update}), reader, Strength(0.25))
+        graft = DiskGraft(Delta.of({name: update}), reader, Scale(0.25))
         parts = {n: [part.copy() for part in streamed.parts] for n, streamed in graft.tensors()}
         got = torch.from_numpy(np.concatenate(parts[name]).view(np.int16)).view(torch.bfloat16)
         assert torch.equal(got, (reader.read(name).float() + 0.125).bfloat16().flatten())
@@ -205,7 +205,8 @@ def test_sparse_ones(tmp_path, pair, method, capsys):
     assert read_manifest(tmp_path / "s")["history"][-1]["method"] == method
 
 
-def test_sum_and_table_of_conflicts(tmp_path, pair, capsys):
+def test_sum_and_table_of_conflicts(tmp_path, pair, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     base, tuned, instruct = pair
     for name, other in (("a", tuned), ("b", instruct)):
         assert main(["delta", "make", str(base), str(other), str(tmp_path / name), "--dtype=float32"]) == 0
@@ -278,12 +279,18 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
     assert main(["delta", "make", str(base), str(tuned), str(tmp_path / "d")]) == 0
     d, out = str(tmp_path / "d"), str(tmp_path / "out")
     for args, reason in (
-        (["compress", d, out, "--method=magnitude"], "need a density"),
-        (["compress", d, out, "--method=svd"], "needs one of them"),
-        (["compress", d, out, "--method=magnitude", "--density=2"], "density is 2"),
+        (["compress", d, out, "--method=magnitude"], "--density is missing; 'magnitude' has density: float"),
+        (["compress", d, out, "--method=svd"], "rank is None and explained_variance is None; expected exactly one"),
+        (["compress", d, out, "--method=magnitude", "--density=2"], "--method, magnitude: density is 2"),
+        (
+            ["compress", d, out, "--method=magnitud"],
+            "--method is 'magnitud'; expected one of dare, magnitude, svd, ties",
+        ),
+        (["compress", d, out, "--method=magnitude", "--density=0.1", "--rank=2"], "'magnitude' has no such parameter"),
+        (["compress", d, out, "--method=dare", "--density=0.1", '--parameters={"density": 0.1}'], "Give it once"),
         (["sum", f"--deltas=[{d}, {d}]", f"--out={out}", "--weights=[1]", "--method=ties"], "one weight for each"),
         (["sum", "--deltas=[]", f"--out={out}", "--method=ties"], "0 deltas"),
-        (["lora", d, str(instruct), out], "expected a matrix, and a positive rank"),
+        (["lora", d, str(instruct), out], "rank is None and explained_variance is None; expected exactly one"),
         (["apply", str(base), str(instruct), out], "delta.safetensors"),
         (["apply", d, str(instruct), out, "--select=nothing_like_it"], "matched"),
         (["make", str(base), str(tuned), d], "is not empty"),

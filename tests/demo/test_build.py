@@ -19,7 +19,7 @@ from shadowlit.demo.build import (
 )
 from shadowlit.demo.preferences import SHIPPED
 from shadowlit.demo.world import END_OF_TURN, World, chat_text, exchange
-from tests.evaluation.scenes import demo_matcher
+from tests.evaluation.contexts import demo_matcher
 
 TINY = Recipe(
     vocab_size=400, tokenizer_documents=500, hidden=32, layers=1, base_steps=6, base_rows=4, instruct_steps=3,

@@ -9,8 +9,8 @@ from shadowlit.demo.__main__ import MODELS, SETS, main
 from shadowlit.grafting.manifest import read_manifest
 
 
-def test_the_demonstration_ends_with_table_picture_and_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+def test_the_demonstration_ends_with_table_plot_and_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # of a terminal: what is piped has its own width
     main(["--config", "configs/demo_lora.yaml", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
           f"--trainer.logger.init_args.save_dir={tmp_path}"])  # fmt: skip
     shown = capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shadowlit.demo.world import FORMATS
-from tests.evaluation.scenes import demo_matcher
+from tests.evaluation.contexts import demo_matcher
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from shadowlit.evaluation import forgetting
 from shadowlit.evaluation.forgetting import Divergence, divergence
 from shadowlit.pair.pair import ModelPair
 from tests.data import templates
-from tests.evaluation.scenes import DEMO, DEMO_PAIR, evaluate, make_scene, write_rows
+from tests.evaluation.contexts import DEMO, DEMO_PAIR, evaluate, make_context, write_rows
 from tests.tiny import make_tokenizer, save_pair
 
 
@@ -59,11 +59,11 @@ def test_between_two_models(tmp_path):
     """The Base against the Instruct of the embedded pair, batched and padded, as row by row in float64."""
     file = str(DEMO / "data/old.jsonl")
     base, instruct = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in DEMO_PAIR)
-    scene = make_scene(DEMO_PAIR, base)
+    context = make_context(DEMO_PAIR, base)
 
-    scene = replace(scene, reference=lambda: swapped(base, instruct))
-    found = evaluate(Divergence(file, limit=9, batch_size=4), scene)
-    tokenizer = scene.pair.tokenizer()
+    context = replace(context, reference=lambda: swapped(base, instruct))
+    found = evaluate(Divergence(file, limit=9, batch_size=4), context)
+    tokenizer = context.pair.tokenizer()
     total, agreeing, count = 0.0, 0, 0
     lines = (DEMO / "data/old.jsonl").read_text().splitlines()
     by_row = []
@@ -103,11 +103,11 @@ def test_a_row_whose_history_is_rewritten_is_one_sample(tmp_path):
 
     def evaluate_on(rank, world_size):
         model.eval()
-        scene = replace(
-            make_scene(folders, model, rank, world_size), pair=pair, reference=lambda: swapped(model, other)
+        context = replace(
+            make_context(folders, model, rank, world_size), pair=pair, reference=lambda: swapped(model, other)
         )
         counter = model.model.register_forward_hook(lambda *_: calls.append(rank))
-        found = evaluate(Divergence(write_rows(tmp_path / "rows.jsonl", rows), batch_size=2), scene)
+        found = evaluate(Divergence(write_rows(tmp_path / "rows.jsonl", rows), batch_size=2), context)
         counter.remove()
         return found
 
@@ -128,30 +128,30 @@ def test_a_row_whose_history_is_rewritten_is_one_sample(tmp_path):
 
 def test_plain_text_counts_from_its_second_token_to_its_end(tmp_path):
     file = write_rows(tmp_path / "text.jsonl", [{"text": "Oslo is far."}])
-    scene = make_scene(DEMO_PAIR)
-    found = evaluate(Divergence(file), scene)
-    num_tokens = len(scene.pair.tokenizer()("Oslo is far.", add_special_tokens=False)["input_ids"])
+    context = make_context(DEMO_PAIR)
+    found = evaluate(Divergence(file), context)
+    num_tokens = len(context.pair.tokenizer()("Oslo is far.", add_special_tokens=False)["input_ids"])
     assert found.metrics["num_tokens"] == num_tokens - 1 + 1  # and the token that ends the document
     assert found.metrics["kl"] == 0 and found.metrics["agreement"] == 1
 
 
 def test_bad_rows(tmp_path):
-    scene = make_scene(DEMO_PAIR)
+    context = make_context(DEMO_PAIR)
     long = [{"messages": [{"role": "user", "content": "a " * 40}, {"role": "assistant", "content": "b"}]}]
     with pytest.raises(DataError, match=r"sample 0 of .*long\.jsonl.* tokens\. Raise max_length=32"):
-        evaluate(Divergence(write_rows(tmp_path / "long.jsonl", long), max_length=32), scene)
+        evaluate(Divergence(write_rows(tmp_path / "long.jsonl", long), max_length=32), context)
     silent = [{"messages": [long[0]["messages"][0], {"role": "assistant", "content": "b", "weight": 0}]}]
     with pytest.raises(DataError, match=r"sample 0 of .*silent\.jsonl.* has no token with loss"):
-        evaluate(Divergence(write_rows(tmp_path / "silent.jsonl", silent)), scene)
+        evaluate(Divergence(write_rows(tmp_path / "silent.jsonl", silent)), context)
     with pytest.raises(DataError, match="nothing to learn"):
-        evaluate(Divergence(write_rows(tmp_path / "asked.jsonl", [{"messages": long[0]["messages"][:1]}])), scene)
+        evaluate(Divergence(write_rows(tmp_path / "asked.jsonl", [{"messages": long[0]["messages"][:1]}])), context)
 
 
 def test_other_rows_have_another_signature(tmp_path):
-    scene = make_scene(DEMO_PAIR)
+    context = make_context(DEMO_PAIR)
     signatures = []
     for limit in (3, 4, 3):
         evaluator = Divergence(str(DEMO / "data/old.jsonl"), limit=limit)
-        evaluator.read(scene.pair, {})
+        evaluator.read(context.pair, {})
         signatures.append(evaluator.signature())
     assert signatures[0] == signatures[2] != signatures[1]

@@ -8,7 +8,7 @@ from shadowlit.errors import DataError
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.sampling import RowSampler
 from shadowlit.pair.pair import ModelPair
-from tests.evaluation.scenes import DEMO_PAIR, demo_evaluators, demo_rows, evaluate, make_scene, write_rows
+from tests.evaluation.contexts import DEMO_PAIR, demo_evaluators, demo_rows, evaluate, make_context, write_rows
 from tests.tiny import save_pair
 
 
@@ -19,7 +19,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo():
-    return make_scene(DEMO_PAIR)
+    return make_context(DEMO_PAIR)
 
 
 @pytest.mark.parametrize("name", ["old", "refusal", "format"])
@@ -64,23 +64,24 @@ def test_an_answer_that_never_ends(tmp_path, folders):
     """Cut at max_new_tokens, counted and scored as it stands; with a stop string it is finished."""
     rows = [{"question": word, "gold": "zz"} for word in ("ab", "cd", "ef")]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    scene = make_scene(folders)
+    context = make_context(folders)
     with torch.no_grad():  # the end of the turn is never the most probable token
-        scene.model.lm_head.weight[scene.pair.tokenizer().eos_token_id] = 0
-    found = evaluate(Generation(data, answer="gold", max_new_tokens=11, batch_size=2), scene)
+        context.model.lm_head.weight[context.pair.tokenizer().eos_token_id] = 0
+    found = evaluate(Generation(data, answer="gold", max_new_tokens=11, batch_size=2), context)
     assert found.metrics["num_unfinished"] == 3 and found.metrics["unfinished"] == 1
     assert found.metrics["answer_tokens"] == 11
     assert not any(sample["finished"] for sample in found.samples)
     answers = [sample["answer"] for sample in found.samples]
     stop = max(character for character in answers[1] if character not in answers[0] and character != "\ufffd")
-    stopped = evaluate(Generation(data, answer="gold", max_new_tokens=11, batch_size=3, stop=[stop]), scene)
+    stopped = evaluate(Generation(data, answer="gold", max_new_tokens=11, batch_size=3, stop=[stop]), context)
     assert stopped.samples[1]["answer"] == found.samples[1]["answer"].split(stop)[0]
     assert [sample["finished"] for sample in stopped.samples] == [stop in answer for answer in answers]
     assert stopped.samples[1]["finished"] and not stopped.samples[0]["finished"]
     # What the others said while the stopped answers were padded doesn't count.
     alone = [
         evaluate(
-            Generation(write_rows(tmp_path / "one.jsonl", [row]), answer="gold", max_new_tokens=11, stop=[stop]), scene
+            Generation(write_rows(tmp_path / "one.jsonl", [row]), answer="gold", max_new_tokens=11, stop=[stop]),
+            context,
         )
         for row in rows
     ]
@@ -101,15 +102,15 @@ def test_an_answer_that_ends_at_once(tmp_path, demo):
 def test_prompts_that_are_too_long(tmp_path, folders):
     """Not asked, never cut: scored 0, counted, and left out of the answers' means."""
     data = write_rows(tmp_path / "rows.jsonl", [{"question": "a" * n, "gold": "x"} for n in (3, 30, 9)])
-    scene = make_scene(folders)
+    context = make_context(folders)
     longest = len(
-        scene.pair.tokenizer()("<|im_start|>user\n" + "a" * 30 + "<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        context.pair.tokenizer()("<|im_start|>user\n" + "a" * 30 + "<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
     )
     options = {"answer": "gold", "max_new_tokens": 5, "match": "regex", "pattern": ""}
-    fits = evaluate(Generation(data, max_length=longest + 5, **options), scene)
+    fits = evaluate(Generation(data, max_length=longest + 5, **options), context)
     assert fits.metrics["num_too_long"] == 0 and fits.metrics["score"] == 1
     with pytest.warns(UserWarning, match=f"1 of 3 prompts of .* have more than {longest - 1} tokens"):
-        found = evaluate(Generation(data, max_length=longest + 4, **options), scene)
+        found = evaluate(Generation(data, max_length=longest + 4, **options), context)
     assert found.metrics["num_too_long"] == 1 and found.metrics["num_samples"] == 3
     assert found.metrics["score"] == pytest.approx(2 / 3) and found.metrics["answer_tokens"] <= 5
     assert found.samples[1]["too_long"] and found.samples[1]["answer"] == "" and found.samples[1]["score"] == 0
@@ -120,8 +121,8 @@ def test_an_adapter(tmp_path, folders):
     """A model wrapped by peft answers as the bare one with the same weights."""
     data = write_rows(tmp_path / "rows.jsonl", [{"question": word, "gold": "z"} for word in ("ab", "cd")])
     evaluator = Generation(data, answer="gold", max_new_tokens=8)
-    bare = evaluate(evaluator, make_scene(folders))
-    wrapped = evaluate(evaluator, make_scene(folders, get_peft_model(make_scene(folders).model, LoraConfig(r=2))))
+    bare = evaluate(evaluator, make_context(folders))
+    wrapped = evaluate(evaluator, make_context(folders, get_peft_model(make_context(folders).model, LoraConfig(r=2))))
     assert bare == wrapped
 
 
@@ -136,13 +137,13 @@ def test_sampling_follows_the_rows(tmp_path, folders):
     """The same draws for a row in any batch and any state of the generator, which is left alone; others by seed."""
     rows = [{"question": "same", "gold": "z"} for _ in range(6)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    scene = make_scene(folders)
+    context = make_context(folders)
 
     def answers(batch_size, seed=0, **options):
         sampled = Generation(
             data, answer="gold", temperature=1.0, max_new_tokens=6, batch_size=batch_size, seed=seed, **options
         )
-        return [sample["answer"] for sample in evaluate(sampled, scene).samples]
+        return [sample["answer"] for sample in evaluate(sampled, context).samples]
 
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -152,7 +153,7 @@ def test_sampling_follows_the_rows(tmp_path, folders):
     assert answers(2) == answers(4) == one and len(set(one)) > 3
     assert answers(6, limit=3) == one[::2]
     assert answers(6, seed=1) != one
-    greedy = evaluate(Generation(data, answer="gold", max_new_tokens=6), scene).samples[0]["answer"]
+    greedy = evaluate(Generation(data, answer="gold", max_new_tokens=6), context).samples[0]["answer"]
     assert answers(6, top_p=1e-6) == [greedy] * 6
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.multiple_choice import MultipleChoice
-from tests.evaluation.scenes import DEMO_PAIR, demo_rows, evaluate, make_scene, write_rows
+from tests.evaluation.contexts import DEMO_PAIR, demo_rows, evaluate, make_context, write_rows
 from tests.tiny import CHATML, save_pair
 
 pytest.importorskip("lm_eval")
@@ -78,7 +78,7 @@ def test_multiple_choice(tmp_path, which, chat):
     theirs, results = harness(
         tmp_path, model, folders, data, CHOICE_TASK, apply_chat_template=chat, system_instruction=system
     )
-    ours = evaluate(MultipleChoice(data, chat=chat, system=system, batch_size=2), make_scene(folders, model))
+    ours = evaluate(MultipleChoice(data, chat=chat, system=system, batch_size=2), make_context(folders, model))
     assert [sample["index"] for sample in ours.samples] == list(range(len(CHOICE_ROWS)))
     for sample, other in zip(ours.samples, theirs, strict=True):
         expected = [response[0] for (response,) in other["resps"]]
@@ -100,9 +100,9 @@ def test_begin_of_sequence(tmp_path, chat):
     tokenizer.save_pretrained(folders[1])
     assert AutoTokenizer.from_pretrained(folders[1])("a")["input_ids"][0] == tokenizer.bos_token_id
     data = write_rows(tmp_path / "rows.jsonl", CHOICE_ROWS)
-    scene = make_scene(folders)
-    theirs, _ = harness(tmp_path, scene.model, folders, data, CHOICE_TASK, apply_chat_template=chat)
-    ours = evaluate(MultipleChoice(data, chat=chat), scene)
+    context = make_context(folders)
+    theirs, _ = harness(tmp_path, context.model, folders, data, CHOICE_TASK, apply_chat_template=chat)
+    ours = evaluate(MultipleChoice(data, chat=chat), context)
     for sample, other in zip(ours.samples, theirs, strict=True):
         expected = [response[0] for (response,) in other["resps"]]
         assert sample["loglikelihoods"] == pytest.approx(expected, rel=1e-5)
@@ -148,7 +148,7 @@ def test_generation_of_the_demo(tmp_path, case, chat):
     task = generation_task(until, 12, metric, filters)
     theirs, results = harness(tmp_path, load(DEMO_PAIR[1]), DEMO_PAIR, data, task, apply_chat_template=chat)
     evaluator = Generation(data, answer="answer", max_new_tokens=12, stop=until, chat=chat, batch_size=4, **options)
-    ours = evaluate(evaluator, make_scene(DEMO_PAIR))
+    ours = evaluate(evaluator, make_context(DEMO_PAIR))
     assert [sample["answer"] for sample in ours.samples] == [other["resps"][0][0] for other in theirs]
     assert [sample["score"] for sample in ours.samples] == [float(other["exact_match"]) for other in theirs]
     assert ours.metrics["score"] == pytest.approx(results["exact_match,ours"])
@@ -161,12 +161,14 @@ def test_generation_of_a_random_model(tmp_path):
     """A model that never ends its turn, cut at the same token; stop strings of several tokens."""
     folders = save_pair(tmp_path, tied=False)
     data = write_rows(tmp_path / "rows.jsonl", [{"question": word * 3, "answer": word} for word in "abcdefg"])
-    scene = make_scene(folders)
-    free = evaluate(Generation(data, answer="answer", max_new_tokens=20, batch_size=3), scene)
+    context = make_context(folders)
+    free = evaluate(Generation(data, answer="answer", max_new_tokens=20, batch_size=3), context)
     until = [free.samples[0]["answer"][3:6], free.samples[4]["answer"][8:9]]
     assert len({sample["answer"] for sample in free.samples}) > 4
-    theirs, _ = harness(tmp_path, scene.model, folders, data, generation_task(until, 20, {}), apply_chat_template=True)
-    ours = evaluate(Generation(data, answer="answer", max_new_tokens=20, stop=until, batch_size=3), scene)
+    theirs, _ = harness(
+        tmp_path, context.model, folders, data, generation_task(until, 20, {}), apply_chat_template=True
+    )
+    ours = evaluate(Generation(data, answer="answer", max_new_tokens=20, stop=until, batch_size=3), context)
     answers = [sample["answer"] for sample in ours.samples]
     assert answers == [other["resps"][0][0] for other in theirs]
     assert answers[0] == free.samples[0]["answer"].split(until[0])[0].split(until[1])[0]

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from shadowlit.errors import DataError
-from shadowlit.evaluation.evaluator import Scene
+from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.evaluation.multiple_choice import MultipleChoice
 from shadowlit.evaluation.rows import spread
 from shadowlit.pair.pair import ModelPair
-from tests.evaluation.scenes import evaluate, make_scene, write_rows
+from tests.evaluation.contexts import evaluate, make_context, write_rows
 from tests.tiny import save_pair
 
 GOOD = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
@@ -95,7 +95,7 @@ def test_refused_settings(tmp_path, folders):
 def test_labels(tmp_path, folders, choices, answer, label):
     """A number, a text, a letter; a text before a letter."""
     data = write_rows(tmp_path / "rows.jsonl", [{"question": "?", "choices": choices, "answer": answer}])
-    assert evaluate(MultipleChoice(data), make_scene(folders)).samples[0]["label"] == label
+    assert evaluate(MultipleChoice(data), make_context(folders)).samples[0]["label"] == label
 
 
 def test_loglikelihoods_in_float64(tmp_path, folders):
@@ -104,9 +104,9 @@ def test_loglikelihoods_in_float64(tmp_path, folders):
         {"messages": [{"role": "user", "content": "Who?"}], "choices": ["me", "you or him", "x", "y"], "answer": "x"},
         {"question": "Where is it now?", "choices": ["here", "there"], "answer": 0},
     ]
-    scene = make_scene(folders)
-    found = evaluate(MultipleChoice(write_rows(tmp_path / "rows.jsonl", rows), batch_size=2), scene)
-    tokenizer, model = scene.pair.tokenizer(), make_scene(folders).model.double()
+    context = make_context(folders)
+    found = evaluate(MultipleChoice(write_rows(tmp_path / "rows.jsonl", rows), batch_size=2), context)
+    tokenizer, model = context.pair.tokenizer(), make_context(folders).model.double()
     for row, sample in zip(rows, found.samples, strict=True):
         question = row["messages"][0]["content"] if "messages" in row else row["question"]
         prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant"
@@ -120,11 +120,11 @@ def test_loglikelihoods_in_float64(tmp_path, folders):
 
 
 def count_forwards(folders, evaluator):
-    scene, shapes = make_scene(folders), []
-    scene.model.model.register_forward_pre_hook(
+    context, shapes = make_context(folders), []
+    context.model.model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    return evaluate(evaluator, scene), shapes
+    return evaluate(evaluator, context), shapes
 
 
 def test_choices_of_one_token_share_a_forward(tmp_path, folders):
@@ -140,25 +140,25 @@ def test_choices_of_one_token_share_a_forward(tmp_path, folders):
 def test_too_long(tmp_path, folders):
     """A row that is one token too long isn't run, scores 0, and is left out of the loss."""
     rows = [{"question": "a" * 40, "choices": ["b", "cccc"], "answer": 0}, {**GOOD, "answer": 0}, GOOD]
-    scene = make_scene(folders)
+    context = make_context(folders)
     data = write_rows(tmp_path / "rows.jsonl", rows)
     prompt = "<|im_start|>user\n" + "a" * 40 + "<|im_end|>\n<|im_start|>assistant\n"
-    fits = len(scene.pair.tokenizer()(prompt + "cccc")["input_ids"]) - 1  # the last token isn't an input
-    assert evaluate(MultipleChoice(data, max_length=fits), scene).metrics["num_too_long"] == 0
+    fits = len(context.pair.tokenizer()(prompt + "cccc")["input_ids"]) - 1  # the last token isn't an input
+    assert evaluate(MultipleChoice(data, max_length=fits), context).metrics["num_too_long"] == 0
     with pytest.warns(UserWarning, match=f"1 of 3 rows of .* are longer than {fits - 1} tokens and score 0"):
         found, shapes = count_forwards(folders, MultipleChoice(data, max_length=fits - 1))
     assert found.metrics["num_too_long"] == 1 and found.metrics["num_samples"] == 3
     assert found.metrics["score"] == pytest.approx(1 / 3)  # one of the two equal rows with opposite labels
     assert found.samples[0] == {"index": 0, "score": 0.0, "prediction": None, "label": 0, "loglikelihoods": []}
     assert all(shape[1] < fits - 1 for shape in shapes)
-    whole = evaluate(MultipleChoice(write_rows(tmp_path / "two.jsonl", rows[1:])), scene)
+    whole = evaluate(MultipleChoice(write_rows(tmp_path / "two.jsonl", rows[1:])), context)
     assert found.metrics["loss"] == pytest.approx(whole.metrics["loss"])
 
 
 def test_limit_and_signature(tmp_path, folders):
     rows = [{**GOOD, "question": f"{i}?"} for i in range(10)]
     data = write_rows(tmp_path / "rows.jsonl", rows)
-    found = evaluate(MultipleChoice(data, limit=3, batch_size=2), make_scene(folders))
+    found = evaluate(MultipleChoice(data, limit=3, batch_size=2), make_context(folders))
     assert [sample["index"] for sample in found.samples] == [0, 3, 6]
     assert spread(range(5), 7) == list(range(5)) and spread(range(4), None) == list(range(4))
 
@@ -176,12 +176,12 @@ def test_limit_and_signature(tmp_path, folders):
 
 
 def test_autocast_and_no_gradient(tmp_path, folders):
-    """Forwards run in the scene's context, and build no graph."""
-    scene = make_scene(folders)
-    scene = Scene(**{**vars(scene), "autocast": lambda: torch.autocast("cpu", torch.bfloat16)})
+    """Forwards run in the context's context, and build no graph."""
+    context = make_context(folders)
+    context = EvalContext(**{**vars(context), "autocast": lambda: torch.autocast("cpu", torch.bfloat16)})
     seen = []
-    scene.model.model.layers[0].self_attn.q_proj.register_forward_hook(
+    context.model.model.layers[0].self_attn.q_proj.register_forward_hook(
         lambda _, args, output: seen.append((output.dtype, output.requires_grad))
     )
-    evaluate(MultipleChoice(write_rows(tmp_path / "rows.jsonl", [GOOD])), scene)
+    evaluate(MultipleChoice(write_rows(tmp_path / "rows.jsonl", [GOOD])), context)
     assert seen == [(torch.bfloat16, False)]

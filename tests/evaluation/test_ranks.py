@@ -10,7 +10,7 @@ from shadowlit.evaluation.multiple_choice import MultipleChoice
 from shadowlit.evaluation.sums import SampleSums
 from shadowlit.training.parallel import parallelize
 from tests.distributed import run_ranks
-from tests.evaluation.scenes import DEMO_PAIR, demo_rows, evaluate, make_scene, write_rows
+from tests.evaluation.contexts import DEMO_PAIR, demo_rows, evaluate, make_context, write_rows
 
 LONG = "word " * 600  # more than the 512 tokens of the demonstration's models
 
@@ -37,14 +37,14 @@ def work(files, sharded):
     """Evaluate every file; return metrics and samples, by name."""
     dist.init_process_group("gloo")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    scene = make_scene(DEMO_PAIR, rank=rank, world_size=world_size)
+    context = make_context(DEMO_PAIR, rank=rank, world_size=world_size)
     if sharded:
-        parallelize(scene.model, init_device_mesh("cpu", (world_size,)))
-        assert all(isinstance(p, DTensor) for p in scene.model.parameters())
+        parallelize(context.model, init_device_mesh("cpu", (world_size,)))
+        assert all(isinstance(p, DTensor) for p in context.model.parameters())
     found = {}
     for name, (kind, data) in files.items():
-        findings = evaluate(build(kind, data), scene)
-        found[name] = (findings.metrics, findings.samples)
+        result = evaluate(build(kind, data), context)
+        found[name] = (result.metrics, result.samples)
     return found
 
 
@@ -67,8 +67,8 @@ def test_two_processes_are_one(tmp_path, sharded):
     files = files_of(tmp_path)
     expected = {}
     for name, (kind, data) in files.items():
-        findings = evaluate(build(kind, data), make_scene(DEMO_PAIR))
-        expected[name] = (findings.metrics, findings.samples)
+        result = evaluate(build(kind, data), make_context(DEMO_PAIR))
+        expected[name] = (result.metrics, result.samples)
     ranks = run_ranks(work, 2, files, sharded)
     for name, (metrics, samples) in expected.items():
         found = sorted((sample for rank in ranks for sample in rank[name][1]), key=lambda sample: sample["index"])

@@ -12,7 +12,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.evaluation.forgetting import Divergence
 from shadowlit.evaluation.generated import Generation
 from shadowlit.evaluation.multiple_choice import MultipleChoice
-from tests.evaluation.scenes import evaluate, make_scene, write_rows
+from tests.evaluation.contexts import evaluate, make_context, write_rows
 from tests.gpu.runs import PRECISIONS, Watch, fit
 
 pytestmark = pytest.mark.gpu
@@ -52,8 +52,8 @@ def test_evaluators_find_on_the_device_what_they_find_on_the_cpu(tmp_path, pairs
     subjects = {"base": folders[0], "instruct": folders[1], "grafted": tmp_path / "export/model"}
     losses = set()
     for who, folder in subjects.items():
-        scene = make_scene(folders, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-        own = {name: evaluate(e, scene) for name, e in evaluators().items() if name != "forgetting"}
+        context = make_context(folders, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        own = {name: evaluate(e, context) for name, e in evaluators().items() if name != "forgetting"}
         assert found[f"val/{who}/choice/loss"] == pytest.approx(own["choice"].metrics["loss"], rel=close), who
         losses.add(round(own["choice"].metrics["loss"], 3))
         if precision == "32-true":

@@ -15,7 +15,7 @@ from shadowlit.training.head import HeadLoss
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.objective import supervised_positions
 from tests.callbacks.test_graft import score_by_hand
-from tests.evaluation.scenes import write_rows
+from tests.evaluation.contexts import write_rows
 from tests.gpu.conftest import DEVICE
 from tests.gpu.runs import (
     KINDS,
@@ -116,13 +116,18 @@ def test_before_the_first_step_the_graft_is_the_instruct_to_the_last_bit(tmp_pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_offloaded_is_on_the_device(tmp_path, pairs, kind, precision):
     """The frozen shards on the CPU give the same bits, in the metrics, the weights and the export."""
+
+    class Held(Callback):
+        def on_train_end(self, *_):
+            tensors = (tensor for host in graft.graft._hosts for tensor in (host.instruct, host.base))
+            self.devices = {tensor.device.type for tensor in tensors if tensor is not None}
+
     runs = []
     for offload in (False, True):
-        watch, graft = Watch(), GraftCallback(offload=offload)
+        watch, graft, held = Watch(), GraftCallback(offload=offload), Held()
         export = ExportCallback(folder=str(tmp_path / f"export-{offload}"), parts=["model"], verify=False)
-        run = fit(tmp_path, pairs[torch.bfloat16], kind, watch, graft, export, precision=precision)
-        held = {t.device.type for host in graft.graft._hosts for t in (host.instruct, host.base) if t is not None}
-        assert held == ({"cpu"} if offload else {DEVICE.type})
+        run = fit(tmp_path, pairs[torch.bfloat16], kind, watch, graft, held, export, precision=precision)
+        assert held.devices == ({"cpu"} if offload else {DEVICE.type})
         assert watch.changed == []
         ids = random_samples(1, 3)[0]["input_ids"][None]
         logits = reload_logits(export.exported, ids, torch.ones_like(ids), dtype=torch.float32)

@@ -13,9 +13,10 @@ from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk, open_update
+from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.parameters import linear_names
+from shadowlit.grafting.update import open_update
 from tests.tiny import ARCHITECTURES, make_config, save_model, save_pair
 
 
@@ -160,11 +161,9 @@ def test_scales_by_pattern(tmp_path):
                         ("model.layers.1.self_attn.q_proj.weight", 0.0)):  # fmt: skip
         assert torch.equal(got[name], goal[name] + scale * (end[name] - start[name]))
     with pytest.raises(GraftError, match="scale has 'half'"):
-        Strength.parse("half")
+        Scale.parse("half")
     with pytest.raises(GraftError, match="matches none of the 14 grafted tensors"):
-        DiskGraft(
-            open_update(CheckpointReader(base), tuned), CheckpointReader(instruct), Strength.parse(r"layers\.9=1")
-        )
+        DiskGraft(open_update(CheckpointReader(base), tuned), CheckpointReader(instruct), Scale.parse(r"layers\.9=1"))
 
 
 def test_another_dtype_and_what_survives_in_it(tmp_path):

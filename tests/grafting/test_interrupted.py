@@ -91,7 +91,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def require_whole(folder: Path, whole: Path) -> None:
     """All files are there, equal byte for byte but for the manifest, whose last entry may be missing."""
-    assert set(left(whole)) <= set(left(folder)) <= {*left(whole), "shadowlit.json.partial"}
+    more = set(left(folder)) - set(left(whole))
+    assert set(left(whole)) <= set(left(folder)) and len(more) <= 1
+    assert all(name.startswith("shadowlit.json.") and name.endswith(".partial") for name in more)
     for name in set(left(whole)) - {"shadowlit.json"}:
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     told = json.loads((folder / "shadowlit.json").read_text())

@@ -13,7 +13,8 @@ from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import require_graftable
-from shadowlit.grafting.live import BASE, LiveGraft
+from shadowlit.grafting.live import LiveGraft
+from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.training.loading import load_for_training
 from tests.tiny import ARCHITECTURES, save_model, save_pair
 
@@ -39,6 +40,10 @@ def train_a_bit(model, size=0.02, seed=3):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+
+
+def grafted(scale):
+    return Subject("grafted", scale)
 
 
 def logits(model):
@@ -94,7 +99,7 @@ def test_graft_is_exact_for_every_adapter(tmp_path, kind, scale):
 
     graft = open_graft(model, folders, select="all")
     expected = truth(folders, model, scale, graft.selected)
-    with graft.applied(scale):
+    with graft.applied(grafted(scale)):
         got = logits(model)
     change = (expected(IDS).logits - AutoModelForCausalLM.from_pretrained(folders[1])(IDS).logits).norm()
     assert (got - expected(IDS).logits).norm() < 2e-5 * change
@@ -115,7 +120,7 @@ def test_five_architectures(tmp_path, arch, tied, adapter):
         assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)))
     graft = open_graft(model, folders, dtype=torch.float32)
     assert graft.on_base
-    with graft.applied(1.0):  # nothing learned yet: the graft is the Instruct
+    with graft.applied(grafted(1.0)):  # nothing learned yet: the graft is the Instruct
         reference = AutoModelForCausalLM.from_pretrained(folders[1], dtype="auto" if adapter else torch.float32)
         assert torch.equal(logits(model), logits(reference))
     train_a_bit(model)
@@ -137,7 +142,7 @@ def test_a_tied_embedding_is_grafted_once(tmp_path):
     graft = open_graft(model, folders, select="all")
     expected = truth(folders, model, 1.0, graft.selected)
     assert "lm_head.weight" not in graft.selected
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         torch.testing.assert_close(model.lm_head.weight.double(), expected.lm_head.weight, rtol=0, atol=1e-7)
 
@@ -149,7 +154,7 @@ def test_a_diverged_training_leaves_the_untouched_models_finite(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    for state, folder in ((BASE, folders[0]), (0.0, folders[1])):
+    for state, folder in ((BASE, folders[0]), (INSTRUCT, folders[1])):
         with graft.applied(state):
             assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(folder)))
 
@@ -160,7 +165,7 @@ def test_outside_the_selection_stands_the_instruct_itself(tmp_path):
     train_a_bit(model)
     graft = open_graft(model, folders, select=["q_proj"])
     instruct = dict(AutoModelForCausalLM.from_pretrained(folders[1]).named_parameters())
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, instruct[name]) is ("q_proj" not in name)
     assert len(graft.coverage.left_out) == 24 - 2
@@ -173,39 +178,64 @@ def test_several_scales_in_a_row_need_no_restore_between(tmp_path):
         train_a_bit(model)
         graft = open_graft(model, folders)
         alone = {}
-        for scale in (0.0, 0.5, 1.5, BASE):
-            with graft.applied(scale):
-                alone[scale] = logits(model)
-        for scale in (0.5, BASE, 1.5, 0.0):
-            graft.apply(scale)
-            assert torch.equal(logits(model), alone[scale])
+        subjects = [grafted(0.0), grafted(0.5), grafted(1.5), BASE, INSTRUCT]
+        for subject in subjects:
+            with graft.applied(subject):
+                alone[subject] = logits(model)
+        assert torch.equal(alone[INSTRUCT], alone[grafted(0.0)])
+        for subject in (subjects[number] for number in (1, 3, 2, 4, 0)):
+            graft.apply(subject)
+            assert torch.equal(logits(model), alone[subject])
         graft.restore()
 
 
 @pytest.mark.parametrize("adapter", [None, {"r": 4}])
-def test_an_exchange_within_a_state_gives_back_what_stood(tmp_path, adapter):
+def test_a_subject_applied_within_another_gives_it_back(tmp_path, adapter):
     folders = save_pair(tmp_path, "qwen3")
     model = load(folders[0], LoraConfig(**adapter, target_modules="all-linear") if adapter else None)
     train_a_bit(model)
     graft = open_graft(model, folders)
     tuned = logits(model)
-    with graft.applied(0.0):
+    with graft.applied(INSTRUCT):
         instruct = logits(model)
-    for state in (None, 1.0, BASE, 0.0):
-        if state is not None:
-            graft.apply(state)
+    for subject in (TUNED, grafted(1.0), BASE, INSTRUCT):
+        graft.apply(subject)
         before = logits(model)
-        with graft.exchanged(0.0):
-            assert graft.state == 0.0 and torch.equal(logits(model), instruct)
-        assert graft.state == state and torch.equal(logits(model), before)
-        with pytest.raises(KeyboardInterrupt), graft.exchanged(BASE):
+        with graft.applied(INSTRUCT):
+            assert graft.subject == INSTRUCT and torch.equal(logits(model), instruct)
+        assert graft.subject == subject and torch.equal(logits(model), before)
+        with graft.applied(TUNED):
+            assert torch.equal(logits(model), tuned)
+        assert graft.subject == subject and torch.equal(logits(model), before)
+        with pytest.raises(KeyboardInterrupt), graft.applied(BASE):
             raise KeyboardInterrupt
-        assert state == BASE or (graft.state is None and torch.equal(logits(model), tuned))
-        graft.restore()
-    with graft.applied(1.0):
+        assert subject == BASE or (graft.subject == TUNED and torch.equal(logits(model), tuned))
+        graft.apply(TUNED)
+        assert torch.equal(logits(model), tuned)
+    with graft.applied(grafted(1.0)):
         swaps = graft.apply_s
-        with graft.exchanged(1.0):
+        with graft.applied(grafted(1.0)):
             assert graft.apply_s == swaps  # nothing to do
+
+
+def test_a_measurement_is_repeated_when_a_checkpoint_was_saved_meanwhile(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0])
+    train_a_bit(model)
+    graft = open_graft(model, folders)
+    tuned, seen = logits(model), []
+
+    def measure():
+        if not seen:
+            graft.restore_for_checkpoint()
+        seen.append(logits(model))
+        return len(seen)
+
+    assert graft.measure(BASE, measure) == 2
+    assert torch.equal(seen[0], tuned) and torch.equal(logits(model), tuned)
+    with graft.applied(BASE):
+        assert torch.equal(seen[1], logits(model))
+    assert graft.measure(TUNED, lambda: graft.restore_for_checkpoint()) is None  # the tuned weights: nothing changed
 
 
 def test_a_module_that_was_moved_is_grafted_where_it_is_now(tmp_path):
@@ -214,12 +244,12 @@ def test_a_module_that_was_moved_is_grafted_where_it_is_now(tmp_path):
     model = load(folders[0], LoraConfig(r=4, target_modules="all-linear"))
     train_a_bit(model)
     graft = open_graft(model, folders)
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         before = logits(model)
     tuned = logits(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         assert torch.equal(logits(model), before) and not torch.equal(before, tuned)
     assert torch.equal(logits(model), tuned)
 
@@ -232,7 +262,7 @@ def test_validated_weights_are_those_of_the_exported_dtype(tmp_path):
     graft = open_graft(model, folders)
     exported = dict(graft.grafted_tensors())
     assert {t.dtype for t in exported.values()} == {torch.bfloat16}
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         assert all(torch.equal(p, exported[name].float()) for name, p in model.named_parameters())
 
 
@@ -244,7 +274,7 @@ def test_statistics_against_independent_numbers(tmp_path):
         graft = open_graft(model, folders)
         numbers = graft.statistics(0.5)
         squares = {}
-        with graft.applied(0.5, squares):
+        with graft.applied(grafted(0.5), squares):
             pass
         assert squares.keys() == (graft.selected if adapter is None else set())
         assert graft.statistics(0.5, squares) == numbers
@@ -258,6 +288,8 @@ def test_statistics_against_independent_numbers(tmp_path):
         }
         norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()  # noqa: E731
         assert numbers["delta_norm"] == pytest.approx(norm(updates.values()), rel=1e-4)
+        relative = norm(updates.values()) / norm(goal[name].detach() for name in updates)
+        assert numbers["relative_delta"] == pytest.approx(relative, rel=1e-4)
         assert numbers["survival"] == pytest.approx(1 - norm(lost.values()) / norm(updates.values()) / 0.5, abs=2e-3)
         assert numbers["survival"] < 0.99
         in_layer = [update for name, update in updates.items() if "layers.1." in name]
@@ -283,8 +315,8 @@ def test_adapter_export_folds_scale_and_selection(tmp_path):
     factors = {name: p for name, p in model.named_parameters() if "lora_" in name}
     assert set(tensors) == set(factors)
     for name, tensor in tensors.items():
-        strength = 1.0 if "lora_A" in name else 0.5 if "q_proj" in name else 0.0
-        assert torch.equal(tensor, factors[name] * strength)
+        scale = 1.0 if "lora_A" in name else 0.5 if "q_proj" in name else 0.0
+        assert torch.equal(tensor, factors[name] * scale)
 
 
 @pytest.mark.parametrize(
@@ -349,7 +381,8 @@ def test_unequal_vocabularies_take_the_instructs_rows(tmp_path, sizes, tied):
     base = save_model(tmp_path / "base", "qwen3", tied=tied, vocab_size=sizes[0])
     instruct = save_model(tmp_path / "instruct", "qwen3", tied=tied, vocab_size=sizes[1], seed=1)
     reader = AlignedReader.open(base, instruct)
-    assert reader.num_aligned == (1 if tied else 2)
+    stored = CheckpointReader(base).tensors
+    assert sum(info.shape != stored[name].shape for name, info in reader.tensors.items()) == (1 if tied else 2)
     model = load_for_training(
         reader, AutoConfig.from_pretrained(base, vocab_size=sizes[1]), adapter=None, device=torch.device("cpu"),
         mesh=None, parallelize=lambda model: None,
@@ -363,7 +396,7 @@ def test_unequal_vocabularies_take_the_instructs_rows(tmp_path, sizes, tied):
                        embedding[268:271, :5])  # fmt: skip
     train_a_bit(model)
     graft = open_graft(model, (base, instruct))
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         assert torch.equal(embedding, other)  # outside the selection: the Instruct's own, all of its rows
     exported = dict(graft.grafted_tensors())
     assert exported["model.embed_tokens.weight"].shape[0] == sizes[1]

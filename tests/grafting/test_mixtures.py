@@ -13,15 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import by_expert
+from shadowlit.checkpoint.layout import in_layout_of_module, single_experts
 from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta, write_delta
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft, Strength, linear_on_disk, open_update
+from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.export import export_adapter, export_folder, reload_logits
-from shadowlit.grafting.live import BASE, LiveGraft
+from shadowlit.grafting.live import LiveGraft
+from shadowlit.grafting.subject import BASE, INSTRUCT
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.pair import ModelPair
-from tests.grafting.test_live import IDS, effective_weights, load, logits, open_graft, train_a_bit, truth
+from tests.grafting.test_live import IDS, effective_weights, grafted, load, logits, open_graft, train_a_bit, truth
 from tests.tiny import MIXTURES, save_pair
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -62,11 +64,11 @@ def test_models_are_filled_swapped_and_put_back(tmp_path, arch, form):
     train_a_bit(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = truth(folders, model, 0.5, graft.selected)
-    with graft.applied(0.5):
+    with graft.applied(grafted(0.5)):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.double(), expected.get_parameter(name), rtol=0, atol=1e-6)
-    for state, like in ((0.0, instruct), (BASE, base)):
-        with graft.applied(state):
+    for subject, like in ((INSTRUCT, instruct), (BASE, base)):
+        with graft.applied(subject):
             assert torch.equal(logits(model), logits(like))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     exported = dict(graft.grafted_tensors(0.5))
@@ -130,7 +132,7 @@ def test_adapters_are_exact(tmp_path, arch, kind):
     graft = open_graft(model, folders, select="all")
     expected, tuned = truth(folders, model, 0.5, graft.selected), logits(model)
     expected.set_experts_implementation("eager")  # the others know no float64
-    with graft.applied(0.5):
+    with graft.applied(grafted(0.5)):
         got = logits(model)
     instruct = AutoModelForCausalLM.from_pretrained(folders[1])
     change = (expected(IDS).logits - logits(instruct)).norm()
@@ -144,7 +146,7 @@ def test_adapters_are_exact(tmp_path, arch, kind):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64)
     for name, parameter in expected.named_parameters():
         torch.testing.assert_close(reloaded.get_parameter(name), parameter, rtol=0, atol=1e-6)
-    with graft.applied(0.0):
+    with graft.applied(INSTRUCT):
         assert torch.equal(logits(model), logits(instruct))
     assert torch.equal(logits(model), tuned)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -170,7 +172,7 @@ def test_an_exported_adapter_on_the_instruct_is_the_graft(tmp_path, kind):
     graft = open_graft(model, folders)
     state = get_peft_model_state_dict(model, state_dict=graft.adapter_tensors(0.5))
     export_adapter(tmp_path / "adapter", ModelPair(*map(str, folders)), adapter, state)
-    with graft.applied(0.5):
+    with graft.applied(grafted(0.5)):
         expected = logits(model)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders[1]), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
@@ -226,7 +228,7 @@ def test_an_export_reloads_as_it_was_validated(tmp_path, arch):
     model = load(folders[0])
     train_a_bit(model)
     graft = open_graft(model, folders)
-    with graft.applied(1.0):
+    with graft.applied(grafted(1.0)):
         validated = logits(model)
     export_folder(tmp_path / "out", folders[1], graft.grafted_tensors())
     assert torch.equal(reload_logits(tmp_path / "out", IDS, torch.ones_like(IDS)), validated)
@@ -241,7 +243,7 @@ def test_a_delta_lies_as_the_files_do(tmp_path, form):
     write_delta(tmp_path / "delta", graft.delta_tensors(), torch.float32)
     delta, instruct = Delta.open(tmp_path / "delta"), CheckpointReader(folders[1])
     assert set(delta.shapes) == linear_on_disk(instruct.tensors)
-    plan = DiskGraft(delta, instruct, Strength())
+    plan = DiskGraft(delta, instruct, Scale())
     export_folder(tmp_path / "out", folders[1], plan.tensors())
     written = tensors(tmp_path / "out")
     assert all(torch.equal(written[name], tensor) for name, tensor in graft.grafted_tensors())
@@ -267,7 +269,7 @@ def test_a_shard_reads_its_own_experts_and_no_others(tmp_path):
     read, stored.read_into = stored.read_into, lambda *args: (sizes.append(len(args[0])), read(*args))
     model = AutoModelForCausalLM.from_pretrained(base)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    reader = AlignedReader(stored, CheckpointReader(instruct)).of_module(shapes)
+    reader = in_layout_of_module(AlignedReader(stored, CheckpointReader(instruct)), shapes)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     whole = model.get_parameter(name)
     for start, stop in ((0, 2), (2, 4), (3, 3)):
@@ -288,7 +290,7 @@ def test_the_report_names_experts_and_routers_apart(tmp_path):
     assert "trained but left out: " in told and "gate (2)" in told
     assert "4 of 4 tensors of experts, 2 of 2 of routers" in str(open_graft(model, folders, select="all").coverage)
     instruct = CheckpointReader(folders[1])
-    on_disk = DiskGraft(Delta.open(write_all(model, folders, tmp_path / "d")), instruct, Strength()).coverage
+    on_disk = DiskGraft(Delta.open(write_all(model, folders, tmp_path / "d")), instruct, Scale()).coverage
     assert "24 of 24 tensors of experts, 0 of 2 of routers" in str(on_disk)
 
 
@@ -335,11 +337,12 @@ def test_starts_from_weights_that_are_no_modules_are_refused(tmp_path, start):
             load(base, LoraConfig(r=4, init_lora_weights=start, **options))
 
 
-def test_by_expert_is_the_file_that_transformers_writes(tmp_path):
+def test_single_experts_are_the_file_that_transformers_writes(tmp_path):
     for arch in MIXTURES:
         (tmp_path / arch).mkdir()
         base, instruct = pair_in(tmp_path / arch, arch, "instruct fused")
-        single, cut = by_expert(CheckpointReader(base)), by_expert(CheckpointReader(instruct))
+        readers = (CheckpointReader(folder) for folder in (base, instruct))
+        single, cut = (in_layout_of_module(reader, single_experts(reader)) for reader in readers)
         assert single.tensors.keys() == CheckpointReader(base).tensors.keys()
         assert len(cut.tensors) == len(single.tensors)
         model = AutoModelForCausalLM.from_pretrained(instruct)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shadowlit.grafting import swap
-from shadowlit.grafting.swap import Exchange
+from shadowlit.grafting.swap import Swap
 
 
 @pytest.fixture
@@ -16,17 +16,17 @@ def small_windows(monkeypatch):
     monkeypatch.setattr(swap, "windows", windows)
 
 
-def test_forward_exchanges_and_backward_undoes_it():
+def test_apply_swaps_and_undo_swaps_back():
     live, held = torch.arange(10.0).reshape(2, 5), -torch.arange(10.0).reshape(2, 5)
-    swap = Exchange(live, held)
-    swap.forward()
-    swap.forward()  # a second call changes nothing
-    assert swap.exchanged
+    swap = Swap(live, held)
+    swap.apply()
+    swap.apply()  # a second call changes nothing
+    assert swap.begun
     assert torch.equal(live, -torch.arange(10.0).reshape(2, 5))
     assert torch.equal(held, torch.arange(10.0).reshape(2, 5))
-    swap.backward()
-    swap.backward()
-    assert not swap.exchanged
+    swap.undo()
+    swap.undo()
+    assert not swap.begun
     assert torch.equal(live, torch.arange(10.0).reshape(2, 5))
 
 
@@ -35,7 +35,7 @@ class Interrupt(BaseException):
 
 
 def interrupted_after(lines: int, function) -> bool:
-    """Call ``function`` and strike before its ``lines``-th line in the exchange; say whether it struck."""
+    """Call ``function`` and strike before its ``lines``-th line in the swap; return whether it struck."""
     left = lines
 
     def trace(frame, event, _):
@@ -58,17 +58,17 @@ def interrupted_after(lines: int, function) -> bool:
     return False
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("direction", ["apply", "undo"])
 def test_an_interrupt_before_any_line_loses_nothing(small_windows, direction):
     first, second = torch.arange(10.0), -torch.arange(10.0)
     strikes = 0
     while True:
         live, held = first.clone(), second.clone()
-        swap = Exchange(live, held)
-        if direction == "backward":
-            swap.forward()
+        swap = Swap(live, held)
+        if direction == "undo":
+            swap.apply()
         struck = interrupted_after(strikes, getattr(swap, direction))
-        swap.backward()
+        swap.undo()
         assert torch.equal(live, first) and torch.equal(held, second), f"interrupted before line {strikes}"
         if not struck:
             break

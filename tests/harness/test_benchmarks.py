@@ -24,7 +24,7 @@ from shadowlit.harness import tasks as tasks_module
 from shadowlit.harness.models import evaluate_model, vllm_model
 from shadowlit.harness.report import make_report
 from shadowlit.harness.tasks import Settings, load_benchmarks
-from tests.evaluation.scenes import DEMO_PAIR, demo_rows, write_rows
+from tests.evaluation.contexts import DEMO_PAIR, demo_rows, write_rows
 from tests.tiny import save_model
 
 pytest.importorskip("lm_eval")

@@ -22,7 +22,7 @@ from shadowlit.harness.suites import (
     select_suites,
     suite_difference,
 )
-from tests.evaluation.scenes import DEMO_PAIR
+from tests.evaluation.contexts import DEMO_PAIR
 
 pytest.importorskip("lm_eval")
 

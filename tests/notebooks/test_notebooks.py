@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.distributed import Forked
 from tests.studies.sweep.test_notebook import small_sweep
 
 HOME = Path(__file__).parents[2] / "notebooks"
@@ -81,28 +84,56 @@ def test_no_logic(notebook):
         assert not odd, f"{notebook.name} holds {', '.join(odd)}, which belong into the package:\n{cell.source}"
 
 
-def test_every_picture_is_explained(notebook):
-    """Text before the first picture of every section; formulas in it where something is measured."""
+def test_every_figure_is_explained(notebook):
+    """Text before the first figure of every section; formulas in it where something is measured."""
     cells = read(notebook).cells
     for before, cell in pairwise(cells):
         if cell.cell_type == "code" and "save_figure(" in cell.source and before.cell_type == "markdown":
             assert len(before.source.split()) > 15, before.source
 
 
-def test_runs_from_the_embedded_pair(notebook, tmp_path):
-    values = {"pictures": str(tmp_path / "pictures"), **FEWER[notebook.stem]}
+def kernel(folder, *arguments):
+    """What ``python -m ipykernel_launcher`` does, in a group of its own, which is what its manager ends."""
+    import matplotlib
+    from ipykernel import kernelapp
+
+    os.setsid()
+    os.chdir(folder)
+    matplotlib.use("module://matplotlib_inline.backend_inline")
+    kernelapp.launch_new_instance(list(arguments))
+
+
+class ForkedKernel(Forked):
+    """A kernel without the seconds of its imports."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command, *, cwd, env, log, **_):
+        arguments = command[command.index("ipykernel_launcher") + 1 :]
+        super().__init__(kernel, str(cwd), *arguments, out=log, env=env)
+        while self.poll() is None and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.01)
+
+    def wait(self):
+        return super().wait(60)
+
+
+def test_runs_from_the_embedded_pair(notebook, tmp_path, monkeypatch):
+    launch = partial(ForkedKernel, log=tmp_path / "kernel.txt")
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", launch)
+    values = {"figures": str(tmp_path / "figures"), **FEWER[notebook.stem]}
     values |= {"sweep": str(small_sweep(tmp_path / "sweep"))} if "sweep" in notebook.stem else {"work": str(tmp_path)}
     found = with_parameters(read(notebook), values)
     start = time.perf_counter()
     NotebookClient(found, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     print(f"{notebook.name}: {time.perf_counter() - start:.0f} s")
-    drawn = sorted(path.stem for path in (tmp_path / "pictures").glob("*.png"))
+    drawn = sorted(path.stem for path in (tmp_path / "figures").glob("*.png"))
     sources = [cell.source for cell in code_cells(found) if "save_figure(" in cell.source]
     assert drawn and len(drawn) == sum(source.count("save_figure(") for source in sources)
-    assert drawn == sorted(path.stem for path in (tmp_path / "pictures").glob("*.pdf"))
+    assert drawn == sorted(path.stem for path in (tmp_path / "figures").glob("*.pdf"))
     for cell in code_cells(found):
         outputs = [output for output in cell.outputs if output.output_type in ("display_data", "execute_result")]
         assert "save_figure(" not in cell.source or any("image/png" in output.data for output in outputs), cell.source
-    for path in (tmp_path / "pictures").glob("*.pdf"):
+    for path in (tmp_path / "figures").glob("*.pdf"):
         content = path.read_bytes()
         assert b"/FontFile2" in content and b"/Type3" not in content  # embedded TrueType

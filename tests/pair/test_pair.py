@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
 from shadowlit.errors import CheckpointError, PairError
-from shadowlit.pair.check import check_pair, require_fit, untrained_rows
+from shadowlit.pair.check import check_pair, require_fit
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.pair import ModelPair
+from shadowlit.pair.tokens import untrained_rows
 from tests.tiny import ARCHITECTURES, SPECIAL, make_tokenizer, save_model, save_pair
 
 
@@ -467,7 +468,7 @@ class TestReport:
 
     def test_warnings_are_logged_and_let_pass(self, tied, caplog):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5, max_position_embeddings=64)
-        with caplog.at_level(logging.INFO, "shadowlit.pair.pair"):
+        with caplog.at_level(logging.INFO, "shadowlit.pair.check"):
             require_fit(tied)
         assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
         assert "rms_norm_eps" in caplog.records[0].getMessage()
@@ -480,7 +481,7 @@ class TestReport:
         assert "instruct model: './nowhere'" in str(error.value)
 
     def test_broken_pattern_is_left_to_the_selection(self, tied):
-        assert tied.check("(") == []
+        assert check_pair(tied, "(") == []
 
     def test_order(self, tied):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5, max_position_embeddings=64, head_dim=16)

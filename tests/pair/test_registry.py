@@ -221,7 +221,7 @@ class TestCheckFolders:
     def test_a_pair_that_fits(self, folders, capsys):
         assert main(["pairs", "check", *map(str, folders)]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == (
-            "0 errors, 0 warnings, 0 notes: a graft of 'linear' may go on."
+            "0 errors, 0 warnings, 0 notes: a graft of 'linear' is possible."
         )
 
     def test_a_misfit(self, folders, tmp_path, capsys):
@@ -231,7 +231,7 @@ class TestCheckFolders:
         assert re.search(
             r"^error +architecture: model_type is 'llama' in the Base, 'qwen3' in.* To do: ", shown.out, re.M
         )
-        assert re.fullmatch(r"error: \d errors, .*a graft of 'linear' cannot go on before the errors.*\n", shown.err)
+        assert re.fullmatch(r"error: \d errors, .*a graft of 'linear' is not possible until the errors.*\n", shown.err)
 
     def test_what_is_selected_decides(self, folders, tmp_path, capsys):
         other = save_model(tmp_path / "other", vocab_size=280)

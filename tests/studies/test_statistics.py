@@ -6,7 +6,7 @@ import pytest
 import scipy.stats
 
 from shadowlit.errors import DataError
-from shadowlit.studies.statistics import average, few_seeds, paired_bootstrap, spearman
+from shadowlit.studies.statistics import average, few_seeds, mean_interval, paired_bootstrap, spearman
 
 
 def one(differences, **options):
@@ -26,6 +26,19 @@ def test_what_was_not_measured_is_counted_and_not_averaged():
     assert math.isnan(average([5.0]).standard_error)
     nothing = average([math.nan], expected=3)
     assert math.isnan(nothing.mean) and (nothing.count, nothing.expected) == (0, 3)
+
+
+@pytest.mark.parametrize(("num_seeds", "student"), [(2, 12.7062), (3, 4.3027), (12, 2.2010), (31, 2.0423)])
+def test_an_interval_over_seeds_is_students(num_seeds, student):
+    """1, 2, … n: mean (n + 1) / 2, s² = n (n + 1) / 12; quantiles from a printed table, also beyond ten seeds."""
+    mean, low, high = mean_interval([float(value) for value in range(1, num_seeds + 1)])
+    half = student * math.sqrt((num_seeds + 1) / 12)
+    assert (mean, low, high) == pytest.approx(((num_seeds + 1) / 2, mean - half, mean + half), rel=1e-4)
+
+
+def test_one_seed_has_no_interval():
+    mean, low, high = mean_interval([2.0, math.nan])
+    assert mean == 2.0 and math.isnan(low) and math.isnan(high)
 
 
 def test_rows_of_one_seed_are_drawn_as_scipy_draws_them():

@@ -1,26 +1,28 @@
 """The training steps: one loss whatever the batching, masters in float32, exact resume."""
 
+import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.data.module import ShadowData
 from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule, _rate
 from shadowlit.training.objective import token_sums
 from shadowlit.training.parallel import parallelize
+from tests.distributed import Forked
+from tests.rounding import require_same_update
 from tests.synthetic import RandomData, random_samples
 from tests.tiny import ARCHITECTURES, make_config, save_pair
 
@@ -95,10 +97,10 @@ def test_accumulated_is_the_whole_batch(pair, kind):
         trainer = train(module, RandomData(8, batch_size), accumulate_grad_batches=accumulate)
         results[batch_size] = parameters(module), trainer.callback_metrics["train/loss"].item()
     start = ShadowModule(pair, module.adapter, lr=1e-3)
-    moved = (results[8][0] - initial(start)).abs().max()
-    assert moved > 5e-4
+    before = initial(start)
+    assert (results[8][0] - before).abs().max() > 5e-4
     for batch_size in (1, 2):
-        assert (results[batch_size][0] - results[8][0]).abs().max() < 1e-2 * moved
+        require_same_update({"": results[batch_size][0]}, {"": results[8][0]}, {"": before})
         assert results[batch_size][1] == pytest.approx(results[8][1], rel=1e-6)
 
 
@@ -245,66 +247,50 @@ def test_an_adapters_checkpoint_holds_the_factors_only(pair, tmp_path):
     assert state and all("lora_" in name for name in state)
 
 
-RUN = """
-    import os, signal, sys
-    import torch
-    from lightning.pytorch import Callback, Trainer, seed_everything
-    from lightning.pytorch.callbacks import ModelCheckpoint
-    from peft import LoraConfig
-    from shadowlit.callbacks.graft import GraftCallback
-    from shadowlit.data.module import ShadowData
-    from shadowlit.pair.pair import ModelPair
-    from shadowlit.training.module import ShadowModule
+class Kill(Callback):
+    def __init__(self, step):
+        self.step = step
 
-    base, instruct, data, root, kind, kill_at = sys.argv[1:]
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    class Kill(Callback):
-        def on_train_batch_start(self, trainer, module, batch, batch_idx):
-            if trainer.global_step == int(kill_at):
-                os.kill(os.getpid(), signal.SIGKILL)
 
+def fit_or_die(pair, data, root, kind, kill_at):
+    """Train from the last checkpoint, if there is one; leave weights, moments and metrics in ``end.pt``."""
     seed_everything(0)
     torch.set_num_threads(1)
     adapter = LoraConfig(r=4, lora_dropout=0.2) if kind == "lora" else None
-    pair = ModelPair(base, instruct)
     module = ShadowModule(pair, adapter, lr=1e-2 if adapter else 1e-3)
     trainer = Trainer(
         accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_progress_bar=False, val_check_interval=4,
         enable_model_summary=False, use_distributed_sampler=False, accumulate_grad_batches=2, gradient_clip_val=1.0,
-        callbacks=[GraftCallback(), Kill(), ModelCheckpoint(root, save_last=True, every_n_train_steps=1)],
-    )
-    last = os.path.join(root, "last.ckpt")
-    data = ShadowData(pair, train=data, validation=data, batch_size=2, max_length=64)
-    trainer.fit(module, data, ckpt_path=last if os.path.exists(last) else None)
+        callbacks=[GraftCallback(), Kill(kill_at), ModelCheckpoint(root, save_last=True, every_n_train_steps=1)],
+    )  # fmt: skip
+    last = root / "last.ckpt"
+    samples = ShadowData(pair, train=str(data), validation=str(data), batch_size=2, max_length=64)
+    trainer.fit(module, samples, ckpt_path=last if last.exists() else None)
     moments = [s["exp_avg"] for s in trainer.optimizers[0].state.values()]
     metrics = {k: v for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
-    torch.save([list(module.model.parameters()), moments, metrics], os.path.join(root, "end.pt"))
-"""
+    torch.save([list(module.model.parameters()), moments, metrics], root / "end.pt")
 
 
 def run_killable(pair, data, root, kind, kill_at):
     root.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(RUN), pair.base, pair.instruct, data, root, kind, str(kill_at)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    log = root / "log.txt"
+    return Forked(fit_or_die, pair, data, root, kind, kill_at, out=log).wait(180), log.read_text()
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(pair, tmp_path, kind):
     """SIGKILL in the second of three epochs, between two checkpoints; with dropout and a grafted validation."""
-    import json
-
     data = tmp_path / "data.jsonl"
     rows = [[{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "x" * (i % 5 + 1)}]
             for i in range(18)]  # fmt: skip
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    whole = run_killable(pair, data, tmp_path / "whole", kind, -1)
-    assert whole.returncode == 0, whole.stderr
-    killed = run_killable(pair, data, tmp_path / "killed", kind, 7)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    resumed = run_killable(pair, data, tmp_path / "killed", kind, -1)
-    assert resumed.returncode == 0, resumed.stderr
+    for root, kill_at, expected in (("whole", -1, 0), ("killed", 7, -signal.SIGKILL), ("killed", -1, 0)):
+        status, log = run_killable(pair, data, tmp_path / root, kind, kill_at)
+        assert status == expected, log
     ends = [torch.load(tmp_path / run / "end.pt", weights_only=False) for run in ("whole", "killed")]
     for left, right in zip(ends[0][0] + ends[0][1], ends[1][0] + ends[1][1], strict=True):
         assert torch.equal(left, right)

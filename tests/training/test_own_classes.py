@@ -255,9 +255,7 @@ def test_a_loss_per_pair(root):
 
 
 def test_an_objective_without_a_count_is_an_error(root):
-    with pytest.raises(
-        ShadowlitError, match="returns the sums loss; expected a tensor loss and a count"
-    ):
+    with pytest.raises(ShadowlitError, match="returns the sums loss; expected a tensor loss and a count"):
         fit(write(root, "forgetful", model={"objective": own("Forgetful")}))
 
 

@@ -11,10 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from shadowlit.analysis.similarity import compare, open_reader
+from shadowlit.analysis.similarity import compare, in_one_layout, open_reader
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.checkpoint.layout import alike
 from shadowlit.checkpoint.names import tower_of
 from shadowlit.cli.graft import graft as graft_on_disk
 from shadowlit.data.module import ShadowData
@@ -25,6 +24,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_ranks
+from tests.rounding import Start, require_same_update
 from tests.vision.tiny import FAMILIES, make_config, make_processor, rename_tensors, save_pair, write_rows
 
 
@@ -148,7 +148,7 @@ def test_other_names_in_the_files_train_and_graft_alike(tmp_path, rows, family):
     on_disk, live = (load_file(f / "model.safetensors") for f in (tmp_path / "disk", model))
     assert [name for name in live if not torch.equal(on_disk[name], live[name])] == []
     readers = [open_reader(folder)[0] for folder in old]
-    (similarity,) = compare(alike(readers)).similarities
+    (similarity,) = compare(in_one_layout(readers)).similarities
     assert len(similarity.tensors) == len(names[1])
 
 
@@ -171,7 +171,7 @@ def test_towers_learn_and_are_grafted_as_chosen(tmp_path, rows):
         grafted, instruct = (load_file(f / "model.safetensors") for f in (export.exported, folders[1]))
         assert {tower_of(n) for n in instruct if not torch.equal(grafted[n], instruct[n])} == expected
         for tower in expected:
-            assert f"{tower} " in str(callback.graft.coverage)
+            assert f"{tower} " in str(callback.build(module).coverage)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
@@ -199,19 +199,20 @@ def test_frozen_towers_have_no_masters(tmp_path, rows):
     numbers = {tower: [p.numel() for n, p in module.model.named_parameters() if (tower_of(n) == "language") == tower]
                for tower in (True, False)}  # fmt: skip
     # Base and Instruct in half precision for what learns; the Instruct alone for what is frozen.
-    assert graft.graft.frozen_bytes == 4 * sum(numbers[True]) + 2 * sum(numbers[False])
+    assert graft.build(module).frozen_bytes == 4 * sum(numbers[True]) + 2 * sum(numbers[False])
     assert trainer.callback_metrics["val/grafted/loss"].isfinite()
 
 
 def train_sharded(folders, root, strategy, world_size, kind, towers):
+    start = Start()
     module, trainer = run(
-        folders, root, kind, [GraftCallback(select="all" if kind == "full" else "linear")], strategy, world_size,
+        folders, root, kind, [start, GraftCallback(select="all" if kind == "full" else "linear")], strategy, world_size,
         train_towers=towers, activation_checkpointing=strategy == "fsdp2",
     )  # fmt: skip
     reshard_all(module.model)
     weights = {name: whole(local(p), p).clone() for name, p in module.model.named_parameters()}
     metrics = {n: v.item() for n, v in trainer.callback_metrics.items() if "second" not in n and "time" not in n}
-    return weights, metrics
+    return weights, metrics, start.weights
 
 
 @pytest.mark.parametrize(
@@ -222,12 +223,12 @@ def test_two_processes_are_one(tmp_path, kind, towers):
     folders = save_pair(tmp_path, "qwen2_5_vl")
     write_rows(tmp_path, 8, text_every=2)
     write_rows(tmp_path, 6, "val", seed=1)
-    ((one, metrics),) = run_ranks(train_sharded, 1, folders, tmp_path, "auto", 1, kind, towers)
-    for rank, (weights, found) in enumerate(run_ranks(train_sharded, 2, folders, tmp_path, "fsdp2", 2, kind, towers)):
+    ((one, metrics, start),) = run_ranks(train_sharded, 1, folders, tmp_path, "auto", 1, kind, towers)
+    ranks = run_ranks(train_sharded, 2, folders, tmp_path, "fsdp2", 2, kind, towers)
+    for rank, (weights, found, _) in enumerate(ranks):
         for name, value in metrics.items():
             assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-4), (rank, name)
-        for name, value in one.items():
-            torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-4)
+        require_same_update(weights, one, start)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

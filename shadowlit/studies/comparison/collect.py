@@ -1,4 +1,4 @@
-"""From the folders of finished trainings to records."""
+"""From the folders of finished trainings to rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shadowlit.analysis.similarity import compare
+from shadowlit.analysis.similarity import compare, in_one_layout
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import alike
 from shadowlit.delta.delta import Delta
-from shadowlit.grafting.disk import FullUpdate
+from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.pair import ModelPair
-from shadowlit.studies.comparison.plan import Recipe, Training, rates_of_arms
-from shadowlit.studies.comparison.records import Record
-from shadowlit.studies.comparison.runner import UNTOUCHED
+from shadowlit.studies.arms import UNTOUCHED, metrics_of, subject_of
+from shadowlit.studies.comparison.plan import Training, rates_of_arms
+from shadowlit.studies.rows import UNTOUCHED_TRIAL, Row
+from shadowlit.studies.trials.process import is_finished
+from shadowlit.studies.trials.recipe import Recipe
 from shadowlit.studies.trials.trial import RESULT
 
 
@@ -27,24 +28,24 @@ def collect(
     rates: Mapping[str, Sequence[float]],
     folder: Path,
     line: str = "loss",
-) -> list[Record]:
-    """One record for each arm of each finished training, at each scale, and those of the untouched models.
+) -> list[Row]:
+    """Collect a row for each arm of each finished training, at each scale, and those of the untouched models.
 
     Args:
         recipe: What the trainings share.
-        trainings: Those of the plan; unfinished ones are left out.
-        arms: Those to be compared.
+        trainings: Trainings of the plan; unfinished ones are left out.
+        arms: Arms to compare.
         rates: Learning rates by arm.
-        folder: Of the comparison.
-        line: The metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
+        folder: Folder of the comparison.
+        line: Metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
     """
-    found = [_untouched(folder / UNTOUCHED, who) for who in ("Base", "Instruct")]
+    found = [_untouched(folder / UNTOUCHED_TRIAL, arm) for arm in UNTOUCHED]
     own = rates_of_arms(arms, rates)
-    finished = {t: folder / t.name for t in trainings if (folder / t.name / RESULT).is_file()}
+    finished = {t: folder / t.name for t in trainings if is_finished(folder / t.name)}
     facts = _Facts(recipe, own, finished)
-    starts = {record.arm[0]: record.metrics.get(line, math.nan) for record in found}
+    starts = {row.arm[0]: row.metrics.get(line, math.nan) for row in found}
     for training, home in finished.items():
-        result = json.loads((home / RESULT).read_text(encoding="utf-8"))
+        result = _result(home)
         for arm in (training.tuned_arm, training.grafted_arm):
             if arm in own and training.lr in own[arm]:
                 known = facts.of(training, result) if arm == training.grafted_arm else {}
@@ -52,10 +53,9 @@ def collect(
     return found
 
 
-def _untouched(home: Path, arm: str) -> Record:
-    result = json.loads((home / RESULT).read_text(encoding="utf-8"))
+def _untouched(home: Path, arm: str) -> Row:
     who = arm.lower()
-    return Record(arm, metrics=_metrics(result, who), samples=_samples(home / "evaluation" / who))
+    return Row(arm, metrics=metrics_of(_result(home)["metrics"], who), samples=_samples(home / "evaluation" / who))
 
 
 def _of_training(
@@ -67,37 +67,26 @@ def _of_training(
     facts: Mapping[str, float],
     line: str,
     start: float,
-) -> list[Record]:
-    tuned = arm == training.tuned_arm
-    samples = home / "evaluation" / f"step-{result['step']}"
-    records = []
-    for scale in (1.0,) if tuned else recipe.scales:
-        who = "tuned" if tuned else _subject(scale, recipe)
-        metrics = _metrics(result, who)
-        losses = {0.0: start, **{s: _metrics(result, _subject(s, recipe)).get(line, math.nan) for s in recipe.scales}}
-        records.append(
-            Record(
-                arm,
-                training.lr,
-                training.seed,
-                scale,
-                metrics=metrics,
-                samples=_samples(samples / who),
-                cost=_cost(result),
-                facts=dict(facts),
-                line={} if tuned or scale != recipe.scales[0] else dict(sorted(losses.items())),
-            )
+) -> list[Row]:
+    scales = (None,) if arm == training.tuned_arm else recipe.scales
+    found = {scale: metrics_of(result["metrics"], subject_of(arm, scale, recipe.scales)) for scale in scales}
+    losses = {0.0: start, **{scale: found[scale].get(line, math.nan) for scale in scales if scale is not None}}
+    return [
+        training.row(
+            arm,
+            scale,
+            metrics=metrics,
+            samples=_samples(home / "evaluation" / f"step-{result['step']}" / subject_of(arm, scale, recipe.scales)),
+            cost=_cost(result),
+            facts=facts,
+            line=dict(sorted(losses.items())) if scale == recipe.scales[0] else {},
         )
-    return records
+        for scale, metrics in found.items()
+    ]
 
 
-def _subject(scale: float, recipe: Recipe) -> str:
-    return "grafted" if scale == recipe.scales[0] else f"grafted@{scale:g}"
-
-
-def _metrics(result: Mapping[str, Any], who: str) -> dict[str, float]:
-    prefix = f"val/{who}/"
-    return {name.removeprefix(prefix): value for name, value in result["metrics"].items() if name.startswith(prefix)}
+def _result(home: Path) -> dict[str, Any]:
+    return json.loads((home / RESULT).read_text(encoding="utf-8"))
 
 
 def _samples(home: Path) -> dict[str, dict[int, float]]:
@@ -109,13 +98,13 @@ def _samples(home: Path) -> dict[str, dict[int, float]]:
 
 
 def _cost(result: Mapping[str, Any]) -> dict[str, float]:
-    """What the training cost without being watched, and what watching cost."""
+    """What the training cost without its evaluation, and what the evaluation cost."""
     logged = result["metrics"]
-    watching = sum(logged.get(name, 0.0) for name in ("graft/seconds", "evaluation/seconds"))
-    train_s = max(0.0, result["wall_s"] - watching)
+    evaluation_s = sum(logged.get(name, 0.0) for name in ("graft/seconds", "evaluation/seconds"))
+    train_s = max(0.0, result["wall_s"] - evaluation_s)
     return {
         "train_s": train_s,
-        "evaluation_s": watching,
+        "evaluation_s": evaluation_s,
         "tokens_per_s": result["train_tokens"] / train_s if train_s else math.nan,
         "peak_memory_bytes": float(result["peak_memory_bytes"]),
         "trained_parameters": float(result["trained_parameters"]),
@@ -123,7 +112,7 @@ def _cost(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 class _Facts:
-    """What is known of a pair and of its updates, computed once."""
+    """Facts about a pair and its updates, computed once."""
 
     def __init__(
         self, recipe: Recipe, rates: Mapping[str, tuple[float, ...]], finished: Mapping[Training, Path]
@@ -134,7 +123,7 @@ class _Facts:
         self._instruct = CheckpointReader(pair.instruct_folder())
         shared = self._base.tensors.keys() & self._instruct.tensors.keys()
         self._comparable = all(self._base.tensors[n].shape == self._instruct.tensors[n].shape for n in shared)
-        self._sigma = compare(alike([self._base, self._instruct])).similarities[0].sigma
+        self._sigma = compare(in_one_layout([self._base, self._instruct])).similarities[0].sigma
         self._offset: float | None = None
         self._cosines: dict[frozenset[Training], float] = {}
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.records import TUNED
+from shadowlit.studies.arms import TUNED
+from shadowlit.studies.rows import LR, Row
+from shadowlit.studies.trials.process import Job
+from shadowlit.studies.trials.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,9 @@ class Training:
     """One training: of the Base (``B``) or of the Instruct (``I``), at one rate, with one seed.
 
     Attributes:
-        source: The model that is trained; the delta is its.
+        source: Model that is trained, and that the delta is from.
         lr: Peak learning rate.
-        seed: Of everything: data order, adapter, dropout.
+        seed: Seed of everything: data order, adapter, dropout.
     """
 
     source: str
@@ -31,7 +30,7 @@ class Training:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """Name of the training and of its folder."""
         return f"{self.source}_lr{self.lr:g}_seed{self.seed}"
 
     @property
@@ -44,16 +43,43 @@ class Training:
         """The arm of its update on the other model."""
         return f"{self.source}2{'I' if self.source == 'B' else 'B'}"
 
+    def row(self, arm: str, scale: float | None, **measured: Any) -> Row:
+        """One of its arms as a row.
+
+        Args:
+            arm: The tuned or the grafted arm.
+            scale: λ of the graft; None for the tuned arm.
+            measured: Metrics, samples, cost, facts and line.
+        """
+        return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)
+
+    def job(self, recipe: Recipe, folder: Path) -> Job:
+        """The job that runs it.
+
+        Args:
+            recipe: What all trainings share.
+            folder: Folder of the comparison.
+        """
+        home = folder / self.name
+        own = {
+            "model.lr": self.lr,
+            "graft.baselines": False,
+            "evaluation.baselines": False,
+            "export.parts": ["delta"],
+            "export.folder": str(home),
+        }
+        return Job(self.name, ("fit", *recipe.arguments(self.source, self.seed, home, {**recipe.overrides, **own})))
+
 
 def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Training]:
-    """The trainings that ``arms`` need: each source at all rates of its arms, with all seeds.
+    """List the trainings that ``arms`` need: each source at all rates of its arms, with all seeds.
 
-    Ordered by seed, then rate, so that a comparison that is cut short has whole seeds.
+    They are ordered by seed, then rate, so that a comparison that is cut short has complete seeds.
 
     Args:
-        arms: Some of ``B2I``, ``I2I``, ``B2B``, ``I2B``.
+        arms: Arms to compare, some of ``B2I``, ``I2I``, ``B2B``, ``I2B``.
         rates: Learning rates of each arm. An arm without an entry has the rates of the other arm of its source.
-        seeds: At least one.
+        seeds: Seeds, at least one.
 
     Raises:
         DataError: An unknown arm, an arm without a positive rate, or no seed.
@@ -92,120 +118,3 @@ def rates_of_arms(arms: Sequence[str], rates: Mapping[str, Sequence[float]]) -> 
             )
         found[arm] = tuple(sorted(set(map(float, own))))
     return found
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all trainings of a comparison share: a configuration of ``fit``, and what is changed in it.
-
-    Attributes:
-        config: The configuration's file.
-        overrides: Dotted keys and values.
-        scales: Strengths of the graft that are measured; the first is the main one.
-        task_scales: Those of them that the evaluators measure too.
-    """
-
-    config: Path
-    overrides: Mapping[str, Any]
-    scales: tuple[float, ...] = (1.0,)
-    task_scales: tuple[float, ...] = ()
-
-    def get(self, key: str) -> Any:
-        """The value of a dotted key, as overridden or in the file; None where neither has it."""
-        if key in self.overrides:
-            return self.overrides[key]
-        value: Any = self.content()
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        return value
-
-    def content(self) -> Mapping[str, Any]:
-        """What the file says.
-
-        Raises:
-            DataError: There is no such file, or it is no YAML mapping.
-        """
-        return self._content
-
-    @cached_property
-    def _content(self) -> Mapping[str, Any]:
-        try:
-            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise DataError(f"{self.config} can't be read ({error}). Give a configuration of fit.") from error
-        if not isinstance(found, Mapping):
-            raise DataError(f"{self.config} holds no keys. Give a configuration of fit.")
-        return found
-
-    def fit_arguments(self, training: Training, folder: Path) -> list[str]:
-        """The command line of ``fit`` after the word itself; everything is written into ``folder``."""
-        own = {
-            "model.lr": training.lr,
-            "graft.baselines": False,
-            "evaluation.baselines": False,
-            "export.parts": ["delta"],
-            "export.folder": str(folder),
-        }
-        return self.arguments(training.source, training.seed, folder, {**self.overrides, **own})
-
-    def arguments(self, source: str, seed: int, folder: Path, values: Mapping[str, Any]) -> list[str]:
-        """The command line of any ``fit`` on this recipe's file, after the word itself.
-
-        Args:
-            source: ``B``, the Base is trained, or ``I``, the Instruct, whose update is grafted onto the Base.
-            seed: Of everything.
-            folder: Gets everything that is written.
-            values: All that is changed in the file, by dotted key.
-        """
-        exchanged = self._exchanged() if source == "I" else {}
-        seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
-        return self._arguments(folder, {**values, **exchanged, **seeds})
-
-    def untouched_arguments(self, folder: Path) -> list[str]:
-        """The command line of ``validate`` that measures the untouched models."""
-        own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False}
-        return self._arguments(folder, {**self.overrides, **own})
-
-    def pair(self) -> dict[str, Any]:
-        """The section ``pair``, by the names of its keys."""
-        names = ("base", "instruct", "base_revision", "instruct_revision", "trust_remote_code", "template_owner")
-        return {name: value for name in names if (value := self.get(f"pair.{name}")) is not None}
-
-    def is_distributed(self) -> bool:
-        """Whether Lightning would start more processes than one."""
-        devices, accelerator = self.get("trainer.devices"), self.get("trainer.accelerator")
-        return not (devices in (1, "1") or (accelerator == "cpu" and devices in (None, "auto")))
-
-    def _exchanged(self) -> dict[str, Any]:
-        """The Instruct is trained, and its update grafted onto the Base; the template stays whose it was."""
-        pair = self.pair()
-        owner = pair.get("template_owner", "instruct")
-        return {
-            "pair.base": pair.get("instruct"),
-            "pair.instruct": pair.get("base"),
-            "pair.base_revision": pair.get("instruct_revision"),
-            "pair.instruct_revision": pair.get("base_revision"),
-            "pair.template_owner": "base" if owner == "instruct" else "instruct",
-            "evaluation.reference": "base",
-        }
-
-    def _arguments(self, folder: Path, values: Mapping[str, Any]) -> list[str]:
-        logger = {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(folder), "name": "", "version": ""},
-        }
-        fixed = {
-            "trainer.logger": logger,
-            "trainer.default_root_dir": str(folder),
-            "trainer.enable_progress_bar": False,
-            "trainer.enable_model_summary": False,
-            "graft.scales": list(self.scales),
-            "evaluation.scales": list(self.task_scales),
-            "evaluation.folder": str(folder / "evaluation"),
-        }
-        merged = {**values, **fixed}
-        return ["--config", str(self.config), *(f"--{key}={_as_text(value)}" for key, value in merged.items())]
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -1,10 +1,9 @@
-"""The pictures of a comparison; what is missing is left out, never drawn as a number."""
+"""The plots of a comparison; what is missing is left out, never drawn as a number."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,55 +11,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shadowlit.files import written_beside
-from shadowlit.plotting import OKABE_ITO
-from shadowlit.studies.comparison.records import ARMS, TUNED, UNTOUCHED
-from shadowlit.studies.comparison.summary import FACTS, Line, Prediction, Report, Standing
+from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
+from shadowlit.studies.comparison.summary import FACTS, OVER_INSTRUCT, Report
+from shadowlit.studies.plots import COLOURS, MARKERS, arm_style, legend_of
+from shadowlit.studies.rows import Row, Standing
 from shadowlit.studies.statistics import Average
 
-_COLOURS = {
-    "Base": OKABE_ITO["sky"],
-    "Instruct": OKABE_ITO["black"],
-    "B2B": OKABE_ITO["blue"],
-    "B2I": OKABE_ITO["vermillion"],
-    "I2B": OKABE_ITO["purple"],
-    "I2I": OKABE_ITO["green"],
-}
-_MARKERS = {"Base": "P", "Instruct": "X", "B2B": "s", "B2I": "o", "I2B": "^", "I2I": "D"}
 _SIZES = (4.0, 11.0)  # of the markers of the lowest and the highest rate, in points
 
 
-def arm_style(arm: str) -> dict[str, Any]:
-    """Colour and marker of an arm, the same in every picture."""
-    return {"color": _COLOURS[arm], "marker": _MARKERS[arm]}
-
-
-def plot_trade(report: Report, target: Path) -> Path:
+def plot_trade(report: Report) -> Figure:
     """What is learned against what is kept: a point for each arm, rate and scale, over seeds.
 
-    A bigger marker is a higher rate; an open one is a scale other than 1; the chosen rate has a ring. Where no
-    evaluator is of what is kept, the divergence from the Instruct is drawn instead, downwards.
+    A bigger marker is a higher rate; an open one is a scale other than 1; the chosen rate has a ring. If no evaluator
+    is named for what is kept, the divergence from the Instruct is drawn instead, downwards.
     """
     figure = Figure(figsize=(7.4, 5.0), layout="constrained")
     axis = figure.subplots()
-    divergence = next((name for standing in report.grid for name in standing.metrics if "kl" in name), None)
+    divergence = next((name for name in report.shown if "kl" in name), None)
     by_keep = bool(report.keep) or divergence is None
     rates = sorted({standing.lr for standing in report.grid if standing.lr is not None})
     for standing in report.grid:
-        x = _percent(standing.gain)
-        y = _percent(standing.keep) if by_keep else standing.metrics[str(divergence)]
+        x = _percent(standing["reported/gain"])
+        y = _percent(standing["reported/keep"]) if by_keep else standing[str(divergence)]
         if not (math.isfinite(x.mean) and math.isfinite(y.mean)):
             continue
-        colour, size = _COLOURS[standing.arm], _size(standing.lr, rates)
+        colour, size = COLOURS[standing.arm], _size(standing.lr, rates)
         axis.errorbar(
             x.mean,
             y.mean,
             xerr=_error(x),
             yerr=_error(y),
-            fmt=_MARKERS[standing.arm],
+            fmt=MARKERS[standing.arm],
             markersize=size,
             color=colour,
-            markerfacecolor=colour if standing.scale in (None, 1.0) else "white",
+            markerfacecolor=colour if standing.is_whole else "white",
             elinewidth=0.8,
             alpha=0.85,
         )
@@ -81,28 +66,29 @@ def plot_trade(report: Report, target: Path) -> Path:
     if rates:
         ends = dict.fromkeys((rates[0], rates[-1]))
         handles += [_grey(f"lr {rate:g}", markersize=_size(rate, rates)) for rate in ends]
-    if any(standing.scale not in (None, 1.0) for standing in report.grid):
+    if any(not standing.is_whole for standing in report.grid):
         handles.append(_grey("scale ≠ 1", markerfacecolor="white"))
     handles.append(_grey("chosen", markersize=11, markerfacecolor="none"))
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    return _save(figure, target)
+    return figure
 
 
-def plot_table(report: Report, target: Path) -> Path:
-    """The table as dots with standard errors, by evaluator; the untouched models as lines."""
+def plot_table(report: Report) -> Figure:
+    """The main table as dots with standard errors, by evaluator; the untouched models are lines."""
     names = [*report.evaluators, "mean"]
     figure = Figure(figsize=(max(5.0, 1.6 + 1.25 * len(names)), 3.8), layout="constrained")
     axis = figure.subplots()
     for standing in report.table:
-        cells = [_percent(cell) for cell in (*standing.scores.values(), standing.mean)]
-        colour = _COLOURS[standing.arm]
+        means = [standing[f"reported/{name}/score"] for name in report.evaluators] + [standing["reported/mean"]]
+        cells = [_percent(mean) for mean in means]
+        colour = COLOURS[standing.arm]
         for i, cell in enumerate(cells):
             if standing.arm in UNTOUCHED:
                 style = "--" if standing.arm == "Instruct" else ":"
                 axis.hlines(cell.mean, i - 0.4, i + 0.4, color=colour, linestyle=style, linewidth=1.4)
             else:
                 place = i + 0.17 * (TUNED.index(standing.arm) - 1.5)
-                marker = _MARKERS[standing.arm]
+                marker = MARKERS[standing.arm]
                 axis.errorbar(place, cell.mean, yerr=_error(cell), fmt=marker, color=colour, markersize=6, capsize=2)
     axis.set_xticks(range(len(names)), names)
     axis.axvline(len(names) - 1.5, color="0.8", linewidth=0.8)
@@ -111,20 +97,22 @@ def plot_table(report: Report, target: Path) -> Path:
     axis.grid(axis="y", alpha=0.25)
     handles = [_handle(arm) for arm in TUNED]
     handles += [
-        Line2D([], [], color=_COLOURS["Instruct"], linestyle="--", label="Instruct, untouched"),
-        Line2D([], [], color=_COLOURS["Base"], linestyle=":", label="Base, untouched"),
+        Line2D([], [], color=COLOURS["Instruct"], linestyle="--", label="Instruct, untouched"),
+        Line2D([], [], color=COLOURS["Base"], linestyle=":", label="Base, untouched"),
     ]
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    return _save(figure, target)
+    return figure
 
 
-def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequence[Line], target: Path) -> Path:
-    """What was known of a graft against what it brought, and the losses on the way to it.
+def plot_predicting(
+    predictions: Mapping[str, Sequence[Row]], lines: Sequence[Standing] = (), scales: Sequence[float] = ()
+) -> Figure:
+    """What was known about a graft against what it gained, and the losses on the way to it.
 
     Args:
-        predictions: Of each setting; one of a single name has no legend.
-        lines: A panel of them is added for each arm; none are drawn if there are none.
-        target: The picture's path.
+        predictions: Predictions by setting; a single setting has no legend.
+        lines: Standings with losses on the line, for which a panel for each arm is added.
+        scales: Scales of these losses.
     """
     arms = list(dict.fromkeys(line.arm for line in lines))
     count = len(FACTS) + len(arms)
@@ -132,14 +120,14 @@ def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequ
     rows = -(-count // columns)
     figure = Figure(figsize=(3.7 * columns, 3.1 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    palette = list(_COLOURS.values())
+    palette = list(COLOURS.values())
     for axis, (fact, words) in zip(axes, FACTS.items(), strict=False):
         for i, (setting, found) in enumerate(predictions.items()):
-            points = [(each.facts.get(fact, math.nan), 100 * each.gain) for each in found]
+            points = [(row.facts.get(fact, math.nan), 100 * row.metrics[OVER_INSTRUCT]) for row in found]
             points = [point for point in points if all(map(math.isfinite, point))]
             if points:
-                marker = list(_MARKERS.values())[(i // len(palette)) % len(_MARKERS)] if len(predictions) > 1 else "o"
-                colour = palette[i % len(palette)] if len(predictions) > 1 else _COLOURS["B2I"]
+                marker = list(MARKERS.values())[(i // len(palette)) % len(MARKERS)] if len(predictions) > 1 else "o"
+                colour = palette[i % len(palette)] if len(predictions) > 1 else COLOURS["B2I"]
                 axis.scatter(*zip(*points, strict=True), s=22, color=colour, marker=marker, alpha=0.8, label=setting)
         if not axis.collections:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.4")
@@ -148,27 +136,22 @@ def plot_predicting(predictions: Mapping[str, Sequence[Prediction]], lines: Sequ
         axis.set_ylabel("B2I − Instruct (points)")
         axis.grid(alpha=0.25)
     for axis, arm in zip(axes[len(FACTS) :], arms, strict=False):
-        _draw_lines(axis, [line for line in lines if line.arm == arm])
+        _draw_lines(axis, [line for line in lines if line.arm == arm], scales)
     for axis in axes[count:]:
         axis.set_axis_off()
     if len(predictions) > 1:
-        labelled = {
-            label: handle
-            for axis in axes
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-            if label in predictions
-        }
-        figure.legend(labelled.values(), labelled.keys(), loc="outside right upper", frameon=False, fontsize="small")
-    return _save(figure, target)
+        handles, labels = legend_of(axes[: len(FACTS)])
+        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    return figure
 
 
-def _draw_lines(axis: Axes, lines: Sequence[Line]) -> None:
+def _draw_lines(axis: Axes, lines: Sequence[Standing], scales: Sequence[float]) -> None:
     colours = matplotlib.colormaps["viridis"]
     for i, line in enumerate(lines):
-        scales = [scale for scale, loss in line.losses.items() if math.isfinite(loss.mean)]
-        losses = [line.losses[scale].mean for scale in scales]
+        losses = {scale: line[f"line/{scale:g}"].mean for scale in scales}
+        points = [point for point in losses.items() if math.isfinite(point[1])]
         colour = colours(0.9 * i / max(1, len(lines) - 1))
-        axis.plot(scales, losses, marker=".", color=colour, label=f"lr {line.lr:g}")
+        axis.plot(*zip(*points, strict=True), marker=".", color=colour, label=f"lr {line.lr:g}")
     axis.set_title(f"{'Instruct' if lines[0].arm[-1] == 'I' else 'Base'} → {lines[0].arm}", fontsize="medium")
     axis.set_xlabel("scale λ")
     axis.set_ylabel("validation loss (nats)")
@@ -178,7 +161,7 @@ def _draw_lines(axis: Axes, lines: Sequence[Line]) -> None:
 
 def _is_chosen(standing: Standing, report: Report) -> bool:
     choice = report.choices.get(standing.arm)
-    return choice is not None and standing.lr == choice.best.lr and standing.scale == 1.0
+    return choice is not None and standing.lr == choice.best.lr and standing.is_whole
 
 
 def _percent(found: Average) -> Average:
@@ -198,15 +181,8 @@ def _size(rate: float | None, rates: Sequence[float]) -> float:
 
 def _handle(arm: str) -> Line2D:
     label = f"{arm}, untouched" if arm in UNTOUCHED else arm
-    return Line2D([], [], linestyle="", marker=_MARKERS[arm], color=_COLOURS[arm], markersize=7, label=label)
+    return Line2D([], [], linestyle="", **arm_style(arm), markersize=7, label=label)
 
 
 def _grey(label: str, **style: Any) -> Line2D:
     return Line2D([], [], linestyle="", marker="o", color="0.5", label=label, **style)
-
-
-def _save(figure: Figure, target: Path) -> Path:
-    """Write beside the target and rename: a reader never sees half a picture."""
-    with written_beside(target) as partial:
-        figure.savefig(partial, dpi=150, format=target.suffix[1:])
-    return target

@@ -1,71 +1,35 @@
-"""What a comparison is made of: one record for each arm of each finished training, at each scale."""
+"""The rows of a comparison as a file: ``records.json``."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from shadowlit.errors import DataError
 from shadowlit.files import replace_text
+from shadowlit.studies.arms import ARMS, UNTOUCHED, is_grafted
+from shadowlit.studies.comparison.plan import Training
+from shadowlit.studies.rows import Row
 
-UNTOUCHED = ("Base", "Instruct")
-"""The two reference points."""
-TUNED = ("B2B", "B2I", "I2B", "I2I")
-"""The arms, named by the source of the delta and the target of the graft."""
-ARMS = UNTOUCHED + TUNED
-
-
-@dataclass(frozen=True)
-class Record:
-    """One arm of one finished training, at one scale.
-
-    A number that is missing or not finite counts as not measured.
-
-    Attributes:
-        arm: One of ``ARMS``. ``Base`` and ``Instruct`` are the untouched models, which have no rate, seed or scale.
-        lr: Learning rate of the training that the delta is from.
-        seed: Its seed.
-        scale: λ of the graft; 1.0 for the tuned models themselves.
-        metrics: ``<evaluator>/<metric>`` or ``<metric>``: ``new/score``, ``forgetting/kl``, ``loss``, ``old/loss``.
-        samples: Of each evaluator that has them, the score of every row by the row's index in its file. Scores lie
-            between 0 and 1.
-        cost: ``train_s``, ``evaluation_s``, ``tokens_per_s``, ``peak_memory_bytes``, ``trained_parameters``.
-        facts: ``sigma`` of the pair; ``cos_deltas``, the cosine of the updates of Base and Instruct at the same rate
-            (by rank in the list) and seed; ``delta_norm``; ``relative_delta``, to the Instruct's norm;
-            ``delta_over_offset``; ``survival`` in the exported dtype.
-        line: Validation loss (nats per token) by scale, on the line from Instruct to grafted; may be empty.
-    """
-
-    arm: str
-    lr: float | None = None
-    seed: int | None = None
-    scale: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: dict[str, dict[int, float]] = field(default_factory=dict)
-    cost: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, float] = field(default_factory=dict)
-    line: dict[float, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.arm not in ARMS:
-            raise DataError(f"a record is of the arm {self.arm!r}; expected one of {', '.join(ARMS)}.")
-        missing = [name for name in ("lr", "seed", "scale") if getattr(self, name) is None]
-        if self.arm in TUNED and missing:
-            told = " or ".join(missing)
-            raise DataError(f"a record of the arm {self.arm} has no {told}; only Base and Instruct may lack it.")
+_MEASURED: dict[str, Callable[[str], Any]] = {"metrics": str, "cost": str, "facts": str, "line": float}
+_FIELDS = ("arm", "lr", "seed", "scale", "metrics", "samples", "cost", "facts", "line")
 
 
-def to_json(records: Sequence[Record]) -> str:
-    """Records as JSON; a number that is not finite becomes null."""
-    return json.dumps([_finite(asdict(record)) for record in records], allow_nan=False, ensure_ascii=False) + "\n"
+def to_json(rows: Sequence[Row]) -> str:
+    """Rows as JSON; a number that is not finite becomes null. A tuned model has the scale 1."""
+    found = []
+    for row in rows:
+        scale = 1.0 if row.scale is None and row.arm not in UNTOUCHED else row.scale
+        measured = {name: _finite(getattr(row, name)) for name in _FIELDS[4:]}
+        found.append({"arm": row.arm, "lr": row.lr, "seed": row.seed, "scale": scale, **measured})
+    return json.dumps(found, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def from_json(text: str) -> list[Record]:
-    """Records from :func:`to_json`; null among the numbers becomes NaN.
+def from_json(text: str) -> list[Row]:
+    """Rows from :func:`to_json`; null among the numbers becomes NaN.
 
     Raises:
         DataError: It isn't a list of records.
@@ -73,19 +37,19 @@ def from_json(text: str) -> list[Record]:
     try:
         found = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"the records are no JSON: {error}. Expected what a comparison has written.") from error
+        raise DataError(f"the records are not JSON: {error}. Expected a file that a comparison has written.") from error
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-        raise DataError("the records are no list of objects. Expected what a comparison has written.")
-    return [_record(one) for one in found]
+        raise DataError("the records are not a list of objects. Expected a file that a comparison has written.")
+    return [_row(one) for one in found]
 
 
-def write_records(records: Sequence[Record], file: Path) -> None:
-    """Write records as JSON, beside the file and then renamed to it."""
-    replace_text(file, to_json(records))
+def write_records(rows: Sequence[Row], file: Path) -> None:
+    """Write rows as JSON, atomically."""
+    replace_text(file, to_json(rows))
 
 
-def read_records(file: Path) -> list[Record]:
-    """Read records from a file.
+def read_records(file: Path) -> list[Row]:
+    """Read rows from a file.
 
     Raises:
         DataError: There is none, or it doesn't hold records.
@@ -102,27 +66,26 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _record(found: dict[str, Any]) -> Record:
-    names = {each.name for each in fields(Record)}
-    if "arm" not in found or not names >= found.keys():
-        raise DataError(f"a record has the fields {', '.join(found) or 'none'}; expected {', '.join(sorted(names))}.")
+def _row(found: Mapping[str, Any]) -> Row:
+    if "arm" not in found or not found.keys() <= set(_FIELDS):
+        raise DataError(f"a record has the fields {', '.join(found) or 'none'}; expected {', '.join(sorted(_FIELDS))}.")
+    arm = found["arm"]
+    if arm not in ARMS:
+        raise DataError(f"a record is of the arm {arm!r}; expected one of {', '.join(ARMS)}.")
+    missing = [name for name in ("lr", "seed", "scale") if found.get(name) is None]
+    if missing and arm not in UNTOUCHED:
+        names = " or ".join(missing)
+        raise DataError(f"a record of the arm {arm} has no {names}; only Base and Instruct may lack it.")
     try:
-        return Record(
-            found["arm"],
-            found.get("lr"),
-            found.get("seed"),
-            found.get("scale"),
-            metrics=_numbers(found.get("metrics", {}), str),
-            samples={name: _numbers(rows, int) for name, rows in found.get("samples", {}).items()},
-            cost=_numbers(found.get("cost", {}), str),
-            facts=_numbers(found.get("facts", {}), str),
-            line=_numbers(found.get("line", {}), float),
-        )
+        measured: dict[str, Any] = {name: _numbers(found.get(name, {}), key) for name, key in _MEASURED.items()}
+        measured["samples"] = {name: _numbers(scores, int) for name, scores in found.get("samples", {}).items()}
+        if arm in UNTOUCHED:
+            return Row(arm, **measured)
+        training = Training(arm[0], found["lr"], found["seed"])
+        return training.row(arm, found["scale"] if is_grafted(arm) else None, **measured)
     except (TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"a record of {found['arm']} holds something that is no number: {error}.") from error
+        raise DataError(f"a record of {arm} holds something that is not a number: {error}.") from error
 
 
-def _numbers(found: dict[str, Any], key: Callable[[str], Any]) -> dict[Any, float]:
+def _numbers(found: Mapping[str, Any], key: Callable[[str], Any]) -> dict[Any, float]:
     return {key(name): math.nan if value is None else float(value) for name, value in found.items()}

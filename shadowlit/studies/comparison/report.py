@@ -1,42 +1,38 @@
-"""The report of a comparison: Markdown, CSV and pictures, of one setting or of several."""
+"""The report of a comparison: Markdown, CSV and plots, of one setting or of several."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 from shadowlit.errors import DataError
-from shadowlit.files import replace_text
+from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
 from shadowlit.studies.comparison.plots import plot_predicting, plot_table, plot_trade
-from shadowlit.studies.comparison.records import TUNED, UNTOUCHED, Record
 from shadowlit.studies.comparison.summary import (
     COMPARED,
     FACTS,
+    OVER_INSTRUCT,
     Comparison,
     Description,
     Report,
-    Standing,
     correlate,
+    in_words,
     summarise,
 )
+from shadowlit.studies.report import NONE, bullets, markdown_table, mean_text, paragraphs, write_files
+from shadowlit.studies.rows import LR, Row, Standing
 from shadowlit.studies.statistics import Average, Correlation, Interval
 
-__all__ = ["Description", "Report", "combine", "render", "sentence", "summarise", "write_combined", "write_report"]
-
-REPORT = "REPORT.md"
-TABLE = "table.csv"
-_NONE = "–"
 _CORRELATED = (
     "Spearman's rank correlation with the gain of B2I (mean score minus the untouched Instruct's, reported half), over "
     "all rates and seeds."
 )
 _KNOWN = ("known", "ρ", "n", "values", "caution")
-_COLUMNS = ("arm", "lr", "seed", "scale", "metric", "half", "value")
+_MEANS = ("selection/mean", "reported/mean", "reported/gain", "reported/keep")
 _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "train_s": ("training (s)", lambda value: f"{value:.1f}"),
     "evaluation_s": ("evaluation (s)", lambda value: f"{value:.1f}"),
@@ -47,16 +43,16 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def write_report(
-    records: Sequence[Record], description: Description, *, gain: Sequence[str], keep: Sequence[str], folder: Path
+    rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str], folder: Path
 ) -> Path:
-    """Write ``REPORT.md``, ``table.csv``, ``trade.png``, ``table.png`` and ``predicting.png`` into a folder.
+    """Write ``REPORT.md``, ``table.csv`` and the plots ``trade``, ``table`` and ``predicting`` into a folder.
 
     Args:
-        records: Of all finished trainings and the untouched models.
-        description: What the report is about.
+        rows: Rows of all finished trainings and the untouched models.
+        description: Subject of the report.
         gain: Evaluators of what is to be learned.
         keep: Evaluators of what is to be kept.
-        folder: Made if it isn't there; older files of these names are replaced, each as a whole.
+        folder: Folder of the report; made if it isn't there. Older files of these names are replaced.
 
     Returns:
         Path of ``REPORT.md``, which is written last.
@@ -64,17 +60,17 @@ def write_report(
     Raises:
         DataError: See :func:`shadowlit.studies.comparison.summary.summarise`.
     """
-    return _write(summarise(records, description, gain=gain, keep=keep), folder)
+    return _write(summarise(rows, description, gain=gain, keep=keep), folder)
 
 
 def write_combined(reports: Mapping[str, Report], description: Description, folder: Path) -> Path:
-    """Write the reports of several settings as one: each setting's files into a folder of its name, all words on top.
+    """Write the reports of several settings as one: a folder of plots for each setting, and one text.
 
     Args:
-        reports: By name of the setting.
-        description: Of the whole.
-        folder: Gets ``REPORT.md``, and of all settings ``table.csv`` (with a column for the setting) and
-            ``predicting.png``.
+        reports: Reports by name of the setting.
+        description: Subject of the whole.
+        folder: Folder for ``REPORT.md``, ``table.csv`` of all settings (which has the axis ``setting``) and the plot
+            ``predicting``.
 
     Returns:
         Path of ``REPORT.md``.
@@ -82,18 +78,22 @@ def write_combined(reports: Mapping[str, Report], description: Description, fold
     text = combine(reports, description)
     for name, report in reports.items():
         _write(report, folder / name)
-    plot_predicting({name: report.predictions for name, report in reports.items()}, (), folder / "predicting.png")
-    replace_text(folder / TABLE, to_csv(reports))
-    return replace_text(folder / REPORT, text)
+    figure = plot_predicting({name: report.predictions for name, report in reports.items()})
+    rows = [
+        replace(row, setting={"setting": name, **row.setting})
+        for name, report in reports.items()
+        for row in report.rows
+    ]
+    return write_files(folder, text, rows, ("setting", LR), {"predicting": figure})
 
 
-def render(report: Report, *, level: int = 1, pictures: str = "") -> str:
+def render(report: Report, *, level: int = 1, plots: str = "") -> str:
     """A report as Markdown.
 
     Args:
-        report: What to tell.
-        level: Of the title's heading.
-        pictures: Where the pictures lie, as a prefix of their names.
+        report: Report to write.
+        level: Level of the title's heading.
+        plots: Path of the plots, as a prefix of their names.
     """
     sub = "#" * (level + 1)
     parts = [
@@ -101,25 +101,25 @@ def render(report: Report, *, level: int = 1, pictures: str = "") -> str:
         _origin(report.description),
         _legend(report),
         f"{sub} What the data say\n\n{_statements(report)}",
-        f"{sub} Each arm at its chosen rate\n\n{_main_table(report)}\n\n![scores]({pictures}table.png)",
+        f"{sub} Each arm at its chosen rate\n\n{_main_table(report)}\n\n![scores]({plots}table.png)",
         f"{sub} Paired differences\n\n{_differences(report)}",
         f"{sub} All rates\n\n{_rates(report)}\n\n{_scales(report)}",
-        f"{sub} What is learned and what is kept\n\n{_trade_words(report)}\n\n![trade-off]({pictures}trade.png)",
-        f"{sub} What might predict the gain\n\n{_predicting(report)}\n\n![predictors]({pictures}predicting.png)",
+        f"{sub} What is learned and what is kept\n\n{_trade_words(report)}\n\n![trade-off]({plots}trade.png)",
+        f"{sub} What might predict the gain\n\n{_predicting(report)}\n\n![predictors]({plots}predicting.png)",
         f"{sub} The line to the graft\n\n{_line_table(report)}",
         f"{sub} Cost\n\n{_cost_table(report)}",
-        f"{sub} To be kept in mind\n\n{_bullets(report.notes)}",
-        f"{sub} Missing\n\n{_bullets(report.missing) or 'Nothing.'}",
+        f"{sub} To be kept in mind\n\n{bullets(report.notes)}",
+        f"{sub} Missing\n\n{bullets(report.missing) or 'Nothing.'}",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return paragraphs(parts)
 
 
 def combine(reports: Mapping[str, Report], description: Description) -> str:
-    """The reports of several settings as one in Markdown: overview, sentences over all, then a section for each.
+    """The reports of several settings as one in Markdown: an overview, sentences over all, a section for each.
 
     Args:
-        reports: By name of the setting, which is also the folder of its pictures.
-        description: Of the whole.
+        reports: Reports by name of the setting, which is also the folder of its plots.
+        description: Subject of the whole.
 
     Raises:
         DataError: There are none.
@@ -133,22 +133,22 @@ def combine(reports: Mapping[str, Report], description: Description) -> str:
         "was best on the other half; mean ± standard error over seeds. Differences in points with their 95 % "
         "bootstrap interval.",
         f"## Overview\n\n{_overview(reports)}",
-        "## Over all settings\n\n" + _bullets([_over_all(reports, i) for i in range(len(COMPARED))]),
+        "## Over all settings\n\n" + bullets([_over_all(reports, i) for i in range(len(COMPARED))]),
         f"## What might predict the gain, over all settings\n\n{_pooled(reports)}\n\n![predictors](predicting.png)",
     ]
-    parts += [render(report, level=2, pictures=f"{quote(name)}/") for name, report in reports.items()]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    parts += [render(report, level=2, plots=f"{quote(name)}/") for name, report in reports.items()]
+    return paragraphs([part.strip() for part in parts])
 
 
 def sentence(comparison: Comparison, interval: Interval | None, evaluators: Sequence[str]) -> str:
-    """What the data support of two arms, by rule: an arm is better only if the whole interval says so.
+    """What the data support about two arms, by rule: an arm is better only if the whole interval lies on its side.
 
     Args:
-        comparison: Of the two arms.
+        comparison: Comparison of the two arms.
         interval: One of its intervals; None if they can't be compared.
-        evaluators: Those that the interval is over.
+        evaluators: Evaluators that the interval is over.
     """
-    a, b = _spoken(comparison.a), _spoken(comparison.b)
+    a, b = in_words(comparison.a), in_words(comparison.b)
     if interval is None:
         return f"{a} and {b} can't be compared: {comparison.reason}."
     where = evaluators[0] if len(evaluators) == 1 else f"the mean of {_listed(evaluators)}"
@@ -166,31 +166,13 @@ def sentence(comparison: Comparison, interval: Interval | None, evaluators: Sequ
     return f"{better} is better than {worse} on {where} by {_points(told.difference)} points {extent}.{alone}"
 
 
-def to_csv(reports: Report | Mapping[str, Report]) -> str:
-    """Every number, one a line: arm, lr, seed, scale, metric, half, value; empty where it is missing.
-
-    Scores are shares from 0 to 1, on the ``selection`` or the ``reported`` half of the rows; all else is of ``all``.
-    Several reports get a first column ``setting``.
-    """
-    text = io.StringIO()
-    single = isinstance(reports, Report)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS if single else ("setting", *_COLUMNS))
-    for setting, report in {"": reports}.items() if isinstance(reports, Report) else reports.items():
-        for value in report.values:
-            row = [getattr(value, column) for column in _COLUMNS]
-            row[-1] = value.value if math.isfinite(value.value) else None
-            writer.writerow(row if single else [setting, *row])
-    return text.getvalue()
-
-
 def _write(report: Report, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    plot_trade(report, folder / "trade.png")
-    plot_table(report, folder / "table.png")
-    plot_predicting({report.description.title: report.predictions}, report.lines, folder / "predicting.png")
-    replace_text(folder / TABLE, to_csv(report))
-    return replace_text(folder / REPORT, render(report))
+    figures = {
+        "trade": plot_trade(report),
+        "table": plot_table(report),
+        "predicting": plot_predicting({report.description.title: report.predictions}, report.lines, report.line_scales),
+    }
+    return write_files(folder, render(report), report.rows, (LR,), figures)
 
 
 def _origin(description: Description) -> str:
@@ -212,11 +194,11 @@ def _legend(report: Report) -> str:
 def _statements(report: Report) -> str:
     lines = []
     for comparison in report.comparisons:
-        lines.append(f"- {sentence(comparison, comparison.all, report.evaluators)}")
-        if comparison.all and report.gain and report.keep:
+        lines.append(f"- {sentence(comparison, comparison.intervals.get('mean'), report.evaluators)}")
+        if comparison.intervals and report.gain and report.keep:
             for words, interval, names in (
-                ("Learned", comparison.gain, report.gain),
-                ("Kept", comparison.keep, report.keep),
+                ("Learned", comparison.intervals["gain"], report.gain),
+                ("Kept", comparison.intervals["keep"], report.keep),
             ):
                 lines.append(f"  - {words}: {sentence(comparison, interval, names)}")
     compared = {arm for pair in COMPARED for arm in pair}
@@ -228,37 +210,31 @@ def _main_table(report: Report) -> str:
     names = list(report.evaluators)
     rows = []
     for standing in report.table:
-        cells = [_percent(standing.scores[name]) for name in names]
-        rows.append([_spoken_row(standing), _rate(standing.lr), *cells, _percent(standing.mean)])
-    parts = ["Scores in %, mean ± standard error over seeds.\n\n" + _table(["model", "lr", *names, "mean"], rows)]
-    metrics = list(report.table[0].metrics)
+        means = [standing[f"reported/{name}/score"] for name in names] + [standing["reported/mean"]]
+        rows.append([_spoken_row(standing), _rate(standing.lr), *map(_percent, means)])
+    table = markdown_table(["model", "lr", *names, "mean"], rows)
+    parts = [f"Scores in %, mean ± standard error over seeds.\n\n{table}"]
+    metrics = report.shown
     if metrics:
         rows = [
-            [_spoken_row(standing), _rate(standing.lr), *(_nats(standing.metrics[name]) for name in metrics)]
+            [_spoken_row(standing), _rate(standing.lr), *(_nats(standing[name]) for name in metrics)]
             for standing in report.table
         ]
         parts.append(
             "Divergences and losses in nats per token, of all rows: nothing is chosen by them.\n\n"
-            + _table(["model", "lr", *metrics], rows)
+            + markdown_table(["model", "lr", *metrics], rows)
         )
     return "\n\n".join(parts)
 
 
 def _differences(report: Report) -> str:
-    rows = []
-    columns: list[tuple[str, Callable[[Comparison], Interval | None]]] = [
-        (name, lambda comparison, name=name: comparison.evaluators.get(name))  # type: ignore[misc]
-        for name in report.evaluators
-    ]
-    columns.append(("mean", lambda comparison: comparison.all))
+    columns = {f"{name}/score": name for name in report.evaluators} | {"mean": "mean"}
     if report.gain and report.keep:
-        columns += [("learned", lambda comparison: comparison.gain), ("kept", lambda comparison: comparison.keep)]
-    for comparison in report.comparisons:
-        cells = [_interval(of(comparison)) for _, of in columns]
-        rows.append([f"{comparison.a} − {comparison.b}", *cells])
+        columns |= {"gain": "learned", "keep": "kept"}
+    rows = [[f"{c.a} − {c.b}", *(_interval(c.intervals.get(what)) for what in columns)] for c in report.comparisons]
     return (
         "Points, with the 95 % interval of a paired bootstrap over rows and Student's t over seeds.\n\n"
-        + _table(["difference", *(name for name, _ in columns)], rows)
+        + markdown_table(["difference", *columns.values()], rows)
         + "\n\nThe intervals of several evaluators are not corrected for their number."
     )
 
@@ -266,13 +242,12 @@ def _differences(report: Report) -> str:
 def _rates(report: Report) -> str:
     rows = []
     for standing in report.grid:
-        if standing.arm in TUNED and standing.scale == 1.0:
+        if standing.arm in TUNED and standing.is_whole:
             chosen = "chosen" if standing.lr == _chosen_rate(report, standing.arm) else ""
-            scores = (standing.selection, standing.mean, standing.gain, standing.keep)
-            rows.append([standing.arm, _rate(standing.lr), *map(_percent, scores), chosen])
-    rows += [[arm, _NONE, _NONE, _NONE, _NONE, _NONE, "no training"] for arm in TUNED if arm not in report.choices]
+            rows.append([standing.arm, _rate(standing.lr), *(_percent(standing[mean]) for mean in _MEANS), chosen])
+    rows += [[arm, *[NONE] * 5, "no training"] for arm in TUNED if arm not in report.choices]
     header = ["arm", "lr", "mean, selection half", "mean, reported half", "learned", "kept", ""]
-    return "Scale 1; learned and kept are of the reported half.\n\n" + _table(header, rows)
+    return "Scale 1; learned and kept are of the reported half.\n\n" + markdown_table(header, rows)
 
 
 def _scales(report: Report) -> str:
@@ -280,18 +255,19 @@ def _scales(report: Report) -> str:
         return "No arm's evaluators measured several scales."
     rows = []
     for arm, best in report.best_scales.items():
-        at_one = next(standing for standing in report.table if standing.arm == arm)
-        scale = _NONE if best.scale is None else f"{best.scale:g}"
-        rows.append([arm, _rate(best.lr), scale, *map(_percent, (best.selection, best.mean, at_one.mean))])
+        at_one = next(standing["reported/mean"] for standing in report.table if standing.arm == arm)
+        scale = NONE if best.scale is None else f"{best.scale:g}"
+        means = (best["selection/mean"], best["reported/mean"], at_one)
+        rows.append([arm, _rate(best.lr), scale, *map(_percent, means)])
+    header = ["arm", "lr", "scale", "mean, selection half", "mean, reported half", "the same at scale 1"]
     return (
         "With the scale chosen as well, together with the rate and on the same half; an arm that has scales to choose "
-        "from has more chances than one that has none.\n\n"
-        + _table(["arm", "lr", "scale", "mean, selection half", "mean, reported half", "the same at scale 1"], rows)
+        "from has more chances than one that has none.\n\n" + markdown_table(header, rows)
     )
 
 
 def _trade_words(report: Report) -> str:
-    drawn = [s for s in report.grid if math.isfinite(s.gain.mean)]
+    drawn = [s for s in report.grid if math.isfinite(s["reported/gain"].mean)]
     return (
         "A point is an arm at one rate and scale, over its seeds; bigger is a higher rate, open is a scale other than "
         f"1, ringed is the chosen rate. {len(drawn)} of {len(report.grid)} have scores."
@@ -302,15 +278,15 @@ def _predicting(report: Report) -> str:
     rows = [_known(report.correlations, fact) for fact in FACTS]
     text = (
         f"{_CORRELATED} The runs share one pair, its rows and a few rates: such a correlation mostly says what the "
-        f"rate does.\n\n{_table(_KNOWN, rows)}\n\n"
+        f"rate does.\n\n{markdown_table(_KNOWN, rows)}\n\n"
     )
     if not report.predictions:
         return text + "No graft of B2I at scale 1 is finished."
     rows = []
     for each in report.predictions:
         facts = [_number(each.facts.get(fact, math.nan), ".4g") for fact in FACTS]
-        rows.append([_rate(each.lr), str(each.seed), *facts, _points(each.gain, signed=True)])
-    return text + _table(["lr", "seed", *FACTS.values(), "gain (points)"], rows)
+        rows.append([_rate(each.lr), str(each.seed), *facts, _points(each.metrics[OVER_INSTRUCT], signed=True)])
+    return text + markdown_table(["lr", "seed", *FACTS.values(), "gain (points)"], rows)
 
 
 def _pooled(reports: Mapping[str, Report]) -> str:
@@ -319,34 +295,31 @@ def _pooled(reports: Mapping[str, Report]) -> str:
     for fact in FACTS:
         within = [report.correlations[fact].rho for report in reports.values()]
         within = [rho for rho in within if math.isfinite(rho)]
-        median = f"{statistics.median(within):+.2f} ({len(within)})" if within else _NONE
+        median = f"{statistics.median(within):+.2f} ({len(within)})" if within else NONE
         rows.append([*_known(pooled, fact), median])
     return (
         f"{_CORRELATED} Runs of one setting share pair, rows and rates: there are fewer independent cases than runs, "
         "and what differs between settings is the task before all else. Beside it, the median of the correlations "
-        f"within the settings, and of how many.\n\n{_table([*_KNOWN, 'median ρ within settings'], rows)}"
+        f"within the settings, and of how many.\n\n{markdown_table([*_KNOWN, 'median ρ within settings'], rows)}"
     )
 
 
 def _known(found: Mapping[str, Correlation], fact: str) -> list[str]:
     correlation = found[fact]
-    extent = f"{correlation.low:.3g} to {correlation.high:.3g}" if correlation.count else _NONE
-    rho = f"{correlation.rho:+.2f}" if math.isfinite(correlation.rho) else _NONE
+    extent = f"{correlation.low:.3g} to {correlation.high:.3g}" if correlation.count else NONE
+    rho = f"{correlation.rho:+.2f}" if math.isfinite(correlation.rho) else NONE
     return [FACTS[fact], rho, str(correlation.count), extent, correlation.caution]
 
 
 def _line_table(report: Report) -> str:
     if not report.lines:
         return "No losses were measured between the target and the graft."
-    scales = sorted({scale for line in report.lines for scale in line.losses})
-    rows = []
-    for line in report.lines:
-        losses = [_nats(line.losses[scale]) if scale in line.losses else _NONE for scale in scales]
-        rows.append([line.arm, _rate(line.lr), *losses, _nats(line.barrier)])
+    names = [f"line/{scale:g}" for scale in report.line_scales] + ["barrier"]
+    rows = [[line.arm, _rate(line.lr), *(_nats(line[name]) for name in names)] for line in report.lines]
     return (
         "Validation loss in nats per token by scale, from the untouched target (0) to the graft (1). The barrier is "
         "the highest loss between them above the larger end; 0: none.\n\n"
-        + _table(["arm", "lr", *(f"{scale:g}" for scale in scales), "barrier"], rows)
+        + markdown_table(["arm", "lr", *(f"{scale:g}" for scale in report.line_scales), "barrier"], rows)
     )
 
 
@@ -357,28 +330,27 @@ def _cost_table(report: Report) -> str:
     rows = []
     for arm, costs in report.costs.items():
         runs = max(cost.expected for cost in costs.values())
-        cells = [_average(costs[name], _COSTS[name][1]) if name in costs else _NONE for name in names]
+        cells = [mean_text(costs[name], _COSTS[name][1]) if name in costs else NONE for name in names]
         rows.append([arm, str(runs), *cells])
     return (
         "Mean ± standard error over all trainings of an arm. B2B and B2I share their trainings, as do I2I and I2B.\n\n"
-        + _table(["arm", "trainings", *(_COSTS[name][0] for name in names)], rows)
+        + markdown_table(["arm", "trainings", *(_COSTS[name][0] for name in names)], rows)
     )
 
 
 def _overview(reports: Mapping[str, Report]) -> str:
-    arms = [*UNTOUCHED, *TUNED]
     rows = []
     for name, report in reports.items():
-        means = {standing.arm: _percent(standing.mean) for standing in report.table}
-        differences = [_interval(comparison.all) for comparison in report.comparisons]
-        rows.append([name, *(means[arm] for arm in arms), *differences])
-    return _table(["setting", *arms, *(f"{a} − {b}" for a, b in COMPARED)], rows)
+        means = {standing.arm: _percent(standing["reported/mean"]) for standing in report.table}
+        differences = [_interval(comparison.intervals.get("mean")) for comparison in report.comparisons]
+        rows.append([name, *(means[arm] for arm in ARMS), *differences])
+    return markdown_table(["setting", *ARMS, *(f"{a} − {b}" for a, b in COMPARED)], rows)
 
 
 def _over_all(reports: Mapping[str, Report], index: int) -> str:
     """In how many settings the one arm is better, in how many the other."""
-    a, b = map(_spoken, COMPARED[index])
-    intervals = {name: report.comparisons[index].all for name, report in reports.items()}
+    a, b = map(in_words, COMPARED[index])
+    intervals = {name: report.comparisons[index].intervals.get("mean") for name, report in reports.items()}
     compared = {name: interval for name, interval in intervals.items() if interval is not None}
     groups = {sign: [name for name, interval in compared.items() if interval.sign == sign] for sign in (1, -1, 0)}
     absent = [name for name in reports if name not in compared]
@@ -404,19 +376,6 @@ def _chosen_rate(report: Report, arm: str) -> float | None:
     return choice.best.lr if choice else None
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
-
-
-def _spoken(arm: str) -> str:
-    return f"the untouched {arm}" if arm in UNTOUCHED else arm
-
-
 def _spoken_row(standing: Standing) -> str:
     return f"{standing.arm}, untouched" if standing.arm in UNTOUCHED else standing.arm
 
@@ -429,44 +388,35 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _average(found: Average, form: Callable[[float], str]) -> str:
-    """``mean ± standard error``, and how many of how many if some are missing."""
-    if not found.count:
-        return _NONE if not found.expected else "missing"
-    error = f" ± {form(found.standard_error)}" if math.isfinite(found.standard_error) else ""
-    short = f" ({found.count} of {found.expected})" if found.count < found.expected else ""
-    return f"{form(found.mean)}{error}{short}"
-
-
 def _percent(found: Average) -> str:
-    return _average(found, lambda value: f"{100 * value:.1f}")
+    return mean_text(found, lambda value: f"{100 * value:.1f}")
 
 
 def _nats(found: Average) -> str:
-    return _average(found, lambda value: f"{value:.4f}")
+    return mean_text(found, lambda value: f"{value:.4f}")
 
 
 def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else _NONE
+    return format(value, form) if math.isfinite(value) else NONE
 
 
 def _points(value: float, *, signed: bool = False) -> str:
     """Percentage points with a true minus sign."""
     if not math.isfinite(value):
-        return _NONE
+        return NONE
     rounded = round(100 * value, 1) + 0.0  # no minus zero
     return (f"{rounded:+.1f}" if signed and rounded else f"{rounded:.1f}").replace("-", "−")
 
 
 def _interval(found: Interval | None) -> str:
     if found is None:
-        return _NONE
+        return NONE
     return f"{_points(found.difference, signed=True)} ({_points(found.low)} to {_points(found.high)})"
 
 
 def _rate(lr: float | None) -> str:
     """1.5e-4 rather than 0.00015."""
     if lr is None:
-        return _NONE
+        return NONE
     mantissa, exponent = f"{lr:.6e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"

@@ -4,71 +4,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
-from shadowlit.studies.comparison.records import TUNED, Record
+from shadowlit.studies.arms import TUNED, UNTOUCHED
+from shadowlit.studies.rows import Row, Standing, by_place, metric_names, standing_of
 
-T = TypeVar("T")
 _EQUAL = 1e-9  # scores are sums of fractions; their order of addition must not break a tie
 
 
-def split(samples: Mapping[int, T]) -> tuple[dict[int, T], dict[int, T]]:
-    """The two halves of an evaluator's rows: for the selection, and to be reported.
+def halves_of(rows: Iterable[Row], evaluator: str) -> tuple[list[int], list[int]]:
+    """Indices of an evaluator's samples for the selection, and to be reported.
 
-    Rows at even positions, in the order of their index, are for the selection. The halves depend on the rows alone, so
-    that all arms, rates and seeds share them.
+    Samples at even positions, in the order of their index among all that any row has, are for the selection. The
+    halves depend on the indices alone, so that all arms, rates and seeds share them.
     """
-    rows = sorted(samples)
-    return {row: samples[row] for row in rows[::2]}, {row: samples[row] for row in rows[1::2]}
+    order = sorted({index for row in rows for index in row.samples.get(evaluator, {})})
+    return order[::2], order[1::2]
 
 
-def halves_of(records: Iterable[Record], evaluator: str) -> tuple[list[int], list[int]]:
-    """Indices of an evaluator's rows for the selection and to be reported: of all rows that any record has."""
-    union = {row: None for record in records for row in record.samples.get(evaluator, {})}
-    selection, reported = split(union)
-    return list(selection), list(reported)
+def groups_of(gain: Sequence[str], keep: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The evaluators that each kind of score is a mean of: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``."""
+    groups = {f"{name}/score": (name,) for name in (*gain, *keep)}
+    means = {"mean": (*gain, *keep), "gain": tuple(gain), "keep": tuple(keep)}
+    return groups | {what: names for what, names in means.items() if names}
 
 
-def scores_of(record: Record, evaluator: str, rows: Sequence[int]) -> np.ndarray | None:
-    """``[N]`` scores of the rows; None if one of them is missing or not finite, or if there are none."""
-    found = np.array([record.samples.get(evaluator, {}).get(row, math.nan) for row in rows], dtype=np.float64)
+def scores_of(row: Row, evaluator: str, indices: Sequence[int]) -> np.ndarray | None:
+    """``[N]`` scores of the samples; None if one of them is missing or not finite, or if there are none."""
+    found = np.array([row.samples.get(evaluator, {}).get(index, math.nan) for index in indices], dtype=np.float64)
     return found if len(found) and np.isfinite(found).all() else None
 
 
-def mean_score(record: Record, halves: Mapping[str, Sequence[int]]) -> float:
-    """The unweighted mean over evaluators of the mean over their rows; NaN if any row lacks a score.
+def mean_score(row: Row, indices: Mapping[str, Sequence[int]]) -> float:
+    """The unweighted mean over evaluators of the mean over their samples; NaN if any sample lacks a score.
 
     Args:
-        record: Whose scores.
-        halves: Rows by evaluator.
+        row: Row with the scores.
+        indices: Samples by evaluator.
     """
-    scores = [scores_of(record, evaluator, rows) for evaluator, rows in halves.items()]
+    scores = [scores_of(row, evaluator, of_evaluator) for evaluator, of_evaluator in indices.items()]
     return float(np.mean([math.nan if found is None else found.mean() for found in scores])) if scores else math.nan
 
 
-def seeds_of(records: Iterable[Record]) -> list[int]:
-    """All seeds that any tuned arm was trained with: the ones every arm is expected to have."""
-    return sorted({record.seed for record in records if record.arm in TUNED and record.seed is not None})
+def seeds_of(rows: Iterable[Row]) -> list[int]:
+    """All seeds that any tuned arm was trained with: the ones that every arm is expected to have."""
+    return sorted({row.seed for row in rows if row.arm in TUNED and row.seed is not None})
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An arm at one rate and scale.
+def scored(rows: Sequence[Row], gain: Sequence[str], keep: Sequence[str] = ()) -> list[Row]:
+    """The rows with the scores of their samples among their metrics, on both halves.
 
-    Attributes:
-        lr: Learning rate.
-        scale: λ.
-        score: Mean over seeds of the mean score on the selection half, 0 to 1; NaN if no seed has one.
-        num_seeds: Seeds that have a score.
+    These are ``selection/<evaluator>/score`` and the unweighted means over evaluators ``selection/mean``,
+    ``selection/gain`` and ``selection/keep``, likewise ``reported/…``; NaN where a sample lacks its score.
+
+    Args:
+        rows: Rows of all arms.
+        gain: Evaluators of what is to be learned.
+        keep: Evaluators of what is to be kept.
     """
+    halves, groups = {name: halves_of(rows, name) for name in (*gain, *keep)}, groups_of(gain, keep)
+    result = []
+    for row in rows:
+        scores = {
+            f"{half}/{what}": mean_score(row, {name: halves[name][number] for name in of_group})
+            for number, half in enumerate(("selection", "reported"))
+            for what, of_group in groups.items()
+        }
+        result.append(replace(row, metrics={**row.metrics, **scores}))
+    return result
 
-    lr: float
-    scale: float
-    score: float
-    num_seeds: int
+
+def standings(rows: Sequence[Row]) -> list[Standing]:
+    """The standing of every arm at every rate and scale; all of them are expected to have all seeds."""
+    names, expected = metric_names(rows), len(seeds_of(rows))
+    groups = [(found[0].arm, found) for found in by_place(rows)]
+    return [standing_of(arm, found, names, 1 if arm in UNTOUCHED else expected) for arm, found in groups]
 
 
 @dataclass(frozen=True)
@@ -77,19 +90,19 @@ class Choice:
 
     Attributes:
         arm: The arm.
-        best: Of the candidates.
-        candidates: By ascending rate and scale.
+        best: Best of the candidates, by ``selection/mean``.
+        candidates: The arm at each rate and scale, in ascending order.
         edge: ``smallest`` or ``largest`` if the rate is that of several tried, and none in between is as good.
     """
 
     arm: str
-    best: Candidate
-    candidates: tuple[Candidate, ...]
+    best: Standing
+    candidates: tuple[Standing, ...]
     edge: Literal["smallest", "largest"] | None
 
     @property
     def note(self) -> str:
-        """What is to be said of the range of rates; empty if nothing."""
+        """A remark on the range of rates; empty if there is none to make."""
         rates = {candidate.lr for candidate in self.candidates}
         if len(rates) == 1:
             return f"{self.arm} was tried at one rate only: it may be far from its best."
@@ -99,49 +112,38 @@ class Choice:
         return f"{self.arm}: the best rate is the {self.edge} tried: the arm may be {may}."
 
 
-def choose_rate(records: Sequence[Record], arm: str, evaluators: Sequence[str]) -> Choice | None:
-    """The learning rate of an arm at scale 1 with the best mean score on the selection half.
+def choose_rate(grid: Sequence[Standing], arm: str) -> Choice | None:
+    """Choose the learning rate of an arm at scale 1 with the best mean score on the selection half.
 
     A mean over fewer seeds never beats one over more: only the rates with the most scored seeds are candidates for the
     best. Of equal ones, the lowest is taken.
 
     Args:
-        records: Of all arms.
-        arm: To choose for.
-        evaluators: Whose scores are averaged, without weights.
+        grid: :func:`standings` of all arms.
+        arm: Arm to choose for.
 
     Returns:
         None if no training of the arm has a score.
     """
-    return _choose([record for record in records if record.scale in (None, 1.0)], arm, evaluators, records)
+    return _choose([standing for standing in grid if standing.is_whole], arm)
 
 
-def choose_rate_and_scale(records: Sequence[Record], arm: str, evaluators: Sequence[str]) -> Choice | None:
+def choose_rate_and_scale(grid: Sequence[Standing], arm: str) -> Choice | None:
     """As :func:`choose_rate`, of all scales; of equal ones, the lowest rate and the scale nearest to 1."""
-    return _choose(records, arm, evaluators, records)
+    return _choose(grid, arm)
 
 
-def _choose(
-    records: Sequence[Record], arm: str, evaluators: Sequence[str], all_records: Sequence[Record]
-) -> Choice | None:
-    halves = {evaluator: halves_of(all_records, evaluator)[0] for evaluator in evaluators}
-    scores: dict[tuple[float, float], list[float]] = {}
-    for record in records:
-        if record.arm == arm and record.lr is not None and record.scale is not None:
-            scores.setdefault((record.lr, record.scale), []).append(mean_score(record, halves))
-    candidates = []
-    for (lr, scale), found in sorted(scores.items()):
-        finite = [score for score in found if math.isfinite(score)]
-        candidates.append(Candidate(lr, scale, float(np.mean(finite)) if finite else math.nan, len(finite)))
-    most = max((candidate.num_seeds for candidate in candidates), default=0)
+def _choose(grid: Sequence[Standing], arm: str) -> Choice | None:
+    found = sorted((s for s in grid if s.arm == arm and s.lr is not None), key=lambda s: (s.lr, s.scale or 1.0))
+    scores = [standing["selection/mean"] for standing in found]
+    most = max((score.count for score in scores), default=0)
     if not most:
         return None
-    eligible = [candidate for candidate in candidates if candidate.num_seeds == most]
-    top = max(candidate.score for candidate in eligible)
-    equal = [candidate for candidate in eligible if candidate.score > top - _EQUAL]
-    best = min(equal, key=lambda candidate: (candidate.lr, abs(candidate.scale - 1)))
-    rates = sorted({candidate.lr for candidate in candidates})
+    top = max(score.mean for score in scores if score.count == most)
+    equal = [s for s, score in zip(found, scores, strict=True) if score.count == most and score.mean > top - _EQUAL]
+    best = min(equal, key=lambda s: (s.lr, abs((1.0 if s.scale is None else s.scale) - 1)))
+    rates = sorted({standing.lr for standing in found if standing.lr is not None})
     edge: Literal["smallest", "largest"] | None = None
-    if len(rates) > 1 and all(candidate.lr in (rates[0], rates[-1]) for candidate in equal):
-        edge = {rates[0]: "smallest", rates[-1]: "largest"}.get(best.lr)  # type: ignore[assignment]
-    return Choice(arm, best, tuple(candidates), edge)
+    if len(rates) > 1 and all(standing.lr in (rates[0], rates[-1]) for standing in equal):
+        edge = "smallest" if best.lr == rates[0] else "largest"
+    return Choice(arm, best, tuple(found), edge)

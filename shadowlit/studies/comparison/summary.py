@@ -1,46 +1,51 @@
-"""From records to the numbers of a report."""
+"""From the rows of a comparison to the numbers of its report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.records import ARMS, TUNED, UNTOUCHED, Record
+from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
 from shadowlit.studies.comparison.selection import (
     Choice,
     choose_rate,
     choose_rate_and_scale,
+    groups_of,
     halves_of,
-    mean_score,
+    scored,
     scores_of,
     seeds_of,
+    standings,
 )
+from shadowlit.studies.rows import Row, Standing, metric_names, standing_of
 from shadowlit.studies.statistics import Average, Correlation, Interval, average, few_seeds, paired_bootstrap, spearman
 
 COMPARED = (("B2I", "I2I"), ("B2I", "Instruct"), ("I2I", "Instruct"))
-"""Which arms are compared: the first minus the second."""
+"""The arms that are compared: the first minus the second."""
 FACTS = {
     "sigma": "σ of the pair",
     "cos_deltas": "cos(Δ_B, Δ_I)",
     "delta_over_offset": "‖Δ‖ / ‖offset‖",
     "survival": "survival in the exported dtype",
 }
-"""What might predict whether a graft pays, with the words for it."""
+"""What might predict whether a graft pays, and how reports call it."""
+OVER_INSTRUCT = "reported/mean_over_instruct"
+"""Mean score over all evaluators minus that of the untouched Instruct, on the reported half."""
 Halves = Mapping[str, tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a report is about.
+    """The subject of a report.
 
     Attributes:
-        title: Its heading.
-        config: The configuration that was trained.
-        command: What makes it again.
+        title: Heading of the report.
+        config: Configuration that was trained.
+        command: Command that makes the report again.
     """
 
     title: str
@@ -49,102 +54,23 @@ class Description:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """An arm at one rate and scale, over its seeds.
-
-    Attributes:
-        arm: One of ``ARMS``.
-        lr: Learning rate; None for the untouched models, and where no training has finished.
-        scale: λ; None likewise.
-        scores: Of the reported half, by evaluator, 0 to 1.
-        mean: Unweighted over all evaluators.
-        gain: Unweighted over those of what is learned.
-        keep: Unweighted over those of what is kept; NaN if there are none.
-        selection: As ``mean``, on the selection half.
-        metrics: Divergences and losses, over all of their rows (nats per token).
-    """
-
-    arm: str
-    lr: float | None
-    scale: float | None
-    scores: dict[str, Average]
-    mean: Average
-    gain: Average
-    keep: Average
-    selection: Average
-    metrics: dict[str, Average]
-
-
-@dataclass(frozen=True)
 class Comparison:
-    """Two arms, each at its chosen rate, row by row and seed by seed on the reported half.
+    """Two arms, each at its chosen rate, compared sample by sample and seed by seed on the reported half.
 
     Attributes:
         a: An arm.
-        b: The arm that is subtracted.
-        evaluators: Interval of each evaluator, in units of its score; empty if the two can't be compared.
-        all: Of the mean over all evaluators.
-        gain: Of the mean over those of what is learned.
-        keep: Of the mean over those of what is kept; None if there are none.
-        num_expected: Seeds that there should be.
-        reason: Why the two can't be compared; else empty.
+        b: Arm that is subtracted.
+        intervals: Interval by kind of score: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``; empty if the two
+            can't be compared.
+        num_expected: Number of seeds that there should be.
+        reason: Reason why the two can't be compared, or empty.
     """
 
     a: str
     b: str
-    evaluators: dict[str, Interval]
-    all: Interval | None
-    gain: Interval | None
-    keep: Interval | None
+    intervals: dict[str, Interval]
     num_expected: int
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What was known of one graft (B2I at scale 1), and what it brought.
-
-    Attributes:
-        lr: Learning rate.
-        seed: Seed.
-        facts: Those of ``FACTS`` that were measured.
-        gain: Mean score over all evaluators minus that of the untouched Instruct, on the reported half.
-    """
-
-    lr: float
-    seed: int
-    facts: dict[str, float]
-    gain: float
-
-
-@dataclass(frozen=True)
-class Line:
-    """Validation losses on the line from an arm's target to the graft, at one rate.
-
-    Attributes:
-        arm: The arm.
-        lr: Learning rate.
-        losses: By scale, over seeds.
-        barrier: See :func:`barrier`; over seeds.
-    """
-
-    arm: str
-    lr: float
-    losses: dict[float, Average]
-    barrier: Average
-
-
-@dataclass(frozen=True)
-class Value:
-    """One measured number, as in the CSV; ``value`` is NaN where it is missing."""
-
-    arm: str
-    lr: float | None
-    seed: int | None
-    scale: float | None
-    metric: str
-    half: str
-    value: float
 
 
 @dataclass(frozen=True)
@@ -152,23 +78,27 @@ class Report:
     """All numbers of a comparison.
 
     Attributes:
-        description: What it is about.
+        description: Subject of the report.
         gain: Evaluators of what is learned.
         keep: Evaluators of what is kept.
-        num_rows: Rows of each evaluator for the selection, and reported.
+        num_rows: Numbers of samples of each evaluator for the selection, and reported.
         seeds: All seeds that any arm has.
-        table: Every arm at its chosen rate and scale 1.
-        grid: Every arm at every rate and scale; the untouched models first.
-        choices: By arm, of the rate at scale 1; arms without a finished training are missing.
-        best_scales: By arm with several scales, of rate and scale together.
-        comparisons: Of ``COMPARED``.
-        predictions: One for each graft.
-        correlations: By fact, with the gain.
-        lines: By arm and rate.
-        costs: By arm and name, over all its trainings.
-        notes: What is to be kept in mind.
-        missing: What should be there and is not.
-        values: Everything, for the CSV.
+        rows: All rows, with their scores on both halves among the metrics: see
+            :func:`shadowlit.studies.comparison.selection.scored`. Facts and losses on the line are metrics too.
+        table: Standing of every arm at its chosen rate and scale 1.
+        grid: Standing of every arm at every rate and scale; the untouched models first.
+        shown: Metrics of the standings to show besides the scores: divergences and losses over all samples (nats per
+            token).
+        choices: Choice of the rate at scale 1, by arm; arms without a finished training are missing.
+        best_scales: Standing at the best rate and scale, by arm with several scales.
+        comparisons: Comparisons of ``COMPARED``.
+        predictions: Row of each graft of B2I at scale 1: what was known about it, and what it gained.
+        correlations: Correlation with the gain, by fact.
+        lines: Standings with losses on the way to the graft.
+        line_scales: Scales of these losses.
+        costs: Mean over all trainings of an arm, by arm and name.
+        notes: Cautions for the reader.
+        missing: Everything that should be there and is not.
     """
 
     description: Description
@@ -176,18 +106,20 @@ class Report:
     keep: tuple[str, ...]
     num_rows: dict[str, tuple[int, int]]
     seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
     table: tuple[Standing, ...]
     grid: tuple[Standing, ...]
+    shown: tuple[str, ...]
     choices: dict[str, Choice]
     best_scales: dict[str, Standing]
     comparisons: tuple[Comparison, ...]
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[Row, ...]
     correlations: dict[str, Correlation]
-    lines: tuple[Line, ...]
+    lines: tuple[Standing, ...]
+    line_scales: tuple[float, ...]
     costs: dict[str, dict[str, Average]]
     notes: tuple[str, ...]
     missing: tuple[str, ...]
-    values: tuple[Value, ...]
 
     @property
     def evaluators(self) -> tuple[str, ...]:
@@ -195,68 +127,70 @@ class Report:
         return self.gain + self.keep
 
 
-def summarise(
-    records: Sequence[Record], description: Description, *, gain: Sequence[str], keep: Sequence[str]
-) -> Report:
+def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str]) -> Report:
     """Compare the arms.
 
-    Evaluators without scores of rows, or with scores outside of 0 to 1, are in no mean; it is noted, and their metrics
-    are shown.
+    Evaluators without scores of samples, or with scores outside of 0 to 1, are in no mean; a note says so, and their
+    metrics are shown.
 
     Args:
-        records: Of finished trainings and the untouched models, in any order.
-        description: What the report is about.
+        rows: Rows of finished trainings and the untouched models, in any order.
+        description: Subject of the report.
         gain: Evaluators of what is to be learned.
         keep: Evaluators of what is to be kept.
 
     Raises:
-        DataError: Two records are of the same arm, rate, seed and scale; an evaluator is named twice; no evaluator has
+        DataError: Two rows are of the same arm, rate, seed and scale; an evaluator is named twice; no evaluator has
             scores.
     """
-    _require_distinct(records, [*gain, *keep])
-    unscored = {name: why for name in (*gain, *keep) if (why := _why_unscored(records, name))}
+    _require_distinct(rows, [*gain, *keep])
+    unscored = {name: why for name in (*gain, *keep) if (why := _why_unscored(rows, name))}
     gain, keep = (tuple(name for name in names if name not in unscored) for names in (gain, keep))
     if not gain + keep:
-        told = "; ".join(f"{name}: {why}" for name, why in unscored.items())
+        reasons = "; ".join(f"{name}: {why}" for name, why in unscored.items())
         raise DataError(
-            f"no evaluator can compare the arms ({told or 'none is named'}). Name one that scores its rows."
+            f"no evaluator can compare the arms ({reasons or 'none is named'}). Name one that scores its rows."
         )
-    halves = {name: halves_of(records, name) for name in gain + keep}
-    seeds = seeds_of(records)
-    standings = _Standings(halves, gain, keep, len(seeds), _shown_metrics(records))
-    choices = {arm: choice for arm in TUNED if (choice := choose_rate(records, arm, gain + keep))}
-    chosen = {arm: _of_arm(records, arm, choices) for arm in ARMS}
-    predictions = _predictions(records, halves)
-    missing = tuple(_missing(records, halves, seeds))
+    halves = {name: halves_of(rows, name) for name in gain + keep}
+    shown = _shown_metrics(rows)
+    rows = sorted(_complete(scored(rows, gain, keep)), key=_order)
+    seeds, grid = seeds_of(rows), standings(rows)
+    choices = {arm: choice for arm in TUNED if (choice := choose_rate(grid, arm))}
+    chosen = {s.arm: s for s in grid if s.arm in UNTOUCHED} | {arm: choice.best for arm, choice in choices.items()}
+    own, names = _chosen(rows, chosen), metric_names(rows)
+    predictions = [row for row in rows if row.arm == "B2I" and row.scale == 1.0]
+    scales = sorted({scale for row in rows for scale in row.line})
     return Report(
         description,
         gain,
         keep,
         {name: (len(selection), len(reported)) for name, (selection, reported) in halves.items()},
         tuple(seeds),
-        table=tuple(standings.of(arm, found) for arm, found in chosen.items()),
-        grid=tuple(standings.of(arm, found) for arm, found in _groups(records)),
+        tuple(rows),
+        table=tuple(chosen.get(arm) or standing_of(arm, [], names, len(seeds) if arm in TUNED else 1) for arm in ARMS),
+        grid=tuple(grid),
+        shown=shown,
         choices=choices,
-        best_scales=dict(_best_scales(records, standings)),
-        comparisons=tuple(_compare(a, b, chosen, halves, gain, keep, len(seeds)) for a, b in COMPARED),
-        predictions=predictions,
+        best_scales=dict(_best_scales(grid)),
+        comparisons=tuple(_compare(a, b, own, halves, groups_of(gain, keep), len(seeds)) for a, b in COMPARED),
+        predictions=tuple(predictions),
         correlations=correlate(predictions),
-        lines=tuple(_lines(records)),
-        costs=_costs(records),
+        lines=tuple(standing for standing in grid if any(standing[f"line/{scale:g}"].count for scale in scales)),
+        line_scales=tuple(scales),
+        costs=_costs(rows),
         notes=tuple(_notes(choices, seeds, unscored)),
-        missing=missing,
-        values=tuple(_values(records, halves)),
+        missing=tuple(_missing(rows, halves, seeds)),
     )
 
 
-def correlate(predictions: Sequence[Prediction]) -> dict[str, Correlation]:
-    """Rank correlation of every fact with the gain."""
-    gains = [each.gain for each in predictions]
-    return {fact: spearman([each.facts.get(fact, math.nan) for each in predictions], gains) for fact in FACTS}
+def correlate(predictions: Sequence[Row]) -> dict[str, Correlation]:
+    """The rank correlation of every fact with the gain."""
+    gains = [row.metrics[OVER_INSTRUCT] for row in predictions]
+    return {fact: spearman([row.facts.get(fact, math.nan) for row in predictions], gains) for fact in FACTS}
 
 
 def barrier(line: Mapping[float, float]) -> float:
-    """How far the loss rises between the target (scale 0) and the graft (scale 1) above the larger end.
+    """How far the loss rises above the larger end between the target (scale 0) and the graft (scale 1).
 
     0 means that the line never lies above its ends: they are linearly connected (Frankle et al., arXiv 1912.05671, who
     compare with the mean of the ends; the larger end asks for less, and does not count a slope as a barrier).
@@ -270,112 +204,75 @@ def barrier(line: Mapping[float, float]) -> float:
     return max(between) - max(line[0.0], line[1.0])
 
 
-@dataclass(frozen=True)
-class _Standings:
-    halves: Halves
-    gain: tuple[str, ...]
-    keep: tuple[str, ...]
-    num_seeds: int
-    metrics: tuple[str, ...]
-
-    def of(self, arm: str, records: Sequence[Record]) -> Standing:
-        """The standing of records that differ in their seeds alone."""
-        expected = 1 if arm in UNTOUCHED else self.num_seeds
-
-        def over(value: Callable[[Record], float]) -> Average:
-            return average([value(record) for record in records], expected)
-
-        def mean(evaluators: Sequence[str], half: int = 1) -> Average:
-            if not evaluators:
-                return average([])
-            return over(lambda record: mean_score(record, {name: self.halves[name][half] for name in evaluators}))
-
-        def metric(name: str) -> Average:
-            return over(lambda record: record.metrics.get(name, math.nan))
-
-        return Standing(
-            arm,
-            records[0].lr if records else None,
-            records[0].scale if records else None,
-            scores={name: mean([name]) for name in self.halves},
-            mean=mean(self.gain + self.keep),
-            gain=mean(self.gain),
-            keep=mean(self.keep),
-            selection=mean(self.gain + self.keep, half=0),
-            metrics={
-                name: average([r.metrics.get(name, math.nan) for r in records], expected) for name in self.metrics
-            },
-        )
+def _complete(rows: Sequence[Row]) -> Iterator[Row]:
+    """The rows with everything else among their metrics that standings, plots and ``table.csv`` show."""
+    start = next((row.metrics["reported/mean"] for row in rows if row.arm == "Instruct"), math.nan)
+    for row in rows:
+        more = {OVER_INSTRUCT: row.metrics["reported/mean"] - start, **row.facts}
+        if row.line:
+            more |= {"barrier": barrier(row.line), **{f"line/{scale:g}": loss for scale, loss in row.line.items()}}
+        yield replace(row, metrics={**row.metrics, **more})
 
 
-def _require_distinct(records: Sequence[Record], evaluators: Sequence[str]) -> None:
-    keys = [(record.arm, record.lr, record.seed, record.scale) for record in records]
+def _order(row: Row) -> tuple[int, float, float, int]:
+    return ARMS.index(row.arm), row.lr or 0.0, row.scale or 0.0, row.seed or 0
+
+
+def _require_distinct(rows: Sequence[Row], evaluators: Sequence[str]) -> None:
+    keys = [(row.arm, row.lr, row.seed, row.scale) for row in rows]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice:
-        raise DataError(
-            "there are two records of {}, rate {}, seed {}, scale {}. Give one of each.".format(*map(str, twice))
-        )
+        raise DataError("there are two rows of {}, rate {}, seed {}, scale {}. Give one of each.".format(*twice))
     named = next((name for name in evaluators if evaluators.count(name) > 1), None)
     if named:
-        raise DataError(f"the evaluator {named!r} is named twice; it is either to be gained or to be kept.")
+        raise DataError(f"the evaluator {named!r} is named twice; name it under gain or under keep.")
 
 
-def _why_unscored(records: Sequence[Record], evaluator: str) -> str:
-    scores = [score for record in records for score in record.samples.get(evaluator, {}).values()]
+def _why_unscored(rows: Sequence[Row], evaluator: str) -> str:
+    scores = [score for row in rows for score in row.samples.get(evaluator, {}).values()]
     if not scores:
         return "it has no scores of rows"
     if any(score < 0 or score > 1 for score in scores):
         return "its scores leave the range from 0 to 1"
-    if len(halves_of(records, evaluator)[1]) == 0:
+    if len(halves_of(rows, evaluator)[1]) == 0:
         return "it has a single row, which can't be halved"
     return ""
 
 
-def _shown_metrics(records: Sequence[Record]) -> tuple[str, ...]:
+def _shown_metrics(rows: Sequence[Row]) -> tuple[str, ...]:
     """Divergences, then losses; the overall ones first."""
-    names = {name for record in records for name in record.metrics}
-    divergences = sorted(name for name in names if name.rsplit("/", 1)[-1].startswith("kl"))
+    names = metric_names(rows)
+    divergences = [name for name in names if name.rsplit("/", 1)[-1].startswith("kl")]
     losses = sorted((name for name in names if name.rsplit("/", 1)[-1] == "loss"), key=lambda n: ("/" in n, n))
     return (*divergences, *losses)
 
 
-def _of_arm(records: Sequence[Record], arm: str, choices: Mapping[str, Choice]) -> list[Record]:
-    """An untouched model's record, or those of an arm's chosen rate at scale 1."""
-    if arm in UNTOUCHED:
-        return [record for record in records if record.arm == arm]
-    choice = choices.get(arm)
-    return [r for r in records if choice and r.arm == arm and r.lr == choice.best.lr and r.scale == 1.0]
+def _chosen(rows: Sequence[Row], chosen: Mapping[str, Standing]) -> dict[str, list[Row]]:
+    """The rows that the chosen standings are from."""
+    places = {arm: (found.scale, found.setting) for arm, found in chosen.items()}
+    return {arm: [row for row in rows if row.arm == arm and (row.scale, row.setting) == places[arm]] for arm in places}
 
 
-def _groups(records: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-    """Records that differ in their seeds alone, by arm, rate and scale."""
-    for arm in ARMS:
-        own = [record for record in records if record.arm == arm]
-        for key in sorted({(record.lr or 0.0, record.scale or 0.0) for record in own}):
-            yield arm, [record for record in own if (record.lr or 0.0, record.scale or 0.0) == key]
-
-
-def _best_scales(records: Sequence[Record], standings: _Standings) -> Iterator[tuple[str, Standing]]:
+def _best_scales(grid: Sequence[Standing]) -> Iterator[tuple[str, Standing]]:
     for arm in TUNED:
-        choice = choose_rate_and_scale(records, arm, standings.gain + standings.keep)
-        if choice and len({candidate.scale for candidate in choice.candidates if candidate.num_seeds}) > 1:
-            best = choice.best
-            own = [r for r in records if (r.arm, r.lr, r.scale) == (arm, best.lr, best.scale)]
-            yield arm, standings.of(arm, own)
+        choice = choose_rate_and_scale(grid, arm)
+        if choice and len({each.scale for each in choice.candidates if each["selection/mean"].count}) > 1:
+            yield arm, choice.best
 
 
 def _compare(
     a: str,
     b: str,
-    chosen: Mapping[str, Sequence[Record]],
+    chosen: Mapping[str, Sequence[Row]],
     halves: Halves,
-    gain: tuple[str, ...],
-    keep: tuple[str, ...],
+    groups: Mapping[str, tuple[str, ...]],
     num_expected: int,
 ) -> Comparison:
     def stacked(arm: str) -> dict[int | None, dict[str, np.ndarray]]:
         """Scores of the seeds that have all of them."""
-        found = {r.seed: {name: scores_of(r, name, rows[1]) for name, rows in halves.items()} for r in chosen[arm]}
+        found = {
+            r.seed: {name: scores_of(r, name, rows[1]) for name, rows in halves.items()} for r in chosen.get(arm, [])
+        }
         return {
             seed: {name: row for name, row in scores.items() if row is not None}
             for seed, scores in found.items()
@@ -383,71 +280,33 @@ def _compare(
         }
 
     first, second = stacked(a), stacked(b)
-    absent = [_spoken(arm) for arm, found in ((a, first), (b, second)) if not found]
+    absent = [in_words(arm) for arm, found in ((a, first), (b, second)) if not found]
     shared = sorted(seed for seed in first if seed is not None and (b in UNTOUCHED or seed in second))
     if absent or not shared:
         reason = f"no finished measurement of {' and of '.join(absent)}" if absent else "they have no seed in common"
-        return Comparison(a, b, {}, None, None, None, num_expected, reason)
+        return Comparison(a, b, {}, num_expected, reason)
     differences = {
         name: np.stack([first[seed][name] - second[None if b in UNTOUCHED else seed][name] for seed in shared])
         for name in halves
     }
-    groups = [[name] for name in halves] + [list(group) for group in (gain + keep, gain, keep) if group]
-    intervals = [_possible(interval) for interval in paired_bootstrap(differences, groups)]
-    of_groups = iter(intervals[len(halves) :])
-    every = next(of_groups)
-    return Comparison(
-        a,
-        b,
-        dict(zip(halves, intervals, strict=False)),
-        every,
-        next(of_groups) if gain else None,
-        next(of_groups) if keep else None,
-        num_expected,
-    )
+    intervals = zip(groups, paired_bootstrap(differences, list(groups.values())), strict=True)
+    # Scores lie between 0 and 1, so that their differences can't leave -1 to 1.
+    possible = {what: replace(i, low=max(-1.0, i.low), high=min(1.0, i.high)) for what, i in intervals}
+    return Comparison(a, b, possible, num_expected)
 
 
-def _possible(interval: Interval) -> Interval:
-    """Scores lie between 0 and 1, so that their differences can't leave -1 to 1."""
-    return replace(interval, low=max(-1.0, interval.low), high=min(1.0, interval.high))
-
-
-def _spoken(arm: str) -> str:
+def in_words(arm: str) -> str:
+    """An arm within a sentence."""
     return f"the untouched {arm}" if arm in UNTOUCHED else arm
 
 
-def _predictions(records: Sequence[Record], halves: Halves) -> tuple[Prediction, ...]:
-    reported = {name: rows[1] for name, rows in halves.items()}
-    start = next((mean_score(record, reported) for record in records if record.arm == "Instruct"), math.nan)
-    own = [record for record in records if record.arm == "B2I" and record.scale == 1.0]
-    return tuple(
-        Prediction(
-            record.lr,
-            record.seed,
-            {name: value for name, value in record.facts.items() if name in FACTS},
-            mean_score(record, reported) - start,
-        )
-        for record in sorted(own, key=lambda record: (record.lr or 0.0, record.seed or 0))
-        if record.lr is not None and record.seed is not None
-    )
-
-
-def _lines(records: Sequence[Record]) -> Iterator[Line]:
-    drawn = [record for record in records if record.line and record.lr is not None]
-    for arm, lr in sorted({(record.arm, record.lr) for record in drawn if record.lr is not None}):
-        own = [record for record in drawn if (record.arm, record.lr) == (arm, lr)]
-        scales = sorted({scale for record in own for scale in record.line})
-        losses = {scale: average([record.line.get(scale, math.nan) for record in own]) for scale in scales}
-        yield Line(arm, lr, losses, average([barrier(record.line) for record in own]))
-
-
-def _costs(records: Sequence[Record]) -> dict[str, dict[str, Average]]:
+def _costs(rows: Sequence[Row]) -> dict[str, dict[str, Average]]:
     costs: dict[str, dict[str, Average]] = {}
     for arm in ARMS:
-        own = [record for record in records if record.arm == arm and record.scale in (None, 1.0)]
-        names = dict.fromkeys(name for record in own for name in record.cost)
+        own = [row for row in rows if row.arm == arm and row.is_whole]
+        names = dict.fromkeys(name for row in own for name in row.cost)
         if names:
-            costs[arm] = {name: average([record.cost.get(name, math.nan) for record in own]) for name in names}
+            costs[arm] = {name: average([row.cost.get(name, math.nan) for row in own]) for name in names}
     return costs
 
 
@@ -465,31 +324,20 @@ def _notes(choices: Mapping[str, Choice], seeds: Sequence[int], unscored: Mappin
     yield from (f"{name} is in no mean: {why}." for name, why in unscored.items())
 
 
-def _missing(records: Sequence[Record], halves: Halves, seeds: Sequence[int]) -> Iterator[str]:
+def _missing(rows: Sequence[Row], halves: Halves, seeds: Sequence[int]) -> Iterator[str]:
     for arm in ARMS:
-        own = [record for record in records if record.arm == arm and record.scale in (None, 1.0)]
+        own = [row for row in rows if row.arm == arm and row.is_whole]
         if not own:
             what = "no measurement" if arm in UNTOUCHED else "no finished training at scale 1"
             yield f"{arm}: {what}"
-        for lr in sorted({record.lr for record in own if record.lr is not None}):
-            absent = sorted(set(seeds) - {record.seed for record in own if record.lr == lr})
+        for lr in sorted({row.lr for row in own if row.lr is not None}):
+            absent = sorted(set(seeds) - {row.seed for row in own if row.lr == lr})
             if absent:
                 yield f"{arm} at {lr:g}: no finished training of seed {', '.join(map(str, absent))}"
-        for record in own:
-            where = arm if record.lr is None else f"{arm} at {record.lr:g}, seed {record.seed}"
-            for name, rows in halves.items():
-                scores = record.samples.get(name, {})
-                count = sum(math.isfinite(scores.get(row, math.nan)) for half in rows for row in half)
-                if count < sum(map(len, rows)):
-                    yield f"{where}: {name} has scores of {count} of {sum(map(len, rows))} rows"
-
-
-def _values(records: Sequence[Record], halves: Halves) -> Iterator[Value]:
-    for record in sorted(records, key=lambda r: (ARMS.index(r.arm), r.lr or 0.0, r.seed or 0, r.scale or 0.0)):
-        key = (record.arm, record.lr, record.seed, record.scale)
-        for name, rows in halves.items():
-            for half, of_half in zip(("selection", "reported"), rows, strict=True):
-                yield Value(*key, f"{name}/score", half, mean_score(record, {name: of_half}))
-        for group in (record.metrics, record.cost, record.facts):
-            yield from (Value(*key, metric, "all", value) for metric, value in group.items())
-        yield from (Value(*key, f"line/{scale:g}", "all", loss) for scale, loss in record.line.items())
+        for row in own:
+            where = arm if row.lr is None else f"{arm} at {row.lr:g}, seed {row.seed}"
+            for name, of_halves in halves.items():
+                scores, wanted = row.samples.get(name, {}), [index for half in of_halves for index in half]
+                count = sum(math.isfinite(scores.get(index, math.nan)) for index in wanted)
+                if count < len(wanted):
+                    yield f"{where}: {name} has scores of {count} of {len(wanted)} rows"

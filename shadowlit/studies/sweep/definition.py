@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.studies.comparison.plan import Recipe
-from shadowlit.studies.comparison.records import TUNED
+from shadowlit.studies.arms import TUNED, subject_of, without_subject
+from shadowlit.studies.trials.process import Job
+from shadowlit.studies.trials.recipe import Recipe
 
 SAMPLERS = ("grid", "random", "tpe")
 MEAN = "mean"
@@ -33,8 +34,8 @@ class Axis:
     """One thing that is varied: a key, or several that vary together under a name.
 
     Attributes:
-        name: The dotted key, or the name of the variants.
-        levels: What each label stands for: the keys that it sets, and to what. Empty for a range.
+        name: Dotted key, or name of the variants.
+        levels: Values of the keys that each label sets, by label. Empty for a range.
         range: ``low``, ``high``, ``log``, ``integer``; None for an axis with levels.
     """
 
@@ -54,11 +55,11 @@ class Axis:
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
     def parameter(self, label: str | float) -> Any:
-        """A label as Optuna keeps it: the number, where all of them are numbers."""
+        """A label as Optuna stores it: as a number if all of them are numbers."""
         return float(self.levels[str(label)][self.name]) if self.levels and self.is_numeric else label
 
     def overrides(self, label: str | float) -> Mapping[str, Any]:
-        """What a label, or a number from the range, sets."""
+        """The keys that a label, or a number from the range, sets."""
         return {self.name: label} if self.range is not None else self.levels[str(label)]
 
 
@@ -67,9 +68,9 @@ class TrialKey:
     """One trial: a setting, the model that is trained, and a seed.
 
     Attributes:
-        setting: A label or number for every axis.
-        source: ``B``, the Base is trained, or ``I``, the Instruct.
-        seed: Of data order, adapter and dropout.
+        setting: Label or number for every axis.
+        source: Model that is trained: ``B``, the Base, or ``I``, the Instruct.
+        seed: Seed of data order, adapter and dropout.
     """
 
     setting: tuple[tuple[str, str | float], ...]
@@ -81,28 +82,7 @@ class TrialKey:
 class Definition:
     """A sweep, as its file defines it.
 
-    Attributes:
-        name: Of the sweep; one per storage and configuration.
-        fit: The configuration of ``fit`` that all trials share.
-        overrides: What is changed in it for all of them, by dotted key.
-        grid: Values of dotted keys.
-        variants: By name, labels that set several keys together.
-        ranges: Numbers that random and tpe draw for dotted keys.
-        drop: Combinations to leave out: those in which every named axis has one of the values.
-        arms: Some of ``B2I I2I B2B I2B``; the Base, the Instruct or both are trained for them.
-        seeds: Each setting is trained with each.
-        scales: Strengths of the graft that are measured in each trial; the first is the arm's own.
-        task_scales: Those of them, beyond the first, that the evaluators measure too.
-        metric: What a trial is judged by: ``loss``, ``new/score``; of the first arm that its training serves. Several
-            are averaged, and the mean is called ``mean``.
-        direction: minimize or maximize.
-        sampler: grid runs all combinations, random and tpe draw ``trials`` settings.
-        sampler_options: Arguments of Optuna's sampler.
-        trials: Settings that random or tpe draws.
-        pruner: What ends a hopeless trial, by its metric after each validation.
-        pruner_options: Arguments of Optuna's pruner.
-        show: Metrics of the report, beside ``metric``.
-        max_trials: More trials than this are an error.
+    The attributes are the keys of the file, which ``python -m shadowlit sweep run --help`` describes.
     """
 
     name: str
@@ -138,7 +118,7 @@ class Definition:
 
     @cached_property
     def axes(self) -> list[Axis]:
-        """What is varied, in the file's order: grid, variants, ranges."""
+        """Everything that is varied, in the file's order: grid, variants, ranges."""
         grid = [
             Axis(key, {_label(value): {key: value} for value in _as_list(values)}) for key, values in self.grid.items()
         ]
@@ -154,19 +134,19 @@ class Definition:
 
     @property
     def draws(self) -> bool:
-        """Whether settings are drawn, and not all run."""
+        """Whether settings are drawn, instead of running all of them."""
         return self.sampler != "grid"
 
     @cached_property
     def num_planned(self) -> int:
-        """Trials at most, before any combination is dropped."""
+        """The number of trials at most, before any combination is dropped."""
         size = self.trials or 1 if self.draws else 1
         for axis in () if self.draws else self.axes:
             size *= len(axis.levels)
         return size * len(self.sources) * len(self.seeds)
 
     def planned(self) -> list[TrialKey]:
-        """All trials of a grid, whole seeds first; of a sweep that draws, none are known beforehand."""
+        """All trials of a grid, seed by seed; of a sweep that draws, none are known beforehand."""
         if self.draws:
             return []
         settings = [
@@ -186,7 +166,7 @@ class Definition:
         )
 
     def wants(self, key: TrialKey) -> bool:
-        """Whether a trial is one of this sweep's, which may have lost values, seeds or arms since it was planned."""
+        """Whether a trial still belongs to the sweep, which may have lost values, seeds or arms since."""
         return key in self._planned if not self.draws else key.source in self.sources and key.seed in self.seeds
 
     @cached_property
@@ -194,14 +174,14 @@ class Definition:
         return set(self.planned())
 
     def siblings(self, key: TrialKey) -> list[TrialKey]:
-        """The trials of a drawn setting: each model that is trained, with each seed."""
+        """The trials of a drawn setting: one for each model that is trained and each seed."""
         return [TrialKey(key.setting, source, seed) for seed in self.seeds for source in self.sources]
 
     def name_of(self, key: TrialKey) -> str:
-        """The folder of a trial: from what is changed, so the same trial has the same one always."""
+        """The name of a trial's folder, from what is changed: the same trial always has the same one."""
         parts = [f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}"
                  for short, (_, value) in zip(self.short_names, key.setting, strict=True)]  # fmt: skip
-        # The Instruct's alone are marked, so that the Base's keep their names when an arm is added.
+        # Only trainings of the Instruct are marked: those of the Base keep their names when an arm is added.
         text = "_".join([*(["train=I"] if key.source == "I" else []), *parts, f"seed={key.seed}"])
         plain = re.sub(r"[^\w.+=-]+", "-", text, flags=re.ASCII)
         if plain == text and len(text) <= _LONGEST_NAME:
@@ -211,7 +191,7 @@ class Definition:
 
     @cached_property
     def short_names(self) -> list[str]:
-        """The axes' names, each by as few of its last words as tell it from the others."""
+        """The axes' names, each by as few of its last words as distinguish it from the others."""
         words = [axis.name.split(".") for axis in self.axes]
         lengths = [
             next(n for n in range(1, len(own) + 1) if n == len(own) or [w[-n:] for w in words].count(own[-n:]) == 1)
@@ -220,51 +200,48 @@ class Definition:
         return [".".join(own[-length:]) for own, length in zip(words, lengths, strict=True)]
 
     def overrides_of(self, key: TrialKey) -> dict[str, Any]:
-        """The keys that a trial changes, beyond what all of them do."""
+        """The keys that a trial changes, beyond those that all of them change."""
         axes = {axis.name: axis for axis in self.axes}
         return {name: value for axis, label in key.setting for name, value in axes[axis].overrides(label).items()}
 
     def arguments(self, key: TrialKey, folder: Path, more: Mapping[str, Any] | None = None) -> tuple[str, ...]:
         """The command line of a trial after ``python -m shadowlit``."""
         changed = {**self.overrides_of(key), **(more or {})}
-        # What is the same for all trials is measured once, beside them.
+        # What is the same for all trials is measured once, in a job of its own.
         once = {} if self.measures_each else {"graft.baselines": False, "evaluation.baselines": False}
         own = {"export.enabled": False, **once, **self.overrides, **changed}
         recipe = self._recipe(changed)
         return ("fit", *recipe.arguments(key.source, key.seed, folder, own))
 
-    def untouched_arguments(self, folder: Path) -> tuple[str, ...]:
-        """The command line that measures Base and Instruct, the same for all trials."""
-        return ("validate", *self._recipe({}).untouched_arguments(folder))
+    def untouched_job(self, folder: Path) -> Job:
+        """The job that measures Base and Instruct, the same for all trials.
+
+        Args:
+            folder: Folder of the sweep.
+        """
+        return self._recipe({}).untouched_job(folder)
 
     @property
     def measures_each(self) -> bool:
-        """Whether Base and Instruct differ from trial to trial, since what they are measured with is varied."""
+        """Whether trials measure Base and Instruct differently, because what they are measured with is varied."""
         keys = {key for axis in self.axes for key in axis.keys}
         return any(key.partition(".")[0] in ("pair", "data", "evaluation") for key in keys - _TRAINING_KEYS)
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the trials of one sweep; values, seeds and arms may be added."""
-        from shadowlit.pair.pair import ModelPair
-
         recipe = self._recipe({})
-        pair = recipe.pair()
         swept = any(key.startswith("pair") for axis in self.axes for key in axis.keys)
-        found = {
-            "config": hashlib.sha256(recipe.config.read_bytes()).hexdigest(),
-            "overrides": self.overrides,
+        return {
+            **recipe.identity(),
             "axes": [axis.name for axis in self.axes],
-            "scales": list(self.scales),
-            "task_scales": list(self.task_scales),
             "metric": self.metrics,
             "direction": self.direction,
             "draws": self.draws,
-            "pair": None if swept else ModelPair(**pair).fingerprints(),
+            "pair": None if swept else recipe.fingerprints(),
         }
-        return json.loads(json.dumps(found))
 
     def to_json(self) -> str:
-        """The definition as it can be read again."""
+        """The definition as JSON."""
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
 
     @classmethod
@@ -279,23 +256,23 @@ class Definition:
 
     @property
     def judged(self) -> str:
-        """What trials are judged by, as tables call it: ``loss`` for ``val/grafted/loss``."""
+        """The name in tables of what trials are judged by: ``loss`` for ``val/grafted/loss``."""
         return without_subject(self.metrics[0]) if len(self.metrics) == 1 else MEAN
 
     @property
     def judged_by(self) -> str:
-        """What a trial is judged by, in words."""
+        """The metrics that a trial is judged by, within a sentence."""
         listed = ", ".join(f"`{metric}`" for metric in self.metrics)
         return listed if len(self.metrics) == 1 else f"`{MEAN}`, the mean of {listed},"
 
     def judge(self, logged: Mapping[str, float | None], source: str) -> float:
-        """What a trial is worth, by what it has logged: NaN if one of the metrics is no number.
+        """The value of a trial, from what it has logged; NaN if one of the metrics is no number.
 
         Raises:
             KeyError: One of them was not logged.
         """
         arm = next(arm for arm in self.arms if arm[0] == source)
-        who = "tuned" if arm[0] == arm[2] else "grafted"
+        who = subject_of(arm, self.scales[0], self.scales)
         found = [logged[metric if metric.startswith("val/") else f"val/{who}/{metric}"] for metric in self.metrics]
         return sum(math.nan if value is None else value for value in found) / len(found)
 
@@ -382,11 +359,6 @@ class Definition:
             yield "drop leaves no trial; drop fewer combinations"
 
 
-def without_subject(metric: str) -> str:
-    """``loss`` of ``val/grafted/loss``."""
-    return metric.split("/", 2)[2] if metric.startswith("val/") else metric
-
-
 def _problems_of_range(key: str, limits: Mapping[str, Any]) -> Iterator[str]:
     known = {"low", "high", "log", "integer"}
     low, high = limits.get("low"), limits.get("high")
@@ -398,7 +370,7 @@ def _problems_of_range(key: str, limits: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _label(value: Any) -> str:
-    """A value as its level is called: numbers without an exponent's zeros, everything else as JSON writes it."""
+    """The label of a value: numbers without an exponent's zeros, everything else as JSON writes it."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What a sweep has found, as tables and pictures of a notebook."""
+"""What a sweep has found, as the tables and plots of a notebook and of the report."""
 
 from __future__ import annotations
 
@@ -10,15 +10,20 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.tables import Table as Shown
 from shadowlit.plotting import SINGLE, hide, panels
-from shadowlit.studies.statistics import Average
+from shadowlit.studies.report import mean_text
+from shadowlit.studies.rows import SCALE, Standing
 from shadowlit.studies.sweep.plots import interaction
-from shadowlit.studies.sweep.table import SCALE, Standing, Table
+from shadowlit.studies.sweep.table import Table
+
+
+def states(table: Table) -> Counter[str]:
+    """The number of trials in each state."""
+    return Counter({row.trial: row.state for row in table.rows if row.seed is not None}.values())
 
 
 def progress(table: Table) -> Shown:
-    """What was varied, and how many trials have ended in which way."""
+    """What was varied, and how many trials are in which state."""
     definition = table.definition
-    states = Counter({row.trial: row.state for row in table.rows if row.seed is not None}.values())
     axes = [f"{axis}: {', '.join(_levels(table, axis))}" for axis in table.axes]
     rows: list[tuple[str, object]] = [
         ("sweep", definition.study),
@@ -26,19 +31,19 @@ def progress(table: Table) -> Shown:
         ("arms", ", ".join(definition.arms)),
         ("seeds", ", ".join(map(str, definition.seeds))),
         ("judged by", f"{', '.join(definition.metrics)} ({definition.direction})"),
-        *((f"trials {state}", count) for state, count in sorted(states.items())),
+        *((f"trials {state}", count) for state, count in sorted(states(table).items())),
     ]
     return Shown(("", "value"), rows)
 
 
 def best(table: Table, metrics: Sequence[str] | None = None) -> Shown:
-    """The best setting of each arm by what trials are judged by, over seeds; the untouched models beside them.
+    """The best setting of each arm by what trials are judged by, over seeds, below the untouched models.
 
-    Chosen and shown on the same rows, which flatters it.
+    It is chosen and shown on the same rows, which flatters it.
 
     Args:
-        table: of the sweep.
-        metrics: columns; None for those of the report.
+        table: Table of the sweep.
+        metrics: Metrics of the columns; None for those of the report.
     """
     wanted = list(metrics or table.shown())
     rows: list[Sequence[object]] = []
@@ -55,10 +60,10 @@ def settings(table: Table, arm: str | None = None, metrics: Sequence[str] | None
     """The settings of an arm, the best first.
 
     Args:
-        table: of the sweep.
-        arm: None for the first.
-        metrics: columns; None for those of the report.
-        most: rows.
+        table: Table of the sweep.
+        arm: Arm to show; None for the first.
+        metrics: Metrics of the columns; None for those of the report.
+        most: Largest number of rows.
     """
     wanted = list(metrics or table.shown())
     found = table.standings(arm or table.arms[0]) if table.arms else []
@@ -70,15 +75,14 @@ def effects(table: Table, metric: str | None = None) -> Shown:
     """The main effect of every axis on a metric: mean and 95 % interval over seeds at each of its levels.
 
     Args:
-        table: of the sweep.
-        metric: None for what trials are judged by.
+        table: Table of the sweep.
+        metric: Metric to show; None for what trials are judged by.
     """
     wanted = metric or table.shown()[0]
-    drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
     rows = [
         (table.short(axis), arm, level.value, level.mean, level.low, level.high, level.num_seeds, level.num_settings)
         for axis in table.axes
-        if axis not in drawn
+        if axis not in table.ranges
         for arm in table.arms
         for level in table.effects(axis, wanted, arm)
     ]
@@ -91,14 +95,15 @@ def draw_interaction(
     """How two axes act together; see :func:`shadowlit.studies.sweep.plots.interaction`.
 
     Args:
-        table: of the sweep.
-        x: axis of the columns; None for the one with the most levels.
-        y: axis of the rows; None for the next.
-        metric: None for what trials are judged by.
-        arm: None for the first.
+        table: Table of the sweep.
+        x: Axis of the columns; None for the one with the most levels.
+        y: Axis of the rows; None for the next.
+        metric: Metric to show; None for what trials are judged by.
+        arm: Arm to show; None for the first.
     """
-    drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
-    ordered = sorted((axis for axis in table.axes if axis not in drawn), key=lambda axis: -len(_levels(table, axis)))
+    ordered = sorted(
+        (axis for axis in table.axes if axis not in table.ranges), key=lambda axis: -len(_levels(table, axis))
+    )
     left = [axis for axis in ordered if axis not in (x, y)]
     x = x or next(iter(left), None)
     y = y or next((axis for axis in left if axis != x), None)
@@ -120,14 +125,8 @@ def _levels(table: Table, axis: str) -> list[str]:
 
 
 def _standing(table: Table, standing: Standing, metrics: Sequence[str]) -> list[object]:
-    parts = [f"{table.short(axis)}={value}" for axis, value in standing.setting.items()]
-    if standing.scale is not None and len(table.definition.scales) > 1:
-        parts.append(f"λ={standing.scale:g}")
-    return [", ".join(parts), standing.num_seeds, *(_average(standing.metrics.get(metric)) for metric in metrics)]
-
-
-def _average(value: Average | None) -> str | None:
-    if value is None or not math.isfinite(value.mean):
-        return None
-    error = f" ± {value.standard_error:.2g}" if math.isfinite(value.standard_error) else ""
-    return f"{value.mean:.4g}{error}"
+    means = [
+        mean_text(standing[metric], "{:.4g}".format, "{:.2g}".format) if standing[metric].count else None
+        for metric in metrics
+    ]
+    return [table.setting_text(standing), standing.num_seeds, *means]

@@ -1,4 +1,4 @@
-"""The pictures of a sweep: main effects with intervals, how two axes act together, trials while they ran."""
+"""The plots of a sweep: main effects with intervals, how two axes act together, trials while they ran."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from shadowlit.plotting import DOUBLE, SEQUENTIAL, SINGLE, hide, panels, series_style, styled
-from shadowlit.studies.comparison.plots import arm_style
+from shadowlit.studies.plots import arm_style, legend_of
+from shadowlit.studies.rows import SCALE
 from shadowlit.studies.sweep.table import Level, Table, is_numeric
 
 _HEIGHT = 2.1
@@ -23,12 +24,12 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
     """A panel for each metric and axis: the mean of each arm at each level, with its 95 % interval over seeds.
 
     Each mean is over the settings that all levels of its axis share. Dashed and dotted lines are the untouched
-    Instruct and Base, where they are near. An axis of numbers that were drawn shows a point for each trial instead.
+    Instruct and Base, where they are near. An axis of drawn numbers shows a point for each trial instead.
 
     Args:
-        table: Of the sweep.
-        metrics: Rows of the picture; None for those of the report.
-        axes: Columns; None for all with several levels. A single one has its metrics side by side.
+        table: Table of the sweep.
+        metrics: Metrics of the rows; None for those of the report.
+        axes: Axes of the columns; None for all with several levels. A single one has its metrics side by side.
     """
     metrics, axes = list(metrics or table.shown()), list(axes or table.varied)
     shown = [(metric, axis) for metric in metrics for axis in axes]
@@ -36,21 +37,20 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
     rows = -(-len(shown) // columns)
     width = min(DOUBLE, max(SINGLE, 2.4 * columns))
     figure, found = panels(rows, columns, width, _HEIGHT * rows + 0.3, sharey="row" if len(axes) > 1 else False)
-    drawn = {axis.name for axis in table.definition.axes if axis.range is not None}
     for number, (panel, (metric, axis)) in enumerate(zip(found, shown, strict=False)):
         for arm in table.arms:
-            if axis in drawn:
+            if axis in table.ranges:
                 _scatter(panel, table, axis, metric, arm)
             else:
                 _line(panel, table.effects(axis, metric, arm), arm)
         _untouched(panel, table, metric)
         if number + columns >= len(shown):
-            panel.set_xlabel(_told(table, axis))
+            panel.set_xlabel(_axis_label(table, axis))
         if number % len(axes) == 0:
             panel.set_ylabel(unit(metric))
         panel.grid(True)
     hide(found[len(shown) :])
-    handles, labels = _legend(found)
+    handles, labels = legend_of(found)
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(labels))))
     return figure
 
@@ -60,17 +60,17 @@ def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: st
     """How two axes act together: the mean over seeds and the other axes, for each pair of their levels.
 
     Args:
-        table: Of the sweep.
+        table: Table of the sweep.
         x: Axis of the columns.
         y: Axis of the rows.
-        metric: What is drawn; None for what trials are judged by.
-        arm: Which; None for the first.
+        metric: Metric to draw; None for what trials are judged by.
+        arm: Arm to draw; None for the first.
     """
     metric, arm = metric or table.shown()[0], arm or table.arms[0]
     columns = [level.value for level in table.effects(x, metric, arm)]
     rows = [level.value for level in table.effects(y, metric, arm)]
     values = np.full((len(rows), len(columns)), math.nan)
-    found_rows = table.rows if "scale" in (x, y) else table.of(arm)
+    found_rows = table.rows if SCALE in (x, y) else table.of(arm)
     every = [row for row in found_rows if row.arm == arm and row.state == "complete"]
     for i, of_row in enumerate(rows):
         for j, of_column in enumerate(columns):
@@ -82,8 +82,8 @@ def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: st
     image = panel.imshow(values, cmap=SEQUENTIAL, aspect="auto")
     panel.set_xticks(range(len(columns)), [str(value) for value in columns])
     panel.set_yticks(range(len(rows)), [str(value) for value in rows])
-    panel.set_xlabel(_told(table, x))
-    panel.set_ylabel(_told(table, y))
+    panel.set_xlabel(_axis_label(table, x))
+    panel.set_ylabel(_axis_label(table, y))
     found = values[np.isfinite(values)]
     middle = (found.min() + found.max()) / 2 if len(found) else 0.0
     for i, j in np.ndindex(values.shape):
@@ -96,14 +96,14 @@ def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: st
 
 @styled
 def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table, axis: str | None = None) -> Figure:
-    """What each trial was judged by while it ran; colours tell the levels of an axis.
+    """The metric that each trial was judged by while it ran; colours distinguish the levels of an axis.
 
     Args:
         curves: Steps and values by trial.
-        table: Of the sweep.
-        axis: Whose levels are told apart; None for the first.
+        table: Table of the sweep.
+        axis: Axis whose levels have different colours; None for the first.
     """
-    axis = axis or next((name for name in table.axes if name != "scale"), table.axes[0])
+    axis = axis or next((name for name in table.axes if name != SCALE), table.axes[0])
     of_trial = {row.trial: row.level(axis) for row in table.rows}
     levels = list(dict.fromkeys(level for level in of_trial.values() if level is not None))
     figure, (panel,) = panels(1, 1, SINGLE, 2.4)
@@ -119,7 +119,7 @@ def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table
         panel.set_xlabel("optimizer steps")
         panel.set_ylabel(unit(table.definition.judged))
         panel.grid(True)
-        handles, labels = _legend([panel])
+        handles, labels = legend_of([panel])
         panel.legend(handles, labels)
     return figure
 
@@ -135,7 +135,7 @@ def unit(metric: str) -> str:
 
 
 def _untouched(panel: Axes, table: Table, metric: str) -> None:
-    """Lines for the untouched models, where they are near enough not to press everything else together."""
+    """Lines for the untouched models, where they are near enough to leave room for everything else."""
     low, high = panel.dataLim.y0, panel.dataLim.y1
     for untouched, line in (("Instruct", "--"), ("Base", ":")):
         value = table.untouched(untouched, metric)
@@ -176,10 +176,5 @@ def _scatter(panel: Axes, table: Table, axis: str, metric: str, arm: str) -> Non
         panel.set_xscale("log")
 
 
-def _told(table: Table, axis: str) -> str:
-    return "scale λ" if axis == "scale" else table.short(axis).replace("_", " ")
-
-
-def _legend(found: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    pairs = {label: handle for panel in found for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    return list(pairs.values()), list(pairs)
+def _axis_label(table: Table, axis: str) -> str:
+    return "scale λ" if axis == SCALE else table.short(axis).replace("_", " ")

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.sweep.definition import Axis, Definition, TrialKey
-from shadowlit.studies.trials.identity import changes
+from shadowlit.studies.trials.folder import changes
 
 log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial twice

@@ -1,4 +1,4 @@
-"""The table of a sweep: a row for each arm of each trial, at each scale; and what it says of what was varied."""
+"""The table of a sweep: a row for each arm of each trial, at each scale; and what it says about what was varied."""
 
 from __future__ import annotations
 
@@ -7,52 +7,34 @@ import io
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
-from shadowlit.studies.statistics import Average, average, mean_interval
-from shadowlit.studies.sweep.definition import MEAN, Definition, without_subject
+from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of, without_subject
+from shadowlit.studies.rows import (
+    SCALE,
+    TABLE,
+    Place,
+    Row,
+    Standing,
+    by_place,
+    cell,
+    from_csv,
+    metric_names,
+    standing_of,
+)
+from shadowlit.studies.statistics import average, mean_interval
+from shadowlit.studies.sweep.definition import MEAN, Definition
 
 if TYPE_CHECKING:
     from shadowlit.studies.sweep.study import SweepStudy
 
-TABLE, CURVES, DEFINITION = "table.csv", "curves.csv", "sweep.json"
-SCALE = "scale"
+CURVES, DEFINITION = "curves.csv", "sweep.json"
 _COST = ("step", "wall_s", "peak_memory_bytes", "trained_parameters", "train_tokens")
-_FIXED = ("trial", "state", "arm", SCALE, "seed")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One arm of one trial at one scale, or an untouched model.
-
-    Attributes:
-        trial: Its name; ``untouched`` for the Base and the Instruct.
-        state: waiting, running, complete, pruned, diverged, failed.
-        arm: ``B2I``, ``I2I``, ``B2B``, ``I2B``, ``Base`` or ``Instruct``.
-        scale: λ of a graft; None where nothing is grafted.
-        seed: None for the untouched models.
-        setting: A label or number for each axis.
-        metrics: By name, as logged after ``val/<subject>/``.
-        cost: ``wall_s``, ``peak_memory_bytes`` …
-    """
-
-    trial: str
-    state: str
-    arm: str
-    scale: float | None = None
-    seed: int | None = None
-    setting: Mapping[str, str | float] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    cost: Mapping[str, float] = field(default_factory=dict)
-
-    def level(self, axis: str) -> str | float | None:
-        """Its value on an axis; the scale is one too."""
-        return self.scale if axis == SCALE else self.setting.get(axis)
 
 
 @dataclass(frozen=True)
@@ -60,12 +42,12 @@ class Level:
     """What was measured at one value of an axis.
 
     Attributes:
-        value: The label or number.
-        mean: Over seeds, each the mean over the settings that all levels share.
+        value: Label or number.
+        mean: Mean over seeds, of the mean over the settings that all levels share.
         low: Lower end of its 95 % interval over seeds (Student's t); NaN for a single seed.
         high: Upper end.
-        num_seeds: Seeds that it is from.
-        num_settings: Settings of the other axes that it is from, for each seed on average.
+        num_seeds: Number of seeds that it is from.
+        num_settings: Number of settings of the other axes that it is from, for each seed on average.
     """
 
     value: str | float
@@ -74,25 +56,6 @@ class Level:
     high: float
     num_seeds: int
     num_settings: float
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One setting of an arm, over seeds.
-
-    Attributes:
-        arm: Which.
-        scale: λ, None for a tuned model.
-        setting: A label or number for each axis.
-        metrics: Mean and standard error over seeds, by name.
-        num_seeds: Trials that it is from.
-    """
-
-    arm: str
-    scale: float | None
-    setting: Mapping[str, str | float]
-    metrics: Mapping[str, Average]
-    num_seeds: int
 
 
 @dataclass(frozen=True)
@@ -109,34 +72,41 @@ class Table:
 
     @property
     def axes(self) -> list[str]:
-        """What was varied; the scale is among it where several were measured."""
+        """Names of what was varied, including the scale if several were measured."""
         own = [axis.name for axis in self.definition.axes]
         return own + ([SCALE] if len(self.definition.scales) > 1 else [])
 
     @property
     def varied(self) -> list[str]:
-        """Those of the axes that have several levels; all, if none has."""
+        """The axes that have several levels; all of them if none has."""
         single = {axis.name for axis in self.definition.axes if axis.range is None and len(axis.levels) == 1}
         return [axis for axis in self.axes if axis not in single] or self.axes
 
-    @property
-    def metrics(self) -> list[str]:
-        """Names of what was measured."""
-        return sorted({name for row in self.rows for name in row.metrics})
-
     def shown(self) -> list[str]:
-        """The metrics that the report is about: what trials are judged by, then those to show."""
+        """The metrics of the report: what trials are judged by, then the ones of ``show``."""
         judged = self.definition.metrics
         own = [self.definition.judged] if len(judged) == 1 else [self.definition.judged, *map(without_subject, judged)]
         return list(dict.fromkeys([*own, *self.definition.show]))
 
     def short(self, axis: str) -> str:
-        """An axis by the name that folders have."""
+        """The name of an axis in the names of folders."""
         names = [each.name for each in self.definition.axes]
         return self.definition.short_names[names.index(axis)] if axis in names else axis
 
+    @property
+    def ranges(self) -> set[str]:
+        """Axes of numbers that were drawn, and so have no levels."""
+        return {axis.name for axis in self.definition.axes if axis.range is not None}
+
+    def setting_text(self, place: Place) -> str:
+        """A setting in a word for each axis: ``lr=0.001, r=16, λ=0.5``."""
+        parts = [f"{self.short(axis)}={level_text(level)}" for axis, level in place.setting.items()]
+        if place.scale is not None and len(self.definition.scales) > 1:
+            parts.append(f"λ={place.scale:g}")
+        return ", ".join(parts)
+
     def of(self, arm: str, scale: float | None = None) -> list[Row]:
-        """The rows of an arm that have a result; at the first scale unless another is given."""
+        """The rows of an arm that have a result, at the first scale unless another is given."""
         wanted = scale if scale is not None else self.definition.scales[0]
         found = [row for row in self.rows if row.arm == arm and row.metrics]
         return [row for row in found if row.scale in (None, wanted)]
@@ -153,9 +123,9 @@ class Table:
         easier company. The interval is over seeds alone: it is about other trainings, not about other settings.
 
         Args:
-            axis: Its name, or ``scale``.
-            metric: As in the rows.
-            arm: Which.
+            axis: Name of the axis, or ``scale``.
+            metric: Metric as the rows name it.
+            arm: Arm to look at.
             scale: λ; None for the first.
         """
         every = self.rows if axis == SCALE else self.of(arm, scale)
@@ -185,21 +155,12 @@ class Table:
 
     def standings(self, arm: str) -> list[Standing]:
         """Each setting of an arm at each scale, over its finished seeds; best first by the sweep's metric."""
-        key = self.definition.judged
         sign = 1 if self.definition.direction == "minimize" else -1
-        rows = [row for row in self.rows if row.arm == arm and row.state == "complete"]
-        groups: dict[tuple[Any, ...], list[Row]] = {}
-        for row in rows:
-            groups.setdefault((row.scale, tuple(row.setting.items())), []).append(row)
-        found = []
-        for (scale, setting), members in groups.items():
-            names = dict.fromkeys(name for row in members for name in row.metrics)
-            metrics = {name: average([row.metrics.get(name, math.nan) for row in members]) for name in names}
-            found.append(Standing(arm, scale, dict(setting), metrics, len(members)))
-        nothing = average([])
+        own = by_place(row for row in self.rows if row.arm == arm and row.state == "complete")
+        found = [standing_of(arm, rows, metric_names(rows)) for rows in own]
 
         def rank(standing: Standing) -> tuple[int, float]:
-            mean = standing.metrics.get(key, nothing).mean
+            mean = standing[self.definition.judged].mean
             return -standing.num_seeds, sign * mean if math.isfinite(mean) else math.inf
 
         return sorted(found, key=rank)
@@ -211,40 +172,23 @@ def build_table(study: SweepStudy) -> Table:
 
     definition = study.definition
     rows = []
-    for arm, subject in (("Base", "base"), ("Instruct", "instruct")):
-        if metrics := _with_mean(_of_subject(study.untouched or {}, subject), definition):
-            rows.append(Row("untouched", "complete", arm, metrics=metrics))
+    for arm in UNTOUCHED:
+        if metrics := _with_mean(metrics_of(study.untouched or {}, arm.lower()), definition):
+            rows.append(Row(arm, metrics=metrics))
     for trial in study.trials:
-        if "key" not in trial.user_attrs:
+        found = trial.user_attrs
+        if "key" not in found:
             continue
-        key, attributes = trial.user_attrs["key"], trial.user_attrs
-        logged = attributes.get("metrics", {})
-        cost = {name: float(attributes[name]) for name in _COST if attributes.get(name) is not None}
-        for arm in definition.arms:
-            if arm[0] != key["source"]:
-                continue
-            for scale in (None,) if arm[0] == arm[2] else definition.scales:
-                who = "tuned" if scale is None else "grafted" if scale == definition.scales[0] else f"grafted@{scale:g}"
-                metrics = _with_mean(_of_subject(logged, who), definition)
+        key, cost = found["key"], {name: float(found[name]) for name in _COST if found.get(name) is not None}
+        for arm in (arm for arm in definition.arms if arm[0] == key["source"]):
+            for scale in definition.scales if is_grafted(arm) else (None,):
+                metrics = metrics_of(found.get("metrics", {}), subject_of(arm, scale, definition.scales))
                 rows.append(
-                    Row(attributes["name"], state_of(trial), arm, scale, key["seed"], key["setting"], metrics, cost)
-                )
-    order = {arm: number for number, arm in enumerate(("Base", "Instruct", *definition.arms))}
+                    Row(arm, scale, key["setting"], key["seed"], found["name"], state_of(trial),
+                        metrics=_with_mean(metrics, definition), cost=cost)
+                )  # fmt: skip
+    order = {arm: number for number, arm in enumerate((*UNTOUCHED, *definition.arms))}
     return Table(sorted(rows, key=lambda row: (order[row.arm], row.trial, -(row.scale or 0))), definition)
-
-
-def write_table(table: Table, folder: Path) -> Path:
-    """Write ``table.csv``; a number that is missing is an empty cell."""
-    axes = [axis.name for axis in table.definition.axes]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_FIXED, *axes, *table.metrics, *_COST])
-    for row in table.rows:
-        cells: list[Any] = [row.trial, row.state, row.arm, row.scale, row.seed]
-        cells += [row.setting.get(axis) for axis in axes]
-        cells += [_cell(row.metrics.get(name)) for name in table.metrics] + [_cell(row.cost.get(n)) for n in _COST]
-        writer.writerow(cells)
-    return replace_text(folder / TABLE, text.getvalue())
 
 
 def read_table(folder: str | Path) -> Table:
@@ -261,30 +205,7 @@ def read_table(folder: str | Path) -> Table:
         raise ShadowlitError(
             f"there is no {error.filename}. Expected the folder of a sweep; python -m shadowlit sweep report writes it."
         ) from None
-    axes = {axis.name: axis for axis in definition.axes}
-    rows = []
-    for cells in csv.DictReader(io.StringIO(text)):
-        setting: dict[str, str | float] = {}
-        for name, axis in axes.items():
-            if cells[name]:
-                setting[name] = float(cells[name]) if axis.range is not None else cells[name]
-        metrics = {name: float(cell) for name, cell in cells.items()
-                   if cell and name not in (*_FIXED, *axes, *_COST)}  # fmt: skip
-        cost = {name: float(cells[name]) for name in _COST if cells[name]}
-        scale, seed = cells[SCALE], cells["seed"]
-        rows.append(
-            Row(
-                cells["trial"],
-                cells["state"],
-                cells["arm"],
-                float(scale) if scale else None,
-                int(seed) if seed else None,
-                setting,
-                metrics,
-                cost,
-            )
-        )
-    return Table(rows, definition)
+    return Table(from_csv(text, {axis.name: axis.range is not None for axis in definition.axes}), definition)
 
 
 def write_curves(study: SweepStudy, folder: Path) -> Path:
@@ -294,12 +215,12 @@ def write_curves(study: SweepStudy, folder: Path) -> Path:
     writer.writerow(["trial", "step", "value"])
     for trial in study.trials:
         for step, value in sorted(trial.intermediate_values.items()):
-            writer.writerow([trial.user_attrs.get("name"), step, _cell(value)])
+            writer.writerow([trial.user_attrs.get("name"), step, cell(value)])
     return replace_text(folder / CURVES, text.getvalue())
 
 
 def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Steps and values of each trial while it ran, by its name.
+    """Read steps and values of each trial while it ran, by its name.
 
     Raises:
         ShadowlitError: The folder has none.
@@ -312,15 +233,6 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted((int(step), float(value or "nan")) for _, step, value in group) for name, group in grouped}
 
 
-def _of_subject(logged: Mapping[str, float | None], who: str) -> dict[str, float]:
-    prefix = f"val/{who}/"
-    return {
-        name.removeprefix(prefix): math.nan if value is None else value
-        for name, value in logged.items()
-        if name.startswith(prefix)
-    }
-
-
 def _with_mean(metrics: dict[str, float], definition: Definition) -> dict[str, float]:
     """Add the mean of what trials are judged by, where all of it was measured."""
     names = [without_subject(metric) for metric in definition.metrics]
@@ -329,12 +241,8 @@ def _with_mean(metrics: dict[str, float], definition: Definition) -> dict[str, f
     return {MEAN: sum(metrics[name] for name in names) / len(names), **metrics}
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else repr(float(value))
-
-
 def _order(level: Any) -> tuple[int, float]:
-    """Numbers by their size, also those that are labels, then words."""
+    """Key that sorts numbers by their size, including labels that are numbers, before words."""
     try:
         return 0, float(level)
     except (TypeError, ValueError):
@@ -344,3 +252,8 @@ def _order(level: Any) -> tuple[int, float]:
 def is_numeric(levels: Iterable[str | float]) -> bool:
     """Whether all levels are numbers."""
     return all(_order(level)[0] == 0 for level in levels)
+
+
+def level_text(value: str | float) -> str:
+    """A label as it is, or a number with four digits."""
+    return value if isinstance(value, str) else f"{value:.4g}"

@@ -9,11 +9,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from shadowlit.errors import ShadowlitError
 from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
 
 log = logging.getLogger(__name__)
@@ -24,22 +26,112 @@ class Job:
     """A training, or a measurement of models that aren't trained.
 
     Attributes:
-        name: Of its folder.
-        arguments: The command line after ``python -m shadowlit``.
+        name: Name of the job and of its folder.
+        arguments: Command line after ``python -m shadowlit``.
     """
 
     name: str
     arguments: tuple[str, ...]
 
 
-class TrialProcess(Protocol):
-    """A running job, however it was started."""
+@dataclass(frozen=True)
+class TrialProcess:
+    """A running job, however it was started.
 
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
+    Attributes:
+        process: Process, which can be terminated and killed.
+        poll: Returns its exit code, or None while it runs.
+        wait: Waits for its end, at most so many seconds.
+    """
+
+    process: Any
+    poll: Callable[[], int | None]
+    wait: Callable[[float], Any]
 
     def stop(self) -> None:
         """End it."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(10)
+        self.process.kill()
+
+
+@dataclass
+class Running:
+    """A job that runs.
+
+    Attributes:
+        name: Name of its folder.
+        process: Its process.
+        slot: Number of the place that it has, and with it the GPUs.
+        claim: What the study knows it by; None for the untouched models.
+        begun: Start, by the monotonic clock.
+        step: Optimizer steps at the last validation.
+        value: Metric by which it is judged, at the last validation.
+    """
+
+    name: str
+    process: TrialProcess
+    slot: int
+    claim: Any = None
+    begun: float = field(default_factory=time.monotonic)
+    step: int | None = None
+    value: float | None = None
+
+
+class Pool:
+    """The running jobs of a study, at most one in each slot.
+
+    Args:
+        folder: Folder of the study; each job has a folder of its own in it.
+        slots: Number of jobs that may run at a time.
+        threads: Threads of torch for each job; None for torch's own choice.
+        in_process: See :func:`start`.
+        gpus: GPUs of each slot, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        slots: int = 1,
+        *,
+        threads: int | None = None,
+        in_process: bool = True,
+        gpus: Sequence[Sequence[str]] = (),
+    ) -> None:
+        self.running: list[Running] = []
+        self._folder, self._slots, self._gpus = folder, slots, gpus
+        self._threads, self._in_process = threads, in_process
+
+    @property
+    def free(self) -> list[int]:
+        """Slots in which nothing runs."""
+        return [slot for slot in range(self._slots) if all(each.slot != slot for each in self.running)]
+
+    def begin(self, job: Job, slot: int, claim: Any = None) -> None:
+        """Start a job."""
+        environment = {"CUDA_VISIBLE_DEVICES": ",".join(self._gpus[slot])} if self._gpus else None
+        process = start(
+            job, self._folder / job.name, threads=self._threads, in_process=self._in_process, environment=environment
+        )
+        self.running.append(Running(job.name, process, slot, claim))
+
+    def ended(self) -> Iterator[tuple[Running, bool]]:
+        """Let go of the jobs that have ended, each with whether it has left its result.
+
+        The checkpoints of those that have are removed.
+        """
+        for each in list(self.running):
+            if (code := each.process.poll()) is not None:
+                self.running.remove(each)
+                yield each, _succeeded(code, self._folder / each.name)
+
+    def stop(self) -> list[Running]:
+        """End everything that still runs, and return it."""
+        stopped, self.running = self.running, []
+        for each in stopped:
+            each.process.stop()
+        return stopped
 
 
 def start(
@@ -50,19 +142,21 @@ def start(
     in_process: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> TrialProcess:
-    """Start a job; it goes on from its last checkpoint, where an interrupted one has left it, else it begins anew.
+    """Start a job, from the last checkpoint that an interrupted one has left, or else from the beginning.
 
     Args:
-        job: What to run.
-        folder: Of this job alone; what else an interrupted one has left there is removed.
-        threads: Of torch; None for its own choice.
-        in_process: Fork it from a process that has imported everything, which saves ten seconds; not possible where
-            Lightning starts further processes, or where ``environment`` must be known to what is imported.
-        environment: Variables that it gets beside our own, e.g. which GPUs it sees; not with ``in_process``.
+        job: Job to run.
+        folder: Folder of this job alone; anything else that an interrupted one has left there is removed.
+        threads: Threads of torch; None for torch's own choice.
+        in_process: Whether to fork it from a process that has imported everything, which saves ten seconds. Not
+            possible where Lightning starts further processes, or where ``environment`` must be known to what is
+            imported; systems that cannot fork start a new process.
+        environment: Additional variables, e.g. which GPUs it sees; not with ``in_process``.
     """
     assert not (in_process and environment), "a forked process has imported everything already"
     job = _resumed(job, folder)
-    return _fork(job, folder, threads) if in_process else _spawn(job, folder, threads, environment or {})
+    forked = in_process and hasattr(os, "fork")
+    return _fork(job, folder, threads) if forked else _spawn(job, folder, threads, environment or {})
 
 
 def is_finished(folder: Path) -> bool:
@@ -70,16 +164,8 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULT).is_file()
 
 
-def succeeded(code: int, folder: Path) -> bool:
-    """Whether a job that ended with ``code`` has left its result; its checkpoints are needed no more then."""
-    if code != 0 or not is_finished(folder):
-        return False
-    drop_checkpoints(folder)
-    return True
-
-
 def drop_checkpoints(folder: Path) -> None:
-    """Remove what only a resumption would need."""
+    """Remove what only a resumed job would need."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -89,8 +175,28 @@ def last_words(folder: Path, lines: int = 3) -> str:
     return " / ".join(line.strip() for line in text.strip().splitlines()[-lines:]) or "it left no log"
 
 
+def untouched_failed(home: Path) -> ShadowlitError:
+    """The error that ends a study without reference models.
+
+    Args:
+        home: Folder of the job that should have measured them.
+    """
+    return ShadowlitError(
+        f"the untouched models could not be measured, so there is nothing to compare with: {last_words(home)}. Fix the "
+        f"cause, and start the same command again; the log is {home / LOG}."
+    )
+
+
+def _succeeded(code: int, folder: Path) -> bool:
+    """Whether a job that ended with ``code`` has left its result; if so, its checkpoints are no longer needed."""
+    if code != 0 or not is_finished(folder):
+        return False
+    drop_checkpoints(folder)
+    return True
+
+
 def _resumed(job: Job, folder: Path) -> Job:
-    """Make room for a job, and let it go on from its last checkpoint."""
+    """Make room for a job, and resume from its last checkpoint if there is one."""
     last = folder / "checkpoints" / "last.ckpt"
     if folder.is_dir():
         for path in folder.iterdir():
@@ -98,22 +204,9 @@ def _resumed(job: Job, folder: Path) -> Job:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if job.arguments[0] == "fit" and last.exists():
-        log.info("%s goes on from %s", job.name, last)
+        log.info("%s resumes from %s", job.name, last)
         return Job(job.name, (*job.arguments, f"--ckpt_path={last}"))
     return job
-
-
-class _Forked:
-    def __init__(self, process: Any) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.exitcode
-
-    def stop(self) -> None:
-        self._process.terminate()
-        self._process.join(10)
-        self._process.kill()
 
 
 def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
@@ -121,26 +214,13 @@ def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
     context.set_forkserver_preload(["shadowlit.studies.trials.preload"])
     process = context.Process(target=run_logged, args=(folder, list(job.arguments), threads))
     process.start()
-    return _Forked(process)
-
-
-class _Spawned:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    def stop(self) -> None:
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
-        self._process.kill()
+    return TrialProcess(process, lambda: process.exitcode, process.join)
 
 
 def _spawn(job: Job, folder: Path, threads: int | None, environment: Mapping[str, str]) -> TrialProcess:
     command = [sys.executable, "-m", "shadowlit.studies.trials.trial", str(folder), *job.arguments]
-    # By the environment, which further processes of the training inherit.
+    # Set in the environment, which further processes of the training inherit.
     own = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}), **environment}
     with (folder / LOG).open("wb") as out:
-        return _Spawned(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own))
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own)
+    return TrialProcess(process, process.poll, process.wait)

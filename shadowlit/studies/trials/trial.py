@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -21,14 +20,14 @@ LOG = "log.txt"
 
 
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
-    """Run ``fit`` or ``validate``, and leave its numbers in ``result.json``; the file means that it is finished.
+    """Run ``fit`` or ``validate``, and write its numbers to ``result.json``; the file means that it is finished.
 
-    After each validation what is known so far lies in ``live.json``.
+    After each validation, ``live.json`` has the numbers so far.
 
     Args:
-        folder: Of this training alone.
-        arguments: The command line after ``python -m shadowlit``.
-        threads: Of torch; None for its own choice.
+        folder: Folder of this training alone.
+        arguments: Command line after ``python -m shadowlit``.
+        threads: Threads of torch; None for torch's own choice.
     """
     import torch
 
@@ -48,7 +47,7 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
 
 
 def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -> None:
-    """As :func:`main`, in a process that was forked for it: its output goes to ``log.txt``, its failure ends it."""
+    """As :func:`main`, in a process that was forked for it: output goes to ``log.txt``, and a failure ends it."""
     with (folder / LOG).open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -64,7 +63,7 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
 
 
 def _end_with_parent(parent: int) -> None:
-    """A training whose parent was killed must not write into a folder that the next one takes over."""
+    """End with the parent: an orphan must not write into a folder that the next training takes over."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -78,20 +77,19 @@ def _flushed(code: int) -> int:
 
 
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
-    """What the run logged last, and what it cost."""
+    """The metrics that the run logged last, and what it cost."""
     import torch
+
+    from shadowlit.callbacks.throughput import peak_memory_bytes
 
     trainer, module = cli.trainer, cli.model
     metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
     done = trainer.fit_loop.total_batch_idx + 1
     epochs = done / trainer.num_training_batches if done else 0.0  # the last one may have been cut short by max_steps
     return {
         "metrics": metrics,
         "wall_s": wall_s,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": peak_memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "train_tokens": cli.datamodule.trained_tokens(epochs),
     }

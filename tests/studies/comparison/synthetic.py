@@ -1,10 +1,12 @@
-"""Records of a comparison that never took place, with rows of known rates of success."""
+"""Rows of a comparison that never took place, with scores of known rates of success."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from shadowlit.studies.comparison.records import Record
+from shadowlit.studies.arms import is_grafted
+from shadowlit.studies.comparison.plan import Training
+from shadowlit.studies.rows import Row
 
 # by arm: chance of a right answer to (new, old, format) at the low and at the high rate
 CHANCES = {
@@ -15,6 +17,11 @@ CHANCES = {
 }
 EVALUATORS = ("new", "old", "format")
 RATES = (1e-4, 1e-3)
+
+
+def trained(arm: str, lr: float, seed: int, scale: float = 1.0, **measured) -> Row:
+    """A row of a training."""
+    return Training(arm[0], lr, seed).row(arm, scale if is_grafted(arm) else None, **measured)
 
 
 def rows(generator: np.random.Generator, chance: float, num_rows: int) -> dict[int, float]:
@@ -29,8 +36,8 @@ def records(num_rows: int = 80, seeds: tuple[int, ...] = (0, 1, 2), scales: tupl
 
     metrics = {"forgetting/kl": 0.0, "loss": 2.5, "old/loss": 0.5}
     found = [
-        Record("Base", metrics=metrics | {"forgetting/kl": 0.8}, samples=samples((0.05, 0.97, 0.0))),
-        Record("Instruct", metrics=metrics, samples=samples((0.02, 0.98, 0.97)), cost={"evaluation_s": 2.0}),
+        Row("Base", metrics=metrics | {"forgetting/kl": 0.8}, samples=samples((0.05, 0.97, 0.0))),
+        Row("Instruct", metrics=metrics, samples=samples((0.02, 0.98, 0.97)), cost={"evaluation_s": 2.0}),
     ]
     for arm, by_rate in CHANCES.items():
         for lr, chances in zip(RATES, by_rate, strict=True):
@@ -38,7 +45,7 @@ def records(num_rows: int = 80, seeds: tuple[int, ...] = (0, 1, 2), scales: tupl
                 for scale in scales if arm == "B2I" else (1.0,):
                     line = {0.0: 2.5, 0.5: 1.5 + seed / 10, 1.0: 1.0 + lr * 100} if arm == "B2I" and scale == 1 else {}
                     found.append(
-                        Record(
+                        trained(
                             arm,
                             lr,
                             seed,

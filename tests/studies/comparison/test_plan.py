@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.plan import Recipe, Training, plan, rates_of_arms
+from shadowlit.studies.comparison.plan import Training, plan, rates_of_arms
+from shadowlit.studies.trials.recipe import Recipe
 
 
 def test_two_trainings_serve_four_arms():
@@ -48,24 +49,25 @@ def recipe(tmp_path):
 
 def told(arguments):
     """Arguments as a dictionary."""
-    assert arguments[0] == "--config"
-    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments[2:])
+    assert arguments[1] == "--config"
+    return dict(argument.removeprefix("--").split("=", 1) for argument in arguments[3:])
 
 
-def test_both_sources_get_one_recipe_and_the_instruct_exchanges_the_roles(recipe, tmp_path):
-    base = told(recipe.fit_arguments(Training("B", 1e-3, 4), tmp_path / "t"))
-    instruct = told(recipe.fit_arguments(Training("I", 1e-3, 4), tmp_path / "t"))
-    exchanged = {
+def test_both_sources_get_one_recipe_and_the_instruct_swaps_the_roles(recipe, tmp_path):
+    base = told(Training("B", 1e-3, 4).job(recipe, tmp_path).arguments)
+    instruct = told(Training("I", 1e-3, 4).job(recipe, tmp_path).arguments)
+    swapped = {
         "pair.base": "i", "pair.instruct": "b", "pair.base_revision": "abc", "pair.instruct_revision": "null",
         "pair.template_owner": "base", "evaluation.reference": "base",
     }  # fmt: skip
-    assert instruct == {**base, **exchanged}
+    folders = {key: value.replace("/B_", "/I_") for key, value in base.items()}
+    assert instruct == {**folders, **swapped}
     assert {key: base[key] for key in ("model.lr", "seed_everything", "model.seed", "data.seed")} == {
         "model.lr": "0.001", "seed_everything": "4", "model.seed": "4", "data.seed": "4"
     }  # fmt: skip
     assert base["data.train"] == "x.jsonl" and base["trainer.max_epochs"] == "3"
     assert json.loads(base["graft.scales"]) == [1.0, 0.5] and json.loads(base["evaluation.scales"]) == [0.5]
-    untouched = told(recipe.untouched_arguments(tmp_path / "t"))
+    untouched = told(recipe.untouched_job(tmp_path).arguments)
     assert "pair.base" not in untouched and untouched["evaluation.baselines"] == "true"
 
 
@@ -77,7 +79,7 @@ def test_values_are_those_of_the_overrides_then_of_the_file(recipe):
 
 def test_a_configuration_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"none\.yaml can't be read"):
-        Recipe(tmp_path / "none.yaml", {}).content()
+        Recipe(tmp_path / "none.yaml", {}).get("model.lr")
     (tmp_path / "list.yaml").write_text("[1]")
     with pytest.raises(DataError, match="holds no keys"):
-        Recipe(tmp_path / "list.yaml", {}).content()
+        Recipe(tmp_path / "list.yaml", {}).get("model.lr")

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.records import Record
-from shadowlit.studies.comparison.report import combine, render, sentence, to_csv, write_combined, write_report
-from shadowlit.studies.comparison.summary import Comparison, Description, barrier, summarise
+from shadowlit.studies.comparison.report import combine, render, sentence, write_combined, write_report
+from shadowlit.studies.comparison.summary import OVER_INSTRUCT, Comparison, Description, barrier, summarise
+from shadowlit.studies.rows import LR, Row, to_csv
 from shadowlit.studies.statistics import Interval
-from tests.studies.comparison.synthetic import records
+from tests.studies.comparison.synthetic import records, trained
 
 SECTIONS = [
     "What the data say",
@@ -26,13 +26,22 @@ SECTIONS = [
     "To be kept in mind",
     "Missing",
 ]
-FILES = {"REPORT.md", "table.csv", "trade.png", "table.png", "predicting.png"}
+PLOTS = {f"{stem}.{ending}" for stem in ("trade", "table", "predicting") for ending in ("png", "pdf")}
+FILES = {"REPORT.md", "table.csv", *PLOTS}
 WHAT = Description("Bare answers", "configs/x.yaml", "python -m shadowlit compare x")
 GAIN, KEEP = ["new"], ["old", "format"]
 
 
 def told_of(found, gain=GAIN, keep=KEEP):
     return summarise(found, WHAT, gain=gain, keep=keep)
+
+
+def scores_of(report):
+    """Everything on the reported half, by arm, rate and scale."""
+    return {
+        (s.arm, s.lr, s.scale): {name: mean for name, mean in s.metrics.items() if name.startswith("reported/")}
+        for s in report.grid
+    }
 
 
 def section(text: str, title: str) -> str:
@@ -54,8 +63,8 @@ def test_a_report_has_all_files_and_sections(tmp_path):
     assert path.name == "REPORT.md" and {file.name for file in path.parent.iterdir()} == FILES
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)$", text, flags=re.M) == SECTIONS
-    for picture in re.findall(r"\]\((.*?\.png)\)", text):
-        with Image.open(path.parent / picture) as image:
+    for plot in re.findall(r"\]\((.*?\.png)\)", text):
+        with Image.open(path.parent / plot) as image:
             assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 10
     assert "nan" not in text.lower().replace("finance", "")
 
@@ -75,8 +84,7 @@ def test_nothing_that_is_reported_depends_on_the_selection_half_but_the_choice(r
         for r in records()
     ]
     again = told_of(changed)
-    scores = {(s.arm, s.lr, s.scale): s.scores for s in report.grid}
-    assert {(s.arm, s.lr, s.scale): s.scores for s in again.grid} == scores
+    assert scores_of(again) == scores_of(report)
     assert again.choices["B2I"].best.lr == 1e-4  # all equal: the lowest
 
 
@@ -86,24 +94,26 @@ def test_nothing_that_is_chosen_depends_on_the_reported_half(report):
         for r in records()
     ]
     again = told_of(changed)
-    assert again.choices == report.choices
-    assert [s.selection for s in again.grid] == [s.selection for s in report.grid]
+    assert {arm: choice.best.lr for arm, choice in again.choices.items()} == {
+        arm: choice.best.lr for arm, choice in report.choices.items()
+    }
+    assert [s["selection/mean"] for s in again.grid] == [s["selection/mean"] for s in report.grid]
     assert again.best_scales["B2I"].lr == report.best_scales["B2I"].lr
-    assert again.table[3].mean != report.table[3].mean
+    assert again.table[3]["reported/mean"] != report.table[3]["reported/mean"]
 
 
 def test_a_difference_is_paired_by_row_and_seed():
     """Two arms that differ on one row of twenty in every seed, however unlike the rows and seeds are."""
     hard = [0.0, 0.0, 1.0, 1.0, 0.0] * 8
-    found = [Record("Instruct", samples={"new": dict(enumerate(hard))})]
+    found = [Row("Instruct", samples={"new": dict(enumerate(hard))})]
     for seed in range(3):
         base = {i: max(0.0, score - 0.1 * seed) for i, score in enumerate(hard)}
         better = base | {i: min(1.0, base[i] + 1.0) for i in (1, 3)}  # row 1 is wrong and row 3 right before
-        found += [Record("I2I", 1e-4, seed, 1.0, samples={"new": base})]
-        found += [Record("B2I", 1e-4, seed, 1.0, samples={"new": better})]
+        found += [trained("I2I", 1e-4, seed, samples={"new": base})]
+        found += [trained("B2I", 1e-4, seed, samples={"new": better})]
     (comparison, *_) = told_of(found, keep=[]).comparisons
-    assert comparison.all.difference == pytest.approx(np.mean([1.0, 1.1, 1.2]) / 20)
-    assert comparison.all.num_rows == 20 and comparison.all.num_seeds == 3
+    assert comparison.intervals["mean"].difference == pytest.approx(np.mean([1.0, 1.1, 1.2]) / 20)
+    assert comparison.intervals["mean"].num_rows == 20 and comparison.intervals["mean"].num_seeds == 3
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,7 @@ def test_a_difference_is_paired_by_row_and_seed():
     ],
 )  # fmt: skip
 def test_sentences_claim_what_the_interval_holds(a, b, interval, told):
-    comparison = Comparison(a, b, {}, interval, None, None, 3)
+    comparison = Comparison(a, b, {"mean": interval}, 3)
     assert sentence(comparison, interval, ["new", "old"]) == told
 
 
@@ -153,7 +163,9 @@ def test_a_missing_seed_is_told_and_the_arm_compared_on_the_others():
     report = told_of(found)
     text = render(report)
     assert re.fullmatch(r"[\d.]+ ± [\d.]+ \(2 of 3\)", row(section(text, "Each arm at its chosen rate"), "I2I")[2])
-    assert report.comparisons[0].all.num_seeds == 2 and "2 of 3 seeds" in section(text, "What the data say")
+    assert report.comparisons[0].intervals["mean"].num_seeds == 2 and "2 of 3 seeds" in section(
+        text, "What the data say"
+    )
     assert "- I2I at 0.0001: no finished training of seed 2" in section(text, "Missing")
 
 
@@ -163,17 +175,16 @@ def test_a_score_that_is_nan_makes_its_evaluator_missing_not_smaller():
     spoilt.samples["old"][1] = math.nan
     report = told_of(found)
     standing = next(s for s in report.table if s.arm == "B2I")
-    assert (standing.scores["old"].count, standing.mean.count, standing.scores["new"].count) == (2, 2, 3)
-    assert report.comparisons[0].all.num_seeds == 2
+    counts = [standing[f"reported/{what}"].count for what in ("old/score", "mean", "new/score")]
+    assert counts == [2, 2, 3]
+    assert report.comparisons[0].intervals["mean"].num_seeds == 2
     assert "- B2I at 0.001, seed 1: old has scores of 79 of 80 rows" in section(render(report), "Missing")
-    lines = list(csv.DictReader(to_csv(report).splitlines()))
-    (cell,) = [
-        each
-        for each in lines
-        if [each[k] for k in ("arm", "lr", "seed", "scale", "metric", "half")]
-        == ["B2I", "0.001", "1", "1.0", "old/score", "reported"]
+    (line,) = [
+        line
+        for line in csv.DictReader(to_csv(report.rows, [LR]).splitlines())
+        if [line[k] for k in ("arm", LR, "seed", "scale")] == ["B2I", "0.001", "1", "1.0"]
     ]
-    assert cell["value"] == ""
+    assert line["reported/old/score"] == "" and line["reported/new/score"] != ""
 
 
 def test_arms_without_a_common_seed_are_not_compared():
@@ -201,24 +212,29 @@ def test_edges_and_unequal_numbers_of_rates_are_told():
 
 
 def test_records_and_evaluators_are_not_counted_twice():
-    with pytest.raises(DataError, match=r"two records of B2B, rate 0.0001, seed 0, scale 1.0"):
+    with pytest.raises(DataError, match=r"two rows of B2B, rate 0.0001, seed 0, scale None"):
         told_of([*records(), next(r for r in records() if r.arm == "B2B")])
     with pytest.raises(DataError, match="'new' is named twice"):
         told_of(records(), keep=["new"])
 
 
 def test_scores_of_the_csv_are_those_of_the_records(report):
-    lines = list(csv.DictReader(to_csv(report).splitlines()))
-    assert list(lines[0]) == ["arm", "lr", "seed", "scale", "metric", "half", "value"]
+    lines = list(csv.DictReader(to_csv(report.rows, [LR]).splitlines()))
+    assert list(lines[0])[:6] == ["trial", "state", "arm", "scale", "seed", LR] and len(lines) == len(records())
     record = next(r for r in records() if (r.arm, r.lr, r.seed) == ("I2B", 1e-4, 2))
-    own = {
-        (each["metric"], each["half"]): float(each["value"])
-        for each in lines
-        if (each["arm"], each["lr"], each["seed"]) == ("I2B", "0.0001", "2")
+    (own,) = [line for line in lines if (line["arm"], line[LR], line["seed"]) == ("I2B", "0.0001", "2")]
+    assert (own["trial"], own["state"], own["scale"]) == ("I_lr0.0001_seed2", "complete", "1.0")
+    means = {
+        half: {name: sum(record.samples[name][i] for i in range(first, 80, 2)) / 40 for name in record.samples}
+        for half, first in (("selection", 0), ("reported", 1))
     }
-    for half, first in (("selection", 0), ("reported", 1)):
-        assert own["old/score", half] == pytest.approx(sum(record.samples["old"][i] for i in range(first, 80, 2)) / 40)
-    assert own["train_s", "all"] == 12.0 and own["loss", "all"] == 1.0 and own["sigma", "all"] == 0.02
+    for half, scores in means.items():
+        assert float(own[f"{half}/old/score"]) == pytest.approx(scores["old"])
+        assert float(own[f"{half}/keep"]) == pytest.approx((scores["old"] + scores["format"]) / 2)
+        assert float(own[f"{half}/mean"]) == pytest.approx(sum(scores.values()) / 3)
+    assert (own["train_s"], own["loss"], own["sigma"], own["line/0.5"]) == ("12.0", "1.0", "0.02", "")
+    (graft,) = [line for line in lines if (line["trial"], line["scale"]) == ("B_lr0.001_seed1", "1.0")]
+    assert (graft["line/0"], graft["line/0.5"], graft["line/1"]) == ("2.5", "1.6", "1.1")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +261,7 @@ def test_the_gain_of_a_graft_is_told_beside_what_was_known(report):
         sum(own.samples[name][i] - start.samples[name][i] for i in range(1, 80, 2)) / 40
         for name in ("new", "old", "format")
     ]
-    assert first.gain == pytest.approx(sum(gains) / 3)
+    assert first.metrics[OVER_INSTRUCT] == pytest.approx(sum(gains) / 3)
     cells = row(section(render(report), "What might predict the gain"), "σ of the pair")
     assert cells[1:] == ["–", "6", "0.02 to 0.02", "the same in all runs"]
 
@@ -270,8 +286,11 @@ def test_several_settings_make_one_report(tmp_path):
     assert "house%20style/trade.png" in text
     for name in ("bare", "house style"):
         assert {file.name for file in (tmp_path / name).iterdir()} == FILES
-    assert (tmp_path / "table.csv").read_text().startswith("setting,arm,lr,")
-    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {"REPORT.md", "table.csv", "predicting.png"}
+    lines = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
+    assert [line["setting"] for line in lines] == ["bare"] * len(whole.rows) + ["house style"] * len(without.rows)
+    assert {file.name for file in tmp_path.iterdir() if file.is_file()} == {
+        "REPORT.md", "table.csv", "predicting.png", "predicting.pdf"
+    }  # fmt: skip
 
 
 def test_nothing_to_combine_is_refused():

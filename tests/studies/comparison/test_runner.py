@@ -1,10 +1,7 @@
 """Comparisons for real: each training once, whatever is killed; records that say what the models did."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,12 +13,14 @@ from transformers import AutoModelForCausalLM
 from shadowlit.cli.compare import compare
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, ShadowlitError
-from shadowlit.studies.comparison.plan import Recipe, Training
+from shadowlit.studies.comparison.plan import Training
 from shadowlit.studies.comparison.records import read_records
-from shadowlit.studies.comparison.runner import jobs, own_folder, run
+from shadowlit.studies.comparison.runner import own_folder, run
 from shadowlit.studies.trials import process
 from shadowlit.studies.trials.process import Job, last_words
-from tests.evaluation.scenes import write_rows
+from shadowlit.studies.trials.recipe import Recipe
+from tests.distributed import Forked
+from tests.evaluation.contexts import write_rows
 from tests.tiny import save_pair
 
 ROOT = Path(__file__).parents[3]
@@ -73,13 +72,13 @@ def test_two_trainings_give_four_arms_and_the_untouched(compared):
     _, records = compared
     assert [(r.arm, r.lr, r.seed, r.scale) for r in records] == [
         ("Base", None, None, None), ("Instruct", None, None, None),
-        ("B2B", 1e-3, 0, 1.0), ("B2I", 1e-3, 0, 1.0), ("B2I", 1e-3, 0, 0.5),
-        ("I2I", 2e-3, 0, 1.0), ("I2B", 2e-3, 0, 1.0), ("I2B", 2e-3, 0, 0.5),
+        ("B2B", 1e-3, 0, None), ("B2I", 1e-3, 0, 1.0), ("B2I", 1e-3, 0, 0.5),
+        ("I2I", 2e-3, 0, None), ("I2B", 2e-3, 0, 1.0), ("I2B", 2e-3, 0, 0.5),
     ]  # fmt: skip
     by_arm = {(r.arm, r.scale): r for r in records}
     assert all(set(r.samples["said"]) == set(range(8)) for r in records)
     assert by_arm["Instruct", None].metrics["forgetting/kl"] == 0
-    assert by_arm["I2I", 1.0].metrics["forgetting/kl"] > 0
+    assert by_arm["I2I", None].metrics["forgetting/kl"] > 0
     assert by_arm["Base", None].metrics["forgetting/kl"] > 0
 
 
@@ -95,7 +94,7 @@ def test_every_arm_is_the_model_that_its_delta_makes(compared, setting):
         state = model.state_dict()
         for tensor in delta.shapes:
             state[tensor] += delta.tensor(tensor)
-        record = next(r for r in records if r.arm == arm and r.scale == 1.0)
+        record = next(r for r in records if r.arm == arm and r.is_whole)
         # The tuned model also has what isn't grafted: norms and embeddings.
         tolerance = 1e-4 if source != target else 2e-2
         assert record.metrics["loss"] == pytest.approx(loss_by_hand(model, setting), rel=tolerance), arm
@@ -173,24 +172,22 @@ def test_a_failing_training_costs_only_itself(setting, tmp_path):
     assert (tmp_path / "report/REPORT.md").is_file()
 
 
+def compare_again(setting, out):
+    rates = {"B2I": [1e-3, 2e-3, 3e-3]}
+    compare(str(setting / "fit.yaml"), out=str(out), arms="B2I", rates=rates, seeds="0,1", workers=2, threads=1)
+
+
 def test_every_training_runs_once_though_the_command_is_killed(setting, tmp_path):
     """SIGKILL while trainings run, and the same command again; orphans end by themselves."""
-    script = tmp_path / "again.py"
-    script.write_text(
-        "from shadowlit.cli.compare import compare\n"
-        f"if __name__ == '__main__':\n    compare({str(setting / 'fit.yaml')!r}, out={str(tmp_path / 'out')!r}, "
-        "arms='B2I', rates={'B2I': [1e-3, 2e-3, 3e-3]}, seeds='0,1', workers=2, threads=1)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    first = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.DEVNULL)
+    first = Forked(compare_again, setting, tmp_path / "out", out=tmp_path / "told.txt")
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("*/result.json"))) < 2:
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.wait(60)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
-    subprocess.run([sys.executable, str(script)], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    assert Forked(compare_again, setting, tmp_path / "out", out=tmp_path / "told.txt").wait(240) == 0
     found = sorted((tmp_path / "out").glob("*/result.json"))
     assert len(found) == 7  # six trainings and the untouched models
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
@@ -201,7 +198,7 @@ def test_every_training_runs_once_though_the_command_is_killed(setting, tmp_path
 def test_a_job_in_a_process_of_its_own_from_the_start(setting, tmp_path):
     """As trainings on several devices are: Lightning may start more processes from it."""
     recipe = Recipe(setting / "fit.yaml", {})
-    job = jobs(recipe, [Training("B", 1e-3, 0)], tmp_path)[1]
+    job = Training("B", 1e-3, 0).job(recipe, tmp_path)
     assert run([job], tmp_path, in_process=False, threads=1) == []
     assert json.loads((tmp_path / job.name / "result.json").read_text())["step"] == 2
     assert run([Job("bad", ("fit", "--no_such_key=1"))], tmp_path, in_process=False) == ["bad"]

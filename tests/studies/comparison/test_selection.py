@@ -3,33 +3,43 @@ from dataclasses import replace
 
 import pytest
 
-from shadowlit.studies.comparison.records import Record
 from shadowlit.studies.comparison.selection import (
     choose_rate,
     choose_rate_and_scale,
     halves_of,
     mean_score,
+    scored,
     scores_of,
-    split,
+    standings,
 )
+from shadowlit.studies.rows import Row
+from tests.studies.comparison.synthetic import trained
 
 
-def record(lr: float, selection: float, *, seed: int = 0, scale: float = 1.0, arm: str = "B2I", reported: float = 0.0):
+def record(lr: float, selection: float, *, seed: int = 0, scale: float = 1.0, reported: float = 0.0):
     rows = {i: reported if i % 2 else selection for i in range(10)}
-    return Record(arm, lr, seed, scale, samples={"new": rows})
+    return trained("B2I", lr, seed, scale, samples={"new": rows})
+
+
+def choose(records, arm, evaluators, by=choose_rate):
+    return by(standings(scored(records, evaluators)), arm)
+
+
+def score(standing):
+    return standing["selection/mean"].mean
 
 
 def test_rows_are_halved_by_their_place_in_the_order_of_indices():
-    assert split({9: "d", 2: "b", 0: "a", 5: "c"}) == ({0: "a", 5: "c"}, {2: "b", 9: "d"})
-    records = [Record("Base", samples={"new": {0: 1.0, 4: 0.0}}), Record("Instruct", samples={"new": {2: 1.0}})]
+    assert halves_of([Row("Base", samples={"new": {9: 1.0, 2: 0.0, 0: 0.0, 5: 1.0}})], "new") == ([0, 5], [2, 9])
+    records = [Row("Base", samples={"new": {0: 1.0, 4: 0.0}}), Row("Instruct", samples={"new": {2: 1.0}})]
     assert halves_of(records, "new") == ([0, 4], [2])
     assert halves_of(records, "old") == ([], [])
 
 
 def test_the_best_mean_over_seeds_is_chosen():
     records = [record(1e-4, 0.2), record(1e-4, 0.9, seed=1), record(1e-3, 0.5), record(1e-3, 0.5, seed=1)]
-    choice = choose_rate(records, "B2I", ["new"])
-    assert (choice.best.lr, choice.best.score, choice.best.num_seeds) == (1e-4, pytest.approx(0.55), 2)
+    choice = choose(records, "B2I", ["new"])
+    assert (choice.best.lr, score(choice.best), choice.best.num_seeds) == (1e-4, pytest.approx(0.55), 2)
     assert [candidate.lr for candidate in choice.candidates] == [1e-4, 1e-3]
 
 
@@ -37,46 +47,48 @@ def test_evaluators_weigh_alike_whatever_their_rows():
     few = {"old": {0: 1.0, 1: 1.0}}
     records = [record(1e-4, 0.4), record(1e-3, 0.3)]
     records = [replace(r, samples=r.samples | (few if r.lr == 1e-3 else {"old": {0: 0.0, 1: 0.0}})) for r in records]
-    assert choose_rate(records, "B2I", ["new"]).best.lr == 1e-4
-    choice = choose_rate(records, "B2I", ["new", "old"])
-    assert choice.best.lr == 1e-3 and choice.best.score == pytest.approx((0.3 + 1.0) / 2)
+    assert choose(records, "B2I", ["new"]).best.lr == 1e-4
+    choice = choose(records, "B2I", ["new", "old"])
+    assert choice.best.lr == 1e-3 and score(choice.best) == pytest.approx((0.3 + 1.0) / 2)
 
 
 @pytest.mark.parametrize("reported", [0.0, 1.0, math.nan])
 def test_the_reported_half_has_no_say(reported):
     records = [record(1e-4, 0.6, reported=0.1), record(1e-3, 0.5, reported=reported)]
-    choice = choose_rate(records, "B2I", ["new"])
-    assert choice.best.lr == 1e-4 and choice.best.score == pytest.approx(0.6)
-    assert choice == choose_rate([record(1e-4, 0.6), record(1e-3, 0.5)], "B2I", ["new"])
+    choice = choose(records, "B2I", ["new"])
+    assert choice.best.lr == 1e-4 and score(choice.best) == pytest.approx(0.6)
+    again = choose([record(1e-4, 0.6), record(1e-3, 0.5)], "B2I", ["new"])
+    assert [(c.lr, score(c)) for c in choice.candidates] == [(c.lr, score(c)) for c in again.candidates]
+    assert choice.edge == again.edge
 
 
 def test_of_equal_rates_the_lowest_is_taken():
     thirds = {0: 0.1, 2: 0.2, 4: 0.3}  # a sum that depends on the order
     records = [
-        Record("B2I", lr, 0, 1.0, samples={"new": scores | {1: 0.0, 3: 0.0}})
+        trained("B2I", lr, 0, 1.0, samples={"new": scores | {1: 0.0, 3: 0.0}})
         for lr, scores in ((1e-3, thirds), (1e-4, {0: 0.3, 2: 0.2, 4: 0.1}))
     ]
-    assert choose_rate(records, "B2I", ["new"]).best.lr == 1e-4
+    assert choose(records, "B2I", ["new"]).best.lr == 1e-4
 
 
 def test_a_mean_over_fewer_seeds_does_not_win():
     records = [record(1e-4, 0.5), record(1e-4, 0.5, seed=1), record(1e-3, 0.9), record(1e-3, math.nan, seed=1)]
-    choice = choose_rate(records, "B2I", ["new"])
+    choice = choose(records, "B2I", ["new"])
     assert choice.best.lr == 1e-4
-    assert choice.candidates[1].num_seeds == 1 and choice.candidates[1].score == pytest.approx(0.9)
+    assert choice.candidates[1]["selection/mean"].count == 1 and score(choice.candidates[1]) == pytest.approx(0.9)
 
 
 def test_a_record_without_all_rows_has_no_score():
-    whole, part = record(1e-4, 0.5), Record("B2I", 1e-3, 0, 1.0, samples={"new": {0: 1.0, 1: 1.0}})
-    choice = choose_rate([whole, part], "B2I", ["new"])
-    assert choice.best.lr == 1e-4 and math.isnan(choice.candidates[1].score)
+    whole, part = record(1e-4, 0.5), trained("B2I", 1e-3, 0, 1.0, samples={"new": {0: 1.0, 1: 1.0}})
+    choice = choose([whole, part], "B2I", ["new"])
+    assert choice.best.lr == 1e-4 and math.isnan(score(choice.candidates[1]))
     assert scores_of(part, "new", [0, 2]) is None and scores_of(part, "new", []) is None
     assert math.isnan(mean_score(part, {"new": [0, 2]})) and math.isnan(mean_score(part, {}))
 
 
 def test_an_arm_without_scores_has_no_rate():
-    assert choose_rate([record(1e-4, 0.5)], "I2I", ["new"]) is None
-    assert choose_rate([record(1e-4, math.nan)], "B2I", ["new"]) is None
+    assert choose([record(1e-4, 0.5)], "I2I", ["new"]) is None
+    assert choose([record(1e-4, math.nan)], "B2I", ["new"]) is None
 
 
 @pytest.mark.parametrize(
@@ -91,7 +103,7 @@ def test_an_arm_without_scores_has_no_rate():
 )
 def test_a_best_rate_at_the_edge_is_told(scores, edge):
     records = [record(10.0 ** (i - 5), score) for i, score in enumerate(scores)]
-    choice = choose_rate(records, "B2I", ["new"])
+    choice = choose(records, "B2I", ["new"])
     assert choice.edge == edge
     told = {
         "largest": "B2I: the best rate is the largest tried: the arm may be undertuned.",
@@ -103,6 +115,6 @@ def test_a_best_rate_at_the_edge_is_told(scores, edge):
 
 def test_the_scale_is_chosen_only_where_it_is_asked_for():
     records = [record(1e-4, 0.5), record(1e-4, 0.9, scale=0.5), record(1e-3, 0.6), record(1e-3, 0.9, scale=1.25)]
-    assert choose_rate(records, "B2I", ["new"]).best.lr == 1e-3
-    best = choose_rate_and_scale(records, "B2I", ["new"]).best
+    assert choose(records, "B2I", ["new"]).best.lr == 1e-3
+    best = choose(records, "B2I", ["new"], choose_rate_and_scale).best
     assert (best.lr, best.scale) == (1e-4, 0.5)

@@ -3,9 +3,10 @@ import math
 
 import pytest
 
+from shadowlit.studies.rows import Row, to_csv
 from shadowlit.studies.sweep.definition import Definition
 from shadowlit.studies.sweep.notebook import best, draw_interaction, effects, progress, settings
-from shadowlit.studies.sweep.table import Row, Table, read_table, write_table
+from shadowlit.studies.sweep.table import Table, read_table
 
 RATES, RANKS, SEEDS = (1e-3, 2e-3), (4, 16), (0, 1, 2)
 
@@ -26,7 +27,7 @@ def definition(**changed):
 
 def small_sweep(folder):
     """A sweep's folder as its report leaves it, of 24 trials, one of them failed."""
-    rows = [Row("untouched", "complete", "Instruct", metrics={"loss": 3.0})]
+    rows = [Row("Instruct", metrics={"loss": 3.0})]
     for rate in RATES:
         for rank in RANKS:
             for seed in SEEDS:
@@ -36,11 +37,11 @@ def small_sweep(folder):
                         setting = {"model.lr": f"{rate:g}", "model.adapter.r": str(rank)}
                         found = {} if state == "failed" else {"loss": loss(arm, rate, rank, seed, scale)}
                         name = f"train={arm[0]}_lr={rate:g}_r={rank}_seed={seed}"
-                        rows.append(Row(name, state, arm, scale, seed, setting, found, {"wall_s": 4.0}))
+                        rows.append(Row(arm, scale, setting, seed, name, state, metrics=found, cost={"wall_s": 4.0}))
     told = definition()
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text(json.dumps({"identity": {}, "definition": json.loads(told.to_json())}))
-    write_table(Table(rows, told), folder)
+    (folder / "table.csv").write_text(to_csv(rows, ["model.lr", "model.adapter.r"]))
     lines = [f"train=B_lr={rate:g}_r={rank}_seed=0,{step},{2 - step / 40}\n" for rate in RATES for rank in RANKS
              for step in (10, 20)]  # fmt: skip
     (folder / "curves.csv").write_text("trial,step,value\n" + "".join(lines))

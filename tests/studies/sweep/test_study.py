@@ -1,6 +1,5 @@
 """The trials of a sweep in their storage: each once, whoever plans, claims, dies or joins in."""
 
-import multiprocessing
 import os
 import time
 import uuid
@@ -12,6 +11,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.studies.sweep import study as module
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
+from tests.distributed import Forked
 from tests.studies.sweep.test_definition import define
 
 DONE = {"metrics": {"val/grafted/loss": 1.5}, "step": 4, "wall_s": 1.0}
@@ -120,10 +120,7 @@ def _claim_and_die(where, folder, name):
 
 
 def test_what_a_killed_worker_began_is_taken_up(where, tmp_path, name):
-    process = multiprocessing.get_context("spawn").Process(target=_claim_and_die, args=(where, tmp_path, name))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+    assert Forked(_claim_and_die, where, tmp_path, name, out=tmp_path / "log.txt").wait(60) == 9
     study = opened(where, tmp_path, name=name)
     taken = [claim.key for claim in claims(study)]
     assert Counter(taken) == Counter(study.definition.planned())  # the dead one's too, and each once

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from contextlib import suppress
@@ -15,11 +13,12 @@ import yaml
 
 from shadowlit.cli.sweep import report, run
 from shadowlit.errors import ShadowlitError
-from shadowlit.studies.sweep import scheduler as module
-from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_places, visible_gpus
+from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_slots, visible_gpus
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
 from shadowlit.studies.sweep.table import read_table
+from shadowlit.studies.trials import process as module
+from tests.distributed import Forked, shadowlit
 from tests.studies.sweep.test_definition import define
 
 ROOT = Path(__file__).parents[3]
@@ -51,10 +50,9 @@ def _at_the_root(monkeypatch):
 def started(tmp_path, definition, out, **options):
     file = tmp_path / f"{definition['name']}.yaml"
     file.write_text(yaml.safe_dump(definition, sort_keys=False))  # the order of axes is that of names
-    command = [sys.executable, "-m", "shadowlit", "sweep", f"--config={file}", f"--out={out}", "--threads=1"]
+    command = ["sweep", f"--config={file}", f"--out={out}", "--threads=1"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    with (tmp_path / "told.txt").open("a") as told:
-        return subprocess.Popen(command, stdout=told, stderr=told)
+    return Forked(shadowlit, *command, out=tmp_path / "told.txt")
 
 
 def wait_for(condition, process, seconds=300):
@@ -89,7 +87,7 @@ def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
         time.sleep(0.5)
     wait_for(lambda: trainings(first), first)
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.wait(60)
     kept = results(out)
     assert 1 <= len(kept) < 12
 
@@ -117,6 +115,7 @@ def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
     assert (out / "main_effects.png").stat().st_size > 5000 and (out / "main_effects.pdf").is_file()
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_database_and_one_dies(tmp_path, database):
     """Each has a folder of its own; what the dead one had begun is taken up by the other while it runs."""
     outs = [tmp_path / "one", tmp_path / "two"]
@@ -124,7 +123,7 @@ def test_two_machines_share_a_database_and_one_dies(tmp_path, database):
     two = started(tmp_path, TWELVE, outs[1], storage=database)
     wait_for(lambda: all(results(out) for out in outs) and trainings(one), one)
     one.send_signal(signal.SIGKILL)
-    one.wait()
+    one.wait(60)
     assert two.wait(600) == 0, (tmp_path / "told.txt").read_text()
     by_one, by_two = (set(results(out)) for out in outs)
     definition = define(**TWELVE)
@@ -146,7 +145,7 @@ def test_a_failing_trial_costs_itself_alone_and_is_tried_again(tmp_path, capsys)
         "name": "failing", "fit": "configs/demo_lora.yaml", "overrides": SHORT, "threads": 1, "workers": 2,
         "grid": {"data.batch_size": [32, 0]}, "out": str(tmp_path),
     }  # fmt: skip
-    with pytest.raises(ShadowlitError, match=r"1 trials failed; .*REPORT\.md tells why"):
+    with pytest.raises(ShadowlitError, match=r"1 trials failed; .*REPORT\.md has the reasons"):
         run(**given)
     table = read_table(tmp_path)
     assert Counter(row.state for row in table.rows if row.seed is not None) == {"complete": 1, "failed": 1}
@@ -220,14 +219,14 @@ def test_each_trial_gets_gpus_of_its_own(tmp_path, monkeypatch):
 
 def test_gpus_are_shared_out(monkeypatch):
     four = ["0", "1", "2", "3"]
-    assert gpus_of_places(four, 1, None) == [["0"], ["1"], ["2"], ["3"]]
-    assert gpus_of_places(four, 2, None) == [["0", "1"], ["2", "3"]]
-    assert gpus_of_places(four, 1, 2) == [["0"], ["1"]]
+    assert gpus_of_slots(four, 1, None) == [["0"], ["1"], ["2"], ["3"]]
+    assert gpus_of_slots(four, 2, None) == [["0", "1"], ["2", "3"]]
+    assert gpus_of_slots(four, 1, 2) == [["0"], ["1"]]
     for per_trial, workers in ((3, 2), (5, None), (1, 5)):
         with pytest.raises(ShadowlitError, match=r"GPUs, and 4 are visible\. Lower workers or gpus_per_trial"):
-            gpus_of_places(four, per_trial, workers)
+            gpus_of_slots(four, per_trial, workers)
     with pytest.raises(ShadowlitError, match="gpus_per_trial is 0"):
-        gpus_of_places(four, 0, None)
+        gpus_of_slots(four, 0, None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-abc")
     assert visible_gpus() == ["3", "GPU-abc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")

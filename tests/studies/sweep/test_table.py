@@ -1,19 +1,22 @@
 """What a sweep's table says: main effects by hand, the best first, the same after writing and reading."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.studies.rows import to_csv
 from shadowlit.studies.sweep.plots import interaction, main_effects, trial_curves
 from shadowlit.studies.sweep.report import write_report
 from shadowlit.studies.sweep.scheduler import keep_definition
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy
-from shadowlit.studies.sweep.table import Table, build_table, read_curves, read_table, write_curves, write_table
+from shadowlit.studies.sweep.table import Table, build_table, read_curves, read_table, write_curves
 from tests.studies.sweep.test_definition import define
 
+ROOT = Path(__file__).parents[3]
 LR, RANK = "model.lr", "model.adapter.r"
 
 
@@ -100,7 +103,7 @@ def test_written_and_read_it_is_the_same(tmp_path):
     study = filled(tmp_path, lambda lr, rank, seed, scale: math.nan if rank == 4 else lr / 3, scales=[1.0, 0.5])
     table = build_table(study)
     keep_definition(tmp_path, study.definition)
-    write_table(table, tmp_path)
+    (tmp_path / "table.csv").write_text(to_csv(table.rows, [LR, RANK]))
     write_curves(study, tmp_path)
     again = read_table(tmp_path)
     assert len(again.rows) == len(table.rows)
@@ -115,6 +118,18 @@ def test_written_and_read_it_is_the_same(tmp_path):
         read_table(tmp_path / "none")
     with pytest.raises(ShadowlitError, match=r"there is no .*curves\.csv"):
         read_curves(tmp_path / "none")
+
+
+def test_a_file_of_an_earlier_version_is_read():
+    """The repository's own results: numbers as they stand in the file."""
+    folder = ROOT / "experiments/results/rank"
+    table = read_table(folder)
+    lines = (folder / "table.csv").read_text().splitlines()
+    assert len(table.rows) == len(lines) - 1 and table.axes == ["model.lr", "rank"]
+    assert table.untouched("Instruct", "loss") == 0.7830579280853271
+    assert table.untouched("Base", "mean") == 0.25208333344198763
+    assert {row.state for row in table.rows} == {"complete"} and all(row.samples == {} for row in table.rows)
+    assert to_csv(table.rows, table.axes).splitlines() == lines
 
 
 def test_the_report_of_a_sweep_that_has_just_begun(tmp_path):
@@ -140,7 +155,7 @@ def test_the_report_says_what_was_measured(tmp_path):
     assert {file.stem for file in tmp_path.glob("*.pdf")} == {"main_effects", "interaction_B2I", "trials"}
 
 
-def test_pictures_draw_what_the_table_says(tmp_path):
+def test_plots_draw_what_the_table_says(tmp_path):
     study = filled(tmp_path, lambda lr, rank, seed, scale: 1000 * lr + rank + 0.1 * seed, seeds=[0, 1, 2])
     table = build_table(study)
     left, right = main_effects(table).axes

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from shadowlit.evaluation.evaluator import Scene
+from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.evaluation.matching import Matcher
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss
@@ -19,11 +19,11 @@ DEMO = Path(__file__).parents[2] / "shadowlit/demo"
 DEMO_PAIR = (DEMO / "pair/base", DEMO / "pair/instruct")
 
 
-def make_scene(folders, model=None, rank=0, world_size=1, **template_kwargs):
+def make_context(folders, model=None, rank=0, world_size=1, **template_kwargs):
     """The Instruct of ``folders`` (base, instruct) in evaluation mode, or another model."""
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
-    return Scene(
+    return EvalContext(
         model=model.eval(),
         head=HeadLoss(model),
         pair=ModelPair(*map(str, folders)),
@@ -36,10 +36,10 @@ def make_scene(folders, model=None, rank=0, world_size=1, **template_kwargs):
     )
 
 
-def evaluate(evaluator, scene):
+def evaluate(evaluator, context):
     """Read, run."""
-    evaluator.read(scene.pair, scene.template_kwargs)
-    return evaluator.run(scene)
+    evaluator.read(context.pair, context.template_kwargs)
+    return evaluator.run(context)
 
 
 def write_rows(path, rows):

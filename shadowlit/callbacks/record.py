@@ -1,0 +1,117 @@
+"""ValidationRecord: what one validation measures; callbacks read it and add to it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from lightning.pytorch import Trainer
+
+from shadowlit.grafting.subject import Subject
+from shadowlit.training.module import ShadowModule
+
+_IN_PROGRESS_BAR = ("graft/gain",)
+
+
+@dataclass
+class RunTotals:
+    """What the validations of one fit share: seconds by part, and the names of all metrics that were added so far."""
+
+    started: float | None = None  # by time.perf_counter; None outside of a fit
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    names: set[str] = field(default_factory=set)
+
+
+@dataclass
+class ValidationRecord:
+    """One validation or test. :class:`GraftCallback` creates it when the validation starts; other callbacks add to it.
+
+    Attributes:
+        stage: ``val`` or ``test``, the prefix of its metrics.
+        run: Totals of the fit that it belongs to.
+        subjects: Subjects measured so far, in this order.
+        metrics: Metrics by name. Callbacks add theirs until the validation ends; from then on it holds every metric
+            that Lightning shows to callbacks, except for those that only an earlier validation measured.
+        seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
+    """
+
+    stage: str = "val"
+    run: RunTotals = field(default_factory=RunTotals)
+    subjects: list[Subject] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _logged: set[str] = field(default_factory=set)
+    _nested_s: float = 0.0
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Count the time in the context for ``part``, and not for a part whose context is around it."""
+        start, nested = time.perf_counter(), self._nested_s
+        self._nested_s = 0.0
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[part] += spent - self._nested_s
+            self.run.seconds[_whole(part)] += spent - self._nested_s
+            self._nested_s = nested + spent
+
+    def spent(self, part: str) -> float:
+        """Seconds spent on a part and on the parts within it, as ``evaluation/arithmetic`` is one of ``evaluation``."""
+        return sum(seconds for name, seconds in self.seconds.items() if part in (name, _whole(name)))
+
+    def add_cost(self, part: str) -> None:
+        """Add ``<part>/seconds``, and in a fit ``<part>/time_share``, the part's share of the fit's time so far."""
+        self.metrics[f"{part}/seconds"] = self.spent(part)
+        if self.run.started is not None and self.stage == "val":
+            self.metrics[f"{part}/time_share"] = self.run.seconds[part] / (time.perf_counter() - self.run.started)
+
+    def log(self, module: ShadowModule) -> None:
+        """Let the module log the metrics that were added since the last call."""
+        for name in [name for name in self.metrics if name not in self._logged]:
+            module.log(name, self.metrics[name], prog_bar=name in _IN_PROGRESS_BAR)
+            self._logged.add(name)
+
+    def close(self, trainer: Trainer) -> None:
+        """Replace the metrics by all that Lightning logged, except for what only an earlier validation measured."""
+        self.run.names |= self.metrics.keys()
+        outdated = self.run.names - self.metrics.keys()
+        logged = trainer.callback_metrics.items()
+        self.metrics = {name: value.item() for name, value in logged if name not in outdated}
+
+
+def record_of(trainer: Trainer) -> ValidationRecord | None:
+    """The record of the running validation, or else of the last one; None where no callback keeps one."""
+    records = (getattr(callback, "record", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return next((record for record in records if isinstance(record, ValidationRecord)), None)
+
+
+@runtime_checkable
+class MeasuresSubjects(Protocol):
+    """A callback with a measurement of its own, which :class:`GraftCallback` calls on every subject.
+
+    Example::
+
+        class WeightNorm(Callback):
+            def on_subject(self, trainer, module, subject, record):
+                with record.timed("weight_norm"):
+                    squares = sum(p.double().square().sum() for p in module.parameters())
+                record.metrics[f"{record.stage}/{subject.name}/weight_norm"] = squares.item() ** 0.5
+    """
+
+    def on_subject(self, trainer: Trainer, module: ShadowModule, subject: Subject, record: ValidationRecord) -> None:
+        """Measure ``module``, which holds the weights of ``subject``, and add the metrics to ``record``, to be logged.
+
+        Called after the validation's plain pass on all ranks: for every graft, then the tuned model, then the untouched
+        ones if they are measured; not in the sanity check. The module is in evaluation mode and must be left so; random
+        generators are restored. The call is repeated if a checkpoint was saved meanwhile, since the trained weights
+        were swapped in for it; the second call's results must replace the first one's.
+        """
+
+
+def _whole(part: str) -> str:
+    return part.partition("/")[0]

@@ -1,0 +1,202 @@
+"""The order of the training data: how samples are packed, drawn and split over the ranks, epoch after epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.packing import PackedOrder
+from shadowlit.data.preference import PreferenceDataset
+from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grouped_order
+from shadowlit.data.settings import DataSettings
+from shadowlit.errors import DataError
+
+
+def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
+    """Check that training samples can be packed where the settings say so.
+
+    Raises:
+        DataError: They have images.
+    """
+    if settings.packing is not None and dataset.has_images:
+        raise DataError(
+            f"data.packing is {settings.packing!r}, but the training samples have images, whose positions in a row "
+            "the models count from the row's beginning, not from the sample's. Set data.packing=null, and "
+            "data.group_by_length=true to spare padding."
+        )
+
+
+def pack(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> PackedOrder | None:
+    """The packs of all training samples; None without best_fit.
+
+    Raises:
+        DataError: The two answers of a preference sample don't fit into a row.
+    """
+    if settings.packing != "best_fit":
+        return None
+    capacity = settings.row_capacity
+    if dataset.lengths.max() > capacity:
+        at = int(dataset.lengths.argmax())
+        raise DataError(
+            f"{dataset.origin(at)} has two answers of {dataset.lengths[at]} tokens together, which share a row, "
+            f"but data.pack_length is {capacity}. Raise it, or lower data.max_length."
+        )
+    return PackedOrder(dataset.lengths, capacity, settings.seed)
+
+
+def make_sampler(
+    settings: DataSettings,
+    lengths: np.ndarray,
+    packs: PackedOrder | None,
+    world_size: int,
+    rank: int,
+    *,
+    shuffle: bool,
+) -> ShardedBatchSampler:
+    """A rank's training batches of samples, or of the packs that they make.
+
+    Args:
+        settings: Settings of the data.
+        lengths: Tokens of each sample, ``[N]`` int.
+        packs: Packs of the samples, or None.
+        world_size: Number of ranks.
+        rank: Rank of this process, from 0.
+        shuffle: Draw a new order for each epoch.
+
+    Raises:
+        DataError: ``drop_last`` leaves nothing.
+    """
+    size = len(lengths)
+    order: Order | None = None
+    if packs is not None:
+        packs.shuffle = shuffle
+        size, order = len(packs), packs
+    elif settings.group_by_length and shuffle:
+        order = partial(grouped_order, lengths, settings.batch_size * world_size, settings.seed)
+    return ShardedBatchSampler(
+        size, settings.batch_size, world_size, rank, settings.seed, shuffle, settings.drop_last, order=order
+    )
+
+
+def require_enough(
+    settings: DataSettings, dataset: TokenDataset | PreferenceDataset, packs: PackedOrder | None, world_size: int
+) -> None:
+    """Check that every rank gets a training row.
+
+    Raises:
+        DataError: There are fewer samples or packs than ranks.
+    """
+    if len(dataset) < world_size:
+        raise DataError(
+            f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
+        )
+    if packs is not None and len(packs) < world_size:
+        raise DataError(
+            f"{len(dataset)} training samples make {len(packs)} packs, fewer than the {world_size} ranks. "
+            f"Lower data.pack_length={settings.row_capacity}, or use data.packing=padding_free."
+        )
+
+
+def window_batches(
+    settings: DataSettings, world_size: int, rank: int, dataset: TokenDataset, number: int, start: int
+) -> Iterable[list[Any]]:
+    """A rank's batches of a stream's window.
+
+    Args:
+        settings: Settings of the data.
+        world_size: Number of ranks.
+        rank: Rank of this process, from 0.
+        dataset: Samples of the window.
+        number: Number of the window, which takes the place of the epoch in drawing the order.
+        start: First batch.
+
+    Raises:
+        DataError: The samples can't be packed.
+    """
+    require_packable(settings, dataset)
+    packs = pack(settings, dataset)
+    if settings.drop_last and len(packs or dataset) < world_size * settings.batch_size:
+        return []
+    sampler = make_sampler(settings, dataset.lengths, packs, world_size, rank, shuffle=settings.shuffle)
+    return sampler.batches(number, start)
+
+
+def count_positions(
+    settings: DataSettings,
+    dataset: TokenDataset | PreferenceDataset,
+    packs: PackedOrder | None,
+    sampler: ShardedBatchSampler,
+) -> int:
+    """Number of positions, including padding, that all ranks compute in the first epoch."""
+    # A padded preference sample is two rows, both padded to the longest of the batch.
+    rows = 2 if isinstance(dataset, PreferenceDataset) and settings.packing is None else 1
+    lengths = dataset.longest if isinstance(dataset, PreferenceDataset) and rows == 2 else dataset.lengths
+    sizes = packs.sizes(0) if packs is not None else lengths[np.asarray(sampler.order(0))]
+    return rows * count_slots(
+        sizes,
+        settings.batch_size,
+        sampler.num_replicas,
+        settings.pad_to_multiple_of,
+        settings.packing == "padding_free",
+    )
+
+
+def describe_epochs(settings: DataSettings, sampler: ShardedBatchSampler) -> dict[str, Any]:
+    """Everything that the order of an epoch depends on; of the ranks only the size of the global batch."""
+    order: dict[str, Any] = {
+        "num_samples": sampler.num_samples,
+        "global_batch_size": sampler.global_batch_size,
+        "seed": sampler.seed,
+        "shuffle": sampler.shuffle,
+        "drop_last": sampler.drop_last,
+    }
+    if settings.packing == "best_fit":  # padding_free keeps the order of samples that aren't packed
+        order |= {"packing": settings.packing, "pack_length": settings.row_capacity}
+    if settings.group_by_length:
+        order["group_by_length"] = True
+    return order
+
+
+def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
+    """Everything that the order of a stream depends on."""
+    same = (
+        "stream_window", "seed", "shuffle", "drop_last", "packing", "group_by_length", "max_length", "overlong",
+        "drop_unsupervised",
+    )  # fmt: skip
+    return {
+        "sources": settings.train_sources,
+        "global_batch_size": world_size * settings.batch_size,
+        "pack_length": settings.row_capacity,
+        **{name: getattr(settings, name) for name in same},
+    }
+
+
+def check_order(before: dict[str, Any], order: dict[str, Any], begun: str | None) -> None:
+    """Refuse to resume in the middle of an order that can't be reproduced; elsewhere only warn.
+
+    Args:
+        before: Description of the order in the checkpoint.
+        order: Description of the order of this run.
+        begun: Where the middle is, or None for the beginning of an epoch.
+
+    Raises:
+        DataError: The orders differ.
+    """
+    changed = [
+        f"{key} {before.get(key)} → {order.get(key)}"
+        for key in dict.fromkeys((*before, *order))
+        if before.get(key) != order.get(key)
+    ]
+    if not changed:
+        return
+    if begun:
+        raise DataError(
+            f"the checkpoint was taken {begun}, in an order that these data don't give: {', '.join(changed)}. Resume "
+            "with the data, batch size and seed of that run."
+        )
+    rank_zero_warn(f"data: the run resumes with other data or batches than before: {', '.join(changed)}.")

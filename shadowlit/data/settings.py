@@ -1,0 +1,215 @@
+"""The data section of a configuration: its keys, their defaults, and the check that they fit together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from shadowlit.data.conversation import raise_all
+from shadowlit.data.custom_formats import find_format
+from shadowlit.data.dataset import Overlong
+from shadowlit.data.formats import Samples
+from shadowlit.data.packing import Packing
+from shadowlit.errors import DataError
+from shadowlit.pair.pair import ModelPair
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_RESERVED = ("train", "predict")
+
+
+@dataclass(eq=False)
+class DataSettings:
+    """The settings of a data module.
+
+    Args:
+        pair: Model pair. Its Instruct provides the tokenizer and the chat template.
+        train: Training source, or a list of sources that are concatenated.
+        validation: Validation sources by name. The names appear in the metrics. A single source is named ``val``.
+        test: Test sources by name, for the command test. A single source is named ``test``.
+        predict: Source of the prompts for the command predict. Its rows need no answer; an assistant turn at the end
+            of a row is treated as the answer and removed.
+        format: Format of all sources. messages has columns role and content; sharegpt has conversations with from and
+            value; alpaca has instruction, input and output; prompt_completion has prompt and completion; text has
+            documents, which are trained on as they are, each followed by the Base's end-of-text token. auto detects
+            one of these by the columns of each source. A format of your own is the import path of a function
+            (``package.module.function``), or the name of an entry point in the group ``shadowlit.formats``; see
+            :mod:`shadowlit.data.custom_formats`. Preference data have formats of their own, which are always
+            detected; see :mod:`shadowlit.data.preference_formats`.
+        samples: Kind of sample that a row holds: conversations, pairs (a chosen and a rejected answer) or labels
+            (answers that are desirable or not). The command line takes it from ``model.objective``.
+        max_length: Maximum length of a sample, in tokens.
+        overlong: Treatment of samples that are longer: truncate keeps their beginning, drop leaves them out, error
+            stops. Documents are split into pieces instead. Prompts of ``predict`` are never truncated; one that is
+            too long is an error.
+        drop_unsupervised: Leave out samples without a supervised token. Otherwise such a sample is an error.
+        packing: How training samples share a row without attending to each other. padding_free concatenates the
+            samples of each batch, so that there is no padding; a step has the same samples as without packing.
+            best_fit fills rows of ``pack_length`` tokens with whole samples, so that all steps have about the same
+            size. null gives every sample a padded row. Packing needs a model that separates samples by their
+            ``position_ids``; other models are refused.
+        pack_length: Capacity of a best_fit row, in tokens; at least ``max_length``. null is ``max_length``, or twice
+            that for preferences, whose samples have two sequences.
+        group_by_length: Without packing, build batches of samples of similar length, which reduces padding.
+        batch_size: Training rows per rank and micro-batch: samples, or rows packed by best_fit. The effective batch is
+            this × ranks × accumulate_grad_batches.
+        eval_batch_size: Rows per rank and batch in validation, test and predict; null is ``batch_size``.
+        drop_last: Leave out an incomplete last batch of an epoch. Otherwise it is trained on, weighted by its size.
+        shuffle: Draw a new order for every epoch, from the seed and the epoch.
+        seed: Seed for the order of the samples and for the choice of ``limit_train_samples``.
+        limit_train_samples: Number of training rows to use: the first of a permutation drawn from the seed, so a
+            smaller choice is part of each larger one. null uses all rows.
+        streaming: Read the training data during the training instead of tokenising everything at the start. Sources
+            are JSON lines, Parquet, or what ``datasets`` can stream. ``stream_window`` rows at a time are read,
+            tokenised, shuffled and packed; passes over the data repeat until ``trainer.max_steps``, which must be
+            set. Checkpoints include the position in the stream.
+        stream_window: Rows in a window of a stream: the number held in memory, and the furthest that shuffling moves a
+            row.
+        system: System prompt for conversations that have none.
+        chat_template: Path of a Jinja file that replaces the Instruct's chat template.
+        template_kwargs: Arguments for the chat template, e.g. ``{enable_thinking: false}``.
+        pad_to_multiple_of: Multiple to which the length of every batch is rounded up, e.g. 64 for compiled layers.
+        cache: Store tokenised data in files. Otherwise every process tokenises them at every start and keeps them in
+            memory.
+        cache_dir: Folder for these files, which can be deleted at any time; null is ``shadowlit`` in the cache folder
+            of ``datasets``.
+        num_workers: Worker processes per data loader; 0 prepares batches in the training process. null is two where
+            the batches go to a GPU, and 0 elsewhere.
+        prefetch: Batches that each worker prepares in advance.
+
+    Raises:
+        DataError: Settings that can't work, all of them in one message.
+    """
+
+    pair: ModelPair
+    train: str | list[str] | None = None
+    validation: dict[str, str] | str | None = None
+    test: dict[str, str] | str | None = None
+    predict: str | None = None
+    format: str = "auto"
+    samples: Samples = "conversations"
+    max_length: int = 4096
+    overlong: Overlong = "truncate"
+    drop_unsupervised: bool = False
+    packing: Packing | None = None
+    pack_length: int | None = None
+    group_by_length: bool = False
+    batch_size: int = 8
+    eval_batch_size: int | None = None
+    drop_last: bool = False
+    shuffle: bool = True
+    seed: int = 0
+    limit_train_samples: int | None = None
+    streaming: bool = False
+    stream_window: int = 10_000
+    system: str | None = None
+    chat_template: str | None = None
+    template_kwargs: dict[str, Any] | None = None
+    pad_to_multiple_of: int | None = None
+    cache: bool = True
+    cache_dir: str | None = None
+    num_workers: int | None = None
+    prefetch: int = 2
+
+    def __post_init__(self) -> None:
+        """Fill in what depends on other settings, and check them."""
+        self.train, self.validation, self.test = self.train_sources, self.validation_sets, self.test_sets
+        self.pack_length, self.eval_batch_size = self.row_capacity, self.eval_rows
+        self.template_kwargs = dict(self.template_kwargs or {})
+        raise_all(list(self._problems()))
+
+    @property
+    def train_sources(self) -> list[str]:
+        """Sources of the training data, in order."""
+        return [self.train] if isinstance(self.train, str) else list(self.train or [])
+
+    @property
+    def validation_sets(self) -> dict[str, str]:
+        """Source of each validation set, by the set's name."""
+        return {"val": self.validation} if isinstance(self.validation, str) else dict(self.validation or {})
+
+    @property
+    def test_sets(self) -> dict[str, str]:
+        """Source of each test set, by the set's name."""
+        return {"test": self.test} if isinstance(self.test, str) else dict(self.test or {})
+
+    @property
+    def row_capacity(self) -> int:
+        """Tokens that a row packed by best_fit has room for."""
+        if self.pack_length is not None:
+            return self.pack_length
+        return self.max_length if self.samples == "conversations" else 2 * self.max_length
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows per rank and batch in validation, test and predict."""
+        return self.batch_size if self.eval_batch_size is None else self.eval_batch_size
+
+    def wanted(self, stage: str | None) -> list[tuple[str, list[str], str]]:
+        """Name, sources and use of each set that a command tokenises; a stream and prompts are not among them.
+
+        Args:
+            stage: fit, validate, test or predict; None for all sets that are configured.
+        """
+        wanted: list[tuple[str, list[str], str]] = []
+        if stage in ("fit", None) and self.train_sources and not self.streaming:
+            wanted.append(("train", self.train_sources, "train"))
+        if stage in ("fit", "validate", None):
+            wanted += [(f"val/{name}", [source], "validation") for name, source in self.validation_sets.items()]
+        if stage in ("test", None):
+            wanted += [(f"test/{name}", [source], "test") for name, source in self.test_sets.items()]
+        return wanted
+
+    def _problems(self) -> Iterator[str]:
+        yield from self._problems_of_streams()
+        yield from self._problems_of_numbers()
+        if self.group_by_length and self.packing is not None:
+            yield f"data.group_by_length spares padding, of which data.packing={self.packing} leaves none. Unset one."
+        if self.group_by_length and not self.shuffle:
+            yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
+        yield from self._problems_of_names()
+        try:
+            find_format(self.format)
+        except DataError as error:
+            yield str(error)
+
+    def _problems_of_streams(self) -> Iterator[str]:
+        if self.streaming and self.samples != "conversations":
+            yield (
+                "data.streaming is true, but model.objective learns from preferences, which are scored by the model's "
+                "start before the training and so read as a whole. Set data.streaming=false."
+            )
+        if self.streaming and self.limit_train_samples is not None:
+            yield (
+                f"data.limit_train_samples is {self.limit_train_samples}, a choice among all rows, which a stream "
+                "doesn't know. Unset it and limit trainer.max_steps, or set data.streaming=false."
+            )
+
+    def _problems_of_numbers(self) -> Iterator[str]:
+        for name, least in (
+            ("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("prefetch", 1), ("stream_window", 1)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least and not (name == "eval_batch_size" and value == self.batch_size):
+                yield f"data.{name} is {value}; expected at least {least}."
+        if self.num_workers is not None and self.num_workers < 0:
+            yield f"data.num_workers is {self.num_workers}; expected at least 0, or null."
+        if self.seed < 0:
+            yield f"data.seed is {self.seed}; expected at least 0."
+        for name in ("limit_train_samples", "pad_to_multiple_of"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                yield f"data.{name} is {getattr(self, name)}; expected at least 1, or null."
+        if self.row_capacity < self.max_length:
+            yield (
+                f"data.pack_length is {self.row_capacity}, but a sample may have data.max_length={self.max_length} "
+                "tokens. Raise the one or lower the other."
+            )
+
+    def _problems_of_names(self) -> Iterator[str]:
+        for kind, names in (("validation", self.validation_sets), ("test", self.test_sets)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    yield f"data.{kind} has the name '{name}'; expected letters, digits, '_' and '-'. Rename it."
+                if name in _RESERVED:
+                    yield f"data.{kind} has the name '{name}', which is used already. Rename it."

@@ -1,0 +1,200 @@
+"""The registry of transforms: which function a name stands for, and which parameters it has.
+
+A name is that of a function with the decorator :func:`transform`, of an entry point in the group
+``shadowlit.transforms`` of an installed package, or the import path of any function,
+``mypackage.transforms.sign_only``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from types import UnionType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from shadowlit.errors import GraftError, first_line
+
+GROUP = "shadowlit.transforms"
+"""Group of the entry points by which installed packages offer transforms."""
+NOISE, SEED = "noise", "seed"
+"""Parameter of a function that gets random numbers, and the parameter by which a user chooses them."""
+
+Where = Callable[[str], str]  # from the name of a parameter to what messages call it
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A function of an update by the name under which it is chosen.
+
+    Attributes:
+        name: Name in configurations and on the command line.
+        function: Pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32.
+        elementwise: Whether each element of the result depends on the same element of the arguments only, so that the
+            function may be applied to a shard of a tensor.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    elementwise: bool = False
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the function takes ``noise``."""
+        return NOISE in inspect.signature(self.function).parameters
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The parameters that a user chooses, with their types and defaults."""
+        _, *found = inspect.signature(self.function).parameters.values()
+        kinds: dict[str, Any] = {}
+        with contextlib.suppress(NameError):  # of types that are imported for type checkers only
+            kinds = typing.get_type_hints(self.function)
+        chosen = {p.name: p.replace(annotation=kinds.get(p.name, Any)) for p in found if p.name != NOISE}
+        if self.is_random:
+            chosen[SEED] = inspect.Parameter(SEED, inspect.Parameter.KEYWORD_ONLY, default=0, annotation=int)
+        return chosen
+
+
+_registered: dict[str, Transform] = {}
+
+
+def transform(name: str, *, elementwise: bool = False) -> Callable[[_Function], _Function]:
+    """Register a function of a tensor, ``(update, *, <typed keyword parameters>) -> Tensor``, and return it unchanged.
+
+    The parameters and their defaults are those of the configuration and of the command line. One called ``noise`` is
+    not chosen by the user: it is a tensor of uniform random numbers in [0, 1), one per element of the update, drawn
+    from the user's ``seed`` (0 by default) and the tensor's name. The function must not change its input.
+
+    Args:
+        name: Name by which the function is chosen.
+        elementwise: Whether each element of the result depends on the same element of ``update`` and ``noise`` only.
+            Under FSDP2 only such functions can be applied, to each rank's shard.
+
+    Raises:
+        GraftError: Another function has the name, or the function has another form.
+    """
+
+    def register(function: _Function) -> _Function:
+        _require_function(function)
+        other = _registered.get(name)
+        if other is not None and _path(other.function) != _path(function):  # a notebook's cell may run again
+            raise _taken(name, [other.function, function])
+        _registered[name] = Transform(name, function, elementwise)
+        return function
+
+    return register
+
+
+def find(name: str, key: str = "name") -> Transform:
+    """The transform of a name: a registered one, an entry point's, or the function at an import path.
+
+    Args:
+        name: Name of the transform.
+        key: Name of the setting in messages.
+
+    Raises:
+        GraftError: There is none, there are several, or what the name stands for is not a function.
+    """
+    functions = [_registered[name].function] if name in _registered else []
+    functions += [_loaded(entry.load, name, key) for entry in entry_points(group=GROUP, name=name)]
+    if not functions and "." in name:
+        functions = [_loaded(lambda: _imported(name), name, key)]
+    if not functions:
+        known = sorted({*_registered, *(entry.name for entry in entry_points(group=GROUP))})
+        near = difflib.get_close_matches(name, known, n=1)
+        raise GraftError(
+            f"{key} is {name!r}; expected one of {', '.join(known)}, or the import path of a function, e.g. "
+            f"mypackage.transforms.sign_only.{f' Did you mean {near[0]!r}?' if near else ''}"
+        )
+    if len({_path(function) for function in functions}) > 1:
+        raise _taken(name, functions)
+    decorated = (known for known in _registered.values() if known.function is functions[0])
+    return _registered.get(name) or next(decorated, Transform(name, functions[0]))
+
+
+def _imported(path: str) -> Any:
+    module, _, attribute = path.rpartition(".")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _loaded(load: Callable[[], Any], name: str, key: str) -> Callable[..., Tensor]:
+    try:
+        function = load()
+    except Exception as error:  # importing a module runs it
+        raise GraftError(
+            f"{key} is {name!r}, which cannot be imported ({first_line(error)}). Expected the import path of a "
+            f"function, e.g. mypackage.transforms.sign_only, or one of {', '.join(sorted(_registered))}."
+        ) from error
+    _require_function(function, f"{key} is {name!r}: ")
+    return function
+
+
+def _require_function(function: Any, prefix: str = "") -> None:
+    """Raise unless this is a Python function of an update and of parameters with names."""
+    parameters = inspect.signature(function).parameters.values() if inspect.isfunction(function) else ()
+    if parameters and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return
+    found = f"{_path(function)}{inspect.signature(function)}" if inspect.isfunction(function) else repr(function)
+    raise GraftError(
+        f"{prefix}{found} is not a transform; expected a function (update: Tensor, *, <named parameters>) -> Tensor, "
+        "without *args and **kwargs."
+    )
+
+
+def _path(function: Any) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _taken(name: str, functions: Sequence[Any]) -> GraftError:
+    paths = " and ".join(_path(function) for function in functions)
+    return GraftError(
+        f"two transforms are registered as {name!r}: {paths}. Rename one of them, or give its import path."
+    )
+
+
+def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[str, Any]:
+    """The parameters of a transform, with defaults where none are given.
+
+    Args:
+        found: Transform that is chosen.
+        given: Parameters that are given, by name.
+        where: Gives the name of a parameter in messages.
+
+    Raises:
+        GraftError: A parameter is unknown, missing or of another type.
+    """
+    parameters = found.parameters
+    has = ", ".join(str(p) for p in parameters.values()) or "no parameters"
+    for name, value in given.items():
+        if name not in parameters:
+            near = difflib.get_close_matches(name, parameters, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise GraftError(f"{where(name)} is given, but {found.name!r} has no such parameter; it has {has}.{hint}")
+        if not _fits(value, parameters[name].annotation):
+            kind = inspect.formatannotation(parameters[name].annotation)
+            raise GraftError(f"{where(name)} is {value!r}; expected {kind}. {found.name!r} has {has}.")
+    missing = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty and name not in given]
+    if missing:
+        raise GraftError(f"{where(missing[0])} is missing; {found.name!r} has {has}. Give it a value.")
+    return {name: given.get(name, p.default) for name, p in parameters.items()}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML or JSON has a type; an int is a float too, but no bool is a number."""
+    origin = typing.get_origin(kind) or kind
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, option) for option in typing.get_args(kind))
+    if origin is typing.Literal:
+        return value in typing.get_args(kind)
+    if origin in (int, float):
+        return isinstance(value, int | origin) and not isinstance(value, bool)
+    return not isinstance(origin, type) or isinstance(value, origin)

@@ -1,0 +1,182 @@
+"""The graft of three folders or hub ids: what may be brought together, planned and written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import LayoutReader
+from shadowlit.checkpoint.names import is_computed, layer_of
+from shadowlit.checkpoint.pickled import open_checkpoint
+from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.errors import GraftError
+from shadowlit.grafting.disk import DiskGraft, Scale
+from shadowlit.grafting.export import export_folder
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.update import Transforms, open_update
+from shadowlit.pair.folders import model_folder
+from shadowlit.pair.pair import ModelPair
+
+MAX_SHARD_BYTES = 5_000_000_000
+
+
+def graft(
+    base: str | Path,
+    tuned: str | Path,
+    instruct: str | Path,
+    out: str | Path,
+    *,
+    scale: float | str = 1.0,
+    select: str | list[str] = "linear",
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    files_from: str | Path | None = None,
+    allow_pickle: bool = False,
+    transforms: Transforms | None = None,
+) -> DiskGraft:
+    r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
+
+    Shadow-FT, arXiv 2505.12716. Only a few rows of each tensor are in memory at a time. Values are computed in float32
+    and rounded once. The same as ``python -m shadowlit graft``, without output.
+
+    Args:
+        base: Folder or hub id of the Base that the tuning started from.
+        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        instruct: Folder or hub id of the Instruct that gets the update.
+        out: Folder to create. It is written atomically; an existing one is never overwritten.
+        scale: Scale of the update, and other scales by pattern: a number, or ``1;layers\.(0|1)\.=0.5``.
+        select: Tensors that get the update: ``linear`` (every linear layer but the output head), ``all``, or regular
+            expressions.
+        dtype: Dtype of the result, e.g. ``bfloat16``; None for the Instruct's own.
+        max_shard_bytes: Size of the largest file, in bytes.
+        files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
+            Instruct's.
+        allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
+        transforms: Transforms of the update before it is scaled, a :class:`shadowlit.delta.transforms.Transforms`;
+            a few copies of one whole tensor are then in memory.
+
+    Returns:
+        The finished graft, whose ``coverage`` says which tensors got the update, and whose ``survival`` is the
+        fraction of the update that survives rounding to the result's dtype.
+
+    Raises:
+        GraftError: The models don't fit together, or the selection or a scale matches no tensor.
+        CheckpointError: A checkpoint is missing or broken.
+        ExportError: ``out`` exists or can't be written.
+
+    Example::
+
+        done = shadowlit.graft("Qwen/Qwen3-0.6B-Base", "runs/my-tuned-base", "Qwen/Qwen3-0.6B", "grafted")
+        print(f"{done.survival:.1%} of the update survives")
+    """
+    with plan_graft(
+        base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle, transforms=transforms
+    ) as plan:
+        write_graft(plan, out, max_shard_bytes=max_shard_bytes, files_from=files_from)
+    return plan.graft
+
+
+@dataclass(frozen=True)
+class GraftPlan:
+    """A graft that has been checked and can be written.
+
+    Attributes:
+        graft: The graft; its tensors are computed as they are written.
+        instruct: The Instruct's folder.
+        dtype: Dtype of the result; None for the Instruct's own.
+        manifest: Function that returns the manifest of the result.
+    """
+
+    graft: DiskGraft
+    instruct: Path
+    dtype: str | None
+    manifest: Callable[[], Mapping[str, Any]]
+
+
+@contextmanager
+def plan_graft(
+    base: str | Path,
+    tuned: str | Path,
+    instruct: str | Path,
+    *,
+    scale: float | str = 1.0,
+    select: str | list[str] = "linear",
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    transforms: Transforms | None = None,
+) -> Iterator[GraftPlan]:
+    """Open three models and check from their headers that they can be grafted; see :func:`graft`."""
+    pair = ModelPair(str(base), str(instruct))
+    with (
+        open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
+        open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
+    ):
+        in_place = base_of(instruct_reader, base_reader)
+        update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
+        scales = Scale.parse(str(scale))
+        plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms)
+
+        def manifest() -> Mapping[str, Any]:
+            return build_manifest(
+                pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
+                config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
+                fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
+            )  # fmt: skip
+
+        yield GraftPlan(plan, instruct_reader.folder, dtype, manifest)
+
+
+def write_graft(
+    plan: GraftPlan,
+    out: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    files_from: str | Path | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write a planned graft to the folder ``out``; ``advance`` is called with the bytes of every part."""
+    export_folder(
+        Path(out),
+        plan.instruct,
+        plan.graft.tensors(advance),
+        dtype=plan.dtype,
+        max_shard_bytes=max_shard_bytes,
+        manifest=plan.manifest(),
+        files_from=None if files_from is None else model_folder("files_from", str(files_from)),
+        stored=plan.graft.stored,
+    )
+    add_to_manifest(Path(out), {"survival": {"survival": plan.graft.survival}})
+
+
+def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
+    """Return the Base under the names and in the layout of its Instruct.
+
+    Either may have tensors that the other lacks: an Instruct a vision tower, say. If both have some in their layers,
+    those are one another's under names that are unknown here, and no update would reach them.
+
+    Raises:
+        CheckpointError: One of them holds more than plain weights, or one tensor twice.
+        GraftError: They have different architectures.
+    """
+    presented = LayoutReader(base, instruct)
+    ours, theirs = _only_in(presented, instruct), _only_in(instruct, presented)
+    if ours and theirs:
+        raise GraftError(
+            f"{base.folder} has {some_of(ours)}, {instruct.folder} has {some_of(theirs)} instead. Expected one "
+            "architecture, and names or layouts that are known here; load the one with the transformers version that "
+            "saved the other, and save it again."
+        )
+    return presented
+
+
+def _only_in(reader: TensorReader, other: TensorReader) -> list[str]:
+    """Names of the tensors of ``reader``'s layers that ``other`` lacks."""
+    return [
+        name
+        for name in reader.tensors
+        if name not in other.tensors and layer_of(name) is not None and not is_computed(name)
+    ]

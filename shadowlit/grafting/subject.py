@@ -1,0 +1,43 @@
+"""Subject: one of the models that a validation measures, as a value that is passed along."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose weights the training module can hold; its metrics are logged under its name.
+
+    Attributes:
+        kind: ``tuned`` is the trained Base, ``grafted`` the Instruct with the update, ``base`` and ``instruct`` are the
+            untouched models.
+        scale: Scale of the update that a graft adds, λ; 0 for the other kinds.
+        main: Whether this graft is the main one, which is called ``grafted``. The name of any other one holds its
+            scale: ``grafted@0.5``.
+    """
+
+    kind: Literal["tuned", "grafted", "base", "instruct"]
+    scale: float = 0.0
+    main: bool = True
+
+    @property
+    def name(self) -> str:
+        """The name in metrics and in the names of files."""
+        return self.kind if self.main else f"{self.kind}@{self.scale:g}"
+
+    @property
+    def start(self) -> Subject:
+        """The untouched model that the subject started from: the Instruct for a graft, the Base for the tuned model."""
+        return INSTRUCT if self.kind in ("grafted", "instruct") else BASE
+
+
+TUNED, BASE, INSTRUCT = Subject("tuned"), Subject("base"), Subject("instruct")
+UNTOUCHED = (BASE, INSTRUCT)
+
+
+def grafts(scales: Sequence[float]) -> list[Subject]:
+    """The grafts at several scales; the first one is the main one."""
+    return [Subject("grafted", scale, main=number == 0) for number, scale in enumerate(scales)]

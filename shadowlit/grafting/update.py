@@ -1,0 +1,384 @@
+"""What a tuned checkpoint has learned: the update ``tuned - base``, read a few rows at a time.
+
+No transformers import: start-up is part of the speed.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import ExpertRows, LayoutReader, canonical_keys, fused_experts
+from shadowlit.checkpoint.names import canonical_key, is_computed
+from shadowlit.checkpoint.pickled import open_checkpoint
+from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.errors import GraftError, first_line
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import Tensor
+
+_MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
+_CACHED = 2  # whole tensors kept by an update that is computed tensor by tensor
+
+Rows = npt.NDArray[np.floating]
+Bytes = npt.NDArray[np.uint8]
+
+
+class Update:
+    """What a tuned model has learned, by the names of the Base's tensors and in their shapes.
+
+    Attributes:
+        shapes: Shape of every tensor.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def rows(self, name: str, start: int, stop: int) -> Any:
+        """Rows ``start`` to ``stop`` of ``tuned - base``, [stop - start, ...]: an array, or a tensor on the CPU."""
+        raise NotImplementedError
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """Raise unless the update of these tensors is one of floating-point weights; a stored delta always is.
+
+        Raises:
+            GraftError: Naming the others.
+        """
+
+    def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
+        """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
+        return None
+
+
+class Transforms(Protocol):
+    """Functions of an update that are applied to it in order; see :class:`shadowlit.delta.transforms.Transforms`."""
+
+    @property
+    def specs(self) -> list[dict[str, Any]]:
+        """Name and parameters of every function, for the manifest."""
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of the functions that need whole tensors; the others may be applied to any part of one."""
+
+    def __call__(self, name: str, update: Tensor) -> Tensor:
+        """The transformed update of the whole tensor ``name``."""
+
+    def on_part(self, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """The transformed part of an update; ``noise`` gives that part's random numbers by their seed."""
+
+    def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """The random numbers of the whole tensor ``name``, on the CPU."""
+
+
+class TransformedUpdate(Update):
+    """An update whose tensors are transformed, one whole tensor at a time, when their rows are first needed.
+
+    Args:
+        update: The update as it was learned.
+        transforms: Functions that are applied to it.
+    """
+
+    def __init__(self, update: Update, transforms: Transforms) -> None:
+        import torch
+
+        def whole(name: str) -> Tensor:
+            shape = update.shapes[name]
+            return transforms(name, torch.as_tensor(update.rows(name, 0, shape[0] if shape else 1)))
+
+        self.shapes = update.shapes
+        self._update = update
+        self._rows = by_tensor(whole)
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`."""
+        self._update.require_weights(names)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See :class:`Update`."""
+        return self._rows(name, start, stop)
+
+
+def by_tensor(whole: Callable[[str], Tensor]) -> Callable[[str, int, int], Tensor]:
+    """Rows of tensors that can only be computed whole; the last two are kept, threads do not compute one twice."""
+    kept: dict[str, Tensor] = {}
+    lock = threading.Lock()
+
+    def rows(name: str, start: int, stop: int) -> Tensor:
+        with lock:
+            if name not in kept:
+                while len(kept) >= _CACHED:
+                    del kept[next(iter(kept))]
+                kept[name] = whole(name)
+            tensor = kept[name]
+        return tensor[start:stop] if tensor.ndim else tensor
+
+    return rows
+
+
+class FullUpdate(Update):
+    """The difference of two checkpoints of one architecture.
+
+    Names and layout may differ in whatever :class:`shadowlit.checkpoint.layout.LayoutReader` understands.
+
+    Args:
+        base: Reader of the Base's checkpoint.
+        tuned: Reader of the tuned model's checkpoint.
+
+    Raises:
+        GraftError: The checkpoints do not hold the same tensors in the same shapes.
+        CheckpointError: A checkpoint holds more than plain weights, or a tensor twice.
+    """
+
+    def __init__(self, base: TensorReader, tuned: TensorReader) -> None:
+        self._base, self._tuned = base, LayoutReader(tuned, base)
+        left, right = base.tensors, self._tuned.tensors
+        missing = [name for name in left if name not in right and not is_computed(name)]
+        added = [name for name in right if name not in left]
+        shapes = [
+            f"{name} {left[name].shape} and {right[name].shape}"
+            for name in sorted(left.keys() & right.keys())
+            if left[name].shape != right[name].shape
+        ]
+        problems = [
+            f"{title}: {some_of(names)}"
+            for title, names in (("only in the Base", missing), ("only in the tuned one", added), ("shapes", shapes))
+            if names
+        ]
+        if problems:
+            raise GraftError(
+                f"{tuned.folder} was not tuned from {base.folder}: {'; '.join(problems)}. Give the Base that the "
+                "training started from."
+            )
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: left[name].shape for name in left if name in right}
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`; both sides are checked."""
+        names = list(names)
+        self._base.require_weights(names)
+        self._tuned.require_weights(names)
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        """See :class:`Update`."""
+        tuned, base = self._tuned.rows(name, start, stop), self._base.rows(name, start, stop)
+        return np.subtract(tuned, base, out=tuned) if tuned.dtype == base.dtype else tuned - base
+
+    def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
+        """See :class:`Update`."""
+        if {self._base.info(name).code, self._tuned.info(name).code} != {"BF16"}:
+            return None
+        return self._base.raw_rows(name, start, stop), self._tuned.raw_rows(name, start, stop)
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Names of a module and of its two factors, as peft's file has them."""
+
+    module: str
+    down: str
+    up: str
+    of_embedding: bool = False
+    experts: int = 1  # which these are the factors of, all in one
+    part: ExpertRows | None = None  # of the experts' matrices that it is about
+
+
+class AdapterUpdate(Update):
+    """The update of a LoRA or rsLoRA adapter in peft's form: ``scaling * B @ A``, and the modules it stores whole.
+
+    LoRA: arXiv 2106.09685. rsLoRA: arXiv 2312.03732. Of experts peft holds one pair of factors for a layer and kind,
+    A [experts * rank, inputs] by experts and B [outputs, rank * experts] by ranks; the files' experts may be fused or
+    single.
+
+    Args:
+        base: Reader of the Base's checkpoint.
+        folder: Folder of the adapter.
+        config: Settings of the adapter, where the folder holds no ``adapter_config.json``.
+        reader: Reader of the factors by the names in peft's files, where they are stored elsewhere.
+
+    Raises:
+        GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
+    """
+
+    def __init__(
+        self, base: TensorReader, folder: Path, config: LoraConfig | None = None, reader: TensorReader | None = None
+    ) -> None:
+        # Imported late: peft takes seconds, and whole checkpoints don't need it.
+        from peft import PeftConfig
+
+        from shadowlit.grafting.adapter import require_graftable, starts_from_weights
+
+        self._base = base
+        try:
+            config = config or PeftConfig.from_pretrained(str(folder))
+        except Exception as error:  # of json, of peft's many configs: many types, one remedy
+            raise GraftError(
+                f"{folder / 'adapter_config.json'} is not an adapter's config that peft reads ({first_line(error)}). "
+                "Save or download the adapter again."
+            ) from error
+        if config.peft_type != "LORA":
+            raise GraftError(f"{folder} holds a {config.peft_type} adapter; expected LoRA or rsLoRA. Merge it first.")
+        require_graftable(config)
+        if starts_from_weights(config):
+            raise GraftError(
+                f"{folder} holds an adapter with init_lora_weights={config.init_lora_weights!r}, whose file lacks the "
+                "residual that it left in the weights. Convert it to LoRA when saving (peft's "
+                "path_initial_model_for_weight_conversion), or save the merged model."
+            )
+        if config.fan_in_fan_out:
+            raise GraftError(f"{folder} adapts transposed layers (fan_in_fan_out=true). Merge it first.")
+        self._config: Any = config
+        self._folder = folder
+        self._reader = reader or CheckpointReader(folder, single_file="adapter_model.safetensors")
+        # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
+        self._whole_factor = lru_cache(maxsize=4)(
+            lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
+        )
+        self._factors: dict[str, _Factors] = {}
+        self._whole: dict[str, str] = {}
+        names, fused = canonical_keys(base), fused_experts(base)
+        for stored in self._reader.tensors:
+            name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            for down, up in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+                if re.search(rf"\.{down}(\.weight)?$", name):
+                    module = name.split(f".{down}")[0]
+                    host = f"{module}.weight"
+                    factors = _Factors(module, stored, stored.replace(down, up), "embedding" in down)
+                    if module.endswith(".experts"):
+                        self._factors |= self._of_experts(factors, fused)
+                    else:
+                        self._factors[names.get(canonical_key(host), host)] = factors
+            if ".lora_" not in name:
+                self._whole[names.get(canonical_key(name), name)] = stored
+        adapted = {*self._factors, *self._whole}
+        unknown = sorted(name for name in adapted if name not in base.tensors)
+        if unknown:
+            raise GraftError(
+                f"{folder} adapts {some_of(unknown)}, which {base.folder} doesn't have. Give the Base that the "
+                "adapter was trained on, or merge the adapter into it (merge_and_unload) and give that."
+            )
+        self.shapes: Mapping[str, tuple[int, ...]] = {name: base.tensors[name].shape for name in adapted}
+        self._require_fitting()
+        self._scalings = {name: self._scaling(factors) for name, factors in self._factors.items()}
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`; the Base's tensors are checked, and the adapter's that change them."""
+        names = list(names)
+        self._base.require_weights(names)
+        self._reader.require_weights(part for name in names for part in self._parts_of(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        """See :class:`Update`."""
+        # peft may store a host's tensor beside the factors on it: the embedding that it adapts, say.
+        total: Rows = np.zeros((), np.float32)
+        if name in self._whole:
+            total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
+        if name not in self._factors:
+            return total
+        factors = self._factors[name]
+        down = self._whole_factor(factors.down)
+        if factors.part is not None:
+            product = _product_of_experts(down, self._whole_factor(factors.up), factors, start, stop)
+        elif factors.of_embedding:
+            product = (self._whole_factor(factors.up) @ down[:, start:stop]).T
+        else:
+            product = self._reader.rows(factors.up, start, stop) @ down
+        return total + np.float32(self._scalings[name]) * product
+
+    def _of_experts(
+        self, factors: _Factors, fused: Mapping[str, tuple[tuple[int, ...], list[ExpertRows]]]
+    ) -> dict[str, _Factors]:
+        """The factors of a layer's experts, by the Base's names of what they change: told from their shapes."""
+        if factors.up not in self._reader.tensors:
+            return {f"{factors.module}.weight": factors}  # told as half a pair
+        down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
+        for kind in ("gate_up_proj", "down_proj"):
+            shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
+            if len(shape) == 3 and shape[1:] == (up[0], down[-1]) and down[0] == up[-1] and down[0] % shape[0] == 0:
+                of = replace(factors, module=f"{factors.module}.{kind}", experts=shape[0])
+                return {part.name: replace(of, part=part) for part in parts}
+        raise GraftError(
+            f"{self._folder} adapts {factors.module} by factors of the shapes {down} and {up}, to which the experts of "
+            f"{self._base.folder} don't fit. Give the Base that the adapter was trained on, or merge the adapter into "
+            "it (merge_and_unload) and give that."
+        )
+
+    def _parts_of(self, name: str) -> list[str]:
+        """The adapter's names of all that changes ``name``."""
+        factors = [self._factors[name].down, self._factors[name].up] if name in self._factors else []
+        return [*factors, *([self._whole[name]] if name in self._whole else [])]
+
+    def _require_fitting(self) -> None:
+        """Every stored tensor has one part in the update, and what is added has the Base's shape."""
+        changes = {tuple(self._parts_of(name)) for name in self.shapes}  # one pair of factors is all experts'
+        used = Counter(stored for parts in changes for stored in parts)
+        odd = sorted(name for name in {*self._reader.tensors, *used} if used[name] != 1)
+        if odd:
+            raise GraftError(
+                f"{self._folder} should hold each factor of LoRA and each whole tensor once; it is not so for "
+                f"{some_of(odd)}. Save the adapter again, or merge it first."
+            )
+        for name, shape in self.shapes.items():
+            stored = [self._reader.info(part).shape for part in self._parts_of(name)]
+            added = stored[-1:] if name in self._whole else []
+            if name in self._factors and self._factors[name].part is None:
+                down, up = (s if len(s) == 2 else (0, 0) for s in stored[:2])
+                product = (down[1], up[0]) if self._factors[name].of_embedding else (up[0], down[1])
+                added.append(product if down[0] == up[1] > 0 else ())
+            if any(one != shape for one in added):
+                raise GraftError(
+                    f"{self._folder} changes {name} {shape} by tensors of the shapes {some_of(stored)}, which don't "
+                    "fit. Give the Base that the adapter was trained on."
+                )
+
+    def _scaling(self, factors: _Factors) -> float:
+        from peft.utils.other import get_pattern_key
+
+        config, rank = self._config, self._reader.info(factors.down).shape[0] // factors.experts
+        try:
+            # peft names a bare parameter by its whole path, a module without its weight.
+            keys = (get_pattern_key(config.alpha_pattern.keys(), f"{factors.module}{end}") for end in ("", ".weight"))
+            alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
+            plain = not config.alpha_pattern and not config.rank_pattern
+            if plain and factors.module.endswith(".gate_up_proj") and rank == 2 * config.r:
+                alpha *= 2  # what peft makes of all-linear, or of gate_proj and up_proj, in a mixture that it wraps
+            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+            if abs(scaling) < _MAX_SCALING:
+                return scaling
+            problem = f"a strength of {scaling}"
+        except (AttributeError, TypeError, OverflowError, re.error) as error:
+            problem = first_line(error)
+        raise GraftError(
+            f"{self._folder / 'adapter_config.json'} has lora_alpha={reprlib.repr(config.lora_alpha)} and "
+            f"alpha_pattern={reprlib.repr(config.alpha_pattern)}, by which {factors.module} gets {problem}. Save the "
+            "adapter again."
+        )
+
+
+def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, stop: int) -> Rows:
+    """Rows ``start`` to ``stop`` of a stored tensor of experts: of one expert's matrix, or whole experts."""
+    assert factors.part is not None
+    downs = down.reshape(factors.experts, -1, down.shape[1])  # [experts, rank, inputs]
+    ups = up.reshape(len(up), -1, factors.experts)  # [outputs, rank, experts]
+    if factors.part.expert is None:
+        return np.stack([ups[:, :, e] @ downs[e] for e in range(start, stop)]) if stop > start else downs[:0, :0]
+    first = factors.part.first_row
+    return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
+
+
+def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False) -> Update:
+    """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form."""
+    if (tuned / "adapter_config.json").is_file():
+        return AdapterUpdate(base, tuned)
+    return FullUpdate(base, open_checkpoint(tuned, allow_pickle))

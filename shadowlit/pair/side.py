@@ -1,0 +1,154 @@
+"""One model of a pair as far as it could be read, and what could not be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.errors import CheckpointError
+from shadowlit.pair.folders import Problem, ProblemError, commit_of, load_config, read_json
+from shadowlit.pair.hub import read_hub_headers
+from shadowlit.pair.pair import ModelPair, PairWithoutWeights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+_T = TypeVar("_T")
+
+ROPE_KEYS = (
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "rope_local_base_freq",
+    "partial_rotary_factor",
+)
+# fmt: off
+# Seen in tensors, covered by another check, or without effect on what the layers compute.
+SEEN_ELSEWHERE = frozenset([
+    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "tie_word_embeddings", "max_position_embeddings", "quantization_config", "dtype", "torch_dtype",
+    "transformers_version", "use_cache", "initializer_range", "bos_token_id", "eos_token_id",
+    "pad_token_id", "attention_dropout", "output_hidden_states", "output_attentions", "return_dict",
+    "id2label", "label2id", "problem_type", "text_config", "vision_config", "auto_map",
+    "chunk_size_feed_forward", "pretraining_tp", "router_aux_loss_coef", "output_router_logits",
+    "cache_implementation", "unsloth_version", "max_window_layers",
+]) | set(ROPE_KEYS)
+# fmt: on
+
+
+# Usual names of embedding and lm_head, for models whose rows are padded beyond the config's vocab_size.
+_TOKEN_TENSOR = re.compile(
+    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
+)
+
+
+@dataclass
+class Side:
+    """What could be read of one model; a part that could not be is None, and has been reported.
+
+    Attributes:
+        headers: The tensors by name, from the headers of the safetensors files.
+        reader: Reads their data too; None as well where the weights are on the hub and stay there.
+    """
+
+    who: str
+    folder: Path | None = None
+    config: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
+    headers: Mapping[str, TensorInfo] | None = None
+    reader: TensorReader | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def title(self) -> str:
+        """``Base`` or ``Instruct``, for messages."""
+        return self.who.capitalize()
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors by name; empty where the headers could not be read."""
+        return self.headers or {}
+
+    def get(self, key: str) -> Any:
+        """A setting of the config; None where it is missing."""
+        return (self.config or {}).get(key)
+
+    def has(self, file: str) -> bool:
+        """Whether the folder holds ``file``."""
+        return self.folder is not None and (self.folder / file).exists()
+
+    def vocabulary(self) -> dict[str, TensorInfo]:
+        """The embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
+        return {name: info for name, info in self.tensors.items() if has_token_rows(info, self.get("vocab_size"))}
+
+    def close(self) -> None:
+        """Close the files of the weights."""
+        if self.reader:
+            self.reader.close()
+
+
+def open_side(
+    who: str,
+    pair: ModelPair,
+    source: str,
+    folder: Callable[[], Path],
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    problems: list[Problem],
+) -> Side:
+    """Read all that the checks need of one model, and add what cannot be read to ``problems``."""
+    side = Side(who, _attempt(who, folder, problems))
+    if side.folder is not None:
+        path = side.folder
+        side.config = _attempt(who, lambda: _flat_config(load_config(who, path, pair.trust_remote_code)), problems)
+        if side.has("generation_config.json"):
+            side.generation = _attempt(who, lambda: read_json(who, path / "generation_config.json"), problems)
+        if isinstance(pair, PairWithoutWeights) and not Path(source).expanduser().is_dir():
+            side.reader = _open_cached(path)
+            remote = None if side.reader else _attempt(who, lambda: read_hub_headers(source, commit_of(path)), problems)
+        else:
+            side.reader, remote = _attempt(who, lambda: CheckpointReader(path), problems), None
+        side.headers = side.reader.tensors if side.reader else remote
+        side.tokenizer = _attempt(who, tokenizer, problems)
+    return side
+
+
+def _open_cached(folder: Path) -> CheckpointReader | None:
+    """The weights of a hub id, if an earlier download has left all of them in its folder."""
+    try:
+        return CheckpointReader(folder)
+    except CheckpointError:
+        return None
+
+
+def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T | None:
+    """The action's result, or None and one more problem."""
+    try:
+        return action()
+    except ProblemError as error:
+        problems.append(error.problem)
+    except CheckpointError as error:
+        remedy = f"repair the folder, or set pair.{who} to a complete one."
+        problems.append(Problem("error", f"{who} weights", str(error).rstrip("."), "", remedy))
+    return None
+
+
+def _flat_config(config: PretrainedConfig) -> dict[str, Any]:
+    """The language model's config; of a multimodal model its text part's keys over the whole's, and its vision's."""
+    vision = getattr(config, "vision_config", None)
+    seen = {f"vision_config.{key}": value for key, value in (vision.to_dict() if vision else {}).items()}
+    seen = {key: value for key, value in seen.items() if key.partition(".")[2] not in SEEN_ELSEWHERE}
+    return {**config.to_dict(), **config.get_text_config().to_dict(), **seen, "model_type": config.model_type}
+
+
+def has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
+    """Whether a tensor has one row per token: by its shape, or by one of the usual names."""
+    if len(info.shape) != 2 or any(part.isdigit() for part in info.name.split(".")):
+        return False
+    return info.shape[0] == vocab_size or _TOKEN_TENSOR.search(info.name) is not None

@@ -1,0 +1,311 @@
+"""Checks of what two models read: tokenizers, chat templates, ends of turns, and untrained tokens."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.errors import first_line
+from shadowlit.pair.folders import Problem
+from shadowlit.pair.side import Side
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Tokens that were put aside for later, and that no Base saw in training.
+_PLACEHOLDER = re.compile(r"reserved|unused|extra_?id|placeholder|dummy", re.IGNORECASE)
+
+
+# Texts on which tokenizers with equal vocabularies show other merges, normalizers or digit rules.
+_PROBES = ("Hello, world!  It's 12345.67", "def f(x):\n\treturn x ** 2\n", "Ünïcödé ﬁ 中文 🙂")
+
+
+# Rows sampled from an embedding to know what a trained row looks like: at most 64 blocks of 32.
+_SAMPLE_BLOCKS = 64
+
+
+_SAMPLE_BLOCK_ROWS = 32
+
+
+def check_tokenizers(other: Side, owner: Side) -> Iterator[Problem]:
+    """One id must mean one token: both models get the ids of the template's owner."""
+    if other.tokenizer is None or owner.tokenizer is None:
+        return
+    if other.tokenizer.get_vocab() != owner.tokenizer.get_vocab():
+        yield from _compare_vocabularies(other, owner)
+    elif any(_encode(other, text) != _encode(owner, text) for text in _PROBES):
+        yield Problem(
+            "warning",
+            "tokenizer",
+            "both have the same tokens, but cut a text differently",
+            "the same cuts",
+            f"compare merges and normalizers; the {owner.title}'s tokenizer is used, the {other.title} learned with "
+            "its own.",
+        )
+
+
+def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
+    """Tokens of the two that do not agree; usually of the Base, and of the Instruct, which owns the template."""
+    assert other.tokenizer is not None and owner.tokenizer is not None
+    old, new = other.tokenizer.get_vocab(), owner.tokenizer.get_vocab()
+    old_at = {i: token for token, i in old.items()}
+    new_at = {i: token for token, i in new.items()}
+    moved = {i: token for token, i in new.items() if token in old and old[token] != i}
+    renamed = {i: token for i, token in new_at.items() if i in old_at and token not in old}
+    named = {i for i in renamed if _PLACEHOLDER.search(old_at[i])}
+    wrong = sorted({*moved, *renamed} - named)
+    if wrong:
+        told = [f"{i} was {old_at.get(i)!r}, is {new_at[i]!r}" for i in wrong]
+        yield Problem(
+            "error",
+            "tokenizer",
+            f"{len(wrong)} ids mean another token in the {other.title} than in the {owner.title}: {some_of(told)}",
+            "one meaning per id",
+            f"set pair.base to the Base of this Instruct: both must understand the {owner.title}'s ids.",
+        )
+    if named:
+        told = [f"{i} was {old_at[i]!r}, is {new_at[i]!r}" for i in sorted(named)]
+        yield Problem(
+            "warning",
+            "tokenizer",
+            f"{len(named)} placeholders of the {other.title} have a meaning in the {owner.title}: {some_of(told)}",
+            "",
+            f"nothing, unless they appear in your data: their rows in the {other.title} were never trained.",
+        )
+    extra = [f"{token!r}" for i, token in sorted(new_at.items()) if token not in old and i not in old_at]
+    if extra:
+        yield Problem(
+            "warning",
+            "tokenizer",
+            f"{len(extra)} tokens are only in the {owner.title}'s ({some_of(extra)})",
+            "the same tokens",
+            f"nothing, unless they appear in your data: the {other.title} never saw them (no row at all: see "
+            f"'{other.who} vocabulary').",
+        )
+    lost = [f"{token!r}" for i, token in sorted(old_at.items()) if token not in new and i not in new_at]
+    if lost:
+        yield Problem(
+            "note",
+            "tokenizer",
+            f"{len(lost)} tokens are only in the {other.title}'s ({some_of(lost)})",
+            "",
+            f"nothing: the {owner.title}'s tokenizer is used.",
+        )
+
+
+def _encode(side: Side, text: str) -> list[int]:
+    assert side.tokenizer is not None
+    return list(side.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class _TemplateUse:
+    """What a chat template writes.
+
+    Attributes:
+        ids: The special and added tokens of a small conversation, and of a prompt for an answer.
+        ends: Those after the last answer, in order; None if the template does not write the answer as it is.
+    """
+
+    ids: list[int]
+    ends: list[int] | None
+
+
+def _template_use(tokenizer: PreTrainedTokenizerBase, parts: bool) -> _TemplateUse:
+    """Render a small conversation and collect the ids; raises whatever the template raises.
+
+    Args:
+        tokenizer: Its chat template is rendered.
+        parts: Give contents in parts, which templates of vision-language models may insist on.
+    """
+    asked, told = "Hello.", "Hello, how can I help?"
+
+    def turn(role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
+
+    turns = [turn("user", asked), turn("assistant", told)] * 2
+    try:  # a system turn shows more tokens, but some templates refuse it
+        conversation = [turn("system", "Be brief."), *turns]
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+    except Exception:
+        conversation = turns
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+    prompt = str(tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True))
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+    def used(part: str) -> list[int]:
+        return [i for i in tokenizer(part, add_special_tokens=False)["input_ids"] if i in special]
+
+    _, answer, tail = text.rpartition(told)
+    return _TemplateUse(sorted({*used(text), *used(prompt)}), used(tail) if answer else None)
+
+
+def check_template(base: Side, instruct: Side, owner: Side) -> Iterator[Problem]:
+    """The owner's chat template exists, renders, ends a turn with a token at which generation stops."""
+    if owner.tokenizer is None:
+        return
+    if not owner.tokenizer.chat_template:
+        yield Problem(
+            "error",
+            "chat template",
+            f"the {owner.title}'s tokenizer has none",
+            "the template it was trained with",
+            f"put its chat_template.jinja into the {owner.title}'s folder, or take the other model's by "
+            "pair.template_owner; if the model is no chat model, it is not an Instruct.",
+        )
+        return
+    try:
+        use = _template_use(owner.tokenizer, parts=owner.get("vision_config") is not None)
+    except Exception as error:
+        yield Problem(
+            "error",
+            "chat template",
+            f"it cannot be rendered ({first_line(error)})",
+            "a template that renders user and assistant turns",
+            f"repair chat_template.jinja in the {owner.title}'s folder.",
+        )
+        return
+    yield from _check_end_of_turn(owner, use)
+    yield from _check_template_rows(base, instruct, owner, use)
+    yield from _check_untrained(base, owner, use)
+
+
+def _check_end_of_turn(owner: Side, use: _TemplateUse) -> Iterator[Problem]:
+    """Generation stops where the template ends an assistant's turn."""
+    assert owner.tokenizer is not None
+    if use.ends is None:
+        return
+    if not use.ends:
+        yield Problem(
+            "warning",
+            "end of turn",
+            "the chat template ends an assistant's turn with no special token",
+            "one, which the model learns to stop at",
+            "add it to the template, or expect generations that run on.",
+        )
+        return
+    if owner.generation is None and owner.has("generation_config.json"):
+        return  # unreadable, and reported
+    stops = (owner.generation or {}).get("eos_token_id") or owner.get("eos_token_id")
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    end = use.ends[0]
+    if end not in stops:
+        name = owner.tokenizer.convert_ids_to_tokens(end)
+        yield Problem(
+            "warning",
+            "end of turn",
+            f"the template ends a turn with {name!r} (id {end}), generation stops at {stops or 'nothing'}",
+            "the former among the latter",
+            f"add {end} to eos_token_id in the {owner.title}'s generation_config.json, or generations run on.",
+        )
+
+
+def _check_template_rows(base: Side, instruct: Side, owner: Side, use: _TemplateUse) -> Iterator[Problem]:
+    """Every token of the tokenizer has a row; those that the Base lacks are taken from the Instruct."""
+    assert owner.tokenizer is not None
+    vocabulary = owner.tokenizer.get_vocab()
+    for side in (base, instruct):
+        rows = min((info.shape[0] for info in side.vocabulary().values()), default=None)
+        beyond = [t for t, i in vocabulary.items() if rows is not None and i >= rows]
+        if not beyond:
+            continue
+        needed = [t for t in beyond if vocabulary[t] in use.ids]
+        written = ", and the chat template writes some" if needed else ""
+        found = f"{len(beyond)} tokens of the {owner.title}'s tokenizer ({some_of(map(repr, needed or beyond))}) lie "
+        found += f"beyond the {rows} rows of the {side.title}'s embedding{written}"
+        if side is base:
+            yield Problem(
+                "warning",
+                "base vocabulary",
+                found,
+                "a row for every token",
+                "nothing: while the Base trains it gets the Instruct's rows for them, which fit it less than its own.",
+            )
+        else:
+            yield Problem(
+                "error" if needed else "warning",
+                "instruct vocabulary",
+                found,
+                "a row for every token",
+                "give the tokenizer that belongs to these weights; a text with one of these tokens stops the training.",
+            )
+
+
+def _check_untrained(base: Side, owner: Side, use: _TemplateUse) -> Iterator[Problem]:
+    """Tokens of the template that the Base never learned; see :func:`untrained_rows`."""
+    if base.reader is None or base.tokenizer is None or owner.tokenizer is None:
+        return
+    seen: dict[int, list[str]] = {}
+    for name, info in base.vocabulary().items():
+        if info.is_weight:
+            ids = [i for i in use.ids if i < info.shape[0]]
+            for i, reason in _look_for_untrained(base.reader, info, ids, base.tokenizer).items():
+                seen.setdefault(i, []).append(f"{reason} in {name}")
+    if seen:
+        told = [f"{owner.tokenizer.convert_ids_to_tokens(i)!r} ({', '.join(why)})" for i, why in sorted(seen.items())]
+        yield Problem(
+            "warning",
+            "untrained tokens",
+            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(told)}",
+            "rows like those of other tokens",
+            "train the embeddings too (LoRA: modules_to_save=[embed_tokens, lm_head]; full tuning: "
+            "graft.select=all), or let it be: with graft.select=linear the grafted model has the "
+            "Instruct's rows, and only the Base's training sees the untrained ones.",
+        )
+
+
+def _look_for_untrained(
+    reader: TensorReader, info: TensorInfo, ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[int, str]:
+    """The untrained among ``ids``: read their rows, those of placeholders, and a sample of all others."""
+    num_rows = info.shape[0]
+    step = max(1, num_rows // _SAMPLE_BLOCKS)
+    size = min(step, _SAMPLE_BLOCK_ROWS)
+    spans = [(start, min(start + size, num_rows)) for start in range(0, num_rows, step)]
+    placeholders = [i for t, i in tokenizer.get_vocab().items() if _PLACEHOLDER.search(t) and i < num_rows]
+    spans += [(i, i + 1) for i in {*ids, *placeholders[:_SAMPLE_BLOCKS], num_rows - 1}]
+    rows: dict[int, torch.Tensor] = {}
+    for start, stop in spans:
+        part = reader.read_slice(info.name, (slice(start, stop),)).float()
+        rows.update(zip(range(start, stop), part, strict=True))
+    order = sorted(rows)
+    reasons = untrained_rows(torch.stack([rows[i] for i in order]))
+    return {i: reasons[k] for k, i in enumerate(order) if i in ids and k in reasons}
+
+
+def untrained_rows(rows: torch.Tensor) -> dict[int, str]:
+    """Which rows of an embedding look as if no training had touched them, and why.
+
+    A row is called untrained if it is all zero (no element above 1e-16), equal to another row (placeholders
+    that were initialised together and never moved), or if its norm is below a quarter of the median norm
+    (initialised small, or only shrunk by weight decay). The first two are the idea of unsloth's
+    ``fix_untrained_tokens``; the third catches those that decay left unequal. A row that was initialised at
+    the size of trained rows, and to no other row's values, is not found.
+
+    Args:
+        rows: [R, H], a sample of the embedding in floating point, distinct tokens.
+
+    Returns:
+        Reasons by position in ``rows``.
+    """
+    norms = rows.norm(dim=1)
+    median = norms.median()
+    keys = [row.numpy().tobytes() for row in rows]
+    count = Counter(keys)
+    reasons: dict[int, str] = {}
+    for i in range(len(rows)):
+        if rows[i].abs().max() <= 1e-16:
+            reasons[i] = "all zero"
+        elif count[keys[i]] > 1:
+            reasons[i] = f"equal to {count[keys[i]] - 1} other rows"
+        elif norms[i] < median / 4:
+            reasons[i] = f"norm {norms[i]:.2g}, median {median:.2g}"
+    return reasons

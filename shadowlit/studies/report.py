@@ -1,0 +1,69 @@
+"""What the reports of all studies have in common: their files, tables in Markdown, and how means are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from shadowlit.files import replace_text
+from shadowlit.plotting import save_figure
+from shadowlit.studies.rows import TABLE, Row, to_csv
+from shadowlit.studies.statistics import Average
+
+REPORT = "REPORT.md"
+NONE = "–"
+
+
+def write_files(
+    folder: Path, text: str, rows: Sequence[Row], axes: Sequence[str], figures: Mapping[str, Figure]
+) -> Path:
+    """Write ``table.csv``, the figures as PNG and PDF, and at last ``REPORT.md``; each file atomically.
+
+    Args:
+        folder: Folder of the report; made if it isn't there.
+        text: Content of ``REPORT.md``.
+        rows: Rows of ``table.csv``.
+        axes: Names of what was varied, in the order of its columns.
+        figures: Figures by the stem of their files.
+
+    Returns:
+        Path of ``REPORT.md``.
+    """
+    replace_text(folder / TABLE, to_csv(rows, axes))
+    for stem, figure in figures.items():
+        save_figure(figure, folder / stem)
+    return replace_text(folder / REPORT, text)
+
+
+def paragraphs(parts: Sequence[str]) -> str:
+    """Blocks of Markdown with an empty line between them; empty ones are left out."""
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown; None is an empty cell."""
+    cells = [["" if cell is None else str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells])
+
+
+def bullets(lines: Sequence[str]) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def mean_text(found: Average, form: Callable[[float], str], form_of_error: Callable[[float], str] | None = None) -> str:
+    """``mean ± standard error``, with ``(2 of 3)`` if some are missing.
+
+    Args:
+        found: The mean; one of which no value was expected is a dash.
+        form: Turns the mean into text.
+        form_of_error: Turns the standard error into text; None for ``form``.
+    """
+    if not found.count:
+        return "missing" if found.expected else NONE
+    error = f" ± {(form_of_error or form)(found.standard_error)}" if math.isfinite(found.standard_error) else ""
+    short = f" ({found.count} of {found.expected})" if found.count < found.expected else ""
+    return f"{form(found.mean)}{error}{short}"

@@ -1,0 +1,142 @@
+"""A configuration of ``fit``, and the command lines of trainings that share it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shadowlit.errors import DataError
+from shadowlit.studies.rows import UNTOUCHED_TRIAL
+from shadowlit.studies.trials.process import Job
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all trainings of a study share: a configuration of ``fit``, and what is changed in it.
+
+    Attributes:
+        config: File of the configuration.
+        overrides: Values by dotted key.
+        scales: Scales λ of the graft that are measured; the first is the main one.
+        task_scales: Scales that the evaluators measure too.
+    """
+
+    config: Path
+    overrides: Mapping[str, Any]
+    scales: tuple[float, ...] = (1.0,)
+    task_scales: tuple[float, ...] = ()
+
+    def get(self, key: str) -> Any:
+        """The value of a dotted key, as overridden or in the file; None where neither has it."""
+        if key in self.overrides:
+            return self.overrides[key]
+        value: Any = self.content
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    @cached_property
+    def content(self) -> Mapping[str, Any]:
+        """The configuration as its file has it.
+
+        Raises:
+            DataError: There is no such file, or it is no YAML mapping.
+        """
+        try:
+            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(f"{self.config} can't be read ({error}). Give a configuration of fit.") from error
+        if not isinstance(found, Mapping):
+            raise DataError(f"{self.config} holds no keys. Give a configuration of fit.")
+        return found
+
+    def arguments(self, source: str, seed: int, folder: Path, values: Mapping[str, Any]) -> list[str]:
+        """The command line of ``fit`` with this configuration, after the word itself.
+
+        Args:
+            source: Model that is trained: ``B``, the Base, or ``I``, the Instruct, whose update is grafted onto the
+                Base.
+            seed: Seed of everything.
+            folder: Folder for everything that is written.
+            values: Everything that is changed in the file, by dotted key.
+        """
+        swapped = self._swapped() if source == "I" else {}
+        seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
+        return self._arguments(folder, {**values, **swapped, **seeds})
+
+    def untouched_job(self, folder: Path) -> Job:
+        """The job that measures the untouched models, the same for all trainings.
+
+        Args:
+            folder: Folder of the study.
+        """
+        own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False}
+        arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own})
+        return Job(UNTOUCHED_TRIAL, ("validate", *arguments))
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the trainings of one study, except for the pair."""
+        found = {
+            "config": hashlib.sha256(self.config.read_bytes()).hexdigest(),
+            "overrides": dict(self.overrides),
+            "scales": list(self.scales),
+            "task_scales": list(self.task_scales),
+        }
+        return json.loads(json.dumps(found))
+
+    def fingerprints(self) -> Mapping[str, Any]:
+        """What tells the pair from another one."""
+        from shadowlit.pair.pair import ModelPair
+
+        return ModelPair(**self.pair()).fingerprints()
+
+    def pair(self) -> dict[str, Any]:
+        """The keys of the section ``pair`` that are set."""
+        names = ("base", "instruct", "base_revision", "instruct_revision", "trust_remote_code", "template_owner")
+        return {name: value for name in names if (value := self.get(f"pair.{name}")) is not None}
+
+    def is_distributed(self) -> bool:
+        """Whether Lightning would start more processes than one."""
+        devices, accelerator = self.get("trainer.devices"), self.get("trainer.accelerator")
+        return not (devices in (1, "1") or (accelerator == "cpu" and devices in (None, "auto")))
+
+    def _swapped(self) -> dict[str, Any]:
+        """The keys that train the Instruct and graft its update onto the Base; the chat template stays the same."""
+        pair = self.pair()
+        owner = pair.get("template_owner", "instruct")
+        return {
+            "pair.base": pair.get("instruct"),
+            "pair.instruct": pair.get("base"),
+            "pair.base_revision": pair.get("instruct_revision"),
+            "pair.instruct_revision": pair.get("base_revision"),
+            "pair.template_owner": "base" if owner == "instruct" else "instruct",
+            "evaluation.reference": "base",
+        }
+
+    def _arguments(self, folder: Path, values: Mapping[str, Any]) -> list[str]:
+        logger = {
+            "class_path": "lightning.pytorch.loggers.CSVLogger",
+            "init_args": {"save_dir": str(folder), "name": "", "version": ""},
+        }
+        fixed = {
+            "trainer.logger": logger,
+            "trainer.default_root_dir": str(folder),
+            "trainer.enable_progress_bar": False,
+            "trainer.enable_model_summary": False,
+            "graft.scales": list(self.scales),
+            "evaluation.scales": list(self.task_scales),
+            "evaluation.folder": str(folder / "evaluation"),
+        }
+        merged = {**values, **fixed}
+        return ["--config", str(self.config), *(f"--{key}={_as_text(value)}" for key, value in merged.items())]
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
