@@ -499,7 +499,7 @@ class LiveGraft:
     def _grafted(self, host: HostParameter, scale: float) -> Tensor:
         instruct = host.instruct.to(local(host.parameter).device)
         if not host.selected:
-            return instruct
+            return instruct.clone()  # the frozen weights themselves are swapped with the Base's in place
         if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)

@@ -33,7 +33,7 @@ from tests.training import test_distributed as distributed
 
 ROOT = Path(__file__).parents[2]
 DARE = [{"name": "dare", "density": 0.5, "seed": 1}]
-TWO = [{"name": "svd", "rank": 2}, {"name": "ties", "density": 0.5}]
+TWO = [{"name": "svd", "rank": 2, "explained_variance": None}, {"name": "ties", "density": 0.5}]
 
 
 @pytest.fixture(scope="module")

@@ -336,7 +336,7 @@ def test_two_processes_are_one(tmp_path, name, kind, strategy):
 
 def test_a_reference_needs_the_graft(folders):
     module, data = make(folders, DPO())
-    with pytest.raises(ShadowlitError, match="Expected a GraftCallback, which holds the start"):
+    with pytest.raises(ShadowlitError, match="Expected a GraftCallback, which measures them"):
         fit(module, data, callbacks=[], limit_val_batches=0)
 
 

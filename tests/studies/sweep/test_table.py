@@ -43,8 +43,8 @@ def test_a_main_effect_by_hand(tmp_path):
     rates = table.effects(LR, "loss", "B2I")
     assert [(level.value, level.num_seeds, level.num_settings) for level in rates] == [("0.001", 3, 2), ("0.002", 3, 2)]
     assert [level.mean for level in rates] == pytest.approx([1 + 2.5 + 0.1, 2 + 2.5 + 0.1])
-    # Over the seeds 0, 1, 2 the standard deviation is 0.1, and Student's t with 2 degrees of freedom 4.303.
-    assert [level.high - level.mean for level in rates] == pytest.approx([4.303 * 0.1 / math.sqrt(3)] * 2)
+    # Over the seeds 0, 1, 2 the standard deviation is 0.1, and Student's t with 2 degrees of freedom 4.302653.
+    assert [level.high - level.mean for level in rates] == pytest.approx([4.302652729911275 * 0.1 / math.sqrt(3)] * 2)
     assert [level.mean for level in table.effects(RANK, "loss", "B2I")] == pytest.approx([1.6 + 1, 1.6 + 4])
 
 
