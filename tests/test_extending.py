@@ -111,7 +111,7 @@ def test_all_extensions_of_supervised_training_in_one_run(root):
 
 def test_an_objective_on_preferences(root):
     metrics = fit(root, settings("An objective on preferences"))
-    assert 0 < metrics["train/loss"] and {"val/grafted/margin", "val/instruct/accuracy"} <= metrics.keys()
+    assert metrics["train/loss"] > 0 and {"val/grafted/margin", "val/instruct/accuracy"} <= metrics.keys()
     assert math.exp(-metrics["val/base/margin"]) <= metrics["val/base/loss"] + 1e-6  # Jensen
 
 
