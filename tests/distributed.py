@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preload"])  # for a server that has to be started anew
 
 
 def start_server() -> None:

@@ -1,4 +1,4 @@
-"""``python -m shadowlit compare``; the docstring is the help."""
+"""``python -m shadowlit compare``; the docstring is the help text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m shadowlit sweep``; the docstrings are the help."""
+"""``python -m shadowlit sweep``; the docstrings are the help texts."""
 
 from __future__ import annotations
 

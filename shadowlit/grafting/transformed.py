@@ -90,7 +90,7 @@ def require_elementwise(transforms: Transforms, num_ranks: int) -> None:
     """
     if num_ranks > 1 and transforms.whole:
         raise GraftError(
-            f"graft.transforms has {', '.join(transforms.whole)}, which needs whole tensors, but FSDP2 shards them "
-            f"over {num_ranks} ranks. Use elementwise transforms (dare) only, one device, or DDP; or train without and "
-            "transform the update afterwards (python -m shadowlit graft ... --transforms)."
+            f"graft.transforms has transforms of whole tensors ({', '.join(transforms.whole)}), but FSDP2 shards the "
+            f"tensors over {num_ranks} ranks. Use elementwise transforms (dare), one device or DDP; or train without "
+            "transforms and apply them afterwards (python -m shadowlit graft ... --transforms)."
         )

@@ -87,7 +87,7 @@ class ShadowModule(LightningModule):
             layers except the output head are adapted.
         objective: Objective that is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT or a class of your own, with
             its options; null for SFT.
-        lr: Peak learning rate, of every optimizer whose own options don't set it.
+        lr: Peak learning rate of AdamW, and of any other optimizer whose init_args don't set one.
         weight_decay: Decoupled weight decay of AdamW, on matrices only, not on norms and biases.
         betas: Decay rates of AdamW's two moments.
         eps: AdamW's epsilon.

@@ -2,9 +2,7 @@
 
 import ast
 import json
-import os
 import time
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.distributed import Forked
 from tests.studies.sweep.test_notebook import small_sweep
 
 HOME = Path(__file__).parents[2] / "notebooks"
@@ -93,35 +90,7 @@ def test_every_figure_is_explained(notebook):
             assert len(before.source.split()) > 15, before.source
 
 
-def kernel(folder, *arguments):
-    """What ``python -m ipykernel_launcher`` does, in a group of its own, which is what its manager ends."""
-    import matplotlib
-    from ipykernel import kernelapp
-
-    os.setsid()
-    os.chdir(folder)
-    matplotlib.use("module://matplotlib_inline.backend_inline")
-    kernelapp.launch_new_instance(list(arguments))
-
-
-class ForkedKernel(Forked):
-    """A kernel without the seconds of its imports."""
-
-    stdin = stdout = stderr = None
-
-    def __init__(self, command, *, cwd, env, log, **_):
-        arguments = command[command.index("ipykernel_launcher") + 1 :]
-        super().__init__(kernel, str(cwd), *arguments, out=log, env=env)
-        while self.poll() is None and os.getpgid(self.pid) != self.pid:
-            time.sleep(0.01)
-
-    def wait(self):
-        return super().wait(60)
-
-
-def test_runs_from_the_embedded_pair(notebook, tmp_path, monkeypatch):
-    launch = partial(ForkedKernel, log=tmp_path / "kernel.txt")
-    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", launch)
+def test_runs_from_the_embedded_pair(notebook, tmp_path):
     values = {"figures": str(tmp_path / "figures"), **FEWER[notebook.stem]}
     values |= {"sweep": str(small_sweep(tmp_path / "sweep"))} if "sweep" in notebook.stem else {"work": str(tmp_path)}
     found = with_parameters(read(notebook), values)

@@ -168,7 +168,7 @@ class Scheduler:
                 each.step = live["step"]
         try:
             if not _patiently(lambda: self.study.beat(claim)):
-                raise UpdateFinishedTrialError("it was taken up by another worker")
+                raise UpdateFinishedTrialError("it was taken over by another worker")
             step, value = each.step, each.value
             if step is None or value is None or live is None:
                 return True
@@ -180,7 +180,7 @@ class Scheduler:
             self._on_outcome(Outcome(each.name, "pruned"))
         except UpdateFinishedTrialError as error:
             each.process.stop()
-            log.warning("%s is left alone: %s", each.name, error)
+            log.warning("%s was stopped: %s", each.name, error)
         return False
 
     def _end(self, each: Running, ok: bool) -> None:

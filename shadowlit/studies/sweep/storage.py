@@ -1,4 +1,4 @@
-"""Where a sweep's trials are kept: a file, or a database that many machines share."""
+"""The storage of a sweep's trials: a file, or a database that many machines share."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def open_storage(where: str | None, folder: Path) -> BaseStorage:
     """Open Optuna's storage.
 
     Args:
-        where: null for a journal in ``folder``; the path of another journal (``*.journal``); or the address of a
+        where: None for a journal in ``folder``; the path of another journal (``*.journal``); or the address of a
             database, ``postgresql://user:password@host/name`` or ``sqlite:///file``.
-        folder: Of the sweep; made if there is none.
+        folder: Folder of the sweep; made if there is none.
 
     Raises:
         ShadowlitError: It can't be reached, or its driver is not installed. A password is not shown.
     """
-    # Journals are marked as experimental in every process anew.
-    warnings.filterwarnings("ignore", module="shadowlit.sweep.*", message=".*experimental.*")
+    # Every process warns that journals are experimental.
+    warnings.filterwarnings("ignore", module="shadowlit.studies.sweep.*", message=".*experimental.*")
     if where is None or where.endswith(".journal"):
         return _journal(folder / FILE if where is None else Path(where))
     if "://" not in where:
@@ -82,7 +82,7 @@ def _database(address: str) -> BaseStorage:
                 "pip install 'shadowlit[postgres]'."
             ) from None
         except SQLAlchemyError as error:
-            # Two that make the tables of an empty database at the same time get into each other's way once.
+            # Two processes that create the tables of an empty database at the same time can collide once.
             if attempt < _TRIES - 1 and _is_about_tables(error):
                 time.sleep(0.5 * (attempt + 1))
                 continue

@@ -1,4 +1,4 @@
-"""The trials of a sweep in Optuna's storage: each is run once, whoever runs it and whoever is killed."""
+"""The trials of a sweep in Optuna's storage: each is run once, even if workers are killed."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from shadowlit.studies.sweep.definition import Axis, Definition, TrialKey
 from shadowlit.studies.trials.folder import changes
 
 log = logging.getLogger(__name__)
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would tell of every trial twice
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would report every trial a second time
 
 GRACE_S = 120.0
-"""A trial whose worker, on another machine, has given no sign of life for so long is taken up by another."""
+"""A trial whose worker, on another machine, has sent no heartbeat for so long is taken over by another worker."""
 BEAT_S = 20.0
-"""How often a worker gives one."""
+"""Interval between two heartbeats."""
 _DRAWS_PER_SETTING = 20
 _DRAWS_PER_SETTING = 20
 
@@ -40,11 +40,11 @@ class Claim:
     """A trial that this worker runs.
 
     Attributes:
-        key: What it is.
-        trial: Optuna's view of it.
-        beats: Signs of life that were given.
-        beaten: When the last one was, by the monotonic clock.
-        reported: The step of the last value that was reported.
+        key: Setting, trained model and seed.
+        trial: Optuna's trial.
+        beats: Number of heartbeats that were sent.
+        beaten: Time of the last one, by the monotonic clock.
+        reported: Step of the last value that was reported.
     """
 
     key: TrialKey
@@ -57,13 +57,13 @@ class Claim:
 class SweepStudy:
     """A sweep's trials, for one worker among any number.
 
-    Every trial has a key: setting, trained model, seed. Trials of the storage are claimed one at a time, which it does
-    atomically. A key that stands in it more than once, since several workers planned the sweep at the same time, is
-    run at its lowest number alone, and the others are struck out.
+    Every trial has a key: setting, trained model, seed. The storage hands out one trial at a time, atomically. If
+    several workers have planned the sweep at the same time and a key is in it more than once, only the trial with the
+    lowest number is run, and the others are marked as void.
 
     Args:
-        definition: What the sweep is.
-        storage: Where its trials are.
+        definition: Definition of the sweep.
+        storage: Storage of its trials.
 
     Raises:
         ShadowlitError: The storage has another sweep of this name, or the sampler or pruner doesn't know its options.
@@ -73,12 +73,12 @@ class SweepStudy:
         self.definition = definition
         self.storage = storage
         self._me = _identity()
-        self._seen: dict[int, tuple[Any, float]] = {}  # of others' trials: the last sign of life, and when we saw it
+        self._seen: dict[int, tuple[Any, float]] = {}  # of others' trials: the last heartbeat, and when we saw it
         self._study = self._open()
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All trials that count, the last of each key: what was struck out, orphaned, run anew or left out does not."""
+        """The trials that count, the last of each key: not those that are void, orphaned, run again or left out."""
         counted = [
             trial
             for trial in self._all()
@@ -89,15 +89,15 @@ class SweepStudy:
 
     @property
     def untouched(self) -> dict[str, float] | None:
-        """What the untouched models measured, once a worker has."""
+        """The metrics of the untouched models; None until a worker has measured them."""
         return self._study.user_attrs.get("untouched")
 
     def keep_untouched(self, metrics: Mapping[str, float]) -> None:
-        """Keep what the untouched models measured."""
+        """Keep the metrics of the untouched models."""
         self._study.set_user_attr("untouched", _finite(metrics))
 
     def fill(self) -> None:
-        """Plan what is neither done nor waiting: what is new, what failed, what was interrupted."""
+        """Plan every trial that is neither done nor waiting: new, failed and interrupted ones."""
         trials = self._all()
         alive = {_key_text(trial) for trial in trials if self._is_alive(trial)}
         drawn = [_key(t.user_attrs["key"]) for t in trials if "key" in t.user_attrs and "void" not in t.user_attrs]
@@ -110,7 +110,7 @@ class SweepStudy:
         """A trial for this worker to run; None if nothing waits."""
         self._take_up()
         for waiting in self._all(TrialState.WAITING):
-            # What this worker's definition leaves out is for one whose definition has it.
+            # What this worker's definition leaves out waits for a worker whose definition has it.
             if not self.definition.wants(_key(waiting.user_attrs["key"])) or not self._pop(waiting):
                 continue
             if self._has_double(waiting):
@@ -120,7 +120,7 @@ class SweepStudy:
         return self._draw() if self.definition.draws else None
 
     def beat(self, claim: Claim) -> bool:
-        """Give a sign of life if it is time; False if the trial was taken up by another meanwhile."""
+        """Send a heartbeat if it is time; False if another worker has taken over the trial meanwhile."""
         if time.monotonic() - claim.beaten < BEAT_S:
             return True
         claim.beats, claim.beaten = claim.beats + 1, time.monotonic()
@@ -131,7 +131,7 @@ class SweepStudy:
         return True
 
     def report(self, claim: Claim, step: int, value: float) -> bool:
-        """Keep the metric of a validation; whether the trial is worth going on with."""
+        """Keep the metric of a validation; return whether the trial should continue."""
         if step <= claim.reported or not math.isfinite(value):
             return True
         claim.reported = step
@@ -142,12 +142,12 @@ class SweepStudy:
         """Keep a trial's result.
 
         Args:
-            claim: The trial.
-            result: ``metrics`` by name, ``step``, and what it cost.
-            pruned: It was ended early.
+            claim: Trial that has ended.
+            result: Its ``metrics`` by name, ``step``, and what it cost.
+            pruned: Whether it was ended early.
 
         Returns:
-            What it is now: complete, pruned, or failed if its metric is no number.
+            Its state: complete, pruned, or diverged if its metric is no number.
 
         Raises:
             ShadowlitError: It has no such metric.
@@ -165,7 +165,7 @@ class SweepStudy:
         if pruned:
             self._study.tell(claim.trial, state=TrialState.PRUNED)
             return "pruned"
-        if not math.isfinite(value):  # a result like any other, but no number to go on with
+        if not math.isfinite(value):  # a result like any other, but no number for the sampler
             claim.trial.set_user_attr("diverged", True)
             self._study.tell(claim.trial, state=TrialState.FAIL)
             return "diverged"
@@ -173,12 +173,12 @@ class SweepStudy:
         return "complete"
 
     def fail(self, claim: Claim, reason: str) -> None:
-        """A trial failed, or was interrupted; the same command started again runs it anew."""
+        """Mark a trial as failed or interrupted; the next start of the same command runs it again."""
         try:
             claim.trial.set_user_attr("reason", reason)
             self._study.tell(claim.trial, state=TrialState.FAIL)
         except (UpdateFinishedTrialError, ValueError) as error:
-            log.warning("%s was taken up by another worker: %s", self.definition.name_of(claim.key), error)
+            log.warning("%s was taken over by another worker: %s", self.definition.name_of(claim.key), error)
 
     def _open(self) -> optuna.Study:
         identity = self.definition.identity()
@@ -199,14 +199,15 @@ class SweepStudy:
         if changed:
             raise ShadowlitError(
                 f"the storage holds another sweep named {self.definition.study!r}: {changed} differ. Give "
-                "this one another name, or remove that one; values, seeds and arms may be added, nothing else changed."
+                "this one another name, or remove that one; values, seeds and arms may be added, nothing else may "
+                "change."
             )
         study.set_user_attr("definition", self.definition.to_json())
         return study
 
     @staticmethod
     def _identity_of(study: optuna.Study) -> dict[str, Any]:
-        """Who made the study says right afterwards what it is; a moment's patience spares a lock."""
+        """The identity, which the study's creator writes right afterwards; waiting a moment spares a lock."""
         for _ in range(50):
             if "identity" in study.user_attrs:
                 return study.user_attrs["identity"]
@@ -252,17 +253,17 @@ class SweepStudy:
         return Claim(key, optuna.Trial(self._study, trial_id))
 
     def _take_up(self) -> None:
-        """Put back what killed workers had begun."""
+        """Plan the trials of killed workers again."""
         for trial in self._all(TrialState.RUNNING):
             worker = trial.user_attrs.get("worker")
             if worker == self._me or not self._is_orphan(trial, worker):
                 continue
             try:
-                self._give_up(trial, "orphaned", "its worker ended without a word")
-            except UpdateFinishedTrialError:  # it did end, or another took it up
+                self._give_up(trial, "orphaned", "its worker was killed")
+            except UpdateFinishedTrialError:  # it did end, or another worker took it over
                 continue
             if "key" in trial.user_attrs and self.definition.wants(_key(trial.user_attrs["key"])):
-                log.warning("%s is taken up from a worker that was killed", trial.user_attrs["name"])
+                log.warning("%s is taken over from a worker that was killed", trial.user_attrs["name"])
                 self._enqueue(_key(trial.user_attrs["key"]))
 
     def _is_orphan(self, trial: FrozenTrial, worker: Mapping[str, Any] | None) -> bool:
@@ -274,7 +275,7 @@ class SweepStudy:
         return time.monotonic() - self._seen[trial._trial_id][1] > GRACE_S
 
     def _draw(self) -> Claim | None:
-        """The first trial of a new setting; the others of that setting wait for whoever is next."""
+        """The first trial of a new setting; the others of that setting wait for the next free worker."""
         wanted = self.definition.trials or 0
         for _ in range(_DRAWS_PER_SETTING * wanted):  # few values and many trials: nothing new may be left
             if len(self._firsts()) >= wanted:
@@ -296,7 +297,7 @@ class SweepStudy:
         return None
 
     def _objection(self, number: int, key: TrialKey) -> str:
-        """Why a setting that was drawn is not to be run; empty if nothing is against it."""
+        """The reason not to run a setting that was drawn; empty if there is none."""
         if self.definition.is_dropped(dict(key.setting)):
             return "dropped"
         if any(_key_text(t) == _text(key) and t.number < number and self._is_alive(t) for t in self._all()):
@@ -305,7 +306,7 @@ class SweepStudy:
         return "" if number in sorted(t.number for t in self._firsts())[: self.definition.trials] else "one too many"
 
     def _firsts(self) -> list[FrozenTrial]:
-        """The trials that stand for a drawn setting each, failed ones too: the next start runs those again."""
+        """The first trial of each drawn setting, including failed ones: the next start runs those again."""
         own = (self.definition.sources[0], self.definition.seeds[0])
         found = [trial for trial in self.trials if "key" in trial.user_attrs]
         return [t for t in found if (t.user_attrs["key"]["source"], t.user_attrs["key"]["seed"]) == own]
@@ -313,7 +314,7 @@ class SweepStudy:
 
 def _sampler(definition: Definition) -> Any:
     names = {"grid": "RandomSampler", "random": "RandomSampler", "tpe": "TPESampler"}
-    # Trials run side by side: those that are running count as poor, so that not all try the same place.
+    # Running trials count as poor, so that trials that run at the same time try different settings.
     own = {"constant_liar": True} if definition.sampler == "tpe" else {}
     options = {"seed": None, **own, **definition.sampler_options}
     return _made(getattr(optuna.samplers, names[definition.sampler]), options, "sampler_options")
@@ -329,9 +330,9 @@ def _made(kind: Any, options: Mapping[str, Any], key: str) -> Any:
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
-        told = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None}
         raise ShadowlitError(
-            f"{key} is {told}, which optuna's {kind.__name__} doesn't take ({error}). See its arguments in optuna's "
+            f"{key} is {given}, which optuna's {kind.__name__} doesn't take ({error}). See its arguments in optuna's "
             "reference."
         ) from None
 
@@ -368,12 +369,12 @@ def _key(found: Mapping[str, Any]) -> TrialKey:
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    """Numbers as JSON has them."""
+    """Metrics as JSON can hold them: None for what is not finite."""
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _identity() -> dict[str, Any]:
-    """Who this worker is: a machine, or a container on it, and a process."""
+    """What identifies this worker: a machine, or a container on it, and a process."""
     return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
 
 
@@ -385,7 +386,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in the system's own words: process numbers are used again."""
+    """The start time of a process, as the system writes it: process numbers are used again."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -406,7 +407,7 @@ def _is_running(worker: Mapping[str, Any]) -> bool:
 
 
 def state_of(trial: FrozenTrial) -> str:
-    """What a trial is: waiting, running, complete, pruned, diverged, failed."""
+    """The state of a trial: waiting, running, complete, pruned, diverged or failed."""
     if trial.state == TrialState.FAIL:
         return "diverged" if "diverged" in trial.user_attrs else "failed"
     return trial.state.name.lower()
