@@ -4,6 +4,7 @@ Usage: python dev/mutants.py [WORD]      only those whose description holds WORD
 Prints a line per fault: killed, or SURVIVED. The exit status is the number of survivors.
 """
 
+# ruff: noqa: E501 - the lines of the list are those of the package
 from __future__ import annotations
 
 import os
