@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.errors import GraftError
 from shadowlit.grafting.folders import GraftPlan, plan_graft, write_graft
+from shadowlit.grafting.update import Transforms
 from shadowlit.progress import make_console, progress_bar
-
-if TYPE_CHECKING:
-    from shadowlit.delta.transforms import Transforms
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -73,9 +71,9 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
     """The transforms of a command line; torch, which they compute with, is imported only if there are some."""
     if not specs:
         return None
-    from shadowlit.delta.transforms import Transforms
+    from shadowlit.delta import transforms
 
-    return Transforms(specs, "--transforms")
+    return transforms.Transforms(specs, "--transforms")
 
 
 def write_with_progress(plan: GraftPlan, out: Path, shard_size: str, files_from: str | None) -> None:

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +27,9 @@ from tests.tiny import ARCHITECTURES, make_config, save_model, save_pair
 def small_parts(monkeypatch):
     """A few rows a part, so that every tensor comes in many."""
     monkeypatch.setattr(streaming, "PART_ELEMENTS", 100)
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(base, tuned, instruct, out, *options):
@@ -212,3 +218,12 @@ def test_unequal_vocabularies(tmp_path, capsys):
                        tensors(instruct)["model.embed_tokens.weight"])  # fmt: skip
     assert run(base, tuned, instruct, tmp_path / "all", "--select=all") == 1
     assert "differ in the shapes of model.embed_tokens.weight (272, 32) and (280, 32)" in capsys.readouterr().err
+
+
+def test_the_command_needs_no_torch():
+    """Start-up is part of its speed; a transform is what needs torch."""
+    demo = "shadowlit/demo/pair"
+    args = ["graft", f"{demo}/base", f"{demo}/instruct", f"{demo}/instruct", "unused", "--dry-run"]
+    code = f"import sys; from shadowlit.cli.main import main; main({args!r}); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert shown.stdout.splitlines()[-1] == "False"
