@@ -21,6 +21,7 @@ LOGIC = (
 )  # fmt: skip
 # Less than the defaults: what is computed is the same, and less often.
 FEWER = {
+    "first_graft": {"steps": 10},
     "delta_similarity": {"ranks": [2, 16], "densities": [0.1, 1.0], "layers": [0, 3]},
     "reading_a_run": {"rows": 1},
     "reading_a_sweep": {},
@@ -54,8 +55,8 @@ def with_parameters(found, values):
     return found
 
 
-def test_there_are_three():
-    assert [path.stem for path in NOTEBOOKS] == ["delta_similarity", "reading_a_run", "reading_a_sweep"]
+def test_there_are_four():
+    assert [path.stem for path in NOTEBOOKS] == ["delta_similarity", "first_graft", "reading_a_run", "reading_a_sweep"]
 
 
 def test_stripped(notebook):

@@ -1,0 +1,97 @@
+"""Faults that the tests must notice: each is put into a copy of the package, and the tests named for it must fail.
+
+Usage: python dev/mutants.py [WORD]      only those whose description holds WORD
+Prints a line per fault: killed, or SURVIVED. The exit status is the number of survivors.
+"""
+
+# ruff: noqa: E501 - the lines of the list are those of the package
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# What is wrong, the file, the right line, the wrong one, the tests that must fail.
+MUTANTS = [
+    ("relative_delta without its square root", "grafting/live.py",
+     "(update_square / instruct_square) ** 0.5 if instruct_square", "(update_square / instruct_square) if instruct_square",
+     "tests/grafting/test_live.py -k relative"),
+    ("the update with the opposite sign", "grafting/arithmetic.py",
+     "widen(instruct) + (update if scale == 1 else scale * update)",
+     "widen(instruct) - (update if scale == 1 else scale * update)", "tests/grafting/test_arithmetic.py"),
+    ("tuned and base swapped", "grafting/arithmetic.py",
+     "return widen(tuned) - widen(base)", "return widen(base) - widen(tuned)", "tests/grafting/test_arithmetic.py"),
+    ("the live graft is not rounded to the exported dtype", "grafting/live.py",
+     "            rounded = exact.to(self._rounding(host))\n            if squares", "            rounded = exact\n            if squares",
+     "tests/grafting/test_live.py"),
+    ("linear includes the output head", "grafting/parameters.py",
+     'isinstance(module, nn.Linear) and module is not head and "lora_"', 'isinstance(module, nn.Linear) and "lora_"',
+     "tests/grafting/test_selection.py"),
+    ("an exception leaves the grafted weights in", "callbacks/graft.py",
+     '        """Swap the trained weights back, whatever happened, and free the pair\'s."""\n        self._release()',
+     '        """Swap the trained weights back, whatever happened, and free the pair\'s."""',
+     "tests/callbacks/test_graft.py -k exception"),
+    ("a checkpoint in the middle of a pass holds grafted weights", "callbacks/graft.py",
+     "            self.graft.restore_for_checkpoint()", "            pass", "tests/callbacks/test_graft.py"),
+    ("a grafted pass draws from the training's random numbers", "callbacks/graft.py",
+     "with isolate_rng():", "with contextmanager(lambda: iter([None]))():", "tests/callbacks/test_graft.py -k trajectory"),
+    ("the gain has the opposite sign", "callbacks/graft.py",
+     'untouched[INSTRUCT]["loss"] - loss', 'loss - untouched[INSTRUCT]["loss"]', "tests/callbacks/test_graft.py"),
+    ("a checkpoint of another pair is resumed", "callbacks/graft.py",
+     "for who, value in self._fingerprints.items() if saved.get(who) != value]", "for who, value in {}.items()]",
+     "tests/callbacks/test_graft.py -k pair"),
+    ("the gradient is divided by micro-batches, not by supervised tokens", "training/module.py",
+     'number = sums["count"].clamp(min=1)', 'number = sums["count"].clamp(min=1, max=1)',
+     "tests/training/test_module.py"),
+    ("ranks keep their own sums", "training/module.py",
+     "            dist.all_reduce(reduced)", "            pass", "tests/training/test_distributed.py -k two_processes"),
+    ("the gates and the ups of fused experts are exchanged", "checkpoint/layout.py",
+     '"gate_up_proj": ("gate_proj", "up_proj")', '"gate_up_proj": ("up_proj", "gate_proj")',
+     "tests/checkpoint/test_layout.py"),
+    ("an added token's row is read from the Base", "checkpoint/alignment.py",
+     "self._instruct.read_slice(self._names[name], (slice(end, stop),))",
+     "self._base.read_slice(name, (slice(2 * end - stop, end),))", "tests/pair tests/training/test_loading.py tests/grafting"),
+    ("a graft on disk ignores the scales by pattern", "grafting/disk.py",
+     "            scale = self._scale.of(name)", "            scale = self._scale.default", "tests/grafting/test_disk.py"),
+    ("DARE does not rescale", "delta/transforms.py",
+     "return values * (noise < density) / density", "return values * (noise < density)", "tests/delta/test_transforms.py"),
+    ("a packed sample's first token is supervised by the sample before it", "training/objective.py",
+     "supervised = supervised & (position_ids[:, 1:] != 0)", "pass", "tests/data/test_packing.py -k separate"),
+    ("an import runs up", "grafting/arithmetic.py",
+     "import torch\n", "import torch\nimport shadowlit.training.objective  # noqa\n", "tests/test_architecture.py"),
+]  # fmt: skip
+
+
+def survives(file: str, right: str, wrong: str, tests: str) -> bool:
+    """Whether the tests pass on a copy with the fault."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder)
+        for name in ("shadowlit", "tests", "configs", "docs", "experiments", "benchmarks", "notebooks"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        for name in ("pyproject.toml", "README.md", "Makefile"):
+            shutil.copy(ROOT / name, copy / name)
+        path = copy / "shadowlit" / file
+        source = path.read_text(encoding="utf-8")
+        assert source.count(right) >= 1, f"{file} no longer holds {right!r}: mend this list"
+        path.write_text(source.replace(right, wrong), encoding="utf-8")
+        run = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", *tests.split()]
+        done = subprocess.run(
+            run, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
+        )
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        return done.returncode == 0
+
+
+if __name__ == "__main__":
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    survivors = 0
+    for what, *mutant in MUTANTS:
+        if word in what:
+            alive = survives(*mutant)
+            survivors += alive
+            print(f"{'SURVIVED' if alive else 'killed  '}  {what}  [{mutant[-1]}]", flush=True)
+    sys.exit(survivors)
