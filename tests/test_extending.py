@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def fit(root, changes, *args):
         "trainer": {
             "accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False, "log_every_n_steps": 1,
             "enable_model_summary": False, "enable_checkpointing": False, "logger": False,
+            "default_root_dir": tempfile.mkdtemp(dir=root),
         },
     }  # fmt: skip
     for key, value in changes.items():
@@ -100,7 +102,7 @@ def test_all_extensions_of_supervised_training_in_one_run(root):
         assert 0 <= metrics[f"val/{who}/top5"] <= 1
         assert metrics[f"val/{who}/texts/score"] < 0
     gain = metrics["val/grafted/texts/score"] - metrics["val/instruct/texts/score"]
-    assert metrics["graft/gain/texts"] == pytest.approx(gain) and gain != 0
+    assert metrics["graft/gain/texts"] == pytest.approx(gain, abs=1e-5) and gain != 0  # float32 of about 20
     # Every element of the update has the size 2e-4, but for the few that are exactly zero.
     with CheckpointReader(root / "instruct") as reader:
         count = sum(info.num_elements for name, info in reader.tensors.items() if "proj" in name)
