@@ -41,4 +41,4 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
         namespace[name] = getattr(import_module(modules[name]), name)
         return namespace[name]
 
-    return get, lambda: sorted({*namespace, *modules}), sorted(modules)
+    return get, lambda: sorted({*modules, *(name for name in namespace if name.startswith("__"))}), sorted(modules)

@@ -25,7 +25,7 @@ from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.data.formats import Samples
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, first_line
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import OBJECTIVES, Objective
@@ -164,13 +164,13 @@ def import_model_class(path: str) -> type[ShadowModule]:
         ShadowlitError: There is none, or it is no subclass of ShadowModule.
     """
     expected = "expected the import path of a subclass of shadowlit.training.module.ShadowModule"
-    module, _, name = path.rpartition(".")
+    module, _, name = str(path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the code of others
         raise ShadowlitError(
-            f"model.class_path is {path!r}, which can't be imported ({error}); {expected}. Correct it, or put its "
-            "package on PYTHONPATH."
+            f"model.class_path is {path!r}, which can't be imported ({first_line(error)}); {expected}. Correct it, or "
+            "put its package on PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, ShadowModule)):
         raise ShadowlitError(f"model.class_path is {path!r}, which is {found!r}; {expected}.")

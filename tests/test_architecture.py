@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -56,8 +58,11 @@ def _imported(node: ast.AST, known: frozenset[str]) -> Iterator[tuple[str, int]]
             name = f"{node.module}.{alias.name}"
             if name in known or node.module in known:
                 yield (name if name in known else str(node.module)), node.lineno
-    elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
-        yield from ((a.value, node.lineno) for a in node.args if isinstance(a, ast.Constant) and a.value in known)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        # A module's name in a string: for import_module or __import__, in a class path or a table of commands.
+        parts = re.split(r"[.:]", node.value)
+        names = (".".join(parts[:end]) for end in range(len(parts), 1, -1))
+        yield from ((name, node.lineno) for name in islice((name for name in names if name in known), 1))
 
 
 def package_of(module: str) -> str:
@@ -133,6 +138,9 @@ def test_no_circles_between_modules(sources):
         "def late():\n    from shadowlit.training import module",
         "if TYPE_CHECKING:\n    from shadowlit.training.module import ShadowModule",
         "importlib.import_module('shadowlit.training.module')",
+        "import_module(name='shadowlit.training.module')",
+        "__import__('shadowlit.training.module')",
+        "MODULE = 'shadowlit.training.module:ShadowModule'",
     ],
 )
 def test_an_arrow_that_runs_up_is_found(sources, line):

@@ -107,7 +107,7 @@ class EvaluationCallback(Callback):
         self._pair = pl_module.pair
         if data.chat_template is not None and data.tokenizer is not None:
             self._pair = self._pair.with_tokenizer(data.tokenizer)
-        self._settings = f"{trainer.precision} {self.reference}"
+        self._settings = f"{trainer.precision} {self.reference} {sorted(pl_module.pair.fingerprints().items())}"
         errors = list(self._problems())
         for name, evaluator in self.evaluators.items():
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
-from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics
+from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.transforms import Transforms
@@ -102,8 +103,12 @@ class GraftCallback(Callback):
         routing: bool = True,
         transforms: list[dict[str, Any]] = [],  # noqa: B006
     ) -> None:
-        if not scales or len(set(scales)) < len(scales):
-            raise GraftError(f"graft.scales is {scales}; expected at least one number, and none of them twice.")
+        named = {s.name for s in grafts(scales)} if all(isinstance(s, int | float) for s in scales) else set()
+        if not scales or len(named) < len(scales) or not all(map(math.isfinite, scales)):
+            raise GraftError(
+                f"graft.scales is {scales}; expected at least one finite number, and none of them twice in its first "
+                "six digits, which name its metrics."
+            )
         self.transforms = Transforms(transforms)
         self.select = select
         self.scales = list(scales)
@@ -248,11 +253,13 @@ class GraftCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the trained weights back, free the pair's, and close its files; the next command reads them again."""
         self._release()
+        self._run = RunTotals()
 
     def state_dict(self) -> dict[str, Any]:
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
         return {
             "fingerprints": self._fingerprints,
+            "settings": self._settings(),
             "untouched": self._untouched.state,
             "metrics": self.finished.metrics,
         }
@@ -269,6 +276,18 @@ class GraftCallback(Callback):
         else:
             self._untouched.state = state_dict.get("untouched", {})
         self.finished = ValidationRecord(metrics=state_dict["metrics"])
+        before, now = state_dict.get("settings", self._settings()), self._settings()
+        if changed := [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]:
+            rank_zero_warn(
+                f"graft: the checkpoint was written with another graft: {', '.join(changed)}. Its metrics and its best "
+                "score are those of that graft. Resume with the same settings, or start a new run to compare them."
+            )
+            self.finished = ValidationRecord()
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "select": self.select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
+        }  # fmt: skip
 
     def _before_state_dict(self, *_: Any) -> None:
         if self.graft is not None:
@@ -328,7 +347,9 @@ class GraftCallback(Callback):
         """Scores of the untouched models: measured in the first full validation on these data, then remembered."""
         if not self.baselines:
             return {}
-        stage, signature = self.record.stage, self._data.of(*_batches(trainer))
+        settings = settings_of([module.objective, *module.metrics.values()])
+        signature = f"{self._data.of(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
+        stage = self.record.stage
 
         def measure(subject: Subject, _: list[str]) -> dict[str, Metrics]:
             self._pass(trainer, module, subject)

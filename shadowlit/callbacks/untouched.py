@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from shadowlit.grafting.subject import UNTOUCHED, Subject
 
 Metrics = Mapping[str, float]
+
+_STATE = ("training", "kl")  # attributes of metrics and objectives that change during a run
 
 
 class UntouchedMetrics:
@@ -63,6 +65,21 @@ class DataSignature:
         if list(map(id, sets)) != list(map(id, self._sets)) or self._limits != list(limits):
             self._sets, self._limits, self._signature = sets, list(limits), _hash(sets, limits)
         return self._signature
+
+
+def settings_of(objects: Iterable[Any]) -> str:
+    """Describe objects by their classes and plain public attributes, so that other settings differ."""
+    return repr(
+        [
+            (type(one).__qualname__, [(k, v) for k, v in sorted(vars(one).items()) if _is_setting(k, v)])
+            for one in objects
+        ]
+    )
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    plain = isinstance(value, bool | int | float | str | tuple | list | None)
+    return plain and not name.startswith("_") and name not in _STATE
 
 
 def _hash(sets: Sequence[Any], limits: Sequence[float]) -> str:

@@ -131,7 +131,7 @@ def find_format(name: str) -> CustomFormat | None:
 def _imported(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
     if not module:
-        raise LookupError("no format has this name")
+        raise LookupError("no format has this name, and it is no import path")
     return getattr(import_module(module), attribute)
 
 

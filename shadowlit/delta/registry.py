@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from shadowlit.errors import GraftError, first_line
+from shadowlit.errors import GraftError, ShadowlitError, first_line
 
 GROUP = "shadowlit.transforms"
 """Group of the entry points by which installed packages offer transforms."""
@@ -129,6 +129,8 @@ def _imported(path: str) -> Any:
 def _loaded(load: Callable[[], Any], name: str, key: str) -> Callable[..., Tensor]:
     try:
         function = load()
+    except ShadowlitError as error:  # of a module that registers a transform
+        raise GraftError(f"{key} is {name!r}: {error}") from error
     except Exception as error:  # importing a module runs it
         raise GraftError(
             f"{key} is {name!r}, which cannot be imported ({first_line(error)}). Expected the import path of a "
@@ -190,6 +192,8 @@ def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[st
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value from YAML or JSON has a type; an int is a float too, but no bool is a number."""
+    if kind is Any:
+        return True
     origin = typing.get_origin(kind) or kind
     if origin in (typing.Union, UnionType):
         return any(_fits(value, option) for option in typing.get_args(kind))
