@@ -81,7 +81,7 @@ def write_with_progress(plan: GraftPlan, out: Path, shard_size: str, files_from:
     console = make_console()
     with progress_bar("grafting", plan.graft.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
         write_graft(plan, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance)
-    console.print(f"graft: {plan.graft.survival:.1%} of the update arrives in the result's dtype")
+    console.print(f"graft: {plan.graft.survival:.1%} of the update survives rounding to the result's dtype")
     console.print(f"graft: {out} is complete")
 
 

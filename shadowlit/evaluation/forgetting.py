@@ -47,7 +47,7 @@ class Divergence(Evaluator):
     Args:
         data: Conversations or plain text, as for training.
         max_length: Longest row, in tokens; a longer conversation is an error, a longer text is cut into pieces.
-        every: Run in the first validation, in each so many-th after it, and in the last one.
+        every: Run in the first validation, in every *n*-th validation after it, and in the last one.
         limit: Use only so many rows, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
     """

@@ -76,7 +76,7 @@ class Generation(Evaluator):
         chat: Ask through the Instruct's chat template, with its generation prompt; false for plain text.
         system: A system turn for conversations that have none.
         max_length: Longest prompt with its answer, in tokens; null for the model's own context.
-        every: Run in the first validation, in each so many-th after it, and in the last one.
+        every: Run in the first validation, in every *n*-th validation after it, and in the last one.
         limit: Use only so many rows, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
     """

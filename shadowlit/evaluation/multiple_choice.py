@@ -73,7 +73,7 @@ class MultipleChoice(Evaluator):
         delimiter: What stands between question and choice in plain text.
         system: A system turn for questions that have none.
         max_length: Longest prompt with a choice, in tokens; null for the model's own context.
-        every: Run in the first validation, in each so many-th after it, and in the last one.
+        every: Run in the first validation, in every *n*-th validation after it, and in the last one.
         limit: Use only so many rows, evenly spread over the file; null for all.
         batch_size: Rows per process and forward.
     """
