@@ -212,7 +212,7 @@ def test_two_formats_of_one_name(folder):
 
 
 @pytest.mark.parametrize(("name", "problem"), [
-    ("mesages", r"can't be imported \(LookupError: no format has this name\)"),
+    ("mesages", r"can't be imported \(LookupError: no format has this name, and it is no import path\)"),
     ("no_such_module.quiz", r"can't be imported \(ModuleNotFoundError: No module named 'no_such_module'\)"),
     ("my_formats.quizz", r"can't be imported \(AttributeError: module 'my_formats' has no attribute 'quizz'\)"),
     ("my_formats.NUMBER", r"is 3 \(int\) and no function"),
