@@ -58,7 +58,7 @@ MUTANTS = [
     ("DARE does not rescale", "delta/transforms.py",
      "return values * (noise < density) / density", "return values * (noise < density)", "tests/delta/test_transforms.py"),
     ("a packed sample's first token is supervised by the sample before it", "training/objective.py",
-     "supervised = supervised & (position_ids[:, 1:] != 0)", "pass", "tests/data/test_packing.py -k is_separate"),
+     "supervised = supervised & (position_ids[:, 1:] != 0)", "pass", "tests/training/test_head.py -k first_token_of"),
     ("an import runs up", "grafting/arithmetic.py",
      "import torch\n", "import torch\nimport shadowlit.training.objective  # noqa\n", "tests/test_architecture.py"),
 ]  # fmt: skip

@@ -467,3 +467,10 @@ def test_an_adapted_head_under_fsdp(folders):
     for rank in run_ranks(adapted_head, 2, folders, "fsdp2", 2):
         assert rank[0] == one[0] == "recomputed"
         assert rank[1] == pytest.approx(one[1], rel=2e-5)
+
+
+def test_the_first_token_of_a_packed_sample_is_not_predicted():
+    """It would be predicted by the last token of the sample before it, whatever its label says."""
+    labels, positions = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 1, 0, 1]])
+    assert supervised_positions(labels).tolist() == [0, 1, 2]
+    assert supervised_positions(labels, positions).tolist() == [0, 2]
