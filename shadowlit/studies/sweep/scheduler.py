@@ -148,7 +148,10 @@ class Scheduler:
             self._keep(name, claim)
             return
         more = {"trainer.devices": len(self.gpus[slot])} if self.gpus else {}
-        self._pool.begin(Job(name, definition.arguments(claim.key, home, more)), slot, claim)
+        try:
+            self._pool.begin(Job(name, definition.arguments(claim.key, home, more)), slot, claim)
+        except ShadowlitError as error:
+            self._fail(name, claim, str(error))
 
     def _watch(self) -> None:
         for each, ok in self._pool.ended():
@@ -192,9 +195,11 @@ class Scheduler:
         elif ok:
             self._keep(each.name, each.claim)
         else:
-            claim, reason = each.claim, last_words(home)
-            _patiently(lambda: self.study.fail(claim, reason))
-            self._on_outcome(Outcome(each.name, "failed", reason))
+            self._fail(each.name, each.claim, last_words(home))
+
+    def _fail(self, name: str, claim: Claim, reason: str) -> None:
+        _patiently(lambda: self.study.fail(claim, reason))
+        self._on_outcome(Outcome(name, "failed", reason))
 
     def _keep(self, name: str, claim: Claim) -> None:
         result = json.loads((self.folder / name / RESULT).read_text(encoding="utf-8"))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
+from shadowlit.studies.trials.folder import LOCK, vacated
+from shadowlit.studies.trials.trial import LOG, PARENT, RESULT, run_logged
 
 log = logging.getLogger(__name__)
 
@@ -152,9 +153,13 @@ def start(
             possible where Lightning starts further processes, or where ``environment`` must be known to what is
             imported; systems that cannot fork start a new process.
         environment: Additional variables, e.g. which GPUs it sees; not with ``in_process``.
+
+    Raises:
+        ShadowlitError: Another process has not left the folder within a minute.
     """
     assert not (in_process and environment), "a forked process has imported everything already"
-    job = _resumed(job, folder)
+    with vacated(folder):
+        job = _resumed(job, folder)
     forked = in_process and hasattr(os, "fork")
     return _fork(job, folder, threads) if forked else _spawn(job, folder, threads, environment or {})
 
@@ -200,7 +205,7 @@ def _resumed(job: Job, folder: Path) -> Job:
     last = folder / "checkpoints" / "last.ckpt"
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name != "checkpoints":
+            if path.name != "checkpoints" and not path.name.startswith(LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if job.arguments[0] == "fit" and last.exists():
@@ -220,7 +225,8 @@ def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
 def _spawn(job: Job, folder: Path, threads: int | None, environment: Mapping[str, str]) -> TrialProcess:
     command = [sys.executable, "-m", "shadowlit.studies.trials.trial", str(folder), *job.arguments]
     # Set in the environment, which further processes of the training inherit.
-    own = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}), **environment}
+    number = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    own = {**os.environ, **number, **environment, PARENT: str(os.getpid())}
     with (folder / LOG).open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own)
     return TrialProcess(process, process.poll, process.wait)

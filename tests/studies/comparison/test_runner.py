@@ -179,15 +179,16 @@ def compare_again(setting, out):
 
 def test_every_training_runs_once_though_the_command_is_killed(setting, tmp_path):
     """SIGKILL while trainings run, and the same command again; orphans end by themselves."""
-    first = Forked(compare_again, setting, tmp_path / "out", out=tmp_path / "told.txt")
+    told = tmp_path / "told.txt"
+    first = Forked(compare_again, setting, tmp_path / "out", out=told)
     deadline = time.monotonic() + 120
     while len(list((tmp_path / "out").glob("*/result.json"))) < 2:
-        assert first.poll() is None and time.monotonic() < deadline
+        assert first.poll() is None and time.monotonic() < deadline, told.read_text()[-3000:]
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait(60)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
-    assert Forked(compare_again, setting, tmp_path / "out", out=tmp_path / "told.txt").wait(240) == 0
+    assert Forked(compare_again, setting, tmp_path / "out", out=told).wait(240) == 0, told.read_text()[-3000:]
     found = sorted((tmp_path / "out").glob("*/result.json"))
     assert len(found) == 7  # six trainings and the untouched models
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
