@@ -26,14 +26,9 @@ _POLL_S = 0.1
 
 
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
-    """Run ``fit`` or ``validate``, and write its numbers to ``result.json``; the file means that it is finished.
+    """Run ``fit`` or ``validate`` in a folder of its own, and write its numbers to ``result.json`` when it is finished.
 
     After each validation, ``live.json`` has the numbers so far.
-
-    Args:
-        folder: Folder of this training alone.
-        arguments: Command line after ``python -m shadowlit``.
-        threads: Threads of torch; None for torch's own choice.
     """
     import torch
 
@@ -59,14 +54,18 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.argv = ["shadowlit", *arguments]
+        code = 0
         try:
             main(folder, arguments, threads)
         except SystemExit as stop:
-            os._exit(_flushed(stop.code if isinstance(stop.code, int) else 1))
+            code = stop.code if isinstance(stop.code, int) else 1
         except BaseException:
             traceback.print_exc()
-            os._exit(_flushed(1))
-        os._exit(_flushed(0))  # threads of libraries must not keep a finished training alive
+            code = 1
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)  # threads of libraries must not keep a finished training alive
 
 
 def run_spawned(folder: Path, arguments: list[str]) -> None:
@@ -91,13 +90,6 @@ def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
             os._exit(1)
         threading.Thread(target=watch, daemon=True).start()
         yield
-
-
-def _flushed(code: int) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    return code
 
 
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
