@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.deltas import Matrix
 from shadowlit.analysis.evolution import Evolution
-from shadowlit.analysis.heat_map import in_order
+from shadowlit.analysis.heat_map import in_order, limits
 from shadowlit.analysis.subspaces import Overlap, Spectrum
 from shadowlit.analysis.truncation import ALL, Cost, Losses
 from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, message, panels, series_style, styled
@@ -67,11 +67,9 @@ def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure
     tables = [
         [[math.nan if i == j else float(one.values[i, j]) for j in range(size)] for i in range(size)] for one in found
     ]
-    there = [value for cells in tables for row in cells for value in row if not math.isnan(value)]
     low, high, colours = 0.0, 1.0, SEQUENTIAL
     if first.centre is not None:
-        reach = max((abs(value - first.centre) for value in there), default=0.0) or 1.0
-        low, high = first.centre - reach, first.centre + reach
+        low, high = limits((value for cells in tables for row in cells for value in row), first.centre)
         colours = f"{DIVERGING}_r" if first.inverted else DIVERGING
     for number, (axis, cells) in enumerate(zip(axes, tables, strict=True)):
         image = axis.imshow(cells, cmap=colours, vmin=low, vmax=high)

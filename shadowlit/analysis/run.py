@@ -197,16 +197,9 @@ def scores(run: Run) -> Table:
 
 
 def changes(run: Run, step: int | None = None) -> Table:
-    """Which questions the graft wins and loses against the untouched Instruct, by evaluator.
+    """Which questions the graft wins and loses against the untouched Instruct, by evaluator, in the last validation.
 
-    Equal means can hide that other questions are right than before.
-
-    Args:
-        run: Run with ``evaluation/step-<step>/``.
-        step: Step of the validation; None for the last one with answers.
-
-    Raises:
-        DataError: There are answers, but none of that step.
+    Equal means can hide that other questions are right than before. See also :func:`answers_folder`.
     """
     home = answers_folder(run, step)
     columns = ("evaluator", "right in both", "won", "lost", "wrong in both")
@@ -224,16 +217,13 @@ def changes(run: Run, step: int | None = None) -> Table:
 
 
 def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None = None, rows: int = 2) -> Markdown:
-    """The first answers of the four models to the same questions, side by side.
+    """The first answers of the four models to the same questions, side by side; see also :func:`answers_folder`.
 
     Args:
         run: Run with ``evaluation/step-<step>/``.
         evaluators: Names of evaluators; None for all.
         step: Step of the validation; None for the last one with answers.
         rows: Number of questions of each evaluator.
-
-    Raises:
-        DataError: There are answers, but none of that step.
     """
     home = answers_folder(run, step)
     if home is None:

@@ -157,19 +157,11 @@ def stream_moments(
     deltas: bool,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[str, Moments]]:
-    """The moments of the tensors ``names`` of several checkpoints.
+    """Yield the moments of tensors of several checkpoints, in their order; of updates, no offsets are formed.
 
     Computed in float32, added up in float64; a tensor that a checkpoint lacks counts as zero; where the numbers of rows
-    differ, the shared rows count. The result doesn't depend on the number of threads.
-
-    Args:
-        readers: The checkpoints.
-        names: Tensors, with equal shapes but for the number of rows.
-        deltas: The checkpoints hold updates, not weights, so that no offsets are formed.
-        advance: Called with the number of elements of every part that is done.
-
-    Yields:
-        Name and moments, in the order of ``names``.
+    differ, the shared rows count. The result doesn't depend on the number of threads. ``advance`` is called with the
+    number of elements of every part that is done.
 
     Raises:
         CheckpointError: A tensor holds NaN or infinities.

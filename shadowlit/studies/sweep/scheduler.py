@@ -69,7 +69,7 @@ class Scheduler:
         study: Trials of the sweep.
         folder: Folder of the sweep; each trial has a folder of its own in it.
         workers: Number of trials that run at a time.
-        threads: Threads of torch for each trial; None for torch's own choice.
+        threads: See :func:`shadowlit.studies.trials.process.start`.
         gpus: GPUs of each worker, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
         limit: Largest number of trials that this worker begins; None for no limit.
         on_end: Called with the name of a trial that has ended, its state (complete, pruned, diverged or failed), and

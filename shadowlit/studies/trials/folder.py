@@ -17,14 +17,14 @@ _PATIENCE_S = 60.0
 
 
 @contextmanager
-def held(file: Path) -> Iterator[bool]:
-    """Hold a lock while the block runs, without waiting for it; yields False if another process holds it.
+def held(file: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """Hold a lock while the block runs; yields False if another process holds it for longer than ``patience_s``.
 
     The system releases the lock of a process that was killed.
     """
     lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience_s)
     except Timeout:
         yield False
         return
@@ -62,18 +62,13 @@ def occupied(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _waited_for(file: Path) -> Iterator[None]:
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=_PATIENCE_S)
-    except Timeout:
-        raise ShadowlitError(
-            f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait until "
-            f"it has ended, or end it (fuser {file} shows its process), and start the same command again."
-        ) from None
-    try:
+    with held(file, _PATIENCE_S) as ours:
+        if not ours:
+            raise ShadowlitError(
+                f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait "
+                f"until it has ended, or end it (fuser {file} shows its process), and start the same command again."
+            )
         yield
-    finally:
-        lock.release()
 
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

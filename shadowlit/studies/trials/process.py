@@ -65,12 +65,7 @@ class Running:
 class Pool:
     """The running jobs of a study, at most one in each slot; each has a folder of its own in that of the study.
 
-    Args:
-        folder: Folder of the study.
-        slots: Number of jobs that may run at a time.
-        threads: See :func:`start`.
-        in_process: See :func:`start`.
-        gpus: GPUs of each slot, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
+    With GPUs, each slot has some of its own, as ``CUDA_VISIBLE_DEVICES`` names them. See also :func:`start`.
     """
 
     def __init__(
