@@ -1,4 +1,4 @@
-"""Plots of updates: spectra, angles, overlaps, evolution, what cutting costs."""
+"""Plots of updates: spectra, angles, overlaps, evolution, and the error of truncation."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def _scale(axis: Axes, cost: Cost) -> None:
 
 
 def _annotate(axis: Axes, cells: Sequence[Sequence[float]], low: float, high: float, colours: Colormap) -> None:
-    """Write the numbers into the cells, in black or white, whichever stands out."""
+    """Write the numbers into the cells, in black or white, whichever has more contrast."""
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
             if not math.isnan(value):
@@ -202,7 +202,7 @@ def _annotate(axis: Axes, cells: Sequence[Sequence[float]], low: float, high: fl
 
 
 def _label_outer(figure: Figure, axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
-    """Label the left column and whatever has nothing below it."""
+    """Label the left column, and every panel without one below it."""
     for number, axis in enumerate(axes):
         if number % columns == 0:
             axis.set_ylabel(y)

@@ -1,4 +1,4 @@
-"""How an update grows and turns over the checkpoints of a run, while it goes on or after it."""
+"""How an update grows and turns over the checkpoints of a run, finished or not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's folder, read while the run goes on or after it: settings, metrics, scores, answers."""
+"""The folder of a run, finished or not: settings, metrics, scores, answers."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ class Run:
         return points[-1][1] if points else math.nan
 
     def gain(self, what: str = "loss") -> Points:
-        """By how much the grafted Instruct is better than the untouched one, at every validation.
+        """How much better the grafted Instruct is than the untouched one, at every validation.
 
-        Its loss is subtracted from the Instruct's, the Instruct's score from its score: above 0 the graft helps.
+        The difference of losses or scores, signed so that the graft helps where it is above 0.
 
         Args:
             what: ``loss``, ``<set>/loss``, or ``<evaluator>/score``.
@@ -96,7 +96,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the metrics that a run has logged so far; the run may still be going on.
+    """Read the metrics that a run has logged so far; it may still be running.
 
     Args:
         folder: Folder with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, in

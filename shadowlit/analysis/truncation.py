@@ -1,4 +1,4 @@
-"""What is lost when an update is cut: by rank, by sparsity; as a share of its norm, and as a loss on data."""
+"""What is lost when an update is truncated by rank or sparsity: as a share of its norm, and in validation loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PART = 2**20  # elements that are in float64 at a time
 
 @dataclass(frozen=True)
 class Cost:
-    """What cutting an update costs, by how much of it is kept.
+    """The error of truncating an update, by how much of it is kept.
 
     Attributes:
         kept: Ranks, or shares of the elements in (0, 1]; ascending.

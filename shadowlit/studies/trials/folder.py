@@ -1,4 +1,4 @@
-"""Who may work in a folder: one command in a study's, which has one recipe, and one training in each training's."""
+"""Locks: one command works in the folder of a study, which has one recipe, and one training in each of its own."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def held(file: Path, patience_s: float = 0.0) -> Iterator[bool]:
 def vacated(folder: Path) -> Iterator[None]:
     """Hold a training's folder while the block runs, after every process that still works in it has ended.
 
-    A training whose command was killed lives on for a moment: the next one must not clear the folder meanwhile.
+    A training outlives its killed command for a moment, in which the next one must not clear the folder.
 
     Raises:
         ShadowlitError: A process has not left the folder within a minute.
