@@ -38,8 +38,9 @@ def plot_trade(report: Report) -> Figure:
             continue
         size = _size(standing.lr, rates)
         style = {**arm_style(standing.arm), "markersize": size, "elinewidth": 0.8, "alpha": 0.85, "linestyle": "none"}
-        face = {} if standing.is_whole else {"markerfacecolor": "white"}
-        axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), **style, **face)
+        if not standing.is_whole:
+            style["markerfacecolor"] = "white"
+        axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), **style)
         if _is_chosen(standing, report):
             axis.plot(x.mean, y.mean, "o", markersize=size + 7, markerfacecolor="none", color="0.35", markeredgewidth=1)
     axis.set_xlabel(
@@ -114,7 +115,8 @@ def plot_predicting(
             if points:
                 marker = list(MARKERS.values())[(i // len(palette)) % len(MARKERS)] if len(predictions) > 1 else "o"
                 colour = palette[i % len(palette)] if len(predictions) > 1 else COLOURS["B2I"]
-                axis.scatter(*zip(*points, strict=True), s=22, color=colour, marker=marker, alpha=0.8, label=setting)
+                known, gains = zip(*points, strict=True)
+                axis.scatter(known, gains, s=22, color=colour, marker=marker, alpha=0.8, label=setting)
         if not axis.collections:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.4")
         axis.axhline(0, color="0.6", linewidth=0.8)
