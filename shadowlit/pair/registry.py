@@ -1,4 +1,4 @@
-"""The registry of known pairs: which Base belongs to which Instruct, and what a graft meets between them.
+"""The registry of known pairs: which Base belongs to which Instruct, and what to expect when grafting between them.
 
 The pairs are listed in ``pairs.yaml`` next to this module. Imports neither torch nor transformers.
 """
@@ -31,21 +31,21 @@ class KnownPair:
     """A pair whose two models are published on the Hugging Face hub.
 
     Attributes:
-        name: Short and lower-case, e.g. ``qwen3-4b-2507``.
-        family: The release it belongs to, e.g. ``qwen3``.
+        name: Short name in lower case, e.g. ``qwen3-4b-2507``.
+        family: Release that it belongs to, e.g. ``qwen3``.
         base: Hub id of the Base.
         instruct: Hub id of the Instruct.
-        base_revision: A commit of the Base; None where none is known.
-        instruct_revision: A commit of the Instruct; None where none is known.
-        template_owner: Whose chat template counts, for both models: ``instruct``, or ``base``.
-        base_template: Whether the Base comes with a chat template too; None where that is not known.
-        licence: The hub's name for the licence; None where it is not known.
-        gated: Whether the hub asks for an agreement first; None where that is not known.
-        sigma: The pair's σ as published, the mean over the tensors inside the layers (arXiv 2505.12716), 0 to 1;
-            None where it is not.
-        peculiarities: What matters for a graft: a word, and what it means.
-        official: The two ids as the official list of Shadow-FT has them, where one of them is wrong.
-        note: Whatever else is to be known of this pair.
+        base_revision: Commit of the Base, or None if unknown.
+        instruct_revision: Commit of the Instruct, or None if unknown.
+        template_owner: Model whose chat template is used for both: ``instruct`` or ``base``.
+        base_template: Whether the Base comes with a chat template too, or None if unknown.
+        licence: The hub's name for the licence, or None if unknown.
+        gated: Whether the hub requires an agreement first, or None if unknown.
+        sigma: Published σ of the pair, the mean over the tensors inside the layers (arXiv 2505.12716), 0 to 1; None
+            if it is unpublished.
+        peculiarities: Properties that matter for a graft: a keyword each, and its meaning.
+        official: The two ids in the official list of Shadow-FT, where one of them is wrong.
+        note: Anything else to know about this pair.
     """
 
     name: str
@@ -69,7 +69,7 @@ class KnownPair:
         Args:
             trust_remote_code: Run Python code that comes with the models.
         """
-        from shadowlit.pair.pair import ModelPair  # late: listing the pairs reads no model
+        from shadowlit.pair.pair import ModelPair  # not needed to list the pairs, and imports slowly
 
         return ModelPair(self.base, self.instruct, self.base_revision, self.instruct_revision, trust_remote_code)
 
@@ -82,7 +82,7 @@ def load_registry() -> Mapping[str, KnownPair]:
     """All known pairs by name, in the order of ``pairs.yaml``.
 
     Raises:
-        PairError: An entry is not well-formed; see :func:`parse_registry`.
+        PairError: An entry is malformed; see :func:`parse_registry`.
     """
     return parse_registry(files("shadowlit.pair").joinpath("pairs.yaml").read_text(encoding="utf-8"))
 
@@ -91,13 +91,13 @@ def parse_registry(text: str) -> Mapping[str, KnownPair]:
     """Read a registry.
 
     Args:
-        text: YAML with ``peculiarities``, a mapping from words to sentences, and ``families``, a list. A family has
-            the keys of its entries' common values, and ``pairs``, the list of them; peculiarities of a family are
-            added to those of an entry.
+        text: YAML with ``peculiarities``, a mapping from keywords to sentences, and ``families``, a list. A family has
+            ``pairs``, the list of its entries, and the values that these have in common; its peculiarities are added to
+            those of each entry.
 
     Raises:
-        PairError: The text is not of this form, or an entry has an unknown key, an ill-formed value or a name that
-            another one has; the message names the entry.
+        PairError: The text is not of this form, or an entry has an unknown key, a malformed value or the name of
+            another entry; the message names the entry.
     """
     try:
         document = yaml.safe_load(text)
@@ -122,7 +122,7 @@ def find_pair(name: str) -> KnownPair:
     """The known pair of this name.
 
     Raises:
-        PairError: There is none; the message has the nearest names.
+        PairError: There is none; the message suggests similar names.
     """
     registry = load_registry()
     if name not in registry:
@@ -136,7 +136,7 @@ def find_pair(name: str) -> KnownPair:
 
 
 def _parse_entry(entry: dict[str, Any], meanings: Mapping[str, str]) -> KnownPair:
-    """One entry, its family's values included."""
+    """One entry, including the values of its family."""
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _wrong(name or entry.get("base"), f"name is {name!r}", "lower-case letters, digits, dots and hyphens")
@@ -181,7 +181,7 @@ def _check_ids(name: str, entry: dict[str, Any]) -> None:
 
 
 def _check_facts(name: str, entry: dict[str, Any]) -> None:
-    """The values that are neither ids nor words."""
+    """The values that are neither ids nor keywords."""
     if entry.get("template_owner", "instruct") not in ("base", "instruct"):
         raise _wrong(name, f"template_owner is {entry['template_owner']!r}", "'base' or 'instruct'")
     for key in ("base_template", "gated"):
