@@ -11,16 +11,16 @@ from shadowlit.data.template import Encoded
 def encode_document(
     tokenizer: PreTrainedTokenizerBase, text: str, end_token_id: int | None, max_length: int
 ) -> list[Encoded]:
-    """Tokenise a document; every token but the first carries loss, the end of the text too.
+    """Tokenise a document; every token but the first is supervised, including the end of the text.
 
     Args:
-        tokenizer: Adds its own beginning of a sequence, where it has one.
-        text: The document.
-        end_token_id: Ends a document in the Base's pre-training; None for no end.
-        max_length: A longer document is cut into pieces of so many tokens, none of which is lost.
+        tokenizer: Tokenizer; it adds its own beginning of sequence, if it has one.
+        text: Text of the document.
+        end_token_id: Token that ends a document in the Base's pre-training; None for no end.
+        max_length: Maximum length of a piece, in tokens. A longer document is split, and no part of it is lost.
 
     Returns:
-        The pieces, in order. A last one of a single token would have nothing to learn, and is left out.
+        The pieces, in order. A last piece of a single token is left out, since there is nothing to predict in it.
     """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     if end_token_id is not None and (not ids or ids[-1] != end_token_id):

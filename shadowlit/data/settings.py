@@ -1,4 +1,4 @@
-"""The data section of a configuration: its keys, their defaults, and the check that they fit together."""
+"""The data section of a configuration: its keys, their defaults, and the check that they are consistent."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from shadowlit.pair.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("train", "predict")
+_LEAST = {
+    "max_length": 2, "batch_size": 1, "eval_batch_size": 1, "prefetch": 1, "stream_window": 1, "seed": 0,
+    "num_workers": 0, "limit_train_samples": 1, "pad_to_multiple_of": 1,
+}  # fmt: skip
+_NULLABLE = ("num_workers", "limit_train_samples", "pad_to_multiple_of")
 
 
 @dataclass(eq=False)
@@ -187,19 +192,11 @@ class DataSettings:
             )
 
     def _problems_of_numbers(self) -> Iterator[str]:
-        for name, least in (
-            ("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("prefetch", 1), ("stream_window", 1)
-        ):  # fmt: skip
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least and not (name == "eval_batch_size" and value == self.batch_size):
-                yield f"data.{name} is {value}; expected at least {least}."
-        if self.num_workers is not None and self.num_workers < 0:
-            yield f"data.num_workers is {self.num_workers}; expected at least 0, or null."
-        if self.seed < 0:
-            yield f"data.seed is {self.seed}; expected at least 0."
-        for name in ("limit_train_samples", "pad_to_multiple_of"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"data.{name} is {getattr(self, name)}; expected at least 1, or null."
+            is_copy = name == "eval_batch_size" and value == self.batch_size
+            if value is not None and value < least and not is_copy:
+                yield f"data.{name} is {value}; expected at least {least}{', or null' if name in _NULLABLE else ''}."
         if self.row_capacity < self.max_length:
             yield (
                 f"data.pack_length is {self.row_capacity}, but a sample may have data.max_length={self.max_length} "

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from shadowlit.data.conversation import Conversation
-from shadowlit.data.dataset import DataReport, PackedDataset, TokenDataset
+from shadowlit.data.dataset import DataReport, TokenDataset
 from shadowlit.data.sampler import FILLER
 from shadowlit.errors import DataError
 
@@ -50,7 +51,6 @@ class TokenStream(IterableDataset):
         tokenise: Function that turns the conversations of a window into samples.
         batches: Function that returns this rank's batches of a window; it is called with the samples, a number from
             which the order is drawn, and the first batch.
-        packed: Whether the items of a batch are packs of samples.
         collate: Function that builds a batch.
     """
 
@@ -60,11 +60,10 @@ class TokenStream(IterableDataset):
         window_rows: int,
         tokenise: Callable[[list[Conversation]], tuple[TokenDataset, DataReport]],
         batches: Callable[[TokenDataset, int, int], Iterable[list[Any]]],
-        packed: bool,
         collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     ) -> None:
         self._read, self._window_rows = read, window_rows
-        self._tokenise, self._batches, self._packed, self._collate = tokenise, batches, packed, collate
+        self._tokenise, self._batches, self._collate = tokenise, batches, collate
         self.start = Position()
 
     def first_samples(self) -> TokenDataset:
@@ -118,13 +117,10 @@ class TokenStream(IterableDataset):
         dataset, _ = self._tokenise(rows)
         if not len(dataset):
             return
-        items: TokenDataset | PackedDataset = PackedDataset(dataset) if self._packed else dataset
+        lengths = dataset.lengths
         for indices in self._batches(dataset, position.number * _PASS + position.window, position.batch):
-            batch = [items[index] for index in indices]
-            num_tokens = sum(
-                len(item["input_ids"]) for index, item in zip(indices, batch, strict=True) if index is not FILLER
-            )
-            yield self._collate(batch), num_tokens
+            num_tokens = sum(int(lengths[np.asarray(index)].sum()) for index in indices if index is not FILLER)
+            yield self._collate([dataset[index] for index in indices]), num_tokens
 
 
 class StreamLoader(DataLoader):
