@@ -62,11 +62,7 @@ class CustomFormat:
             raise DataError(f"as read by data.format={self.name} {error}") from None
 
     def preference_row(self, row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-        """Turn a row into one of a built-in format of preferences.
-
-        Args:
-            row: Columns of the row.
-            samples: pairs or labels.
+        """Turn a row into one of a built-in format of preferences; ``samples`` is pairs or labels.
 
         Raises:
             DataError: The function fails, or doesn't return a tuple of two.
@@ -101,10 +97,7 @@ class CustomFormat:
 
 
 def find_format(name: str) -> CustomFormat | None:
-    """The format from outside the package that ``name`` stands for; None for ``auto`` and the built-in formats.
-
-    Args:
-        name: ``auto``, the name of a built-in format or of an entry point, or the import path of a function.
+    """The format from outside the package that ``data.format`` names; None for ``auto`` and the built-in formats.
 
     Raises:
         DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.

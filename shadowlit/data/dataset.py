@@ -224,7 +224,7 @@ def tokenise(
         overlong: Treatment of longer samples: an error, truncation, or dropping.
         drop_unsupervised: Drop samples without a supervised token instead of raising.
         keep: Function that receives blocks of samples as they fill up, so that memory needn't hold all of them; the
-            returned data set is empty then. None keeps them in memory.
+            returned data set is then empty. None keeps them in memory.
 
     Raises:
         DataError: Samples are refused by the template, too long, or without a supervised token; up to five are listed.
@@ -269,14 +269,7 @@ def tokenise_prompts(
     max_length: int,
     filler_token: int,
 ) -> tuple[PromptDataset, DataReport]:
-    """Tokenise prompts. They are never truncated: the answer to half a question would be worthless.
-
-    Args:
-        name: Name of the set, for the report.
-        conversations: Conversations that were read.
-        encode: Function that turns the messages of a prompt into tokens.
-        max_length: Maximum length of a prompt, in tokens.
-        filler_token: As in :class:`PromptDataset`.
+    """Tokenise prompts; arguments as for :func:`tokenise`. They are never truncated, but refused if too long.
 
     Raises:
         DataError: Prompts are refused by the template or too long; up to five are listed.

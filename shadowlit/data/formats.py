@@ -95,12 +95,7 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
 
 
 def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = False) -> str:
-    """The format that ``columns`` belong to.
-
-    Args:
-        columns: Names of the columns of the source.
-        source: Name of the source, for the error.
-        prompts_only: Also accept the columns of a prompt without an answer.
+    """The format that the columns of a source belong to; with ``prompts_only`` also those of a prompt alone.
 
     Raises:
         DataError: No format has these columns, or more than one has.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,13 @@ from shadowlit.data.order import (
     pack,
     require_enough,
     require_packable,
-    window_batches,
 )
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import ShardedBatchSampler, evaluation_order
 from shadowlit.data.settings import DataSettings
-from shadowlit.data.sources import is_remote, open_hub, stream_sources
+from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError
 
@@ -51,8 +49,8 @@ class ShadowData(DataSettings, LightningDataModule):
     """Conversations in the Instruct's chat template, supervised on the assistant's turns; or plain text.
 
     A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set on
-    the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the one named train,
-    validation or test, depending on the use. Files have no splits. Rows may have images if the pair consists of
+    the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or else the one named
+    train, validation or test, depending on the use. Files have no splits. Rows may have images if the pair consists of
     vision-language models (see :mod:`shadowlit.data.formats`); their paths are relative to the folder of the data file,
     and they are opened when a batch is built.
 
@@ -305,13 +303,8 @@ class ShadowData(DataSettings, LightningDataModule):
         return ImageCollate(collate, self._preparation.images)
 
     def _stream(self) -> TokenStream:
-        return TokenStream(
-            read=partial(stream_sources, self.train_sources, self.format),
-            window_rows=self.stream_window,
-            tokenise=partial(self._preparation.tokenise, "train"),
-            batches=partial(window_batches, self, *self._ranks()),
-            collate=self._training_collate(self._preparation.images is not None),
-        )
+        collate = self._training_collate(self._preparation.images is not None)
+        return TokenStream(self._preparation, *self._ranks(), collate)
 
     def _stream_loader(self) -> StreamLoader:
         trainer = self.trainer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -75,18 +74,6 @@ def require_enough(
             f"{len(dataset)} training samples make {len(packs)} packs, fewer than the {world_size} ranks. "
             f"Lower data.pack_length={settings.row_capacity}, or use data.packing=padding_free."
         )
-
-
-def window_batches(
-    settings: DataSettings, world_size: int, rank: int, dataset: TokenDataset, number: int, start: int
-) -> Iterable[list[Any]]:
-    """A rank's batches of a window of a stream, from batch ``start``; ``number`` replaces the epoch in the order."""
-    require_packable(settings, dataset)
-    packs = pack(settings, dataset)
-    if settings.drop_last and len(packs or dataset) < world_size * settings.batch_size:
-        return []
-    sampler = make_sampler(settings, dataset.lengths, packs, world_size, rank, shuffle=settings.shuffle)
-    return sampler.batches(number, start)
 
 
 def count_positions(

@@ -36,15 +36,15 @@ class Preparation:
     """
 
     def __init__(self, settings: DataSettings) -> None:
-        self._settings = settings
+        self.settings = settings
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """See :attr:`ShadowData.tokenizer`."""
-        tokenizer = self._settings.pair.tokenizer()
-        if self._settings.chat_template is not None:
+        tokenizer = self.settings.pair.tokenizer()
+        if self.settings.chat_template is not None:
             tokenizer = copy.deepcopy(tokenizer)  # the pair's own is exported
-            tokenizer.chat_template = load_template(self._settings.chat_template)
+            tokenizer.chat_template = load_template(self.settings.chat_template)
         check_template(tokenizer, self._template_kwargs)
         if renders_date(tokenizer, self._template_kwargs):
             rank_zero_warn(
@@ -57,10 +57,10 @@ class Preparation:
     def images(self) -> ImageProcessing | None:
         """The processor of a pair of vision-language models; None for text models."""
         try:
-            has_images = getattr(self._settings.pair, "has_images", False)
+            has_images = getattr(self.settings.pair, "has_images", False)
         except PairError:  # a broken config, which the check of the pair reports
             has_images = False
-        return ImageProcessing(self._settings.pair) if has_images else None
+        return ImageProcessing(self.settings.pair) if has_images else None
 
     @property
     def pad_token_id(self) -> int:
@@ -71,11 +71,6 @@ class Preparation:
 
     def samples(self, name: str, sources: list[str], use: str) -> tuple[TokenDataset, DataReport]:
         """Return the samples of a set from the cache; if they aren't there yet, tokenise and cache them.
-
-        Args:
-            name: ``train``, ``val/<set>`` or ``test/<set>``.
-            sources: Sources that are concatenated.
-            use: As in :func:`read_conversations`.
 
         Raises:
             DataError: A source can't be read, rows are malformed, or no sample is left.
@@ -89,9 +84,9 @@ class Preparation:
         """Return the tokenised prompts of a source."""
         return tokenise_prompts(
             "predict",
-            read_conversations(source, self._settings.format, use="test", prompts_only=True),
+            read_conversations(source, self.settings.format, use="test", prompts_only=True),
             self._encoder(encode_question),
-            max_length=self._settings.max_length,
+            max_length=self.settings.max_length,
             filler_token=self.pad_token_id,
         )
 
@@ -103,10 +98,10 @@ class Preparation:
             name,
             conversations,
             self._encoder(encode_turns),
-            max_length=self._settings.max_length,
+            max_length=self.settings.max_length,
             filler_token=self.pad_token_id,
-            overlong=self._settings.overlong,
-            drop_unsupervised=self._settings.drop_unsupervised,
+            overlong=self.settings.overlong,
+            drop_unsupervised=self.settings.drop_unsupervised,
             keep=keep,
         )
 
@@ -166,7 +161,7 @@ class Preparation:
 
     def _cache_file(self, name: str, sources: list[str], use: str) -> Path | None:
         """The file of a set; None if it isn't cached, or if a source or the format has no digest."""
-        settings = self._settings
+        settings = self.settings
         if not settings.cache:
             return None
         custom = find_format(settings.format)
@@ -194,7 +189,7 @@ class Preparation:
         return folder / f"{key}.arrow"
 
     def _read(self, name: str, sources: list[str], use: str, log: Callable[[str, bool], None]) -> list[Conversation]:
-        settings = self._settings
+        settings = self.settings
         read = partial(read_conversations, format=settings.format, use=use, samples=settings.samples, log=log)
         conversations = [conversation for source in sources for conversation in read(source)]
         limit = settings.limit_train_samples
@@ -207,7 +202,7 @@ class Preparation:
 
     def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
         """A function that tokenises a conversation by ``encode``, or a document."""
-        system, max_length = self._settings.system, self._settings.max_length
+        system, max_length = self.settings.system, self.settings.max_length
         tokenizer, images, template_kwargs = self.tokenizer, self.images, self._template_kwargs
 
         def encode_row(messages: list[Message]) -> Any:
@@ -221,10 +216,10 @@ class Preparation:
 
     @property
     def _template_kwargs(self) -> dict[str, Any]:
-        return self._settings.template_kwargs or {}
+        return self.settings.template_kwargs or {}
 
     @property
     def _end_of_text(self) -> int | None:
         """The token that ends a document in the Base's pre-training."""
-        end = self._settings.pair.other_tokenizer().eos_token_id
+        end = self.settings.pair.other_tokenizer().eos_token_id
         return end if isinstance(end, int) else None

@@ -118,16 +118,14 @@ def _decode(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> str:
 
 def _stage(data: ShadowData, split: str) -> str:
     """The command that reads a split."""
-    if split in ("train", "predict") and getattr(data, split):
-        return {"train": "fit", "predict": "predict"}[split]
-    if split.removeprefix("val/") in data.validation_names:
-        return "validate"
-    if split.removeprefix("test/") in data.test_names:
-        return "test"
-    known = [name for name in ("train", "predict") if getattr(data, name)]
-    known += [f"val/{name}" for name in data.validation_names] + [f"test/{name}" for name in data.test_names]
+    stages = {name: stage for name, stage in (("train", "fit"), ("predict", "predict")) if getattr(data, name)}
+    stages |= {f"val/{name}": "validate" for name in data.validation_names}
+    stages |= {f"test/{name}": "test" for name in data.test_names}
+    for name in (split, f"val/{split}", f"test/{split}"):
+        if name in stages:
+            return stages[name]
     raise DataError(
-        f"there is no data set '{split}' to preview; the configuration has: {', '.join(known) or 'none'}. "
+        f"there is no data set '{split}' to preview; the configuration has: {', '.join(stages) or 'none'}. "
         "Choose one of these with --split, or add it to data."
     )
 

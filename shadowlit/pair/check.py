@@ -79,11 +79,7 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
 
 
 def require_fit(pair: ModelPair, select: Select = "linear") -> None:
-    """Check a pair, log warnings and notes, and raise if it has errors.
-
-    Args:
-        pair: The Base and its Instruct.
-        select: Tensors that will be grafted; see :func:`check_pair`.
+    """Check a pair as :func:`check_pair` does, log warnings and notes, and raise if there are errors.
 
     Raises:
         PairError: There are errors; one message lists all of them with their remedies.

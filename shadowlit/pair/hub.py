@@ -7,14 +7,7 @@ from shadowlit.errors import CheckpointError, first_line
 
 
 def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of a model's tensors, by range requests: about 100 KB per file.
-
-    Args:
-        repo_id: Hub id of the model.
-        revision: Commit, tag or branch; None for the main branch.
-
-    Returns:
-        The tensors by name, sorted.
+    """Names, dtypes and shapes of a model's tensors, sorted by name, by range requests of about 100 KB per file.
 
     Raises:
         CheckpointError: The hub does not give the headers, there are no safetensors files, the index does not match
