@@ -107,10 +107,7 @@ class BlockBuilder:
 class BlockFile:
     """An Arrow stream of blocks that is being written; ``datasets.Dataset.from_file`` reads it too.
 
-    After the stream come a JSON text, its length, and a checksum of everything before.
-
-    Args:
-        stream: File that is open for binary writing.
+    The stream is followed by a JSON text, its length, and a checksum of everything before.
     """
 
     def __init__(self, stream: BinaryIO) -> None:

@@ -78,11 +78,7 @@ class PackCollate:
 
 @dataclass(frozen=True)
 class PromptCollate:
-    """Pads prompts on the left, so that answers are generated at the right end of every row.
-
-    Attributes:
-        pad_token_id: Token that fills ``input_ids`` where the attention is 0.
-    """
+    """Pads prompts on the left with ``pad_token_id``, so that answers are generated at the right end of every row."""
 
     pad_token_id: int
 

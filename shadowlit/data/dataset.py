@@ -216,7 +216,7 @@ def tokenise(
     """Tokenise conversations, truncate or drop samples that are too long, and count.
 
     Args:
-        name: Name of the set, for the report.
+        name: Name of the set.
         conversations: Conversations that were read.
         encode: Function that turns the messages of a conversation into samples.
         max_length: Maximum length of a sample, in tokens.

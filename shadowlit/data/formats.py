@@ -73,12 +73,7 @@ class Format:
 
 
 def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = False) -> list[Message]:
-    """Turn a row into messages and check them.
-
-    Args:
-        row: Columns of one sample.
-        format: Name of a built-in format, not ``auto``.
-        prompts_only: Accept a row without an assistant turn.
+    """Turn a row in a built-in format into messages and check them; ``prompts_only`` accepts a row without an answer.
 
     Returns:
         Messages with ``role`` and ``content``, and ``train: False`` for turns that are not supervised.

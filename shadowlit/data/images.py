@@ -101,8 +101,9 @@ class ImageSource:
             image = ImageOps.exif_transpose(opened).convert("RGB")
         if self.size is not None and image.size != self.size:
             raise DataError(
-                f"has the image {self} of {_shown(image.size)} pixels, which had {_shown(self.size)} when its tokens "
-                "were counted. Start again, with data.cache=false or another data.cache_dir."
+                f"has the image {self} of {image.width}×{image.height} pixels, which had "
+                f"{self.size[0]}×{self.size[1]} when its tokens were counted. Start again, with data.cache=false or "
+                "another data.cache_dir."
             )
         return image
 
@@ -190,10 +191,7 @@ def images_in(messages: Sequence[Message]) -> list[ImageSource]:
 
 
 class ImageProcessing:
-    """The tokens and pixels that the Instruct's processor makes of images. Picklable, so that workers can use it.
-
-    Args:
-        pair: Pair of vision-language models.
+    """The tokens and pixels that the processor of a pair makes of images. Picklable, so that workers can use it.
 
     Raises:
         PairError: Its processor can't be loaded.
@@ -321,11 +319,8 @@ class ImageCollate:
     """Builds batches of rows of which some have images.
 
     A batch without any image gets one more row, an unsupervised image. Otherwise a rank whose batch has no image would
-    not run the vision tower, and the ranks that share its shards would wait for each other for ever.
-
-    Attributes:
-        collate: Collate function for the tokens.
-        images: The Instruct's processor.
+    not run the vision tower, and the ranks that share its shards would wait for each other for ever. ``collate`` builds
+    the batch of tokens.
     """
 
     collate: Any
@@ -351,10 +346,6 @@ def _blank(size: tuple[int, int]) -> Pillow.Image:
     from PIL import Image
 
     return Image.new("RGB", size)
-
-
-def _shown(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -103,7 +103,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
         open_packs[room].extend(packs)
 
     num_packs = start = 0
-    for length, count in _runs(lengths):
+    distinct, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         end = start + count
         while start < end:
             place = bisect_left(rooms, length)
@@ -149,9 +150,3 @@ def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]
         row["labels"][begin] = IGNORE_INDEX
         row["position_ids"] += range(len(sample["input_ids"]))
     return row
-
-
-def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Each length and how often it occurs, the longest first."""
-    values, counts = np.unique(lengths, return_counts=True)
-    return zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True)

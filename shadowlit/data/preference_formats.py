@@ -36,17 +36,11 @@ from shadowlit.errors import DataError
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """A format of preferences.
+    """The columns of a kind of preferences."""
 
-    Attributes:
-        columns: Groups of columns, one of which a source must have.
-        expected: The columns in words.
-        hint: Sentence for a source that has these columns where others are needed.
-    """
-
-    columns: tuple[tuple[str, ...], ...]
-    expected: str
-    hint: str
+    columns: tuple[tuple[str, ...], ...]  # groups, one of which a source must have
+    expected: str  # the columns in words
+    hint: str  # for a source that has these columns where others are needed
 
     def fits(self, columns: Iterable[str]) -> bool:
         """Whether a source with these columns is in this format."""

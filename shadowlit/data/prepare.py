@@ -18,25 +18,27 @@ from shadowlit.data.cache import cache_key, default_folder
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset, tokenise, tokenise_prompts
-from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT, Message
 from shadowlit.data.images import ImageProcessing
 from shadowlit.data.sampler import epoch_order
 from shadowlit.data.settings import DataSettings
 from shadowlit.data.sources import digest_source, folder_of, log_message, read_conversations
-from shadowlit.data.template import check_template, encode_question, encode_turns, load_template, renders_date
+from shadowlit.data.template import (
+    check_template,
+    encode_document,
+    encode_question,
+    encode_turns,
+    load_template,
+    renders_date,
+)
 from shadowlit.errors import DataError, PairError
 
 
 class Preparation:
-    """Reads, tokenises and caches data sets.
-
-    Args:
-        settings: Settings of the data.
-    """
+    """Reads, tokenises and caches data sets as the settings require."""
 
     def __init__(self, settings: DataSettings) -> None:
-        self.settings = settings
+        self.settings, self._template_kwargs = settings, settings.template_kwargs or {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,11 +72,7 @@ class Preparation:
         return pad if isinstance(pad, int) else 0
 
     def samples(self, name: str, sources: list[str], use: str) -> tuple[TokenDataset, DataReport]:
-        """Return the samples of a set from the cache; if they aren't there yet, tokenise and cache them.
-
-        Raises:
-            DataError: A source can't be read, rows are malformed, or no sample is left.
-        """
+        """Return the samples of a set from the cache; if they aren't there yet, tokenise and cache them."""
         file = self._cache_file(name, sources, use)
         if file is None:
             return self._tokenise(name, self._read(name, sources, use, log_message))
@@ -213,10 +211,6 @@ class Preparation:
             return encode(tokenizer, messages, images, **template_kwargs)
 
         return encode_row
-
-    @property
-    def _template_kwargs(self) -> dict[str, Any]:
-        return self.settings.template_kwargs or {}
 
     @property
     def _end_of_text(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -67,14 +68,9 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
 def render_sample(
     tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], coloured: bool = True
 ) -> Text:
-    """A tokenised sample as text that shows which tokens are supervised.
+    """A tokenised sample as text in which supervised tokens are coloured, or else enclosed in ⟦ ⟧.
 
-    Args:
-        tokenizer: Tokenizer that decodes the tokens.
-        input_ids: Tokens, ``[T]``.
-        labels: -100 for unsupervised tokens, ``[T]``.
-        coloured: Colour supervised tokens and distinguish neighbours by two shades. Otherwise ⟦ ⟧ enclose supervised
-            tokens.
+    ``input_ids`` and ``labels`` are ``[T]``, with -100 for unsupervised tokens.
     """
     text = Text()
     pieces = token_texts(tokenizer, input_ids)
@@ -95,25 +91,20 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
     Returns:
         Pairs of a text and the index of the last token in it; the concatenated texts are the whole text.
     """
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts: list[tuple[str, int]] = []
     # Tokens are decoded together with the one before, since some tokenizers drop the leading space of the first.
     before: list[int] = []
     pending: list[int] = []
     for i, token in enumerate(input_ids):
         pending.append(token)
-        whole, known = (_decode(tokenizer, ids) for ids in (before + pending, before))
+        whole, known = str(decode(before + pending)), str(decode(before))
         piece = whole[len(known) :]
         if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(input_ids):
             continue
         texts.append((piece, i))
         before, pending = pending, []
     return texts
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> str:
-    text = tokenizer.decode(input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
 
 
 def _stage(data: ShadowData, split: str) -> str:

@@ -26,21 +26,19 @@ DEFAULTS: dict[str, Any] = {
 
 
 class RunData:
-    """A view of a data module, or None for plain loaders, with a default for each attribute that it lacks.
+    """A view of a data module, or of None for plain loaders, with a default for each attribute that it lacks.
 
-    Args:
-        module: Data module; :class:`~shadowlit.data.module.ShadowData` has all attributes.
+    :class:`~shadowlit.data.module.ShadowData` has all of them.
 
     Attributes:
-        samples: Kind of sample; conversations by default.
-        packing: How training samples share a row; None, the default, gives every sample its own.
+        samples: Kind of sample.
+        packing: How training samples share a row; None if each has its own.
         validation_names: Names of the validation sets, in the order of their loaders; without names they are numbered.
         test_names: Names of the test sets, likewise.
-        tokenizer: Tokenizer with the chat template of the data; None, the default, stands for the pair's.
-        chat_template: Path of a chat template that replaces the Instruct's; None by default.
-        template_kwargs: Arguments for the chat template; none by default.
-        preference_sets: Sets of preferences that have been read, by ``train``, ``val/<set>`` and ``test/<set>``; none
-            by default.
+        tokenizer: Tokenizer with the chat template of the data; None for the pair's.
+        chat_template: Path of a chat template that replaces the Instruct's, or None.
+        template_kwargs: Arguments for the chat template.
+        preference_sets: Sets of preferences that have been read, by ``train``, ``val/<set>`` and ``test/<set>``.
         scoring_loader: Function from the name of a set of preferences to a loader of all its samples, once over all
             ranks; only a module with such sets has it.
     """

@@ -167,19 +167,6 @@ class DataSettings:
         return wanted
 
     def _problems(self) -> Iterator[str]:
-        yield from self._problems_of_streams()
-        yield from self._problems_of_numbers()
-        if self.group_by_length and self.packing is not None:
-            yield f"data.group_by_length spares padding, of which data.packing={self.packing} leaves none. Unset one."
-        if self.group_by_length and not self.shuffle:
-            yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
-        yield from self._problems_of_names()
-        try:
-            find_format(self.format)
-        except DataError as error:
-            yield str(error)
-
-    def _problems_of_streams(self) -> Iterator[str]:
         if self.streaming and self.samples != "conversations":
             yield (
                 "data.streaming is true, but model.objective learns from preferences, which are scored by the model's "
@@ -190,6 +177,21 @@ class DataSettings:
                 f"data.limit_train_samples is {self.limit_train_samples}, a choice among all rows, which a stream "
                 "doesn't know. Unset it and limit trainer.max_steps, or set data.streaming=false."
             )
+        yield from self._problems_of_numbers()
+        if self.group_by_length and self.packing is not None:
+            yield f"data.group_by_length spares padding, of which data.packing={self.packing} leaves none. Unset one."
+        if self.group_by_length and not self.shuffle:
+            yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
+        for kind, names in (("validation", self.validation_sets), ("test", self.test_sets)):
+            for name in names:
+                if not _NAME.fullmatch(name):
+                    yield f"data.{kind} has the name '{name}'; expected letters, digits, '_' and '-'. Rename it."
+                if name in _RESERVED:
+                    yield f"data.{kind} has the name '{name}', which is used already. Rename it."
+        try:
+            find_format(self.format)
+        except DataError as error:
+            yield str(error)
 
     def _problems_of_numbers(self) -> Iterator[str]:
         for name, least in _LEAST.items():
@@ -202,11 +204,3 @@ class DataSettings:
                 f"data.pack_length is {self.row_capacity}, but a sample may have data.max_length={self.max_length} "
                 "tokens. Raise the one or lower the other."
             )
-
-    def _problems_of_names(self) -> Iterator[str]:
-        for kind, names in (("validation", self.validation_sets), ("test", self.test_sets)):
-            for name in names:
-                if not _NAME.fullmatch(name):
-                    yield f"data.{kind} has the name '{name}'; expected letters, digits, '_' and '-'. Rename it."
-                if name in _RESERVED:
-                    yield f"data.{kind} has the name '{name}', which is used already. Rename it."

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,11 @@ EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 _ROWS_READ = 1024  # of a Parquet file at a time
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
+
+
+def log_message(text: str, is_warning: bool) -> None:
+    """Log or warn, on rank zero."""
+    (rank_zero_warn if is_warning else rank_zero_info)(text)
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def read_conversations(
     use: str = "train",
     prompts_only: bool = False,
     samples: Samples = "conversations",
-    log: Callable[[str, bool], None] | None = None,
+    log: Callable[[str, bool], None] = log_message,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
 
@@ -81,8 +86,7 @@ def read_conversations(
         prompts_only: Accept rows without an answer.
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
             always detected.
-        log: Function that receives messages about the source, and whether each is a warning; None for
-            :func:`log_message`.
+        log: Function that receives messages about the source, and whether each is a warning.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
@@ -94,7 +98,7 @@ def read_conversations(
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.content for row in rows if isinstance(row.content, dict)), {})
     if samples == "conversations" or prompts_only:
-        return collect(_converter(source, first, format, prompts_only, log or log_message), rows)
+        return collect(_converter(source, first, format, prompts_only, log), rows)
     custom = find_format(format)
     if custom is None:
         require_columns(first, samples, source)
@@ -110,10 +114,7 @@ def read_conversations(
 def stream_conversations(source: str, format: str = "auto", *, use: str = "train") -> Iterator[Conversation]:
     """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
-    Args:
-        source: As in :func:`read_conversations`, except for a ``.json`` file that is one list.
-        format: As in :func:`read_conversations`.
-        use: As in :func:`read_conversations`.
+    Arguments are as for :func:`read_conversations`, but a ``.json`` file must not be one list.
 
     Raises:
         DataError: The source can't be read, or the next row is malformed. Or there is no such format.
@@ -126,12 +127,6 @@ def stream_conversations(source: str, format: str = "auto", *, use: str = "train
         with located(row):
             conversation = convert(row)
         yield conversation
-
-
-def stream_sources(sources: Sequence[str], format: str) -> Iterator[Conversation]:
-    """Yield the rows of several sources, one source after another; as :func:`stream_conversations`."""
-    for source in sources:
-        yield from stream_conversations(source, format)
 
 
 def _converter(
@@ -163,11 +158,6 @@ def folder_of(source: str) -> Path:
     return (_folder_of(source)[0] or Path(source).expanduser().parent).absolute()
 
 
-def log_message(text: str, is_warning: bool) -> None:
-    """Log or warn, on rank zero."""
-    (rank_zero_warn if is_warning else rank_zero_info)(text)
-
-
 def digest_source(source: str, use: str) -> str | None:
     """A hash of the content of a source, without reading its rows; None where there is none or it can't be read.
 
@@ -179,10 +169,7 @@ def digest_source(source: str, use: str) -> str | None:
         if path.is_file():
             with path.open("rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
-        folder, split = _folder_of(source)
-        if folder:
-            return getattr(_open_folder(source, folder, split, use), "_fingerprint", None)
-        return None if _looks_local(source) else getattr(open_hub(source, use), "_fingerprint", None)
+        return getattr(_open(source, use), "_fingerprint", None)
     except (DataError, OSError):
         return None
 
@@ -221,20 +208,15 @@ def _is_json(path: Path) -> bool:
 def _rows_of_table(source: str, use: str, streaming: bool) -> Iterator[Row]:
     """Yield the rows of a Parquet file, a folder or a hub data set."""
     path = Path(source).expanduser()
-    folder, split = _folder_of(source)
-    if folder:
-        data = _open_folder(source, folder, split, use, streaming)
-    elif path.is_file():
-        if path.suffix.lower() != ".parquet":
-            raise DataError(
-                f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}. "
-                "Convert the file, or rename it if it is one of these."
-            )
+    if not path.is_file():
+        data = _open(source, use, streaming)
+    elif path.suffix.lower() == ".parquet":
         data = _read_parquet(source, path)
-    elif _looks_local(source):
-        raise DataError(f"{source} does not exist (looked in {path.absolute().parent}). Correct the path.")
     else:
-        data = open_hub(source, use, streaming)
+        raise DataError(
+            f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}. "
+            "Convert the file, or rename it if it is one of these."
+        )
     for index, columns in enumerate(data):
         yield Row(source, index, None, columns)
 
@@ -255,26 +237,46 @@ def _folder_of(source: str) -> tuple[Path | None, str | None]:
 
 
 def _read_json(source: str, path: Path) -> list[Row]:
-    data = path.read_bytes()
+    lines = list(_lines(source, path))
+    if path.suffix.lower() != ".json" or not lines or not lines[0].content.lstrip().startswith("["):
+        return collect(_parse, lines)
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}. Convert it, "
-            f"e.g. `iconv -f latin1 -t utf-8 {source}`."
-        ) from None
-    if path.suffix.lower() != ".json" or not text.lstrip().startswith("["):
-        # Not splitlines(), which also breaks at characters that JSON strings may hold.
-        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return collect(_parse, [Row(source, index, *line) for index, line in enumerate(lines)])
-    try:
-        return [Row(source, index, None, content) for index, content in enumerate(json.loads(text))]
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{source} is broken JSON in line {error.lineno}, column {error.colno}: {error.msg}. Correct it; "
             "a .json file holds a list of objects, or one object per line."
         ) from None
+    return [Row(source, index, None, content) for index, content in enumerate(contents)]
+
+
+def _stream_json(source: str, path: Path) -> Iterator[Row]:
+    for line in _lines(source, path):
+        if line.index == 0 and line.content.lstrip().startswith("["):
+            raise DataError(
+                f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
+                "data.streaming=false."
+            )
+        with located(line):
+            row = _parse(line)
+        yield row
+
+
+def _lines(source: str, path: Path) -> Iterator[Row]:
+    """Yield the lines of a file that aren't blank; their content is text."""
+    index = 0
+    with path.open("rb") as stream:  # as text, lines would also end at characters that JSON strings may hold
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{source} is not UTF-8: byte 0x{line[error.start]:02x} in line {number}. Convert it, "
+                    f"e.g. `iconv -f latin1 -t utf-8 {source}`."
+                ) from None
+            if text:
+                yield Row(source, index, number, text)
+                index += 1
 
 
 def _parse(row: Row) -> Row:
@@ -285,29 +287,6 @@ def _parse(row: Row) -> Row:
         raise DataError(
             f"is broken JSON: {error.msg} in column {error.colno}. Correct or remove the line; each line holds one "
             "whole object."
-        ) from None
-
-
-def _stream_json(source: str, path: Path) -> Iterator[Row]:
-    index = number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                if not index and line.lstrip().startswith("["):
-                    raise DataError(
-                        f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or "
-                        "set data.streaming=false."
-                    )
-                row = Row(source, index, number, line)
-                with located(row):
-                    row = _parse(row)
-                yield row
-                index += 1
-    except UnicodeDecodeError:
-        raise DataError(
-            f"{source} is not UTF-8 behind line {number}. Convert it, e.g. `iconv -f latin1 -t utf-8 {source}`."
         ) from None
 
 
@@ -323,7 +302,18 @@ def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
 
 
-def _open_folder(source: str, folder: Path, split: str | None, use: str, streaming: bool = False) -> Any:
+def _open(source: str, use: str, streaming: bool = False) -> Any:
+    """A folder or a hub data set, as ``datasets`` opens it."""
+    folder, split = _folder_of(source)
+    if folder:
+        return _open_folder(source, folder, split, use, streaming)
+    if _looks_local(source):
+        parent = Path(source).expanduser().absolute().parent
+        raise DataError(f"{source} does not exist (looked in {parent}). Correct the path.")
+    return open_hub(source, use, streaming)
+
+
+def _open_folder(source: str, folder: Path, split: str | None, use: str, streaming: bool) -> Any:
     import datasets
 
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.order import make_sampler, pack, require_packable
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import FILLER
-from shadowlit.data.sources import stream_sources
+from shadowlit.data.sources import stream_conversations
 from shadowlit.errors import DataError
 
 _PASS = 2**32  # more than the windows of a pass over the data
@@ -26,19 +26,12 @@ _LOOKED_AT = 64  # rows that are tokenised before the training begins, unless no
 
 @dataclass(frozen=True)
 class Position:
-    """The next batch of a stream; all numbers count from 0.
+    """The next batch of a stream; all numbers count from 0."""
 
-    Attributes:
-        number: Number of the pass over the data.
-        window: Number of the window in the pass.
-        batch: Number of the batch in the window.
-        num_tokens: Tokens of the batches that this rank has received so far.
-    """
-
-    number: int = 0
-    window: int = 0
-    batch: int = 0
-    num_tokens: int = 0
+    number: int = 0  # of the pass over the data
+    window: int = 0  # in the pass
+    batch: int = 0  # in the window
+    num_tokens: int = 0  # of the batches that this rank has received so far
 
 
 class TokenStream(IterableDataset):
@@ -48,12 +41,6 @@ class TokenStream(IterableDataset):
     a whole data set, so the batches are a function of the sources, the seed and the position alone. Samples that fill
     no global batch form a smaller one at the end of the window, or are left out if the sampler does so. Every rank
     tokenises the whole window and takes its part.
-
-    Args:
-        preparation: Preparation of the data, which has the settings.
-        world_size: Number of ranks.
-        rank: Rank of this process, from 0.
-        collate: Function that builds a batch.
     """
 
     def __init__(
@@ -104,8 +91,9 @@ class TokenStream(IterableDataset):
             position = replace(position, number=position.number + 1, window=0, batch=0)
 
     def _windows(self, first: int) -> Iterator[tuple[int, list[Conversation]]]:
-        size = self._settings.stream_window
-        rows = islice(stream_sources(self._settings.train_sources, self._settings.format), first * size, None)
+        settings, size = self._settings, self._settings.stream_window
+        rows = chain.from_iterable(stream_conversations(source, settings.format) for source in settings.train_sources)
+        rows = islice(rows, first * size, None)
         number = first
         while window := list(islice(rows, size)):
             yield number, window

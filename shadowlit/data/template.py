@@ -19,7 +19,7 @@ with ``enable_thinking: false`` it belongs to the generation prompt and is unsup
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +44,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised conversation; unpacks as its tokens and labels.
+    """A tokenised conversation.
 
     Attributes:
         input_ids: Tokens, ``[T]``.
@@ -60,9 +60,6 @@ class Encoded:
     images: Sequence[ImageSource] = ()
     images_end: int = 0
     num_image_tokens: int = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter((self.input_ids, self.labels))
 
 
 class RewrittenHistoryError(DataError):
@@ -151,14 +148,32 @@ def encode_turns(
         return [encode(tokenizer, _only_last(messages[: i + 1]), processing, **template_kwargs) for i in trained]
 
 
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, end_token_id: int | None, max_length: int
+) -> list[Encoded]:
+    """Tokenise a document; every token but the first is supervised, including the end of the text.
+
+    Args:
+        tokenizer: Tokenizer; it adds its own beginning of sequence, if it has one.
+        text: Text of the document.
+        end_token_id: Token that ends a document in the Base's pre-training; None for no end.
+        max_length: Maximum length of a piece, in tokens. A longer document is split, and no part of it is lost.
+
+    Returns:
+        The pieces, in order. A last piece of a single token is left out, since there is nothing to predict in it.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if end_token_id is not None and (not ids or ids[-1] != end_token_id):
+        ids.append(end_token_id)
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [Encoded(piece, [IGNORE_INDEX, *piece[1:]]) for piece in pieces if len(piece) > 1]
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any) -> str:
     """The text of a prompt: the conversation without its final answer, and the generation prompt.
 
-    Args:
-        tokenizer: As for :func:`encode`.
-        messages: Conversation with or without the answer: an assistant turn at the very end is left out. Earlier ones,
-            and all turns of a conversation that ends with another role, belong to the prompt.
-        template_kwargs: As for :func:`encode`.
+    An assistant turn at the very end is the answer. Earlier ones, and all turns of a conversation that ends with
+    another role, belong to the prompt. Arguments are as for :func:`encode`.
 
     Raises:
         DataError: There is no turn before the answer, or as for :func:`encode`.

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from shadowlit.data.collate import Collate
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect
-from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.sources import read_conversations
-from shadowlit.data.template import Encoded, encode_turns
+from shadowlit.data.template import Encoded, encode_document, encode_turns
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import fingerprint, spread

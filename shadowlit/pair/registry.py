@@ -21,9 +21,9 @@ from shadowlit.errors import PairError
 if TYPE_CHECKING:
     from shadowlit.pair.pair import ModelPair
 
-_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_COMMIT = r"[0-9a-f]{40}"
+_NO_TEXT = r"(?!)"
 
 
 @dataclass(frozen=True)
@@ -135,64 +135,57 @@ def find_pair(name: str) -> KnownPair:
     return registry[name]
 
 
+# For each key: a pattern for texts, other values that are valid, and what to expect.
+_VALUES: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "name": (r"[a-z0-9]+([.-][a-z0-9]+)*", (), "lower-case letters, digits, dots and hyphens"),
+    "family": (r".*", (), "a name"),
+    "base": (_HUB_ID, (), "a hub id such as 'org/name'"),
+    "instruct": (_HUB_ID, (), "a hub id such as 'org/name'"),
+    "base_revision": (_COMMIT, (None,), "a commit of 40 hexadecimal digits, or null"),
+    "instruct_revision": (_COMMIT, (None,), "a commit of 40 hexadecimal digits, or null"),
+    "template_owner": (r"base|instruct", (), "'base' or 'instruct'"),
+    "base_template": (_NO_TEXT, (True, False, None), "true, false or null"),
+    "gated": (_NO_TEXT, (True, False, None), "true, false or null"),
+    "licence": (r".*", (None,), "a text or null"),
+    "note": (r".*", (None,), "a text or null"),
+}
+
+
 def _parse_entry(entry: dict[str, Any], meanings: Mapping[str, str]) -> KnownPair:
     """One entry, including the values of its family."""
-    name = entry.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise _wrong(name or entry.get("base"), f"name is {name!r}", "lower-case letters, digits, dots and hyphens")
+    name = entry.get("name") or entry.get("base")
     unknown = sorted(entry.keys() - _KEYS)
     if unknown:
         near = difflib.get_close_matches(unknown[0], _KEYS, n=1)
         raise _wrong(name, f"unknown key {unknown[0]!r}", f"{near[0]!r}" if near else f"one of {sorted(_KEYS)}")
-    if not isinstance(entry.get("family"), str):
-        raise _wrong(name, f"family is {entry.get('family')!r}", "a name")
-    _check_ids(name, entry)
-    _check_facts(name, entry)
+    for key, (pattern, others, expected) in _VALUES.items():
+        value = entry.get(key, getattr(KnownPair, key, None))  # the defaults are attributes of the class
+        if not (isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL)) and value not in others:
+            raise _wrong(name, f"{key} is {value!r}", expected)
+    sigma = entry.get("sigma")
+    if sigma is not None and not (isinstance(sigma, float) and 0 < sigma < 1):
+        raise _wrong(name, f"sigma is {sigma!r}", "a number between 0 and 1, or null")
+    if entry["base"] == entry["instruct"]:
+        raise _wrong(name, f"base and instruct are both {entry['base']!r}", "two models")
     words = entry["peculiarities"]
     strange = [word for word in words if word not in meanings]
     if strange:
         raise _wrong(name, f"peculiarity {strange[0]!r} is not explained", f"one of {sorted(meanings)}")
-    official = entry.get("official")
-    return KnownPair(
-        **entry
-        | {
-            "peculiarities": MappingProxyType({word: meanings[word] for word in words}),
-            "official": (official["base"], official["instruct"]) if official else None,
-        }
-    )
+    values = {"peculiarities": MappingProxyType({word: meanings[word] for word in words})}
+    return KnownPair(**entry | values | {"official": _official(entry)})
 
 
-def _check_ids(name: str, entry: dict[str, Any]) -> None:
-    """The two hub ids, their commits, and the ids of the official list."""
-    for key in ("base", "instruct"):
-        if not isinstance(entry.get(key), str) or not _HUB_ID.fullmatch(entry[key]):
-            raise _wrong(name, f"{key} is {entry.get(key)!r}", "a hub id such as 'org/name'")
-        revision = entry.get(f"{key}_revision")
-        if revision is not None and not (isinstance(revision, str) and _COMMIT.fullmatch(revision)):
-            raise _wrong(name, f"{key}_revision is {revision!r}", "a commit of 40 hexadecimal digits, or null")
-    if entry["base"] == entry["instruct"]:
-        raise _wrong(name, f"base and instruct are both {entry['base']!r}", "two models")
-    official = entry.get("official")
-    if official is not None:
-        if not isinstance(official, dict) or official.keys() != {"base", "instruct"}:
-            raise _wrong(name, f"official is {official!r}", "base and instruct, as the official list has them")
-        if official == {"base": entry["base"], "instruct": entry["instruct"]}:
-            raise _wrong(name, "official names the same two models", "the key only where the official list is wrong")
-
-
-def _check_facts(name: str, entry: dict[str, Any]) -> None:
-    """The values that are neither ids nor keywords."""
-    if entry.get("template_owner", "instruct") not in ("base", "instruct"):
-        raise _wrong(name, f"template_owner is {entry['template_owner']!r}", "'base' or 'instruct'")
-    for key in ("base_template", "gated"):
-        if entry.get(key) not in (True, False, None):
-            raise _wrong(name, f"{key} is {entry[key]!r}", "true, false or null")
-    for key in ("licence", "note"):
-        if not isinstance(entry.get(key), str | None):
-            raise _wrong(name, f"{key} is {entry[key]!r}", "a text or null")
-    sigma = entry.get("sigma")
-    if sigma is not None and not (isinstance(sigma, float) and 0 < sigma < 1):
-        raise _wrong(name, f"sigma is {sigma!r}", "a number between 0 and 1, or null")
+def _official(entry: dict[str, Any]) -> tuple[str, str] | None:
+    """The ids in the official list, where they differ."""
+    name, official = entry["name"], entry.get("official")
+    if official is None:
+        return None
+    if not isinstance(official, dict) or official.keys() != {"base", "instruct"}:
+        raise _wrong(name, f"official is {official!r}", "base and instruct, as the official list has them")
+    ids = official["base"], official["instruct"]
+    if ids == (entry["base"], entry["instruct"]):
+        raise _wrong(name, "official names the same two models", "the key only where the official list is wrong")
+    return ids
 
 
 def _wrong(name: str | None, found: str, expected: str) -> PairError:

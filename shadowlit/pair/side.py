@@ -79,7 +79,7 @@ class Side:
 
     def vocabulary(self) -> dict[str, TensorInfo]:
         """The embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
-        return {name: info for name, info in self.tensors.items() if has_token_rows(info, self.get("vocab_size"))}
+        return {name: info for name, info in self.tensors.items() if _has_token_rows(info, self.get("vocab_size"))}
 
     def close(self) -> None:
         """Close the files of the weights."""
@@ -135,7 +135,7 @@ def _flat_config(config: PretrainedConfig) -> dict[str, Any]:
     return {**config.to_dict(), **config.get_text_config().to_dict(), **seen, "model_type": config.model_type}
 
 
-def has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
+def _has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
     """Whether a tensor has one row per token: by its shape, or by one of the usual names."""
     if len(info.shape) != 2 or any(part.isdigit() for part in info.name.split(".")):
         return False

@@ -95,9 +95,7 @@ def _encode(side: Side, text: str) -> list[int]:
 def _written_tokens(tokenizer: PreTrainedTokenizerBase, parts: bool) -> tuple[list[int], list[int] | None]:
     """The special and added tokens that a chat template writes; raises whatever the template raises.
 
-    Args:
-        tokenizer: Tokenizer with the chat template.
-        parts: Whether contents are given in parts, which templates of vision-language models may insist on.
+    With ``parts``, contents are given in parts, which templates of vision-language models may insist on.
 
     Returns:
         The tokens of a small conversation and of a prompt for an answer, sorted; and the tokens after the last answer,

@@ -138,17 +138,25 @@ def _check_shapes(base: Side, instruct: Side, select: Select) -> Iterator[Proble
         )
     if wider:
         rows_of = [f"{n} has {base.tensors[n].shape[0]} rows and {instruct.tensors[n].shape[0]}" for n in wider]
-        touched = selects(select, wider)
-        yield Problem(
-            "error" if touched else "warning",
+        yield _embedding_problem(
+            select,
+            wider,
             "vocabulary",
             f"Base and Instruct are unequal: {some_of(rows_of)}",
             "equal numbers of rows where embeddings are grafted",
-            f"set graft.select=linear, which leaves them out (it is {select!r}); or bring the smaller model "
-            "to the same number with resize_token_embeddings and save it."
-            if touched
-            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' is refused.",
+            "; or bring the smaller model to the same number with resize_token_embeddings and save it",
         )
+
+
+def _embedding_problem(
+    select: Select, names: Iterable[str], subject: str, found: str, expected: str, more: str = ""
+) -> Problem:
+    """A problem of these embeddings or lm_heads, which is an error if they are grafted."""
+    if selects(select, names):
+        remedy = f"set graft.select=linear, which leaves them out (it is {select!r}){more}."
+        return Problem.error(subject, found, expected, remedy)
+    remedy = "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' is refused."
+    return Problem.warning(subject, found, expected, remedy)
 
 
 def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
@@ -167,16 +175,9 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
             "set pair.base to the Base of this Instruct, and finish its download.",
         )
     if ties[0] != ties[1]:
-        touched = selects(select, heads or base.vocabulary())
-        yield Problem(
-            "error" if touched else "warning",
-            "tied embeddings",
-            f"tie_word_embeddings is {ties[0]} in the Base, {ties[1]} in the Instruct",
-            "the same where they are grafted",
-            f"set graft.select=linear, which leaves them out (it is {select!r})."
-            if touched
-            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's.",
-        )
+        found = f"tie_word_embeddings is {ties[0]} in the Base, {ties[1]} in the Instruct"
+        expected = "the same where they are grafted"
+        yield _embedding_problem(select, heads or base.vocabulary(), "tied embeddings", found, expected)
     elif heads and all(ties):
         yield Problem.note(
             "tied embeddings",
