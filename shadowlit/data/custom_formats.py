@@ -26,6 +26,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from shadowlit.data.conversation import located
 from shadowlit.data.formats import FORMATS, Message, Samples, convert_row, shown
 from shadowlit.errors import DataError
 
@@ -51,10 +52,8 @@ class CustomFormat:
         """
         made = self._call(row)
         format = "text" if isinstance(made, str) else "messages"
-        try:
+        with located(f"as read by data.format={self.name}"):
             return convert_row({format: made}, format, prompts_only=prompts_only)
-        except DataError as error:
-            raise DataError(f"as read by data.format={self.name} {error}") from None
 
     def preference_row(self, row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
         """Turn a row into one of a built-in format of preferences; ``samples`` is pairs or labels.

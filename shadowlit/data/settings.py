@@ -169,8 +169,8 @@ class DataSettings:
     def _problems(self) -> Iterator[str]:
         if self.streaming and self.samples != "conversations":
             yield (
-                "data.streaming is true, but model.objective learns from preferences, which are scored by the model's "
-                "start before the training and so read as a whole. Set data.streaming=false."
+                "data.streaming is true, but model.objective learns from preferences, which the untouched model scores "
+                "before the training, so that they are read as a whole. Set data.streaming=false."
             )
         if self.streaming and self.limit_train_samples is not None:
             yield (
