@@ -361,7 +361,7 @@ def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:
         split = names[0] if len(names) == 1 else use
     if split not in names:
         raise DataError(
-            f"the data set '{source}' has the splits {', '.join(names)}, and no '{split}'. Name one behind a colon, "
+            f"the data set '{source}' has the splits {', '.join(names)}, and no '{split}'. Name one after a colon, "
             f"e.g. '{source.split(':')[0]}:{names[0]}'."
         )
     return data[split]
