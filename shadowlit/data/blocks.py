@@ -88,13 +88,10 @@ class BlockBuilder:
 
     def take(self) -> Block:
         """The samples that were added since the last call, as a block."""
-        block = Block(
-            np.array(self._tokens),
-            np.frombuffer(bytes(self._supervised), np.bool_),
-            np.array(self._ends),
-            *(np.array(column) for column in self._columns),
-            images=_as_arrow(self._images) if any(self._images) else None,
-        )
+        columns = {name: np.array(column) for name, column in zip(_COLUMNS, self._columns, strict=True)}
+        supervised = np.frombuffer(bytes(self._supervised), np.bool_)
+        images = _as_arrow(self._images) if any(self._images) else None
+        block = Block(np.array(self._tokens), supervised, np.array(self._ends), **columns, images=images)
         self._clear()
         return block
 
@@ -134,7 +131,7 @@ class BlockFile:
         text = json.dumps(about).encode()
         self._stream.write(text + len(text).to_bytes(_NUM, "little"))
         self._stream.flush()
-        checksum = zlib.crc32(np.memmap(self._stream.name, np.uint8, "r"))
+        checksum = zlib.crc32(np.memmap(self._stream.name, np.uint8, "r").data)
         self._stream.write(checksum.to_bytes(_NUM, "little"))
 
 
@@ -164,7 +161,7 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 
     content = np.memmap(file, np.uint8, "r")
     end, checksum = content[:-_NUM], int.from_bytes(content[-_NUM:].tobytes(), "little")
-    if verify and zlib.crc32(end) != checksum:
+    if verify and zlib.crc32(end.data) != checksum:
         raise ValueError(f"{file} doesn't have the checksum {checksum} that was written")
     size = int.from_bytes(end[-_NUM:].tobytes(), "little")
     about = json.loads(end[-_NUM - size : -_NUM].tobytes())

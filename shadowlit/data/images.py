@@ -260,7 +260,7 @@ class ImageProcessing:
                 f"{counted(len(images), 'image')}; expected equally many. Give an image for each, remove the token "
                 "from the text, or set data.chat_template to a template that writes images."
             )
-        texts = self._texts_of(tuple(image.size for image in images))  # type: ignore[arg-type]
+        texts = self._texts_of(tuple(image.size for image in images if image.size is not None))
         end, places, shifts = len(expanded), [], []
         for replacement, piece in zip(texts, pieces, strict=True):
             places.append((len(expanded), len(expanded) + len(replacement)))

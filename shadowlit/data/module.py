@@ -346,12 +346,11 @@ class ShadowData(DataSettings, LightningDataModule):
         limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
         # In another order, the first batches of a set would have other samples.
         grouped = isinstance(limit, float) and limit == 1.0
-        if isinstance(dataset, PreferenceDataset):
-            lengths, kind = dataset.longest, PreferenceCollate
-        else:
-            lengths, kind = dataset.lengths, Collate
+        is_pairs = isinstance(dataset, PreferenceDataset)
+        lengths = dataset.longest if isinstance(dataset, PreferenceDataset) else dataset.lengths
         order = evaluation_order(lengths, self.eval_rows * self._ranks()[0]) if grouped else None
-        return self._shard(dataset, kind(self.pad_token_id, self.pad_to_multiple_of), order)
+        collate = (PreferenceCollate if is_pairs else Collate)(self.pad_token_id, self.pad_to_multiple_of)
+        return self._shard(dataset, collate, order)
 
     def _shard(
         self,

@@ -92,8 +92,8 @@ class TokenStream(IterableDataset):
 
     def _windows(self, first: int) -> Iterator[tuple[int, list[Conversation]]]:
         settings, size = self._settings, self._settings.stream_window
-        rows = chain.from_iterable(stream_conversations(source, settings.format) for source in settings.train_sources)
-        rows = islice(rows, first * size, None)
+        sources = (stream_conversations(source, settings.format) for source in settings.train_sources)
+        rows = islice(chain.from_iterable(sources), first * size, None)
         number = first
         while window := list(islice(rows, size)):
             yield number, window

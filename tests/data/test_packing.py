@@ -196,12 +196,17 @@ def outcome(model, batches):
     return total, logits, gradient
 
 
+# Relative to the loss, the largest logit and the norm of the gradient. Kernels that round otherwise, those of three kinds
+# of CPU among them (ATEN_CPU_CAPABILITY), differ by 1, 6 and 5 units of rounding; a leak changes the leading digits.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+
+
 def assert_same(left, right):
-    assert left[0] == pytest.approx(right[0], rel=1e-6)
+    assert left[0] == pytest.approx(right[0], rel=ROUNDING)
     assert left[1].keys() == right[1].keys() == {len(sample["input_ids"]) for sample in SAMPLES}
     for length, logits in left[1].items():
-        torch.testing.assert_close(right[1][length], logits, rtol=0, atol=2e-5)
-    assert (left[2] - right[2]).norm() < 2e-6 * left[2].norm()
+        assert (right[1][length] - logits).abs().max() <= ROUNDING * logits.abs().max()
+    assert (left[2] - right[2]).norm() < ROUNDING * left[2].norm()
 
 
 def separate():
