@@ -7,24 +7,29 @@ a list of byte ranges: nothing is converted, and no torch is needed.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import canonical_key, is_computed, is_of_experts, is_quantised_name, is_unmerged_name
+from shadowlit.checkpoint.names import (
+    EMBEDDING_KEYS,
+    GATE_UP,
+    HEAD_KEY,
+    ROWS_OF_FUSED,
+    canonical_key,
+    expert_key,
+    is_computed,
+    is_of_experts,
+    is_quantised_name,
+    is_unmerged_name,
+    split_expert,
+    split_fused,
+)
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.errors import CheckpointError, GraftError
-
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-_ROWS_OF_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 _BLOCK_BYTES = 2**20
 
@@ -101,12 +106,12 @@ class _Side:
         return [Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
 
     def is_fused(self, experts: str) -> bool:
-        return f"{experts}.gate_up_proj" in self.keys
+        return f"{experts}.{GATE_UP}" in self.keys
 
     def orientation(self, experts: str) -> Literal["rows", "columns"] | None:
         """Whether outputs are the rows of the fused matrices (Qwen) or their columns (gpt-oss, Llama 4)."""
         try:
-            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in _ROWS_OF_FUSED)
+            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in ROWS_OF_FUSED)
         except (KeyError, ValueError):
             return None
         if n == m and (c, 2 * d) == (b, a):
@@ -116,9 +121,9 @@ class _Side:
     def repeats_embedding(self) -> bool:
         """Whether the output head repeats the embedding, bit for bit."""
         embedding = self.embedding()
-        if embedding is None or _HEAD not in self.keys:
+        if embedding is None or HEAD_KEY not in self.keys:
             return False
-        head, body = self.info(_HEAD), self.info(embedding)
+        head, body = self.info(HEAD_KEY), self.info(embedding)
         if (head.code, head.shape) != (body.code, body.shape):
             return False
         for start in range(0, head.num_bytes, _BLOCK_BYTES):
@@ -130,17 +135,18 @@ class _Side:
         return True
 
     def embedding(self) -> str | None:
-        return next((key for key in _EMBEDDINGS if key in self.keys), None)
+        return next((key for key in EMBEDDING_KEYS if key in self.keys), None)
 
     def _count_experts(self) -> dict[str, int]:
         """The number of experts of every layer that has some."""
         counts: dict[str, int] = {}
         found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for key in self.keys:
-            if match := _EXPERT.fullmatch(key):
-                found[match[1]][match[3]].add(int(match[2]))
-            elif (match := _FUSED.fullmatch(key)) and len(self.info(key).shape) == 3:
-                counts[match[1]] = self.info(key).shape[0]
+            if single := split_expert(key):
+                experts, number, kind = single
+                found[experts][kind].add(number)
+            elif (fused := split_fused(key)) and len(self.info(key).shape) == 3:
+                counts[fused[0]] = self.info(key).shape[0]
         for experts, kinds in found.items():
             counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
             for kind, numbers in kinds.items():
@@ -188,10 +194,10 @@ class LayoutReader(TensorReader):
         for key, name in other.keys.items():
             if key in own.keys:
                 self._present(name, own.info(key).shape, own.whole(key))
-            elif match := _FUSED.fullmatch(key):
-                self._present_fused(name, own, match[1], _ROWS_OF_FUSED[match[2]])
-            elif match := _EXPERT.fullmatch(key):
-                self._present_expert(name, own, match[1], int(match[2]), match[3])
+            elif fused := split_fused(key):
+                self._present_fused(name, own, *fused)
+            elif single := split_expert(key):
+                self._present_expert(name, own, *single)
         skipped = self._match_ties(own, other) if ties else set()
         skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
         for key, name in own.keys.items():
@@ -214,21 +220,22 @@ class LayoutReader(TensorReader):
     def _match_ties(self, own: _Side, other: _Side) -> set[str]:
         """Present a tied output head where only the other checkpoint has one; return it where only this one does."""
         embedding = own.embedding()
-        if embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
-            self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
-        elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
-            return {own.keys[_HEAD]}
+        if embedding is not None and HEAD_KEY in other.keys and HEAD_KEY not in own.keys and other.repeats_embedding():
+            self._present(other.keys[HEAD_KEY], own.info(embedding).shape, own.whole(embedding))
+        elif HEAD_KEY in own.keys and HEAD_KEY not in other.keys and own.repeats_embedding():
+            return {own.keys[HEAD_KEY]}
         return set()
 
     def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
         self.ranges[name] = ranges
         self.tensors[name] = replace(self._reader.tensors[ranges[0].name], name=name, shape=shape)
 
-    def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
-        """Present all experts' matrices of ``kinds``, expert by expert, as one tensor."""
+    def _present_fused(self, name: str, own: _Side, experts: str, fused: str) -> None:
+        """Present the matrices that ``fused`` is made of, expert by expert, as one tensor."""
         if experts not in own.experts:
             return
-        keys = [f"{experts}.{number}.{kind}.weight" for number in range(own.experts[experts]) for kind in kinds]
+        kinds = ROWS_OF_FUSED[fused]
+        keys = [expert_key(experts, number, kind) for number in range(own.experts[experts]) for kind in kinds]
         if not all(key in own.keys for key in keys):
             return
         forms = {(info.code, info.shape) for info in map(own.info, keys)}
@@ -242,10 +249,10 @@ class LayoutReader(TensorReader):
 
     def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
         """Present rows of the fused tensor as one expert's matrix."""
-        fused = f"{experts}.down_proj" if kind == "down_proj" else f"{experts}.gate_up_proj"
-        if fused not in own.keys:
+        fused, kinds = next((fused, kinds) for fused, kinds in ROWS_OF_FUSED.items() if kind in kinds)
+        if f"{experts}.{fused}" not in own.keys:
             return
-        info, kinds = own.info(fused), _ROWS_OF_FUSED[fused.removeprefix(f"{experts}.")]
+        info = own.info(f"{experts}.{fused}")
         _, rows, columns = info.shape
         num_bytes = info.num_bytes // info.shape[0] // len(kinds)
         start = (number * len(kinds) + kinds.index(kind)) * num_bytes
@@ -314,13 +321,13 @@ def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list
     """
     side, found = _Side(reader), {}
     for experts, count in side.experts.items():
-        for fused, kinds in _ROWS_OF_FUSED.items():
+        for fused, kinds in ROWS_OF_FUSED.items():
             key = f"{experts}.{fused}"
             if side.is_fused(experts):
                 if side.orientation(experts) == "rows":
                     found[key] = side.info(key).shape, [ExpertRows(side.keys[key], None, 0)]
                 continue
-            stored = [(n, i, f"{experts}.{n}.{kind}.weight") for n in range(count) for i, kind in enumerate(kinds)]
+            stored = [(n, i, expert_key(experts, n, kind)) for n in range(count) for i, kind in enumerate(kinds)]
             shapes = {side.info(own).shape if own in side.keys else () for _, _, own in stored}
             if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
                 rows, columns = shape
@@ -337,18 +344,19 @@ def single_experts(reader: TensorReader) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: As :class:`LayoutReader`.
     """
-    if not any(_FUSED.fullmatch(canonical_key(name)) for name in reader.tensors):
+    if not any(split_fused(canonical_key(name)) for name in reader.tensors):
         return {name: info.shape for name, info in reader.tensors.items()}
     side, single = _Side(reader), {}
     for key, name in side.keys.items():
-        shape, match = side.info(key).shape, _FUSED.fullmatch(key)
-        if match is None or side.orientation(match[1]) != "rows":
+        shape, fused = side.info(key).shape, split_fused(key)
+        if fused is None or side.orientation(fused[0]) != "rows":
             single[name] = shape
             continue
-        kinds, (count, rows, columns) = _ROWS_OF_FUSED[match[2]], shape
+        kinds, (count, rows, columns) = ROWS_OF_FUSED[fused[1]], shape
+        experts = name.removesuffix(f".{fused[1]}")
         for number in range(count):
             for kind in kinds:
-                single[f"{name.removesuffix(match[2])}{number}.{kind}.weight"] = (rows // len(kinds), columns)
+                single[expert_key(experts, number, kind)] = (rows // len(kinds), columns)
     return single
 
 
@@ -374,6 +382,6 @@ def _require_like_experts(own: _Side, other: _Side) -> None:
 
 def _shapes_of(side: _Side, experts: str) -> str:
     if side.is_fused(experts):
-        kinds = [kind for kind in _ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
+        kinds = [kind for kind in ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
         return " and ".join(f"{kind} {list(side.info(f'{experts}.{kind}').shape)}" for kind in kinds)
     return f"{side.experts[experts]} single matrices"

@@ -12,7 +12,7 @@ import torch
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.names import kind_of
+from shadowlit.checkpoint.names import factor_key, is_weight, kind_of, leaf_of, module_of
 from shadowlit.delta.delta import Delta
 from shadowlit.delta.transforms import truncated_svd
 from shadowlit.errors import GraftError
@@ -77,7 +77,7 @@ def export_svd_adapter(
     with CheckpointReader(pair.instruct_folder()) as reader:
         tensors = dict(reader.tensors)
     linear = linear_on_disk(tensors)
-    chosen = sorted(n for n, shape in delta.shapes.items() if n in linear and n.endswith(".weight") and len(shape) == 2)
+    chosen = sorted(n for n, shape in delta.shapes.items() if n in linear and is_weight(n) and len(shape) == 2)
     unequal = [f"{n} {delta.shapes[n]} and {tensors[n].shape}" for n in chosen if delta.shapes[n] != tensors[n].shape]
     if not chosen or unequal:
         found = f"differs in the shapes of {some_of(unequal)}" if unequal else f"changes {some_of(delta.shapes)} only"
@@ -94,10 +94,10 @@ def export_svd_adapter(
         if adapted and size:
             cut = truncated_svd(update, rank, explained_variance)
             up, down = cut.up.to(dtype), cut.down.to(dtype)
-            module = name.removesuffix(".weight")
+            module = module_of(name)
             ranks[module] = cut.rank
-            state[f"base_model.model.{module}.lora_A.weight"] = down
-            state[f"base_model.model.{module}.lora_B.weight"] = up
+            state[factor_key(module, "A")] = down
+            state[factor_key(module, "B")] = up
             error = up.float() @ down.float() - update
             lost[adapted] += float(error.double().square().sum())  # type: ignore[assignment]
         elif size:
@@ -127,7 +127,6 @@ def export_svd_adapter(
 
 def _targets(ranks: dict[str, int], linear: frozenset[str]) -> list[str]:
     """Names of the adapted modules: their last parts where that means the same layers, which is what servers expect."""
-    leaves = {module.rpartition(".")[2] for module in ranks}
-    meant = {n.removesuffix(".weight") for n in linear if n.endswith(".weight")}
-    same = {module for module in meant if module.rpartition(".")[2] in leaves}
+    leaves = set(map(leaf_of, ranks))
+    same = {module for module in map(module_of, filter(is_weight, linear)) if leaf_of(module) in leaves}
     return sorted(leaves if same == set(ranks) else ranks)

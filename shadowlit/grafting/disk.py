@@ -15,7 +15,7 @@ import numpy as np
 
 from shadowlit.checkpoint.folder import Streamed
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import layer_of, routers, tower_of
+from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, layer_of, module_of, routers, tower_of
 from shadowlit.checkpoint.numeric import (
     Raw,
     finite_squares,
@@ -97,14 +97,13 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     weights = {
         name
         for name, info in tensors.items()
-        if (layer_of(name) is not None or (tower_of(name) == "projector" and name.endswith(".weight")))
+        if (layer_of(name) is not None or (tower_of(name) == "projector" and is_weight(name)))
         and len(info.shape) >= 2
-        and "norm" not in name
+        and not is_norm(name)
         and name not in gates
     }
-    modules = {name.removesuffix(".weight") for name in weights}
-    biases = {name for name in tensors if name.endswith(".bias") and name.removesuffix(".bias") in modules}
-    return frozenset(weights | biases)
+    modules = set(map(module_of, weights))
+    return frozenset(weights | {name for name in tensors if is_bias(name) and module_of(name) in modules})
 
 
 class DiskGraft:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowlit.checkpoint.folder import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_of, some_of
+from shadowlit.checkpoint.names import is_peft_key
 from shadowlit.errors import ExportError
 from shadowlit.grafting.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
 from shadowlit.pair.folders import is_image_text, load_config, read_json
@@ -349,7 +350,7 @@ def _require_movable(peft_config: PeftConfig) -> None:
 
 def _check_adapter_names(adapter_state: Mapping[str, torch.Tensor]) -> None:
     """PEFT ignores names that it does not know, and would load an adapter that does nothing."""
-    wrong = [key for key in adapter_state if not key.startswith("base_model.model.") or ".default." in key]
+    wrong = [key for key in adapter_state if not is_peft_key(key)]
     if wrong or not adapter_state:
         found = f"{len(wrong)} of {len(adapter_state)} names ({some_of(wrong)})" if wrong else "no tensor"
         raise ExportError(

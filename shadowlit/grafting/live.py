@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.layout import LayoutReader, Range, in_layout_of_module
-from shadowlit.checkpoint.names import canonical_key, canonical_name, kind_of, layer_of, split_selection, tower_of
+from shadowlit.checkpoint.names import (
+    canonical_key,
+    canonical_name,
+    factor_of,
+    is_adapter_name,
+    layer_label,
+    split_selection,
+)
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
@@ -270,7 +276,7 @@ class LiveGraft:
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
                 host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
-            key = _layer_of(host.name)
+            key = layer_label(host.name)
             layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
         table = self._reduce(torch.stack(list(layers.values())))
         update_square, lost_square, instruct_square = table.sum(0).tolist()
@@ -361,10 +367,10 @@ class LiveGraft:
             if module not in scales:
                 continue
             for name, parameter in module.named_parameters():
-                if not name.startswith("lora_"):  # also those of a layer that this one is wrapped around
+                if not is_adapter_name(name.partition(".")[0]):  # also those of a layer that this one is wrapped around
                     continue
                 tensor = whole(local(parameter), parameter).cpu()
-                folded = "lora_B" in name or "lora_embedding_A" in name
+                folded = factor_of(name) in ("B", "embedding_A")
                 tensors[f"{prefix}.{name}"] = tensor * scales[module] if folded else tensor.clone()
         return tensors
 
@@ -599,11 +605,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 def _model_type(model: nn.Module) -> str:
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-
-
-def _layer_of(name: str) -> str:
-    tower, layer = tower_of(name), re.search(r"\blayers\.(\d+)\.", name)
-    if tower != "language":  # whose blocks may be numbered under other names, and mustn't be added to the decoder's
-        number = layer_of(name)
-        return f"{tower}_{kind_of(name)}" if number is None else f"{tower}_layer_{number:02d}"
-    return f"layer_{int(layer[1]):02d}" if layer else kind_of(name)

@@ -21,7 +21,17 @@ import numpy.typing as npt
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import ExpertRows, LayoutReader, canonical_keys, fused_experts
-from shadowlit.checkpoint.names import canonical_key, is_computed
+from shadowlit.checkpoint.names import (
+    GATE_UP,
+    ROWS_OF_FUSED,
+    canonical_key,
+    factor_pair,
+    host_key,
+    is_adapter_name,
+    is_computed,
+    is_experts,
+    leaf_of,
+)
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, first_line
@@ -249,17 +259,15 @@ class AdapterUpdate(Update):
         self._whole: dict[str, str] = {}
         names, fused = canonical_keys(base), fused_experts(base)
         for stored in self._reader.tensors:
-            name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            for down, up in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-                if re.search(rf"\.{down}(\.weight)?$", name):
-                    module = name.split(f".{down}")[0]
-                    host = f"{module}.weight"
-                    factors = _Factors(module, stored, stored.replace(down, up), "embedding" in down)
-                    if module.endswith(".experts"):
-                        self._factors |= self._of_experts(factors, fused)
-                    else:
-                        self._factors[names.get(canonical_key(host), host)] = factors
-            if ".lora_" not in name:
+            if pair := factor_pair(stored):
+                module, up, of_embedding = pair
+                factors, host = _Factors(module, stored, up, of_embedding), f"{module}.weight"
+                if is_experts(module):
+                    self._factors |= self._of_experts(factors, fused)
+                else:
+                    self._factors[names.get(canonical_key(host), host)] = factors
+            elif not is_adapter_name(stored):
+                name = host_key(stored)
                 self._whole[names.get(canonical_key(name), name)] = stored
         adapted = {*self._factors, *self._whole}
         unknown = sorted(name for name in adapted if name not in base.tensors)
@@ -303,7 +311,7 @@ class AdapterUpdate(Update):
         if factors.up not in self._reader.tensors:
             return {f"{factors.module}.weight": factors}  # told as half a pair
         down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
-        for kind in ("gate_up_proj", "down_proj"):
+        for kind in ROWS_OF_FUSED:
             shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
             if len(shape) == 3 and shape[1:] == (up[0], down[-1]) and down[0] == up[-1] and down[0] % shape[0] == 0:
                 of = replace(factors, module=f"{factors.module}.{kind}", experts=shape[0])
@@ -348,10 +356,11 @@ class AdapterUpdate(Update):
         config, rank = self._config, self._reader.info(factors.down).shape[0] // factors.experts
         try:
             # peft names a bare parameter by its whole path, a module without its weight.
-            keys = (get_pattern_key(config.alpha_pattern.keys(), f"{factors.module}{end}") for end in ("", ".weight"))
+            paths = (factors.module, f"{factors.module}.weight")
+            keys = (get_pattern_key(config.alpha_pattern.keys(), path) for path in paths)
             alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
             plain = not config.alpha_pattern and not config.rank_pattern
-            if plain and factors.module.endswith(".gate_up_proj") and rank == 2 * config.r:
+            if plain and leaf_of(factors.module) == GATE_UP and rank == 2 * config.r:
                 alpha *= 2  # what peft makes of all-linear, or of gate_proj and up_proj, in a mixture that it wraps
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
             if abs(scaling) < _MAX_SCALING:

@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import split_selection, tower_of
+from shadowlit.checkpoint.names import is_head, split_selection, tower_of
 from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import Select
 from shadowlit.pair.side import ROPE_KEYS, SEEN_ELSEWHERE, Side
 
 if TYPE_CHECKING:
     pass
-
-
-# Those of them that a tie makes superfluous.
-_HEAD_TENSOR = re.compile(r"(lm_head|embed_out|output)\.weight$")
 
 
 _SAME_ARCHITECTURE: dict[str, Severity] = {"model_type": "error", "architectures": "warning"}
@@ -168,7 +164,7 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
         return
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
     alone = sorted(base.vocabulary().keys() ^ instruct.vocabulary().keys())
-    heads = [name for name in alone if _HEAD_TENSOR.search(name)]
+    heads = [name for name in alone if is_head(name)]
     lost = [name for name in alone if name not in heads or not any(ties)]
     if lost:
         yield Problem(
