@@ -1,8 +1,8 @@
-"""Safetensors folders as their headers describe them: read and checked without torch, in milliseconds.
+"""Headers of safetensors folders, read and checked without torch in milliseconds.
 
-A folder is untrusted input: every count in a header is checked against the file before anything is allocated, and
-only regular files are opened. Links are followed (the hub's cache is made of them), wherever they lead: what is read
-is parsed as tensors or refused.
+A folder is untrusted input: every count in a header is checked against the file before anything is allocated, and only
+regular files are opened. Links are followed (the hub's cache is made of them), wherever they lead: what is read is
+parsed as tensors or refused.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ _MAX_INDEX_BYTES = 100_000_000
 _MAX_DIMENSIONS = 16
 _MAX_NAME_CHARS = 1000
 _MAX_DIGITS = 18  # of a count: below 2**63
-# A tensor without elements has room for any shape, [2**60, 0] say, and whoever goes through its rows never ends.
+# A tensor without elements may have any shape, such as [2**60, 0], and a loop over its rows would never end.
 _MAX_EMPTY_SHAPE = 2**31
 
 
 def dtype_code(dtype: torch.dtype | str) -> str | None:
-    """The format's code of a torch dtype or its name, ``BF16`` say; ``None`` if it has none."""
-    return _CODES.get(_name_of(dtype))
+    """The format's code of a torch dtype or its name, such as ``BF16``; ``None`` if it has none."""
+    return _CODES.get(dtype_name(dtype))
 
 
-def _name_of(dtype: torch.dtype | str) -> str:
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as configs spell it, ``bfloat16``; anything else as its text."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -62,19 +63,12 @@ def dtype_of(code: str | None) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor.
-
-    Attributes:
-        name: The tensor's name.
-        code: The format's code of the stored dtype, e.g. ``BF16``.
-        shape: The stored shape.
-        file: The name of the file that holds it, inside the folder.
-    """
+    """What a safetensors header says of one tensor."""
 
     name: str
-    code: str
+    code: str  # the format's code of the stored dtype, e.g. BF16
     shape: tuple[int, ...]
-    file: str
+    file: str  # name of the file inside the folder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,12 +89,12 @@ class TensorInfo:
 
     @property
     def is_weight(self) -> bool:
-        """Whether the values are weights by themselves: an 8-bit float, like an integer, needs a scale as well."""
+        """Whether the values are weights by themselves: 8-bit floats and integers need a scale as well."""
         return self.is_floating_point and self.itemsize > 1
 
     def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
         """Return the description after floating-point tensors are converted to ``dtype``; ``None`` changes nothing."""
-        return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[_name_of(dtype)])
+        return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[dtype_name(dtype)])
 
     @property
     def num_elements(self) -> int:
@@ -113,8 +107,7 @@ class TensorInfo:
         return self.num_elements * self.itemsize
 
 
-# A file's size in bytes, and when it was last changed, in nanoseconds.
-FileState = tuple[int, int]
+FileState = tuple[int, int]  # size in bytes, and time of the last change in nanoseconds: by which a file is recognised
 
 
 @dataclass(frozen=True)
@@ -293,7 +286,7 @@ def _regular(path: Path) -> os.stat_result:
 
 
 def file_state(found: os.stat_result) -> FileState:
-    """Size and time of the last change, by which a file is recognised."""
+    """The state of a file."""
     return found.st_size, found.st_mtime_ns
 
 
@@ -367,13 +360,13 @@ def broken_file(path: Path, what: str) -> CheckpointError:
 
 
 def some_of(names: Iterable[Any], limit: int = 5) -> str:
-    """The first ``limit`` names of a collection, and how many more there are: for messages."""
+    """The first ``limit`` names of a collection and the number of the others, for messages."""
     listed = [shown(str(name)) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
 def shown(name: str) -> str:
-    """A name from an untrusted file as a message may show it: no control characters, not endless."""
+    """A name from an untrusted file as a message may show it: without control characters, and cut."""
     cut = name if len(name) <= 200 else name[:200] + "…"
     return cut if cut.isprintable() else ascii(cut)[1:-1]

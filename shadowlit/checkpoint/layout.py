@@ -1,17 +1,16 @@
 """One checkpoint under the names and in the layout of another one of the same model.
 
 Libraries, their versions and their wrappers disagree about names (``model.`` or ``model.language_model.``) and about
-experts (a matrix for each, or all in one tensor). Rows of a tensor are contiguous in a file, so every other layout is
-a list of byte ranges: nothing is converted, and no torch is needed.
+experts (a matrix for each, or all in one tensor). Rows of a tensor are contiguous in a file, so every layout is a list
+of byte ranges of another: nothing is converted, and no torch is needed.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.names import (
@@ -52,11 +51,7 @@ def canonical_keys(reader: TensorReader) -> dict[str, str]:
 
 
 def require_plain(reader: TensorReader) -> None:
-    """Raise for a checkpoint whose tensors are not the weights themselves.
-
-    Raises:
-        CheckpointError: It holds adapters that were not merged, or quantised weights.
-    """
+    """Raise a CheckpointError for adapters that were not merged, and for quantised weights."""
     adapters = [name for name in reader.tensors if is_unmerged_name(name)]
     if adapters:
         raise CheckpointError(
@@ -71,15 +66,8 @@ def require_plain(reader: TensorReader) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Range:
-    """A run of bytes of a tensor.
-
-    Attributes:
-        name: The tensor's name.
-        start: The first byte, from the tensor's beginning.
-        num_bytes: Number of bytes.
-    """
+class Range(NamedTuple):
+    """A run of bytes of the tensor ``name``; ``start`` counts from the tensor's beginning."""
 
     name: str
     start: int
@@ -91,13 +79,9 @@ class _Side:
 
     def __init__(self, reader: TensorReader) -> None:
         require_plain(reader)
-        self.reader = reader
+        self.reader, self.folder = reader, reader.folder
         self.keys = canonical_keys(reader)
         self.experts = self._count_experts()
-
-    @property
-    def folder(self) -> Path:
-        return self.reader.folder
 
     def info(self, key: str) -> TensorInfo:
         return self.reader.tensors[self.keys[key]]
@@ -165,16 +149,16 @@ class _Side:
 class LayoutReader(TensorReader):
     """Presents a checkpoint under the names and in the layout of another one of the same model.
 
-    Understood are the prefixes of wrappers and library versions
-    (:func:`shadowlit.checkpoint.names.canonical_key`), and experts as one matrix each or fused:
+    Names may differ in the prefixes of wrappers and library versions
+    (:func:`shadowlit.checkpoint.names.canonical_key`), and experts may be one matrix each or fused:
     ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj`` [experts, hidden, inner]. Tensors
     without a counterpart keep their names; buffers that models compute are left out.
 
     Args:
-        reader: The checkpoint.
-        like: The checkpoint whose names and layout it is presented in.
-        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it.
-            Otherwise it stays as it is.
+        reader: Checkpoint to present.
+        like: Checkpoint whose names and layout are used.
+        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it;
+            otherwise it stays as it is.
 
     Attributes:
         ranges: By name, the parts of the tensors of ``reader`` that each presented tensor consists of.
@@ -260,14 +244,7 @@ class LayoutReader(TensorReader):
 
 
 def in_layout_of(reader: TensorReader, like: TensorReader) -> TensorReader:
-    """Return a checkpoint under the names and in the layout of another one; itself where they are alike.
-
-    An output head that repeats the embedding stays as it is stored.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
-        GraftError: As :class:`LayoutReader`.
-    """
+    """Return a :class:`LayoutReader` with ``ties=False``, or ``reader`` itself if names and layout are the same."""
     keys = {canonical_key(name) for name in like.tensors}
     odd = (canonical_key(name) in keys or is_of_experts(name) for name in reader.tensors if name not in like.tensors)
     return LayoutReader(reader, like, ties=False) if any(odd) else reader
@@ -276,48 +253,28 @@ def in_layout_of(reader: TensorReader, like: TensorReader) -> TensorReader:
 def in_layout_of_module(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> TensorReader:
     """Return a checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
 
-    Args:
-        reader: The checkpoint.
-        shapes: The shape of every parameter by its name.
-
-    Returns:
-        ``reader`` itself where it has all of the names; else a reader that presents what it has by them.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
-        GraftError: As :class:`LayoutReader`.
+    ``reader`` itself if it has all of the names in ``shapes``, else a :class:`LayoutReader`.
     """
     if all(name in reader.tensors for name in shapes):
         return reader
-    return LayoutReader(
-        reader, ComputedReader(reader.folder, described(shapes)), ties=False
-    )  # a module knows of its own tie
+    module = ComputedReader(reader.folder, described(shapes))
+    return LayoutReader(reader, module, ties=False)  # a module knows of its own tie
 
 
-@dataclass(frozen=True)
-class ExpertRows:
-    """The part of a layer's fused tensor that a stored tensor holds.
-
-    Attributes:
-        name: The stored tensor's name.
-        expert: Number of the expert whose matrix it holds; ``None`` if it is the fused tensor itself.
-        first_row: First row of that expert's matrix.
-    """
+class ExpertRows(NamedTuple):
+    """The part of a layer's fused tensor that the stored tensor ``name`` holds."""
 
     name: str
-    expert: int | None
-    first_row: int
+    expert: int | None  # whose matrix it holds; None if it is the fused tensor itself
+    first_row: int  # of that expert's matrix
 
 
 def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
     """Return the fused tensors of a checkpoint's experts, whether or not they are stored fused.
 
     Returns:
-        By their canonical keys, ``layers.0.mlp.experts.down_proj`` say: the shape, [experts, outputs, inputs], and all
-        that is stored of them. Experts that are stored otherwise are left out.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
+        The shape, [experts, outputs, inputs], and all that is stored of each, by canonical keys such as
+        ``layers.0.mlp.experts.down_proj``. Experts in other layouts are left out.
     """
     side, found = _Side(reader), {}
     for experts, count in side.experts.items():
@@ -337,12 +294,9 @@ def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list
 
 
 def single_experts(reader: TensorReader) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a checkpoint's tensors as they are with one matrix for each expert.
+    """Return the names and shapes that a checkpoint's tensors have with one matrix for each expert.
 
     Experts whose outputs are the columns of their matrices (gpt-oss, Llama 4) stay fused.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
     """
     if not any(split_fused(canonical_key(name)) for name in reader.tensors):
         return {name: info.shape for name, info in reader.tensors.items()}

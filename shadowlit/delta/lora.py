@@ -27,12 +27,9 @@ class AdapterReport:
     """What an adapter holds of the delta that it was cut from.
 
     Attributes:
-        num_layers: linear layers that it adapts.
-        smallest_rank: the lowest rank of a layer.
-        largest_rank: the highest.
         error: ``‖adapter − delta‖ / ‖delta‖`` over the whole delta; what is left out counts as lost.
-        error_of_adapted: the same over the adapted matrices alone.
-        left_out: kinds of tensors that the delta changes and an adapter can't hold, and their number.
+        error_of_adapted: The same over the adapted matrices alone.
+        left_out: Kinds of tensors that the delta changes and an adapter can't hold, and their number.
     """
 
     num_layers: int
@@ -59,17 +56,17 @@ def export_svd_adapter(
     the scaling is 1.
 
     Args:
-        delta: the update; one of its matrices is in memory at a time.
-        instruct: folder or hub id of the Instruct.
-        out: the folder to make.
-        rank: of every layer (a smaller matrix has its own).
-        explained_variance: or the share of each matrix's squared norm to keep.
-        dtype: of the factors.
-        advance: called after each tensor.
+        delta: Update; one of its matrices is in memory at a time.
+        instruct: Folder or hub id of the Instruct.
+        out: Folder to create.
+        rank: Rank of every layer; a smaller matrix keeps its own.
+        explained_variance: Or the fraction of each matrix's squared norm to keep.
+        dtype: Dtype of the factors.
+        advance: Called after each tensor.
 
     Raises:
-        GraftError: the delta has no matrix of a linear layer of the Instruct, or one of another shape.
-        ExportError: the folder is taken or can't be written.
+        GraftError: The delta has no matrix of a linear layer of the Instruct, or one of another shape.
+        ExportError: The folder exists and is not empty, or can't be written.
     """
     from peft import LoraConfig
 
@@ -84,13 +81,13 @@ def export_svd_adapter(
         raise GraftError(f"the delta {found}; expected matrices of linear layers of {instruct}. Give its Instruct.")
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    lost, sizes = Counter[bool](), Counter[bool]()
+    lost, sizes = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}  # squared norms of what is adapted, and of the rest
     left_out: Counter[str] = Counter()
     for name in delta.shapes:
         update = delta.tensor(name)
         size = float(update.double().square().sum())
         adapted = name in chosen
-        sizes[adapted] += size  # type: ignore[assignment]
+        sizes[adapted] += size
         if adapted and size:
             cut = truncated_svd(update, rank, explained_variance)
             up, down = cut.up.to(dtype), cut.down.to(dtype)
@@ -99,10 +96,10 @@ def export_svd_adapter(
             state[factor_key(module, "A")] = down
             state[factor_key(module, "B")] = up
             error = up.float() @ down.float() - update
-            lost[adapted] += float(error.double().square().sum())  # type: ignore[assignment]
+            lost[adapted] += float(error.double().square().sum())
         elif size:
             left_out[kind_of(name)] += 1
-            lost[adapted] += size  # type: ignore[assignment]
+            lost[adapted] += size
         advance()
     if not ranks:
         raise GraftError("the delta is zero in every linear layer; there is nothing to put into an adapter.")

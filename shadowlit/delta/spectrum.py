@@ -43,7 +43,7 @@ def singular_values(matrix: Tensor) -> Tensor:
         [min(m, n)], float64, on the matrix's device.
 
     Raises:
-        ShadowlitError: it isn't a matrix, or holds NaN or infinities.
+        ShadowlitError: It isn't a matrix, or holds NaN or infinities.
     """
     if matrix.ndim != 2:
         raise ShadowlitError(f"a tensor of shape {tuple(matrix.shape)} has no singular values. Give a matrix [m, n].")
@@ -71,7 +71,7 @@ def effective_rank(matrix: Tensor) -> float:
         The effective rank; NaN for a matrix of zeros.
 
     Raises:
-        ShadowlitError: see :func:`singular_values`.
+        ShadowlitError: As of :func:`singular_values`.
     """
     values = _values(matrix)
     total = float(values.sum())
@@ -92,7 +92,7 @@ def stable_rank(matrix: Tensor) -> float:
         The stable rank; NaN for a matrix of zeros.
 
     Raises:
-        ShadowlitError: see :func:`singular_values`.
+        ShadowlitError: As of :func:`singular_values`.
     """
     squares = _values(matrix).square()
     largest = float(squares.max()) if squares.numel() else 0.0

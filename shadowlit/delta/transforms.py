@@ -94,14 +94,8 @@ def svd(update: Tensor, *, rank: int | None = None, explained_variance: float | 
 def trim(update: Tensor, *, density: float = 0.2) -> Tensor:
     """Keep the elements of largest magnitude: the first step of TIES, and all of it for a single update.
 
-    TIES-Merging, arXiv 2306.01708, which keeps 20 %. Several updates are merged by :func:`ties`.
-
-    Args:
-        update: Update of any shape.
-        density: Fraction of the elements to keep, in (0, 1].
-
-    Raises:
-        GraftError: The density is outside (0, 1].
+    TIES-Merging, arXiv 2306.01708, which keeps 20 %. Several updates are merged by :func:`ties`. Arguments and errors
+    are those of :func:`magnitude`.
     """
     return magnitude(update, density=density)
 
@@ -142,17 +136,11 @@ def ties(updates: Sequence[Tensor], density: float, weights: Sequence[float] | N
 
 @dataclass(frozen=True)
 class LowRank:
-    """The best approximation of a matrix by one of lower rank, as a product.
+    """The best approximation of a matrix by one of lower rank, as a product."""
 
-    Attributes:
-        up: Left factor, [out, r].
-        down: Right factor, [r, in]; ``up @ down`` is the approximation.
-        explained: Fraction of the squared norm that it holds, ``Σ_{i≤r} s_i² / Σ s_i²`` (1 for a zero matrix).
-    """
-
-    up: Tensor
-    down: Tensor
-    explained: float
+    up: Tensor  # [out, r]
+    down: Tensor  # [r, in]
+    explained: float  # fraction of the squared norm that is kept, Σ_{i≤r} s_i² / Σ s_i² (1 for a zero matrix)
 
     @property
     def rank(self) -> int:

@@ -1,8 +1,8 @@
 """The equation ``grafted = instruct + scale * (tuned - base)`` and what is measured on it.
 
-Shadow-FT, arXiv 2505.12716, equation 5. Every function is pure, takes tensors of one shape, and computes in
-float32 (float64 when an input is float64): a delta is small beside the weights, and bfloat16 arithmetic would
-lose most of it. Rounding to the stored dtype happens once, by the caller.
+Shadow-FT, arXiv 2505.12716, equation 5. Every function is pure, takes tensors of one shape, and computes in float32
+(float64 when an input is float64): a delta is small compared with the weights, and bfloat16 arithmetic would lose most
+of it. The caller rounds once, to the stored dtype.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def delta(tuned: Tensor, base: Tensor) -> Tensor:
     """The update ``tuned - base`` learned from the Base.
 
     Args:
-        tuned: weights after training, any shape and floating dtype.
-        base: weights before training, same shape.
+        tuned: Weights after training, any shape and floating dtype.
+        base: Weights before training, same shape.
 
     Returns:
         The difference in float32 (float64 for float64 inputs), same shape.
@@ -40,9 +40,9 @@ def add_delta(instruct: Tensor, update: Tensor, scale: float = 1.0) -> Tensor:
     """Add an update to the Instruct: ``instruct + scale * update``.
 
     Args:
-        instruct: weights of the Instruct, any shape and floating dtype.
-        update: a delta of the same shape.
-        scale: scale λ of the graft; 1 in the paper, 0 gives the Instruct.
+        instruct: Weights of the Instruct, any shape and floating dtype.
+        update: Delta of the same shape.
+        scale: Scale λ of the graft; 1 in the paper, 0 gives the Instruct.
 
     Returns:
         The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
@@ -56,10 +56,10 @@ def graft(instruct: Tensor, tuned: Tensor, base: Tensor, scale: float = 1.0) -> 
     """Graft the Base's update onto the Instruct: ``instruct + scale * (tuned - base)``.
 
     Args:
-        instruct: weights of the Instruct, any shape and floating dtype.
-        tuned: weights of the trained Base, same shape.
-        base: weights of the Base before training, same shape.
-        scale: scale λ of the graft; 1 in the paper, 0 gives the Instruct.
+        instruct: Weights of the Instruct, any shape and floating dtype.
+        tuned: Weights of the trained Base, same shape.
+        base: Weights of the Base before training, same shape.
+        scale: Scale λ of the graft; 1 in the paper, 0 gives the Instruct.
 
     Returns:
         The grafted weights in float32 (float64 for float64 inputs), not yet rounded.

@@ -18,15 +18,15 @@ from shadowlit.grafting.update import Transforms
 class ParameterTransforms:
     """Applies transforms to the updates of a module's parameters, such that the graft on disk gives the same bits.
 
-    There a transform sees the tensors of the Instruct's files. Where the module holds several of them in one parameter
-    (experts), or under another name, each is transformed by itself under its name in the files. Parameters that are
-    sharded stay so: elementwise transforms get the shard, and the random numbers that belong to it.
+    On disk a transform sees the tensors of the Instruct's files. Where the module holds several of them in one
+    parameter (experts), or under another name, each is transformed by itself under its name in the files. Sharded
+    parameters stay sharded: elementwise transforms get the shard, and the random numbers that belong to it.
 
     Args:
         transforms: Functions of an update.
         parameters: Parameters of the module, by the names in checkpoints.
         instruct: Reader of the Instruct's checkpoint.
-        parts: For each tensor of the files that is no parameter by itself, the parts of parameters that it consists of.
+        parts: Parts of parameters that make up each tensor of the files that is no parameter by itself.
 
     Raises:
         GraftError: A transform needs whole tensors and the parameters are sharded.
@@ -47,12 +47,7 @@ class ParameterTransforms:
         self._files = ComputedReader(instruct.folder, described({name: instruct.tensors[name].shape for name in parts}))
 
     def __call__(self, name: str, update_of: Callable[[str], Tensor]) -> Tensor:
-        """This rank's part of the transformed update of a parameter.
-
-        Args:
-            name: Name of the parameter.
-            update_of: Gives this rank's part of the update of a parameter as it was learned.
-        """
+        """This rank's part of the transformed update of a parameter; ``update_of`` gives that of a learned update."""
         parameter = self._parameters[name]
         if not self._transforms.whole:
             slices = local_slices(parameter)
@@ -83,11 +78,7 @@ def _laid_out(given: TensorReader, like: TensorReader, tensor_of: Callable[[str]
 
 
 def require_elementwise(transforms: Transforms, num_ranks: int) -> None:
-    """Raise if ``num_ranks`` ranks hold shards of the parameters and a transform needs whole tensors.
-
-    Raises:
-        GraftError: Naming the transforms.
-    """
+    """Raise a GraftError if ``num_ranks`` ranks hold shards of the parameters and a transform needs whole tensors."""
     if num_ranks > 1 and transforms.whole:
         raise GraftError(
             f"graft.transforms has transforms of whole tensors ({', '.join(transforms.whole)}), but FSDP2 shards the "

@@ -1,4 +1,4 @@
-"""What a tuned checkpoint has learned: the update ``tuned - base``, read a few rows at a time.
+"""The update ``tuned - base`` of a tuned checkpoint, read a few rows at a time.
 
 No transformers import: start-up is part of the speed.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import re
 import reprlib
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,18 +39,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
-_CACHED = 2  # whole tensors kept by an update that is computed tensor by tensor
 
 Rows = npt.NDArray[np.floating]
 Bytes = npt.NDArray[np.uint8]
 
 
 class Update:
-    """What a tuned model has learned, by the names of the Base's tensors and in their shapes.
-
-    Attributes:
-        shapes: Shape of every tensor.
-    """
+    """The update of a tuned model, by the names of the Base's tensors and in their shapes."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -61,11 +54,7 @@ class Update:
         raise NotImplementedError
 
     def require_weights(self, names: Iterable[str]) -> None:
-        """Raise unless the update of these tensors is one of floating-point weights; a stored delta always is.
-
-        Raises:
-            GraftError: Naming the others.
-        """
+        """Raise a GraftError unless these are updates of floating-point weights; those of a stored delta always are."""
 
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
@@ -93,59 +82,8 @@ class Transforms(Protocol):
         """The random numbers of the whole tensor ``name``, on the CPU."""
 
 
-class TransformedUpdate(Update):
-    """An update whose tensors are transformed, one whole tensor at a time, when their rows are first needed.
-
-    Args:
-        update: The update as it was learned.
-        transforms: Functions that are applied to it.
-    """
-
-    def __init__(self, update: Update, transforms: Transforms) -> None:
-        import torch
-
-        def whole(name: str) -> Tensor:
-            shape = update.shapes[name]
-            return transforms(name, torch.as_tensor(update.rows(name, 0, shape[0] if shape else 1)))
-
-        self.shapes = update.shapes
-        self._update = update
-        self._rows = by_tensor(whole)
-
-    def require_weights(self, names: Iterable[str]) -> None:
-        """See :class:`Update`."""
-        self._update.require_weights(names)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See :class:`Update`."""
-        return self._rows(name, start, stop)
-
-
-def by_tensor(whole: Callable[[str], Tensor]) -> Callable[[str, int, int], Tensor]:
-    """Rows of tensors that can only be computed whole; the last two are kept, threads do not compute one twice."""
-    kept: dict[str, Tensor] = {}
-    lock = threading.Lock()
-
-    def rows(name: str, start: int, stop: int) -> Tensor:
-        with lock:
-            if name not in kept:
-                while len(kept) >= _CACHED:
-                    del kept[next(iter(kept))]
-                kept[name] = whole(name)
-            tensor = kept[name]
-        return tensor[start:stop] if tensor.ndim else tensor
-
-    return rows
-
-
 class FullUpdate(Update):
-    """The difference of two checkpoints of one architecture.
-
-    Names and layout may differ in whatever :class:`shadowlit.checkpoint.layout.LayoutReader` understands.
-
-    Args:
-        base: Reader of the Base's checkpoint.
-        tuned: Reader of the tuned model's checkpoint.
+    """The difference of two checkpoints, whose names and layout may differ as :class:`LayoutReader` allows.
 
     Raises:
         GraftError: The checkpoints do not hold the same tensors in the same shapes.
@@ -192,16 +130,15 @@ class FullUpdate(Update):
         return self._base.raw_rows(name, start, stop), self._tuned.raw_rows(name, start, stop)
 
 
-@dataclass(frozen=True)
-class _Factors:
+class _Factors(NamedTuple):
     """Names of a module and of its two factors, as peft's file has them."""
 
     module: str
     down: str
     up: str
     of_embedding: bool = False
-    experts: int = 1  # which these are the factors of, all in one
-    part: ExpertRows | None = None  # of the experts' matrices that it is about
+    experts: int = 1  # number of experts whose factors these are, all in one
+    part: ExpertRows | None = None  # of the experts' matrices that is updated
 
 
 class AdapterUpdate(Update):
@@ -307,15 +244,15 @@ class AdapterUpdate(Update):
     def _of_experts(
         self, factors: _Factors, fused: Mapping[str, tuple[tuple[int, ...], list[ExpertRows]]]
     ) -> dict[str, _Factors]:
-        """The factors of a layer's experts, by the Base's names of what they change: told from their shapes."""
+        """The factors of a layer's experts, by the Base's names of what they change, recognised by their shapes."""
         if factors.up not in self._reader.tensors:
-            return {f"{factors.module}.weight": factors}  # told as half a pair
+            return {f"{factors.module}.weight": factors}  # reported as half a pair
         down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
         for kind in ROWS_OF_FUSED:
             shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
             if len(shape) == 3 and shape[1:] == (up[0], down[-1]) and down[0] == up[-1] and down[0] % shape[0] == 0:
-                of = replace(factors, module=f"{factors.module}.{kind}", experts=shape[0])
-                return {part.name: replace(of, part=part) for part in parts}
+                of = factors._replace(module=f"{factors.module}.{kind}", experts=shape[0])
+                return {part.name: of._replace(part=part) for part in parts}
         raise GraftError(
             f"{self._folder} adapts {factors.module} by factors of the shapes {down} and {up}, to which the experts of "
             f"{self._base.folder} don't fit. Give the Base that the adapter was trained on, or merge the adapter into "
@@ -323,7 +260,7 @@ class AdapterUpdate(Update):
         )
 
     def _parts_of(self, name: str) -> list[str]:
-        """The adapter's names of all that changes ``name``."""
+        """The adapter's names of everything that changes ``name``."""
         factors = [self._factors[name].down, self._factors[name].up] if name in self._factors else []
         return [*factors, *([self._whole[name]] if name in self._whole else [])]
 
