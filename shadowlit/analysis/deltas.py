@@ -15,10 +15,9 @@ from shadowlit.analysis.checkpoints import latest, open_stage, spread
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
-from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
-from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.delta.delta import Delta, TensorStatistics
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError

@@ -70,14 +70,13 @@ class CheckpointReader(TensorReader):
     def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
         self.folder = Path(folder)
         self._streams: dict[str, FileIO] = {}
-        self._entries, self._states = read_folder(self.folder, single_file)
-        self.tensors = {name: entry.info for name, entry in self._entries.items()}
+        self.tensors, self._states = read_folder(self.folder, single_file)
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
         """See :meth:`shadowlit.checkpoint.reader.TensorReader.read_into`."""
         info = self.info(name)
         assert offset + len(buffer) <= info.num_bytes
-        path, position = self.folder / info.file, self._entries[name].start + offset
+        path, position = self.folder / info.file, info.start + offset
         try:
             stream = self._streams.get(info.file)
             if stream is None:

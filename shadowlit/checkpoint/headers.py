@@ -15,7 +15,7 @@ import reprlib
 import stat
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +69,7 @@ class TensorInfo:
     code: str  # the format's code of the stored dtype, e.g. BF16
     shape: tuple[int, ...]
     file: str  # name of the file inside the folder
+    start: int = field(default=0, compare=False)  # of its data, in bytes from the beginning of the file
 
     @property
     def dtype(self) -> torch.dtype:
@@ -110,22 +111,14 @@ class TensorInfo:
 FileState = tuple[int, int]  # size in bytes, and time of the last change in nanoseconds: by which a file is recognised
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor and where its bytes lie: ``start`` counts from the beginning of the file."""
-
-    info: TensorInfo
-    start: int
-
-
-def read_folder(folder: Path, single_file: str) -> tuple[dict[str, Entry], dict[str, FileState]]:
+def read_folder(folder: Path, single_file: str) -> tuple[dict[str, TensorInfo], dict[str, FileState]]:
     """All tensors of a folder, sorted by name, checked against the index if there is one; and the files' states."""
     if not os.path.isdir(folder):
         raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
     # Whatever has this name is meant as the model: a dangling link is an error and is not skipped.
     if os.path.lexists(folder / single_file):
-        entries, state = _read_header(folder, single_file)
-        return dict(sorted(entries.items())), {single_file: state}
+        tensors, state = _read_header(folder, single_file)
+        return dict(sorted(tensors.items())), {single_file: state}
     index = folder / f"{single_file}.index.json"
     if not os.path.lexists(index):
         raise _no_safetensors(folder, single_file)
@@ -202,7 +195,7 @@ def match_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[str,
         )
 
 
-def _read_header(folder: Path, file: str) -> tuple[dict[str, Entry], FileState]:
+def _read_header(folder: Path, file: str) -> tuple[dict[str, TensorInfo], FileState]:
     """The checked header of one safetensors file, and the file's state when it was read."""
     path = folder / file
     _regular(path)
@@ -227,18 +220,18 @@ def _read_header(folder: Path, file: str) -> tuple[dict[str, Entry], FileState]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken_file(path, f"its __metadata__ {reprlib.repr(metadata)} are not a map of strings")
-    entries = {name: _read_entry(path, name, value, 8 + size) for name, value in header.items()}
+    tensors = {name: _read_entry(path, name, value, 8 + size) for name, value in header.items()}
     end = 8 + size
-    for entry in sorted(entries.values(), key=lambda e: (e.start, e.info.num_bytes)):
-        if entry.start != end:
-            raise broken_file(path, f"tensor '{shown(entry.info.name)}' begins at byte {entry.start}, expected {end}")
-        end += entry.info.num_bytes
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.num_bytes)):
+        if info.start != end:
+            raise broken_file(path, f"tensor '{shown(info.name)}' begins at byte {info.start}, expected {end}")
+        end += info.num_bytes
     if end != total:
         raise broken_file(path, f"its tensors end at byte {end}, the file at {total}")
-    return entries, state
+    return tensors, state
 
 
-def _read_entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
+def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorInfo:
     """One header entry, with dtype, shape and offsets that agree."""
     if not _is_name(name):
         raise broken_file(
@@ -261,13 +254,13 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
             "to one of the floating-point dtypes, e.g. bfloat16, with transformers and save it as "
             "safetensors."
         )
-    info = TensorInfo(name, code, tuple(shape), path.name)
     start, stop = offsets
+    info = TensorInfo(name, code, tuple(shape), path.name, data_start + start)
     if info.num_bytes != stop - start:
         raise broken_file(path, f"{told} of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}")
     if not info.num_elements and math.prod(filter(None, shape)) > _MAX_EMPTY_SHAPE:
         raise broken_file(path, f"{told} has the shape {shape} but no elements")
-    return Entry(info, data_start + start)
+    return info
 
 
 def _regular(path: Path) -> os.stat_result:

@@ -12,25 +12,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
-from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import (
-    EMBEDDING_KEYS,
-    GATE_UP,
-    HEAD_KEY,
-    ROWS_OF_FUSED,
-    canonical_key,
-    expert_key,
-    is_computed,
-    is_of_experts,
-    is_quantised_name,
-    is_unmerged_name,
-    split_expert,
-    split_fused,
-)
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
-from shadowlit.errors import CheckpointError, GraftError
+import numpy as np
 
-_BLOCK_BYTES = 2**20
+from shadowlit.checkpoint import names
+from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
+from shadowlit.checkpoint.streaming import row_windows
+from shadowlit.errors import CheckpointError, GraftError
 
 
 def canonical_keys(reader: TensorReader) -> dict[str, str]:
@@ -41,7 +29,7 @@ def canonical_keys(reader: TensorReader) -> dict[str, str]:
     """
     keys: dict[str, str] = {}
     for name in reader.tensors:
-        other = keys.setdefault(canonical_key(name), name)
+        other = keys.setdefault(names.canonical_key(name), name)
         if other != name:
             raise CheckpointError(
                 f"{reader.folder} holds {other} and {name}, which are two names for one tensor. Expected each tensor "
@@ -52,13 +40,13 @@ def canonical_keys(reader: TensorReader) -> dict[str, str]:
 
 def require_plain(reader: TensorReader) -> None:
     """Raise a CheckpointError for adapters that were not merged, and for quantised weights."""
-    adapters = [name for name in reader.tensors if is_unmerged_name(name)]
+    adapters = [name for name in reader.tensors if names.is_unmerged_name(name)]
     if adapters:
         raise CheckpointError(
             f"{reader.folder} holds adapters next to its weights ({some_of(adapters)}); expected a plain model, or "
             "the adapter's own folder with adapter_config.json. Merge it (peft's merge_and_unload) and save that."
         )
-    quantised = [name for name in reader.tensors if is_quantised_name(name)]
+    quantised = [name for name in reader.tensors if names.is_quantised_name(name)]
     if quantised:
         raise CheckpointError(
             f"{reader.folder} holds quantised weights ({some_of(quantised)}), to which no update can be added. Give "
@@ -90,12 +78,12 @@ class _Side:
         return [Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
 
     def is_fused(self, experts: str) -> bool:
-        return f"{experts}.{GATE_UP}" in self.keys
+        return f"{experts}.{names.GATE_UP}" in self.keys
 
     def orientation(self, experts: str) -> Literal["rows", "columns"] | None:
         """Whether outputs are the rows of the fused matrices (Qwen) or their columns (gpt-oss, Llama 4)."""
         try:
-            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in ROWS_OF_FUSED)
+            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in names.ROWS_OF_FUSED)
         except (KeyError, ValueError):
             return None
         if n == m and (c, 2 * d) == (b, a):
@@ -105,31 +93,28 @@ class _Side:
     def repeats_embedding(self) -> bool:
         """Whether the output head repeats the embedding, bit for bit."""
         embedding = self.embedding()
-        if embedding is None or HEAD_KEY not in self.keys:
+        if embedding is None or names.HEAD_KEY not in self.keys:
             return False
-        head, body = self.info(HEAD_KEY), self.info(embedding)
+        head, body = self.info(names.HEAD_KEY), self.info(embedding)
         if (head.code, head.shape) != (body.code, body.shape):
             return False
-        for start in range(0, head.num_bytes, _BLOCK_BYTES):
-            blocks = [bytearray(min(_BLOCK_BYTES, head.num_bytes - start)) for _ in range(2)]
-            for info, block in zip((head, body), blocks, strict=True):
-                self.reader.read_into(memoryview(block), info.name, start)
-            if blocks[0] != blocks[1]:
-                return False
-        return True
+        return all(
+            np.array_equal(*(self.reader.raw_rows(info.name, *window) for info in (head, body)))
+            for window in row_windows(head)
+        )
 
     def embedding(self) -> str | None:
-        return next((key for key in EMBEDDING_KEYS if key in self.keys), None)
+        return next((key for key in names.EMBEDDING_KEYS if key in self.keys), None)
 
     def _count_experts(self) -> dict[str, int]:
         """The number of experts of every layer that has some."""
         counts: dict[str, int] = {}
         found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for key in self.keys:
-            if single := split_expert(key):
+            if single := names.split_expert(key):
                 experts, number, kind = single
                 found[experts][kind].add(number)
-            elif (fused := split_fused(key)) and len(self.info(key).shape) == 3:
+            elif (fused := names.split_fused(key)) and len(self.info(key).shape) == 3:
                 counts[fused[0]] = self.info(key).shape[0]
         for experts, kinds in found.items():
             counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
@@ -178,14 +163,14 @@ class LayoutReader(TensorReader):
         for key, name in other.keys.items():
             if key in own.keys:
                 self._present(name, own.info(key).shape, own.whole(key))
-            elif fused := split_fused(key):
+            elif fused := names.split_fused(key):
                 self._present_fused(name, own, *fused)
-            elif single := split_expert(key):
+            elif single := names.split_expert(key):
                 self._present_expert(name, own, *single)
         skipped = self._match_ties(own, other) if ties else set()
         skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
         for key, name in own.keys.items():
-            if name not in skipped and not is_computed(name):
+            if name not in skipped and not names.is_computed(name):
                 self._present(name, own.info(key).shape, own.whole(key))
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
@@ -203,11 +188,11 @@ class LayoutReader(TensorReader):
 
     def _match_ties(self, own: _Side, other: _Side) -> set[str]:
         """Present a tied output head where only the other checkpoint has one; return it where only this one does."""
-        embedding = own.embedding()
-        if embedding is not None and HEAD_KEY in other.keys and HEAD_KEY not in own.keys and other.repeats_embedding():
-            self._present(other.keys[HEAD_KEY], own.info(embedding).shape, own.whole(embedding))
-        elif HEAD_KEY in own.keys and HEAD_KEY not in other.keys and own.repeats_embedding():
-            return {own.keys[HEAD_KEY]}
+        head, embedding = names.HEAD_KEY, own.embedding()
+        if embedding is not None and head in other.keys and head not in own.keys and other.repeats_embedding():
+            self._present(other.keys[head], own.info(embedding).shape, own.whole(embedding))
+        elif head in own.keys and head not in other.keys and own.repeats_embedding():
+            return {own.keys[head]}
         return set()
 
     def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
@@ -218,8 +203,8 @@ class LayoutReader(TensorReader):
         """Present the matrices that ``fused`` is made of, expert by expert, as one tensor."""
         if experts not in own.experts:
             return
-        kinds = ROWS_OF_FUSED[fused]
-        keys = [expert_key(experts, number, kind) for number in range(own.experts[experts]) for kind in kinds]
+        kinds = names.ROWS_OF_FUSED[fused]
+        keys = [names.expert_key(experts, number, kind) for number in range(own.experts[experts]) for kind in kinds]
         if not all(key in own.keys for key in keys):
             return
         forms = {(info.code, info.shape) for info in map(own.info, keys)}
@@ -233,7 +218,7 @@ class LayoutReader(TensorReader):
 
     def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
         """Present rows of the fused tensor as one expert's matrix."""
-        fused, kinds = next((fused, kinds) for fused, kinds in ROWS_OF_FUSED.items() if kind in kinds)
+        fused, kinds = next((fused, kinds) for fused, kinds in names.ROWS_OF_FUSED.items() if kind in kinds)
         if f"{experts}.{fused}" not in own.keys:
             return
         info = own.info(f"{experts}.{fused}")
@@ -245,9 +230,10 @@ class LayoutReader(TensorReader):
 
 def in_layout_of(reader: TensorReader, like: TensorReader) -> TensorReader:
     """Return a :class:`LayoutReader` with ``ties=False``, or ``reader`` itself if names and layout are the same."""
-    keys = {canonical_key(name) for name in like.tensors}
-    odd = (canonical_key(name) in keys or is_of_experts(name) for name in reader.tensors if name not in like.tensors)
-    return LayoutReader(reader, like, ties=False) if any(odd) else reader
+    keys = {names.canonical_key(name) for name in like.tensors}
+    other = [name for name in reader.tensors if name not in like.tensors]
+    odd = any(names.canonical_key(name) in keys or names.is_of_experts(name) for name in other)
+    return LayoutReader(reader, like, ties=False) if odd else reader
 
 
 def in_layout_of_module(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> TensorReader:
@@ -278,13 +264,13 @@ def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list
     """
     side, found = _Side(reader), {}
     for experts, count in side.experts.items():
-        for fused, kinds in ROWS_OF_FUSED.items():
+        for fused, kinds in names.ROWS_OF_FUSED.items():
             key = f"{experts}.{fused}"
             if side.is_fused(experts):
                 if side.orientation(experts) == "rows":
                     found[key] = side.info(key).shape, [ExpertRows(side.keys[key], None, 0)]
                 continue
-            stored = [(n, i, expert_key(experts, n, kind)) for n in range(count) for i, kind in enumerate(kinds)]
+            stored = [(n, i, names.expert_key(experts, n, kind)) for n in range(count) for i, kind in enumerate(kinds)]
             shapes = {side.info(own).shape if own in side.keys else () for _, _, own in stored}
             if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
                 rows, columns = shape
@@ -298,19 +284,19 @@ def single_experts(reader: TensorReader) -> dict[str, tuple[int, ...]]:
 
     Experts whose outputs are the columns of their matrices (gpt-oss, Llama 4) stay fused.
     """
-    if not any(split_fused(canonical_key(name)) for name in reader.tensors):
+    if not any(names.split_fused(names.canonical_key(name)) for name in reader.tensors):
         return {name: info.shape for name, info in reader.tensors.items()}
     side, single = _Side(reader), {}
     for key, name in side.keys.items():
-        shape, fused = side.info(key).shape, split_fused(key)
+        shape, fused = side.info(key).shape, names.split_fused(key)
         if fused is None or side.orientation(fused[0]) != "rows":
             single[name] = shape
             continue
-        kinds, (count, rows, columns) = ROWS_OF_FUSED[fused[1]], shape
+        kinds, (count, rows, columns) = names.ROWS_OF_FUSED[fused[1]], shape
         experts = name.removesuffix(f".{fused[1]}")
         for number in range(count):
             for kind in kinds:
-                single[expert_key(experts, number, kind)] = (rows // len(kinds), columns)
+                single[names.expert_key(experts, number, kind)] = (rows // len(kinds), columns)
     return single
 
 
@@ -336,6 +322,6 @@ def _require_like_experts(own: _Side, other: _Side) -> None:
 
 def _shapes_of(side: _Side, experts: str) -> str:
     if side.is_fused(experts):
-        kinds = [kind for kind in ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
+        kinds = [kind for kind in names.ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
         return " and ".join(f"{kind} {list(side.info(f'{experts}.{kind}').shape)}" for kind in kinds)
     return f"{side.experts[experts]} single matrices"

@@ -100,15 +100,8 @@ def stored_names(names: Iterable[str], tensors: Iterable[str]) -> dict[str, str]
     """Map names used elsewhere to the names under which a checkpoint stores the same tensors.
 
     transformers writes vision-language models under the names of their first publication, which differ from those of
-    its modules: ``language_model.model.layers.0`` for ``model.language_model.layers.0``.
-
-    Args:
-        names: Parameters of a module, or tensors of another checkpoint.
-        tensors: Names of the tensors in the checkpoint.
-
-    Returns:
-        For each of ``names``: the name itself if the checkpoint has it, else the stored name with the same canonical
-        key, else the name itself.
+    its modules: ``language_model.model.layers.0`` for ``model.language_model.layers.0``. A name is mapped to itself if
+    it is among ``tensors``, else to the tensor with the same canonical key, else to itself.
     """
     stored = set(tensors)
     keys = {canonical_key(name): name for name in stored}
@@ -147,11 +140,7 @@ def host_key(key: str) -> str:
 
 
 def factor_pair(key: str) -> tuple[str, str, bool] | None:
-    """Return what the factor ``A`` of a pair in peft's files belongs to; ``None`` for any other name.
-
-    Returns:
-        The adapted module in the host, the name of the other factor, and whether the module is an embedding.
-    """
+    """Return the host's module, factor ``B`` and whether the module is an embedding, if ``key`` is factor ``A``."""
     match = _DOWN_FACTOR.fullmatch(key.replace(".base_layer.", "."))
     if match is None:
         return None
@@ -236,10 +225,9 @@ def layer_of(name: str) -> int | None:
 
 
 def layer_label(name: str) -> str:
-    """Return the label under which a parameter's layer is logged: ``layer_07`` for layer 7 of the decoder.
+    """Return the label under which a parameter's layer is logged: ``layer_07``, or its kind outside the layers.
 
-    Parameters outside the layers have their kind. Labels of other towers begin with the tower's name: their blocks may
-    be numbered under other names, and must not be added to the decoder's.
+    Labels of towers other than the language model begin with the tower's name, so that their blocks stay apart.
     """
     tower, decoder = tower_of(name), _DECODER_LAYER.search(name)
     if tower != "language":

@@ -13,13 +13,9 @@ _BLOCK = 4096  # rows or columns that are in float64 at a time
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """The Gram matrix ``AᵀA``, whose eigenvalues are the squared singular values; some rows at a time.
+    """The Gram matrix ``AᵀA`` of a matrix [m, n], computed some rows at a time: [n, n], float64, on its device.
 
-    Args:
-        matrix: [m, n], any floating dtype.
-
-    Returns:
-        [n, n], float64, on the matrix's device.
+    Its eigenvalues are the squared singular values.
     """
     products = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for block in matrix.detach().split(_BLOCK):
@@ -31,10 +27,10 @@ def gram(matrix: Tensor) -> Tensor:
 def singular_values(matrix: Tensor) -> Tensor:
     """The singular values of a matrix, in descending order.
 
-    From the eigenvalues of the Gram matrix of the smaller side, in float64: several times faster than an SVD, and it
-    needs no second copy of the matrix. Squaring costs half of float64's digits: a singular value is told apart from
-    zero down to ``sqrt(max(m, n) * eps)`` of the largest, about 1e-6 for a matrix with thousands of rows, which is what
-    float32 data hold anyway; smaller ones are given as zero.
+    From the eigenvalues of the Gram matrix of the smaller side, in float64: several times faster than an SVD, and
+    without a second copy of the matrix. Squaring costs half of float64's digits: singular values below
+    ``sqrt(max(m, n) * eps)`` of the largest (about 1e-6 for a matrix with thousands of rows, the resolution of float32
+    data) are returned as zero.
 
     Args:
         matrix: [m, n], any floating dtype, finite.

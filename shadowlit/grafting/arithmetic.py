@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_WITHOUT_FLOAT64 = ("mps",)  # kinds of devices
-
 
 def widen(tensor: Tensor) -> Tensor:
     """Return ``tensor`` in float32, or unchanged when it is float64."""
@@ -20,7 +18,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which long sums are taken on a device: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def delta(tuned: Tensor, base: Tensor) -> Tensor:

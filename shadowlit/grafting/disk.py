@@ -14,19 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, layer_of, module_of, routers, tower_of
-from shadowlit.checkpoint.numeric import (
-    Raw,
-    finite_squares,
-    graft_bfloat16,
-    graft_part,
-    narrow,
-    not_finite,
-    require_finite,
-    widen,
-)
 from shadowlit.checkpoint.reader import TensorReader, keeping, rows_of
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
@@ -76,12 +67,6 @@ class Scale:
     def of(self, name: str) -> float:
         """The scale of tensor ``name``."""
         return next((value for pattern, value in self.by_pattern if re.search(pattern, name)), self.default)
-
-    def require_matches(self, names: frozenset[str]) -> None:
-        """Raise a GraftError for a pattern that matches none of ``names``."""
-        for pattern, _ in self.by_pattern:
-            if not any(re.search(pattern, name) for name in names):
-                raise GraftError(f"the scale's pattern {pattern!r} matches none of the {len(names)} grafted tensors.")
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -153,7 +138,11 @@ class DiskGraft:
         converted = () if dtype is None else (n for n, info in instruct.tensors.items() if info.is_floating_point)
         instruct.require_weights(sorted({*self.selected, *converted}))
         update.require_weights(sorted(self.selected))
-        scale.require_matches(self.selected)
+        for pattern, _ in scale.by_pattern:
+            if not any(re.search(pattern, name) for name in self.selected):
+                raise GraftError(
+                    f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
+                )
         sizes = {name: info.num_elements for name, info in instruct.tensors.items()}
         self.coverage: Coverage = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
@@ -186,7 +175,7 @@ class DiskGraft:
 
     def _counted(
         self, parts: Iterable[tuple[tuple[int, float, float], Room]], advance: Callable[[int], None]
-    ) -> Iterator[Raw]:
+    ) -> Iterator[numeric.Raw]:
         for (num_bytes, update_square, lost_square), room in parts:
             self._squares[0] += update_square
             self._squares[1] += lost_square
@@ -201,8 +190,8 @@ class DiskGraft:
             return None
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
-        _, *squares = graft_bfloat16(*stored, raw, self._scale.of(info.name), room[: raw.size])
-        return (raw.size, squares[0], squares[1]) if finite_squares(*squares) else None
+        _, *squares = numeric.graft_bfloat16(*stored, raw, self._scale.of(info.name), room[: raw.size])
+        return (raw.size, squares[0], squares[1]) if numeric.finite_squares(*squares) else None
 
     def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float]:
         """Rows of the result, written into ``room``: their bytes, and the two squared norms of ``graft_part``."""
@@ -211,7 +200,7 @@ class DiskGraft:
             row = _row_bytes(info)
             raw = room[: (stop - start) * row]
             self.instruct.read_into(raw.data, name, start * row)
-            require_finite(name, raw, target)
+            numeric.require_finite(name, raw, target)
             return raw.size, 0.0, 0.0
         raw, squares = self.instruct.raw_rows(name, start, stop), [0.0, 0.0]
         if name in self.selected:
@@ -220,15 +209,15 @@ class DiskGraft:
             rows = self._transformed or self._update.rows
             update = np.asarray(rows(name, start, stop)).reshape(-1)
             scale = self._scale.of(name)
-            stored, *squares = graft_part(raw, info.code, update, scale, target)
-            if not finite_squares(*squares):
-                exact = widen(raw, info.code) + scale * update
+            stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
+            if not numeric.finite_squares(*squares):
+                exact = numeric.widen(raw, info.code) + scale * update
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
-                    raise not_finite(name, bad, exact.size)
-                require_finite(name, stored, target)
+                    raise numeric.not_finite(name, bad, exact.size)
+                numeric.require_finite(name, stored, target)
         else:
-            stored = narrow(widen(raw, info.code), target)
-            require_finite(name, stored, target)
+            stored = numeric.narrow(numeric.widen(raw, info.code), target)
+            numeric.require_finite(name, stored, target)
         room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
         return stored.nbytes, squares[0], squares[1]
 

@@ -120,7 +120,8 @@ class LiveGraft:
         # For each tensor of the Instruct's files that is no parameter by itself, the parts of parameters it is made of.
         self._parts = {} if by_module is instruct else _parts(shapes, instruct)
         self._infos = {name: by_module.info(name) for name in shapes}
-        self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
+        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        self.selected = _select(select, list(parameters), self._parts, linear_names(model), model_type)
         self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = adapted_layers(model)
         reshard_all(model)
@@ -564,7 +565,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first
     }
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
