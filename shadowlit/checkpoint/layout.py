@@ -22,11 +22,7 @@ from shadowlit.errors import CheckpointError, GraftError
 
 
 def canonical_keys(reader: TensorReader) -> dict[str, str]:
-    """Return the names of a checkpoint by their canonical keys.
-
-    Raises:
-        CheckpointError: Two names have one key.
-    """
+    """Return the names of a checkpoint by their canonical keys; raise a CheckpointError if two names have one key."""
     keys: dict[str, str] = {}
     for name in reader.tensors:
         other = keys.setdefault(names.canonical_key(name), name)
@@ -145,9 +141,6 @@ class LayoutReader(TensorReader):
         ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it;
             otherwise it stays as it is.
 
-    Attributes:
-        ranges: By name, the parts of the tensors of ``reader`` that each presented tensor consists of.
-
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.
         GraftError: The experts lie in layouts that can't be brought together.
@@ -158,7 +151,7 @@ class LayoutReader(TensorReader):
         _require_like_experts(own, other)
         self.folder = reader.folder
         self._reader = reader
-        self.ranges: dict[str, list[Range]] = {}
+        self.ranges: dict[str, list[Range]] = {}  # by name, the parts of `reader` that each tensor consists of
         self.tensors: dict[str, TensorInfo] = {}
         for key, name in other.keys.items():
             if key in own.keys:

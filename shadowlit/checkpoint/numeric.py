@@ -6,7 +6,6 @@ even: bit for bit what :mod:`shadowlit.grafting.arithmetic` and torch's own conv
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any
 
@@ -64,14 +63,7 @@ def narrow(values: Array, code: str) -> Raw:
 def graft_part(
     raw: npt.NDArray[np.uint8], code: str, update: Array, scale: float, target: str
 ) -> tuple[Raw, float, float]:
-    """``instruct + scale * update``, rounded once.
-
-    Args:
-        raw: Flat bytes of the Instruct's part.
-        code: Code of their dtype.
-        update: Update of the same elements, flat.
-        scale: Scale λ.
-        target: Code of the result's dtype.
+    """``instruct + scale * update``, rounded once to the dtype ``target``; ``raw`` are the Instruct's bytes, flat.
 
     Returns:
         The part in the target dtype, and the squared norms of the scaled update and of what it lost in rounding. They
@@ -193,8 +185,3 @@ def not_finite(name: str, count: int, size: int) -> CheckpointError:
         f"Tensor '{name}' has {count} of {size} values that are NaN or infinite. Nothing was exported; look for a "
         "diverged run (lower the learning rate), or a dtype too small for the values (use bfloat16)."
     )
-
-
-def finite_squares(*squares: float) -> bool:
-    """Whether the squared norms of :func:`graft_part` say that all is well."""
-    return all(map(math.isfinite, squares))

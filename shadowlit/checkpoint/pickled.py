@@ -24,10 +24,7 @@ SINGLE_FILE = "pytorch_model.bin"
 
 
 class PickledReader(ComputedReader):
-    """Reads tensors, or some of their rows, from a folder of pickled weights; the files are mapped, not loaded.
-
-    Args:
-        folder: Folder with ``pytorch_model.bin``, or ``pytorch_model.bin.index.json`` and its shards.
+    """Reads tensors, or some of their rows, from ``pytorch_model.bin`` or its shards; files are mapped, not loaded.
 
     Raises:
         CheckpointError: There is no such file, a file is missing, lies outside the folder, holds anything but

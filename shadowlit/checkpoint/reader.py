@@ -55,11 +55,7 @@ class TensorReader(ABC):
         self.close()
 
     def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of the tensor ``name``.
-
-        Raises:
-            CheckpointError: There is no such tensor.
-        """
+        """Return dtype and shape of the tensor ``name``; raise a CheckpointError if there is none."""
         if name not in self.tensors:
             raise CheckpointError(
                 f"There is no tensor '{shown(name)}' in {self.folder}, which holds {len(self.tensors)} tensors "
@@ -78,11 +74,7 @@ class TensorReader(ABC):
             )
 
     def raw_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row.
-
-        Raises:
-            CheckpointError: As :meth:`read_into`.
-        """
+        """Return the bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row."""
         info = self.info(name)
         row = math.prod(info.shape[1:]) * info.itemsize
         raw = np.empty((stop - start) * row, np.uint8)
@@ -105,11 +97,7 @@ class TensorReader(ABC):
         return values.reshape(stop - start, *info.shape[1:]) if info.shape else values.reshape(())
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the whole tensor ``name`` in its stored dtype, in memory of its own.
-
-        Raises:
-            CheckpointError: As :meth:`read_into`.
-        """
+        """Return the whole tensor ``name`` in its stored dtype, in memory of its own."""
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:

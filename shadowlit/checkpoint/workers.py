@@ -109,11 +109,7 @@ class _Worker:
         self._received = bytearray()
 
     def receive(self) -> Iterator[tuple[int, Any, BaseException | None]]:
-        """The replies that are there: number, result, error. One process's only, so that unpickling is safe.
-
-        Raises:
-            ShadowlitError: The process has ended.
-        """
+        """The replies that are there: number, result, error. One process's only, so that unpickling is safe."""
         received = os.read(self.replies, 2**16)
         if not received:
             self._tell_end()

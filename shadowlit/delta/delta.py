@@ -116,11 +116,7 @@ class Delta(Update):
         return self._rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in float32.
-
-        Raises:
-            GraftError: There is no tensor of this name.
-        """
+        """A whole tensor, in float32; raise a GraftError if there is none of this name."""
         if name not in self.shapes:
             raise GraftError(f"the delta has no tensor {name!r}; it has {some_of(self.shapes)}. Check the name.")
         return self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
@@ -238,12 +234,7 @@ def write_delta(
     manifest: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write an update that comes as whole tensors (float32, on the CPU), as :meth:`Delta.save` writes one.
-
-    Raises:
-        ExportError: The folder exists and is not empty, or can't be written.
-        CheckpointError: A value is NaN or infinite.
-    """
+    """Write an update that comes as whole tensors (float32, on the CPU), as :meth:`Delta.save` writes one."""
     with _writer(folder, manifest or {}, max_shard_bytes) as (writer, squares):
         for name, exact in tensors:
             stored, sums = _stored(exact, dtype)
@@ -293,21 +284,15 @@ class Overlap:
         cosine: ``⟨a, b⟩ / (‖a‖ ‖b‖)``; NaN if one is zero.
         sign_agreement: Fraction of equal signs among the elements that are zero in neither; NaN if there are none.
         shared: Fraction of the elements that are zero in neither.
-        norms: ``‖a‖`` and ``‖b‖``.
     """
 
     cosine: float
     sign_agreement: float
     shared: float
-    norms: tuple[float, float]
 
 
 def overlap(a: Delta, b: Delta) -> Overlap:
-    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there.
-
-    Raises:
-        GraftError: A tensor has another shape in the other delta.
-    """
+    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there."""
     shapes = _union([a, b], [1.0, 1.0])
 
     def one(window: tuple[str, int, int]) -> Tensor:
@@ -326,7 +311,6 @@ def overlap(a: Delta, b: Delta) -> Overlap:
         cosine=dot / math.sqrt(square_a * square_b) if square_a and square_b else math.nan,
         sign_agreement=same / both if both else math.nan,
         shared=both / size,
-        norms=(math.sqrt(square_a), math.sqrt(square_b)),
     )
 
 
@@ -353,10 +337,7 @@ def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) 
     """Merge deltas of one Base by TIES, tensor by tensor; see :func:`shadowlit.delta.transforms.ties`.
 
     A delta that lacks a tensor doesn't count there. ``density`` is the fraction of each delta's elements that is kept,
-    in (0, 1].
-
-    Raises:
-        GraftError: There are no deltas, or another number of weights, or unequal shapes under one name.
+    in (0, 1]. Raises as :func:`weighted_sum`.
     """
     shapes = _union(deltas, weights)
 

@@ -35,11 +35,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 class Transform:
     """A function of an update by the name under which it is chosen.
 
-    Attributes:
-        name: Name in configurations and on the command line.
-        function: Pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32.
-        elementwise: Whether each element of the result depends on the same element of the arguments only, so that the
-            function may be applied to a shard of a tensor.
+    A pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32. An elementwise one, of
+    whose result each element depends on the same element of the arguments only, may be applied to a shard of a tensor.
     """
 
     name: str

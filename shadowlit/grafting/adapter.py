@@ -87,11 +87,7 @@ class AdaptedLayer:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
-    """The LoRA layers of ``model`` and their active adapters, by the checkpoint names of the weights they adapt.
-
-    Raises:
-        GraftError: A layer has several active adapters, or a merged one.
-    """
+    """The LoRA layers of ``model`` and their active adapters, by the checkpoint names of the weights they adapt."""
     layers = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -121,10 +117,7 @@ def require_untied(model: nn.Module) -> None:
 
 
 def starts_from_weights(adapter: LoraConfig) -> bool:
-    """Whether peft computes the start of the factors itself, mostly from the host's weights (PiSSA, OLoRA …).
-
-    What it takes out of the weights stays there as a residual.
-    """
+    """Whether peft takes the start of the factors out of the host's weights, and leaves a residual (PiSSA, OLoRA …)."""
     return adapter.init_lora_weights not in (True, False, "gaussian")
 
 

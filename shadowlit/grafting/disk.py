@@ -6,6 +6,7 @@ speed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,23 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale of a graft, and other scales for tensors that match a pattern.
-
-    Attributes:
-        default: Scale λ of all other tensors.
-        by_pattern: Regular expressions, searched in the names, with their scales; the first match counts.
-    """
+    """The scale λ of a graft, and other scales for tensors that match a pattern."""
 
     default: float = 1.0
-    by_pattern: tuple[tuple[str, float], ...] = ()
+    by_pattern: tuple[tuple[str, float], ...] = ()  # regular expressions, searched in the names; the first match counts
 
     @classmethod
     def parse(cls, text: str) -> Scale:
-        r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``.
-
-        Raises:
-            GraftError: The text is neither.
-        """
+        r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``."""
         default, pairs = 1.0, []
         for item in filter(None, (part.strip() for part in text.split(";"))):
             pattern, _, number = item.rpartition("=")
@@ -191,7 +183,7 @@ class DiskGraft:
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
         _, *squares = numeric.graft_bfloat16(*stored, raw, self._scale.of(info.name), room[: raw.size])
-        return (raw.size, squares[0], squares[1]) if numeric.finite_squares(*squares) else None
+        return (raw.size, squares[0], squares[1]) if all(map(math.isfinite, squares)) else None
 
     def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float]:
         """Rows of the result, written into ``room``: their bytes, and the two squared norms of ``graft_part``."""
@@ -210,7 +202,7 @@ class DiskGraft:
             update = np.asarray(rows(name, start, stop)).reshape(-1)
             scale = self._scale.of(name)
             stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
-            if not numeric.finite_squares(*squares):
+            if not all(map(math.isfinite, squares)):
                 exact = numeric.widen(raw, info.code) + scale * update
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
                     raise numeric.not_finite(name, bad, exact.size)

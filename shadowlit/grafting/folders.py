@@ -14,13 +14,12 @@ from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
-from shadowlit.grafting.export import export_folder
+from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.update import Transforms, open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
 
-MAX_SHARD_BYTES = 5_000_000_000
 MakeManifest = Callable[[], Mapping[str, Any]]  # fingerprints take time, and are needed only if something is written
 
 
@@ -33,7 +32,7 @@ def graft(
     scale: float | str = 1.0,
     select: str | list[str] = "linear",
     dtype: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
     transforms: Transforms | None = None,
@@ -114,7 +113,7 @@ def write_graft(
     manifest: MakeManifest,
     out: str | Path,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader, Range, in_layout_of_module
 from shadowlit.checkpoint.names import (
     canonical_key,
@@ -25,7 +24,7 @@ from shadowlit.checkpoint.names import (
     layer_label,
     split_selection,
 )
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
@@ -34,10 +33,9 @@ from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import coverage, resolve
 from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
-from shadowlit.grafting.transformed import ParameterTransforms
+from shadowlit.grafting.transformed import ParameterTransforms, laid_out
 from shadowlit.grafting.update import Transforms
 
-_FUSED_AT_ONCE = 2  # tensors of a layer's experts that are kept while the files' single matrices are cut out of them
 Squares = dict[str, Tensor]  # by name: sums of squares of an update and of its rounding error, float64 [2]
 _Found = TypeVar("_Found")
 
@@ -233,11 +231,7 @@ class LiveGraft:
         self._instruct_reader.close()
 
     def restore_for_checkpoint(self) -> None:
-        """Swap the trained weights back before anything reads the module's state.
-
-        Raises:
-            GraftError: The request came from a signal handler in the middle of a swap.
-        """
+        """Swap the trained weights back before anything reads the module's state."""
         if self._busy:
             raise GraftError(
                 "a checkpoint was requested while weights were being swapped for a grafted validation; none was "
@@ -302,15 +296,16 @@ class LiveGraft:
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
         infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
-        in_files = self._in_files(infos, lambda name: grafted(name, infos[name].dtype))
-        for name, info in self._instruct_reader.tensors.items():
+        files = self._instruct_reader
+        in_files = laid_out(infos, files, lambda n: grafted(n, infos[n].dtype)) if self._parts else files
+        for name, info in files.tensors.items():
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
                 yield name, in_files.read(name)
             elif (host := self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
-                yield name, self._instruct_reader.read(name).to(dtype)
+                yield name, files.read(name).to(dtype)
 
     @torch.no_grad()
     def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -326,7 +321,8 @@ class LiveGraft:
             host = trained[name]
             return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
 
-        in_files = self._in_files(described({name: info.shape for name, info in self._infos.items()}), update)
+        infos = described({name: info.shape for name, info in self._infos.items()})
+        in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
         for name in trained:
             if name not in apart:
@@ -487,12 +483,6 @@ class LiveGraft:
         if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
-
-    def _in_files(self, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]) -> TensorReader:
-        """Present whole tensors, computed by the module's names, in the layout of the Instruct's files."""
-        kept = rows_of(lru_cache(maxsize=_FUSED_AT_ONCE)(tensor_of))
-        reader = ComputedReader(self._instruct_reader.folder, infos, kept)
-        return LayoutReader(reader, self._instruct_reader, ties=False) if self._parts else reader
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:

@@ -42,22 +42,11 @@ def build_manifest(
     transforms: Sequence[Mapping[str, Any]] = (),
     fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Collect the manifest of a graft. It holds no time and no host, so that equal runs export equal folders.
+    """Collect the manifest of a graft, in JSON's types. It holds no time and no host: equal runs export equal folders.
 
-    Args:
-        pair: The pair; its folders are read for commits and fingerprints.
-        scale: Scale λ of the graft.
-        select: Selection of the graft.
-        dtype: Dtype of the exported weights; None for the Instruct's own.
-        coverage: What was grafted and what was not.
-        survival: Fraction of the update that survives rounding to the exported dtype, and related norms.
-        metrics: Metrics of the validation that was exported, e.g. ``{"val/grafted/loss": 1.23}``.
-        config: Resolved config of the run.
-        transforms: Names and parameters of the functions that were applied to the update.
-        fingerprints: Fingerprints of ``base`` and ``instruct``, where their folders hold no safetensors.
-
-    Returns:
-        The manifest in JSON's types, see :func:`plain`.
+    ``survival`` are norms and the fraction of the update that survives rounding; ``metrics`` those of the exported
+    validation, e.g. ``{"val/grafted/loss": 1.23}``. ``fingerprints`` of ``base`` and ``instruct`` are needed if their
+    folders hold no safetensors.
 
     Raises:
         PairError: A folder of the pair is missing.
@@ -80,11 +69,7 @@ def build_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder.
-
-    Raises:
-        ExportError: There is none, or it is not readable JSON.
-    """
+    """The manifest of an exported folder; raise an ExportError if there is none, or it is not readable JSON."""
     path = Path(folder) / MANIFEST_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -95,11 +80,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def add_to_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
-    """Add what is known only after the export to an exported folder's manifest, or replace it there.
-
-    Raises:
-        ExportError: The folder has no manifest.
-    """
+    """Add entries to the manifest of an exported folder, or replace them there."""
     write_json(Path(folder) / MANIFEST_FILE, {**read_manifest(folder), **plain(entries)})
 
 
@@ -134,11 +115,7 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON with sorted keys, replacing the file in one step.
-
-    Raises:
-        ExportError: The file cannot be written; what was there before is still there.
-    """
+    """Write JSON with sorted keys, atomically; raise an ExportError if that fails."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     try:
         replace_text(path, text + "\n")

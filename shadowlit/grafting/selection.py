@@ -70,9 +70,10 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     towers, parts = split_selection(select)
     missing = [tower for tower in towers if not any(tower_of(name) == tower for name in names)]
     if missing:
+        listed = ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
         raise GraftError(
             f"graft.select names the tower {', '.join(missing)}, but of the {len(names)} tensors of model type "
-            f"{model_type!r} none is of it; there are {_listed(names)}. Choose among these."
+            f"{model_type!r} none is of it; there are {listed}. Choose among these."
         )
     if towers:
         names = [name for name in names if tower_of(name) in towers]
@@ -113,10 +114,6 @@ def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[s
         num_selected_routers=len(gates & selected),
         towers=tuple((tower, chosen.get(tower, 0), total) for tower, total in count_towers(sizes).items()),
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
 
 
 def _nothing(select: str, names: list[str], model_type: str) -> GraftError:

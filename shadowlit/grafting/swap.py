@@ -33,11 +33,8 @@ class Swap:
     A keyboard interrupt or a signal may arrive between any two statements. All progress is one attribute, set only
     after the step that it records, and every step may be repeated: :meth:`undo` restores both tensors bit for bit from
     wherever a call was interrupted. Copies between a GPU and pinned memory follow the order of the GPU's stream;
-    whoever reads ``held`` on the CPU waits for it first.
-
-    Args:
-        live: Contiguous tensor, for example a frozen parameter's shard.
-        held: Contiguous tensor of the same shape and dtype, on any device.
+    whoever reads ``held`` on the CPU waits for it first. Both tensors are contiguous and have one shape and dtype;
+    ``held`` may be on another device.
     """
 
     def __init__(self, live: Tensor, held: Tensor) -> None:

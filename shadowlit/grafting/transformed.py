@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.layout import LayoutReader, Range
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, keeping, rows_of
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.update import Transforms
@@ -22,11 +22,8 @@ class ParameterTransforms:
     parameter (experts), or under another name, each is transformed by itself under its name in the files. Sharded
     parameters stay sharded: elementwise transforms get the shard, and the random numbers that belong to it.
 
-    Args:
-        transforms: Functions of an update.
-        parameters: Parameters of the module, by the names in checkpoints.
-        instruct: Reader of the Instruct's checkpoint.
-        parts: Parts of parameters that make up each tensor of the files that is no parameter by itself.
+    ``parameters`` are the module's by the names in checkpoints; ``parts`` are the parts of parameters that make up each
+    tensor of the Instruct's files that is no parameter by itself.
 
     Raises:
         GraftError: A transform needs whole tensors and the parameters are sharded.
@@ -54,9 +51,9 @@ class ParameterTransforms:
             return self._transforms.on_part(update_of(name), lambda seed: self._noise(name, seed)[slices])
         if name not in self._module.tensors:
             return self._transforms(name, update_of(name))
-        learned = _laid_out(self._module, self._files, update_of)
-        transformed = _laid_out(
-            self._files, self._module, lambda stored: self._transforms(stored, learned.read(stored))
+        learned = laid_out(self._module.tensors, self._files, update_of)
+        transformed = laid_out(
+            self._files.tensors, self._module, lambda stored: self._transforms(stored, learned.read(stored))
         )
         return transformed.read(name).to(parameter.device)
 
@@ -64,17 +61,14 @@ class ParameterTransforms:
         """The random numbers of a whole parameter: those of the files' tensors that it holds."""
         if name not in self._module.tensors:
             return self._transforms.noise(name, tuple(self._parameters[name].shape), seed)
-        shapes = {stored: info.shape for stored, info in self._files.tensors.items()}
-        noise = _laid_out(
-            self._files, self._module, lambda stored: self._transforms.noise(stored, shapes[stored], seed)
-        )
+        stored = self._files.tensors
+        noise = laid_out(stored, self._module, lambda one: self._transforms.noise(one, stored[one].shape, seed))
         return noise.read(name)
 
 
-def _laid_out(given: TensorReader, like: TensorReader, tensor_of: Callable[[str], Tensor]) -> TensorReader:
-    """Present float32 tensors with the names and shapes of ``given`` in the layout of ``like``."""
-    computed = ComputedReader(given.folder, given.tensors, rows_of(lru_cache(maxsize=2)(tensor_of)))
-    return LayoutReader(computed, like, ties=False)
+def laid_out(tensors: Mapping[str, TensorInfo], like: TensorReader, tensor_of: Callable[[str], Tensor]) -> TensorReader:
+    """Present tensors, computed when they are needed, under the names and in the layout of ``like``."""
+    return LayoutReader(ComputedReader(like.folder, tensors, rows_of(keeping(tensor_of))), like, ties=False)
 
 
 def require_elementwise(transforms: Transforms, num_ranks: int) -> None:

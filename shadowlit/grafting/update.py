@@ -148,11 +148,7 @@ class AdapterUpdate(Update):
     A [experts * rank, inputs] by experts and B [outputs, rank * experts] by ranks; the files' experts may be fused or
     single.
 
-    Args:
-        base: Reader of the Base's checkpoint.
-        folder: Folder of the adapter.
-        config: Settings of the adapter, where the folder holds no ``adapter_config.json``.
-        reader: Reader of the factors by the names in peft's files, where they are stored elsewhere.
+    ``config`` and ``reader`` (of the factors, by the names in peft's files) replace the files of the folder.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
