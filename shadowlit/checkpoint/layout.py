@@ -94,10 +94,11 @@ class _Side:
         head, body = self.info(names.HEAD_KEY), self.info(embedding)
         if (head.code, head.shape) != (body.code, body.shape):
             return False
-        return all(
-            np.array_equal(*(self.reader.raw_rows(info.name, *window) for info in (head, body)))
-            for window in row_windows(head)
-        )
+        for window in row_windows(head):
+            one, other = (self.reader.raw_rows(info.name, *window) for info in (head, body))
+            if not np.array_equal(one, other):
+                return False
+        return True
 
     def embedding(self) -> str | None:
         return next((key for key in names.EMBEDDING_KEYS if key in self.keys), None)
