@@ -63,8 +63,8 @@ class CheckpointReader(TensorReader):
         single_file: Name of the file where there is only one, e.g. ``adapter_model.safetensors``.
 
     Raises:
-        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
-            broken, or the index and the shards disagree.
+        CheckpointError: There is no safetensors file, a file is missing, outside the folder or broken, or the index and
+            the shards disagree.
     """
 
     def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
@@ -359,7 +359,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     path = Path(os.path.realpath(target))
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
     try:
-        _make_beside(path, partial)  # in here: no signal falls between making the folder and knowing of it
+        _make_beside(path, partial)  # inside: a signal can't arrive between making it and being able to remove it
         yield partial
         _sync(partial)
         try:

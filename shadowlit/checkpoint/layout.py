@@ -144,7 +144,7 @@ class LayoutReader(TensorReader):
 
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.
-        GraftError: The experts lie in layouts that can't be brought together.
+        GraftError: The experts have layouts that can't be converted into one another.
     """
 
     def __init__(self, reader: TensorReader, like: TensorReader, ties: bool = True) -> None:

@@ -73,7 +73,7 @@ class AdaptedLayer:
         update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
         self.layer.scaling[self.adapter] = acting
         if isinstance(host, DTensor):
-            # A product of sharded factors lies wherever it was cheapest to compute: by columns, or as partial sums.
+            # A product of sharded factors is placed as it was cheapest to compute: by columns, or as partial sums.
             update = update.redistribute(host.device_mesh, host.placements)
         return update
 

@@ -64,7 +64,7 @@ class Scale:
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     """Names of the linear layers' weights and biases, from a checkpoint's headers alone.
 
-    Those are the matrices inside numbered layers, and their biases; embeddings and the output head lie outside.
+    Those are the matrices inside numbered layers, and their biases; embeddings and the output head are outside.
     Experts' matrices count, fused or single; their routers don't, as in the paper's code. The projector between towers,
     whose few layers have names instead of numbers, counts too. Equal to
     :func:`shadowlit.grafting.parameters.linear_names` for Llama, Qwen, Mistral, Gemma, Qwen-MoE and Mixtral.

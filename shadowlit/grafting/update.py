@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-_MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
+_MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones are between 0.1 and 10
 
 Rows = npt.NDArray[np.floating]
 Bytes = npt.NDArray[np.uint8]
@@ -221,7 +221,7 @@ class AdapterUpdate(Update):
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """See :class:`Update`."""
-        # peft may store a host's tensor beside the factors on it: the embedding that it adapts, say.
+        # peft may store a host's tensor next to its factors, such as the embedding that it adapts.
         total: Rows = np.zeros((), np.float32)
         if name in self._whole:
             total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
@@ -294,7 +294,7 @@ class AdapterUpdate(Update):
             alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
             plain = not config.alpha_pattern and not config.rank_pattern
             if plain and leaf_of(factors.module) == GATE_UP and rank == 2 * config.r:
-                alpha *= 2  # what peft makes of all-linear, or of gate_proj and up_proj, in a mixture that it wraps
+                alpha *= 2  # as peft does for all-linear, or for gate_proj and up_proj, in a mixture that it wraps
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
             if abs(scaling) < _MAX_SCALING:
                 return scaling
