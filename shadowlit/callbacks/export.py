@@ -27,7 +27,7 @@ from shadowlit.grafting.export import (
     logit_difference,
     reload_logits,
 )
-from shadowlit.grafting.manifest import Manifest, add_to_manifest, build_manifest
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class ExportCallback(Callback):
         trainer.strategy.barrier("export")
         rank_zero_info(f"export: {', '.join(self.parts)} of the grafted Instruct: in {target}")
 
-    def _manifest(self, trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> Manifest:
+    def _manifest(self, trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> dict[str, Any]:
         graft, scale = callback.build(module), callback.scales[0]
         statistics = graft.statistics(scale)
         return build_manifest(
@@ -133,7 +133,7 @@ class ExportCallback(Callback):
         )
 
     def _export_model(
-        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Manifest
+        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Any
     ) -> None:
         probe = _first_batch(trainer)
         with isolate_rng(), callback.grafted(module), torch.no_grad(), trainer.precision_plugin.val_step_context():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.names import is_token_tensor, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import CheckpointError
 from shadowlit.pair.folders import Problem, ProblemError, commit_of, load_config, read_json
@@ -35,11 +35,6 @@ SEEN_ELSEWHERE = frozenset([
     "cache_implementation", "unsloth_version", "max_window_layers",
 ]) | set(ROPE_KEYS)
 # fmt: on
-
-# Usual names of embedding and lm_head, for models whose rows are padded beyond the config's vocab_size.
-_TOKEN_TENSOR = re.compile(
-    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
-)
 
 
 @dataclass
@@ -137,6 +132,6 @@ def _flat_config(config: PretrainedConfig) -> dict[str, Any]:
 
 def _has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
     """Whether a tensor has one row per token: by its shape, or by one of the usual names."""
-    if len(info.shape) != 2 or any(part.isdigit() for part in info.name.split(".")):
+    if len(info.shape) != 2 or layer_of(info.name) is not None:
         return False
-    return info.shape[0] == vocab_size or _TOKEN_TENSOR.search(info.name) is not None
+    return info.shape[0] == vocab_size or is_token_tensor(info.name)

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import split_selection, tower_of
+from shadowlit.checkpoint.names import is_head, split_selection, tower_of
 from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import Select
 from shadowlit.pair.side import ROPE_KEYS, SEEN_ELSEWHERE, Side
 
-# The output layer, which a tie to the embedding makes superfluous.
-_HEAD_TENSOR = re.compile(r"(lm_head|embed_out|output)\.weight$")
 _SAME_ARCHITECTURE: dict[str, Severity] = {"model_type": "error", "architectures": "warning"}
 # Settings on which the function depends that equal weights compute.
 # fmt: off
@@ -165,7 +163,7 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
         return
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
     alone = sorted(base.vocabulary().keys() ^ instruct.vocabulary().keys())
-    heads = [name for name in alone if _HEAD_TENSOR.search(name)]
+    heads = [name for name in alone if is_head(name)]
     lost = [name for name in alone if name not in heads or not any(ties)]
     if lost:
         yield Problem.error(
