@@ -59,7 +59,7 @@ class ShadowProgressBar(RichProgressBar):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration next to a run; commands other than fit without a logger have no folder to save it in."""
+    """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved."""
 
     def __init__(
         self, parser: LightningArgumentParser, config: Namespace, class_path: str | None = None, **kwargs: Any
@@ -71,7 +71,7 @@ class SaveConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Save it."""
-        if trainer.loggers or stage == "fit":
+        if trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 

@@ -130,6 +130,7 @@ class ExportCallback(Callback):
             metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
             transforms=callback.transforms.specs,
+            fingerprints=callback.fingerprints,
         )
 
     def _export_model(

@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -90,6 +90,7 @@ class GraftCallback(Callback):
         record: The record of the running validation or test, or else of the last one.
         finished: The record of the last complete validation, whose metrics checkpoints and exports state.
         graft: The graft of the module's model, from its first use in a command to the command's end.
+        fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class GraftCallback(Callback):
         self._routing: Routing | None = None
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
-        self._fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module, the other callbacks and the pair before any weight is loaded for training."""
@@ -135,8 +136,8 @@ class GraftCallback(Callback):
                 f"GraftCallback needs a ShadowModule or a subclass of it, but the module is a "
                 f"{type(pl_module).__name__}. Derive yours from shadowlit.training.module.ShadowModule."
             )
-        _require_subject(pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        _require_subject(pl_module, callbacks)
         swapping = [type(c).__name__ for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if swapping:
             raise GraftError(
@@ -146,11 +147,12 @@ class GraftCallback(Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_elementwise(self.transforms, trainer.world_size)
         require_fit(pl_module.pair, self.select)
-        current = pl_module.pair.fingerprints()
-        if self._fingerprints and self._fingerprints != current:
-            changed = [who for who in current if current[who] != self._fingerprints.get(who)]
-            raise GraftError(_changed_pair(changed))
-        self._fingerprints = current
+        self._run = RunTotals()  # not that of an earlier fit, which may have ended by an exception
+        fingerprints = pl_module.pair.fingerprints()
+        if fingerprints != self.fingerprints:  # what was measured of another pair
+            self.fingerprints, self._untouched = fingerprints, UntouchedMetrics()
+        if stage == "fit":
+            self.finished = ValidationRecord()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the graft, log what it covers, and make sure that training starts at the Base."""
@@ -168,6 +170,8 @@ class GraftCallback(Callback):
         """Begin a record, and measure the reference of a preference objective where it is not known yet."""
         run = RunTotals() if trainer.sanity_checking else self._run
         self.record = ValidationRecord("test" if trainer.testing else "val", run)
+        assert isinstance(pl_module, ShadowModule)
+        pl_module.callback_metrics = self.record.metrics
         self._measure_references(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,7 +202,6 @@ class GraftCallback(Callback):
         if not trainer.sanity_checking:
             record.metrics["graft/swap_seconds"] = graft.apply_s - swaps_s
             record.add_cost("graft")
-            record.log(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what was logged; checkpoint callbacks run after this, so a checkpoint holds its own metrics."""
@@ -253,24 +256,25 @@ class GraftCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the trained weights back, free the pair's, and close its files; the next command reads them again."""
         self._release()
-        self._run = RunTotals()
 
     def state_dict(self) -> dict[str, Any]:
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
         return {
-            "fingerprints": self._fingerprints,
+            "fingerprints": self.fingerprints,
             "settings": self._settings(),
             "untouched": self._untouched.state,
-            "metrics": self.finished.metrics,
+            "metrics": dict(self.finished.metrics),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores over; refuse a checkpoint of another pair."""
         saved = state_dict["fingerprints"]
-        changed = [who for who, value in self._fingerprints.items() if saved.get(who) != value]
-        if changed:
-            raise GraftError(_changed_pair(changed))
-        self._fingerprints = saved
+        if changed := [who for who, value in self.fingerprints.items() if saved.get(who) != value]:
+            raise GraftError(
+                f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
+                "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was "
+                "trained with, pinned by revision, or start again without ckpt_path."
+            )
         if constants := state_dict.get("constants"):  # of a checkpoint from before the key "untouched"
             self._untouched.state = {"val": {"signature": state_dict["measured_on"], **constants}}
         else:
@@ -448,17 +452,29 @@ def _batches(trainer: Trainer) -> tuple[list[Any], list[float]]:
     return (loaders if isinstance(loaders, list) else [loaders]), limits
 
 
-def _require_subject(module: ShadowModule) -> None:
-    """Raise where a step of the module is overridden by one that can't be told whose weights it scores."""
+def _require_subject(module: ShadowModule, callbacks: Iterable[Callback]) -> None:
+    """Raise where a step of the module or a callback's ``on_subject`` does not take the subject."""
     for step in (module.validation_step, module.test_step):
-        try:
-            inspect.signature(step).bind(None, 0, 0, TUNED)
-        except TypeError as error:
-            raise GraftError(
-                f"{type(module).__name__}.{step.__name__}{inspect.signature(step)} can't be told which subject it "
-                "scores; expected (batch, batch_idx, dataloader_idx=0, subject=TUNED). Add the argument, with TUNED "
-                "from shadowlit.grafting.subject, and pass it on to super()."
-            ) from error
+        _require_arguments(
+            step,
+            "can't be told which subject it scores; expected (batch, batch_idx, dataloader_idx=0, subject=TUNED). Add "
+            "the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
+        )
+    for callback in callbacks:
+        if isinstance(callback, MeasuresSubjects):
+            _require_arguments(
+                callback.on_subject,
+                "can't be called for a subject; expected (trainer, module, subject, record). Give it these arguments.",
+            )
+
+
+def _require_arguments(method: Callable[..., Any], problem: str) -> None:
+    """Raise unless a method takes four arguments by position."""
+    try:
+        inspect.signature(method).bind(None, 0, 0, TUNED)
+    except TypeError as error:
+        owner = type(getattr(method, "__self__", method)).__name__
+        raise GraftError(f"{owner}.{method.__name__}{inspect.signature(method)} {problem}") from error
 
 
 def _per_parameter(graft: LiveGraft) -> str:
@@ -466,12 +482,4 @@ def _per_parameter(graft: LiveGraft) -> str:
     return (
         f"frozen weights of {graft.frozen_bytes / 1e6:.1f} MB per rank on the {where}, "
         f"{graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} bytes per parameter"
-    )
-
-
-def _changed_pair(changed: list[str]) -> str:
-    return (
-        f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
-        "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was trained "
-        "with, pinned by revision, or start again without ckpt_path."
     )

@@ -82,9 +82,12 @@ class Evaluator(ABC):
 
     Attributes:
         needs_reference: Whether it compares with the reference model, which only a graft can swap in.
+        metric_names: Names of the metrics, as far as they are known before it runs. One that a validation set of the
+            evaluator's name has too is found before the training.
     """
 
     needs_reference: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, every: int = 1, limit: int | None = None, batch_size: int = 16) -> None:
         for name, value in (("every", every), ("limit", 1 if limit is None else limit), ("batch_size", batch_size)):

@@ -53,6 +53,7 @@ class Divergence(Evaluator):
     """
 
     needs_reference = True
+    metric_names = ("score", "agreement", "kl", "stderr", "num_tokens", "num_samples")
 
     def __init__(
         self, data: str, max_length: int = 4096, every: int = 1, limit: int | None = None, batch_size: int = 16

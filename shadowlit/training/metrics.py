@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import TokenSums, token_sums
 from shadowlit.training.outputs import Answers
+
+METRIC_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def name_clash(names: Iterable[str]) -> str:
+    """The message that metrics would be logged twice, of which Lightning would show the mean."""
+    return (
+        f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
+        "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
+    )
 
 
 class Scores:

@@ -27,7 +27,7 @@ from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
@@ -36,13 +36,14 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate_answers, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores
+from shadowlit.training.metrics import METRIC_NAME, Scores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
 from shadowlit.training.reference import References
+from shadowlit.training.rehearsal import rehearse
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
 from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
@@ -182,6 +183,9 @@ class ShadowModule(LightningModule):
         self.seed = seed
         self.train_towers = list(train_towers)
         self.metrics = dict(metrics or {})
+        if wrong := [name for name in self.metrics if not METRIC_NAME.fullmatch(name)]:
+            raise ShadowlitError(f"model.metrics has the name {wrong[0]!r}; expected letters, digits, '_' and '-'.")
+        self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
         self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
@@ -236,6 +240,20 @@ class ShadowModule(LightningModule):
         """
         assert self.model is not None
         return self.model(**model_inputs(batch), use_cache=False).logits
+
+    def setup(self, stage: str) -> None:
+        """Try all metrics on random logits, so that one that does not fit is found before anything is trained."""
+        if stage != "predict":
+            self.score_names()
+
+    def score_names(self) -> set[str]:
+        """The names of the metrics that every validation set is scored with, found by scoring random logits.
+
+        Raises:
+            ShadowlitError: A metric can't be updated, gives something that is not a number, or has another's name.
+        """
+        vocabulary = self.pair.config().get_text_config().vocab_size
+        return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
 
     def on_fit_start(self) -> None:
         """Refuse data that aren't what the objective is about."""
@@ -501,9 +519,15 @@ class ShadowModule(LightningModule):
         self.objective.score(outputs, [self._scores[key] for key in keys])
 
     def _log_scores(self, stage: str) -> None:
+        added, self.callback_metrics = self.callback_metrics, {}
         for subject in dict.fromkeys(who for who, _ in self._scores):
-            for name, value in self.scores(subject).items():
-                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
+            scores, prefix = self.scores(subject), f"{stage}/{subject.name}/"
+            if twice := [prefix + name for name in scores if prefix + name in added]:
+                raise DataError(name_clash(twice))
+            for name, value in scores.items():
+                self.log(prefix + name, value, prog_bar=name == "loss")
+        for name, value in added.items():
+            self.log(name, value, prog_bar=name == "graft/gain")
         self._scores.clear()
 
     def _set_name(self, dataloader_idx: int) -> str:

@@ -24,7 +24,7 @@ from tests.callbacks.test_graft import KINDS, assert_same, fit, make_module, mak
 from tests.distributed import run_ranks
 from tests.evaluation.contexts import write_rows
 from tests.synthetic import RandomData
-from tests.tiny import CHATML, save_pair
+from tests.tiny import CHATML, save_model, save_pair
 from tests.training import test_distributed as distributed
 
 
@@ -325,6 +325,67 @@ def test_a_metric_that_a_validation_set_has_too_is_an_error(tmp_path, folders):
     callbacks = [GraftCallback(), EvaluationCallback({"left": Losing()}, folder=str(tmp_path / "e"))]
     with pytest.raises(DataError, match="left/loss would be logged for a validation set and for an evaluator"):
         fit(tmp_path, folders, callbacks=callbacks)
+
+
+def test_a_known_metric_that_a_validation_set_has_too_is_found_before_the_training(tmp_path, folders, files):
+    module = make_module(folders)
+    evaluation = EvaluationCallback({"left": MultipleChoice(files["choices"]), "answers": Probe()})
+    with pytest.raises(
+        DataError, match="left/accuracy, left/loss would be logged for a validation set and for an eval"
+    ):
+        make_trainer(tmp_path, GraftCallback(), evaluation).fit(module, RandomData())
+    assert module.model is None
+
+
+def test_what_evaluators_say_of_their_metrics(tmp_path, folders, files):
+    for name, evaluator in evaluators(files).items():
+        _, trainer = fit(
+            tmp_path, folders, callbacks=[GraftCallback(), EvaluationCallback({name: evaluator})], max_steps=2
+        )
+        logged = {key.split("/")[-1] for key in metrics(trainer) if key.startswith(f"val/tuned/{name}/")}
+        assert logged == set(evaluator.metric_names)
+
+
+def test_a_second_fit_is_as_the_first(tmp_path, folders):
+    evaluation, steps = EvaluationCallback({"probe": Probe(every=3)}), []
+    for name in "ab":
+        evaluation.folder = str(tmp_path / name)
+        fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation])
+        steps.append(sorted(p.name for p in (tmp_path / name).glob("step-*")))
+    assert steps == [["step-2", "step-8"]] * 2
+
+
+def test_without_a_graft_a_validation_after_the_run_has_no_share_of_its_time(tmp_path, folders):
+    evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
+    module, trainer = fit(tmp_path, folders, callbacks=[evaluation], max_steps=2)
+    assert 0 < metrics(trainer)["evaluation/time_share"] < 1
+    (found,) = make_trainer(tmp_path, evaluation).validate(module, RandomData(), verbose=False)
+    assert "evaluation/seconds" in found and "evaluation/time_share" not in found
+
+
+def test_the_untouched_are_measured_again_with_other_settings(tmp_path, folders):
+    graft, probe = GraftCallback(), Probe()
+    evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e"))
+    other = folders[0], save_model(tmp_path / "other", near=folders[1], seed=5)
+    calls = []
+    for pair, reference, precision in (
+        (folders, "instruct", "32-true"), (folders, "instruct", "32-true"), (folders, "base", "32-true"),
+        (folders, "base", "bf16-mixed"), (other, "base", "bf16-mixed"),
+    ):  # fmt: skip
+        probe.calls, evaluation.reference = 0, reference
+        trainer = make_trainer(tmp_path, graft, evaluation, precision=precision)
+        trainer.validate(make_module(pair), RandomData(), verbose=False)
+        calls.append(probe.calls)
+    assert calls == [4, 2, 4, 4, 4]
+
+
+def test_the_pair_s_files_are_read_for_their_fingerprints_once(tmp_path, folders, monkeypatch):
+    read, original = [], ModelPair.fingerprints
+    monkeypatch.setattr(ModelPair, "fingerprints", lambda pair: read.append(pair) or original(pair))
+    evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
+    export = ExportCallback(folder=str(tmp_path / "x"), parts=["delta"])
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, export], max_steps=2)
+    assert len(read) == 1
 
 
 def test_evaluators_ask_by_the_template_of_the_data(tmp_path, folders, files):
