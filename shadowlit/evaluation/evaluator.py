@@ -18,11 +18,11 @@ from shadowlit.training.head import HeadLoss
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What an evaluation runs on: the model with the weights to be measured, and this process's share of the work.
+    """The model with the weights to be measured, and this process's share of the work.
 
     Attributes:
         model: A transformers model, wrapped by peft or sharded or neither, in evaluation mode.
-        head: Computes losses and logits from its hidden states, without materialising the logits of whole batches.
+        head: Losses and logits from its hidden states, without materialising the logits of whole batches.
         pair: The pair, which has the tokenizer, the chat template and the tokens that end a turn.
         device: The device of the batches.
         rank: Number of this process, from 0.

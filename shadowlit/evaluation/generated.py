@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from shadowlit.data.collate import PromptCollate
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.evaluation.matching import Match, Matcher
-from shadowlit.evaluation.prompts import Asking, PromptEvaluator, Question
+from shadowlit.evaluation.prompts import PromptEvaluator, Question
 from shadowlit.evaluation.rows import Columns, fingerprint, read_field
-from shadowlit.evaluation.sampling import RowSampler
-from shadowlit.evaluation.sums import mean, standard_error
+from shadowlit.evaluation.sums import mean
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import Answer, generate, greedy_config
 
@@ -85,7 +88,7 @@ class Generation(PromptEvaluator[_Item]):
     metric_names = (
         "score", "stderr", "num_samples", "num_too_long", "num_unfinished", "unfinished", "answer_tokens",
     )  # fmt: skip
-    sums = ("score", "squares", "num_unfinished", "answer_tokens")
+    sums = ("num_unfinished", "answer_tokens")
     too_long = (
         "prompts of {data} have more than {_limit_tokens} tokens, so that no {max_new_tokens} fit behind them, and "
         "score 0. Lower max_new_tokens, or shorten them."
@@ -113,7 +116,7 @@ class Generation(PromptEvaluator[_Item]):
         limit: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(data, Asking(prompt, chat, system), max_length, every, limit, batch_size)
+        super().__init__(data, prompt, chat, system, max_length, every, limit, batch_size)
         self.answer = answer
         self.matcher = Matcher(match, pattern, extract, ignore_case, ignore_punctuation)
         self.max_new_tokens = max_new_tokens
@@ -140,13 +143,11 @@ class Generation(PromptEvaluator[_Item]):
     def _item(
         self, index: int, columns: Columns, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
     ) -> _Item:
-        prompt = self.asking.prompt(columns, tokenizer, template_kwargs)
-        if self.answer is not None:
-            references = _references(columns, self.answer)
-        else:
-            references = () if prompt.answer is None else (prompt.answer,)
+        prompt, last = self._prompt(columns, tokenizer, template_kwargs)
+        own = () if last is None else (last,)
+        references = own if self.answer is None else _references(columns, self.answer)
         self.matcher.check(references)
-        return _Item(index, prompt.text, tuple(self.asking.tokens(prompt.text, tokenizer)), references)
+        return _Item(index, prompt, tuple(self._tokens(prompt, tokenizer)), references)
 
     def _longest(self, pair: ModelPair) -> int | None:
         context = super()._longest(pair)
@@ -199,28 +200,53 @@ class Generation(PromptEvaluator[_Item]):
         reference = item.references[0] if len(item.references) == 1 else list(item.references)
         sample = {"score": 0.0, "prompt": item.prompt, "answer": "", "reference": reference}
         if answer is None:
-            return {"num_too_long": 1}, {**sample, "finished": False, "too_long": True}
+            return {}, {**sample, "finished": False, "too_long": True}
         score = float(self.matcher.is_match(answer.text, item.references))
-        numbers = {
-            "score": score,
-            "squares": score,
-            "num_unfinished": float(not answer.finished),
-            "answer_tokens": answer.num_tokens,
-        }
+        numbers = {"num_unfinished": float(not answer.finished), "answer_tokens": answer.num_tokens}
         return numbers, {**sample, "score": score, "answer": answer.text, "finished": answer.finished}
 
-    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        count = sums["num_samples"]
-        num_answers = count - sums["num_too_long"]
+    def _metrics(self, sums: dict[str, float], num_answers: float) -> dict[str, float]:
         return {
-            "score": mean(sums["score"], count),
-            "stderr": standard_error(sums["score"], sums["squares"], count),
-            "num_samples": count,
-            "num_too_long": sums["num_too_long"],
             "num_unfinished": sums["num_unfinished"],
             "unfinished": mean(sums["num_unfinished"], num_answers),
             "answer_tokens": mean(sums["answer_tokens"], num_answers),
         }
+
+
+class RowSampler(LogitsProcessor):
+    """Draws the next token of each row from its distribution and leaves only that one possible.
+
+    Inverse transform sampling: with ``u`` uniform in [0, 1), the token is the first whose cumulative probability
+    exceeds ``u``. The ``u`` of a row's t-th token follows from the seed, the row's number and t alone, independent of
+    batches, ranks and the training's generator. Options as of :class:`Generation`; ``rows`` are the numbers of the
+    batch's rows, and ``prompt_length`` is the length of the padded prompts in tokens.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        *,
+        seed: int,
+        temperature: float,
+        top_p: float,
+        prompt_length: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.temperature, self.prompt_length = temperature, prompt_length
+        self.warp = TopPLogitsWarper(top_p) if top_p < 1 else None
+        generators = [random.Random(f"{seed} {row}") for row in rows]
+        self.uniform = torch.tensor([[g.random() for _ in range(max_new_tokens)] for g in generators]).double()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``[B, V]`` logits: 0 for the drawn token, -inf for all others."""
+        scores = scores / self.temperature
+        if self.warp is not None:
+            scores = self.warp(input_ids, scores)
+        cumulative = torch.softmax(scores.to(accumulation_dtype(scores.device)), dim=-1).cumsum(dim=-1)
+        step = input_ids.shape[1] - self.prompt_length
+        drawn = self.uniform[:, step, None].to(cumulative) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def _references(columns: Columns, name: str) -> tuple[str, ...]:

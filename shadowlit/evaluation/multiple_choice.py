@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext
-from shadowlit.evaluation.prompts import Asking, PromptEvaluator, Question
+from shadowlit.evaluation.prompts import PromptEvaluator, Question
 from shadowlit.evaluation.rows import Columns, fingerprint, read_choices, read_label
-from shadowlit.evaluation.sums import mean, standard_error
+from shadowlit.evaluation.sums import mean
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class MultipleChoice(PromptEvaluator[_Item]):
     """
 
     metric_names = ("score", "accuracy", "accuracy_norm", "loss", "stderr", "num_samples", "num_too_long")
-    sums = ("score", "squares", "accuracy_norm", "loss")
+    sums = ("accuracy_norm", "loss")
     too_long = (
         "rows of {data} are longer than {_limit_tokens} tokens and score 0. Shorten them, or raise max_length if the "
         "model takes more."
@@ -95,7 +95,7 @@ class MultipleChoice(PromptEvaluator[_Item]):
         limit: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(data, Asking(prompt, chat, system), max_length, every, limit, batch_size)
+        super().__init__(data, prompt, chat, system, max_length, every, limit, batch_size)
         self.choices, self.label = choices, label
         self.delimiter = "" if chat else delimiter
 
@@ -107,15 +107,15 @@ class MultipleChoice(PromptEvaluator[_Item]):
     def _item(
         self, index: int, columns: Columns, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
     ) -> _Item:
-        prompt = self.asking.prompt(columns, tokenizer, template_kwargs).text
+        prompt, _ = self._prompt(columns, tokenizer, template_kwargs)
         texts = read_choices(columns, self.choices)
         label = read_label(columns, self.label, texts)
         # As the harness splits: the white space at the prompt's end belongs to the choice.
-        num_prompt = len(self.asking.tokens(prompt.rstrip(), tokenizer))
+        num_prompt = len(self._tokens(prompt.rstrip(), tokenizer))
         inputs: dict[tuple[int, ...], int] = {}
         choices = []
         for text in texts:
-            tokens = self.asking.tokens(prompt + self.delimiter + text, tokenizer)
+            tokens = self._tokens(prompt + self.delimiter + text, tokenizer)
             targets = tuple(tokens[num_prompt:])
             if not targets or num_prompt == 0:
                 raise DataError(f"has a choice without a token of its own after the prompt: {text!r}. Change the row.")
@@ -131,29 +131,22 @@ class MultipleChoice(PromptEvaluator[_Item]):
     def _judge(self, item: _Item, answer: list[float] | None) -> tuple[dict[str, float], dict[str, Any]]:
         sample: dict[str, Any] = {"score": 0.0, "prediction": None, "label": item.label}
         if answer is None:
-            return {"num_too_long": 1}, {**sample, "loglikelihoods": []}
+            return {}, {**sample, "loglikelihoods": []}
         prediction = answer.index(max(answer))
         per_character = [value / choice.num_characters for value, choice in zip(answer, item.choices, strict=True)]
         score = float(prediction == item.label)
         numbers = {
-            "score": score,
-            "squares": score,
             "accuracy_norm": float(per_character.index(max(per_character)) == item.label),
             "loss": -answer[item.label],
         }
         return numbers, {**sample, "score": score, "prediction": prediction, "loglikelihoods": answer}
 
-    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+    def _metrics(self, sums: dict[str, float], num_answers: float) -> dict[str, float]:
         count = sums["num_samples"]
-        score = mean(sums["score"], count)
         return {
-            "score": score,
-            "accuracy": score,
+            "accuracy": mean(sums["score"], count),
             "accuracy_norm": mean(sums["accuracy_norm"], count),
-            "loss": mean(sums["loss"], count - sums["num_too_long"]),
-            "stderr": standard_error(sums["score"], sums["squares"], count),
-            "num_samples": count,
-            "num_too_long": sums["num_too_long"],
+            "loss": mean(sums["loss"], num_answers),
         }
 
 
