@@ -1,4 +1,4 @@
-"""Scores random logits with a run's metrics: one that does not fit is found before the training, not hours into it."""
+"""Tries a run's metrics on random logits, so that one that does not fit is found before the training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from shadowlit.errors import ShadowlitError, first_line
@@ -23,15 +23,9 @@ _ROWS, _LENGTH = 4, 6
 def rehearse(
     objective: Objective, configure_scores: Callable[[], Metric], metrics: Mapping[str, Metric], vocabulary: int
 ) -> set[str]:
-    """Score a random batch as a validation would, on this process alone; return the names of the metrics.
+    """Score a random batch as a validation would, but without the other ranks; return the names of the metrics.
 
-    An objective with a ``score`` of its own may ask for more than a random batch has: it is left out.
-
-    Args:
-        objective: Objective, which gives the metrics what they need.
-        configure_scores: Makes the objective's own metric.
-        metrics: Further metrics by name.
-        vocabulary: Number of tokens.
+    An objective that overrides ``score`` may need more than a random batch has, so its metrics are not tried.
 
     Raises:
         ShadowlitError: A metric can't be updated, gives something that is not a number, or has another's name.
@@ -39,13 +33,17 @@ def rehearse(
     if type(objective).score not in (Objective.score, PreferenceObjective.score):
         return set()
 
+    def model(input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.randn(*input_ids.shape, vocabulary))
+
     def names_of(others: Mapping[str, Metric]) -> set[str]:
         scores = Scores(configure_scores(), others, torch.device("cpu"))
         for metric in (scores.own, *scores.others.values()):
             for part in metric.modules():
                 if isinstance(part, Metric):
                     part.sync_on_compute = False  # the other ranks' devices may not reduce the CPU's tensors
-        outputs = Outputs(HeadLoss(_RandomLogits(vocabulary), "logits"), _batch(vocabulary), _reference)
+        losses = HeadLoss(model, "logits")  # type: ignore[arg-type]
+        outputs = Outputs(losses, _batch(vocabulary), lambda samples: torch.zeros(len(samples), 2, dtype=torch.float64))
         objective.score(outputs, [scores])
         return set(scores.compute())
 
@@ -65,15 +63,6 @@ def rehearse(
         return names_of(metrics)
 
 
-class _RandomLogits(nn.Module):
-    def __init__(self, vocabulary: int) -> None:
-        super().__init__()
-        self.vocabulary = vocabulary
-
-    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=torch.randn(*input_ids.shape, self.vocabulary))
-
-
 def _batch(vocabulary: int) -> dict[str, Tensor]:
     """Rows with supervised tokens; as preferences, two rows a sample."""
     ids = torch.randint(vocabulary, (_ROWS, _LENGTH))
@@ -85,7 +74,3 @@ def _batch(vocabulary: int) -> dict[str, Tensor]:
         "input_ids": ids, "labels": labels, "sequence": sequence, "sample": samples, "valid": samples,
         "desirable": samples % 2 == 0,
     }  # fmt: skip
-
-
-def _reference(samples: Tensor) -> Tensor:
-    return torch.randn(len(samples), 2, dtype=torch.float64) - 10

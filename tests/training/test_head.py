@@ -22,6 +22,7 @@ from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import sum_tokens, supervised_positions, token_sums
 from tests.distributed import run_ranks
+from tests.rounding import require_same_update
 from tests.synthetic import RandomData, random_samples
 from tests.tiny import ARCHITECTURES, make_config, save_pair
 
@@ -399,11 +400,12 @@ def run(folders, cls=ShadowModule, strategy="auto", world_size=1, **options):
 
 @pytest.mark.parametrize("way", ["auto", "recomputed"])
 def test_a_run_is_the_run_through_whole_logits(folders, way):
+    start = dict(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).named_parameters())
     plain_module, plain_metrics = run(folders, head_loss="logits")
     module, metrics = run(folders, head_loss=way)
-    assert metrics == pytest.approx(plain_metrics, rel=1e-5)
-    for ours, theirs in zip(module.model.parameters(), plain_module.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    assert metrics == pytest.approx(plain_metrics, rel=2e-4, abs=1e-5)
+    weights = [dict(one.model.named_parameters()) for one in (module, plain_module)]
+    require_same_update(*weights, start)
 
 
 class Plain(TokenScores):
@@ -466,7 +468,7 @@ def test_an_adapted_head_under_fsdp(folders):
     (one,) = run_ranks(adapted_head, 1, folders, "auto", 1)
     for rank in run_ranks(adapted_head, 2, folders, "fsdp2", 2):
         assert rank[0] == one[0] == "recomputed"
-        assert rank[1] == pytest.approx(one[1], rel=2e-5)
+        assert rank[1] == pytest.approx(one[1], rel=2e-4, abs=1e-5)
 
 
 def test_the_first_token_of_a_packed_sample_is_not_predicted():
