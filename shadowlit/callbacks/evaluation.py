@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -126,6 +126,8 @@ class EvaluationCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide which evaluators run in this validation; all do in a test."""
+        if not self.evaluators:
+            return
         if self._graft is not None:
             self.record = self._graft.record
         else:
@@ -192,7 +194,7 @@ class EvaluationCallback(Callback):
         if found is not None and callbacks.index(found) > callbacks.index(self):
             raise GraftError(
                 "EvaluationCallback is listed before GraftCallback, so the grafted model would be measured after its "
-                "scores were logged. List it after GraftCallback in trainer.callbacks."
+                "scores were collected. List it after GraftCallback in trainer.callbacks."
             )
         return found
 
@@ -207,10 +209,6 @@ class EvaluationCallback(Callback):
     def _context(self, trainer: Trainer, module: ShadowModule) -> EvalContext:
         assert module.model is not None and self._pair is not None
         graft = self._graft.build(module) if self._graft is not None else None
-
-        def reference() -> AbstractContextManager[None]:
-            return nullcontext() if graft is None else graft.applied(Subject(self.reference))
-
         return EvalContext(
             model=module.model,
             head=module.head_losses(),
@@ -219,7 +217,7 @@ class EvaluationCallback(Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             autocast=trainer.precision_plugin.val_step_context,
-            reference=reference,
+            reference=nullcontext if graft is None else partial(graft.applied, Subject(self.reference)),
             template_kwargs=run_data(trainer).template_kwargs,
         )
 
@@ -228,15 +226,15 @@ class EvaluationCallback(Callback):
             graft.measure(subject, partial(self._run, trainer, module, subject, names))
             return {name: self._found[subject, name].metrics for name in names}
 
-        self._untouched.measure({name: self._signature(name) for name in self._due}, measure)
+        self._untouched.measure(self._signatures(), measure)
 
-    def _signature(self, name: str) -> str:
-        return f"{self.evaluators[name].signature()} {self._settings}"
+    def _signatures(self) -> dict[str, str]:
+        return {name: f"{self.evaluators[name].signature()} {self._settings}" for name in self._due}
 
     def _add_metrics(self, record: ValidationRecord) -> None:
         scores: dict[tuple[Subject, str], Metrics] = {key: found.metrics for key, found in self._found.items()}
-        for name in self._due if self.baselines else ():
-            known = self._untouched.known(name, self._signature(name))
+        for name, signature in self._signatures().items() if self.baselines else ():
+            known = self._untouched.known(name, signature)
             scores |= {(subject, name): metrics for subject, metrics in known.items()}
         for (subject, name), metrics in scores.items():
             prefix = f"{record.stage}/{subject.name}/{name}"

@@ -91,6 +91,7 @@ class GraftCallback(Callback):
         finished: The record of the last complete validation, whose metrics checkpoints and exports state.
         graft: The graft of the module's model, from its first use in a command to the command's end.
         fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
+        settings: Settings that a checkpoint's metrics depend on.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class GraftCallback(Callback):
         routing: bool = True,
         transforms: list[dict[str, Any]] = [],  # noqa: B006
     ) -> None:
-        named = {s.name for s in grafts(scales)} if all(isinstance(s, int | float) for s in scales) else set()
+        named = {f"{scale:g}" for scale in scales} if all(isinstance(s, int | float) for s in scales) else set()
         if not scales or len(named) < len(scales) or not all(map(math.isfinite, scales)):
             raise GraftError(
                 f"graft.scales is {scales}; expected at least one finite number, and none of them twice in its first "
@@ -119,6 +120,9 @@ class GraftCallback(Callback):
         self.baselines = baselines
         self.statistics = statistics
         self.routing = routing
+        self.settings = {
+            "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
+        }  # fmt: skip
         self.graft: LiveGraft | None = None
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
@@ -158,7 +162,11 @@ class GraftCallback(Callback):
         """Build the graft, log what it covers, and make sure that training starts at the Base."""
         self._run = RunTotals(started=time.perf_counter())
         graft = self.build(pl_module)
-        rank_zero_info(f"graft: {graft.coverage}; {_per_parameter(graft)}")
+        rank_zero_info(
+            f"graft: {graft.coverage}; frozen weights of {graft.frozen_bytes / 1e6:.1f} MB per rank on the "
+            f"{'CPU' if graft.offload else 'device'}, {graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} "
+            "bytes per parameter"
+        )
         if trainer.global_step == 0 and not trainer.ckpt_path and not graft.on_base:
             raise GraftError(
                 "the module does not start at the Base: its weights differ before the first step. Expected those of "
@@ -243,8 +251,8 @@ class GraftCallback(Callback):
                 transforms=self.transforms,
             )  # fmt: skip
             base.close()
-            # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
-            # signal handler in the middle of a pass.
+            # So that the module's state always holds the trained weights: for checkpoint callbacks in any order, and
+            # for a signal handler in the middle of a pass.
             self._hook = pl_module.register_state_dict_pre_hook(self._before_state_dict)
             self._routing, self._routing_on = self._new_routing(pl_module), ""
         return self.graft
@@ -261,7 +269,7 @@ class GraftCallback(Callback):
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
         return {
             "fingerprints": self.fingerprints,
-            "settings": self._settings(),
+            "settings": self.settings,
             "untouched": self._untouched.state,
             "metrics": dict(self.finished.metrics),
         }
@@ -275,23 +283,20 @@ class GraftCallback(Callback):
                 "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was "
                 "trained with, pinned by revision, or start again without ckpt_path."
             )
+        self.fingerprints = saved
         if constants := state_dict.get("constants"):  # of a checkpoint from before the key "untouched"
             self._untouched.state = {"val": {"signature": state_dict["measured_on"], **constants}}
         else:
             self._untouched.state = state_dict.get("untouched", {})
         self.finished = ValidationRecord(metrics=state_dict["metrics"])
-        before, now = state_dict.get("settings", self._settings()), self._settings()
-        if changed := [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]:
+        before = state_dict.get("settings", self.settings)
+        changed = [f"{k} {before.get(k)} (now {now})" for k, now in self.settings.items() if before.get(k) != now]
+        if changed:
             rank_zero_warn(
                 f"graft: the checkpoint was written with another graft: {', '.join(changed)}. Its metrics and its best "
                 "score are those of that graft. Resume with the same settings, or start a new run to compare them."
             )
             self.finished = ValidationRecord()
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "select": self.select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
-        }  # fmt: skip
 
     def _before_state_dict(self, *_: Any) -> None:
         if self.graft is not None:
@@ -311,17 +316,13 @@ class GraftCallback(Callback):
         self.graft = self._hook = self._routing = None
 
     def _measure_references(self, module: LightningModule) -> None:
-        """Measure the log-probabilities of a preference objective's reference, with the untouched models' weights.
-
-        Not with the weights as they happen to be when the training begins: after a resume those are trained already.
-        """
-        assert isinstance(module, ShadowModule)
+        """Measure the log-probabilities of a preference objective's reference, with the untouched models' weights."""
+        assert isinstance(module, ShadowModule)  # whose own weights are trained already after a resume
         for subject in UNTOUCHED:
             if names := module.lacking_references(subject):
                 graft, start = self.build(module), time.perf_counter()
                 with isolate_rng():
-                    measured = graft.measure(subject, partial(module.measure_references, names))
-                module.keep_references(subject, measured)
+                    graft.measure(subject, partial(module.measure_references, subject, names))
                 rank_zero_info(
                     f"graft: the untouched {subject.name.capitalize()}'s log-probabilities of {', '.join(names)} were "
                     f"measured in {time.perf_counter() - start:.1f} s"
@@ -348,7 +349,7 @@ class GraftCallback(Callback):
             record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule) -> dict[Subject, Metrics]:
-        """Scores of the untouched models: measured in the first full validation on these data, then remembered."""
+        """Scores of the untouched models, measured in the first full validation on these data and then remembered."""
         if not self.baselines:
             return {}
         settings = settings_of([module.objective, *module.metrics.values()])
@@ -443,7 +444,7 @@ def _progress(trainer: Trainer, subject: Subject, total: int) -> Iterator[Callab
 
 
 def _batches(trainer: Trainer) -> tuple[list[Any], list[float]]:
-    """The loaders of the running validation or test, and how many batches of each are run."""
+    """The loaders of the running validation or test, and the number of batches of each."""
     if trainer.testing:
         loaders, limits = trainer.test_dataloaders, trainer.num_test_batches
     else:
@@ -475,11 +476,3 @@ def _require_arguments(method: Callable[..., Any], problem: str) -> None:
     except TypeError as error:
         owner = type(getattr(method, "__self__", method)).__name__
         raise GraftError(f"{owner}.{method.__name__}{inspect.signature(method)} {problem}") from error
-
-
-def _per_parameter(graft: LiveGraft) -> str:
-    where = "CPU" if graft.offload else "device"
-    return (
-        f"frozen weights of {graft.frozen_bytes / 1e6:.1f} MB per rank on the {where}, "
-        f"{graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} bytes per parameter"
-    )

@@ -105,7 +105,7 @@ def test_every_subject_is_measured_on_its_own_weights(tmp_path, folders, kind):
     assert logged["val/tuned/probe/score"] == pytest.approx(tuned, rel=1e-5)
     scores = [logged[f"val/{who}/probe/score"] for who in ("base", "instruct", "grafted", "grafted@0.5", "tuned")]
     assert len(set(scores)) == 5 and "val/grafted@0.25/probe/score" not in logged
-    assert logged["graft/gain/probe"] == pytest.approx(scores[2] - scores[1], abs=1e-6)
+    assert logged["graft/gain/probe"] == pytest.approx(scores[2] - scores[1], abs=2**-23 * abs(scores[1]))
     assert 0 < logged["evaluation/time_share"] < 1
     assert logged["evaluation/seconds"] == pytest.approx(logged["evaluation/probe/seconds"])
 
@@ -359,8 +359,9 @@ def test_without_a_graft_a_validation_after_the_run_has_no_share_of_its_time(tmp
     evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
     module, trainer = fit(tmp_path, folders, callbacks=[evaluation], max_steps=2)
     assert 0 < metrics(trainer)["evaluation/time_share"] < 1
-    (found,) = make_trainer(tmp_path, evaluation).validate(module, RandomData(), verbose=False)
-    assert "evaluation/seconds" in found and "evaluation/time_share" not in found
+    again = make_trainer(tmp_path, evaluation)
+    again.validate(module, RandomData(), verbose=False)
+    assert "evaluation/seconds" in metrics(again) and "evaluation/time_share" not in metrics(again)
 
 
 def test_the_untouched_are_measured_again_with_other_settings(tmp_path, folders):
@@ -470,7 +471,7 @@ def test_two_processes_find_what_one_finds(tmp_path, folders, files, strategy):
     for rank in ranks:
         assert rank.keys() == one.keys()
         for name, value in one.items():
-            assert rank[name] == pytest.approx(value, rel=2e-4, abs=2e-6, nan_ok=True), name
+            assert rank[name] == pytest.approx(value, rel=2e-4, abs=1e-5, nan_ok=True), name
     for name, count in (("choice", 7), ("answers", 5), ("forgetting", 5)):
         rows = [
             [json.loads(line) for line in (tmp_path / which / f"step-2/grafted/{name}.jsonl").read_text().splitlines()]
