@@ -69,12 +69,19 @@ class ExportCallback(Callback):
         self.max_shard_bytes = max_shard_bytes
         self.verify = verify
         self.exported: Path | None = None  # the model folder, once written
+        self._graft: GraftCallback  # the trainer's, from setup on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise before the training where the export at its end would fail."""
         if not self.enabled or stage != "fit":
             return
-        _graft_callback(trainer)
+        found = [c for c in trainer.callbacks if isinstance(c, GraftCallback)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            raise ExportError(
+                f"the trainer has {len(found)} GraftCallbacks; ExportCallback needs exactly one, whose graft it writes."
+                " Add one to trainer.callbacks, or set export.enabled=false."
+            )
+        (self._graft,) = found
         target = self._target(trainer)
         if any((target / part).exists() for part in ("model", "adapter", "delta")):
             raise ExportError(
@@ -95,16 +102,15 @@ class ExportCallback(Callback):
         pl_module.to(left_on)
 
     def _export(self, trainer: Trainer, pl_module: ShadowModule) -> None:
-        callback = _graft_callback(trainer)
-        _load_best(trainer, pl_module, callback)
+        _load_best(trainer, pl_module, self._graft)
         target = self._target(trainer)
-        manifest = self._manifest(trainer, pl_module, callback)
+        manifest = self._manifest(trainer, pl_module)
         if "model" in self.parts:
-            self._export_model(trainer, pl_module, callback, target / "model", manifest)
+            self._export_model(trainer, pl_module, target / "model", manifest)
         if "adapter" in self.parts and pl_module.adapter is not None:
-            self._export_adapter(trainer, pl_module, callback, target / "adapter", manifest)
+            self._export_adapter(trainer, pl_module, target / "adapter", manifest)
         if "delta" in self.parts:
-            tensors = callback.build(pl_module).delta_tensors()
+            tensors = self._graft.build(pl_module).delta_tensors()
             if trainer.is_global_zero:
                 write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
             else:
@@ -112,7 +118,8 @@ class ExportCallback(Callback):
         trainer.strategy.barrier("export")
         rank_zero_info(f"export: {', '.join(self.parts)} of the grafted Instruct: in {target}")
 
-    def _manifest(self, trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> Manifest:
+    def _manifest(self, trainer: Trainer, module: ShadowModule) -> Manifest:
+        callback = self._graft
         graft, scale = callback.build(module), callback.scales[0]
         statistics = graft.statistics(scale)
         return build_manifest(
@@ -128,9 +135,8 @@ class ExportCallback(Callback):
             fingerprints=callback.fingerprints,
         )
 
-    def _export_model(
-        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Manifest
-    ) -> None:
+    def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: Manifest) -> None:
+        callback = self._graft
         probe = _first_batch(trainer)
         with isolate_rng(), callback.grafted(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             module.eval()
@@ -151,9 +157,7 @@ class ExportCallback(Callback):
         if self.verify:
             _verify(target, probe, reference, module.pair.trust_remote_code)
 
-    def _export_adapter(
-        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Any
-    ) -> None:
+    def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: Manifest) -> None:
         assert module.adapter is not None and module.model is not None
         if starts_from_weights(module.adapter) or module.adapter.modules_to_save or module.adapter.bias != "none":
             rank_zero_info(
@@ -161,13 +165,13 @@ class ExportCallback(Callback):
                 "biases or whole modules besides its factors, means another update on the Instruct than on the Base."
             )
             return
-        if callback.transforms:
+        if self._graft.transforms:
             rank_zero_info(
                 "export: no adapter is written. The graft transforms the update (graft.transforms), so the adapter's "
                 "factors do not give it; export.parts=[delta] and 'delta lora' make an adapter of it."
             )
             return
-        factors = callback.build(module).adapter_tensors(callback.scales[0])
+        factors = self._graft.build(module).adapter_tensors(self._graft.scales[0])
         if trainer.is_global_zero:
             state = get_peft_model_state_dict(module.model, state_dict=factors)
             export_adapter(target, module.pair, module.adapter, state, manifest)
@@ -220,16 +224,6 @@ def _first_batch(trainer: Trainer) -> dict[str, Tensor]:
         first = rows["input_ids"][:1, : begins[1] if len(begins) > 1 else None]
         rows = {"input_ids": first, "attention_mask": torch.ones_like(first)}
     return trainer.strategy.broadcast(rows)
-
-
-def _graft_callback(trainer: Trainer) -> GraftCallback:
-    found = [c for c in trainer.callbacks if isinstance(c, GraftCallback)]  # type: ignore[attr-defined]
-    if len(found) != 1:
-        raise ExportError(
-            f"the trainer has {len(found)} GraftCallbacks; ExportCallback needs exactly one, whose graft it writes. "
-            "Add one to trainer.callbacks, or set export.enabled=false."
-        )
-    return found[0]
 
 
 def _resolved_config(trainer: Trainer) -> dict[str, Any]:
