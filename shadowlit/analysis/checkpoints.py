@@ -43,13 +43,7 @@ _CACHED = 2  # whole tensors of a sharded checkpoint
 
 @dataclass(frozen=True)
 class Stage:
-    """A checkpoint of a run.
-
-    Attributes:
-        step: Optimizer steps done.
-        path: The file, or the folder of a sharded one.
-        reader: Reader of the trained tensors.
-    """
+    """A checkpoint of a run, a file or the folder of a sharded one, after so many optimizer steps."""
 
     step: int
     path: Path

@@ -180,7 +180,7 @@ def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
     often, seldom = Probe(), Probe(every=3)
     evaluation = EvaluationCallback({"often": often, "seldom": seldom}, folder=str(tmp_path / "e"))
     # 8 steps with a validation each second one: validations 1 to 4, of which the first and the last
-    fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation])
+    fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation], max_epochs=2)
     steps = {name: sorted(p.parent.parent.name for p in (tmp_path / "e").glob(f"step-*/grafted/{name}.jsonl"))
              for name in ("often", "seldom")}  # fmt: skip
     assert steps == {"often": ["step-2", "step-4", "step-6", "step-8"], "seldom": ["step-2", "step-8"]}
@@ -190,7 +190,7 @@ def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
 def test_the_last_validation_may_come_before_the_last_step(tmp_path, folders):
     """After three and six of eight batches an epoch, two of which are a step: the last one is after 7 of 8 steps."""
     evaluation = EvaluationCallback({"probe": Probe(every=9)}, folder=str(tmp_path / "e"))
-    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], val_check_interval=3)
+    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], val_check_interval=3, max_epochs=2)
     assert sorted(p.name for p in (tmp_path / "e").glob("step-*")) == ["step-1", "step-7"]
     assert trainer.global_step == 8
 
@@ -211,7 +211,7 @@ def test_a_seldom_score_can_be_monitored_and_is_stated_only_where_it_was_measure
     checkpoint = ModelCheckpoint(tmp_path / "c", monitor="val/grafted/probe/score", filename="{step}", save_last=True)
     other = ModelCheckpoint(tmp_path / "d", filename="{step}", save_top_k=-1)
     evaluation = EvaluationCallback({"probe": Probe(every=2)}, folder=str(tmp_path / "e"))
-    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, other])
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, other], max_epochs=2)
     stated = {}
     for file in (tmp_path / "d").iterdir():
         saved = torch.load(file, weights_only=True)
@@ -250,7 +250,7 @@ def test_checkpoints_and_early_stopping_can_monitor_them(tmp_path, folders, moni
     checkpoint = ModelCheckpoint(tmp_path / "c", monitor=monitor, mode="max")
     stop = EarlyStopping(monitor, mode="min", patience=1)
     evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
-    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, stop])
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, stop], max_epochs=2)
     assert checkpoint.best_model_score is not None and checkpoint.best_model_path
 
 

@@ -62,7 +62,7 @@ def make_module(folders, kind="full", cls=ShadowModule, **options):
 def make_trainer(tmp_path, *callbacks, **options):
     seed_everything(0)
     defaults = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "use_distributed_sampler": False, "inference_mode": False, "accumulate_grad_batches": 2,
         "val_check_interval": 4, "gradient_clip_val": 1.0, "default_root_dir": tmp_path,
@@ -131,7 +131,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, folde
     """Hazard 4: with dropout, accumulation, clipping and shuffled validation in between."""
     runs = []
     for callbacks in ([GraftCallback(scales=[1.0, 0.5])], []):
-        module, trainer = fit(tmp_path, folders, kind, callbacks)
+        module, trainer = fit(tmp_path, folders, kind, callbacks, max_epochs=2)
         moments = [s["exp_avg_sq"] for s in trainer.optimizers[0].state.values()]
         runs.append((weights(module), moments, metrics(trainer)["val/tuned/loss"], torch.rand(1).item()))
     assert_same(runs[0][0], runs[1][0])
@@ -256,7 +256,7 @@ def test_checkpoints_and_early_stopping_can_monitor_any_of_them(tmp_path, folder
     """Hazard 3: and the checkpoint holds the weights that train."""
     checkpoint = ModelCheckpoint(dirpath=tmp_path, monitor=monitor, save_last=True)
     snapshots = Snapshots()
-    fit(tmp_path, folders, callbacks=[EarlyStopping(monitor), checkpoint, GraftCallback(), snapshots])
+    fit(tmp_path, folders, callbacks=[EarlyStopping(monitor), checkpoint, GraftCallback(), snapshots], max_epochs=2)
     saved = torch.load(checkpoint.best_model_path, weights_only=True)
     (remembered,) = [s for key, s in saved["callbacks"].items() if "GraftCallback" in key]
     assert checkpoint.best_model_score.item() == remembered["metrics"][monitor]
@@ -281,7 +281,7 @@ def test_two_pairs_are_not_mixed_up_on_resume(tmp_path, folders):
     fit(tmp_path, folders, callbacks=[GraftCallback(), checkpoint], max_epochs=1)
     module = make_module((folders[0], other))
     with pytest.raises(GraftError, match=r"written with another instruct than pair.instruct is now"):
-        make_trainer(tmp_path, GraftCallback()).fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
+        make_trainer(tmp_path, GraftCallback(), max_epochs=2).fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -325,7 +325,7 @@ def test_the_untouched_models_are_measured_once_and_kept_over_a_resume(tmp_path,
 
     module = make_module(folders, cls=Recorder)
     callbacks = [GraftCallback(), ModelCheckpoint(dirpath=tmp_path, save_last=True)]
-    first = make_trainer(tmp_path, *callbacks)
+    first = make_trainer(tmp_path, *callbacks, max_epochs=2)
     first.fit(module, RandomData())
     batches = 4 + 2
     assert subjects.count("base") == subjects.count("instruct") == batches
@@ -450,7 +450,7 @@ def test_the_validation_data_are_hashed_once(tmp_path, folders, monkeypatch):
 
     graft = GraftCallback()
     graft._data = Asked()
-    _, trainer = fit(tmp_path, folders, callbacks=[graft])
+    _, trainer = fit(tmp_path, folders, callbacks=[graft], max_epochs=2)
     assert (len(asked), len(set(asked)), len(hashed)) == (4, 1, 1)
     assert graft._data.of(trainer.val_dataloaders, [1, 1]) != asked[0]
 
@@ -705,7 +705,7 @@ def test_a_checkpoint_from_before_the_record_still_resumes(tmp_path, folders):
     old = {who: {**entry[who], "mark": mark} for who, mark in (("base", 1.0), ("instruct", 2.0))}
     saved["callbacks"][key] = {**state, "constants": old, "measured_on": entry["signature"]}
     torch.save(saved, tmp_path / "old.ckpt")
-    again = make_trainer(tmp_path, GraftCallback())
+    again = make_trainer(tmp_path, GraftCallback(), max_epochs=2)
     again.fit(make_module(folders), RandomData(), ckpt_path=tmp_path / "old.ckpt")
     logged = metrics(again)
     assert logged["val/base/mark"] == 1 and logged["val/instruct/mark"] == 2

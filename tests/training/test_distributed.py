@@ -71,7 +71,7 @@ def train(folders, kind, strategy, world_size, out, checkpointing=False):
     graft, start = GraftCallback(scales=[1.0, 0.5], dtype="float32"), Start()
     export = ExportCallback(parts=["model", "delta"], folder=str(out))
     trainer = make_trainer(strategy, world_size, [start, graft, export])
-    trainer.fit(module, RandomData())
+    trainer.fit(module, RandomData(8))
     sharded = [p for p in module.model.parameters() if isinstance(p, DTensor)]
     return {
         "metrics": {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k},
@@ -148,7 +148,7 @@ def reductions(folders, kind, strategy, when):
     module = make_module(folders, kind, reduce_gradients=when)
     trainer = make_trainer(strategy, 2, [], max_steps=2, limit_val_batches=0)
     with profile() as profiler:
-        trainer.fit(module, RandomData())
+        trainer.fit(module, RandomData(8))
     counts = {event.key: event.count for event in profiler.key_averages()}
     start = dict(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).named_parameters())
     return counts, whole_parameters(module), start
@@ -171,7 +171,7 @@ def updates_of_an_adapter(folders):
     seed_everything(0)
     module = ShadowModule(ModelPair(*map(str, folders)), LoraConfig(r=16), lr=1e-2)
     graft = GraftCallback()
-    make_trainer("fsdp2", 2, [graft], max_steps=2).fit(module, RandomData())
+    make_trainer("fsdp2", 2, [graft], max_steps=2).fit(module, RandomData(8))
     found = {}
     live = graft.build(module)
     for host in live._hosts:
@@ -198,17 +198,17 @@ def test_the_update_of_a_sharded_adapter_lies_as_its_host(tmp_path):
 def train_and_resume(folders, kind, out, distributed_checkpoint, offload=False):
     """Weights of three epochs at once, and of the last two after a resume from the first one's checkpoint."""
     ends = []
-    for resume in (None, out / "step=4.ckpt"):
+    for resume in (None, out / "step=2.ckpt"):
         seed_everything(0)
         module = make_module(folders, kind, offload_optimizer=offload and resume is not None)
-        checkpoint = ModelCheckpoint(out, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        checkpoint = ModelCheckpoint(out, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         strategy = ModelParallelStrategy(
             data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed_checkpoint
         )
         trainer = make_trainer(strategy, 2, [GraftCallback(), checkpoint], max_epochs=3)
-        trainer.fit(module, RandomData(), ckpt_path=resume, weights_only=True)
+        trainer.fit(module, RandomData(8), ckpt_path=resume, weights_only=True)
         ends.append((whole_parameters(module), trainer.callback_metrics["val/grafted/loss"]))
-    return *ends, (out / "step=4.ckpt").is_dir()
+    return *ends, (out / "step=2.ckpt").is_dir()
 
 
 @pytest.mark.parametrize(("kind", "distributed"), [("full", True), ("full", False), ("lora", True), ("lora", False)])
@@ -265,7 +265,8 @@ def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
     command = [
         *starter, "-m", "shadowlit", "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2",
         "--trainer.limit_val_batches=1", "--trainer.val_check_interval=1", "--trainer.enable_progress_bar=false",
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        "--data.limit_train_samples=64", f"--trainer.logger.init_args.save_dir={tmp_path}",
+        *(f"--evaluation.evaluators.{name}.init_args.limit=2" for name in ("new", "old", "format", "refusal")),
     ]  # fmt: skip
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -292,7 +293,7 @@ def test_tasks_of_a_slurm_job_are_ranks(tmp_path):
 def wrong_mesh(folders):
     module = make_module(folders, "full")
     with pytest.raises(ShadowlitError) as caught:
-        make_trainer(ModelParallelStrategy(), 2, [GraftCallback()]).fit(module, RandomData())
+        make_trainer(ModelParallelStrategy(), 2, [GraftCallback()]).fit(module, RandomData(8))
     return str(caught.value)
 
 
@@ -305,7 +306,7 @@ def test_a_strategy_that_shards_nothing_is_refused(tmp_path):
 def pissa(folders):
     module = ShadowModule(ModelPair(*map(str, folders)), LoraConfig(r=4, init_lora_weights="pissa"))
     with pytest.raises(ShadowlitError) as caught:
-        make_trainer("fsdp2", 2, []).fit(module, RandomData())
+        make_trainer("fsdp2", 2, []).fit(module, RandomData(8))
     return str(caught.value)
 
 
