@@ -350,7 +350,7 @@ def test_a_second_fit_is_as_the_first(tmp_path, folders):
     evaluation, steps = EvaluationCallback({"probe": Probe(every=3)}), []
     for name in "ab":
         evaluation.folder = str(tmp_path / name)
-        fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation])
+        fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation], max_epochs=2)
         steps.append(sorted(p.name for p in (tmp_path / name).glob("step-*")))
     assert steps == [["step-2", "step-8"]] * 2
 
