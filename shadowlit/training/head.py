@@ -107,13 +107,6 @@ class HeadLoss:
         """
         return self._at(self._loss, inputs, positions, targets)
 
-    def token_log_probs(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities ``[N]`` of the targets, float32 with a gradient; arguments as of :meth:`loss`.
-
-        The logits of a chunk are computed again in the backward pass, with every implementation but ``logits``.
-        """
-        return -self.map_logits(inputs, positions, targets, cross_entropies)
-
     def map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
         """``function(logits, targets)`` ``[N]`` of all tokens, with a gradient; arguments as of :meth:`loss`.
 

@@ -14,6 +14,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import Subject
 from shadowlit.training.head import HeadLoss, LogitsFunction, Watch
+from shadowlit.training.linear_loss import cross_entropies
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
 
 Batch = Mapping[str, Tensor]
@@ -81,7 +82,7 @@ class Outputs:
 
     def token_log_probs(self) -> Tensor:
         """The log-probabilities of the supervised tokens in nats, float32 ``[N]``."""
-        return self._head.token_log_probs(model_inputs(self.batch), self.positions, self.targets)
+        return -self.map_logits(cross_entropies)
 
     def map_logits(self, function: LogitsFunction) -> Tensor:
         """``function(logits, targets)`` of all supervised tokens, ``[N]``.

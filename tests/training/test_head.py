@@ -13,6 +13,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss, understand
 from shadowlit.training.linear_loss import (
+    cross_entropies,
     linear_cross_entropy_sum,
     linear_token_losses,
     recomputed_cross_entropy_sum,
@@ -152,11 +153,11 @@ def test_token_log_probs_are_those_of_the_whole_logits(arch):
     for way in ("auto", "logits"):
         model.zero_grad()
         losses = HeadLoss(model, way)
-        logps = losses.token_log_probs(inputs, positions, targets)
+        logps = -losses.map_logits(inputs, positions, targets, cross_entropies)
         (logps * torch.linspace(0, 1, len(targets))).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
-            assert torch.equal(losses.token_log_probs(inputs, positions, targets), logps)
+            assert torch.equal(-losses.map_logits(inputs, positions, targets, cross_entropies), logps)
         found[way] = logps.detach(), gradients
     torch.testing.assert_close(found["auto"][0], found["logits"][0], rtol=1e-5, atol=1e-6)
     assert found["auto"][1].keys() == found["logits"][1].keys()
