@@ -258,16 +258,24 @@ class Transforms:
 
     def __call__(self, name: str, update: Tensor) -> Tensor:
         """The transformed update of a whole tensor, in float32 (float64 for a float64 update)."""
-        return self.on_part(update, lambda seed: self.noise(name, tuple(update.shape), seed))
+        return self.on_part(name, update, lambda seed: self.noise(name, tuple(update.shape), seed))
 
     @torch.no_grad()
-    def on_part(self, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of an update; ``noise`` returns that part of the tensor's random numbers by their seed.
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """The transformed part of an update; of the whole tensor where a transform is not elementwise.
 
-        The part must be the whole tensor if a transform is not elementwise.
+        Args:
+            name: Name of the tensor.
+            update: Part of the update.
+            noise: Gives the same part of the tensor's random numbers by their seed.
+
+        Raises:
+            GraftError: A transform returns another shape, or NaN or infinity for a finite update.
         """
         for step in self._steps:
-            update = _apply(step, update, noise)
+            result = _apply(step, update, noise)
+            _require_result(step[0].name, name, update, result)
+            update = result
         return update
 
     @staticmethod
@@ -294,6 +302,22 @@ def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor]) -> Tenso
     if found.is_random:
         given[NOISE] = noise(given.pop(SEED)).to(update.device)
     return found.function(update, **given)
+
+
+def _require_result(transform: str, name: str, update: Tensor, result: Tensor) -> None:
+    found = f"the transform {transform!r} returns"
+    if result.shape != update.shape:
+        raise GraftError(
+            f"{found} a tensor of shape {list(result.shape)} for the update of {name}, whose shape is "
+            f"{list(update.shape)}. Correct the function so that it keeps every shape, or leave the tensor out of the "
+            "selection (graft.select)."
+        )
+    if not result.isfinite().all() and update.isfinite().all():  # of a training that diverged it may be otherwise
+        raise GraftError(
+            f"{found} NaN or infinity for the update of {name}, which is finite. Correct the function, also for an "
+            "update of zeros, which every training starts with; or leave the tensor out of the selection "
+            "(graft.select)."
+        )
 
 
 def _try(step: _Step, where: Where) -> None:

@@ -48,7 +48,7 @@ class ParameterTransforms:
         parameter = self._parameters[name]
         if not self._transforms.whole:
             slices = local_slices(parameter)
-            return self._transforms.on_part(update_of(name), lambda seed: self._noise(name, seed)[slices])
+            return self._transforms.on_part(name, update_of(name), lambda seed: self._noise(name, seed)[slices])
         if name not in self._module.tensors:
             return self._transforms(name, update_of(name))
         learned = laid_out(self._module.tensors, self._files, update_of)

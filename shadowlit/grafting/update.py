@@ -75,8 +75,8 @@ class Transforms(Protocol):
     def __call__(self, name: str, update: Tensor) -> Tensor:
         """The transformed update of the whole tensor ``name``."""
 
-    def on_part(self, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of an update; ``noise`` gives that part's random numbers by their seed."""
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """The transformed part of a tensor's update; ``noise`` gives that part's random numbers by their seed."""
 
     def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The random numbers of the whole tensor ``name``, on the CPU."""

@@ -196,8 +196,8 @@ def outcome(model, batches):
     return total, logits, gradient
 
 
-# Relative to the loss, the largest logit and the norm of the gradient. Kernels that round otherwise, those of three kinds
-# of CPU among them (ATEN_CPU_CAPABILITY), differ by 1, 6 and 5 units of rounding; a leak changes the leading digits.
+# Relative to the loss, the largest logit and the norm of the gradient. Kernels that round otherwise, those of three
+# kinds of CPU among them (ATEN_CPU_CAPABILITY), differ by 1, 6 and 5 units of rounding; a leak changes the leading digits.
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 

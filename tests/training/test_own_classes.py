@@ -127,6 +127,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("own")
     base, instruct = save_pair(root)
     (root / "ownpackage.py").write_text(textwrap.dedent(OWN))
+    (root / "brokenpackage.py").write_text("1 / 0\n")
     talks = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ab" * (1 + i % 3)}]
              for i in range(8)]  # fmt: skip
     (root / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
@@ -295,12 +296,30 @@ def test_metrics_beside_the_objective_s(root, head_loss):
     ("metrics", "message"),
     [
         ({"loss": own("TopK")}, "model.metrics.loss gives loss, which another metric gives too"),
+        (
+            {"fine": own("TopK"), "longer": own("LongerAnswers")},
+            r"model\.metrics\.longer failed on a random batch of conversations \(TypeError: .*Expected update\(logits",
+        ),
+        ({"a b": own("TopK")}, "model.metrics has the name 'a b'; expected letters, digits, '_' and '-'"),
+        ({"a/b": own("TopK")}, "model.metrics has the name 'a/b'; expected letters, digits, '_' and '-'"),
         ({"raw": own("Raw")}, r"'raw' of model.metrics gives a tensor of shape \[2\]; expected one number"),
     ],
 )
-def test_metrics_that_can_not_be_logged(root, metrics, message):
+def test_metrics_that_can_not_be_logged(root, metrics, message, monkeypatch):
+    """Found before any weight is loaded, even without Lightning's sanity check."""
+    monkeypatch.setattr(ShadowModule, "configure_model", lambda self: pytest.fail("came too late"))
     with pytest.raises(ShadowlitError, match=message):
-        fit(write(root, "wrong", model={"metrics": metrics}))
+        fit(write(root, "wrong", model={"metrics": metrics}, trainer={"num_sanity_val_steps": 0}))
+
+
+def test_a_metric_of_answers_that_does_not_fit(root, monkeypatch):
+    monkeypatch.setattr(ShadowModule, "configure_model", lambda self: pytest.fail("came too late"))
+    rows = str(root / "pairs.jsonl")
+    for objective in (own("Exponential"), {"class_path": "DPO"}):
+        path = write(root, "wrong", model={"objective": objective, "metrics": {"top": own("TopK")}},
+                     data={"train": rows, "validation": rows})  # fmt: skip
+        with pytest.raises(ShadowlitError, match=r"metrics\.top failed on a random batch of pairs .*update\(answers\)"):
+            fit(path)
 
 
 # -- the module ---------------------------------------------------------------------------------------------------
@@ -340,6 +359,10 @@ def test_without_a_class_path_nothing_of_it_is_saved(root, capsys):
             "nopackage.Mine",
             "is 'nopackage.Mine', which can't be imported .*No module named 'nopackage'",
         ),
+        (
+            "brokenpackage.Mine",
+            "is 'brokenpackage.Mine', which can't be imported .*ZeroDivisionError: division by zero",
+        ),
         ("ownpackage.Mine", "model.class_path is 'ownpackage.Mine', which can't be imported .*no attribute 'Mine'"),
         ("Mine", "model.class_path is 'Mine', which can't be imported"),
         (
@@ -353,6 +376,11 @@ def test_a_module_that_is_none(root, path, message):
         check(["fit", "--config", write(root, "none", model={"class_path": path})])
     with pytest.raises(ShadowlitError, match=message):
         check(["fit", "--config", str(root / "run.yaml"), f"--model.class_path={path}"])
+
+
+def test_a_class_path_that_is_no_text(root):
+    with pytest.raises(ShadowlitError, match=r"model\.class_path is 5, which can't be imported"):
+        check(["fit", "--config", write(root, "five", model={"class_path": 5})])
 
 
 def test_a_key_of_another_class_is_an_error(root):
@@ -439,6 +467,13 @@ def test_optimizers_and_schedules_that_are_none(root, argument):
 def test_validate_without_a_logger_leaves_nothing_behind(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["validate", "--config", str(root / "run.yaml"), "--trainer.logger=false"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fits_without_a_logger_leave_nothing_behind_and_may_be_repeated(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        fit(str(root / "run.yaml"), "--trainer.logger=false", "--trainer.max_steps=1")
     assert list(tmp_path.iterdir()) == []
 
 
