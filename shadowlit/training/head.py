@@ -155,7 +155,8 @@ class HeadLoss:
             return recomputed_cross_entropy_sum(self._logits, states, targets, self._chunk_size(states))
         head = self.head
         assert isinstance(head.module, nn.Linear)
-        weight, bias = head.module.weight, head.module.bias
+        weight: Tensor = head.module.weight
+        bias: Tensor | None = head.module.bias
         if self.way == "chunked":
             return linear_cross_entropy_sum(states, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
         device = states.device.type
