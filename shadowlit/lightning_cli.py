@@ -89,10 +89,10 @@ class ShadowParser(LightningArgumentParser):
 class ShadowCLI(LightningCLI):
     """Parses a run's configuration; the pair is given once and passed to both the module and the data."""
 
-    def __init__(self, *given: Any, args: ArgsType = None, **options: Any) -> None:
+    def __init__(self, model_class: Any, data_class: Any, *, args: ArgsType = None, **options: Any) -> None:
         words = sys.argv[1:] if args is None else args
         self._first_argument = words[0] if isinstance(words, list) and words else None
-        super().__init__(*given, args=args, **options)
+        super().__init__(model_class, data_class, args=args, **options)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the trainer, the model and the data, and the model's class."""

@@ -15,10 +15,9 @@ from shadowlit.analysis.checkpoints import latest, open_stage, spread
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.names import kind_of, layer_of
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
+from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
-from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
 from shadowlit.delta.delta import Delta
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
@@ -136,7 +135,7 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
     relative = not all(math.isnan(one.weight_square) for one in found)
     sums: dict[tuple[str, int], list[float]] = {}
     for one in found:
-        if one.layer is not None and not one.name.endswith(".bias"):
+        if one.layer is not None and not is_bias(one.name):
             cell = sums.setdefault((one.kind, one.layer), [0.0, 0.0])
             cell[0] += one.square
             cell[1] += one.weight_square if relative else one.num_elements

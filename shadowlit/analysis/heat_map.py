@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from shadowlit.analysis.similarity import Group, Similarity
+from shadowlit.checkpoint.names import is_bias
 from shadowlit.errors import ShadowlitError
 from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
 
@@ -46,7 +47,7 @@ def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap
     measure = measure or similarity.measures[0]
     found: dict[tuple[str, int], list[int]] = {}
     for i, tensor in enumerate(similarity.tensors):
-        if tensor.layer is not None and not tensor.name.endswith(".bias"):
+        if tensor.layer is not None and not is_bias(tensor.name):
             found.setdefault((tensor.kind, tensor.layer), []).append(i)
     cells = {
         # Several tensors of one kind in one layer, as experts are, count together.

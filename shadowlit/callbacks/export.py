@@ -22,7 +22,7 @@ from shadowlit.delta.delta import write_delta
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import starts_from_weights
 from shadowlit.grafting.export import export_adapter, export_folder, logit_difference, reload_logits
-from shadowlit.grafting.manifest import Manifest, add_to_manifest, build_manifest
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class ExportCallback(Callback):
         trainer.strategy.barrier("export")
         rank_zero_info(f"export: {', '.join(self.parts)} of the grafted Instruct: in {target}")
 
-    def _manifest(self, trainer: Trainer, module: ShadowModule) -> Manifest:
+    def _manifest(self, trainer: Trainer, module: ShadowModule) -> dict[str, Any]:
         callback = self._graft
         graft, scale = callback.build(module), callback.scales[0]
         statistics = graft.statistics(scale)
@@ -135,7 +135,7 @@ class ExportCallback(Callback):
             fingerprints=callback.fingerprints,
         )
 
-    def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: Manifest) -> None:
+    def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
         callback = self._graft
         probe = _first_batch(trainer)
         with isolate_rng(), callback.grafted(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
@@ -157,7 +157,7 @@ class ExportCallback(Callback):
         if self.verify:
             _verify(target, probe, reference, module.pair.trust_remote_code)
 
-    def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: Manifest) -> None:
+    def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
         assert module.adapter is not None and module.model is not None
         if starts_from_weights(module.adapter) or module.adapter.modules_to_save or module.adapter.bias != "none":
             rank_zero_info(

@@ -22,7 +22,6 @@ from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
-from shadowlit.grafting.folders import GraftPlan
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.pair.folders import model_folder
 from shadowlit.progress import make_console
@@ -237,8 +236,7 @@ def apply(
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        planned = GraftPlan(plan, folder, wanted, lambda: manifest)
-        write_with_progress(planned, Path(out), shard_size, files_from)
+        write_with_progress(plan, lambda: manifest, Path(out), shard_size, files_from)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}

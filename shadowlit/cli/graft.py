@@ -9,7 +9,8 @@ from typing import Any, Literal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.errors import GraftError
-from shadowlit.grafting.folders import GraftPlan, plan_graft, write_graft
+from shadowlit.grafting.disk import DiskGraft
+from shadowlit.grafting.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.grafting.update import Transforms
 from shadowlit.progress import make_console, progress_bar
 
@@ -58,12 +59,12 @@ def graft(
     chosen = choose(transforms)
     with plan_graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle, transforms=chosen
-    ) as plan:
-        console.print(f"graft: {plan.graft.coverage}")
-        console.print(f"graft: the result has {format_bytes(plan.graft.num_bytes)}")
+    ) as (plan, manifest):
+        console.print(f"graft: {plan.coverage}")
+        console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
         if dry_run:
             return
-        write_with_progress(plan, Path(out), shard_size, files_from)
+        write_with_progress(plan, manifest, Path(out), shard_size, files_from)
     console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
 
 
@@ -76,12 +77,16 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
     return transforms.Transforms(specs, "--transforms")
 
 
-def write_with_progress(plan: GraftPlan, out: Path, shard_size: str, files_from: str | None) -> None:
+def write_with_progress(
+    plan: DiskGraft, manifest: MakeManifest, out: Path, shard_size: str, files_from: str | None
+) -> None:
     """Write a planned graft to its folder, with a progress bar, and report how much of the update survives."""
     console = make_console()
-    with progress_bar("grafting", plan.graft.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
-        write_graft(plan, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance)
-    console.print(f"graft: {plan.graft.survival:.1%} of the update survives rounding to the result's dtype")
+    with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
+        write_graft(
+            plan, manifest, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance
+        )
+    console.print(f"graft: {plan.survival:.1%} of the update survives rounding to the result's dtype")
     console.print(f"graft: {out} is complete")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pkgutil import resolve_name
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -35,11 +35,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 class Transform:
     """A function of an update by the name under which it is chosen.
 
-    Attributes:
-        name: Name in configurations and on the command line.
-        function: Pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32.
-        elementwise: Whether each element of the result depends on the same element of the arguments only, so that the
-            function may be applied to a shard of a tensor.
+    A pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32. An elementwise one, of
+    whose result each element depends on the same element of the arguments only, may be applied to a shard of a tensor.
     """
 
     name: str
@@ -97,17 +94,14 @@ def transform(name: str, *, elementwise: bool = False) -> Callable[[_Function], 
 def find(name: str, key: str = "name") -> Transform:
     """The transform of a name: a registered one, an entry point's, or the function at an import path.
 
-    Args:
-        name: Name of the transform.
-        key: Name of the setting in messages.
-
     Raises:
-        GraftError: There is none, there are several, or what the name stands for is not a function.
+        GraftError: There is none, there are several, or what the name stands for is not a function. The message calls
+            the setting ``key``.
     """
     functions = [_registered[name].function] if name in _registered else []
     functions += [_loaded(entry.load, name, key) for entry in entry_points(group=GROUP, name=name)]
     if not functions and "." in name:
-        functions = [_loaded(lambda: _imported(name), name, key)]
+        functions = [_loaded(lambda: resolve_name(name), name, key)]
     if not functions:
         known = sorted({*_registered, *(entry.name for entry in entry_points(group=GROUP))})
         near = difflib.get_close_matches(name, known, n=1)
@@ -119,11 +113,6 @@ def find(name: str, key: str = "name") -> Transform:
         raise _taken(name, functions)
     decorated = (known for known in _registered.values() if known.function is functions[0])
     return _registered.get(name) or next(decorated, Transform(name, functions[0]))
-
-
-def _imported(path: str) -> Any:
-    module, _, attribute = path.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def _loaded(load: Callable[[], Any], name: str, key: str) -> Callable[..., Tensor]:
@@ -164,15 +153,10 @@ def _taken(name: str, functions: Sequence[Any]) -> GraftError:
 
 
 def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """The parameters of a transform, with defaults where none are given.
-
-    Args:
-        found: Transform that is chosen.
-        given: Parameters that are given, by name.
-        where: Gives the name of a parameter in messages.
+    """The parameters of a transform: the given ones, and defaults for the rest.
 
     Raises:
-        GraftError: A parameter is unknown, missing or of another type.
+        GraftError: A parameter is unknown, missing or of another type; ``where`` gives its name in the message.
     """
     parameters = found.parameters
     has = ", ".join(str(p) for p in parameters.values()) or "no parameters"

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.names import router_modules
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import supervised_positions
 
 Batch = Mapping[str, Tensor]
-_NAMES = ("gate", "router")
 
 
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -31,12 +31,7 @@ def routers_of(model: nn.Module) -> dict[str, nn.Module]:
     ``[tokens, k]``, the best first, as transformers' mixtures do (Qwen2-, Qwen3-MoE, Mixtral, OLMoE …).
     """
     modules = dict(model.named_modules())
-    return {
-        name: module
-        for name, module in modules.items()
-        for parent, _, last in [name.rpartition(".")]
-        if last in _NAMES and f"{parent}.experts" in modules
-    }
+    return {name: modules[name] for name in router_modules(modules)}
 
 
 class Routing:
@@ -54,7 +49,7 @@ class Routing:
         self._routers = routers_of(model)
         if not self._routers:
             raise ShadowlitError(
-                f"{type(model).__name__} has no router: no module called {' or '.join(_NAMES)} beside one called "
+                f"{type(model).__name__} has no router: no module called gate or router beside one called "
                 "experts. Give a mixture of experts."
             )
         self._handles: list[RemovableHandle] = []

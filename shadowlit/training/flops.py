@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, tower_of
+from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, is_original_name, tower_of
 from shadowlit.grafting.parameters import host_of
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets (which mostly print twice these, with
@@ -72,7 +72,7 @@ class Work:
         looked_up = {id(p) for p in embedding.parameters()} - in_head
         per_token, active = 0.0, _active_share(config)
         for name, parameter in model.named_parameters():
-            if id(parameter) in in_head or id(parameter) in looked_up or ".original_module." in name:
+            if id(parameter) in in_head or id(parameter) in looked_up or is_original_name(name):
                 continue
             if tower_of(name) != "language":  # which works on patches of images, not on tokens
                 continue

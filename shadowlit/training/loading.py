@@ -18,7 +18,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from shadowlit.checkpoint.layout import in_layout_of_module
-from shadowlit.checkpoint.names import TOWERS, canonical_name, count_towers, is_adapter_name, is_of_experts, tower_of
+from shadowlit.checkpoint.names import (
+    TOWERS,
+    canonical_name,
+    count_towers,
+    factor_of,
+    is_adapter_name,
+    is_of_experts,
+    is_weight,
+    tower_of,
+)
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
@@ -130,23 +139,23 @@ def _fill(
     host = host_of(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in host_parameters(model).items()}
     reader = in_layout_of_module(reader, shapes)
-    ranks = {
-        f"{prefix}.lora_A.{name}.weight": rank
-        for prefix, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for name, rank in module.r.items()
-    }
     model.to_empty(device=device)
+    ranks = {
+        id(factor.weight): layer.r[name]
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for name, factor in layer.lora_A.items()
+    }
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         host.tie_weights()  # to_empty gives every module its own storage; FSDP2 ties the weights again
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
             assert adapter is not None
-            start = _adapter_start(name, parameter, adapter, seed, ranks.get(name, 1))
+            start = _adapter_start(name, parameter, adapter, seed, ranks.get(id(parameter), 1))
             local(parameter).copy_(start[local_slices(parameter)])
             continue
-        stored_name = canonical_name(name.replace(".original_module.", "."))
+        stored_name = canonical_name(name)
         if stored_name not in reader.tensors:
             raise CheckpointError(
                 f"{reader.folder} has no tensor {stored_name!r}, which the model of its config.json needs. "
@@ -210,11 +219,12 @@ def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int,
     # On the CPU, so that all devices draw the same: Lightning configures the model in the context of its device.
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     start = torch.zeros(parameter.shape, device="cpu")
-    if "lora_A" in name and adapter.init_lora_weights == "gaussian":
+    factor = factor_of(name)
+    if factor == "A" and adapter.init_lora_weights == "gaussian":
         start.normal_(std=1 / rank, generator=generator)
-    elif "lora_A" in name or ("lora_B" in name and name.endswith("weight") and not adapter.init_lora_weights):
+    elif factor == "A" or (factor == "B" and is_weight(name) and not adapter.init_lora_weights):
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-    elif "lora_embedding_B" in name:
+    elif factor == "embedding_B":
         start.normal_(generator=generator)
     return start
 

@@ -24,6 +24,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedConfig, get_scheduler
 
 from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
@@ -432,7 +433,7 @@ class ShadowModule(LightningModule):
             eps=self.eps,
             weight_decay=self.weight_decay,
             offload=self.offload_optimizer,
-            lora_b=[p for name, p in trained if "lora_B" in name],
+            lora_b=[p for name, p in trained if factor_of(name) == "B"],
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
         return {"optimizer": optimizer, "lr_scheduler": self._configure_schedule(optimizer)}
