@@ -197,7 +197,8 @@ def outcome(model, batches):
 
 
 # Relative to the loss, the largest logit and the norm of the gradient. Kernels that round otherwise, those of three
-# kinds of CPU among them (ATEN_CPU_CAPABILITY), differ by 1, 6 and 5 units of rounding; a leak changes the leading digits.
+# kinds of CPU among them (ATEN_CPU_CAPABILITY), differ by 1, 6 and 5 units of rounding; a leak changes the leading
+# digits.
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
