@@ -10,12 +10,31 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, ClassVar, get_origin, get_type_hints
+
+from jsonargparse import auto_cli
 
 from shadowlit.checkpoint.streaming import keep_freed_memory
 from shadowlit.errors import ShadowlitError
+from shadowlit.parser import Known, ShortErrors
 
-_PLAIN_WIDTH = 220  # characters
+
+def _transforms() -> list[str]:
+    import shadowlit.delta.transforms  # noqa: F401 - late, since torch takes seconds; it registers them
+    from shadowlit.delta.registry import transform_names
+
+    return transform_names()
+
+
+class Parser(ShortErrors):
+    """The parser of a command; its errors are short."""
+
+    known: ClassVar = {
+        "transforms": Known(
+            'a list of names with their parameters, e.g. [{"name": "dare", "density": 0.2}]', _transforms
+        ),
+        "parameters": Known('values by the name of the parameter, e.g. {"size": 1e-4}'),
+    }
 
 
 def run_function(name: str, module: str, args: Sequence[str]) -> None:
@@ -38,21 +57,21 @@ def run_function(name: str, module: str, args: Sequence[str]) -> None:
 
 
 def _run(name: str, module: str, args: Sequence[str]) -> None:
-    from jsonargparse import auto_cli
-
     keep_freed_memory()
     found = importlib.import_module(module)
     commands: dict[str, Any] | None = getattr(found, "COMMANDS", None)
     if commands is None:
         function = getattr(found, name)
-        auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
+        auto_cli(
+            function, args=spell_out(function, args), as_positional=False, parser_class=Parser, prog=f"shadowlit {name}"
+        )
     else:
         # Options without a subcommand belong to the default one; --help describes all of them.
         if hasattr(found, "DEFAULT") and (not args or (args[0].startswith("-") and args[0] not in ("-h", "--help"))):
             args = [found.DEFAULT, *args]
         known = args[0] if args and args[0] in commands else None
         rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
-        auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")
+        auto_cli(commands, args=rest, as_positional=False, parser_class=Parser, prog=f"shadowlit {name}")
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def main(args: list[str] | None = None) -> int:
         run(given)  # None: Lightning reads the command line itself, and its launcher starts the other ranks with it
     except ShadowlitError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 
