@@ -202,7 +202,7 @@ class ShadowCLI(LightningCLI):
 
 
 def _whole_numbers_first(kind: Any) -> Any:
-    """A union in which int stands before float, so that 1 is not read as 1.0: one batch, not all of them.
+    """A union in which int comes before float, so that 1 is not read as 1.0: one batch, not all of them.
 
     Python takes unions of the same types in another order for equal and may return one that it has made before.
     """
@@ -282,12 +282,12 @@ def check(args: list[str]) -> None:
     Raises:
         ShadowlitError: The parser's message: a key that doesn't exist, a value of the wrong type.
     """
-    told = io.StringIO()
+    shown = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told), warnings.catch_warnings(action="ignore"):
+        with contextlib.redirect_stderr(shown), warnings.catch_warnings(action="ignore"):
             _of(_Parsing, args)
     except SystemExit:
-        raise ShadowlitError(" ".join(told.getvalue().partition("error: ")[2].split())) from None
+        raise ShadowlitError(" ".join(shown.getvalue().partition("error: ")[2].split())) from None
 
 
 class _Parsing(ShadowCLI):

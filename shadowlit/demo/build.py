@@ -170,12 +170,12 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
     ids: list[int] = []
     labels: list[int] = []
     for message in messages:
-        opening, said, closing = (
+        opening, content, closing = (
             tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (f"{START_OF_TURN}{message['role']}\n", message["content"] + END_OF_TURN, "\n")
         )
-        ids += opening + said + closing
-        supervised = said if message["role"] == "assistant" else [IGNORE_INDEX] * len(said)
+        ids += opening + content + closing
+        supervised = content if message["role"] == "assistant" else [IGNORE_INDEX] * len(content)
         labels += [IGNORE_INDEX] * len(opening) + supervised + [IGNORE_INDEX] * len(closing)
     return ids, labels
 

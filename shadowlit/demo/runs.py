@@ -178,11 +178,11 @@ def _plain(name: str) -> str:
 def _quiet() -> Iterator[None]:
     """Suppress the log of a training, but not its errors."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    told = io.StringIO()
+    shown = io.StringIO()
     try:
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             yield
     finally:
         for name, level in levels.items():

@@ -114,7 +114,9 @@ def run(name: str, lm: LM, benchmarks: Benchmarks, chat: bool) -> Evaluation:
             name: [key for key in found if "," in key and "_stderr," not in key]
             for name, found in results["results"].items()
         }
-        raise EvaluationError(f"the harness did not report {error}; it has {reported}. Mend the suite.") from error
+        raise EvaluationError(
+            f"the harness did not report {error}; it reported {reported}. Correct the suite."
+        ) from error
     samples = results.pop("samples")
     return Evaluation(name, chat, suites, results, samples)
 

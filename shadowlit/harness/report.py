@@ -108,9 +108,9 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
         notes.append(f"only the first {limit:g} samples of every task: not to be compared with published numbers")
     if len({found.chat for found in evaluations}) > 1:
         notes.append("the models differ in whether a chat template was applied")
-    told = {task.task: task for suites in load_suites().values() for suite in suites for task in suite.tasks}
+    in_suites = {task.task: task for suites in load_suites().values() for suite in suites for task in suite.tasks}
     for score in scores:
-        task = told.get(score.task)
+        task = in_suites.get(score.task)
         if task is not None and task.note and task.name == score.name:
             notes.append(f"{score.name}: {task.note}")
     return notes

@@ -81,13 +81,13 @@ class Subject:
         except CheckpointError as error:
             log.warning("no fingerprint of %s: %s", self.source, error)
             fingerprint = ""
-        told: dict[str, Any] = {"source": describe_source(self.source, folder, fingerprint)}
+        found: dict[str, Any] = {"source": describe_source(self.source, folder, fingerprint)}
         if self.adapter is not None:
             folder = local_folder(self.adapter)
             weights = folder / "adapter_model.safetensors"
             digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
-            told["adapter"] = {"id": self.adapter, "commit": commit_of(folder), "sha256": digest}
-        return told
+            found["adapter"] = {"id": self.adapter, "commit": commit_of(folder), "sha256": digest}
+        return found
 
 
 def local_folder(source: str, weights: bool = True) -> Path:

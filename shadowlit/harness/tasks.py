@@ -31,7 +31,7 @@ _FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 _ANSWER_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
 _ANSWER_TOKENS = 256  # the harness' limit for tasks without one
 _CPU_BATCH_SIZE = 8
-_MAX_TOLD = 8
+_MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _given_files(names: Sequence[str], index: dict[str, Any]) -> list[str]:
     """Add tasks that are given by the path of their file to the index; return names only."""
     from lm_eval.tasks._index import TaskIndex
 
-    told = []
+    given = []
     for name in names:
         if name.endswith((".yaml", ".yml")):
             path = Path(name).expanduser().resolve()
@@ -179,10 +179,10 @@ def _given_files(names: Sequence[str], index: dict[str, Any]) -> list[str]:
                 raise EvaluationError(f"{path} names no task; expected 'task: name' or 'group: name' in it.")
             index.pop(found, None)
             TaskIndex.process_cfg(config, path, index)
-            told.append(found)
+            given.append(found)
         else:
-            told.append(name)
-    return told
+            given.append(name)
+    return given
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _find_data(name: str, index: dict[str, Any]) -> None:
     if missing:
         raise EvaluationError(
             f"task '{name}' ({entry.yaml_path}) reads {', '.join(missing)}, which is neither in the working folder nor "
-            f"in {here}. Put it there, or mend dataset_kwargs.data_files."
+            f"in {here}. Put it there, or correct dataset_kwargs.data_files."
         )
     if resolved != given:
         full = load_yaml(entry.yaml_path)
@@ -297,9 +297,9 @@ def _require_known(names: Sequence[str], index: Mapping[str, Any]) -> None:
 
 def _require_consent(tasks: Sequence[SuiteTask], settings: Settings) -> None:
     if tasks and not settings.execute_code:
-        told = ", ".join(task.name for task in tasks[:_MAX_TOLD])
+        shown = ", ".join(task.name for task in tasks[:_MAX_SHOWN])
         raise EvaluationError(
-            f"{told}: to score these, programs that the model wrote are run on this machine, with all your rights. "
+            f"{shown}: to score these, programs that the model wrote are run on this machine, with your permissions. "
             "Nothing was loaded. Set execute_code=true (--execute-code) where that harms nobody, in a container for "
             "instance, or leave them out."
         )
@@ -387,7 +387,7 @@ def _set_fewshot(task: Task, number: int | None) -> None:
     available = _num_examples(task) if number else 0
     if number > available:
         raise EvaluationError(
-            f"fewshot is {number}, but task '{task.task_name}' has {available} examples beside the samples that it "
+            f"fewshot is {number}, but task '{task.task_name}' has {available} examples besides the samples that it "
             "scores. Choose fewer, or give the task a fewshot_split with more rows."
         )
     task.set_config("num_fewshot", number)
