@@ -206,9 +206,9 @@ def _whole_numbers_first(kind: Any) -> Any:
 
     Python takes unions of the same types in another order for equal and may return one that it has made before.
     """
-    if get_origin(kind) is not Union:
+    if get_origin(kind) is not Union or not {int, float} <= {*get_args(kind)}:
         return kind
-    return Union[tuple(sorted(get_args(kind), key=lambda each: each is float))]  # noqa: UP007 - computed
+    return Union[tuple([int, *(each for each in get_args(kind) if each is not int)])]  # noqa: UP007 - computed
 
 
 @contextlib.contextmanager

@@ -141,8 +141,9 @@ def _model_level(family: Sequence[Similarity]) -> Table:
 
 
 def _table(title: str, *headings: str) -> Table:
-    plain = {"title_justify": "left", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}
-    return make_table(*headings, title=f"\n{title}", **plain)
+    return make_table(
+        *headings, title=f"\n{title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
 
 
 def _runs(layers: Sequence[Group]) -> list[Group]:

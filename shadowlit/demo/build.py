@@ -186,10 +186,10 @@ def batches(
     """Yield ``(ids, labels)``, each ``[num_rows, longest]``, padded on the right; a remainder is dropped."""
     rows = iter(rows)
     while len(chunk := list(islice(rows, num_rows))) == num_rows:
-        ids, labels = zip(*((torch.tensor(ids), torch.tensor(labels)) for ids, labels in chunk), strict=True)
+        ids, labels = zip(*chunk, strict=True)
         yield (
-            pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id),
-            pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad_sequence(list(map(torch.tensor, labels)), batch_first=True, padding_value=IGNORE_INDEX),
         )
 
 
