@@ -17,6 +17,12 @@ _TERMS = 2000  # tokens of a batch times their width, at least
 SAME_UPDATE = 2 * math.sqrt(2**-24 * math.sqrt(_TERMS))  # 0.0033
 
 
+# The logits of a tiny model in float32: in each of its two layers about ten products of 32 to 64 terms, each with a
+# relative error of u √n. Errors of single products are independent, so that their squares add: u √(2 · 10 · 64) = 36 u.
+# Adapters of large scale make activations, and so errors, twice as large.
+SAME_LOGITS = 2 * 2**-24 * math.sqrt(2 * 10 * 64)  # 4.3e-6
+
+
 class Start(Callback):
     """Keeps the weights that an unsharded training starts from."""
 
@@ -25,6 +31,13 @@ class Start(Callback):
     def on_train_start(self, trainer, pl_module):
         if trainer.world_size == 1:
             self.weights = {name: p.detach().clone() for name, p in pl_module.model.named_parameters()}
+
+
+def require_same_logits(found: torch.Tensor, expected: torch.Tensor, change: torch.Tensor) -> None:
+    """Logits in float32 are those expected in float64, and what is tested is a ``change`` that no rounding can hide."""
+    apart, size = ((found - expected).norm().item(), expected.norm().item())
+    assert change.norm() > 1000 * SAME_LOGITS * size
+    assert apart <= SAME_LOGITS * size, f"apart by {apart:.3g}, which is {apart / size * 2**24:.1f} u of {size:.3g}"
 
 
 def require_same_update(

@@ -131,7 +131,7 @@ def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
     if sharded:
         args.append(f"--trainer.strategy.init_args.data_parallel_size={size}")
     if path.stem.startswith("demo"):
-        args.append("--data.limit_train_samples=64")
+        args += ["--data.limit_train_samples=64", "--data.batch_size=4", "--data.eval_batch_size=4"]
         args += [f"--evaluation.evaluators.{name}.init_args.limit=4" for name in config["evaluation"]["evaluators"]]
     else:
         pair = tiny / ("llama" if "Llama" in config["pair"]["base"] else "qwen3")

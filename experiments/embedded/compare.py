@@ -3,7 +3,7 @@
     python experiments/embedded/compare.py [--runs runs/embedded] [--workers 2] [--only skill_bare_lora ...]
 
 Makes the settings' data, runs ``compare`` on each of the twelve (four or five learning rates and three seeds per arm,
-300 trainings in all), and writes ``experiments/embedded/REPORT.md`` and its pictures. What is finished is skipped, so
+300 trainings in all), and writes ``experiments/embedded/REPORT.md`` and its plots. What is finished is skipped, so
 it can be interrupted. 52 minutes on two cores where nothing else runs.
 """
 
@@ -15,11 +15,12 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
 
+from combined import write_combined
+
 from shadowlit.cli.compare import compare
 from shadowlit.demo.settings import settings
 from shadowlit.demo.world import World, write_rows
 from shadowlit.studies.comparison.records import read_records
-from shadowlit.studies.comparison.report import write_combined
 from shadowlit.studies.comparison.summary import Description, summarise
 
 ROOT = Path(__file__).parents[2]

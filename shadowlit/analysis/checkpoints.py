@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +20,7 @@ from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.layout import in_layout_of
-from shadowlit.checkpoint.names import canonical_name
+from shadowlit.checkpoint.names import is_adapter_name, is_original_name, saved_name
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_ADAPTER_NAME = re.compile(r"\b(lora_(?:embedding_)?[AB])\.[^.]+")
 _SHARDED = ".metadata"  # of torch.distributed.checkpoint, written last
 _REST = "meta.pt"  # what Lightning stores next to the shards
 _CACHED = 2  # whole tensors of a sharded checkpoint
@@ -43,13 +41,7 @@ _CACHED = 2  # whole tensors of a sharded checkpoint
 
 @dataclass(frozen=True)
 class Stage:
-    """A checkpoint of a run.
-
-    Attributes:
-        step: Optimizer steps done.
-        path: The file, or the folder of a sharded one.
-        reader: Reader of the trained tensors.
-    """
+    """A checkpoint of a run, a file or the folder of a sharded one, after so many optimizer steps."""
 
     step: int
     path: Path
@@ -71,7 +63,7 @@ class TrainedReader(ComputedReader):
 
     def __init__(self, path: Path) -> None:
         stored, load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
-        names = {trained_name(name): name for name in stored if ".original_module." not in name}
+        names = {saved_name(name): name for name in stored if not is_original_name(name)}
         infos = {
             name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)
             for name, at in sorted(names.items())
@@ -83,16 +75,7 @@ class TrainedReader(ComputedReader):
     @property
     def is_adapter(self) -> bool:
         """Whether it holds an adapter's factors."""
-        return any(".lora_" in name for name in self.tensors)
-
-
-def trained_name(name: str) -> str:
-    """The name in a model's or an adapter's folder of what a checkpoint of a ``ShadowModule`` calls ``name``.
-
-    ``model.base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight`` becomes
-    ``model.layers.0.mlp.up_proj.lora_A.weight``.
-    """
-    return _ADAPTER_NAME.sub(r"\1", canonical_name(name.removeprefix("model.")))
+        return any(map(is_adapter_name, self.tensors))
 
 
 def latest(run: str | Path) -> Stage:

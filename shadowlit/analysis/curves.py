@@ -17,6 +17,7 @@ _UNITS = {
     "accuracy": "token accuracy",
     "sequence_accuracy": "answers right in every token",
 }
+_ORIGIN = {"grafted": "instruct", "tuned": "base"}  # what a model is at step 0
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
@@ -46,19 +47,13 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
 def plot_curves(
     metrics: Path, target: Path, sets: Sequence[str] = ("",), whats: Sequence[str] = ("loss", "accuracy")
 ) -> Path:
-    """Draw the validation metrics of a run, one panel per set and metric.
-
-    The untouched models are horizontal lines; where the curves start, at step 0, the tuned model is the Base and the
-    grafted one is the Instruct.
+    """Draw the validation metrics in a run's ``metrics.csv``, one panel per set and metric; return ``target``.
 
     Args:
         metrics: The run's ``metrics.csv``.
         target: Path of the image; its ending gives the format (png, pdf, svg).
         sets: Names of validation sets; the empty name is all of them together.
         whats: Metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
-
-    Returns:
-        ``target``.
 
     Raises:
         DataError: The run logged none of what was asked for.
@@ -84,7 +79,7 @@ def draw_curves(
     for row, what in enumerate(whats):
         for column, name in enumerate(sets):
             axis = axes[row * len(sets) + column]
-            drawn += _panel(axis, series, f"{name}/{what}" if name else what)
+            drawn += draw_subjects(axis, series, f"{name}/{what}" if name else what)
             axis.set_ylabel(_UNITS.get(what, what))
             axis.set_title(name or "all validation sets")
             axis.set_xlabel("optimizer step")
@@ -94,16 +89,23 @@ def draw_curves(
     return drawn
 
 
-def _panel(axis: Axes, series: Mapping[str, Sequence[tuple[int, float]]], metric: str) -> int:
-    """Draw the four lines of one metric; return how many there were."""
+def draw_subjects(axis: Axes, series: Mapping[str, Sequence[tuple[int, float]]], metric: str, error: str = "") -> int:
+    """Draw a metric of the four models; return how many have logged it.
+
+    The untouched models are horizontal lines. The others start from where they are at step 0; ``error`` names the
+    metric that holds their standard errors.
+    """
     found = {who: series[f"val/{who}/{metric}"] for who in SUBJECTS if f"val/{who}/{metric}" in series}
     for who, points in found.items():
         style = SUBJECTS[who]
-        if who in ("instruct", "base"):
+        if who not in _ORIGIN:
             axis.axhline(points[-1][1], **style)
             continue
-        start = found.get({"grafted": "instruct", "tuned": "base"}[who])
-        origin = [(0, start[0][1])] if start else []
-        steps, values = zip(*origin, *points, strict=True)
-        axis.plot(steps, values, markersize=3.5, **style)
+        start = found.get(_ORIGIN[who])
+        axis.plot(*zip(*([(0, start[0][1])] if start else []), *points, strict=True), markersize=3.5, **style)
+        errors = dict(series.get(f"val/{who}/{error}", ()))
+        if errors:
+            steps, values = zip(*points, strict=True)
+            bars = [errors.get(step, 0.0) for step in steps]
+            axis.errorbar(steps, values, yerr=bars, fmt="none", ecolor=style["color"], elinewidth=0.7, alpha=0.6)
     return len(found)

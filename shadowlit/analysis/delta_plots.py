@@ -198,16 +198,9 @@ def _annotate(axis: Axes, cells: Sequence[Sequence[float]], low: float, high: fl
         for j, value in enumerate(row):
             if not math.isnan(value):
                 red, green, blue, _ = colours((value - low) / (high - low))
-                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-                axis.text(
-                    j,
-                    i,
-                    f"{round(value, 2) + 0.0:.2f}",
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="w" if dark else "k",
-                )
+                colour = "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "k"
+                text = f"{round(value, 2) + 0.0:.2f}"
+                axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
 
 
 def _label_outer(figure: Figure, axes: Sequence[Axes], columns: int, x: str, y: str) -> None:

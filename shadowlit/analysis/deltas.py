@@ -15,11 +15,10 @@ from shadowlit.analysis.checkpoints import latest, open_stage, spread
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.names import kind_of, layer_of
+from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
+from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
-from shadowlit.delta.delta import SINGLE_FILE as DELTA_FILE
-from shadowlit.delta.delta import Delta, TensorStatistics
+from shadowlit.delta.delta import Delta
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
@@ -82,16 +81,7 @@ def reader_of(name: str, delta: Delta) -> TensorReader:
 
 @dataclass(frozen=True)
 class TensorNorm:
-    """The size of one tensor of an update.
-
-    Attributes:
-        name: The tensor's name.
-        layer: Its decoder layer, from 0; None outside of them.
-        kind: Kind of tensor, e.g. ``q_proj``.
-        num_elements: Its elements.
-        square: Its squared Euclidean norm.
-        weight_square: Squared norm of the weights that it updates; NaN if they weren't given.
-    """
+    """The size of one tensor of an update: its squared Euclidean norm, and that of the weights, NaN if not given."""
 
     name: str
     layer: int | None
@@ -99,16 +89,6 @@ class TensorNorm:
     num_elements: int
     square: float
     weight_square: float
-
-    @property
-    def norm(self) -> float:
-        """``‖Δ‖``."""
-        return math.sqrt(self.square)
-
-    @property
-    def relative(self) -> float:
-        """``‖Δ‖ / ‖W‖``."""
-        return math.sqrt(self.square / self.weight_square) if self.weight_square else math.nan
 
 
 def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]:
@@ -125,7 +105,17 @@ def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]
         rows = weights.rows
         whole = Delta({n: delta.shapes[n] for n in names}, lambda n, i, j: torch.from_numpy(rows(n, i, j)))
         squares = {found.name: found.square for found in whole.statistics()}
-    return [_norm(found, squares.get(found.name, math.nan)) for found in delta.statistics()]
+    return [
+        TensorNorm(
+            found.name,
+            layer_of(found.name),
+            kind_of(found.name),
+            math.prod(found.shape),
+            found.square,
+            squares.get(found.name, math.nan),
+        )
+        for found in delta.statistics()
+    ]
 
 
 def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
@@ -133,18 +123,10 @@ def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -
     return {name: norms(delta, weights) for name, delta in deltas.items()}
 
 
-def _norm(found: TensorStatistics, weight_square: float) -> TensorNorm:
-    name = found.name
-    return TensorNorm(name, layer_of(name), kind_of(name), math.prod(found.shape), found.square, weight_square)
-
-
 def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
     """A map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in percent.
 
     Without the weights the root mean square of the update, ``‖Δ‖ / √n``.
-
-    Args:
-        found: Result of :func:`norms_of`.
     """
     return [_norm_map(title, tensors) for title, tensors in found.items()]
 
@@ -153,7 +135,7 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
     relative = not all(math.isnan(one.weight_square) for one in found)
     sums: dict[tuple[str, int], list[float]] = {}
     for one in found:
-        if one.layer is not None and not one.name.endswith(".bias"):
+        if one.layer is not None and not is_bias(one.name):
             cell = sums.setdefault((one.kind, one.layer), [0.0, 0.0])
             cell[0] += one.square
             cell[1] += one.weight_square if relative else one.num_elements
@@ -165,11 +147,7 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: its size, its size relative to the weights, and where the most of it is.
-
-    Args:
-        found: Results of :func:`norms`, by the updates' names.
-    """
+    """A row per update: its size, its size relative to the weights, and where the most of it is."""
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)
@@ -220,12 +198,9 @@ def trimmed(delta: Delta, density: float) -> Delta:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A number for every two updates.
+    """A number for every two updates, ``values`` [k, k]; the diagonal is what an update has with itself.
 
     Attributes:
-        names: Names of the updates.
-        values: [k, k], symmetric; the diagonal is what an update has with itself.
-        label: Meaning of the numbers.
         centre: The value of unrelated updates, for a diverging map; None for a map from 0 to 1.
         inverted: High values are the bad ones.
     """

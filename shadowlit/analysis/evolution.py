@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from shadowlit.analysis.checkpoints import Stage, open_stage, stages
+from shadowlit.analysis.checkpoints import open_stage, stages
 from shadowlit.analysis.deltas import compare_deltas
 from shadowlit.analysis.similarity import Similarity
 from shadowlit.analysis.tables import Table
@@ -52,7 +52,7 @@ def evolution(run: str | Path, most: int = 12) -> Evolution:
     if not 2 <= most <= 26:
         raise DataError(f"most is {most}; expected 2 to 26 checkpoints, which are compared in one pass.")
     found = stages(run, most)
-    return of_deltas([stage.step for stage in found], [_opened(stage) for stage in found])
+    return of_deltas([stage.step for stage in found], [open_stage(stage) for stage in found])
 
 
 def evolutions(runs: Mapping[str, str | Path], most: int = 12) -> dict[str, Evolution]:
@@ -61,12 +61,7 @@ def evolutions(runs: Mapping[str, str | Path], most: int = 12) -> dict[str, Evol
 
 
 def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
-    """As :func:`evolution`, of updates at known steps.
-
-    Args:
-        steps: ascending.
-        deltas: One for each step.
-    """
+    """As :func:`evolution`, of the updates at steps that are known, in ascending order."""
     if len(deltas) == 1:  # compared with itself: all that is known of it is its size
         (alone,) = compare_deltas({"a": deltas[0], "b": deltas[0]})
         norm = math.sqrt(alone.whole.sums.square_a)
@@ -112,7 +107,3 @@ def _by_kind(with_last: list[Similarity]) -> dict[str, tuple[float, ...]]:
         squares = [group.sums.square_a for group in each] + [each[0].sums.square_b]
         found[str(each[0].key)] = tuple(map(math.sqrt, squares))
     return found
-
-
-def _opened(stage: Stage) -> Delta:
-    return open_stage(stage)

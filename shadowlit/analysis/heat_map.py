@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from shadowlit.analysis.similarity import Group, Similarity
+from shadowlit.checkpoint.names import is_bias
 from shadowlit.errors import ShadowlitError
-from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, save_image, styled
+from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
 
@@ -27,13 +27,9 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class HeatMap:
-    """What one panel shows.
+    """What one panel shows: a value by kind of tensor and decoder layer, NaN for none.
 
-    Attributes:
-        title: Above the panel.
-        cells: Value by kind of tensor and decoder layer; NaN for none.
-        label: Label of the colours.
-        centre: The value in the middle of a diverging map; None for a map that begins at zero.
+    ``centre`` is the value in the middle of a diverging map; None for a map that begins at zero.
     """
 
     title: str
@@ -43,19 +39,15 @@ class HeatMap:
 
 
 def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap:
-    """A comparison by layer and kind.
+    """A comparison by layer and kind: by one of its measures, or by its first, σ of models, the cosine of all others.
 
     A cell is the value of all weights of that kind in that layer: the mean σ, or any other measure over all elements.
     Biases aren't shown.
-
-    Args:
-        similarity: Similarity of two models, updates or offsets.
-        measure: One of its measures; None for the first: σ of models, the cosine of updates and offsets.
     """
     measure = measure or similarity.measures[0]
     found: dict[tuple[str, int], list[int]] = {}
     for i, tensor in enumerate(similarity.tensors):
-        if tensor.layer is not None and not tensor.name.endswith(".bias"):
+        if tensor.layer is not None and not is_bias(tensor.name):
             found.setdefault((tensor.kind, tensor.layer), []).append(i)
     cells = {
         # Several tensors of one kind in one layer, as experts are, count together.
@@ -120,20 +112,3 @@ def _limits(one: HeatMap, alike: Sequence[HeatMap]) -> tuple[float, float]:
     values = [value for other in alike for value in other.cells.values() if not math.isnan(value)]
     reach = max((abs(value - centre) for value in values), default=0.0) or 1.0
     return (0.0, reach) if one.centre is None else (centre - reach, centre + reach)
-
-
-def plot_heat_map(similarities: Sequence[Similarity], target: Path) -> Path:
-    """Draw the comparisons below each other: σ of models, the cosine of updates and offsets, by layer and kind.
-
-    Args:
-        similarities: One or more similarities.
-        target: Path of the image; its ending gives the format.
-
-    Returns:
-        ``target``.
-
-    Raises:
-        ShadowlitError: No tensor lies in a decoder layer.
-    """
-    figure = draw_heat_maps([of_similarity(similarity) for similarity in similarities])
-    return save_image(figure, target, dpi=200)

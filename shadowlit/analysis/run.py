@@ -34,7 +34,6 @@ class Run:
     """The metrics that a run has logged so far.
 
     Attributes:
-        folder: Folder with ``metrics.csv``.
         config: The resolved configuration; empty if there is none.
         series: Values of every metric with the optimizer step they were logged at.
         written_s: Seconds since the metrics were last written.
@@ -135,13 +134,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:
-    """The pair of a run, whose paths may be relative to the folder that it was started from.
-
-    They are looked for from here, and from every folder above the run's.
-
-    Args:
-        config: Configuration of the run.
-        folder: Folder of the run.
+    """The pair of a run, whose paths may be relative to the folder that it was started from; see :func:`located`.
 
     Raises:
         DataError: The configuration names no pair.

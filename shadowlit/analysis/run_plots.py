@@ -12,14 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shadowlit.analysis.curves import draw_curves
+from shadowlit.analysis.curves import draw_curves, draw_subjects
 from shadowlit.analysis.run import Points, Run
 from shadowlit.plotting import (
     DOUBLE,
     OKABE_ITO,
     SEQUENTIAL,
     SINGLE,
-    SUBJECTS,
     hide,
     message,
     panels,
@@ -28,7 +27,6 @@ from shadowlit.plotting import (
 )
 
 _WIDE = 20
-_ORIGIN = {"grafted": "instruct", "tuned": "base"}  # what a model is at step 0
 
 
 @styled
@@ -116,7 +114,7 @@ def forgetting(run: Run) -> Figure:
     names = run.divergences
     figure, axes = panels(1, len(names), min(DOUBLE, SINGLE * len(names)), 2.5)
     for axis, name in zip(axes, names, strict=True):
-        _four(axis, run, f"{name}/kl")
+        draw_subjects(axis, run.series, f"{name}/kl")
         axis.set_ylabel("KL from Instruct (nats per token)")
         axis.set_title(name)
         axis.set_ylim(bottom=0)
@@ -136,7 +134,7 @@ def score_curves(run: Run) -> Figure:
     rows = -(-len(names) // columns)
     figure, axes = panels(rows, columns, min(DOUBLE, max(SINGLE, 2.3 * columns)), 0.5 + 1.75 * rows, sharey=True)
     for number, (axis, name) in enumerate(zip(axes, names, strict=False)):
-        _four(axis, run, f"{name}/score", f"{name}/stderr")
+        draw_subjects(axis, run.series, f"{name}/score", f"{name}/stderr")
         axis.set_title(name)
         axis.set_ylim(-0.03, 1.03)
         _steps(axis)
@@ -162,25 +160,6 @@ def training(run: Run) -> Figure:
         _steps(axis)
     axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     return figure
-
-
-def _four(axis: Axes, run: Run, metric: str, error: str = "") -> None:
-    """The lines of the four models that have logged a metric, the growing ones from where they began."""
-    for who, style in SUBJECTS.items():
-        points = run.points(f"val/{who}/{metric}")
-        if not points:
-            continue
-        if who not in _ORIGIN:
-            axis.axhline(points[-1][1], **style)
-            continue
-        start = run.points(f"val/{_ORIGIN[who]}/{metric}")
-        drawn = [(0, start[0][1])] if start else []
-        axis.plot(*zip(*drawn, *points, strict=True), **style)
-        errors = dict(run.points(f"val/{who}/{error}")) if error else {}
-        if errors:
-            steps, values = zip(*points, strict=True)
-            bars = [errors.get(step, 0.0) for step in steps]
-            axis.errorbar(steps, values, yerr=bars, fmt="none", ecolor=style["color"], elinewidth=0.7, alpha=0.6)
 
 
 def _line(axis: Axes, points: Points, number: int, name: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from shadowlit.analysis.deltas import reader_of
 from shadowlit.analysis.run import located
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import in_layout_of_module
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
@@ -26,11 +26,11 @@ from shadowlit.training.metrics import TokenScores, on_device
 
 
 class Scorer:
-    """An Instruct in memory, in float32, and the validation data of a run.
+    """A pair's Instruct in memory, in float32, and the validation data in the configuration of a run.
 
     Args:
         pair: Pair whose Instruct is scored.
-        config: Configuration of the run, of which the section ``data`` is used.
+        config: Configuration of the run.
         folder: Folder of the run, from which relative paths are looked up.
         batches: Number of batches of each validation set; None for all.
         device: Device that computes.
@@ -60,18 +60,16 @@ class Scorer:
 
     @torch.no_grad()
     def loss(self, update: Delta | None) -> float:
-        """The mean over all supervised tokens of all sets, in nats, of the Instruct with an update.
+        """The mean over all supervised tokens of all sets, in nats, of the Instruct, untouched or with an update.
 
         The sum is rounded to the dtype of the Instruct's files, as an export is. The weights are the Instruct's again
         afterwards.
 
-        Args:
-            update: Update by the names of the Instruct's tensors; None for the untouched Instruct.
-
         Raises:
             DataError: The update has tensors that the model lacks, or other shapes.
         """
-        reader = self._by_parameter(update or Delta.of({}))
+        # Experts as the model holds them.
+        reader = in_layout_of_module(reader_of(str(self._reader.folder), update or Delta.of({})), self._shapes)
         changed = {name: info.shape for name, info in reader.tensors.items()}
         odd = [n for n, s in changed.items() if n not in self._parameters or self._parameters[n].shape != s]
         if odd:
@@ -84,11 +82,6 @@ class Scorer:
         finally:
             for name in changed:
                 self._parameters[name].copy_(self._reader.read(name))
-
-    def _by_parameter(self, update: Delta) -> TensorReader:
-        """Present the update with experts as the model holds them."""
-        reader = ComputedReader(self._reader.folder, described(update.shapes), update.rows)
-        return in_layout_of_module(reader, self._shapes)
 
     def _score(self) -> float:
         scores = on_device(TokenScores(), self._device)

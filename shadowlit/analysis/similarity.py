@@ -45,15 +45,9 @@ _MAX_MODELS = 26
 
 @dataclass(frozen=True)
 class TensorSimilarity:
-    """Two tensors of one name.
+    """Two tensors of one name, the sums that their measures follow from, and the ranks of the offset b - a if wanted.
 
-    Attributes:
-        name: The tensor's name.
-        layer: Its decoder layer, from 0; ``None`` outside of them.
-        kind: Kind of tensor, e.g. ``q_proj``.
-        sums: Sums that the measures follow from.
-        effective_rank: Effective rank of the offset b - a, for matrices of two models; ``None`` if not asked for.
-        stable_rank: Stable rank of that offset.
+    Decoder layers are counted from 0; outside of them it is ``None``.
     """
 
     name: str
@@ -71,12 +65,7 @@ class TensorSimilarity:
 
 @dataclass(frozen=True)
 class Group:
-    """Some tensors of a comparison together.
-
-    Attributes:
-        key: Kind, layer or expert that they have in common.
-        tensors: One or more tensors.
-    """
+    """Some tensors of a comparison together, which have a kind, layer or expert in common."""
 
     key: str | int | None
     tensors: tuple[TensorSimilarity, ...]
@@ -103,13 +92,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Two checkpoints, two deltas, or two offsets from one checkpoint, tensor by tensor.
+    """Two checkpoints, two deltas, or two offsets from one checkpoint, tensor by tensor, sorted by name.
 
     Attributes:
         a: Name of the first: ``A``, or ``B - A`` for an offset.
-        b: Name of the second.
         of: ``weights``, ``deltas`` or ``offsets``; decides which measures there are.
-        tensors: Tensors, sorted by name.
     """
 
     a: str
@@ -171,7 +158,7 @@ class Similarity:
     @property
     def verdict(self) -> str:
         """The meaning for a graft, in a sentence or two."""
-        return {"weights": self._of_weights, "deltas": self._of_deltas, "offsets": self._of_offsets}[self.of]()
+        return self._of_weights() if self.of == "weights" else self._of_updates()
 
     def _of_weights(self) -> str:
         low, high = PAPER_RANGE
@@ -190,25 +177,20 @@ class Similarity:
             "nothing known says so; watch graft/gain."
         )
 
-    def _of_deltas(self) -> str:
+    def _of_updates(self) -> str:
         cosine = self.whole.sums.cosine
         told = f"cos({self.a}, {self.b}) is {cosine:.3f}"
         if math.isnan(cosine):
             return f"One of {self.a} and {self.b} is zero, so that there is no angle between them."
+        if self.of == "offsets" and abs(cosine) < NEAR_ZERO:
+            return f"{told}, near zero: the one neither repeats nor undoes what the other changes."
+        if self.of == "offsets":
+            return f"{told}: the one in part {'repeats' if cosine > 0 else 'undoes'} what the other changes."
         if cosine >= NEAR_ZERO:
             return f"{told}: the two updates agree in part, which speaks for a graft. It does not predict how good."
         if cosine > -NEAR_ZERO:
             return f"{told}, near zero (below {NEAR_ZERO}): the graft is a gamble; watch graft/gain."
         return f"{told}: the two updates oppose each other, which speaks against a graft."
-
-    def _of_offsets(self) -> str:
-        cosine = self.whole.sums.cosine
-        told = f"cos({self.a}, {self.b}) is {cosine:.3f}"
-        if math.isnan(cosine):
-            return f"One of {self.a} and {self.b} is zero, so that there is no angle between them."
-        if abs(cosine) < NEAR_ZERO:
-            return f"{told}, near zero: the one neither repeats nor undoes what the other changes."
-        return f"{told}: the one in part {'repeats' if cosine > 0 else 'undoes'} what the other changes."
 
 
 @dataclass(frozen=True)
@@ -316,8 +298,7 @@ def in_one_layout(readers: Sequence[TensorReader]) -> list[TensorReader]:
     """Present models under the names of the first of them, with one matrix for each expert of a mixture.
 
     Raises:
-        CheckpointError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
-        GraftError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
+        CheckpointError, GraftError: As :class:`shadowlit.checkpoint.layout.LayoutReader`.
     """
     first, *rest = (in_layout_of_module(reader, single_experts(reader)) for reader in readers)
     return [first, *(in_layout_of(reader, first) for reader in rest)]
@@ -390,14 +371,9 @@ def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
 def with_ranks(
     report: Report, readers: Sequence[TensorReader], advance: Callable[[int], None] = lambda _: None
 ) -> Report:
-    """Add effective and stable rank of the offsets of models, matrix by matrix.
+    """Add effective and stable rank of the offsets to a report on these models, matrix by matrix.
 
     Takes far longer than reading; holds one offset in float32, and the Gram matrix of its smaller side in float64.
-
-    Args:
-        report: Report on these readers.
-        readers: Readers of models, not of deltas.
-        advance: Called with the number of elements of every matrix that is done.
     """
     from shadowlit.delta.spectrum import effective_rank, singular_values, stable_rank
 

@@ -25,14 +25,7 @@ _NO_DIRECTION = 1e-6  # of the largest singular value: what float32 matrices hav
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The singular values of one matrix of an update.
-
-    Attributes:
-        name: The tensor's name.
-        layer: Its decoder layer, from 0.
-        kind: Kind of tensor, e.g. ``q_proj``.
-        values: [min(out, in)], descending, float64.
-    """
+    """The singular values of one matrix of an update, [min(out, in)], descending, float64."""
 
     name: str
     layer: int
@@ -59,14 +52,10 @@ class Spectrum:
 
 
 def spectra(delta: Delta, layers: Sequence[int] | None = None) -> list[Spectrum]:
-    """The singular values of the matrices of an update; one matrix is in memory at a time.
-
-    Args:
-        delta: The update.
-        layers: Decoder layers; None for up to four, evenly spread.
+    """The singular values of the matrices of an update in some layers; one matrix is in memory at a time.
 
     Raises:
-        GraftError: The update has no matrix in them.
+        GraftError: See :func:`shadowlit.analysis.deltas.matrices`.
     """
     return [
         Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
@@ -80,11 +69,7 @@ def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None)
 
 
 def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
-    """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices.
-
-    Args:
-        found: Result of :func:`spectra_of`.
-    """
+    """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices."""
     maps = []
     for title, each in found.items():
         ranks: dict[tuple[str, int], list[float]] = {}
@@ -95,11 +80,7 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
 
 
 def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
-    """A row per update: means over its matrices.
-
-    Args:
-        found: Results of :func:`spectra`, by the updates' names.
-    """
+    """A row per update: means over its matrices."""
     rows = [
         (
             name,
@@ -120,8 +101,6 @@ class Overlap:
     Attributes:
         matrix: φ of every two, the mean over the matrices, 0 to 1.
         chance: φ of random subspaces of these dimensions.
-        rank: Number of directions of each.
-        side: ``output`` or ``input``.
     """
 
     matrix: Matrix
@@ -180,18 +159,10 @@ def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | Non
 
 @torch.no_grad()
 def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
-    """Orthonormal leading singular vectors of a matrix.
+    """Orthonormal leading singular vectors of a matrix [out, in], in float64: left ones [out, r] or right ones [in, r].
 
-    From the eigenvectors of the Gram matrix of the smaller side, in float64, mapped to the other side where that is
-    the one wanted.
-
-    Args:
-        matrix: [out, in].
-        rank: Number of vectors; fewer if the matrix has fewer singular values above 1e-6 of the largest.
-        side: ``output`` for left ones [out, r], ``input`` for right ones [in, r].
-
-    Returns:
-        [out or in, at most rank], float64.
+    There are fewer than ``rank`` if the matrix has fewer singular values above 1e-6 of the largest. They come from the
+    eigenvectors of the Gram matrix of the smaller side, mapped to the other side where that is the one wanted.
     """
     values = matrix if side == "input" else matrix.T  # right singular vectors of this one are wanted
     wide = values.shape[0] < values.shape[1]

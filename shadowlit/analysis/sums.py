@@ -222,12 +222,8 @@ def _moments(readers: Sequence[TensorReader], name: str, start: int, stop: int, 
 class _Plan:
     """Which sums there are, in their order: every vector's size, products, signs of pairs, common elements of pairs.
 
-    Attributes:
-        num_stored: The tensors, which are the first vectors.
-        num_vectors: They, and their offsets.
-        products: Pairs of vectors.
-        differences: The vectors whose angles count.
-        pairs: Pairs of differences, by their own numbers; none if there is only one.
+    The first vectors are the tensors as stored. Angles count between the ``differences``, whose pairs go by their own
+    numbers; there are none if there is only one difference.
     """
 
     num_stored: int

@@ -57,10 +57,11 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 
 
 def _texts(row: Sequence[object]) -> list[str]:
-    return [_text(value) for value in row]
+    return [cell_text(value) for value in row]
 
 
-def _text(value: object) -> str:
+def cell_text(value: object) -> str:
+    """A number with four digits, a dash where it is missing, anything else as it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

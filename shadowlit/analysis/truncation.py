@@ -30,7 +30,6 @@ class Cost:
     """What cutting an update costs, by how much of it is kept.
 
     Attributes:
-        by: ``rank`` or ``density``.
         kept: Ranks, or shares of the elements in (0, 1]; ascending.
         errors: ``‖cut − Δ‖ / ‖Δ‖`` for each of them, by kind of tensor and over ``all``.
     """
@@ -120,14 +119,7 @@ def cut_to_rank(delta: Delta, rank: int) -> Delta:
 
 @dataclass(frozen=True)
 class Losses:
-    """Validation losses of the Instruct with an update, whole and cut.
-
-    Attributes:
-        untouched: Loss of the Instruct, in nats per supervised token.
-        whole: Loss with all of the update.
-        by_rank: Loss with the update cut to each rank.
-        by_density: Loss with the largest elements kept, by their share.
-    """
+    """Validation losses of the Instruct with an update, whole and cut, in nats per supervised token."""
 
     untouched: float
     whole: float

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,9 +28,8 @@ from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
+from shadowlit.training.metrics import METRIC_NAME, name_clash
 from shadowlit.training.module import ShadowModule
-
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class EvaluationCallback(Callback):
@@ -102,13 +100,19 @@ class EvaluationCallback(Callback):
             raise GraftError(
                 f"EvaluationCallback needs a ShadowModule, but the module is a {type(pl_module).__name__}."
             )
+        self._run_totals = RunTotals()
         self._graft = self._graft_callback(trainer)
         data = run_data(trainer)
         self._pair = pl_module.pair
         if data.chat_template is not None and data.tokenizer is not None:
             self._pair = self._pair.with_tokenizer(data.tokenizer)
-        self._settings = f"{trainer.precision} {self.reference} {sorted(pl_module.pair.fingerprints().items())}"
-        errors = list(self._problems())
+        # Which models are measured only matters for the untouched ones, and so where there is a graft.
+        fingerprints = {} if self._graft is None else self._graft.fingerprints
+        self._settings = f"{trainer.precision} {self.reference} {sorted(fingerprints.items())}"
+        if stage == "fit":
+            self._validations = 0  # those of an earlier fit; a checkpoint's are loaded after this
+        names = data.test_names if stage == "test" else data.validation_names
+        errors = [*self._problems(), *self._clashes(pl_module, names)]
         for name, evaluator in self.evaluators.items():
             try:
                 evaluator.read(self._pair, data.template_kwargs)
@@ -122,8 +126,14 @@ class EvaluationCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide which evaluators run in this validation; all do in a test."""
-        own = ValidationRecord("test" if trainer.testing else "val", self._run_totals)
-        self.record = own if self._graft is None else self._graft.record
+        if not self.evaluators:
+            return
+        if self._graft is not None:
+            self.record = self._graft.record
+        else:
+            assert isinstance(pl_module, ShadowModule)
+            self.record = ValidationRecord("test" if trainer.testing else "val", self._run_totals)
+            pl_module.callback_metrics = self.record.metrics
         if trainer.sanity_checking:
             due = []
         elif trainer.state.fn != TrainerFn.FITTING or is_last_validation(trainer):
@@ -146,8 +156,7 @@ class EvaluationCallback(Callback):
             elif self.baselines:
                 self._measure_untouched(trainer, pl_module, self._graft.build(pl_module))
             self._write(trainer, self.record.stage)
-            self._add_metrics(pl_module, self.record)
-            self.record.log(pl_module)
+            self._add_metrics(self.record)
         self._validations += trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     on_test_start = on_validation_start
@@ -163,7 +172,7 @@ class EvaluationCallback(Callback):
 
     def _problems(self) -> Iterator[str]:
         for name, evaluator in self.evaluators.items():
-            if not _NAME.fullmatch(name):
+            if not METRIC_NAME.fullmatch(name):
                 yield f"evaluation.evaluators has the name '{name}'; expected letters, digits, '_' and '-'."
             if evaluator.needs_reference and self._graft is None:
                 yield f"evaluation.evaluators.{name} compares with the Instruct, which needs a GraftCallback. Add one."
@@ -171,13 +180,21 @@ class EvaluationCallback(Callback):
         if unknown := [scale for scale in self.scales if scale not in further]:
             yield f"evaluation.scales has {unknown}, beyond graft.scales {further}. Add them there, after the first."
 
+    def _clashes(self, module: ShadowModule, sets: Sequence[str]) -> Iterator[str]:
+        """Evaluators with a validation set's name and one of its metrics, as far as their metrics are known."""
+        shared = [name for name in self.evaluators if name in sets and len(sets) > 1]
+        scores = module.score_names() if shared else set()
+        for name in shared:
+            if both := sorted(scores & set(self.evaluators[name].metric_names)):
+                yield name_clash([f"{name}/{metric}" for metric in both])
+
     def _graft_callback(self, trainer: Trainer) -> GraftCallback | None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         found = next((c for c in callbacks if isinstance(c, GraftCallback)), None)
         if found is not None and callbacks.index(found) > callbacks.index(self):
             raise GraftError(
                 "EvaluationCallback is listed before GraftCallback, so the grafted model would be measured after its "
-                "scores were logged. List it after GraftCallback in trainer.callbacks."
+                "scores were collected. List it after GraftCallback in trainer.callbacks."
             )
         return found
 
@@ -192,10 +209,6 @@ class EvaluationCallback(Callback):
     def _context(self, trainer: Trainer, module: ShadowModule) -> EvalContext:
         assert module.model is not None and self._pair is not None
         graft = self._graft.build(module) if self._graft is not None else None
-
-        def reference() -> AbstractContextManager[None]:
-            return nullcontext() if graft is None else graft.applied(Subject(self.reference))
-
         return EvalContext(
             model=module.model,
             head=module.head_losses(),
@@ -204,7 +217,7 @@ class EvaluationCallback(Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             autocast=trainer.precision_plugin.val_step_context,
-            reference=reference,
+            reference=nullcontext if graft is None else partial(graft.applied, Subject(self.reference)),
             template_kwargs=run_data(trainer).template_kwargs,
         )
 
@@ -213,17 +226,16 @@ class EvaluationCallback(Callback):
             graft.measure(subject, partial(self._run, trainer, module, subject, names))
             return {name: self._found[subject, name].metrics for name in names}
 
-        self._untouched.measure({name: self._signature(name) for name in self._due}, measure)
+        self._untouched.measure(self._signatures(), measure)
 
-    def _signature(self, name: str) -> str:
-        return f"{self.evaluators[name].signature()} {self._settings}"
+    def _signatures(self) -> dict[str, str]:
+        return {name: f"{self.evaluators[name].signature()} {self._settings}" for name in self._due}
 
-    def _add_metrics(self, module: ShadowModule, record: ValidationRecord) -> None:
+    def _add_metrics(self, record: ValidationRecord) -> None:
         scores: dict[tuple[Subject, str], Metrics] = {key: found.metrics for key, found in self._found.items()}
-        for name in self._due if self.baselines else ():
-            known = self._untouched.known(name, self._signature(name))
+        for name, signature in self._signatures().items() if self.baselines else ():
+            known = self._untouched.known(name, signature)
             scores |= {(subject, name): metrics for subject, metrics in known.items()}
-        self._require_own_names(module, scores)
         for (subject, name), metrics in scores.items():
             prefix = f"{record.stage}/{subject.name}/{name}"
             record.metrics |= {f"{prefix}/{what}": value for what, value in metrics.items()}
@@ -232,16 +244,6 @@ class EvaluationCallback(Callback):
         for name in self._due:
             record.metrics[f"evaluation/{name}/seconds"] = record.spent(f"evaluation/{name}")
         record.add_cost("evaluation")
-
-    def _require_own_names(self, module: ShadowModule, scores: dict[tuple[Subject, str], Metrics]) -> None:
-        """Raise where a metric has the name of a validation set's, since Lightning would log the mean of both."""
-        taken = module.scores(TUNED).keys()
-        clashes = {f"{name}/{what}" for (_, name), metrics in scores.items() for what in metrics} & taken
-        if clashes:
-            raise DataError(
-                f"{', '.join(sorted(clashes))} would be logged for a validation set and for an evaluator of its name. "
-                "Rename one of the two, in data.validation, data.test or evaluation.evaluators."
-            )
 
     def _write(self, trainer: Trainer, stage: str) -> None:
         """Write the samples of all ranks to files, in the order of the rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,8 @@ from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import starts_from_weights
-from shadowlit.grafting.export import (
-    export_adapter,
-    export_folder,
-    logit_difference,
-    reload_logits,
-)
-from shadowlit.grafting.manifest import Manifest, add_to_manifest, build_manifest
+from shadowlit.grafting.export import export_adapter, export_folder, logit_difference, reload_logits
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -40,11 +35,11 @@ class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
     The weights are those of the best checkpoint by the monitored metric (say ``val/grafted/loss``), or the last ones
-    when nothing is monitored; they stay in the module. Written, atomically, are ``<folder>/model`` (the Instruct's
-    folder with the grafted weights and ``shadowlit.json``, which states where they come from and how far the logits of
-    the reloaded folder are from the validated ones), with LoRA ``<folder>/adapter`` (for the Instruct, in PEFT's
-    form), and on request ``<folder>/delta`` (the update itself, in bfloat16, as ``shadowlit delta`` writes it). Needs a
-    GraftCallback.
+    when nothing is monitored; they stay in the module. The parts are written atomically: ``<folder>/model`` (the
+    Instruct's folder with the grafted weights and ``shadowlit.json``, which states where they come from and how far the
+    logits of the reloaded folder are from the validated ones), with LoRA ``<folder>/adapter`` (for the Instruct, in
+    PEFT's format), and on request ``<folder>/delta`` (the update itself, in bfloat16, in the format of ``shadowlit
+    delta``). Needs a GraftCallback.
 
     Example::
 
@@ -74,12 +69,19 @@ class ExportCallback(Callback):
         self.max_shard_bytes = max_shard_bytes
         self.verify = verify
         self.exported: Path | None = None  # the model folder, once written
+        self._graft: GraftCallback  # the trainer's, from setup on
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out before the training that its end would fail."""
+        """Raise before the training where the export at its end would fail."""
         if not self.enabled or stage != "fit":
             return
-        _graft_callback(trainer)
+        found = [c for c in trainer.callbacks if isinstance(c, GraftCallback)]  # type: ignore[attr-defined]
+        if len(found) != 1:
+            raise ExportError(
+                f"the trainer has {len(found)} GraftCallbacks; ExportCallback needs exactly one, whose graft it writes."
+                " Add one to trainer.callbacks, or set export.enabled=false."
+            )
+        (self._graft,) = found
         target = self._target(trainer)
         if any((target / part).exists() for part in ("model", "adapter", "delta")):
             raise ExportError(
@@ -92,32 +94,32 @@ class ExportCallback(Callback):
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
-        # Lightning has moved the module to the CPU by now. Earlier, in on_train_end, a checkpoint may still follow,
-        # and would hold the best weights for the last ones.
+        # Lightning has moved the module to the CPU by now. on_train_end would be too early: a checkpoint may still
+        # follow and would hold the best weights instead of the last ones.
         left_on = next(pl_module.parameters()).device
         pl_module.to(trainer.strategy.root_device)
         self._export(trainer, pl_module)
         pl_module.to(left_on)
 
     def _export(self, trainer: Trainer, pl_module: ShadowModule) -> None:
-        callback = _graft_callback(trainer)
-        _load_best(trainer, pl_module, callback)
+        _load_best(trainer, pl_module, self._graft)
         target = self._target(trainer)
-        manifest = self._manifest(trainer, pl_module, callback)
+        manifest = self._manifest(trainer, pl_module)
         if "model" in self.parts:
-            self._export_model(trainer, pl_module, callback, target / "model", manifest)
+            self._export_model(trainer, pl_module, target / "model", manifest)
         if "adapter" in self.parts and pl_module.adapter is not None:
-            self._export_adapter(trainer, pl_module, callback, target / "adapter", manifest)
+            self._export_adapter(trainer, pl_module, target / "adapter", manifest)
         if "delta" in self.parts:
-            tensors = callback.build(pl_module).delta_tensors()
+            tensors = self._graft.build(pl_module).delta_tensors()
             if trainer.is_global_zero:
                 write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
             else:
-                _exhaust(tensors)
+                deque(tensors, maxlen=0)  # a collective
         trainer.strategy.barrier("export")
         rank_zero_info(f"export: {', '.join(self.parts)} of the grafted Instruct: in {target}")
 
-    def _manifest(self, trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> Manifest:
+    def _manifest(self, trainer: Trainer, module: ShadowModule) -> dict[str, Any]:
+        callback = self._graft
         graft, scale = callback.build(module), callback.scales[0]
         statistics = graft.statistics(scale)
         return build_manifest(
@@ -130,11 +132,11 @@ class ExportCallback(Callback):
             metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
             transforms=callback.transforms.specs,
+            fingerprints=callback.fingerprints,
         )
 
-    def _export_model(
-        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Manifest
-    ) -> None:
+    def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
+        callback = self._graft
         probe = _first_batch(trainer)
         with isolate_rng(), callback.grafted(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             module.eval()
@@ -142,7 +144,7 @@ class ExportCallback(Callback):
             module.train()
         tensors = callback.build(module).grafted_tensors(callback.scales[0])
         if not trainer.is_global_zero:
-            _exhaust(tensors)
+            deque(tensors, maxlen=0)
             return
         self.exported = export_folder(
             target,
@@ -155,23 +157,21 @@ class ExportCallback(Callback):
         if self.verify:
             _verify(target, probe, reference, module.pair.trust_remote_code)
 
-    def _export_adapter(
-        self, trainer: Trainer, module: ShadowModule, callback: GraftCallback, target: Path, manifest: Any
-    ) -> None:
+    def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
         assert module.adapter is not None and module.model is not None
         if starts_from_weights(module.adapter) or module.adapter.modules_to_save or module.adapter.bias != "none":
             rank_zero_info(
                 "export: no adapter is written, only the whole model. One that starts from the weights, or trains "
-                "biases or whole modules beside its factors, means another update on the Instruct than on the Base."
+                "biases or whole modules besides its factors, means another update on the Instruct than on the Base."
             )
             return
-        if callback.transforms:
+        if self._graft.transforms:
             rank_zero_info(
                 "export: no adapter is written. The graft transforms the update (graft.transforms), so the adapter's "
                 "factors do not give it; export.parts=[delta] and 'delta lora' make an adapter of it."
             )
             return
-        factors = callback.build(module).adapter_tensors(callback.scales[0])
+        factors = self._graft.build(module).adapter_tensors(self._graft.scales[0])
         if trainer.is_global_zero:
             state = get_peft_model_state_dict(module.model, state_dict=factors)
             export_adapter(target, module.pair, module.adapter, state, manifest)
@@ -184,7 +184,7 @@ class ExportCallback(Callback):
 def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_remote_code: bool) -> None:
     ids, mask = probe["input_ids"].cpu(), probe["attention_mask"].cpu()
     images = {name: probe[name] for name in IMAGE_INPUTS if name in probe}
-    # In float32, so that what is compared is the weights and not how a CPU computes in half precision.
+    # In float32, so that the weights are compared and not the CPU's arithmetic in half precision.
     reloaded = reload_logits(folder, ids, mask, dtype=torch.float32, trust_remote_code=trust_remote_code, images=images)
     difference = logit_difference(reference, reloaded, mask)
     add_to_manifest(folder, {"logits_against_validated": difference})
@@ -226,23 +226,8 @@ def _first_batch(trainer: Trainer) -> dict[str, Tensor]:
     return trainer.strategy.broadcast(rows)
 
 
-def _graft_callback(trainer: Trainer) -> GraftCallback:
-    found = [c for c in trainer.callbacks if isinstance(c, GraftCallback)]  # type: ignore[attr-defined]
-    if len(found) != 1:
-        raise ExportError(
-            f"the trainer has {len(found)} GraftCallbacks; ExportCallback needs exactly one, whose graft it writes. "
-            "Add one to trainer.callbacks, or set export.enabled=false."
-        )
-    return found[0]
-
-
 def _resolved_config(trainer: Trainer) -> dict[str, Any]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SaveConfigCallback):
             return yaml.safe_load(callback.parser.dump(callback.config, skip_unset=False))
     return {}
-
-
-def _exhaust(iterator: Iterator[Any]) -> None:
-    for _ in iterator:
-        pass

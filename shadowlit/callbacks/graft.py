@@ -6,7 +6,7 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -90,6 +90,8 @@ class GraftCallback(Callback):
         record: The record of the running validation or test, or else of the last one.
         finished: The record of the last complete validation, whose metrics checkpoints and exports state.
         graft: The graft of the module's model, from its first use in a command to the command's end.
+        fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
+        settings: Settings that a checkpoint's metrics depend on.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class GraftCallback(Callback):
         routing: bool = True,
         transforms: list[dict[str, Any]] = [],  # noqa: B006
     ) -> None:
-        named = {s.name for s in grafts(scales)} if all(isinstance(s, int | float) for s in scales) else set()
+        named = {f"{scale:g}" for scale in scales} if all(isinstance(s, int | float) for s in scales) else set()
         if not scales or len(named) < len(scales) or not all(map(math.isfinite, scales)):
             raise GraftError(
                 f"graft.scales is {scales}; expected at least one finite number, and none of them twice in its first "
@@ -118,6 +120,9 @@ class GraftCallback(Callback):
         self.baselines = baselines
         self.statistics = statistics
         self.routing = routing
+        self.settings = {
+            "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
+        }  # fmt: skip
         self.graft: LiveGraft | None = None
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
@@ -126,7 +131,7 @@ class GraftCallback(Callback):
         self._routing: Routing | None = None
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
-        self._fingerprints: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module, the other callbacks and the pair before any weight is loaded for training."""
@@ -135,8 +140,8 @@ class GraftCallback(Callback):
                 f"GraftCallback needs a ShadowModule or a subclass of it, but the module is a "
                 f"{type(pl_module).__name__}. Derive yours from shadowlit.training.module.ShadowModule."
             )
-        _require_subject(pl_module)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        _require_subject(pl_module, callbacks)
         swapping = [type(c).__name__ for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if swapping:
             raise GraftError(
@@ -146,17 +151,22 @@ class GraftCallback(Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_elementwise(self.transforms, trainer.world_size)
         require_fit(pl_module.pair, self.select)
-        current = pl_module.pair.fingerprints()
-        if self._fingerprints and self._fingerprints != current:
-            changed = [who for who in current if current[who] != self._fingerprints.get(who)]
-            raise GraftError(_changed_pair(changed))
-        self._fingerprints = current
+        self._run = RunTotals()  # not that of an earlier fit, which may have ended by an exception
+        fingerprints = pl_module.pair.fingerprints()
+        if fingerprints != self.fingerprints:  # what was measured of another pair
+            self.fingerprints, self._untouched = fingerprints, UntouchedMetrics()
+        if stage == "fit":
+            self.finished = ValidationRecord()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the graft, log what it covers, and make sure that training starts at the Base."""
         self._run = RunTotals(started=time.perf_counter())
         graft = self.build(pl_module)
-        rank_zero_info(f"graft: {graft.coverage}; {_per_parameter(graft)}")
+        rank_zero_info(
+            f"graft: {graft.coverage}; frozen weights of {graft.frozen_bytes / 1e6:.1f} MB per rank on the "
+            f"{'CPU' if graft.offload else 'device'}, {graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} "
+            "bytes per parameter"
+        )
         if trainer.global_step == 0 and not trainer.ckpt_path and not graft.on_base:
             raise GraftError(
                 "the module does not start at the Base: its weights differ before the first step. Expected those of "
@@ -168,6 +178,8 @@ class GraftCallback(Callback):
         """Begin a record, and measure the reference of a preference objective where it is not known yet."""
         run = RunTotals() if trainer.sanity_checking else self._run
         self.record = ValidationRecord("test" if trainer.testing else "val", run)
+        assert isinstance(pl_module, ShadowModule)
+        pl_module.callback_metrics = self.record.metrics
         self._measure_references(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,7 +210,6 @@ class GraftCallback(Callback):
         if not trainer.sanity_checking:
             record.metrics["graft/swap_seconds"] = graft.apply_s - swaps_s
             record.add_cost("graft")
-            record.log(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep what was logged; checkpoint callbacks run after this, so a checkpoint holds its own metrics."""
@@ -240,8 +251,8 @@ class GraftCallback(Callback):
                 transforms=self.transforms,
             )  # fmt: skip
             base.close()
-            # Whoever asks for the module's state gets the trained weights: checkpoint callbacks in any order, a
-            # signal handler in the middle of a pass.
+            # So that the module's state always holds the trained weights: for checkpoint callbacks in any order, and
+            # for a signal handler in the middle of a pass.
             self._hook = pl_module.register_state_dict_pre_hook(self._before_state_dict)
             self._routing, self._routing_on = self._new_routing(pl_module), ""
         return self.graft
@@ -253,41 +264,39 @@ class GraftCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Swap the trained weights back, free the pair's, and close its files; the next command reads them again."""
         self._release()
-        self._run = RunTotals()
 
     def state_dict(self) -> dict[str, Any]:
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
         return {
-            "fingerprints": self._fingerprints,
-            "settings": self._settings(),
+            "fingerprints": self.fingerprints,
+            "settings": self.settings,
             "untouched": self._untouched.state,
-            "metrics": self.finished.metrics,
+            "metrics": dict(self.finished.metrics),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores over; refuse a checkpoint of another pair."""
         saved = state_dict["fingerprints"]
-        changed = [who for who, value in self._fingerprints.items() if saved.get(who) != value]
-        if changed:
-            raise GraftError(_changed_pair(changed))
-        self._fingerprints = saved
+        if changed := [who for who, value in self.fingerprints.items() if saved.get(who) != value]:
+            raise GraftError(
+                f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
+                "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was "
+                "trained with, pinned by revision, or start again without ckpt_path."
+            )
+        self.fingerprints = saved
         if constants := state_dict.get("constants"):  # of a checkpoint from before the key "untouched"
             self._untouched.state = {"val": {"signature": state_dict["measured_on"], **constants}}
         else:
             self._untouched.state = state_dict.get("untouched", {})
         self.finished = ValidationRecord(metrics=state_dict["metrics"])
-        before, now = state_dict.get("settings", self._settings()), self._settings()
-        if changed := [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]:
+        before = state_dict.get("settings", self.settings)
+        changed = [f"{k} {before.get(k)} (now {now})" for k, now in self.settings.items() if before.get(k) != now]
+        if changed:
             rank_zero_warn(
                 f"graft: the checkpoint was written with another graft: {', '.join(changed)}. Its metrics and its best "
                 "score are those of that graft. Resume with the same settings, or start a new run to compare them."
             )
             self.finished = ValidationRecord()
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "select": self.select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
-        }  # fmt: skip
 
     def _before_state_dict(self, *_: Any) -> None:
         if self.graft is not None:
@@ -307,17 +316,13 @@ class GraftCallback(Callback):
         self.graft = self._hook = self._routing = None
 
     def _measure_references(self, module: LightningModule) -> None:
-        """Measure the log-probabilities of a preference objective's reference, with the untouched models' weights.
-
-        Not with the weights as they happen to be when the training begins: after a resume those are trained already.
-        """
-        assert isinstance(module, ShadowModule)
+        """Measure the log-probabilities of a preference objective's reference, with the untouched models' weights."""
+        assert isinstance(module, ShadowModule)  # whose own weights are trained already after a resume
         for subject in UNTOUCHED:
             if names := module.lacking_references(subject):
                 graft, start = self.build(module), time.perf_counter()
                 with isolate_rng():
-                    measured = graft.measure(subject, partial(module.measure_references, names))
-                module.keep_references(subject, measured)
+                    graft.measure(subject, partial(module.measure_references, subject, names))
                 rank_zero_info(
                     f"graft: the untouched {subject.name.capitalize()}'s log-probabilities of {', '.join(names)} were "
                     f"measured in {time.perf_counter() - start:.1f} s"
@@ -344,7 +349,7 @@ class GraftCallback(Callback):
             record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule) -> dict[Subject, Metrics]:
-        """Scores of the untouched models: measured in the first full validation on these data, then remembered."""
+        """Scores of the untouched models, measured in the first full validation on these data and then remembered."""
         if not self.baselines:
             return {}
         settings = settings_of([module.objective, *module.metrics.values()])
@@ -439,7 +444,7 @@ def _progress(trainer: Trainer, subject: Subject, total: int) -> Iterator[Callab
 
 
 def _batches(trainer: Trainer) -> tuple[list[Any], list[float]]:
-    """The loaders of the running validation or test, and how many batches of each are run."""
+    """The loaders of the running validation or test, and the number of batches of each."""
     if trainer.testing:
         loaders, limits = trainer.test_dataloaders, trainer.num_test_batches
     else:
@@ -448,30 +453,26 @@ def _batches(trainer: Trainer) -> tuple[list[Any], list[float]]:
     return (loaders if isinstance(loaders, list) else [loaders]), limits
 
 
-def _require_subject(module: ShadowModule) -> None:
-    """Raise where a step of the module is overridden by one that can't be told whose weights it scores."""
+def _require_subject(module: ShadowModule, callbacks: Iterable[Callback]) -> None:
+    """Raise where a step of the module or a callback's ``on_subject`` does not take the subject."""
     for step in (module.validation_step, module.test_step):
-        try:
-            inspect.signature(step).bind(None, 0, 0, TUNED)
-        except TypeError as error:
-            raise GraftError(
-                f"{type(module).__name__}.{step.__name__}{inspect.signature(step)} can't be told which subject it "
-                "scores; expected (batch, batch_idx, dataloader_idx=0, subject=TUNED). Add the argument, with TUNED "
-                "from shadowlit.grafting.subject, and pass it on to super()."
-            ) from error
+        _require_arguments(
+            step,
+            "can't be told which subject it scores; expected (batch, batch_idx, dataloader_idx=0, subject=TUNED). Add "
+            "the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
+        )
+    for callback in callbacks:
+        if isinstance(callback, MeasuresSubjects):
+            _require_arguments(
+                callback.on_subject,
+                "can't be called for a subject; expected (trainer, module, subject, record). Give it these arguments.",
+            )
 
 
-def _per_parameter(graft: LiveGraft) -> str:
-    where = "CPU" if graft.offload else "device"
-    return (
-        f"frozen weights of {graft.frozen_bytes / 1e6:.1f} MB per rank on the {where}, "
-        f"{graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} bytes per parameter"
-    )
-
-
-def _changed_pair(changed: list[str]) -> str:
-    return (
-        f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
-        "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was trained "
-        "with, pinned by revision, or start again without ckpt_path."
-    )
+def _require_arguments(method: Callable[..., Any], problem: str) -> None:
+    """Raise unless a method takes four arguments by position."""
+    try:
+        inspect.signature(method).bind(None, 0, 0, TUNED)
+    except TypeError as error:
+        owner = type(getattr(method, "__self__", method)).__name__
+        raise GraftError(f"{owner}.{method.__name__}{inspect.signature(method)} {problem}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,7 @@ class PredictionWriter(BasePredictionWriter):
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the file atomically."""
-        answers = [answer for batch in _flat(predictions) for answer in batch]
-        answers = of_all_ranks(answers)
+        answers = of_all_ranks(list(_answers(predictions)))
         if not trainer.is_global_zero:
             return
         target = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
@@ -42,8 +41,7 @@ class PredictionWriter(BasePredictionWriter):
         rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct were written to {target}")
 
 
-def _flat(predictions: Sequence[Any]) -> list[Any]:
-    """One list of batches, whether Lightning gives one per loader or only one loader's."""
-    if predictions and isinstance(predictions[0], list) and predictions[0] and isinstance(predictions[0][0], list):
-        return [batch for loader in predictions for batch in loader]
-    return list(predictions)
+def _answers(predictions: Any) -> Iterator[dict[str, Any]]:
+    """The answers in lists of batches: Lightning gives one such list, or one per loader."""
+    for one in predictions:
+        yield from [one] if isinstance(one, dict) else _answers(one)

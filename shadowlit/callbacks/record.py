@@ -7,14 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from lightning.pytorch import Trainer
 
+from shadowlit.errors import GraftError
 from shadowlit.grafting.subject import Subject
 from shadowlit.training.module import ShadowModule
-
-_IN_PROGRESS_BAR = ("graft/gain",)
 
 
 @dataclass
@@ -34,8 +33,9 @@ class ValidationRecord:
         stage: ``val`` or ``test``, the prefix of its metrics.
         run: Totals of the fit that it belongs to.
         subjects: Subjects measured so far, in this order.
-        metrics: Metrics by name. Callbacks add theirs until the validation ends; from then on it holds every metric
-            that Lightning shows to callbacks, except for those that only an earlier validation measured.
+        metrics: Metrics by name. Callbacks add theirs in ``on_subject`` or ``on_validation_epoch_end``; the module logs
+            them with its scores. From ``on_validation_end`` on it holds every metric that Lightning shows to callbacks,
+            except for those that only an earlier validation measured, and adding to it is an error.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
     """
 
@@ -44,7 +44,6 @@ class ValidationRecord:
     subjects: list[Subject] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _logged: set[str] = field(default_factory=set)
     _nested_s: float = 0.0
 
     @contextmanager
@@ -70,18 +69,39 @@ class ValidationRecord:
         if self.run.started is not None and self.stage == "val":
             self.metrics[f"{part}/time_share"] = self.run.seconds[part] / (time.perf_counter() - self.run.started)
 
-    def log(self, module: ShadowModule) -> None:
-        """Let the module log the metrics that were added since the last call."""
-        for name in [name for name in self.metrics if name not in self._logged]:
-            module.log(name, self.metrics[name], prog_bar=name in _IN_PROGRESS_BAR)
-            self._logged.add(name)
-
     def close(self, trainer: Trainer) -> None:
-        """Replace the metrics by all that Lightning logged, except for what only an earlier validation measured."""
+        """Replace the metrics by all that Lightning logged, except for what only an earlier validation measured.
+
+        Raises:
+            GraftError: A metric was added after the module had logged them.
+        """
+        if late := self.metrics.keys() - trainer.callback_metrics.keys():
+            raise _too_late(", ".join(sorted(late)))
         self.run.names |= self.metrics.keys()
         outdated = self.run.names - self.metrics.keys()
         logged = trainer.callback_metrics.items()
-        self.metrics = {name: value.item() for name, value in logged if name not in outdated}
+        self.metrics = _Closed({name: value.item() for name, value in logged if name not in outdated})
+
+
+class _Closed(dict[str, float]):
+    """The metrics of a validation that is over, to which nothing can be added."""
+
+    def __setitem__(self, name: str, value: float) -> None:
+        raise _too_late(name)
+
+    def update(self, *metrics: Any, **more: float) -> None:
+        raise _too_late(", ".join(sorted(dict(*metrics, **more))))
+
+    def __ior__(self, metrics: Any) -> Self:  # type: ignore[override,misc]
+        raise _too_late(", ".join(sorted(dict(metrics))))
+
+
+def _too_late(names: str) -> GraftError:
+    return GraftError(
+        f"{names} was added to a ValidationRecord after its metrics had been logged. Add metrics in on_subject or "
+        "on_validation_epoch_end (on_test_epoch_end) of a callback, at any place in trainer.callbacks; a ShadowModule "
+        "that overrides on_validation_epoch_end must call super()."
+    )
 
 
 def record_of(trainer: Trainer) -> ValidationRecord | None:

@@ -42,12 +42,12 @@ class ThroughputCallback(Callback):
       :class:`EvaluationCallback`)
 
     A summary of the whole run is logged when the training ends, with the time from its setup to its first step. On a
-    GPU times are taken by events in its stream, so that it is waited for only once per logging.
+    GPU times are measured by events in its stream, so that the CPU waits for it only once per logging.
 
     May be listed anywhere among the trainer's callbacks, and changes no bit of the training.
 
     Args:
-        enabled: Measure and log.
+        enabled: Whether to measure and log.
 
     Attributes:
         summary: Summary of the finished run: the metrics above without their prefixes, ``seconds`` and ``startup_s``.
@@ -68,11 +68,11 @@ class ThroughputCallback(Callback):
         self._total = [0.0, 0.0, 0.0]  # tokens, supervised tokens, operations of all ranks
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin to count the start-up."""
+        """Start to time the start-up."""
         self._setup_at = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the model's work, and begin to count the time."""
+        """Count the model's operations, and start the stopwatch."""
         if not self.enabled or not isinstance(pl_module, ShadowModule) or pl_module.model is None:
             return
         self._work, self._peak = Work.of(pl_module.model), peak_flops(pl_module.device)
@@ -94,7 +94,7 @@ class ThroughputCallback(Callback):
         self._supervised += int((batch["labels"] != IGNORE_INDEX).sum()) if positions is None else len(positions)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """The gradients are computed."""
+        """End the backward pass."""
         if self._watch is not None:
             self._watch.mark("forward_backward")
             self._stepped = True
@@ -102,7 +102,7 @@ class ThroughputCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is done, or the micro-batch; log when it is time to."""
+        """End the step or the micro-batch; log every ``log_every_n_steps`` steps."""
         if self._watch is None:
             return
         self._watch.mark("optimizer" if self._stepped else "forward_backward")
@@ -111,12 +111,12 @@ class ThroughputCallback(Callback):
         self._stepped = False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the time before as waiting."""
+        """End the waiting before the validation."""
         if self._watch is not None and not trainer.sanity_checking:
             self._watch.mark("data")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Split the validation by the seconds of the graft and of the evaluations in its record."""
+        """Take the seconds of the graft and of the evaluations, from the record, out of the validation's."""
         if self._watch is None or trainer.sanity_checking:
             return
         self._watch.mark("validation")
@@ -153,8 +153,10 @@ class ThroughputCallback(Callback):
             return {}
         counts = torch.cat([self._counts, self._counts.new_tensor([self._supervised])])
         self._counts, self._supervised = None, 0
+        num_ranks = 1
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
+            num_ranks = dist.get_world_size()
         tokens, *by_window, supervised = counts.tolist()
         flops = self._work.flops(tokens, supervised, dict(zip(self._windows, by_window, strict=True)))
         self._total = [old + new for old, new in zip(self._total, (tokens, supervised, flops), strict=True)]
@@ -164,14 +166,13 @@ class ThroughputCallback(Callback):
             "train/peak_memory_gb": peak_memory_bytes(device) / 1e9,
         }
         if self._peak is not None:
-            num_ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
             found["train/mfu"] = flops / lasted / (self._peak * num_ranks)
         whole = sum(seconds.values())
         return found | {f"time/{part}": value / whole for part, value in seconds.items()}
 
 
 class _Stopwatch:
-    """Seconds by part, from marks at the ends of parts; on a GPU in its own time, read when asked."""
+    """Seconds by part, from marks at the ends of parts; on a GPU by events in its stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._seconds = dict.fromkeys(_PARTS, 0.0)
@@ -181,25 +182,20 @@ class _Stopwatch:
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark for ``part``."""
-        now = self._now()
-        if self._events:
-            self._pending.append((part, now))
-        else:
-            self._seconds[part] += now - self._last
-            self._last = now
+        self._pending.append((part, self._now()))
 
     def move(self, part: str, other: str, seconds: float) -> None:
-        """Count seconds for another part than they were marked for."""
+        """Move seconds from one part to another."""
         self._seconds[part] -= seconds
         self._seconds[other] += seconds
 
     def read(self) -> dict[str, float]:
         """Seconds so far; waits for the GPU to reach the last mark."""
-        if self._pending:
+        if self._events and self._pending:
             self._pending[-1][1].synchronize()
-        for part, event in self._pending:
-            self._seconds[part] += self._last.elapsed_time(event) / 1e3
-            self._last = event
+        for part, mark in self._pending:
+            self._seconds[part] += self._last.elapsed_time(mark) / 1e3 if self._events else mark - self._last
+            self._last = mark
         self._pending.clear()
         return dict(self._seconds)
 

@@ -35,12 +35,9 @@ class UntouchedMetrics:
         measure: Callable[[Subject, list[str]], Mapping[str, Metrics]],
         again: bool = False,
     ) -> None:
-        """Measure what is not known yet.
+        """Measure what is not known yet, or everything ``again``; ``measure`` is called once per model.
 
-        Args:
-            signatures: Signatures of data and settings, by name.
-            measure: Function from an untouched model and names to the metrics by name. It is called once per model.
-            again: Measure what is known, too.
+        ``signatures`` are those of data and settings by name; ``measure`` returns the metrics of a model by name.
         """
         names = [name for name, signature in signatures.items() if again or not self.known(name, signature)]
         found = {subject.name: measure(subject, names) for subject in UNTOUCHED} if names else {}
@@ -69,22 +66,18 @@ class DataSignature:
 
 def settings_of(objects: Iterable[Any]) -> str:
     """Describe objects by their classes and plain public attributes, so that other settings differ."""
-    return repr(
-        [
-            (type(one).__qualname__, [(k, v) for k, v in sorted(vars(one).items()) if _is_setting(k, v)])
-            for one in objects
-        ]
-    )
 
+    def is_setting(name: str, value: Any) -> bool:
+        plain = isinstance(value, bool | int | float | str | tuple | list | None)
+        return plain and not name.startswith("_") and name not in _STATE
 
-def _is_setting(name: str, value: Any) -> bool:
-    plain = isinstance(value, bool | int | float | str | tuple | list | None)
-    return plain and not name.startswith("_") and name not in _STATE
+    settings = [(one, [item for item in sorted(vars(one).items()) if is_setting(*item)]) for one in objects]
+    return repr([(type(one).__qualname__, items) for one, items in settings])
 
 
 def _hash(sets: Sequence[Any], limits: Sequence[float]) -> str:
     digest = hashlib.sha256()
     for samples, limit in zip(sets, limits, strict=True):
-        content = samples.digests() if hasattr(samples, "digests") else [str(len(samples)).encode()]
-        digest.update(f"{limit} {len(content)} ".encode() + b"".join(content))
+        content = samples.hashes().tobytes() if hasattr(samples, "hashes") else b""
+        digest.update(f"{limit} {len(samples)} ".encode() + content)
     return digest.hexdigest()

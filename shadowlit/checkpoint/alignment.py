@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.names import stored_names
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader
 
@@ -20,26 +19,19 @@ class AlignedReader(ComputedReader):
 
     An Instruct may have more rows in its embedding and output head than its Base (tokens added for the chat), or
     fewer (other padding). The Instruct's tokenizer is the one in use, so its rows count: those that the Base lacks
-    are the Instruct's own, and those that only the Base has are left out. All other tensors are the Base's.
-
-    Args:
-        base: Reader of the Base's checkpoint.
-        instruct: Reader of the Instruct's checkpoint; its names may be those of another library version.
+    are the Instruct's own, and those that only the Base has are left out. All other tensors are the Base's. The names
+    of the two may be those of different library versions.
     """
 
     def __init__(self, base: TensorReader, instruct: TensorReader) -> None:
         self._base, self._instruct = base, instruct
-        self._names = {
-            name: other
-            for name, other in stored_names(base.tensors, instruct.tensors).items()
-            if other in instruct.tensors and _differ_in_rows(base.tensors[name], instruct.tensors[other])
-        }
-        infos = {
-            name: dataclasses.replace(info, shape=instruct.tensors[self._names[name]].shape)
-            if name in self._names
-            else info
-            for name, info in base.tensors.items()
-        }
+        self._names: dict[str, str] = {}
+        infos = dict(base.tensors)
+        for name, other in stored_names(base.tensors, instruct.tensors).items():
+            shape, target = infos[name].shape, instruct.tensors[other].shape if other in instruct.tensors else ()
+            if len(shape) == len(target) == 2 and shape[0] != target[0] and shape[1] == target[1]:
+                self._names[name] = other
+                infos[name] = dataclasses.replace(infos[name], shape=target)
         super().__init__(base.folder, infos, self._aligned)
 
     @classmethod
@@ -67,7 +59,3 @@ class AlignedReader(ComputedReader):
         own = self._base.read_slice(name, (slice(start, end),))
         added = self._instruct.read_slice(self._names[name], (slice(end, stop),))
         return torch.cat([own, added.to(own.dtype)])
-
-
-def _differ_in_rows(left: TensorInfo, right: TensorInfo) -> bool:
-    return len(left.shape) == 2 and left.shape[0] != right.shape[0] and left.shape[1:] == right.shape[1:]

@@ -1,7 +1,6 @@
 """Safetensors folders: a lazy reader, a streaming writer, and a folder that is written atomically.
 
-Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here
-unpickles.
+Imports no transformers: the start-up time of the disk commands is part of their speed. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -61,25 +59,24 @@ class CheckpointReader(TensorReader):
     threads may share them. As in transformers, the single file is taken where both forms are present.
 
     Args:
-        folder: A folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
+        folder: Folder with ``model.safetensors``, or ``model.safetensors.index.json`` and its shards.
         single_file: Name of the file where there is only one, e.g. ``adapter_model.safetensors``.
 
     Raises:
-        CheckpointError: There is no safetensors file, a file is missing, lies outside the folder or is
-            broken, or the index and the shards disagree.
+        CheckpointError: There is no safetensors file, a file is missing, outside the folder or broken, or the index and
+            the shards disagree.
     """
 
     def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
         self.folder = Path(folder)
         self._streams: dict[str, FileIO] = {}
-        self._entries, self._states = read_folder(self.folder, single_file)
-        self.tensors = {name: entry.info for name, entry in self._entries.items()}
+        self.tensors, self._states = read_folder(self.folder, single_file)
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
         """See :meth:`shadowlit.checkpoint.reader.TensorReader.read_into`."""
         info = self.info(name)
         assert offset + len(buffer) <= info.num_bytes
-        path, position = self.folder / info.file, self._entries[name].start + offset
+        path, position = self.folder / info.file, info.start + offset
         try:
             stream = self._streams.get(info.file)
             if stream is None:
@@ -125,13 +122,10 @@ class _Shard:
 
 @dataclass
 class Streamed:
-    """A tensor that comes in parts, for one that need not be in memory as a whole.
+    """A tensor that comes in parts, so that the whole of it need not be in memory.
 
-    Attributes:
-        code: The format's code of the dtype of all parts.
-        shape: The shape of the whole.
-        parts: Its rows in order: tensors of that dtype, or numpy arrays of its bytes whose values were already found
-            finite, which make up the whole when concatenated along the first dimension.
+    The parts are its rows in order: tensors of the dtype with this code, or numpy arrays of bytes whose values were
+    already found finite.
     """
 
     code: str
@@ -147,17 +141,14 @@ class Streamed:
 class CheckpointWriter:
     """Writes tensors one after the other into shards, in the layout that transformers saves and loads.
 
-    Every tensor goes to the disk when it is added, so no more than one is held in memory. :meth:`close` gives
-    the shards their final names and writes the index; as a context manager the writer closes itself, and
-    after an exception it removes what it wrote. Together with :func:`atomic_folder` a crash leaves nothing
-    behind.
+    Every tensor goes to the disk when it is added. :meth:`close` gives the shards their final names and writes the
+    index; as a context manager the writer closes itself, and after an exception it removes what it wrote.
 
     Args:
-        folder: The folder to write to; created if it is missing.
-        max_shard_bytes: The largest number of data bytes per file; a single larger tensor gets a file of its
-            own.
+        folder: Folder to write to; created if it is missing.
+        max_shard_bytes: Largest number of data bytes per file; a single larger tensor gets a file of its own.
         metadata: Strings for the header of every file, e.g. where the weights come from.
-        stem: What the files' names begin with.
+        stem: Beginning of the files' names.
 
     Raises:
         CheckpointError: The folder holds safetensors files already, or ``max_shard_bytes`` is not positive.
@@ -189,15 +180,11 @@ class CheckpointWriter:
         self._stem = stem
 
     def add(self, name: str, tensor: torch.Tensor | Streamed) -> None:
-        """Write a tensor in its own dtype.
-
-        Args:
-            name: The tensor's name, not yet used.
-            tensor: Any shape, any device; a whole one, not sharded, or its rows part by part.
+        """Write a tensor of any shape, from any device, in its own dtype.
 
         Raises:
-            CheckpointError: The name was added before, the dtype cannot be stored, the values are elsewhere
-                (sharded, or on the meta device), or one is NaN or infinite.
+            CheckpointError: The name was added before, the dtype cannot be stored, the values are not here (sharded, or
+                on the meta device), one is NaN or infinite, or the disk is full.
         """
         if self._closed:
             raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
@@ -207,7 +194,7 @@ class CheckpointWriter:
         code, num_elements, num_bytes = streamed.code, streamed.info.num_elements, streamed.info.num_bytes
         entry: dict[str, Any] = {"dtype": code, "shape": list(streamed.shape)}
         written = 0
-        try:
+        with self._complete(f"Tensor '{name}' could not be written to {self.folder}"):
             shard = self._shard_for(num_bytes, streamed.info.itemsize, len(json.dumps({name: entry})) + 64)
             if num_bytes >= _RESERVE_BYTES:
                 reserve(shard.stream.fileno(), shard.stream.tell(), num_bytes)
@@ -216,14 +203,6 @@ class CheckpointWriter:
                 shard.stream.write(data)
                 shard.flush_ahead()
                 written += len(data)
-        except OSError as error:
-            self.abort()  # the file now holds half a tensor
-            raise CheckpointError(
-                f"Tensor '{name}' could not be written to {self.folder}: {error}. Free some disk space."
-            ) from error
-        except BaseException:
-            self.abort()
-            raise
         assert written == num_bytes, f"the parts of {name} have {written} bytes, the whole has {num_bytes}"
         shard.entries[name] = {**entry, "data_offsets": [shard.num_bytes, shard.num_bytes + num_bytes]}
         shard.num_bytes += num_bytes
@@ -240,15 +219,9 @@ class CheckpointWriter:
             return
         if not self._shards:
             raise CheckpointError(f"No tensor was added to {self.folder}. Add the model's tensors before closing.")
-        try:
+        with self._complete(f"{self.folder} could not be completed"):
             self._finish_shard()
             self._name_shards()
-        except OSError as error:
-            self.abort()
-            raise CheckpointError(f"{self.folder} could not be completed: {error}. Free some disk space.") from error
-        except BaseException:
-            self.abort()
-            raise
         self._closed = True
 
     def abort(self) -> None:
@@ -264,11 +237,22 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:
             self.abort()
+
+    @contextlib.contextmanager
+    def _complete(self, problem: str) -> Iterator[None]:
+        """Remove all shards if the block fails: one of them may hold half a tensor."""
+        try:
+            yield
+        except BaseException as error:
+            self.abort()
+            if isinstance(error, OSError):
+                raise CheckpointError(f"{problem}: {error}. Free some disk space.") from error
+            raise
 
     def _shard_for(self, num_bytes: int, itemsize: int, entry_bytes: int) -> _Shard:
         """The shard that takes a tensor of this size: the open one if it fits there, else a new one."""
@@ -284,7 +268,7 @@ class CheckpointWriter:
         path = self.folder / f"shard-{len(self._shards) + 1:05d}.safetensors.part"
         shard = _Shard(path, path.open("xb"))
         shard.header_bytes = len(json.dumps({"__metadata__": self.metadata})) + entry_bytes
-        shard.stream.write(b" " * (8 + max(_HEADER_ROOM_BYTES, _round_up(shard.header_bytes))))
+        shard.stream.write(b" " * (8 + max(_HEADER_ROOM_BYTES, -(-shard.header_bytes // 4096) * 4096)))
         self._shards.append(shard)
         return shard
 
@@ -319,7 +303,7 @@ class CheckpointWriter:
 
 
 def _whole(name: str, tensor: torch.Tensor) -> Streamed:
-    """A tensor in memory as one part; checked before anything of it is written."""
+    """A tensor in memory as one part, checked before any of it is written."""
     if tensor.is_meta or hasattr(tensor, "full_tensor"):
         raise CheckpointError(
             f"Tensor '{name}' is {'on the meta device' if tensor.is_meta else 'sharded'}, so that its values are "
@@ -345,21 +329,8 @@ def _bytes_of(name: str, part: torch.Tensor | Raw) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _round_up(num_bytes: int, multiple: int = 4096) -> int:
-    """The next multiple."""
-    return -(-num_bytes // multiple) * multiple
-
-
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse NaN and infinities: a model that holds one is useless, and loads without a word.
-
-    Args:
-        name: The tensor's name, for the message.
-        tensor: Any shape and dtype.
-
-    Raises:
-        CheckpointError: A value is NaN or infinite.
-    """
+    """Raise a CheckpointError for NaN and infinities: a model that holds one is useless, and loads without warning."""
     import torch
 
     if not tensor.dtype.is_floating_point:
@@ -373,29 +344,31 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """A folder that appears at ``target`` complete, or not at all.
+    """Write the folder ``target`` atomically.
 
-    Yields a temporary folder next to ``target``. When the block ends well, its files are flushed to the disk
-    and it is renamed to ``target``; after any exception it is removed. Only a killed process or a power cut
-    can leave it behind, as ``.<name>.partial-*``: the next one for the same target warns of it, and leaves it
-    alone, since another process may be writing there.
-
-    Args:
-        target: Where the folder shall appear; may exist only if it is an empty folder. Missing parents are
-            created.
+    Yields a temporary folder next to ``target``. When the block succeeds, its files are flushed to the disk and it is
+    renamed to ``target``; after any exception it is removed. Only a killed process or a power cut can leave it behind,
+    as ``.<name>.partial-*``: the next call for the same target warns of it, and leaves it alone, since another process
+    may be writing there. ``target`` may exist if it is empty; missing parents are created.
 
     Raises:
-        ExportError: ``target`` exists and is not an empty folder, its parent cannot be written, or the disk is
-            full or fails.
+        ExportError: ``target`` exists and is not an empty folder, its parent cannot be written, or the disk is full or
+            fails.
     """
     # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
     path = Path(os.path.realpath(target))
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
     try:
-        _make_beside(path, partial)  # in here: no signal falls between making the folder and knowing of it
+        _make_beside(path, partial)  # inside: a signal can't arrive between making it and being able to remove it
         yield partial
         _sync(partial)
-        _put_in_place(partial, path)
+        try:
+            partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
+        except OSError as error:
+            raise _KeptError(
+                f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it "
+                "yourself."
+            ) from error
     except _KeptError:
         raise
     except BaseException as error:
@@ -415,7 +388,7 @@ class _KeptError(ExportError):
 
 
 def _make_beside(path: Path, partial: Path) -> None:
-    """Make the temporary folder, if the target is free; warn of those that killed runs have left."""
+    """Make the temporary folder, if the target is free; warn of those that killed runs left behind."""
     try:
         _refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -423,15 +396,6 @@ def _make_beside(path: Path, partial: Path) -> None:
         partial.mkdir()
     except OSError as error:
         raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    try:
-        partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
-    except OSError as error:
-        raise _KeptError(
-            f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it yourself."
-        ) from error
 
 
 def _warn_of_leftovers(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Safetensors folders as their headers describe them: read and checked without torch, in milliseconds.
+"""Headers of safetensors folders, read and checked without torch in milliseconds.
 
-A folder is untrusted input: every count in a header is checked against the file before anything is allocated, and
-only regular files are opened. Links are followed (the hub's cache is made of them), wherever they lead: what is read
-is parsed as tensors or refused.
+A folder is untrusted input: every count in a header is checked against the file before anything is allocated, and only
+regular files are opened. Links are followed (the hub's cache is made of them), wherever they lead: what is read is
+parsed as tensors or refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import reprlib
 import stat
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,16 +42,17 @@ _MAX_INDEX_BYTES = 100_000_000
 _MAX_DIMENSIONS = 16
 _MAX_NAME_CHARS = 1000
 _MAX_DIGITS = 18  # of a count: below 2**63
-# A tensor without elements has room for any shape, [2**60, 0] say, and whoever goes through its rows never ends.
+# A tensor without elements may have any shape, such as [2**60, 0], and a loop over its rows would never end.
 _MAX_EMPTY_SHAPE = 2**31
 
 
 def dtype_code(dtype: torch.dtype | str) -> str | None:
-    """The format's code of a torch dtype or its name, ``BF16`` say; ``None`` if it has none."""
-    return _CODES.get(_name_of(dtype))
+    """The format's code of a torch dtype or its name, such as ``BF16``; ``None`` if it has none."""
+    return _CODES.get(dtype_name(dtype))
 
 
-def _name_of(dtype: torch.dtype | str) -> str:
+def dtype_name(dtype: object) -> str:
+    """A torch dtype as configs spell it, ``bfloat16``; anything else as its text."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -62,19 +63,13 @@ def dtype_of(code: str | None) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor.
-
-    Attributes:
-        name: The tensor's name.
-        code: The format's code of the stored dtype, e.g. ``BF16``.
-        shape: The stored shape.
-        file: The name of the file that holds it, inside the folder.
-    """
+    """What a safetensors header says of one tensor."""
 
     name: str
-    code: str
+    code: str  # the format's code of the stored dtype, e.g. BF16
     shape: tuple[int, ...]
-    file: str
+    file: str  # name of the file inside the folder
+    start: int = field(default=0, compare=False)  # of its data, in bytes from the beginning of the file
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,12 +90,12 @@ class TensorInfo:
 
     @property
     def is_weight(self) -> bool:
-        """Whether the values are weights by themselves: an 8-bit float, like an integer, needs a scale as well."""
+        """Whether the values are weights by themselves: 8-bit floats and integers need a scale as well."""
         return self.is_floating_point and self.itemsize > 1
 
     def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
         """Return the description after floating-point tensors are converted to ``dtype``; ``None`` changes nothing."""
-        return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[_name_of(dtype)])
+        return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[dtype_name(dtype)])
 
     @property
     def num_elements(self) -> int:
@@ -113,26 +108,17 @@ class TensorInfo:
         return self.num_elements * self.itemsize
 
 
-# A file's size in bytes, and when it was last changed, in nanoseconds.
-FileState = tuple[int, int]
+FileState = tuple[int, int]  # size in bytes, and time of the last change in nanoseconds: by which a file is recognised
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor and where its bytes lie: ``start`` counts from the beginning of the file."""
-
-    info: TensorInfo
-    start: int
-
-
-def read_folder(folder: Path, single_file: str) -> tuple[dict[str, Entry], dict[str, FileState]]:
+def read_folder(folder: Path, single_file: str) -> tuple[dict[str, TensorInfo], dict[str, FileState]]:
     """All tensors of a folder, sorted by name, checked against the index if there is one; and the files' states."""
     if not os.path.isdir(folder):
         raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
     # Whatever has this name is meant as the model: a dangling link is an error and is not skipped.
     if os.path.lexists(folder / single_file):
-        entries, state = _read_header(folder, single_file)
-        return dict(sorted(entries.items())), {single_file: state}
+        tensors, state = _read_header(folder, single_file)
+        return dict(sorted(tensors.items())), {single_file: state}
     index = folder / f"{single_file}.index.json"
     if not os.path.lexists(index):
         raise _no_safetensors(folder, single_file)
@@ -209,7 +195,7 @@ def match_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[str,
         )
 
 
-def _read_header(folder: Path, file: str) -> tuple[dict[str, Entry], FileState]:
+def _read_header(folder: Path, file: str) -> tuple[dict[str, TensorInfo], FileState]:
     """The checked header of one safetensors file, and the file's state when it was read."""
     path = folder / file
     _regular(path)
@@ -234,18 +220,18 @@ def _read_header(folder: Path, file: str) -> tuple[dict[str, Entry], FileState]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise broken_file(path, f"its __metadata__ {reprlib.repr(metadata)} are not a map of strings")
-    entries = {name: _read_entry(path, name, value, 8 + size) for name, value in header.items()}
+    tensors = {name: _read_entry(path, name, value, 8 + size) for name, value in header.items()}
     end = 8 + size
-    for entry in sorted(entries.values(), key=lambda e: (e.start, e.info.num_bytes)):
-        if entry.start != end:
-            raise broken_file(path, f"tensor '{shown(entry.info.name)}' begins at byte {entry.start}, expected {end}")
-        end += entry.info.num_bytes
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.num_bytes)):
+        if info.start != end:
+            raise broken_file(path, f"tensor '{shown(info.name)}' begins at byte {info.start}, expected {end}")
+        end += info.num_bytes
     if end != total:
         raise broken_file(path, f"its tensors end at byte {end}, the file at {total}")
-    return entries, state
+    return tensors, state
 
 
-def _read_entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
+def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorInfo:
     """One header entry, with dtype, shape and offsets that agree."""
     if not _is_name(name):
         raise broken_file(
@@ -268,13 +254,13 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> Entry:
             "to one of the floating-point dtypes, e.g. bfloat16, with transformers and save it as "
             "safetensors."
         )
-    info = TensorInfo(name, code, tuple(shape), path.name)
     start, stop = offsets
+    info = TensorInfo(name, code, tuple(shape), path.name, data_start + start)
     if info.num_bytes != stop - start:
         raise broken_file(path, f"{told} of {code} {shape} takes {info.num_bytes} bytes, not {stop - start}")
     if not info.num_elements and math.prod(filter(None, shape)) > _MAX_EMPTY_SHAPE:
         raise broken_file(path, f"{told} has the shape {shape} but no elements")
-    return Entry(info, data_start + start)
+    return info
 
 
 def _regular(path: Path) -> os.stat_result:
@@ -293,7 +279,7 @@ def _regular(path: Path) -> os.stat_result:
 
 
 def file_state(found: os.stat_result) -> FileState:
-    """Size and time of the last change, by which a file is recognised."""
+    """The state of a file."""
     return found.st_size, found.st_mtime_ns
 
 
@@ -367,13 +353,13 @@ def broken_file(path: Path, what: str) -> CheckpointError:
 
 
 def some_of(names: Iterable[Any], limit: int = 5) -> str:
-    """The first ``limit`` names of a collection, and how many more there are: for messages."""
+    """The first ``limit`` names of a collection and the number of the others, for messages."""
     listed = [shown(str(name)) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
 def shown(name: str) -> str:
-    """A name from an untrusted file as a message may show it: no control characters, not endless."""
+    """A name from an untrusted file as a message may show it: without control characters, and cut."""
     cut = name if len(name) <= 200 else name[:200] + "…"
     return cut if cut.isprintable() else ascii(cut)[1:-1]

@@ -1,43 +1,31 @@
 """One checkpoint under the names and in the layout of another one of the same model.
 
 Libraries, their versions and their wrappers disagree about names (``model.`` or ``model.language_model.``) and about
-experts (a matrix for each, or all in one tensor). Rows of a tensor are contiguous in a file, so every other layout is
-a list of byte ranges: nothing is converted, and no torch is needed.
+experts (a matrix for each, or all in one tensor). Rows of a tensor are contiguous in a file, so every layout is a list
+of byte ranges of another: nothing is converted, and no torch is needed.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
+import numpy as np
+
+from shadowlit.checkpoint import names
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import canonical_key, is_computed, is_of_experts, is_quantised_name, is_unmerged_name
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
+from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import CheckpointError, GraftError
-
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
-_FUSED = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
-_ROWS_OF_FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-_HEAD = "lm_head.weight"
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
-
-_BLOCK_BYTES = 2**20
 
 
 def canonical_keys(reader: TensorReader) -> dict[str, str]:
-    """Return the names of a checkpoint by their canonical keys.
-
-    Raises:
-        CheckpointError: Two names have one key.
-    """
+    """Return the names of a checkpoint by their canonical keys; raise a CheckpointError if two names have one key."""
     keys: dict[str, str] = {}
     for name in reader.tensors:
-        other = keys.setdefault(canonical_key(name), name)
+        other = keys.setdefault(names.canonical_key(name), name)
         if other != name:
             raise CheckpointError(
                 f"{reader.folder} holds {other} and {name}, which are two names for one tensor. Expected each tensor "
@@ -47,18 +35,14 @@ def canonical_keys(reader: TensorReader) -> dict[str, str]:
 
 
 def require_plain(reader: TensorReader) -> None:
-    """Raise for a checkpoint whose tensors are not the weights themselves.
-
-    Raises:
-        CheckpointError: It holds adapters that were not merged, or quantised weights.
-    """
-    adapters = [name for name in reader.tensors if is_unmerged_name(name)]
+    """Raise a CheckpointError for adapters that were not merged, and for quantised weights."""
+    adapters = [name for name in reader.tensors if names.is_unmerged_name(name)]
     if adapters:
         raise CheckpointError(
             f"{reader.folder} holds adapters next to its weights ({some_of(adapters)}); expected a plain model, or "
             "the adapter's own folder with adapter_config.json. Merge it (peft's merge_and_unload) and save that."
         )
-    quantised = [name for name in reader.tensors if is_quantised_name(name)]
+    quantised = [name for name in reader.tensors if names.is_quantised_name(name)]
     if quantised:
         raise CheckpointError(
             f"{reader.folder} holds quantised weights ({some_of(quantised)}), to which no update can be added. Give "
@@ -66,15 +50,8 @@ def require_plain(reader: TensorReader) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Range:
-    """A run of bytes of a tensor.
-
-    Attributes:
-        name: The tensor's name.
-        start: The first byte, from the tensor's beginning.
-        num_bytes: Number of bytes.
-    """
+class Range(NamedTuple):
+    """A run of bytes of the tensor ``name``; ``start`` counts from the tensor's beginning."""
 
     name: str
     start: int
@@ -86,13 +63,9 @@ class _Side:
 
     def __init__(self, reader: TensorReader) -> None:
         require_plain(reader)
-        self.reader = reader
+        self.reader, self.folder = reader, reader.folder
         self.keys = canonical_keys(reader)
         self.experts = self._count_experts()
-
-    @property
-    def folder(self) -> Path:
-        return self.reader.folder
 
     def info(self, key: str) -> TensorInfo:
         return self.reader.tensors[self.keys[key]]
@@ -101,12 +74,12 @@ class _Side:
         return [Range(self.keys[key], 0, self.info(key).num_bytes) for key in keys]
 
     def is_fused(self, experts: str) -> bool:
-        return f"{experts}.gate_up_proj" in self.keys
+        return f"{experts}.{names.GATE_UP}" in self.keys
 
     def orientation(self, experts: str) -> Literal["rows", "columns"] | None:
         """Whether outputs are the rows of the fused matrices (Qwen) or their columns (gpt-oss, Llama 4)."""
         try:
-            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in _ROWS_OF_FUSED)
+            (n, a, b), (m, c, d) = (self.info(f"{experts}.{kind}").shape for kind in names.ROWS_OF_FUSED)
         except (KeyError, ValueError):
             return None
         if n == m and (c, 2 * d) == (b, a):
@@ -116,31 +89,30 @@ class _Side:
     def repeats_embedding(self) -> bool:
         """Whether the output head repeats the embedding, bit for bit."""
         embedding = self.embedding()
-        if embedding is None or _HEAD not in self.keys:
+        if embedding is None or names.HEAD_KEY not in self.keys:
             return False
-        head, body = self.info(_HEAD), self.info(embedding)
+        head, body = self.info(names.HEAD_KEY), self.info(embedding)
         if (head.code, head.shape) != (body.code, body.shape):
             return False
-        for start in range(0, head.num_bytes, _BLOCK_BYTES):
-            blocks = [bytearray(min(_BLOCK_BYTES, head.num_bytes - start)) for _ in range(2)]
-            for info, block in zip((head, body), blocks, strict=True):
-                self.reader.read_into(memoryview(block), info.name, start)
-            if blocks[0] != blocks[1]:
+        for window in row_windows(head):
+            one, other = (self.reader.raw_rows(info.name, *window) for info in (head, body))
+            if not np.array_equal(one, other):
                 return False
         return True
 
     def embedding(self) -> str | None:
-        return next((key for key in _EMBEDDINGS if key in self.keys), None)
+        return next((key for key in names.EMBEDDING_KEYS if key in self.keys), None)
 
     def _count_experts(self) -> dict[str, int]:
         """The number of experts of every layer that has some."""
         counts: dict[str, int] = {}
         found: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         for key in self.keys:
-            if match := _EXPERT.fullmatch(key):
-                found[match[1]][match[3]].add(int(match[2]))
-            elif (match := _FUSED.fullmatch(key)) and len(self.info(key).shape) == 3:
-                counts[match[1]] = self.info(key).shape[0]
+            if single := names.split_expert(key):
+                experts, number, kind = single
+                found[experts][kind].add(number)
+            elif (fused := names.split_fused(key)) and len(self.info(key).shape) == 3:
+                counts[fused[0]] = self.info(key).shape[0]
         for experts, kinds in found.items():
             counts[experts] = 1 + max(number for numbers in kinds.values() for number in numbers)
             for kind, numbers in kinds.items():
@@ -159,23 +131,20 @@ class _Side:
 class LayoutReader(TensorReader):
     """Presents a checkpoint under the names and in the layout of another one of the same model.
 
-    Understood are the prefixes of wrappers and library versions
-    (:func:`shadowlit.checkpoint.names.canonical_key`), and experts as one matrix each or fused:
+    Names may differ in the prefixes of wrappers and library versions
+    (:func:`shadowlit.checkpoint.names.canonical_key`), and experts may be one matrix each or fused:
     ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj`` [experts, hidden, inner]. Tensors
     without a counterpart keep their names; buffers that models compute are left out.
 
     Args:
-        reader: The checkpoint.
-        like: The checkpoint whose names and layout it is presented in.
-        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it.
-            Otherwise it stays as it is.
-
-    Attributes:
-        ranges: By name, the parts of the tensors of ``reader`` that each presented tensor consists of.
+        reader: Checkpoint to present.
+        like: Checkpoint whose names and layout are used.
+        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it;
+            otherwise it stays as it is.
 
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.
-        GraftError: The experts lie in layouts that can't be brought together.
+        GraftError: The experts have layouts that can't be converted into one another.
     """
 
     def __init__(self, reader: TensorReader, like: TensorReader, ties: bool = True) -> None:
@@ -183,19 +152,19 @@ class LayoutReader(TensorReader):
         _require_like_experts(own, other)
         self.folder = reader.folder
         self._reader = reader
-        self.ranges: dict[str, list[Range]] = {}
+        self.ranges: dict[str, list[Range]] = {}  # by name, the parts of `reader` that each tensor consists of
         self.tensors: dict[str, TensorInfo] = {}
         for key, name in other.keys.items():
             if key in own.keys:
                 self._present(name, own.info(key).shape, own.whole(key))
-            elif match := _FUSED.fullmatch(key):
-                self._present_fused(name, own, match[1], _ROWS_OF_FUSED[match[2]])
-            elif match := _EXPERT.fullmatch(key):
-                self._present_expert(name, own, match[1], int(match[2]), match[3])
+            elif fused := names.split_fused(key):
+                self._present_fused(name, own, *fused)
+            elif single := names.split_expert(key):
+                self._present_expert(name, own, *single)
         skipped = self._match_ties(own, other) if ties else set()
         skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
         for key, name in own.keys.items():
-            if name not in skipped and not is_computed(name):
+            if name not in skipped and not names.is_computed(name):
                 self._present(name, own.info(key).shape, own.whole(key))
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
@@ -213,22 +182,23 @@ class LayoutReader(TensorReader):
 
     def _match_ties(self, own: _Side, other: _Side) -> set[str]:
         """Present a tied output head where only the other checkpoint has one; return it where only this one does."""
-        embedding = own.embedding()
-        if embedding is not None and _HEAD in other.keys and _HEAD not in own.keys and other.repeats_embedding():
-            self._present(other.keys[_HEAD], own.info(embedding).shape, own.whole(embedding))
-        elif _HEAD in own.keys and _HEAD not in other.keys and own.repeats_embedding():
-            return {own.keys[_HEAD]}
+        head, embedding = names.HEAD_KEY, own.embedding()
+        if embedding is not None and head in other.keys and head not in own.keys and other.repeats_embedding():
+            self._present(other.keys[head], own.info(embedding).shape, own.whole(embedding))
+        elif head in own.keys and head not in other.keys and own.repeats_embedding():
+            return {own.keys[head]}
         return set()
 
     def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
         self.ranges[name] = ranges
         self.tensors[name] = replace(self._reader.tensors[ranges[0].name], name=name, shape=shape)
 
-    def _present_fused(self, name: str, own: _Side, experts: str, kinds: Sequence[str]) -> None:
-        """Present all experts' matrices of ``kinds``, expert by expert, as one tensor."""
+    def _present_fused(self, name: str, own: _Side, experts: str, fused: str) -> None:
+        """Present the matrices that ``fused`` is made of, expert by expert, as one tensor."""
         if experts not in own.experts:
             return
-        keys = [f"{experts}.{number}.{kind}.weight" for number in range(own.experts[experts]) for kind in kinds]
+        kinds = names.ROWS_OF_FUSED[fused]
+        keys = [names.expert_key(experts, number, kind) for number in range(own.experts[experts]) for kind in kinds]
         if not all(key in own.keys for key in keys):
             return
         forms = {(info.code, info.shape) for info in map(own.info, keys)}
@@ -242,10 +212,10 @@ class LayoutReader(TensorReader):
 
     def _present_expert(self, name: str, own: _Side, experts: str, number: int, kind: str) -> None:
         """Present rows of the fused tensor as one expert's matrix."""
-        fused = f"{experts}.down_proj" if kind == "down_proj" else f"{experts}.gate_up_proj"
-        if fused not in own.keys:
+        fused, kinds = next((fused, kinds) for fused, kinds in names.ROWS_OF_FUSED.items() if kind in kinds)
+        if f"{experts}.{fused}" not in own.keys:
             return
-        info, kinds = own.info(fused), _ROWS_OF_FUSED[fused.removeprefix(f"{experts}.")]
+        info = own.info(f"{experts}.{fused}")
         _, rows, columns = info.shape
         num_bytes = info.num_bytes // info.shape[0] // len(kinds)
         start = (number * len(kinds) + kinds.index(kind)) * num_bytes
@@ -253,74 +223,48 @@ class LayoutReader(TensorReader):
 
 
 def in_layout_of(reader: TensorReader, like: TensorReader) -> TensorReader:
-    """Return a checkpoint under the names and in the layout of another one; itself where they are alike.
-
-    An output head that repeats the embedding stays as it is stored.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
-        GraftError: As :class:`LayoutReader`.
-    """
-    keys = {canonical_key(name) for name in like.tensors}
-    odd = (canonical_key(name) in keys or is_of_experts(name) for name in reader.tensors if name not in like.tensors)
-    return LayoutReader(reader, like, ties=False) if any(odd) else reader
+    """Return a :class:`LayoutReader` with ``ties=False``, or ``reader`` itself if names and layout are the same."""
+    keys = {names.canonical_key(name) for name in like.tensors}
+    other = [name for name in reader.tensors if name not in like.tensors]
+    odd = any(names.canonical_key(name) in keys or names.is_of_experts(name) for name in other)
+    return LayoutReader(reader, like, ties=False) if odd else reader
 
 
 def in_layout_of_module(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> TensorReader:
     """Return a checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
 
-    Args:
-        reader: The checkpoint.
-        shapes: The shape of every parameter by its name.
-
-    Returns:
-        ``reader`` itself where it has all of the names; else a reader that presents what it has by them.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
-        GraftError: As :class:`LayoutReader`.
+    ``reader`` itself if it has all of the names in ``shapes``, else a :class:`LayoutReader`.
     """
     if all(name in reader.tensors for name in shapes):
         return reader
-    return LayoutReader(
-        reader, ComputedReader(reader.folder, described(shapes)), ties=False
-    )  # a module knows of its own tie
+    module = ComputedReader(reader.folder, described(shapes))
+    return LayoutReader(reader, module, ties=False)  # a module knows of its own tie
 
 
-@dataclass(frozen=True)
-class ExpertRows:
-    """The part of a layer's fused tensor that a stored tensor holds.
-
-    Attributes:
-        name: The stored tensor's name.
-        expert: Number of the expert whose matrix it holds; ``None`` if it is the fused tensor itself.
-        first_row: First row of that expert's matrix.
-    """
+class ExpertRows(NamedTuple):
+    """The part of a layer's fused tensor that the stored tensor ``name`` holds."""
 
     name: str
-    expert: int | None
-    first_row: int
+    expert: int | None  # whose matrix it holds; None if it is the fused tensor itself
+    first_row: int  # of that expert's matrix
 
 
 def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list[ExpertRows]]]:
     """Return the fused tensors of a checkpoint's experts, whether or not they are stored fused.
 
     Returns:
-        By their canonical keys, ``layers.0.mlp.experts.down_proj`` say: the shape, [experts, outputs, inputs], and all
-        that is stored of them. Experts that are stored otherwise are left out.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
+        The shape, [experts, outputs, inputs], and all that is stored of each, by canonical keys such as
+        ``layers.0.mlp.experts.down_proj``. Experts in other layouts are left out.
     """
     side, found = _Side(reader), {}
     for experts, count in side.experts.items():
-        for fused, kinds in _ROWS_OF_FUSED.items():
+        for fused, kinds in names.ROWS_OF_FUSED.items():
             key = f"{experts}.{fused}"
             if side.is_fused(experts):
                 if side.orientation(experts) == "rows":
                     found[key] = side.info(key).shape, [ExpertRows(side.keys[key], None, 0)]
                 continue
-            stored = [(n, i, f"{experts}.{n}.{kind}.weight") for n in range(count) for i, kind in enumerate(kinds)]
+            stored = [(n, i, names.expert_key(experts, n, kind)) for n in range(count) for i, kind in enumerate(kinds)]
             shapes = {side.info(own).shape if own in side.keys else () for _, _, own in stored}
             if len(shapes) == 1 and len(shape := shapes.pop()) == 2:
                 rows, columns = shape
@@ -330,25 +274,23 @@ def fused_experts(reader: TensorReader) -> dict[str, tuple[tuple[int, ...], list
 
 
 def single_experts(reader: TensorReader) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a checkpoint's tensors as they are with one matrix for each expert.
+    """Return the names and shapes that a checkpoint's tensors have with one matrix for each expert.
 
     Experts whose outputs are the columns of their matrices (gpt-oss, Llama 4) stay fused.
-
-    Raises:
-        CheckpointError: As :class:`LayoutReader`.
     """
-    if not any(_FUSED.fullmatch(canonical_key(name)) for name in reader.tensors):
+    if not any(names.split_fused(names.canonical_key(name)) for name in reader.tensors):
         return {name: info.shape for name, info in reader.tensors.items()}
     side, single = _Side(reader), {}
     for key, name in side.keys.items():
-        shape, match = side.info(key).shape, _FUSED.fullmatch(key)
-        if match is None or side.orientation(match[1]) != "rows":
+        shape, fused = side.info(key).shape, names.split_fused(key)
+        if fused is None or side.orientation(fused[0]) != "rows":
             single[name] = shape
             continue
-        kinds, (count, rows, columns) = _ROWS_OF_FUSED[match[2]], shape
+        kinds, (count, rows, columns) = names.ROWS_OF_FUSED[fused[1]], shape
+        experts = name.removesuffix(f".{fused[1]}")
         for number in range(count):
             for kind in kinds:
-                single[f"{name.removesuffix(match[2])}{number}.{kind}.weight"] = (rows // len(kinds), columns)
+                single[names.expert_key(experts, number, kind)] = (rows // len(kinds), columns)
     return single
 
 
@@ -374,6 +316,6 @@ def _require_like_experts(own: _Side, other: _Side) -> None:
 
 def _shapes_of(side: _Side, experts: str) -> str:
     if side.is_fused(experts):
-        kinds = [kind for kind in _ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
+        kinds = [kind for kind in names.ROWS_OF_FUSED if f"{experts}.{kind}" in side.keys]
         return " and ".join(f"{kind} {list(side.info(f'{experts}.{kind}').shape)}" for kind in kinds)
     return f"{side.experts[experts]} single matrices"

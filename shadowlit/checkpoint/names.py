@@ -18,9 +18,15 @@ TOWERS = ("language", "vision", "projector")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
 # What peft inserts. Where two adapted parameters share a module, peft nests one wrapper in the other, and only the
 # wrapper's name tells their factors apart, so a base_layer that leads to a factor stays.
-_PEFT = re.compile(r"^base_model\.model\.|\bbase_layer\.(?!(?:base_layer\.)*lora_)|\bmodules_to_save\.[^.]+\.")
-_FACTOR = re.compile(r"\blora_[A-Za-z]")
-_UNMERGED = re.compile(rf"{_FACTOR.pattern}|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
+_PEFT = re.compile(
+    r"^base_model\.model\.|\bbase_layer\.(?!(?:base_layer\.)*lora_)|\bmodules_to_save\.[^.]+\.|\boriginal_module\."
+)
+_ADAPTER = re.compile(r"\blora_[A-Za-z]")
+_UNMERGED = re.compile(rf"{_ADAPTER.pattern}|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
+_FACTOR = re.compile(r"\blora_((?:embedding_)?[AB])\b")
+_FACTOR_IN_MODULE = re.compile(rf"({_FACTOR.pattern})\.[^.]+")
+_PEFT_ROOT = "base_model.model."
+_DOWN_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?A(?:\.weight)?")
 
 # What precedes the text model: peft's wrapper, a multimodal model, a head's body. Other towers follow it too, and may
 # have a body of their own, which transformers 5 no longer names.
@@ -28,6 +34,23 @@ _BODY = re.compile(r"^((base_model|model|language_model|transformer)\.)+")
 _VISION_BODY = re.compile(r"^(vision_tower)\.vision_model\.")
 _MIXTRAL_EXPERT = re.compile(r"(\.experts\.\d+\.)(w[123])\.")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+# Experts by canonical keys: one matrix each, or fused, which stacks the rows of one or two matrices of every expert.
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+ROWS_OF_FUSED = {GATE_UP: ("gate_proj", "up_proj"), DOWN: (DOWN,)}
+"""The matrices of an expert whose rows each fused tensor of a mixture holds, in their order."""
+_SINGLE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+_FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
+
+HEAD_KEY = "lm_head.weight"
+"""Canonical key of an output head that may be tied to the embedding."""
+EMBEDDING_KEYS = ("embed_tokens.weight", "wte.weight")
+"""Canonical keys of the embedding."""
+# Usual names of embedding and output head, for models whose rows are padded beyond the config's vocab_size.
+_VOCABULARY = re.compile(
+    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
+)
+_HEAD = re.compile(r"(lm_head|embed_out|output)\.weight$")
 
 # Buffers that older versions stored and newer ones compute.
 _COMPUTED = re.compile(r"\brotary_emb\.inv_freq$")
@@ -37,9 +60,11 @@ _QUANTISED = re.compile(
 )
 
 _LAYER = re.compile(r"\.(\d+)\.")
+_DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
 # The experts of a mixture, one matrix per expert (with its number) or all in one tensor, and what routes among them.
 _EXPERTS = re.compile(r"(.+)\.experts\.(?:(\d+)\.)?")
 _ROUTER = re.compile(r"(.+?)\.(?:gate|router)(?:\.\w+)*")
+_ROUTER_MODULE = re.compile(r"(.+)\.(?:gate|router)")
 
 # transformers' names, the same in modules and files. Qwen-VL's projector is part of its vision tower's module, so the
 # projector is looked for first.
@@ -75,15 +100,8 @@ def stored_names(names: Iterable[str], tensors: Iterable[str]) -> dict[str, str]
     """Map names used elsewhere to the names under which a checkpoint stores the same tensors.
 
     transformers writes vision-language models under the names of their first publication, which differ from those of
-    its modules: ``language_model.model.layers.0`` for ``model.language_model.layers.0``.
-
-    Args:
-        names: Parameters of a module, or tensors of another checkpoint.
-        tensors: Names of the tensors in the checkpoint.
-
-    Returns:
-        For each of ``names``: the name itself if the checkpoint has it, else the stored name with the same canonical
-        key, else the name itself.
+    its modules: ``language_model.model.layers.0`` for ``model.language_model.layers.0``. A name is mapped to itself if
+    it is among ``tensors``, else to the tensor with the same canonical key, else to itself.
     """
     stored = set(tensors)
     keys = {canonical_key(name): name for name in stored}
@@ -92,7 +110,51 @@ def stored_names(names: Iterable[str], tensors: Iterable[str]) -> dict[str, str]
 
 def is_adapter_name(name: str) -> bool:
     """Whether ``name`` is one of an adapter's own factors, which no checkpoint of the Base holds."""
-    return _FACTOR.search(name) is not None
+    return _ADAPTER.search(name) is not None
+
+
+def is_original_name(name: str) -> bool:
+    """Whether ``name`` is a frozen original of which peft trains a copy (``modules_to_save``)."""
+    return ".original_module." in name
+
+
+def factor_of(name: str) -> str | None:
+    """Return which factor of LoRA ``name`` is: ``A``, ``B``, ``embedding_A`` or ``embedding_B``; ``None`` if none."""
+    found = _FACTOR.search(name)
+    return found[1] if found else None
+
+
+def factor_key(module: str, factor: str) -> str:
+    """Return the name of a LoRA factor in peft's files: ``base_model.model.q_proj.lora_A.weight``."""
+    return f"{_PEFT_ROOT}{module}.lora_{factor}.weight"
+
+
+def is_peft_key(name: str) -> bool:
+    """Whether peft would load a tensor of this name; what it would not, it ignores."""
+    return name.startswith(_PEFT_ROOT) and ".default." not in name
+
+
+def host_key(key: str) -> str:
+    """Return the name in the host's checkpoint of a tensor that peft's files hold whole, next to the factors."""
+    return key.removeprefix(_PEFT_ROOT).replace(".base_layer.", ".")
+
+
+def factor_pair(key: str) -> tuple[str, str, bool] | None:
+    """Return the host's module, factor ``B`` and whether the module is an embedding, if ``key`` is factor ``A``."""
+    match = _DOWN_FACTOR.fullmatch(key.replace(".base_layer.", "."))
+    if match is None:
+        return None
+    embedding = match[2] or ""
+    return match[1], key.replace(f"lora_{embedding}A", f"lora_{embedding}B"), bool(embedding)
+
+
+def saved_name(name: str) -> str:
+    """Return the name in a model's or adapter's folder of what a checkpoint of a ``ShadowModule`` calls ``name``.
+
+    ``model.base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight`` becomes
+    ``model.layers.0.mlp.up_proj.lora_A.weight``.
+    """
+    return _FACTOR_IN_MODULE.sub(r"\1", canonical_name(name.removeprefix("model.")))
 
 
 def is_unmerged_name(name: str) -> bool:
@@ -121,10 +183,57 @@ def kind_of(name: str) -> str:
     return parts[-2] if len(parts) > 1 else parts[0]
 
 
+def is_bias(name: str) -> bool:
+    """Whether ``name`` is a module's bias."""
+    return name.endswith(".bias")
+
+
+def is_weight(name: str) -> bool:
+    """Whether ``name`` is a module's weight; fused experts are bare parameters, whose names don't say so."""
+    return name.endswith(".weight")
+
+
+def module_of(name: str) -> str:
+    """Return the module that a weight or bias belongs to; the name itself for a bare parameter."""
+    return re.sub(r"\.(weight|bias)$", "", name)
+
+
+def leaf_of(module: str) -> str:
+    """Return the last part of a module's name: ``q_proj``."""
+    return module.rpartition(".")[2]
+
+
+def is_norm(name: str) -> bool:
+    """Whether a parameter belongs to a normalisation."""
+    return "norm" in name
+
+
+def is_token_tensor(name: str) -> bool:
+    """Whether ``name`` is a usual name of an embedding or output head, which have one row per token."""
+    return _VOCABULARY.search(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """Whether ``name`` is a usual name of an output head, which a tie makes superfluous."""
+    return _HEAD.search(name) is not None
+
+
 def layer_of(name: str) -> int | None:
     """Return the number of the layer that a parameter belongs to, from 0; ``None`` outside numbered layers."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def layer_label(name: str) -> str:
+    """Return the label under which a parameter's layer is logged: ``layer_07``, or its kind outside the layers.
+
+    Labels of towers other than the language model begin with the tower's name, so that their blocks stay apart.
+    """
+    tower, decoder = tower_of(name), _DECODER_LAYER.search(name)
+    if tower != "language":
+        number = layer_of(name)
+        return f"{tower}_{kind_of(name)}" if number is None else f"{tower}_layer_{number:02d}"
+    return f"layer_{int(decoder[1]):02d}" if decoder else kind_of(name)
 
 
 def expert_of(name: str) -> int | None:
@@ -143,6 +252,34 @@ def routers(names: Iterable[str]) -> frozenset[str]:
     names = list(names)
     mixtures = {match[1] for name in names if (match := _EXPERTS.match(name))}
     return frozenset(name for name in names if (match := _ROUTER.fullmatch(name)) and match[1] in mixtures)
+
+
+def is_experts(module: str) -> bool:
+    """Whether a module holds all experts of a layer as bare parameters, as in transformers 5."""
+    return leaf_of(module) == "experts"
+
+
+def router_modules(modules: Iterable[str]) -> list[str]:
+    """Return the routers among the names of modules: a gate or router next to ``experts``."""
+    known = dict.fromkeys(modules)
+    return [name for name in known if (match := _ROUTER_MODULE.fullmatch(name)) and f"{match[1]}.experts" in known]
+
+
+def expert_key(experts: str, number: int, kind: str) -> str:
+    """Return the name of one expert's matrix: ``mlp.experts.3.up_proj.weight``."""
+    return f"{experts}.{number}.{kind}.weight"
+
+
+def split_expert(key: str) -> tuple[str, int, str] | None:
+    """Split the canonical key of one expert's matrix into the experts' name, its number and its kind."""
+    match = _SINGLE_EXPERT.fullmatch(key)
+    return (match[1], int(match[2]), match[3]) if match else None
+
+
+def split_fused(key: str) -> tuple[str, str] | None:
+    """Split the canonical key of a fused tensor into the experts' name and one of :data:`ROWS_OF_FUSED`."""
+    match = _FUSED_EXPERTS.fullmatch(key)
+    return (match[1], match[2]) if match else None
 
 
 def tower_of(name: str) -> str:

@@ -1,13 +1,11 @@
 """The equation on bytes of checkpoints, in numpy: importing torch would take longer than grafting a small model.
 
-Widening is exact, arithmetic is float32 (float64 where a stored dtype is float64), rounding happens once and to
-nearest even: bit for bit what :mod:`shadowlit.grafting.arithmetic` and torch's own conversions give, as a test
-proves.
+Widening is exact, arithmetic is float32 (float64 where a stored dtype is float64), rounding happens once and to nearest
+even: bit for bit what :mod:`shadowlit.grafting.arithmetic` and torch's own conversions give, as a test proves.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 from typing import Any
 
@@ -39,15 +37,7 @@ _of_thread = threading.local()
 
 
 def widen(raw: npt.NDArray[np.uint8], code: str) -> Array:
-    """The values of stored bytes.
-
-    Args:
-        raw: Flat bytes, whole elements; may be shared with the result.
-        code: Code of their dtype, one of :data:`FLOATS`.
-
-    Returns:
-        Flat, float32, or float64 for ``F64``.
-    """
+    """The values of flat bytes of a dtype in :data:`FLOATS`: flat, float32 (float64 for ``F64``), maybe shared."""
     if code == "BF16":
         bits = raw.view(np.uint16).astype(np.uint32)
         np.left_shift(bits, 16, out=bits)
@@ -57,14 +47,9 @@ def widen(raw: npt.NDArray[np.uint8], code: str) -> Array:
 
 
 def narrow(values: Array, code: str) -> Raw:
-    """Finite values rounded to nearest even into a stored dtype; what is too large becomes infinite.
+    """Flat, finite values rounded to nearest even into a stored dtype; what is too large becomes infinite.
 
-    Args:
-        values: Flat, float32 or float64.
-        code: One of :data:`FLOATS`.
-
-    Returns:
-        Flat; ``uint16`` for ``BF16``, which numpy lacks.
+    The result for ``BF16``, which numpy lacks, is ``uint16``.
     """
     with np.errstate(over="ignore"):
         if code in ("F64", "F32"):
@@ -78,18 +63,11 @@ def narrow(values: Array, code: str) -> Raw:
 def graft_part(
     raw: npt.NDArray[np.uint8], code: str, update: Array, scale: float, target: str
 ) -> tuple[Raw, float, float]:
-    """``instruct + scale * update``, rounded once.
-
-    Args:
-        raw: Flat bytes of the Instruct's part.
-        code: Code of their dtype.
-        update: Flat, the same elements.
-        scale: λ.
-        target: The code of the result's dtype.
+    """``instruct + scale * update``, rounded once to the dtype ``target``; ``raw`` are the Instruct's bytes, flat.
 
     Returns:
-        The part in the target dtype, and two squared norms: of the scaled update, and of what rounding took from it.
-        They are not finite if and only if a value of the part isn't (or a square overflows float32).
+        The part in the target dtype, and the squared norms of the scaled update and of what it lost in rounding. They
+        are not finite if and only if a value of the part isn't (or a square overflows float32).
     """
     values = widen(raw, code)
     if scale != 1:
@@ -108,21 +86,10 @@ def graft_bfloat16(
     scale: float,
     out: npt.NDArray[np.uint8] | None = None,
 ) -> tuple[Raw, float, float]:
-    """``instruct + scale * (tuned - base)``, where all of it is bfloat16: what :func:`graft_part` gives, in half the
-    time.
+    """``instruct + scale * (tuned - base)`` in bfloat16: what :func:`graft_part` returns, in half the time.
 
-    Two neighbours are taken at once, as the halves of one 32-bit word, and everything happens in memory that stays in
-    the cache.
-
-    Args:
-        base: Flat bytes of the Base's part, an even number of elements.
-        tuned: Likewise, of the tuned Base's.
-        instruct: Likewise, of the Instruct's.
-        scale: λ.
-        out: Flat bytes for the result, as many; memory of its own if there is none.
-
-    Returns:
-        As :func:`graft_part`.
+    Two neighbours are computed at once, as the halves of one 32-bit word, in memory that stays in the cache. All
+    arguments are flat bytes of an even number of elements; without ``out`` the result has memory of its own.
     """
     stored = (np.empty(instruct.size, np.uint8) if out is None else out).view(np.uint32)
     words = base.view(np.uint32), tuned.view(np.uint32), instruct.view(np.uint32)
@@ -137,7 +104,7 @@ def graft_bfloat16(
 
 
 def _graft_words(base: Words, tuned: Words, instruct: Words, scale: float, out: Words) -> tuple[float, float]:
-    """The same for so few words that the two vectors needed for it, and little else, fill a core's cache."""
+    """The same for so few words that the two vectors it needs fit a core's cache."""
     update, exact = (memory[: 2 * out.size] for memory in _thread_vectors())
     split_bfloat16(tuned, update)
     split_bfloat16(base, exact)
@@ -157,19 +124,14 @@ def _graft_words(base: Words, tuned: Words, instruct: Words, scale: float, out: 
 
 
 def _square(values: Array) -> float:
-    """``‖values‖²``; in rows so short that BLAS shares none out among its own threads, by whose number sums differ."""
+    """``‖values‖²``, in rows too short for BLAS to split among threads, so that sums don't depend on their number."""
     whole = values.size // _ROW * _ROW
     rows, rest = values[:whole].reshape(-1, _ROW), values[whole:]
     return float(np.vecdot(rows, rows).sum(dtype=np.float64)) + float(np.dot(rest, rest))
 
 
 def split_bfloat16(words: Words, out: npt.NDArray[np.float32]) -> None:
-    """Two bfloat16 per word in float32: all lower halves first, then all upper ones. Arithmetic knows no order.
-
-    Args:
-        words: [n], two neighbours each.
-        out: [2 n], the values.
-    """
+    """Two bfloat16 per word, [n], in float32, [2 n]: all lower halves first, then all upper ones."""
     lower, upper = out.view(np.uint32).reshape(2, -1)
     np.left_shift(words, _HALF, out=lower)
     np.bitwise_and(words, _UPPER_HALF, out=upper)
@@ -191,10 +153,10 @@ def _thread_vectors() -> list[npt.NDArray[np.float32]]:
 
 
 def vectors(count: int, size: int) -> list[npt.NDArray[np.float32]]:
-    """``count`` vectors [size] of zeros, laid as the processor likes them.
+    """``count`` vectors [size] of zeros, aligned for speed.
 
-    Each begins at a line of the cache, or every operation on it takes a third longer (numpy promises 16 bytes only),
-    and at another place of its page than the others, or loads wait for stores that only seem to be to the same address.
+    Each begins at a cache line, or every operation on it takes a third longer (numpy guarantees 16 bytes only), and at
+    another place of its page than the others, or loads wait for stores that only seem to be to the same address.
     """
     stride = -(-4 * size // _PAGE_BYTES) * _PAGE_BYTES + 5 * _LINE_BYTES
     memory = np.zeros(count * stride + _PAGE_BYTES, np.uint8)
@@ -210,16 +172,7 @@ def is_finite(stored: Raw, code: str) -> bool:
 
 
 def require_finite(name: str, stored: Raw, code: str) -> None:
-    """Refuse NaN and infinities: a model that holds one is useless, and loads without a word.
-
-    Args:
-        name: The tensor's name, for the message.
-        stored: Part of the tensor.
-        code: Code of its dtype; values of dtypes outside :data:`FLOATS` are not checked.
-
-    Raises:
-        CheckpointError: A value is NaN or infinite.
-    """
+    """Raise a CheckpointError for NaN and infinities in a part of a tensor; only :data:`FLOATS` are checked."""
     if code in FLOATS and not is_finite(stored, code):
         unsigned, exponent = _EXPONENTS[code]
         count = int(np.count_nonzero((stored.view(unsigned) & unsigned(exponent)) == exponent))
@@ -232,8 +185,3 @@ def not_finite(name: str, count: int, size: int) -> CheckpointError:
         f"Tensor '{name}' has {count} of {size} values that are NaN or infinite. Nothing was exported; look for a "
         "diverged run (lower the learning rate), or a dtype too small for the values (use bfloat16)."
     )
-
-
-def finite_squares(*squares: float) -> bool:
-    """Whether the squared norms of :func:`graft_part` say that all is well."""
-    return all(map(math.isfinite, squares))

@@ -24,10 +24,7 @@ SINGLE_FILE = "pytorch_model.bin"
 
 
 class PickledReader(ComputedReader):
-    """Reads tensors, or some of their rows, from a folder of pickled weights; the files are mapped, not loaded.
-
-    Args:
-        folder: A folder with ``pytorch_model.bin``, or ``pytorch_model.bin.index.json`` and its shards.
+    """Reads tensors, or some of their rows, from ``pytorch_model.bin`` or its shards; files are mapped, not loaded.
 
     Raises:
         CheckpointError: There is no such file, a file is missing, lies outside the folder, holds anything but
@@ -54,11 +51,7 @@ class PickledReader(ComputedReader):
 
 
 def open_checkpoint(folder: Path, allow_pickle: bool = False) -> TensorReader:
-    """Open the checkpoint in a folder: safetensors, or pickled weights where those are allowed and there are no others.
-
-    Args:
-        folder: The checkpoint's folder.
-        allow_pickle: Read ``pytorch_model.bin`` as tensors alone.
+    """Open the checkpoint in a folder: safetensors, or pickled weights if those are allowed and there are no others.
 
     Raises:
         CheckpointError: There is no checkpoint, or it can't be read.
@@ -96,19 +89,17 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not state:
         found = "nothing" if state == {} else f"a {type(state).__name__}"
         raise CheckpointError(f"{path} holds {found}, expected tensors by name. Save a state dict.")
-    others = [name for name, value in state.items() if not isinstance(value, torch.Tensor) or not _is_dense(value)]
+    others = [
+        name
+        for name, value in state.items()
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta
+    ]
     if others:
         raise CheckpointError(
             f"{path} holds more than plain tensors ({some_of(others)}), expected tensors by name. Save the model's "
             "state dict alone, not a training checkpoint."
         )
     return {str(name): value.detach() for name, value in state.items()}
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    import torch
-
-    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
 def _info(folder: Path, file: str, name: str, tensor: torch.Tensor) -> TensorInfo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -31,13 +32,9 @@ class TensorReader(ABC):
     """Reads the tensors of one model, or some of their rows, without loading the rest.
 
     A subclass sets ``folder`` and ``tensors`` and implements :meth:`read_into`; everything else follows from these.
-
-    Attributes:
-        folder: Where the tensors come from, for messages.
-        tensors: Dtype and shape of every tensor by its name.
     """
 
-    folder: Path
+    folder: Path  # for messages
     tensors: Mapping[str, TensorInfo]
 
     @abstractmethod
@@ -58,11 +55,7 @@ class TensorReader(ABC):
         self.close()
 
     def info(self, name: str) -> TensorInfo:
-        """Return dtype and shape of the tensor ``name``.
-
-        Raises:
-            CheckpointError: There is no such tensor.
-        """
+        """Return dtype and shape of the tensor ``name``; raise a CheckpointError if there is none."""
         if name not in self.tensors:
             raise CheckpointError(
                 f"There is no tensor '{shown(name)}' in {self.folder}, which holds {len(self.tensors)} tensors "
@@ -71,12 +64,7 @@ class TensorReader(ABC):
         return self.tensors[name]
 
     def require_weights(self, names: Iterable[str]) -> None:
-        """Raise unless these tensors hold plain weights: no integers, no packed, 8-bit or complex numbers.
-
-        Raises:
-            GraftError: Some don't; the message lists them with their dtypes.
-            CheckpointError: There is no such tensor.
-        """
+        """Raise a GraftError unless these tensors hold plain weights: no integers, packed, 8-bit or complex numbers."""
         others = [f"{info.name} ({info.code})" for info in map(self.info, names) if not info.is_weight]
         if others:
             raise GraftError(
@@ -86,11 +74,7 @@ class TensorReader(ABC):
             )
 
     def raw_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Return the bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row.
-
-        Raises:
-            CheckpointError: As :meth:`read_into`.
-        """
+        """Return the bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row."""
         info = self.info(name)
         row = math.prod(info.shape[1:]) * info.itemsize
         raw = np.empty((stop - start) * row, np.uint8)
@@ -113,23 +97,13 @@ class TensorReader(ABC):
         return values.reshape(stop - start, *info.shape[1:]) if info.shape else values.reshape(())
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the whole tensor ``name`` in its stored dtype, in memory of its own.
-
-        Raises:
-            CheckpointError: As :meth:`read_into`.
-        """
+        """Return the whole tensor ``name`` in its stored dtype, in memory of its own."""
         return self.read_slice(name, ())
 
     def read_slice(self, name: str, slices: tuple[slice, ...]) -> torch.Tensor:
-        """Return a part of a tensor; only the rows (of the first dimension) from the first to the last are read.
+        """Return ``tensor[slices]`` in its stored dtype, in memory of its own, with a slice per leading dimension.
 
-        Args:
-            name: The tensor's name.
-            slices: One slice per leading dimension, as in ``tensor[slices]``; an empty tuple is the whole
-                tensor.
-
-        Returns:
-            ``tensor[slices]`` in its stored dtype, in memory of its own.
+        Only the rows (of the first dimension) from the first to the last are read.
 
         Raises:
             CheckpointError: As :meth:`read_into`, or there are more slices than dimensions.
@@ -158,13 +132,12 @@ class TensorReader(ABC):
         return part if trimmed.shape == part.shape else trimmed.clone(memory_format=torch.contiguous_format)
 
     def fingerprint(self) -> str:
-        """Return a sha256 that tells two checkpoints apart, from all headers and a sample of the data.
+        """Return a sha256 of all names, dtypes and shapes, and a sample of the data: it recognises a checkpoint.
 
-        Hashed are the sorted names, dtypes and shapes, and from every tensor up to 32 evenly spread blocks of
-        16 KiB, its beginning and end included (fewer blocks per tensor where there are more than 64 tensors,
-        about 2,048 in all; smaller tensors whole). So it takes well under a second for 16 GB, does not depend
-        on how the tensors are spread over files, and does not see a change that lies between the sampled
-        blocks of a large tensor: it recognises a checkpoint, it is no proof against forgery.
+        The sample is up to 32 evenly spread blocks of 16 KiB of every tensor, its beginning and end included (fewer per
+        tensor if there are more than 64 tensors, about 2,048 in all; smaller tensors whole). So it takes well under a
+        second for 16 GB, does not depend on how tensors are split into files, and is no proof against forgery: a change
+        between the sampled blocks goes unnoticed.
         """
         digest = hashlib.sha256()
         num_blocks = min(32, max(2, _SAMPLE_READS // max(1, len(self.tensors))))
@@ -180,11 +153,8 @@ class TensorReader(ABC):
 class ComputedReader(TensorReader):
     """Presents tensors that are in memory, or computed when they are needed, as a checkpoint.
 
-    Args:
-        folder: Where they come from, for messages.
-        tensors: Dtype and shape of every tensor by its name.
-        rows: Function that returns rows ``start`` to ``stop`` of the tensor ``name`` in that dtype, called as
-            ``rows(name, start, stop)``; a scalar has one row. ``None`` for tensors that are only described.
+    ``rows(name, start, stop)`` returns rows of a tensor in the dtype that ``tensors`` has; a scalar has one row. It is
+    ``None`` for tensors that are only described.
     """
 
     def __init__(
@@ -220,13 +190,29 @@ def rows_of(tensor_of: Callable[[str], torch.Tensor]) -> Callable[[str, int, int
     return rows
 
 
+def keeping(tensor_of: Callable[[str], torch.Tensor], count: int = 2) -> Callable[[str], torch.Tensor]:
+    """Keep the last ``count`` tensors that a function returns by name; threads do not compute one twice."""
+    kept: dict[str, torch.Tensor] = {}
+    lock = threading.Lock()
+
+    def tensor(name: str) -> torch.Tensor:
+        with lock:
+            if name not in kept:
+                while len(kept) >= count:  # first, so that no more are in memory while the next one is computed
+                    del kept[next(iter(kept))]
+                kept[name] = tensor_of(name)
+            return kept[name]
+
+    return tensor
+
+
 def described(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
     """Describe float32 tensors of these shapes as a header would."""
     return {name: TensorInfo(name, "F32", shape, "") for name, shape in shapes.items()}
 
 
 def _sample_blocks(num_bytes: int, num_blocks: int) -> list[tuple[int, int]]:
-    """(start, size) of the sampled blocks of a tensor of ``num_bytes``; the whole tensor if it is small."""
+    """(start, size) of the sampled blocks of a tensor; the whole tensor if it is small."""
     if num_bytes <= num_blocks * _SAMPLE_BYTES:
         return [(0, num_bytes)]
     last = num_bytes - _SAMPLE_BYTES

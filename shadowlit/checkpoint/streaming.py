@@ -31,8 +31,8 @@ _Out = TypeVar("_Out")
 def keep_freed_memory() -> None:
     """Let the allocator keep the memory that one part frees for the next part, instead of returning it to the system.
 
-    Costs no more memory than the parts in flight. Saves three quarters of the time spent in the system; only glibc
-    has the switch, elsewhere nothing happens.
+    Costs no more memory than the parts in flight, and saves three quarters of the system time. Only glibc has the
+    switch; elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
         mallopt = ctypes.CDLL(None).mallopt
@@ -41,10 +41,9 @@ def keep_freed_memory() -> None:
 
 
 def start_write_back(descriptor: int, offset: int, count: int) -> None:
-    """Have the system begin to write a range of a file to the disk, without waiting for it.
+    """Let the system begin to write a range of a file to the disk, without waiting: the flush then finds little to do.
 
-    Promises nothing: a flush is still needed, but finds little to do. Only Linux has the call, elsewhere nothing
-    happens. Errors are ignored here; the flush reports them.
+    Errors are ignored here; the flush reports them. Only Linux has the call; elsewhere nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
         ctypes.CDLL(None).sync_file_range(
@@ -53,13 +52,10 @@ def start_write_back(descriptor: int, offset: int, count: int) -> None:
 
 
 def reserve(descriptor: int, offset: int, count: int) -> None:
-    """Reserve room on the disk for a range of a file that is about to be written; its size stays as it is.
+    """Reserve disk space for a range of a file that is about to be written; the file's size stays as it is.
 
-    Writing in large pieces becomes cheaper by a fifth of the system's time, and a full disk is reported first.
-    Only Linux has the call, and not every file system does it: elsewhere nothing happens.
-
-    Raises:
-        OSError: The disk is full.
+    Saves a fifth of the system time, and raises an OSError at once if the disk is full. Only Linux has the call, and
+    not every file system supports it; elsewhere nothing happens.
     """
     with contextlib.suppress(AttributeError, TypeError):
         call = ctypes.CDLL(None, use_errno=True).fallocate

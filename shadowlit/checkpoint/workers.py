@@ -1,7 +1,7 @@
-"""Work on parts, shared out among processes or threads, whose results come out in order.
+"""Work on parts, shared among processes or threads, with results in order.
 
 numpy's operations on a part that fits the cache are so short that two threads spend their time waiting for the
-interpreter's lock; two processes don't. What they compute is the same, bit for bit.
+interpreter's lock; two processes don't. Both compute the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from shadowlit.checkpoint.streaming import AHEAD, THREADS, ordered
 from shadowlit.errors import ShadowlitError
 
 PROCESSES = 4
-"""At most so many, and not more than there are cores: from there on, writing what they compute takes longest."""
+"""Largest number of processes, and not more than there are cores: with more, writing their results is the limit."""
 WORTH_FORKING_BYTES = 2**27
-"""Of stored tensors to be read; below that, threads are done before processes have begun."""
+"""Bytes of stored tensors to read; below that, threads are done before processes have started."""
 _ROOMS_PER_WORKER = 3  # one is computed, one waits, one is written
 _PAGE_BYTES = 4096
 _TASK = struct.Struct("<I")
@@ -45,19 +45,17 @@ def in_order(
 ) -> Iterator[tuple[_Out, Room]]:
     """``function(item, room)`` of every item, in the order of the items, a few of them computed ahead.
 
-    Processes are forked where that pays and is safe (see :func:`may_fork`), or threads do it. Nothing may change while
-    the iterator is used but what ``function`` itself changes, and of that only what it returns and writes to its room
-    is seen here.
+    Processes are forked if that pays and is safe (see :func:`may_fork`), otherwise threads are used. Of what
+    ``function`` changes, only what it returns and writes to its room is seen here.
 
     Args:
-        function: Computes a part. What it returns, or the error that it raises, must be small, and be one that can be
-            pickled.
+        function: Function that computes a part. What it returns or raises must be small, and picklable.
         items: Arguments of its calls.
         room_bytes: Size of the memory for the bytes of one part; 0 if there are none.
         num_bytes: Bytes that all items together read; decides whether forking pays.
 
     Yields:
-        What ``function`` returned, and the room that it had, which is another part's when the iterator goes on.
+        What ``function`` returned, and its room, which the next part may reuse.
 
     Raises:
         ShadowlitError: A process was killed.
@@ -77,10 +75,10 @@ def in_order(
 
 
 def may_fork() -> bool:
-    """Whether a copy of this process could compute: only the calling thread goes on in it.
+    """Whether a forked copy of this process could compute: only the calling thread continues in it.
 
-    Locks that another one holds would stay locked, and torch's own threads would be missing. Elsewhere than on Linux
-    even libraries that come with the system are not made for it.
+    Locks that another thread holds would stay locked, and torch's own threads would be missing. On systems other than
+    Linux, even system libraries don't support it.
     """
     return sys.platform == "linux" and threading.active_count() == 1 and "torch" not in sys.modules
 
@@ -111,11 +109,7 @@ class _Worker:
         self._received = bytearray()
 
     def receive(self) -> Iterator[tuple[int, Any, BaseException | None]]:
-        """The replies that are there: number, result, error. One process's only, so that unpickling is safe.
-
-        Raises:
-            ShadowlitError: The process has ended.
-        """
+        """The replies that are there: number, result, error. One process's only, so that unpickling is safe."""
         received = os.read(self.replies, 2**16)
         if not received:
             self._tell_end()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.files import replace_text
 from shadowlit.progress import make_console
 from shadowlit.studies.comparison.plan import plan
 from shadowlit.studies.trials.recipe import Recipe
@@ -78,7 +79,7 @@ def compare(
         console.print(f"{len(trainings)} trainings in {folder}: " + ", ".join(t.name for t in trainings))
         return
     from shadowlit.studies.comparison.collect import collect
-    from shadowlit.studies.comparison.records import write_records
+    from shadowlit.studies.comparison.records import to_json
     from shadowlit.studies.comparison.report import write_report
     from shadowlit.studies.comparison.runner import own_folder, run
     from shadowlit.studies.comparison.summary import Description
@@ -94,7 +95,7 @@ def compare(
         if UNTOUCHED_TRIAL in failed:
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
         rows = collect(recipe, trainings, given, own, folder, line)
-        write_records(rows, folder / "records.json")
+        replace_text(folder / "records.json", to_json(rows))
         report = write_report(
             rows,
             Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own)),

@@ -20,7 +20,6 @@ from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
-from shadowlit.grafting.folders import GraftPlan
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.pair.folders import model_folder
 from shadowlit.progress import make_console, make_table, progress_bar
@@ -232,7 +231,7 @@ def apply(
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        write(GraftPlan(plan, folder, wanted, lambda: manifest), out, shard_size, files_from, dry_run)
+        write(plan, lambda: manifest, out, shard_size, files_from, dry_run)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}

@@ -9,7 +9,8 @@ from rich.filesize import decimal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.errors import GraftError
-from shadowlit.grafting.folders import GraftPlan, plan_graft, write_graft
+from shadowlit.grafting.disk import DiskGraft
+from shadowlit.grafting.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.grafting.update import Transforms
 from shadowlit.progress import make_console, progress_bar
 
@@ -57,8 +58,8 @@ def graft(
     chosen = choose(transforms)
     with plan_graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle, transforms=chosen
-    ) as plan:
-        write(plan, out, shard_size, files_from, dry_run)
+    ) as (plan, manifest):
+        write(plan, manifest, out, shard_size, files_from, dry_run)
     if not dry_run:
         make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
 
@@ -72,16 +73,19 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
     return transforms.Transforms(specs, "--transforms")
 
 
-def write(plan: GraftPlan, out: str, shard_size: str, files_from: str | None, dry_run: bool) -> None:
+def write(
+    plan: DiskGraft, manifest: MakeManifest, out: str, shard_size: str, files_from: str | None, dry_run: bool
+) -> None:
     """Report what a planned graft covers; unless it is a dry run, write it and report what survives of the update."""
     console = make_console()
-    console.print(f"graft: {plan.graft.coverage}")
-    console.print(f"graft: the result has {decimal(plan.graft.num_bytes, precision=2)}")
+    console.print(f"graft: {plan.coverage}")
+    console.print(f"graft: the result has {decimal(plan.num_bytes, precision=2)}")
     if dry_run:
         return
-    with progress_bar("grafting", plan.graft.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
-        write_graft(plan, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance)
-    console.print(f"graft: {plan.graft.survival:.1%} of the update survives rounding to the result's dtype")
+    max_bytes = parse_bytes(shard_size)
+    with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
+        write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
+    console.print(f"graft: {plan.survival:.1%} of the update survives rounding to the result's dtype")
     console.print(f"graft: {out} is complete")
 
 

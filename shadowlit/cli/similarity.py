@@ -55,10 +55,12 @@ def similarity(
         with _writing(out):
             replace_text(Path(out), report.to_json() if out.endswith(".json") else report.to_csv())
     if heat_map is not None:
-        from shadowlit.analysis.heat_map import plot_heat_map  # late: matplotlib takes longer than a small comparison
+        # late: matplotlib takes longer than a small comparison
+        from shadowlit.analysis.heat_map import draw_heat_maps, of_similarity
+        from shadowlit.plotting import save_image
 
         with _writing(heat_map):
-            plot_heat_map(report.similarities, Path(heat_map))
+            save_image(draw_heat_maps([of_similarity(each) for each in report.similarities]), Path(heat_map), dpi=200)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
 
 if TYPE_CHECKING:
-    from shadowlit.studies.sweep.scheduler import Outcome
     from shadowlit.studies.sweep.study import SweepStudy
     from shadowlit.studies.trials.process import Running
 
@@ -115,15 +114,15 @@ def run(
     from shadowlit.studies.sweep.storage import open_storage
     from shadowlit.studies.sweep.study import SweepStudy, state_of
 
-    visible = [] if definition.on_cpu else visible_gpus()
+    visible = [] if definition.recipe.get("trainer.accelerator") == "cpu" else visible_gpus()
     gpus = gpus_of_slots(visible, gpus_per_trial, workers) if visible else []
     slots = len(gpus) or workers or 1
     share = threads if threads is not None or gpus else max(1, (os.cpu_count() or 1) // slots)
     study = SweepStudy(definition, open_storage(storage, folder))
     keep_definition(folder, definition)
-    with _progress(console, study) as (outcome, poll):
+    with _progress(console, study) as (end, poll):
         scheduler = Scheduler(
-            study, folder, workers=slots, threads=share, gpus=gpus, limit=limit, on_outcome=outcome, on_poll=poll
+            study, folder, workers=slots, threads=share, gpus=gpus, limit=limit, on_end=end, on_poll=poll
         )
         try:
             scheduler.run()
@@ -195,9 +194,9 @@ def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
     total = len(study.definition.planned()) or study.definition.num_planned
     begun, ended = time.monotonic(), Counter[str]()
 
-    def outcome(found: Outcome) -> None:
-        ended[found.state] += 1
-        console.print(f"{found.name} {found.state}" + (f": {found.reason}" if found.reason else ""))
+    def end(name: str, state: str, reason: str) -> None:
+        ended[state] += 1
+        console.print(f"{name} {state}" + (f": {reason}" if reason else ""))
 
     with Live(console=console, auto_refresh=False, transient=True) as live:
 
@@ -214,4 +213,4 @@ def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
                 table.add_row(each.name, str(each.step or 0), value, f"{now - each.begun:.0f}")
             live.update(table, refresh=True)
 
-        yield outcome, poll
+        yield end, poll

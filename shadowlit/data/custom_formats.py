@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shadowlit.data.conversation import located
 from shadowlit.data.formats import FORMATS, Message, Samples, convert_row, shown
 from shadowlit.errors import DataError
 from shadowlit.plugins import find_function, known_names
@@ -31,17 +32,12 @@ from shadowlit.plugins import find_function, known_names
 GROUP = "shadowlit.formats"
 """The group of entry points that name formats."""
 
-_RESULTS = {"pairs": "(chosen, rejected)", "labels": "(messages, label)"}
+_RESULTS = {"pairs": ("chosen", "rejected"), "labels": ("messages", "label")}
 
 
 @dataclass(frozen=True)
 class CustomFormat:
-    """A format from outside the package.
-
-    Attributes:
-        name: Value of ``data.format``.
-        function: Function that turns a row into a conversation; see the module's description.
-    """
+    """A format from outside the package: the value of ``data.format``, and the function that it names."""
 
     name: str
     function: Callable[[dict[str, Any]], Any]
@@ -54,28 +50,21 @@ class CustomFormat:
         """
         made = self._call(row)
         format = "text" if isinstance(made, str) else "messages"
-        try:
+        with located(f"as read by data.format={self.name}"):
             return convert_row({format: made}, format, prompts_only=prompts_only)
-        except DataError as error:
-            raise DataError(f"as read by data.format={self.name} {error}") from None
 
     def preference_row(self, row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-        """Turn a row into one of a built-in format of preferences.
-
-        Args:
-            row: Columns of the row.
-            samples: pairs or labels.
+        """Turn a row into one of a built-in format of preferences; ``samples`` is pairs or labels.
 
         Raises:
             DataError: The function fails, or doesn't return a tuple of two.
         """
-        made = self._call(row)
+        made, names = self._call(row), _RESULTS[samples]
         if not isinstance(made, tuple) or len(made) != 2:
             raise DataError(
-                f"becomes {shown(made)} by data.format={self.name}; expected {_RESULTS[samples]}, since "
+                f"becomes {shown(made)} by data.format={self.name}; expected ({', '.join(names)}), since "
                 f"model.objective needs {samples}. Correct the function."
             )
-        names = ("chosen", "rejected") if samples == "pairs" else ("messages", "label")
         return dict(zip(names, made, strict=True))
 
     def digest(self) -> str | None:
@@ -107,10 +96,7 @@ def format_names() -> list[str]:
 
 
 def find_format(name: str) -> CustomFormat | None:
-    """The format from outside the package that ``name`` stands for; None for ``auto`` and the built-in formats.
-
-    Args:
-        name: ``auto``, the name of a built-in format or of an entry point, or the import path of a function.
+    """The format from outside the package that ``data.format`` names; None for ``auto`` and the built-in formats.
 
     Raises:
         DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.

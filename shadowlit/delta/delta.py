@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader, CheckpointWriter, Streamed, atomic_folder
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
 from shadowlit.delta.transforms import ties
@@ -26,13 +28,13 @@ from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import Update, by_tensor, open_update
+from shadowlit.grafting.update import Update, open_update
 from shadowlit.pair.folders import model_folder
 
-SINGLE_FILE = DELTA_FILE
-STEM = SINGLE_FILE.removesuffix(".safetensors")
+STEM = DELTA_FILE.removesuffix(".safetensors")
 
 Rows = Callable[[str, int, int], Tensor]
+_Out = TypeVar("_Out")
 
 
 class Delta(Update):
@@ -47,9 +49,9 @@ class Delta(Update):
         print(delta.norm(), delta.cosine(Delta.open("another-delta")))
 
     Args:
-        shapes: the shape of every tensor.
-        rows: gives rows ``start`` to ``stop`` of a tensor in float32.
-        manifest: where it comes from.
+        shapes: Shape of every tensor.
+        rows: Function that returns rows ``start`` to ``stop`` of a tensor in float32; a scalar has one row.
+        manifest: Where the update comes from.
     """
 
     def __init__(
@@ -61,14 +63,13 @@ class Delta(Update):
 
     @classmethod
     def open(cls, folder: str | Path) -> Delta:
-        """The delta stored in a folder by :meth:`save`; its files stay open as long as the object lives.
+        """Open the delta stored in a folder by :meth:`save`; its files stay open as long as the object lives.
 
         Raises:
-            CheckpointError: there is none, or its files are broken.
-            ExportError: its manifest is missing or broken.
+            CheckpointError: There is none, or its files are broken.
+            ExportError: Its manifest is missing or broken.
         """
-        reader = CheckpointReader(folder, single_file=SINGLE_FILE)
-
+        reader = CheckpointReader(folder, single_file=DELTA_FILE)
         shapes = {name: info.shape for name, info in reader.tensors.items()}
         return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))
 
@@ -79,8 +80,7 @@ class Delta(Update):
         Args:
             base: Folder or hub id of the model that the tuning started from.
             tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
-            select: ``all``, ``linear`` (every linear layer but the output head), or regular expressions for tensor
-                names.
+            select: ``all``, ``linear`` (every linear layer but the output head), or regular expressions.
 
         Raises:
             CheckpointError: A checkpoint is missing or broken.
@@ -101,31 +101,25 @@ class Delta(Update):
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """What a tuned checkpoint has learned; see :func:`shadowlit.grafting.update.open_update`."""
+        """The update of a tuned checkpoint; see :func:`shadowlit.grafting.update.open_update`."""
         return cls(update.shapes, _as_tensors(update.rows))
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
         """A delta of tensors in memory."""
-
-        def rows(name: str, start: int, stop: int) -> Tensor:
-            return widen(tensors[name][start:stop] if tensors[name].ndim else tensors[name])
-
-        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, rows)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        rows = rows_of(tensors.__getitem__)
+        return cls(shapes, lambda *window: widen(rows(*window)))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
         return self._rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in float32.
-
-        Raises:
-            GraftError: there is none of this name.
-        """
+        """A whole tensor, in float32; raise a GraftError if there is none of this name."""
         if name not in self.shapes:
             raise GraftError(f"the delta has no tensor {name!r}; it has {some_of(self.shapes)}. Check the name.")
-        return self._rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
+        return self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
 
     def __add__(self, other: Delta) -> Delta:
         return weighted_sum([self, other], [1.0, 1.0])
@@ -147,13 +141,11 @@ class Delta(Update):
         return Delta({n: shape for n, shape in self.shapes.items() if n in kept}, self._rows, self.manifest)
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
-        """Apply a function to every whole tensor, one at a time, when its rows are first needed.
+        """Apply ``function(name, tensor)`` to every whole tensor when its rows are first needed.
 
-        Args:
-            function: from name and tensor to a tensor of the same shape; called again only if the same tensor is
-                asked for after two others.
+        It must return a tensor of the same shape. The last two results are kept.
         """
-        return Delta(self.shapes, by_tensor(lambda name: function(name, self.tensor(name))), self.manifest)
+        return Delta(self.shapes, rows_of(keeping(lambda name: function(name, self.tensor(name)))), self.manifest)
 
     @property
     def num_elements(self) -> int:
@@ -163,10 +155,6 @@ class Delta(Update):
     def norm(self) -> float:
         """The Euclidean norm over all tensors."""
         return math.sqrt(sum(tensor.square for tensor in self.statistics()))
-
-    def sparsity(self) -> float:
-        """The share of elements that are zero."""
-        return sum(tensor.num_zeros for tensor in self.statistics()) / max(1, self.num_elements)
 
     def effective_rank(self, name: str) -> float:
         """``exp(H)`` of the normalised singular values of a matrix (Roy and Vetterli, 2007); all of it is in memory."""
@@ -180,25 +168,22 @@ class Delta(Update):
         """The share of equal signs among the elements that are not zero in either."""
         return overlap(self, other).sign_agreement
 
-    def statistics(self, advance: Callable[[int], None] = lambda _: None) -> list[TensorStatistics]:
-        """Size and sparsity of every tensor, streamed; ``advance`` is told the elements that are done."""
-        found: dict[str, Tensor] = {name: torch.zeros(3, dtype=torch.float64) for name in self.shapes}
+    def statistics(self) -> list[TensorStatistics]:
+        """Size and zeros of every tensor, streamed."""
+        sums = {name: torch.zeros(2, dtype=torch.float64) for name in self.shapes}
+        peaks = {name: torch.zeros(()) for name in self.shapes}
 
-        def one(window: tuple[str, int, int]) -> tuple[str, Tensor, int]:
-            part = self._rows(*window)
-            peak = part.abs().max() if part.numel() else part.new_zeros(())
-            zeros = part.numel() - int(torch.count_nonzero(part))
-            return window[0], torch.stack([_square(part), peak.double(), torch.tensor(float(zeros))]), part.numel()
+        def one(window: tuple[str, int, int]) -> tuple[Tensor, Tensor]:
+            part = self.rows(*window)
+            zeros = part.numel() - torch.count_nonzero(part)
+            return torch.stack([_square(part), zeros.double()]), part.abs().max() if part.numel() else torch.zeros(())
 
-        with ThreadPoolExecutor(THREADS) as pool:
-            for name, sums, count in ordered(pool, one, windows(self.shapes)):
-                peak = torch.maximum(found[name][1], sums[1])
-                found[name] += sums
-                found[name][1] = peak
-                advance(count)
+        for (name, _, _), (found, peak) in _streamed(one, self.shapes):
+            sums[name] += found
+            peaks[name] = torch.maximum(peaks[name], peak)
         return [
-            TensorStatistics(name, self.shapes[name], float(sums[0]), float(sums[1]), int(sums[2]))
-            for name, sums in found.items()
+            TensorStatistics(name, shape, float(sums[name][0]), float(peaks[name]), int(sums[name][1]))
+            for name, shape in self.shapes.items()
         ]
 
     @torch.no_grad()
@@ -210,45 +195,36 @@ class Delta(Update):
         max_shard_bytes: int = 5_000_000_000,
         advance: Callable[[int], None] = lambda _: None,
     ) -> float:
-        """Write the delta to a folder that appears complete or not at all.
+        """Write the delta to a folder, atomically.
 
         Args:
-            folder: the folder to make; must not exist, or be empty.
-            dtype: that the delta is stored in.
-            manifest: replaces this delta's own.
-            max_shard_bytes: the largest number of data bytes per file.
-            advance: called with the number of elements of every part.
+            folder: Folder to create; it must not exist, or be empty.
+            dtype: Dtype that the delta is stored in.
+            manifest: Manifest that replaces this delta's own.
+            max_shard_bytes: Size of the largest file, in bytes.
+            advance: Called with the number of elements of every part.
 
         Returns:
-            What storing it in ``dtype`` lost: ``‖stored − delta‖ / ‖delta‖``.
+            The relative error of storing it in ``dtype``: ``‖stored − delta‖ / ‖delta‖``.
 
         Raises:
-            ExportError: the folder is taken or can't be written.
-            CheckpointError: a value is NaN or infinite.
+            ExportError: The folder exists and is not empty, or can't be written.
+            CheckpointError: A value is NaN or infinite.
         """
         code = dtype_code(dtype)
         assert code is not None
-        squares = torch.zeros(2, dtype=torch.float64)
 
-        def one(window: tuple[str, int, int]) -> tuple[Tensor, Tensor]:
-            exact = self._rows(*window)
-            stored = exact.to(dtype)
-            return stored, torch.stack([_square(exact), _square(stored.to(exact.dtype) - exact)])
-
-        def parts(pool: ThreadPoolExecutor, name: str, info: TensorInfo) -> Iterator[Tensor]:
-            for stored, sums in ordered(pool, one, ((name, *window) for window in row_windows(info))):
+        def parts(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
+            for stored, sums in ordered(pool, lambda w: _stored(self.rows(*w), dtype), windows({name: shape})):
                 squares.add_(sums)
                 advance(stored.numel())
                 yield stored
 
-        with atomic_folder(folder) as partial, ThreadPoolExecutor(THREADS) as pool:
-            with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
-                for name, shape in self.shapes.items():
-                    writer.add(name, Streamed(code, shape, parts(pool, name, TensorInfo(name, code, shape, ""))))
-            lost = math.sqrt(float(squares[1] / squares[0])) if squares[0] else 0.0
-            told = {**plain(manifest if manifest is not None else self.manifest), "kind": STEM, "stored_error": lost}
-            write_json(partial / MANIFEST_FILE, told)
-        return lost
+        given = self.manifest if manifest is None else manifest
+        with ThreadPoolExecutor(THREADS) as pool, _writer(folder, given, max_shard_bytes) as (writer, squares):
+            for name, shape in self.shapes.items():
+                writer.add(name, Streamed(code, shape, parts(name, shape)))
+        return _lost(squares)
 
 
 def write_delta(
@@ -258,42 +234,40 @@ def write_delta(
     manifest: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write an update that comes whole tensor by whole tensor, in the form that :meth:`Delta.open` reads.
+    """Write an update that comes as whole tensors (float32, on the CPU), as :meth:`Delta.save` writes one."""
+    with _writer(folder, manifest or {}, max_shard_bytes) as (writer, squares):
+        for name, exact in tensors:
+            stored, sums = _stored(exact, dtype)
+            squares += sums
+            writer.add(name, stored)
+    return folder
 
-    Args:
-        folder: the folder to make; must not exist, or be empty. It appears complete or not at all.
-        tensors: names and updates, float32, on the CPU.
-        dtype: that the delta is stored in.
-        manifest: where it comes from.
-        max_shard_bytes: the largest number of data bytes per file.
 
-    Raises:
-        ExportError: the folder is taken or can't be written.
-        CheckpointError: a value is NaN or infinite.
-    """
+@contextmanager
+def _writer(
+    folder: Path, manifest: Mapping[str, Any], max_shard_bytes: int
+) -> Iterator[tuple[CheckpointWriter, Tensor]]:
+    """A writer of a delta's folder, and a place for the sums of :func:`_stored` over all tensors."""
     squares = torch.zeros(2, dtype=torch.float64)
     with atomic_folder(folder) as partial:
         with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
-            for name, exact in tensors:
-                stored = exact.to(dtype)
-                squares += torch.stack([_square(exact), _square(stored.float() - exact)])
-                writer.add(name, stored)
-        lost = math.sqrt(float(squares[1] / squares[0])) if squares[0] else 0.0
-        write_json(partial / MANIFEST_FILE, {**plain(manifest or {}), "kind": STEM, "stored_error": lost})
-    return folder
+            yield writer, squares
+        write_json(partial / MANIFEST_FILE, {**plain(manifest), "kind": STEM, "stored_error": _lost(squares)})
+
+
+def _stored(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values as they are stored, and the squared norms of the exact ones and of the difference, ``[2]``."""
+    stored = exact.to(dtype)
+    return stored, torch.stack([_square(exact), _square(stored.to(exact.dtype) - exact)])
+
+
+def _lost(squares: Tensor) -> float:
+    return math.sqrt(float(squares[1] / squares[0])) if squares[0] else 0.0
 
 
 @dataclass(frozen=True)
 class TensorStatistics:
-    """Size of one tensor of a delta.
-
-    Attributes:
-        name: the tensor's name.
-        shape: its shape.
-        square: its squared Euclidean norm.
-        peak: its largest magnitude.
-        num_zeros: elements that are zero.
-    """
+    """Squared Euclidean norm, largest magnitude and number of zeros of one tensor of a delta."""
 
     name: str
     shape: tuple[int, ...]
@@ -304,69 +278,51 @@ class TensorStatistics:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How two updates meet.
+    """How two updates compare.
 
     Attributes:
         cosine: ``⟨a, b⟩ / (‖a‖ ‖b‖)``; NaN if one is zero.
-        sign_agreement: share of equal signs among the elements that neither leaves at zero; NaN if there are none.
-        shared: share of the elements that neither leaves at zero.
-        norms: ``‖a‖`` and ``‖b‖``.
+        sign_agreement: Fraction of equal signs among the elements that are zero in neither; NaN if there are none.
+        shared: Fraction of the elements that are zero in neither.
     """
 
     cosine: float
     sign_agreement: float
     shared: float
-    norms: tuple[float, float]
 
 
-def overlap(a: Delta, b: Delta, advance: Callable[[int], None] = lambda _: None) -> Overlap:
-    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there.
-
-    Raises:
-        GraftError: a tensor has another shape in the other delta.
-    """
-    shapes = _union([a, b])
+def overlap(a: Delta, b: Delta) -> Overlap:
+    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there."""
+    shapes = _union([a, b], [1.0, 1.0])
 
     def one(window: tuple[str, int, int]) -> Tensor:
-        left, right = _rows_or_zeros(a, window), _rows_or_zeros(b, window)
-        if left is None or right is None:
-            only = right if left is None else left
-            assert only is not None
-            square = _square(only)
-            zero = square.new_zeros(())
-            return torch.stack([zero, zero if left is None else square, zero if right is None else square, zero, zero])
-        product = left.flatten() * right.flatten()
+        rows = [found.rows(*window) if window[0] in found.shapes else None for found in (a, b)]
+        left, right = (torch.zeros(()) if part is None else part for part in rows)
         both = torch.count_nonzero((left != 0) & (right != 0)).double()
         same = torch.count_nonzero((left.sign() == right.sign()) & (left != 0)).double()
-        return torch.stack([product.sum(dtype=torch.float64), _square(left), _square(right), both, same])
+        return torch.stack([(left * right).sum(dtype=torch.float64), _square(left), _square(right), both, same])
 
     total = torch.zeros(5, dtype=torch.float64)
-    with ThreadPoolExecutor(THREADS) as pool:
-        for window, sums in zip(windows(shapes), ordered(pool, one, windows(shapes)), strict=True):
-            total += sums
-            advance((window[2] - window[1]) * math.prod(shapes[window[0]][1:]))
+    for _, sums in _streamed(one, shapes):
+        total += sums
     dot, square_a, square_b, both, same = total.tolist()
     size = max(1, sum(math.prod(shape) for shape in shapes.values()))
     return Overlap(
         cosine=dot / math.sqrt(square_a * square_b) if square_a and square_b else math.nan,
         sign_agreement=same / both if both else math.nan,
         shared=both / size,
-        norms=(math.sqrt(square_a), math.sqrt(square_b)),
     )
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """``Σ w_k Δ_k``: task arithmetic, arXiv 2212.04089.
 
-    Args:
-        deltas: at least one; a tensor that one lacks counts as zero there.
-        weights: one for each.
+    A tensor that a delta lacks counts as zero there.
 
     Raises:
-        GraftError: no deltas, another number of weights, or unequal shapes under one name.
+        GraftError: There are no deltas, or another number of weights, or unequal shapes under one name.
     """
-    _require_weights(deltas, weights)
-    shapes = _union(deltas)
+    shapes = _union(deltas, weights)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         parts = [
@@ -380,24 +336,16 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
 def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) -> Delta:
     """Merge deltas of one Base by TIES, tensor by tensor; see :func:`shadowlit.delta.transforms.ties`.
 
-    A delta that lacks a tensor has no say there.
-
-    Args:
-        deltas: at least one.
-        density: share of elements of each that is kept, in (0, 1].
-        weights: one for each, positive.
-
-    Raises:
-        GraftError: no deltas, another number of weights, or unequal shapes under one name.
+    A delta that lacks a tensor doesn't count there. ``density`` is the fraction of each delta's elements that is kept,
+    in (0, 1]. Raises as :func:`weighted_sum`.
     """
-    _require_weights(deltas, weights)
-    shapes = _union(deltas)
+    shapes = _union(deltas, weights)
 
     def whole(name: str) -> Tensor:
         present = [(d.tensor(name), w) for d, w in zip(deltas, weights, strict=True) if name in d.shapes]
         return ties([tensor for tensor, _ in present], density, [weight for _, weight in present])
 
-    return Delta(shapes, by_tensor(whole))
+    return Delta(shapes, rows_of(keeping(whole)))
 
 
 def windows(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:
@@ -407,12 +355,18 @@ def windows(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, i
             yield name, start, stop
 
 
-def _require_weights(deltas: Sequence[Delta], weights: Sequence[float]) -> None:
+def _streamed(
+    function: Callable[[tuple[str, int, int]], _Out], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[tuple[str, int, int], _Out]]:
+    """Every part of tensors of these shapes with what ``function`` makes of it, computed ahead by threads."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        yield from zip(windows(shapes), ordered(pool, function, windows(shapes)), strict=True)
+
+
+def _union(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors."""
     if not deltas or len(deltas) != len(weights):
         raise GraftError(f"{len(deltas)} deltas and {len(weights)} weights were given; expected one weight for each.")
-
-
-def _union(deltas: Sequence[Delta]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for found in deltas:
         unequal = [n for n, shape in found.shapes.items() if shapes.get(n, shape) != shape]
@@ -421,10 +375,6 @@ def _union(deltas: Sequence[Delta]) -> dict[str, tuple[int, ...]]:
             raise GraftError(f"deltas differ in the shapes of {some_of(told)}. Combine deltas of one architecture.")
         shapes.update(found.shapes)
     return shapes
-
-
-def _rows_or_zeros(found: Delta, window: tuple[str, int, int]) -> Tensor | None:
-    return found.rows(*window) if window[0] in found.shapes else None
 
 
 def _as_tensors(rows: Callable[[str, int, int], Any]) -> Rows:

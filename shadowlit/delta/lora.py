@@ -12,7 +12,7 @@ import torch
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.checkpoint.names import kind_of
+from shadowlit.checkpoint.names import factor_key, is_weight, kind_of, leaf_of, module_of
 from shadowlit.delta.delta import Delta
 from shadowlit.delta.transforms import truncated_svd
 from shadowlit.errors import GraftError
@@ -27,12 +27,9 @@ class AdapterReport:
     """What an adapter holds of the delta that it was cut from.
 
     Attributes:
-        num_layers: linear layers that it adapts.
-        smallest_rank: the lowest rank of a layer.
-        largest_rank: the highest.
         error: ``‖adapter − delta‖ / ‖delta‖`` over the whole delta; what is left out counts as lost.
-        error_of_adapted: the same over the adapted matrices alone.
-        left_out: kinds of tensors that the delta changes and an adapter can't hold, and their number.
+        error_of_adapted: The same over the adapted matrices alone.
+        left_out: Kinds of tensors that the delta changes and an adapter can't hold, and their number.
     """
 
     num_layers: int
@@ -59,17 +56,17 @@ def export_svd_adapter(
     the scaling is 1.
 
     Args:
-        delta: the update; one of its matrices is in memory at a time.
-        instruct: folder or hub id of the Instruct.
-        out: the folder to make.
-        rank: of every layer (a smaller matrix has its own).
-        explained_variance: or the share of each matrix's squared norm to keep.
-        dtype: of the factors.
-        advance: called after each tensor.
+        delta: Update; one of its matrices is in memory at a time.
+        instruct: Folder or hub id of the Instruct.
+        out: Folder to create.
+        rank: Rank of every layer; a smaller matrix keeps its own.
+        explained_variance: Or the fraction of each matrix's squared norm to keep.
+        dtype: Dtype of the factors.
+        advance: Called after each tensor.
 
     Raises:
-        GraftError: the delta has no matrix of a linear layer of the Instruct, or one of another shape.
-        ExportError: the folder is taken or can't be written.
+        GraftError: The delta has no matrix of a linear layer of the Instruct, or one of another shape.
+        ExportError: The folder exists and is not empty, or can't be written.
     """
     from peft import LoraConfig
 
@@ -77,32 +74,32 @@ def export_svd_adapter(
     with CheckpointReader(pair.instruct_folder()) as reader:
         tensors = dict(reader.tensors)
     linear = linear_on_disk(tensors)
-    chosen = sorted(n for n, shape in delta.shapes.items() if n in linear and n.endswith(".weight") and len(shape) == 2)
+    chosen = sorted(n for n, shape in delta.shapes.items() if n in linear and is_weight(n) and len(shape) == 2)
     unequal = [f"{n} {delta.shapes[n]} and {tensors[n].shape}" for n in chosen if delta.shapes[n] != tensors[n].shape]
     if not chosen or unequal:
         found = f"differs in the shapes of {some_of(unequal)}" if unequal else f"changes {some_of(delta.shapes)} only"
         raise GraftError(f"the delta {found}; expected matrices of linear layers of {instruct}. Give its Instruct.")
     state: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
-    lost, sizes = Counter[bool](), Counter[bool]()
+    lost, sizes = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}  # squared norms of what is adapted, and of the rest
     left_out: Counter[str] = Counter()
     for name in delta.shapes:
         update = delta.tensor(name)
         size = float(update.double().square().sum())
         adapted = name in chosen
-        sizes[adapted] += size  # type: ignore[assignment]
+        sizes[adapted] += size
         if adapted and size:
             cut = truncated_svd(update, rank, explained_variance)
             up, down = cut.up.to(dtype), cut.down.to(dtype)
-            module = name.removesuffix(".weight")
+            module = module_of(name)
             ranks[module] = cut.rank
-            state[f"base_model.model.{module}.lora_A.weight"] = down
-            state[f"base_model.model.{module}.lora_B.weight"] = up
+            state[factor_key(module, "A")] = down
+            state[factor_key(module, "B")] = up
             error = up.float() @ down.float() - update
-            lost[adapted] += float(error.double().square().sum())  # type: ignore[assignment]
+            lost[adapted] += float(error.double().square().sum())
         elif size:
             left_out[kind_of(name)] += 1
-            lost[adapted] += size  # type: ignore[assignment]
+            lost[adapted] += size
         advance()
     if not ranks:
         raise GraftError("the delta is zero in every linear layer; there is nothing to put into an adapter.")
@@ -127,7 +124,6 @@ def export_svd_adapter(
 
 def _targets(ranks: dict[str, int], linear: frozenset[str]) -> list[str]:
     """Names of the adapted modules: their last parts where that means the same layers, which is what servers expect."""
-    leaves = {module.rpartition(".")[2] for module in ranks}
-    meant = {n.removesuffix(".weight") for n in linear if n.endswith(".weight")}
-    same = {module for module in meant if module.rpartition(".")[2] in leaves}
+    leaves = set(map(leaf_of, ranks))
+    same = {module for module in map(module_of, filter(is_weight, linear)) if leaf_of(module) in leaves}
     return sorted(leaves if same == set(ranks) else ranks)

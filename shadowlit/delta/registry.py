@@ -34,11 +34,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 class Transform:
     """A function of an update by the name under which it is chosen.
 
-    Attributes:
-        name: Name in configurations and on the command line.
-        function: Pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32.
-        elementwise: Whether each element of the result depends on the same element of the arguments only, so that the
-            function may be applied to a shard of a tensor.
+    A pure function ``(update, *, parameters) -> update`` of a tensor of any shape, in float32. An elementwise one, of
+    whose result each element depends on the same element of the arguments only, may be applied to a shard of a tensor.
     """
 
     name: str
@@ -104,12 +101,9 @@ def transform_names() -> list[str]:
 def find(name: str, key: str = "name") -> Transform:
     """The transform of a name: a registered one, an entry point's, or the function at an import path.
 
-    Args:
-        name: Name of the transform.
-        key: Name of the setting in messages.
-
     Raises:
-        GraftError: There is none, there are several, or what the name stands for is not a function.
+        GraftError: There is none, there are several, or what the name stands for is not a function. The message calls
+            the setting ``key``.
     """
     registered = {known: one.function for known, one in _registered.items()}
     function = find_function(name, key, "transform", GROUP, registered, GraftError)
@@ -135,15 +129,10 @@ def _path(function: Any) -> str:
 
 
 def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """The parameters of a transform, with defaults where none are given.
-
-    Args:
-        found: Transform that is chosen.
-        given: Parameters that are given, by name.
-        where: Gives the name of a parameter in messages.
+    """The parameters of a transform: the given ones, and defaults for the rest.
 
     Raises:
-        GraftError: A parameter is unknown, missing or of another type.
+        GraftError: A parameter is unknown, missing or of another type; ``where`` gives its name in the message.
     """
     parameters = found.parameters
     has = ", ".join(str(p) for p in parameters.values()) or "no parameters"

@@ -13,13 +13,9 @@ _BLOCK = 4096  # rows or columns that are in float64 at a time
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """The Gram matrix ``AᵀA``, whose eigenvalues are the squared singular values; some rows at a time.
+    """The Gram matrix ``AᵀA`` of a matrix [m, n], computed some rows at a time: [n, n], float64, on its device.
 
-    Args:
-        matrix: [m, n], any floating dtype.
-
-    Returns:
-        [n, n], float64, on the matrix's device.
+    Its eigenvalues are the squared singular values.
     """
     products = torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for block in matrix.detach().split(_BLOCK):
@@ -29,21 +25,15 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """The singular values of a matrix, in descending order.
+    """The singular values of a finite matrix [m, n], in descending order: [min(m, n)], float64, on its device.
 
-    From the eigenvalues of the Gram matrix of the smaller side, in float64: several times faster than an SVD, and it
-    needs no second copy of the matrix. Squaring costs half of float64's digits: a singular value is told apart from
-    zero down to ``sqrt(max(m, n) * eps)`` of the largest, about 1e-6 for a matrix with thousands of rows, which is what
-    float32 data hold anyway; smaller ones are given as zero.
-
-    Args:
-        matrix: [m, n], any floating dtype, finite.
-
-    Returns:
-        [min(m, n)], float64, on the matrix's device.
+    From the eigenvalues of the Gram matrix of the smaller side, in float64: several times faster than an SVD, and
+    without a second copy of the matrix. Squaring costs half of float64's digits: singular values below
+    ``sqrt(max(m, n) * eps)`` of the largest (about 1e-6 for a matrix with thousands of rows, the resolution of float32
+    data) are returned as zero.
 
     Raises:
-        ShadowlitError: it isn't a matrix, or holds NaN or infinities.
+        ShadowlitError: It isn't a matrix, or holds NaN or infinities.
     """
     if matrix.ndim != 2:
         raise ShadowlitError(f"a tensor of shape {tuple(matrix.shape)} has no singular values. Give a matrix [m, n].")
@@ -61,17 +51,9 @@ def singular_values(matrix: Tensor) -> Tensor:
 def effective_rank(matrix: Tensor) -> float:
     """``exp(H(p))`` with ``p_i = s_i / Σ s`` the normalised singular values and ``H`` Shannon's entropy.
 
-    Between 1 (one direction) and ``min(m, n)`` (all directions alike). Roy and Vetterli, "The effective rank: a measure
-    of effective dimensionality", EUSIPCO 2007.
-
-    Args:
-        matrix: [m, n]; or its singular values [k], where they are known already.
-
-    Returns:
-        The effective rank; NaN for a matrix of zeros.
-
-    Raises:
-        ShadowlitError: see :func:`singular_values`.
+    Of a matrix [m, n], or of its singular values [k]. Between 1 (one direction) and ``min(m, n)`` (all directions
+    alike); NaN for a matrix of zeros. Raises as :func:`singular_values`. Roy and Vetterli, "The effective rank: a
+    measure of effective dimensionality", EUSIPCO 2007.
     """
     values = _values(matrix)
     total = float(values.sum())
@@ -83,16 +65,8 @@ def effective_rank(matrix: Tensor) -> float:
 def stable_rank(matrix: Tensor) -> float:
     """``‖A‖_F² / ‖A‖₂²``, Frobenius over spectral norm: at most the rank, and hardly moved by small singular values.
 
+    Of a matrix [m, n], or of its singular values [k]; NaN for a matrix of zeros. Raises as :func:`singular_values`.
     Rudelson and Vershynin, arXiv math/0503442 (there "numerical rank").
-
-    Args:
-        matrix: [m, n]; or its singular values [k], where they are known already.
-
-    Returns:
-        The stable rank; NaN for a matrix of zeros.
-
-    Raises:
-        ShadowlitError: see :func:`singular_values`.
     """
     squares = _values(matrix).square()
     largest = float(squares.max()) if squares.numel() else 0.0

@@ -94,14 +94,8 @@ def svd(update: Tensor, *, rank: int | None = None, explained_variance: float | 
 def trim(update: Tensor, *, density: float = 0.2) -> Tensor:
     """Keep the elements of largest magnitude: the first step of TIES, and all of it for a single update.
 
-    TIES-Merging, arXiv 2306.01708, which keeps 20 %. Several updates are merged by :func:`ties`.
-
-    Args:
-        update: Update of any shape.
-        density: Fraction of the elements to keep, in (0, 1].
-
-    Raises:
-        GraftError: The density is outside (0, 1].
+    TIES-Merging, arXiv 2306.01708, which keeps 20 %. Several updates are merged by :func:`ties`. Arguments and errors
+    are those of :func:`magnitude`.
     """
     return magnitude(update, density=density)
 
@@ -142,17 +136,11 @@ def ties(updates: Sequence[Tensor], density: float, weights: Sequence[float] | N
 
 @dataclass(frozen=True)
 class LowRank:
-    """The best approximation of a matrix by one of lower rank, as a product.
+    """The best approximation of a matrix by one of lower rank, as a product."""
 
-    Attributes:
-        up: Left factor, [out, r].
-        down: Right factor, [r, in]; ``up @ down`` is the approximation.
-        explained: Fraction of the squared norm that it holds, ``Σ_{i≤r} s_i² / Σ s_i²`` (1 for a zero matrix).
-    """
-
-    up: Tensor
-    down: Tensor
-    explained: float
+    up: Tensor  # [out, r]
+    down: Tensor  # [r, in]
+    explained: float  # fraction of the squared norm that is kept, Σ_{i≤r} s_i² / Σ s_i² (1 for a zero matrix)
 
     @property
     def rank(self) -> int:
@@ -235,23 +223,17 @@ class Transforms:
             occur several times, but not twice in a row with the same parameters, and a random one not with the same
             seed, which would drop the same elements.
         key: Name of the list in messages.
-        option: Gives the name of a parameter in messages, where the only transform is not in a list.
-
-    Attributes:
-        specs: As given, with the defaults filled in.
+        option: Function that returns the name of a parameter in messages, if the only transform is not in a list.
 
     Raises:
         GraftError: A name, a parameter or a value is wrong.
     """
 
     def __init__(
-        self,
-        specs: Sequence[Mapping[str, Any]] = (),
-        key: str = "graft.transforms",
-        option: Where | None = None,
+        self, specs: Sequence[Mapping[str, Any]] = (), key: str = "graft.transforms", option: Where | None = None
     ) -> None:
         self._steps: list[_Step] = []
-        self.specs: list[dict[str, Any]] = []
+        self.specs: list[dict[str, Any]] = []  # with the defaults filled in
         for i, spec in enumerate(specs):
             where = option or f"{key}[{i}].{{}}".format
             if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
@@ -261,7 +243,9 @@ class Transforms:
                 )
             found = find(spec["name"], where("name"))
             parameters = checked(found, {k: v for k, v in spec.items() if k != "name"}, where)
-            self._append((found, parameters), where)
+            self._require_new(found, parameters, where)
+            _try((found, parameters), where)
+            self._steps.append((found, parameters))
             self.specs.append({"name": spec["name"], **parameters})
 
     def __bool__(self) -> bool:
@@ -274,18 +258,24 @@ class Transforms:
 
     def __call__(self, name: str, update: Tensor) -> Tensor:
         """The transformed update of a whole tensor, in float32 (float64 for a float64 update)."""
-        return self.on_part(update, lambda seed: self.noise(name, tuple(update.shape), seed))
+        return self.on_part(name, update, lambda seed: self.noise(name, tuple(update.shape), seed))
 
     @torch.no_grad()
-    def on_part(self, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
         """The transformed part of an update; of the whole tensor where a transform is not elementwise.
 
         Args:
+            name: Name of the tensor.
             update: Part of the update.
             noise: Gives the same part of the tensor's random numbers by their seed.
+
+        Raises:
+            GraftError: A transform returns another shape, or NaN or infinity for a finite update.
         """
         for step in self._steps:
-            update = _apply(step, update, noise)
+            result = _apply(step, update, noise)
+            _require_result(step[0].name, name, update, result)
+            update = result
         return update
 
     @staticmethod
@@ -295,9 +285,8 @@ class Transforms:
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode(), seed))
         return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
 
-    def _append(self, step: _Step, where: Where) -> None:
-        found, parameters = step
-        if self._steps and self._steps[-1] == step:
+    def _require_new(self, found: Transform, parameters: dict[str, Any], where: Where) -> None:
+        if self._steps and self._steps[-1] == (found, parameters):
             raise GraftError(
                 f"{where('name')} is {found.name!r} with the same parameters as the transform before it. Remove one."
             )
@@ -306,8 +295,6 @@ class Transforms:
                 f"{where(SEED)} is {parameters[SEED]}, as of another {found.name!r} in the list, which would choose "
                 "by the same random numbers. Give each its own seed."
             )
-        _try(step, where)
-        self._steps.append(step)
 
 
 def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
@@ -315,6 +302,22 @@ def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor]) -> Tenso
     if found.is_random:
         given[NOISE] = noise(given.pop(SEED)).to(update.device)
     return found.function(update, **given)
+
+
+def _require_result(transform: str, name: str, update: Tensor, result: Tensor) -> None:
+    found = f"the transform {transform!r} returns"
+    if result.shape != update.shape:
+        raise GraftError(
+            f"{found} a tensor of shape {list(result.shape)} for the update of {name}, whose shape is "
+            f"{list(update.shape)}. Correct the function so that it keeps every shape, or leave the tensor out of the "
+            "selection (graft.select)."
+        )
+    if not result.isfinite().all() and update.isfinite().all():  # of a training that diverged it may be otherwise
+        raise GraftError(
+            f"{found} NaN or infinity for the update of {name}, which is finite. Correct the function, also for an "
+            "update of zeros, which every training starts with; or leave the tensor out of the selection "
+            "(graft.select)."
+        )
 
 
 def _try(step: _Step, where: Where) -> None:

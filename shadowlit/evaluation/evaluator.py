@@ -18,11 +18,11 @@ from shadowlit.training.head import HeadLoss
 
 @dataclass(frozen=True)
 class EvalContext:
-    """What an evaluation runs on: the model with the weights to be measured, and this process's share of the work.
+    """The model with the weights to be measured, and this process's share of the work.
 
     Attributes:
         model: A transformers model, wrapped by peft or sharded or neither, in evaluation mode.
-        head: Computes losses and logits from its hidden states, without materialising the logits of whole batches.
+        head: Losses and logits from its hidden states, without materialising the logits of whole batches.
         pair: The pair, which has the tokenizer, the chat template and the tokens that end a turn.
         device: The device of the batches.
         rank: Number of this process, from 0.
@@ -82,9 +82,12 @@ class Evaluator(ABC):
 
     Attributes:
         needs_reference: Whether it compares with the reference model, which only a graft can swap in.
+        metric_names: Names of the metrics, as far as they are known before it runs. One that a validation set of the
+            evaluator's name has too is found before the training.
     """
 
     needs_reference: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, every: int = 1, limit: int | None = None, batch_size: int = 16) -> None:
         for name, value in (("every", every), ("limit", 1 if limit is None else limit), ("batch_size", batch_size)):

@@ -1,4 +1,4 @@
-"""Forgetting: how far a model has moved from the untouched Instruct on what that one said before."""
+"""Forgetting: the distance of a model from the untouched Instruct on given conversations."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from shadowlit.data.collate import Collate
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect
-from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.sources import read_conversations
-from shadowlit.data.template import Encoded, encode_turns
+from shadowlit.data.template import Encoded, encode_document, encode_turns
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import fingerprint, spread
@@ -28,10 +27,10 @@ _CHUNK = 1024  # positions whose distributions are in float32 at a time
 class Divergence(Evaluator):
     """KL divergence from the untouched Instruct, token by token, on given conversations.
 
-    ``KL(subject ‖ reference) = Σ_v p(v) (log p(v) − log r(v))`` in nats, the mean over the tokens that the assistant
-    says in the rows, each predicted from the row's own text before it (teacher-forced): what the model would say next,
-    had it said the same until then. 0 means that nothing has changed there. The direction is that of the penalty in
-    RLHF (arXiv 2203.02155). Not an expectation over the model's own answers, which would need sampling.
+    ``KL(subject ‖ reference) = Σ_v p(v) (log p(v) − log r(v))`` in nats, the mean over the assistant's tokens in the
+    rows, each predicted from the row's own text before it (teacher-forced). 0 means that nothing has changed there. The
+    direction is that of the penalty in RLHF (arXiv 2203.02155). Not an expectation over the model's own answers, which
+    would need sampling.
 
     Metrics: ``kl``; ``agreement``, the share of tokens whose most probable one is the same in both, which is the
     ``score``; ``stderr`` of ``kl`` over rows; ``num_tokens``, ``num_samples``. Samples: ``index``, ``score``, ``kl``.
@@ -53,6 +52,7 @@ class Divergence(Evaluator):
     """
 
     needs_reference = True
+    metric_names = ("score", "agreement", "kl", "stderr", "num_tokens", "num_samples")
 
     def __init__(
         self, data: str, max_length: int = 4096, every: int = 1, limit: int | None = None, batch_size: int = 16
@@ -63,31 +63,21 @@ class Divergence(Evaluator):
         self._pad = 0
 
     def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
-        """Read and tokenise the rows.
-
-        Raises:
-            DataError: No rows, malformed ones, too long ones, or ones in which nothing is supervised; up to five
-                problems in one message.
-        """
+        """Read and tokenise the rows; refuse malformed ones, too long ones, and ones without supervised tokens."""
         tokenizer, end = pair.tokenizer(), pair.other_tokenizer().eos_token_id
         chosen = spread(read_conversations(self.data, use="validation"), self.limit)
 
         def encode(conversation: Conversation) -> tuple[int, list[Encoded]]:
             first = conversation.messages[0]
-            try:
-                if first["role"] == DOCUMENT:
-                    end_token_id = end if isinstance(end, int) else None
-                    turns = encode_document(tokenizer, first["content"], end_token_id, self.max_length)
-                else:
-                    turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
-            except DataError as error:
-                raise DataError(f"{conversation} {error}") from None
+            if first["role"] == DOCUMENT:
+                end_token_id = end if isinstance(end, int) else None
+                turns = encode_document(tokenizer, first["content"], end_token_id, self.max_length)
+            else:
+                turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
             if all(label == IGNORE_INDEX for turn in turns for label in turn.labels):
-                raise DataError(f"{conversation} has no token with loss. Remove it, or its 'train' or 'weight'.")
+                raise DataError("has no supervised token. Remove it, or its 'train' or 'weight'.")
             if (longest := _longest(turns)) > self.max_length:
-                raise DataError(
-                    f"{conversation} has {longest} tokens. Raise max_length={self.max_length}, or shorten it."
-                )
+                raise DataError(f"has {longest} tokens. Raise max_length={self.max_length}, or shorten it.")
             return conversation.row, turns
 
         self._rows = sorted(collect(encode, chosen), key=lambda row: -_longest(row[1]))
@@ -149,15 +139,9 @@ class Divergence(Evaluator):
 
 
 def divergence(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """``KL(p ‖ r)`` at each position, and whether both have the same most probable token.
+    """``KL(p ‖ r)`` ``[N]``, float64 in nats, and whether both have the same most probable token, bool ``[N]``.
 
-    Args:
-        logits: ``[N, V]`` of p, any floating dtype; computed in float32, a chunk of positions at a time. A token of
-            probability 0 adds 0.
-        reference: ``[N, V]`` of r.
-
-    Returns:
-        ``[N]`` float64 in nats, at least 0 but for rounding, and ``[N]`` bool.
+    From logits ``[N, V]`` of p and of r, of any floating dtype, in float32. A token of probability 0 adds 0.
     """
     parts, same = [], []
     for some, others in zip(logits.split(_CHUNK), reference.split(_CHUNK), strict=True):

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 
 from shadowlit.data.collate import PromptCollate
 from shadowlit.errors import DataError
-from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
+from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.evaluation.matching import Match, Matcher
-from shadowlit.evaluation.prompts import Asking, context_length
-from shadowlit.evaluation.rows import Columns, fingerprint, read_field, read_items
-from shadowlit.evaluation.sampling import RowSampler
-from shadowlit.evaluation.sums import SampleSums, mean, standard_error
+from shadowlit.evaluation.prompts import PromptEvaluator, Question
+from shadowlit.evaluation.rows import Columns, fingerprint, read_field
+from shadowlit.evaluation.sums import mean
+from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import Answer, generate, greedy_config
-from shadowlit.training.metrics import on_device
 
 
 @dataclass(frozen=True)
-class _Item:
+class _Item(Question):
     """A row: what is asked, as text and tokens, and the answers that are right."""
 
-    index: int
     prompt: str
     tokens: tuple[int, ...]
     references: tuple[str, ...]
 
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
-class Generation(Evaluator):
+
+class Generation(PromptEvaluator[_Item]):
     r"""Lets the model answer, until it ends its turn, and compares the answers with references.
 
     Greedy unless ``temperature`` is positive. Sampled answers follow from ``seed`` and the row's number in the file:
@@ -81,6 +85,15 @@ class Generation(Evaluator):
         batch_size: Rows per process and forward.
     """
 
+    metric_names = (
+        "score", "stderr", "num_samples", "num_too_long", "num_unfinished", "unfinished", "answer_tokens",
+    )  # fmt: skip
+    sums = ("num_unfinished", "answer_tokens")
+    too_long = (
+        "prompts of {data} have more than {_limit_tokens} tokens, so that no {max_new_tokens} fit behind them, and "
+        "score 0. Lower max_new_tokens, or shorten them."
+    )
+
     def __init__(
         self,
         data: str,
@@ -103,11 +116,10 @@ class Generation(Evaluator):
         limit: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(every, limit, batch_size)
-        self.data, self.answer = data, answer
+        super().__init__(data, prompt, chat, system, max_length, every, limit, batch_size)
+        self.answer = answer
         self.matcher = Matcher(match, pattern, extract, ignore_case, ignore_punctuation)
-        self.asking = Asking(prompt, chat, system)
-        self.max_new_tokens, self.max_length = max_new_tokens, max_length
+        self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.stop = stop or []
         if max_new_tokens < 1:
@@ -120,51 +132,6 @@ class Generation(Evaluator):
             raise DataError(f"top_p is {top_p} with temperature=0, which draws nothing. Set temperature=1 or top_p=1.")
         if not all(self.stop):
             raise DataError("stop holds an empty string, which would end every answer at once. Remove it.")
-        self._items: list[_Item] | None = None
-        self._limit_tokens: int | None = None
-
-    def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
-        """Read and tokenise the rows.
-
-        Raises:
-            DataError: No rows, missing or empty fields, no reference, or a refusal of the chat template, up to five
-                problems in one message; or an answer alone would fill ``max_length``.
-        """
-        context = context_length(pair, self.max_length)
-        if context is not None and self.max_new_tokens >= context:
-            raise DataError(
-                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt in {context} tokens. "
-                "Lower it, or raise max_length if the model takes more."
-            )
-        self._limit_tokens = None if context is None else context - self.max_new_tokens
-        items = read_items(
-            self.data, self.limit, partial(self._item, tokenizer=pair.tokenizer(), template_kwargs=template_kwargs)
-        )
-        # Rows of like length share a batch; the longest first, so that memory runs out at once or never.
-        self._items = sorted(items, key=lambda item: -len(item.tokens))
-        num_too_long = sum(map(self._is_too_long, items))
-        if num_too_long:
-            rank_zero_warn(
-                f"{num_too_long} of {len(items)} prompts of {self.data} have more than {self._limit_tokens} tokens, so "
-                f"that no {self.max_new_tokens} fit behind them, and score 0. Lower max_new_tokens, or shorten them."
-            )
-
-    def run(self, context: EvalContext) -> EvalResult:
-        """Ask and compare; a collective, to be called on all ranks alike."""
-        assert self._items is not None, "read() comes before run()"
-        config = greedy_config(context.pair.template_folder(), context.pair.tokenizer(), self.max_new_tokens)
-        sums = on_device(
-            SampleSums("score", "squares", "num_too_long", "num_unfinished", "answer_tokens"), context.device
-        )
-        samples: list[dict[str, Any]] = []
-        for rows in self.rank_batches(len(self._items), context):
-            own = [self._items[row] for row in rows if row >= 0]
-            fitting = [item for item in own if not self._is_too_long(item)]
-            answers = dict(zip((item.index for item in fitting), self._answers(fitting, config, context), strict=True))
-            batch = [self._judge(item, answers.get(item.index)) for item in own]
-            sums.update([numbers for numbers, _ in batch])
-            samples += [sample for _, sample in batch]
-        return EvalResult(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
 
     def signature(self) -> str:
         """A hash of the tokenised rows and of all settings that change an answer or its score."""
@@ -176,16 +143,24 @@ class Generation(Evaluator):
     def _item(
         self, index: int, columns: Columns, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
     ) -> _Item:
-        prompt = self.asking.prompt(columns, tokenizer, template_kwargs)
-        if self.answer is not None:
-            references = _references(columns, self.answer)
-        else:
-            references = () if prompt.answer is None else (prompt.answer,)
+        prompt, last = self._prompt(columns, tokenizer, template_kwargs)
+        own = () if last is None else (last,)
+        references = own if self.answer is None else _references(columns, self.answer)
         self.matcher.check(references)
-        return _Item(index, prompt.text, tuple(self.asking.tokens(prompt.text, tokenizer)), references)
+        return _Item(index, prompt, tuple(self._tokens(prompt, tokenizer)), references)
 
-    def _is_too_long(self, item: _Item) -> bool:
-        return self._limit_tokens is not None and len(item.tokens) > self._limit_tokens
+    def _longest(self, pair: ModelPair) -> int | None:
+        context = super()._longest(pair)
+        if context is not None and self.max_new_tokens >= context:
+            raise DataError(
+                f"max_new_tokens is {self.max_new_tokens}, which leaves no room for a prompt in {context} tokens. "
+                "Lower it, or raise max_length if the model takes more."
+            )
+        return None if context is None else context - self.max_new_tokens
+
+    def _asks(self, context: EvalContext) -> Callable[[list[_Item]], list[Answer]]:
+        config = greedy_config(context.pair.template_folder(), context.pair.tokenizer(), self.max_new_tokens)
+        return partial(self._answers, config=config, context=context)
 
     def _answers(self, items: Sequence[_Item], config: GenerationConfig, context: EvalContext) -> list[Answer]:
         """The answers; one call of the model's generation in any case, since ranks wait for each other in it."""
@@ -222,19 +197,56 @@ class Generation(Evaluator):
         return answers[: len(items)]
 
     def _judge(self, item: _Item, answer: Answer | None) -> tuple[dict[str, float], dict[str, Any]]:
-        """The numbers of a row that are summed, and what is shown of it."""
         reference = item.references[0] if len(item.references) == 1 else list(item.references)
-        sample = {"index": item.index, "score": 0.0, "prompt": item.prompt, "answer": "", "reference": reference}
+        sample = {"score": 0.0, "prompt": item.prompt, "answer": "", "reference": reference}
         if answer is None:
-            return {"num_too_long": 1}, {**sample, "finished": False, "too_long": True}
+            return {}, {**sample, "finished": False, "too_long": True}
         score = float(self.matcher.is_match(answer.text, item.references))
-        numbers = {
-            "score": score,
-            "squares": score,
-            "num_unfinished": float(not answer.finished),
-            "answer_tokens": answer.num_tokens,
-        }
+        numbers = {"num_unfinished": float(not answer.finished), "answer_tokens": answer.num_tokens}
         return numbers, {**sample, "score": score, "answer": answer.text, "finished": answer.finished}
+
+    def _metrics(self, sums: dict[str, float], num_answers: float) -> dict[str, float]:
+        return {
+            "num_unfinished": sums["num_unfinished"],
+            "unfinished": mean(sums["num_unfinished"], num_answers),
+            "answer_tokens": mean(sums["answer_tokens"], num_answers),
+        }
+
+
+class RowSampler(LogitsProcessor):
+    """Draws the next token of each row from its distribution and leaves only that one possible.
+
+    Inverse transform sampling: with ``u`` uniform in [0, 1), the token is the first whose cumulative probability
+    exceeds ``u``. The ``u`` of a row's t-th token follows from the seed, the row's number and t alone, independent of
+    batches, ranks and the training's generator. Options as of :class:`Generation`; ``rows`` are the numbers of the
+    batch's rows, and ``prompt_length`` is the length of the padded prompts in tokens.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        *,
+        seed: int,
+        temperature: float,
+        top_p: float,
+        prompt_length: int,
+        max_new_tokens: int,
+    ) -> None:
+        self.temperature, self.prompt_length = temperature, prompt_length
+        self.warp = TopPLogitsWarper(top_p) if top_p < 1 else None
+        generators = [random.Random(f"{seed} {row}") for row in rows]
+        self.uniform = torch.tensor([[g.random() for _ in range(max_new_tokens)] for g in generators]).double()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return ``[B, V]`` logits: 0 for the drawn token, -inf for all others."""
+        scores = scores / self.temperature
+        if self.warp is not None:
+            scores = self.warp(input_ids, scores)
+        cumulative = torch.softmax(scores.to(accumulation_dtype(scores.device)), dim=-1).cumsum(dim=-1)
+        step = input_ids.shape[1] - self.prompt_length
+        drawn = self.uniform[:, step, None].to(cumulative) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, 0.0)
 
 
 def _references(columns: Columns, name: str) -> tuple[str, ...]:
@@ -244,17 +256,3 @@ def _references(columns: Columns, name: str) -> tuple[str, ...]:
     if not values or not all(isinstance(value, str | int | float) and not isinstance(value, bool) for value in values):
         raise DataError(f"has {value!r} in '{name}'; expected a text, a number or a list of them. Correct it.")
     return tuple(map(str, values))
-
-
-def _metrics(sums: dict[str, float]) -> dict[str, float]:
-    count = sums["num_samples"]
-    num_answers = count - sums["num_too_long"]
-    return {
-        "score": mean(sums["score"], count),
-        "stderr": standard_error(sums["score"], sums["squares"], count),
-        "num_samples": count,
-        "num_too_long": sums["num_too_long"],
-        "num_unfinished": sums["num_unfinished"],
-        "unfinished": mean(sums["num_unfinished"], num_answers),
-        "answer_tokens": mean(sums["answer_tokens"], num_answers),
-    }

@@ -1,4 +1,4 @@
-"""Is an answer right? Pure functions from a text and its references to yes or no."""
+"""Whether an answer is right: pure functions of a text and its references."""
 
 from __future__ import annotations
 
@@ -23,22 +23,11 @@ _ANSWER = "{answer}"
 
 @dataclass(frozen=True)
 class Matcher:
-    r"""How a generated text is compared with its references; white space around either never counts.
+    """How a generated text is compared with its references; white space around either never counts.
 
-    - ``exact``: the text is the reference, as lm-evaluation-harness' ``exact_match``
-    - ``numeric``: the last number of each is the same: ``$1,234.50`` is 1234.5, and ``50%`` is 50
-    - ``contains``: the reference is a part of the text
-    - ``regex``: ``pattern`` is found in the text, with the escaped reference for ``{answer}``
-
-    Attributes:
-        match: One of the four.
-        pattern: For ``regex``, e.g. ``'^{answer}(?!\w)'`` (begins with the answer) or ``'(?i)^sorry\b'``, which needs
-            no reference.
-        extract: A regular expression whose last match in the text is compared in its place: its first group that
-            isn't empty, or all of it where it has none. A text without a match is wrong. As the harness' ``regex``
-            filter with ``group_select: -1``.
-        ignore_case: Upper and lower case are the same; not for ``numeric``.
-        ignore_punctuation: ASCII punctuation is left out of both; for ``exact`` and ``contains``.
+    Attributes as the arguments of :class:`shadowlit.evaluation.generated.Generation`. ``exact`` is
+    lm-evaluation-harness' ``exact_match``; ``numeric`` reads ``$1,234.50`` as 1234.5 and ``50%`` as 50; ``extract``
+    works as the harness' ``regex`` filter with ``group_select: -1``.
 
     Raises:
         DataError: A pattern is missing, superfluous or no regular expression, or an option does nothing for the match.
@@ -88,7 +77,7 @@ class Matcher:
                 raise DataError(f"has no number in the reference {reference!r}. Correct it, or set match=exact.")
 
     def compared(self, text: str) -> str | None:
-        """What of ``text`` is compared: all of it, or the last match of ``extract``; None without a match."""
+        """The part of ``text`` that is compared: all of it, or the last match of ``extract``; None without a match."""
         return text.strip() if self.extract is None else last_match(self.extract, text)
 
     def is_match(self, text: str, references: Sequence[str]) -> bool:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.errors import DataError
-from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
-from shadowlit.evaluation.prompts import Asking, context_length
-from shadowlit.evaluation.rows import Columns, fingerprint, read_choices, read_items, read_label
-from shadowlit.evaluation.sums import SampleSums, mean, standard_error
-from shadowlit.pair.pair import ModelPair
-from shadowlit.training.metrics import on_device
+from shadowlit.evaluation.evaluator import EvalContext
+from shadowlit.evaluation.prompts import PromptEvaluator, Question
+from shadowlit.evaluation.rows import Columns, fingerprint, read_choices, read_label
+from shadowlit.evaluation.sums import mean
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,9 @@ class _Choice:
 
 
 @dataclass(frozen=True)
-class _Item:
+class _Item(Question):
     """A row as tokens; ``inputs`` are the different sequences that have to be run for its choices."""
 
-    index: int
     label: int
     inputs: tuple[tuple[int, ...], ...]
     choices: tuple[_Choice, ...]
@@ -45,7 +41,7 @@ class _Item:
         return max(map(len, self.inputs))
 
 
-class MultipleChoice(Evaluator):
+class MultipleChoice(PromptEvaluator[_Item]):
     """Scores each choice by its log-likelihood after the question, and takes the most probable one.
 
     The numbers are those of lm-evaluation-harness' ``multiple_choice`` tasks (of its ``--apply_chat_template`` with
@@ -78,6 +74,13 @@ class MultipleChoice(Evaluator):
         batch_size: Rows per process and forward.
     """
 
+    metric_names = ("score", "accuracy", "accuracy_norm", "loss", "stderr", "num_samples", "num_too_long")
+    sums = ("accuracy_norm", "loss")
+    too_long = (
+        "rows of {data} are longer than {_limit_tokens} tokens and score 0. Shorten them, or raise max_length if the "
+        "model takes more."
+    )
+
     def __init__(
         self,
         data: str,
@@ -92,49 +95,9 @@ class MultipleChoice(Evaluator):
         limit: int | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(every, limit, batch_size)
-        self.data, self.choices, self.label = data, choices, label
-        self.asking = Asking(prompt, chat, system)
+        super().__init__(data, prompt, chat, system, max_length, every, limit, batch_size)
+        self.choices, self.label = choices, label
         self.delimiter = "" if chat else delimiter
-        self.max_length = max_length
-        self._items: list[_Item] | None = None
-        self._limit_tokens: int | None = None
-
-    def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
-        """Read and tokenise the rows.
-
-        Raises:
-            DataError: No rows, missing or empty fields, fewer than two choices or equal ones, a label that is none of
-                them, or a refusal of the chat template; up to five problems in one message.
-        """
-        self._limit_tokens = context_length(pair, self.max_length)
-        items = read_items(
-            self.data, self.limit, partial(self._item, tokenizer=pair.tokenizer(), template_kwargs=template_kwargs)
-        )
-        # Rows of like length share a batch; the longest first, so that memory runs out at once or never.
-        self._items = sorted(items, key=lambda item: -item.length)
-        num_too_long = sum(map(self._is_too_long, items))
-        if num_too_long:
-            rank_zero_warn(
-                f"{num_too_long} of {len(items)} rows of {self.data} are longer than {self._limit_tokens} tokens and "
-                "score 0. Shorten them, or raise max_length if the model takes more."
-            )
-
-    def run(self, context: EvalContext) -> EvalResult:
-        """Score the rows; a collective, to be called on all ranks alike."""
-        assert self._items is not None, "read() comes before run()"
-        sums = on_device(SampleSums("score", "squares", "accuracy_norm", "loss", "num_too_long"), context.device)
-        num_forwards = max((len(item.inputs) for item in self._items if not self._is_too_long(item)), default=0)
-        samples: list[dict[str, Any]] = []
-        for rows in self.rank_batches(len(self._items), context):
-            own = [self._items[row] for row in rows if row >= 0]
-            fitting = [item for item in own if not self._is_too_long(item)]
-            scores = _loglikelihoods(fitting, num_forwards, context)
-            found = dict(zip((item.index for item in fitting), scores, strict=True))
-            batch = [_judge(item, found.get(item.index)) for item in own]
-            sums.update([numbers for numbers, _ in batch])
-            samples += [sample for _, sample in batch]
-        return EvalResult(_metrics(sums.compute()), sorted(samples, key=lambda sample: sample["index"]))
 
     def signature(self) -> str:
         """A hash of the tokenised rows, and of how long they may be."""
@@ -144,15 +107,15 @@ class MultipleChoice(Evaluator):
     def _item(
         self, index: int, columns: Columns, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
     ) -> _Item:
-        prompt = self.asking.prompt(columns, tokenizer, template_kwargs).text
+        prompt, _ = self._prompt(columns, tokenizer, template_kwargs)
         texts = read_choices(columns, self.choices)
         label = read_label(columns, self.label, texts)
         # As the harness splits: the white space at the prompt's end belongs to the choice.
-        num_prompt = len(self.asking.tokens(prompt.rstrip(), tokenizer))
+        num_prompt = len(self._tokens(prompt.rstrip(), tokenizer))
         inputs: dict[tuple[int, ...], int] = {}
         choices = []
         for text in texts:
-            tokens = self.asking.tokens(prompt + self.delimiter + text, tokenizer)
+            tokens = self._tokens(prompt + self.delimiter + text, tokenizer)
             targets = tuple(tokens[num_prompt:])
             if not targets or num_prompt == 0:
                 raise DataError(f"has a choice without a token of its own after the prompt: {text!r}. Change the row.")
@@ -160,8 +123,31 @@ class MultipleChoice(Evaluator):
             choices.append(_Choice(source, num_prompt - 1, targets, len(text)))
         return _Item(index, label, tuple(inputs), tuple(choices))
 
-    def _is_too_long(self, item: _Item) -> bool:
-        return self._limit_tokens is not None and item.length > self._limit_tokens
+    def _asks(self, context: EvalContext) -> Callable[[list[_Item]], list[list[float]]]:
+        assert self._items is not None
+        num_forwards = max((len(item.inputs) for item in self._items if not self._is_too_long(item)), default=0)
+        return partial(_loglikelihoods, num_forwards=num_forwards, context=context)
+
+    def _judge(self, item: _Item, answer: list[float] | None) -> tuple[dict[str, float], dict[str, Any]]:
+        sample: dict[str, Any] = {"score": 0.0, "prediction": None, "label": item.label}
+        if answer is None:
+            return {}, {**sample, "loglikelihoods": []}
+        prediction = answer.index(max(answer))
+        per_character = [value / choice.num_characters for value, choice in zip(answer, item.choices, strict=True)]
+        score = float(prediction == item.label)
+        numbers = {
+            "accuracy_norm": float(per_character.index(max(per_character)) == item.label),
+            "loss": -answer[item.label],
+        }
+        return numbers, {**sample, "score": score, "prediction": prediction, "loglikelihoods": answer}
+
+    def _metrics(self, sums: dict[str, float], num_answers: float) -> dict[str, float]:
+        count = sums["num_samples"]
+        return {
+            "accuracy": mean(sums["score"], count),
+            "accuracy_norm": mean(sums["accuracy_norm"], count),
+            "loss": mean(sums["loss"], num_answers),
+        }
 
 
 def _loglikelihoods(items: Sequence[_Item], num_forwards: int, context: EvalContext) -> list[list[float]]:
@@ -193,39 +179,3 @@ def _pad(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor,
     tokens = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=device)
     return tokens, mask
-
-
-def _judge(item: _Item, loglikelihoods: list[float] | None) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of a row that are summed, and what is shown of it."""
-    sample: dict[str, Any] = {"index": item.index, "score": 0.0, "prediction": None, "label": item.label}
-    if loglikelihoods is None:
-        return {"num_too_long": 1}, {**sample, "loglikelihoods": []}
-    prediction = _best(loglikelihoods)
-    per_character = [value / choice.num_characters for value, choice in zip(loglikelihoods, item.choices, strict=True)]
-    score = float(prediction == item.label)
-    numbers = {
-        "score": score,
-        "squares": score,
-        "accuracy_norm": float(_best(per_character) == item.label),
-        "loss": -loglikelihoods[item.label],
-    }
-    return numbers, {**sample, "score": score, "prediction": prediction, "loglikelihoods": loglikelihoods}
-
-
-def _best(values: list[float]) -> int:
-    """Index of the highest value; the first of equal ones."""
-    return values.index(max(values))
-
-
-def _metrics(sums: dict[str, float]) -> dict[str, float]:
-    count = sums["num_samples"]
-    score = mean(sums["score"], count)
-    return {
-        "score": score,
-        "accuracy": score,
-        "accuracy_norm": mean(sums["accuracy_norm"], count),
-        "loss": mean(sums["loss"], count - sums["num_too_long"]),
-        "stderr": standard_error(sums["score"], sums["squares"], count),
-        "num_samples": count,
-        "num_too_long": sums["num_too_long"],
-    }

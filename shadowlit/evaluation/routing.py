@@ -1,8 +1,7 @@
-"""Which experts tokens choose, and how many choices two models share: what a graft does to a mixture's routing.
+"""Which experts tokens choose, and how many choices two models share: the effect of a graft on a mixture's routing.
 
-The update of the experts was learned behind the Base's choices. Where the grafted model chooses other experts for a
-token than the Instruct does, the token meets weights that it did not meet before, whether the router itself was
-grafted or only what feeds it.
+The update of the experts was learned with the Base's choices. Where the grafted model chooses other experts for a token
+than the Instruct does, other weights process the token, whether the router itself was grafted or only its inputs.
 """
 
 from __future__ import annotations
@@ -17,83 +16,72 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.names import router_modules
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import supervised_positions
 
 Batch = Mapping[str, Tensor]
-_NAMES = ("gate", "router")
 
 
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that choose among experts, by their names, in the order of the layers.
 
-    They are called ``gate`` or ``router``, stand beside ``experts``, and return the numbers of the chosen experts,
+    They are called ``gate`` or ``router``, next to ``experts``, and return the numbers of the chosen experts,
     ``[tokens, k]``, the best first, as transformers' mixtures do (Qwen2-, Qwen3-MoE, Mixtral, OLMoE …).
     """
     modules = dict(model.named_modules())
-    return {
-        name: module
-        for name, module in modules.items()
-        for parent, _, last in [name.rpartition(".")]
-        if last in _NAMES and f"{parent}.experts" in modules
-    }
+    return {name: modules[name] for name in router_modules(modules)}
 
 
 class Routing:
-    """Records the experts that tokens choose under the weights that stand in a model, for several subjects.
+    """Records the experts that tokens choose with the weights that are loaded into a model, for several subjects.
 
-    Of each batch the positions count that predict a supervised token. Numbers are kept on the CPU in 16 bits: tokens ×
-    layers × k × 2 bytes for each subject.
-
-    Args:
-        model: a mixture of experts, wrapped by peft or not, sharded by FSDP2 or not; its layers are not compiled.
+    The model is a mixture of experts, wrapped by peft or sharded or neither, whose layers are not compiled. Only
+    positions that predict a supervised token count. Numbers are kept on the CPU in 16 bits: tokens × layers × k × 2
+    bytes for each subject.
 
     Raises:
-        ShadowlitError: it has no router that is known here.
+        ShadowlitError: The model has no known router.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._routers = routers_of(model)
         if not self._routers:
             raise ShadowlitError(
-                f"{type(model).__name__} has no router: no module called {' or '.join(_NAMES)} beside one called "
+                f"{type(model).__name__} has no router: no module called gate or router beside one called "
                 "experts. Give a mixture of experts."
             )
         self._handles: list[RemovableHandle] = []
         self._last: dict[str, Tensor] = {}  # what each router chose in its last call
-        self._choices: dict[str, list[Tensor]] = {}
+        self._choices: dict[str, list[Tensor]] = {}  # int16 [supervised tokens, layers, k] of each batch, best first
 
     def begin(self, subject: str) -> None:
-        """Record ``subject`` anew."""
+        """Discard the choices of ``subject``, and record them again."""
         self._choices[subject] = []
 
     def forget(self, subject: str) -> None:
-        """Let go of what ``subject`` chose."""
+        """Free the choices of ``subject``."""
         self._choices.pop(subject, None)
 
     def watch(self) -> None:
-        """Look at the routers until :meth:`take` or :meth:`stop`."""
+        """Watch the routers until :meth:`take` or :meth:`stop`."""
         self.stop()
         for name, module in self._routers.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
 
     def stop(self) -> None:
-        """Look away; harmless when nobody looks."""
+        """Stop watching; harmless when nothing is watched."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._last.clear()
 
     def take(self, subject: str, batch: Batch) -> None:
-        """Keep what was chosen for the batch in the routers' last calls.
-
-        Args:
-            subject: who chose.
-            batch: ``labels`` ``[B, T]``, and what the data module adds: ``position_ids``, ``supervised``.
+        """Keep what ``subject`` chose in the routers' last calls, at the supervised positions of the batch.
 
         Raises:
-            ShadowlitError: a router was not called, or not with the tokens of this batch.
+            ShadowlitError: A router was not called, or not with the tokens of this batch.
         """
         last = dict(self._last)
         self.stop()
@@ -111,32 +99,19 @@ class Routing:
         self._choices.setdefault(subject, []).append(chosen.to(torch.int16).cpu())
 
     def agreement(self, subject: str, like: str, device: torch.device | None = None) -> dict[str, float]:
-        """How many choices two subjects share on the same batches; a collective where there are several ranks.
-
-        Args:
-            subject: the one.
-            like: the other.
-            device: where the ranks add their sums.
-
-        Returns:
-            See :func:`agreement_of`.
-        """
+        """:func:`agreement_of` two subjects on the same batches, over all ranks, which add their sums on ``device``."""
         mine, theirs = self._choices.get(subject), self._choices.get(like)
         if mine is None or theirs is None or len(mine) != len(theirs):
             raise ShadowlitError(
                 f"choices of {subject!r} and {like!r} were recorded on {len(mine or [])} and {len(theirs or [])} "
                 "batches; expected the same batches of both. Record both on the same data."
             )
-        sums = sum((_sums(a, b) for a, b in zip(mine, theirs, strict=True)), torch.zeros(4, dtype=torch.float64))
+        sums = _sums(mine, theirs)
         if dist.is_available() and dist.is_initialized():
             device = device or torch.device("cpu")
             sums = sums.to(device, accumulation_dtype(device))
             dist.all_reduce(sums)
         return _shares(sums)
-
-    def choices(self, subject: str) -> list[Tensor]:
-        """What ``subject`` chose: for each batch ``[supervised tokens, layers, k]``, int16, the best first."""
-        return self._choices[subject]
 
     def _hook(self, name: str) -> Any:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
@@ -149,36 +124,27 @@ class Routing:
 
 
 def agreement_of(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
-    """How many choices of experts two models share.
-
-    Every token and layer counts alike; sums over all of them, not means of batches.
-
-    Args:
-        mine: for each batch ``[N, layers, k]``, the experts that one model chose, the best first.
-        theirs: the same of the other, for the same tokens.
+    """How many choices of experts two models share, from their choices ``[N, layers, k]`` in each batch, best first.
 
     Returns:
         ``routing_agreement``, the share of the k chosen experts that both chose, in any order (1: all, k / experts: by
-        chance); and ``routing_top1_changed``, the share of tokens and layers whose best expert is another one.
+        chance); and ``routing_top1_changed``, the share of tokens and layers whose best expert is another one. Every
+        token and layer counts alike.
     """
-    sums = (_sums(a, b) for a, b in zip(mine, theirs, strict=True))
-    return _shares(sum(sums, torch.zeros(4, dtype=torch.float64)))
+    return _shares(_sums(mine, theirs))
 
 
 @torch.no_grad()
 def compare_routing(
     folder: Path, other: Path, batches: Iterable[Batch], trust_remote_code: bool = False
 ) -> dict[str, float]:
-    """How many choices of experts the models in two folders share; one of them is in memory at a time.
+    """:func:`agreement_of` the mixtures of experts in two folders, of which one is in memory at a time.
 
     Args:
-        folder: a mixture of experts.
-        other: another one of the same architecture.
+        folder: Folder of a mixture of experts.
+        other: Folder of another one of the same architecture.
         batches: ``input_ids``, ``labels`` and ``attention_mask``, ``[B, T]``; positions that predict a label count.
-        trust_remote_code: run Python code from the folders.
-
-    Returns:
-        See :func:`agreement_of`.
+        trust_remote_code: Whether to run Python code from the folders.
     """
     from transformers import AutoModelForCausalLM
 
@@ -191,16 +157,19 @@ def compare_routing(
             routing.watch()
             model(**{name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch})
             routing.take("", batch)
-        found.append(routing.choices(""))
+        found.append(routing._choices[""])
         del model, routing
     return agreement_of(*found)
 
 
-def _sums(mine: Tensor, theirs: Tensor) -> Tensor:
+def _sums(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """Experts that both chose, of how many; and tokens and layers with another best one, of how many."""
-    shared = (mine.unsqueeze(-1) == theirs.unsqueeze(-2)).any(-1).sum()
-    changed = (mine[..., 0] != theirs[..., 0]).sum()
-    return torch.tensor([shared, mine.numel(), changed, mine[..., 0].numel()], dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for a, b in zip(mine, theirs, strict=True):
+        shared = (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).sum()
+        changed = (a[..., 0] != b[..., 0]).sum()
+        sums += torch.tensor([shared, a.numel(), changed, a[..., 0].numel()], dtype=torch.float64)
+    return sums
 
 
 def _shares(sums: Tensor) -> dict[str, float]:

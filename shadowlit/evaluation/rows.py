@@ -1,4 +1,4 @@
-"""Rows of an evaluation: read, checked and picked; every error names the file, the row and the cure."""
+"""Reads, checks and picks the rows of an evaluation; every error names the file, the row and the remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shadowlit.data.conversation import collect, place
+from shadowlit.data.conversation import collect
 from shadowlit.data.sources import read_rows
 from shadowlit.errors import DataError
 
@@ -16,12 +16,9 @@ Item = TypeVar("Item")
 
 
 def read_items(source: str, limit: int | None, convert: Callable[[int, Columns], Item]) -> list[Item]:
-    """Read a file and turn its rows into what is evaluated.
+    """Read a source of rows, as for training, and convert ``limit`` rows, evenly spread over it; None for all.
 
-    Args:
-        source: ``.jsonl``, ``.json`` or ``.parquet``, or whatever else training data may be.
-        limit: Use only so many rows, evenly spread over the file; None for all. Only these are checked.
-        convert: Makes an item of a row's index in the file and its columns; its DataErrors needn't say which row.
+    ``convert`` makes an item of a row's index and its columns; its DataErrors needn't say which row.
 
     Raises:
         DataError: The file can't be read or has no rows, or rows are refused; up to five are listed.
@@ -30,16 +27,7 @@ def read_items(source: str, limit: int | None, convert: Callable[[int, Columns],
     if not rows:
         raise DataError(f"{source} has no rows, so nothing can be evaluated. Give a file with at least one.")
 
-    def convert_row(row: Any) -> Item:
-        where = place(source, row.index, row.line)
-        if not isinstance(row.columns, dict):
-            raise DataError(f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it.")
-        try:
-            return convert(row.index, row.columns)
-        except DataError as error:
-            raise DataError(f"{where} {error}") from None
-
-    return collect(convert_row, spread(rows, limit))
+    return collect(lambda row: convert(row.index, row.columns), spread(rows, limit))
 
 
 def spread(rows: Sequence[Item], limit: int | None) -> list[Item]:
@@ -50,11 +38,7 @@ def spread(rows: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def read_field(columns: Columns, name: str) -> Any:
-    """Field ``name``.
-
-    Raises:
-        DataError: The row has no such field.
-    """
+    """Field ``name``; a DataError where the row has none."""
     if name not in columns:
         found = ", ".join(f"'{name}'" for name in sorted(columns)) or "none"
         raise DataError(f"lacks the field '{name}'; it has {found}. Add it, or name the field that holds it.")
@@ -62,11 +46,7 @@ def read_field(columns: Columns, name: str) -> Any:
 
 
 def read_text(columns: Columns, name: str) -> str:
-    """The text in field ``name``.
-
-    Raises:
-        DataError: The field is missing, no text or empty.
-    """
+    """The text in field ``name``; a DataError where it is missing, no text or empty."""
     value = read_field(columns, name)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
@@ -76,11 +56,7 @@ def read_text(columns: Columns, name: str) -> str:
 
 
 def read_choices(columns: Columns, name: str) -> list[str]:
-    """The choices in field ``name``.
-
-    Raises:
-        DataError: The field is missing or no list of at least two different texts.
-    """
+    """The choices in field ``name``; a DataError where it is missing or no list of at least two different texts."""
     choices = read_field(columns, name)
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise DataError(
@@ -97,10 +73,8 @@ def read_choices(columns: Columns, name: str) -> list[str]:
 def read_label(columns: Columns, name: str, choices: Sequence[str]) -> int:
     """The right choice, from 0: field ``name`` holds its number from 0, its text, or its letter from A.
 
-    A text that is itself one of the choices is read as that choice, before it is read as a letter.
-
-    Raises:
-        DataError: The field is missing, or names none of the choices.
+    A text that is itself one of the choices is read as that choice, not as a letter. A DataError where the field is
+    missing or names none of the choices.
     """
     value = read_field(columns, name)
     letters = string.ascii_uppercase[: len(choices)]

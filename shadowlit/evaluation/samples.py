@@ -1,4 +1,4 @@
-"""Answers of several models to the same prompts, side by side, to be read."""
+"""Answers of several models to the same prompts, side by side."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ Samples = Sequence[Mapping[str, Any]]
 
 
 def side_by_side(found: Mapping[tuple[str, str], Samples], root: Path, evaluators: Iterable[str], num_rows: int) -> str:
-    """Prompts, references and answers as Markdown; empty where no evaluator has answers.
+    """Prompts, references and answers of ``num_rows`` rows of each evaluator as Markdown; empty without answers.
 
-    Args:
-        found: Samples by subject and evaluator, in the order of the rows.
-        root: Folder in which those of the untouched models lie, ``<subject>/<evaluator>.jsonl``.
-        evaluators: Names, in the order in which they are shown.
-        num_rows: Rows of each evaluator.
+    ``found`` has samples by subject and evaluator in the order of the rows; those of the untouched models are in
+    ``<root>/<subject>/<evaluator>.jsonl``.
     """
     parts = []
     for name in evaluators:

@@ -11,11 +11,7 @@ from torchmetrics import Metric
 
 
 class SampleSums(Metric):
-    """Sums of the samples' numbers, by name, and the samples' count, over all ranks.
-
-    Args:
-        names: What is summed; ``num_samples`` is counted by itself.
-    """
+    """Sums over all ranks of the samples' numbers by name, and the number of samples, ``num_samples``."""
 
     full_state_update = False
     sums: Tensor

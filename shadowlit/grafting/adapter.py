@@ -59,19 +59,12 @@ def require_graftable(adapter: LoraConfig | None) -> None:
 
 @dataclass
 class AdaptedLayer:
-    """A layer of the host with LoRA factors of one adapter, and the strength they act with.
-
-    Attributes:
-        layer: Peft's layer around the host's module.
-        adapter: The adapter's name.
-        scaling: Peft's own scaling, alpha / rank (or alpha / sqrt(rank) for rsLoRA).
-        selected: Whether the graft's selection holds the host's weight.
-    """
+    """A layer of the host with the LoRA factors of one adapter, and the scale they act with."""
 
     layer: LoraLayer
     adapter: str
-    scaling: float
-    selected: bool
+    scaling: float  # peft's own: alpha / rank, or alpha / sqrt(rank) for rsLoRA
+    selected: bool  # whether the graft's selection holds the host's weight
 
     def delta_weight(self, host: Tensor) -> Tensor:
         """The update of the host's weight as the factors train it, in the host's shape and placement."""
@@ -80,12 +73,12 @@ class AdaptedLayer:
         update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
         self.layer.scaling[self.adapter] = acting
         if isinstance(host, DTensor):
-            # A product of sharded factors lies wherever it was cheapest to compute: by columns, or as partial sums.
+            # A product of sharded factors is placed as it was cheapest to compute: by columns, or as partial sums.
             update = update.redistribute(host.device_mesh, host.placements)
         return update
 
     def set_scale(self, scale: float) -> None:
-        """Let the factors act with ``scale`` times their own strength."""
+        """Let the factors act with ``scale`` times their own scaling."""
         self.layer.scaling[self.adapter] = self.scaling * scale
 
     def restore(self) -> None:
@@ -94,11 +87,7 @@ class AdaptedLayer:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
-    """The LoRA layers of ``model`` and their active adapter, by the checkpoint name of the weight they adapt.
-
-    Raises:
-        GraftError: A layer has several active adapters, or an adapter of another kind sits in the model.
-    """
+    """The LoRA layers of ``model`` and their active adapters, by the checkpoint names of the weights they adapt."""
     layers = {}
     for prefix, module in model.named_modules():
         if not isinstance(module, LoraLayer):
@@ -114,11 +103,7 @@ def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
 
 
 def require_untied(model: nn.Module) -> None:
-    """Raise if an adapter sits on one side of a tied embedding: merged, it would change the other side too.
-
-    Raises:
-        GraftError: With the remedy.
-    """
+    """Raise a GraftError if an adapter sits on one side of a tied embedding: merged, it would change the other too."""
     host = host_of(model)
     if not getattr(host.config.get_text_config(), "tie_word_embeddings", False):
         return
@@ -132,10 +117,7 @@ def require_untied(model: nn.Module) -> None:
 
 
 def starts_from_weights(adapter: LoraConfig) -> bool:
-    """Whether peft computes the start of the factors itself, mostly from the host's weights (PiSSA, OLoRA …).
-
-    What it takes out of the weights stays there as a residual.
-    """
+    """Whether peft takes the start of the factors out of the host's weights, and leaves a residual (PiSSA, OLoRA …)."""
     return adapter.init_lora_weights not in (True, False, "gaussian")
 
 

@@ -1,16 +1,14 @@
 """The equation ``grafted = instruct + scale * (tuned - base)`` and what is measured on it.
 
-Shadow-FT, arXiv 2505.12716, equation 5. Every function is pure, takes tensors of one shape, and computes in
-float32 (float64 when an input is float64): a delta is small beside the weights, and bfloat16 arithmetic would
-lose most of it. Rounding to the stored dtype happens once, by the caller.
+Shadow-FT, arXiv 2505.12716, equation 5. Every function is pure, takes tensors of one shape and any floating dtypes, and
+computes and returns float32 (float64 if an input is float64): a delta is small compared with the weights, and bfloat16
+arithmetic would lose most of it. The caller rounds once, to the stored dtype.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-_WITHOUT_FLOAT64 = ("mps",)  # kinds of devices
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -20,48 +18,24 @@ def widen(tensor: Tensor) -> Tensor:
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """The dtype in which long sums are taken on a device: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type in _WITHOUT_FLOAT64 else torch.float64
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def delta(tuned: Tensor, base: Tensor) -> Tensor:
-    """The update ``tuned - base`` learned from the Base.
-
-    Args:
-        tuned: weights after training, any shape and floating dtype.
-        base: weights before training, same shape.
-
-    Returns:
-        The difference in float32 (float64 for float64 inputs), same shape.
-    """
+    """The update ``tuned - base`` that was learned from the Base."""
     return widen(tuned) - widen(base)
 
 
 def add_delta(instruct: Tensor, update: Tensor, scale: float = 1.0) -> Tensor:
-    """Add an update to the Instruct: ``instruct + scale * update``.
-
-    Args:
-        instruct: weights of the Instruct, any shape and floating dtype.
-        update: a delta of the same shape.
-        scale: scale λ of the graft; 1 in the paper, 0 gives the Instruct.
-
-    Returns:
-        The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
-    """
+    """Add an update to the Instruct: ``instruct + scale * update``, not yet rounded."""
     update = widen(update)
     # Product and sum are rounded each for itself, as on disk: torch.add's alpha would fuse them on some machines.
     return widen(instruct) + (update if scale == 1 else scale * update)
 
 
 def graft(instruct: Tensor, tuned: Tensor, base: Tensor, scale: float = 1.0) -> Tensor:
-    """Graft the Base's update onto the Instruct: ``instruct + scale * (tuned - base)``.
+    """Graft the Base's update onto the Instruct: ``instruct + scale * (tuned - base)``, not yet rounded.
 
-    Args:
-        instruct: weights of the Instruct, any shape and floating dtype.
-        tuned: weights of the trained Base, same shape.
-        base: weights of the Base before training, same shape.
-        scale: scale λ of the graft; 1 in the paper, 0 gives the Instruct.
-
-    Returns:
-        The grafted weights in float32 (float64 for float64 inputs), not yet rounded.
+    The scale λ is 1 in the paper; 0 gives the Instruct.
     """
     return add_delta(instruct, delta(tuned, base), scale)

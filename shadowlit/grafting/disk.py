@@ -6,53 +6,40 @@ speed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.names import layer_of, routers, tower_of
-from shadowlit.checkpoint.numeric import (
-    Raw,
-    finite_squares,
-    graft_bfloat16,
-    graft_part,
-    narrow,
-    not_finite,
-    require_finite,
-    widen,
-)
-from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, layer_of, module_of, routers, tower_of
+from shadowlit.checkpoint.reader import TensorReader, keeping, rows_of
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.update import TransformedUpdate, Transforms, Update
+from shadowlit.grafting.update import Transforms, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale of a graft, and other scales for tensors that match a pattern.
-
-    Attributes:
-        default: Scale λ of all other tensors.
-        by_pattern: Regular expressions, searched in the names, with their scales; the first match counts.
-    """
+    """The scale λ of a graft, and other scales for tensors that match a pattern."""
 
     default: float = 1.0
-    by_pattern: tuple[tuple[str, float], ...] = ()
+    by_pattern: tuple[tuple[str, float], ...] = ()  # regular expressions, searched in the names; the first match counts
 
     @classmethod
     def parse(cls, text: str) -> Scale:
-        r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``.
-
-        Raises:
-            GraftError: The text is neither.
-        """
+        r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``."""
         default, pairs = 1.0, []
         for item in filter(None, (part.strip() for part in text.split(";"))):
             pattern, _, number = item.rpartition("=")
@@ -73,38 +60,26 @@ class Scale:
         """The scale of tensor ``name``."""
         return next((value for pattern, value in self.by_pattern if re.search(pattern, name)), self.default)
 
-    def require_matches(self, names: frozenset[str]) -> None:
-        """Raise for a pattern that matches none of ``names``.
-
-        Raises:
-            GraftError: Naming the pattern.
-        """
-        for pattern, _ in self.by_pattern:
-            if not any(re.search(pattern, name) for name in names):
-                raise GraftError(f"the scale's pattern {pattern!r} matches none of the {len(names)} grafted tensors.")
-
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """Names of the linear layers' weights and biases, told from a checkpoint's headers alone.
+    """Names of the linear layers' weights and biases, from a checkpoint's headers alone.
 
-    Those are the matrices inside numbered layers, and the biases beside them; embeddings and the output head lie
-    outside. Experts' matrices count, fused or single; the routers that choose among them don't, as in the paper's
-    code. Equal to :func:`shadowlit.grafting.parameters.linear_names` for Llama, Qwen, Mistral, Gemma, Qwen-MoE and
-    Mixtral.
-    The projector between towers, whose few layers have names instead of numbers, counts too.
+    Those are the matrices inside numbered layers, and their biases; embeddings and the output head are outside.
+    Experts' matrices count, fused or single; their routers don't, as in the paper's code. The projector between towers,
+    whose few layers have names instead of numbers, counts too. Equal to
+    :func:`shadowlit.grafting.parameters.linear_names` for Llama, Qwen, Mistral, Gemma, Qwen-MoE and Mixtral.
     """
     gates = routers(tensors)
     weights = {
         name
         for name, info in tensors.items()
-        if (layer_of(name) is not None or (tower_of(name) == "projector" and name.endswith(".weight")))
+        if (layer_of(name) is not None or (tower_of(name) == "projector" and is_weight(name)))
         and len(info.shape) >= 2
-        and "norm" not in name
+        and not is_norm(name)
         and name not in gates
     }
-    modules = {name.removesuffix(".weight") for name in weights}
-    biases = {name for name in tensors if name.endswith(".bias") and name.removesuffix(".bias") in modules}
-    return frozenset(weights | biases)
+    modules = set(map(module_of, weights))
+    return frozenset(weights | {name for name in tensors if is_bias(name) and module_of(name) in modules})
 
 
 class DiskGraft:
@@ -133,8 +108,8 @@ class DiskGraft:
         dtype: str | None = None,
         transforms: Transforms | None = None,
     ) -> None:
-        self._update = TransformedUpdate(update, transforms) if transforms else update
-        self._instruct, self._scale, self._dtype = instruct, scale, dtype
+        self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
+        self._transformed = _transformed(update, transforms) if transforms else None
         selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")
         self.selected = selected & frozenset(update.shapes)
         if not self.selected:
@@ -155,8 +130,11 @@ class DiskGraft:
         converted = () if dtype is None else (n for n, info in instruct.tensors.items() if info.is_floating_point)
         instruct.require_weights(sorted({*self.selected, *converted}))
         update.require_weights(sorted(self.selected))
-        scale.require_matches(self.selected)
-        self.stored: Mapping[str, TensorInfo] = instruct.tensors
+        for pattern, _ in scale.by_pattern:
+            if not any(re.search(pattern, name) for name in self.selected):
+                raise GraftError(
+                    f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
+                )
         sizes = {name: info.num_elements for name, info in instruct.tensors.items()}
         self.coverage: Coverage = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
@@ -164,7 +142,7 @@ class DiskGraft:
 
     @property
     def survival(self) -> float:
-        """How much of the update survived rounding in the tensors streamed so far.
+        """The fraction of the update that survived rounding in the tensors streamed so far.
 
         ``1 - ‖lost‖ / ‖scale * update‖`` with ``lost = round(grafted) - grafted``: 1 if all of it did.
         """
@@ -173,31 +151,23 @@ class DiskGraft:
     def tensors(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Streamed]]:
         """Yield every tensor of the Instruct, grafted where selected, in parts that are computed ahead.
 
-        A part is valid until the next one is taken. See :func:`shadowlit.checkpoint.workers.in_order` for who computes.
-
-        Args:
-            advance: called with the bytes of every part that was taken.
+        A part is valid until the next one is taken; ``advance`` is called with the bytes of each.
         """
-        infos = self._instruct.tensors.values()
+        infos = self.instruct.tensors.values()
         windows = [(info, *window) for info in infos for window in row_windows(info)]
         # Over all tensors: where one ends, the next has begun.
         parts = in_order(
-            lambda window, room: self._part(*window, room), windows, self._room_bytes(windows),
+            lambda window, room: self._part(*window, room), windows,
+            max((_row_bytes(info.converted(self.dtype)) * (stop - start) for info, start, stop in windows), default=0),
             num_bytes=sum(info.num_bytes * (3 if info.name in self.selected else 1) for info in infos),
         )  # fmt: skip
-        for name, info in self._instruct.tensors.items():
+        for name, info in self.instruct.tensors.items():
             own = islice(parts, sum(1 for _ in row_windows(info)))
-            yield name, Streamed(info.converted(self._dtype).code, info.shape, self._counted(own, advance))
-
-    def _room_bytes(self, windows: Iterable[tuple[TensorInfo, int, int]]) -> int:
-        """The bytes of the largest part of the result."""
-        return max(
-            (_row_bytes(info.converted(self._dtype)) * (stop - start) for info, start, stop in windows), default=0
-        )
+            yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(own, advance))
 
     def _counted(
         self, parts: Iterable[tuple[tuple[int, float, float], Room]], advance: Callable[[int], None]
-    ) -> Iterator[Raw]:
+    ) -> Iterator[numeric.Raw]:
         for (num_bytes, update_square, lost_square), room in parts:
             self._squares[0] += update_square
             self._squares[1] += lost_square
@@ -208,39 +178,51 @@ class DiskGraft:
         self, raw: Room, info: TensorInfo, target: str, start: int, stop: int, room: Room
     ) -> tuple[int, float, float] | None:
         """A grafted part, if all of it is bfloat16 and in pairs, and all values are finite."""
-        if raw.size % 4 or {info.code, target} != {"BF16"}:
+        if self._transformed or raw.size % 4 or {info.code, target} != {"BF16"}:
             return None
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
-        _, *squares = graft_bfloat16(*stored, raw, self._scale.of(info.name), room[: raw.size])
-        return (raw.size, squares[0], squares[1]) if finite_squares(*squares) else None
+        _, *squares = numeric.graft_bfloat16(*stored, raw, self._scale.of(info.name), room[: raw.size])
+        return (raw.size, squares[0], squares[1]) if all(map(math.isfinite, squares)) else None
 
     def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float]:
         """Rows of the result, written into ``room``: their bytes, and the two squared norms of ``graft_part``."""
-        name, target = info.name, info.converted(self._dtype).code
+        name, target = info.name, info.converted(self.dtype).code
         if name not in self.selected and target == info.code:
             row = _row_bytes(info)
             raw = room[: (stop - start) * row]
-            self._instruct.read_into(raw.data, name, start * row)
-            require_finite(name, raw, target)
+            self.instruct.read_into(raw.data, name, start * row)
+            numeric.require_finite(name, raw, target)
             return raw.size, 0.0, 0.0
-        raw, squares = self._instruct.raw_rows(name, start, stop), [0.0, 0.0]
+        raw, squares = self.instruct.raw_rows(name, start, stop), [0.0, 0.0]
         if name in self.selected:
             if (part := self._bfloat16_part(raw, info, target, start, stop, room)) is not None:
                 return part
-            update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
+            rows = self._transformed or self._update.rows
+            update = np.asarray(rows(name, start, stop)).reshape(-1)
             scale = self._scale.of(name)
-            stored, *squares = graft_part(raw, info.code, update, scale, target)
-            if not finite_squares(*squares):
-                exact = widen(raw, info.code) + scale * update
+            stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
+            if not all(map(math.isfinite, squares)):
+                exact = numeric.widen(raw, info.code) + scale * update
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
-                    raise not_finite(name, bad, exact.size)
-                require_finite(name, stored, target)
+                    raise numeric.not_finite(name, bad, exact.size)
+                numeric.require_finite(name, stored, target)
         else:
-            stored = narrow(widen(raw, info.code), target)
-            require_finite(name, stored, target)
+            stored = numeric.narrow(numeric.widen(raw, info.code), target)
+            numeric.require_finite(name, stored, target)
         room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
         return stored.nbytes, squares[0], squares[1]
+
+
+def _transformed(update: Update, transforms: Transforms) -> Callable[[str, int, int], Tensor]:
+    """Rows of an update that is transformed when they are first needed, one whole tensor at a time."""
+    import torch
+
+    def whole(name: str) -> Tensor:
+        shape = update.shapes[name]
+        return transforms(name, torch.as_tensor(update.rows(name, 0, shape[0] if shape else 1)))
+
+    return rows_of(keeping(whole))
 
 
 def _row_bytes(info: TensorInfo) -> int:

@@ -1,8 +1,7 @@
-"""Exports: a Hugging Face folder that is the Instruct's in everything but the weights, or a PEFT adapter for
-it.
+"""Exports: a Hugging Face folder that is the Instruct's in everything but the weights, or a PEFT adapter for it.
 
-The folder's config, tokenizer, chat template and generation settings are the Instruct's files, byte for byte,
-so that the grafted model is used exactly as the Instruct is.
+The folder's config, tokenizer, chat template and generation settings are the Instruct's files, byte for byte, so that
+the grafted model is used exactly as the Instruct is.
 """
 
 from __future__ import annotations
@@ -12,14 +11,15 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.checkpoint.folder import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
-from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_of, some_of
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_name, dtype_of, some_of
+from shadowlit.checkpoint.names import is_peft_key
 from shadowlit.errors import ExportError
-from shadowlit.grafting.manifest import MANIFEST_FILE, dtype_name, plain, provenance, write_json
+from shadowlit.grafting.manifest import MANIFEST_FILE, plain, provenance, write_json
 from shadowlit.pair.folders import is_image_text, load_config, read_json
 from shadowlit.pair.pair import ModelPair
 
@@ -56,37 +56,36 @@ def export_folder(
     files_from: Path | None = None,
     stored: Mapping[str, TensorInfo] | None = None,
 ) -> Path:
-    """Write a model folder that is the Instruct's in everything but the weights.
+    """Write the folder ``target``, atomically, as the Instruct's in everything but the weights; return ``target``.
 
-    Tensors are written as they come, so a generator keeps one of them in memory. Of several ranks one calls this. The
-    folder appears at ``target`` complete or not at all.
+    Tensors are written as they come, so a generator keeps one of them in memory. Of several ranks one calls this.
 
     Args:
-        target: The folder to make; must not exist, or be empty.
-        instruct_folder: The Instruct's local folder, whose other files are copied.
-        tensors: Names and values, once for every tensor of the Instruct's files and no other (so a tied
-            lm_head only if the Instruct stores it), in the Instruct's shapes, rounded once, from float32, to
-            their final dtype.
-        dtype: The dtype of all floating-point tensors, also written to ``config.json``; None for the
-            Instruct's own, tensor by tensor.
-        max_shard_bytes: The largest number of data bytes per file.
-        manifest: The content of ``shadowlit.json``, see :func:`build_manifest`.
+        target: Folder to create; it must not exist, or be empty.
+        instruct_folder: Folder of the Instruct, whose other files are copied.
+        tensors: Names and values, once for every tensor of the Instruct's files and no other (so a tied lm_head only if
+            the Instruct stores it), in the Instruct's shapes, rounded once, from float32, to their final dtype.
+        dtype: Dtype of all floating-point tensors, also written to ``config.json``; None for the Instruct's own, tensor
+            by tensor.
+        max_shard_bytes: Largest number of data bytes per file.
+        manifest: Content of ``shadowlit.json``, see :func:`shadowlit.grafting.manifest.build_manifest`.
         files_from: Another folder whose config, tokenizer and template are copied instead of the Instruct's.
-        stored: The Instruct's tensors, where its folder holds no safetensors.
-
-    Returns:
-        ``target``.
+        stored: The Instruct's tensors, if its folder holds no safetensors.
 
     Raises:
-        ExportError: ``target`` holds files already or cannot be written, a tensor is missing, unknown, or
-            of another shape or dtype, or a file to be copied is a link that leaves its folder.
+        ExportError: ``target`` holds files already or cannot be written, a tensor is missing, unknown, or of another
+            shape or dtype, or a file to be copied is a link that leaves its folder.
         CheckpointError: A tensor holds NaN or infinities, or the Instruct's folder cannot be read.
         PairError: The config.json is broken.
     """
     manifest = plain(manifest or {})
     expected = CheckpointReader(instruct_folder).tensors if stored is None else stored
+    source = files_from or instruct_folder
+    if not (source / "config.json").is_file():
+        raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
+    read_json("instruct", source / "config.json")  # a broken file is reported before anything is written
     with atomic_folder(target) as folder:
-        _copy_files(files_from or instruct_folder, folder)
+        _copy_files(source, folder)
         if dtype is not None:
             _set_config_dtype(folder / "config.json", dtype)
         with CheckpointWriter(folder, max_shard_bytes, provenance(manifest)) as writer:
@@ -112,27 +111,22 @@ def export_adapter(
     adapter_state: Mapping[str, torch.Tensor],
     manifest: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write an adapter in PEFT's form that sits on the Instruct, with the Instruct's tokenizer and template.
+    """Write the folder ``target``, atomically, as a PEFT adapter of the Instruct, with its tokenizer and template.
 
-    ``PeftModel.from_pretrained(instruct, target)`` loads it, and so does a server that takes adapters. The
-    folder appears at ``target`` complete or not at all. Exact for LoRA and rsLoRA; whatever
-    ``modules_to_save`` stores must already be grafted, because PEFT puts it in the place of the Instruct's
-    own.
+    ``PeftModel.from_pretrained(instruct, target)`` loads it, and so does a server that takes adapters. Exact for LoRA
+    and rsLoRA; whatever ``modules_to_save`` stores must already be grafted, because PEFT replaces the Instruct's own
+    modules by it.
 
     Args:
-        target: The folder to make; must not exist, or be empty.
-        pair: The pair; the adapter names its Instruct, at the commit that was read.
-        peft_config: The adapter's config; it is copied, not changed.
-        adapter_state: The adapter's tensors by PEFT's saved names, as from
-            ``peft.get_peft_model_state_dict(model)``.
-        manifest: The content of ``shadowlit.json``.
-
-    Returns:
-        ``target``.
+        target: Folder to create; it must not exist, or be empty.
+        pair: Pair whose Instruct the adapter names, at the commit that was read.
+        peft_config: Config of the adapter; it is copied, not changed.
+        adapter_state: Tensors by PEFT's saved names, as from ``peft.get_peft_model_state_dict(model)``.
+        manifest: Content of ``shadowlit.json``.
 
     Raises:
-        ExportError: ``target`` holds files already or cannot be written, the names are not PEFT's saved ones,
-            or an adapter of this kind means something else on the Instruct than on the Base.
+        ExportError: ``target`` holds files already or cannot be written, the names are not PEFT's saved ones, or an
+            adapter of this kind means something else on the Instruct than on the Base.
         CheckpointError: A tensor holds NaN or infinities.
     """
     from safetensors.torch import save_file
@@ -140,10 +134,7 @@ def export_adapter(
     _require_movable(peft_config)
     _check_adapter_names(adapter_state)
     with atomic_folder(target) as folder:
-        instruct_folder = pair.instruct_folder()
-        for name in _files_to_copy(instruct_folder):
-            if _belongs_to_tokenizer(name):
-                _copy_file(instruct_folder, folder, name)
+        _copy_files(pair.instruct_folder(), folder, _belongs_to_tokenizer)
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in adapter_state.items()}
         for key, tensor in tensors.items():
             check_finite(key, tensor)
@@ -162,18 +153,15 @@ def reload_logits(
     trust_remote_code: bool = False,
     images: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The logits of an exported folder, loaded on the CPU as any user would load it.
+    """The logits [B, T, V] of an exported folder, float32, loaded on the CPU as any user would load it.
 
     Args:
-        folder: A model folder.
-        input_ids: [B, T], token ids.
-        attention_mask: [B, T], 1 for tokens and 0 for padding.
-        dtype: The dtype to load and compute in; None for the folder's own.
+        folder: Folder of the model.
+        input_ids: Token ids, [B, T].
+        attention_mask: 1 for tokens and 0 for padding, [B, T].
+        dtype: Dtype to load and compute in; None for the folder's own.
         trust_remote_code: Run Python code from the folder.
-        images: What the processor makes of the images, by the names of the model's arguments.
-
-    Returns:
-        [B, T, V] in float32, on the CPU.
+        images: Processed images, by the names of the model's arguments.
 
     Raises:
         ExportError: Transformers cannot load the folder, or finds tensors missing or left over in it.
@@ -204,16 +192,11 @@ def reload_logits(
 
 
 def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, float]:
-    """How far two models' logits for the same tokens lie apart.
-
-    Args:
-        a: [B, T, V], logits.
-        b: [B, T, V], logits.
-        attention_mask: [B, T]; positions of padding are left out. None for all positions.
+    """The difference of two models' logits [B, T, V] for the same tokens; padding by the mask [B, T] is left out.
 
     Returns:
-        ``max_abs`` and ``rms`` of the difference, in logits, and ``top1_agreement``, the share (0–1) of
-        positions at which both have the same most likely token.
+        ``max_abs`` and ``rms`` of the difference, in logits, and ``top1_agreement``, the fraction of positions at which
+        both have the same most likely token.
 
     Raises:
         ExportError: The shapes differ, or no position is left.
@@ -238,19 +221,21 @@ def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Ten
     }
 
 
-def _files_to_copy(folder: Path) -> Iterator[Path]:
-    """The files that are not weights, relative to the folder: config, tokenizer, licence, code."""
-    for path in sorted([*folder.iterdir(), *(folder / _TEMPLATE_FOLDER).glob("*")]):
-        name = path.name.lower()
+def _copy_files(source: Path, folder: Path, chosen: Callable[[Path], bool] = lambda _: True) -> None:
+    """Copy the chosen files that are not weights: config, tokenizer, licence, code."""
+    for path in sorted([*source.iterdir(), *(source / _TEMPLATE_FOLDER).glob("*")]):
+        name, relative = path.name.lower(), path.relative_to(source)
         if not (name.startswith(".") or name.endswith(_WEIGHT_SUFFIXES) or name in _NOT_COPIED or path.is_dir()):
-            _require_own(path, folder)
-            yield path.relative_to(folder)
+            _require_own(path, source)
+            if chosen(relative):
+                (folder / relative).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, folder / relative)  # in the hub's cache it is a link, which may soon dangle
 
 
 def _require_own(path: Path, folder: Path) -> None:
-    """Refuse what is not a file of the folder: a link could have a private file copied, and published.
+    """Refuse what is not a file of the folder: through a link, a private file could be copied, and published.
 
-    Links into the ``blobs`` beside ``snapshots`` are how the hub's cache keeps a model's own files.
+    The hub's cache keeps a model's own files as links into the ``blobs`` next to ``snapshots``.
     """
     home = folder.resolve()
     try:
@@ -269,21 +254,6 @@ def _require_own(path: Path, folder: Path) -> None:
             f"{path} is a link to {real}, which lies outside of {home}. The export would hold a copy of that file; if "
             "it belongs to the model, put the file itself in the link's place."
         )
-
-
-def _copy_files(source: Path, folder: Path) -> None:
-    """Copy all files but the weights."""
-    if not (source / "config.json").is_file():
-        raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
-    read_json("instruct", source / "config.json")  # a broken file is reported before anything is written
-    for name in _files_to_copy(source):
-        _copy_file(source, folder, name)
-
-
-def _copy_file(source: Path, folder: Path, name: Path) -> None:
-    """Copy a file's content: in the hub's cache it is a link, which dangles when the cache is cleared."""
-    (folder / name).parent.mkdir(exist_ok=True)
-    shutil.copyfile(source / name, folder / name)
 
 
 def _belongs_to_tokenizer(name: Path) -> bool:
@@ -308,12 +278,9 @@ def _set_config_dtype(path: Path, dtype: torch.dtype | str) -> None:
 
 
 def _check_tensor(
-    name: str,
-    tensor: torch.Tensor | Streamed,
-    expected: Mapping[str, TensorInfo],
-    dtype: torch.dtype | str | None,
+    name: str, tensor: torch.Tensor | Streamed, expected: Mapping[str, TensorInfo], dtype: torch.dtype | str | None
 ) -> None:
-    """Name, shape and dtype are those that the exported folder must have."""
+    """Require the name, shape and dtype that the exported folder must have."""
     if name not in expected:
         raise ExportError(
             f"Tensor '{name}' is not among the Instruct's {len(expected)} ({some_of(expected)}). Use the "
@@ -335,7 +302,7 @@ def _check_tensor(
 
 
 def _require_movable(peft_config: PeftConfig) -> None:
-    """Refuse adapters whose update depends on the weights they lie on."""
+    """Refuse adapters whose update depends on the weights they adapt."""
     start = getattr(peft_config, "init_lora_weights", True)
     reasons = ["use_dora=True"] if getattr(peft_config, "use_dora", False) else []
     reasons += [f"init_lora_weights={start!r}"] if start not in (True, False, "gaussian") else []
@@ -349,7 +316,7 @@ def _require_movable(peft_config: PeftConfig) -> None:
 
 def _check_adapter_names(adapter_state: Mapping[str, torch.Tensor]) -> None:
     """PEFT ignores names that it does not know, and would load an adapter that does nothing."""
-    wrong = [key for key in adapter_state if not key.startswith("base_model.model.") or ".default." in key]
+    wrong = [key for key in adapter_state if not is_peft_key(key)]
     if wrong or not adapter_state:
         found = f"{len(wrong)} of {len(adapter_state)} names ({some_of(wrong)})" if wrong else "no tensor"
         raise ExportError(

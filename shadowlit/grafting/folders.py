@@ -1,10 +1,9 @@
-"""The graft of three folders or hub ids: what may be brought together, planned and written."""
+"""The graft of three folders or hub ids: checked from their headers, and written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
-from shadowlit.grafting.export import export_folder
+from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.update import Transforms, open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
 
-MAX_SHARD_BYTES = 5_000_000_000
+MakeManifest = Callable[[], Mapping[str, Any]]  # fingerprints take time, and are needed only if something is written
 
 
 def graft(
@@ -33,7 +32,7 @@ def graft(
     scale: float | str = 1.0,
     select: str | list[str] = "linear",
     dtype: str | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
     transforms: Transforms | None = None,
@@ -76,25 +75,8 @@ def graft(
     with plan_graft(
         base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle, transforms=transforms
     ) as plan:
-        write_graft(plan, out, max_shard_bytes=max_shard_bytes, files_from=files_from)
-    return plan.graft
-
-
-@dataclass(frozen=True)
-class GraftPlan:
-    """A graft that has been checked and can be written.
-
-    Attributes:
-        graft: The graft; its tensors are computed as they are written.
-        instruct: The Instruct's folder.
-        dtype: Dtype of the result; None for the Instruct's own.
-        manifest: Function that returns the manifest of the result.
-    """
-
-    graft: DiskGraft
-    instruct: Path
-    dtype: str | None
-    manifest: Callable[[], Mapping[str, Any]]
+        write_graft(*plan, out, max_shard_bytes=max_shard_bytes, files_from=files_from)
+    return plan[0]
 
 
 @contextmanager
@@ -108,7 +90,7 @@ def plan_graft(
     dtype: str | None = None,
     allow_pickle: bool = False,
     transforms: Transforms | None = None,
-) -> Iterator[GraftPlan]:
+) -> Iterator[tuple[DiskGraft, MakeManifest]]:
     """Open three models and check from their headers that they can be grafted; see :func:`graft`."""
     pair = ModelPair(str(base), str(instruct))
     with (
@@ -119,44 +101,41 @@ def plan_graft(
         update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
         scales = Scale.parse(str(scale))
         plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms)
-
-        def manifest() -> Mapping[str, Any]:
-            return build_manifest(
-                pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
-                config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
-                fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
-            )  # fmt: skip
-
-        yield GraftPlan(plan, instruct_reader.folder, dtype, manifest)
+        yield plan, lambda: build_manifest(
+            pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
+            config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
+            fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
+        )  # fmt: skip
 
 
 def write_graft(
-    plan: GraftPlan,
+    graft: DiskGraft,
+    manifest: MakeManifest,
     out: str | Path,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write a planned graft to the folder ``out``; ``advance`` is called with the bytes of every part."""
     export_folder(
         Path(out),
-        plan.instruct,
-        plan.graft.tensors(advance),
-        dtype=plan.dtype,
+        graft.instruct.folder,
+        graft.tensors(advance),
+        dtype=graft.dtype,
         max_shard_bytes=max_shard_bytes,
-        manifest=plan.manifest(),
+        manifest=manifest(),
         files_from=None if files_from is None else model_folder("files_from", str(files_from)),
-        stored=plan.graft.stored,
+        stored=graft.instruct.tensors,
     )
-    add_to_manifest(Path(out), {"survival": {"survival": plan.graft.survival}})
+    add_to_manifest(Path(out), {"survival": {"survival": graft.survival}})
 
 
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
     """Return the Base under the names and in the layout of its Instruct.
 
-    Either may have tensors that the other lacks: an Instruct a vision tower, say. If both have some in their layers,
-    those are one another's under names that are unknown here, and no update would reach them.
+    Either may have tensors that the other lacks, such as a vision tower. If both have some in their layers, those are
+    probably the same tensors under names that are unknown here, and no update would reach them.
 
     Raises:
         CheckpointError: One of them holds more than plain weights, or one tensor twice.

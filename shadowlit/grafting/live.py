@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -16,29 +14,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader, Range, in_layout_of_module
-from shadowlit.checkpoint.names import canonical_key, canonical_name, kind_of, layer_of, split_selection, tower_of
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
+from shadowlit.checkpoint.names import (
+    canonical_key,
+    canonical_name,
+    factor_of,
+    is_adapter_name,
+    layer_label,
+    split_selection,
+)
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
-from shadowlit.grafting.selection import Coverage, coverage, resolve
+from shadowlit.grafting.selection import coverage, resolve
 from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
-from shadowlit.grafting.transformed import ParameterTransforms
+from shadowlit.grafting.transformed import ParameterTransforms, laid_out
 from shadowlit.grafting.update import Transforms
 
-_FUSED_AT_ONCE = 2  # tensors of a layer's experts that are held while the files' single matrices are cut out of them
-Squares = dict[str, Tensor]  # by name: sums of squares of an update and of what is lost of it, float64 [2]
+Squares = dict[str, Tensor]  # by name: sums of squares of an update and of its rounding error, float64 [2]
 _Found = TypeVar("_Found")
 
 
 @dataclass
 class HostParameter:
-    """A parameter of the host model and the frozen shards that belong to it; all of one local shape."""
+    """A parameter of the host model and its frozen shards; all of one local shape."""
 
     name: str
     parameter: nn.Parameter
@@ -48,7 +52,12 @@ class HostParameter:
     swap: Swap | None  # where `base` is None
     saved: Tensor | None = None  # the tuned values while others are loaded
     adapted: AdaptedLayer | None = None
-    instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was asked for
+    instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was computed
+
+    @property
+    def trained(self) -> bool:
+        """Whether it is trained itself, or has a trained adapter."""
+        return self.base is not None or self.adapted is not None
 
     def tuned(self) -> Tensor:
         """The trained values, whichever are loaded."""
@@ -58,37 +67,31 @@ class HostParameter:
 class LiveGraft:
     """Loads the weights of a subject into the module that is being trained, and swaps the trained ones back.
 
-    Every operation is elementwise on this rank's shards, and the frozen shards lie as the parameters do; nothing
-    is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
-    the dtype of the export, and come back from a copy. Frozen parameters under an adapter are swapped with the
-    Instruct's, and the adapter's scaling is multiplied by ``scale``: with LoRA nothing is computed at all.
-    With ``transforms`` it is ``instruct + scale * T(tuned - base)``; an adapter's update is then added to the frozen
-    weights as well, and the adapter itself is switched off.
-    Parameters outside the selection become the Instruct's own. Parameters are paired by name; experts that the module
-    holds in one tensor and the files one by one (or the other way round) by :mod:`shadowlit.checkpoint.layout`.
+    Every operation is elementwise on this rank's shards, and the frozen shards are placed as the parameters are:
+    nothing is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
+    the dtype of the export, and restored from a copy. Frozen parameters under an adapter are swapped with the
+    Instruct's, and the adapter's scaling is multiplied by ``scale``: with LoRA nothing is computed at all. With
+    ``transforms`` it is ``instruct + scale * T(tuned - base)``; an adapter's update is then added to the frozen weights
+    as well, and the adapter itself is switched off. Parameters outside the selection become the Instruct's own.
+    Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
+    way round) by :mod:`shadowlit.checkpoint.layout`.
 
-    The module is left as it was, bit for bit, by :meth:`restore`, from any point at which an exception or an
-    interrupt may have left a call. Does not compose with other callbacks that swap weights (EMA, SWA), nor with
-    a merged adapter.
+    :meth:`restore` leaves the module as it was, bit for bit, from any point at which an exception or an interrupt may
+    have left a call. Does not compose with other callbacks that swap weights (EMA, SWA), nor with a merged adapter.
 
     Args:
-        model: The trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
+        model: Trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
         base: Reader of the Base's checkpoint that training started from.
         instruct: Reader of the Instruct's checkpoint.
         select: ``linear``, ``all`` or patterns; see :func:`shadowlit.grafting.selection.resolve`. Patterns are searched
             in the names of the Instruct's files, and those that match none there in the module's parameters' names.
-        dtype: The dtype that the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
+        dtype: Dtype that the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
         offload: Keep the frozen shards and the copy of the tuned ones on the CPU.
         transforms: Functions of the update, applied before it is scaled; only elementwise ones if it is sharded.
 
     Raises:
         GraftError: A name, a shape or an adapter can't be paired or grafted, the selection is empty, or a
             transform can't be applied to these parameters.
-
-    Attributes:
-        subject: The subject whose weights are loaded.
-        interruptions: How often a checkpoint was saved while other weights than the tuned ones were loaded.
-        apply_s: Seconds spent on swapping in and out since the graft was built.
     """
 
     def __init__(
@@ -102,22 +105,21 @@ class LiveGraft:
         offload: bool = False,
         transforms: Transforms | None = None,
     ) -> None:
-        self.model = model
-        self.dtype = dtype
-        self.offload = offload
-        self.subject = TUNED
-        self.interruptions = 0
-        self.apply_s = 0.0
+        self.model, self.dtype, self.offload = model, dtype, offload
+        self.subject = TUNED  # whose weights are loaded
+        self.interruptions = 0  # checkpoints saved while other weights than the tuned ones were loaded
+        self.apply_s = 0.0  # spent on swapping in and out
         self._busy = False
         self._instruct_reader = instruct
         parameters = host_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
         _require_pairing(parameters, base, by_module)
-        # Names in the Instruct's files, and of what parts of parameters those are made that lie otherwise there.
+        # For each tensor of the Instruct's files that is no parameter by itself, the parts of parameters it is made of.
         self._parts = {} if by_module is instruct else _parts(shapes, instruct)
         self._infos = {name: by_module.info(name) for name in shapes}
-        self.selected = _select(select, list(parameters), self._parts, linear_names(model), _model_type(model))
+        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        self.selected = _select(select, list(parameters), self._parts, linear_names(model), model_type)
         self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = adapted_layers(model)
         reshard_all(model)
@@ -125,7 +127,9 @@ class LiveGraft:
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
         ]
         self._by_name = {host.name: host for host in self._hosts}
-        self.coverage = self._coverage()
+        trained = frozenset(host.name for host in self._hosts if host.trained)
+        sizes = {host.name: host.parameter.numel() for host in self._hosts}
+        self.coverage = coverage(self.selected & trained, trained, sizes)
 
     @property
     def frozen_bytes(self) -> int:
@@ -149,9 +153,9 @@ class LiveGraft:
 
     @contextmanager
     def applied(self, subject: Subject, squares: Squares | None = None) -> Iterator[None]:
-        """Load the weights of ``subject`` within the context, and afterwards those that were loaded before.
+        """Load the weights of ``subject`` within the context, and afterwards those before; see :meth:`apply`.
 
-        After an exception the trained weights are loaded. Arguments as of :meth:`apply`.
+        After an exception the trained weights are loaded.
         """
         before = self.subject
         if subject == before:
@@ -179,12 +183,7 @@ class LiveGraft:
 
     @torch.no_grad()
     def apply(self, subject: Subject, squares: Squares | None = None) -> None:
-        """Load the weights of ``subject`` into the module.
-
-        Args:
-            subject: The subject; the tuned one swaps everything back.
-            squares: A dict that gets what :meth:`statistics` needs of every tensor whose update is computed here.
-        """
+        """Load the weights of ``subject`` into the module; ``squares`` collects what :meth:`statistics` needs."""
         if subject == TUNED:
             self.restore()
             return
@@ -232,12 +231,7 @@ class LiveGraft:
         self._instruct_reader.close()
 
     def restore_for_checkpoint(self) -> None:
-        """Swap the trained weights back before anything reads the module's state.
-
-        Raises:
-            GraftError: The request came from a signal handler in the middle of a swap. No checkpoint is written;
-                the weights are swapped back when the exception unwinds.
-        """
+        """Swap the trained weights back before anything reads the module's state."""
         if self._busy:
             raise GraftError(
                 "a checkpoint was requested while weights were being swapped for a grafted validation; none was "
@@ -250,9 +244,7 @@ class LiveGraft:
     def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
         """Norms of the update, and the fraction that survives rounding to the exported dtype; a collective if sharded.
 
-        Args:
-            scale: Scale of the graft.
-            squares: What :meth:`apply` computed for this scale, with the weights as they still are.
+        ``squares`` is what :meth:`apply` collected for this scale, if the weights have not changed since.
 
         Returns:
             ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
@@ -264,15 +256,18 @@ class LiveGraft:
         known = squares or {}
         layers: dict[str, Tensor] = {}
         for host in self._hosts:
-            if not host.selected or (host.base is None and host.adapted is None):
+            if not (host.selected and host.trained):
                 continue
             found = known[host.name] if host.name in known else self._squares(host, scale)
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
                 host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
-            key = _layer_of(host.name)
+            key = layer_label(host.name)
             layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
-        table = self._reduce(torch.stack(list(layers.values())))
+        table = torch.stack(list(layers.values()))
+        sharded = next((h.parameter for h in self._hosts if isinstance(h.parameter, DTensor)), None)
+        if sharded is not None:
+            dist.all_reduce(table, group=sharded.device_mesh.get_group())
         update_square, lost_square, instruct_square = table.sum(0).tolist()
         lost_share = lost_square / (scale**2 * update_square) if scale and update_square else 0.0
         return {
@@ -301,15 +296,16 @@ class LiveGraft:
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
         infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
-        in_files = self._in_files(infos, lambda name: grafted(name, infos[name].dtype))
-        for name, info in self._instruct_reader.tensors.items():
+        files = self._instruct_reader
+        in_files = laid_out(infos, files, lambda n: grafted(n, infos[n].dtype)) if self._parts else files
+        for name, info in files.tensors.items():
             dtype = info.converted(self.dtype).dtype
             if name in self._parts:
                 yield name, in_files.read(name)
             elif (host := self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
                 yield name, grafted(host.name, dtype)
             else:
-                yield name, self._instruct_reader.read(name).to(dtype)
+                yield name, files.read(name).to(dtype)
 
     @torch.no_grad()
     def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -319,17 +315,14 @@ class LiveGraft:
         """
         assert self.subject == TUNED
         reshard_all(self.model)
-        trained = {
-            host.name: host
-            for host in self._hosts
-            if host.selected and (host.base is not None or host.adapted is not None)
-        }
+        trained = {host.name: host for host in self._hosts if host.selected and host.trained}
 
         def update(name: str) -> Tensor:
             host = trained[name]
             return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
 
-        in_files = self._in_files(described({name: info.shape for name, info in self._infos.items()}), update)
+        infos = described({name: info.shape for name, info in self._infos.items()})
+        in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
         for name in trained:
             if name not in apart:
@@ -342,11 +335,11 @@ class LiveGraft:
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
         """The adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
 
-        ``scale`` is folded into the factor that starts at zero, and outside the selection it is zero, so that the
-        adapter on the Instruct is the graft.
+        ``scale`` (0 outside the selection) is folded into the factor that starts at zero, so that the adapter on the
+        Instruct is the graft.
 
         Raises:
-            GraftError: the update is transformed, so that the factors don't give it.
+            GraftError: The update is transformed, so that the factors don't give it.
         """
         assert self.subject == TUNED
         if self._transforms is not None:
@@ -361,20 +354,15 @@ class LiveGraft:
             if module not in scales:
                 continue
             for name, parameter in module.named_parameters():
-                if not name.startswith("lora_"):  # also those of a layer that this one is wrapped around
+                if not is_adapter_name(name.partition(".")[0]):  # also those of a layer that this one is wrapped around
                     continue
                 tensor = whole(local(parameter), parameter).cpu()
-                folded = "lora_B" in name or "lora_embedding_A" in name
+                folded = factor_of(name) in ("B", "embedding_A")
                 tensors[f"{prefix}.{name}"] = tensor * scales[module] if folded else tensor.clone()
         return tensors
 
     def _host(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        layer: tuple | None,
-        base: TensorReader,
-        instruct: TensorReader,
+        self, name: str, parameter: nn.Parameter, layer: tuple | None, base: TensorReader, instruct: TensorReader
     ) -> HostParameter:
         live = local(parameter)
         slices = local_slices(parameter)
@@ -390,31 +378,23 @@ class LiveGraft:
         # When it is transformed, an adapter's update is added to the weights that it sits on.
         merged = layer is not None and selected and self._transforms is not None
         if frozen and merged:
-            self._require_storable(name, live.dtype, self.dtype or target.dtype)
+            dtype = self.dtype or target.dtype
+            if torch.promote_types(live.dtype, dtype) != live.dtype:  # what is validated would not be what is exported
+                raise GraftError(
+                    f"{name} is frozen in {live.dtype}, which can't hold the graft in {dtype}: with graft.transforms "
+                    "the adapter's update is added to it. Set graft.dtype to auto, or to a dtype that it holds."
+                )
         elif frozen:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
         held = self._to_storage(target, live)
-        return HostParameter(
-            name,
-            parameter,
-            held,
-            None if frozen else self._to_storage(start, live),
-            selected,
-            Swap(live, held) if frozen and not merged else None,
-            adapted=AdaptedLayer(layer[0], layer[1], layer[0].scaling[layer[1]], selected and not merged)
-            if layer
-            else None,
-        )
-
-    @staticmethod
-    def _require_storable(name: str, held: torch.dtype, dtype: torch.dtype) -> None:
-        """Raise unless a frozen weight can hold what will be exported: else it is not what was validated."""
-        if torch.promote_types(held, dtype) != held:
-            raise GraftError(
-                f"{name} is frozen in {held}, which can't hold the graft in {dtype}: with graft.transforms the "
-                "adapter's update is added to it. Set graft.dtype to auto, or to a dtype that it holds."
-            )
+        before = None if frozen else self._to_storage(start, live)
+        swap = Swap(live, held) if frozen and not merged else None
+        host = HostParameter(name, parameter, held, before, selected, swap)
+        if layer is not None:
+            adapted, adapter = layer
+            host.adapted = AdaptedLayer(adapted, adapter, adapted.scaling[adapter], selected and not merged)
+        return host
 
     def _to_storage(self, tensor: Tensor, live: Tensor) -> Tensor:
         tensor = tensor.contiguous()
@@ -455,7 +435,7 @@ class LiveGraft:
             squares[host.name] = measured
 
     def _squares(self, host: HostParameter, scale: float) -> Tensor:
-        """Sums of squares of an update and of its loss in rounding, float64 ``[2]``."""
+        """Sums of squares of an update and of its rounding error, float64 ``[2]``."""
         update, instruct = self._update(host).flatten(), host.instruct.view(-1)
         sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
         for part in windows(update):
@@ -483,8 +463,8 @@ class LiveGraft:
         return self.dtype or host.instruct.dtype
 
     def _update(self, host: HostParameter) -> Tensor:
-        """What the Instruct gets of this rank's part of an update: all of it, or what the transforms make of it."""
-        if self._transforms is None or (host.base is None and host.adapted is None):
+        """This rank's part of an update, transformed if there are transforms."""
+        if self._transforms is None or not host.trained:
             return self._learned(host)
         return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
 
@@ -504,29 +484,9 @@ class LiveGraft:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
 
-    def _reduce(self, sums: Tensor) -> Tensor:
-        sharded = next((h.parameter for h in self._hosts if isinstance(h.parameter, DTensor)), None)
-        if sharded is not None:
-            dist.all_reduce(sums, group=sharded.device_mesh.get_group())
-        return sums
-
-    def _in_files(self, infos: Mapping[str, TensorInfo], tensor_of: Callable[[str], Tensor]) -> TensorReader:
-        """Present whole tensors, computed by the module's names, in the layout of the Instruct's files."""
-        kept = rows_of(lru_cache(maxsize=_FUSED_AT_ONCE)(tensor_of))
-        reader = ComputedReader(self._instruct_reader.folder, infos, kept)
-        return LayoutReader(reader, self._instruct_reader, ties=False) if self._parts else reader
-
-    def _coverage(self) -> Coverage:
-        trained = {host.name for host in self._hosts if host.base is not None or host.adapted is not None}
-        return coverage(
-            self.selected & trained,
-            frozenset(trained),
-            {host.name: host.parameter.numel() for host in self._hosts},
-        )
-
 
 def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
-    """Of what parts of parameters each tensor of the Instruct's files is made, where it is not a whole one itself."""
+    """The parts of parameters that make up each tensor of the Instruct's files that is no parameter by itself."""
     layout = LayoutReader(ComputedReader(instruct.folder, described(shapes)), instruct, ties=False)
     return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
 
@@ -563,7 +523,7 @@ def _select(
 
 
 def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
-    """Of a window's update, and of its loss in rounding: products in float32, which BLAS is fast at; ``[2]``."""
+    """Of a window's update and of its rounding error: products in float32, at which BLAS is fast; ``[2]``."""
     lost = rounded.to(exact.dtype) - exact
     return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
 
@@ -595,15 +555,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first
     }
-
-
-def _model_type(model: nn.Module) -> str:
-    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-
-
-def _layer_of(name: str) -> str:
-    tower, layer = tower_of(name), re.search(r"\blayers\.(\d+)\.", name)
-    if tower != "language":  # whose blocks may be numbered under other names, and mustn't be added to the decoder's
-        number = layer_of(name)
-        return f"{tower}_{kind_of(name)}" if number is None else f"{tower}_layer_{number:02d}"
-    return f"layer_{int(layer[1]):02d}" if layer else kind_of(name)

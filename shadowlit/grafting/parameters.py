@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, routers
+from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, is_original_name, routers
 
 
 def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -18,7 +18,7 @@ def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         canonical_name(name): parameter
         for name, parameter in model.named_parameters()
-        if not is_adapter_name(name) and ".original_module." not in name
+        if not is_adapter_name(name) and not is_original_name(name)
     }
 
 
@@ -41,7 +41,7 @@ def linear_names(model: nn.Module) -> frozenset[str]:
     linear = {
         canonical_name(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and "lora_" not in prefix
+        if isinstance(module, nn.Linear) and module is not head and not is_adapter_name(prefix)
         for name, _ in module.named_parameters(recurse=False)
     }
     parameters = host_parameters(model)

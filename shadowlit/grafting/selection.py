@@ -13,19 +13,11 @@ from shadowlit.errors import GraftError
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a selection covers of a model.
+    """What a selection covers of a model: numbers of tensors, except where the name says parameters (elements).
 
     Attributes:
-        num_selected: Tensors that receive an update.
-        num_tensors: Tensors of the model.
-        num_selected_parameters: Elements in the selected tensors.
-        num_parameters: Elements of the model.
-        left_out: Names of tensors that were trained but receive no update, so that their learning is dropped.
-        num_experts: Tensors of experts, in mixtures of them.
-        num_selected_experts: Those that receive an update.
-        num_routers: Tensors that choose among the experts.
-        num_selected_routers: Those that receive an update.
-        towers: Numbers of selected tensors and of all tensors of each tower, for a model with several.
+        left_out: Names of tensors that were trained but receive no update, so that what they learned is discarded.
+        towers: Name, number of selected tensors and number of all tensors of each tower.
     """
 
     num_selected: int
@@ -64,11 +56,11 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     Args:
         select: ``linear`` (every linear layer but the output head, as in the paper), ``all``, or one or several
             regular expressions, searched in the names. A list may hold several of these, and the names of towers of a
-            vision-language model (``language``, ``vision``, ``projector``), within which all else is chosen then:
-            ``[language, projector, linear]``. Towers alone are all of their tensors.
-        names: All tensor names of the model.
-        linear: The names that ``linear`` stands for.
-        model_type: The architecture's name, for the message.
+            vision-language model (``language``, ``vision``, ``projector``), to which all else is restricted:
+            ``[language, projector, linear]``. Towers alone select all of their tensors.
+        names: Names of all tensors of the model.
+        linear: Names that ``linear`` stands for.
+        model_type: Name of the architecture, for messages.
 
     Raises:
         GraftError: A pattern is not a regular expression, or one of them matches nothing, or the model has no such
@@ -78,32 +70,30 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     towers, parts = split_selection(select)
     missing = [tower for tower in towers if not any(tower_of(name) == tower for name in names)]
     if missing:
+        listed = ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
         raise GraftError(
             f"graft.select names the tower {', '.join(missing)}, but of the {len(names)} tensors of model type "
-            f"{model_type!r} none is of it; there are {_listed(names)}. Choose among these."
+            f"{model_type!r} none is of it; there are {listed}. Choose among these."
         )
     if towers:
         names = [name for name in names if tower_of(name) in towers]
         parts = parts or ["all"]
     chosen_names: set[str] = set()
     for pattern in parts:
-        if pattern in ("all", "linear"):
-            chosen = names if pattern == "all" else [name for name in names if name in linear]
-            if not chosen:
-                raise _nothing(pattern, names, model_type)
-            chosen_names.update(chosen)
-            continue
         try:
-            matcher = re.compile(pattern)
+            chosen = (
+                linear.intersection(names)
+                if pattern == "linear"
+                else {name for name in names if pattern == "all" or re.search(pattern, name)}
+            )
         except re.error as error:
             raise GraftError(
                 f"graft.select has {pattern!r}, which is not a regular expression ({error}). "
                 "Expected 'linear', 'all', or regular expressions such as 'self_attn'."
             ) from None
-        matched = {name for name in names if matcher.search(name)}
-        if not matched:
+        if not chosen:
             raise _nothing(pattern, names, model_type)
-        chosen_names |= matched
+        chosen_names |= chosen
     if not chosen_names:
         raise _nothing(str(select), names, model_type)
     return frozenset(chosen_names)
@@ -111,7 +101,7 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
 
 def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[str, int]) -> Coverage:
     """Report what ``selected`` covers of a model with tensors of ``sizes`` elements, ``trained`` ones named."""
-    experts, gates = frozenset(filter(is_of_experts, sizes)), routers(sizes)
+    experts, gates, chosen = frozenset(filter(is_of_experts, sizes)), routers(sizes), count_towers(selected)
     return Coverage(
         num_selected=len(selected),
         num_tensors=len(sizes),
@@ -122,17 +112,8 @@ def coverage(selected: frozenset[str], trained: frozenset[str], sizes: Mapping[s
         num_selected_experts=len(experts & selected),
         num_routers=len(gates),
         num_selected_routers=len(gates & selected),
-        towers=_by_tower(selected, sizes),
+        towers=tuple((tower, chosen.get(tower, 0), total) for tower, total in count_towers(sizes).items()),
     )
-
-
-def _by_tower(selected: Iterable[str], names: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
-    chosen = count_towers(selected)
-    return tuple((tower, chosen.get(tower, 0), total) for tower, total in count_towers(names).items())
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
 
 
 def _nothing(select: str, names: list[str], model_type: str) -> GraftError:

@@ -14,9 +14,9 @@ class Subject:
     Attributes:
         kind: ``tuned`` is the trained Base, ``grafted`` the Instruct with the update, ``base`` and ``instruct`` are the
             untouched models.
-        scale: Scale of the update that a graft adds, λ; 0 for the other kinds.
-        main: Whether this graft is the main one, which is called ``grafted``. The name of any other one holds its
-            scale: ``grafted@0.5``.
+        scale: Scale λ of the update that a graft adds; 0 for the other kinds.
+        main: Whether this graft is the main one, called ``grafted``; any other has its scale in its name,
+            ``grafted@0.5``.
     """
 
     kind: Literal["tuned", "grafted", "base", "instruct"]

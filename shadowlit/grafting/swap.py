@@ -30,14 +30,11 @@ class _Progress(NamedTuple):
 class Swap:
     """Swaps the contents of two equally shaped tensors range by range, and back again.
 
-    A keyboard interrupt or a signal may strike between any two statements. All progress is one attribute, set
-    only after the step that it records, and every step may be repeated: :meth:`undo` restores both
-    tensors bit for bit from wherever a call was left. Copies between a GPU and pinned memory are in the order of the
-    GPU's stream; whoever reads ``held`` on the CPU waits for it first.
-
-    Args:
-        live: The one tensor, contiguous; for example a frozen parameter's shard.
-        held: The other tensor, contiguous, of the same shape and dtype, on any device.
+    A keyboard interrupt or a signal may arrive between any two statements. All progress is one attribute, set only
+    after the step that it records, and every step may be repeated: :meth:`undo` restores both tensors bit for bit from
+    wherever a call was interrupted. Copies between a GPU and pinned memory follow the order of the GPU's stream;
+    whoever reads ``held`` on the CPU waits for it first. Both tensors are contiguous and have one shape and dtype;
+    ``held`` may be on another device.
     """
 
     def __init__(self, live: Tensor, held: Tensor) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.layout import LayoutReader, Range
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, keeping, rows_of
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.update import Transforms
@@ -18,15 +18,12 @@ from shadowlit.grafting.update import Transforms
 class ParameterTransforms:
     """Applies transforms to the updates of a module's parameters, such that the graft on disk gives the same bits.
 
-    There a transform sees the tensors of the Instruct's files. Where the module holds several of them in one parameter
-    (experts), or under another name, each is transformed by itself under its name in the files. Parameters that are
-    sharded stay so: elementwise transforms get the shard, and the random numbers that belong to it.
+    On disk a transform sees the tensors of the Instruct's files. Where the module holds several of them in one
+    parameter (experts), or under another name, each is transformed by itself under its name in the files. Sharded
+    parameters stay sharded: elementwise transforms get the shard, and the random numbers that belong to it.
 
-    Args:
-        transforms: Functions of an update.
-        parameters: Parameters of the module, by the names in checkpoints.
-        instruct: Reader of the Instruct's checkpoint.
-        parts: For each tensor of the files that is no parameter by itself, the parts of parameters that it consists of.
+    ``parameters`` are the module's by the names in checkpoints; ``parts`` are the parts of parameters that make up each
+    tensor of the Instruct's files that is no parameter by itself.
 
     Raises:
         GraftError: A transform needs whole tensors and the parameters are sharded.
@@ -47,21 +44,16 @@ class ParameterTransforms:
         self._files = ComputedReader(instruct.folder, described({name: instruct.tensors[name].shape for name in parts}))
 
     def __call__(self, name: str, update_of: Callable[[str], Tensor]) -> Tensor:
-        """This rank's part of the transformed update of a parameter.
-
-        Args:
-            name: Name of the parameter.
-            update_of: Gives this rank's part of the update of a parameter as it was learned.
-        """
+        """This rank's part of the transformed update of a parameter; ``update_of`` gives that of a learned update."""
         parameter = self._parameters[name]
         if not self._transforms.whole:
             slices = local_slices(parameter)
-            return self._transforms.on_part(update_of(name), lambda seed: self._noise(name, seed)[slices])
+            return self._transforms.on_part(name, update_of(name), lambda seed: self._noise(name, seed)[slices])
         if name not in self._module.tensors:
             return self._transforms(name, update_of(name))
-        learned = _laid_out(self._module, self._files, update_of)
-        transformed = _laid_out(
-            self._files, self._module, lambda stored: self._transforms(stored, learned.read(stored))
+        learned = laid_out(self._module.tensors, self._files, update_of)
+        transformed = laid_out(
+            self._files.tensors, self._module, lambda stored: self._transforms(stored, learned.read(stored))
         )
         return transformed.read(name).to(parameter.device)
 
@@ -69,25 +61,18 @@ class ParameterTransforms:
         """The random numbers of a whole parameter: those of the files' tensors that it holds."""
         if name not in self._module.tensors:
             return self._transforms.noise(name, tuple(self._parameters[name].shape), seed)
-        shapes = {stored: info.shape for stored, info in self._files.tensors.items()}
-        noise = _laid_out(
-            self._files, self._module, lambda stored: self._transforms.noise(stored, shapes[stored], seed)
-        )
+        stored = self._files.tensors
+        noise = laid_out(stored, self._module, lambda one: self._transforms.noise(one, stored[one].shape, seed))
         return noise.read(name)
 
 
-def _laid_out(given: TensorReader, like: TensorReader, tensor_of: Callable[[str], Tensor]) -> TensorReader:
-    """Present float32 tensors with the names and shapes of ``given`` in the layout of ``like``."""
-    computed = ComputedReader(given.folder, given.tensors, rows_of(lru_cache(maxsize=2)(tensor_of)))
-    return LayoutReader(computed, like, ties=False)
+def laid_out(tensors: Mapping[str, TensorInfo], like: TensorReader, tensor_of: Callable[[str], Tensor]) -> TensorReader:
+    """Present tensors, computed when they are needed, under the names and in the layout of ``like``."""
+    return LayoutReader(ComputedReader(like.folder, tensors, rows_of(keeping(tensor_of))), like, ties=False)
 
 
 def require_elementwise(transforms: Transforms, num_ranks: int) -> None:
-    """Raise if ``num_ranks`` ranks hold shards of the parameters and a transform needs whole tensors.
-
-    Raises:
-        GraftError: Naming the transforms.
-    """
+    """Raise a GraftError if ``num_ranks`` ranks hold shards of the parameters and a transform needs whole tensors."""
     if num_ranks > 1 and transforms.whole:
         raise GraftError(
             f"graft.transforms has transforms of whole tensors ({', '.join(transforms.whole)}), but FSDP2 shards the "

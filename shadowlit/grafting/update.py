@@ -1,4 +1,4 @@
-"""What a tuned checkpoint has learned: the update ``tuned - base``, read a few rows at a time.
+"""The update ``tuned - base`` of a tuned checkpoint, read a few rows at a time.
 
 No transformers import: start-up is part of the speed.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import re
 import reprlib
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +19,17 @@ import numpy.typing as npt
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import ExpertRows, LayoutReader, canonical_keys, fused_experts
-from shadowlit.checkpoint.names import canonical_key, is_computed
+from shadowlit.checkpoint.names import (
+    GATE_UP,
+    ROWS_OF_FUSED,
+    canonical_key,
+    factor_pair,
+    host_key,
+    is_adapter_name,
+    is_computed,
+    is_experts,
+    leaf_of,
+)
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, first_line
@@ -30,19 +38,14 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import Tensor
 
-_MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones lie between 0.1 and 10
-_CACHED = 2  # whole tensors kept by an update that is computed tensor by tensor
+_MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones are between 0.1 and 10
 
 Rows = npt.NDArray[np.floating]
 Bytes = npt.NDArray[np.uint8]
 
 
 class Update:
-    """What a tuned model has learned, by the names of the Base's tensors and in their shapes.
-
-    Attributes:
-        shapes: Shape of every tensor.
-    """
+    """The update of a tuned model, by the names of the Base's tensors and in their shapes."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
@@ -51,11 +54,7 @@ class Update:
         raise NotImplementedError
 
     def require_weights(self, names: Iterable[str]) -> None:
-        """Raise unless the update of these tensors is one of floating-point weights; a stored delta always is.
-
-        Raises:
-            GraftError: Naming the others.
-        """
+        """Raise a GraftError unless these are updates of floating-point weights; those of a stored delta always are."""
 
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
@@ -76,66 +75,15 @@ class Transforms(Protocol):
     def __call__(self, name: str, update: Tensor) -> Tensor:
         """The transformed update of the whole tensor ``name``."""
 
-    def on_part(self, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of an update; ``noise`` gives that part's random numbers by their seed."""
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """The transformed part of a tensor's update; ``noise`` gives that part's random numbers by their seed."""
 
     def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         """The random numbers of the whole tensor ``name``, on the CPU."""
 
 
-class TransformedUpdate(Update):
-    """An update whose tensors are transformed, one whole tensor at a time, when their rows are first needed.
-
-    Args:
-        update: The update as it was learned.
-        transforms: Functions that are applied to it.
-    """
-
-    def __init__(self, update: Update, transforms: Transforms) -> None:
-        import torch
-
-        def whole(name: str) -> Tensor:
-            shape = update.shapes[name]
-            return transforms(name, torch.as_tensor(update.rows(name, 0, shape[0] if shape else 1)))
-
-        self.shapes = update.shapes
-        self._update = update
-        self._rows = by_tensor(whole)
-
-    def require_weights(self, names: Iterable[str]) -> None:
-        """See :class:`Update`."""
-        self._update.require_weights(names)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See :class:`Update`."""
-        return self._rows(name, start, stop)
-
-
-def by_tensor(whole: Callable[[str], Tensor]) -> Callable[[str, int, int], Tensor]:
-    """Rows of tensors that can only be computed whole; the last two are kept, threads do not compute one twice."""
-    kept: dict[str, Tensor] = {}
-    lock = threading.Lock()
-
-    def rows(name: str, start: int, stop: int) -> Tensor:
-        with lock:
-            if name not in kept:
-                while len(kept) >= _CACHED:
-                    del kept[next(iter(kept))]
-                kept[name] = whole(name)
-            tensor = kept[name]
-        return tensor[start:stop] if tensor.ndim else tensor
-
-    return rows
-
-
 class FullUpdate(Update):
-    """The difference of two checkpoints of one architecture.
-
-    Names and layout may differ in whatever :class:`shadowlit.checkpoint.layout.LayoutReader` understands.
-
-    Args:
-        base: Reader of the Base's checkpoint.
-        tuned: Reader of the tuned model's checkpoint.
+    """The difference of two checkpoints, whose names and layout may differ as :class:`LayoutReader` allows.
 
     Raises:
         GraftError: The checkpoints do not hold the same tensors in the same shapes.
@@ -182,16 +130,15 @@ class FullUpdate(Update):
         return self._base.raw_rows(name, start, stop), self._tuned.raw_rows(name, start, stop)
 
 
-@dataclass(frozen=True)
-class _Factors:
+class _Factors(NamedTuple):
     """Names of a module and of its two factors, as peft's file has them."""
 
     module: str
     down: str
     up: str
     of_embedding: bool = False
-    experts: int = 1  # which these are the factors of, all in one
-    part: ExpertRows | None = None  # of the experts' matrices that it is about
+    experts: int = 1  # number of experts whose factors these are, all in one
+    part: ExpertRows | None = None  # of the experts' matrices that is updated
 
 
 class AdapterUpdate(Update):
@@ -201,11 +148,7 @@ class AdapterUpdate(Update):
     A [experts * rank, inputs] by experts and B [outputs, rank * experts] by ranks; the files' experts may be fused or
     single.
 
-    Args:
-        base: Reader of the Base's checkpoint.
-        folder: Folder of the adapter.
-        config: Settings of the adapter, where the folder holds no ``adapter_config.json``.
-        reader: Reader of the factors by the names in peft's files, where they are stored elsewhere.
+    ``config`` and ``reader`` (of the factors, by the names in peft's files) replace the files of the folder.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
@@ -249,17 +192,15 @@ class AdapterUpdate(Update):
         self._whole: dict[str, str] = {}
         names, fused = canonical_keys(base), fused_experts(base)
         for stored in self._reader.tensors:
-            name = stored.removeprefix("base_model.model.").replace(".base_layer.", ".")
-            for down, up in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-                if re.search(rf"\.{down}(\.weight)?$", name):
-                    module = name.split(f".{down}")[0]
-                    host = f"{module}.weight"
-                    factors = _Factors(module, stored, stored.replace(down, up), "embedding" in down)
-                    if module.endswith(".experts"):
-                        self._factors |= self._of_experts(factors, fused)
-                    else:
-                        self._factors[names.get(canonical_key(host), host)] = factors
-            if ".lora_" not in name:
+            if pair := factor_pair(stored):
+                module, up, of_embedding = pair
+                factors, host = _Factors(module, stored, up, of_embedding), f"{module}.weight"
+                if is_experts(module):
+                    self._factors |= self._of_experts(factors, fused)
+                else:
+                    self._factors[names.get(canonical_key(host), host)] = factors
+            elif not is_adapter_name(stored):
+                name = host_key(stored)
                 self._whole[names.get(canonical_key(name), name)] = stored
         adapted = {*self._factors, *self._whole}
         unknown = sorted(name for name in adapted if name not in base.tensors)
@@ -280,7 +221,7 @@ class AdapterUpdate(Update):
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         """See :class:`Update`."""
-        # peft may store a host's tensor beside the factors on it: the embedding that it adapts, say.
+        # peft may store a host's tensor next to its factors, such as the embedding that it adapts.
         total: Rows = np.zeros((), np.float32)
         if name in self._whole:
             total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
@@ -299,15 +240,15 @@ class AdapterUpdate(Update):
     def _of_experts(
         self, factors: _Factors, fused: Mapping[str, tuple[tuple[int, ...], list[ExpertRows]]]
     ) -> dict[str, _Factors]:
-        """The factors of a layer's experts, by the Base's names of what they change: told from their shapes."""
+        """The factors of a layer's experts, by the Base's names of what they change, recognised by their shapes."""
         if factors.up not in self._reader.tensors:
-            return {f"{factors.module}.weight": factors}  # told as half a pair
+            return {f"{factors.module}.weight": factors}  # reported as half a pair
         down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
-        for kind in ("gate_up_proj", "down_proj"):
+        for kind in ROWS_OF_FUSED:
             shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
             if len(shape) == 3 and shape[1:] == (up[0], down[-1]) and down[0] == up[-1] and down[0] % shape[0] == 0:
-                of = replace(factors, module=f"{factors.module}.{kind}", experts=shape[0])
-                return {part.name: replace(of, part=part) for part in parts}
+                of = factors._replace(module=f"{factors.module}.{kind}", experts=shape[0])
+                return {part.name: of._replace(part=part) for part in parts}
         raise GraftError(
             f"{self._folder} adapts {factors.module} by factors of the shapes {down} and {up}, to which the experts of "
             f"{self._base.folder} don't fit. Give the Base that the adapter was trained on, or merge the adapter into "
@@ -315,7 +256,7 @@ class AdapterUpdate(Update):
         )
 
     def _parts_of(self, name: str) -> list[str]:
-        """The adapter's names of all that changes ``name``."""
+        """The adapter's names of everything that changes ``name``."""
         factors = [self._factors[name].down, self._factors[name].up] if name in self._factors else []
         return [*factors, *([self._whole[name]] if name in self._whole else [])]
 
@@ -348,11 +289,12 @@ class AdapterUpdate(Update):
         config, rank = self._config, self._reader.info(factors.down).shape[0] // factors.experts
         try:
             # peft names a bare parameter by its whole path, a module without its weight.
-            keys = (get_pattern_key(config.alpha_pattern.keys(), f"{factors.module}{end}") for end in ("", ".weight"))
+            paths = (factors.module, f"{factors.module}.weight")
+            keys = (get_pattern_key(config.alpha_pattern.keys(), path) for path in paths)
             alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
             plain = not config.alpha_pattern and not config.rank_pattern
-            if plain and factors.module.endswith(".gate_up_proj") and rank == 2 * config.r:
-                alpha *= 2  # what peft makes of all-linear, or of gate_proj and up_proj, in a mixture that it wraps
+            if plain and leaf_of(factors.module) == GATE_UP and rank == 2 * config.r:
+                alpha *= 2  # as peft does for all-linear, or for gate_proj and up_proj, in a mixture that it wraps
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
             if abs(scaling) < _MAX_SCALING:
                 return scaling

@@ -23,10 +23,7 @@ def is_grafted(arm: str) -> bool:
 def subject_of(arm: str, scale: float | None, scales: Sequence[float]) -> str:
     """The name of an arm's model in a training's metrics: ``tuned``, ``grafted``, ``grafted@0.5``, ``base``.
 
-    Args:
-        arm: One of ``ARMS``.
-        scale: λ of the graft; ignored where nothing is grafted.
-        scales: All scales of the training; the first one is the plain ``grafted``.
+    The first of all scales of the training is the plain ``grafted``; where nothing is grafted, the scale is ignored.
     """
     if arm in UNTOUCHED:
         return arm.lower()

@@ -20,17 +20,9 @@ NONE = "–"
 def write_files(
     folder: Path, text: str, rows: Sequence[Row], axes: Sequence[str], figures: Mapping[str, Figure]
 ) -> Path:
-    """Write ``table.csv``, the figures as PNG and PDF, and at last ``REPORT.md``; each file atomically.
+    """Write ``table.csv`` with a column per axis, the figures as PNG and PDF by their stems, and at last ``REPORT.md``.
 
-    Args:
-        folder: Folder of the report; made if it isn't there.
-        text: Content of ``REPORT.md``.
-        rows: Rows of ``table.csv``.
-        axes: Names of what was varied, in the order of its columns.
-        figures: Figures by the stem of their files.
-
-    Returns:
-        Path of ``REPORT.md``.
+    Each file is written atomically; the path of ``REPORT.md`` is returned.
     """
     replace_text(folder / TABLE, to_csv(rows, axes))
     for stem, figure in figures.items():
@@ -55,12 +47,9 @@ def bullets(lines: Sequence[str]) -> str:
 
 
 def mean_text(found: Average, form: Callable[[float], str], form_of_error: Callable[[float], str] | None = None) -> str:
-    """``mean ± standard error``, with ``(2 of 3)`` if some are missing.
+    """``mean ± standard error``, with ``(2 of 3)`` if some are missing; a dash where no value was expected.
 
-    Args:
-        found: The mean; one of which no value was expected is a dash.
-        form: Turns the mean into text.
-        form_of_error: Turns the standard error into text; None for ``form``.
+    The standard error is written as the mean is, unless it has a form of its own.
     """
     if not found.count:
         return "missing" if found.expected else NONE

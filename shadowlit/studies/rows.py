@@ -88,12 +88,7 @@ class Row(Place):
 
 @dataclass(frozen=True)
 class Standing(Place):
-    """An arm at one scale and setting, over its seeds.
-
-    Attributes:
-        metrics: Mean and standard error over seeds, by name.
-        num_seeds: Number of rows that the means are from.
-    """
+    """An arm at one scale and setting: the means of its metrics over seeds."""
 
     metrics: Mapping[str, Average] = field(default_factory=dict)
     num_seeds: int = 0
@@ -104,13 +99,9 @@ class Standing(Place):
 
 
 def standing_of(arm: str, rows: Sequence[Row], metrics: Iterable[str], expected: int | None = None) -> Standing:
-    """The standing of rows that differ in their seeds alone.
+    """The standing of an arm from its rows, if any, which differ in their seeds alone.
 
-    Args:
-        arm: The arm, of which there may be no row.
-        rows: Its rows.
-        metrics: Names of the metrics to average.
-        expected: Number of seeds that there should be; None for as many as there are.
+    ``expected`` is the number of seeds that there should be; None for as many as there are.
     """
     means = {name: average([row.metrics.get(name, math.nan) for row in rows], expected) for name in metrics}
     scale, setting = (rows[0].scale, rows[0].setting) if rows else (None, {})
@@ -147,12 +138,7 @@ def to_csv(rows: Sequence[Row], axes: Sequence[str]) -> str:
 
 
 def from_csv(text: str, axes: Mapping[str, bool]) -> list[Row]:
-    """The rows of a sweep from :func:`to_csv`.
-
-    Args:
-        text: Content of ``table.csv``.
-        axes: Names of what was varied; true where the values are numbers, false where they are labels.
-    """
+    """The rows from :func:`to_csv`; an axis that is true has numbers, one that is false has labels."""
     rows = []
     for cells in csv.DictReader(io.StringIO(text)):
         numbers = {name: value for name, value in cells.items() if value and name not in (*_FIXED, *axes)}

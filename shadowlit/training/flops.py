@@ -1,4 +1,4 @@
-"""Floating-point operations that a training step needs, and what a GPU can do: the two sides of MFU."""
+"""Floating-point operations of a training step, and the peak of a GPU: the two sides of MFU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, tower_of
+from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, is_original_name, tower_of
 from shadowlit.grafting.parameters import host_of
 
 # Dense bfloat16 with float32 accumulation, in FLOP/s, from NVIDIA's data sheets (which mostly print twice these, with
@@ -36,7 +36,7 @@ _PEAKS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What a device can do per second in dense bfloat16; ``None`` where it isn't known."""
+    """Peak operations per second of a device in dense bfloat16; ``None`` where they are unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -45,36 +45,26 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class Work:
-    """What a model has to compute, from counts of its parameters alone.
+    """The operations of a model, from counts of its parameters alone.
 
-    A product with a weight of ``n`` elements costs ``2 n`` operations per token forwards and ``2 n`` for each of the
-    two gradients, of its input and of the weight: ``6 n`` (Kaplan et al., arXiv 2001.08361, section 2.1). A frozen
-    weight needs no gradient of its own: ``4 n``, also where adapters sit on it, whose factors cost ``6 n``. Of a
-    mixture of experts a token meets only those that its router chose: their share of the experts' parameters counts.
-    The head sees the supervised tokens only. Looking up embeddings costs nothing. Attention costs, for every pair of a
-    token and one that it sees, ``2`` operations per head and channel for the score and ``2`` for the value, thrice for
-    the gradients: ``12 * heads * head_dim`` per layer and pair (PaLM, arXiv 2204.02311, appendix B, which counts all
-    pairs; here a causal mask, the bounds of packed conversations and sliding windows leave out what needn't be
-    computed). What is recomputed does not count: this is the use of the hardware by the model, MFU.
-
-    Attributes:
-        per_token: operations per token in the layers, forwards and backwards.
-        per_supervised: operations per supervised token in the head.
-        attention: operations per pair, one entry for each layer.
-        windows: how far back a token sees in each layer; ``None`` for all the way.
+    A product with a weight of ``n`` elements costs ``2 n`` operations per token in the forward pass and ``2 n`` for
+    each of the two gradients, of its input and of the weight: ``6 n`` (Kaplan et al., arXiv 2001.08361, section 2.1). A
+    frozen weight has no gradient: ``4 n``, also under an adapter, whose factors cost ``6 n``. In a mixture of experts
+    only the share of a token's experts counts, in the head only the supervised tokens; looking up embeddings is free.
+    Attention costs ``12 * heads * head_dim`` per layer and pair of a token and one that it sees: 2 operations per head
+    and channel for the score and 2 for the value, three times with the gradients (PaLM, arXiv 2204.02311, appendix B,
+    which counts all pairs; here a causal mask, packed conversations and sliding windows exclude some). Recomputation
+    does not count, since this is model FLOPs utilisation.
     """
 
-    per_token: float
-    per_supervised: float
-    attention: tuple[float, ...]
-    windows: tuple[int | None, ...]
+    per_token: float  # forward and backward pass, without the head
+    per_supervised: float  # in the head
+    attention: tuple[float, ...]  # per pair, for each layer
+    windows: tuple[int | None, ...]  # tokens that a token sees in each layer; None for all before it
 
     @classmethod
     def of(cls, model: nn.Module) -> Work:
-        """Count a transformers causal language model, wrapped by peft or sharded or neither.
-
-        Of a vision-language model the language model alone is counted.
-        """
+        """Count the language model in a transformers model, wrapped by peft or sharded or neither."""
         host = host_of(model)
         config = host.config.get_text_config()
         head, embedding = host.get_output_embeddings(), host.get_input_embeddings()
@@ -82,7 +72,7 @@ class Work:
         looked_up = {id(p) for p in embedding.parameters()} - in_head
         per_token, active = 0.0, _active_share(config)
         for name, parameter in model.named_parameters():
-            if id(parameter) in in_head or id(parameter) in looked_up or ".original_module." in name:
+            if id(parameter) in in_head or id(parameter) in looked_up or is_original_name(name):
                 continue
             if tower_of(name) != "language":  # which works on patches of images, not on tokens
                 continue
@@ -102,10 +92,9 @@ class Work:
 
 
 def count_pairs(batch: Mapping[str, Tensor], windows: set[int | None]) -> tuple[Tensor, dict[int | None, Tensor]]:
-    """Tokens of a batch that aren't padding, and the pairs of a token and one that it sees, by window.
+    """Tokens of a batch that aren't padding, and pairs of a token and one that it sees, by window; on its device.
 
-    A token at position ``p`` of its conversation sees ``p + 1`` tokens, itself among them, and at most the window.
-    Scalars on the batch's device; nothing waits for it.
+    A token at position ``p`` of its conversation sees ``p + 1`` tokens, itself included, and at most the window.
     """
     if "position_ids" in batch:
         seen = batch["position_ids"] + 1
@@ -122,7 +111,7 @@ def count_pairs(batch: Mapping[str, Tensor], windows: set[int | None]) -> tuple[
 
 
 def _active_share(config: Any) -> float:
-    """Share of a mixture's experts that a token meets, by the names that transformers' configs have for it."""
+    """Share of a mixture's experts that a token uses, by the names in transformers' configs."""
     chosen = getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None)
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     total = next((value for name in names if (value := getattr(config, name, None))), None)
@@ -130,7 +119,7 @@ def _active_share(config: Any) -> float:
 
 
 def _windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window, as transformers' configs tell it."""
+    """Each layer's sliding window, from transformers' configs."""
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:
         return (None,) * num_layers

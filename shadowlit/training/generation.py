@@ -1,4 +1,4 @@
-"""Answers of whatever weights stand in a model: greedy, or drawn by a sampler."""
+"""Answers generated with the weights that are loaded: greedy, or drawn by a sampler."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from shadowlit.training.head import evaluating
+
 
 @dataclass(frozen=True)
 class Answer:
     """A generated answer.
 
     Attributes:
-        text: Without special tokens, cut before a stop string.
-        num_tokens: Its tokens, without the end of turn; those of a stop string are counted.
-        finished: Ended by itself, by an end of turn or a stop string, rather than by the limit.
+        text: Text without special tokens, cut before a stop string.
+        num_tokens: Number of tokens without the end of turn, but with those of a stop string.
+        finished: Whether it ended by an end of turn or a stop string rather than by the limit.
     """
 
     text: str
@@ -34,16 +36,10 @@ class Answer:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a row as soon as its generated text holds a stop string; the prompt's text doesn't count.
-
-    Args:
-        tokenizer: Gives the text.
-        stop: The strings.
-        prompt_length: Length of the padded prompts, in tokens.
-        num_rows: Rows of the batch.
+    """Ends a row as soon as its generated text, without the ``prompt_length`` tokens of the prompt, has a stop string.
 
     Attributes:
-        lengths: Of each row the number of generated tokens at which it ended, None as long as it hasn't.
+        lengths: For each row the number of generated tokens at which it ended, None as long as it hasn't.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int, num_rows: int):
@@ -68,9 +64,9 @@ def greedy_config(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_toke
     """Greedy decoding that ends where the Instruct in ``folder`` ends its turns.
 
     Args:
-        folder: the Instruct's folder; its ``generation_config.json`` gives the tokens that end a turn.
-        tokenizer: the Instruct's, for the padding token, and the end of a turn where the folder names none.
-        max_new_tokens: longest answer, in tokens.
+        folder: The Instruct's folder; its ``generation_config.json`` gives the tokens that end a turn.
+        tokenizer: The Instruct's, for the padding token, and the end of a turn where the folder names none.
+        max_new_tokens: Longest answer, in tokens.
     """
     stop = None
     if (folder / "generation_config.json").is_file():
@@ -100,27 +96,22 @@ def generate(
     stop: Sequence[str] = (),
     sampler: LogitsProcessor | None = None,
 ) -> list[Answer]:
-    """Answer a batch of prompts.
+    """Answer a batch of left-padded prompts ``[B, T]`` with a key-value cache, ``config`` from :func:`greedy_config`.
 
     Args:
-        model: a transformers model, wrapped by peft or sharded or neither; evaluated with a key-value cache.
-        tokenizer: turns the generated tokens into text, without special tokens.
-        config: see :func:`greedy_config`.
-        input_ids: ``[B, T]``, left-padded.
+        model: A transformers model, wrapped by peft or sharded or neither.
+        tokenizer: Tokenizer that decodes the answers.
+        config: Limits and ends of the answers.
+        input_ids: ``[B, T]``.
         attention_mask: ``[B, T]``, 0 on padding.
-        images: what the processor makes of the prompts' images, by the names of the model's arguments.
-        synced_gpus: keep all ranks generating until the last one is done, which sharded models need.
-        stop: strings that end an answer too.
-        sampler: chooses the tokens, e.g. a :class:`~shadowlit.evaluation.sampling.RowSampler`; None for greedy.
-
-    Returns:
-        ``B`` answers.
+        images: Outputs of the processor for the prompts' images, by the names of the model's arguments.
+        synced_gpus: Whether all ranks generate until the last one is done, which sharded models need.
+        stop: Further strings that end an answer.
+        sampler: Sampler of the tokens, e.g. a :class:`~shadowlit.evaluation.generated.RowSampler`; None for greedy.
     """
     prompt_length = input_ids.shape[1]
     stopping = StopStrings(tokenizer, stop, prompt_length, len(input_ids))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         generated = model.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -130,27 +121,11 @@ def generate(
             stopping_criteria=StoppingCriteriaList([stopping] if stop else []),
             synced_gpus=synced_gpus,
         )
-    finally:
-        model.train(was_training)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return [
         _answer(tokenizer, tokens, ends, length, stop)
         for tokens, length in zip(generated[:, prompt_length:].tolist(), stopping.lengths, strict=True)
     ]
-
-
-def generate_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    config: GenerationConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    images: Mapping[str, Tensor] | None = None,
-    synced_gpus: bool = False,
-) -> list[str]:
-    """The texts of :func:`generate`, with the same arguments."""
-    answers = generate(model, tokenizer, config, input_ids, attention_mask, images, synced_gpus=synced_gpus)
-    return [answer.text for answer in answers]
 
 
 def _answer(

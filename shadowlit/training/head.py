@@ -1,4 +1,7 @@
-"""From a model's hidden states to its losses, past the logits; only where the model's own head is proven to do so."""
+"""From a model's hidden states to its losses, without materialising the full logits.
+
+Only where this is proven on the model itself to be what the model computes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,20 +35,21 @@ log = logging.getLogger(__name__)
 Way = Literal["auto", "chunked", "recomputed", "torch", "liger", "logits"]
 Inputs = Mapping[str, Tensor]
 LogitsFunction = Callable[[Tensor, Tensor], Tensor]  # from logits [n, V] and targets [n] to one number per token [n]
-Watch = Callable[[Tensor, Tensor], None]  # is shown logits [n, V] and targets [n]
+Watch = Callable[[Tensor, Tensor], None]  # is called with logits [n, V] and targets [n]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Head:
-    """What stands between a model's tokens and its logits.
+    """The parts of a causal language model around its output head.
 
     ``logits = softcap(scale * module(decoder(tokens)))``, with ``softcap(x) = cap * tanh(x / cap)``.
 
     Attributes:
-        decoder: everything before the head; gives ``last_hidden_state`` ``[B, T, H]``.
-        module: the head, from ``[..., H]`` to ``[..., V]``.
-        scale: what the model multiplies the head's output by (Cohere, Granite, Falcon-H1).
-        cap: the soft cap (Gemma 2 and later); ``None`` for none.
+        decoder: Everything before the head; gives ``last_hidden_state`` ``[B, T, H]``.
+        module: The head, from ``[..., H]`` to ``[..., V]``.
+        scale: Factor of the head's output (Cohere, Granite, Falcon-H1).
+        cap: Soft cap of the logits (Gemma 2 and later); ``None`` for none.
     """
 
     decoder: nn.Module
@@ -69,17 +73,17 @@ class HeadLoss:
     """Losses of a causal language model's predictions at chosen positions.
 
     Only the hidden states of these positions pass through the head, a chunk at a time, so that the logits of a batch
-    never exist. That this is what the model itself computes is proven on the model at hand (:func:`understand`);
-    where it can't be, the model's own logits are taken.
+    never exist. :func:`understand` proves on the model at hand that the model itself computes the same; where it can't,
+    the model's own logits are used.
 
     Args:
-        model: a transformers causal language model, wrapped by peft, sharded by FSDP2, or neither.
-        way: ``chunked``: gradients with the loss, for a plain linear head. ``recomputed``: any head, its logits
-            computed again in the backward pass. ``torch``: torch's own ``linear_cross_entropy``. ``liger``: Liger
-            Kernel's. ``logits``: the whole logits. ``auto``: chunked where it can be, else recomputed, else logits.
+        model: A transformers causal language model, wrapped by peft, sharded by FSDP2, or neither.
+        way: Implementation. ``chunked``: gradients with the loss, for a plain linear head. ``recomputed``: any head,
+            with logits computed again in the backward pass. ``torch``: torch's own ``linear_cross_entropy``. ``liger``:
+            Liger Kernel's. ``logits``: the full logits. ``auto``: chunked where possible, else recomputed, else logits.
 
     Raises:
-        ShadowlitError: the way can't be gone with this model or on this machine.
+        ShadowlitError: The implementation does not support this model or this machine.
     """
 
     def __init__(self, model: nn.Module, way: Way = "auto") -> None:
@@ -97,34 +101,19 @@ class HeadLoss:
         """Summed cross entropy, a float32 scalar with a gradient (float64 for a model in it).
 
         Args:
-            inputs: keyword arguments of the model: ``input_ids`` ``[B, T]`` and what belongs to it.
+            inputs: Keyword arguments of the model: ``input_ids`` ``[B, T]`` and what belongs to it.
             positions: ``[N]``, int64, into the ``B * T`` hidden states: those that predict.
             targets: ``[N]``, int64, the tokens that they predict.
         """
-        if self.head is None:
-            return F.cross_entropy(self._logits(inputs, positions), targets, reduction="sum")
-        return within_forward(self.model, self._loss, inputs, positions, targets)
-
-    def token_log_probs(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities ``[N]`` of the targets, float32 with a gradient; arguments as of :meth:`loss`.
-
-        Whatever the way, the logits of a chunk are computed again in the backward pass.
-        """
-        return -self.map_logits(inputs, positions, targets, cross_entropies)
+        return self._at(self._loss, inputs, positions, targets)
 
     def map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
-        """``function(logits, targets)`` ``[N]`` of all tokens, with a gradient; other arguments as of :meth:`loss`.
+        """``function(logits, targets)`` ``[N]`` of all tokens, with a gradient; arguments as of :meth:`loss`.
 
-        Args:
-            inputs: see there.
-            positions: see there.
-            targets: see there.
-            function: from float32 logits ``[n, V]`` and targets ``[n]`` of a chunk to one number per token; called
-                again in the backward pass, where the logits are computed again.
+        ``function`` turns float32 logits ``[n, V]`` and the targets ``[n]`` of a chunk into one number per token; it is
+        called again in the backward pass, where the logits are computed again.
         """
-        if self.head is None:
-            return function(self._logits(inputs, positions), targets)
-        return within_forward(self.model, self._map_logits, inputs, positions, targets, function)
+        return self._at(self._map_logits, inputs, positions, targets, function)
 
     @torch.no_grad()
     def token_losses(
@@ -132,48 +121,52 @@ class HeadLoss:
     ) -> tuple[Tensor, Tensor]:
         """Cross entropies ``[N]``, float32, and whether the target is the most probable token, bool ``[N]``.
 
-        ``watch`` is shown the float32 logits ``[n, V]`` and the targets ``[n]`` of every chunk.
+        ``watch`` is called with the float32 logits ``[n, V]`` and the targets ``[n]`` of every chunk.
         """
-        if self.head is None:
-            logits = self._logits(inputs, positions)
-            if watch is not None:
-                watch(logits, targets)
-            return F.cross_entropy(logits, targets, reduction="none"), logits.argmax(-1) == targets
-        return within_forward(self.model, self._token_losses, inputs, positions, targets, watch)
+        return self._at(self._token_losses, inputs, positions, targets, watch)
 
     @torch.no_grad()
     def logits_at(self, inputs: Inputs, positions: Tensor) -> Tensor:
         """The model's logits at chosen positions only: ``[N, V]``, float32 (float64 for a model in it)."""
+        return self._at(self._logits, inputs, positions)
+
+    def _at(self, function: Callable[..., _T], inputs: Inputs, positions: Tensor, *args: Any) -> _T:
+        """Call ``function`` with the hidden states at ``positions``, or with the logits where the head is unknown."""
         if self.head is None:
-            return self._logits(inputs, positions)
-        return within_forward(self.model, self._logits_at, inputs, positions)
+            logits = self.model(**inputs, use_cache=False).logits
+            return function(logits.flatten(0, 1).index_select(0, positions), *args)
+        decoder = self.head.decoder
 
-    def _logits_at(self, inputs: Inputs, positions: Tensor) -> Tensor:
-        assert self.head is not None
-        return widen(self.head.finish(self.head.module(self._hidden(inputs, positions))))
+        def run(inputs: Inputs, positions: Tensor, *args: Any) -> _T:
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state
+            return function(hidden.flatten(0, 1).index_select(0, positions), *args)
 
-    def _logits(self, inputs: Inputs, positions: Tensor) -> Tensor:
-        logits = self.model(**inputs, use_cache=False).logits
-        return widen(logits.flatten(0, 1).index_select(0, positions))
+        return within_forward(self.model, run, inputs, positions, *args)
 
-    def _loss(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
-        assert self.head is not None
-        hidden, head = self._hidden(inputs, positions), self.head
-        weight, bias = getattr(head.module, "weight", None), getattr(head.module, "bias", None)
-        if self.way == "recomputed":
-            size = default_chunk_size(_vocabulary(self.model), hidden.device)
-            return recomputed_cross_entropy_sum(lambda x: head.finish(head.module(x)), hidden, targets, size)
-        assert weight is not None
+    def _logits(self, states: Tensor) -> Tensor:
+        return widen(states if self.head is None else self.head.finish(self.head.module(states)))
+
+    def _chunk_size(self, states: Tensor) -> int:
+        """Positions whose logits are computed at a time; all where the model has computed them already."""
+        return max(1, len(states)) if self.head is None else default_chunk_size(_vocabulary(self.model), states.device)
+
+    def _loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        if self.head is None or self.way == "recomputed":
+            return recomputed_cross_entropy_sum(self._logits, states, targets, self._chunk_size(states))
+        head = self.head
+        assert isinstance(head.module, nn.Linear)
+        weight: Tensor = head.module.weight
+        bias: Tensor | None = head.module.bias
         if self.way == "chunked":
-            return linear_cross_entropy_sum(hidden, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
-        device = hidden.device.type
+            return linear_cross_entropy_sum(states, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
+        device = states.device.type
         if torch.is_autocast_enabled(device):  # neither of the two follows it
             dtype = torch.get_autocast_dtype(device)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            states, weight = states.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         if self.way == "torch":
             return F.linear_cross_entropy(
-                hidden,
+                states,
                 weight,
                 targets,
                 linear_bias=bias,
@@ -183,50 +176,36 @@ class HeadLoss:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         return liger_fused_linear_cross_entropy(
-            hidden, weight, targets, bias=bias, reduction="sum", softcap=head.cap, accum_dtype=torch.float32
+            states, weight, targets, bias=bias, reduction="sum", softcap=head.cap, accum_dtype=torch.float32
         ).float()
 
-    def _map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
-        assert self.head is not None
-        hidden, head = self._hidden(inputs, positions), self.head
-        size = default_chunk_size(_vocabulary(self.model), hidden.device)
-        return recomputed_token_losses(lambda x: head.finish(head.module(x)), hidden, targets, size, function)
+    def _map_logits(self, states: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
+        return recomputed_token_losses(self._logits, states, targets, self._chunk_size(states), function)
 
-    def _token_losses(
-        self, inputs: Inputs, positions: Tensor, targets: Tensor, watch: Watch | None
-    ) -> tuple[Tensor, Tensor]:
-        assert self.head is not None
-        hidden, head = self._hidden(inputs, positions), self.head
-        if self.way != "recomputed":
-            weight, bias = getattr(head.module, "weight", None), getattr(head.module, "bias", None)
-            assert weight is not None
-            return linear_token_losses(hidden, weight, targets, bias=bias, scale=head.scale, cap=head.cap, watch=watch)
-        losses, correct = [widen(hidden.new_empty(0))], [targets.new_empty(0, dtype=torch.bool)]
-        size = default_chunk_size(_vocabulary(self.model), hidden.device)
-        for some, tokens in zip(hidden.split(size), targets.split(size), strict=True):
-            logits = widen(head.finish(head.module(some)))
+    def _token_losses(self, states: Tensor, targets: Tensor, watch: Watch | None) -> tuple[Tensor, Tensor]:
+        head = self.head
+        if head is not None and self.way != "recomputed":
+            assert isinstance(head.module, nn.Linear)
+            weight, bias = head.module.weight, head.module.bias
+            return linear_token_losses(states, weight, targets, bias=bias, scale=head.scale, cap=head.cap, watch=watch)
+        losses, correct = [], []
+        size = self._chunk_size(states)
+        for some, tokens in zip(states.split(size), targets.split(size), strict=True):
+            logits = self._logits(some)
             if watch is not None:
                 watch(logits, tokens)
-            losses.append(F.cross_entropy(logits, tokens, reduction="none"))
+            losses.append(cross_entropies(logits, tokens))
             correct.append(logits.argmax(-1) == tokens)
         return torch.cat(losses), torch.cat(correct)
-
-    def _hidden(self, inputs: Inputs, positions: Tensor) -> Tensor:
-        assert self.head is not None
-        hidden = self.head.decoder(**inputs, use_cache=False).last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, positions)
 
 
 @torch.no_grad()
 def understand(model: nn.Module) -> tuple[Head | None, str]:
     """Find the decoder, the head and what follows it, and prove on a few tokens that they are the whole model.
 
-    The model runs once with the head's output replaced by numbers from -100 to 100: what it makes of them must be
-    what :meth:`Head.finish` does, whatever the weights are; and what its head was given must be what the decoder
-    alone gives.
-
-    Returns:
-        The head, or ``None`` and the reason, a clause for the user.
+    The model runs once with the head's output replaced by numbers from -100 to 100. Its logits must then be what
+    :meth:`Head.finish` makes of these numbers, whatever the weights are, and the head's input must be the output of the
+    decoder alone. Returns the head, or ``None`` and the reason, a clause for the user.
     """
     host = host_of(model)
     name = type(host).__name__
@@ -258,21 +237,21 @@ def understand(model: nn.Module) -> tuple[Head | None, str]:
         return None, f"{name} gives its output head something else than its decoder's last hidden state"
     if not _alike(logits, head.finish(ramp)):
         return None, (
-            f"{name} does something to its logits beside the scale of {head.scale:g} and the soft cap of {head.cap} "
+            f"{name} does something to its logits besides the scale of {head.scale:g} and the soft cap of {head.cap} "
             "that its config names"
         )
     return head, ""
 
 
 def _body_of(host: Any) -> nn.Module | None:
-    """Everything before the head: the decoder; of a vision-language model what takes images too."""
+    """Everything before the head: the decoder, or the part of a vision-language model that takes images too."""
     if is_image_text(host.config):
         return host.base_model
     return host.get_decoder() if hasattr(host, "get_decoder") else None
 
 
 def _finish_of(config: Any) -> tuple[float, float | None]:
-    """Scale and cap of the logits, by the names that transformers' models have for them."""
+    """Scale and cap of the logits, under the names that transformers' configs use."""
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier"):
         scale *= _number(config, name) or 1.0
@@ -288,7 +267,7 @@ def _alike(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape:
         return False
     left, right = left.float(), right.float()
-    # Equal but for the rounding of half precision; the mistakes that are looked for are far larger.
+    # Equal up to the rounding of half precision; the mistakes that this must find are far larger.
     return bool((left - right).abs().max() <= 1e-2 * right.abs().max())
 
 

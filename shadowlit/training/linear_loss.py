@@ -1,15 +1,15 @@
 """Cross entropy from hidden states and the output head's weight, without the logits of a whole batch.
 
-The logits of one chunk of tokens at a time are computed, turned into losses, and turned in place into the gradient of
-the loss, which is multiplied into the gradients of the hidden states and of the weight at once. Nothing is computed a
-second time in the backward pass: three products of matrices, as for whole logits, and peak memory that does not grow
-with vocabulary times tokens. The idea is that of Liger Kernel (arXiv 2410.10989, section 3.2).
+The logits of one chunk of tokens at a time are computed and turned in place into the gradient of the loss, which is
+multiplied into the gradients of the hidden states and of the weight at once. The backward pass recomputes nothing:
+three matrix products, as for full logits, and peak memory that does not grow with vocabulary times tokens. The idea is
+that of Liger Kernel (arXiv 2410.10989, section 3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def linear_cross_entropy_sum(
     cap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Summed cross entropy of a linear head's predictions.
+    """Summed cross entropy of a linear head's predictions in nats, a float32 scalar (float64 for float64 inputs).
 
     ``Σ_n logsumexp(z_n) - z_n[targets_n]`` with ``z = softcap(scale * (hidden @ weight.T + bias))`` and
     ``softcap(x) = cap * tanh(x / cap)``. Products are computed in the weight's dtype, or in autocast's where it is
@@ -43,29 +43,17 @@ def linear_cross_entropy_sum(
     The gradients are computed with the loss and only scaled in the backward pass, in place: it can run once.
 
     Args:
-        hidden: ``[N, H]``, what predicts each token.
+        hidden: ``[N, H]``, hidden states, each of which predicts a token.
         weight: ``[V, H]``.
-        targets: ``[N]``, int64, the tokens, all supervised.
+        targets: ``[N]``, int64, the tokens.
         bias: ``[V]``.
-        scale: what the model multiplies its logits by.
-        cap: the soft cap of the logits (Gemma 2, arXiv 2408.00118); ``None`` for none.
-        chunk_size: tokens whose logits exist at a time; ``None`` for what suits the device.
-
-    Returns:
-        The sum in nats, a float32 scalar (float64 for float64 inputs); 0 with gradients of 0 for no tokens.
+        scale: Factor of the logits.
+        cap: Soft cap of the logits (Gemma 2, arXiv 2408.00118); ``None`` for none.
+        chunk_size: Number of tokens whose logits exist at a time; ``None`` for one that suits the device.
     """
-    dtype = _product_dtype(weight)
-    learns = torch.is_grad_enabled()
-    return _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        bias,
-        targets,
-        _Head(scale, cap, dtype, chunk_size or default_chunk_size(weight.shape[0], weight.device)),
-        learns and hidden.requires_grad,
-        learns and weight.requires_grad,
-        learns and bias is not None and bias.requires_grad,
-    )
+    head = _Head(scale, cap, _product_dtype(weight), chunk_size or default_chunk_size(weight.shape[0], weight.device))
+    learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, head, learns)
 
 
 @torch.no_grad()
@@ -80,12 +68,10 @@ def linear_token_losses(
     chunk_size: int | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of single tokens, and whether they are the most probable ones; arguments as in the sum's function.
+    """Cross entropies ``[N]`` of single tokens in nats, and whether these are the most probable ones, bool ``[N]``.
 
-    ``watch`` is shown a copy of the logits ``[n, V]`` and the targets ``[n]`` of every chunk.
-
-    Returns:
-        The cross entropies in nats, float32 ``[N]`` (float64 for float64 inputs), and bool ``[N]``.
+    Arguments and dtype as of :func:`linear_cross_entropy_sum`; ``watch`` is called with a copy of the logits ``[n, V]``
+    and the targets ``[n]`` of every chunk.
     """
     head = _Head(scale, cap, _product_dtype(weight), chunk_size or default_chunk_size(weight.shape[0], weight.device))
     losses = torch.empty(len(targets), dtype=_sum_dtype(head.dtype), device=hidden.device)
@@ -95,7 +81,7 @@ def linear_token_losses(
             if watch is not None:
                 watch(logits.clone(), targets[part])  # a metric may keep them, and the buffer is overwritten
             correct[part] = logits.argmax(-1) == targets[part]
-            losses[part] = _losses(logits, targets[part])
+            losses[part] = _losses(logits, targets[part])[0]
     return losses, correct
 
 
@@ -104,23 +90,15 @@ def recomputed_cross_entropy_sum(
 ) -> Tensor:
     """Summed cross entropy of any head's predictions; the logits of each chunk are computed again for the gradient.
 
-    Four products instead of three, but the head may be anything: adapted, quantised, of several layers.
-
-    Args:
-        logits_of: from ``[n, H]`` to ``[n, V]``, differentiable.
-        hidden: ``[N, H]``.
-        targets: ``[N]``, int64.
-        chunk_size: tokens whose logits exist at a time.
+    Four products instead of three, but the head may be anything: adapted, quantised, of several layers. Arguments as of
+    :func:`recomputed_token_losses`.
     """
 
-    def loss(part: Tensor, tokens: Tensor) -> Tensor:
-        logits = logits_of(part)
-        return F.cross_entropy(widen(logits), tokens, reduction="sum")
+    def loss(logits: Tensor, tokens: Tensor) -> Tensor:
+        return F.cross_entropy(logits, tokens, reduction="sum")
 
-    if len(targets) <= chunk_size:
-        return loss(hidden, targets)
-    parts = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    return torch.stack([checkpoint(loss, *part, use_reentrant=False) for part in parts]).sum()
+    sums = _recomputed(logits_of, hidden, targets, chunk_size, loss)
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum()
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
@@ -137,24 +115,34 @@ def recomputed_token_losses(
 ) -> Tensor:
     """Losses ``[N]`` of single tokens with a gradient, by default cross entropies in nats.
 
-    The factor of each token's loss is known in the backward pass only, so the logits of a chunk can't be turned into a
-    gradient at once: they are computed again there, and never exist for more than a chunk.
+    The factor of each token's loss is only known in the backward pass, where the logits of a chunk are computed again.
 
     Args:
-        logits_of: from ``[n, H]`` to ``[n, V]``, differentiable.
+        logits_of: Differentiable function from ``[n, H]`` to logits ``[n, V]``.
         hidden: ``[N, H]``.
         targets: ``[N]``, int64.
-        chunk_size: tokens whose logits exist at a time.
-        loss: from float32 logits ``[n, V]`` (float64 where they are) and targets ``[n]`` to losses ``[n]``.
+        chunk_size: Number of tokens whose logits exist at a time.
+        loss: Function from float32 logits ``[n, V]`` (float64 where they are) and targets ``[n]`` to losses ``[n]``.
     """
+    return torch.cat(_recomputed(logits_of, hidden, targets, chunk_size, loss))
 
-    def losses(part: Tensor, tokens: Tensor) -> Tensor:
+
+def _recomputed(
+    logits_of: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    chunk_size: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> list[Tensor]:
+    """``loss(logits, targets)`` of every chunk; a single one is kept, and not computed again."""
+
+    def of_chunk(part: Tensor, tokens: Tensor) -> Tensor:
         return loss(widen(logits_of(part)), tokens)
 
     if len(targets) <= chunk_size:
-        return losses(hidden, targets)
+        return [of_chunk(hidden, targets)]
     parts = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
+    return [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
 
 
 def default_chunk_size(num_tokens: int, device: torch.device) -> int:
@@ -162,11 +150,13 @@ def default_chunk_size(num_tokens: int, device: torch.device) -> int:
     return max(16, _CHUNK_ELEMENTS.get(device.type, 2**26) // num_tokens)
 
 
-class _Head:
+class _Head(NamedTuple):
     """From hidden states to capped logits, chunk by chunk, in one buffer that every chunk overwrites."""
 
-    def __init__(self, scale: float, cap: float | None, dtype: torch.dtype, chunk_size: int) -> None:
-        self.scale, self.cap, self.dtype, self.chunk_size = scale, cap, dtype, chunk_size
+    scale: float
+    cap: float | None
+    dtype: torch.dtype
+    chunk_size: int
 
     def chunks(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield the range of tokens, their logits ``[n, V]`` in the dtype of sums, and their hidden states."""
@@ -200,25 +190,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         head: _Head,
-        hidden_learns: bool,
-        weight_learns: bool,
-        bias_learns: bool,
+        learns: Sequence[bool],  # which of hidden, weight and bias
     ) -> Tensor:
         sums = _sum_dtype(head.dtype)
         total = torch.zeros((), dtype=accumulation_dtype(hidden.device), device=hidden.device)
-        by_hidden = torch.zeros_like(hidden) if hidden_learns else None
-        by_weight = torch.zeros_like(weight, dtype=sums) if weight_learns else None
-        by_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and bias_learns else None
+        by_hidden = torch.zeros_like(hidden) if learns[0] else None
+        by_weight = torch.zeros_like(weight, dtype=sums) if learns[1] else None
+        by_bias = torch.zeros_like(bias, dtype=sums) if bias is not None and learns[2] else None
         cast = weight.to(head.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for part, logits, states in head.chunks(hidden, cast, bias):
-                slope = None
-                if head.cap is not None and ctx.needs_input_grad[:3] != (False, False, False):
-                    slope = 1 - (logits / head.cap).square_()
-                losses, gradient = _losses_and_gradient(logits, targets[part])
+                slope = 1 - (logits / head.cap).square_() if head.cap is not None and any(learns) else None
+                losses, exponentials = _losses(logits, targets[part])
                 total += losses.sum(dtype=total.dtype)
-                if by_hidden is None and by_weight is None and by_bias is None:
+                if not any(learns):
                     continue
+                # Softmax minus one-hot, in the buffer of the logits.
+                gradient = logits.mul_(exponentials.reciprocal_())
+                gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(losses), 1), -1.0))
                 if slope is not None:
                     gradient.mul_(slope)
                 if head.scale != 1:
@@ -228,9 +217,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient = gradient.to(head.dtype)
                 if by_hidden is not None:
                     by_hidden[part] = torch.mm(gradient, cast)
-                if by_weight is None:
-                    continue
-                _add_product(by_weight, gradient.t(), states)
+                if by_weight is not None:
+                    _add_product(by_weight, gradient.t(), states)
         ctx.gradients = (
             by_hidden,
             None if by_weight is None else by_weight.to(weight.dtype),
@@ -247,7 +235,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: a second gradient of the head would be the largest tensor of a small model's backward pass.
-        return (*(None if g is None else g.mul_(outer[0]) for g in gradients), None, None, None, None, None)
+        return (*(None if g is None else g.mul_(outer[0]) for g in gradients), None, None, None)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -261,22 +249,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.mm(left, right)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropies ``[n]``; overwrites the logits by their exponentials."""
-    chosen = logits.gather(1, targets[:, None])
-    largest = logits.amax(-1, keepdim=True)
-    return (logits.sub_(largest).exp_().sum(-1, keepdim=True).log_() + (largest - chosen))[:, 0]
-
-
-def _losses_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross entropies ``[n]`` and their gradient by the logits, which it overwrites: softmax minus one-hot."""
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropies ``[n]``, and the sums ``[n, 1]`` of the exponentials by which the logits are overwritten."""
     chosen = logits.gather(1, targets[:, None])
     largest = logits.amax(-1, keepdim=True)
     total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    losses = (total.log() + (largest - chosen))[:, 0]
-    logits.mul_(total.reciprocal_())
-    logits.scatter_add_(1, targets[:, None], torch.full_like(chosen, -1.0))
-    return losses, logits
+    return (total.log() + (largest - chosen))[:, 0], total
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:

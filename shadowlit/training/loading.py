@@ -1,4 +1,4 @@
-"""From a checkpoint folder to a model that trains: built on the meta device, filled with each rank's own rows."""
+"""Loads a checkpoint folder for training: the model is built on the meta device and filled with each rank's rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +18,16 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from shadowlit.checkpoint.layout import in_layout_of_module
-from shadowlit.checkpoint.names import TOWERS, canonical_name, count_towers, is_adapter_name, is_of_experts, tower_of
+from shadowlit.checkpoint.names import (
+    TOWERS,
+    canonical_name,
+    count_towers,
+    factor_of,
+    is_adapter_name,
+    is_of_experts,
+    is_weight,
+    tower_of,
+)
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
@@ -43,48 +53,44 @@ def load_for_training(
     towers: Sequence[str] = ("language",),
     frozen_dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Build the model of a checkpoint for training, with float32 masters for everything that learns.
+    """Build the model of a checkpoint for training, with float32 masters of all trainable parameters.
 
-    Full tuning trains float32 copies of all weights, of a vision-language model those of ``towers``; its other towers
-    stay frozen, without masters. With an adapter the weights stay frozen in the dtype they are stored in and the
-    factors are float32; an adapter of experts, or of other bare parameters, leaves the weights in float32 too, since
-    peft adds its product to them, where bfloat16 would lose most of it. No rank ever holds the whole model: it is built
-    on the meta device, sharded there, and filled from the safetensors files by rows.
+    Full fine-tuning trains float32 copies of all weights, or of ``towers`` in a vision-language model, whose other
+    towers stay frozen, without masters. With an adapter the weights stay frozen in the dtype of the files and the
+    factors are float32. An adapter of experts, or of other bare parameters, makes the weights float32 too, since peft
+    adds its product to them and bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on
+    the meta device and filled by rows from the safetensors files.
 
     Args:
-        reader: the Base's checkpoint, in the shape of its Instruct.
-        config: the model's configuration.
-        adapter: LoRA settings; ``None`` for full tuning. Without ``target_modules`` all linear layers are adapted.
-        device: where the parameters shall live.
-        mesh: the data-parallel mesh of FSDP2, or ``None``.
-        parallelize: applied between building and filling; see :func:`shadowlit.training.parallel.parallelize`.
-        attn_implementation: transformers' name of the attention kernel.
-        experts_implementation: transformers' name of the way through a mixture of experts; ``None`` for its default.
-        trust_remote_code: run modelling code that comes with the folder.
-        seed: seeds the adapter's start, the same on any number of ranks.
-        towers: what of the model learns: names of towers (``language``, ``vision``, ``projector``), or regular
-            expressions searched in the parameters' names. An adapter sits on these only.
-        frozen_dtype: dtype of towers that are frozen in full tuning; ``None`` for that of the files.
+        reader: Reader of the Base's checkpoint, in the shape of its Instruct.
+        config: The model's configuration.
+        adapter: LoRA settings; ``None`` for full fine-tuning.
+        device: Device of the parameters.
+        mesh: Data-parallel mesh of FSDP2, or ``None``.
+        parallelize: Function that is applied between building and filling; see
+            :func:`shadowlit.training.parallel.parallelize`.
+        attn_implementation: Name of the attention kernel in transformers.
+        experts_implementation: Name of the implementation of experts in transformers; ``None`` for its default.
+        trust_remote_code: Whether to run modelling code that comes with the folder.
+        seed: Seed of the adapter's initialisation, which is the same on any number of ranks.
+        towers: Trainable parts, see ``train_towers`` of :class:`shadowlit.training.module.ShadowModule`.
+        frozen_dtype: Dtype of towers that are frozen in full fine-tuning; ``None`` for that of the files.
 
     Raises:
-        ShadowlitError: the model has nothing of what ``towers`` names.
-        CheckpointError: the checkpoint lacks a tensor that the model needs.
-        GraftError: the adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded, or has
-            fused experts that it adapts; or it changes one side of a tied embedding.
+        ShadowlitError: No parameter belongs to one of ``towers``.
+        CheckpointError: The checkpoint lacks a tensor that the model needs.
+        GraftError: The adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded or has
+            fused experts to adapt; or it changes one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     stored = _stored_dtype(reader)
     from_weights = adapter is not None and starts_from_weights(adapter)
-    # An adapter that starts from the weights leaves a residual in their place, which must not be rounded.
+    # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
     dtype = torch.float32 if adapter is None or from_weights else stored
     auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            **options,
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **options
         )
     if getattr(config.get_text_config(), "output_router_logits", False):
         log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/moe.md")
@@ -133,49 +139,49 @@ def _fill(
     host = host_of(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in host_parameters(model).items()}
     reader = in_layout_of_module(reader, shapes)
-    ranks = {
-        f"{prefix}.lora_A.{name}.weight": rank
-        for prefix, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-        for name, rank in module.r.items()
-    }
     model.to_empty(device=device)
+    ranks = {
+        id(factor.weight): layer.r[name]
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for name, factor in layer.lora_A.items()
+    }
     if not any(isinstance(p, DTensor) for p in model.parameters()):
-        host.tie_weights()  # to_empty gives every module storage of its own; FSDP2 re-ties
+        host.tie_weights()  # to_empty gives every module its own storage; FSDP2 ties the weights again
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
             assert adapter is not None
-            start = _adapter_start(name, parameter, adapter, seed, ranks.get(name, 1))
+            start = _adapter_start(name, parameter, adapter, seed, ranks.get(id(parameter), 1))
             local(parameter).copy_(start[local_slices(parameter)])
             continue
-        stored_name = canonical_name(name.replace(".original_module.", "."))
+        stored_name = canonical_name(name)
         if stored_name not in reader.tensors:
             raise CheckpointError(
                 f"{reader.folder} has no tensor {stored_name!r}, which the model of its config.json needs. "
                 "Expected one tensor per parameter. Download the checkpoint again, or convert it with transformers."
             )
         local(parameter).copy_(reader.read_slice(stored_name, local_slices(parameter)))
-    # Buffers that no checkpoint holds (rotary frequencies, embedding scales): transformers' own initialisation
-    # leaves alone every parameter marked above.
+    # Buffers that no checkpoint holds (rotary frequencies, embedding scales). transformers' own initialisation skips
+    # every parameter marked above.
     host.initialize_weights()
 
 
 def _require_modules(model: nn.Module, adapter: LoraConfig) -> None:
-    """Raise for an adapter that starts from the weights of modules, where it is to adapt bare parameters."""
+    """Raise for an adapter that starts from the weights of modules but would adapt bare parameters."""
     experts = any(is_of_experts(name) and p.dim() == 3 for name, p in model.named_parameters())
     if adapter.target_parameters or (experts and adapter.target_modules == "all-linear"):
         raise GraftError(
             f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from the weights of modules, but experts "
-            "are bare parameters. Use init_lora_weights=true, or give adapter.target_modules without experts, e.g. "
-            "[q_proj, k_proj, v_proj, o_proj]."
+            "are bare parameters. Use init_lora_weights=true, or set adapter.target_modules to modules other than "
+            "experts, e.g. [q_proj, k_proj, v_proj, o_proj]."
         )
 
 
 def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:
-    """Names of the parameters that aren't of ``towers``."""
+    """Names of the parameters that stay frozen, since they belong to none of ``towers``."""
     names = [name for name, _ in model.named_parameters()]
-    learning: set[str] = set()
+    trained: set[str] = set()
     for part in towers:
         try:
             chosen = {n for n in names if (tower_of(n) == part if part in TOWERS else re.search(part, n))}
@@ -190,14 +196,14 @@ def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:
                 f"model.train_towers has {part!r}, which is in no name of the {len(names)} parameters of "
                 f"{type(model).__name__}; its towers are {found}. Name these, or a pattern that matches."
             )
-        learning |= chosen
-    if not learning:
-        raise ShadowlitError("model.train_towers is empty, so nothing would learn. Name a tower, e.g. [language].")
-    return frozenset(names) - learning
+        trained |= chosen
+    if not trained:
+        raise ShadowlitError("model.train_towers is empty, so nothing would be trained. Name a tower, e.g. [language].")
+    return frozenset(names) - trained
 
 
 def _modules_of(model: nn.Module, parameters: frozenset[str]) -> str:
-    """A pattern for the modules that have no other parameters than these, the outermost of them."""
+    """A pattern for the outermost modules all of whose parameters are among these."""
     owned = {
         prefix
         for prefix, module in model.named_modules()
@@ -208,23 +214,24 @@ def _modules_of(model: nn.Module, parameters: frozenset[str]) -> str:
 
 
 def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int, rank: int) -> Tensor:
-    """peft's own start of a LoRA factor, drawn whole from a generator of its own: equal on any number of ranks."""
+    """The whole initial value of a LoRA factor as in peft, from its own generator: the same on any number of ranks."""
     digest = hashlib.sha256(f"{seed}:{canonical_name(name)}".encode()).digest()
-    # On the CPU, so that every device starts alike: Lightning configures the model under the device's own context.
+    # On the CPU, so that all devices draw the same: Lightning configures the model in the context of its device.
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     start = torch.zeros(parameter.shape, device="cpu")
-    if "lora_A" in name and adapter.init_lora_weights == "gaussian":
+    factor = factor_of(name)
+    if factor == "A" and adapter.init_lora_weights == "gaussian":
         start.normal_(std=1 / rank, generator=generator)
-    elif "lora_A" in name or ("lora_B" in name and name.endswith("weight") and not adapter.init_lora_weights):
+    elif factor == "A" or (factor == "B" and is_weight(name) and not adapter.init_lora_weights):
         nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-    elif "lora_embedding_B" in name:
+    elif factor == "embedding_B":
         start.normal_(generator=generator)
     return start
 
 
 def _stored_dtype(reader: TensorReader) -> torch.dtype:
-    """The dtype that most elements of a checkpoint are stored in."""
-    sizes: dict[torch.dtype, int] = {}
+    """The dtype of most elements of a checkpoint."""
+    sizes: Counter[torch.dtype] = Counter()
     for info in reader.tensors.values():
-        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.num_elements
-    return max(sizes, key=lambda dtype: sizes[dtype])
+        sizes[info.dtype] += info.num_elements
+    return sizes.most_common(1)[0][0]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,16 +16,19 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import TokenSums, token_sums
 from shadowlit.training.outputs import Answers
 
+METRIC_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+def name_clash(names: Iterable[str]) -> str:
+    """The message that metrics would be logged twice, of which Lightning would show the mean."""
+    return (
+        f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
+        "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
+    )
+
 
 class Scores:
-    """All metrics of one set: the objective's, and those of ``model.metrics``.
-
-    Args:
-        own: Metric of the objective, whose ``compute()`` returns a dict from names to numbers.
-        others: Metrics by name; a copy of each is made. ``compute()`` returns a number, or a dict whose keys are
-            appended to the name.
-        device: Device of the sums.
-    """
+    """All metrics of one set: the objective's own, and copies of those of ``model.metrics``."""
 
     def __init__(self, own: Metric, others: Mapping[str, Metric], device: torch.device) -> None:
         self.own = on_device(own, device)
@@ -66,12 +70,9 @@ def _number(name: str, value: Any) -> float:
 
 
 class PreferenceScores(Metric):
-    """The metrics of an objective of preferences over a validation set.
+    """The metrics of an objective of preferences, by the function ``measure`` of all answers of a set.
 
-    Six numbers of every sample are kept until ``compute``, since KTO compares each with a mean over all of them.
-
-    Args:
-        measure: Function from the answers of the whole set to its metrics.
+    Keeps seven numbers of every sample until ``compute``, since KTO compares each with a mean over all of them.
     """
 
     full_state_update = False
@@ -98,8 +99,8 @@ class PreferenceScores(Metric):
 class TokenScores(Metric):
     """Loss, perplexity and accuracies of next-token prediction over a validation set.
 
-    All states are sums, reduced once over the ranks; ``compute`` divides them. Logits are never kept, and where
-    ``update`` is not overridden they are never computed: the objective adds the sums of a batch.
+    All states are sums, reduced once over the ranks; ``compute`` divides them. Where ``update`` is not overridden, the
+    full logits are never computed: the objective adds the sums of a batch.
 
     - ``loss``: cross entropy per supervised token, in nats
     - ``perplexity``: ``exp(loss)``
@@ -128,7 +129,7 @@ class TokenScores(Metric):
 
     @property
     def takes_sums(self) -> bool:
-        """Whether :meth:`add` does the same as :meth:`update`, which a subclass may have overridden."""
+        """Whether :meth:`add` does the same as :meth:`update`, which a subclass may override."""
         return type(self).update is TokenScores.update
 
     def add(self, sums: TokenSums) -> None:

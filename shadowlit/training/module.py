@@ -1,4 +1,4 @@
-"""ShadowModule: trains the Base; the steps, nothing else."""
+"""ShadowModule, the LightningModule that trains the Base and scores the weights that it holds."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ from torchmetrics import Metric
 from transformers import PreTrainedConfig, get_scheduler
 
 from shadowlit.checkpoint.alignment import AlignedReader
+from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair
-from shadowlit.training.generation import generate_answers, greedy_config
+from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores
+from shadowlit.training.metrics import METRIC_NAME, Scores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
-from shadowlit.training.outputs import Batch, Outputs, model_inputs
+from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
-from shadowlit.training.reference import References
+from shadowlit.training.rehearsal import rehearse
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
 from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
 
 log = logging.getLogger(__name__)
 
-# What is logged here has been reduced over the ranks already, once and exactly.
+# Values that are logged here have already been reduced over the ranks, once and exactly.
 warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test|graft)/.*sync_dist=True")
 # Ours adds to a batch of any data module.
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -182,6 +183,9 @@ class ShadowModule(LightningModule):
         self.seed = seed
         self.train_towers = list(train_towers)
         self.metrics = dict(metrics or {})
+        if wrong := [name for name in self.metrics if not METRIC_NAME.fullmatch(name)]:
+            raise ShadowlitError(f"model.metrics has the name {wrong[0]!r}; expected letters, digits, '_' and '-'.")
+        self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
         self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
@@ -209,7 +213,7 @@ class ShadowModule(LightningModule):
             AlignedReader.open(self.pair.base_folder(), self.pair.instruct_folder()),
             config,
             adapter=self.adapter,
-            device=self._device_to_fill(),
+            device=self.trainer.strategy.root_device,
             mesh=mesh,
             parallelize=partial(
                 parallelize,
@@ -237,8 +241,22 @@ class ShadowModule(LightningModule):
         assert self.model is not None
         return self.model(**model_inputs(batch), use_cache=False).logits
 
+    def setup(self, stage: str) -> None:
+        """Try all metrics on random logits, so that one that does not fit is found before anything is trained."""
+        if stage != "predict":
+            self.score_names()
+
+    def score_names(self) -> set[str]:
+        """The names of the metrics that every validation set is scored with, found by scoring random logits.
+
+        Raises:
+            ShadowlitError: A metric can't be updated, gives something that is not a number, or has another's name.
+        """
+        vocabulary = self.pair.config().get_text_config().vocab_size
+        return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
+
     def on_fit_start(self) -> None:
-        """Refuse data that aren't what the objective is about."""
+        """Refuse data of another kind than the objective needs."""
         samples = run_data(self.trainer).samples
         if samples != self.objective.samples:
             raise ShadowlitError(
@@ -247,14 +265,14 @@ class ShadowModule(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Refuse packed rows where the model would let one sample see another."""
+        """Refuse packed rows with a model in which one sample sees another."""
         if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
                 require_separation(self.model)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Find supervised tokens and samples' borders while they are on the CPU: a GPU would have to be waited for."""
+        """Find supervised tokens and samples' borders on the CPU, where nothing has to wait for a GPU."""
         if isinstance(batch, Mapping) and "labels" in batch and "supervised" not in batch:
             positions = batch.get("position_ids")
             borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
@@ -291,11 +309,11 @@ class ShadowModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
         """Add a batch to the scores of ``subject``, whose weights are loaded. An override passes it on to ``super``."""
-        self._score(batch, self._set_name(dataloader_idx), subject)
+        data = run_data(self.trainer)
+        names = data.test_names if self.trainer.testing else data.validation_names
+        self._score(batch, names[dataloader_idx] if names else str(dataloader_idx), subject)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
-        """As :meth:`validation_step`, on the test sets."""
-        self._score(batch, self._set_name(dataloader_idx), subject)
+    test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answer the prompts of a left-padded batch greedily, with the weights that are loaded.
@@ -306,28 +324,20 @@ class ShadowModule(LightningModule):
         assert self.model is not None
         tokenizer = self.pair.tokenizer()
         config = greedy_config(self.pair.template_folder(), tokenizer, self.max_new_tokens)
-        answers = generate_answers(
-            self.model,
-            tokenizer,
-            config,
-            batch["input_ids"],
-            batch["attention_mask"],
-            {name: batch[name] for name in IMAGE_INPUTS if name in batch},
-            synced_gpus=self.trainer.world_size > 1,
-        )
+        images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
+        prompts = batch["input_ids"], batch["attention_mask"], images
+        answers = generate(self.model, tokenizer, config, *prompts, synced_gpus=self.trainer.world_size > 1)
         return [
-            {"index": index, "answer": answer}
+            {"index": index, "answer": answer.text}
             for index, answer in zip(batch["index"].tolist(), answers, strict=True)
             if index >= 0
         ]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of every subject that was measured since the validation began."""
-        self._log_scores("val")
+        """Log the scores of every subject, and what callbacks measured."""
+        self._log_scores("test" if self.trainer.testing else "val")
 
-    def on_test_epoch_end(self) -> None:
-        """Log the scores of every subject on the test sets."""
-        self._log_scores("test")
+    on_test_epoch_end = on_validation_epoch_end
 
     def configure_scores(self) -> Metric:
         """The metric that each set is scored with, for every subject. ``model.metrics`` adds others to it.
@@ -340,7 +350,7 @@ class ShadowModule(LightningModule):
         return self.objective.configure_scores()
 
     def lacking_references(self, who: Subject) -> list[str]:
-        """The sets of which the objective needs ``who``'s log-probabilities and doesn't know them; BASE or INSTRUCT."""
+        """The preference sets that the objective needs ``who``'s log-probabilities of and that are not measured yet."""
         if not self.objective.has_reference:
             return []
         sets = run_data(self.trainer).preference_sets
@@ -348,17 +358,13 @@ class ShadowModule(LightningModule):
         return self._references.lacking(who, {n: one for n, one in sets.items() if who == BASE or n != "train"})
 
     @torch.no_grad()
-    def measure_references(self, names: list[str]) -> dict[str, Tensor]:
-        """Log-probabilities of the answers of preference sets under the weights that are loaded.
+    def measure_references(self, who: Subject, names: list[str]) -> None:
+        """Measure the answers of preference sets with the weights of the untouched model ``who``, which are loaded.
 
         A collective: every rank does its share of each set.
-
-        Returns:
-            ``[samples, 2]`` float64 by set, for :meth:`keep_references`.
         """
         assert self.model is not None
         data = run_data(self.trainer)
-        measured = {}
         for name in names:
             dataset = data.preference_sets[name]
             logps = torch.zeros(len(dataset), 2, dtype=accumulation_dtype(self.device), device=self.device)
@@ -369,17 +375,10 @@ class ShadowModule(LightningModule):
                     logps[batch["sample"].index_select(0, batch["valid"])] = found.logps
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(logps)
-            measured[name] = logps
-        return measured
-
-    def keep_references(self, who: Subject, measured: dict[str, Tensor]) -> None:
-        """Keep these log-probabilities, by set, as those of the untouched model ``who``."""
-        sets = run_data(self.trainer).preference_sets
-        for name, logps in measured.items():
-            self._references.keep(who, name, sets[name], logps)
+            self._references.keep(who, name, dataset, logps)
 
     def head_losses(self) -> HeadLoss:
-        """How losses come from the model; found out in its first forward pass, in which its weights are there."""
+        """The implementation of the model's losses, chosen on first use, when its weights are loaded."""
         assert self.model is not None
         if self._head_loss is None or self._head_loss.model is not self.model:
             self._head_loss = HeadLoss(self.model, self.head_loss)
@@ -404,7 +403,7 @@ class ShadowModule(LightningModule):
         return taken
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The module's state; with an adapter only what is trained, since the rest lies in the Base's files."""
+        """The module's state; with an adapter only the trained parameters, since the rest is in the Base's files."""
         state = super().state_dict(*args, **kwargs)
         if self.adapter is None or self.model is None:
             return state
@@ -412,7 +411,7 @@ class ShadowModule(LightningModule):
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write an 8-bit optimizer's states as plain tensors, and what the objective carries over to the next step."""
+        """Store an 8-bit optimizer's states as plain tensors, and the state of the objective."""
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
@@ -434,7 +433,7 @@ class ShadowModule(LightningModule):
             eps=self.eps,
             weight_decay=self.weight_decay,
             offload=self.offload_optimizer,
-            lora_b=[p for name, p in trained if "lora_B" in name],
+            lora_b=[p for name, p in trained if factor_of(name) == "B"],
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
         return {"optimizer": optimizer, "lr_scheduler": self._configure_schedule(optimizer)}
@@ -442,21 +441,22 @@ class ShadowModule(LightningModule):
     def _configure_schedule(self, optimizer: Optimizer) -> LRSchedulerConfigType:
         total = int(self.trainer.estimated_stepping_batches)
         warmup = math.ceil(self.warmup_ratio * total)
+        scheduler: Any
         if isinstance(self.lr_scheduler, str):
-            kwargs = self.lr_scheduler_kwargs
-            return {"scheduler": get_scheduler(self.lr_scheduler, optimizer, warmup, total, kwargs), "interval": "step"}
-        if self.lr_scheduler is None:
+            scheduler = get_scheduler(self.lr_scheduler, optimizer, warmup, total, self.lr_scheduler_kwargs)
+        elif self.lr_scheduler is None:
             rate = partial(_rate, total=total, warmup=warmup, schedule=self.schedule)
-            return {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}
-        scheduler = self.lr_scheduler(optimizer)
-        if not isinstance(scheduler, TorchReduceLROnPlateau):
-            return {"scheduler": scheduler, "interval": "step"}
-        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler = LambdaLR(optimizer, rate)
+        else:
+            scheduler = self.lr_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
+        if isinstance(scheduler, TorchReduceLROnPlateau):
             raise ShadowlitError(
                 "model.lr_scheduler is torch's ReduceLROnPlateau, which can't name a metric. Use class_path "
                 "lightning.pytorch.cli.ReduceLROnPlateau with monitor, e.g. val/grafted/loss."
             )
-        return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
+        return {"scheduler": scheduler, "interval": "step"}
 
     def _kernel(self, config: PreTrainedConfig) -> str:
         """The attention kernel's name, with auto decided."""
@@ -501,25 +501,21 @@ class ShadowModule(LightningModule):
         self.objective.score(outputs, [self._scores[key] for key in keys])
 
     def _log_scores(self, stage: str) -> None:
+        added, self.callback_metrics = self.callback_metrics, {}
         for subject in dict.fromkeys(who for who, _ in self._scores):
-            for name, value in self.scores(subject).items():
-                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
+            scores, prefix = self.scores(subject), f"{stage}/{subject.name}/"
+            if twice := [prefix + name for name in scores if prefix + name in added]:
+                raise DataError(name_clash(twice))
+            for name, value in scores.items():
+                self.log(prefix + name, value, prog_bar=name == "loss")
+        for name, value in added.items():
+            self.log(name, value, prog_bar=name == "graft/gain")
         self._scores.clear()
-
-    def _set_name(self, dataloader_idx: int) -> str:
-        data = run_data(self.trainer)
-        names = data.test_names if self.trainer.testing else data.validation_names
-        return names[dataloader_idx] if names else str(dataloader_idx)
 
     def _seed_dropout(self) -> None:
         """Make this batch's random numbers a function of the seed, the batch's number and the rank."""
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(hash((self.seed, number, self.trainer.global_rank)) % 2**63)
-
-    def _device_to_fill(self) -> torch.device:
-        device = self.trainer.strategy.root_device
-        assert isinstance(device, torch.device)
-        return device
 
     def _data_parallel_mesh(self) -> Any:
         strategy = self.trainer.strategy
@@ -549,6 +545,6 @@ def _compute_dtype(precision: str) -> torch.dtype:
     if precision == "bf16-mixed":
         return torch.bfloat16
     raise ShadowlitError(
-        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. What learns is kept in float32, "
+        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. Trainable parameters are float32, "
         "since a small update does not survive in half precision ('bf16-true' would also round the rotary frequencies)."
     )

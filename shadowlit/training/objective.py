@@ -1,8 +1,7 @@
 """Losses and scores of next-token prediction: pure functions of logits and labels, always sums, never means.
 
-A mean over tokens is a sum divided by the number of supervised tokens of the whole effective batch or set. The
-number is only known once all micro-batches and ranks have been seen, so the functions here return sums and leave
-the division to whoever knows it (a mean of means weighs short batches too much; transformers#34242).
+A mean over tokens is a sum divided by the number of supervised tokens of the whole effective batch or set, which is
+only known after all micro-batches and ranks (a mean of means weighs short batches too much; transformers#34242).
 """
 
 from __future__ import annotations
@@ -19,29 +18,20 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over the supervised tokens of a batch; each a scalar tensor on the batch's device.
+    """Sums over the supervised tokens of a batch; each a scalar tensor on the batch's device."""
 
-    Attributes:
-        loss: sum of the cross entropies, in nats.
-        num_tokens: supervised tokens.
-        num_correct: supervised tokens that are the most probable one.
-        num_samples: rows with at least one supervised token; of packed rows, the conversations.
-        num_exact: those whose supervised tokens are all the most probable ones. Greedy decoding would reproduce
-            the answer of such a row token for token.
-    """
-
-    loss: Tensor
+    loss: Tensor  # of the cross entropies, in nats
     num_tokens: Tensor
-    num_correct: Tensor
-    num_samples: Tensor
-    num_exact: Tensor
+    num_correct: Tensor  # tokens that are the most probable one
+    num_samples: Tensor  # rows with a supervised token; of packed rows, the conversations
+    num_exact: Tensor  # samples all of whose tokens are the most probable ones
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Where the hidden states lie that predict supervised tokens: ``[N]``, int64, into the ``B * T`` of a batch.
+    """Indices ``[N]``, int64, of the hidden states that predict supervised tokens, among the ``B * T`` of a batch.
 
     The label at ``t`` is predicted at ``t - 1``. The first token of a row has no prediction, nor has the first of a
-    conversation in a packed row, whatever stands before it.
+    conversation in a packed row.
 
     Args:
         labels: ``[B, T]``, int64, -100 where unsupervised, aligned with the input tokens.
@@ -57,21 +47,16 @@ def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> 
 def sum_tokens(
     losses: Tensor, correct: Tensor, positions: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> TokenSums:
-    """Sums of what is known of every supervised token; a row that is packed counts as its conversations.
+    """The sums, from the cross entropy of every supervised token and whether it is the most probable one, ``[N]`` each.
 
-    Args:
-        losses: ``[N]``, cross entropies in nats.
-        correct: ``[N]``, bool, whether the token is the most probable one.
-        positions: ``[N]``, from :func:`supervised_positions`.
-        labels: ``[B, T]``, as there.
-        position_ids: ``[B, T]``, as there.
+    ``positions`` ``[N]`` come from :func:`supervised_positions`, with the same ``labels`` and ``position_ids``.
     """
     starts = torch.zeros_like(labels, dtype=torch.bool)
     starts[:, 0] = True
     if position_ids is not None:
         starts |= position_ids == 0
     index = torch.arange(labels.numel(), device=labels.device)
-    # Each conversation by the place of its first token; of fixed size, so that a GPU needn't be waited for.
+    # Each conversation by the index of its first token; of fixed size, so that nothing waits for a GPU.
     conversation = (index * starts.flatten()).cummax(0).values.index_select(0, positions)
     counts = torch.zeros(2, labels.numel(), dtype=torch.int64, device=labels.device)
     counts.index_add_(1, conversation, torch.stack([torch.ones_like(positions), correct.long()]))
@@ -83,13 +68,7 @@ def sum_tokens(
 
 @torch.no_grad()
 def token_sums(logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> TokenSums:
-    """Sums that validation metrics are made of.
-
-    Args:
-        logits: ``[B, T, V]``, any floating dtype; the softmax is taken in float32.
-        labels: ``[B, T]``, int64, -100 where unsupervised, aligned with the input tokens.
-        position_ids: ``[B, T]``, where rows are packed: they restart at 0 in each conversation.
-    """
+    """The sums of logits ``[B, T, V]`` of any floating dtype; other arguments as of :func:`supervised_positions`."""
     positions = supervised_positions(labels, position_ids)
     targets = labels.flatten()[positions + 1]
     chosen = logits.flatten(0, 1)[positions].float()

@@ -1,7 +1,7 @@
-"""Objectives: what is trained for, ``model.objective`` of the configuration.
+"""Training objectives, ``model.objective`` of the configuration.
 
-An objective asks the model for what it needs of a batch (:class:`shadowlit.training.outputs.Outputs`) and returns sums;
-``ShadowModule`` adds them up over the micro-batches and ranks of a step and divides the gradients by the sum called
+An objective takes what it needs from the model's outputs (:class:`shadowlit.training.outputs.Outputs`) and returns
+sums; ``ShadowModule`` adds them over the micro-batches and ranks of a step and divides the gradients by the sum called
 ``count``. The loss of an effective batch is thus the same however its samples are spread.
 
 An objective of your own is a subclass, chosen by ``model.objective.class_path``:
@@ -9,6 +9,8 @@ An objective of your own is a subclass, chosen by ``model.objective.class_path``
 - :class:`TokenObjective` for a loss per supervised token of conversations,
 - :class:`PreferenceObjective` for a loss per pair or labelled answer,
 - :class:`Objective` for anything else.
+
+The constructors raise a ShadowlitError for an option that is out of its range.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ Sums = dict[str, Tensor]
 
 
 class Objective(ABC):
-    """What is trained for; subclasses are what ``model.objective`` may be.
+    """Base class of training objectives.
 
     Attributes:
         samples: Kind of the samples: conversations, pairs, or labels (answers that are desirable or not).
@@ -192,11 +194,11 @@ class PreferenceObjective(Objective):
 
 
 class DPO(PreferenceObjective):
-    """Direct preference optimisation: the reward is how much likelier an answer has become, times β.
+    """Direct preference optimisation: the reward is β times the change of an answer's log-probability.
 
     Args:
-        beta: Strength of the tie to the reference; larger stays closer.
-        loss: What is made of the margin between the rewards. sigmoid: DPO (arXiv 2305.18290). hinge: SLiC's (arXiv
+        beta: Scale of the rewards; a larger one keeps the model closer to the reference.
+        loss: Function of the margin between the rewards. sigmoid: DPO (arXiv 2305.18290). hinge: SLiC's (arXiv
             2309.06657). ipo: a square around ``1 / (2 beta)``, of log-ratios per token (arXiv 2310.12036). robust:
             unbiased under swapped labels (arXiv 2403.00409).
         label_smoothing: Share of pairs that may be labelled the wrong way round, 0 to below 0.5; of sigmoid and robust.
@@ -246,19 +248,16 @@ class DPO(PreferenceObjective):
 
 
 class KTO(PreferenceObjective):
-    """Kahneman-Tversky optimisation: single answers with a label, each against how far the policy has moved.
+    """Kahneman-Tversky optimisation: single labelled answers, each compared with the distance the policy has moved.
 
-    ``z``, the distance, is the mean log-ratio of answers to other prompts (the next row's), and at least 0. It is
-    taken over the whole effective batch, and from the step before: so it is the same however the batch is spread, and
-    exact at the first step, where policy and reference are one. arXiv 2402.01306.
+    The distance ``z`` is the mean log-ratio of answers to other prompts (the next row's), at least 0, over the whole
+    effective batch of the previous step. It is thus the same however the batch is spread, and exact at the first step,
+    where policy and reference are the same. arXiv 2402.01306.
 
     Args:
-        beta: Strength of the tie to the reference; larger stays closer.
-        desirable_weight: λ_D, the weight of desirable answers.
-        undesirable_weight: λ_U, that of undesirable ones; the weighted numbers of both should be about equal.
-
-    Raises:
-        ShadowlitError: An option is out of its range.
+        beta: Scale of the rewards; a larger one keeps the model closer to the reference.
+        desirable_weight: Weight of desirable answers, λ_D.
+        undesirable_weight: Weight of undesirable answers, λ_U; the weighted numbers of both should be about equal.
     """
 
     samples = "labels"
@@ -289,15 +288,12 @@ class _ByMeans(PreferenceObjective):
 
 
 class ORPO(_ByMeans):
-    """Odds ratio preference optimisation: supervised fine-tuning on the chosen answer and an odds ratio, no reference.
+    """Odds ratio preference optimisation: supervised fine-tuning on the chosen answer plus an odds ratio, no reference.
 
     ``-log π(y_w|x) / |y_w| + weight * odds_ratio``; arXiv 2403.07691.
 
     Args:
         weight: λ, the weight of the odds ratio.
-
-    Raises:
-        ShadowlitError: ``weight`` is out of its range.
     """
 
     def __init__(self, weight: float = 0.1) -> None:
@@ -315,10 +311,7 @@ class SimPO(_ByMeans):
 
     Args:
         beta: Scale of the rewards.
-        gamma: Margin that is wanted between the two rewards.
-
-    Raises:
-        ShadowlitError: An option is out of its range.
+        gamma: Target margin between the two rewards.
     """
 
     def __init__(self, beta: float = 2.0, gamma: float = 1.0) -> None:
@@ -339,9 +332,6 @@ class CPO(PreferenceObjective):
     Args:
         beta: Scale of the rewards.
         sft_weight: Weight of the second term.
-
-    Raises:
-        ShadowlitError: An option is out of its range.
     """
 
     has_reference = False
@@ -361,15 +351,12 @@ class CPO(PreferenceObjective):
 
 
 class ASFT(_ByMeans):
-    """Aligned supervised fine-tuning: the chosen answer is made likely and the rejected one unlikely, each by itself.
+    """Aligned supervised fine-tuning: makes the chosen answer likely and the rejected one unlikely, independently.
 
     ``-log π(y_w|x) / |y_w| + weight * absolute_likelihood``; arXiv 2409.10571.
 
     Args:
         weight: Weight of the second term.
-
-    Raises:
-        ShadowlitError: ``weight`` is out of its range.
     """
 
     def __init__(self, weight: float = 0.1) -> None:
@@ -386,12 +373,7 @@ OBJECTIVES = tuple(one.__name__ for one in (SFT, DPO, KTO, ORPO, SimPO, CPO, ASF
 
 
 def preference_sums(objective: PreferenceObjective, answers: Answers) -> Sums:
-    """The loss of a batch, a float64 scalar with a gradient, and the sums of :func:`preference_metrics`, without.
-
-    Args:
-        objective: Objective that gives losses and rewards.
-        answers: N samples.
-    """
+    """The loss of a batch, a float64 scalar with a gradient, and the other sums of :func:`preference_metrics`."""
     losses = objective.losses(answers)
     total = losses.sum()
     with torch.no_grad():
@@ -400,14 +382,12 @@ def preference_sums(objective: PreferenceObjective, answers: Answers) -> Sums:
         logps, means = answers.logps.detach(), answers.means.detach()
         if objective.samples == "labels":  # an answer is chosen or rejected
             correct = (rewards[:, 0] > getattr(objective, "beta", 1.0) * answers.kl) == answers.desirable
-            chosen, rejected = first, 1 - first
-            second = 0
+            chosen, rejected, second = first, 1 - first, 0
             tokens = answers.lengths[:, 0].sum()
             shifts = answers.ratios[:, 1].detach().sum()
         else:
             correct = rewards[:, 0] > rewards[:, 1]
-            chosen = rejected = torch.ones_like(first)
-            second = 1
+            chosen, rejected, second = torch.ones_like(first), torch.ones_like(first), 1
             tokens = answers.lengths.sum()
             shifts = torch.zeros_like(total)
         return {
@@ -431,13 +411,13 @@ def preference_metrics(sums: Sums, samples: Samples) -> Sums:
     """Means from sums over a batch, a set, or all ranks; NaN where there was nothing to take a mean of.
 
     - ``loss``: mean loss of a sample
-    - ``accuracy``: share of pairs whose chosen answer has the larger reward (ties are wrong); of labelled answers,
-      share whose reward lies on its label's side of β z
+    - ``accuracy``: share of pairs whose chosen answer has the larger reward (ties are wrong), or of labelled answers
+      whose reward is on their label's side of β z
     - ``reward_chosen``, ``reward_rejected``, and their difference ``margin``: mean rewards; for labelled answers those
       of the desirable and the undesirable ones
     - ``logp_chosen``, ``logp_rejected``: mean log-probabilities of whole answers, in nats
     - for pairs ``likelier`` and ``likelier_per_token``: share whose chosen answer is the more probable one, as a whole
-      and by the mean of its tokens, whatever the reference makes of it
+      and by the mean of its tokens, regardless of the reference
     - for labelled answers ``kl``: z, in nats
     """
     count, chosen, rejected = sums["count"], sums["chosen"], sums["rejected"]

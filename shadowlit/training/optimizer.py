@@ -30,23 +30,12 @@ def make_optimizer(
     lora_b: Collection[Tensor] = (),
     loraplus_lr_ratio: float = 1.0,
 ) -> Optimizer:
-    """An optimizer of the trained parameters; weight decay on matrices only.
+    """An optimizer of the float32 parameters ``trained``; weight decay on matrices only.
 
     ``adamw`` is torch's AdamW (arXiv 1711.05101), as one kernel over all elements where there is one (CPU and CUDA).
     ``adamw_8bit`` keeps both moments in blocks of 8 bits (arXiv 2110.02861): 2 bytes per trained parameter instead of
-    8. It is torchao's, which also shards, or else that of bitsandbytes.
-
-    Args:
-        choice: Name of one of the two, or a class or function of parameter groups and ``lr``.
-        trained: Trained parameters, float32.
-        lr: Peak learning rate.
-        betas: Decay rates of AdamW's two moments.
-        eps: Number added to the root of AdamW's second moment.
-        weight_decay: Decoupled weight decay of AdamW.
-        offload: Whether to keep the moments of ``adamw`` in the CPU's memory between steps; see
-            :class:`OffloadedAdamW`.
-        lora_b: The factors B of LoRA among the parameters.
-        loraplus_lr_ratio: Learning rate of the factors B divided by ``lr`` (LoRA+, arXiv 2402.12354).
+    8. It is torchao's, which also shards, or else that of bitsandbytes. A class or function gets parameter groups and
+    ``lr``. Options as of :class:`shadowlit.training.module.ShadowModule`; ``lora_b`` are the factors B of LoRA.
 
     Raises:
         ShadowlitError: A class can't take the parameters, a setting is AdamW's alone, neither library of 8-bit moments
@@ -101,11 +90,10 @@ def _clippable(optimizer: Optimizer) -> Optimizer:
 
 
 class OffloadedAdamW(AdamW):
-    """AdamW whose moments lie in the CPU's memory, and come to the device for one parameter at a time.
+    """AdamW whose moments are kept in the CPU's memory and moved to the device for one parameter at a time.
 
-    8 bytes per trained parameter less on the device, for 16 that are moved in every step. What is computed is the same,
-    bit for bit. Sharded parameters have sharded moments. Loading a checkpoint has all of them on the device for a
-    moment.
+    Saves 8 bytes per trained parameter on the device, and moves 16 in every step. The results are the same bit for bit.
+    Sharded parameters have sharded moments. While a checkpoint is loaded, all moments are on the device.
     """
 
     @torch.no_grad()

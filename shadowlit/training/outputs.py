@@ -1,17 +1,21 @@
-"""What an objective may ask a model for: the outputs for one batch, in several forms."""
+"""What an objective may ask a model for: the outputs for one batch in several forms, and those of the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.arithmetic import accumulation_dtype
+from shadowlit.grafting.subject import Subject
 from shadowlit.training.head import HeadLoss, LogitsFunction, Watch
+from shadowlit.training.linear_loss import cross_entropies
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
-from shadowlit.training.reference import sum_by_sequence
 
 Batch = Mapping[str, Tensor]
 # The four before the images belong to packed rows, for attention that takes their borders instead of a mask.
@@ -50,17 +54,11 @@ class Answers:
 
 
 class Outputs:
-    """The model's outputs for one batch; nothing is computed before it is asked for.
+    """The model's outputs for one batch of ``input_ids`` and ``labels``, int64 ``[B, T]``, computed on demand.
 
     Each method runs the model once, so call one of them per batch. All but :meth:`logits` compute the logits of a chunk
     of supervised tokens at a time where the model's head allows it (:class:`shadowlit.training.head.HeadLoss`), so that
     those of a whole batch never exist. With gradients enabled the results have a gradient.
-
-    Args:
-        head: The model's losses.
-        batch: ``input_ids`` and ``labels``, int64 ``[B, T]``, and the other inputs of the model.
-        reference: Function from indices of samples ``[N]`` to the ``[N, 2]`` log-probabilities of their answers under
-            the reference; None where there is none.
 
     Attributes:
         batch: The batch.
@@ -69,6 +67,7 @@ class Outputs:
     """
 
     def __init__(self, head: HeadLoss, batch: Batch, reference: Callable[[Tensor], Tensor] | None = None) -> None:
+        # The reference gives the log-probabilities [N, 2] of the answers of samples [N].
         self.batch = batch
         self._head, self._reference = head, reference
         positions = batch.get("supervised")
@@ -83,7 +82,7 @@ class Outputs:
 
     def token_log_probs(self) -> Tensor:
         """The log-probabilities of the supervised tokens in nats, float32 ``[N]``."""
-        return self._head.token_log_probs(model_inputs(self.batch), self.positions, self.targets)
+        return -self.map_logits(cross_entropies)
 
     def map_logits(self, function: LogitsFunction) -> Tensor:
         """``function(logits, targets)`` of all supervised tokens, ``[N]``.
@@ -99,19 +98,12 @@ class Outputs:
         return self._head.model(**model_inputs(self.batch), use_cache=False).logits
 
     def token_sums(self, watch: Watch | None = None) -> TokenSums:
-        """The sums that validation metrics are made of, without a gradient.
-
-        Args:
-            watch: Function that is called with float32 logits ``[n, V]`` and int64 targets ``[n]`` of every chunk.
-        """
+        """The sums of validation metrics, without a gradient; ``watch`` as of :meth:`HeadLoss.token_losses`."""
         losses, correct = self._head.token_losses(model_inputs(self.batch), self.positions, self.targets, watch)
         return sum_tokens(losses, correct, self.positions, self.batch["labels"], self.batch.get("position_ids"))
 
     def answers(self, with_reference: bool) -> Answers:
-        """The log-probabilities of the answers of a batch of preferences.
-
-        Args:
-            with_reference: Whether to look up what the reference makes of them.
+        """The log-probabilities of the answers of a batch of preferences, on request with those of the reference.
 
         Raises:
             ShadowlitError: The batch holds conversations, or the reference hasn't been measured.
@@ -123,7 +115,7 @@ class Outputs:
                 "to the objective's, pairs or labels, or model.objective to SFT."
             )
         sequence = batch["sequence"].flatten().index_select(0, self.positions)
-        sums, counts = sum_by_sequence(self.token_log_probs(), sequence, 2 * len(batch["sample"]))
+        sums, counts = _sum_by_sequence(self.token_log_probs(), sequence, 2 * len(batch["sample"]))
         valid = batch["valid"]
         logps, lengths = (x.view(-1, 2).index_select(0, valid) for x in (sums, counts))
         reference = None
@@ -136,3 +128,42 @@ class Outputs:
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """The entries of a batch that the model takes."""
     return {name: batch[name] for name in _INPUTS if name in batch}
+
+
+class References:
+    """Log-probabilities of answers under the untouched models by data set, on the device: 16 bytes a sample."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Subject, str], tuple[Any, Tensor]] = {}
+
+    def lacking(self, who: Subject, sets: dict[str, Any]) -> list[str]:
+        """The names of ``sets`` that haven't been measured with the weights of ``who``, or were read again."""
+        known = self._known
+        return [name for name, one in sets.items() if (who, name) not in known or known[who, name][0] is not one]
+
+    def keep(self, who: Subject, name: str, dataset: Any, logps: Tensor) -> None:
+        """Remember ``[len(dataset), 2]`` log-probabilities."""
+        self._known[who, name] = dataset, logps
+
+    def look_up(self, who: Subject, name: str, samples: Tensor) -> Tensor:
+        """The log-probabilities of some samples of a set, ``[N, 2]`` for indices ``[N]``.
+
+        Raises:
+            ShadowlitError: The set hasn't been measured.
+        """
+        if (who, name) not in self._known:
+            raise ShadowlitError(
+                f"the objective compares with the start of the model, but the {who.name}'s log-probabilities of "
+                f"'{name}' are unknown. Expected a GraftCallback, which measures them, among the trainer's callbacks; "
+                "add one, or choose an objective without a reference: SimPO, ORPO, CPO, ASFT."
+            )
+        logps = self._known[who, name][1]
+        return logps.to(samples.device).index_select(0, samples)
+
+
+def _sum_by_sequence(values: Tensor, sequence: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Sums and counts ``[num_sequences]`` of values ``[N]`` by their sequence ``[N]``, in float64 (not on MPS)."""
+    dtype = accumulation_dtype(values.device)
+    sums, counts = values.new_zeros(2, num_sequences, dtype=dtype).unbind()
+    ones = torch.ones_like(values, dtype=dtype).detach()
+    return sums.index_add(0, sequence, values.to(dtype)), counts.index_add(0, sequence, ones)

@@ -28,17 +28,17 @@ def parallelize(
 ) -> None:
     """Apply activation checkpointing, then compilation, then sharding, in place.
 
-    The order matters: a layer recomputes what it checkpointed inside its compiled graph, and FSDP2's hooks stand
-    outside of both, so that one all-gather serves one layer.
+    The order matters: a layer recomputes inside its compiled graph, and FSDP2's hooks are outside of both, so that one
+    all-gather serves one layer.
 
     Args:
-        model: a transformers causal language model, with or without peft's adapters, on the meta device when it
+        model: A transformers causal language model, with or without peft's adapters, on the meta device when it
             is to be sharded.
-        mesh: a one-dimensional mesh over the data-parallel ranks; ``None`` leaves the parameters whole.
-        activation_checkpointing: what every decoder layer computes again in the backward pass instead of storing it:
-            nothing (``False``, ``none``), all (``True``, ``full``), or what :func:`_keeps` leaves (``selective``).
-        compile_layers: compile every decoder layer with ``torch.compile``.
-        compute_dtype: dtype of the all-gathered parameters under FSDP2; gradients are reduced in float32.
+        mesh: One-dimensional mesh of the data-parallel ranks; ``None`` leaves the parameters whole.
+        activation_checkpointing: What every decoder layer recomputes in the backward pass: nothing (``False``,
+            ``none``), everything (``True``, ``full``), or what :func:`_keeps` does not keep (``selective``).
+        compile_layers: Whether to compile every decoder layer with ``torch.compile``.
+        compute_dtype: Dtype of the all-gathered parameters under FSDP2; gradients are reduced in float32.
     """
     named = [(name, module) for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     layers = [module for _, module in named]
@@ -63,12 +63,11 @@ def parallelize(
 
 
 def _keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Which results of a decoder layer are kept: those that take long to compute for the memory that they take.
+    """Keep the results of a decoder layer that are expensive for their memory; the others are recomputed.
 
-    An element of a product costs as many multiplications as its inner dimension has, one of attention as the sequence
-    is long. So attention is kept, and products whose result is no wider than what went in: queries, keys, values,
-    the projections back to the hidden size, the lower half of an adapter. Computed again are the products into the
-    wide middle of the MLP, the upper halves of adapters, and whatever works on single elements.
+    An element of a product costs as many multiplications as the inner dimension, one of attention as the sequence is
+    long. Kept are attention and products whose result is no wider than their input: queries, keys, values, projections
+    back to the hidden size, the first factors of adapters.
     """
     if operation in _PRODUCTS:
         matrix = args[_PRODUCTS[operation]]
@@ -85,9 +84,8 @@ _PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2}
 def within_forward(model: nn.Module, function: Callable[..., _T], *args: Any) -> _T:
     """Call ``function(*args)``, which uses parts of ``model``, as if it were the model's forward pass.
 
-    Under FSDP2 the root unit holds embeddings, last norm and head, and gathers them for the model's forward pass
-    only: its parts called by themselves would find shards. What has a gradient must be returned as a tensor, or in a
-    tuple, for the root unit to notice the backward pass.
+    Under FSDP2 the root unit holds embeddings, last norm and head, and gathers them for the model's forward pass only.
+    Results with a gradient must be tensors or tuples of them, for the root unit to notice the backward pass.
     """
     return model.within_forward(function, *args) if isinstance(model, FSDPModule) else function(*args)  # type: ignore[operator]
 
@@ -97,10 +95,9 @@ def _call(function: Callable[..., _T], *args: Any) -> _T:
 
 
 def reduce_gradients(model: nn.Module, now: bool) -> None:
-    """Let FSDP2's ranks add the gradients of the next backward pass, or keep them, whole and in float32, for later.
+    """Let FSDP2's ranks add the gradients of the next backward pass now, or keep them, whole and in float32.
 
-    Sums over micro-batches and over ranks may be taken in either order. Without FSDP2 nothing is done; DDP is told by
-    Lightning.
+    Sums over micro-batches and ranks may be taken in either order. Does nothing without FSDP2; Lightning handles DDP.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)

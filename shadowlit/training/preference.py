@@ -1,7 +1,8 @@
 """Losses of preference optimisation: pure functions of log-probabilities, one loss per pair or labelled answer.
 
 ``log π(y|x)`` is the sum of an answer's token log-probabilities, its mean the sum divided by the answer's tokens, and a
-log-ratio ``log π(y|x) - log π_ref(y|x)``. In a pair, ``y_w`` is the chosen answer and ``y_l`` the rejected one. Every
+log-ratio ``log π(y|x) - log π_ref(y|x)``. In a pair, ``y_w`` is the chosen answer and ``y_l`` the rejected one, and the
+margin ``m`` is the log-ratio of the first minus that of the second. ``β``, above 0, is the scale of rewards. Every
 function works element by element on tensors of one shape and any floating dtype.
 """
 
@@ -17,13 +18,8 @@ from torch import Tensor
 def dpo_sigmoid(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """``-(1 - ε) log σ(β m) - ε log σ(-β m)``: DPO, and with ``ε > 0`` its conservative form.
 
-    Rafailov et al. 2023, arXiv 2305.18290, eq. 7; ε is Mitchell's (cDPO, 2023): the share of pairs that are taken to be
-    labelled the wrong way round.
-
-    Args:
-        margin: the log-ratio of the chosen answer minus that of the rejected one.
-        beta: strength of the tie to the reference, above 0.
-        label_smoothing: ε, 0 to below 0.5.
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7; ε, the label smoothing, is Mitchell's (cDPO, 2023): the share of
+    pairs, 0 to below 0.5, that are taken to be labelled the wrong way round.
     """
     h = beta * margin
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
@@ -35,13 +31,9 @@ def dpo_hinge(margin: Tensor, beta: float) -> Tensor:
 
 
 def dpo_ipo(margin: Tensor, beta: float) -> Tensor:
-    """``(m - 1 / (2 β))²``: IPO, which wants a margin of a certain size and no more.
+    """``(m - 1 / (2 β))²``: IPO, which aims at a margin of a certain size; here of means over tokens.
 
     Azar et al. 2023, arXiv 2310.12036, eq. 17, whose τ is β.
-
-    Args:
-        margin: as of :func:`dpo_sigmoid`, but of means over tokens.
-        beta: strength of the tie to the reference, above 0.
     """
     return (margin - 1 / (2 * beta)) ** 2
 
@@ -66,15 +58,8 @@ def kto(
 ) -> Tensor:
     """``λ_D (1 - σ(β (r - z)))`` for a desirable answer, ``λ_U (1 - σ(β (z - r)))`` for an undesirable one.
 
-    Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8.
-
-    Args:
-        ratio: r, the answer's log-ratio.
-        desirable: bool, which of the two it is.
-        kl: z, how far the policy is from the reference, in nats and at least 0; no gradient flows through it.
-        beta: strength of the tie to the reference, above 0.
-        desirable_weight: λ_D.
-        undesirable_weight: λ_U.
+    Ethayarajh et al. 2024, arXiv 2402.01306, eq. 8. r is the answer's log-ratio; z, ``kl``, is the distance of the
+    policy from the reference in nats, at least 0, without a gradient.
     """
     h = beta * (ratio - kl)
     return torch.where(desirable, desirable_weight * torch.sigmoid(-h), undesirable_weight * torch.sigmoid(h))
@@ -83,17 +68,13 @@ def kto(
 def odds_ratio(chosen_mean: Tensor, rejected_mean: Tensor) -> Tensor:
     """``-log σ(log odds(y_w) - log odds(y_l))``, with odds of the mean token's probability: the second term of ORPO.
 
-    Hong et al. 2024, arXiv 2403.07691, eq. 7.
-
-    Args:
-        chosen_mean: log-probability of the chosen answer per token, below 0.
-        rejected_mean: that of the rejected one.
+    Hong et al. 2024, arXiv 2403.07691, eq. 7. The means are log-probabilities per token, below 0.
     """
     return -F.logsigmoid(log_odds(chosen_mean) - log_odds(rejected_mean))
 
 
 def simpo(chosen_mean: Tensor, rejected_mean: Tensor, beta: float, gamma: float) -> Tensor:
-    """``-log σ(β mean(y_w) - β mean(y_l) - γ)``: SimPO; γ is the margin that is wanted, in units of the reward.
+    """``-log σ(β mean(y_w) - β mean(y_l) - γ)``: SimPO; γ is the target margin of the rewards.
 
     Meng et al. 2024, arXiv 2405.14734, eq. 6.
     """
@@ -123,8 +104,8 @@ def log_odds(mean: Tensor) -> Tensor:
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for x below 0, without cancellation at either end; above ``-1e-7`` as there."""
-    # An answer that has become certain has infinite odds, and a gradient that is no number.
+    """``log(1 - exp(x))`` for x below 0, without cancellation at either end; constant above ``-1e-7``."""
+    # The odds of an answer that has become certain are infinite, and their gradient is NaN.
     x = x.clamp(max=-1e-7)
     near = x > -math.log(2)
     # Both branches are evaluated, so each gets an argument at which its gradient is finite.

@@ -1,4 +1,4 @@
-"""Whether a model keeps packed samples apart: asked of the model itself, before it trains."""
+"""Tests on the model itself, before it trains, whether it keeps packed samples apart."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ from torch import Tensor, nn
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.parameters import host_of
+from shadowlit.training.head import evaluating
 
 _LENGTH = 16
 _MOST = 0.02  # share of its whole influence that a sample may have on its neighbour; 0 in exact arithmetic
 
 
 def require_separation(model: nn.Module) -> None:
-    """Refuse a model in which a sample of a packed row sees the one before it.
+    """Refuse a causal language model in which a sample of a packed row sees the one before it.
 
-    Two rows end with the same sample and begin with different ones. Where positions that restart are borders, the
-    logits of the second sample are the same in both, bit for bit on all but mixtures of experts; where they aren't,
-    they differ about as much as without borders. Convolutions and recurrent states mix neighbours too weakly to be
-    told from rounding in half precision, so a model that has them is refused for having them.
+    Two rows end with the same sample and begin with different ones. Where restarting positions are borders, the logits
+    of the second sample are the same in both, bit for bit on all but mixtures of experts; otherwise they differ about
+    as much as without borders. Convolutions and recurrent states mix neighbours too weakly to be distinguished from
+    rounding in half precision, so a model that has them is refused.
 
-    Costs four forward passes of 32 tokens; with FSDP2 it's a collective. Leaves no trace but in compiled layers'
-    memory: nothing is compiled for it.
-
-    Args:
-        model: a transformers causal language model with its weights, with or without adapters.
+    Costs four forward passes of 32 tokens, in which nothing is compiled; a collective with FSDP2.
 
     Raises:
-        ShadowlitError: samples would see each other.
+        ShadowlitError: Samples would see each other.
     """
     host = host_of(model)
     kind = getattr(host.config, "model_type", type(host).__name__)
@@ -49,7 +46,7 @@ def require_separation(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _influence(model: nn.Module, restart: bool) -> float:
-    """How far the first sample of a row moves the logits of the second: the norm of their difference."""
+    """Norm of the difference that the first sample of a row makes to the logits of the second."""
     device = next(model.parameters()).device
     vocabulary = host_of(model).get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -63,11 +60,6 @@ def _influence(model: nn.Module, restart: bool) -> float:
     def logits(row: Tensor) -> Tensor:
         return model(input_ids=row[None], position_ids=positions, use_cache=False).logits[0, _LENGTH:].float()
 
-    training = model.training
-    model.eval()  # dropout would change them too, and draw random numbers
-    stance = torch.compiler.set_stance("force_eager")  # such short rows aren't worth a graph
-    try:
-        with stance:
-            return (logits(rows[0]) - logits(rows[1])).norm().item()
-    finally:
-        model.train(training)
+    # Without dropout, which would change the logits too; such short rows aren't worth a compiled graph.
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        return (logits(rows[0]) - logits(rows[1])).norm().item()

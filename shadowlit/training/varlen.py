@@ -1,8 +1,8 @@
 """Attention of variable length: every sample of a packed row by itself, at the cost of its own length squared.
 
 With a mask, packed rows cost the square of the whole row. Here torch's own flash kernel gets the samples' borders
-(``torch.nn.attention.varlen``, no package needed); where it can't be had, on a CPU or in float32, each sample is
-computed on its own. transformers finds it under the name ``varlen`` (``model.attn_implementation``).
+(``torch.nn.attention.varlen``, no package needed); where it is unavailable, on a CPU or in float32, each sample is
+computed separately. It is registered in transformers as ``varlen`` (``model.attn_implementation``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _TAKES_BORDERS = (NAME, "flash_attention_2", "flash_attention_3", "flash_attenti
 
 
 def borders_of(position_ids: Tensor) -> dict[str, Any]:
-    """Where the samples of packed rows begin, by the names under which transformers hands them to attention.
+    """Where the samples of packed rows begin, under the names by which transformers passes them to attention.
 
-    Best made while a batch is on the CPU: the length of the longest sample is a number of Python, for which a GPU
-    would have to be waited for, in every layer.
+    Best computed while a batch is on the CPU: the length of the longest sample is a Python number, for which every
+    layer would have to wait for a GPU.
 
     Args:
         position_ids: ``[B, T]`` int64, 0 at the first token of each sample; every row begins with one.
 
     Returns:
         ``cu_seq_lens_q`` and ``cu_seq_lens_k``: int32 ``[N + 1]``, the first token of each of the N samples in the
-        rows put end to end, and ``B * T``. ``max_length_q`` and ``max_length_k``: tokens of the longest sample.
+        concatenated rows, and ``B * T``. ``max_length_q`` and ``max_length_k``: tokens of the longest sample.
     """
     begins = (position_ids.flatten() == 0).nonzero().flatten()
     borders = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).to(torch.int32)
@@ -69,28 +69,13 @@ def varlen_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sample; a function of transformers' attention interface.
 
-    Without ``cu_seq_lens_q`` the borders are found in ``position_ids``, and without these each row is one sample.
-    A batch with an ``attention_mask`` is padded, and left to ``sdpa``.
-
-    Args:
-        module: the attention layer.
-        query: ``[B, H, T, D]``.
-        key: ``[B, H_kv, T, D]``, H a multiple of H_kv.
-        value: as ``key``.
-        attention_mask: ``[B, 1, T, T]`` of a padded batch, else None.
-        dropout: share of attention weights that are dropped.
-        scaling: factor of the scores; None for ``D ** -0.5``.
-        sliding_window: how many tokens a token sees, itself included; None for all before it.
-        position_ids: ``[B or 1, T]``, 0 at each sample's first token.
-        cu_seq_lens_q: the borders, see :func:`borders_of`.
-        max_length_q: tokens of the longest sample.
-        kwargs: whatever else transformers passes to attention.
-
-    Returns:
-        ``[B, T, H, D]``, and None for the weights.
+    ``query`` is ``[B, H, T, D]``, ``key`` and ``value`` are ``[B, H_kv, T, D]`` with H a multiple of H_kv, the result
+    is ``[B, T, H, D]``. A token sees ``sliding_window`` tokens, itself included. Without ``cu_seq_lens_q`` (see
+    :func:`borders_of`) the borders are found in ``position_ids`` ``[B or 1, T]``, and without these each row is one
+    sample. A batch with an ``attention_mask`` ``[B, 1, T, T]`` is padded, and left to ``sdpa``.
 
     Raises:
-        ShadowlitError: the model caps its scores or has attention sinks (Gemma 2, GPT-OSS).
+        ShadowlitError: The model caps its scores or has attention sinks (Gemma 2, GPT-OSS).
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:

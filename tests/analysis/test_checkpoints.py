@@ -10,11 +10,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as sharded
 
-from shadowlit.analysis.checkpoints import TrainedReader, latest, open_stage, stages, trained_name
+from shadowlit.analysis.checkpoints import TrainedReader, latest, open_stage, stages
 from shadowlit.analysis.deltas import open_delta
 from shadowlit.analysis.evolution import evolution
 from shadowlit.analysis.run import read_run
 from shadowlit.analysis.truncation import losses
+from shadowlit.checkpoint.names import saved_name
 from shadowlit.demo.runs import fit
 from shadowlit.errors import CheckpointError, DataError, GraftError
 from tests.tiny import save_model, save_pair
@@ -106,7 +107,7 @@ def test_lora_is_the_scaled_product(settings, scaling, written, tmp_path, pair):
     ],
 )
 def test_names(stored, name):
-    assert trained_name(stored) == name
+    assert saved_name(stored) == name
 
 
 def test_in_the_order_of_steps_each_once(run, pair):

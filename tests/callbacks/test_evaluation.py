@@ -24,7 +24,7 @@ from tests.callbacks.test_graft import KINDS, assert_same, fit, make_module, mak
 from tests.distributed import run_ranks
 from tests.evaluation.contexts import write_rows
 from tests.synthetic import RandomData
-from tests.tiny import CHATML, save_pair
+from tests.tiny import CHATML, save_model, save_pair
 from tests.training import test_distributed as distributed
 
 
@@ -105,7 +105,7 @@ def test_every_subject_is_measured_on_its_own_weights(tmp_path, folders, kind):
     assert logged["val/tuned/probe/score"] == pytest.approx(tuned, rel=1e-5)
     scores = [logged[f"val/{who}/probe/score"] for who in ("base", "instruct", "grafted", "grafted@0.5", "tuned")]
     assert len(set(scores)) == 5 and "val/grafted@0.25/probe/score" not in logged
-    assert logged["graft/gain/probe"] == pytest.approx(scores[2] - scores[1], abs=1e-6)
+    assert logged["graft/gain/probe"] == pytest.approx(scores[2] - scores[1], abs=2**-23 * abs(scores[1]))
     assert 0 < logged["evaluation/time_share"] < 1
     assert logged["evaluation/seconds"] == pytest.approx(logged["evaluation/probe/seconds"])
 
@@ -180,7 +180,7 @@ def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
     often, seldom = Probe(), Probe(every=3)
     evaluation = EvaluationCallback({"often": often, "seldom": seldom}, folder=str(tmp_path / "e"))
     # 8 steps with a validation each second one: validations 1 to 4, of which the first and the last
-    fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation])
+    fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation], max_epochs=2)
     steps = {name: sorted(p.parent.parent.name for p in (tmp_path / "e").glob(f"step-*/grafted/{name}.jsonl"))
              for name in ("often", "seldom")}  # fmt: skip
     assert steps == {"often": ["step-2", "step-4", "step-6", "step-8"], "seldom": ["step-2", "step-8"]}
@@ -190,7 +190,7 @@ def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
 def test_the_last_validation_may_come_before_the_last_step(tmp_path, folders):
     """After three and six of eight batches an epoch, two of which are a step: the last one is after 7 of 8 steps."""
     evaluation = EvaluationCallback({"probe": Probe(every=9)}, folder=str(tmp_path / "e"))
-    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], val_check_interval=3)
+    _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], val_check_interval=3, max_epochs=2)
     assert sorted(p.name for p in (tmp_path / "e").glob("step-*")) == ["step-1", "step-7"]
     assert trainer.global_step == 8
 
@@ -211,7 +211,7 @@ def test_a_seldom_score_can_be_monitored_and_is_stated_only_where_it_was_measure
     checkpoint = ModelCheckpoint(tmp_path / "c", monitor="val/grafted/probe/score", filename="{step}", save_last=True)
     other = ModelCheckpoint(tmp_path / "d", filename="{step}", save_top_k=-1)
     evaluation = EvaluationCallback({"probe": Probe(every=2)}, folder=str(tmp_path / "e"))
-    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, other])
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, other], max_epochs=2)
     stated = {}
     for file in (tmp_path / "d").iterdir():
         saved = torch.load(file, weights_only=True)
@@ -250,7 +250,7 @@ def test_checkpoints_and_early_stopping_can_monitor_them(tmp_path, folders, moni
     checkpoint = ModelCheckpoint(tmp_path / "c", monitor=monitor, mode="max")
     stop = EarlyStopping(monitor, mode="min", patience=1)
     evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
-    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, stop])
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, checkpoint, stop], max_epochs=2)
     assert checkpoint.best_model_score is not None and checkpoint.best_model_path
 
 
@@ -325,6 +325,68 @@ def test_a_metric_that_a_validation_set_has_too_is_an_error(tmp_path, folders):
     callbacks = [GraftCallback(), EvaluationCallback({"left": Losing()}, folder=str(tmp_path / "e"))]
     with pytest.raises(DataError, match="left/loss would be logged for a validation set and for an evaluator"):
         fit(tmp_path, folders, callbacks=callbacks)
+
+
+def test_a_known_metric_that_a_validation_set_has_too_is_found_before_the_training(tmp_path, folders, files):
+    module = make_module(folders)
+    evaluation = EvaluationCallback({"left": MultipleChoice(files["choices"]), "answers": Probe()})
+    with pytest.raises(
+        DataError, match="left/accuracy, left/loss would be logged for a validation set and for an eval"
+    ):
+        make_trainer(tmp_path, GraftCallback(), evaluation).fit(module, RandomData())
+    assert module.model is None
+
+
+def test_what_evaluators_say_of_their_metrics(tmp_path, folders, files):
+    for name, evaluator in evaluators(files).items():
+        _, trainer = fit(
+            tmp_path, folders, callbacks=[GraftCallback(), EvaluationCallback({name: evaluator})], max_steps=2
+        )
+        logged = {key.split("/")[-1] for key in metrics(trainer) if key.startswith(f"val/tuned/{name}/")}
+        assert logged == set(evaluator.metric_names)
+
+
+def test_a_second_fit_is_as_the_first(tmp_path, folders):
+    evaluation, steps = EvaluationCallback({"probe": Probe(every=3)}), []
+    for name in "ab":
+        evaluation.folder = str(tmp_path / name)
+        fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), evaluation], max_epochs=2)
+        steps.append(sorted(p.name for p in (tmp_path / name).glob("step-*")))
+    assert steps == [["step-2", "step-8"]] * 2
+
+
+def test_without_a_graft_a_validation_after_the_run_has_no_share_of_its_time(tmp_path, folders):
+    evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
+    module, trainer = fit(tmp_path, folders, callbacks=[evaluation], max_steps=2)
+    assert 0 < metrics(trainer)["evaluation/time_share"] < 1
+    again = make_trainer(tmp_path, evaluation)
+    again.validate(module, RandomData(), verbose=False)
+    assert "evaluation/seconds" in metrics(again) and "evaluation/time_share" not in metrics(again)
+
+
+def test_the_untouched_are_measured_again_with_other_settings(tmp_path, folders):
+    graft, probe = GraftCallback(), Probe()
+    evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e"))
+    other = folders[0], save_model(tmp_path / "other", near=folders[1], seed=5)
+    calls = []
+    for pair, reference, precision in (
+        (folders, "instruct", "32-true"), (folders, "instruct", "32-true"), (folders, "base", "32-true"),
+        (folders, "base", "bf16-mixed"), (other, "base", "bf16-mixed"),
+    ):  # fmt: skip
+        probe.calls, evaluation.reference = 0, reference
+        trainer = make_trainer(tmp_path, graft, evaluation, precision=precision)
+        trainer.validate(make_module(pair), RandomData(), verbose=False)
+        calls.append(probe.calls)
+    assert calls == [4, 2, 4, 4, 4]
+
+
+def test_the_pair_s_files_are_read_for_their_fingerprints_once(tmp_path, folders, monkeypatch):
+    read, original = [], ModelPair.fingerprints
+    monkeypatch.setattr(ModelPair, "fingerprints", lambda pair: read.append(pair) or original(pair))
+    evaluation = EvaluationCallback({"probe": Probe()}, folder=str(tmp_path / "e"))
+    export = ExportCallback(folder=str(tmp_path / "x"), parts=["delta"])
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation, export], max_steps=2)
+    assert len(read) == 1
 
 
 def test_evaluators_ask_by_the_template_of_the_data(tmp_path, folders, files):
@@ -409,7 +471,7 @@ def test_two_processes_find_what_one_finds(tmp_path, folders, files, strategy):
     for rank in ranks:
         assert rank.keys() == one.keys()
         for name, value in one.items():
-            assert rank[name] == pytest.approx(value, rel=2e-4, abs=2e-6, nan_ok=True), name
+            assert rank[name] == pytest.approx(value, rel=2e-4, abs=1e-5, nan_ok=True), name
     for name, count in (("choice", 7), ("answers", 5), ("forgetting", 5)):
         rows = [
             [json.loads(line) for line in (tmp_path / which / f"step-2/grafted/{name}.jsonl").read_text().splitlines()]

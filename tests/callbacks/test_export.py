@@ -7,6 +7,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.delta import Delta
+from shadowlit.grafting.subject import BASE, Subject
 from tests.callbacks.test_graft import KINDS, fit
 from tests.tiny import save_pair
 
@@ -28,6 +29,22 @@ def test_the_exported_delta_is_what_the_exported_model_has_more_than_the_instruc
         gained = grafted.read(name).double() - instruct.read(name).double()
         torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)
     assert 0 < delta.manifest["stored_error"] < 2**-8 and delta.manifest["kind"] == "delta"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_tensors_own_their_memory(tmp_path, kind):
+    """The next swap overwrites what the graft holds, and not what it gave away."""
+    folders = save_pair(tmp_path, "qwen3")
+    callback = GraftCallback()
+    module, _ = fit(tmp_path, folders, kind, [callback], max_steps=2)
+    graft = callback.build(module)
+    tensors = dict(graft.grafted_tensors())
+    given = {name: tensor.clone() for name, tensor in tensors.items()}
+    with graft.applied(BASE), graft.applied(Subject("grafted", 0.5)):
+        assert [name for name in given if not torch.equal(given[name], tensors[name])] == []
+    for tensor in tensors.values():
+        tensor.fill_(7.0)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in graft.grafted_tensors())
 
 
 def test_only_the_delta_can_be_written(tmp_path):

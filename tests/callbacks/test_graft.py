@@ -3,9 +3,12 @@
 import contextlib
 import gc
 import logging
+import math
+import operator
 import os
 import signal
 import time
+import warnings
 import weakref
 
 import pytest
@@ -21,6 +24,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from peft import LoraConfig
+from torchmetrics import Metric
 from transformers import AutoModelForCausalLM
 
 import shadowlit.callbacks.untouched as untouched
@@ -28,7 +32,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
-from shadowlit.errors import GraftError, PairError
+from shadowlit.errors import DataError, GraftError, PairError
 from shadowlit.evaluation.evaluator import EvalResult, Evaluator
 from shadowlit.grafting.export import reload_logits
 from shadowlit.grafting.manifest import read_manifest
@@ -36,6 +40,7 @@ from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.objectives import SFT
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData, random_samples
 from tests.tiny import save_model, save_pair
@@ -57,7 +62,7 @@ def make_module(folders, kind="full", cls=ShadowModule, **options):
 def make_trainer(tmp_path, *callbacks, **options):
     seed_everything(0)
     defaults = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "enable_progress_bar": False,
+        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_progress_bar": False,
         "enable_model_summary": False, "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "use_distributed_sampler": False, "inference_mode": False, "accumulate_grad_batches": 2,
         "val_check_interval": 4, "gradient_clip_val": 1.0, "default_root_dir": tmp_path,
@@ -113,7 +118,8 @@ def test_grafted_metrics_are_those_of_the_exported_model(tmp_path, folders, kind
     for who, folder in zip(("base", "instruct"), folders, strict=True):
         untouched = AutoModelForCausalLM.from_pretrained(folder).eval()
         assert logged[f"val/{who}/right/loss"] == pytest.approx(score_by_hand(untouched, [(4, 2)]), rel=1e-6)
-    assert logged["graft/gain"] == pytest.approx(logged["val/instruct/loss"] - logged["val/grafted/loss"], abs=1e-6)
+    gain, rounding = logged["val/instruct/loss"] - logged["val/grafted/loss"], 2**-23 * logged["val/instruct/loss"]
+    assert logged["graft/gain"] == pytest.approx(gain, abs=rounding)  # Lightning logs in float32
     assert logged["val/grafted/loss"] != logged["val/tuned/loss"]
     manifest = read_manifest(tmp_path / "export/model")
     assert manifest["logits_against_validated"]["max_abs"] < (1e-6 if kind == "full" else 1e-5)
@@ -125,7 +131,7 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path, folde
     """Hazard 4: with dropout, accumulation, clipping and shuffled validation in between."""
     runs = []
     for callbacks in ([GraftCallback(scales=[1.0, 0.5])], []):
-        module, trainer = fit(tmp_path, folders, kind, callbacks)
+        module, trainer = fit(tmp_path, folders, kind, callbacks, max_epochs=2)
         moments = [s["exp_avg_sq"] for s in trainer.optimizers[0].state.values()]
         runs.append((weights(module), moments, metrics(trainer)["val/tuned/loss"], torch.rand(1).item()))
     assert_same(runs[0][0], runs[1][0])
@@ -250,12 +256,22 @@ def test_checkpoints_and_early_stopping_can_monitor_any_of_them(tmp_path, folder
     """Hazard 3: and the checkpoint holds the weights that train."""
     checkpoint = ModelCheckpoint(dirpath=tmp_path, monitor=monitor, save_last=True)
     snapshots = Snapshots()
-    fit(tmp_path, folders, callbacks=[EarlyStopping(monitor), checkpoint, GraftCallback(), snapshots])
+    fit(tmp_path, folders, callbacks=[EarlyStopping(monitor), checkpoint, GraftCallback(), snapshots], max_epochs=2)
     saved = torch.load(checkpoint.best_model_path, weights_only=True)
     (remembered,) = [s for key, s in saved["callbacks"].items() if "GraftCallback" in key]
     assert checkpoint.best_model_score.item() == remembered["metrics"][monitor]
     expected = snapshots.after[saved["global_step"]]
     assert all(torch.equal(saved["state_dict"][f"model.{name}"], p) for name, p in expected.items())
+
+
+def test_one_callback_serves_two_pairs(tmp_path, folders):
+    """Nothing that was measured of the first one is taken for the second."""
+    other = folders[0], save_model(tmp_path / "other", near=folders[1], seed=5)
+    graft, logged = GraftCallback(), []
+    for callback, pair in ((graft, folders), (graft, other), (GraftCallback(), other)):
+        _, trainer = fit(tmp_path, pair, callbacks=[callback], max_steps=2)
+        logged.append(metrics(trainer)["val/instruct/loss"])
+    assert logged[0] != logged[1] == logged[2]
 
 
 def test_two_pairs_are_not_mixed_up_on_resume(tmp_path, folders):
@@ -265,7 +281,8 @@ def test_two_pairs_are_not_mixed_up_on_resume(tmp_path, folders):
     fit(tmp_path, folders, callbacks=[GraftCallback(), checkpoint], max_epochs=1)
     module = make_module((folders[0], other))
     with pytest.raises(GraftError, match=r"written with another instruct than pair.instruct is now"):
-        make_trainer(tmp_path, GraftCallback()).fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
+        trainer = make_trainer(tmp_path, GraftCallback(), max_epochs=2)
+        trainer.fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -309,7 +326,7 @@ def test_the_untouched_models_are_measured_once_and_kept_over_a_resume(tmp_path,
 
     module = make_module(folders, cls=Recorder)
     callbacks = [GraftCallback(), ModelCheckpoint(dirpath=tmp_path, save_last=True)]
-    first = make_trainer(tmp_path, *callbacks)
+    first = make_trainer(tmp_path, *callbacks, max_epochs=2)
     first.fit(module, RandomData())
     batches = 4 + 2
     assert subjects.count("base") == subjects.count("instruct") == batches
@@ -361,6 +378,66 @@ def test_subclasses_log_their_own_metrics_for_every_subject(tmp_path, folders):
     assert len(counts) == 1 and counts.pop() > 0
 
 
+class Precise(SFT):
+    """An objective with an option."""
+
+    def __init__(self, option=1.0):
+        self.option = option
+
+
+class Tokens(Metric):
+    """Counts the supervised tokens."""
+
+    def __init__(self, option=1):
+        super().__init__()
+        self.option = option
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits, labels):
+        self.count += len(labels)
+
+    def compute(self):
+        return self.count
+
+
+class OtherTokens(Tokens):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer_options", "again"),
+    [
+        ({}, {}, False),
+        ({"objective": Precise(2.0)}, {}, True),
+        ({"objective": SFT()}, {}, True),
+        ({"metrics": {"other": Tokens()}}, {}, True),
+        ({"metrics": {"tokens": OtherTokens()}}, {}, True),
+        ({"metrics": {"tokens": Tokens(2)}}, {}, True),
+        ({}, {"precision": "bf16-mixed"}, True),
+    ],
+)
+def test_the_untouched_models_are_measured_again_with_other_settings(
+    tmp_path, folders, options, trainer_options, again
+):
+    graft, seen = GraftCallback(), []
+
+    class Recorder(ShadowModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0, subject=TUNED):
+            seen.append(subject.name)
+            super().validation_step(batch, batch_idx, dataloader_idx, subject)
+
+    def validate(options, trainer_options):
+        seen.clear()
+        module = make_module(
+            folders, cls=Recorder, **{"objective": Precise(), "metrics": {"tokens": Tokens()}, **options}
+        )
+        make_trainer(tmp_path, graft, **trainer_options).validate(module, RandomData(), verbose=False)
+        return "instruct" in seen, "base" in seen
+
+    assert validate({}, {}) == (True, True)
+    assert validate(options, trainer_options) == (again, again)
+
+
 def test_the_validation_data_are_hashed_once(tmp_path, folders, monkeypatch):
     """Four validations, one hash; other limits are other data."""
     hashed, asked = [], []
@@ -374,7 +451,7 @@ def test_the_validation_data_are_hashed_once(tmp_path, folders, monkeypatch):
 
     graft = GraftCallback()
     graft._data = Asked()
-    _, trainer = fit(tmp_path, folders, callbacks=[graft])
+    _, trainer = fit(tmp_path, folders, callbacks=[graft], max_epochs=2)
     assert (len(asked), len(set(asked)), len(hashed)) == (4, 1, 1)
     assert graft._data.of(trainer.val_dataloaders, [1, 1]) != asked[0]
 
@@ -435,6 +512,20 @@ def test_a_step_that_cannot_be_told_the_subject_is_refused(tmp_path, folders):
     with pytest.raises(GraftError, match=r"Deaf\.test_step\(batch, batch_idx, dataloader_idx=0\) can't be told which"):
         make_trainer(tmp_path, GraftCallback()).fit(module, RandomData())
     make_trainer(tmp_path, max_steps=1).fit(module, RandomData())  # without the callback there is nothing to tell
+
+
+def test_a_callback_that_does_not_take_the_subject_is_refused(tmp_path, folders):
+    class Wrong(Callback):
+        def on_subject(self, trainer, module, subject):
+            pass
+
+    module = make_module(folders)
+    message = (
+        r"Wrong\.on_subject\(trainer, module, subject\) can't be called .* expected \(trainer, module, subject, rec"
+    )
+    with pytest.raises(GraftError, match=message):
+        make_trainer(tmp_path, GraftCallback(), Wrong()).fit(module, RandomData())
+    assert module.model is None
 
 
 def test_a_step_that_passes_everything_on_scores_every_subject(tmp_path, folders):
@@ -524,6 +615,70 @@ def test_a_validation_after_the_run_builds_the_graft_again(tmp_path, folders, ki
     assert_same(weights(module), trained)
 
 
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_a_validation_after_the_run_has_no_share_of_its_time(tmp_path, folders, error):
+    class Failing(Callback):
+        def on_train_end(self, *_):
+            if error:
+                raise error
+
+    graft, evaluation = GraftCallback(), EvaluationCallback({"probe": Fixed()}, folder=str(tmp_path / "e"))
+    module, trainer = make_module(folders), make_trainer(tmp_path, graft, evaluation, Failing(), max_steps=2)
+    with contextlib.suppress(RuntimeError):
+        trainer.fit(module, RandomData())
+    assert {"graft/time_share", "evaluation/time_share"} <= metrics(trainer).keys()
+    make_trainer(tmp_path, graft, evaluation).validate(module, RandomData(), verbose=False)
+    logged = graft.finished.metrics
+    assert "graft/seconds" in logged and not {"graft/time_share", "evaluation/time_share"} & logged.keys()
+
+
+@pytest.mark.parametrize("scales", [[], [1.0, 1.0], [0.1234567, 0.12345671], [math.nan], [1.0, math.inf]])
+def test_scales_are_finite_and_named_apart(scales):
+    with pytest.raises(GraftError, match=r"graft\.scales is \[.*expected at least one finite number, and none of them"):
+        GraftCallback(scales=scales)
+    assert [s.name for s in GraftCallback(scales=[1.0, 0.5, 0.123456, 0.123457]).subjects][1:] == [
+        "grafted@0.5", "grafted@0.123456", "grafted@0.123457",
+    ]  # fmt: skip
+
+
+def test_a_resume_with_another_graft_is_told(tmp_path, folders):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(tmp_path, folders, callbacks=[GraftCallback(), checkpoint], max_steps=2)
+    (state,) = [s for k, s in load(tmp_path / "last.ckpt")["callbacks"].items() if "GraftCallback" in k]
+    with warnings.catch_warnings(action="error"):
+        same = GraftCallback()
+        same.load_state_dict(state)
+    assert same.finished.metrics == state["metrics"] and state["metrics"]
+    told = r"written with another graft: scales \[1\.0\] \(now \[0\.5\]\), dtype None \(now torch\.bfloat16\)\. Its"
+    with pytest.warns(UserWarning, match=told):
+        other = GraftCallback(scales=[0.5], dtype="bfloat16")
+        other.load_state_dict(state)
+    assert other.finished.metrics == {}
+    trainer = make_trainer(tmp_path, GraftCallback(scales=[0.5]), max_steps=4)
+    with pytest.warns(UserWarning, match=r"written with another graft: scales \[1\.0\]"):
+        trainer.fit(make_module(folders), RandomData(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_an_export_of_a_checkpoint_with_another_graft_is_told(tmp_path, folders):
+    """The best checkpoint of a resumed run may be one from before the graft was changed."""
+
+    def run(epochs, ckpt_path=None, **options):
+        best = ModelCheckpoint(dirpath=tmp_path, monitor="graft/delta_norm", mode="min", save_last=True)
+        export = ExportCallback(folder=str(tmp_path / f"x{bool(ckpt_path)}"), parts=["delta"])
+        trainer = make_trainer(tmp_path, GraftCallback(**options), best, export, max_epochs=epochs)
+        trainer.fit(make_module(folders), RandomData(), ckpt_path=ckpt_path)
+
+    run(1)
+    with pytest.warns(UserWarning) as told:
+        run(2, tmp_path / "last.ckpt", scales=[0.5])
+    assert sum("was written with another graft: scales" in str(one.message) for one in told) == 2
+    assert read_manifest(tmp_path / "xTrue/delta")["metrics"] == {}
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
 def test_relative_delta_by_hand(tmp_path, folders):
     """The update's norm over the Instruct's, both over the selected tensors."""
     module, trainer = fit(tmp_path, folders, max_epochs=1)
@@ -551,7 +706,7 @@ def test_a_checkpoint_from_before_the_record_still_resumes(tmp_path, folders):
     old = {who: {**entry[who], "mark": mark} for who, mark in (("base", 1.0), ("instruct", 2.0))}
     saved["callbacks"][key] = {**state, "constants": old, "measured_on": entry["signature"]}
     torch.save(saved, tmp_path / "old.ckpt")
-    again = make_trainer(tmp_path, GraftCallback())
+    again = make_trainer(tmp_path, GraftCallback(), max_epochs=2)
     again.fit(make_module(folders), RandomData(), ckpt_path=tmp_path / "old.ckpt")
     logged = metrics(again)
     assert logged["val/base/mark"] == 1 and logged["val/instruct/mark"] == 2
@@ -608,6 +763,39 @@ def test_a_callback_of_ones_own_measures_every_subject(tmp_path, folders):
     # Lightning still shows what only the first validation measured; the record of the second does not state it.
     assert logged.keys() - record.metrics.keys() == {"val/base/norm", "val/instruct/norm"}
     assert record.metrics.items() <= logged.items()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_metric_of_any_callback_is_logged_wherever_it_is_listed(tmp_path, folders, first):
+    graft, own = GraftCallback(), Callback()
+    own.on_validation_epoch_end = lambda *_: graft.record.metrics.update({"val/own": 0.25})
+    _, trainer = fit(tmp_path, folders, callbacks=[own, graft] if first else [graft, own], max_steps=2)
+    assert metrics(trainer)["val/own"] == graft.finished.metrics["val/own"] == 0.25
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda m: m.update({"val/own": 1.0}),
+        lambda m: operator.setitem(m, "val/own", 1.0),
+        lambda m: operator.ior(m, {"val/own": 1.0}),
+    ],
+)
+def test_a_metric_that_comes_after_the_others_were_logged_is_an_error(tmp_path, folders, first, add):
+    graft, own = GraftCallback(), Callback()
+    own.on_validation_end = lambda *_: add(graft.record.metrics)
+    with pytest.raises(GraftError, match=r"val/own was added .* had been logged\. Add metrics in on_subject or on_val"):
+        fit(tmp_path, folders, callbacks=[own, graft] if first else [graft, own], max_steps=2)
+
+
+def test_a_metric_that_the_module_scores_too_is_an_error(tmp_path, folders):
+    class Twice(Callback):
+        def on_subject(self, trainer, module, subject, record):
+            record.metrics[f"val/{subject.name}/left/loss"] = 1.0
+
+    with pytest.raises(DataError, match="val/tuned/left/loss would be logged for a validation set and for an eval"):
+        fit(tmp_path, folders, callbacks=[GraftCallback(), Twice()])
 
 
 def test_time_in_a_part_does_not_count_for_the_part_around_it():

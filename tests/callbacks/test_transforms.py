@@ -63,7 +63,8 @@ def test_the_exported_model_is_the_validated_one(tmp_path, folders, kind, transf
     for name in delta.shapes:
         gained = exported.read(name).double() - instruct.read(name).double()
         torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)
-    assert delta.manifest["transforms"] == transforms and delta.sparsity() > 0.45
+    zeros = sum(tensor.num_zeros for tensor in delta.statistics())
+    assert delta.manifest["transforms"] == transforms and zeros > 0.45 * delta.num_elements
     assert not (tmp_path / "x/adapter").exists()
     # Nothing of this reaches the training.
     plain, other = fit(tmp_path, folders, kind, [GraftCallback(scales=[1.0, 0.5])])
@@ -214,7 +215,7 @@ def train(folders, strategy, world_size, out, transforms):
 def test_two_processes_are_one(tmp_path, folders):
     (one,) = run_ranks(train, 1, folders, "auto", 1, tmp_path / "one", DARE)
     for rank in run_ranks(train, 2, folders, "fsdp2", 2, tmp_path / "two", DARE):
-        assert rank == pytest.approx(one, rel=2e-4, abs=1e-5)
+        assert rank == pytest.approx(one, **distributed.SAME)
     manifest = read_manifest(tmp_path / "two/model")
     assert manifest["logits_against_validated"]["max_abs"] < 1e-5 and manifest["transforms"] == DARE
     message, before_loading = run_ranks(train, 2, folders, "fsdp2", 2, tmp_path / "three", [*DARE, *TWO])[0]

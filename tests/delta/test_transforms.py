@@ -4,6 +4,7 @@ import importlib.metadata
 import math
 import sys
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -98,8 +99,50 @@ def test_an_elementwise_one_gives_a_part_what_it_gives_the_whole():
     update, parts = random(40, 6), (slice(0, 13), slice(13, 40))
     chosen = Transforms([{"name": "dare", "density": 0.3}])
     assert chosen.whole == []
-    got = [chosen.on_part(update[p], lambda seed, p=p: chosen.noise("w", (40, 6), seed)[p]) for p in parts]
+    got = [chosen.on_part("w", update[p], lambda seed, p=p: chosen.noise("w", (40, 6), seed)[p]) for p in parts]
     assert torch.equal(torch.cat(got), chosen("w", update))
+
+
+def flattening(update):
+    return update if update.shape == (256, 256) else update.flatten()
+
+
+def normalised(update):
+    return update / update.norm()
+
+
+def anything(update, *, option: Any):
+    assert option in ("a", 1, None)
+    return update.clone()
+
+
+@pytest.mark.parametrize(
+    ("function", "update", "message"),
+    [
+        (
+            "flattening",
+            random(3, 4),
+            r"returns a tensor of shape \[12\] for the update of w, whose shape is \[3, 4\]\. Corr",
+        ),
+        (
+            "normalised",
+            torch.zeros(3, 4),
+            "returns NaN or infinity for the update of w, which is finite. Correct the func",
+        ),
+    ],
+)
+def test_a_result_that_does_not_fit_names_the_transform_and_the_tensor(function, update, message):
+    chosen = Transforms([{"name": f"{__name__}.{function}"}])
+    with pytest.raises(GraftError, match=f"the transform '{__name__}.{function}' {message}"):
+        chosen("w", update)
+    diverged = torch.full((3, 4), math.nan)  # which is no fault of the transform
+    assert function == "flattening" or chosen("w", diverged).isnan().all()
+
+
+@pytest.mark.parametrize("value", ["a", 1, None])
+def test_a_parameter_of_any_type(value):
+    update = random(3, 4)
+    assert torch.equal(Transforms([{"name": f"{__name__}.anything", "option": value}])("w", update), update)
 
 
 def test_ties_by_hand():

@@ -5,8 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from shadowlit.errors import DataError
-from shadowlit.evaluation.generated import Generation
-from shadowlit.evaluation.sampling import RowSampler
+from shadowlit.evaluation.generated import Generation, RowSampler
 from shadowlit.pair.pair import ModelPair
 from tests.evaluation.contexts import DEMO_PAIR, demo_evaluators, demo_rows, evaluate, make_context, write_rows
 from tests.tiny import save_pair

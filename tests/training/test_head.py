@@ -13,6 +13,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.head import HeadLoss, understand
 from shadowlit.training.linear_loss import (
+    cross_entropies,
     linear_cross_entropy_sum,
     linear_token_losses,
     recomputed_cross_entropy_sum,
@@ -22,6 +23,7 @@ from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import sum_tokens, supervised_positions, token_sums
 from tests.distributed import run_ranks
+from tests.rounding import require_same_update
 from tests.synthetic import RandomData, random_samples
 from tests.tiny import ARCHITECTURES, make_config, save_pair
 
@@ -151,11 +153,11 @@ def test_token_log_probs_are_those_of_the_whole_logits(arch):
     for way in ("auto", "logits"):
         model.zero_grad()
         losses = HeadLoss(model, way)
-        logps = losses.token_log_probs(inputs, positions, targets)
+        logps = -losses.map_logits(inputs, positions, targets, cross_entropies)
         (logps * torch.linspace(0, 1, len(targets))).sum().backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         with torch.no_grad():
-            assert torch.equal(losses.token_log_probs(inputs, positions, targets), logps)
+            assert torch.equal(-losses.map_logits(inputs, positions, targets, cross_entropies), logps)
         found[way] = logps.detach(), gradients
     torch.testing.assert_close(found["auto"][0], found["logits"][0], rtol=1e-5, atol=1e-6)
     assert found["auto"][1].keys() == found["logits"][1].keys()
@@ -399,11 +401,12 @@ def run(folders, cls=ShadowModule, strategy="auto", world_size=1, **options):
 
 @pytest.mark.parametrize("way", ["auto", "recomputed"])
 def test_a_run_is_the_run_through_whole_logits(folders, way):
+    start = dict(AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32).named_parameters())
     plain_module, plain_metrics = run(folders, head_loss="logits")
     module, metrics = run(folders, head_loss=way)
-    assert metrics == pytest.approx(plain_metrics, rel=1e-5)
-    for ours, theirs in zip(module.model.parameters(), plain_module.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    assert metrics == pytest.approx(plain_metrics, rel=2e-4, abs=1e-5)
+    weights = [dict(one.model.named_parameters()) for one in (module, plain_module)]
+    require_same_update(*weights, start)
 
 
 class Plain(TokenScores):
@@ -466,7 +469,7 @@ def test_an_adapted_head_under_fsdp(folders):
     (one,) = run_ranks(adapted_head, 1, folders, "auto", 1)
     for rank in run_ranks(adapted_head, 2, folders, "fsdp2", 2):
         assert rank[0] == one[0] == "recomputed"
-        assert rank[1] == pytest.approx(one[1], rel=2e-5)
+        assert rank[1] == pytest.approx(one[1], rel=2e-4, abs=1e-5)
 
 
 def test_the_first_token_of_a_packed_sample_is_not_predicted():

@@ -75,10 +75,11 @@ def test_every_way_through_the_experts_has_the_same_gradients(folder, kind):
     loss, gradients = found["eager"]
     assert any("experts" in name for name in gradients)
     assert all(gradient is not None and gradient.abs().max() > 0 for gradient in gradients.values())
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
     for way in WAYS[1:]:
         assert found[way][0] == pytest.approx(loss, rel=1e-6)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(found[way][1][name], gradient, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(found[way][1][name], gradient, rtol=1e-4, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,7 +1,6 @@
 """Classes of the user's own, each in one file and a line of YAML: objectives, metrics, modules, optimizers."""
 
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -17,6 +16,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting import arithmetic
 from shadowlit.lightning_cli import check, main
 from shadowlit.training.module import ShadowModule
+from tests.distributed import run_command
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -127,6 +127,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("own")
     base, instruct = save_pair(root)
     (root / "ownpackage.py").write_text(textwrap.dedent(OWN))
+    (root / "brokenpackage.py").write_text("1 / 0\n")
     talks = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "ab" * (1 + i % 3)}]
              for i in range(8)]  # fmt: skip
     (root / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
@@ -295,12 +296,30 @@ def test_metrics_beside_the_objective_s(root, head_loss):
     ("metrics", "message"),
     [
         ({"loss": own("TopK")}, "model.metrics.loss gives loss, which another metric gives too"),
+        (
+            {"fine": own("TopK"), "longer": own("LongerAnswers")},
+            r"model\.metrics\.longer failed on a random batch of conversations \(TypeError: .*Expected update\(logits",
+        ),
+        ({"a b": own("TopK")}, "model.metrics has the name 'a b'; expected letters, digits, '_' and '-'"),
+        ({"a/b": own("TopK")}, "model.metrics has the name 'a/b'; expected letters, digits, '_' and '-'"),
         ({"raw": own("Raw")}, r"'raw' of model.metrics gives a tensor of shape \[2\]; expected one number"),
     ],
 )
-def test_metrics_that_can_not_be_logged(root, metrics, message):
+def test_metrics_that_can_not_be_logged(root, metrics, message, monkeypatch):
+    """Found before any weight is loaded, even without Lightning's sanity check."""
+    monkeypatch.setattr(ShadowModule, "configure_model", lambda self: pytest.fail("came too late"))
     with pytest.raises(ShadowlitError, match=message):
-        fit(write(root, "wrong", model={"metrics": metrics}))
+        fit(write(root, "wrong", model={"metrics": metrics}, trainer={"num_sanity_val_steps": 0}))
+
+
+def test_a_metric_of_answers_that_does_not_fit(root, monkeypatch):
+    monkeypatch.setattr(ShadowModule, "configure_model", lambda self: pytest.fail("came too late"))
+    rows = str(root / "pairs.jsonl")
+    for objective in (own("Exponential"), {"class_path": "DPO"}):
+        path = write(root, "wrong", model={"objective": objective, "metrics": {"top": own("TopK")}},
+                     data={"train": rows, "validation": rows})  # fmt: skip
+        with pytest.raises(ShadowlitError, match=r"metrics\.top failed on a random batch of pairs .*update\(answers\)"):
+            fit(path)
 
 
 # -- the module ---------------------------------------------------------------------------------------------------
@@ -340,6 +359,10 @@ def test_without_a_class_path_nothing_of_it_is_saved(root, capsys):
             "nopackage.Mine",
             "is 'nopackage.Mine', which can't be imported .*No module named 'nopackage'",
         ),
+        (
+            "brokenpackage.Mine",
+            "is 'brokenpackage.Mine', which can't be imported .*ZeroDivisionError: division by zero",
+        ),
         ("ownpackage.Mine", "model.class_path is 'ownpackage.Mine', which can't be imported .*no attribute 'Mine'"),
         ("Mine", "model.class_path is 'Mine', which can't be imported"),
         (
@@ -353,6 +376,11 @@ def test_a_module_that_is_none(root, path, message):
         check(["fit", "--config", write(root, "none", model={"class_path": path})])
     with pytest.raises(ShadowlitError, match=message):
         check(["fit", "--config", str(root / "run.yaml"), f"--model.class_path={path}"])
+
+
+def test_a_class_path_that_is_no_text(root):
+    with pytest.raises(ShadowlitError, match=r"model\.class_path is 5, which can't be imported"):
+        check(["fit", "--config", write(root, "five", model={"class_path": 5})])
 
 
 def test_a_key_of_another_class_is_an_error(root):
@@ -442,10 +470,18 @@ def test_validate_without_a_logger_leaves_nothing_behind(root, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root):
+def test_fits_without_a_logger_leave_nothing_behind_and_may_be_repeated(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        fit(str(root / "run.yaml"), "--trainer.logger=false", "--trainer.max_steps=1")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root, tmp_path):
     args = ["fit", "--config", str(root / "run.yaml"), "--trainer.max_epochs=-1", "--trainer.max_steps=1",
             "--trainer.enable_progress_bar=true", "--trainer.limit_val_batches=0"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "shadowlit", *args], capture_output=True, text=True, check=True)
+    done = run_command(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
     assert "Epoch 0" in done.stdout and "/-2" not in done.stdout + done.stderr
 
 

@@ -43,7 +43,8 @@ def test_one_row_by_hand(window, scaling):
             torch.nn.Module(), query, key, value, None, scaling=scaling, sliding_window=window, **told
         )
         assert weights is None
-        torch.testing.assert_close(found, expected.transpose(1, 2), rtol=0, atol=1e-6)
+        # Means of values with weights that are rounded a few times each.
+        torch.testing.assert_close(found, expected.transpose(1, 2), rtol=0, atol=2**-20 * value.abs().max().item())
 
 
 WITH_CAPS = ("gemma2",)

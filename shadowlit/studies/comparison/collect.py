@@ -31,13 +31,7 @@ def collect(
 ) -> list[Row]:
     """Collect a row for each arm of each finished training, at each scale, and those of the untouched models.
 
-    Args:
-        recipe: What the trainings share.
-        trainings: Trainings of the plan; unfinished ones are left out.
-        arms: Arms to compare.
-        rates: Learning rates by arm.
-        folder: Folder of the comparison.
-        line: Metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
+    ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
     """
     found = [_untouched(folder / UNTOUCHED_TRIAL, arm) for arm in UNTOUCHED]
     own = rates_of_arms(arms, rates)
@@ -46,43 +40,33 @@ def collect(
     starts = {row.arm[0]: row.metrics.get(line, math.nan) for row in found}
     for training, home in finished.items():
         result = _result(home)
+        evaluated = home / "evaluation" / f"step-{result['step']}"
         for arm in (training.tuned_arm, training.grafted_arm):
-            if arm in own and training.lr in own[arm]:
-                known = facts.of(training, result) if arm == training.grafted_arm else {}
-                found += _of_training(training, arm, home, result, recipe, known, line, starts[arm[-1]])
+            if training.lr not in own.get(arm, ()):
+                continue
+            scales = recipe.scales if arm == training.grafted_arm else (None,)
+            known = facts.of(training, result) if arm == training.grafted_arm else {}
+            subjects = {scale: subject_of(arm, scale, recipe.scales) for scale in scales}
+            metrics = {scale: metrics_of(result["metrics"], subject) for scale, subject in subjects.items()}
+            losses = {0.0: starts[arm[-1]]}
+            losses |= {scale: metrics[scale].get(line, math.nan) for scale in scales if scale is not None}
+            for scale, subject in subjects.items():
+                row = training.row(
+                    arm,
+                    scale,
+                    metrics=metrics[scale],
+                    samples=_samples(evaluated / subject),
+                    cost=_cost(result),
+                    facts=known,
+                    line=dict(sorted(losses.items())) if scale == recipe.scales[0] else {},
+                )
+                found.append(row)
     return found
 
 
 def _untouched(home: Path, arm: str) -> Row:
     who = arm.lower()
     return Row(arm, metrics=metrics_of(_result(home)["metrics"], who), samples=_samples(home / "evaluation" / who))
-
-
-def _of_training(
-    training: Training,
-    arm: str,
-    home: Path,
-    result: Mapping[str, Any],
-    recipe: Recipe,
-    facts: Mapping[str, float],
-    line: str,
-    start: float,
-) -> list[Row]:
-    scales = (None,) if arm == training.tuned_arm else recipe.scales
-    found = {scale: metrics_of(result["metrics"], subject_of(arm, scale, recipe.scales)) for scale in scales}
-    losses = {0.0: start, **{scale: found[scale].get(line, math.nan) for scale in scales if scale is not None}}
-    return [
-        training.row(
-            arm,
-            scale,
-            metrics=metrics,
-            samples=_samples(home / "evaluation" / f"step-{result['step']}" / subject_of(arm, scale, recipe.scales)),
-            cost=_cost(result),
-            facts=facts,
-            line=dict(sorted(losses.items())) if scale == recipe.scales[0] else {},
-        )
-        for scale, metrics in found.items()
-    ]
 
 
 def _result(home: Path) -> dict[str, Any]:

@@ -16,13 +16,7 @@ from shadowlit.studies.trials.recipe import Recipe
 
 @dataclass(frozen=True)
 class Training:
-    """One training: of the Base (``B``) or of the Instruct (``I``), at one rate, with one seed.
-
-    Attributes:
-        source: Model that is trained, and that the delta is from.
-        lr: Peak learning rate.
-        seed: Seed of everything: data order, adapter, dropout.
-    """
+    """One training: of the Base (``B``) or of the Instruct (``I``), at one peak learning rate, with one seed."""
 
     source: str
     lr: float
@@ -44,22 +38,11 @@ class Training:
         return f"{self.source}2{'I' if self.source == 'B' else 'B'}"
 
     def row(self, arm: str, scale: float | None, **measured: Any) -> Row:
-        """One of its arms as a row.
-
-        Args:
-            arm: The tuned or the grafted arm.
-            scale: λ of the graft; None for the tuned arm.
-            measured: Metrics, samples, cost, facts and line.
-        """
+        """One of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned arm."""
         return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)
 
     def job(self, recipe: Recipe, folder: Path) -> Job:
-        """The job that runs it.
-
-        Args:
-            recipe: What all trainings share.
-            folder: Folder of the comparison.
-        """
+        """The job that runs it in a folder of its own in the comparison's ``folder``."""
         home = folder / self.name
         own = {
             "model.lr": self.lr,
@@ -74,12 +57,8 @@ class Training:
 def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Training]:
     """List the trainings that ``arms`` need: each source at all rates of its arms, with all seeds.
 
-    They are ordered by seed, then rate, so that a comparison that is cut short has complete seeds.
-
-    Args:
-        arms: Arms to compare, some of ``B2I``, ``I2I``, ``B2B``, ``I2B``.
-        rates: Learning rates of each arm. An arm without an entry has the rates of the other arm of its source.
-        seeds: Seeds, at least one.
+    They are ordered by seed, then rate, so that a comparison that is cut short has complete seeds. An arm without rates
+    has those of the other arm of its source.
 
     Raises:
         DataError: An unknown arm, an arm without a positive rate, or no seed.

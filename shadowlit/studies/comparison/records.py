@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.errors import DataError
-from shadowlit.files import replace_text
 from shadowlit.studies.arms import ARMS, UNTOUCHED, is_grafted
 from shadowlit.studies.comparison.plan import Training
 from shadowlit.studies.rows import Row
@@ -41,11 +40,6 @@ def from_json(text: str) -> list[Row]:
     if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
         raise DataError("the records are not a list of objects. Expected a file that a comparison has written.")
     return [_row(one) for one in found]
-
-
-def write_records(rows: Sequence[Row], file: Path) -> None:
-    """Write rows as JSON, atomically."""
-    replace_text(file, to_json(rows))
 
 
 def read_records(file: Path) -> list[Row]:

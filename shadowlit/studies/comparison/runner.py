@@ -51,27 +51,18 @@ def run(
     in_process: bool = True,
     done: Callable[[str, bool], None] = lambda name, ok: None,
 ) -> list[str]:
-    """Run jobs, ``workers`` at a time, in their order; what is finished is not run again.
+    """Run jobs in the folder of a comparison, ``workers`` at a time and in order; finished ones are not run again.
 
-    After an interruption the running ones are ended. A job that fails doesn't end the others.
-
-    Args:
-        found: Jobs to run.
-        folder: Folder of the comparison.
-        workers: Number of jobs that run at a time.
-        threads: Threads of torch for each job; None for torch's own choice.
-        in_process: See :class:`shadowlit.studies.trials.process.Pool`.
-        done: Called with every job's name, and whether it left its result.
+    After an interruption the running ones are ended. A job that fails doesn't end the others. ``done`` is called with
+    every job's name, and whether it left its result. See also :class:`shadowlit.studies.trials.process.Pool`.
 
     Returns:
         The names of the jobs that failed.
     """
-    waiting = []
+    waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:
-        if is_finished(folder / job.name):
+        if job not in waiting:
             done(job.name, True)
-        else:
-            waiting.append(job)
     failed: list[str] = []
     pool = Pool(folder, workers, threads=threads, in_process=in_process)
     try:

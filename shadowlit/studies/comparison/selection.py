@@ -39,12 +39,7 @@ def scores_of(row: Row, evaluator: str, indices: Sequence[int]) -> np.ndarray | 
 
 
 def mean_score(row: Row, indices: Mapping[str, Sequence[int]]) -> float:
-    """The unweighted mean over evaluators of the mean over their samples; NaN if any sample lacks a score.
-
-    Args:
-        row: Row with the scores.
-        indices: Samples by evaluator.
-    """
+    """The unweighted mean over evaluators of the mean over these samples; NaN if any sample lacks a score."""
     scores = [scores_of(row, evaluator, of_evaluator) for evaluator, of_evaluator in indices.items()]
     return float(np.mean([math.nan if found is None else found.mean() for found in scores])) if scores else math.nan
 
@@ -59,11 +54,6 @@ def scored(rows: Sequence[Row], gain: Sequence[str], keep: Sequence[str] = ()) -
 
     These are ``selection/<evaluator>/score`` and the unweighted means over evaluators ``selection/mean``,
     ``selection/gain`` and ``selection/keep``, likewise ``reported/…``; NaN where a sample lacks its score.
-
-    Args:
-        rows: Rows of all arms.
-        gain: Evaluators of what is to be learned.
-        keep: Evaluators of what is to be kept.
     """
     halves, groups = {name: halves_of(rows, name) for name in (*gain, *keep)}, groups_of(gain, keep)
     result = []
@@ -86,13 +76,9 @@ def standings(rows: Sequence[Row]) -> list[Standing]:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for an arm.
+    """The best of an arm's candidates by ``selection/mean``; they are in ascending order of rate and scale.
 
-    Attributes:
-        arm: The arm.
-        best: Best of the candidates, by ``selection/mean``.
-        candidates: The arm at each rate and scale, in ascending order.
-        edge: ``smallest`` or ``largest`` if the rate is that of several tried, and none in between is as good.
+    ``edge`` is ``smallest`` or ``largest`` if the rate is that of several tried, and none in between is as good.
     """
 
     arm: str
@@ -113,27 +99,16 @@ class Choice:
 
 
 def choose_rate(grid: Sequence[Standing], arm: str) -> Choice | None:
-    """Choose the learning rate of an arm at scale 1 with the best mean score on the selection half.
-
-    A mean over fewer seeds never beats one over more: only the rates with the most scored seeds are candidates for the
-    best. Of equal ones, the lowest is taken.
-
-    Args:
-        grid: :func:`standings` of all arms.
-        arm: Arm to choose for.
-
-    Returns:
-        None if no training of the arm has a score.
-    """
-    return _choose([standing for standing in grid if standing.is_whole], arm)
+    """As :func:`choose_rate_and_scale`, at scale 1."""
+    return choose_rate_and_scale([standing for standing in grid if standing.is_whole], arm)
 
 
 def choose_rate_and_scale(grid: Sequence[Standing], arm: str) -> Choice | None:
-    """As :func:`choose_rate`, of all scales; of equal ones, the lowest rate and the scale nearest to 1."""
-    return _choose(grid, arm)
+    """Choose the rate and scale of an arm with the best mean score on the selection half; None if there is no score.
 
-
-def _choose(grid: Sequence[Standing], arm: str) -> Choice | None:
+    A mean over fewer seeds never beats one over more: only those with the most scored seeds are candidates for the
+    best. Of equal ones, the lowest rate and the scale nearest to 1 are taken.
+    """
     found = sorted((s for s in grid if s.arm == arm and s.lr is not None), key=lambda s: (s.lr, s.scale or 1.0))
     scores = [standing["selection/mean"] for standing in found]
     most = max((score.count for score in scores), default=0)

@@ -40,13 +40,7 @@ Halves = Mapping[str, tuple[list[int], list[int]]]
 
 @dataclass(frozen=True)
 class Description:
-    """The subject of a report.
-
-    Attributes:
-        title: Heading of the report.
-        config: Configuration that was trained.
-        command: Command that makes the report again.
-    """
+    """The subject of a report: its heading, the configuration that was trained, and the command that makes it again."""
 
     title: str
     config: str = ""
@@ -57,13 +51,8 @@ class Description:
 class Comparison:
     """Two arms, each at its chosen rate, compared sample by sample and seed by seed on the reported half.
 
-    Attributes:
-        a: An arm.
-        b: Arm that is subtracted.
-        intervals: Interval by kind of score: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``; empty if the two
-            can't be compared.
-        num_expected: Number of seeds that there should be.
-        reason: Reason why the two can't be compared, or empty.
+    Of ``a - b`` there is an interval by kind of score: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``; none if
+    the two can't be compared, for the reason given. ``num_expected`` is the number of seeds that there should be.
     """
 
     a: str
@@ -78,26 +67,17 @@ class Report:
     """All numbers of a comparison.
 
     Attributes:
-        description: Subject of the report.
-        gain: Evaluators of what is learned.
-        keep: Evaluators of what is kept.
         num_rows: Numbers of samples of each evaluator for the selection, and reported.
         seeds: All seeds that any arm has.
         rows: All rows, with their scores on both halves among the metrics: see
             :func:`shadowlit.studies.comparison.selection.scored`. Facts and losses on the line are metrics too.
         table: Standing of every arm at its chosen rate and scale 1.
         grid: Standing of every arm at every rate and scale; the untouched models first.
-        shown: Metrics of the standings to show besides the scores: divergences and losses over all samples (nats per
-            token).
+        shown: Metrics to show next to the scores: divergences and losses over all samples (nats per token).
         choices: Choice of the rate at scale 1, by arm; arms without a finished training are missing.
         best_scales: Standing at the best rate and scale, by arm with several scales.
-        comparisons: Comparisons of ``COMPARED``.
         predictions: Row of each graft of B2I at scale 1: what was known about it, and what it gained.
-        correlations: Correlation with the gain, by fact.
-        lines: Standings with losses on the way to the graft.
-        line_scales: Scales of these losses.
-        costs: Mean over all trainings of an arm, by arm and name.
-        notes: Cautions for the reader.
+        lines: Standings with losses on the way to the graft, at ``line_scales``.
         missing: Everything that should be there and is not.
     """
 
@@ -128,16 +108,10 @@ class Report:
 
 
 def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str]) -> Report:
-    """Compare the arms.
+    """Compare the arms by evaluators of what is to be learned (``gain``) and of what is to be kept (``keep``).
 
     Evaluators without scores of samples, or with scores outside of 0 to 1, are in no mean; a note says so, and their
     metrics are shown.
-
-    Args:
-        rows: Rows of finished trainings and the untouched models, in any order.
-        description: Subject of the report.
-        gain: Evaluators of what is to be learned.
-        keep: Evaluators of what is to be kept.
 
     Raises:
         DataError: Two rows are of the same arm, rate, seed and scale; an evaluator is named twice; no evaluator has

@@ -15,12 +15,9 @@ from typing import Any, Literal
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.arms import TUNED, subject_of, without_subject
-from shadowlit.studies.trials.process import Job
 from shadowlit.studies.trials.recipe import Recipe
 
-SAMPLERS = ("grid", "random", "tpe")
 MEAN = "mean"
-PRUNERS = ("none", "median", "percentile", "hyperband", "successive_halving", "threshold")
 _OWN_KEYS = ("model.seed", "data.seed", "seed_everything", "graft.scales", "evaluation.scales")
 _LONGEST_NAME = 120
 # Of the keys of data, those that change the training alone, and not what models are measured with.
@@ -65,13 +62,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class TrialKey:
-    """One trial: a setting, the model that is trained, and a seed.
-
-    Attributes:
-        setting: Label or number for every axis.
-        source: Model that is trained: ``B``, the Base, or ``I``, the Instruct.
-        seed: Seed of data order, adapter and dropout.
-    """
+    """One trial: a label or number for every axis, the model that is trained (``B`` or ``I``), and a seed."""
 
     setting: tuple[tuple[str, str | float], ...]
     source: str
@@ -213,14 +204,6 @@ class Definition:
         recipe = self._recipe(changed)
         return ("fit", *recipe.arguments(key.source, key.seed, folder, own))
 
-    def untouched_job(self, folder: Path) -> Job:
-        """The job that measures Base and Instruct, the same for all trials.
-
-        Args:
-            folder: Folder of the sweep.
-        """
-        return self._recipe({}).untouched_job(folder)
-
     @property
     def measures_each(self) -> bool:
         """Whether trials measure Base and Instruct differently, because what they are measured with is varied."""
@@ -229,15 +212,14 @@ class Definition:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the trials of one sweep; values, seeds and arms may be added."""
-        recipe = self._recipe({})
         swept = any(key.startswith("pair") for axis in self.axes for key in axis.keys)
         return {
-            **recipe.identity(),
+            **self.recipe.identity(),
             "axes": [axis.name for axis in self.axes],
             "metric": self.metrics,
             "direction": self.direction,
             "draws": self.draws,
-            "pair": None if swept else recipe.fingerprints(),
+            "pair": None if swept else self.recipe.fingerprints(),
         }
 
     def to_json(self) -> str:
@@ -279,12 +261,12 @@ class Definition:
     def is_distributed(self) -> bool:
         """Whether Lightning may start more processes than one for a trial."""
         swept = {key for axis in self.axes for key in axis.keys}
-        return self._recipe({}).is_distributed() or bool(swept & {"trainer.devices", "trainer.accelerator"})
+        return self.recipe.is_distributed() or bool(swept & {"trainer.devices", "trainer.accelerator"})
 
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the configuration asks for the CPU."""
-        return self._recipe({}).get("trainer.accelerator") == "cpu"
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What all trials share."""
+        return self._recipe({})
 
     def _recipe(self, overrides: Mapping[str, Any]) -> Recipe:
         own = {**self.overrides, **overrides}

@@ -1,4 +1,4 @@
-"""What a sweep has found, as the tables and plots of a notebook and of the report."""
+"""What a sweep has found, as the tables of a notebook and of the report."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from matplotlib.figure import Figure
-
 from shadowlit.analysis.tables import Table as Shown
-from shadowlit.plotting import SINGLE, hide, panels
 from shadowlit.studies.report import mean_text
-from shadowlit.studies.rows import SCALE, Standing
-from shadowlit.studies.sweep.plots import interaction
+from shadowlit.studies.rows import Standing
 from shadowlit.studies.sweep.table import Table
 
 
@@ -24,7 +20,7 @@ def states(table: Table) -> Counter[str]:
 def progress(table: Table) -> Shown:
     """What was varied, and how many trials are in which state."""
     definition = table.definition
-    axes = [f"{axis}: {', '.join(_levels(table, axis))}" for axis in table.axes]
+    axes = [f"{axis}: {', '.join(table.levels(axis))}" for axis in table.axes]
     rows: list[tuple[str, object]] = [
         ("sweep", definition.study),
         *(("varied", axis) for axis in axes),
@@ -87,41 +83,6 @@ def effects(table: Table, metric: str | None = None) -> Shown:
         for level in table.effects(axis, wanted, arm)
     ]
     return Shown(("axis", "arm", "level", wanted, "from", "to", "seeds", "settings"), rows)
-
-
-def draw_interaction(
-    table: Table, x: str | None = None, y: str | None = None, metric: str | None = None, arm: str | None = None
-) -> Figure:
-    """How two axes act together; see :func:`shadowlit.studies.sweep.plots.interaction`.
-
-    Args:
-        table: Table of the sweep.
-        x: Axis of the columns; None for the one with the most levels.
-        y: Axis of the rows; None for the next.
-        metric: Metric to show; None for what trials are judged by.
-        arm: Arm to show; None for the first.
-    """
-    ordered = sorted(
-        (axis for axis in table.axes if axis not in table.ranges), key=lambda axis: -len(_levels(table, axis))
-    )
-    left = [axis for axis in ordered if axis not in (x, y)]
-    x = x or next(iter(left), None)
-    y = y or next((axis for axis in left if axis != x), None)
-    if x is None or y is None or not table.arms:
-        figure, axes = panels(1, 1, SINGLE, 0.6)
-        hide(axes)
-        axes[0].set_title("nothing to draw: fewer than two axes of named values, or no trial", fontsize=7)
-        return figure
-    return interaction(table, x, y, metric, arm)
-
-
-def _levels(table: Table, axis: str) -> list[str]:
-    if axis == SCALE:
-        return [f"{scale:g}" for scale in table.definition.scales]
-    found = next(each for each in table.definition.axes if each.name == axis)
-    if found.range is not None:
-        return [f"{found.range['low']:g} to {found.range['high']:g}"]
-    return list(found.levels)
 
 
 def _standing(table: Table, standing: Standing, metrics: Sequence[str]) -> list[object]:

@@ -56,16 +56,27 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
 
 
 @styled
-def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: str | None = None) -> Figure:
+def draw_interaction(
+    table: Table, x: str | None = None, y: str | None = None, metric: str | None = None, arm: str | None = None
+) -> Figure:
     """How two axes act together: the mean over seeds and the other axes, for each pair of their levels.
 
     Args:
         table: Table of the sweep.
-        x: Axis of the columns.
-        y: Axis of the rows.
-        metric: Metric to draw; None for what trials are judged by.
-        arm: Arm to draw; None for the first.
+        x: Axis of the columns; None for the one with the most levels.
+        y: Axis of the rows; None for the next.
+        metric: Metric to show; None for what trials are judged by.
+        arm: Arm to show; None for the first.
     """
+    left = [axis for axis in table.axes if axis not in table.ranges and axis not in (x, y)]
+    left.sort(key=lambda axis: -len(table.levels(axis)))
+    x = x or next(iter(left), None)
+    y = y or next((axis for axis in left if axis != x), None)
+    if x is None or y is None or not table.arms:
+        figure, axes = panels(1, 1, SINGLE, 0.6)
+        hide(axes)
+        axes[0].set_title("nothing to draw: fewer than two axes of named values, or no trial", fontsize=7)
+        return figure
     metric, arm = metric or table.shown()[0], arm or table.arms[0]
     columns = [level.value for level in table.effects(x, metric, arm)]
     rows = [level.value for level in table.effects(y, metric, arm)]
@@ -95,15 +106,9 @@ def interaction(table: Table, x: str, y: str, metric: str | None = None, arm: st
 
 
 @styled
-def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table, axis: str | None = None) -> Figure:
-    """The metric that each trial was judged by while it ran; colours distinguish the levels of an axis.
-
-    Args:
-        curves: Steps and values by trial.
-        table: Table of the sweep.
-        axis: Axis whose levels have different colours; None for the first.
-    """
-    axis = axis or next((name for name in table.axes if name != SCALE), table.axes[0])
+def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table) -> Figure:
+    """The metric that each trial was judged by at its steps; colours distinguish the levels of the first axis."""
+    axis = next((name for name in table.axes if name != SCALE), table.axes[0])
     of_trial = {row.trial: row.level(axis) for row in table.rows}
     levels = list(dict.fromkeys(level for level in of_trial.values() if level is not None))
     figure, (panel,) = panels(1, 1, SINGLE, 2.4)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 from shadowlit.analysis.tables import Table as Shown
+from shadowlit.analysis.tables import cell_text
 from shadowlit.studies.report import NONE, bullets, markdown_table, paragraphs, write_files
 from shadowlit.studies.rows import SCALE
 from shadowlit.studies.statistics import few_seeds
 from shadowlit.studies.sweep.notebook import best, settings, states
-from shadowlit.studies.sweep.plots import interaction, main_effects, trial_curves
+from shadowlit.studies.sweep.plots import draw_interaction, main_effects, trial_curves
 from shadowlit.studies.sweep.table import Level, Table, build_table, level_text, read_curves, write_curves
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _plots(table: Table, folder: Path) -> dict[str, tuple[str, Figure]]:
     varied = [axis for axis in table.varied if axis not in table.ranges]
     for arm in table.arms if len(varied) == 2 else []:
         if SCALE not in varied or arm[0] != arm[2]:
-            drawn = interaction(table, varied[0], varied[1], arm=arm)
+            drawn = draw_interaction(table, varied[0], varied[1], arm=arm)
             found[f"interaction_{arm}"] = (f"The two together, {arm}", drawn)
     curves = read_curves(folder)
     if any(len(points) > 1 for points in curves.values()):
@@ -103,14 +104,9 @@ def _effects(table: Table, axis: str) -> Shown:
 
 def _markdown(table: Shown) -> str:
     """A table of numbers; only the number of seeds may be empty, other missing numbers are a dash."""
-    rows = [[_cell(cell) if column != "seeds" else cell for column, cell in zip(table.columns, row, strict=True)]
+    rows = [[cell_text(cell) if column != "seeds" else cell for column, cell in zip(table.columns, row, strict=True)]
             for row in table.rows]  # fmt: skip
     return markdown_table(table.columns, rows) if rows else "Nothing is finished yet."
-
-
-def _cell(value: object) -> object:
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return NONE if missing else f"{value:.4g}" if isinstance(value, float) else value
 
 
 def _level(level: Level | None) -> str:

@@ -8,9 +8,8 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
@@ -37,15 +36,6 @@ _POLL_S = 0.2
 _ASK_S = 5.0
 _PATIENCE_S = 60.0
 _T = TypeVar("_T")
-
-
-@dataclass
-class Outcome:
-    """How a trial ended: complete, pruned, diverged or failed; and the reason if it failed."""
-
-    name: str
-    state: str
-    reason: str = ""
 
 
 def keep_definition(folder: Path, definition: Definition) -> None:
@@ -82,7 +72,8 @@ class Scheduler:
         threads: Threads of torch for each trial; None for torch's own choice.
         gpus: GPUs of each worker, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
         limit: Largest number of trials that this worker begins; None for no limit.
-        on_outcome: Called when a trial has ended.
+        on_end: Called with the name of a trial that has ended, its state (complete, pruned, diverged or failed), and
+            the reason why it failed.
         on_poll: Called with what runs, a few times per second.
     """
 
@@ -95,12 +86,12 @@ class Scheduler:
         threads: int | None = None,
         gpus: Sequence[Sequence[str]] = (),
         limit: int | None = None,
-        on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+        on_end: Callable[[str, str, str], None] = lambda name, state, reason: None,
         on_poll: Callable[[Sequence[Running]], None] = lambda running: None,
     ) -> None:
         self.study, self.folder = study, folder
         self.gpus, self.limit = gpus, limit
-        self._on_outcome, self._on_poll = on_outcome, on_poll
+        self._on_end, self._on_poll = on_end, on_poll
         self._begun = 0
         self._asked = -_ASK_S
         in_process = not gpus and not study.definition.is_distributed()
@@ -148,7 +139,10 @@ class Scheduler:
             self._keep(name, claim)
             return
         more = {"trainer.devices": len(self.gpus[slot])} if self.gpus else {}
-        self._pool.begin(Job(name, definition.arguments(claim.key, home, more)), slot, claim)
+        try:
+            self._pool.begin(Job(name, definition.arguments(claim.key, home, more)), slot, claim)
+        except ShadowlitError as error:
+            self._fail(name, claim, str(error))
 
     def _watch(self) -> None:
         for each, ok in self._pool.ended():
@@ -161,7 +155,8 @@ class Scheduler:
 
     def _report(self, each: Running, claim: Claim) -> bool:
         """Report what a trial has measured; False if it is over: pruned, or another worker's."""
-        live = _read(self.folder / each.name / LIVE)
+        file = self.folder / each.name / LIVE
+        live = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if live:
             with contextlib.suppress(KeyError):  # some evaluators don't run in every validation
                 each.value = self.study.definition.judge(live["metrics"], claim.key.source)
@@ -177,7 +172,7 @@ class Scheduler:
             each.process.stop()
             drop_checkpoints(self.folder / each.name)
             _patiently(lambda: self.study.finish(claim, live, pruned=True))
-            self._on_outcome(Outcome(each.name, "pruned"))
+            self._on_end(each.name, "pruned", "")
         except UpdateFinishedTrialError as error:
             each.process.stop()
             log.warning("%s was stopped: %s", each.name, error)
@@ -192,15 +187,16 @@ class Scheduler:
         elif ok:
             self._keep(each.name, each.claim)
         else:
-            claim, reason = each.claim, last_words(home)
-            _patiently(lambda: self.study.fail(claim, reason))
-            self._on_outcome(Outcome(each.name, "failed", reason))
+            self._fail(each.name, each.claim, last_words(home))
+
+    def _fail(self, name: str, claim: Claim, reason: str) -> None:
+        _patiently(lambda: self.study.fail(claim, reason))
+        self._on_end(name, "failed", reason)
 
     def _keep(self, name: str, claim: Claim) -> None:
         result = json.loads((self.folder / name / RESULT).read_text(encoding="utf-8"))
         try:
-            state = _patiently(lambda: self.study.finish(claim, result))
-            self._on_outcome(Outcome(name, state))
+            self._on_end(name, _patiently(lambda: self.study.finish(claim, result)), "")
         except UpdateFinishedTrialError:
             log.warning("%s was run by another worker too, which came first", name)
         except ShadowlitError as error:
@@ -212,7 +208,7 @@ class Scheduler:
         if self.study.definition.measures_each or self.study.untouched is not None:
             return
         if stack.enter_context(held(self.folder / ".untouched.lock")):
-            self._pool.begin(self.study.definition.untouched_job(self.folder), 0)
+            self._pool.begin(self.study.definition.recipe.untouched_job(self.folder), 0)
 
     def _stop(self) -> None:
         """End what still runs, after an interruption or an error, and record it."""
@@ -223,12 +219,7 @@ class Scheduler:
 
 
 def gpus_of_slots(visible: Sequence[str], per_trial: int, workers: int | None) -> list[list[str]]:
-    """Divide GPUs among as many workers as they allow, or among ``workers``.
-
-    Args:
-        visible: GPUs, by number or UUID.
-        per_trial: Number of GPUs for each trial.
-        workers: Number of trials that run at a time; None for as many as there are GPUs for.
+    """Divide the visible GPUs, by number or UUID, among as many workers as they allow, or among ``workers``.
 
     Raises:
         ShadowlitError: There are too few.
@@ -269,10 +260,3 @@ def _patiently(act: Callable[[], _T]) -> _T:
                     "it is back: trials resume from their checkpoints, and finished ones are kept."
                 ) from error
             time.sleep(2)
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None

@@ -24,8 +24,8 @@ def open_storage(where: str | None, folder: Path) -> BaseStorage:
     """Open Optuna's storage.
 
     Args:
-        where: None for a journal in ``folder``; the path of another journal (``*.journal``); or the address of a
-            database, ``postgresql://user:password@host/name`` or ``sqlite:///file``.
+        where: None for a journal in the sweep's folder; the path of another journal (``*.journal``); or the address of
+            a database, ``postgresql://user:password@host/name`` or ``sqlite:///file``.
         folder: Folder of the sweep; made if there is none.
 
     Raises:

@@ -37,15 +37,7 @@ _DRAWS_PER_SETTING = 20
 
 @dataclass
 class Claim:
-    """A trial that this worker runs.
-
-    Attributes:
-        key: Setting, trained model and seed.
-        trial: Optuna's trial.
-        beats: Number of heartbeats that were sent.
-        beaten: Time of the last one, by the monotonic clock.
-        reported: Step of the last value that was reported.
-    """
+    """A trial that this worker runs: its heartbeats, the last by the monotonic clock, and the step it last reported."""
 
     key: TrialKey
     trial: optuna.Trial
@@ -139,12 +131,7 @@ class SweepStudy:
         return not claim.trial.should_prune()
 
     def finish(self, claim: Claim, result: Mapping[str, Any], pruned: bool = False) -> str:
-        """Keep a trial's result.
-
-        Args:
-            claim: Trial that has ended.
-            result: Its ``metrics`` by name, ``step``, and what it cost.
-            pruned: Whether it was ended early.
+        """Keep the result of a trial: its ``metrics`` by name, ``step``, and what it cost.
 
         Returns:
             Its state: complete, pruned, or diverged if its metric is no number.

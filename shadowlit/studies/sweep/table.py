@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -39,15 +38,9 @@ _COST = ("step", "wall_s", "peak_memory_bytes", "trained_parameters", "train_tok
 
 @dataclass(frozen=True)
 class Level:
-    """What was measured at one value of an axis.
+    """A value of an axis, and the mean over seeds of the mean over the settings that all levels share.
 
-    Attributes:
-        value: Label or number.
-        mean: Mean over seeds, of the mean over the settings that all levels share.
-        low: Lower end of its 95 % interval over seeds (Student's t); NaN for a single seed.
-        high: Upper end.
-        num_seeds: Number of seeds that it is from.
-        num_settings: Number of settings of the other axes that it is from, for each seed on average.
+    The ends of its 95 % interval over seeds (Student's t) are NaN for a single seed; settings are counted per seed.
     """
 
     value: str | float
@@ -81,6 +74,13 @@ class Table:
         """The axes that have several levels; all of them if none has."""
         single = {axis.name for axis in self.definition.axes if axis.range is None and len(axis.levels) == 1}
         return [axis for axis in self.axes if axis not in single] or self.axes
+
+    def levels(self, axis: str) -> list[str]:
+        """What an axis varies over, as text; a range is one text."""
+        if axis == SCALE:
+            return [f"{scale:g}" for scale in self.definition.scales]
+        found = next(each for each in self.definition.axes if each.name == axis)
+        return list(found.levels) if found.range is None else [f"{found.range['low']:g} to {found.range['high']:g}"]
 
     def shown(self) -> list[str]:
         """The metrics of the report: what trials are judged by, then the ones of ``show``."""
@@ -120,13 +120,8 @@ class Table:
         """The main effect of an axis: the mean at each of its levels, over the settings that all levels share.
 
         A setting of the other axes counts for a seed if it was measured at every level, so that no level gains from
-        easier company. The interval is over seeds alone: it is about other trainings, not about other settings.
-
-        Args:
-            axis: Name of the axis, or ``scale``.
-            metric: Metric as the rows name it.
-            arm: Arm to look at.
-            scale: λ; None for the first.
+        easier company. The interval is over seeds alone: it is about other trainings, not about other settings. Without
+        a scale, it is that of the first one.
         """
         every = self.rows if axis == SCALE else self.of(arm, scale)
         rows = [row for row in every if row.arm == arm and row.level(axis) is not None and row.state == "complete"]
@@ -228,9 +223,10 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     file = Path(folder) / CURVES
     if not file.is_file():
         raise ShadowlitError(f"there is no {file}. python -m shadowlit sweep report writes it.")
-    rows = list(csv.reader(io.StringIO(file.read_text(encoding="utf-8"))))[1:]
-    grouped = itertools.groupby(sorted(rows, key=lambda row: row[0]), key=lambda row: row[0])
-    return {name: sorted((int(step), float(value or "nan")) for _, step, value in group) for name, group in grouped}
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))):
+        found.setdefault(row["trial"], []).append((int(row["step"]), float(row["value"] or "nan")))
+    return {name: sorted(points) for name, points in sorted(found.items())}
 
 
 def _with_mean(metrics: dict[str, float], definition: Definition) -> dict[str, float]:

@@ -1,13 +1,19 @@
-"""Who may work in a study's folder: one process at a time, and trainings of one recipe."""
+"""Who may work in a folder: one command in a study's, which has one recipe, and one training in each training's."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from shadowlit.errors import ShadowlitError
+
+LOCK = ".lock"
+_PATIENCE_S = 60.0
 
 
 @contextmanager
@@ -24,6 +30,48 @@ def held(file: Path) -> Iterator[bool]:
         return
     try:
         yield True
+    finally:
+        lock.release()
+
+
+@contextmanager
+def vacated(folder: Path) -> Iterator[None]:
+    """Hold a training's folder while the block runs, after every process that still works in it has ended.
+
+    A training whose command was killed lives on for a moment: the next one must not clear the folder meanwhile.
+
+    Raises:
+        ShadowlitError: A process has not left the folder within a minute.
+    """
+    with ExitStack() as stack:
+        for file in sorted(folder.glob(f"{LOCK}*")):
+            stack.enter_context(_waited_for(file))
+        yield
+
+
+@contextmanager
+def occupied(folder: Path) -> Iterator[None]:
+    """Hold a training's folder for one of its processes; each rank on this machine has a lock of its own.
+
+    Raises:
+        ShadowlitError: Another training has not left the folder within a minute.
+    """
+    with _waited_for(folder / f"{LOCK}{os.environ.get('LOCAL_RANK', '')}"):
+        yield
+
+
+@contextmanager
+def _waited_for(file: Path) -> Iterator[None]:
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=_PATIENCE_S)
+    except Timeout:
+        raise ShadowlitError(
+            f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait until "
+            f"it has ended, or end it (fuser {file} shows its process), and start the same command again."
+        ) from None
+    try:
+        yield
     finally:
         lock.release()
 

@@ -16,19 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.errors import ShadowlitError
-from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
+from shadowlit.studies.trials.folder import LOCK, vacated
+from shadowlit.studies.trials.trial import LOG, PARENT, RESULT, run_logged
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training, or a measurement of models that aren't trained.
-
-    Attributes:
-        name: Name of the job and of its folder.
-        arguments: Command line after ``python -m shadowlit``.
-    """
+    """A training, or a measurement of untrained models: its folder's name, and the command line of ``shadowlit``."""
 
     name: str
     arguments: tuple[str, ...]
@@ -36,13 +32,7 @@ class Job:
 
 @dataclass(frozen=True)
 class TrialProcess:
-    """A running job, however it was started.
-
-    Attributes:
-        process: Process, which can be terminated and killed.
-        poll: Returns its exit code, or None while it runs.
-        wait: Waits for its end, at most so many seconds.
-    """
+    """A running job, however it was started; ``poll`` returns its exit code, or None while it runs."""
 
     process: Any
     poll: Callable[[], int | None]
@@ -58,16 +48,9 @@ class TrialProcess:
 
 @dataclass
 class Running:
-    """A job that runs.
+    """A job that runs, and what its last validation reported: the optimizer step, and the metric it is judged by.
 
-    Attributes:
-        name: Name of its folder.
-        process: Its process.
-        slot: Number of the place that it has, and with it the GPUs.
-        claim: What the study knows it by; None for the untouched models.
-        begun: Start, by the monotonic clock.
-        step: Optimizer steps at the last validation.
-        value: Metric by which it is judged, at the last validation.
+    A sweep knows a trial by its claim; the job that measures the untouched models has none.
     """
 
     name: str
@@ -80,12 +63,12 @@ class Running:
 
 
 class Pool:
-    """The running jobs of a study, at most one in each slot.
+    """The running jobs of a study, at most one in each slot; each has a folder of its own in that of the study.
 
     Args:
-        folder: Folder of the study; each job has a folder of its own in it.
+        folder: Folder of the study.
         slots: Number of jobs that may run at a time.
-        threads: Threads of torch for each job; None for torch's own choice.
+        threads: See :func:`start`.
         in_process: See :func:`start`.
         gpus: GPUs of each slot, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
     """
@@ -117,14 +100,14 @@ class Pool:
         self.running.append(Running(job.name, process, slot, claim))
 
     def ended(self) -> Iterator[tuple[Running, bool]]:
-        """Let go of the jobs that have ended, each with whether it has left its result.
-
-        The checkpoints of those that have are removed.
-        """
+        """Remove the jobs that have ended; yield each with whether it left its result: then its checkpoints go."""
         for each in list(self.running):
             if (code := each.process.poll()) is not None:
                 self.running.remove(each)
-                yield each, _succeeded(code, self._folder / each.name)
+                succeeded = code == 0 and is_finished(self._folder / each.name)
+                if succeeded:
+                    drop_checkpoints(self._folder / each.name)
+                yield each, succeeded
 
     def stop(self) -> list[Running]:
         """End everything that still runs, and return it."""
@@ -152,9 +135,13 @@ def start(
             possible where Lightning starts further processes, or where ``environment`` must be known to what is
             imported; systems that cannot fork start a new process.
         environment: Additional variables, e.g. which GPUs it sees; not with ``in_process``.
+
+    Raises:
+        ShadowlitError: Another process has not left the folder within a minute.
     """
     assert not (in_process and environment), "a forked process has imported everything already"
-    job = _resumed(job, folder)
+    with vacated(folder):
+        job = _resumed(job, folder)
     forked = in_process and hasattr(os, "fork")
     return _fork(job, folder, threads) if forked else _spawn(job, folder, threads, environment or {})
 
@@ -176,23 +163,11 @@ def last_words(folder: Path, lines: int = 3) -> str:
 
 
 def untouched_failed(home: Path) -> ShadowlitError:
-    """The error that ends a study without reference models.
-
-    Args:
-        home: Folder of the job that should have measured them.
-    """
+    """The error that ends a study without reference models, which the job in the folder ``home`` should have left."""
     return ShadowlitError(
         f"the untouched models could not be measured, so there is nothing to compare with: {last_words(home)}. Fix the "
         f"cause, and start the same command again; the log is {home / LOG}."
     )
-
-
-def _succeeded(code: int, folder: Path) -> bool:
-    """Whether a job that ended with ``code`` has left its result; if so, its checkpoints are no longer needed."""
-    if code != 0 or not is_finished(folder):
-        return False
-    drop_checkpoints(folder)
-    return True
 
 
 def _resumed(job: Job, folder: Path) -> Job:
@@ -200,7 +175,7 @@ def _resumed(job: Job, folder: Path) -> Job:
     last = folder / "checkpoints" / "last.ckpt"
     if folder.is_dir():
         for path in folder.iterdir():
-            if path.name != "checkpoints":
+            if path.name != "checkpoints" and not path.name.startswith(LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if job.arguments[0] == "fit" and last.exists():
@@ -220,7 +195,8 @@ def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
 def _spawn(job: Job, folder: Path, threads: int | None, environment: Mapping[str, str]) -> TrialProcess:
     command = [sys.executable, "-m", "shadowlit.studies.trials.trial", str(folder), *job.arguments]
     # Set in the environment, which further processes of the training inherit.
-    own = {**os.environ, **({} if threads is None else {"OMP_NUM_THREADS": str(threads)}), **environment}
+    number = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    own = {**os.environ, **number, **environment, PARENT: str(os.getpid())}
     with (folder / LOG).open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own)
     return TrialProcess(process, process.poll, process.wait)

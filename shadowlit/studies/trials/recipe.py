@@ -58,25 +58,16 @@ class Recipe:
         return found
 
     def arguments(self, source: str, seed: int, folder: Path, values: Mapping[str, Any]) -> list[str]:
-        """The command line of ``fit`` with this configuration, after the word itself.
+        """The command line of ``fit`` with this configuration and what is changed in it, after the word itself.
 
-        Args:
-            source: Model that is trained: ``B``, the Base, or ``I``, the Instruct, whose update is grafted onto the
-                Base.
-            seed: Seed of everything.
-            folder: Folder for everything that is written.
-            values: Everything that is changed in the file, by dotted key.
+        The model that is trained is ``B``, the Base, or ``I``, the Instruct, whose update is grafted onto the Base.
         """
         swapped = self._swapped() if source == "I" else {}
         seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
         return self._arguments(folder, {**values, **swapped, **seeds})
 
     def untouched_job(self, folder: Path) -> Job:
-        """The job that measures the untouched models, the same for all trainings.
-
-        Args:
-            folder: Folder of the study.
-        """
+        """The job that measures the untouched models once for all trainings of the study in a folder."""
         own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False}
         arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own})
         return Job(UNTOUCHED_TRIAL, ("validate", *arguments))

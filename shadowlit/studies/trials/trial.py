@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from shadowlit.files import replace_text
+from shadowlit.studies.trials.folder import occupied
 
 RESULT = "result.json"
 LIVE = "live.json"
 LOG = "log.txt"
+PARENT = "SHADOWLIT_PARENT"
+"""Variable with the process id of whoever starts ``python -m shadowlit.studies.trials.trial``."""
+_POLL_S = 0.1
 
 
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
-    """Run ``fit`` or ``validate``, and write its numbers to ``result.json``; the file means that it is finished.
+    """Run ``fit`` or ``validate`` in a folder of its own, and write its numbers to ``result.json`` when it is finished.
 
     After each validation, ``live.json`` has the numbers so far.
-
-    Args:
-        folder: Folder of this training alone.
-        arguments: Command line after ``python -m shadowlit``.
-        threads: Threads of torch; None for torch's own choice.
     """
     import torch
 
     from shadowlit.lightning_cli import main as run
     from shadowlit.studies.trials.live import LiveMetrics
 
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     if threads is not None:
         torch.set_num_threads(threads)
     start = time.perf_counter()
@@ -48,32 +48,48 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
 
 def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -> None:
     """As :func:`main`, in a process that was forked for it: output goes to ``log.txt``, and a failure ends it."""
-    with (folder / LOG).open("w", encoding="utf-8") as log:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with _own(folder, parent.is_alive), (folder / LOG).open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.argv = ["shadowlit", *arguments]
+        code = 0
         try:
             main(folder, arguments, threads)
         except SystemExit as stop:
-            os._exit(_flushed(stop.code if isinstance(stop.code, int) else 1))
+            code = stop.code if isinstance(stop.code, int) else 1
         except BaseException:
             traceback.print_exc()
-            os._exit(_flushed(1))
-        os._exit(_flushed(0))  # threads of libraries must not keep a finished training alive
+            code = 1
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)  # threads of libraries must not keep a finished training alive
 
 
-def _end_with_parent(parent: int) -> None:
-    """End with the parent: an orphan must not write into a folder that the next training takes over."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+def run_spawned(folder: Path, arguments: list[str]) -> None:
+    """As :func:`main`, in a new interpreter. The processes that Lightning starts from it end with it in turn."""
+    parent = int(os.environ.get(PARENT, os.getppid()))
+    os.environ[PARENT] = str(os.getpid())
+    with _own(folder, lambda: os.getppid() == parent):
+        main(folder, arguments)
 
 
-def _flushed(code: int) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    return code
+@contextlib.contextmanager
+def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
+    """Hold the folder, and end the process when the command that wants it has been killed, during start-up too."""
+
+    def watch() -> None:
+        while is_wanted():
+            time.sleep(_POLL_S)
+        os._exit(1)
+
+    with occupied(folder):
+        if not is_wanted():  # only now: nobody else clears the folder from here on
+            os._exit(1)
+        threading.Thread(target=watch, daemon=True).start()
+        yield
 
 
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
@@ -96,4 +112,4 @@ def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    run_spawned(Path(sys.argv[1]), sys.argv[2:])

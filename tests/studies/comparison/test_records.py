@@ -4,7 +4,8 @@ import math
 import pytest
 
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.records import from_json, read_records, to_json, write_records
+from shadowlit.files import replace_text
+from shadowlit.studies.comparison.records import from_json, read_records, to_json
 from shadowlit.studies.rows import Row
 from tests.studies.comparison.synthetic import trained
 
@@ -19,7 +20,7 @@ RECORDS = [
 
 
 def test_written_records_are_read_as_they_were(tmp_path):
-    write_records(RECORDS, tmp_path / "made/records.json")
+    replace_text(tmp_path / "made/records.json", to_json(RECORDS))
     assert read_records(tmp_path / "made/records.json") == RECORDS
     assert [file.name for file in (tmp_path / "made").iterdir()] == ["records.json"]
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.embedded.combined import combine, write_combined
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.report import combine, render, sentence, write_combined, write_report
+from shadowlit.studies.comparison.report import render, sentence, write_report
 from shadowlit.studies.comparison.summary import OVER_INSTRUCT, Comparison, Description, barrier, summarise
 from shadowlit.studies.rows import LR, Row, to_csv
 from shadowlit.studies.statistics import Interval

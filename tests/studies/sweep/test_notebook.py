@@ -5,7 +5,8 @@ import pytest
 
 from shadowlit.studies.rows import Row, to_csv
 from shadowlit.studies.sweep.definition import Definition
-from shadowlit.studies.sweep.notebook import best, draw_interaction, effects, progress, settings
+from shadowlit.studies.sweep.notebook import best, effects, progress, settings
+from shadowlit.studies.sweep.plots import draw_interaction
 from shadowlit.studies.sweep.table import Table, read_table
 
 RATES, RANKS, SEEDS = (1e-3, 2e-3), (4, 16), (0, 1, 2)

@@ -13,6 +13,7 @@ import yaml
 
 from shadowlit.cli.sweep import report, run
 from shadowlit.errors import ShadowlitError
+from shadowlit.lightning_cli import ShadowCLI
 from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_slots, visible_gpus
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
@@ -40,11 +41,16 @@ TWELVE = {
 }  # fmt: skip
 
 
+SIX = {**TWELVE, "name": "six", "seeds": [0, 1], "grid": {"model.lr": [1e-3, 2e-3, 4e-3], "model.adapter.r": [2]}}
+
+
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch):
-    """The configurations' paths are relative to it."""
+    """The configurations' paths are relative to it; only fit is parsed in this process, so only its parser is built."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fit = ShadowCLI.subcommands()["fit"]
+    monkeypatch.setattr(ShadowCLI, "subcommands", staticmethod(lambda: {"fit": fit}))
 
 
 def started(tmp_path, definition, out, **options):
@@ -74,10 +80,10 @@ def trainings(process):
     return []
 
 
-def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
+def test_six_trials_with_two_workers_and_two_deaths(tmp_path):
     """A training is killed, then the command itself, both by SIGKILL; the same command again finishes the rest."""
     out = tmp_path / "out"
-    first = started(tmp_path, TWELVE, out, workers=2)
+    first = started(tmp_path, SIX, out, workers=2)
     wait_for(lambda: results(out) and (out / "untouched/result.json").is_file(), first)
     while "failed" not in (tmp_path / "told.txt").read_text():  # one that was ending anyway is no loss
         assert first.poll() is None
@@ -89,12 +95,12 @@ def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.wait(60)
     kept = results(out)
-    assert 1 <= len(kept) < 12
+    assert 1 <= len(kept) < 6
 
-    assert started(tmp_path, TWELVE, out, workers=2).wait(600) == 0, (tmp_path / "told.txt").read_text()
+    assert started(tmp_path, SIX, out, workers=2).wait(600) == 0, (tmp_path / "told.txt").read_text()
     found = results(out)
-    assert len(found) == 12 and kept.items() <= found.items()
-    definition = define(**TWELVE)
+    assert len(found) == 6 and kept.items() <= found.items()
+    definition = define(**SIX)
     planned = Counter(definition.name_of(key) for key in definition.planned())
     study = SweepStudy(definition, open_storage(None, out))
     assert Counter(trial.user_attrs["name"] for trial in study._all() if state_of(trial) == "complete") == planned
@@ -108,10 +114,10 @@ def test_twelve_trials_with_two_workers_and_two_deaths(tmp_path):
             "model.lr": f"{float(row.setting['model.lr']):g}",
             "model.adapter.r": row.setting["model.adapter.r"],
         }
-    assert len({row.metrics["loss"] for row in rows}) == 12
+    assert len({row.metrics["loss"] for row in rows}) == 6
     untouched = json.loads((out / "untouched/result.json").read_text())["metrics"]
     assert table.untouched("Instruct", "loss") == untouched["val/instruct/loss"]
-    assert "12 trials: 12 complete" in (out / "REPORT.md").read_text()
+    assert "6 trials: 6 complete" in (out / "REPORT.md").read_text()
     assert (out / "main_effects.png").stat().st_size > 5000 and (out / "main_effects.pdf").is_file()
 
 
@@ -159,19 +165,19 @@ def test_a_failing_trial_costs_itself_alone_and_is_tried_again(tmp_path, capsys)
 
 
 def test_a_hopeless_trial_is_ended_by_its_live_metric(tmp_path):
-    """Twenty epochs of which the first validation is the last: everything is above a loss of 0."""
+    """Twenty epochs of ten steps, of which the first validation is the last: everything is above a loss of 0."""
     run(
         "pruned", "configs/demo_lora.yaml", grid={"model.lr": [1e-3]}, threads=1, out=str(tmp_path),
-        overrides={**SHORT, "data.limit_train_samples": None, "trainer.max_epochs": 20},
+        overrides={**SHORT, "data.limit_train_samples": 320, "trainer.max_epochs": 20},
         pruner="threshold", pruner_options={"upper": 0.0},
     )  # fmt: skip
     (row,) = (row for row in read_table(tmp_path).rows if row.seed is not None)
     assert row.state == "pruned" and row.metrics["loss"] > 0
     assert not list(tmp_path.glob("*seed=0/result.json"))
     reached = json.loads((tmp_path / "lr=0.001_seed=0/live.json").read_text())["step"]
-    assert 0 < reached < 20 * 19
+    assert 0 < reached < 20 * 10
     curve = (tmp_path / "curves.csv").read_text().splitlines()
-    assert len(curve) == 2 and curve[1].startswith("lr=0.001_seed=0,19,")
+    assert len(curve) == 2 and curve[1].startswith("lr=0.001_seed=0,10,")
 
 
 def test_a_result_that_was_not_told_is_taken_as_it_is(tmp_path):
@@ -189,13 +195,9 @@ def test_a_result_that_was_not_told_is_taken_as_it_is(tmp_path):
 class _Stub:
     """A process that has ended at once and left a result."""
 
-    seen: list
-
-    def __init__(self, job, folder, **options):
+    def __init__(self, job, folder):
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({"metrics": {"val/grafted/loss": 1.0}, "step": 1}))
-        arguments = [each for each in job.arguments if each.startswith("--trainer.devices")]
-        self.seen.append((options["environment"], options["in_process"], arguments[-1]))
 
     def poll(self):
         return 0
@@ -205,16 +207,22 @@ class _Stub:
 
 
 def test_each_trial_gets_gpus_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "start", _Stub)
-    _Stub.seen = []
+    seen = []
+
+    def start(job, folder, *, environment, in_process, threads):
+        arguments = [each for each in job.arguments if each.startswith("--trainer.devices")]
+        seen.append((environment, in_process, arguments[-1]))
+        return _Stub(job, folder)
+
+    monkeypatch.setattr(module, "start", start)
     study = SweepStudy(define(), open_storage(None, tmp_path))
     study.keep_untouched({})
     Scheduler(study, tmp_path, workers=2, gpus=[["0", "1"], ["2", "3"]]).run()
-    assert len(_Stub.seen) == 4
-    assert {tuple(environment.items()) for environment, _, _ in _Stub.seen} == {
+    assert len(seen) == 4
+    assert {tuple(environment.items()) for environment, _, _ in seen} == {
         (("CUDA_VISIBLE_DEVICES", "0,1"),), (("CUDA_VISIBLE_DEVICES", "2,3"),)
     }  # fmt: skip
-    assert {(in_process, devices) for _, in_process, devices in _Stub.seen} == {(False, "--trainer.devices=2")}
+    assert {(in_process, devices) for _, in_process, devices in seen} == {(False, "--trainer.devices=2")}
 
 
 def test_gpus_are_shared_out(monkeypatch):
@@ -234,10 +242,7 @@ def test_gpus_are_shared_out(monkeypatch):
 
 
 def test_a_worker_of_an_array_runs_as_many_as_it_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        module, "start", lambda job, folder, **options: _Stub(job, folder, environment={}, in_process=1)
-    )
-    monkeypatch.setattr(_Stub, "seen", [], raising=False)
+    monkeypatch.setattr(module, "start", lambda job, folder, **_: _Stub(job, folder))
     study = SweepStudy(define(overrides={"trainer.devices": 1}), open_storage(None, tmp_path))
     study.keep_untouched({})
     Scheduler(study, tmp_path, limit=1).run()
@@ -262,7 +267,8 @@ def test_what_cannot_run_is_told_before_the_first_trial(tmp_path, options, messa
     assert not list(tmp_path.glob("out/*seed*"))
 
 
-def test_a_folder_has_one_sweep(tmp_path):
+def test_a_folder_has_one_sweep(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "start", lambda job, folder, **_: _Stub(job, folder))
     given = {"fit": "configs/demo_lora.yaml", "grid": {"model.lr": [1e-3]}, "threads": 1, "overrides": SHORT}
     run("a", out=str(tmp_path / "out"), **given)
     with pytest.raises(ShadowlitError, match=r"another sweep: metric differ\. Give this one another name or folder"):

@@ -8,7 +8,7 @@ import pytest
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.rows import to_csv
-from shadowlit.studies.sweep.plots import interaction, main_effects, trial_curves
+from shadowlit.studies.sweep.plots import draw_interaction, main_effects, trial_curves
 from shadowlit.studies.sweep.report import write_report
 from shadowlit.studies.sweep.scheduler import keep_definition
 from shadowlit.studies.sweep.storage import open_storage
@@ -166,12 +166,12 @@ def test_plots_draw_what_the_table_says(tmp_path):
     labels = {line.get_label() for line in right.lines}
     assert "Instruct, untouched" in labels and "Base, untouched" in labels
     assert "Base, untouched" not in {line.get_label() for line in left.lines}
-    heat = interaction(table, LR, RANK).axes[0].images[0].get_array()
+    heat = draw_interaction(table, LR, RANK).axes[0].images[0].get_array()
     assert np.asarray(heat) == pytest.approx(np.array([[2.1, 3.1], [5.1, 6.1]]))
     scaled = build_table(filled(tmp_path / "scaled", lambda lr, rank, seed, scale: rank + scale, scales=[1.0, 3.0]))
-    heat = interaction(scaled, LR, RANK).axes[0].images[0].get_array()
+    heat = draw_interaction(scaled, LR, RANK).axes[0].images[0].get_array()
     assert np.asarray(heat) == pytest.approx(np.array([[2.0, 2.0], [5.0, 5.0]]))  # at the first scale alone
-    heat = interaction(scaled, "scale", RANK).axes[0].images[0].get_array()
+    heat = draw_interaction(scaled, "scale", RANK).axes[0].images[0].get_array()
     assert np.asarray(heat) == pytest.approx(np.array([[2.0, 4.0], [5.0, 7.0]]))
     curves = trial_curves({"lr=0.001_r=1_seed=0": [(1, 3.0), (2, 2.0)]}, table).axes[0]
     assert curves.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
