@@ -22,6 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="shadowlit-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+import torch.utils.collect_env
+
+# lm-evaluation-harness lists all installed packages for every evaluation, for a second each.
+torch.utils.collect_env.get_pretty_env_info = lambda: "not collected"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

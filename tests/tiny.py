@@ -85,9 +85,9 @@ def save_model(
     return folder
 
 
-def save_pair(root: Path, arch: str = "qwen3", **kwargs) -> tuple[Path, Path]:
-    """Save a Base and an Instruct close to it under ``root``; return the two folders."""
-    made, random_state = _pair(arch, **kwargs)
+def save_pair(root: Path, arch: str = "qwen3", save=save_model, **kwargs) -> tuple[Path, Path]:
+    """Save a Base and an Instruct close to it under ``root`` with ``save``; return the two folders."""
+    made, random_state = _pair(save, arch, **kwargs)
     for name in ("base", "instruct"):
         shutil.copytree(made / name, root / name, dirs_exist_ok=True)
     torch.set_rng_state(random_state)  # the same whether the pair was made for this test or an earlier one
@@ -95,10 +95,10 @@ def save_pair(root: Path, arch: str = "qwen3", **kwargs) -> tuple[Path, Path]:
 
 
 @cache
-def _pair(arch: str, **kwargs) -> tuple[Path, torch.Tensor]:
+def _pair(save, arch: str, **kwargs) -> tuple[Path, torch.Tensor]:
     """A pair that is made once in a process, and the state of the random numbers after it."""
     root = Path(tempfile.mkdtemp(prefix="shadowlit-pair-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    base = save_model(root / "base", arch, seed=0, **kwargs)
-    save_model(root / "instruct", arch, seed=1, near=base, **kwargs)
+    base = save(root / "base", arch, seed=0, **kwargs)
+    save(root / "instruct", arch, seed=1, near=base, **kwargs)
     return root, torch.get_rng_state()

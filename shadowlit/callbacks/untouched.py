@@ -85,6 +85,6 @@ def _is_setting(name: str, value: Any) -> bool:
 def _hash(sets: Sequence[Any], limits: Sequence[float]) -> str:
     digest = hashlib.sha256()
     for samples, limit in zip(sets, limits, strict=True):
-        content = samples.digests() if hasattr(samples, "digests") else [str(len(samples)).encode()]
-        digest.update(f"{limit} {len(content)} ".encode() + b"".join(content))
+        content = samples.hashes().tobytes() if hasattr(samples, "hashes") else b""
+        digest.update(f"{limit} {len(samples)} ".encode() + content)
     return digest.hexdigest()

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 _CODE = (
-    "blocks", "conversation", "custom_formats", "dataset", "document", "formats", "images", "preference_formats",
-    "prepare", "sampler", "sources", "template",
+    "blocks", "conversation", "custom_formats", "dataset", "formats", "images", "preference_formats", "prepare",
+    "sampler", "sources", "template",
 )  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 
@@ -29,11 +29,7 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
     """A hexadecimal name for the tokens that the settings and the tokenizer produce.
 
     It covers our own code and the versions of the packages that render and tokenise, so that tokens of an earlier
-    version are never read.
-
-    Args:
-        tokenizer: Fast tokenizer, with the chat template.
-        settings: Everything else that the tokens depend on, as JSON can represent it.
+    version are never read. ``settings`` are everything else that the tokens depend on, as JSON can represent it.
     """
     parts = {
         "settings": settings,

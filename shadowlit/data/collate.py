@@ -1,4 +1,4 @@
-"""From samples to tensors: padded on the right to train, on the left to generate. Picklable, so workers can."""
+"""From samples to tensors: padded on the right for training, on the left for generation. Picklable, for workers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class Collate:
     """Pads samples on the right to the longest of the batch.
 
     Attributes:
-        pad_token_id: Fills ``input_ids``; its attention is 0 and its label -100, so any token will do.
-        pad_to_multiple_of: Round the length up to a multiple, which spares recompilations; None for not at all.
+        pad_token_id: Token that fills ``input_ids``; its attention is 0 and its label -100, so any token will do.
+        pad_to_multiple_of: Multiple to which the length is rounded up, which avoids recompilations; None for the
+            length itself.
     """
 
     pad_token_id: int
@@ -40,41 +41,44 @@ class Collate:
 
 @dataclass(frozen=True)
 class PackCollate:
-    """Puts packed rows together; without a mask, since ``position_ids`` that restart say where each sample begins.
+    """Builds packed rows, without a mask, since ``position_ids`` that restart say where each sample begins.
 
     Attributes:
-        pad_token_id: Fills ``input_ids`` behind a shorter row, as if it were one more sample, without loss.
-        pad_to_multiple_of: Round the length up to a multiple; None for not at all.
-        flatten: The samples of the batch make one row, which needs no padding (``padding_free``); else each is a row
-            that was packed already.
+        pad_token_id: Token that fills ``input_ids`` after a shorter row, like one more, unsupervised sample.
+        pad_to_multiple_of: As in :class:`Collate`.
+        flatten: Concatenate all samples of the batch into one row, which needs no padding (``padding_free``).
+            Otherwise each item is a row.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
     flatten: bool = False
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``position_ids`` and ``labels``, each int64 ``[B, T]``; B is 1 where flattened."""
-        rows = [pack_samples(samples)] if self.flatten else list(samples)
+    def __call__(self, items: Sequence[Sample | list[Sample]]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``position_ids`` and ``labels``, each int64 ``[B, T]``; B is 1 where flattened.
+
+        Args:
+            items: Samples, or packs of them.
+        """
+        packs = [item if isinstance(item, list) else [item] for item in items]
+        if self.flatten:
+            packs = [[sample for pack in packs for sample in pack]]
+        rows = [pack_samples(pack) for pack in packs]
         length = _round_up(max(len(row["input_ids"]) for row in rows), self.pad_to_multiple_of)
         batch = {
             "input_ids": _fill(rows, "input_ids", length, self.pad_token_id),
             "position_ids": _fill(rows, "position_ids", length, 0),
             "labels": _fill(rows, "labels", length, IGNORE_INDEX),
         }
-        for places, row in zip(batch["position_ids"], rows, strict=True):
+        for positions, row in zip(batch["position_ids"], rows, strict=True):
             used = len(row["position_ids"])
-            places[used:] = torch.arange(length - used)
+            positions[used:] = torch.arange(length - used)
         return batch
 
 
 @dataclass(frozen=True)
 class PromptCollate:
-    """Pads prompts on the left, so that answers are generated at the right end of every row.
-
-    Attributes:
-        pad_token_id: Fills ``input_ids`` where the attention is 0.
-    """
+    """Pads prompts on the left with ``pad_token_id``, so that answers are generated at the right end of every row."""
 
     pad_token_id: int
 
@@ -90,10 +94,10 @@ class PromptCollate:
 
 
 def _fill(rows: Sequence[Sample], name: str, length: int, value: int) -> Tensor:
-    """A column of all rows, int64 ``[B, length]``, with ``value`` behind each row's end."""
+    """A column of all rows, int64 ``[B, length]``, with ``value`` after the end of each row."""
     filled = np.full((len(rows), length), value, np.int64)
-    for place, row in zip(filled, rows, strict=True):
-        place[: len(row[name])] = row[name]
+    for target, row in zip(filled, rows, strict=True):
+        target[: len(row[name])] = row[name]
     return torch.from_numpy(filled)
 
 

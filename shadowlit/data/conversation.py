@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from shadowlit.data.formats import Message
 from shadowlit.errors import DataError
 
 IGNORE_INDEX = -100
-"""The label of a token without supervision, as in transformers and ``torch.nn.functional.cross_entropy``."""
+"""The label of an unsupervised token, as in transformers and ``torch.nn.functional.cross_entropy``."""
 
 MAX_SHOWN = 5
 """How many problems of one kind a message lists; it counts the rest."""
@@ -44,13 +45,18 @@ class Conversation:
 def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     """``[function(item) for item in items]``, with the DataErrors of all items in one.
 
+    Args:
+        function: Function of an item.
+        items: Rows or conversations: each error begins with ``str(item)``, which says where the item came from.
+
     Raises:
         DataError: The only error, or up to five of several and their number.
     """
     results, errors = [], []
     for item in items:
         try:
-            results.append(function(item))
+            with located(item):
+                results.append(function(item))
         except DataError as error:
             errors.append(str(error))
     raise_all(errors)
@@ -65,12 +71,21 @@ def raise_all(errors: list[str]) -> None:
     """
     if not errors:
         return
-    errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be told once per set
+    errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be reported once per set
     if len(errors) == 1:
         raise DataError(errors[0])
     shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))
     more = f"\n  … and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
     raise DataError(f"{len(errors)} problems with the data:{shown}{more}")
+
+
+@contextmanager
+def located(origin: object) -> Iterator[None]:
+    """Begin the messages of DataErrors that are raised in the block with the row that they concern."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{origin} {error}") from None
 
 
 def place(source: str, row: int, line: int | None) -> str:

@@ -22,10 +22,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from shadowlit.data.conversation import located
 from shadowlit.data.formats import FORMATS, Message, Samples, convert_row, shown
 from shadowlit.errors import DataError
 
@@ -33,17 +34,12 @@ GROUP = "shadowlit.formats"
 """The group of entry points that name formats."""
 
 _BUILT_IN = ("auto", *FORMATS)
-_RESULTS = {"pairs": "(chosen, rejected)", "labels": "(messages, label)"}
+_RESULTS = {"pairs": ("chosen", "rejected"), "labels": ("messages", "label")}
 
 
 @dataclass(frozen=True)
 class CustomFormat:
-    """A format from outside the package.
-
-    Attributes:
-        name: Value of ``data.format``.
-        function: Function that turns a row into a conversation; see the module's description.
-    """
+    """A format from outside the package: the value of ``data.format``, and the function that it names."""
 
     name: str
     function: Callable[[dict[str, Any]], Any]
@@ -56,28 +52,21 @@ class CustomFormat:
         """
         made = self._call(row)
         format = "text" if isinstance(made, str) else "messages"
-        try:
+        with located(f"as read by data.format={self.name}"):
             return convert_row({format: made}, format, prompts_only=prompts_only)
-        except DataError as error:
-            raise DataError(f"as read by data.format={self.name} {error}") from None
 
     def preference_row(self, row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-        """Turn a row into one of a built-in format of preferences.
-
-        Args:
-            row: Columns of the row.
-            samples: pairs or labels.
+        """Turn a row into one of a built-in format of preferences; ``samples`` is pairs or labels.
 
         Raises:
             DataError: The function fails, or doesn't return a tuple of two.
         """
-        made = self._call(row)
+        made, names = self._call(row), _RESULTS[samples]
         if not isinstance(made, tuple) or len(made) != 2:
             raise DataError(
-                f"becomes {shown(made)} by data.format={self.name}; expected {_RESULTS[samples]}, since "
+                f"becomes {shown(made)} by data.format={self.name}; expected ({', '.join(names)}), since "
                 f"model.objective needs {samples}. Correct the function."
             )
-        names = ("chosen", "rejected") if samples == "pairs" else ("messages", "label")
         return dict(zip(names, made, strict=True))
 
     def digest(self) -> str | None:
@@ -101,10 +90,7 @@ class CustomFormat:
 
 
 def find_format(name: str) -> CustomFormat | None:
-    """The format from outside the package that ``name`` stands for; None for ``auto`` and the built-in formats.
-
-    Args:
-        name: ``auto``, the name of a built-in format or of an entry point, or the import path of a function.
+    """The format from outside the package that ``data.format`` names; None for ``auto`` and the built-in formats.
 
     Raises:
         DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.
@@ -114,7 +100,10 @@ def find_format(name: str) -> CustomFormat | None:
         return None
     if name in _BUILT_IN or len(found) > 1:
         meanings = ["a built-in format"] if name in _BUILT_IN else []
-        meanings += [f"the entry point {entry.value} of {_package_of(entry)}" for entry in found]
+        meanings += [
+            f"the entry point {entry.value} of {entry.dist.name if entry.dist else 'an unknown package'}"
+            for entry in found
+        ]
         raise DataError(
             f"data.format is {name!r}, which is {' and '.join(meanings)}; expected one format of that name. Uninstall "
             "one of the packages, or give the import path of the function."
@@ -142,7 +131,3 @@ def _unknown(name: str, problem: str) -> DataError:
         "turns a row into messages (package.module.function). Correct the name, or put the folder of its module on the "
         "PYTHONPATH."
     )
-
-
-def _package_of(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist is not None else "an unknown package"

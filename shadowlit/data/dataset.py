@@ -13,10 +13,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
-from shadowlit.data.conversation import IGNORE_INDEX, Conversation, raise_all
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect, place
 from shadowlit.data.formats import Message
-from shadowlit.data.images import Picture
-from shadowlit.data.packing import Pack, pack_samples
+from shadowlit.data.images import ImageSource
+from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
 from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
@@ -24,9 +24,9 @@ from shadowlit.errors import DataError
 Overlong = Literal["error", "truncate", "drop"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataReport:
-    """What a set holds, and what happened to the rows of its sources.
+    """What a set contains, and what happened to the rows of its sources.
 
     Attributes:
         name: ``train``, ``val/<set>``, ``test/<set>`` or ``predict``.
@@ -43,8 +43,8 @@ class DataReport:
     """
 
     name: str
-    num_rows: int
-    num_samples: int
+    num_rows: int = 0
+    num_samples: int = 0
     num_split: int = 0
     num_truncated: int = 0
     num_dropped: int = 0
@@ -55,10 +55,10 @@ class DataReport:
     num_slots: int = 0
 
     def __str__(self) -> str:
-        """``train: 2,000 samples, 512,345 tokens, 31.0 % with loss, longest 4,096; 3 truncated, 1 dropped``."""
+        """``train: 2,000 samples, 512,345 tokens, 31.0 % supervised, longest 4,096; 3 truncated, 1 dropped``."""
         line = (
             f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, "
-            f"{100 * self.supervised_share:.1f} % with loss, longest {self.longest:,}"
+            f"{100 * self.supervised_share:.1f} % supervised, longest {self.longest:,}"
         )
         return f"{line}; {self.lost}" if self.lost else line
 
@@ -88,7 +88,8 @@ class TokenDataset(Dataset):
     """Samples ``{"input_ids": list[int], "labels": list[int]}``; labels of unsupervised tokens are -100.
 
     A sample with images also has ``images``, which are not opened yet, and ``origin``, its place in the source.
-    ``dataset[-1]`` is the last sample, ``dataset[FILLER]`` the filler: two unsupervised tokens.
+    ``dataset[-1]`` is the last sample, ``dataset[(17, 4)]`` a list of the two samples of a pack, and
+    ``dataset[FILLER]`` the filler: two unsupervised tokens.
 
     Args:
         blocks: Tokenised samples.
@@ -108,17 +109,19 @@ class TokenDataset(Dataset):
         """Number of samples, fillers not counted."""
         return self._firsts[-1]
 
-    def __getitem__(self, index: int | Filler) -> dict[str, Any]:
-        """Sample ``index``, counted from the end where it is negative, or the filler."""
+    def __getitem__(self, index: int | Pack | Filler) -> Any:
+        """A sample, the samples of a pack, or the filler."""
+        if isinstance(index, tuple):
+            return [self[sample] for sample in index]
         if index is FILLER:
             return {"input_ids": [self._filler_token] * 2, "labels": [IGNORE_INDEX] * 2}
-        block, place = self._find(index)
-        span = slice(block.ends[place], block.ends[place + 1])
+        block, i = self._find(index)
+        span = slice(block.ends[i], block.ends[i + 1])
         tokens = block.tokens[span]
         labels = np.where(block.supervised[span], tokens, IGNORE_INDEX).tolist()
         sample: dict[str, Any] = {"input_ids": tokens.tolist(), "labels": labels}
-        if block.images is not None and (images := block.images[place].as_py()):
-            sample |= {"images": [Picture.unpack(image) for image in images], "origin": self.origin(index)}
+        if block.images is not None and (images := block.images[i].as_py()):
+            sample |= {"images": [ImageSource.unpack(image) for image in images], "origin": self.origin(index)}
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,43 +153,19 @@ class TokenDataset(Dataset):
 
     def origin(self, index: int) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
-        block, place = self._find(index)
-        line = int(block.line[place])
-        return str(
-            Conversation([], self._sources[block.source[place]], int(block.row[place]), line if line > 0 else None)
-        )
+        block, i = self._find(index)
+        line = int(block.line[i])
+        return place(self._sources[block.source[i]], int(block.row[i]), line if line > 0 else None)
 
     def hashes(self) -> np.ndarray:
         """Hashes of the samples' tokens and images, ``[len(self)]`` uint64, to find identical samples."""
         return np.concatenate([np.zeros(0, np.uint64), *(block.digest for block in self._blocks)])
 
-    def digests(self) -> list[bytes]:
-        """The values of :meth:`hashes` as eight bytes each."""
-        return [value.tobytes() for value in self.hashes()]
-
     def _find(self, index: int) -> tuple[Block, int]:
-        place = range(len(self))[index]
-        number = bisect_right(self._firsts, place) - 1
-        return self._blocks[number], place - self._firsts[number]
-
-
-class PackedDataset(Dataset):
-    """Packs of samples as rows; the index is the samples of a pack: ``packed[(17, 4)]``. See :func:`pack_samples`.
-
-    Args:
-        samples: Samples that are packed.
-    """
-
-    def __init__(self, samples: TokenDataset) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        """Number of samples; the number of packs depends on the order."""
-        return len(self._samples)
-
-    def __getitem__(self, pack: Pack | int | Filler) -> dict[str, list[int]]:
-        """The row of a pack, of a single sample, or of the filler."""
-        return pack_samples([self._samples[index] for index in (pack if isinstance(pack, tuple) else (pack,))])
+        """The block of a sample, and the sample's number in it."""
+        sample = range(len(self))[index]
+        number = bisect_right(self._firsts, sample) - 1
+        return self._blocks[number], sample - self._firsts[number]
 
 
 class PromptDataset(Dataset):
@@ -211,12 +190,12 @@ class PromptDataset(Dataset):
             return {"input_ids": [self._filler_token] * 2, "index": FILLER_ROW}
         prompt, origin = self._prompts[index], self._origins[index]
         sample: dict[str, Any] = {"input_ids": prompt.input_ids, "index": origin.row}
-        return {**sample, "images": prompt.pictures, "origin": str(origin)} if prompt.pictures else sample
+        return {**sample, "images": prompt.images, "origin": str(origin)} if prompt.images else sample
 
     @property
     def has_images(self) -> bool:
         """Whether any prompt has an image."""
-        return any(prompt.pictures for prompt in self._prompts)
+        return any(prompt.images for prompt in self._prompts)
 
     def origin(self, index: int) -> str:
         """``sample 17 of prompts.jsonl (line 18)``."""
@@ -237,7 +216,7 @@ def tokenise(
     """Tokenise conversations, truncate or drop samples that are too long, and count.
 
     Args:
-        name: Name of the set, for the report.
+        name: Name of the set.
         conversations: Conversations that were read.
         encode: Function that turns the messages of a conversation into samples.
         max_length: Maximum length of a sample, in tokens.
@@ -245,7 +224,7 @@ def tokenise(
         overlong: Treatment of longer samples: an error, truncation, or dropping.
         drop_unsupervised: Drop samples without a supervised token instead of raising.
         keep: Function that receives blocks of samples as they fill up, so that memory needn't hold all of them; the
-            returned data set is empty then. None keeps them in memory.
+            returned data set is then empty. None keeps them in memory.
 
     Raises:
         DataError: Samples are refused by the template, too long, or without a supervised token; up to five are listed.
@@ -253,48 +232,32 @@ def tokenise(
     blocks: list[Block] = []
     keep = keep or blocks.append
     builder = BlockBuilder()
-    errors: list[str] = []
-    num_rows = num_split = num_truncated = num_dropped = 0
-    num_samples = num_tokens = num_supervised_tokens = longest = 0
-    for conversation in conversations:
-        num_rows += 1
-        try:
-            samples = encode(conversation.messages)
-            if not samples:  # no turn is supervised
-                samples = [Encoded([], [])]
-            groups = [[sample] for sample in samples]
-            if conversation.other is not None:
-                groups = [_both(samples, encode(conversation.other))]
-            num_split += len(groups) > 1
-            for group in groups:
-                fitted = _fit_all(group, max_length, overlong, drop_unsupervised, conversation.desirable is not None)
-                if fitted is None:
-                    num_dropped += 1
-                    continue
-                num_truncated += any(len(a.input_ids) < len(b.input_ids) for a, b in zip(fitted, group, strict=True))
-                num_samples += 1
-                for sample in fitted:
-                    builder.add(sample, conversation)
-                    num_tokens += len(sample.input_ids)
-                    num_supervised_tokens += _num_supervised(sample)
-                    longest = max(longest, len(sample.input_ids))
-            if builder.is_full:
-                keep(builder.take())
-        except DataError as error:
-            errors.append(f"{conversation} {error}")
-    raise_all(errors)
+    report = DataReport(name)
+
+    def add(conversation: Conversation) -> None:
+        report.num_rows += 1
+        samples = encode(conversation.messages) or [Encoded([], [])]  # none where no turn is supervised
+        groups = [[sample] for sample in samples]
+        if conversation.other is not None:
+            groups = [_both(samples, encode(conversation.other))]
+        report.num_split += len(groups) > 1
+        for group in groups:
+            fitted = _fit_all(group, max_length, overlong, drop_unsupervised, conversation.desirable is not None)
+            if fitted is None:
+                report.num_dropped += 1
+                continue
+            report.num_truncated += any(len(a.input_ids) < len(b.input_ids) for a, b in zip(fitted, group, strict=True))
+            report.num_samples += 1
+            for sample in fitted:
+                builder.add(sample, conversation)
+                report.num_tokens += len(sample.input_ids)
+                report.num_supervised_tokens += _num_supervised(sample)
+                report.longest = max(report.longest, len(sample.input_ids))
+        if builder.is_full:
+            keep(builder.take())
+
+    collect(add, conversations)
     keep(builder.take())
-    report = DataReport(
-        name=name,
-        num_rows=num_rows,
-        num_samples=num_samples,
-        num_split=num_split,
-        num_truncated=num_truncated,
-        num_dropped=num_dropped,
-        num_tokens=num_tokens,
-        num_supervised_tokens=num_supervised_tokens,
-        longest=longest,
-    )
     return TokenDataset(blocks, list(builder.sources), filler_token), report
 
 
@@ -306,37 +269,23 @@ def tokenise_prompts(
     max_length: int,
     filler_token: int,
 ) -> tuple[PromptDataset, DataReport]:
-    """Tokenise prompts. They are never truncated: the answer to half a question would be worthless.
-
-    Args:
-        name: Name of the set, for the report.
-        conversations: Conversations that were read.
-        encode: Function that turns the messages of a prompt into tokens.
-        max_length: Maximum length of a prompt, in tokens.
-        filler_token: As in :class:`PromptDataset`.
+    """Tokenise prompts; arguments as for :func:`tokenise`. They are never truncated, but refused if too long.
 
     Raises:
         DataError: Prompts are refused by the template or too long; up to five are listed.
     """
-    kept, origins, errors = [], list(conversations), []
-    for conversation in origins:
-        try:
-            prompt = encode(conversation.messages)
-            length = len(prompt.input_ids)
-            if length > max_length:
-                raise DataError(f"has a prompt of {length} tokens. Raise data.max_length={max_length}.")
-            kept.append(prompt)
-        except DataError as error:
-            errors.append(f"{conversation} {error}")
-    raise_all(errors)
-    lengths = [len(prompt.input_ids) for prompt in kept]
-    report = DataReport(name, len(kept), len(kept), num_tokens=sum(lengths), longest=max(lengths, default=0))
-    return PromptDataset(kept, origins, filler_token), report
+    origins = list(conversations)
 
+    def fitting(conversation: Conversation) -> Encoded:
+        prompt = encode(conversation.messages)
+        if len(prompt.input_ids) > max_length:
+            raise DataError(f"has a prompt of {len(prompt.input_ids)} tokens. Raise data.max_length={max_length}.")
+        return prompt
 
-def count_shared(one: Any, other: Any) -> int:
-    """Number of samples of ``other`` whose tokens are those of a sample of ``one``."""
-    return int(np.isin(other.hashes(), one.hashes()).sum())
+    prompts = collect(fitting, origins)
+    lengths = [len(prompt.input_ids) for prompt in prompts]
+    report = DataReport(name, len(prompts), len(prompts), num_tokens=sum(lengths), longest=max(lengths, default=0))
+    return PromptDataset(prompts, origins, filler_token), report
 
 
 def _num_supervised(sample: Encoded) -> int:
@@ -347,8 +296,8 @@ def _both(first: list[Encoded], second: list[Encoded]) -> list[Encoded]:
     """The two sequences of a preference sample."""
     if len(first) != 1 or len(second) != 1:
         raise DataError(
-            "has an answer of several turns, of which the chat template renders earlier ones otherwise than they were "
-            "given, so that no single sequence holds it. Give answers of one turn, or set data.chat_template to a "
+            "has an answer of several turns, and the chat template renders earlier turns differently once later ones "
+            "follow, so that no single sequence holds it. Give answers of one turn, or set data.chat_template to a "
             "template with {% generation %} marks."
         )
     return [first[0], second[0]]
@@ -360,7 +309,7 @@ def _fit_all(
     """The sequences of a sample, truncated where needed, or None where the sample is dropped."""
     fitted = []
     for number, sample in enumerate(group):
-        # The other answer that KTO compares with isn't part of the user's row: it may always be truncated.
+        # The answer that KTO compares with isn't part of the user's row, and may always be truncated.
         one = _fit(sample, max_length, "truncate" if labelled and number else overlong, drop_unsupervised)
         if one is None:
             return None
@@ -386,9 +335,9 @@ def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised
             raise DataError(
                 f"has {length} tokens. Raise data.max_length={max_length}, or set data.overlong to truncate or drop."
             )
-        if sample.images_end > max_length:  # half an image is none
+        if sample.images_end > max_length:  # part of an image can't be read
             raise DataError(
-                f"has {len(sample.pictures)} images of {sample.num_image_tokens} tokens together, the last of which "
+                f"has {len(sample.images)} images of {sample.num_image_tokens} tokens together, the last of which "
                 f"ends at token {sample.images_end}, and {max_length} fit. Raise data.max_length={max_length}, give "
                 "fewer or smaller images, or set data.overlong=drop."
             )
@@ -399,11 +348,11 @@ def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised
         return None
     if not _num_supervised(sample):
         raise DataError(
-            "has no token with loss: none of its assistant turns is to be trained on. Remove 'train'/'weight' from "
+            "has no supervised token: none of its assistant turns is to be trained on. Remove 'train'/'weight' from "
             "one, or set data.drop_unsupervised=true."
         )
     prompt = next(t for t, label in enumerate(sample.labels) if label != IGNORE_INDEX)
     raise DataError(
-        f"has no token with loss after truncation to {max_length} tokens (its prompt has {prompt}). "
+        f"has no supervised token after truncation to {max_length} tokens (its prompt has {prompt}). "
         "Raise data.max_length or set data.drop_unsupervised=true."
     )

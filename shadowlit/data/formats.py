@@ -32,7 +32,7 @@ Samples = Literal["conversations", "pairs", "labels"]
 """Kind of sample: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
 
 PLACEHOLDER = "<image>"
-"""Marks the place of an image of the column ``images`` in a text."""
+"""Marks the place in a text of an image from the column ``images``."""
 
 DOCUMENT = "document"
 """Role of the only message of a document."""
@@ -59,7 +59,8 @@ class Format:
     """A format of conversations.
 
     Attributes:
-        convert: Function of a row, and of whether it is a prompt that needs no answer, that returns the messages.
+        convert: Function of a row, and of whether it may be a prompt without an answer, that returns the messages. It
+            raises a DataError for a malformed row, which doesn't say which row it is.
         required: Columns by which ``auto`` detects the format.
         prompt: Columns that a prompt without an answer needs.
         optional: Further columns that are read.
@@ -72,15 +73,10 @@ class Format:
 
 
 def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = False) -> list[Message]:
-    """Turn a row into messages and check them.
-
-    Args:
-        row: The columns of one sample.
-        format: A format's name, not ``auto``.
-        prompts_only: Accept a row without an assistant turn.
+    """Turn a row in a built-in format into messages and check them; ``prompts_only`` accepts a row without an answer.
 
     Returns:
-        Messages with ``role`` and ``content``, and ``train: False`` where a turn stays out of the loss.
+        Messages with ``role`` and ``content``, and ``train: False`` for turns that are not supervised.
 
     Raises:
         DataError: The row is malformed, or the numbers of its images and of their places differ. The message doesn't
@@ -94,12 +90,7 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
 
 
 def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = False) -> str:
-    """The format that ``columns`` belong to.
-
-    Args:
-        columns: Names of the columns of the source.
-        source: Name of the source, for the error.
-        prompts_only: Also accept the columns of a prompt without an answer.
+    """The format that the columns of a source belong to; with ``prompts_only`` also those of a prompt alone.
 
     Raises:
         DataError: No format has these columns, or more than one has.
@@ -109,7 +100,10 @@ def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = F
     if not matching and prompts_only:
         matching = [name for name, spec in FORMATS.items() if found.issuperset(spec.prompt)]
     if not matching:
-        raise DataError(f"{source} has the columns {_listed(found)}; {_accepted(prompts_only)}. {_remedy(found)}")
+        remedy = "Rename the columns."
+        if found.issuperset(("chosen", "rejected")):
+            remedy = "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
+        raise DataError(f"{source} has the columns {listed(found)}; {_accepted(prompts_only)}. {remedy}")
     if len(matching) > 1:  # many data sets repeat their conversations as text
         matching = [name for name in matching if name != "text"]
     if len(matching) > 1:
@@ -131,7 +125,7 @@ def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_o
     missing = [name for name in (spec.prompt if prompts_only else spec.required) if name not in found]
     if missing:
         raise DataError(
-            f"{source} has the columns {_listed(found)}, without {_listed(missing)}, which data.format={format} needs; "
+            f"{source} has the columns {listed(found)}, without {listed(missing)}, which data.format={format} needs; "
             f"{_accepted(prompts_only)}. Set data.format=auto or rename the columns."
         )
 
@@ -143,20 +137,12 @@ def unused_columns(columns: Iterable[str], format: str) -> list[str]:
 
 
 def from_messages(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    """``{"messages": [{"role", "content"}, …]}`` to messages.
-
-    Raises:
-        DataError: A field is missing, of the wrong type, empty, or has an unknown role.
-    """
+    """``{"messages": [{"role", "content"}, …]}`` to messages."""
     return _turns(_field(row, "messages", list), "messages")
 
 
 def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    """``{"conversations": [{"from", "value"}, …]}`` to messages; turns with role and content are read as well.
-
-    Raises:
-        DataError: A field is missing, of the wrong type, empty, or has an unknown speaker.
-    """
+    """``{"conversations": [{"from", "value"}, …]}`` to messages; turns with role and content are read as well."""
     turns = []
     for number, turn in enumerate(_field(row, "conversations", list)):
         where = f"conversations[{number}]"
@@ -176,11 +162,7 @@ def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Me
 
 
 def from_alpaca(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    r"""``{"instruction", "input", "output", "system"}`` to messages: the user says ``instruction + "\n" + input``.
-
-    Raises:
-        DataError: A field is missing, of the wrong type or empty.
-    """
+    r"""``{"instruction", "input", "output", "system"}`` to messages: the user says ``instruction + "\n" + input``."""
     instruction = _field(row, "instruction", str)
     context = _field(row, "input", str, default="")
     user = f"{instruction}\n{context}" if instruction and context else instruction or context
@@ -191,28 +173,15 @@ def from_alpaca(row: Mapping[str, Any], prompts_only: bool = False) -> list[Mess
 
 
 def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    """``{"prompt", "completion"}``, strings or lists of messages, to messages; only the completion is supervised.
-
-    Raises:
-        DataError: A field is missing, of the wrong type or empty, or the completion holds no assistant turn.
-    """
-    prompt = said(row, "prompt", "user")
-    # A prompt's own assistant turns are context.
-    prompt = [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in prompt]
+    """``{"prompt", "completion"}``, strings or lists of messages, to messages; only the completion is supervised."""
+    prompt = unsupervised(read_turns(row, "prompt", "user"))
     if prompts_only and row.get("completion") is None:
         return prompt
-    completion = said(row, "completion", "assistant")
-    if not any(turn["role"] == "assistant" for turn in completion):
-        raise DataError("has a 'completion' without an assistant turn. Give the answer the role assistant.")
-    return prompt + completion
+    return prompt + require_answer(read_turns(row, "completion", "assistant"), "completion")
 
 
 def from_text(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    """``{"text"}`` to one message of the role ``document``.
-
-    Raises:
-        DataError: The field is missing, of the wrong type or empty, or a prompt is expected.
-    """
+    """``{"text"}`` to one message of the role ``document``."""
     if prompts_only:
         raise DataError("is plain text, which has no turn to answer. Give prompts as messages.")
     return [{"role": DOCUMENT, "content": _filled(_field(row, "text", str), "text")}]
@@ -229,7 +198,8 @@ FORMATS: dict[str, Format] = {
 
 def _with_images(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
     """Insert the images of a row's column at their places."""
-    given = [value for name in _IMAGES if row.get(name) is not None for value in _as_list(row[name])]
+    values = [row[name] for name in _IMAGES if row.get(name) is not None]
+    given = [image for value in values for image in (value if isinstance(value, list | tuple) else [value])]
     column = next((name for name in _IMAGES if name in row), None)
     rest, num_places = iter(given), 0
     placed = []
@@ -253,10 +223,6 @@ def _with_images(messages: list[Message], row: Mapping[str, Any]) -> list[Messag
             "text where each image belongs, or give parts of type image, and a path for each."
         )
     return placed
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _at_placeholders(text: str) -> list[dict[str, Any]]:
@@ -287,8 +253,20 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
     return parts
 
 
-def said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    """The messages in a field that is a text of ``role`` or a list of messages."""
+def unsupervised(turns: list[Message]) -> list[Message]:
+    """The turns of a prompt, whose assistant turns are context."""
+    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
+
+
+def require_answer(turns: list[Message], name: str) -> list[Message]:
+    """``turns``, the answer in the column ``name``, if the assistant has a turn in it."""
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise DataError(f"has a '{name}' without an assistant turn. Give the answer the role assistant.")
+    return turns
+
+
+def read_turns(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
+    """The messages in a column that holds a text of ``role`` or a list of messages."""
     value = row.get(name)
     if isinstance(value, str):
         return [{"role": role, "content": _filled(value, name)}]
@@ -300,7 +278,7 @@ def said(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
 
 
 def _turns(turns: Sequence[Any], name: str) -> list[Message]:
-    """Check a list of messages; keep the fields that the template or the loss uses."""
+    """Check a list of messages, and keep the fields that are used."""
     if not turns:
         raise DataError(f"has an empty list in '{name}'. Remove the row.")
     return [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns)]
@@ -362,21 +340,16 @@ def _filled(text: str, name: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: its first characters and its type."""
+    """A value in an error message: its first characters and its type."""
     if value is None:
         return "null"
     text = repr(value)
     return f"{text[:40]}{'…' if len(text) > 40 else ''} ({type(value).__name__})"
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """``'a', 'b'``."""
     return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
-
-
-def _remedy(found: set[str]) -> str:
-    if found.issuperset(("chosen", "rejected")):
-        return "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
-    return "Rename the columns."
 
 
 def _accepted(prompts_only: bool) -> str:

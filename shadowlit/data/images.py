@@ -1,9 +1,8 @@
-"""Images in conversations: where they lie, how many tokens they take, and the pixels that a model gets of them.
+"""Images in conversations: their sources, the number of their tokens, and the pixels that a model gets.
 
-The Instruct's processor decides about everything. It is asked how many tokens an image of a size takes, by giving it a
-blank one of that size, so that a data set is tokenised from the headers of its images alone; the images themselves are
-opened when a batch is put together. A batch's images are handed to the processor together, for how they are padded
-depends on one another.
+The Instruct's processor decides all of this. To find out how many tokens an image of some size takes, it is given a
+blank image of that size, so that a data set is tokenised from the headers of its images alone; the images are opened
+when a batch is built. The processor gets the images of a batch together, since their padding depends on one another.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.data.conversation import IGNORE_INDEX, located
 from shadowlit.data.formats import Message
 from shadowlit.data.sampler import FILLER_ROW
 from shadowlit.errors import DataError, PairError
@@ -34,27 +33,27 @@ if TYPE_CHECKING:
     from shadowlit.pair.pair import ModelPair
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Which tokens are of images, ``[B, T]``, by the names that models have for it."""
+"""Names that models use for the mask of image tokens, ``[B, T]``."""
 
 IMAGE_INPUTS = (
     "pixel_values", "pixel_attention_mask", "image_grid_thw", "image_sizes", "image_position_ids", "batch_num_images",
     *TOKEN_TYPES,
 )  # fmt: skip
-"""What processors make of images beside the tokens, by the names of the models' arguments."""
+"""What processors make of images apart from the tokens, by the names of the models' arguments."""
 
 Span = tuple[int, int]
-_MOST_TEXTS = 1000  # kept, of thousands of characters each
+_MOST_TEXTS = 1000  # that are kept, of thousands of characters each
 _BLANK = (56, 56)  # width and height of the image in a batch that has none
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image that a row names or holds, not yet opened.
+class ImageSource:
+    """An image that a row names or contains, not yet opened.
 
     Attributes:
-        path: its file; None where the row holds it.
-        data: the encoded image (PNG, JPEG …); None where it lies in a file.
-        size: width and height in pixels, upright, once they were looked up.
+        path: Path of its file; None where the row contains it.
+        data: Encoded image (PNG, JPEG …); None where it is in a file.
+        size: Width and height in pixels, upright; None before :meth:`measured`.
     """
 
     path: str | None = None
@@ -62,36 +61,36 @@ class Picture:
     size: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"'{self.path}'" if self.path is not None else f"of {len(self.data or b''):,} bytes in the row"
 
     def pack(self) -> bytes:
-        """All of it as bytes; the inverse of :meth:`unpack`."""
+        """Encode all attributes as bytes; the inverse of :meth:`unpack`."""
         width, height = self.size or (0, 0)
         content = self.path.encode() if self.path is not None else self.data or b""
         return b"%d %d %s %s" % (width, height, b"path" if self.path is not None else b"data", content)
 
     @classmethod
-    def unpack(cls, packed: bytes) -> Picture:
-        """What :meth:`pack` was called on."""
+    def unpack(cls, packed: bytes) -> ImageSource:
+        """Decode what :meth:`pack` returned."""
         width, height, kind, content = packed.split(b" ", 3)
         size = (int(width), int(height))
         return cls(path=content.decode(), size=size) if kind == b"path" else cls(data=content, size=size)
 
-    def measured(self) -> Picture:
-        """With its size, read from the header.
+    def measured(self) -> ImageSource:
+        """The same image with its size, which is read from the header.
 
         Raises:
-            DataError: There is no such file, or it holds no image.
+            DataError: There is no such file, or it contains no image.
         """
         with _opened(self) as image:
             width, height = image.size
-            # As transformers turns images upright: these orientations exchange width and height.
+            # transformers turns images upright; these orientations swap width and height.
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
             return replace(self, size=(height, width) if turned else (width, height))
 
     def load(self) -> Pillow.Image:
-        """The pixels, upright, RGB.
+        """The pixels, upright, in RGB.
 
         Raises:
             DataError: It can't be read, or has another size than when it was measured.
@@ -102,53 +101,54 @@ class Picture:
             image = ImageOps.exif_transpose(opened).convert("RGB")
         if self.size is not None and image.size != self.size:
             raise DataError(
-                f"has the image {self} of {_shown(image.size)} pixels, which had {_shown(self.size)} when its tokens "
-                "were counted. Start again, with data.cache=false or another data.cache_dir."
+                f"has the image {self} of {image.width}×{image.height} pixels, which had "
+                f"{self.size[0]}×{self.size[1]} when its tokens were counted. Start again, with data.cache=false or "
+                "another data.cache_dir."
             )
         return image
 
 
 @contextmanager
-def _opened(picture: Picture) -> Iterator[Pillow.Image]:
-    """The picture's file or bytes, opened; what goes wrong within becomes a DataError that names it."""
+def _opened(source: ImageSource) -> Iterator[Pillow.Image]:
+    """Open an image; errors in the block become DataErrors that name it."""
     from PIL import Image
 
-    if picture.path is not None and not Path(picture.path).is_file():
+    if source.path is not None and not Path(source.path).is_file():
         raise DataError(
-            f"names the image {picture}, and there is no such file. Correct the path: a relative one begins in the "
+            f"names the image {source}, and there is no such file. Correct the path: a relative one begins in the "
             "folder of the data file."
         )
     try:
-        with Image.open(BytesIO(picture.data) if picture.data is not None else str(picture.path)) as image:
+        with Image.open(BytesIO(source.data) if source.data is not None else str(source.path)) as image:
             yield image
     except Exception as error:  # of Pillow's many readers: OSError, SyntaxError, struct.error …
         raise DataError(
-            f"has the image {picture}, which can't be read ({type(error).__name__}: {error}). Expected a whole PNG, "
+            f"has the image {source}, which can't be read ({type(error).__name__}: {error}). Expected a whole PNG, "
             "JPEG or other file that Pillow opens; replace the image or remove the row."
         ) from None
 
 
-def picture_of(value: Any, folder: Path) -> Picture:
-    """The picture that a value of a row stands for.
+def image_source(value: Any, folder: Path) -> ImageSource:
+    """The image that a value in a row stands for.
 
     Args:
-        value: a path, bytes, a ``data:`` URL, ``{"bytes", "path"}`` as ``datasets`` has it, or a Pillow image.
-        folder: where relative paths begin.
+        value: Path, bytes, ``data:`` URL, ``{"bytes", "path"}`` as in ``datasets``, or Pillow image.
+        folder: Folder to which paths are relative.
 
     Raises:
-        DataError: it is something else, or an address in the net, which nothing is fetched from.
+        DataError: It is something else, or a URL, since nothing is downloaded.
     """
-    if isinstance(value, Picture):
+    if isinstance(value, ImageSource):
         return value
     if isinstance(value, Mapping):
         inner = value.get("bytes") if value.get("bytes") is not None else value.get("path", value.get("url"))
-        return picture_of(inner, folder)
+        return image_source(inner, folder)
     if isinstance(value, bytes):
-        return Picture(data=value)
+        return ImageSource(data=value)
     if hasattr(value, "save") and hasattr(value, "size"):  # Pillow's, already decoded
         encoded = BytesIO()
         value.save(encoded, format="PNG")
-        return Picture(data=encoded.getvalue())
+        return ImageSource(data=encoded.getvalue())
     if not isinstance(value, str) or not value:
         raise DataError(
             f"has {value!r:.60} for an image; expected a path, bytes, or an object with 'path' or 'bytes'. Correct or "
@@ -156,7 +156,7 @@ def picture_of(value: Any, folder: Path) -> Picture:
         )
     if value.startswith("data:"):
         try:
-            return Picture(data=base64.b64decode(value.partition(",")[2], validate=True))
+            return ImageSource(data=base64.b64decode(value.partition(",")[2], validate=True))
         except binascii.Error as error:
             raise DataError(f"has an image as a data: URL that is no base64 ({error}). Correct it.") from None
     if re.match(r"[a-z]+://", value) and not value.startswith("file://"):
@@ -165,18 +165,18 @@ def picture_of(value: Any, folder: Path) -> Picture:
             "path."
         )
     path = Path(value.removeprefix("file://")).expanduser()
-    return Picture(path=str(path if path.is_absolute() else (folder / path).absolute()))
+    return ImageSource(path=str(path if path.is_absolute() else (folder / path).absolute()))
 
 
 def locate(messages: list[Message], folder: Path) -> list[Message]:
-    """The messages with a :class:`Picture` in every part of type image; ``folder`` as for :func:`picture_of`.
+    """The messages with an :class:`ImageSource` in every part of type image; ``folder`` as for :func:`image_source`.
 
     Raises:
-        DataError: as there.
+        DataError: As for :func:`image_source`.
     """
 
     def located(part: dict[str, Any]) -> dict[str, Any]:
-        return {**part, "image": picture_of(part["image"], folder)} if part["type"] == "image" else part
+        return {**part, "image": image_source(part["image"], folder)} if part["type"] == "image" else part
 
     return [
         message if isinstance(message["content"], str) else {**message, "content": [*map(located, message["content"])]}
@@ -184,21 +184,18 @@ def locate(messages: list[Message], folder: Path) -> list[Message]:
     ]
 
 
-def pictures_in(messages: Sequence[Message]) -> list[Picture]:
-    """The pictures of a conversation, in order."""
+def images_in(messages: Sequence[Message]) -> list[ImageSource]:
+    """The images of a conversation, in order."""
     contents = (message["content"] for message in messages if not isinstance(message["content"], str))
     return [part["image"] for parts in contents for part in parts if part["type"] == "image"]
 
 
 class ImageProcessing:
-    """The Instruct's processor, asked for tokens and for pixels. Picklable, so that workers can use it.
-
-    Args:
-        pair: a pair of vision-language models.
+    """The tokens and pixels that the processor of a pair makes of images. Picklable, so that workers can use it.
 
     Raises:
-        PairError: its processor can't be loaded.
-        DataError: the processor gives the model something that isn't known here.
+        PairError: Its processor can't be loaded.
+        DataError: The processor gives the model an argument that isn't known here.
     """
 
     def __init__(self, pair: ModelPair) -> None:
@@ -216,17 +213,17 @@ class ImageProcessing:
         self._image_ids = torch.tensor([i for i in self.processor.image_token_ids if i is not None])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the processor, which is loaded again: one of images alone has no importable class."""
+        """Leave out the processor, which is loaded again: one without its video part has no importable class."""
         return {**self.__dict__, "_pair": replace(self._pair)}
 
     @property
     def processor(self) -> ProcessorMixin:
-        """transformers' processor."""
+        """The processor of transformers."""
         return self._pair.processor()
 
     @property
     def image_token(self) -> str:
-        """What the chat template writes for an image."""
+        """The text that the chat template writes for an image."""
         token = getattr(self.processor, "image_token", None)
         if not isinstance(token, str):
             raise PairError(
@@ -236,74 +233,73 @@ class ImageProcessing:
         return token
 
     def digest(self) -> str:
-        """A hash of whatever decides how many tokens an image takes."""
+        """A hash of everything that determines how many tokens an image takes."""
         return hashlib.sha256(self.processor.to_json_string().encode()).hexdigest()
 
     def expand(
-        self, text: str, spans: Sequence[Span], pictures: Sequence[Picture]
+        self, text: str, spans: Sequence[Span], images: Sequence[ImageSource]
     ) -> tuple[str, list[Span], list[Span]]:
-        """Put in place of each image token of a rendered conversation what stands for its image.
+        """Replace each image token of a rendered conversation by the text that the model reads for the image.
 
         Args:
-            text: the conversation.
-            spans: characters to be found again.
-            pictures: the images, measured.
+            text: Rendered conversation.
+            spans: Ranges of its characters that are to be located in the new text.
+            images: Images of the conversation, measured.
 
         Returns:
-            The text, ``spans`` in it, and the characters of the images.
+            The new text, and the ranges in it of ``spans`` and of the images.
 
         Raises:
-            DataError: there are more or fewer image tokens than images.
+            DataError: There are more or fewer image tokens than images.
         """
         token = self.image_token
-        places = [match.start() for match in re.finditer(re.escape(token), text)]
-        if len(places) != len(pictures):
+        expanded, *pieces = text.split(token)
+        if len(pieces) != len(images):
             raise DataError(
-                f"has {_count(len(places), 'image token')} {token!r} in its rendered text, and "
-                f"{_count(len(pictures), 'image')}; expected equally many. Give an image for each, remove the token "
+                f"has {counted(len(pieces), 'image token')} {token!r} in its rendered text, and "
+                f"{counted(len(images), 'image')}; expected equally many. Give an image for each, remove the token "
                 "from the text, or set data.chat_template to a template that writes images."
             )
-        sizes = tuple(picture.size for picture in pictures)
-        texts = self._texts_of(sizes)  # type: ignore[arg-type]
-        parts, images, shifts, end, grown = [], [], [], 0, 0
-        for place, put in zip(places, texts, strict=True):
-            parts += [text[end:place], put]
-            images.append((place + grown, place + grown + len(put)))
-            end = place + len(token)
-            grown += len(put) - len(token)
-            shifts.append((end, grown))
+        texts = self._texts_of(tuple(image.size for image in images if image.size is not None))
+        end, places, shifts = len(expanded), [], []
+        for replacement, piece in zip(texts, pieces, strict=True):
+            places.append((len(expanded), len(expanded) + len(replacement)))
+            expanded += replacement
+            end += len(token)
+            shifts.append((end, len(expanded) - end))
+            expanded += piece
+            end += len(piece)
 
         def moved(position: int) -> int:
-            return position + next((by for at, by in reversed(shifts) if at <= position), 0)
+            return position + next((by for after, by in reversed(shifts) if after <= position), 0)
 
-        return "".join([*parts, text[end:]]), [(moved(a), moved(b)) for a, b in spans], images
+        return expanded, [(moved(a), moved(b)) for a, b in spans], places
 
     def find_tokens(self, input_ids: Sequence[int]) -> list[int]:
-        """The places of image tokens."""
+        """The positions of image tokens."""
         return torch.isin(torch.tensor(input_ids), self._image_ids).nonzero().flatten().tolist()
 
-    def inputs(self, input_ids: Tensor, pictures: Sequence[Sequence[Pillow.Image]]) -> dict[str, Tensor]:
-        """What a model gets of a batch's images beside the tokens.
+    def inputs(self, input_ids: Tensor, images: list[list[Pillow.Image]]) -> dict[str, Tensor]:
+        """The arguments, apart from the tokens, by which a model gets the images of a batch.
 
         Args:
             input_ids: ``[B, T]``.
-            pictures: the images of each row that has some.
+            images: Images of each row that has any.
         """
-        # Tensors of the images alone: some processors write a text for them, whose rows are of unequal lengths.
-        given = [list(images) for images in pictures]
-        made = self.processor(images=given, images_kwargs={"return_tensors": "pt"})
+        # Tensors of the images alone: some processors also write texts for them, whose lengths are unequal.
+        made = self.processor(images=images, images_kwargs={"return_tensors": "pt"})
         inputs = {name: made[name] for name in IMAGE_INPUTS if name in made and name not in TOKEN_TYPES}
         if self._token_types is not None:
             inputs[self._token_types] = torch.isin(input_ids, self._image_ids).long()
         return inputs
 
     def filler(self) -> tuple[list[int], Pillow.Image]:
-        """The tokens of a row that is nothing but an image, and the image."""
+        """The tokens of a row that consists of an image alone, and the image."""
         (text,) = self._texts_of((_BLANK,))
         return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]), _blank(_BLANK)
 
     def _texts_of(self, sizes: tuple[tuple[int, int], ...]) -> list[str]:
-        """What stands for the images of a conversation, by their sizes."""
+        """The text that the model reads for each image of a conversation, by the sizes of all."""
         if not sizes:
             return []
         if sizes not in self._texts:
@@ -320,22 +316,19 @@ class ImageProcessing:
 
 @dataclass(frozen=True)
 class ImageCollate:
-    """Puts together batches of rows with images, and of rows without beside them.
+    """Builds batches of rows of which some have images.
 
-    A batch without any image gets one more row, an image without loss: else a rank whose batch has none would not run
-    the vision tower that the others run, and those that shard it would wait for each other for ever.
-
-    Attributes:
-        collate: for the tokens.
-        images: the Instruct's processor.
+    A batch without any image gets one more row, an unsupervised image. Otherwise a rank whose batch has no image would
+    not run the vision tower, and the ranks that share its shards would wait for each other for ever. ``collate`` builds
+    the batch of tokens.
     """
 
     collate: Any
     images: ImageProcessing
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """What ``collate`` returns, and what the processor makes of the images (:data:`IMAGE_INPUTS`)."""
-        loaded = [list(_loaded(sample)) for sample in samples if sample.get("images")]
+        """Return the batch of ``collate``, with what the processor makes of the images (:data:`IMAGE_INPUTS`)."""
+        loaded = [_loaded(sample) for sample in samples if sample.get("images")]
         if not loaded:
             tokens, blank = self.images.filler()
             samples = [*samples, {"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens), "index": FILLER_ROW}]
@@ -344,12 +337,9 @@ class ImageCollate:
         return {**batch, **self.images.inputs(batch["input_ids"], loaded)}
 
 
-def _loaded(sample: Mapping[str, Any]) -> Iterator[Pillow.Image]:
-    try:
-        for picture in sample["images"]:
-            yield picture.load()
-    except DataError as error:
-        raise DataError(f"{sample['origin']} {error}") from None
+def _loaded(sample: Mapping[str, Any]) -> list[Pillow.Image]:
+    with located(sample["origin"]):
+        return [image.load() for image in sample["images"]]
 
 
 def _blank(size: tuple[int, int]) -> Pillow.Image:
@@ -358,9 +348,6 @@ def _blank(size: tuple[int, int]) -> Pillow.Image:
     return Image.new("RGB", size)
 
 
-def _shown(size: tuple[int, int]) -> str:
-    return f"{size[0]}×{size[1]}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

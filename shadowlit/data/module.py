@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
 from shadowlit.data.conversation import raise_all
-from shadowlit.data.dataset import DataReport, PackedDataset, PromptDataset, TokenDataset, count_shared
+from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.images import ImageCollate
 from shadowlit.data.loader import ResumableLoader, make_loader
 from shadowlit.data.order import (
@@ -30,14 +28,13 @@ from shadowlit.data.order import (
     pack,
     require_enough,
     require_packable,
-    window_batches,
 )
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import ShardedBatchSampler, evaluation_order
 from shadowlit.data.settings import DataSettings
-from shadowlit.data.sources import fetch, is_remote, stream_sources
+from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError
 
@@ -51,16 +48,16 @@ warnings.filterwarnings("ignore", message=r"Your `IterableDataset` has `__len__`
 class ShadowData(DataSettings, LightningDataModule):
     """Conversations in the Instruct's chat template, supervised on the assistant's turns; or plain text.
 
-    A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set of
-    the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or the split that is
-    called train, validation or test after its use. Files have no splits. Rows may have images if the pair is one of
+    A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set on
+    the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or else the one named
+    train, validation or test, depending on the use. Files have no splits. Rows may have images if the pair consists of
     vision-language models (see :mod:`shadowlit.data.formats`); their paths are relative to the folder of the data file,
     and they are opened when a batch is built.
 
     One process per machine reads and tokenises what a command needs, and stores it in an Arrow file under a key of
     everything that the tokens depend on: the content of the sources, the settings, the tokenizer with its template, and
-    the code. Later starts map that file into memory. It takes five bytes per token and 45 per sample on the disk. The
-    first start holds the sources in memory.
+    the code. Later starts map that file into memory. It takes five bytes per token and 45 per sample on disk. The first
+    start holds the sources in memory.
 
     The module needs ``trainer.use_distributed_sampler: false``: its loaders shard by themselves, without duplicates and
     with the same number of batches on every rank. Checkpoints include the position in the training data.
@@ -114,7 +111,7 @@ class ShadowData(DataSettings, LightningDataModule):
             if is_remote(source):
                 # Errors are raised by setup, on every rank: if only one rank stopped here, the others would wait.
                 with contextlib.suppress(DataError):
-                    fetch(source, use)
+                    open_hub(source, use)
         if self.cache and self.trainer is not None and self.trainer.world_size > 1:
             for wanted in self.wanted(self.trainer.state.fn):
                 with contextlib.suppress(DataError):
@@ -191,13 +188,11 @@ class ShadowData(DataSettings, LightningDataModule):
         )
         self._report_padding(dataset, sampler)
         loader = ResumableLoader(
-            PackedDataset(dataset) if self.packing == "best_fit" and isinstance(dataset, TokenDataset) else dataset,
+            dataset,
             sampler,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
             batches_per_epoch=self._epoch_length(len(sampler)),
-            collate_fn=self._training_collate(
-                isinstance(dataset, TokenDataset) and dataset.has_images, isinstance(dataset, PreferenceDataset)
-            ),
+            collate_fn=self._training_collate(getattr(dataset, "has_images", False)),
             **self._loading(keep_workers=True),
         )
         resume, self._resume = self._resume, None
@@ -277,8 +272,7 @@ class ShadowData(DataSettings, LightningDataModule):
         rank_zero_info(f"data: {report}")
         packs = pack(self, whole) if name == "train" else None
         if packs is not None:
-            self._packs = packs
-            report = dataclasses.replace(report, num_packs=len(packs))
+            self._packs, report.num_packs = packs, len(packs)
             rank_zero_info(
                 f"data: train: packed into {report.num_packs:,} rows of up to {self.row_capacity:,} tokens, "
                 f"{report.samples_per_pack:.1f} samples and "
@@ -289,35 +283,28 @@ class ShadowData(DataSettings, LightningDataModule):
     def _warn_of_overlap(self) -> None:
         for name in self.validation_names:
             dataset = self._sets[f"val/{name}"]
-            shared = count_shared(self._sets["train"], dataset)
+            shared = int(np.isin(dataset.hashes(), self._sets["train"].hashes()).sum())
             if shared:
                 rank_zero_warn(
                     f"data: {shared} of {len(dataset)} samples of val/{name} are in the training data too, token for "
-                    "token. Its scores say what was memorised; remove them from one of the two."
+                    "token. Its scores measure what was memorised; remove them from one of the two."
                 )
 
-    def _training_collate(
-        self, has_images: bool, in_pairs: bool = False
-    ) -> Collate | PackCollate | ImageCollate | PreferenceCollate:
-        if in_pairs:
-            return PreferenceCollate(self.pad_token_id, self.pad_to_multiple_of, self.packing)
-        if self.packing is None:
-            collate = Collate(self.pad_token_id, self.pad_to_multiple_of)
-            if not has_images:
-                return collate
-            assert self._preparation.images is not None
-            return ImageCollate(collate, self._preparation.images)
-        return PackCollate(self.pad_token_id, self.pad_to_multiple_of, flatten=self.packing == "padding_free")
+    def _training_collate(self, has_images: bool) -> Collate | PackCollate | ImageCollate | PreferenceCollate:
+        options = self.pad_token_id, self.pad_to_multiple_of
+        if self.samples != "conversations":
+            return PreferenceCollate(*options, self.packing)
+        if self.packing is not None:
+            return PackCollate(*options, flatten=self.packing == "padding_free")
+        return self._with_images(Collate(*options)) if has_images else Collate(*options)
+
+    def _with_images(self, collate: Collate | PromptCollate | PreferenceCollate) -> ImageCollate:
+        assert self._preparation.images is not None
+        return ImageCollate(collate, self._preparation.images)
 
     def _stream(self) -> TokenStream:
-        return TokenStream(
-            read=partial(stream_sources, self.train_sources, self.format),
-            window_rows=self.stream_window,
-            tokenise=partial(self._preparation.tokenise, "train"),
-            batches=partial(window_batches, self, *self._ranks()),
-            packed=self.packing == "best_fit",
-            collate=self._training_collate(self._preparation.images is not None),
-        )
+        collate = self._training_collate(self._preparation.images is not None)
+        return TokenStream(self._preparation, *self._ranks(), collate)
 
     def _stream_loader(self) -> StreamLoader:
         trainer = self.trainer
@@ -339,11 +326,10 @@ class ShadowData(DataSettings, LightningDataModule):
 
     def _report_padding(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
         """Put the number of positions of the first epoch into the report, and log the share that padding takes."""
-        before = self.reports["train"]
-        report = dataclasses.replace(before, num_slots=count_positions(self, dataset, self._packs, sampler))
-        self.reports["train"] = report
-        if before.num_slots == report.num_slots:
+        report, num_slots = self.reports["train"], count_positions(self, dataset, self._packs, sampler)
+        if report.num_slots == num_slots:
             return
+        report.num_slots = num_slots
         advice = ""
         if report.fill < _LOW_FILL and self.packing is None:
             advice = ". data.packing would leave no padding" + (
@@ -376,12 +362,8 @@ class ShadowData(DataSettings, LightningDataModule):
             len(dataset), self.eval_rows, *self._ranks(), shuffle=False,
             order=None if order is None else lambda epoch: order,
         )  # fmt: skip
-        if getattr(dataset, "has_images", False):
-            assert self._preparation.images is not None
-            return make_loader(
-                dataset, sampler, collate_fn=ImageCollate(collate, self._preparation.images), **self._loading()
-            )
-        return make_loader(dataset, sampler, collate_fn=collate, **self._loading())
+        collate_fn = self._with_images(collate) if getattr(dataset, "has_images", False) else collate
+        return make_loader(dataset, sampler, collate_fn=collate_fn, **self._loading())
 
     def _loading(self, keep_workers: bool = False) -> dict[str, Any]:
         """Options of a loader; the workers of a training loader outlive an epoch."""

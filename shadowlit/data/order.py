@@ -1,8 +1,7 @@
-"""The order of the training data: how samples are packed, drawn and split over the ranks, epoch after epoch."""
+"""The order of the training data: how samples are packed, shuffled and split over the ranks in each epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -18,25 +17,17 @@ from shadowlit.errors import DataError
 
 
 def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
-    """Check that training samples can be packed where the settings say so.
-
-    Raises:
-        DataError: They have images.
-    """
+    """Raise if training samples are to be packed and have images."""
     if settings.packing is not None and dataset.has_images:
         raise DataError(
             f"data.packing is {settings.packing!r}, but the training samples have images, whose positions in a row "
-            "the models count from the row's beginning, not from the sample's. Set data.packing=null, and "
-            "data.group_by_length=true to spare padding."
+            "the models count from the beginning of the row, not of the sample. Set data.packing=null, and "
+            "data.group_by_length=true to reduce padding."
         )
 
 
 def pack(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> PackedOrder | None:
-    """The packs of all training samples; None without best_fit.
-
-    Raises:
-        DataError: The two answers of a preference sample don't fit into a row.
-    """
+    """The packs of all training samples, or None without best_fit; raises if a preference sample is too long."""
     if settings.packing != "best_fit":
         return None
     capacity = settings.row_capacity
@@ -58,26 +49,13 @@ def make_sampler(
     *,
     shuffle: bool,
 ) -> ShardedBatchSampler:
-    """A rank's training batches of samples, or of the packs that they make.
-
-    Args:
-        settings: Settings of the data.
-        lengths: Tokens of each sample, ``[N]`` int.
-        packs: Packs of the samples, or None.
-        world_size: Number of ranks.
-        rank: Rank of this process, from 0.
-        shuffle: Draw a new order for each epoch.
-
-    Raises:
-        DataError: ``drop_last`` leaves nothing.
-    """
-    size = len(lengths)
-    order: Order | None = None
+    """A rank's training batches of the samples with these lengths, ``[N]`` int, or of their packs."""
+    order: Order | None = packs
     if packs is not None:
         packs.shuffle = shuffle
-        size, order = len(packs), packs
     elif settings.group_by_length and shuffle:
         order = partial(grouped_order, lengths, settings.batch_size * world_size, settings.seed)
+    size = len(lengths) if packs is None else len(packs)
     return ShardedBatchSampler(
         size, settings.batch_size, world_size, rank, settings.seed, shuffle, settings.drop_last, order=order
     )
@@ -86,11 +64,7 @@ def make_sampler(
 def require_enough(
     settings: DataSettings, dataset: TokenDataset | PreferenceDataset, packs: PackedOrder | None, world_size: int
 ) -> None:
-    """Check that every rank gets a training row.
-
-    Raises:
-        DataError: There are fewer samples or packs than ranks.
-    """
+    """Raise if there are fewer samples or packs than ranks."""
     if len(dataset) < world_size:
         raise DataError(
             f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
@@ -100,30 +74,6 @@ def require_enough(
             f"{len(dataset)} training samples make {len(packs)} packs, fewer than the {world_size} ranks. "
             f"Lower data.pack_length={settings.row_capacity}, or use data.packing=padding_free."
         )
-
-
-def window_batches(
-    settings: DataSettings, world_size: int, rank: int, dataset: TokenDataset, number: int, start: int
-) -> Iterable[list[Any]]:
-    """A rank's batches of a stream's window.
-
-    Args:
-        settings: Settings of the data.
-        world_size: Number of ranks.
-        rank: Rank of this process, from 0.
-        dataset: Samples of the window.
-        number: Number of the window, which takes the place of the epoch in drawing the order.
-        start: First batch.
-
-    Raises:
-        DataError: The samples can't be packed.
-    """
-    require_packable(settings, dataset)
-    packs = pack(settings, dataset)
-    if settings.drop_last and len(packs or dataset) < world_size * settings.batch_size:
-        return []
-    sampler = make_sampler(settings, dataset.lengths, packs, world_size, rank, shuffle=settings.shuffle)
-    return sampler.batches(number, start)
 
 
 def count_positions(
@@ -147,7 +97,7 @@ def count_positions(
 
 
 def describe_epochs(settings: DataSettings, sampler: ShardedBatchSampler) -> dict[str, Any]:
-    """Everything that the order of an epoch depends on; of the ranks only the size of the global batch."""
+    """Everything that the order of an epoch depends on; not the number of ranks, but the size of the global batch."""
     order: dict[str, Any] = {
         "num_samples": sampler.num_samples,
         "global_batch_size": sampler.global_batch_size,
@@ -182,7 +132,7 @@ def check_order(before: dict[str, Any], order: dict[str, Any], begun: str | None
     Args:
         before: Description of the order in the checkpoint.
         order: Description of the order of this run.
-        begun: Where the middle is, or None for the beginning of an epoch.
+        begun: Position in the middle of the order, in words; None for the beginning of an epoch.
 
     Raises:
         DataError: The orders differ.

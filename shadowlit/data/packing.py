@@ -1,9 +1,9 @@
-"""Packing: which samples share a row, and the row that they make."""
+"""Packing: which samples share a row, and the row that they form."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,30 +17,30 @@ Pack = tuple[int, ...]
 class PackedOrder:
     """The packs of every epoch, each a tuple of samples; a function of the lengths, the seed and the epoch.
 
-    Every epoch has equally many packs, and packs of the same sizes. Which of the samples of one length stands where
-    is drawn anew, and so is the order of the packs.
+    Every epoch has equally many packs, and packs of the same sizes. The assignment of the samples of one length to
+    their slots and the order of the packs are drawn for each epoch.
 
     Args:
-        lengths: ``[N]`` int, tokens of each sample, none longer than ``capacity``.
+        lengths: Tokens of each sample, ``[N]`` int, none longer than ``capacity``.
         capacity: Tokens that a pack has room for.
-        seed: With the epoch it decides the order.
-        shuffle: Draw anew each epoch; else samples of one length stay in the data set's order, and the packs in the
-            order in which they were begun.
+        seed: Seed for the order, together with the epoch.
+        shuffle: Draw a new order for each epoch. Otherwise samples of one length stay in the order of the data set,
+            and packs in the order in which they were begun.
     """
 
     def __init__(self, lengths: np.ndarray, capacity: int, seed: int = 0, shuffle: bool = True) -> None:
         self.capacity, self.seed, self.shuffle = capacity, seed, shuffle
         self._lengths = lengths
         pack_of = best_fit_decreasing(np.sort(lengths)[::-1], capacity)
-        self._ranks = np.argsort(pack_of, kind="stable")  # pack after pack, places in the order by length
+        self._ranks = np.argsort(pack_of, kind="stable")  # pack after pack, the ranks of samples in the order by length
         self._ends = np.concatenate([[0], np.cumsum(np.bincount(pack_of))])
 
     def __len__(self) -> int:
-        """Packs of an epoch."""
+        """Number of packs in an epoch."""
         return len(self._ends) - 1
 
     def __call__(self, epoch: int) -> Sequence[Pack]:
-        """The packs of ``epoch`` in their order; made as they are looked up."""
+        """The packs of ``epoch`` in their order; each is made when it is accessed."""
         return _Packs(*self._draw(epoch), self._ends)
 
     def sizes(self, epoch: int) -> np.ndarray:
@@ -59,7 +59,7 @@ class PackedOrder:
 
 
 class _Packs(Sequence[Pack]):
-    """The samples of each pack, cut out of one flat array: a million tuples would take their time."""
+    """The samples of each pack, sliced from one flat array; creating a million tuples in advance would be slow."""
 
     def __init__(self, samples: np.ndarray, packs: np.ndarray, ends: np.ndarray) -> None:
         self._samples, self._packs, self._ends = samples, packs, ends
@@ -79,12 +79,12 @@ class _Packs(Sequence[Pack]):
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Put every sample, the longest first, into the fullest pack that still has room for it.
 
-    Takes at most 11/9 of the fewest packs possible and four more (Johnson 1973); conversations, most of which are
-    short, fill all but the last ones. Samples of one length are placed together into all packs with the same room
-    left, so the work depends on the number of different lengths rather than of samples.
+    It needs at most 11/9 of the smallest possible number of packs, plus four (Johnson 1973); conversations, most of
+    which are short, fill all packs but the last ones. Samples of one length are placed together into all packs with
+    the same room left, so the work depends on the number of distinct lengths rather than of samples.
 
     Args:
-        lengths: ``[N]`` int, not rising, each between 1 and ``capacity``.
+        lengths: Length of each sample in descending order, ``[N]`` int, each between 1 and ``capacity``.
         capacity: Tokens that a pack has room for.
 
     Returns:
@@ -92,7 +92,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """
     pack_of = np.empty(len(lengths), np.int64)
     open_packs: dict[int, list[int]] = {}  # by the room that is left in them
-    rooms: list[int] = []  # its keys, rising
+    rooms: list[int] = []  # its keys in ascending order
 
     def add(packs: Sequence[int], room: int) -> None:
         if not room or not packs:
@@ -103,7 +103,8 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
         open_packs[room].extend(packs)
 
     num_packs = start = 0
-    for length, count in _runs(lengths):
+    distinct, counts = np.unique(lengths, return_counts=True)
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True):
         end = start + count
         while start < end:
             place = bisect_left(rooms, length)
@@ -132,10 +133,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
-    """Several samples as one row: ``input_ids``, ``labels`` and ``position_ids``, which restart at each sample.
+    """Concatenate samples into a row of ``input_ids``, ``labels`` and ``position_ids``, which restart at each sample.
 
-    The restarts are what keeps the samples apart in attention. The first token of a sample carries no loss, since
-    what stands before it, and would predict it, is another sample. Two samples of three and two tokens::
+    The restarts separate the samples in attention. The first token of a sample is unsupervised, since it would be
+    predicted from another sample. Two samples of three and two tokens::
 
         input_ids        7    8    9    5    6
         labels         -100   8    9  -100   6
@@ -149,9 +150,3 @@ def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]
         row["labels"][begin] = IGNORE_INDEX
         row["position_ids"] += range(len(sample["input_ids"]))
     return row
-
-
-def _runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Each length and how often it occurs, the longest first."""
-    values, counts = np.unique(lengths, return_counts=True)
-    return zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True)

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from shadowlit.data.collate import Collate, PackCollate
 from shadowlit.data.dataset import TokenDataset
-from shadowlit.data.packing import Pack, Packing, pack_samples
+from shadowlit.data.packing import Pack, Packing
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
 
 
@@ -42,7 +42,7 @@ class PreferenceDataset(Dataset):
 
     def __getitem__(self, index: int | Pack | Filler) -> list[dict[str, Any]]:
         """The samples of a pack, or a single sample in a list."""
-        return [self._sample(one) for one in (index if isinstance(index, tuple) else (index,))]
+        return [self._sample(sample) for sample in (index if isinstance(index, tuple) else (index,))]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -62,10 +62,6 @@ class PreferenceDataset(Dataset):
         """Hashes of the samples' tokens and labels, ``[len(self)]`` uint64."""
         first, second = self.sequences.hashes().reshape(-1, 2).T
         return first * np.uint64(0x9E3779B97F4A7C15) + second * np.uint64(3) + self._desirable.astype(np.uint64)
-
-    def digests(self) -> list[bytes]:
-        """The values of :meth:`hashes` as eight bytes each."""
-        return [value.tobytes() for value in self.hashes()]
 
     def _sample(self, index: int | Filler) -> dict[str, Any]:
         if index is FILLER:
@@ -106,15 +102,14 @@ class PreferenceCollate:
                 lines = [[answer for line in lines for answer in line]]
             else:
                 lines = [[answer for sample in item for answer in sample["answers"]] for item in items]
-            packs = [pack_samples(line) for line in lines]
-            batch = PackCollate(self.pad_token_id, self.pad_to_multiple_of)(packs)
+            batch = PackCollate(self.pad_token_id, self.pad_to_multiple_of)(lines)
         sequence = np.full(batch["input_ids"].shape, -1, np.int64)
         number = 0
-        for places, line in zip(sequence, lines, strict=True):
+        for numbers, line in zip(sequence, lines, strict=True):
             begin = 0
             for answer in line:
                 end = begin + len(answer["input_ids"])
-                places[begin:end] = number
+                numbers[begin:end] = number
                 begin, number = end, number + 1
         index = torch.tensor([sample["sample"] for sample in samples])
         return {

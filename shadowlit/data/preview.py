@@ -1,8 +1,9 @@
-"""Prints samples token by token, so that one sees what the model is trained on, and on what not."""
+"""Prints samples token by token, to show which tokens are supervised."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,23 +19,23 @@ from shadowlit.data.preference import PreferenceDataset
 from shadowlit.errors import DataError
 from shadowlit.progress import make_console
 
-# Two shades each, so that neighbouring tokens can be told apart.
-_LOSS = ("black on green", "black on bright_green")
-_NO_LOSS = ("", "dim")
+# Two shades each, to distinguish neighbouring tokens.
+_SUPERVISED = ("black on green", "black on bright_green")
+_UNSUPERVISED = ("", "dim")
 _LABELS = {True: ("desirable", "answer to another prompt"), False: ("undesirable", "answer to another prompt")}
 
 
 def preview(data: ShadowData, split: str = "train", num_samples: int = 3, console: Console | None = None) -> None:
-    """Print the first samples of a set, what became of its source, and a legend.
+    """Print the first samples of a set, a legend, and a table of the sets that were read.
 
-    Tokens with loss are green; without colours (``NO_COLOR``, a file, a pipe) they stand in ⟦ ⟧. Special tokens are
-    printed as they are, a line break as ⏎.
+    Supervised tokens are green; without colours (``NO_COLOR``, a file, a pipe) they are enclosed in ⟦ ⟧. Special tokens
+    are printed as they are, and a line break as ⏎.
 
     Args:
-        data: The data; read if it hasn't been.
-        split: ``train``, ``predict``, ``val/<set>``, ``test/<set>``, or a set's bare name (validation before test).
-        num_samples: How many samples to print.
-        console: Where to print; standard output if None.
+        data: Data module; it is read if it hasn't been.
+        split: ``train``, ``predict``, ``val/<set>``, ``test/<set>``, or the name of a set alone (validation first).
+        num_samples: Number of samples to print.
+        console: Console to print to; None for standard output.
 
     Raises:
         DataError: There is no such set, or the data can't be used.
@@ -55,9 +56,9 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
         for what, sample in sequences.items():
             tokens = sample["input_ids"]
             labels = sample.get("labels", [IGNORE_INDEX] * len(tokens))
-            num_loss = sum(label != IGNORE_INDEX for label in labels)
-            head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {num_loss} with loss"
-            # Not a rule, which would cut a long path and the numbers behind it.
+            num_supervised = sum(label != IGNORE_INDEX for label in labels)
+            head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {num_supervised} supervised"
+            # A rule would cut off a long path and the numbers after it.
             console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
             console.print(render_sample(data.tokenizer, tokens, labels, coloured), soft_wrap=False)
     console.print(_legend(coloured))
@@ -67,40 +68,37 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
 def render_sample(
     tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], coloured: bool = True
 ) -> Text:
-    """A tokenised sample as text that shows where the loss is.
+    """A tokenised sample as text in which supervised tokens are coloured, or else enclosed in ⟦ ⟧.
 
-    Args:
-        tokenizer: Turns tokens into text.
-        input_ids: ``[T]`` tokens.
-        labels: ``[T]``, -100 where there is no loss.
-        coloured: Mark the loss by colours, and neighbouring tokens by two shades; else the loss by ⟦ ⟧.
+    ``input_ids`` and ``labels`` are ``[T]``, with -100 for unsupervised tokens.
     """
     text = Text()
     pieces = token_texts(tokenizer, input_ids)
-    for has_loss, run in groupby(range(len(pieces)), key=lambda i: labels[pieces[i][1]] != IGNORE_INDEX):
-        if has_loss and not coloured:
+    for supervised, run in groupby(range(len(pieces)), key=lambda i: labels[pieces[i][1]] != IGNORE_INDEX):
+        if supervised and not coloured:
             text.append("⟦")
         for i in run:
-            styles = _LOSS if has_loss else _NO_LOSS
+            styles = _SUPERVISED if supervised else _UNSUPERVISED
             text.append(pieces[i][0].replace("\n", "⏎\n"), style=styles[i % 2] if coloured else "")
-        if has_loss and not coloured:
+        if supervised and not coloured:
             text.append("⟧")
     return text
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[tuple[str, int]]:
-    """The text of every token and the token's place; tokens that share a character, as of an emoji, are joined.
+    """The text of every token; tokens that share a character, as those of an emoji do, are joined.
 
     Returns:
-        Pairs of a text and the index of the last token in it; the texts in a row are the whole text.
+        Pairs of a text and the index of the last token in it; the concatenated texts are the whole text.
     """
+    decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     texts: list[tuple[str, int]] = []
-    # With the token before it, since some tokenizers drop the leading space of the first token they decode.
+    # Tokens are decoded together with the one before, since some tokenizers drop the leading space of the first.
     before: list[int] = []
     pending: list[int] = []
     for i, token in enumerate(input_ids):
         pending.append(token)
-        whole, known = (_decode(tokenizer, ids) for ids in (before + pending, before))
+        whole, known = str(decode(before + pending)), str(decode(before))
         piece = whole[len(known) :]
         if piece.endswith("\ufffd") and len(pending) < 4 and i + 1 < len(input_ids):
             continue
@@ -109,42 +107,34 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> lis
     return texts
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> str:
-    text = tokenizer.decode(input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return text
-
-
 def _stage(data: ShadowData, split: str) -> str:
     """The command that reads a split."""
-    if split in ("train", "predict") and getattr(data, split):
-        return {"train": "fit", "predict": "predict"}[split]
-    if split.removeprefix("val/") in data.validation_names:
-        return "validate"
-    if split.removeprefix("test/") in data.test_names:
-        return "test"
-    known = [name for name in ("train", "predict") if getattr(data, name)]
-    known += [f"val/{name}" for name in data.validation_names] + [f"test/{name}" for name in data.test_names]
+    stages = {name: stage for name, stage in (("train", "fit"), ("predict", "predict")) if getattr(data, name)}
+    stages |= {f"val/{name}": "validate" for name in data.validation_names}
+    stages |= {f"test/{name}": "test" for name in data.test_names}
+    for name in (split, f"val/{split}", f"test/{split}"):
+        if name in stages:
+            return stages[name]
     raise DataError(
-        f"there is no data set '{split}' to preview; the configuration has: {', '.join(known) or 'none'}. "
+        f"there is no data set '{split}' to preview; the configuration has: {', '.join(stages) or 'none'}. "
         "Choose one of these with --split, or add it to data."
     )
 
 
 def _legend(coloured: bool) -> Text:
     if not coloured:
-        return Text("⟦with loss⟧ without loss, ⏎ line break")
+        return Text("⟦supervised⟧ unsupervised, ⏎ line break")
     text = Text()
-    text.append("with loss", style=_LOSS[0]).append(" ").append("next token", style=_LOSS[1])
-    text.append("  without loss ").append("next token", style=_NO_LOSS[1])
+    text.append("supervised", style=_SUPERVISED[0]).append(" ").append("next token", style=_SUPERVISED[1])
+    text.append("  unsupervised ").append("next token", style=_UNSUPERVISED[1])
     return text.append("  ⏎ line break")
 
 
 def _table(reports: Iterable[DataReport]) -> Table:
-    """One line per set that was read."""
-    table = Table(title="what was read", title_justify="left")
+    """A table with a line for each set that was read."""
+    table = Table(title="data sets", title_justify="left")
     table.add_column("set", overflow="fold")
-    for column in ("rows", "samples", "tokens", "with loss", "longest"):
+    for column in ("rows", "samples", "tokens", "supervised", "longest"):
         table.add_column(column, justify="right", overflow="fold")
     table.add_column("lost", overflow="fold")
     for report in reports:

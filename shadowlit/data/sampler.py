@@ -132,16 +132,7 @@ def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch:
 
     A permutation is split into chunks of 64 global batches, and each chunk is sorted by length. The resulting batches
     are shuffled over the whole epoch, so that there is no trend in their lengths. The incomplete last batch is a random
-    choice.
-
-    Args:
-        lengths: Tokens of each sample, ``[N]`` int.
-        global_batch_size: Samples per batch, over all ranks.
-        seed: Seed for the order, together with the epoch.
-        epoch: Number of the epoch, from 0.
-
-    Returns:
-        ``[N]`` int64 indices, a permutation.
+    choice. ``lengths`` are the tokens of each sample, ``[N]`` int; the result is a permutation, ``[N]`` int64.
     """
     random = np.random.default_rng((seed, epoch))
     order = random.permutation(len(lengths))
@@ -156,14 +147,8 @@ def evaluation_order(lengths: np.ndarray, global_batch_size: int) -> np.ndarray:
     """A fixed order in which the lengths within a global batch are as similar as possible.
 
     Whole batches are ordered by the smallest index in each, so that the first batch has the first sample of the set
-    rather than the longest samples. The shortest samples come last where they don't fill a batch.
-
-    Args:
-        lengths: Tokens of each sample, ``[N]`` int.
-        global_batch_size: Samples per batch, over all ranks.
-
-    Returns:
-        ``[N]`` int64 indices, a permutation.
+    rather than the longest samples. The shortest samples come last where they don't fill a batch. Arguments and result
+    are as for :func:`grouped_order`.
     """
     order = np.argsort(-lengths, kind="stable")
     whole = len(order) - len(order) % global_batch_size
@@ -176,12 +161,8 @@ def count_slots(
 ) -> int:
     """Number of positions that all ranks compute in an epoch, where every batch is padded to its longest row.
 
-    Args:
-        sizes: Tokens of each row in the order of the epoch, ``[N]`` int.
-        batch_size: Rows per rank and batch.
-        num_replicas: Number of ranks.
-        multiple: Multiple to which the length of a batch is rounded up.
-        flatten: Whether the rows of a batch are concatenated into one.
+    ``sizes`` are the tokens of each row in the order of the epoch, ``[N]`` int. The length of a batch is rounded up to
+    a ``multiple``. With ``flatten``, the rows of a batch are concatenated into one.
     """
     rows = batch_size * num_replicas
     grid = np.zeros((-(-len(sizes) // rows), batch_size, num_replicas), np.int64)

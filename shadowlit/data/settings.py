@@ -1,4 +1,4 @@
-"""The data section of a configuration: its keys, their defaults, and the check that they fit together."""
+"""The data section of a configuration: its keys, their defaults, and the check that they are consistent."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from shadowlit.pair.pair import ModelPair
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("train", "predict")
+_LEAST = {
+    "max_length": 2, "batch_size": 1, "eval_batch_size": 1, "prefetch": 1, "stream_window": 1, "seed": 0,
+    "num_workers": 0, "limit_train_samples": 1, "pad_to_multiple_of": 1,
+}  # fmt: skip
+_NULLABLE = ("num_workers", "limit_train_samples", "pad_to_multiple_of")
 
 
 @dataclass(eq=False)
@@ -162,54 +167,40 @@ class DataSettings:
         return wanted
 
     def _problems(self) -> Iterator[str]:
-        yield from self._problems_of_streams()
-        yield from self._problems_of_numbers()
-        if self.group_by_length and self.packing is not None:
-            yield f"data.group_by_length spares padding, of which data.packing={self.packing} leaves none. Unset one."
-        if self.group_by_length and not self.shuffle:
-            yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
-        yield from self._problems_of_names()
-        try:
-            find_format(self.format)
-        except DataError as error:
-            yield str(error)
-
-    def _problems_of_streams(self) -> Iterator[str]:
         if self.streaming and self.samples != "conversations":
             yield (
-                "data.streaming is true, but model.objective learns from preferences, which are scored by the model's "
-                "start before the training and so read as a whole. Set data.streaming=false."
+                "data.streaming is true, but model.objective learns from preferences, which the untouched model scores "
+                "before the training, so that they are read as a whole. Set data.streaming=false."
             )
         if self.streaming and self.limit_train_samples is not None:
             yield (
                 f"data.limit_train_samples is {self.limit_train_samples}, a choice among all rows, which a stream "
                 "doesn't know. Unset it and limit trainer.max_steps, or set data.streaming=false."
             )
-
-    def _problems_of_numbers(self) -> Iterator[str]:
-        for name, least in (
-            ("max_length", 2), ("batch_size", 1), ("eval_batch_size", 1), ("prefetch", 1), ("stream_window", 1)
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least and not (name == "eval_batch_size" and value == self.batch_size):
-                yield f"data.{name} is {value}; expected at least {least}."
-        if self.num_workers is not None and self.num_workers < 0:
-            yield f"data.num_workers is {self.num_workers}; expected at least 0, or null."
-        if self.seed < 0:
-            yield f"data.seed is {self.seed}; expected at least 0."
-        for name in ("limit_train_samples", "pad_to_multiple_of"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                yield f"data.{name} is {getattr(self, name)}; expected at least 1, or null."
-        if self.row_capacity < self.max_length:
-            yield (
-                f"data.pack_length is {self.row_capacity}, but a sample may have data.max_length={self.max_length} "
-                "tokens. Raise the one or lower the other."
-            )
-
-    def _problems_of_names(self) -> Iterator[str]:
+        yield from self._problems_of_numbers()
+        if self.group_by_length and self.packing is not None:
+            yield f"data.group_by_length spares padding, of which data.packing={self.packing} leaves none. Unset one."
+        if self.group_by_length and not self.shuffle:
+            yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
         for kind, names in (("validation", self.validation_sets), ("test", self.test_sets)):
             for name in names:
                 if not _NAME.fullmatch(name):
                     yield f"data.{kind} has the name '{name}'; expected letters, digits, '_' and '-'. Rename it."
                 if name in _RESERVED:
                     yield f"data.{kind} has the name '{name}', which is used already. Rename it."
+        try:
+            find_format(self.format)
+        except DataError as error:
+            yield str(error)
+
+    def _problems_of_numbers(self) -> Iterator[str]:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            is_copy = name == "eval_batch_size" and value == self.batch_size
+            if value is not None and value < least and not is_copy:
+                yield f"data.{name} is {value}; expected at least {least}{', or null' if name in _NULLABLE else ''}."
+        if self.row_capacity < self.max_length:
+            yield (
+                f"data.pack_length is {self.row_capacity}, but a sample may have data.max_length={self.max_length} "
+                "tokens. Raise the one or lower the other."
+            )

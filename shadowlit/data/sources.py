@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, collect, place
+from shadowlit.data.conversation import Conversation, collect, located, place
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
-from shadowlit.data.preference_formats import read_preferences, require_columns
+from shadowlit.data.preference_formats import add_next_answers, convert_preference, require_columns
 from shadowlit.errors import DataError
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -30,19 +30,41 @@ _ROWS_READ = 1024  # of a Parquet file at a time
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
 
 
+def log_message(text: str, is_warning: bool) -> None:
+    """Log or warn, on rank zero."""
+    (rank_zero_warn if is_warning else rank_zero_info)(text)
+
+
 @dataclass(frozen=True)
 class Row:
     """A row as it was read.
 
     Attributes:
+        source: File or hub data set, as the user named it.
         index: 0-based index in the source.
         line: 1-based line of a JSONL file, else None.
-        columns: What the row holds; an object with named columns unless the file is malformed.
+        content: Content of the row; an object with named columns unless the file is malformed.
     """
 
+    source: str
     index: int
     line: int | None
-    columns: Any
+    content: Any
+
+    def __str__(self) -> str:
+        """``sample 17 of train.jsonl (line 18)``."""
+        return place(self.source, self.index, self.line)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The columns by name.
+
+        Raises:
+            DataError: The row is no object.
+        """
+        if not isinstance(self.content, dict):
+            raise DataError(f"is no object but {type(self.content).__name__}. Write it as {{...}} or remove it.")
+        return self.content
 
 
 def read_conversations(
@@ -52,7 +74,7 @@ def read_conversations(
     use: str = "train",
     prompts_only: bool = False,
     samples: Samples = "conversations",
-    tell: Callable[[str, bool], None] | None = None,
+    log: Callable[[str, bool], None] = log_message,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
 
@@ -64,7 +86,7 @@ def read_conversations(
         prompts_only: Accept rows without an answer.
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
             always detected.
-        tell: Function that receives messages about the source, and whether each is a warning; None for :func:`say`.
+        log: Function that receives messages about the source, and whether each is a warning.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
@@ -74,19 +96,25 @@ def read_conversations(
     if not rows:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
-    first = next((row.columns for row in rows if isinstance(row.columns, dict)), {})
-    if samples != "conversations" and not prompts_only:
-        return _preferences(source, rows, first, samples, format)
-    return collect(_converter(source, first, format, prompts_only, tell or say), rows)
+    first = next((row.content for row in rows if isinstance(row.content, dict)), {})
+    if samples == "conversations" or prompts_only:
+        return collect(_converter(source, first, format, prompts_only, log), rows)
+    custom = find_format(format)
+    if custom is None:
+        require_columns(first, samples, source)
+
+    def convert(row: Row) -> Conversation:
+        columns = row.columns if custom is None else custom.preference_row(row.columns, samples)
+        return Conversation(source=source, row=row.index, line=row.line, **convert_preference(columns, samples))
+
+    found = collect(convert, rows)
+    return add_next_answers(found) if samples == "labels" else found
 
 
 def stream_conversations(source: str, format: str = "auto", *, use: str = "train") -> Iterator[Conversation]:
     """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
-    Args:
-        source: As in :func:`read_conversations`, except for a ``.json`` file that is one list.
-        format: As in :func:`read_conversations`.
-        use: As in :func:`read_conversations`.
+    Arguments are as for :func:`read_conversations`, but a ``.json`` file must not be one list.
 
     Raises:
         DataError: The source can't be read, or the next row is malformed. Or there is no such format.
@@ -94,19 +122,15 @@ def stream_conversations(source: str, format: str = "auto", *, use: str = "train
     convert: Callable[[Row], Conversation] | None = None
     for row in stream_rows(source, use):
         if convert is None:
-            columns = row.columns if isinstance(row.columns, dict) else {}
+            columns = row.content if isinstance(row.content, dict) else {}
             convert = _converter(source, columns, format, False, lambda text, is_warning: None)
-        yield convert(row)
-
-
-def stream_sources(sources: Sequence[str], format: str) -> Iterator[Conversation]:
-    """Yield the rows of several sources, one source after another; as :func:`stream_conversations`."""
-    for source in sources:
-        yield from stream_conversations(source, format)
+        with located(row):
+            conversation = convert(row)
+        yield conversation
 
 
 def _converter(
-    source: str, first: dict[str, Any], format: str, prompts_only: bool, tell: Callable[[str, bool], None]
+    source: str, first: dict[str, Any], format: str, prompts_only: bool, log: Callable[[str, bool], None]
 ) -> Callable[[Row], Conversation]:
     """A function that turns a row of a source, whose first row has the columns ``first``, into a conversation."""
     custom = find_format(format)
@@ -116,18 +140,14 @@ def _converter(
         else:
             check_columns(first, format, source=source, prompts_only=prompts_only)
         if unused := unused_columns(first, format):
-            tell(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
+            log(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
     to_messages = partial(convert_row, format=format) if custom is None else custom.convert
     if first.get("tools"):
-        tell(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
+        log(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
     folder = folder_of(source)
 
     def convert(row: Row) -> Conversation:
-        try:
-            _require_object(row.columns)
-            messages = locate(to_messages(row.columns, prompts_only=prompts_only), folder)
-        except DataError as error:
-            raise DataError(f"{place(source, row.index, row.line)} {error}") from None
+        messages = locate(to_messages(row.columns, prompts_only=prompts_only), folder)
         return Conversation(messages, source, row.index, row.line)
 
     return convert
@@ -135,33 +155,7 @@ def _converter(
 
 def folder_of(source: str) -> Path:
     """The folder to which the paths in a source are relative: its own."""
-    path = Path(source).expanduser()
-    return (_folder_of(source)[0] or path.parent).absolute()
-
-
-def _preferences(
-    source: str, rows: list[Row], first: Iterable[str], samples: Samples, format: str
-) -> list[Conversation]:
-    custom = find_format(format)
-    if custom is None:
-        require_columns(first, samples, source)
-
-    def convert(columns: Any) -> Mapping[str, Any]:
-        _require_object(columns)
-        return columns if custom is None else custom.preference_row(columns, samples)
-
-    origins = [(row.columns, Conversation([], source, row.index, row.line)) for row in rows]
-    return read_preferences(origins, samples, convert)
-
-
-def _require_object(columns: Any) -> None:
-    if not isinstance(columns, dict):
-        raise DataError(f"is no object but {type(columns).__name__}. Write it as {{...}} or remove it.")
-
-
-def say(text: str, is_warning: bool) -> None:
-    """Log or warn, on rank zero."""
-    (rank_zero_warn if is_warning else rank_zero_info)(text)
+    return (_folder_of(source)[0] or Path(source).expanduser().parent).absolute()
 
 
 def digest_source(source: str, use: str) -> str | None:
@@ -175,10 +169,7 @@ def digest_source(source: str, use: str) -> str | None:
         if path.is_file():
             with path.open("rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()
-        folder, split = _folder_of(source)
-        if folder:
-            return getattr(_open_folder(source, folder, split, use), "_fingerprint", None)
-        return None if _looks_local(source) else getattr(_open_hub(source, use), "_fingerprint", None)
+        return getattr(_open(source, use), "_fingerprint", None)
     except (DataError, OSError):
         return None
 
@@ -188,38 +179,16 @@ def is_remote(source: str) -> bool:
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
 
 
-def fetch(source: str, use: str) -> None:
-    """Download a hub data set into the local cache.
-
-    Raises:
-        DataError: The download fails.
-    """
-    _open_hub(source, use)
-
-
 def read_rows(source: str, use: str) -> list[Row]:
     """Read all rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
 
     Raises:
-        DataError: The source can't be read, or a line is broken JSON.
+        DataError: The source can't be read, or lines are broken JSON.
     """
     path = Path(source).expanduser()
-    folder, split = _folder_of(source)
-    if folder:
-        return _enumerate(_open_folder(source, folder, split, use))
-    if path.is_file():
-        reader = {".json": _read_json, ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".parquet": _read_parquet}
-        if path.suffix.lower() not in reader:
-            raise DataError(
-                f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}. "
-                "Convert the file, or rename it if it is one of these."
-            )
-        if path.stat().st_size == 0:
-            raise DataError(f"{source} is empty. Give a file with at least one sample.")
-        return reader[path.suffix.lower()](source, path)
-    if _looks_local(source):
-        raise DataError(f"{source} does not exist (looked in {path.absolute().parent}). Correct the path.")
-    return _enumerate(_open_hub(source, use))
+    if path.is_file() and path.stat().st_size == 0:
+        raise DataError(f"{source} is empty. Give a file with at least one sample.")
+    return _read_json(source, path) if _is_json(path) else list(_rows_of_table(source, use, streaming=False))
 
 
 def stream_rows(source: str, use: str) -> Iterator[Row]:
@@ -229,20 +198,27 @@ def stream_rows(source: str, use: str) -> Iterator[Row]:
         DataError: The source can't be streamed, or a line is broken JSON.
     """
     path = Path(source).expanduser()
-    folder, split = _folder_of(source)
-    if folder:
-        data = _open_folder(source, folder, split, use, streaming=True)
-    elif not path.is_file():
-        if _looks_local(source):
-            raise DataError(f"{source} does not exist (looked in {path.absolute().parent}). Correct the path.")
-        data = _open_hub(source, use, streaming=True)
+    return _stream_json(source, path) if _is_json(path) else _rows_of_table(source, use, streaming=True)
+
+
+def _is_json(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+
+
+def _rows_of_table(source: str, use: str, streaming: bool) -> Iterator[Row]:
+    """Yield the rows of a Parquet file, a folder or a hub data set."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        data = _open(source, use, streaming)
     elif path.suffix.lower() == ".parquet":
-        data = _stream_parquet(source, path)
+        data = _read_parquet(source, path)
     else:
-        yield from _stream_lines(source, path)
-        return
+        raise DataError(
+            f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}. "
+            "Convert the file, or rename it if it is one of these."
+        )
     for index, columns in enumerate(data):
-        yield Row(index, None, columns)
+        yield Row(source, index, None, columns)
 
 
 def _looks_local(source: str) -> bool:
@@ -253,84 +229,68 @@ def _looks_local(source: str) -> bool:
 
 
 def _folder_of(source: str) -> tuple[Path | None, str | None]:
-    """The local folder that ``source`` names, and the split after its colon."""
+    """The local folder that ``source`` names, and the split that may follow a colon."""
     for name, split in ((source, None), source.rsplit(":", 1) if ":" in source else (source, None)):
         if (path := Path(name).expanduser()).is_dir():
             return path, split
     return None, None
 
 
-def _enumerate(rows: Iterable[Any]) -> list[Row]:
-    return [Row(index, None, row) for index, row in enumerate(rows)]
-
-
-def _read_text(source: str, path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{source} is not UTF-8: byte 0x{data[error.start]:02x} in line {line}. Convert it, "
-            f"e.g. `iconv -f latin1 -t utf-8 {source}`."
-        ) from None
-
-
 def _read_json(source: str, path: Path) -> list[Row]:
-    text = _read_text(source, path)
-    if not text.lstrip().startswith("["):  # many .json files hold one object per line
-        return _read_lines(source, text)
+    lines = list(_lines(source, path))
+    if path.suffix.lower() != ".json" or not lines or not lines[0].content.lstrip().startswith("["):
+        return collect(_parse, lines)
     try:
-        return _enumerate(json.loads(text))
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(
             f"{source} is broken JSON in line {error.lineno}, column {error.colno}: {error.msg}. Correct it; "
             "a .json file holds a list of objects, or one object per line."
         ) from None
+    return [Row(source, index, None, content) for index, content in enumerate(contents)]
 
 
-def _read_jsonl(source: str, path: Path) -> list[Row]:
-    return _read_lines(source, _read_text(source, path))
+def _stream_json(source: str, path: Path) -> Iterator[Row]:
+    for line in _lines(source, path):
+        if line.index == 0 and line.content.lstrip().startswith("["):
+            raise DataError(
+                f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
+                "data.streaming=false."
+            )
+        with located(line):
+            row = _parse(line)
+        yield row
 
 
-def _read_lines(source: str, text: str) -> list[Row]:
-    # Not splitlines(), which also breaks at characters that JSON strings may hold.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+def _lines(source: str, path: Path) -> Iterator[Row]:
+    """Yield the lines of a file that aren't blank; their content is text."""
+    index = 0
+    with path.open("rb") as stream:  # as text, lines would also end at characters that JSON strings may hold
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{source} is not UTF-8: byte 0x{line[error.start]:02x} in line {number}. Convert it, "
+                    f"e.g. `iconv -f latin1 -t utf-8 {source}`."
+                ) from None
+            if text:
+                yield Row(source, index, number, text)
+                index += 1
 
-    return collect(lambda item: _parse_line(source, item[0], *item[1]), enumerate(lines))
 
-
-def _parse_line(source: str, index: int, number: int, line: str) -> Row:
+def _parse(row: Row) -> Row:
+    """The row with its content parsed, which was a line of text."""
     try:
-        return Row(index, number, json.loads(line))
+        return replace(row, content=json.loads(row.content))
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place(source, index, number)} is broken JSON: {error.msg} in column {error.colno}. Correct or "
-            "remove the line; each line holds one whole object."
+            f"is broken JSON: {error.msg} in column {error.colno}. Correct or remove the line; each line holds one "
+            "whole object."
         ) from None
 
 
-def _stream_lines(source: str, path: Path) -> Iterator[Row]:
-    index = number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                if not index and line.lstrip().startswith("["):
-                    raise DataError(
-                        f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or "
-                        "set data.streaming=false."
-                    )
-                yield _parse_line(source, index, number, line)
-                index += 1
-    except UnicodeDecodeError:
-        raise DataError(
-            f"{source} is not UTF-8 behind line {number}. Convert it, e.g. `iconv -f latin1 -t utf-8 {source}`."
-        ) from None
-
-
-def _stream_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -342,17 +302,18 @@ def _stream_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
 
 
-def _read_parquet(source: str, path: Path) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
+def _open(source: str, use: str, streaming: bool = False) -> Any:
+    """A folder or a hub data set, as ``datasets`` opens it."""
+    folder, split = _folder_of(source)
+    if folder:
+        return _open_folder(source, folder, split, use, streaming)
+    if _looks_local(source):
+        parent = Path(source).expanduser().absolute().parent
+        raise DataError(f"{source} does not exist (looked in {parent}). Correct the path.")
+    return open_hub(source, use, streaming)
 
-    try:
-        return _enumerate(pyarrow.parquet.read_table(path).to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
 
-
-def _open_folder(source: str, folder: Path, split: str | None, use: str, streaming: bool = False) -> Any:
+def _open_folder(source: str, folder: Path, split: str | None, use: str, streaming: bool) -> Any:
     import datasets
 
     try:
@@ -368,7 +329,12 @@ def _open_folder(source: str, folder: Path, split: str | None, use: str, streami
     return _choose_split(source, data, split, use)
 
 
-def _open_hub(source: str, use: str, streaming: bool = False) -> Any:
+def open_hub(source: str, use: str, streaming: bool = False) -> Any:
+    """A hub data set, downloaded into the local cache unless it is streamed.
+
+    Raises:
+        DataError: It can't be read, or has no such split.
+    """
     import datasets
 
     parts = _HUB.fullmatch(source)
@@ -387,7 +353,7 @@ def _open_hub(source: str, use: str, streaming: bool = False) -> Any:
 
 
 def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:
-    """The named split; without a name the only one, or the one that is called after its use."""
+    """The named split; without a name the only one, or the one named like its use."""
     if not isinstance(data, dict):
         return data
     names = list(data)
@@ -395,7 +361,7 @@ def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:
         split = names[0] if len(names) == 1 else use
     if split not in names:
         raise DataError(
-            f"the data set '{source}' has the splits {', '.join(names)}, and no '{split}'. Name one behind a colon, "
+            f"the data set '{source}' has the splits {', '.join(names)}, and no '{split}'. Name one after a colon, "
             f"e.g. '{source.split(':')[0]}:{names[0]}'."
         )
     return data[split]

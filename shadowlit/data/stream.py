@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from shadowlit.data.conversation import Conversation
-from shadowlit.data.dataset import DataReport, PackedDataset, TokenDataset
+from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.order import make_sampler, pack, require_packable
+from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import FILLER
+from shadowlit.data.sources import stream_conversations
 from shadowlit.errors import DataError
 
 _PASS = 2**32  # more than the windows of a pass over the data
@@ -21,19 +26,12 @@ _LOOKED_AT = 64  # rows that are tokenised before the training begins, unless no
 
 @dataclass(frozen=True)
 class Position:
-    """The next batch of a stream; all numbers count from 0.
+    """The next batch of a stream; all numbers count from 0."""
 
-    Attributes:
-        number: Number of the pass over the data.
-        window: Number of the window in the pass.
-        batch: Number of the batch in the window.
-        num_tokens: Tokens of the batches that this rank has received so far.
-    """
-
-    number: int = 0
-    window: int = 0
-    batch: int = 0
-    num_tokens: int = 0
+    number: int = 0  # of the pass over the data
+    window: int = 0  # in the pass
+    batch: int = 0  # in the window
+    num_tokens: int = 0  # of the batches that this rank has received so far
 
 
 class TokenStream(IterableDataset):
@@ -43,28 +41,13 @@ class TokenStream(IterableDataset):
     a whole data set, so the batches are a function of the sources, the seed and the position alone. Samples that fill
     no global batch form a smaller one at the end of the window, or are left out if the sampler does so. Every rank
     tokenises the whole window and takes its part.
-
-    Args:
-        read: Function that yields the conversations of a pass.
-        window_rows: Number of conversations in a window.
-        tokenise: Function that turns the conversations of a window into samples.
-        batches: Function that returns this rank's batches of a window; it is called with the samples, a number from
-            which the order is drawn, and the first batch.
-        packed: Whether the items of a batch are packs of samples.
-        collate: Function that builds a batch.
     """
 
     def __init__(
-        self,
-        read: Callable[[], Iterable[Conversation]],
-        window_rows: int,
-        tokenise: Callable[[list[Conversation]], tuple[TokenDataset, DataReport]],
-        batches: Callable[[TokenDataset, int, int], Iterable[list[Any]]],
-        packed: bool,
-        collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+        self, preparation: Preparation, world_size: int, rank: int, collate: Callable[[list[Any]], dict[str, Tensor]]
     ) -> None:
-        self._read, self._window_rows = read, window_rows
-        self._tokenise, self._batches, self._packed, self._collate = tokenise, batches, packed, collate
+        self._preparation, self._settings = preparation, preparation.settings
+        self._world_size, self._rank, self._collate = world_size, rank, collate
         self.start = Position()
 
     def first_samples(self) -> TokenDataset:
@@ -75,7 +58,7 @@ class TokenStream(IterableDataset):
         """
         rows = next((rows for _, rows in self._windows(0)), [])
         for start in range(0, len(rows), _LOOKED_AT):
-            dataset, _ = self._tokenise(rows[start : start + _LOOKED_AT])
+            dataset, _ = self._preparation.tokenise("train", rows[start : start + _LOOKED_AT])
             if len(dataset):
                 return dataset
         raise DataError(
@@ -83,7 +66,7 @@ class TokenStream(IterableDataset):
             "or look at data.overlong."
         )
 
-    def __iter__(self) -> Iterator[tuple[Position, dict[str, torch.Tensor]]]:
+    def __iter__(self) -> Iterator[tuple[Position, dict[str, Tensor]]]:
         """Yield the batches from :attr:`start`, each with the position that follows it.
 
         Raises:
@@ -108,23 +91,28 @@ class TokenStream(IterableDataset):
             position = replace(position, number=position.number + 1, window=0, batch=0)
 
     def _windows(self, first: int) -> Iterator[tuple[int, list[Conversation]]]:
-        rows = islice(self._read(), first * self._window_rows, None)
+        settings, size = self._settings, self._settings.stream_window
+        sources = (stream_conversations(source, settings.format) for source in settings.train_sources)
+        rows = islice(chain.from_iterable(sources), first * size, None)
         number = first
-        while window := list(islice(rows, self._window_rows)):
+        while window := list(islice(rows, size)):
             yield number, window
             number += 1
 
-    def _of_window(self, rows: list[Conversation], position: Position) -> Iterator[tuple[dict[str, torch.Tensor], int]]:
-        dataset, _ = self._tokenise(rows)
+    def _of_window(self, rows: list[Conversation], position: Position) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """The batches of a window from the position on, and the number of tokens of each."""
+        settings = self._settings
+        dataset, _ = self._preparation.tokenise("train", rows)
         if not len(dataset):
             return
-        items: TokenDataset | PackedDataset = PackedDataset(dataset) if self._packed else dataset
-        for indices in self._batches(dataset, position.number * _PASS + position.window, position.batch):
-            batch = [items[index] for index in indices]
-            num_tokens = sum(
-                len(item["input_ids"]) for index, item in zip(indices, batch, strict=True) if index is not FILLER
-            )
-            yield self._collate(batch), num_tokens
+        require_packable(settings, dataset)
+        packs, lengths = pack(settings, dataset), dataset.lengths
+        if settings.drop_last and len(packs or dataset) < self._world_size * settings.batch_size:
+            return
+        sampler = make_sampler(settings, lengths, packs, self._world_size, self._rank, shuffle=settings.shuffle)
+        for indices in sampler.batches(position.number * _PASS + position.window, position.batch):
+            num_tokens = sum(int(lengths[np.asarray(index)].sum()) for index in indices if index is not FILLER)
+            yield self._collate([dataset[index] for index in indices]), num_tokens
 
 
 class StreamLoader(DataLoader):

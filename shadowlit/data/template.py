@@ -1,26 +1,25 @@
-"""From messages to tokens with a mask: always the Instruct's own chat template, loss on assistant turns only.
+"""From messages to tokens and labels, by the Instruct's own chat template; only assistant turns are supervised.
 
-Which characters of the rendered conversation the assistant says is asked of the template itself. Where it has
-``{% generation %}`` marks, they tell. Where it has none, prefixes are rendered: assistant turn i is what
-``messages[:i + 1]`` adds to ``messages[:i]`` with the generation prompt, so exactly what the model has to produce
-when it is asked. No header is ever searched for. For ChatML and two turns of one question each::
+The template itself determines which characters of the rendered conversation belong to the assistant. If it has
+``{% generation %}`` marks, these enclose them. Otherwise prefixes are rendered: assistant turn i is what
+``messages[:i + 1]`` adds to ``messages[:i]`` with the generation prompt, which is exactly what the model has to
+generate when it is asked. No header is ever searched for. The first of two turns in ChatML::
 
     <|im_start|>user⏎ 1+1? <|im_end|>⏎ <|im_start|>assistant⏎ 2 <|im_end|> ⏎ <|im_start|>user⏎ …
-    ·················································· loss:  2 <|im_end|> ························
+    ············································ supervised:  2 <|im_end|> ························
 
-The end of the turn carries loss, so that the model learns to stop; what the template writes after it doesn't, since
-nobody generates it.
+The end of the turn is supervised, so that the model learns to stop; what the template writes after it isn't, since it
+is never generated.
 
-Whatever the template itself puts between generation prompt and answer carries loss too. Qwen3's hybrid models are
-the case to know: with ``enable_thinking`` unset their answers begin with an empty ``<think>⏎⏎</think>⏎⏎`` that the
-model is trained to write; with ``enable_thinking: false`` the block belongs to the generation prompt and carries
-none. ``preview`` shows it.
+Whatever the template writes between the generation prompt and the answer is supervised too. In Qwen3's hybrid models,
+answers begin with an empty ``<think>⏎⏎</think>⏎⏎``: with ``enable_thinking`` unset the model is trained to write it;
+with ``enable_thinking: false`` it belongs to the generation prompt and is unsupervised. ``preview`` shows it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.formats import Message
-from shadowlit.data.images import ImageProcessing, Picture, pictures_in
+from shadowlit.data.images import ImageProcessing, ImageSource, counted, images_in
 from shadowlit.errors import DataError
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -45,59 +44,57 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised conversation; unpacks as its tokens and labels.
+    """A tokenised conversation.
 
     Attributes:
-        input_ids: ``[T]`` tokens.
-        labels: ``[T]``, the token itself where it carries loss and -100 elsewhere; aligned with ``input_ids``, the
-            shift by one happens in the loss.
-        pictures: The images, in order, whose tokens are among them.
-        images_end: Where the last token of an image ends, 0 without images.
-        num_image_tokens: Tokens of images.
+        input_ids: Tokens, ``[T]``.
+        labels: The token itself where it is supervised and -100 elsewhere, ``[T]``; aligned with ``input_ids``, since
+            the loss shifts them by one.
+        images: Images whose tokens are among ``input_ids``, in order.
+        images_end: Position after the last token of an image; 0 without images.
+        num_image_tokens: Number of tokens of images.
     """
 
     input_ids: list[int]
     labels: list[int]
-    pictures: Sequence[Picture] = ()
+    images: Sequence[ImageSource] = ()
     images_end: int = 0
     num_image_tokens: int = 0
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter((self.input_ids, self.labels))
-
 
 class RewrittenHistoryError(DataError):
-    """A template that renders a turn otherwise once other turns follow it."""
+    """A template renders a turn differently once other turns follow it."""
 
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    images: ImageProcessing | None = None,
+    processing: ImageProcessing | None = None,
     /,
     **template_kwargs: Any,
 ) -> Encoded:
-    """Tokenise a conversation; every assistant turn carries loss, but for those with ``"train": False``.
+    """Tokenise a conversation; all assistant turns are supervised, except for those with ``"train": False``.
 
     Args:
-        tokenizer: The Instruct's, a fast one; its chat template is used.
+        tokenizer: The Instruct's fast tokenizer, with the chat template.
         messages: ``{"role", "content", …}`` in order.
-        images: The Instruct's processor, for a pair of vision-language models. Tokens of images never carry loss.
-        template_kwargs: Passed to the template, e.g. ``enable_thinking=False``.
+        processing: The Instruct's processor, for a pair of vision-language models. Tokens of images are never
+            supervised.
+        template_kwargs: Arguments for the template, e.g. ``enable_thinking=False``.
 
     Returns:
-        Tokens and labels. The first token never carries loss: nothing predicts it.
+        Tokens and labels. The first token is never supervised, since nothing predicts it.
 
     Raises:
-        RewrittenHistoryError: The template has no marks and renders earlier turns otherwise than they were generated
-            (Qwen3 strips their reasoning); :func:`encode_turns` copes with it.
-        DataError: No template, a template that refuses the conversation, or no fast tokenizer; images that can't be
-            read, that have no place in the text, or that the pair can't see.
+        RewrittenHistoryError: The template has no marks and renders earlier turns differently from how they were
+            generated (Qwen3 strips their reasoning); :func:`encode_turns` handles this.
+        DataError: The tokenizer has no template or isn't fast, or the template refuses the conversation; images can't
+            be read, have no place in the text, or are given to a pair of text models.
     """
     template = _template(tokenizer)
-    messages, pictures = _with_pictures(messages, images)
+    messages, images = _with_images(messages, processing)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    trained = [i for i in turns if _is_trained(messages[i])]
+    trained = [i for i in turns if messages[i].get("train", True)]
     marked = _MARK.search(template) is not None
     if marked:
         text, spans = _marked(tokenizer, template, messages, template_kwargs)
@@ -106,75 +103,87 @@ def encode(
         text = _render(tokenizer, messages, False, template_kwargs)
         spans = [_prefix_span(tokenizer, messages, i, text, template_kwargs) for i in trained]
     shown: list[Span] = []
-    if images is not None:
-        text, spans, shown = images.expand(text, spans, pictures)
+    if processing is not None:
+        text, spans, shown = processing.expand(text, spans, images)
     input_ids, places = _tokenise(tokenizer, text)
     labels = [IGNORE_INDEX] * len(input_ids)
     for span in spans:
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
             continue
-        first, last = max(within[0], 1), within[-1]
-        end = (
-            _include_stop(tokenizer, input_ids, last)
-            if marked
-            else _turn_end(tokenizer, input_ids, within, text, places)
-        )
+        if marked:
+            end = _include_stop(tokenizer, input_ids, within[-1])
+        else:
+            end = _turn_end(tokenizer, input_ids, within, text, places)
+        first = max(within[0], 1)
         labels[first : end + 1] = input_ids[first : end + 1]
-    if images is None:
+    if processing is None:
         return Encoded(input_ids, labels)
-    num_image_tokens, images_end = _check_image_tokens(images, input_ids, places, shown)
-    for start, end in shown:  # an assistant may show an image, but nobody generates one
-        for t, place in enumerate(places):
-            if place[1] > start and place[0] < end:
-                labels[t] = IGNORE_INDEX
-    return Encoded(input_ids, labels, pictures, images_end, num_image_tokens)
+    num_image_tokens, images_end = _check_image_tokens(processing, input_ids, places, shown)
+    for t, place in enumerate(places):  # an assistant may show an image, but never generates one
+        if _overlaps(place, shown):
+            labels[t] = IGNORE_INDEX
+    return Encoded(input_ids, labels, images, images_end, num_image_tokens)
 
 
 def encode_turns(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    images: ImageProcessing | None = None,
+    processing: ImageProcessing | None = None,
     /,
     **template_kwargs: Any,
 ) -> list[Encoded]:
-    """As :func:`encode`; where the template rewrites the history, one sample per assistant turn.
+    """Like :func:`encode`, but a template that rewrites the history results in one sample per assistant turn.
 
-    Each of these samples ends with its turn, the only one with loss, and is rendered as the model sees it when it has
-    to give that answer. So nothing is trained on a context that never occurs.
+    Each of these samples ends with its turn, the only supervised one, and is rendered as the model sees it when it has
+    to give that answer. So the model is never trained on a context that doesn't occur.
 
     Raises:
-        DataError: As :func:`encode`.
+        DataError: As for :func:`encode`.
     """
     try:
-        return [encode(tokenizer, messages, images, **template_kwargs)]
+        return [encode(tokenizer, messages, processing, **template_kwargs)]
     except RewrittenHistoryError:
-        trained = [i for i, message in enumerate(messages) if message["role"] == "assistant" and _is_trained(message)]
-        return [encode(tokenizer, _only_last(messages[: i + 1]), images, **template_kwargs) for i in trained]
+        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+        return [encode(tokenizer, _only_last(messages[: i + 1]), processing, **template_kwargs) for i in trained]
+
+
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, end_token_id: int | None, max_length: int
+) -> list[Encoded]:
+    """Tokenise a document; every token but the first is supervised, including the end of the text.
+
+    Args:
+        tokenizer: Tokenizer; it adds its own beginning of sequence, if it has one.
+        text: Text of the document.
+        end_token_id: Token that ends a document in the Base's pre-training; None for no end.
+        max_length: Maximum length of a piece, in tokens. A longer document is split, and no part of it is lost.
+
+    Returns:
+        The pieces, in order. A last piece of a single token is left out, since there is nothing to predict in it.
+    """
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if end_token_id is not None and (not ids or ids[-1] != end_token_id):
+        ids.append(end_token_id)
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    return [Encoded(piece, [IGNORE_INDEX, *piece[1:]]) for piece in pieces if len(piece) > 1]
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any) -> str:
-    """What an answer is asked by, as text: the conversation without its final answer, and the generation prompt.
+    """The text of a prompt: the conversation without its final answer, and the generation prompt.
 
-    Args:
-        tokenizer: As for :func:`encode`.
-        messages: With or without the answer: an assistant turn at the very end is left out. Earlier ones, and all
-            turns of a conversation that ends with another role, belong to the prompt.
-        template_kwargs: As for :func:`encode`.
+    An assistant turn at the very end is the answer. Earlier ones, and all turns of a conversation that ends with
+    another role, belong to the prompt. Arguments are as for :func:`encode`.
 
     Raises:
-        DataError: Nothing stands before the answer, or as :func:`encode`.
+        DataError: There is no turn before the answer, or as for :func:`encode`.
     """
     _template(tokenizer)
-    return _render(tokenizer, prompt_of(messages), True, template_kwargs)
+    return _render(tokenizer, _prompt_of(messages), True, template_kwargs)
 
 
-def prompt_of(messages: Sequence[Message]) -> Sequence[Message]:
-    """The conversation without its final answer.
-
-    Raises:
-        DataError: Nothing stands before the answer.
-    """
+def _prompt_of(messages: Sequence[Message]) -> Sequence[Message]:
+    """The conversation without its final answer."""
     prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if not prompt:
         raise DataError("has no turn before the answer, so no prompt. Add the question.")
@@ -184,62 +193,62 @@ def prompt_of(messages: Sequence[Message]) -> Sequence[Message]:
 def encode_question(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    images: ImageProcessing | None,
+    processing: ImageProcessing | None,
     /,
     **template_kwargs: Any,
 ) -> Encoded:
-    """The tokens of a prompt and its images, without labels; arguments as of :func:`encode`.
+    """The tokens of a prompt and its images, without labels; arguments as for :func:`encode`.
 
     Raises:
-        DataError: As :func:`render_prompt` and :func:`encode`.
+        DataError: As for :func:`render_prompt` and :func:`encode`.
     """
     _template(tokenizer)
-    prompt, pictures = _with_pictures(prompt_of(messages), images)
+    prompt, images = _with_images(_prompt_of(messages), processing)
     text = _render(tokenizer, prompt, True, template_kwargs)
-    if images is None:
+    if processing is None:
         return Encoded(_tokenise(tokenizer, text)[0], [])
-    text, _, shown = images.expand(text, [], pictures)
+    text, _, shown = processing.expand(text, [], images)
     input_ids, places = _tokenise(tokenizer, text)
-    count, end = _check_image_tokens(images, input_ids, places, shown)
-    return Encoded(input_ids, [], pictures, end, count)
+    count, end = _check_image_tokens(processing, input_ids, places, shown)
+    return Encoded(input_ids, [], images, end, count)
 
 
-def _with_pictures(
-    messages: Sequence[Message], images: ImageProcessing | None
-) -> tuple[Sequence[Message], list[Picture]]:
-    """The messages as the template of the pair takes them, and their images, measured."""
-    pictures = pictures_in(messages)
-    if images is None:
-        if pictures:
+def _with_images(
+    messages: Sequence[Message], processing: ImageProcessing | None
+) -> tuple[Sequence[Message], list[ImageSource]]:
+    """The messages in the form that the template of the pair accepts, and their images, measured."""
+    images = images_in(messages)
+    if processing is None:
+        if images:
             raise DataError(
-                f"has {len(pictures)} image{'' if len(pictures) == 1 else 's'}, but the models of the pair read text "
-                "only. Give a vision-language pair (Qwen-VL, Gemma 3, LLaVA), or remove the images."
+                f"has {counted(len(images), 'image')}, but the models of the pair read text only. "
+                "Give a vision-language pair (Qwen-VL, Gemma 3, LLaVA), or remove the images."
             )
         return messages, []
-    # Several templates of such models know contents in parts only.
+    # Several templates of such models accept contents in parts only.
     parted = [
         {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
         for m in messages
     ]
-    return parted, [picture.measured() for picture in pictures]
+    return parted, [image.measured() for image in images]
 
 
 def _check_image_tokens(
-    images: ImageProcessing, input_ids: list[int], places: list[Span], shown: list[Span]
+    processing: ImageProcessing, input_ids: list[int], places: list[Span], shown: list[Span]
 ) -> tuple[int, int]:
-    """How many tokens are of images, and where the last of them ends.
-
-    Raises:
-        DataError: A token of an image stands where no image is.
-    """
-    found = images.find_tokens(input_ids)
-    stray = [t for t in found if not any(places[t][1] > start and places[t][0] < end for start, end in shown)]
+    """The number of tokens of images, and the position after the last one; raises for a token without an image."""
+    found = processing.find_tokens(input_ids)
+    stray = [t for t in found if not _overlaps(places[t], shown)]
     if stray:
         raise DataError(
             f"has {len(stray)} tokens of an image in its text (the first is token {stray[0]}), and no image for them. "
             "Remove them from the text, or give the image."
         )
     return len(found), found[-1] + 1 if found else 0
+
+
+def _overlaps(place: Span, spans: Sequence[Span]) -> bool:
+    return any(place[1] > start and place[0] < end for start, end in spans)
 
 
 def load_template(path: str) -> str:
@@ -261,10 +270,10 @@ def load_template(path: str) -> str:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
-    """Raise for a missing chat template, and for arguments that it doesn't look at: jinja would ignore a typo.
+    """Check that there is a chat template, and that it uses all arguments: jinja would ignore a typo.
 
     Raises:
-        DataError: The tokenizer has no chat template, isn't a fast one, or an argument is unknown to the template.
+        DataError: The tokenizer has no chat template or isn't a fast one, or the template doesn't use an argument.
     """
     template = _template(tokenizer)
     known = jinja2.meta.find_undeclared_variables(_parse(template)) - _GIVEN - set(tokenizer.special_tokens_map)
@@ -282,7 +291,7 @@ def renders_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[st
 
 
 def _parse(template: str) -> jinja2.nodes.Template:
-    # transformers' own extension knows the marks; to parse, they can go.
+    # Only the extension of transformers knows the marks; parsing doesn't need them.
     return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", template))
 
 
@@ -302,18 +311,14 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     return tokenizer.get_chat_template()
 
 
-def _is_trained(message: Message) -> bool:
-    return message.get("train", True)
-
-
 def _only_last(messages: Sequence[Message]) -> list[Message]:
-    """The same messages with loss on the last one only."""
+    """The same messages, of which only the last one is supervised."""
     earlier = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:-1]]
     return [*earlier, messages[-1]]
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
-    """Messages as a template knows them, which says where an image is, and not which one."""
+    """Messages as a template expects them: with the place of each image, but not the image."""
     plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     for message in plain:
         if not isinstance(message["content"], str):
@@ -324,7 +329,7 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool, template_kwargs: Mapping[str, Any]
 ) -> str:
-    """The conversation as text, with the generation prompt where ``ask``."""
+    """The conversation as text, with the generation prompt if ``ask``."""
     try:
         text = tokenizer.apply_chat_template(
             _plain(messages), tokenize=False, add_generation_prompt=ask, **template_kwargs
@@ -340,8 +345,8 @@ def _marked(
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and the characters between the template's marks.
 
-    Not by ``return_assistant_tokens_mask``, which looks up the token of a span's first character and leaves the whole
-    span out where there is none, e.g. for a space that the tokenizer's offsets trim (transformers#34172).
+    ``return_assistant_tokens_mask`` would look up the token of a span's first character and leave out the whole span
+    where there is none, e.g. for a space that the tokenizer's offsets trim (transformers#34172).
     """
     try:
         rendered: Any = render_jinja_template(  # annotated as a text upstream
@@ -366,7 +371,7 @@ def _refusal(error: Exception, messages: Sequence[Message]) -> DataError:
 
 
 def _spans_of(spans: list[Span], turns: list[int], trained: list[int]) -> list[Span]:
-    """The marked spans that belong to turns with loss."""
+    """The marked spans that belong to supervised turns."""
     if not spans and trained:
         raise DataError(
             "has no assistant turn within the chat template's {% generation %} marks. Correct the marks, or set "
@@ -409,22 +414,21 @@ def _prefix_span(
 
 
 def _difference(expected: str, found: str) -> str:
-    """Where two texts part."""
-    at = next(
-        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
-    )
+    """Two texts around their first difference."""
+    pairs = zip(expected, found, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
     start = max(0, at - 20)
     return f"{expected[start : at + 30]!r} against {found[start : at + 30]!r}"
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
-    """Tokens of a rendered text and the characters of each, without gaps."""
+    """Tokens of a rendered text and the span of characters of each, without gaps."""
     # The template writes the begin-of-sequence token itself: the tokenizer must not add another.
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places, reached = [], 0
     for start, end in tokens["offset_mapping"]:
-        # Some tokenizers trim a token's leading space from its offsets; it belongs to the token all the same.
-        # Compared here, not by min and max: a call for each token is a third of the time.
+        # Some tokenizers trim a token's leading space from its offsets; it belongs to the token nevertheless.
+        # min and max, called for every token, would take a third of the time.
         places.append((start if start < reached else reached, end))
         if end > reached:
             reached = end
@@ -434,11 +438,11 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
 def _turn_end(
     tokenizer: PreTrainedTokenizerBase, input_ids: list[int], within: list[int], text: str, places: list[Span]
 ) -> int:
-    """The last token that the model has to produce in a turn found by prefixes.
+    """The last token that the model has to generate in a turn found by prefixes.
 
-    Behind the answer stand special tokens and white space only (``<|im_end|>⏎``). The turn ends with the first of
-    these tokens that stops a generation; else, for tokenizers whose end of sequence isn't their end of turn (Gemma),
-    with the last special one; else with the first stopping token further ahead; else nowhere: all of it counts.
+    Only special tokens and white space follow the answer (``<|im_end|>⏎``). The turn ends with the first of these
+    tokens that stops generation; otherwise with the last special one, for tokenizers whose end of sequence isn't their
+    end of turn (Gemma); otherwise with the first stopping token before them; otherwise with the last token.
     """
     special, stops = _special_ids(tokenizer), _stop_ids(tokenizer)
     tail: list[int] = []
@@ -454,7 +458,7 @@ def _turn_end(
 
 
 def _include_stop(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], last: int) -> int:
-    """The last token of a marked span, or the stopping token right behind it, which some marks leave out."""
+    """The last token of a marked span, or the stopping token right after it, which some marks leave out."""
     stops = _stop_ids(tokenizer)
     follows = last + 1 < len(input_ids) and input_ids[last + 1] in stops
     return last + 1 if follows and input_ids[last] not in stops else last
@@ -467,6 +471,6 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that the tokenizer itself calls an end: of the sequence, and of a turn where it names one."""
+    """The tokens that the tokenizer defines as an end: of the sequence, and of a turn if it names one."""
     names = (tokenizer.eos_token, getattr(tokenizer, "eot_token", None))
     return {number for name in names if name and isinstance(number := tokenizer.convert_tokens_to_ids(name), int)}

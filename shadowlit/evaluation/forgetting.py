@@ -9,10 +9,9 @@ from torch import Tensor
 
 from shadowlit.data.collate import Collate
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect
-from shadowlit.data.document import encode_document
 from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.sources import read_conversations
-from shadowlit.data.template import Encoded, encode_turns
+from shadowlit.data.template import Encoded, encode_document, encode_turns
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import fingerprint, spread
@@ -74,20 +73,15 @@ class Divergence(Evaluator):
 
         def encode(conversation: Conversation) -> tuple[int, list[Encoded]]:
             first = conversation.messages[0]
-            try:
-                if first["role"] == DOCUMENT:
-                    end_token_id = end if isinstance(end, int) else None
-                    turns = encode_document(tokenizer, first["content"], end_token_id, self.max_length)
-                else:
-                    turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
-            except DataError as error:
-                raise DataError(f"{conversation} {error}") from None
+            if first["role"] == DOCUMENT:
+                end_token_id = end if isinstance(end, int) else None
+                turns = encode_document(tokenizer, first["content"], end_token_id, self.max_length)
+            else:
+                turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
             if all(label == IGNORE_INDEX for turn in turns for label in turn.labels):
-                raise DataError(f"{conversation} has no token with loss. Remove it, or its 'train' or 'weight'.")
+                raise DataError("has no supervised token. Remove it, or its 'train' or 'weight'.")
             if (longest := _longest(turns)) > self.max_length:
-                raise DataError(
-                    f"{conversation} has {longest} tokens. Raise max_length={self.max_length}, or shorten it."
-                )
+                raise DataError(f"has {longest} tokens. Raise max_length={self.max_length}, or shorten it.")
             return conversation.row, turns
 
         self._rows = sorted(collect(encode, chosen), key=lambda row: -_longest(row[1]))

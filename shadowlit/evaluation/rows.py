@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from shadowlit.data.conversation import collect, place
+from shadowlit.data.conversation import collect
 from shadowlit.data.sources import read_rows
 from shadowlit.errors import DataError
 
@@ -30,16 +30,7 @@ def read_items(source: str, limit: int | None, convert: Callable[[int, Columns],
     if not rows:
         raise DataError(f"{source} has no rows, so nothing can be evaluated. Give a file with at least one.")
 
-    def convert_row(row: Any) -> Item:
-        where = place(source, row.index, row.line)
-        if not isinstance(row.columns, dict):
-            raise DataError(f"{where} is no object but {type(row.columns).__name__}. Write it as {{...}} or remove it.")
-        try:
-            return convert(row.index, row.columns)
-        except DataError as error:
-            raise DataError(f"{where} {error}") from None
-
-    return collect(convert_row, spread(rows, limit))
+    return collect(lambda row: convert(row.index, row.columns), spread(rows, limit))
 
 
 def spread(rows: Sequence[Item], limit: int | None) -> list[Item]:

@@ -30,11 +30,11 @@ _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True) -> list[Problem]:
-    """Find everything in which the two models of a pair do not fit, before any weight is loaded.
+    """Find everything in which the two models of a pair do not fit together, before any weight is loaded.
 
-    Reads configs, tokenizers, safetensors headers, the fingerprints' samples and some embedding rows: seconds,
-    whatever the size of the models. Nothing is raised for what is found. A part that can't be read is a problem too,
-    and only the checks that need it are skipped.
+    Reads configs, tokenizers, safetensors headers, the samples of the fingerprints and some embedding rows, which takes
+    seconds whatever the size of the models. Nothing is raised for what is found. A part that can't be read is a problem
+    too, and only the checks that need it are skipped.
 
     Example::
 
@@ -43,11 +43,11 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
 
     Args:
         pair: The Base and its Instruct.
-        select: What will be grafted: ``linear``, ``all``, or regular expressions for tensor names. Unequal
-            vocabularies and ties stop a graft that touches embeddings or lm_head; any other graft may proceed.
-        download: Download the weights of hub ids, as a run needs them. Without, only configs, tokenizers and headers
-            are fetched, a few MB. Fingerprints and embedding rows of weights that are not on this machine are then
-            not checked, and a note says so.
+        select: Tensors that will be grafted: ``linear``, ``all``, or regular expressions for tensor names. Unequal
+            vocabularies and ties are errors for a graft of embeddings or lm_head, and warnings for any other.
+        download: Download the weights of hub ids, as a run needs them. Otherwise only configs, tokenizers and headers
+            are fetched, a few MB; fingerprints and embedding rows of weights that are not on this machine are not
+            checked, and a note says so.
 
     Returns:
         Errors first, then warnings, then notes; an empty list for a pair that fits in every respect.
@@ -60,7 +60,7 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
     try:
         problems += _rename(base, instruct)
         if base.reader and instruct.reader:
-            # Either may hold its experts fused. The checks report what can't be brought together.
+            # Either may store its experts fused. The checks report layouts that can't be reconciled.
             with contextlib.suppress(CheckpointError, GraftError):
                 base.reader = in_layout_of(base.reader, instruct.reader)
                 base.headers = base.reader.tensors
@@ -79,11 +79,7 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
 
 
 def require_fit(pair: ModelPair, select: Select = "linear") -> None:
-    """Check a pair, log warnings and notes, and raise if it has errors.
-
-    Args:
-        pair: The Base and its Instruct.
-        select: What will be grafted; see :func:`check_pair`.
+    """Check a pair as :func:`check_pair` does, log warnings and notes, and raise if there are errors.
 
     Raises:
         PairError: There are errors; one message lists all of them with their remedies.
@@ -100,24 +96,22 @@ def require_fit(pair: ModelPair, select: Select = "linear") -> None:
 
 
 def _is_rank_zero() -> bool:
-    """Whether this process may log: of several ranks that check the same pair, one is enough."""
+    """Whether this process logs; all ranks check the same pair."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _rename(base: Side, instruct: Side) -> Iterator[Problem]:
-    """Know the Base's tensors by the Instruct's names, where the two were saved under other prefixes."""
+    """Rename the Base's tensors as the Instruct's, where the two were saved under different prefixes."""
     if base.headers is None or instruct.headers is None:
         return
     names = stored_names(base.headers, instruct.headers)
     renamed = [f"{own} for {name}" for own, name in names.items() if own != name]
     if renamed and len(set(names.values())) == len(names):
         base.headers = {names[own]: info for own, info in base.headers.items()}
-        yield Problem(
-            "note",
+        yield Problem.note(
             "tensors",
             f"{len(renamed)} of {len(names)} tensors have other names in the Base, as other versions of transformers "
             f"save them: {some_of(renamed)}",
-            "",
             "nothing: they are paired by what the names have in common.",
         )
 
@@ -128,8 +122,7 @@ def _check_revision(side: Side, source: str, revision: str | None) -> Iterator[P
         return
     local = Path(source).expanduser().is_dir()
     if local and revision:
-        yield Problem(
-            "warning",
+        yield Problem.warning(
             f"{side.who} revision",
             f"'{revision}' is ignored, because '{source}' is a folder",
             "",
@@ -146,14 +139,12 @@ def _check_revision(side: Side, source: str, revision: str | None) -> Iterator[P
 
 
 def _check_unread(base: Side, instruct: Side) -> Iterator[Problem]:
-    """Weights that stay on the hub, and what is not known without them."""
+    """Weights that are not downloaded, and what is not known without them."""
     unread = [side.title for side in (base, instruct) if side.headers is not None and side.reader is None]
     if unread:
-        yield Problem(
-            "note",
+        yield Problem.note(
             "weights",
             f"of the {' and the '.join(unread)} only headers were read: whether both are one model, and whether the "
             "Base has learned the template's tokens, is not known",
-            "",
             "nothing: a run downloads the weights and checks both.",
         )

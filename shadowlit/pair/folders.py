@@ -13,38 +13,28 @@ from shadowlit.errors import PairError, first_line
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-
 Severity = Literal["error", "warning", "note"]
 
-
-# Everything that a folder needs but pickled weights, and weights in other forms.
+# Everything that a folder needs, without pickled weights and weights in other formats.
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-
-
-# The same weights once more, in their maker's own format.
+# A second copy of the weights, in the format of the model's maker.
 _HUB_IGNORED = ["consolidated*.safetensors", "original/*"]
-
-
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-
 # Where the processors of older vision-language models keep the chat template.
 _PROCESSOR_TEMPLATE = "chat_template.json"
-
-
-# The files of which a tokenizer needs at least one.
+# A tokenizer needs at least one of these files.
 _TOKENIZER_FILE = re.compile(r"^(tokenizer\.json|tekken\.json|vocab\..*|.*\.model|.*\.tiktoken)$")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing in which a pair does not fit.
+    """One respect in which the two models of a pair do not fit together.
 
     Attributes:
         severity: ``error`` stops a run, ``warning`` is logged, ``note`` explains.
-        subject: What it is about, e.g. ``chat template``.
-        found: What was found, names and values.
-        expected: What was expected instead; may be empty where ``found`` says it.
+        subject: The part of the models concerned, e.g. ``chat template``.
+        found: What was found, with names and values.
+        expected: What was expected instead; empty where ``found`` implies it.
         remedy: What to do.
     """
 
@@ -58,23 +48,41 @@ class Problem:
         expected = f" Expected: {self.expected}." if self.expected else ""
         return f"{self.subject}: {self.found}.{expected} To do: {self.remedy}"
 
+    @classmethod
+    def error(cls, subject: str, found: str, expected: str, remedy: str) -> Problem:
+        """A problem that stops a run."""
+        return cls("error", subject, found, expected, remedy)
+
+    @classmethod
+    def warning(cls, subject: str, found: str, expected: str, remedy: str) -> Problem:
+        """A problem that is logged."""
+        return cls("warning", subject, found, expected, remedy)
+
+    @classmethod
+    def note(cls, subject: str, found: str, remedy: str) -> Problem:
+        """An explanation, with nothing else expected."""
+        return cls("note", subject, found, "", remedy)
+
 
 class ProblemError(PairError):
-    """A PairError made of one Problem, so that the check can collect it."""
+    """A PairError that holds a problem of severity ``error``, which the check of the pair collects."""
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
+    def __init__(self, subject: str, found: str, expected: str, remedy: str) -> None:
+        super().__init__(subject, found, expected, remedy)
+        self.problem = Problem.error(subject, found, expected, remedy)
+
+    def __str__(self) -> str:
+        return str(self.problem)
 
 
 def model_folder(
     who: str, source: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
 ) -> Path:
-    """The local folder of a folder name or hub id, downloaded first if it is one.
+    """The local folder of a model, downloaded first if ``source`` is a hub id.
 
     Args:
-        who: What the model is, for messages: ``base``, ``instruct`` or ``tuned``.
-        source: A folder or hub id.
+        who: Role of the model, for messages: ``base``, ``instruct`` or ``tuned``.
+        source: Folder or hub id.
         revision: Commit, tag or branch on the hub.
         trust_remote_code: Also download Python files.
         weights: Also download the safetensors files.
@@ -89,13 +97,10 @@ def model_folder(
     if is_file or not _HUB_ID.fullmatch(source):
         kind = "is a file" if is_file else "is no folder, and cannot be a hub id"
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} model",
-                f"'{source}' {kind}",
-                "a model's folder, or an id such as 'org/name'",
-                f"set pair.{who} to the folder that holds config.json and the safetensors files.",
-            )
+            f"{who} model",
+            f"'{source}' {kind}",
+            "a model's folder, or an id such as 'org/name'",
+            f"set pair.{who} to the folder that holds config.json and the safetensors files.",
         )
     from huggingface_hub import snapshot_download
 
@@ -107,56 +112,39 @@ def model_folder(
     except Exception as error:  # of the hub, of httpx, of the disk: many types, one remedy
         at = f" at revision '{revision}'" if revision else ""
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} model",
-                f"there is no folder '{source}', and the hub does not give '{source}'{at} ({first_line(error)})",
-                "a model's folder or a reachable hub id",
-                f"check the spelling of pair.{who}; for a gated model accept its licence and log in with "
-                "'hf auth login'; without a network download it elsewhere and give the folder.",
-            )
+            f"{who} model",
+            f"there is no folder '{source}', and the hub does not give '{source}'{at} ({first_line(error)})",
+            "a model's folder or a reachable hub id",
+            f"check the spelling of pair.{who}; for a gated model accept its licence and log in with "
+            "'hf auth login'; without a network download it elsewhere and give the folder.",
         ) from error
 
 
 def read_json(who: str, path: Path) -> dict[str, Any]:
-    """A JSON object from a model's folder."""
+    """A JSON object from a file in a model's folder."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+        return value
     except FileNotFoundError as error:
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} {path.name}",
-                f"there is no {path}",
-                "the file that every saved model has",
-                f"set pair.{who} to the folder into which the model was saved, or finish its download.",
-            )
+            f"{who} {path.name}",
+            f"there is no {path}",
+            "the file that every saved model has",
+            f"set pair.{who} to the folder into which the model was saved, or finish its download.",
         ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} {path.name}",
-                f"{path} is not readable JSON ({error})",
-                "a JSON object",
-                "repair the file, or download the model again.",
-            )
+            f"{who} {path.name}",
+            f"{path} is not readable JSON ({error})",
+            "a JSON object",
+            "repair the file, or download the model again.",
         ) from error
-    if not isinstance(value, dict):
-        raise ProblemError(
-            Problem(
-                "error",
-                f"{who} {path.name}",
-                f"{path} holds a {type(value).__name__}",
-                "a JSON object",
-                "repair the file, or download the model again.",
-            )
-        )
-    return value
 
 
 def load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a folder, by transformers."""
+    """The config in a folder, loaded by transformers."""
     from transformers import AutoConfig
 
     read_json(who, folder / "config.json")  # transformers' own error for a broken file does not say which
@@ -164,43 +152,37 @@ def load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedCo
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} config.json",
-                f"transformers cannot load {folder / 'config.json'} ({first_line(error)})",
-                "a model type that this transformers knows",
-                "upgrade transformers; if the model brings its own code and you trust its author, set "
-                "pair.trust_remote_code=true.",
-            )
+            f"{who} config.json",
+            f"transformers cannot load {folder / 'config.json'} ({first_line(error)})",
+            "a model type that this transformers knows",
+            "upgrade transformers; if the model brings its own code and you trust its author, set "
+            "pair.trust_remote_code=true.",
         ) from error
 
 
 def _load_tokenizer(who: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, by transformers."""
+    """The tokenizer in a folder, loaded by transformers."""
     from transformers import AutoTokenizer
 
     try:
-        # Without any file, transformers makes an empty tokenizer of the config's model type and says nothing.
+        # Without any file, transformers silently makes an empty tokenizer of the config's model type.
         if not any(_TOKENIZER_FILE.search(path.name) for path in folder.iterdir()):
             raise FileNotFoundError("no file with a vocabulary")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():  # as LLaVA's and others' have it
+        if not tokenizer.chat_template and (folder / _PROCESSOR_TEMPLATE).is_file():  # LLaVA and others
             tokenizer.chat_template = read_json(who, folder / _PROCESSOR_TEMPLATE).get("chat_template")
         return tokenizer
     except Exception as error:
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} tokenizer",
-                f"transformers cannot load the tokenizer in {folder} ({first_line(error)})",
-                "tokenizer.json and tokenizer_config.json beside the weights",
-                "copy the model's tokenizer files into the folder, or download it again.",
-            )
+            f"{who} tokenizer",
+            f"transformers cannot load the tokenizer in {folder} ({first_line(error)})",
+            "tokenizer.json and tokenizer_config.json next to the weights",
+            "copy the model's tokenizer files into the folder, or download it again.",
         ) from error
 
 
 def is_image_text(config: PretrainedConfig) -> bool:
-    """Whether a config is one of a model that reads images and writes text."""
+    """Whether a config belongs to a model that reads images and writes text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
     return config.model_type in NAMES and getattr(config, "vision_config", None) is not None
@@ -209,19 +191,16 @@ def is_image_text(config: PretrainedConfig) -> bool:
 def _load_processor(
     who: str, folder: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
 ) -> ProcessorMixin:
-    """The processor of a vision-language model's folder, by transformers."""
+    """The processor in a vision-language model's folder, loaded by transformers."""
     from transformers import AutoProcessor
     from transformers.utils import is_torchvision_available
 
     if not is_image_text(config):
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} processor",
-                f"'{config.model_type}' is a text model",
-                "a vision-language model, such as qwen2_5_vl, gemma3 or llava",
-                "remove the images from the data, or give a pair that can see them.",
-            )
+            f"{who} processor",
+            f"'{config.model_type}' is a text model",
+            "a vision-language model, such as qwen2_5_vl, gemma3 or llava",
+            "remove the images from the data, or give a pair that can see them.",
         )
     try:
         if is_torchvision_available():
@@ -232,21 +211,18 @@ def _load_processor(
             raise TypeError(f"it is a {type(processor).__name__}, without an image processor")
     except Exception as error:
         raise ProblemError(
-            Problem(
-                "error",
-                f"{who} processor",
-                f"transformers cannot load the processor in {folder} ({first_line(error)})",
-                "preprocessor_config.json or processor_config.json beside the tokenizer's files",
-                "copy the model's processor files into the folder, or download it again; images also need the package "
-                "pillow, and some models torchvision (pip install 'shadowlit[vision]').",
-            )
+            f"{who} processor",
+            f"transformers cannot load the processor in {folder} ({first_line(error)})",
+            "preprocessor_config.json or processor_config.json next to the tokenizer's files",
+            "copy the model's processor files into the folder, or download it again; images also need the package "
+            "pillow, and some models torchvision (pip install 'shadowlit[vision]').",
         ) from error
     processor.tokenizer.chat_template = tokenizer.chat_template
     return processor
 
 
 def _processor_of_images(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> ProcessorMixin:
-    """A processor made of its parts but the one for videos, which needs torchvision where images need only pillow."""
+    """The processor without its video part, which needs torchvision, whereas images need only Pillow."""
     from transformers import AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
@@ -275,5 +251,5 @@ def _processor_of_images(folder: Path, config: PretrainedConfig, trust_remote_co
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the hub's cache, which is the folder's name there."""
+    """The commit of a folder in the hub's cache, where folders are named after it; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from shadowlit.checkpoint.headers import TensorInfo
-from shadowlit.errors import CheckpointError
+from shadowlit.errors import CheckpointError, first_line
 
 
 def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo]:
-    """Names, dtypes and shapes of a model's tensors, by range requests: about 100 KB per file.
-
-    Args:
-        repo_id: Hub id of the model.
-        revision: Commit, tag or branch; None for the main branch.
-
-    Returns:
-        The tensors by name, sorted.
+    """Names, dtypes and shapes of a model's tensors, sorted by name, by range requests of about 100 KB per file.
 
     Raises:
         CheckpointError: The hub does not give the headers, there are no safetensors files, the index does not match
@@ -26,10 +19,9 @@ def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo
         metadata = get_safetensors_metadata(repo_id, revision=revision)
     except Exception as error:  # of the hub, of httpx, of a broken header: many types, one remedy
         raise CheckpointError(
-            f"the safetensors headers of '{repo_id}' cannot be read from the hub "
-            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). Expected: model.safetensors, or "
-            "its index and shards. Pickled weights are never loaded: convert them with save_pretrained on a machine "
-            "where you trust them, and give the folder"
+            f"the safetensors headers of '{repo_id}' cannot be read from the hub ({first_line(error)}). Expected: "
+            "model.safetensors, or its index and shards. Pickled weights are never loaded: convert them with "
+            "save_pretrained on a machine where you trust them, and give the folder"
         ) from error
     tensors: dict[str, TensorInfo] = {}
     for name, file in sorted(metadata.weight_map.items()):
@@ -39,15 +31,11 @@ def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo
                 f"the index of '{repo_id}' on the hub names '{name}' in {file}, which does not hold it"
             )
         tensors[name] = TensorInfo(name, entry.dtype, tuple(entry.shape), file)
-        _require_known(tensors[name], repo_id)
+        try:
+            _ = tensors[name].itemsize
+        except KeyError as error:
+            raise CheckpointError(
+                f"tensor '{name}' of '{repo_id}' on the hub has dtype {entry.dtype}, which is unknown here. Expected: "
+                "a floating-point dtype such as BF16"
+            ) from error
     return tensors
-
-
-def _require_known(info: TensorInfo, repo_id: str) -> None:
-    try:
-        _ = info.itemsize
-    except KeyError as error:
-        raise CheckpointError(
-            f"tensor '{info.name}' of '{repo_id}' on the hub has dtype {info.code}, which is unknown here. Expected: "
-            "a floating-point dtype such as BF16"
-        ) from error

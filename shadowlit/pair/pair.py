@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.pair.folders import (
@@ -23,16 +22,30 @@ from shadowlit.pair.folders import (
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase, ProcessorMixin
 
-log = logging.getLogger(__name__)
-
 Select = str | Sequence[str]
+_T = TypeVar("_T")
+
+
+def _once(method: Callable[[ModelPair], _T]) -> Callable[[ModelPair], _T]:
+    """Call a method once per pair, and keep its result among the attributes of the pair, as ``_<name>``."""
+    name = f"_{method.__name__}"
+
+    @wraps(method)
+    def kept(pair: ModelPair) -> _T:
+        if name not in vars(pair):
+            vars(pair)[name] = method(pair)
+        return vars(pair)[name]
+
+    return kept
 
 
 @dataclass(frozen=True)
 class ModelPair:
     """A Base and the Instruct that was made from it.
 
-    Nothing is read or downloaded before a method asks for it.
+    Nothing is read or downloaded before a method needs it. Each method that reads a folder raises a PairError if the
+    folder is missing and the hub does not give it, or if the file that it reads is missing, broken or of an unknown
+    type.
 
     Example::
 
@@ -47,9 +60,9 @@ class ModelPair:
         instruct_revision: Commit, tag or branch of the Instruct on the hub.
         trust_remote_code: Run Python code that comes with the model. Dangerous: only for authors you trust,
             and only with pinned revisions.
-        template_owner: Whose tokenizer, chat template and end of turn serve both models. ``base`` where the Instruct
-            has none that is fit to train with, and for a pair with its roles exchanged: the Instruct is trained, and
-            its update grafted onto the Base (arms I2I and I2B).
+        template_owner: Model whose tokenizer, chat template and end of turn are used for both models. ``base`` where
+            the Instruct has none that is fit to train with, and for a pair with its roles swapped: the Instruct is
+            trained, and its update grafted onto the Base (arms I2I and I2B).
     """
 
     base: str
@@ -59,99 +72,68 @@ class ModelPair:
     trust_remote_code: bool = False
     template_owner: Literal["instruct", "base"] = "instruct"
 
+    _downloads_weights = True  # not a field
+
+    @_once
     def base_folder(self) -> Path:
-        """The local folder of the Base, downloaded first if ``base`` is a hub id.
+        """The local folder of the Base, downloaded first if ``base`` is a hub id."""
+        return model_folder("base", self.base, self.base_revision, self.trust_remote_code, self._downloads_weights)
 
-        Raises:
-            PairError: There is no such folder, or the hub does not give it.
-        """
-        return self._base_folder
-
+    @_once
     def instruct_folder(self) -> Path:
-        """The local folder of the Instruct, downloaded first if ``instruct`` is a hub id.
-
-        Raises:
-            PairError: There is no such folder, or the hub does not give it.
-        """
-        return self._instruct_folder
+        """The local folder of the Instruct, downloaded first if ``instruct`` is a hub id."""
+        revision, trust = self.instruct_revision, self.trust_remote_code
+        return model_folder("instruct", self.instruct, revision, trust, self._downloads_weights)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that both models are used with, with its chat template: that of ``template_owner``.
-
-        Raises:
-            PairError: It cannot be loaded.
-        """
-        return self._base_tokenizer if self.template_owner == "base" else self._instruct_tokenizer
+        """The tokenizer that both models are used with, with its chat template: that of ``template_owner``."""
+        return self.base_tokenizer() if self.template_owner == "base" else self.instruct_tokenizer()
 
     def other_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model that doesn't own the template: a Base's ends documents as its pre-training did.
-
-        Raises:
-            PairError: It cannot be loaded.
-        """
-        return self._instruct_tokenizer if self.template_owner == "base" else self._base_tokenizer
+        """The tokenizer of the model that doesn't own the template: a Base's ends documents as its pre-training did."""
+        return self.instruct_tokenizer() if self.template_owner == "base" else self.base_tokenizer()
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ModelPair:
-        """The same pair, both of whose models are used with ``tokenizer``, e.g. one with another chat template."""
+        """The same pair, whose models are both used with ``tokenizer``, e.g. one with another chat template."""
         pair = copy(self)
         vars(pair)[f"_{self.template_owner}_tokenizer"] = tokenizer
         return pair
 
     def template_folder(self) -> Path:
-        """The folder of ``template_owner``, whose generation config says where a turn ends.
+        """The folder of ``template_owner``, whose generation config says where a turn ends."""
+        return self.base_folder() if self.template_owner == "base" else self.instruct_folder()
 
-        Raises:
-            PairError: There is no such folder, or the hub does not give it.
-        """
-        return self._base_folder if self.template_owner == "base" else self._instruct_folder
-
+    @_once
     def base_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Base's own tokenizer.
+        """The Base's own tokenizer."""
+        return _load_tokenizer("base", self.base_folder(), self.trust_remote_code)
 
-        Raises:
-            PairError: It cannot be loaded.
-        """
-        return self._base_tokenizer
-
+    @_once
     def instruct_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Instruct's own tokenizer.
+        """The Instruct's own tokenizer."""
+        return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
 
-        Raises:
-            PairError: It cannot be loaded.
-        """
-        return self._instruct_tokenizer
-
+    @_once
     def processor(self) -> ProcessorMixin:
         """The processor of a vision-language pair, with the tokenizer: that of ``template_owner``.
 
         Raises:
-            PairError: The pair is one of text models, or its processor cannot be loaded.
+            PairError: The pair consists of text models, or its processor cannot be loaded.
         """
-        return self._processor
+        owner, folder = self.template_owner, self.template_folder()
+        return _load_processor(owner, folder, self._template_config(), self.tokenizer(), self.trust_remote_code)
 
     @property
     def has_images(self) -> bool:
-        """Whether the pair is one of vision-language models, by the config of ``template_owner``.
-
-        Raises:
-            PairError: It is missing, broken, or of an unknown model type.
-        """
-        return is_image_text(self.base_config() if self.template_owner == "base" else self.config())
+        """Whether the pair consists of vision-language models, by the config of ``template_owner``."""
+        return is_image_text(self._template_config())
 
     def config(self) -> PretrainedConfig:
-        """The Instruct's config.
-
-        Raises:
-            PairError: It is missing, broken, or of an unknown model type.
-        """
+        """The Instruct's config."""
         return load_config("instruct", self.instruct_folder(), self.trust_remote_code)
 
     def base_config(self) -> PretrainedConfig:
-        """The Base's config.
-
-        Raises:
-            PairError: It is missing, broken, or of an unknown model type.
-        """
+        """The Base's config."""
         return load_config("base", self.base_folder(), self.trust_remote_code)
 
     def fingerprints(self) -> dict[str, str]:
@@ -164,46 +146,17 @@ class ModelPair:
         return {"base": _fingerprint(self.base_folder()), "instruct": _fingerprint(self.instruct_folder())}
 
     def revisions(self) -> dict[str, str | None]:
-        """The commit that each model was read at: the hub's, or None for a plain folder.
-
-        Raises:
-            PairError: A folder is missing.
-        """
+        """The commit that each model was read at: the hub's, or None for a plain folder."""
         return {"base": commit_of(self.base_folder()), "instruct": commit_of(self.instruct_folder())}
 
-    @cached_property
-    def _base_folder(self) -> Path:
-        return model_folder("base", self.base, self.base_revision, self.trust_remote_code)
-
-    @cached_property
-    def _instruct_folder(self) -> Path:
-        return model_folder("instruct", self.instruct, self.instruct_revision, self.trust_remote_code)
-
-    @cached_property
-    def _base_tokenizer(self) -> PreTrainedTokenizerBase:
-        return _load_tokenizer("base", self.base_folder(), self.trust_remote_code)
-
-    @cached_property
-    def _instruct_tokenizer(self) -> PreTrainedTokenizerBase:
-        return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
-
-    @cached_property
-    def _processor(self) -> ProcessorMixin:
-        config = self.base_config() if self.template_owner == "base" else self.config()
-        folder = self.template_folder()
-        return _load_processor(self.template_owner, folder, config, self.tokenizer(), self.trust_remote_code)
+    def _template_config(self) -> PretrainedConfig:
+        return self.base_config() if self.template_owner == "base" else self.config()
 
 
 class PairWithoutWeights(ModelPair):
     """A pair into whose folders no weights are downloaded; its fingerprints may be out of reach."""
 
-    @cached_property
-    def _base_folder(self) -> Path:
-        return model_folder("base", self.base, self.base_revision, self.trust_remote_code, weights=False)
-
-    @cached_property
-    def _instruct_folder(self) -> Path:
-        return model_folder("instruct", self.instruct, self.instruct_revision, self.trust_remote_code, weights=False)
+    _downloads_weights = False
 
 
 def _fingerprint(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""The registry of known pairs: which Base belongs to which Instruct, and what a graft meets between them.
+"""The registry of known pairs: which Base belongs to which Instruct, and what to expect when grafting between them.
 
 The pairs are listed in ``pairs.yaml`` next to this module. Imports neither torch nor transformers.
 """
@@ -21,9 +21,9 @@ from shadowlit.errors import PairError
 if TYPE_CHECKING:
     from shadowlit.pair.pair import ModelPair
 
-_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_COMMIT = r"[0-9a-f]{40}"
+_NO_TEXT = r"(?!)"
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,21 @@ class KnownPair:
     """A pair whose two models are published on the Hugging Face hub.
 
     Attributes:
-        name: Short and lower-case, e.g. ``qwen3-4b-2507``.
-        family: The release it belongs to, e.g. ``qwen3``.
+        name: Short name in lower case, e.g. ``qwen3-4b-2507``.
+        family: Release that it belongs to, e.g. ``qwen3``.
         base: Hub id of the Base.
         instruct: Hub id of the Instruct.
-        base_revision: A commit of the Base; None where none is known.
-        instruct_revision: A commit of the Instruct; None where none is known.
-        template_owner: Whose chat template counts, for both models: ``instruct``, or ``base``.
-        base_template: Whether the Base comes with a chat template too; None where that is not known.
-        licence: The hub's name for the licence; None where it is not known.
-        gated: Whether the hub asks for an agreement first; None where that is not known.
-        sigma: The pair's σ as published, the mean over the tensors inside the layers (arXiv 2505.12716), 0 to 1;
-            None where it is not.
-        peculiarities: What matters for a graft: a word, and what it means.
-        official: The two ids as the official list of Shadow-FT has them, where one of them is wrong.
-        note: Whatever else is to be known of this pair.
+        base_revision: Commit of the Base, or None if unknown.
+        instruct_revision: Commit of the Instruct, or None if unknown.
+        template_owner: Model whose chat template is used for both: ``instruct`` or ``base``.
+        base_template: Whether the Base comes with a chat template too, or None if unknown.
+        licence: The hub's name for the licence, or None if unknown.
+        gated: Whether the hub requires an agreement first, or None if unknown.
+        sigma: Published σ of the pair, the mean over the tensors inside the layers (arXiv 2505.12716), 0 to 1; None
+            if it is unpublished.
+        peculiarities: Properties that matter for a graft: a keyword each, and its meaning.
+        official: The two ids in the official list of Shadow-FT, where one of them is wrong.
+        note: Anything else to know about this pair.
     """
 
     name: str
@@ -69,7 +69,7 @@ class KnownPair:
         Args:
             trust_remote_code: Run Python code that comes with the models.
         """
-        from shadowlit.pair.pair import ModelPair  # late: listing the pairs reads no model
+        from shadowlit.pair.pair import ModelPair  # not needed to list the pairs, and imports slowly
 
         return ModelPair(self.base, self.instruct, self.base_revision, self.instruct_revision, trust_remote_code)
 
@@ -82,7 +82,7 @@ def load_registry() -> Mapping[str, KnownPair]:
     """All known pairs by name, in the order of ``pairs.yaml``.
 
     Raises:
-        PairError: An entry is not well-formed; see :func:`parse_registry`.
+        PairError: An entry is malformed; see :func:`parse_registry`.
     """
     return parse_registry(files("shadowlit.pair").joinpath("pairs.yaml").read_text(encoding="utf-8"))
 
@@ -91,13 +91,13 @@ def parse_registry(text: str) -> Mapping[str, KnownPair]:
     """Read a registry.
 
     Args:
-        text: YAML with ``peculiarities``, a mapping from words to sentences, and ``families``, a list. A family has
-            the keys of its entries' common values, and ``pairs``, the list of them; peculiarities of a family are
-            added to those of an entry.
+        text: YAML with ``peculiarities``, a mapping from keywords to sentences, and ``families``, a list. A family has
+            ``pairs``, the list of its entries, and the values that these have in common; its peculiarities are added to
+            those of each entry.
 
     Raises:
-        PairError: The text is not of this form, or an entry has an unknown key, an ill-formed value or a name that
-            another one has; the message names the entry.
+        PairError: The text is not of this form, or an entry has an unknown key, a malformed value or the name of
+            another entry; the message names the entry.
     """
     try:
         document = yaml.safe_load(text)
@@ -122,7 +122,7 @@ def find_pair(name: str) -> KnownPair:
     """The known pair of this name.
 
     Raises:
-        PairError: There is none; the message has the nearest names.
+        PairError: There is none; the message suggests similar names.
     """
     registry = load_registry()
     if name not in registry:
@@ -135,64 +135,57 @@ def find_pair(name: str) -> KnownPair:
     return registry[name]
 
 
+# For each key: a pattern for texts, other values that are valid, and what to expect.
+_VALUES: dict[str, tuple[str, tuple[Any, ...], str]] = {
+    "name": (r"[a-z0-9]+([.-][a-z0-9]+)*", (), "lower-case letters, digits, dots and hyphens"),
+    "family": (r".*", (), "a name"),
+    "base": (_HUB_ID, (), "a hub id such as 'org/name'"),
+    "instruct": (_HUB_ID, (), "a hub id such as 'org/name'"),
+    "base_revision": (_COMMIT, (None,), "a commit of 40 hexadecimal digits, or null"),
+    "instruct_revision": (_COMMIT, (None,), "a commit of 40 hexadecimal digits, or null"),
+    "template_owner": (r"base|instruct", (), "'base' or 'instruct'"),
+    "base_template": (_NO_TEXT, (True, False, None), "true, false or null"),
+    "gated": (_NO_TEXT, (True, False, None), "true, false or null"),
+    "licence": (r".*", (None,), "a text or null"),
+    "note": (r".*", (None,), "a text or null"),
+}
+
+
 def _parse_entry(entry: dict[str, Any], meanings: Mapping[str, str]) -> KnownPair:
-    """One entry, its family's values included."""
-    name = entry.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise _wrong(name or entry.get("base"), f"name is {name!r}", "lower-case letters, digits, dots and hyphens")
+    """One entry, including the values of its family."""
+    name = entry.get("name") or entry.get("base")
     unknown = sorted(entry.keys() - _KEYS)
     if unknown:
         near = difflib.get_close_matches(unknown[0], _KEYS, n=1)
         raise _wrong(name, f"unknown key {unknown[0]!r}", f"{near[0]!r}" if near else f"one of {sorted(_KEYS)}")
-    if not isinstance(entry.get("family"), str):
-        raise _wrong(name, f"family is {entry.get('family')!r}", "a name")
-    _check_ids(name, entry)
-    _check_facts(name, entry)
+    for key, (pattern, others, expected) in _VALUES.items():
+        value = entry.get(key, getattr(KnownPair, key, None))  # the defaults are attributes of the class
+        if not (isinstance(value, str) and re.fullmatch(pattern, value, re.DOTALL)) and value not in others:
+            raise _wrong(name, f"{key} is {value!r}", expected)
+    sigma = entry.get("sigma")
+    if sigma is not None and not (isinstance(sigma, float) and 0 < sigma < 1):
+        raise _wrong(name, f"sigma is {sigma!r}", "a number between 0 and 1, or null")
+    if entry["base"] == entry["instruct"]:
+        raise _wrong(name, f"base and instruct are both {entry['base']!r}", "two models")
     words = entry["peculiarities"]
     strange = [word for word in words if word not in meanings]
     if strange:
         raise _wrong(name, f"peculiarity {strange[0]!r} is not explained", f"one of {sorted(meanings)}")
-    official = entry.get("official")
-    return KnownPair(
-        **entry
-        | {
-            "peculiarities": MappingProxyType({word: meanings[word] for word in words}),
-            "official": (official["base"], official["instruct"]) if official else None,
-        }
-    )
+    values = {"peculiarities": MappingProxyType({word: meanings[word] for word in words})}
+    return KnownPair(**entry | values | {"official": _official(entry)})
 
 
-def _check_ids(name: str, entry: dict[str, Any]) -> None:
-    """The two hub ids, their commits, and the ids of the official list."""
-    for key in ("base", "instruct"):
-        if not isinstance(entry.get(key), str) or not _HUB_ID.fullmatch(entry[key]):
-            raise _wrong(name, f"{key} is {entry.get(key)!r}", "a hub id such as 'org/name'")
-        revision = entry.get(f"{key}_revision")
-        if revision is not None and not (isinstance(revision, str) and _COMMIT.fullmatch(revision)):
-            raise _wrong(name, f"{key}_revision is {revision!r}", "a commit of 40 hexadecimal digits, or null")
-    if entry["base"] == entry["instruct"]:
-        raise _wrong(name, f"base and instruct are both {entry['base']!r}", "two models")
-    official = entry.get("official")
-    if official is not None:
-        if not isinstance(official, dict) or official.keys() != {"base", "instruct"}:
-            raise _wrong(name, f"official is {official!r}", "base and instruct, as the official list has them")
-        if official == {"base": entry["base"], "instruct": entry["instruct"]}:
-            raise _wrong(name, "official names the same two models", "the key only where the official list is wrong")
-
-
-def _check_facts(name: str, entry: dict[str, Any]) -> None:
-    """The values that are neither ids nor words."""
-    if entry.get("template_owner", "instruct") not in ("base", "instruct"):
-        raise _wrong(name, f"template_owner is {entry['template_owner']!r}", "'base' or 'instruct'")
-    for key in ("base_template", "gated"):
-        if entry.get(key) not in (True, False, None):
-            raise _wrong(name, f"{key} is {entry[key]!r}", "true, false or null")
-    for key in ("licence", "note"):
-        if not isinstance(entry.get(key), str | None):
-            raise _wrong(name, f"{key} is {entry[key]!r}", "a text or null")
-    sigma = entry.get("sigma")
-    if sigma is not None and not (isinstance(sigma, float) and 0 < sigma < 1):
-        raise _wrong(name, f"sigma is {sigma!r}", "a number between 0 and 1, or null")
+def _official(entry: dict[str, Any]) -> tuple[str, str] | None:
+    """The ids in the official list, where they differ."""
+    name, official = entry["name"], entry.get("official")
+    if official is None:
+        return None
+    if not isinstance(official, dict) or official.keys() != {"base", "instruct"}:
+        raise _wrong(name, f"official is {official!r}", "base and instruct, as the official list has them")
+    ids = official["base"], official["instruct"]
+    if ids == (entry["base"], entry["instruct"]):
+        raise _wrong(name, "official names the same two models", "the key only where the official list is wrong")
+    return ids
 
 
 def _wrong(name: str | None, found: str, expected: str) -> PairError:

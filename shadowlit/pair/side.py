@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +20,11 @@ from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-
 _T = TypeVar("_T")
 
-ROPE_KEYS = (
-    "rope_parameters",
-    "rope_theta",
-    "rope_scaling",
-    "rope_local_base_freq",
-    "partial_rotary_factor",
-)
+ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 # fmt: off
-# Seen in tensors, covered by another check, or without effect on what the layers compute.
+# Visible in tensors, covered by another check, or without effect on what the layers compute.
 SEEN_ELSEWHERE = frozenset([
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "tie_word_embeddings", "max_position_embeddings", "quantization_config", "dtype", "torch_dtype",
@@ -45,11 +39,11 @@ SEEN_ELSEWHERE = frozenset([
 
 @dataclass
 class Side:
-    """What could be read of one model; a part that could not be is None, and has been reported.
+    """What could be read of one model; a part that could not be read is None, and has been reported.
 
     Attributes:
         headers: The tensors by name, from the headers of the safetensors files.
-        reader: Reads their data too; None as well where the weights are on the hub and stay there.
+        reader: Reader of their data; also None where the weights are on the hub and are not downloaded.
     """
 
     who: str
@@ -80,7 +74,7 @@ class Side:
 
     def vocabulary(self) -> dict[str, TensorInfo]:
         """The embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
-        return {name: info for name, info in self.tensors.items() if has_token_rows(info, self.get("vocab_size"))}
+        return {name: info for name, info in self.tensors.items() if _has_token_rows(info, self.get("vocab_size"))}
 
     def close(self) -> None:
         """Close the files of the weights."""
@@ -104,25 +98,20 @@ def open_side(
         if side.has("generation_config.json"):
             side.generation = _attempt(who, lambda: read_json(who, path / "generation_config.json"), problems)
         if isinstance(pair, PairWithoutWeights) and not Path(source).expanduser().is_dir():
-            side.reader = _open_cached(path)
-            remote = None if side.reader else _attempt(who, lambda: read_hub_headers(source, commit_of(path)), problems)
+            with contextlib.suppress(CheckpointError):  # an earlier download may have left all weights in the folder
+                side.reader = CheckpointReader(path)
+            if side.reader is None:
+                side.headers = _attempt(who, lambda: read_hub_headers(source, commit_of(path)), problems)
         else:
-            side.reader, remote = _attempt(who, lambda: CheckpointReader(path), problems), None
-        side.headers = side.reader.tensors if side.reader else remote
+            side.reader = _attempt(who, lambda: CheckpointReader(path), problems)
+        if side.reader is not None:
+            side.headers = side.reader.tensors
         side.tokenizer = _attempt(who, tokenizer, problems)
     return side
 
 
-def _open_cached(folder: Path) -> CheckpointReader | None:
-    """The weights of a hub id, if an earlier download has left all of them in its folder."""
-    try:
-        return CheckpointReader(folder)
-    except CheckpointError:
-        return None
-
-
 def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T | None:
-    """The action's result, or None and one more problem."""
+    """The action's result, or None after an error, which is added to ``problems``."""
     try:
         return action()
     except ProblemError as error:
@@ -134,14 +123,14 @@ def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T 
 
 
 def _flat_config(config: PretrainedConfig) -> dict[str, Any]:
-    """The language model's config; of a multimodal model its text part's keys over the whole's, and its vision's."""
+    """The config as one dict; of a multimodal model, the text keys take precedence and vision keys are prefixed."""
     vision = getattr(config, "vision_config", None)
     seen = {f"vision_config.{key}": value for key, value in (vision.to_dict() if vision else {}).items()}
     seen = {key: value for key, value in seen.items() if key.partition(".")[2] not in SEEN_ELSEWHERE}
     return {**config.to_dict(), **config.get_text_config().to_dict(), **seen, "model_type": config.model_type}
 
 
-def has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
+def _has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:
     """Whether a tensor has one row per token: by its shape, or by one of the usual names."""
     if len(info.shape) != 2 or layer_of(info.name) is not None:
         return False

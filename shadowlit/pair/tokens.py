@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,31 +18,23 @@ from shadowlit.pair.side import Side
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-# Tokens that were put aside for later, and that no Base saw in training.
+# Tokens reserved for later use, which no Base saw in training.
 _PLACEHOLDER = re.compile(r"reserved|unused|extra_?id|placeholder|dummy", re.IGNORECASE)
-
-
-# Texts on which tokenizers with equal vocabularies show other merges, normalizers or digit rules.
+# Texts that reveal different merges, normalizers or digit rules of tokenizers with equal vocabularies.
 _PROBES = ("Hello, world!  It's 12345.67", "def f(x):\n\treturn x ** 2\n", "Ünïcödé ﬁ 中文 🙂")
-
-
-# Rows sampled from an embedding to know what a trained row looks like: at most 64 blocks of 32.
+# Rows sampled from an embedding to find out what a trained row looks like: at most 64 blocks of 32.
 _SAMPLE_BLOCKS = 64
-
-
 _SAMPLE_BLOCK_ROWS = 32
 
 
 def check_tokenizers(other: Side, owner: Side) -> Iterator[Problem]:
-    """One id must mean one token: both models get the ids of the template's owner."""
+    """An id must mean the same token to both models, since both get the ids of the template's owner."""
     if other.tokenizer is None or owner.tokenizer is None:
         return
     if other.tokenizer.get_vocab() != owner.tokenizer.get_vocab():
         yield from _compare_vocabularies(other, owner)
     elif any(_encode(other, text) != _encode(owner, text) for text in _PROBES):
-        yield Problem(
-            "warning",
+        yield Problem.warning(
             "tokenizer",
             "both have the same tokens, but cut a text differently",
             "the same cuts",
@@ -53,7 +44,7 @@ def check_tokenizers(other: Side, owner: Side) -> Iterator[Problem]:
 
 
 def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
-    """Tokens of the two that do not agree; usually of the Base, and of the Instruct, which owns the template."""
+    """Tokens on which the two tokenizers disagree; ``owner``, usually the Instruct, owns the template."""
     assert other.tokenizer is not None and owner.tokenizer is not None
     old, new = other.tokenizer.get_vocab(), owner.tokenizer.get_vocab()
     old_at = {i: token for token, i in old.items()}
@@ -63,27 +54,24 @@ def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
     named = {i for i in renamed if _PLACEHOLDER.search(old_at[i])}
     wrong = sorted({*moved, *renamed} - named)
     if wrong:
-        told = [f"{i} was {old_at.get(i)!r}, is {new_at[i]!r}" for i in wrong]
-        yield Problem(
-            "error",
+        changes = [f"{i} was {old_at.get(i)!r}, is {new_at[i]!r}" for i in wrong]
+        yield Problem.error(
             "tokenizer",
-            f"{len(wrong)} ids mean another token in the {other.title} than in the {owner.title}: {some_of(told)}",
+            f"{len(wrong)} ids mean another token in the {other.title} than in the {owner.title}: {some_of(changes)}",
             "one meaning per id",
             f"set pair.base to the Base of this Instruct: both must understand the {owner.title}'s ids.",
         )
     if named:
-        told = [f"{i} was {old_at[i]!r}, is {new_at[i]!r}" for i in sorted(named)]
-        yield Problem(
-            "warning",
+        changes = [f"{i} was {old_at[i]!r}, is {new_at[i]!r}" for i in sorted(named)]
+        yield Problem.warning(
             "tokenizer",
-            f"{len(named)} placeholders of the {other.title} have a meaning in the {owner.title}: {some_of(told)}",
+            f"{len(named)} placeholders of the {other.title} have a meaning in the {owner.title}: {some_of(changes)}",
             "",
             f"nothing, unless they appear in your data: their rows in the {other.title} were never trained.",
         )
     extra = [f"{token!r}" for i, token in sorted(new_at.items()) if token not in old and i not in old_at]
     if extra:
-        yield Problem(
-            "warning",
+        yield Problem.warning(
             "tokenizer",
             f"{len(extra)} tokens are only in the {owner.title}'s ({some_of(extra)})",
             "the same tokens",
@@ -92,11 +80,9 @@ def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
         )
     lost = [f"{token!r}" for i, token in sorted(old_at.items()) if token not in new and i not in new_at]
     if lost:
-        yield Problem(
-            "note",
+        yield Problem.note(
             "tokenizer",
             f"{len(lost)} tokens are only in the {other.title}'s ({some_of(lost)})",
-            "",
             f"nothing: the {owner.title}'s tokenizer is used.",
         )
 
@@ -106,32 +92,21 @@ def _encode(side: Side, text: str) -> list[int]:
     return list(side.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-@dataclass(frozen=True)
-class _TemplateUse:
-    """What a chat template writes.
+def _written_tokens(tokenizer: PreTrainedTokenizerBase, parts: bool) -> tuple[list[int], list[int] | None]:
+    """The special and added tokens that a chat template writes; raises whatever the template raises.
 
-    Attributes:
-        ids: The special and added tokens of a small conversation, and of a prompt for an answer.
-        ends: Those after the last answer, in order; None if the template does not write the answer as it is.
+    With ``parts``, contents are given in parts, which templates of vision-language models may insist on.
+
+    Returns:
+        The tokens of a small conversation and of a prompt for an answer, sorted; and the tokens after the last answer,
+        in order, or None if the template does not write the answer as it is.
     """
-
-    ids: list[int]
-    ends: list[int] | None
-
-
-def _template_use(tokenizer: PreTrainedTokenizerBase, parts: bool) -> _TemplateUse:
-    """Render a small conversation and collect the ids; raises whatever the template raises.
-
-    Args:
-        tokenizer: Its chat template is rendered.
-        parts: Give contents in parts, which templates of vision-language models may insist on.
-    """
-    asked, told = "Hello.", "Hello, how can I help?"
+    question, reply = "Hello.", "Hello, how can I help?"
 
     def turn(role: str, text: str) -> dict[str, Any]:
         return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
 
-    turns = [turn("user", asked), turn("assistant", told)] * 2
+    turns = [turn("user", question), turn("assistant", reply)] * 2
     try:  # a system turn shows more tokens, but some templates refuse it
         conversation = [turn("system", "Be brief."), *turns]
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
@@ -144,48 +119,44 @@ def _template_use(tokenizer: PreTrainedTokenizerBase, parts: bool) -> _TemplateU
     def used(part: str) -> list[int]:
         return [i for i in tokenizer(part, add_special_tokens=False)["input_ids"] if i in special]
 
-    _, answer, tail = text.rpartition(told)
-    return _TemplateUse(sorted({*used(text), *used(prompt)}), used(tail) if answer else None)
+    _, answer, tail = text.rpartition(reply)
+    return sorted({*used(text), *used(prompt)}), used(tail) if answer else None
 
 
 def check_template(base: Side, instruct: Side, owner: Side) -> Iterator[Problem]:
-    """The owner's chat template exists, renders, ends a turn with a token at which generation stops."""
+    """The owner's chat template exists, can be rendered, and ends a turn with a token at which generation stops."""
     if owner.tokenizer is None:
         return
     if not owner.tokenizer.chat_template:
-        yield Problem(
-            "error",
+        yield Problem.error(
             "chat template",
             f"the {owner.title}'s tokenizer has none",
             "the template it was trained with",
-            f"put its chat_template.jinja into the {owner.title}'s folder, or take the other model's by "
+            f"put its chat_template.jinja into the {owner.title}'s folder, or use the other model's by setting "
             "pair.template_owner; if the model is no chat model, it is not an Instruct.",
         )
         return
     try:
-        use = _template_use(owner.tokenizer, parts=owner.get("vision_config") is not None)
+        ids, ends = _written_tokens(owner.tokenizer, parts=owner.get("vision_config") is not None)
     except Exception as error:
-        yield Problem(
-            "error",
+        yield Problem.error(
             "chat template",
             f"it cannot be rendered ({first_line(error)})",
             "a template that renders user and assistant turns",
             f"repair chat_template.jinja in the {owner.title}'s folder.",
         )
         return
-    yield from _check_end_of_turn(owner, use)
-    yield from _check_template_rows(base, instruct, owner, use)
-    yield from _check_untrained(base, owner, use)
+    if ends is not None:
+        yield from _check_end_of_turn(owner, ends)
+    yield from _check_template_rows(base, instruct, owner, ids)
+    yield from _check_untrained(base, owner, ids)
 
 
-def _check_end_of_turn(owner: Side, use: _TemplateUse) -> Iterator[Problem]:
-    """Generation stops where the template ends an assistant's turn."""
+def _check_end_of_turn(owner: Side, ends: list[int]) -> Iterator[Problem]:
+    """Generation stops at the first of the tokens with which the template ends an assistant's turn."""
     assert owner.tokenizer is not None
-    if use.ends is None:
-        return
-    if not use.ends:
-        yield Problem(
-            "warning",
+    if not ends:
+        yield Problem.warning(
             "end of turn",
             "the chat template ends an assistant's turn with no special token",
             "one, which the model learns to stop at",
@@ -196,11 +167,10 @@ def _check_end_of_turn(owner: Side, use: _TemplateUse) -> Iterator[Problem]:
         return  # unreadable, and reported
     stops = (owner.generation or {}).get("eos_token_id") or owner.get("eos_token_id")
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
-    end = use.ends[0]
+    end = ends[0]
     if end not in stops:
         name = owner.tokenizer.convert_ids_to_tokens(end)
-        yield Problem(
-            "warning",
+        yield Problem.warning(
             "end of turn",
             f"the template ends a turn with {name!r} (id {end}), generation stops at {stops or 'nothing'}",
             "the former among the latter",
@@ -208,8 +178,8 @@ def _check_end_of_turn(owner: Side, use: _TemplateUse) -> Iterator[Problem]:
         )
 
 
-def _check_template_rows(base: Side, instruct: Side, owner: Side, use: _TemplateUse) -> Iterator[Problem]:
-    """Every token of the tokenizer has a row; those that the Base lacks are taken from the Instruct."""
+def _check_template_rows(base: Side, instruct: Side, owner: Side, ids: list[int]) -> Iterator[Problem]:
+    """Every token of the tokenizer has a row in both models; rows that the Base lacks come from the Instruct."""
     assert owner.tokenizer is not None
     vocabulary = owner.tokenizer.get_vocab()
     for side in (base, instruct):
@@ -217,13 +187,12 @@ def _check_template_rows(base: Side, instruct: Side, owner: Side, use: _Template
         beyond = [t for t, i in vocabulary.items() if rows is not None and i >= rows]
         if not beyond:
             continue
-        needed = [t for t in beyond if vocabulary[t] in use.ids]
+        needed = [t for t in beyond if vocabulary[t] in ids]
         written = ", and the chat template writes some" if needed else ""
         found = f"{len(beyond)} tokens of the {owner.title}'s tokenizer ({some_of(map(repr, needed or beyond))}) lie "
         found += f"beyond the {rows} rows of the {side.title}'s embedding{written}"
         if side is base:
-            yield Problem(
-                "warning",
+            yield Problem.warning(
                 "base vocabulary",
                 found,
                 "a row for every token",
@@ -239,33 +208,32 @@ def _check_template_rows(base: Side, instruct: Side, owner: Side, use: _Template
             )
 
 
-def _check_untrained(base: Side, owner: Side, use: _TemplateUse) -> Iterator[Problem]:
+def _check_untrained(base: Side, owner: Side, ids: list[int]) -> Iterator[Problem]:
     """Tokens of the template that the Base never learned; see :func:`untrained_rows`."""
     if base.reader is None or base.tokenizer is None or owner.tokenizer is None:
         return
     seen: dict[int, list[str]] = {}
     for name, info in base.vocabulary().items():
         if info.is_weight:
-            ids = [i for i in use.ids if i < info.shape[0]]
-            for i, reason in _look_for_untrained(base.reader, info, ids, base.tokenizer).items():
+            within = [i for i in ids if i < info.shape[0]]
+            for i, reason in _find_untrained(base.reader, info, within, base.tokenizer).items():
                 seen.setdefault(i, []).append(f"{reason} in {name}")
     if seen:
-        told = [f"{owner.tokenizer.convert_ids_to_tokens(i)!r} ({', '.join(why)})" for i, why in sorted(seen.items())]
-        yield Problem(
-            "warning",
+        tokens = [f"{owner.tokenizer.convert_ids_to_tokens(i)!r} ({', '.join(why)})" for i, why in sorted(seen.items())]
+        yield Problem.warning(
             "untrained tokens",
-            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(told)}",
+            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(tokens)}",
             "rows like those of other tokens",
-            "train the embeddings too (LoRA: modules_to_save=[embed_tokens, lm_head]; full tuning: "
-            "graft.select=all), or let it be: with graft.select=linear the grafted model has the "
-            "Instruct's rows, and only the Base's training sees the untrained ones.",
+            "train the embeddings too (LoRA: modules_to_save=[embed_tokens, lm_head]; full tuning: graft.select=all), "
+            "or do nothing: with graft.select=linear the grafted model has the Instruct's rows, and only the Base's "
+            "training uses the untrained ones.",
         )
 
 
-def _look_for_untrained(
+def _find_untrained(
     reader: TensorReader, info: TensorInfo, ids: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, str]:
-    """The untrained among ``ids``: read their rows, those of placeholders, and a sample of all others."""
+    """Why tokens among ``ids`` look untrained; reads their rows, those of placeholders, and a sample of all others."""
     num_rows = info.shape[0]
     step = max(1, num_rows // _SAMPLE_BLOCKS)
     size = min(step, _SAMPLE_BLOCK_ROWS)
@@ -282,16 +250,16 @@ def _look_for_untrained(
 
 
 def untrained_rows(rows: torch.Tensor) -> dict[int, str]:
-    """Which rows of an embedding look as if no training had touched them, and why.
+    """Find rows of an embedding that look as if they had never been trained, and why.
 
-    A row is called untrained if it is all zero (no element above 1e-16), equal to another row (placeholders
-    that were initialised together and never moved), or if its norm is below a quarter of the median norm
-    (initialised small, or only shrunk by weight decay). The first two are the idea of unsloth's
-    ``fix_untrained_tokens``; the third catches those that decay left unequal. A row that was initialised at
-    the size of trained rows, and to no other row's values, is not found.
+    A row is called untrained if it is all zero (no element above 1e-16), equal to another row (placeholders that were
+    initialised together and never changed), or if its norm is below a quarter of the median norm (initialised small, or
+    only shrunk by weight decay). The first two criteria are those of unsloth's ``fix_untrained_tokens``; the third
+    finds rows that weight decay has left unequal. A row that was initialised with the norm of trained rows, and with
+    values of its own, is not found.
 
     Args:
-        rows: [R, H], a sample of the embedding in floating point, distinct tokens.
+        rows: ``[R, H]``, rows of distinct tokens, in floating point.
 
     Returns:
         Reasons by position in ``rows``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,14 +13,8 @@ from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import Select
 from shadowlit.pair.side import ROPE_KEYS, SEEN_ELSEWHERE, Side
 
-if TYPE_CHECKING:
-    pass
-
-
 _SAME_ARCHITECTURE: dict[str, Severity] = {"model_type": "error", "architectures": "warning"}
-
-
-# Settings without which equal weights are another function.
+# Settings on which the function depends that equal weights compute.
 # fmt: off
 _DEFINING = frozenset([
     "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
@@ -45,7 +38,7 @@ def selects(select: Select, names: Iterable[str]) -> bool:
 
 
 def _check_same(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
-    """One model in both places: the I2I arm."""
+    """The same model as Base and Instruct, as in the arm I2I."""
     if base.folder is None or instruct.folder is None or base.reader is None or instruct.reader is None:
         return
     if base.folder.resolve() == instruct.folder.resolve():
@@ -54,12 +47,10 @@ def _check_same(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
         found = f"{base.folder} and {instruct.folder} have the same fingerprint"
     else:
         return
-    yield Problem(
-        "note",
+    yield Problem.note(
         "same model",
         f"{found}, so that the graft is direct tuning (arm I2I or B2B)",
-        "",
-        "nothing, if this is the control; else set pair.base to the Base of the Instruct.",
+        "nothing, if this is the control; otherwise set pair.base to the Base of the Instruct.",
     )
 
 
@@ -67,15 +58,18 @@ def _check_architecture(base: Side, instruct: Side, select: Select) -> Iterator[
     """The two must be one architecture."""
     if base.config is None or instruct.config is None:
         return
-    for key, severity in _SAME_ARCHITECTURE.items():
-        if base.get(key) != instruct.get(key):
-            yield Problem(
-                severity,
-                "architecture",
-                f"{key} is {base.get(key)!r} in the Base, {instruct.get(key)!r} in the Instruct",
-                "the same",
-                "set pair.base to the Base that the Instruct was made from.",
-            )
+    remedy = "set pair.base to the Base that the Instruct was made from."
+    for key, found in _differences(base, instruct, _SAME_ARCHITECTURE).items():
+        yield Problem(_SAME_ARCHITECTURE[key], "architecture", found, "the same", remedy)
+
+
+def _differences(base: Side, instruct: Side, keys: Iterable[str]) -> dict[str, str]:
+    """In words, the settings of the two configs that differ, by key."""
+    return {
+        key: f"{key} is {base.get(key)!r} in the Base, {instruct.get(key)!r} in the Instruct"
+        for key in keys
+        if base.get(key) != instruct.get(key)
+    }
 
 
 def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
@@ -84,17 +78,20 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
         method = side.get("quantization_config")
         coarse = [info for info in side.tensors.values() if _is_coarse(info)]
         if method or coarse:
-            said = f"config.json has quantization_config ({_quantiser(method)})" if method else ""
-            stored = sorted({str(info.dtype).removeprefix("torch.") for info in coarse})
-            names = some_of(info.name for info in coarse)
-            held = f"{len(coarse)} tensors are stored as {', '.join(stored)} ({names})"
-            yield Problem(
-                "error",
+            found = []
+            if method:
+                name = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
+                found.append(f"config.json has quantization_config ({name})")
+            if coarse:
+                stored = sorted({str(info.dtype).removeprefix("torch.") for info in coarse})
+                names = some_of(info.name for info in coarse)
+                found.append(f"{len(coarse)} tensors are stored as {', '.join(stored)} ({names})")
+            yield Problem.error(
                 f"{side.who} quantised",
-                " and ".join(filter(None, [said, held if coarse else ""])),
+                " and ".join(found),
                 "weights in bfloat16, float16 or float32",
-                f"set pair.{side.who} to the unquantised original; or load it, call model.dequantize() and "
-                "save it in bfloat16.",
+                f"set pair.{side.who} to the unquantised original; or load it, call model.dequantize() and save it in "
+                "bfloat16.",
             )
 
 
@@ -104,12 +101,8 @@ def _is_coarse(info: TensorInfo) -> bool:
     return packed or (info.itemsize == 1 and info.dtype != torch.bool)
 
 
-def _quantiser(method: Any) -> str:
-    return str(method.get("quant_method", "unknown method")) if isinstance(method, dict) else str(method)
-
-
 def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
-    """Every tensor of one model is in the other; embeddings and lm_head are told apart by ``_check_ties``."""
+    """Every tensor of one model is in the other; :func:`_check_ties` compares embeddings and lm_head."""
     if base.headers is None or instruct.headers is None:
         return
     remedy = "set pair.base to the Base of this Instruct; if only prefixes differ, load both with the same "
@@ -118,8 +111,7 @@ def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem
         rows = one.vocabulary()
         alone = [name for name in one.tensors if name not in other.tensors and name not in rows]
         if alone:
-            yield Problem(
-                "error",
+            yield Problem.error(
                 "tensors",
                 f"{len(alone)} of {len(one.tensors)} tensors are only in the {one.title} ({some_of(alone)})",
                 "the same names in both",
@@ -128,38 +120,45 @@ def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem
 
 
 def _check_shapes(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
-    """Tensors of one name have one shape; unequal numbers of token rows are a matter of the vocabulary."""
+    """Tensors of the same name have the same shape; unequal numbers of token rows are reported as such."""
     rows = base.vocabulary().keys() & instruct.vocabulary().keys()
     common = [name for name in base.tensors if name in instruct.tensors]
     odd = [name for name in common if base.tensors[name].shape != instruct.tensors[name].shape]
     wider = [name for name in odd if name in rows and base.tensors[name].shape[1] == instruct.tensors[name].shape[1]]
     wrong = [name for name in odd if name not in wider]
     if wrong:
-        told = [f"{n} {list(base.tensors[n].shape)} and {list(instruct.tensors[n].shape)}" for n in wrong]
-        yield Problem(
-            "error",
+        shapes = [f"{n} {list(base.tensors[n].shape)} and {list(instruct.tensors[n].shape)}" for n in wrong]
+        yield Problem.error(
             "shapes",
-            f"{len(wrong)} of {len(common)} common tensors differ, Base and Instruct: {some_of(told)}",
+            f"{len(wrong)} of {len(common)} common tensors differ, Base and Instruct: {some_of(shapes)}",
             "equal shapes",
             "set pair.base to the Base of this Instruct: of the same size and family.",
         )
     if wider:
-        told = [f"{n} has {base.tensors[n].shape[0]} rows and {instruct.tensors[n].shape[0]}" for n in wider]
-        touched = selects(select, wider)
-        yield Problem(
-            "error" if touched else "warning",
+        rows_of = [f"{n} has {base.tensors[n].shape[0]} rows and {instruct.tensors[n].shape[0]}" for n in wider]
+        yield _embedding_problem(
+            select,
+            wider,
             "vocabulary",
-            f"Base and Instruct are unequal: {some_of(told)}",
+            f"Base and Instruct are unequal: {some_of(rows_of)}",
             "equal numbers of rows where embeddings are grafted",
-            f"set graft.select=linear, which leaves them out (it is {select!r}); or bring the smaller model "
-            "to the same number with resize_token_embeddings and save it."
-            if touched
-            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' is refused.",
+            "; or bring the smaller model to the same number with resize_token_embeddings and save it",
         )
 
 
+def _embedding_problem(
+    select: Select, names: Iterable[str], subject: str, found: str, expected: str, more: str = ""
+) -> Problem:
+    """A problem of these embeddings or lm_heads, which is an error if they are grafted."""
+    if selects(select, names):
+        remedy = f"set graft.select=linear, which leaves them out (it is {select!r}){more}."
+        return Problem.error(subject, found, expected, remedy)
+    remedy = "nothing for this selection, which leaves embeddings and lm_head as the Instruct's; 'all' is refused."
+    return Problem.warning(subject, found, expected, remedy)
+
+
 def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
-    """Embeddings and lm_head: shared in both models, or in none."""
+    """Embeddings and lm_head are tied in both models or in neither."""
     if base.headers is None or instruct.headers is None or base.config is None or instruct.config is None:
         return
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
@@ -167,44 +166,33 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
     heads = [name for name in alone if is_head(name)]
     lost = [name for name in alone if name not in heads or not any(ties)]
     if lost:
-        yield Problem(
-            "error",
+        yield Problem.error(
             "tensors",
-            f"{some_of(lost)} is in one model only, and no tie stands for it",
+            f"{some_of(lost)} is in one model only, and no tie replaces it",
             "the same names in both",
             "set pair.base to the Base of this Instruct, and finish its download.",
         )
     if ties[0] != ties[1]:
-        touched = selects(select, heads or base.vocabulary())
-        yield Problem(
-            "error" if touched else "warning",
-            "tied embeddings",
-            f"tie_word_embeddings is {ties[0]} in the Base, {ties[1]} in the Instruct",
-            "the same where they are grafted",
-            f"set graft.select=linear, which leaves them out (it is {select!r})."
-            if touched
-            else "nothing for this selection, which leaves embeddings and lm_head as the Instruct's.",
-        )
+        found = f"tie_word_embeddings is {ties[0]} in the Base, {ties[1]} in the Instruct"
+        expected = "the same where they are grafted"
+        yield _embedding_problem(select, heads or base.vocabulary(), "tied embeddings", found, expected)
     elif heads and all(ties):
-        yield Problem(
-            "note",
+        yield Problem.note(
             "tied embeddings",
             f"only one model stores {some_of(heads)}, which both tie to their embeddings",
-            "",
             "nothing: the tie decides.",
         )
 
 
 def _check_dtypes(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
-    """Stored dtypes: unequal ones are computed with all the same."""
+    """Stored dtypes; a graft of unequal ones is computed nevertheless."""
     common = [name for name in base.tensors if name in instruct.tensors]
     odd = [name for name in common if base.tensors[name].dtype != instruct.tensors[name].dtype]
     if odd:
-        told = [f"{n} {base.tensors[n].dtype} and {instruct.tensors[n].dtype}" for n in odd]
-        yield Problem(
-            "warning",
+        dtypes = [f"{n} {base.tensors[n].dtype} and {instruct.tensors[n].dtype}" for n in odd]
+        yield Problem.warning(
             "stored dtype",
-            f"{len(odd)} of {len(common)} tensors differ, Base and Instruct: {some_of(told)}",
+            f"{len(odd)} of {len(common)} tensors differ, Base and Instruct: {some_of(dtypes)}",
             "the same, as most pairs are published",
             "nothing: the graft is computed in float32 and exported in the Instruct's dtype. But check "
             "that neither was converted from lower precision.",
@@ -220,49 +208,37 @@ def _check_positions(base: Side, instruct: Side, select: Select) -> Iterator[Pro
     """Rotary settings and context length, which long-context variants change legitimately."""
     if not same_type(base, instruct):
         return
-    odd = [key for key in ROPE_KEYS if base.get(key) != instruct.get(key)]
-    if odd:
-        told = [f"{key} is {base.get(key)} in the Base, {instruct.get(key)} in the Instruct" for key in odd]
-        yield Problem(
-            "warning",
+    if rope := _differences(base, instruct, ROPE_KEYS):
+        yield Problem.warning(
             "rope",
-            "; ".join(told),
+            "; ".join(rope.values()),
             "the same, unless the Instruct is a long-context variant",
-            "nothing, if so: the Base trains with its own, the grafted model runs with the Instruct's. The "
-            "update was then learned under other angles; look at val/grafted before you trust it.",
+            "nothing, if so: the Base trains with its own, the grafted model runs with the Instruct's. The update was "
+            "then learned under other angles; look at val/grafted before you trust it.",
         )
     key = "max_position_embeddings"
-    if base.get(key) != instruct.get(key):
-        yield Problem(
-            "note",
-            "context length",
-            f"{key} is {base.get(key)} in the Base, {instruct.get(key)} in the Instruct",
-            "",
-            f"keep data.max_length at most {min(filter(None, (base.get(key), instruct.get(key))), default=0)}.",
-        )
+    for found in _differences(base, instruct, [key]).values():
+        shortest = min(filter(None, (base.get(key), instruct.get(key))), default=0)
+        yield Problem.note("context length", found, f"keep data.max_length at most {shortest}.")
 
 
 def _check_other_settings(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
-    """Settings that change what the same weights compute, seen in no tensor."""
+    """Settings that change what the same weights compute, and that no tensor shows."""
     if base.config is None or instruct.config is None or not same_type(base, instruct):
         return
     keys = sorted((base.config.keys() | instruct.config.keys()) - SEEN_ELSEWHERE)
-    keys = [key for key in keys if not key.startswith("_") and base.get(key) != instruct.get(key)]
-    told = {key: f"{key} is {base.get(key)!r} in the Base, {instruct.get(key)!r} in the Instruct" for key in keys}
-    defining = [told[key] for key in keys if key in _DEFINING]
+    found = _differences(base, instruct, (key for key in keys if not key.startswith("_")))
+    defining = [text for key, text in found.items() if key in _DEFINING]
     if defining:
         remedy = "set pair.base to the Base that the Instruct was made from."
-        yield Problem("error", "config", some_of(defining), "the same", remedy)
-    others = [told[key] for key in keys if key not in _DEFINING]
+        yield Problem.error("config", some_of(defining), "the same", remedy)
+    others = [text for key, text in found.items() if key not in _DEFINING]
     if others:
-        remedy = "look whether they change what the layers compute; if so, this is not the Instruct's Base."
-        yield Problem("warning", "config", some_of(others, 10), "the same", remedy)
+        remedy = "check whether they change what the layers compute; if so, this is not the Instruct's Base."
+        yield Problem.warning("config", some_of(others, 10), "the same", remedy)
 
 
-_Check = Callable[[Side, Side, Select], Iterable[Problem]]
-
-
-CHECKS: tuple[_Check, ...] = (
+CHECKS: tuple[Callable[[Side, Side, Select], Iterable[Problem]], ...] = (
     _check_same,
     _check_architecture,
     _check_quantised,

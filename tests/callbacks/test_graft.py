@@ -265,7 +265,8 @@ def test_two_pairs_are_not_mixed_up_on_resume(tmp_path, folders):
     fit(tmp_path, folders, callbacks=[GraftCallback(), checkpoint], max_epochs=1)
     module = make_module((folders[0], other))
     with pytest.raises(GraftError, match=r"written with another instruct than pair.instruct is now"):
-        make_trainer(tmp_path, GraftCallback(), max_epochs=2).fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
+        trainer = make_trainer(tmp_path, GraftCallback(), max_epochs=2)
+        trainer.fit(module, RandomData(), ckpt_path=tmp_path / "last.ckpt")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,7 +113,7 @@ def word_tokenizer(chat_template: str):
 
 
 def supervised_texts(tokenizer, encoded) -> list[str]:
-    """The text of every run of tokens with loss."""
+    """The text of every run of supervised tokens."""
     runs, previous = [], False
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
         assert label in (-100, token)

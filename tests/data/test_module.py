@@ -52,7 +52,7 @@ def numbered(count, start=0):
 
 
 def encode_numbers(messages):
-    """``a`` tokens without and ``b`` with loss."""
+    """``a`` unsupervised and ``b`` supervised tokens."""
     a, b = messages
     return [Encoded(list(range(a + b)), [-100] * a + list(range(a, a + b)))]
 
@@ -66,7 +66,7 @@ def test_counts_by_hand():
     dataset, report = run([(2, 3), (8, 4), (10, 4), (1, 1)], overlong="truncate", drop_unsupervised=True)
     assert report == DataReport("train", num_rows=4, num_samples=3, num_split=0, num_truncated=1, num_dropped=1,
                                 num_tokens=17, num_supervised_tokens=6, longest=10)  # fmt: skip
-    assert str(report) == "train: 3 samples, 17 tokens, 35.3 % with loss, longest 10; 1 truncated, 1 dropped"
+    assert str(report) == "train: 3 samples, 17 tokens, 35.3 % supervised, longest 10; 1 truncated, 1 dropped"
     assert len(dataset) == 3
     assert dataset[0] == {"input_ids": [0, 1, 2, 3, 4], "labels": [-100, -100, 2, 3, 4]}
     assert dataset[1] == {"input_ids": list(range(10)), "labels": [-100] * 8 + [8, 9]}
@@ -93,7 +93,7 @@ def test_overlong_samples_are_dropped_or_an_error():
 def test_samples_without_loss_are_an_error():
     with pytest.raises(
         DataError,
-        match=r"^sample 17 of train\.jsonl \(line 18\) has no token with loss after truncation to 10 "
+        match=r"^sample 17 of train\.jsonl \(line 18\) has no supervised token after truncation to 10 "
         r"tokens \(its prompt has 13\)\. Raise data\.max_length or set data\.drop_unsupervised=true\.$",
     ):
         run([(2, 3), (13, 4)])
@@ -419,11 +419,11 @@ def test_the_preview_brackets_the_loss_without_colours(files):
         PAIR, files("t.jsonl", talk("a", "é🙂\nx", "c", "d"), *numbered(4)), test=files("s.jsonl", *numbered(2))
     )
     text = shown(data, num_samples=2)
-    assert "sample 0 of" in text and "(line 1): 53 tokens, 11 with loss" in text
+    assert "sample 0 of" in text and "(line 1): 53 tokens, 11 supervised" in text
     assert "<|im_start|>user⏎\na<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦é🙂⏎\nx<|im_end|>⟧⏎\n<|im_start|>user⏎\nc" in text
     assert text.count("sample") == 2 + 1 and "line 3" not in text  # the table has a column of that name
     assert re.search(r"train +│ +5 +│ +5 +│", text)
-    assert "⟦with loss⟧" in text
+    assert "⟦supervised⟧" in text
     assert "sample 0 of" in shown(data, "test/test")
     assert "sample 1 of" in shown(data, "test")
     with pytest.raises(
@@ -437,8 +437,8 @@ def test_the_preview_in_colours(files):
     text = shown(data, force_terminal=True, color_system="standard")
     assert "⟦" not in text
     assert re.search(r"\x1b\[30;(42|102)mb\x1b\[0m\x1b\[30;(42|102)m<\|im_end\|>\x1b\[0m", text)
-    assert "⟦with loss⟧" in shown(data, force_terminal=True, color_system="standard", no_color=True)
-    assert "0 with loss" in shown(data, "predict")
+    assert "⟦supervised⟧" in shown(data, force_terminal=True, color_system="standard", no_color=True)
+    assert "0 supervised" in shown(data, "predict")
 
 
 def test_the_texts_of_tokens_are_the_whole_text():

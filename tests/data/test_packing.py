@@ -18,7 +18,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.blocks import BlockBuilder
 from shadowlit.data.collate import Collate, PackCollate
 from shadowlit.data.conversation import Conversation
-from shadowlit.data.dataset import PackedDataset, TokenDataset
+from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.module import ShadowData
 from shadowlit.data.packing import PackedOrder, best_fit_decreasing, pack_samples
 from shadowlit.data.sampler import FILLER, ShardedBatchSampler, count_slots, evaluation_order, grouped_order
@@ -115,7 +115,7 @@ def test_the_docstrings_example():
 
 
 def test_packed_rows_are_filled_up_without_a_mask():
-    rows = [pack_samples([sample([1, 2, 3]), sample([4, 5])]), pack_samples([sample([6, 7, 8])])]
+    rows = [[sample([1, 2, 3]), sample([4, 5])], [sample([6, 7, 8])]]
     batch = PackCollate(9)(rows)
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[1, 2, 3, 4, 5], [6, 7, 8, 9, 9]],
@@ -135,13 +135,15 @@ def test_a_batch_without_padding_is_one_row():
     }
 
 
-def test_a_packed_set_is_indexed_by_its_samples():
+def test_a_pack_is_indexed_by_its_samples():
     builder = BlockBuilder()
     for row, tokens in enumerate(([1, 2, 3], [4, 5], [6, 7])):
         builder.add(Encoded(tokens, [-100, *tokens[1:]]), Conversation([], "t.jsonl", row))
-    packed = PackedDataset(TokenDataset([builder.take()], ["t.jsonl"], 9))
-    assert packed[(2, 0)]["input_ids"] == [6, 7, 1, 2, 3]
-    assert packed[FILLER] == {"input_ids": [9, 9], "labels": [-100, -100], "position_ids": [0, 1]}
+    dataset = TokenDataset([builder.take()], ["t.jsonl"], 9)
+    assert [one["input_ids"] for one in dataset[(2, 0)]] == [[6, 7], [1, 2, 3]]
+    batch = PackCollate(9)([dataset[(2, 0)], dataset[FILLER]])
+    assert batch["input_ids"][0].tolist() == [6, 7, 1, 2, 3]
+    assert [values[1, :2].tolist() for values in batch.values()] == [[9, 9], [0, 1], [-100, -100]]
 
 
 # -- models -------------------------------------------------------------------------------------------------------
@@ -194,12 +196,17 @@ def outcome(model, batches):
     return total, logits, gradient
 
 
+# Relative to the loss, the largest logit and the norm of the gradient. Kernels that round otherwise, those of three kinds
+# of CPU among them (ATEN_CPU_CAPABILITY), differ by 1, 6 and 5 units of rounding; a leak changes the leading digits.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+
+
 def assert_same(left, right):
-    assert left[0] == pytest.approx(right[0], rel=1e-6)
+    assert left[0] == pytest.approx(right[0], rel=ROUNDING)
     assert left[1].keys() == right[1].keys() == {len(sample["input_ids"]) for sample in SAMPLES}
     for length, logits in left[1].items():
-        torch.testing.assert_close(right[1][length], logits, rtol=0, atol=2e-5)
-    assert (left[2] - right[2]).norm() < 2e-6 * left[2].norm()
+        assert (right[1][length] - logits).abs().max() <= ROUNDING * logits.abs().max()
+    assert (left[2] - right[2]).norm() < ROUNDING * left[2].norm()
 
 
 def separate():
@@ -209,8 +216,8 @@ def separate():
 def packed():
     """Rows of 40 tokens of which the shorter ones are filled up, two in a batch."""
     order = PackedOrder(np.array([len(one["input_ids"]) for one in SAMPLES]), 34, seed=1)
-    rows = [pack_samples([SAMPLES[i] for i in pack]) for pack in order(0)]
-    assert len(rows) == 2 and {len(row["input_ids"]) for row in rows} != {34}
+    rows = [[SAMPLES[i] for i in pack] for pack in order(0)]
+    assert len(rows) == 2 and {sum(len(one["input_ids"]) for one in row) for row in rows} != {34}
     return [PackCollate(0)(rows)]
 
 
@@ -520,7 +527,7 @@ def test_scores_do_not_depend_on_the_order(pair, path):
         )  # fmt: skip
         (found,) = trainer.validate(ShadowModule(pair), data, verbose=False)
         scores.append(found)
-    assert scores[0] == pytest.approx(scores[1], rel=1e-6) and len(scores[0]) == 4
+    assert scores[0] == pytest.approx(scores[1], rel=ROUNDING) and len(scores[0]) == 4
 
 
 # -- loading ------------------------------------------------------------------------------------------------------

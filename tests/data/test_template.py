@@ -38,7 +38,8 @@ TALK = talk("1+1?", "two", "sure?", " yes\n", system="Be brief.")
 def test_a_mask_by_hand():
     """``<|im_start|>user⏎a<|im_end|>⏎<|im_start|>assistant⏎bc<|im_end|>⏎``, one token per byte or special."""
     tokenizer = make_tokenizer(CHATML_UNMARKED)
-    ids, labels = encode(tokenizer, talk("a", "bc"))
+    encoded = encode(tokenizer, talk("a", "bc"))
+    ids, labels = encoded.input_ids, encoded.labels
     num_prompt = 1 + len("user\n") + 1 + 2 + 1 + len("assistant\n")
     b, c, end = tokenizer.convert_tokens_to_ids(["b", "c", "<|im_end|>"])
     assert len(ids) == num_prompt + 4
@@ -215,14 +216,16 @@ def test_a_token_across_the_border_carries_loss():
         "{% endfor %}{% if add_generation_prompt %}{{ 'answer: ' }}{% endif %}"
     )
     tokenizer = word_tokenizer(template)
-    ids, labels = encode(tokenizer, talk("no", "yes"))
+    encoded = encode(tokenizer, talk("no", "yes"))
+    ids, labels = encoded.input_ids, encoded.labels
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert [t for t, label in zip(tokens, labels, strict=True) if label != -100] == ["▁yes", "</s>"]
 
 
 def test_the_first_token_carries_no_loss():
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    ids, labels = encode(make_tokenizer(template), [{"role": "assistant", "content": "ab"}])
+    encoded = encode(make_tokenizer(template), [{"role": "assistant", "content": "ab"}])
+    ids, labels = encoded.input_ids, encoded.labels
     assert labels == [-100, ids[1]]
 
 

@@ -141,7 +141,7 @@ def test_bad_rows(tmp_path):
     with pytest.raises(DataError, match=r"sample 0 of .*long\.jsonl.* tokens\. Raise max_length=32"):
         evaluate(Divergence(write_rows(tmp_path / "long.jsonl", long), max_length=32), context)
     silent = [{"messages": [long[0]["messages"][0], {"role": "assistant", "content": "b", "weight": 0}]}]
-    with pytest.raises(DataError, match=r"sample 0 of .*silent\.jsonl.* has no token with loss"):
+    with pytest.raises(DataError, match=r"sample 0 of .*silent\.jsonl.* has no supervised token"):
         evaluate(Divergence(write_rows(tmp_path / "silent.jsonl", silent)), context)
     with pytest.raises(DataError, match="nothing to learn"):
         evaluate(Divergence(write_rows(tmp_path / "asked.jsonl", [{"messages": long[0]["messages"][:1]}])), context)

@@ -108,7 +108,11 @@ def require_no_model(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("processes", [False, True], ids=["threads", "processes"])
+THREADS = pytest.param(False, id="threads", marks=pytest.mark.slow)
+PROCESSES = pytest.param(True, id="processes")
+
+
+@pytest.mark.parametrize("processes", [THREADS, PROCESSES])
 class TestMoments:
     def test_kill(self, models, num_calls, tmp_path, caplog, processes):
         """Nothing can be cleaned up: only hidden folders are left, and a target only if it is whole."""

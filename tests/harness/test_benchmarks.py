@@ -88,12 +88,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Data are cached here; and a second is saved per evaluation: the harness' list of what is on the machine."""
+    """Data are cached here."""
     import datasets
-    import lm_eval.evaluator
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="module")

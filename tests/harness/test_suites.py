@@ -315,7 +315,6 @@ def test_the_whole_paper_runs_through_the_harness_own_tasks(index, monkeypatch):
     pytest.importorskip("math_verify")
     import datasets
     import evaluate as hf_evaluate
-    import lm_eval.evaluator
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from shadowlit.harness.models import evaluate_model
@@ -331,7 +330,6 @@ def test_the_whole_paper_runs_through_the_harness_own_tasks(index, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(hf_evaluate, "load", lambda name: CodeEval())
-    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
     folder = DEMO_PAIR[1]
     found = evaluate_model(
         AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), "paper", limit=2,

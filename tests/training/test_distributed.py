@@ -83,8 +83,12 @@ def train(folders, kind, strategy, world_size, out, checkpointing=False):
     }
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-@pytest.mark.parametrize("tied", [True, False])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("tied", "kind"), [
+    (True, "lora"), (False, "full"), pytest.param(True, "full", marks=SLOW), pytest.param(False, "lora", marks=SLOW),
+])  # fmt: skip
 def test_two_processes_are_one(tmp_path, kind, tied):
     """Same losses, weights and exported tensors; every rank holds half of everything under FSDP2."""
     folders = save_pair(tmp_path, "qwen3", tied=tied)
@@ -108,7 +112,9 @@ def test_two_processes_are_one(tmp_path, kind, tied):
     assert manifest["logits_against_validated"]["max_abs"] < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "mistral", "gemma3_text"])
+@pytest.mark.parametrize(
+    "arch", ["gemma3_text", *(pytest.param(name, marks=SLOW) for name in ("llama", "qwen2", "mistral"))]
+)
 def test_the_other_architectures_shard_too(tmp_path, arch):
     folders = save_pair(tmp_path, arch)
     (one,) = run_ranks(train, 1, folders, "lora", "auto", 1, tmp_path / "one")
@@ -211,7 +217,10 @@ def train_and_resume(folders, kind, out, distributed_checkpoint, offload=False):
     return *ends, (out / "step=2.ckpt").is_dir()
 
 
-@pytest.mark.parametrize(("kind", "distributed"), [("full", True), ("full", False), ("lora", True), ("lora", False)])
+@pytest.mark.parametrize(("kind", "distributed"), [
+    ("full", True), ("lora", False),
+    pytest.param("full", False, marks=SLOW), pytest.param("lora", True, marks=SLOW),
+])  # fmt: skip
 def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     folders = save_pair(tmp_path, "qwen3")
     uninterrupted, resumed, is_folder = run_ranks(train_and_resume, 2, folders, kind, tmp_path, distributed)[0]
@@ -257,7 +266,7 @@ def test_unequal_shards_neither_hang_nor_count_twice(tmp_path, strategy):
         assert rank == pytest.approx(one, rel=2e-4, abs=2e-6)
 
 
-@pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=SLOW)])
 def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
     starter = [sys.executable] if launcher == "lightning" else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"

@@ -1,7 +1,6 @@
 """Classes of the user's own, each in one file and a line of YAML: objectives, metrics, modules, optimizers."""
 
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -17,6 +16,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting import arithmetic
 from shadowlit.lightning_cli import check, main
 from shadowlit.training.module import ShadowModule
+from tests.distributed import run_command
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -442,10 +442,11 @@ def test_validate_without_a_logger_leaves_nothing_behind(root, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root):
+def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root, tmp_path):
     args = ["fit", "--config", str(root / "run.yaml"), "--trainer.max_epochs=-1", "--trainer.max_steps=1",
             "--trainer.enable_progress_bar=true", "--trainer.limit_val_batches=0"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "shadowlit", *args], capture_output=True, text=True, check=True)
+    done = run_command(tmp_path, *args)
+    assert done.returncode == 0, done.stderr
     assert "Epoch 0" in done.stdout and "/-2" not in done.stdout + done.stderr
 
 

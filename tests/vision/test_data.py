@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from shadowlit.data.formats import convert_row
-from shadowlit.data.images import IMAGE_INPUTS, TOKEN_TYPES, ImageProcessing, Picture, picture_of
+from shadowlit.data.images import IMAGE_INPUTS, TOKEN_TYPES, ImageProcessing, ImageSource, image_source
 from shadowlit.data.module import ShadowData
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.template import encode
@@ -86,7 +86,7 @@ def test_tokens_and_pixels_are_the_processors_own(pairs, tmp_path, family):
 def test_an_image_that_the_assistant_shows_carries_no_loss(pairs, tmp_path):
     pair = pairs["gemma3"]
     picture(0).save(tmp_path / "0.png")
-    part = {"type": "image", "image": Picture(str(tmp_path / "0.png"))}
+    part = {"type": "image", "image": ImageSource(str(tmp_path / "0.png"))}
     messages = [
         {"role": "user", "content": "Draw."},
         {"role": "assistant", "content": [{"type": "text", "text": "Here"}, part, {"type": "text", "text": "it is"}]},
@@ -100,7 +100,7 @@ def test_an_image_that_the_assistant_shows_carries_no_loss(pairs, tmp_path):
 def test_marks_and_prefixes_find_the_same_answers(pairs, tmp_path):
     """Templates without generation marks: the answer is looked for before the images are put in."""
     picture(0).save(tmp_path / "0.png")
-    part = {"type": "image", "image": Picture(str(tmp_path / "0.png"))}
+    part = {"type": "image", "image": ImageSource(str(tmp_path / "0.png"))}
     turns = [
         {"role": "user", "content": [part, TEXT]},
         {"role": "assistant", "content": "Red"},
@@ -132,7 +132,7 @@ def test_marks_and_prefixes_find_the_same_answers(pairs, tmp_path):
 ])  # fmt: skip
 def test_all_ways_to_give_an_image(pairs, tmp_path, row):
     expected = make(pairs["llava"], write(tmp_path, asked(IMAGE, TEXT))).dataset("train")[0]
-    assert expected["images"] == [Picture(str(tmp_path / "0.png"), None, (SIZE, SIZE))]
+    assert expected["images"] == [ImageSource(str(tmp_path / "0.png"), None, (SIZE, SIZE))]
     found = make(pairs["llava"], write(tmp_path, row, name="other.jsonl")).dataset("train")[0]
     assert {**found, "origin": ""} == {**expected, "origin": ""}
 
@@ -161,7 +161,7 @@ def test_images_in_the_rows_themselves(pairs, tmp_path):
         assert torch.equal(first, second) and first.any()
     assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
     # Equal tokens are told apart by their images.
-    assert len(set(dataset.digests())) == 2
+    assert len(set(dataset.hashes().tolist())) == 2
 
 
 def test_an_image_lies_upright(pairs, tmp_path):
@@ -170,11 +170,11 @@ def test_an_image_lies_upright(pairs, tmp_path):
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(tmp_path / "t.jpg", exif=exif)
-    measured = picture_of("t.jpg", tmp_path).measured()
+    measured = image_source("t.jpg", tmp_path).measured()
     assert measured.size == (28, 56) == measured.load().size
-    assert Picture.unpack(measured.pack()) == measured
-    inside = Picture(data=(tmp_path / "t.jpg").read_bytes()).measured()
-    assert Picture.unpack(inside.pack()) == inside and inside.load().size == (28, 56)
+    assert ImageSource.unpack(measured.pack()) == measured
+    inside = ImageSource(data=(tmp_path / "t.jpg").read_bytes()).measured()
+    assert ImageSource.unpack(inside.pack()) == inside and inside.load().size == (28, 56)
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "llava"])

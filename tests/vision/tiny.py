@@ -22,6 +22,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from tests import tiny
 from tests.tiny import make_tokenizer
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "llava_next")
@@ -178,9 +179,7 @@ def save_model(
 
 def save_pair(root: Path, family: str, **kwargs) -> tuple[Path, Path]:
     """Save a Base and an Instruct close to it under ``root``; return the two folders."""
-    base = save_model(root / "base", family, seed=0, **kwargs)
-    instruct = save_model(root / "instruct", family, seed=1, near=base, **kwargs)
-    return base, instruct
+    return tiny.save_pair(root, family, save_model, **kwargs)
 
 
 def picture(seed: int, width: int = SIZE, height: int = SIZE) -> Image.Image:
