@@ -1,4 +1,4 @@
-"""The update in the checkpoints of a training run, read while the run goes on."""
+"""The update in the checkpoints of a training run, which may still be running."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _CACHED = 2  # whole tensors of a sharded checkpoint
 
 @dataclass(frozen=True)
 class Stage:
-    """A checkpoint of a run, a file or the folder of a sharded one, after so many optimizer steps."""
+    """A checkpoint of a run, a file or the folder of a sharded one, and the optimizer steps done by then."""
 
     step: int
     path: Path
@@ -95,7 +95,7 @@ def latest(run: str | Path) -> Stage:
 def stages(run: str | Path, most: int | None = None) -> list[Stage]:
     """The checkpoints below a run's folder, one per optimizer step, in order.
 
-    One that is being written, or that the run removes meanwhile, is left out with a warning.
+    One that is being written, or that the run removes in the meantime, is left out with a warning.
 
     Args:
         run: The run's folder, or a checkpoint.
@@ -200,7 +200,7 @@ def _adapter(config: Mapping[str, Any], home: Path) -> LoraConfig:
     section = (config.get("model") or {}).get("adapter")
     if not section:
         raise DataError(
-            f"{home} holds no config.yaml with the settings of its adapter, on which the strength of its factors "
+            f"{home} holds no config.yaml with the settings of its adapter, on which the scale of its update "
             "depends. Give the adapter's settings."
         )
     settings = section.get("init_args", section)

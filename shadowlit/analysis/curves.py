@@ -33,7 +33,7 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
         raise DataError(f"there is no {file}. Expected the metrics.csv that CSVLogger writes into a run's folder.")
     series: dict[str, list[tuple[int, float]]] = {}
     text = file.read_text(encoding="utf-8")
-    # A run in progress may be in the middle of its last line, whose last number would be another one.
+    # A run in progress may have written only a part of its last line, and of the last number in it.
     complete = text[: text.rfind("\n") + 1]
     for row in csv.DictReader(io.StringIO(complete, newline="")):
         if "step" not in row:

@@ -1,4 +1,4 @@
-"""Plots of updates: spectra, angles, overlaps, evolution, what cutting costs."""
+"""Plots of updates: spectra, angles, overlaps, evolution, and the error of truncation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.deltas import Matrix
 from shadowlit.analysis.evolution import Evolution
-from shadowlit.analysis.heat_map import in_order
+from shadowlit.analysis.heat_map import in_order, limits
 from shadowlit.analysis.subspaces import Overlap, Spectrum
 from shadowlit.analysis.truncation import ALL, Cost, Losses
 from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, message, panels, series_style, styled
@@ -67,11 +67,9 @@ def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure
     tables = [
         [[math.nan if i == j else float(one.values[i, j]) for j in range(size)] for i in range(size)] for one in found
     ]
-    there = [value for cells in tables for row in cells for value in row if not math.isnan(value)]
     low, high, colours = 0.0, 1.0, SEQUENTIAL
     if first.centre is not None:
-        reach = max((abs(value - first.centre) for value in there), default=0.0) or 1.0
-        low, high = first.centre - reach, first.centre + reach
+        low, high = limits((value for cells in tables for row in cells for value in row), first.centre)
         colours = f"{DIVERGING}_r" if first.inverted else DIVERGING
     for number, (axis, cells) in enumerate(zip(axes, tables, strict=True)):
         image = axis.imshow(cells, cmap=colours, vmin=low, vmax=high)
@@ -193,7 +191,7 @@ def _scale(axis: Axes, cost: Cost) -> None:
 
 
 def _annotate(axis: Axes, cells: Sequence[Sequence[float]], low: float, high: float, colours: Colormap) -> None:
-    """Write the numbers into the cells, in black or white, whichever stands out."""
+    """Write the numbers into the cells, in black or white, whichever has more contrast."""
     for i, row in enumerate(cells):
         for j, value in enumerate(row):
             if not math.isnan(value):
@@ -204,7 +202,7 @@ def _annotate(axis: Axes, cells: Sequence[Sequence[float]], low: float, high: fl
 
 
 def _label_outer(figure: Figure, axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
-    """Label the left column and whatever has nothing below it."""
+    """Label the left column, and every panel without one below it."""
     for number, axis in enumerate(axes):
         if number % columns == 0:
             axis.set_ylabel(y)

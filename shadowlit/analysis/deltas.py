@@ -1,4 +1,4 @@
-"""Updates side by side: opened from whatever holds one, their sizes, angles and conflicts."""
+"""Updates compared: opened from any format that holds one, their sizes, angles and conflicts."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def open_model(source: str | Path) -> CheckpointReader:
 
 
 def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
-    """The update in whatever holds one; nothing is read before its rows are asked for.
+    """Open the update in any of several formats; nothing is read before its rows are requested.
 
     Args:
-        source: Folder of a run or a checkpoint of it (the newest, also while the run goes on), a folder of
+        source: Folder of a run or a checkpoint of it (the newest one, also of a running training), a folder of
             ``shadowlit delta make``, an adapter, or a tuned model.
         base: Folder or hub id of the model that an adapter or a tuned model was trained from.
         select: Tensors, as in ``graft.select``; None for those that the run grafts, and for all of any other update.
@@ -147,7 +147,7 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: its size, its size relative to the weights, and where the most of it is."""
+    """A row per update: its size, its size relative to the weights, and the kind of tensor with the largest share."""
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)

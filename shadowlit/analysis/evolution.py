@@ -1,4 +1,4 @@
-"""How an update grows and turns over the checkpoints of a run, while it goes on or after it."""
+"""How an update grows and turns over the checkpoints of a run, finished or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 from shadowlit.analysis.checkpoints import open_stage, stages
 from shadowlit.analysis.deltas import compare_deltas
-from shadowlit.analysis.similarity import Similarity
 from shadowlit.analysis.tables import Table
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
@@ -38,13 +37,11 @@ class Evolution:
 
 
 def evolution(run: str | Path, most: int = 12) -> Evolution:
-    """Read the updates in the checkpoints below a run's folder and compare each with the others.
-
-    Streamed in one pass over all of them; checkpoints of full tuning and of LoRA, files and sharded ones.
+    """Compare the updates in the checkpoints below the folder of a run, finished or not, in one streamed pass.
 
     Args:
-        run: The run's folder; the run may still be going on.
-        most: Checkpoints to read, evenly spread, at most 26.
+        run: Folder of the run, with checkpoints of full tuning or LoRA, single files or sharded ones.
+        most: Number of checkpoints to read, evenly spread, at most 26.
 
     Raises:
         DataError: There are no checkpoints, or ``most`` is out of range.
@@ -85,7 +82,10 @@ def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
         to_last=(*(found.whole.sums.cosine for found in with_last), 1.0),
         moved=tuple(moved),
         to_previous=tuple(turned),
-        kinds=_by_kind(with_last),
+        kinds={
+            str(each[0].key): (*(math.sqrt(g.sums.square_a) for g in each), math.sqrt(each[0].sums.square_b))
+            for each in zip(*(found.by_kind() for found in with_last), strict=True)
+        },
     )
 
 
@@ -98,12 +98,3 @@ def evolution_table(found: Mapping[str, Evolution]) -> Table:
         for row in zip(one.steps, one.norms, one.to_last, one.moved, one.to_previous, strict=True)
     ]
     return Table(columns, rows)
-
-
-def _by_kind(with_last: list[Similarity]) -> dict[str, tuple[float, ...]]:
-    groups = [found.by_kind() for found in with_last]
-    found: dict[str, tuple[float, ...]] = {}
-    for each in zip(*groups, strict=True):
-        squares = [group.sums.square_a for group in each] + [each[0].sums.square_b]
-        found[str(each[0].key)] = tuple(map(math.sqrt, squares))
-    return found

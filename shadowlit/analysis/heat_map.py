@@ -87,7 +87,7 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
     figure, axes = panels(rows, columns, width * columns, (0.75 + 0.15 * len(kinds)) * rows)
     step = -(-len(layers) // 20)
     for number, (axis, one) in enumerate(zip(axes, maps, strict=False)):
-        low, high = _limits(one, [other for other in maps if other.label == one.label])
+        low, high = limits((v for other in maps if other.label == one.label for v in other.cells.values()), one.centre)
         image = axis.imshow(
             [[one.cells.get((kind, layer), math.nan) for layer in layers] for kind in kinds],
             cmap=SEQUENTIAL if one.centre is None else DIVERGING,
@@ -107,8 +107,7 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
     return figure
 
 
-def _limits(one: HeatMap, alike: Sequence[HeatMap]) -> tuple[float, float]:
-    centre = one.centre or 0.0
-    values = [value for other in alike for value in other.cells.values() if not math.isnan(value)]
-    reach = max((abs(value - centre) for value in values), default=0.0) or 1.0
-    return (0.0, reach) if one.centre is None else (centre - reach, centre + reach)
+def limits(values: Iterable[float], centre: float | None) -> tuple[float, float]:
+    """The ends of the colours: from zero, or symmetric about a centre."""
+    reach = max((abs(value - (centre or 0.0)) for value in values if not math.isnan(value)), default=0.0) or 1.0
+    return (0.0, reach) if centre is None else (centre - reach, centre + reach)

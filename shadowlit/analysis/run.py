@@ -1,4 +1,4 @@
-"""A run's folder, read while the run goes on or after it: settings, metrics, scores, answers."""
+"""The folder of a run, finished or not: settings, metrics, scores, answers."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ class Run:
         return points[-1][1] if points else math.nan
 
     def gain(self, what: str = "loss") -> Points:
-        """By how much the grafted Instruct is better than the untouched one, at every validation.
+        """How much better the grafted Instruct is than the untouched one, at every validation.
 
-        Its loss is subtracted from the Instruct's, the Instruct's score from its score: above 0 the graft helps.
+        The difference of losses or scores, signed so that the graft helps where it is above 0.
 
         Args:
             what: ``loss``, ``<set>/loss``, or ``<evaluator>/score``.
@@ -96,7 +96,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the metrics that a run has logged so far; the run may still be going on.
+    """Read the metrics that a run has logged so far; it may still be running.
 
     Args:
         folder: Folder with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, in
@@ -197,16 +197,9 @@ def scores(run: Run) -> Table:
 
 
 def changes(run: Run, step: int | None = None) -> Table:
-    """Which questions the graft wins and loses against the untouched Instruct, by evaluator.
+    """Which questions the graft wins and loses against the untouched Instruct, by evaluator, in the last validation.
 
-    Equal means can hide that other questions are right than before.
-
-    Args:
-        run: Run with ``evaluation/step-<step>/``.
-        step: Step of the validation; None for the last one with answers.
-
-    Raises:
-        DataError: There are answers, but none of that step.
+    Equal means can hide that other questions are right than before. See also :func:`answers_folder`.
     """
     home = answers_folder(run, step)
     columns = ("evaluator", "right in both", "won", "lost", "wrong in both")
@@ -224,16 +217,13 @@ def changes(run: Run, step: int | None = None) -> Table:
 
 
 def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None = None, rows: int = 2) -> Markdown:
-    """The first answers of the four models to the same questions, side by side.
+    """The first answers of the four models to the same questions, side by side; see also :func:`answers_folder`.
 
     Args:
         run: Run with ``evaluation/step-<step>/``.
         evaluators: Names of evaluators; None for all.
         step: Step of the validation; None for the last one with answers.
         rows: Number of questions of each evaluator.
-
-    Raises:
-        DataError: There are answers, but none of that step.
     """
     home = answers_folder(run, step)
     if home is None:

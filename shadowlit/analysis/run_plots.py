@@ -1,6 +1,6 @@
 """Plots of a run: the four models, the gain, what survives, what is forgotten, scores.
 
-Where a run has not logged what a plot needs, a message takes the plot's place: measuring less is no error.
+Where a run has not logged what a plot needs, a message takes its place: measuring less is not an error.
 """
 
 from __future__ import annotations

@@ -315,12 +315,8 @@ def compare(
     Of models, each is compared with the first, and then the offsets of every two others from the first with each
     other: for Base, tuned Base and Instruct this is the angle between the update and the offset. Of deltas, every two
     are compared. Experts of mixtures are compared one by one, however the files hold them, if the readers come from
-    :func:`in_one_layout`. Computed in float32, added up in float64.
-
-    Args:
-        readers: Two or more checkpoints; the Base first.
-        deltas: They hold updates, not weights.
-        advance: Called with the number of elements of every part that is done.
+    :func:`in_one_layout`. Computed in float32, added up in float64. ``advance`` is called with the number of elements
+    of every part that is done.
 
     Raises:
         PairError: Fewer than two or more than 26 are given, they share no tensor, or one differs in shape (outside of

@@ -1,4 +1,4 @@
-"""The directions that updates use: spectra, ranks, and how far two updates share them."""
+"""The directions that updates use: spectra, ranks, and how much of them two updates share."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far the leading directions of every two updates coincide.
+    """How much the leading directions of every two updates overlap.
 
     Attributes:
         matrix: φ of every two, the mean over the matrices, 0 to 1.

@@ -157,19 +157,11 @@ def stream_moments(
     deltas: bool,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[tuple[str, Moments]]:
-    """The moments of the tensors ``names`` of several checkpoints.
+    """Yield the moments of tensors of several checkpoints, in their order; of updates, no offsets are formed.
 
     Computed in float32, added up in float64; a tensor that a checkpoint lacks counts as zero; where the numbers of rows
-    differ, the shared rows count. The result doesn't depend on the number of threads.
-
-    Args:
-        readers: The checkpoints.
-        names: Tensors, with equal shapes but for the number of rows.
-        deltas: The checkpoints hold updates, not weights, so that no offsets are formed.
-        advance: Called with the number of elements of every part that is done.
-
-    Yields:
-        Name and moments, in the order of ``names``.
+    differ, the shared rows count. The result doesn't depend on the number of threads. ``advance`` is called with the
+    number of elements of every part that is done.
 
     Raises:
         CheckpointError: A tensor holds NaN or infinities.
@@ -202,9 +194,9 @@ def stream_moments(
 def _moments(readers: Sequence[TensorReader], name: str, start: int, stop: int, deltas: bool) -> Moments:
     """The moments of elements ``start`` to ``stop`` of a tensor."""
     infos = [reader.tensors.get(name) for reader in readers]
-    plan = _Plan.of(len(readers), deltas)
+    plan = _Plan(len(readers), deltas)
     step = _round_up(_WINDOW_ELEMENTS // (len(readers) + 1))
-    sums = np.zeros((plan.num_sums, _round_up(stop - start) // _CHUNK), np.float32)
+    sums = np.zeros((plan.ends[-1], _round_up(stop - start) // _CHUNK), np.float32)
     window: _Window | None = None
     with np.errstate(invalid="ignore", over="ignore"):  # reported for a whole tensor, by its name
         for first in range(start, stop, step):
@@ -218,7 +210,6 @@ def _moments(readers: Sequence[TensorReader], name: str, start: int, stop: int, 
         return plan.moments(stop - start, sums.sum(1, dtype=np.float64))
 
 
-@dataclass(frozen=True)
 class _Plan:
     """Which sums there are, in their order: every vector's size, products, signs of pairs, common elements of pairs.
 
@@ -226,29 +217,18 @@ class _Plan:
     numbers; there are none if there is only one difference.
     """
 
-    num_stored: int
-    num_vectors: int
-    products: tuple[tuple[int, int], ...]
-    differences: range
-    pairs: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, num_stored: int, deltas: bool) -> _Plan:
-        num_vectors = num_stored if deltas else 2 * num_stored - 1
-        differences = range(0 if deltas else num_stored, num_vectors)
-        of_stored = [(0, 0), *((i, j) for i in range(1, num_stored) for j in (0, i))]
-        of_differences = tuple(combinations_with_replacement(differences, 2))
-        products = of_differences if deltas else (*of_stored, *of_differences)
-        pairs = tuple(combinations_with_replacement(range(len(differences)), 2)) if len(differences) > 1 else ()
-        return cls(num_stored, num_vectors, products, differences, pairs)
-
-    @property
-    def num_sums(self) -> int:
-        return self.num_vectors + len(self.products) + 2 * len(self.pairs)
+    def __init__(self, num_stored: int, deltas: bool) -> None:
+        self.num_stored = num_stored
+        self.num_vectors = num_stored if deltas else 2 * num_stored - 1
+        self.differences = range(0 if deltas else num_stored, self.num_vectors)
+        of_stored = [] if deltas else [(0, 0), *((i, j) for i in range(1, num_stored) for j in (0, i))]
+        self.products = [*of_stored, *combinations_with_replacement(self.differences, 2)]
+        count = len(self.differences)
+        self.pairs = list(combinations_with_replacement(range(count), 2)) if count > 1 else []
+        self.ends = np.cumsum([self.num_vectors, len(self.products), len(self.pairs), len(self.pairs)])
 
     def moments(self, num_elements: int, sums: Totals) -> Moments:
-        ends = np.cumsum([self.num_vectors, len(self.products), len(self.pairs)])
-        sizes, products, signs, both = np.split(sums, ends)
+        sizes, products, signs, both = np.split(sums, self.ends[:-1])
         d = len(self.differences)
         return Moments(
             num_elements, sizes, _symmetric(self.num_vectors, self.products, products),
@@ -270,9 +250,9 @@ class _Window:
             None if info is None else (info.itemsize, np.zeros(width * info.itemsize, np.uint8)) for info in infos
         ]
         self._program: list[tuple[Callable[..., object], tuple[object, ...]]] = []
-        self._sums = np.zeros((plan.num_sums, width // _CHUNK), np.float32)
-        self._rows = dict(zip(["size", "product", "sign", "both"], np.split(self._sums, np.cumsum(
-            [plan.num_vectors, len(plan.products), len(plan.pairs)])), strict=True))  # fmt: skip
+        self._sums = np.zeros((plan.ends[-1], width // _CHUNK), np.float32)
+        rows_of_kinds = np.split(self._sums, plan.ends[:-1])
+        self._rows = dict(zip(["size", "product", "sign", "both"], rows_of_kinds, strict=True))
         *rows, self._scratch = vectors(n + 1, width)
         self._ones = np.ones(_CHUNK, np.float32)
         self._widen(infos, rows)

@@ -1,4 +1,4 @@
-"""What is lost when an update is cut: by rank, by sparsity; as a share of its norm, and as a loss on data."""
+"""What is lost when an update is truncated by rank or sparsity: as a share of its norm, and in validation loss."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PART = 2**20  # elements that are in float64 at a time
 
 @dataclass(frozen=True)
 class Cost:
-    """What cutting an update costs, by how much of it is kept.
+    """The error of truncating an update, by how much of it is kept.
 
     Attributes:
         kept: Ranks, or shares of the elements in (0, 1]; ascending.
@@ -40,13 +40,9 @@ class Cost:
 
 
 def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
-    """The relative error of the best approximation of every matrix by one of lower rank.
+    """The relative error of the best approximation of every matrix by one of each lower rank.
 
     ``√(Σ_{i>r} s_i² / Σ s_i²)``, sums over all matrices together (Eckart and Young, 1936).
-
-    Args:
-        spectra: Result of :func:`shadowlit.analysis.subspaces.spectra`.
-        ranks: Ranks to cut to, positive.
 
     Raises:
         GraftError: No ranks, or one isn't positive.
@@ -62,13 +58,9 @@ def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
 
 
 def density_cost(delta: Delta, densities: Sequence[float]) -> Cost:
-    """The relative error when only the largest elements of every tensor are kept.
+    """The relative error when only these shares of the elements of every tensor are kept, the largest.
 
     Han et al., arXiv 1506.02626; the trimming step of TIES, arXiv 2306.01708. One tensor is in memory at a time.
-
-    Args:
-        delta: The update.
-        densities: Shares of the elements to keep, in (0, 1].
 
     Raises:
         GraftError: No densities, or one outside (0, 1].

@@ -50,12 +50,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def student(num_seeds: int) -> float:
-    """The 97.5 % quantile of Student's t for a mean over so many seeds, at least two."""
+    """The 97.5 % quantile of Student's t for a mean over two or more seeds."""
     return float(stats.t.ppf(0.975, num_seeds - 1))
 
 
 def few_seeds(num_seeds: int) -> str:
-    """A sentence on what so many seeds allow to conclude."""
+    """A sentence on what can be concluded from this number of seeds."""
     if num_seeds <= 1:
         return (
             "There is one seed: there are no standard errors, the intervals stand for other rows of the same kind, and "
@@ -163,7 +163,7 @@ def _draw_rows(found: np.ndarray, weights: np.ndarray, draws: int, generator: np
 
 @dataclass(frozen=True)
 class Correlation:
-    """A rank correlation of so many points, and the range of their first values.
+    """A rank correlation, the number of its points, and the range of their first values.
 
     The coefficient, -1 to 1, is NaN for fewer than three points, or if one side is the same everywhere.
     """

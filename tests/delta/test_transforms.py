@@ -229,12 +229,6 @@ def test_bad_arguments(call):
 # --- choosing ---
 
 
-@pytest.fixture(autouse=True)
-def empty_registry(monkeypatch):
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

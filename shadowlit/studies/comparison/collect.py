@@ -33,7 +33,12 @@ def collect(
 
     ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
     """
-    found = [_untouched(folder / UNTOUCHED_TRIAL, arm) for arm in UNTOUCHED]
+    home = folder / UNTOUCHED_TRIAL
+    logged = _result(home)["metrics"]
+    found = [
+        Row(arm, metrics=metrics_of(logged, arm.lower()), samples=_samples(home / "evaluation" / arm.lower()))
+        for arm in UNTOUCHED
+    ]
     own = rates_of_arms(arms, rates)
     finished = {t: folder / t.name for t in trainings if is_finished(folder / t.name)}
     facts = _Facts(recipe, own, finished)
@@ -62,11 +67,6 @@ def collect(
                 )
                 found.append(row)
     return found
-
-
-def _untouched(home: Path, arm: str) -> Row:
-    who = arm.lower()
-    return Row(arm, metrics=metrics_of(_result(home)["metrics"], who), samples=_samples(home / "evaluation" / who))
 
 
 def _result(home: Path) -> dict[str, Any]:
@@ -101,7 +101,10 @@ class _Facts:
     def __init__(
         self, recipe: Recipe, rates: Mapping[str, tuple[float, ...]], finished: Mapping[Training, Path]
     ) -> None:
-        self._rates, self._finished = rates, finished
+        self._finished = finished
+        self._rates = {
+            source: sorted({rate for arm, own in rates.items() if arm[0] == source for rate in own}) for source in "BI"
+        }
         pair = ModelPair(**recipe.pair())
         self._base = CheckpointReader(pair.base_folder())
         self._instruct = CheckpointReader(pair.instruct_folder())
@@ -134,12 +137,8 @@ class _Facts:
     def _other(self, training: Training) -> Training | None:
         """The training of the other model with the same seed, at the rate of the same rank in its list."""
         target = "I" if training.source == "B" else "B"
-        own, others = self._list(training.source), self._list(target)
-        rank = own.index(training.lr)
+        rank, others = self._rates[training.source].index(training.lr), self._rates[target]
         if rank >= len(others):
             return None
         other = Training(target, others[rank], training.seed)
         return other if other in self._finished else None
-
-    def _list(self, source: str) -> list[float]:
-        return sorted({rate for arm, rates in self._rates.items() if arm[0] == source for rate in rates})

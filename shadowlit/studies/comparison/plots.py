@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from shadowlit.plotting import hide, panels
 from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
 from shadowlit.studies.comparison.summary import FACTS, OVER_INSTRUCT, Report
 from shadowlit.studies.plots import COLOURS, MARKERS, arm_style, legend_of
@@ -26,8 +27,7 @@ def plot_trade(report: Report) -> Figure:
     A bigger marker is a higher rate; an open one is a scale other than 1; the chosen rate has a ring. If no evaluator
     is named for what is kept, the divergence from the Instruct is drawn instead, downwards.
     """
-    figure = Figure(figsize=(7.4, 5.0), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, 1, 7.4, 5.0)
     divergence = next((name for name in report.shown if "kl" in name), None)
     by_keep = bool(report.keep) or divergence is None
     rates = sorted({standing.lr for standing in report.grid if standing.lr is not None})
@@ -36,19 +36,11 @@ def plot_trade(report: Report) -> Figure:
         y = _percent(standing["reported/keep"]) if by_keep else standing[str(divergence)]
         if not (math.isfinite(x.mean) and math.isfinite(y.mean)):
             continue
-        colour, size = COLOURS[standing.arm], _size(standing.lr, rates)
-        axis.errorbar(
-            x.mean,
-            y.mean,
-            xerr=_error(x),
-            yerr=_error(y),
-            fmt=MARKERS[standing.arm],
-            markersize=size,
-            color=colour,
-            markerfacecolor=colour if standing.is_whole else "white",
-            elinewidth=0.8,
-            alpha=0.85,
-        )
+        size = _size(standing.lr, rates)
+        style = {**arm_style(standing.arm), "markersize": size, "elinewidth": 0.8, "alpha": 0.85, "linestyle": "none"}
+        if not standing.is_whole:
+            style["markerfacecolor"] = "white"
+        axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), **style)
         if _is_chosen(standing, report):
             axis.plot(x.mean, y.mean, "o", markersize=size + 7, markerfacecolor="none", color="0.35", markeredgewidth=1)
     axis.set_xlabel(
@@ -76,8 +68,7 @@ def plot_trade(report: Report) -> Figure:
 def plot_table(report: Report) -> Figure:
     """The main table as dots with standard errors, by evaluator; the untouched models are lines."""
     names = [*report.evaluators, "mean"]
-    figure = Figure(figsize=(max(5.0, 1.6 + 1.25 * len(names)), 3.8), layout="constrained")
-    axis = figure.subplots()
+    figure, (axis,) = panels(1, 1, max(5.0, 1.6 + 1.25 * len(names)), 3.8)
     for standing in report.table:
         means = [standing[f"reported/{name}/score"] for name in report.evaluators] + [standing["reported/mean"]]
         cells = [_percent(mean) for mean in means]
@@ -107,19 +98,15 @@ def plot_table(report: Report) -> Figure:
 def plot_predicting(
     predictions: Mapping[str, Sequence[Row]], lines: Sequence[Standing] = (), scales: Sequence[float] = ()
 ) -> Figure:
-    """What was known about a graft against what it gained, and the losses on the way to it.
+    """Plot what was known about a graft against what it gained, by setting; a single setting has no legend.
 
-    Args:
-        predictions: Predictions by setting; a single setting has no legend.
-        lines: Standings with losses on the line, for which a panel for each arm is added.
-        scales: Scales of these losses.
+    Standings with losses at these scales, on the line to the graft, get a panel for each arm.
     """
     arms = list(dict.fromkeys(line.arm for line in lines))
     count = len(FACTS) + len(arms)
     columns = 3 if arms else 2
     rows = -(-count // columns)
-    figure = Figure(figsize=(3.7 * columns, 3.1 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure, axes = panels(rows, columns, 3.7 * columns, 3.1 * rows)
     palette = list(COLOURS.values())
     for axis, (fact, words) in zip(axes, FACTS.items(), strict=False):
         for i, (setting, found) in enumerate(predictions.items()):
@@ -128,7 +115,8 @@ def plot_predicting(
             if points:
                 marker = list(MARKERS.values())[(i // len(palette)) % len(MARKERS)] if len(predictions) > 1 else "o"
                 colour = palette[i % len(palette)] if len(predictions) > 1 else COLOURS["B2I"]
-                axis.scatter(*zip(*points, strict=True), s=22, color=colour, marker=marker, alpha=0.8, label=setting)
+                known, gains = zip(*points, strict=True)
+                axis.scatter(known, gains, s=22, color=colour, marker=marker, alpha=0.8, label=setting)
         if not axis.collections:
             axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.4")
         axis.axhline(0, color="0.6", linewidth=0.8)
@@ -137,8 +125,7 @@ def plot_predicting(
         axis.grid(alpha=0.25)
     for axis, arm in zip(axes[len(FACTS) :], arms, strict=False):
         _draw_lines(axis, [line for line in lines if line.arm == arm], scales)
-    for axis in axes[count:]:
-        axis.set_axis_off()
+    hide(axes[count:])
     if len(predictions) > 1:
         handles, labels = legend_of(axes[: len(FACTS)])
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")

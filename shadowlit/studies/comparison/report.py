@@ -212,7 +212,8 @@ def _predicting(report: Report) -> str:
         return text + "No graft of B2I at scale 1 is finished."
     rows = []
     for each in report.predictions:
-        facts = [_number(each.facts.get(fact, math.nan), ".4g") for fact in FACTS]
+        known = [each.facts.get(fact, math.nan) for fact in FACTS]
+        facts = [f"{value:.4g}" if math.isfinite(value) else NONE for value in known]
         rows.append([_rate(each.lr), str(each.seed), *facts, _points(each.metrics[OVER_INSTRUCT], signed=True)])
     return text + markdown_table(["lr", "seed", *FACTS.values(), "gain (points)"], rows)
 
@@ -277,10 +278,6 @@ def percent(found: Average) -> str:
 
 def _nats(found: Average) -> str:
     return mean_text(found, lambda value: f"{value:.4f}")
-
-
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else NONE
 
 
 def _points(value: float, *, signed: bool = False) -> str:

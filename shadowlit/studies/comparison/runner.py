@@ -1,4 +1,4 @@
-"""Runs the trainings of a comparison: a process each, several at a time; what is finished is skipped."""
+"""Runs the trainings of a comparison, each in its own process, several at a time; finished ones are skipped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POLL_S = 0.1
 
 @contextlib.contextmanager
 def own_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
-    """Hold a comparison's folder: no other process works in it, and everything in it has one recipe.
+    """Lock the folder of a comparison, and require that everything in it was made by one recipe.
 
     Raises:
         DataError: Another process holds it, or what is there was made by another recipe.
@@ -53,7 +53,7 @@ def run(
 ) -> list[str]:
     """Run jobs in the folder of a comparison, ``workers`` at a time and in order; finished ones are not run again.
 
-    After an interruption the running ones are ended. A job that fails doesn't end the others. ``done`` is called with
+    After an interruption the running ones are stopped. A failed job does not end the others. ``done`` is called with
     every job's name, and whether it left its result. See also :class:`shadowlit.studies.trials.process.Pool`.
 
     Returns:

@@ -68,7 +68,6 @@ class Report:
 
     Attributes:
         num_rows: Numbers of samples of each evaluator for the selection, and reported.
-        seeds: All seeds that any arm has.
         rows: All rows, with their scores on both halves among the metrics: see
             :func:`shadowlit.studies.comparison.selection.scored`. Facts and losses on the line are metrics too.
         table: Standing of every arm at its chosen rate and scale 1.
@@ -85,7 +84,6 @@ class Report:
     gain: tuple[str, ...]
     keep: tuple[str, ...]
     num_rows: dict[str, tuple[int, int]]
-    seeds: tuple[int, ...]
     rows: tuple[Row, ...]
     table: tuple[Standing, ...]
     grid: tuple[Standing, ...]
@@ -139,7 +137,6 @@ def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[s
         gain,
         keep,
         {name: (len(selection), len(reported)) for name, (selection, reported) in halves.items()},
-        tuple(seeds),
         tuple(rows),
         table=tuple(chosen.get(arm) or standing_of(arm, [], names, len(seeds) if arm in TUNED else 1) for arm in ARMS),
         grid=tuple(grid),

@@ -1,4 +1,4 @@
-"""What a sweep varies: from a grid, variants and ranges to settings, trials and their names."""
+"""The definition of a sweep: grid, variants and ranges, the settings and trials that follow, and their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TRAINING_KEYS = {f"data.{key}" for key in _TRAINING}
 
 @dataclass(frozen=True)
 class Axis:
-    """One thing that is varied: a key, or several that vary together under a name.
+    """Something that is varied: one key, or several keys that vary together under a name.
 
     Attributes:
         name: Dotted key, or name of the variants.
@@ -42,7 +42,7 @@ class Axis:
 
     @property
     def keys(self) -> set[str]:
-        """The configuration's keys that it changes."""
+        """The configuration keys that it changes."""
         return {self.name} if self.range is not None else {key for level in self.levels.values() for key in level}
 
     @property
@@ -52,7 +52,7 @@ class Axis:
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
     def parameter(self, label: str | float) -> Any:
-        """A label as Optuna stores it: as a number if all of them are numbers."""
+        """The label as Optuna stores it: a number if all labels are numbers."""
         return float(self.levels[str(label)][self.name]) if self.levels and self.is_numeric else label
 
     def overrides(self, label: str | float) -> Mapping[str, Any]:
@@ -125,19 +125,19 @@ class Definition:
 
     @property
     def draws(self) -> bool:
-        """Whether settings are drawn, instead of running all of them."""
+        """Whether settings are drawn; otherwise all of them are run."""
         return self.sampler != "grid"
 
     @cached_property
     def num_planned(self) -> int:
-        """The number of trials at most, before any combination is dropped."""
+        """The largest possible number of trials, before any combination is dropped."""
         size = self.trials or 1 if self.draws else 1
         for axis in () if self.draws else self.axes:
             size *= len(axis.levels)
         return size * len(self.sources) * len(self.seeds)
 
     def planned(self) -> list[TrialKey]:
-        """All trials of a grid, seed by seed; of a sweep that draws, none are known beforehand."""
+        """All trials of a grid, seed by seed; empty for a sweep that draws its settings."""
         if self.draws:
             return []
         settings = [
@@ -157,7 +157,7 @@ class Definition:
         )
 
     def wants(self, key: TrialKey) -> bool:
-        """Whether a trial still belongs to the sweep, which may have lost values, seeds or arms since."""
+        """Whether a trial still belongs to the sweep, from which values, seeds or arms may have been removed."""
         return key in self._planned if not self.draws else key.source in self.sources and key.seed in self.seeds
 
     @cached_property
@@ -182,7 +182,7 @@ class Definition:
 
     @cached_property
     def short_names(self) -> list[str]:
-        """The axes' names, each by as few of its last words as distinguish it from the others."""
+        """The shortest suffix of each axis's name that distinguishes it from the others."""
         words = [axis.name.split(".") for axis in self.axes]
         lengths = [
             next(n for n in range(1, len(own) + 1) if n == len(own) or [w[-n:] for w in words].count(own[-n:]) == 1)
@@ -191,7 +191,7 @@ class Definition:
         return [".".join(own[-length:]) for own, length in zip(words, lengths, strict=True)]
 
     def overrides_of(self, key: TrialKey) -> dict[str, Any]:
-        """The keys that a trial changes, beyond those that all of them change."""
+        """The keys that distinguish this trial from the others, with their values."""
         axes = {axis.name: axis for axis in self.axes}
         return {name: value for axis, label in key.setting for name, value in axes[axis].overrides(label).items()}
 
@@ -206,12 +206,12 @@ class Definition:
 
     @property
     def measures_each(self) -> bool:
-        """Whether trials measure Base and Instruct differently, because what they are measured with is varied."""
+        """Whether every trial has to measure Base and Instruct, because what they are measured with varies."""
         keys = {key for axis in self.axes for key in axis.keys}
         return any(key.partition(".")[0] in ("pair", "data", "evaluation") for key in keys - _TRAINING_KEYS)
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the trials of one sweep; values, seeds and arms may be added."""
+        """Everything that must not change within a sweep; values, seeds and arms may be added."""
         swept = any(key.startswith("pair") for axis in self.axes for key in axis.keys)
         return {
             **self.recipe.identity(),
@@ -233,12 +233,12 @@ class Definition:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics that are averaged; mostly one."""
+        """The metrics that are averaged; usually one."""
         return [self.metric] if isinstance(self.metric, str) else list(self.metric)
 
     @property
     def judged(self) -> str:
-        """The name in tables of what trials are judged by: ``loss`` for ``val/grafted/loss``."""
+        """The name, in tables, of the value that trials are judged by: ``loss`` for ``val/grafted/loss``."""
         return without_subject(self.metrics[0]) if len(self.metrics) == 1 else MEAN
 
     @property
@@ -248,7 +248,7 @@ class Definition:
         return listed if len(self.metrics) == 1 else f"`{MEAN}`, the mean of {listed},"
 
     def judge(self, logged: Mapping[str, float | None], source: str) -> float:
-        """The value of a trial, from what it has logged; NaN if one of the metrics is no number.
+        """The value of a trial, from the metrics that it logged; NaN if one of them is NaN.
 
         Raises:
             KeyError: One of them was not logged.

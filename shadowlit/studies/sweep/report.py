@@ -73,7 +73,7 @@ def _parts(table: Table, failed: dict[str, str], plots: dict[str, str]) -> Itera
     yield (
         f"{few_seeds(len(definition.seeds))} A main effect is the mean over the settings that all levels of its axis "
         "share; its interval is Student's t over seeds. Settings are chosen and shown on the same rows, which flatters "
-        "the best: put it to other rows, or to `compare`, before relying on it."
+        "the best: check it on other rows, or with `compare`, before relying on it."
     )
     yield f"## Best setting of each arm\n\n{_markdown(best(table))}"
     for axis in table.varied:

@@ -63,13 +63,13 @@ def keep_definition(folder: Path, definition: Definition) -> None:
 class Scheduler:
     """Runs trials of a sweep, ``workers`` at a time, until none waits.
 
-    Others may do the same on the same storage, on this machine or others. A trial that fails doesn't end the others.
+    Other workers may share the storage, on this machine or on others. A failed trial does not end the others.
 
     Args:
         study: Trials of the sweep.
         folder: Folder of the sweep; each trial has a folder of its own in it.
         workers: Number of trials that run at a time.
-        threads: Threads of torch for each trial; None for torch's own choice.
+        threads: See :func:`shadowlit.studies.trials.process.start`.
         gpus: GPUs of each worker, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
         limit: Largest number of trials that this worker begins; None for no limit.
         on_end: Called with the name of a trial that has ended, its state (complete, pruned, diverged or failed), and
@@ -98,7 +98,7 @@ class Scheduler:
         self._pool = Pool(folder, workers, threads=threads, in_process=in_process, gpus=gpus)
 
     def run(self) -> None:
-        """Run until nothing waits and nothing of ours runs.
+        """Run until no trial is waiting and none of this worker's is running.
 
         Raises:
             ShadowlitError: The untouched models can't be measured, or no trial logs the sweep's metric: then all of
@@ -116,7 +116,7 @@ class Scheduler:
                 self._stop()
 
     def _take(self) -> bool:
-        """Fill free slots; whether there may be more to take."""
+        """Fill free slots; return whether there may be more to run."""
         free, runs = self._pool.free, bool(self._pool.running)
         if not free or (runs and time.monotonic() - self._asked < _ASK_S):
             return runs
@@ -154,7 +154,7 @@ class Scheduler:
                 self._asked = -_ASK_S
 
     def _report(self, each: Running, claim: Claim) -> bool:
-        """Report what a trial has measured; False if it is over: pruned, or another worker's."""
+        """Report what a trial has measured; False if it is over: pruned, or taken over by another worker."""
         file = self.folder / each.name / LIVE
         live = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if live:
@@ -204,14 +204,14 @@ class Scheduler:
             raise
 
     def _measure_untouched(self, stack: contextlib.ExitStack) -> None:
-        """Measure Base and Instruct alongside the first trials, unless another worker does or has done it."""
+        """Measure Base and Instruct alongside the first trials, unless another worker is doing or has done so."""
         if self.study.definition.measures_each or self.study.untouched is not None:
             return
         if stack.enter_context(held(self.folder / ".untouched.lock")):
             self._pool.begin(self.study.definition.recipe.untouched_job(self.folder), 0)
 
     def _stop(self) -> None:
-        """End what still runs, after an interruption or an error, and record it."""
+        """Stop everything that still runs after an interruption or an error, and record it."""
         for each in self._pool.stop():
             if each.claim is not None:
                 with contextlib.suppress(Exception):  # the error that ended us must not be hidden by this one
@@ -246,7 +246,7 @@ def visible_gpus() -> list[str]:
 
 
 def _patiently(act: Callable[[], _T]) -> _T:
-    """Do something with the storage, and try again if a database is unavailable for a moment."""
+    """Call a function that uses the storage; retry while a database is temporarily unavailable."""
     from sqlalchemy.exc import OperationalError
 
     deadline = time.monotonic() + _PATIENCE_S

@@ -1,8 +1,7 @@
-"""The trials of a sweep in Optuna's storage: each is run once, even if workers are killed."""
+"""The trials of a sweep in Optuna's storage: each runs once, even if workers are killed."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -37,7 +36,7 @@ _DRAWS_PER_SETTING = 20
 
 @dataclass
 class Claim:
-    """A trial that this worker runs: its heartbeats, the last by the monotonic clock, and the step it last reported."""
+    """A trial that this worker runs, the time of its last heartbeat (monotonic clock), and its last reported step."""
 
     key: TrialKey
     trial: optuna.Trial
@@ -70,14 +69,14 @@ class SweepStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """The trials that count, the last of each key: not those that are void, orphaned, run again or left out."""
+        """The trials that count: the last one of each key, unless it is void, orphaned or no longer wanted."""
         counted = [
             trial
             for trial in self._all()
             if not {"void", "orphaned"} & trial.user_attrs.keys()
-            and ("key" not in trial.user_attrs or self.definition.wants(_key(trial.user_attrs["key"])))
+            and ((key := _key_of(trial)) is None or self.definition.wants(key))
         ]
-        return list({_key_text(trial) or str(trial.number): trial for trial in counted}.values())
+        return list({_key_of(trial) or trial.number: trial for trial in counted}.values())
 
     @property
     def untouched(self) -> dict[str, float] | None:
@@ -85,34 +84,36 @@ class SweepStudy:
         return self._study.user_attrs.get("untouched")
 
     def keep_untouched(self, metrics: Mapping[str, float]) -> None:
-        """Keep the metrics of the untouched models."""
+        """Store the metrics of the untouched models."""
         self._study.set_user_attr("untouched", _finite(metrics))
 
     def fill(self) -> None:
-        """Plan every trial that is neither done nor waiting: new, failed and interrupted ones."""
+        """Enqueue every trial that is neither done nor waiting: new, failed and interrupted ones."""
         trials = self._all()
-        alive = {_key_text(trial) for trial in trials if self._is_alive(trial)}
-        drawn = [_key(t.user_attrs["key"]) for t in trials if "key" in t.user_attrs and "void" not in t.user_attrs]
+        alive = {_key_of(trial) for trial in trials if self._is_alive(trial)}
+        drawn = [key for trial in trials if "void" not in trial.user_attrs and (key := _key_of(trial))]
         wanted = self.definition.planned() or [each for key in drawn for each in self.definition.siblings(key)]
         for key in dict.fromkeys(wanted):
-            if _text(key) not in alive:
+            if key not in alive:
                 self._enqueue(key)
 
     def claim(self) -> Claim | None:
-        """A trial for this worker to run; None if nothing waits."""
+        """Claim the next trial for this worker; None if no trial is waiting."""
         self._take_up()
         for waiting in self._all(TrialState.WAITING):
             # What this worker's definition leaves out waits for a worker whose definition has it.
-            if not self.definition.wants(_key(waiting.user_attrs["key"])) or not self._pop(waiting):
+            key = _key_of(waiting)
+            if key is None or not self.definition.wants(key) or not self._pop(waiting):
                 continue
-            if self._has_double(waiting):
+            if self._is_double(waiting.number, key):
                 self._give_up(waiting, "void", "planned twice")
                 continue
-            return self._claimed(waiting._trial_id, _key(waiting.user_attrs["key"]))
+            self.storage.set_trial_user_attr(waiting._trial_id, "worker", self._me)
+            return Claim(key, optuna.Trial(self._study, waiting._trial_id))
         return self._draw() if self.definition.draws else None
 
     def beat(self, claim: Claim) -> bool:
-        """Send a heartbeat if it is time; False if another worker has taken over the trial meanwhile."""
+        """Send a heartbeat if one is due; False if another worker has taken over the trial."""
         if time.monotonic() - claim.beaten < BEAT_S:
             return True
         claim.beats, claim.beaten = claim.beats + 1, time.monotonic()
@@ -123,7 +124,7 @@ class SweepStudy:
         return True
 
     def report(self, claim: Claim, step: int, value: float) -> bool:
-        """Keep the metric of a validation; return whether the trial should continue."""
+        """Store the metric of a validation; return whether the trial should continue."""
         if step <= claim.reported or not math.isfinite(value):
             return True
         claim.reported = step
@@ -131,10 +132,10 @@ class SweepStudy:
         return not claim.trial.should_prune()
 
     def finish(self, claim: Claim, result: Mapping[str, Any], pruned: bool = False) -> str:
-        """Keep the result of a trial: its ``metrics`` by name, ``step``, and what it cost.
+        """Store the result of a trial: its ``metrics`` by name, ``step``, and what it cost.
 
         Returns:
-            Its state: complete, pruned, or diverged if its metric is no number.
+            Its state: complete, pruned, or diverged if its metric is not finite.
 
         Raises:
             ShadowlitError: It has no such metric.
@@ -152,7 +153,7 @@ class SweepStudy:
         if pruned:
             self._study.tell(claim.trial, state=TrialState.PRUNED)
             return "pruned"
-        if not math.isfinite(value):  # a result like any other, but no number for the sampler
+        if not math.isfinite(value):  # a valid result, but the sampler needs finite values
             claim.trial.set_user_attr("diverged", True)
             self._study.tell(claim.trial, state=TrialState.FAIL)
             return "diverged"
@@ -208,13 +209,13 @@ class SweepStudy:
         """Whether a trial is done, waits or runs."""
         return trial.state != TrialState.FAIL or "diverged" in trial.user_attrs
 
-    def _enqueue(self, key: TrialKey, **attributes: Any) -> None:
+    def _enqueue(self, key: TrialKey) -> None:
         axes = {axis.name: axis for axis in self.definition.axes}
         params = {name: axes[name].parameter(label) for name, label in key.setting}
         distributions = {name: _distribution(axes[name], self.definition.draws) for name in params}
         if len(self.definition.sources) > 1:
             params["train"], distributions["train"] = key.source, CategoricalDistribution(["B", "I"])
-        own = {"key": _stored(key), "name": self.definition.name_of(key), "seed": key.seed, **attributes}
+        own = {"key": _stored(key), "name": self.definition.name_of(key), "seed": key.seed}
         self._study.add_trial(
             create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=own)
         )
@@ -225,22 +226,15 @@ class SweepStudy:
         except UpdateFinishedTrialError:
             return False
 
-    def _has_double(self, trial: FrozenTrial) -> bool:
-        text = _key_text(trial)
-        return any(
-            other.number < trial.number and _key_text(other) == text and self._is_alive(other) for other in self._all()
-        )
+    def _is_double(self, number: int, key: TrialKey) -> bool:
+        return any(t.number < number and _key_of(t) == key and self._is_alive(t) for t in self._all())
 
     def _give_up(self, trial: FrozenTrial, word: str, why: str) -> None:
         self.storage.set_trial_user_attr(trial._trial_id, word, why)
         self.storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
 
-    def _claimed(self, trial_id: int, key: TrialKey) -> Claim:
-        self.storage.set_trial_user_attr(trial_id, "worker", self._me)
-        return Claim(key, optuna.Trial(self._study, trial_id))
-
     def _take_up(self) -> None:
-        """Plan the trials of killed workers again."""
+        """Enqueue the trials of killed workers again."""
         for trial in self._all(TrialState.RUNNING):
             worker = trial.user_attrs.get("worker")
             if worker == self._me or not self._is_orphan(trial, worker):
@@ -249,9 +243,9 @@ class SweepStudy:
                 self._give_up(trial, "orphaned", "its worker was killed")
             except UpdateFinishedTrialError:  # it did end, or another worker took it over
                 continue
-            if "key" in trial.user_attrs and self.definition.wants(_key(trial.user_attrs["key"])):
+            if (key := _key_of(trial)) and self.definition.wants(key):
                 log.warning("%s is taken over from a worker that was killed", trial.user_attrs["name"])
-                self._enqueue(_key(trial.user_attrs["key"]))
+                self._enqueue(key)
 
     def _is_orphan(self, trial: FrozenTrial, worker: Mapping[str, Any] | None) -> bool:
         if worker and worker["host"] == self._me["host"]:
@@ -262,7 +256,7 @@ class SweepStudy:
         return time.monotonic() - self._seen[trial._trial_id][1] > GRACE_S
 
     def _draw(self) -> Claim | None:
-        """The first trial of a new setting; the others of that setting wait for the next free worker."""
+        """Draw a new setting and return its first trial; the others of that setting wait for the next free worker."""
         wanted = self.definition.trials or 0
         for _ in range(_DRAWS_PER_SETTING * wanted):  # few values and many trials: nothing new may be left
             if len(self._firsts()) >= wanted:
@@ -284,10 +278,10 @@ class SweepStudy:
         return None
 
     def _objection(self, number: int, key: TrialKey) -> str:
-        """The reason not to run a setting that was drawn; empty if there is none."""
+        """The reason why a drawn setting must not run; empty if there is none."""
         if self.definition.is_dropped(dict(key.setting)):
             return "dropped"
-        if any(_key_text(t) == _text(key) and t.number < number and self._is_alive(t) for t in self._all()):
+        if self._is_double(number, key):
             return "drawn before"
         # Several workers may draw the last one at the same time.
         return "" if number in sorted(t.number for t in self._firsts())[: self.definition.trials] else "one too many"
@@ -295,8 +289,7 @@ class SweepStudy:
     def _firsts(self) -> list[FrozenTrial]:
         """The first trial of each drawn setting, including failed ones: the next start runs those again."""
         own = (self.definition.sources[0], self.definition.seeds[0])
-        found = [trial for trial in self.trials if "key" in trial.user_attrs]
-        return [t for t in found if (t.user_attrs["key"]["source"], t.user_attrs["key"]["seed"]) == own]
+        return [trial for trial in self.trials if (key := _key_of(trial)) and (key.source, key.seed) == own]
 
 
 def _sampler(definition: Definition) -> Any:
@@ -342,17 +335,10 @@ def _stored(key: TrialKey) -> dict[str, Any]:
     return {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
 
 
-def _text(key: TrialKey) -> str:
-    return json.dumps(_stored(key), sort_keys=True)
-
-
-def _key_text(trial: FrozenTrial) -> str:
+def _key_of(trial: FrozenTrial) -> TrialKey | None:
+    """The key of a trial; None if it was drawn by a worker that was killed before it could store the key."""
     found = trial.user_attrs.get("key")
-    return json.dumps(found, sort_keys=True) if found else ""
-
-
-def _key(found: Mapping[str, Any]) -> TrialKey:
-    return TrialKey(tuple(found["setting"].items()), found["source"], found["seed"])
+    return TrialKey(tuple(found["setting"].items()), found["source"], found["seed"]) if found else None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
@@ -361,7 +347,7 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _identity() -> dict[str, Any]:
-    """What identifies this worker: a machine, or a container on it, and a process."""
+    """Identifies this worker: a machine, or a container on it, and a process."""
     return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
 
 

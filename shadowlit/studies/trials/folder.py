@@ -1,4 +1,4 @@
-"""Who may work in a folder: one command in a study's, which has one recipe, and one training in each training's."""
+"""Locks: one command works in the folder of a study, which has one recipe, and one training in each of its own."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PATIENCE_S = 60.0
 
 
 @contextmanager
-def held(file: Path) -> Iterator[bool]:
-    """Hold a lock while the block runs, without waiting for it; yields False if another process holds it.
+def held(file: Path, patience_s: float = 0.0) -> Iterator[bool]:
+    """Hold a lock while the block runs; yields False if another process holds it for longer than ``patience_s``.
 
     The system releases the lock of a process that was killed.
     """
     lock = FileLock(file)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=patience_s)
     except Timeout:
         yield False
         return
@@ -38,7 +38,7 @@ def held(file: Path) -> Iterator[bool]:
 def vacated(folder: Path) -> Iterator[None]:
     """Hold a training's folder while the block runs, after every process that still works in it has ended.
 
-    A training whose command was killed lives on for a moment: the next one must not clear the folder meanwhile.
+    A training outlives its killed command for a moment, in which the next one must not clear the folder.
 
     Raises:
         ShadowlitError: A process has not left the folder within a minute.
@@ -62,18 +62,13 @@ def occupied(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _waited_for(file: Path) -> Iterator[None]:
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=_PATIENCE_S)
-    except Timeout:
-        raise ShadowlitError(
-            f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait until "
-            f"it has ended, or end it (fuser {file} shows its process), and start the same command again."
-        ) from None
-    try:
+    with held(file, _PATIENCE_S) as ours:
+        if not ours:
+            raise ShadowlitError(
+                f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait "
+                f"until it has ended, or end it (fuser {file} shows its process), and start the same command again."
+            )
         yield
-    finally:
-        lock.release()
 
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

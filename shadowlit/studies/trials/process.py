@@ -1,4 +1,4 @@
-"""Starting, watching and ending the processes of trainings."""
+"""Starts, watches and stops the processes of trainings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrialProcess:
     wait: Callable[[float], Any]
 
     def stop(self) -> None:
-        """End it."""
+        """Terminate it, and kill it if that takes more than ten seconds."""
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(10)
@@ -65,12 +65,7 @@ class Running:
 class Pool:
     """The running jobs of a study, at most one in each slot; each has a folder of its own in that of the study.
 
-    Args:
-        folder: Folder of the study.
-        slots: Number of jobs that may run at a time.
-        threads: See :func:`start`.
-        in_process: See :func:`start`.
-        gpus: GPUs of each slot, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
+    With GPUs, each slot has some of its own, as ``CUDA_VISIBLE_DEVICES`` names them. See also :func:`start`.
     """
 
     def __init__(
@@ -100,7 +95,7 @@ class Pool:
         self.running.append(Running(job.name, process, slot, claim))
 
     def ended(self) -> Iterator[tuple[Running, bool]]:
-        """Remove the jobs that have ended; yield each with whether it left its result: then its checkpoints go."""
+        """Remove the jobs that have ended; yield each with whether it succeeded: then its checkpoints go."""
         for each in list(self.running):
             if (code := each.process.poll()) is not None:
                 self.running.remove(each)
@@ -110,7 +105,7 @@ class Pool:
                 yield each, succeeded
 
     def stop(self) -> list[Running]:
-        """End everything that still runs, and return it."""
+        """Stop everything that still runs, and return it."""
         stopped, self.running = self.running, []
         for each in stopped:
             each.process.stop()
@@ -125,13 +120,13 @@ def start(
     in_process: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> TrialProcess:
-    """Start a job, from the last checkpoint that an interrupted one has left, or else from the beginning.
+    """Start a job, from the last checkpoint of an interrupted one if there is any.
 
     Args:
         job: Job to run.
-        folder: Folder of this job alone; anything else that an interrupted one has left there is removed.
+        folder: Folder of this job alone; all other files of an interrupted one are removed.
         threads: Threads of torch; None for torch's own choice.
-        in_process: Whether to fork it from a process that has imported everything, which saves ten seconds. Not
+        in_process: Whether to fork it from a process that has already imported everything, which saves ten seconds. Not
             possible where Lightning starts further processes, or where ``environment`` must be known to what is
             imported; systems that cannot fork start a new process.
         environment: Additional variables, e.g. which GPUs it sees; not with ``in_process``.
@@ -152,7 +147,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Remove what only a resumed job would need."""
+    """Remove the files that only a resumed job would need."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
@@ -171,7 +166,7 @@ def untouched_failed(home: Path) -> ShadowlitError:
 
 
 def _resumed(job: Job, folder: Path) -> Job:
-    """Make room for a job, and resume from its last checkpoint if there is one."""
+    """Clear the folder of a job but for its checkpoints; resume from the last one if there is one."""
     last = folder / "checkpoints" / "last.ckpt"
     if folder.is_dir():
         for path in folder.iterdir():

@@ -19,7 +19,7 @@ from shadowlit.studies.trials.process import Job
 
 @dataclass(frozen=True)
 class Recipe:
-    """What all trainings of a study share: a configuration of ``fit``, and what is changed in it.
+    """The configuration of ``fit`` that all trainings of a study share, and the changes made to it.
 
     Attributes:
         config: File of the configuration.
@@ -44,7 +44,7 @@ class Recipe:
 
     @cached_property
     def content(self) -> Mapping[str, Any]:
-        """The configuration as its file has it.
+        """The configuration in the file, without overrides.
 
         Raises:
             DataError: There is no such file, or it is no YAML mapping.
@@ -73,7 +73,7 @@ class Recipe:
         return Job(UNTOUCHED_TRIAL, ("validate", *arguments))
 
     def identity(self) -> dict[str, Any]:
-        """What must not change between the trainings of one study, except for the pair."""
+        """Everything but the pair that must not change within a study."""
         found = {
             "config": hashlib.sha256(self.config.read_bytes()).hexdigest(),
             "overrides": dict(self.overrides),
@@ -83,7 +83,7 @@ class Recipe:
         return json.loads(json.dumps(found))
 
     def fingerprints(self) -> Mapping[str, Any]:
-        """What tells the pair from another one."""
+        """The fingerprints of the two models of the pair."""
         from shadowlit.pair.pair import ModelPair
 
         return ModelPair(**self.pair()).fingerprints()

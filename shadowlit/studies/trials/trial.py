@@ -47,7 +47,7 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
 
 
 def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -> None:
-    """As :func:`main`, in a process that was forked for it: output goes to ``log.txt``, and a failure ends it."""
+    """As :func:`main`, in a forked process: output goes to ``log.txt``, and the process exits."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     with _own(folder, parent.is_alive), (folder / LOG).open("w", encoding="utf-8") as log:
@@ -69,7 +69,7 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
 
 
 def run_spawned(folder: Path, arguments: list[str]) -> None:
-    """As :func:`main`, in a new interpreter. The processes that Lightning starts from it end with it in turn."""
+    """As :func:`main`, in a new interpreter. The ranks that Lightning starts from it do the same, and exit with it."""
     parent = int(os.environ.get(PARENT, os.getppid()))
     os.environ[PARENT] = str(os.getpid())
     with _own(folder, lambda: os.getppid() == parent):
@@ -78,7 +78,7 @@ def run_spawned(folder: Path, arguments: list[str]) -> None:
 
 @contextlib.contextmanager
 def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
-    """Hold the folder, and end the process when the command that wants it has been killed, during start-up too."""
+    """Hold the folder, and exit when the command that wants this training has been killed, even during start-up."""
 
     def watch() -> None:
         while is_wanted():
@@ -86,14 +86,14 @@ def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
         os._exit(1)
 
     with occupied(folder):
-        if not is_wanted():  # only now: nobody else clears the folder from here on
+        if not is_wanted():  # checked after locking: from here on nobody else clears the folder
             os._exit(1)
         threading.Thread(target=watch, daemon=True).start()
         yield
 
 
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
-    """The metrics that the run logged last, and what it cost."""
+    """The last metrics that the run logged, and its cost."""
     import torch
 
     from shadowlit.callbacks.throughput import peak_memory_bytes

@@ -13,7 +13,7 @@ import yaml
 
 from shadowlit.cli.sweep import report, run
 from shadowlit.errors import ShadowlitError
-from shadowlit.lightning_cli import ShadowCLI
+from shadowlit.studies.sweep.definition import Definition
 from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_slots, visible_gpus
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
@@ -46,11 +46,9 @@ SIX = {**TWELVE, "name": "six", "seeds": [0, 1], "grid": {"model.lr": [1e-3, 2e-
 
 @pytest.fixture(autouse=True)
 def _at_the_root(monkeypatch):
-    """The configurations' paths are relative to it; only fit is parsed in this process, so only its parser is built."""
+    """The configurations' paths are relative to it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    fit = ShadowCLI.subcommands()["fit"]
-    monkeypatch.setattr(ShadowCLI, "subcommands", staticmethod(lambda: {"fit": fit}))
 
 
 def started(tmp_path, definition, out, **options):
@@ -145,29 +143,34 @@ def test_two_machines_share_a_database_and_one_dies(tmp_path, database):
     assert stored_definition(open_storage(database, tmp_path), "twelve-demo_lora").planned() == definition.planned()
 
 
+def run_trials_alone(out, **definition):
+    """Run a sweep whose untouched models count as measured, as if another worker had done it."""
+    SweepStudy(Definition(**definition), open_storage(None, out)).keep_untouched({})
+    run(**definition, threads=1, workers=2, out=str(out))
+
+
 def test_a_failing_trial_costs_itself_alone_and_is_tried_again(tmp_path, capsys):
     """A batch size of 0 passes the parser, which sees an integer."""
     given = {
-        "name": "failing", "fit": "configs/demo_lora.yaml", "overrides": SHORT, "threads": 1, "workers": 2,
-        "grid": {"data.batch_size": [32, 0]}, "out": str(tmp_path),
+        "name": "failing", "fit": "configs/demo_lora.yaml", "overrides": SHORT, "grid": {"data.batch_size": [32, 0]},
     }  # fmt: skip
     with pytest.raises(ShadowlitError, match=r"1 trials failed; .*REPORT\.md has the reasons"):
-        run(**given)
+        run_trials_alone(tmp_path, **given)
     table = read_table(tmp_path)
     assert Counter(row.state for row in table.rows if row.seed is not None) == {"complete": 1, "failed": 1}
     text = (tmp_path / "REPORT.md").read_text()
     assert "batch_size=0_seed=0`: " in text and "data.batch_size" in text.split("## Failed")[1]
     before = results(tmp_path)
     with pytest.raises(ShadowlitError, match="1 trials failed"):
-        run(**given)
+        run_trials_alone(tmp_path, **given)
     assert results(tmp_path) == before
     assert "batch_size=32" not in capsys.readouterr().out.split("report")[1]
 
 
 def test_a_hopeless_trial_is_ended_by_its_live_metric(tmp_path):
     """Twenty epochs of ten steps, of which the first validation is the last: everything is above a loss of 0."""
-    run(
-        "pruned", "configs/demo_lora.yaml", grid={"model.lr": [1e-3]}, threads=1, out=str(tmp_path),
+    run_trials_alone(
+        tmp_path, name="pruned", fit="configs/demo_lora.yaml", grid={"model.lr": [1e-3]},
         overrides={**SHORT, "data.limit_train_samples": 320, "trainer.max_epochs": 20},
         pruner="threshold", pruner_options={"upper": 0.0},
     )  # fmt: skip
