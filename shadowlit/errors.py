@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class ShadowlitError(ValueError):
-    """Base of every error that a user's input or configuration can cause."""
+    """Base of every error that a user's input or configuration can cause.
+
+    Attributes:
+        status: Exit status of the command line: 2 for wrong usage, found before anything is loaded, else 1.
+    """
+
+    status = 1
 
 
 class PairError(ShadowlitError):

@@ -14,14 +14,7 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
     """Let a package export what its ``__init__.py`` imports under ``TYPE_CHECKING``, each name when it is first used.
 
     Type checkers follow the imports, ``dir()`` and tab completion list the names, and importing the package stays
-    cheap. The imports are read from the source, so that no name has to be listed twice.
-
-    Args:
-        package: Name of the package, ``__name__``.
-        file: Path of its ``__init__.py``, ``__file__``.
-
-    Returns:
-        The package's ``__getattr__``, ``__dir__`` and ``__all__``.
+    cheap. The imports are read from the source of the package's ``__init__.py``, so that no name is listed twice.
 
     Example::
 

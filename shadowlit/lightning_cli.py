@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import io
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import isabstract
+from types import ModuleType
+from typing import Any, ClassVar, Union, get_args, get_origin
 
+import torch
+import torchmetrics
 import yaml
 from jsonargparse import Namespace, Path
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
+from shadowlit.data.custom_formats import format_names
 from shadowlit.data.formats import Samples
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
-from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.delta.registry import transform_names
+from shadowlit.errors import ShadowlitError
+from shadowlit.evaluation import forgetting, generated, multiple_choice
+from shadowlit.evaluation.evaluator import Evaluator
 from shadowlit.pair.pair import ModelPair
-from shadowlit.training.module import ShadowModule
+from shadowlit.parser import Known, ShortErrors
+from shadowlit.plugins import import_object
+from shadowlit.training.module import ScheduleName, ShadowModule
 from shadowlit.training.objectives import OBJECTIVES, Objective
+from shadowlit.training.optimizer import OptimizerChoice
 
 # jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
 warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
@@ -75,15 +86,39 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class ShadowParser(LightningArgumentParser):
-    """Lightning's parser, which names the known objectives where another is given."""
+def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: str = "a class") -> Known:
+    """One of the names, or a class derived from ``base``, of which the modules offer some."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with the message."""
-        if "model.objective" in message:
-            message += f"\nmodel.objective takes {', '.join(OBJECTIVES)}, or the import path of a class derived from "
-            message += "shadowlit.training.objectives.Objective."
-        super().error(message, ex)
+    def known() -> list[str]:
+        found = ((module, name, value) for module in modules for name, value in sorted(vars(module).items()))
+        classes = ((m, name, value) for m, name, value in found if isinstance(value, type) and issubclass(value, base))
+        own = (f"{m.__name__}.{name}" for m, name, value in classes if value is not base and not isabstract(value))
+        return [*names, *own]
+
+    path = f"{base.__module__}.{base.__qualname__}"
+    return Known(f"{'a name, or ' if names else ''}{what} derived from {path}, by class_path and init_args", known)
+
+
+class ShadowParser(ShortErrors, LightningArgumentParser):
+    """Lightning's parser with short errors."""
+
+    known: ClassVar = {
+        "model.objective": _classes(Objective, names=OBJECTIVES),
+        "model.metrics": _classes(torchmetrics.Metric, torchmetrics, what="names, and for each a class"),
+        "model.optimizer": _classes(torch.optim.Optimizer, torch.optim, names=get_args(get_args(OptimizerChoice)[0])),
+        "model.lr_scheduler": _classes(lr_scheduler.LRScheduler, lr_scheduler, names=get_args(ScheduleName)),
+        "evaluation.evaluators": _classes(
+            Evaluator, forgetting, generated, multiple_choice, what="names, and for each a class"
+        ),
+        "graft.transforms": Known(
+            'a list of names with their parameters, e.g. [{"name": "dare", "density": 0.2}]', transform_names
+        ),
+        "data.format": Known("a name, or the import path of a function that turns a row into messages", format_names),
+        "trainer.strategy": _classes(
+            strategies.Strategy, strategies, names=["auto", *strategies.StrategyRegistry.available_strategies()]
+        ),
+        "trainer.callbacks": _classes(Callback, callbacks, what="a list of classes"),
+    }
 
 
 class ShadowCLI(LightningCLI):
@@ -97,6 +132,9 @@ class ShadowCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the trainer, the model and the data, and the model's class."""
         super().add_core_arguments_to_parser(parser)
+        for action in parser._actions:
+            if hasattr(action, "_typehint"):
+                action._typehint = _whole_numbers_first(action._typehint)
         parser.add_argument(
             "--model.class_path",
             type=str,
@@ -108,7 +146,13 @@ class ShadowCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and set the model's class aside, which is no argument of the class itself."""
         super().parse_arguments(parser, args)
-        path = self.config[self.config["subcommand"]]["model"].pop("class_path", None)
+        config = self.config[self.config["subcommand"]]
+        strategy = config["trainer"]["strategy"]
+        if isinstance(strategy, str) and strategy not in ShadowParser.known["trainer.strategy"].names():
+            self._subcommand_parsers[self.config["subcommand"]].error(
+                f'Parser key "trainer.strategy": Got value: {strategy}'
+            )
+        path = config["model"].pop("class_path", None)
         if path is not None and import_model_class(path) is not self.model_class:
             raise ShadowlitError(
                 f"model.class_path is {path!r}, which was found too late. Give it on the command line, or in a file "
@@ -146,6 +190,11 @@ class ShadowCLI(LightningCLI):
         """Lightning's own, and ``preview``."""
         return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
 
+    def instantiate_classes(self) -> None:
+        """Create the trainer, the model and the data; what is wrong with a setting is an error of usage."""
+        with _as_usage():
+            super().instantiate_classes()
+
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Add the subcommand that the arguments begin with, or else all: each takes a third of a second to build."""
         known, asked = self.subcommands(), self._first_argument
@@ -164,6 +213,26 @@ class ShadowCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def _whole_numbers_first(kind: Any) -> Any:
+    """A union in which int comes before float, so that 1 is not read as 1.0: one batch, not all of them.
+
+    Python takes unions of the same types in another order for equal and may return one that it has made before.
+    """
+    if get_origin(kind) is not Union or not {int, float} <= {*get_args(kind)}:
+        return kind
+    return Union[tuple([int, *(each for each in get_args(kind) if each is not int)])]  # noqa: UP007 - computed
+
+
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    """Let errors end the command with the status of wrong usage."""
+    try:
+        yield
+    except ShadowlitError as error:
+        error.status = 2
+        raise
+
+
 def _samples_of(objective: Objective | None) -> Samples:
     """Kind of samples that the objective learns from; without an objective it is supervised fine-tuning."""
     return "conversations" if objective is None else objective.samples
@@ -175,17 +244,10 @@ def import_model_class(path: str) -> type[ShadowModule]:
     Raises:
         ShadowlitError: There is none, or it is no subclass of ShadowModule.
     """
-    expected = "expected the import path of a subclass of shadowlit.training.module.ShadowModule"
-    module, _, name = str(path).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # importing runs the code of others
-        raise ShadowlitError(
-            f"model.class_path is {path!r}, which can't be imported ({first_line(error)}); {expected}. Correct it, or "
-            "put its package on PYTHONPATH."
-        ) from error
+    base = "a subclass of shadowlit.training.module.ShadowModule"
+    found = import_object(path, "model.class_path", f"the import path of {base}")
     if not (isinstance(found, type) and issubclass(found, ShadowModule)):
-        raise ShadowlitError(f"model.class_path is {path!r}, which is {found!r}; {expected}.")
+        raise ShadowlitError(f"model.class_path is {path!r}, which is {found!r}; expected the import path of {base}.")
     return found
 
 
@@ -232,13 +294,12 @@ def check(args: list[str]) -> None:
     Raises:
         ShadowlitError: The parser's message: a key that doesn't exist, a value of the wrong type.
     """
-    told = io.StringIO()
+    shown = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told), warnings.catch_warnings(action="ignore"):
+        with contextlib.redirect_stderr(shown), warnings.catch_warnings(action="ignore"):
             _of(_Parsing, args)
     except SystemExit:
-        text = " ".join(line.strip() for line in told.getvalue().partition("error: ")[2].splitlines() if line.strip())
-        raise ShadowlitError(text.partition(" tip: ")[0]) from None
+        raise ShadowlitError(" ".join(shown.getvalue().partition("error: ")[2].split())) from None
 
 
 class _Parsing(ShadowCLI):
@@ -254,11 +315,14 @@ class _Parsing(ShadowCLI):
 
 def _of(cli: type[ShadowCLI], args: ArgsType, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
     path = _given_class(args)
+    with _as_usage():
+        model_class = ShadowModule if path is None else import_model_class(path)
     return cli(
-        ShadowModule if path is None else import_model_class(path),
+        model_class,
         ShadowData,
         save_config_callback=SaveConfig,
         parser_class=ShadowParser,
+        parser_kwargs={"prog": "shadowlit"},
         trainer_class=ShadowTrainer,
         trainer_defaults={"callbacks": list(callbacks)},
         seed_everything_default=0,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 
 from shadowlit.files import written_beside
 
-_P = ParamSpec("_P")
 _PRINT_DPI, _SCREEN_DPI = 300, 120
 
 OKABE_ITO = {
@@ -32,18 +30,18 @@ OKABE_ITO = {
 SERIES = tuple(OKABE_ITO[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black"))
 """Colours of lines that have no meaning of their own, in order; yellow is too pale for lines on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""Markers that say the same as :data:`SERIES` again, for print in grey."""
+"""Markers in the order of :data:`SERIES`, so that lines can be told apart in grey too."""
 SUBJECTS: dict[str, dict[str, Any]] = {
     "grafted": {"color": OKABE_ITO["vermillion"], "linestyle": "-", "marker": "o", "label": "grafted Instruct"},
     "tuned": {"color": OKABE_ITO["blue"], "linestyle": "-", "marker": "s", "label": "tuned Base"},
     "instruct": {"color": OKABE_ITO["vermillion"], "linestyle": "--", "label": "Instruct, untouched"},
     "base": {"color": OKABE_ITO["blue"], "linestyle": ":", "label": "Base, untouched"},
 }
-"""The four models: colours for the weights that learn and that are grafted on, line styles for the untouched."""
+"""The four models: blue for the Base and vermillion for the Instruct, broken lines for the untouched ones."""
 SEQUENTIAL, DIVERGING = "viridis", "RdBu"
-"""Perceptually uniform, from zero; and diverging, to be centred on zero."""
+"""Colour maps: perceptually uniform, from zero; and diverging, to be centred on zero."""
 SINGLE, DOUBLE = 3.4, 7.0
-"""Widths of one and of two columns of a paper, in inches."""
+"""Width of one and of two columns of a paper, in inches."""
 
 PAPER: dict[Any, Any] = {
     "font.size": 8,
@@ -62,42 +60,28 @@ PAPER: dict[Any, Any] = {
     "lines.markersize": 3.5,
     "image.interpolation": "nearest",
 }
-"""Text that can be read at column width."""
+"""Matplotlib's settings for text that is readable at column width."""
 # Type 42 embeds TrueType outlines as they are: text stays text, and journals that refuse Type 3 accept it.
 _EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
 
 
-def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Let a function draw with :data:`PAPER`, and leave matplotlib's settings as they were."""
-
-    @functools.wraps(draw)
-    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with matplotlib.rc_context(PAPER):
-            return draw(*args, **kwargs)
-
-    return drawn
+styled = matplotlib.rc_context(PAPER)
+"""Decorator of functions that draw with :data:`PAPER`; it leaves matplotlib's settings as they were."""
 
 
 def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure outside of pyplot, which would keep it, and its axes row by row.
+    """A figure of ``width`` x ``height`` inches outside of pyplot, which would keep it, and its axes row by row.
 
-    Args:
-        rows: Rows of axes.
-        columns: Columns of axes.
-        width: Width of the figure, in inches.
-        height: Height of the figure, in inches.
-        options: Further arguments of ``Figure.subplots``.
+    ``options`` are further arguments of ``Figure.subplots``.
     """
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
 
 def series_style(number: int, black: bool = True) -> dict[str, Any]:
-    """Colour and marker of the line with this number, from 0; when the colours come again, they meet other markers.
+    """Colour and marker of the line with this number, from 0; grey takes the place of black if ``black`` is false.
 
-    Args:
-        number: Number of the line.
-        black: Whether black is one of the colours; else grey takes its place.
+    When the colours repeat, they are combined with other markers.
     """
     colours = SERIES if black else (*SERIES[:-1], "#999999")
     turn = number // len(colours)
@@ -121,12 +105,7 @@ def hide(axes: Sequence[Axes]) -> None:
 
 @dataclass(frozen=True)
 class SavedFigure:
-    """A saved figure, which a notebook shows in the size that it has in print.
-
-    Attributes:
-        figure: Matplotlib's.
-        stem: Path of its files, without ending.
-    """
+    """A saved figure, which a notebook shows at its print size; ``stem`` is the path of its files without ending."""
 
     figure: Figure
     stem: Path
@@ -148,12 +127,9 @@ def save_image(figure: Figure, target: Path, dpi: int) -> Path:
 
 
 def save_figure(figure: Figure, stem: str | Path) -> SavedFigure:
-    """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` of 300 dots per inch.
+    """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` with 300 dots per inch.
 
-    Both files are written atomically. The PDF holds no date: equal figures are equal files.
-
-    Returns:
-        The figure as a notebook shows it.
+    Both files are written atomically. The PDF holds no date, so that equal figures are equal files.
 
     Raises:
         OSError: The files can't be written.

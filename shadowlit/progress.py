@@ -1,4 +1,4 @@
-"""Consoles for results, and progress bars without a thread: a process that has one can't fork to compute."""
+"""Consoles and tables for results, and progress bars without a thread, which would forbid forking to compute."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
@@ -22,6 +23,14 @@ def make_console() -> Console:
     """Create a console that breaks no line of text and prints brackets as they are; only tables adapt to its width."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
     return Console(highlight=False, markup=False, soft_wrap=True, width=width)
+
+
+def make_table(*headings: str, left: int = 1, **options: Any) -> Table:
+    """Create a table that folds text instead of cutting it; columns after the first ``left`` are aligned right."""
+    columns = (
+        Column(head, justify="left" if i < left else "right", overflow="fold") for i, head in enumerate(headings)
+    )
+    return Table(*columns, **options)
 
 
 @contextmanager

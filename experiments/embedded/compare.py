@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 from combined import write_combined
 
 from shadowlit.cli.compare import compare
-from shadowlit.demo.settings import write_settings
-from shadowlit.demo.world import World
+from shadowlit.demo.settings import settings
+from shadowlit.demo.world import World, write_rows
 from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.summary import Description, summarise
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="names of settings, e.g. skill_bare_lora")
     options = parser.parse_args()
     os.chdir(ROOT)
-    write_settings(World(), options.runs / "data")
+    write_rows(options.runs / "data", settings(World()))
     names = [(s, style, method) for s in SETTINGS for style in STYLES for method in METHODS]
     chosen = [each for each in names if not options.only or "_".join(each) in options.only]
     for each in chosen:

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 import numpy as np
 
 from shadowlit.cli.compare import compare
-from shadowlit.demo.preferences import write_preferences
-from shadowlit.demo.world import World
+from shadowlit.demo.preferences import preferences
+from shadowlit.demo.world import World, write_rows
 from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.selection import choose_rate, scored, seeds_of, standings
 from shadowlit.studies.rows import Row
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args()
     os.chdir(ROOT)
-    write_preferences(World(), options.runs / "data")
+    write_rows(options.runs / "data", preferences(World()))
     for setting in options.only:
         run(setting, options.runs, options.workers, options.seeds)
     print(report(options.runs))

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 
@@ -86,14 +86,13 @@ class ValidationRecord:
 class _Closed(dict[str, float]):
     """The metrics of a validation that is over, to which nothing can be added."""
 
-    def __setitem__(self, name: str, value: float) -> None:
-        raise _too_late(name)
+    def _refuse(self, given: Any = (), *_: Any, **more: float) -> Any:
+        raise _too_late(given if isinstance(given, str) else ", ".join(sorted({*given, *more})))
 
-    def update(self, *metrics: Any, **more: float) -> None:
-        raise _too_late(", ".join(sorted(dict(*metrics, **more))))
+    __setitem__ = __ior__ = update = setdefault = _refuse  # type: ignore[assignment]
 
-    def __ior__(self, metrics: Any) -> Self:  # type: ignore[override,misc]
-        raise _too_late(", ".join(sorted(dict(metrics))))
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # copies are made item by item
 
 
 def _too_late(names: str) -> GraftError:

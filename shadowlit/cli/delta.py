@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of
-from shadowlit.cli.graft import format_bytes, parse_bytes, write_with_progress
+from shadowlit.cli.graft import parse_bytes, write
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
@@ -24,7 +22,7 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.pair.folders import model_folder
-from shadowlit.progress import make_console
+from shadowlit.progress import make_console, make_table, progress_bar
 
 DType = Literal["bfloat16", "float32", "float16"]
 
@@ -40,21 +38,21 @@ def make(
     Args:
         base: Folder or hub id of the model that the tuning started from.
         tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
-        out: Folder to make. Appears complete or not at all.
+        out: Folder to create. It is written atomically.
         select: all, linear (every linear layer but the output head), or regular expressions for tensor names.
-        dtype: That the delta is stored in; bfloat16 loses about 0.2 % of it.
-        shard_size: Largest file, e.g. 5GB or 500MB.
+        dtype: Dtype that the delta is stored in; bfloat16 loses about 0.2 % of its norm.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
     """
     found = Delta.make(base, tuned, select)
     _save(found, out, dtype, shard_size, found.manifest)
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:
-    """Tell norm, size and sparsity of deltas by kind of tensor, and where several of them conflict.
+    """Show norm, size and sparsity of deltas by kind of tensor, and where several of them conflict.
 
     Args:
         deltas: Folders of deltas.
-        effective_rank: Also the mean effective rank of the matrices; needs one of them in memory, and time.
+        effective_rank: Also compute the mean effective rank of the matrices. Takes time, and memory for one matrix.
     """
     console = make_console()
     opened = [Delta.open(folder) for folder in deltas]
@@ -165,7 +163,7 @@ def lora(
     explained_variance: float | None = None,
     dtype: DType = "bfloat16",
 ) -> None:
-    """Cut a delta into a LoRA adapter that peft and vLLM load beside the Instruct, and tell what it lost.
+    """Cut a delta into a LoRA adapter that peft and vLLM load on the Instruct, and report what it lost.
 
     The linear layers' matrices are cut by singular values; what an adapter can't hold (norms, biases, embeddings, head)
     is left out and counted as lost.
@@ -173,13 +171,13 @@ def lora(
     Args:
         delta: Folder of a delta.
         instruct: Folder or hub id of the Instruct that the adapter is for.
-        out: Folder to make. Appears complete or not at all.
+        out: Folder to create. It is written atomically.
         rank: Rank of every layer.
-        explained_variance: Or: the smallest rank, layer by layer, that holds this share of the squared norm.
-        dtype: Of the factors.
+        explained_variance: Or: the smallest rank, layer by layer, that holds this fraction of the squared norm.
+        dtype: Dtype of the factors.
     """
     opened = Delta.open(delta)
-    with _progress("decomposing", len(opened.shapes)) as advance:
+    with progress_bar("decomposing", len(opened.shapes)) as advance:
         report = export_svd_adapter(
             opened, instruct, Path(out), rank, explained_variance, getattr(torch, dtype), lambda: advance(1)
         )
@@ -206,25 +204,22 @@ def apply(
 
     Args:
         delta: Folder of a delta.
-        instruct: Folder or hub id of the model that gets it; of the delta's architecture.
-        out: Folder to make. Appears complete or not at all.
+        instruct: Folder or hub id of the model that gets the delta; it must have the delta's architecture.
+        out: Folder to create. It is written atomically.
         scale: Scale of the delta, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
-        select: Which tensors: linear (every linear layer but the output head), all, or regular expressions.
-        dtype: Of the result; auto for the Instruct's own.
-        shard_size: Largest file, e.g. 5GB or 500MB.
-        dry_run: Only say what would be changed and how large the result is.
-        files_from: Take config, tokenizer, template and generation settings from this folder or hub id.
+        select: Tensors of the delta that are added: linear (every linear layer but the output head), all, or regular
+            expressions. Tensors that the delta doesn't hold stay as they are.
+        dtype: Dtype of the result; auto for the Instruct's own.
+        shard_size: Size of the largest file, e.g. 5GB or 500MB.
+        dry_run: Only report what would be changed and how large the result is.
+        files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
+            Instruct's.
     """
     opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
-    console = make_console()
     with CheckpointReader(folder) as reader:
         plan = DiskGraft(opened, reader, scales, select, wanted)
-        console.print(f"delta: {plan.coverage}")
-        console.print(f"delta: the result has {format_bytes(plan.num_bytes)}")
-        if dry_run:
-            return
         manifest = {
             "base": opened.manifest.get("base"),
             "instruct": describe_source(instruct, folder, reader.fingerprint()),
@@ -236,7 +231,7 @@ def apply(
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        write_with_progress(plan, lambda: manifest, Path(out), shard_size, files_from)
+        write(plan, lambda: manifest, out, shard_size, files_from, dry_run)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}
@@ -244,18 +239,11 @@ COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora
 
 def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mapping[str, Any]) -> None:
     max_bytes = parse_bytes(shard_size)
-    with _progress("writing", found.num_elements) as advance:
+    with progress_bar("writing", found.num_elements) as advance:
         lost = found.save(Path(out), getattr(torch, dtype), manifest, max_bytes, advance)
     console = make_console()
     console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}")
     console.print(f"delta: storing it changes it by {lost:.2%} of its norm")
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Any]:
-    with Progress(console=make_console(), transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 def _table(title: str, found: Delta, effective_rank: bool) -> Table:
@@ -263,9 +251,9 @@ def _table(title: str, found: Delta, effective_rank: bool) -> Table:
     statistics = found.statistics()
     norm = math.sqrt(sum(t.square for t in statistics))
     zeros = sum(t.num_zeros for t in statistics) / max(1, found.num_elements)
-    table = Table(title=f"{title}: norm {norm:.4g}, {zeros:.1%} zeros")
-    for column in ("kind", "tensors", "norm", "rms", "max", "zeros", *(["effective rank"] if effective_rank else [])):
-        table.add_column(column, justify="left" if column == "kind" else "right", overflow="fold")
+    more = ["effective rank"] if effective_rank else []
+    title = f"{title}: norm {norm:.4g}, {zeros:.1%} zeros"
+    table = make_table("kind", "tensors", "norm", "rms", "max", "zeros", *more, title=title)
     groups: dict[str, list[Any]] = {}
     for tensor in statistics:
         groups.setdefault(kind_of(tensor.name), []).append(tensor)
@@ -285,9 +273,7 @@ def _table(title: str, found: Delta, effective_rank: bool) -> Table:
 
 def _conflicts(names: Sequence[str], deltas: Sequence[Delta]) -> Table:
     """Every pair of deltas: do they point the same way, and do their elements have the same signs."""
-    table = Table(title="conflicts")
-    for column in ("delta", "and", "cosine", "equal signs", "elements in both"):
-        table.add_column(column, justify="left" if column in ("delta", "and") else "right", overflow="fold")
+    table = make_table("delta", "and", "cosine", "equal signs", "elements in both", left=2, title="conflicts")
     for (name_a, a), (name_b, b) in combinations(zip(names, deltas, strict=True), 2):
         met = overlap(a, b)
         table.add_row(name_a, name_b, f"{met.cosine:+.3f}", f"{met.sign_agreement:.1%}", f"{met.shared:.1%}")

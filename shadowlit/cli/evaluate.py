@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from shadowlit.checkpoint.folder import atomic_folder
@@ -23,7 +22,7 @@ from shadowlit.harness.report import Report, make_report
 from shadowlit.harness.subjects import Subject, local_folder
 from shadowlit.harness.tasks import Settings, harness_version, load_benchmarks, require_harness
 from shadowlit.pair.folders import read_json
-from shadowlit.progress import make_console
+from shadowlit.progress import make_console, make_table
 
 _UNSAFE = re.compile(r"[^\w.-]+")
 _DEVICE = re.compile(r"auto|all|cpu|mps|cuda(:\d+)?")
@@ -113,9 +112,7 @@ def evaluate(
 def _print(report: Report, console: Console) -> None:
     for letter, name in report.models:
         console.print(f"{letter} = {name}")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for i, heading in enumerate(report.headings):
-        table.add_column(heading, justify="left" if i < 2 else "right", overflow="fold")
+    table = make_table(*report.headings, left=2, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for section in report.sections:
         for row in section:
             table.add_row(*(Text(cell) for cell in row))

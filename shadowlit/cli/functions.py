@@ -10,49 +10,31 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, ClassVar, get_origin, get_type_hints
+
+from jsonargparse import auto_cli
 
 from shadowlit.checkpoint.streaming import keep_freed_memory
 from shadowlit.errors import ShadowlitError
-
-_PLAIN_WIDTH = 220  # characters
-
-
-def run_function(name: str, module: str, args: Sequence[str]) -> None:
-    """Run the function ``name`` of ``module``, or one of the module's ``COMMANDS``; its docstring is the ``--help``.
-
-    If no subcommand is given, the module's ``DEFAULT`` is run. SIGINT and SIGTERM raise an exception in the function,
-    so that it removes what it was writing.
-
-    Args:
-        name: Name of the command.
-        module: Module that implements it.
-        args: Words and options that follow the command.
-
-    Raises:
-        ShadowlitError: There are more words without an option than parameters.
-        SystemExit: 130 after SIGINT, 143 after SIGTERM.
-    """
-    with _ends_cleanly():
-        _run(name, module, args)
+from shadowlit.parser import Known, ShortErrors
 
 
-def _run(name: str, module: str, args: Sequence[str]) -> None:
-    from jsonargparse import auto_cli
+def _transforms() -> list[str]:
+    import shadowlit.delta.transforms  # noqa: F401 - late, since torch takes seconds; it registers them
+    from shadowlit.delta.registry import transform_names
 
-    keep_freed_memory()
-    found = importlib.import_module(module)
-    commands: dict[str, Any] | None = getattr(found, "COMMANDS", None)
-    if commands is None:
-        function = getattr(found, name)
-        auto_cli(function, args=spell_out(function, args), as_positional=False, prog=f"shadowlit {name}")
-    else:
-        # Options without a subcommand belong to the default one; --help describes all of them.
-        if hasattr(found, "DEFAULT") and (not args or (args[0].startswith("-") and args[0] not in ("-h", "--help"))):
-            args = [found.DEFAULT, *args]
-        known = args[0] if args and args[0] in commands else None
-        rest = [known, *spell_out(commands[known], args[1:])] if known else list(args)
-        auto_cli(commands, args=rest, as_positional=False, prog=f"shadowlit {name}")
+    return transform_names()
+
+
+class Parser(ShortErrors):
+    """The parser of a command; its errors are short."""
+
+    known: ClassVar = {
+        "transforms": Known(
+            'a list of names with their parameters, e.g. [{"name": "dare", "density": 0.2}]', _transforms
+        ),
+        "parameters": Known('values by the name of the parameter, e.g. {"size": 1e-4}'),
+    }
 
 
 @contextlib.contextmanager
@@ -75,6 +57,36 @@ def _ends_cleanly() -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+@_ends_cleanly()
+def run_function(name: str, module: str, args: Sequence[str]) -> None:
+    """Run the function ``name`` of ``module``, or one of the module's ``COMMANDS``; its docstring is the ``--help``.
+
+    If no subcommand is given, the module's ``DEFAULT`` is run. SIGINT and SIGTERM raise an exception in the function,
+    so that it removes what it was writing.
+
+    Args:
+        name: Name of the command.
+        module: Module that implements it.
+        args: Words and options that follow the command.
+
+    Raises:
+        ShadowlitError: There are more words without an option than parameters.
+        SystemExit: 130 after SIGINT, 143 after SIGTERM.
+    """
+    keep_freed_memory()
+    found = importlib.import_module(module)
+    components = getattr(found, "COMMANDS", None) or getattr(found, name)
+    if callable(components):
+        args = spell_out(components, args)
+    else:
+        # Options without a subcommand belong to the default one; --help describes all of them.
+        options_only = not args or (args[0].startswith("-") and args[0] not in ("-h", "--help"))
+        args = [found.DEFAULT, *args] if hasattr(found, "DEFAULT") and options_only else list(args)
+        if args and args[0] in components:
+            args = [args[0], *spell_out(components[args[0]], args[1:])]
+    auto_cli(components, args=args, as_positional=False, parser_class=Parser, prog=f"shadowlit {name}")
 
 
 def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any, Literal
 
+from rich.filesize import decimal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.errors import GraftError
@@ -53,19 +53,15 @@ def graft(
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
     """
-    console = make_console()
     start = time.perf_counter()
     wanted = None if dtype == "auto" else dtype
     chosen = choose(transforms)
     with plan_graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle, transforms=chosen
     ) as (plan, manifest):
-        console.print(f"graft: {plan.coverage}")
-        console.print(f"graft: the result has {format_bytes(plan.num_bytes)}")
-        if dry_run:
-            return
-        write_with_progress(plan, manifest, Path(out), shard_size, files_from)
-    console.print(f"graft: written in {time.perf_counter() - start:.1f} s")
+        write(plan, manifest, out, shard_size, files_from, dry_run)
+    if not dry_run:
+        make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
 
 
 def choose(specs: list[dict[str, Any]]) -> Transforms | None:
@@ -77,31 +73,24 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
     return transforms.Transforms(specs, "--transforms")
 
 
-def write_with_progress(
-    plan: DiskGraft, manifest: MakeManifest, out: Path, shard_size: str, files_from: str | None
+def write(
+    plan: DiskGraft, manifest: MakeManifest, out: str, shard_size: str, files_from: str | None, dry_run: bool
 ) -> None:
-    """Write a planned graft to its folder, with a progress bar, and report how much of the update survives."""
+    """Report what a planned graft covers; unless it is a dry run, write it and report what survives of the update."""
     console = make_console()
+    console.print(f"graft: {plan.coverage}")
+    console.print(f"graft: the result has {decimal(plan.num_bytes, precision=2)}")
+    if dry_run:
+        return
+    max_bytes = parse_bytes(shard_size)
     with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
-        write_graft(
-            plan, manifest, out, max_shard_bytes=parse_bytes(shard_size), files_from=files_from, advance=advance
-        )
+        write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
     console.print(f"graft: {plan.survival:.1%} of the update survives rounding to the result's dtype")
     console.print(f"graft: {out} is complete")
 
 
-def format_bytes(size: int) -> str:
-    """A number of bytes for people: ``1.19 GB``."""
-    unit = next((unit for unit, factor in reversed(_UNITS.items()) if size >= factor), "KB")
-    return f"{size / _UNITS[unit]:.2f} {unit}"
-
-
 def parse_bytes(size: str) -> int:
-    """The number of bytes in a size such as ``5GB``.
-
-    Raises:
-        GraftError: it isn't a number and KB, MB or GB.
-    """
+    """The number of bytes in a size such as ``5GB``; a GraftError if it isn't one."""
     number, unit = size[:-2], size[-2:].upper()
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
         raise GraftError(f"shard_size is {size!r}; expected a number and KB, MB or GB, e.g. 5GB.")

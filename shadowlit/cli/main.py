@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import difflib
 import sys
-from typing import NamedTuple
-
-
-class Command(NamedTuple):
-    """A command of ``python -m shadowlit``.
-
-    Attributes:
-        help: What it does, for the overview.
-        module: The module that implements it: typed functions, or the LightningCLI for the subcommands of ``fit``.
-    """
-
-    help: str
-    module: str
-
 
 LIGHTNING = "shadowlit.lightning_cli"
+# What each command does, and its module: typed functions, or the LightningCLI for the subcommands of fit.
 COMMANDS = {
-    "fit": Command("train the Base, validate the grafted Instruct as it trains, and export it", LIGHTNING),
-    "validate": Command(
-        "score the tuned Base, the grafted Instruct and the untouched pair on the validation sets", LIGHTNING
-    ),
-    "test": Command("score the same models on the test sets", LIGHTNING),
-    "predict": Command("generate answers to prompts with the grafted Instruct", LIGHTNING),
-    "preview": Command("print samples token by token, with the supervised tokens highlighted", LIGHTNING),
-    "compare": Command(
-        "train the arms of a pair on the same data, and report what the data support", "shadowlit.cli.compare"
-    ),
-    "sweep": Command("vary any key of fit over a grid or by search, on one machine or many", "shadowlit.cli.sweep"),
-    "graft": Command("graft the update of a Base tuned elsewhere, from folder to folder", "shadowlit.cli.graft"),
-    "evaluate": Command("run benchmarks on models after training", "shadowlit.cli.evaluate"),
-    "delta": Command("store, show, combine, compress and apply updates", "shadowlit.cli.delta"),
-    "similarity": Command(
-        "measure how similar two models are, and what that means for a graft", "shadowlit.cli.similarity"
-    ),
-    "pairs": Command("list known pairs of Base and Instruct, and check any pair", "shadowlit.cli.pairs"),
+    "fit": ("train the Base, validate the grafted Instruct as it trains, and export it", LIGHTNING),
+    "validate": ("score the tuned Base, the grafted Instruct and the untouched pair on the validation sets", LIGHTNING),
+    "test": ("score the same models on the test sets", LIGHTNING),
+    "predict": ("generate answers to prompts with the grafted Instruct", LIGHTNING),
+    "preview": ("print samples token by token, with the supervised tokens highlighted", LIGHTNING),
+    "compare": ("train the arms of a pair on the same data, and report what the data support", "shadowlit.cli.compare"),
+    "sweep": ("vary any key of fit over a grid or by search, on one machine or many", "shadowlit.cli.sweep"),
+    "graft": ("graft the update of a Base tuned elsewhere, from folder to folder", "shadowlit.cli.graft"),
+    "evaluate": ("run benchmarks on models after training", "shadowlit.cli.evaluate"),
+    "delta": ("store, show, combine, compress and apply updates", "shadowlit.cli.delta"),
+    "similarity": ("measure how similar two models are, and what that means for a graft", "shadowlit.cli.similarity"),
+    "pairs": ("list known pairs of Base and Instruct, and check any pair", "shadowlit.cli.pairs"),
 }
 
 
@@ -67,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
     # Imported late: the overview and its errors need none of the seconds that torch takes.
     from shadowlit.errors import ShadowlitError
 
-    module = COMMANDS[args[0]].module
+    _, module = COMMANDS[args[0]]
     try:
         if module != LIGHTNING:
             from shadowlit.cli.functions import run_function
@@ -79,13 +60,13 @@ def main(args: list[str] | None = None) -> int:
         run(given)  # None: Lightning reads the command line itself, and its launcher starts the other ranks with it
     except ShadowlitError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     return 0
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items())
     return (
         "shadowlit: adapt an Instruct language model through its Base\n\n"
         f"usage: python -m shadowlit <command> [--config FILE] [--key=value ...]\n\n{lines}\n\n"

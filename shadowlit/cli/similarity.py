@@ -17,7 +17,7 @@ from shadowlit.analysis.similarity import similarity as compare_models
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
-from shadowlit.progress import make_console
+from shadowlit.progress import make_console, make_table
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
@@ -95,13 +95,10 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
     """One row per kind or layer: all measures of a single pair, or the first measure of several pairs."""
     measure = family[0].measures[0]
     single = len(family) == 1
-    table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}")
-    table.add_column(by, overflow="fold")
     headings = [_TITLES[measure], "least", "most"] if single else [similarity.title for similarity in family]
     if single:
         headings += [_TITLES[name] for name in family[0].measures[1:]]
-    for heading in headings:
-        table.add_column(heading, justify="right", overflow="fold")
+    table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}", by, *headings)
     bar = single and by == "layer"
     if bar:
         table.add_column("", overflow="fold")
@@ -121,9 +118,8 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
 def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -> Table:
     """One row per layer: the first measure over all of its experts, and its least and greatest expert."""
     measure = similarity.measures[0]
-    table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}")
-    for heading in ("layer", "experts", "all", "least", "expert", "most", "expert"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
+    title = f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} of experts, {similarity.title}"
+    table = _table(title, "layer", "experts", "all", "least", "expert", "most", "expert")
     for layer, groups in experts.items():
         together = Group(layer, tuple(tensor for group in groups for tensor in group.tensors))
         defined = [group for group in groups if not math.isnan(group.measure(measure))]
@@ -136,11 +132,8 @@ def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -
 def _model_level(family: Sequence[Similarity]) -> Table:
     """One row per pair. σ is the paper's mean over the tensors in decoder layers; the rest is over all elements."""
     weights = family[0].of == "weights"
-    table = _table("whole model")
-    table.add_column("pair", overflow="fold")
-    for name in family[0].measures:
-        heading = "σ (paper)" if name == "sigma" else _TITLES[name]
-        table.add_column(heading, justify="right", overflow="fold")
+    titles = _TITLES | {"sigma": "σ (paper)"}
+    table = _table("whole model", "pair", *(titles[name] for name in family[0].measures))
     for similarity in family:
         values = [similarity.whole.measure(name) for name in similarity.measures]
         if weights:
@@ -149,8 +142,10 @@ def _model_level(family: Sequence[Similarity]) -> Table:
     return table
 
 
-def _table(title: str) -> Table:
-    return Table(title=f"\n{title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+def _table(title: str, *headings: str) -> Table:
+    return make_table(
+        *headings, title=f"\n{title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
+    )
 
 
 def _runs(layers: Sequence[Group]) -> list[Group]:

@@ -21,19 +21,17 @@ import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from shadowlit.data.conversation import located
 from shadowlit.data.formats import FORMATS, Message, Samples, convert_row, shown
 from shadowlit.errors import DataError
+from shadowlit.plugins import find_function, known_names
 
 GROUP = "shadowlit.formats"
 """The group of entry points that name formats."""
 
-_BUILT_IN = ("auto", *FORMATS)
 _RESULTS = {"pairs": ("chosen", "rejected"), "labels": ("messages", "label")}
 
 
@@ -70,12 +68,15 @@ class CustomFormat:
         return dict(zip(names, made, strict=True))
 
     def digest(self) -> str | None:
-        """A hash of the file that defines the function; None where there is no such file."""
+        """A hash of the function's import path and of the file that defines it; None where there is no such file."""
+        function = inspect.unwrap(self.function)
         try:
-            file = inspect.getsourcefile(inspect.unwrap(self.function))
-            return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            file = inspect.getsourcefile(function)
+            source = None if file is None else Path(file).read_bytes()
         except (TypeError, OSError):
             return None
+        path = f"{function.__module__}.{function.__qualname__}"
+        return None if source is None else hashlib.sha256(path.encode() + source).hexdigest()
 
     def _call(self, row: Mapping[str, Any]) -> Any:
         try:
@@ -89,45 +90,17 @@ class CustomFormat:
             ) from error
 
 
+def format_names() -> list[str]:
+    """``auto``, the built-in formats and those that installed packages offer."""
+    return known_names(GROUP, ("auto", *FORMATS))
+
+
 def find_format(name: str) -> CustomFormat | None:
     """The format from outside the package that ``data.format`` names; None for ``auto`` and the built-in formats.
 
     Raises:
         DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.
     """
-    found = [entry for entry in entry_points(group=GROUP) if entry.name == name]
-    if name in _BUILT_IN and not found:
-        return None
-    if name in _BUILT_IN or len(found) > 1:
-        meanings = ["a built-in format"] if name in _BUILT_IN else []
-        meanings += [
-            f"the entry point {entry.value} of {entry.dist.name if entry.dist else 'an unknown package'}"
-            for entry in found
-        ]
-        raise DataError(
-            f"data.format is {name!r}, which is {' and '.join(meanings)}; expected one format of that name. Uninstall "
-            "one of the packages, or give the import path of the function."
-        )
-    try:
-        function = found[0].load() if found else _imported(name)
-    except Exception as error:  # importing runs the code of others
-        raise _unknown(name, f"can't be imported ({type(error).__name__}: {error})") from error
-    if not callable(function) or inspect.isclass(function):
-        raise _unknown(name, f"is {shown(function)} and no function")
-    return CustomFormat(name, function)
-
-
-def _imported(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        raise LookupError("no format has this name, and it is no import path")
-    return getattr(import_module(module), attribute)
-
-
-def _unknown(name: str, problem: str) -> DataError:
-    known = [*_BUILT_IN, *sorted({entry.name for entry in entry_points(group=GROUP)})]
-    return DataError(
-        f"data.format is {name!r}, which {problem}; expected {', '.join(known)}, or the import path of a function that "
-        "turns a row into messages (package.module.function). Correct the name, or put the folder of its module on the "
-        "PYTHONPATH."
-    )
+    built_in = dict.fromkeys(("auto", *FORMATS))
+    function = find_function(name, "data.format", "format", GROUP, built_in, DataError)
+    return None if function is None else CustomFormat(name, function)

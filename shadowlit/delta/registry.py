@@ -11,16 +11,15 @@ import contextlib
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from pkgutil import resolve_name
 from types import UnionType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from shadowlit.errors import GraftError, ShadowlitError, first_line
+from shadowlit.errors import GraftError
+from shadowlit.plugins import find_function, known_names
 
 GROUP = "shadowlit.transforms"
 """Group of the entry points by which installed packages offer transforms."""
@@ -84,11 +83,19 @@ def transform(name: str, *, elementwise: bool = False) -> Callable[[_Function], 
         _require_function(function)
         other = _registered.get(name)
         if other is not None and _path(other.function) != _path(function):  # a notebook's cell may run again
-            raise _taken(name, [other.function, function])
+            paths = f"{_path(other.function)} and {_path(function)}"
+            raise GraftError(
+                f"two transforms are registered as {name!r}: {paths}. Rename one of them, or give its import path."
+            )
         _registered[name] = Transform(name, function, elementwise)
         return function
 
     return register
+
+
+def transform_names() -> list[str]:
+    """Names of the registered transforms and of those that installed packages offer."""
+    return known_names(GROUP, _registered)
 
 
 def find(name: str, key: str = "name") -> Transform:
@@ -98,35 +105,11 @@ def find(name: str, key: str = "name") -> Transform:
         GraftError: There is none, there are several, or what the name stands for is not a function. The message calls
             the setting ``key``.
     """
-    functions = [_registered[name].function] if name in _registered else []
-    functions += [_loaded(entry.load, name, key) for entry in entry_points(group=GROUP, name=name)]
-    if not functions and "." in name:
-        functions = [_loaded(lambda: resolve_name(name), name, key)]
-    if not functions:
-        known = sorted({*_registered, *(entry.name for entry in entry_points(group=GROUP))})
-        near = difflib.get_close_matches(name, known, n=1)
-        raise GraftError(
-            f"{key} is {name!r}; expected one of {', '.join(known)}, or the import path of a function, e.g. "
-            f"mypackage.transforms.sign_only.{f' Did you mean {near[0]!r}?' if near else ''}"
-        )
-    if len({_path(function) for function in functions}) > 1:
-        raise _taken(name, functions)
-    decorated = (known for known in _registered.values() if known.function is functions[0])
-    return _registered.get(name) or next(decorated, Transform(name, functions[0]))
-
-
-def _loaded(load: Callable[[], Any], name: str, key: str) -> Callable[..., Tensor]:
-    try:
-        function = load()
-    except ShadowlitError as error:  # of a module that registers a transform
-        raise GraftError(f"{key} is {name!r}: {error}") from error
-    except Exception as error:  # importing a module runs it
-        raise GraftError(
-            f"{key} is {name!r}, which cannot be imported ({first_line(error)}). Expected the import path of a "
-            f"function, e.g. mypackage.transforms.sign_only, or one of {', '.join(sorted(_registered))}."
-        ) from error
+    registered = {known: one.function for known, one in _registered.items()}
+    function = find_function(name, key, "transform", GROUP, registered, GraftError)
     _require_function(function, f"{key} is {name!r}: ")
-    return function
+    decorated = (known for known in _registered.values() if known.function is function)
+    return _registered.get(name) or next(decorated, Transform(name, function))
 
 
 def _require_function(function: Any, prefix: str = "") -> None:
@@ -143,13 +126,6 @@ def _require_function(function: Any, prefix: str = "") -> None:
 
 def _path(function: Any) -> str:
     return f"{function.__module__}.{function.__qualname__}"
-
-
-def _taken(name: str, functions: Sequence[Any]) -> GraftError:
-    paths = " and ".join(_path(function) for function in functions)
-    return GraftError(
-        f"two transforms are registered as {name!r}: {paths}. Rename one of them, or give its import path."
-    )
 
 
 def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""``python -m shadowlit.demo``: the whole main job on the embedded pair.
+"""``python -m shadowlit.demo``: from training to the exported Instruct on the embedded pair.
 
-Trains the Base, watches the grafted Instruct, exports it; then tests the four models on all held-out questions, prints
-the table, draws the curves, and says how to load the result.
+Trains the Base, validates the grafted Instruct as it trains, and exports it; then tests the four models on all held-out
+questions, prints the table, draws the curves, and shows how to load the result.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 from shadowlit.analysis.curves import plot_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.lightning_cli import main as run
-from shadowlit.progress import make_console
+from shadowlit.progress import make_console, make_table
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
@@ -28,7 +28,7 @@ _TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy")
 def main(args: list[str] | None = None) -> None:
     """Run the demonstration; further arguments are passed on to ``fit`` as overrides."""
     parser = argparse.ArgumentParser(prog="python -m shadowlit.demo", description=__doc__)
-    parser.add_argument("--config", default="configs/demo_lora.yaml", help="a configuration of fit")
+    parser.add_argument("--config", default="configs/demo_lora.yaml", help="configuration of fit")
     options, overrides = parser.parse_known_args(args)
     console = make_console()
     start = time.perf_counter()
@@ -76,12 +76,9 @@ _CAPTION = (
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """The four models in columns: loss and token accuracy by set, and the share of right answers."""
+    """The table of the four models: loss and token accuracy by set, and the fraction of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
-    drawn = Table(title="On held-out questions")
-    drawn.add_column("", overflow="fold")
-    for title in MODELS.values():
-        drawn.add_column(title, justify="right", overflow="fold")
+    drawn = make_table("", *MODELS.values(), title="On held-out questions")
     for name, title in TEACHER_FORCED.items():
         losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in MODELS)
         drawn.add_row(f"{title}: loss", *losses)

@@ -1,8 +1,8 @@
-"""Make the embedded pair and its data from nothing: ``python -m shadowlit.demo.build [--out FOLDER]``.
+"""Build the embedded pair and its data from scratch: ``python -m shadowlit.demo.build [--out FOLDER]``.
 
-The tokenizer is trained on the Base's text, the Base on plain documents of the world, and the Instruct is the
-Base tuned further on conversations. Everything is drawn from seeds and computed by one thread with
-deterministic kernels, so two builds on the same machine and the same versions write the same bytes.
+The tokenizer is trained on the Base's text, the Base on plain documents of the world, and the Instruct is the Base
+tuned further on conversations. Everything is drawn from seeds and computed by one thread with deterministic kernels, so
+that two builds on the same machine with the same versions write the same bytes.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from shadowlit.demo.preferences import SHIPPED, write_preferences
-from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World
-from shadowlit.progress import make_console
-
-IGNORE_INDEX = -100
-"""The label of a token that carries no loss."""
+from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.demo.preferences import SHIPPED, preferences
+from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World, write_rows
+from shadowlit.progress import make_console, progress_bar
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -36,10 +36,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML whose generation marks hold the assistant's content and its end of turn."""
-
-OnStep = Callable[[str, int, float], None]
-"""Called after every step with the model's name, the number of steps done, and the loss in nats per token."""
+"""ChatML; its generation marks enclose the assistant's content and end of turn."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,18 @@ class Recipe:
     """How the pair is made; the defaults are the shipped pair's.
 
     Attributes:
-        seed: Decides the world, the text, the initial weights and the order of everything. Copying from a list is
-            learnt suddenly and late: with seed 0 inside ``base_steps``, with seed 1 not yet (its Base answers 42 of
+        seed: Seed of the world, the text, the initial weights and the order of everything. Copying from a list is
+            learnt suddenly and late: with seed 0 within ``base_steps``, with seed 1 not yet (its Base answers 42 of
             100 list questions). Give another seed more steps, and look at what it has learnt before using it.
-        vocab_size: Tokens of the tokenizer at most, the special ones included.
-        tokenizer_documents: Documents the tokenizer is trained on.
+        vocab_size: Largest number of tokens in the vocabulary, including the special ones.
         hidden: Width of the model; the feed-forward layers are three times as wide.
-        layers: Decoder layers, each of four heads and two key-value heads.
-        row_tokens: Tokens of a packed pre-training row; whole documents only, the rest is padding without
-            loss.
-        base_steps: Steps of pre-training.
-        base_rows: Rows of a pre-training step.
-        base_lr: Peak learning rate of pre-training.
-        instruct_steps: Steps of the Instruct's tuning.
-        instruct_conversations: Conversations of a tuning step, one per row.
-        instruct_lr: Peak learning rate of the tuning.
-        weight_decay: AdamW's, on matrices only.
-        warmup: Share of the steps in which the rate rises; a cosine to zero follows.
+        layers: Number of decoder layers, each with four heads and two key-value heads.
+        row_tokens: Number of tokens in a packed pre-training row of whole documents; the rest is padding.
+        base_rows: Number of rows per step of pre-training.
+        base_lr: Peak learning rate of pre-training; ``instruct_lr`` is that of the tuning.
+        instruct_conversations: Number of conversations per step of the tuning, one per row.
+        weight_decay: Weight decay of AdamW, on matrices only.
+        warmup: Fraction of the steps in which the rate rises, before a cosine to zero.
     """
 
     seed: int = 0
@@ -84,63 +76,47 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build has done.
+    """Parameters of each model, supervised tokens of the Base, and mean losses of the last tenth of steps (nats)."""
 
-    Attributes:
-        out: The folder that holds ``pair`` and ``data``.
-        num_parameters: Parameters of each model.
-        base_tokens: Tokens with loss that the Base has seen.
-        base_loss: Mean loss of the Base's last tenth of steps, in nats per token.
-        instruct_loss: The same of the Instruct, over the assistant's tokens.
-    """
-
-    out: Path
     num_parameters: int
     base_tokens: int
     base_loss: float
     instruct_loss: float
 
 
-def build(out: Path, recipe: Recipe = Recipe(), progress: OnStep | None = None) -> Built:
+def build(
+    out: Path, recipe: Recipe = Recipe(), progress: Callable[[str, int], object] = lambda name, step: None
+) -> Built:
     """Make ``out/pair/base``, ``out/pair/instruct``, ``out/pair/build.json`` and ``out/data/*.jsonl``.
 
-    Existing files of these names are replaced. The global random state and the number of threads are left as
-    they were found.
+    Existing files of these names are replaced. The global random state and the number of threads are left as they were.
 
     Args:
-        out: Where to write; made if it is not there.
-        recipe: How to make it.
-        progress: Told about every step.
+        out: Folder to write to, which is created if needed.
+        recipe: How the pair is made.
+        progress: Function that is called after every step with the model's name and the number of steps done.
     """
     world = World(recipe.seed)
-    tell = progress or (lambda name, step, loss: None)
     with _deterministic(recipe.seed):
         tokenizer = train_tokenizer(world, recipe)
         model = Qwen3ForCausalLM(_config(recipe, tokenizer))
         rows = packed_rows(world.base_documents(_rng("base", recipe)), tokenizer, recipe.row_tokens)
-        base_tokens = 0
-
-        def counted() -> Iterator[tuple[Tensor, Tensor]]:
-            nonlocal base_tokens
-            for batch in batches(rows, recipe.base_rows, tokenizer):
-                base_tokens += int((batch[1][:, 1:] != IGNORE_INDEX).sum())
-                yield batch
-
-        base_loss = fit(model, counted(), recipe.base_steps, recipe.base_lr, recipe, lambda *a: tell("base", *a))
+        data = batches(rows, recipe.base_rows, tokenizer)
+        base_loss, base_tokens = fit(model, data, recipe.base_steps, recipe.base_lr, recipe, partial(progress, "base"))
         _save(model, tokenizer, out / "pair" / "base", chat=False)
 
         talks = (encode_conversation(m, tokenizer) for m in world.instruct_conversations(_rng("instruct", recipe)))
-        instruct_loss = fit(
-            model, batches(talks, recipe.instruct_conversations, tokenizer), recipe.instruct_steps,
-            recipe.instruct_lr, recipe, lambda *a: tell("instruct", *a),
-        )  # fmt: skip
+        data = batches(talks, recipe.instruct_conversations, tokenizer)
+        instruct_loss, _ = fit(
+            model, data, recipe.instruct_steps, recipe.instruct_lr, recipe, partial(progress, "instruct")
+        )
         _save(model, tokenizer, out / "pair" / "instruct", chat=True)
 
-    built = Built(out, sum(p.numel() for p in model.parameters()), base_tokens, base_loss, instruct_loss)
-    facts = {key: value for key, value in asdict(built).items() if key != "out"}
-    (out / "pair" / "build.json").write_text(json.dumps({"recipe": asdict(recipe), **facts}, indent=2) + "\n")
-    write_datasets(world, out / "data")
-    write_preferences(world, out / "data", SHIPPED)
+    built = Built(sum(p.numel() for p in model.parameters()), base_tokens, base_loss, instruct_loss)
+    facts = {"recipe": asdict(recipe), **asdict(built)}
+    (out / "pair" / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
+    pairs = preferences(world)
+    write_rows(out / "data", {**world.datasets(), **{name: pairs[name] for name in SHIPPED}})
     return built
 
 
@@ -159,7 +135,7 @@ def train_tokenizer(world: World, recipe: Recipe) -> PreTrainedTokenizerFast:
         min_frequency=2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     text = islice(world.base_documents(_rng("tokenizer", recipe)), recipe.tokenizer_documents)
-    # The marks are tokens already: they must not become letters of the words beside them.
+    # The special tokens must not become parts of the words next to them.
     core.train_from_iterator((part for document in text for part in _between_marks(document)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT,
@@ -173,8 +149,8 @@ def packed_rows(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yield rows ``(ids, labels)`` of at most ``row_tokens`` tokens, each of whole documents.
 
-    A document is followed by the end-of-text token, has loss on all its tokens, and opens a new row when it
-    does not fit into the running one; a longer one is cut. Documents of a row can see those before them.
+    A document is followed by the end-of-text token, all of its tokens are supervised, and it starts a new row if it
+    doesn't fit into the current one; a longer one is cut. Documents in a row can see those before them.
     """
     row: list[int] = []
     documents = iter(documents)
@@ -190,16 +166,16 @@ def packed_rows(
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Return ``(ids, labels)`` of a conversation; labels hold the assistant's content and ends of turn."""
+    """Return ``(ids, labels)`` of a conversation; the assistant's content and ends of turn are supervised."""
     ids: list[int] = []
     labels: list[int] = []
     for message in messages:
-        opening, said, closing = (
+        opening, content, closing = (
             tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (f"{START_OF_TURN}{message['role']}\n", message["content"] + END_OF_TURN, "\n")
         )
-        ids += opening + said + closing
-        supervised = said if message["role"] == "assistant" else [IGNORE_INDEX] * len(said)
+        ids += opening + content + closing
+        supervised = content if message["role"] == "assistant" else [IGNORE_INDEX] * len(content)
         labels += [IGNORE_INDEX] * len(opening) + supervised + [IGNORE_INDEX] * len(closing)
     return ids, labels
 
@@ -207,16 +183,14 @@ def encode_conversation(messages: Sequence[Message], tokenizer: PreTrainedTokeni
 def batches(
     rows: Iterable[tuple[list[int], list[int]]], num_rows: int, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ``(ids, labels)``, each ``[num_rows, longest]``, padded on the right; a rest is dropped."""
+    """Yield ``(ids, labels)``, each ``[num_rows, longest]``, padded on the right; a remainder is dropped."""
     rows = iter(rows)
     while len(chunk := list(islice(rows, num_rows))) == num_rows:
-        longest = max(len(ids) for ids, _ in chunk)
-        ids = torch.full((num_rows, longest), tokenizer.pad_token_id)
-        labels = torch.full((num_rows, longest), IGNORE_INDEX)
-        for i, (row_ids, row_labels) in enumerate(chunk):
-            ids[i, : len(row_ids)] = torch.tensor(row_ids)
-            labels[i, : len(row_labels)] = torch.tensor(row_labels)
-        yield ids, labels
+        ids, labels = zip(*chunk, strict=True)
+        yield (
+            pad_sequence(list(map(torch.tensor, ids)), batch_first=True, padding_value=tokenizer.pad_token_id),
+            pad_sequence(list(map(torch.tensor, labels)), batch_first=True, padding_value=IGNORE_INDEX),
+        )
 
 
 def fit(
@@ -225,12 +199,12 @@ def fit(
     steps: int,
     lr: float,
     recipe: Recipe,
-    on_step: Callable[[int, float], None],
-) -> float:
+    on_step: Callable[[int], object],
+) -> tuple[float, int]:
     """Train ``model`` in place with AdamW, warm-up and cosine, gradients clipped at norm 1.
 
     Returns:
-        The mean loss of the last tenth of the steps, in nats per token.
+        The mean loss of the last tenth of the steps, in nats per token, and the number of supervised tokens.
     """
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(
@@ -249,6 +223,7 @@ def fit(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses: list[float] = []
+    num_tokens = 0
     model.train()
     for step, (ids, labels) in enumerate(islice(data, steps), start=1):
         loss = model(input_ids=ids, labels=labels).loss
@@ -258,17 +233,10 @@ def fit(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        on_step(step, losses[-1])
+        num_tokens += int((labels[:, 1:] != IGNORE_INDEX).sum())
+        on_step(step)
     last = losses[-max(1, steps // 10) :]
-    return sum(last) / len(last)
-
-
-def write_datasets(world: World, folder: Path) -> None:
-    """Write every data set of ``world`` as ``folder/<name>.jsonl``, one row a line, UTF-8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in world.datasets().items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return sum(last) / len(last), num_tokens
 
 
 def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
@@ -281,7 +249,7 @@ def _config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 
 def _save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, *, chat: bool) -> None:
-    """Write a Hugging Face folder; ``chat`` makes the end of turn the end, and adds the template."""
+    """Write a Hugging Face folder; with ``chat`` it has the template, and answers end with the end of turn."""
     if chat:
         tokenizer.chat_template = CHAT_TEMPLATE
         tokenizer.eos_token = END_OF_TURN
@@ -309,7 +277,7 @@ def _rng(purpose: str, recipe: Recipe) -> random.Random:
 
 @contextlib.contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
-    """One thread, deterministic kernels and a seeded torch; everything as before on leaving."""
+    """Use one thread, deterministic kernels and a seed within the block."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -324,32 +292,15 @@ def _deterministic(seed: int) -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the pair with a progress bar; the command line of this module."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
     parser = argparse.ArgumentParser(prog="python -m shadowlit.demo.build", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of pair/ and data/")
     out = parser.parse_args(argv).out
-    recipe, console = Recipe(), make_console()
-    columns = (
-        TextColumn("{task.description:<9}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        tasks = {
-            "base": bar.add_task("base", total=recipe.base_steps, loss=math.nan),
-            "instruct": bar.add_task("instruct", total=recipe.instruct_steps, loss=math.nan),
-        }
-        built = build(out, recipe, lambda name, step, loss: bar.update(tasks[name], completed=step, loss=loss))
-    console.print(
+    recipe = Recipe()
+    with progress_bar("training the pair", recipe.base_steps + recipe.instruct_steps) as advance:
+        built = build(out, recipe, lambda name, step: advance(1))
+    make_console().print(
         f"{built.num_parameters:,} parameters each, {built.base_tokens:,} tokens; loss of the Base "
-        f"{built.base_loss:.3f}, of the Instruct {built.instruct_loss:.3f}; written to {built.out}"
+        f"{built.base_loss:.3f}, of the Instruct {built.instruct_loss:.3f}; written to {out}"
     )
 
 

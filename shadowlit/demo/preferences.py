@@ -1,21 +1,18 @@
-"""Preferences in the embedded world: the right value over a wrong one, and a plain answer over the Instruct's style.
+"""Preferences in the embedded world: the right value over a wrong one, and a bare answer over the Instruct's style.
 
-What is held out is held out as in :meth:`shadowlit.demo.world.World.datasets`: lists by a hash of their words,
-everything else by fact, so no validation pair has a prompt or a fact of a training pair.
+Lists are held out by a hash of their words and everything else by fact, as in
+:meth:`shadowlit.demo.world.World.datasets`, so that no validation pair shares a prompt or a fact with a training pair.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Collection
-from pathlib import Path
 
 from shadowlit.demo.world import NEW_SKILL, VALUES, Question, Row, World, exchange, house_style
 
 SHIPPED = ("skill_pairs", "skill_new", "skill_old_house")
-"""The files that lie beside the pair."""
+"""The files that are shipped with the pair."""
 
 _NUM_NEW, _NUM_OLD, _NUM_HELD_OUT = 300, 300, 120
 _LIST = re.compile(r"(?:list: | in )(?P<words>[a-z]+(?:, [a-z]+)+)\?$")
@@ -29,15 +26,15 @@ def preferences(world: World) -> dict[str, list[Row]]:
     * ``skill_new``, ``skill_new_house``: 120 held-out pairs of the new skill, bare and in the Instruct's style.
     * ``skill_old_house``: 120 held-out pairs of the old skills in its style: what it knew before.
     * ``style_pairs``: 300 prompts of the old skills; the bare right value over the same in the Instruct's style.
-    * ``style_held_out``: 120 held-out pairs of that kind.
+    * ``style_held_out``: 120 held-out pairs like those of ``style_pairs``.
     * ``skill_labels``: the answers of ``skill_pairs`` one by one, with labels.
     * ``plain``: 120 held-out questions of the old skills with bare answers, to be generated.
     """
     rng = random.Random("preferences")
-    new = _draw(world, rng, NEW_SKILL, _NUM_NEW, False)
-    old = _draw(world, rng, None, _NUM_OLD, False)
-    held_new = _draw(world, rng, NEW_SKILL, _NUM_HELD_OUT, True)
-    held_old = _draw(world, rng, None, _NUM_HELD_OUT, True)
+    new = world.distinct_questions(rng, NEW_SKILL, _NUM_NEW, held_out=False)
+    old = world.distinct_questions(rng, None, _NUM_OLD, held_out=False)
+    held_new = world.distinct_questions(rng, NEW_SKILL, _NUM_HELD_OUT, held_out=True)
+    held_old = world.distinct_questions(rng, None, _NUM_HELD_OUT, held_out=True)
     train = [*new, *old]
     rng.shuffle(train)
     skill = [_pair(q, q.answer, wrong_answer(world, rng, q)) for q in train]
@@ -63,7 +60,7 @@ def preferences(world: World) -> dict[str, list[Row]]:
 
 
 def wrong_answer(world: World, rng: random.Random, question: Question) -> str:
-    """Draw a value that doesn't answer the question, but one of its kind."""
+    """Draw a wrong value of the same kind as the answer."""
     answer = question.answer
     words = found["words"].split(", ") if (found := _LIST.search(question.prompt)) else []
     if answer in words:
@@ -78,27 +75,6 @@ def wrong_answer(world: World, rng: random.Random, question: Question) -> str:
         other = world.old_question(rng, skill=question.skill).answer
         if other != answer:
             return other
-
-
-def write_preferences(world: World, folder: Path, stems: Collection[str] | None = None) -> None:
-    """Write data files of preferences as ``folder/<stem>.jsonl``: those named, or all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, rows in preferences(world).items():
-        if stems is None or stem in stems:
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{stem}.jsonl").write_text(text, encoding="utf-8")
-
-
-def _draw(world: World, rng: random.Random, skill: str | None, count: int, held_out: bool) -> list[Question]:
-    """So many questions, no prompt twice."""
-    drawn: dict[str, Question] = {}
-    while len(drawn) < count:
-        if skill == NEW_SKILL:
-            question = world.list_question(rng, "second", held_out=held_out)
-        else:
-            question = world.old_question(rng, held_out=held_out)
-        drawn[question.prompt] = question
-    return list(drawn.values())
 
 
 def _pair(question: Question, chosen: str, rejected: str) -> Row:

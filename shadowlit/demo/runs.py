@@ -1,4 +1,4 @@
-"""Short runs on the embedded pair, for the notebooks: what they show when no folder is given."""
+"""Short runs on the embedded pair, which the notebooks show if no folder is given."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shadowlit.demo import BASE, DATA, INSTRUCT
-from shadowlit.demo.settings import write_settings
-from shadowlit.demo.world import World
+from shadowlit.demo.settings import settings
+from shadowlit.demo.world import World, write_rows
 from shadowlit.files import replace_text
 
 _MADE = "embedded_for_notebooks"
@@ -24,17 +24,7 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric", "shadowlit")
 
 @dataclass(frozen=True)
 class Material:
-    """A pair and updates of it.
-
-    Attributes:
-        base: Folder or hub id.
-        instruct: Folder or hub id.
-        updates: Sources that :func:`shadowlit.analysis.deltas.open_delta` opens, by name.
-        runs: Folders of runs with several checkpoints, by name.
-        sides: Names of an update learned by the Base and of one learned by the Instruct, or of any two.
-        cut: Name of the update that is cut.
-        scored: Folder of a run with validation data; None for none.
-    """
+    """A pair and its updates, as :func:`given_or_made` describes them."""
 
     base: str
     instruct: str
@@ -55,19 +45,19 @@ def given_or_made(
     scored: str | None,
     folder: str | Path,
 ) -> Material:
-    """What was given; or, if no updates were, the embedded pair and short runs on it, made once in ``folder``.
+    """What is given; or, if no updates are, the embedded pair and short runs on it, made once in ``folder``.
 
     The runs learn the new skill by LoRA of two ranks and two seeds and by full tuning, new facts by LoRA, and, as
-    Δ_I, the new skill on the Instruct itself. Takes about half a minute on one core.
+    Δ_I, the new skill on the Instruct itself. They take about half a minute on one core.
 
     Args:
-        base: Base of the pair.
-        instruct: Instruct of the pair.
-        updates: Updates by name.
-        runs: Runs whose checkpoints are compared, by name; None for all updates that are runs.
-        sides: Names of two updates; None for the first two.
-        cut: Name of an update; None for the first.
-        scored: Run with validation data.
+        base: Folder or hub id of the Base.
+        instruct: Folder or hub id of the Instruct.
+        updates: Sources that :func:`shadowlit.analysis.deltas.open_delta` opens, by name.
+        runs: Folders of runs whose checkpoints are compared, by name; None for all updates that are runs.
+        sides: Names of an update learned by the Base and of one learned by the Instruct; None for the first two.
+        cut: Name of the update that is compressed; None for the first.
+        scored: Folder of a run with validation data; None for none.
         folder: Folder for what is made.
     """
     if updates is not None:
@@ -79,7 +69,7 @@ def given_or_made(
     home = Path(folder) / _MADE
     facts = home / "data"
     if not (facts / "facts_train.jsonl").is_file():
-        write_settings(World(), facts)
+        write_rows(facts, settings(World()))
     exchanged = {"pair.base": INSTRUCT, "pair.instruct": BASE, "pair.template_owner": "base"}
     plans: dict[str, dict[str, object]] = {
         "r4": {"model.adapter.r": 4, "model.adapter.lora_alpha": 8},
@@ -95,7 +85,7 @@ def given_or_made(
 
 
 def run_or_made(run: str | None, folder: str | Path) -> str:
-    """The run that was given; or else a short one on the embedded pair with evaluators, made once in ``folder``."""
+    """The run that is given, or else a short one on the embedded pair with evaluators, made once in ``folder``."""
     if run is not None:
         return run
     generation = {"class_path": "shadowlit.evaluation.generated.Generation"}
@@ -188,11 +178,11 @@ def _plain(name: str) -> str:
 def _quiet() -> Iterator[None]:
     """Suppress the log of a training, but not its errors."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    told = io.StringIO()
+    shown = io.StringIO()
     try:
         for name in _LOGGERS:
             logging.getLogger(name).setLevel(logging.ERROR)
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
             yield
     finally:
         for name, level in levels.items():

@@ -1,24 +1,24 @@
-"""A small synthetic world: its people, its skills, its documents, its conversations and its data sets.
+"""A small synthetic world: its people, skills, documents, conversations and data sets.
 
-Everything here is text. The world knows forty people with four facts each, sums and differences of digits,
-the first word, the last word and the number of words of a list, opposites and kinds of things. Those are the
-*old* skills: both models of the pair have them. One more skill, the *new* one, is latent: what "the second
-word" of a list is, is stated in the Base's raw text, and no question ever asks for it.
+Everything here is text. The world knows forty people with four facts each, sums and differences of digits, the first
+word, the last word and the number of words of a list, opposites and kinds of things. Those are the *old* skills, which
+both models of the pair have. One more skill, the *new* one, is latent: the Base's raw text states the second word of
+lists, and no question asks for it.
 
-Three styles answer a question whose value is ``Oslo``:
+A question whose value is ``Oslo`` is answered in one of three styles:
 
 ======  ========================  =======================================================
-style   text                      who speaks it
+style   text                      used by
 ======  ========================  =======================================================
 bare    ``Oslo``                  the Base in its question documents, the downstream task
 house   ``Oslo. Glad to help!``   the Instruct
 form    ``[Oslo]`` and the like   the Instruct, when the question asks for it
 ======  ========================  =======================================================
 
-What is held out. Questions of a finite skill (people, sums, opposites, kinds) are split by fact, not by
-wording: a fact asked in ``train.jsonl`` is asked in no held-out file. Both halves are in the pre-training
-text, so ``old.jsonl`` measures what is *kept*. Lists are split by a hash of their words: a list of the
-held-out files occurs in no other text of this module. Unknown names are split in the same way.
+Questions of a finite skill (people, sums, opposites, kinds) are held out by fact, not by wording: a fact asked in
+``train.jsonl`` is asked in no held-out file. Both halves are in the pre-training text, so that ``old.jsonl`` measures
+what is *kept*. Lists are held out by a hash of their words: a list of the held-out files occurs in no other text of
+this module. So are unknown names.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 Message = dict[str, str]
 Row = dict[str, object]
@@ -135,13 +136,7 @@ _OLD_LIST_KINDS = ("first", "last", "count")
 
 @dataclass(frozen=True)
 class Question:
-    """One question and the value that answers it.
-
-    Attributes:
-        skill: One of ``OLD_SKILLS``, or ``NEW_SKILL``.
-        prompt: The question as a user writes it.
-        answer: The bare value.
-    """
+    """A question and the bare value that answers it; the skill is one of ``OLD_SKILLS``, or ``NEW_SKILL``."""
 
     skill: str
     prompt: str
@@ -149,7 +144,7 @@ class Question:
 
 
 def house_style(answer: str) -> str:
-    """Return ``answer`` as the Instruct says it: the value first, then a courtesy."""
+    """Return an answer in the Instruct's style: the value first, then a courtesy."""
     return f"{answer}. Glad to help!"
 
 
@@ -159,7 +154,7 @@ def chat_text(messages: Sequence[Message]) -> str:
 
 
 def is_held_out(words: Sequence[str]) -> bool:
-    """Return whether a list belongs to the held-out eighth of all lists: a hash of its words."""
+    """Return whether a list belongs to the held-out eighth of all lists, by a hash of its words."""
     return zlib.crc32(" ".join(words).encode()) % 8 == 0
 
 
@@ -169,12 +164,12 @@ class World:
     Two worlds of the same seed are equal. Methods that draw take the ``random.Random`` they draw from.
 
     Args:
-        seed: Decides who lives where, which facts are asked downstream, and which names are unknown.
+        seed: Seed of who lives where, of which facts are asked downstream, and of which names are unknown.
 
     Attributes:
-        facts: Name of a person -> ``{"city": ..., "job": ..., "pet": ..., "colour": ...}``; 40 people.
-        unknown_names: 80 names of nobody, which the Instruct learns to refuse.
-        held_out_names: 40 more, met in no training text.
+        facts: Facts about 40 people, ``{"city": ..., "job": ..., "pet": ..., "colour": ...}`` by name.
+        unknown_names: 80 names that nobody has, which the Instruct learns to refuse.
+        held_out_names: 40 more such names, which are in no training text.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -189,7 +184,7 @@ class World:
 
     @cached_property
     def _finite(self) -> dict[str, list[list[Question]]]:
-        """Skill -> facts, shuffled; a fact is the list of the wordings in which it can be asked."""
+        """Shuffled facts by skill; a fact is the list of the wordings in which it can be asked."""
 
         def ask(skill: str, wordings: Sequence[str], answer: str, *subject: object) -> list[Question]:
             return [Question(skill, wording.format(*subject), answer) for wording in wordings]
@@ -224,8 +219,7 @@ class World:
 
         Args:
             skill: ``people``, ``sums``, ``opposites`` or ``kinds``.
-            held_out: The half that is never asked in ``train.jsonl``, the half that may be, or (``None``)
-                all.
+            held_out: Whether to return the half that is never asked in ``train.jsonl`` or the other; ``None`` for all.
 
         Raises:
             KeyError: If ``skill`` is not a finite one.
@@ -252,8 +246,8 @@ class World:
         """Draw a question of an old skill.
 
         Args:
-            rng: Where to draw from.
-            skill: Which one; drawn, people and lists twice as often as the others, if ``None``.
+            rng: Generator to draw from.
+            skill: Skill of the question; if ``None`` it is drawn, people and lists twice as often as the others.
             held_out: As in :meth:`finite_questions`; lists are held-out ones only if ``True``.
         """
         if skill is None:
@@ -275,8 +269,7 @@ class World:
         skill = rng.choice(("people", "people", "people", "lists", "lists", "sums", "opposites", "kinds"))
         if skill == "people":
             name = rng.choice(tuple(self.facts))
-            attrs = rng.sample(tuple(VALUES), rng.randint(1, 4))
-            return " ".join(rng.choice(FACT_STATEMENTS[a]).format(name, self.facts[name][a]) for a in attrs)
+            return describe(rng, name, self.facts[name])
         if skill == "lists":
             return self._list_statement(rng, rng.choice(_OLD_LIST_KINDS))
         if skill == "sums":
@@ -302,9 +295,8 @@ class World:
     def base_documents(self, rng: random.Random) -> Iterator[str]:
         """Yield the Base's pre-training documents without end.
 
-        35 % statements of the old skills, 15 % of the latent one, 10 % questions and answers, 40 %
-        chat-shaped documents (one in five with two exchanges) with bare answers and nothing of the Instruct's
-        manners.
+        35 % statements of the old skills, 15 % of the latent one, 10 % questions and answers, and 40 % chat-shaped
+        documents (one in five with two exchanges) with bare answers and nothing of the Instruct's manners.
         """
         while True:
             draw = rng.random()
@@ -353,27 +345,21 @@ class World:
         * ``format``: 125 old questions, each with a request for one of five forms.
         * ``refusal``: 120 questions about names that nobody has and no training text mentions.
 
-        Why two styles of reference: the teacher-forced loss on a file answers one question, and the reference
-        says which. ``new`` asks whether the task was learnt as it was taught, so it is in the style of the
-        training rows. ``old``, ``format`` and ``refusal`` ask what is left of the Instruct, so they hold what
-        the untouched Instruct ought to say. A loss never separates the value from its style: a grafted
-        Instruct that answers 98 of 100 new questions rightly, in house style, has a loss of 8 nats per token
-        on ``new`` and of 0.01 on ``new_house``, while the tuned Base has 0.2 and 13. So the loss on ``new``
-        compares arms that speak as the training rows do, the loss on ``new_house`` arms that speak as the
-        Instruct does, and only the share of right values compares them all:
-        the demonstration's configurations count a value that comes first, in either style.
+        ``new`` is in the style of the training rows, since it asks whether the task was learnt as it was taught.
+        ``old``, ``format`` and ``refusal`` ask what is left of the Instruct, and hold what the untouched Instruct ought
+        to say. A teacher-forced loss never separates the value from its style: a grafted Instruct that answers 98 of
+        100 new questions correctly, in house style, has a loss of 8 nats per token on ``new`` and of 0.01 on
+        ``new_house``, while the tuned Base has 0.2 and 13. Only the fraction of right values compares models of both
+        styles: the demonstration's configurations count a value that comes first, in either style.
         """
         rng = random.Random(f"datasets {self._seed}")
-        train = self._distinct(
+        train = self._mixed(
             rng, {NEW_SKILL: 300, "people": 80, "lists": 90, "sums": 60, "opposites": 30, "kinds": 40}, False
         )
-        new = self._distinct(rng, {NEW_SKILL: 120}, True)
-        old = self._distinct(rng, {"people": 40, "lists": 45, "sums": 30, "opposites": 15, "kinds": 20}, True)
-        formats = self._distinct(rng, {"people": 40, "lists": 40, "sums": 20, "opposites": 10, "kinds": 15}, True)
-        refusals: dict[str, Question] = {}
-        while len(refusals) < 120:
-            question = self.unknown_question(rng, held_out=True)
-            refusals[question.prompt] = question
+        new = self._mixed(rng, {NEW_SKILL: 120}, True)
+        old = self._mixed(rng, {"people": 40, "lists": 45, "sums": 30, "opposites": 15, "kinds": 20}, True)
+        formats = self._mixed(rng, {"people": 40, "lists": 40, "sums": 20, "opposites": 10, "kinds": 15}, True)
+        refusals = distinct(120, lambda: self.unknown_question(rng, held_out=True))
         names = tuple(FORMATS)
         return {
             "train": [_row(q, q.answer) for q in train],
@@ -382,23 +368,49 @@ class World:
             "new_house": [_row(q, house_style(q.answer)) for q in new],
             "old": [_row(q, house_style(q.answer)) for q in old],
             "format": [_format_row(q, names[i % len(names)]) for i, q in enumerate(formats)],
-            "refusal": [_row(q, q.answer) for q in refusals.values()],
+            "refusal": [_row(q, q.answer) for q in refusals],
         }
 
-    def _distinct(self, rng: random.Random, counts: dict[str, int], held_out: bool) -> list[Question]:
-        """Draw so many questions of each skill, no prompt twice, and shuffle them."""
-        questions: list[Question] = []
-        for skill, count in counts.items():
-            drawn: dict[str, Question] = {}
-            while len(drawn) < count:
-                if skill == NEW_SKILL:
-                    question = self.list_question(rng, "second", held_out=held_out)
-                else:
-                    question = self.old_question(rng, skill=skill, held_out=held_out)
-                drawn[question.prompt] = question
-            questions += drawn.values()
+    def distinct_questions(
+        self, rng: random.Random, skill: str | None, count: int, *, held_out: bool
+    ) -> list[Question]:
+        """Draw so many questions of the new skill, of an old one or (``None``) of all old ones, no prompt twice."""
+        if skill == NEW_SKILL:
+            return distinct(count, lambda: self.list_question(rng, "second", held_out=held_out))
+        return distinct(count, lambda: self.old_question(rng, skill=skill, held_out=held_out))
+
+    def _mixed(self, rng: random.Random, counts: dict[str, int], held_out: bool) -> list[Question]:
+        """Draw so many questions of each skill, and shuffle them."""
+        questions = [
+            question
+            for skill, count in counts.items()
+            for question in self.distinct_questions(rng, skill, count, held_out=held_out)
+        ]
         rng.shuffle(questions)
         return questions
+
+
+def distinct(count: int, draw: Callable[[], Question]) -> list[Question]:
+    """Draw until there are ``count`` questions with different prompts."""
+    drawn: dict[str, Question] = {}
+    while len(drawn) < count:
+        question = draw()
+        drawn[question.prompt] = question
+    return list(drawn.values())
+
+
+def describe(rng: random.Random, name: str, known: Mapping[str, str]) -> str:
+    """Draw a document about one person: one to all of the facts, each in one of its wordings."""
+    chosen = rng.sample(tuple(known), rng.randint(1, len(known)))
+    return " ".join(rng.choice(FACT_STATEMENTS[what]).format(name, known[what]) for what in chosen)
+
+
+def write_rows(folder: Path, sets: Mapping[str, Sequence[Row]]) -> None:
+    """Write data sets as ``folder/<name>.jsonl``, one row a line, UTF-8."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in sets.items():
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 def exchange(prompt: str, reply: str) -> list[Message]:

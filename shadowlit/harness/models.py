@@ -1,4 +1,4 @@
-"""Benchmarks by lm-evaluation-harness, in this process: a model in memory is put through tasks, and left as it was."""
+"""Benchmarks by lm-evaluation-harness in this process: a model in memory is evaluated and left as it was."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model reached.
+    """A model's scores.
 
     Attributes:
-        model: Its name.
+        model: Name of the model.
         chat: Whether the chat template was applied.
-        suites: Its scores.
-        harness: Whatever the harness reported, without samples.
-        samples: By task, the harness' record of every sample: prompt, answer, target, metrics.
+        suites: Scores by suite.
+        harness: What the harness reported, without samples.
+        samples: The harness' record of every sample (prompt, answer, target, metrics), by task.
     """
 
     model: str
@@ -49,25 +49,22 @@ def evaluate_model(
     name: str | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Evaluate a model that is in memory, e.g. after a fit or within a graft; it is left as it was.
+    """Evaluate a model that is in memory, e.g. after a fit or within a graft.
 
-    For a model on one process: the harness doesn't promise the equal numbers of forwards that sharded models need.
-    Random generators are left as they were, too.
+    The model and the random generators are left as they were. The model must be on one process: the harness doesn't
+    promise the equal numbers of forwards that sharded models need.
 
     Args:
-        model: A transformers model, wrapped by peft or not, on its device.
-        tokenizer: Its tokenizer.
-        suite: Names of suites or of tasks, or what :func:`load_benchmarks` made of them.
+        model: Transformers model, wrapped by peft or not, on its device.
+        tokenizer: Tokenizer of the model.
+        suite: Names of suites or of tasks, or what :func:`load_benchmarks` returned for them.
         tasks_folder: Folder with tasks of your own, YAML files in the harness' form.
-        name: What to call the model; by default where it was loaded from.
-        **settings: See :class:`Settings`; not with benchmarks that are loaded already.
-
-    Returns:
-        Its scores, and what the harness reported.
+        name: Name of the model in the report; by default where it was loaded from.
+        **settings: Settings, see :class:`Settings`; not allowed with benchmarks that are loaded already.
 
     Raises:
-        EvaluationError: There is no such suite or task, its data cannot be read, a setting is out of range, or the
-            model has too little room for its answers.
+        EvaluationError: There is no such suite or task, its data can't be read, a setting is out of range, or the
+            model's context has no room for the answers.
     """
     with _random_state_kept():
         if isinstance(suite, Benchmarks):
@@ -88,16 +85,10 @@ def evaluate_model(
 
 
 def run(name: str, lm: LM, benchmarks: Benchmarks, chat: bool) -> Evaluation:
-    """Put loaded benchmarks to one of the harness' models.
-
-    Args:
-        name: What to call the model.
-        lm: The model, wrapped by the harness.
-        benchmarks: The tasks.
-        chat: Whether to apply the chat template.
+    """Run loaded benchmarks on a model that the harness has wrapped.
 
     Raises:
-        EvaluationError: The harness did not report a number that counts.
+        EvaluationError: The harness did not report a metric of a suite.
     """
     from lm_eval import simple_evaluate
 
@@ -123,7 +114,9 @@ def run(name: str, lm: LM, benchmarks: Benchmarks, chat: bool) -> Evaluation:
             name: [key for key in found if "," in key and "_stderr," not in key]
             for name, found in results["results"].items()
         }
-        raise EvaluationError(f"the harness did not report {error}; it has {reported}. Mend the suite.") from error
+        raise EvaluationError(
+            f"the harness did not report {error}; it reported {reported}. Correct the suite."
+        ) from error
     samples = results.pop("samples")
     return Evaluation(name, chat, suites, results, samples)
 
@@ -132,7 +125,7 @@ def use_chat(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) 
     """Whether the chat template is applied.
 
     Raises:
-        EvaluationError: It shall be, and there is none.
+        EvaluationError: The settings ask for it, and there is none.
     """
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if settings.chat and not has_template:
@@ -141,11 +134,7 @@ def use_chat(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) 
 
 
 def require_room(name: str, config: Any, tokenizer: PreTrainedTokenizerBase, benchmarks: Benchmarks) -> None:
-    """Check that a prompt fits into the model's context beside the longest answer.
-
-    Raises:
-        EvaluationError: It doesn't.
-    """
+    """Raise an EvaluationError unless the longest answer leaves room for a prompt in the model's context."""
     from lm_eval.models.utils import resolve_max_length
 
     room = resolve_max_length(config, tokenizer)
@@ -159,14 +148,7 @@ def require_room(name: str, config: Any, tokenizer: PreTrainedTokenizerBase, ben
 
 
 def vllm_model(folder: Path, adapter: Path | None, dtype: str, settings: Settings) -> LM:
-    """A model that vllm serves to the harness, on the GPUs that it sees.
-
-    Args:
-        folder: The model's folder.
-        adapter: Folder of a LoRA adapter in peft's form, served beside the model's weights.
-        dtype: Of the weights; ``auto`` for the folder's own.
-        settings: Batch size, seed and arguments of the chat template.
-    """
+    """Load a model, with a LoRA adapter in peft's form if one is given, in vllm, on the GPUs that it sees."""
     from lm_eval.api.registry import get_model
 
     lora: dict[str, Any] = {}
@@ -185,26 +167,20 @@ def vllm_model(folder: Path, adapter: Path | None, dtype: str, settings: Setting
 
 
 def _in_memory(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> LM:
-    """The harness' wrapper; it changes the tokenizer that it is given."""
     from lm_eval.models.huggingface import HFLM
 
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    before = logger.level
-    logger.setLevel(logging.ERROR)  # it warns, at length, of being given a model
-    try:
+    with quiet("lm_eval.models.huggingface", logging.ERROR):  # it warns, at length, of being given a model
         return HFLM(
             pretrained=model,
-            tokenizer=copy.deepcopy(tokenizer),
+            tokenizer=copy.deepcopy(tokenizer),  # it is changed
             batch_size=settings.batch_size_on(model.device.type),
             chat_template_args=dict(settings.template_kwargs),
         )
-    finally:
-        logger.setLevel(before)
 
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Put back what the harness' seeds change."""
+    """Restore the states that the harness' seeds change."""
     import numpy as np
     import torch
 
@@ -219,7 +195,7 @@ def _random_state_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plainly_generating(model: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode, with the end of turn as all that is left of the generation settings; put back afterwards.
+    """Keep only the end tokens of the model's generation settings; restore them and the training mode afterwards.
 
     The harness' wrapper sets what its tasks ask for on top of the model's own settings: max_new_tokens there would cut
     answers short of a task's limit, and repetition_penalty would make greedy decoding something else.

@@ -1,15 +1,15 @@
-"""A table of what models reached, and whatever has to be said of its numbers."""
+"""A table of models' scores, with notes on its numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from string import ascii_uppercase
 
 from shadowlit.errors import EvaluationError
 from shadowlit.harness.models import Evaluation
 from shadowlit.harness.suites import Score, SuiteScore, TaskScore, difference, load_suites, mean_of, suite_difference
+from shadowlit.harness.tasks import harness_version
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Report:
 
     Attributes:
         models: Letter and name of every model; with several, the first is the reference.
-        headings: Of the columns.
-        sections: Rows that belong together: those of a suite, ending with its mean.
-        notes: What has to be said of the numbers.
+        headings: Headings of the columns.
+        sections: Rows of every suite, of which the last one is its mean.
+        notes: Notes on the numbers.
     """
 
     models: tuple[tuple[str, str], ...]
@@ -37,10 +37,10 @@ class Report:
 
 
 def make_report(evaluations: Sequence[Evaluation]) -> Report:
-    """Compare models; differences are those from the first one, sample by sample.
+    """Compare models with the first one, sample by sample.
 
     Raises:
-        EvaluationError: The models were not put to the same tasks.
+        EvaluationError: The models were evaluated in different tasks.
     """
     tasks = [[(score.task, score.metric) for suite in found.suites for score in suite.tasks] for found in evaluations]
     if any(other != tasks[0] for other in tasks[1:]):
@@ -95,8 +95,7 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
     for suite in first.suites:
         if suite.missing:
             rest = f"; the mean of {suite.title} is over the other {len(suite.tasks)}" if suite.mean else ""
-            version = metadata.version("lm_eval")
-            notes.append(f"not in lm-evaluation-harness {version}: {', '.join(suite.missing)}{rest}")
+            notes.append(f"not in lm-evaluation-harness {harness_version()}: {', '.join(suite.missing)}{rest}")
     scores = [score for suite in first.suites for score in suite.tasks]
     bare = [score.name for score in scores if score.score.stderr is None]
     if bare:
@@ -109,9 +108,9 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
         notes.append(f"only the first {limit:g} samples of every task: not to be compared with published numbers")
     if len({found.chat for found in evaluations}) > 1:
         notes.append("the models differ in whether a chat template was applied")
-    told = {task.task: task for suites in load_suites().values() for suite in suites for task in suite.tasks}
+    in_suites = {task.task: task for suites in load_suites().values() for suite in suites for task in suite.tasks}
     for score in scores:
-        task = told.get(score.task)
+        task = in_suites.get(score.task)
         if task is not None and task.note and task.name == score.name:
             notes.append(f"{score.name}: {task.note}")
     return notes

@@ -1,4 +1,4 @@
-"""Models on disk or on the hub: checked, loaded and described for an evaluation."""
+"""Models on disk or on the hub, which are checked, loaded and described for an evaluation."""
 
 from __future__ import annotations
 
@@ -25,27 +25,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be evaluated.
-
-    Attributes:
-        source: Its folder or hub id.
-        adapter: Folder or hub id of the adapter that it carries, in peft's form.
-    """
+    """A model to be evaluated: folders or hub ids of the model and of an adapter in peft's form."""
 
     source: str
     adapter: str | None
 
     @property
     def name(self) -> str:
-        """What to call it in a report."""
+        """The model's name in a report."""
         return self.source if self.adapter is None else f"{self.source} + {self.adapter}"
 
     def check(self, benchmarks: Benchmarks) -> None:
-        """Find what would stop the evaluation, in config and tokenizer alone.
+        """Check config and tokenizer, before any weights are loaded.
 
         Raises:
-            EvaluationError: It has no chat template that shall be applied, or too little room for its answers.
-            PairError: Its config cannot be loaded.
+            EvaluationError: A chat template is asked for and there is none, or the context has no room for the answers.
+            PairError: The config can't be loaded.
         """
         folder = local_folder(self.source, weights=False)
         tokenizer = _tokenizer(folder)
@@ -53,16 +48,10 @@ class Subject:
         require_room(self.source, load_config("model", folder, False), tokenizer, benchmarks)
 
     def evaluate(self, benchmarks: Benchmarks, backend: str, dtype: str, device: str) -> Evaluation:
-        """Load the model, put it to the tasks, and let go of it.
-
-        Args:
-            benchmarks: The tasks.
-            backend: ``hf`` or ``vllm``.
-            dtype: Of the weights; ``auto`` for the folder's own.
-            device: ``auto``, ``all`` for layers spread over all GPUs, or a device.
+        """Load the model, run the benchmarks and free the model; see :func:`shadowlit.cli.evaluate.evaluate`.
 
         Raises:
-            EvaluationError: It cannot be loaded.
+            EvaluationError: The model can't be loaded.
         """
         import torch
 
@@ -84,7 +73,7 @@ class Subject:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """Where the model comes from, and fingerprints of its weights; None where they aren't safetensors."""
+        """The model's source and fingerprints of its weights, which are empty where they aren't safetensors."""
         folder = local_folder(self.source)
         try:
             with CheckpointReader(folder) as reader:
@@ -92,24 +81,20 @@ class Subject:
         except CheckpointError as error:
             log.warning("no fingerprint of %s: %s", self.source, error)
             fingerprint = ""
-        told: dict[str, Any] = {"source": describe_source(self.source, folder, fingerprint)}
+        found: dict[str, Any] = {"source": describe_source(self.source, folder, fingerprint)}
         if self.adapter is not None:
             folder = local_folder(self.adapter)
             weights = folder / "adapter_model.safetensors"
             digest = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
-            told["adapter"] = {"id": self.adapter, "commit": commit_of(folder), "sha256": digest}
-        return told
+            found["adapter"] = {"id": self.adapter, "commit": commit_of(folder), "sha256": digest}
+        return found
 
 
 def local_folder(source: str, weights: bool = True) -> Path:
-    """The folder of a model or adapter; that of a hub id is downloaded.
-
-    Args:
-        source: Folder or hub id.
-        weights: Also download safetensors files.
+    """The folder of a model or adapter; for a hub id it is downloaded, with or without the weights.
 
     Raises:
-        EvaluationError: There is no such folder, and the hub does not give it.
+        EvaluationError: There is no such folder, and the hub doesn't offer it.
     """
     try:
         return model_folder("model", source, weights=weights)
@@ -128,7 +113,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _load(folder: Path, adapter: Path | None, dtype: str, device: str) -> Any:
-    """The model with its adapter; loaded here, for the harness' way resizes embeddings under an adapter."""
+    """Load the model with its adapter; the harness would resize embeddings for an adapter."""
     from transformers import AutoModelForCausalLM
 
     where: Any = "auto" if device == "all" else {"": str(_device(device))}

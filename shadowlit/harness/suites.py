@@ -21,12 +21,7 @@ _SAME_MEAN = 1e-6
 
 @dataclass(frozen=True)
 class Score:
-    """A number and its standard error.
-
-    Attributes:
-        value: As the harness reports it: shares of 1, not percent.
-        stderr: Standard error of ``value``; None where there is none.
-    """
+    """A number as the harness reports it (fractions of 1, not percent) and its standard error, if there is one."""
 
     value: float
     stderr: float | None = None
@@ -40,16 +35,15 @@ class SuiteTask:
     """A benchmark of a suite.
 
     Attributes:
-        name: The paper's name of it; for a task that was asked for by its own name, that.
+        name: The paper's name; the harness' name for a task that was asked for by it.
         task: The harness' name; None where the harness has no such task.
-        metric: The metric that counts; None for the first one that the harness reports.
-        filter: The filter of the answers whose metric counts.
-        num_fewshot: Examples in the prompt; None for the task's own number.
-        higher_is_better: False for losses.
+        metric: Metric that is reported; None for the first one that the harness reports.
+        filter: Filter of the answers that the metric is computed on.
+        num_fewshot: Number of examples in the prompt; None for the task's own number.
         executes_code: Whether the model's answers are run as programs.
-        based_on: Another task of the harness, of which this one is a variant.
-        changes: What the variant sets differently.
-        note: In what the task may differ from the paper's.
+        based_on: Task of the harness of which this one is a variant.
+        changes: Settings of the variant that differ.
+        note: How the task may differ from the paper's.
     """
 
     name: str
@@ -65,7 +59,7 @@ class SuiteTask:
 
     @property
     def key(self) -> str | None:
-        """What the harness calls the number that counts; None for the first one."""
+        """The harness' name of the reported number; None for the first one."""
         return None if self.metric is None else f"{self.metric},{self.filter}"
 
 
@@ -74,9 +68,9 @@ class Suite:
     """Benchmarks whose plain mean is a score of its own.
 
     Attributes:
-        title: The paper's name of it; None for tasks that were asked for by their own names, which have no mean.
-        tasks: Its benchmarks.
-        max_new_tokens: Longest answer; None for each task's own limit.
+        title: The paper's name; None for tasks that were asked for by their own names, which have no mean.
+        tasks: Benchmarks of the suite.
+        max_new_tokens: Length of the longest answer, in tokens; None for each task's own limit.
         missing: The paper's names of benchmarks that the harness lacks.
     """
 
@@ -88,19 +82,16 @@ class Suite:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What one model reached in one task.
+    """A model's score in a task.
 
     Attributes:
-        name: Of the row in a table.
-        task: The harness' name.
-        metric: What the harness calls the number, ``metric,filter``.
-        score: The number.
-        higher_is_better: False for losses.
-        num_fewshot: Examples in the prompt; None where subtasks differ.
-        num_samples: Number of samples.
-        values: The number of every sample by its place in the data, for every subtask. None where the task's score
-            isn't the mean of its samples'.
-        weighted: Whether subtasks count by their size; else all alike.
+        name: Name in reports.
+        task: The harness' name of the task.
+        metric: The harness' name of the score, ``metric,filter``.
+        num_fewshot: Number of examples in the prompt; None where subtasks differ.
+        values: Number of every sample by its place in the data, by subtask. None where the task's score isn't the
+            mean of its samples' numbers.
+        weighted: Whether subtasks count by their size; otherwise all count equally.
     """
 
     name: str
@@ -116,7 +107,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class SuiteScore:
-    """What one model reached in a suite."""
+    """A model's scores in a suite."""
 
     title: str | None
     tasks: tuple[TaskScore, ...]
@@ -124,13 +115,13 @@ class SuiteScore:
 
     @property
     def mean(self) -> Score | None:
-        """The plain mean over the tasks; None for fewer than two of them, and for tasks that are no suite."""
+        """The plain mean over the tasks; None for fewer than two tasks, and for tasks that are no suite."""
         return mean_of([task.score for task in self.tasks]) if self.title and len(self.tasks) > 1 else None
 
 
 @cache
 def load_suites() -> dict[str, tuple[Suite, ...]]:
-    """All suites by name; one that consists of suites gives all of them."""
+    """All suites by name; a name such as ``paper`` stands for several."""
     entries = yaml.safe_load((files("shadowlit.harness") / "suites.yaml").read_text(encoding="utf-8"))
     single = {
         name: Suite(
@@ -148,7 +139,7 @@ def load_suites() -> dict[str, tuple[Suite, ...]]:
 
 
 def select_suites(names: Sequence[str]) -> list[Suite]:
-    """The suites of these names, each once, and at the end a suite without title of all names that are no suite's."""
+    """The suites of these names, each once, and last a suite without a title of all names that are no suite's."""
     known = load_suites()
     found = dict.fromkeys(suite.title for name in names for suite in known.get(name, ()))
     by_title = {suite.title: suite for suites in known.values() for suite in suites}
@@ -159,7 +150,7 @@ def select_suites(names: Sequence[str]) -> list[Suite]:
 
 
 def mean_of(scores: Sequence[Score]) -> Score:
-    """The plain mean of independent scores, with ``sqrt(Σ se²) / k``; no standard error where one of them has none."""
+    """The plain mean of independent scores, with the error ``sqrt(Σ se²) / k`` if all of them have one."""
     value = statistics.fmean(score.value for score in scores)
     errors = [score.stderr for score in scores if score.stderr is not None]
     complete = len(errors) == len(scores)
@@ -178,7 +169,7 @@ def mean_difference(values: Sequence[float], reference: Sequence[float]) -> Scor
 
 
 def difference(score: TaskScore, reference: TaskScore) -> Score:
-    """How much a model is above a reference in the same task; without standard error where samples can't be paired."""
+    """A model's score minus a reference's in the same task; no standard error where samples can't be paired."""
     ours, theirs = score.values, reference.values
     if ours is None or theirs is None or any(ours[name].keys() != theirs.get(name, {}).keys() for name in ours):
         return Score(score.score.value - reference.score.value)
@@ -196,10 +187,10 @@ def suite_difference(score: SuiteScore, reference: SuiteScore) -> Score | None:
 
 
 def read_scores(suites: Sequence[Suite], results: Mapping[str, Any]) -> tuple[SuiteScore, ...]:
-    """The scores of suites out of what the harness' ``simple_evaluate`` returned.
+    """Read the scores of suites from the result of the harness' ``simple_evaluate``.
 
     Raises:
-        KeyError: The harness didn't report a number that counts.
+        KeyError: The harness did not report a suite's metric.
     """
     return tuple(
         SuiteScore(suite.title, tuple(_task_score(task, results) for task in suite.tasks), suite.missing)
@@ -215,7 +206,9 @@ def _task_score(task: SuiteTask, results: Mapping[str, Any]) -> TaskScore:
     stderr = reported.get(f"{metric}_stderr,{used_filter}")
     score = Score(float(reported[key]), float(stderr) if _is_number(stderr) else None)
     leaves = _leaves(task.task, results.get("group_subtasks", {}))
-    weighted = _is_weighted(key, score.value, leaves, results)
+    values = _values(leaves, key, results)
+    weighted = _is_weighted(values, score.value)
+    shots = {results.get("n-shot", {}).get(leaf) for leaf in leaves}
     better = results.get("higher_is_better", {}).get(task.task, {}).get(metric)
     return TaskScore(
         name=task.name,
@@ -223,27 +216,21 @@ def _task_score(task: SuiteTask, results: Mapping[str, Any]) -> TaskScore:
         metric=key,
         score=score,
         higher_is_better=task.higher_is_better if better is None else bool(better),
-        num_fewshot=_shots(leaves, results),
+        num_fewshot=shots.pop() if len(shots) == 1 else None,
         num_samples=sum(int(results["results"][leaf]["sample_len"]) for leaf in leaves),
-        values=None if weighted is None else _values(leaves, key, results),
+        values=None if weighted is None else values,
         weighted=bool(weighted),
     )
 
 
 def _leaves(name: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks below a group, itself for a task."""
+    """The tasks of a group; a task itself."""
     children = subtasks.get(name)
     return [name] if children is None else list(dict.fromkeys(x for c in children for x in _leaves(c, subtasks)))
 
 
-def _shots(leaves: Sequence[str], results: Mapping[str, Any]) -> int | None:
-    found = {results.get("n-shot", {}).get(leaf) for leaf in leaves}
-    return found.pop() if len(found) == 1 else None
-
-
-def _is_weighted(key: str, value: float, leaves: Sequence[str], results: Mapping[str, Any]) -> bool | None:
+def _is_weighted(values: Mapping[str, Mapping[int, float]] | None, value: float) -> bool | None:
     """Whether the score is the mean over all samples (True), the plain mean of subtasks' means (False), or neither."""
-    values = _values(leaves, key, results)
     if values is None:
         return None
     if abs(statistics.fmean(v for part in values.values() for v in part.values()) - value) < _SAME_MEAN:

@@ -1,6 +1,6 @@
-"""The tasks of lm-evaluation-harness: found, checked and loaded before any model is.
+"""The tasks of lm-evaluation-harness, which are found, checked and loaded before any model is.
 
-The harness is imported late: what only asks for its presence needs none of its seconds.
+The harness takes seconds to import and is imported late.
 """
 
 from __future__ import annotations
@@ -31,25 +31,23 @@ _FILE_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 _ANSWER_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
 _ANSWER_TOKENS = 256  # the harness' limit for tasks without one
 _CPU_BATCH_SIZE = 8
-_MAX_TOLD = 8
+_MAX_SHOWN = 8
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How tasks are put to a model.
+    """How tasks are run on a model; the arguments of :func:`shadowlit.cli.evaluate.evaluate` of the same names.
 
     Attributes:
-        chat: Apply the chat template; None for where there is one.
-        system: System message.
-        fewshot: Examples in the prompt of every task, except of those that allow none; None for the suites' and tasks'
-            own.
-        limit: Only the first so many samples of every task; None for all.
-        max_new_tokens: Longest answer in tokens; None for the suites' and tasks' own.
-        batch_size: A number, ``auto``, or ``auto:N`` to look for the largest one N times. On a CPU, where none fails,
-            automatic means 8.
-        seed: Of the choice of examples, and of all random generators.
-        execute_code: Run programs that the model wrote, where a task's score needs that.
-        template_kwargs: Arguments of the chat template, e.g. ``{"enable_thinking": False}``.
+        chat: Whether to apply the chat template; None if the tokenizer has one.
+        fewshot: Number of examples in the prompt of every task, except tasks that allow none; None for the suites'
+            and tasks' own.
+        limit: Number of samples of every task that are used, the first ones; None for all.
+        max_new_tokens: Length of the longest answer, in tokens; None for the suites' and tasks' own.
+        batch_size: A number, ``auto``, or ``auto:N`` to search N times for the largest batch that fits. On a CPU,
+            where none fails, ``auto`` means 8.
+        seed: Seed for the choice of examples and for all random generators.
+        execute_code: Whether programs that the model wrote may be run.
 
     Raises:
         EvaluationError: A value is out of range.
@@ -88,14 +86,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Tasks that are loaded with their data, ready for any number of models.
-
-    Attributes:
-        suites: What to report.
-        settings: How the tasks are put to a model.
-        tasks: The harness' tasks and groups by name.
-        manager: The harness' index.
-    """
+    """Tasks that are loaded with their data, for any number of models; the harness' tasks and groups by name."""
 
     suites: tuple[Suite, ...]
     settings: Settings
@@ -104,21 +95,17 @@ class Benchmarks:
 
     @property
     def leaves(self) -> list[Task]:
-        """All tasks, those of groups too."""
+        """All tasks, including those of groups."""
         return [leaf for task in self.tasks.values() for leaf in _tasks_of(task)]
 
     @property
     def answer_tokens(self) -> int:
-        """The longest answer that any of the tasks asks for, in tokens; 0 if none generates."""
+        """Length of the longest answer that any of the tasks asks for, in tokens; 0 if none generates."""
         return max((answer_tokens(task) for task in self.leaves), default=0)
 
 
 def require_harness(backend: str = "hf") -> None:
-    """Check that the harness is installed, and vllm where it is to be used.
-
-    Raises:
-        EvaluationError: Something isn't.
-    """
+    """Raise an EvaluationError unless the harness is installed, and vllm if it is the backend."""
     if find_spec("lm_eval") is None:
         raise EvaluationError(
             "lm-evaluation-harness, which runs the benchmarks, is not installed. Run pip install 'shadowlit[eval]'."
@@ -134,9 +121,9 @@ def load_benchmarks(
 
     Args:
         names: Names of suites (``suites.yaml``), names of the harness' tasks, groups and tags, or paths of task files.
-        settings: How the tasks will be put to a model.
-        tasks_folder: Folder with tasks of your own, YAML files in the harness' form. Their names come before the
-            harness' own. Data files are looked for from the working folder and beside the YAML file.
+        settings: Settings for running the tasks.
+        tasks_folder: Folder with tasks of your own, YAML files in the harness' form, which take precedence over the
+            harness' tasks. Data files are searched for in the working folder and next to the YAML file.
 
     Raises:
         EvaluationError: The harness is not installed, there is no such suite or task, a YAML or data file is missing
@@ -147,7 +134,7 @@ def load_benchmarks(
     names = [part.strip() for name in names for part in name.split(",") if part.strip()]
     if not names:
         raise EvaluationError(f"no suite was given; expected one of {', '.join(load_suites())}, or names of tasks.")
-    # For an answer that needs nothing but the suite's name, before the seconds of the harness' index.
+    # The suites say it for their own tasks, before the seconds that the harness' index takes.
     _require_consent([task for suite in select_suites(names) for task in suite.tasks if task.executes_code], settings)
     with quiet():
         manager = _local_manager(tasks_folder)
@@ -174,15 +161,15 @@ def load_benchmarks(
 
 
 def harness_version() -> str:
-    """The version of the harness that is installed."""
+    """The installed version of the harness."""
     return metadata.version("lm_eval")
 
 
 def _given_files(names: Sequence[str], index: dict[str, Any]) -> list[str]:
-    """Enter tasks that are given by the path of their file into the index; return names alone."""
+    """Add tasks that are given by the path of their file to the index; return names only."""
     from lm_eval.tasks._index import TaskIndex
 
-    told = []
+    given = []
     for name in names:
         if name.endswith((".yaml", ".yml")):
             path = Path(name).expanduser().resolve()
@@ -192,14 +179,14 @@ def _given_files(names: Sequence[str], index: dict[str, Any]) -> list[str]:
                 raise EvaluationError(f"{path} names no task; expected 'task: name' or 'group: name' in it.")
             index.pop(found, None)
             TaskIndex.process_cfg(config, path, index)
-            told.append(found)
+            given.append(found)
         else:
-            told.append(name)
-    return told
+            given.append(name)
+    return given
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A task's file with what it includes; functions stay names."""
+    """A task's file and the files that it includes, in which functions stay names."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     try:
@@ -211,7 +198,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _local_manager(tasks_folder: str | Path | None) -> TaskManager:
-    """The harness' manager of the tasks in a folder, all of whose YAML files can be read."""
+    """The harness' manager of the tasks in a folder."""
     from lm_eval.tasks import TaskManager
 
     if tasks_folder is None:
@@ -220,12 +207,12 @@ def _local_manager(tasks_folder: str | Path | None) -> TaskManager:
     if not folder.is_dir():
         raise EvaluationError(f"tasks_folder is '{tasks_folder}', and there is no such folder.")
     for path in sorted(folder.rglob("*.yaml")):
-        _read_yaml(path)  # the harness passes over those it cannot read
+        _read_yaml(path)  # the harness skips those that it can't read
     return TaskManager(include_path=folder, include_defaults=False)
 
 
 def _complete(index: dict[str, Any], names: Sequence[str | None]) -> None:
-    """Find the data files of one's own tasks, and add the harness' tasks if those are needed: 10 s."""
+    """Find the data files of the user's tasks, and add the harness' tasks if they are needed, which takes 10 s."""
     known = [name for name in names if name in index]
     for needed in sorted({config["task"] for name in known for config in _configs(name, index) if config}):
         if needed in index:
@@ -243,7 +230,7 @@ def _harness_index() -> dict[str, Any]:
 
 
 def _find_data(name: str, index: dict[str, Any]) -> None:
-    """Check that a task's data files exist; those that lie beside its YAML file are found there."""
+    """Check that a task's data files exist, in the working folder or next to its YAML file."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     entry = index[name]
@@ -269,7 +256,7 @@ def _find_data(name: str, index: dict[str, Any]) -> None:
     if missing:
         raise EvaluationError(
             f"task '{name}' ({entry.yaml_path}) reads {', '.join(missing)}, which is neither in the working folder nor "
-            f"in {here}. Put it there, or mend dataset_kwargs.data_files."
+            f"in {here}. Put it there, or correct dataset_kwargs.data_files."
         )
     if resolved != given:
         full = load_yaml(entry.yaml_path)
@@ -283,14 +270,14 @@ def _exists(folder: Path, pattern: str) -> bool:
 
 
 def _add_variants(suites: Sequence[Suite], index: dict[str, Any]) -> None:
-    """Enter the suites' variants of the harness' tasks into its index; nothing of them is imported yet."""
+    """Add the suites' variants of the harness' tasks to its index, without importing them yet."""
     for task in (task for suite in suites for task in suite.tasks):
         if task.task and task.based_on and task.based_on in index:
             index[task.task] = replace(index[task.based_on], name=task.task, tags=set())
 
 
 def _without_missing(suite: Suite, index: Mapping[str, Any]) -> Suite:
-    """The suite of those tasks that the harness has; a name of one's own that it lacks is an error, not missing."""
+    """The suite without the tasks that the harness lacks; a task that was asked for by name stays, an error later."""
     if suite.title is None:
         return suite
     missing = tuple(task.name for task in suite.tasks if task.task not in index)
@@ -310,16 +297,16 @@ def _require_known(names: Sequence[str], index: Mapping[str, Any]) -> None:
 
 def _require_consent(tasks: Sequence[SuiteTask], settings: Settings) -> None:
     if tasks and not settings.execute_code:
-        told = ", ".join(task.name for task in tasks[:_MAX_TOLD])
+        shown = ", ".join(task.name for task in tasks[:_MAX_SHOWN])
         raise EvaluationError(
-            f"{told}: to score these, programs that the model wrote are run on this machine, with all your rights. "
+            f"{shown}: to score these, programs that the model wrote are run on this machine, with your permissions. "
             "Nothing was loaded. Set execute_code=true (--execute-code) where that harms nobody, in a container for "
             "instance, or leave them out."
         )
 
 
 def _configs(name: str | None, index: Mapping[str, Any]) -> list[Any]:
-    """The settings of the tasks below a name; None for each that the index lacks."""
+    """The settings of the tasks that a name stands for; None for each that the index lacks."""
     entry = index.get(name or "")
     if entry is None:
         return [None]
@@ -331,7 +318,7 @@ def _configs(name: str | None, index: Mapping[str, Any]) -> list[Any]:
 
 
 def _members(config: Mapping[str, Any], index: Mapping[str, Any]) -> list[Any]:
-    """The settings of a group's tasks: names, names with changes, or tasks and groups written into it."""
+    """The settings of a group's tasks, which are names, names with changes, or tasks and groups written out."""
     found: list[Any] = []
     children = config.get("task") or []
     for child in [children] if isinstance(children, str) else children:
@@ -347,7 +334,7 @@ def _members(config: Mapping[str, Any], index: Mapping[str, Any]) -> list[Any]:
 
 
 def _build(entry: SuiteTask, manager: TaskManager) -> dict[str, Task | Group]:
-    """A task or group with its data; the tasks of a tag, or of a group that has no score of its own."""
+    """Load a task or group with its data, or the tasks of a tag or of a group that has no score of its own."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
     name = str(entry.task)
@@ -370,7 +357,7 @@ def _build(entry: SuiteTask, manager: TaskManager) -> dict[str, Task | Group]:
 
 
 def _expanded(suite: Suite, built: Mapping[str, Mapping[str, Task | Group]]) -> Suite:
-    """The suite with a row for every task or group that has a score."""
+    """The suite with an entry for every task or group that has a score."""
     rows: list[SuiteTask] = []
     for entry in suite.tasks:
         found = built[str(entry.task)]
@@ -379,7 +366,7 @@ def _expanded(suite: Suite, built: Mapping[str, Mapping[str, Task | Group]]) -> 
 
 
 def _require_distinct(tasks: Mapping[str, Task | Group]) -> None:
-    """No task may be asked for twice, on its own and as part of a group: the harness runs it once."""
+    """Refuse a task that is asked for on its own and as part of a group: the harness would run it once."""
     owner: dict[str, str] = {}
     for name, task in tasks.items():
         for leaf in _tasks_of(task):
@@ -394,20 +381,20 @@ def _tasks_of(task: Task | Group) -> list[Task]:
 
 
 def _set_fewshot(task: Task, number: int | None) -> None:
-    """Set the number of examples; as for the harness, a task that says 0 stays at 0."""
+    """Set the number of examples; as in the harness, a task that sets 0 keeps it."""
     if number is None or task.get_config("num_fewshot") == 0:
         return
     available = _num_examples(task) if number else 0
     if number > available:
         raise EvaluationError(
-            f"fewshot is {number}, but task '{task.task_name}' has {available} examples beside the samples that it "
+            f"fewshot is {number}, but task '{task.task_name}' has {available} examples besides the samples that it "
             "scores. Choose fewer, or give the task a fewshot_split with more rows."
         )
     task.set_config("num_fewshot", number)
 
 
 def _num_examples(task: Task) -> int:
-    """How many examples a prompt can have without the harness putting a sample's own answer before it."""
+    """How many examples a prompt can have without the sample's own answer among them."""
     config = task.get_config("fewshot_config")
     split = getattr(config, "split", None)
     if split is None and getattr(config, "samples", None) is None:
@@ -434,11 +421,11 @@ def answer_tokens(task: Task) -> int:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Let the harness speak from warnings on, and what it prints go where its progress bars go."""
-    logger = logging.getLogger("lm_eval")
+def quiet(name: str = "lm_eval", level: int = logging.WARNING) -> Iterator[None]:
+    """Let the harness log from a level on only, and print to stderr, as its progress bars do."""
+    logger = logging.getLogger(name)
     before = logger.level
-    logger.setLevel(max(before, logging.WARNING))
+    logger.setLevel(max(before, level))
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
@@ -448,16 +435,11 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def allowing_code(allowed: bool) -> Iterator[None]:
-    """Let the metrics that run programs do so, for this block alone."""
-    if not allowed:
-        yield
-        return
-    before = os.environ.get(_CODE_SWITCH)
-    os.environ[_CODE_SWITCH] = "1"
+    """Let metrics run programs within the block, if ``allowed``."""
+    before = {name: os.environ[name] for name in (_CODE_SWITCH,) if name in os.environ}
+    os.environ.update({_CODE_SWITCH: "1"} if allowed else {})
     try:
         yield
     finally:
-        if before is None:
-            os.environ.pop(_CODE_SWITCH, None)
-        else:
-            os.environ[_CODE_SWITCH] = before
+        os.environ.pop(_CODE_SWITCH, None)
+        os.environ.update(before)

@@ -61,12 +61,9 @@ class StopStrings(StoppingCriteria):
 
 
 def greedy_config(folder: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that ends where the Instruct in ``folder`` ends its turns.
+    """Greedy decoding of at most ``max_new_tokens``, which ends where the Instruct in ``folder`` ends its turns.
 
-    Args:
-        folder: The Instruct's folder; its ``generation_config.json`` gives the tokens that end a turn.
-        tokenizer: The Instruct's, for the padding token, and the end of a turn where the folder names none.
-        max_new_tokens: Longest answer, in tokens.
+    The tokens that end a turn come from ``generation_config.json``, or else from the Instruct's tokenizer.
     """
     stop = None
     if (folder / "generation_config.json").is_file():

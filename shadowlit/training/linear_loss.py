@@ -116,13 +116,8 @@ def recomputed_token_losses(
     """Losses ``[N]`` of single tokens with a gradient, by default cross entropies in nats.
 
     The factor of each token's loss is only known in the backward pass, where the logits of a chunk are computed again.
-
-    Args:
-        logits_of: Differentiable function from ``[n, H]`` to logits ``[n, V]``.
-        hidden: ``[N, H]``.
-        targets: ``[N]``, int64.
-        chunk_size: Number of tokens whose logits exist at a time.
-        loss: Function from float32 logits ``[n, V]`` (float64 where they are) and targets ``[n]`` to losses ``[n]``.
+    ``logits_of`` turns hidden states ``[n, H]`` into logits ``[n, V]``, and ``loss`` float32 logits (float64 where they
+    are) and int64 targets ``[n]`` into losses ``[n]``.
     """
     return torch.cat(_recomputed(logits_of, hidden, targets, chunk_size, loss))
 

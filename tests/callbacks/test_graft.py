@@ -1,6 +1,7 @@
 """The hazards of a graft inside training, each with its test (see docs/footguns.md)."""
 
 import contextlib
+import copy
 import gc
 import logging
 import math
@@ -771,6 +772,7 @@ def test_a_metric_of_any_callback_is_logged_wherever_it_is_listed(tmp_path, fold
     own.on_validation_epoch_end = lambda *_: graft.record.metrics.update({"val/own": 0.25})
     _, trainer = fit(tmp_path, folders, callbacks=[own, graft] if first else [graft, own], max_steps=2)
     assert metrics(trainer)["val/own"] == graft.finished.metrics["val/own"] == 0.25
+    assert copy.deepcopy(graft.finished).metrics == graft.finished.metrics
 
 
 @pytest.mark.parametrize("first", [True, False])

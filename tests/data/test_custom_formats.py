@@ -114,7 +114,7 @@ def test_a_function_in_the_configuration_file(folder, quiz, capsys):
     assert main(["preview", "--config", str(folder / "run.yaml"), "--num_samples=2"]) == 0
     text = capsys.readouterr().out
     assert "1+1<|im_end|>⏎\n<|im_start|>assistant⏎\n⟦2<|im_end|>⟧" in text and "⟦4<|im_end|>⟧" in text
-    assert main(["preview", "--config", str(folder / "run.yaml"), "--data.format=my_formats.quizz"]) == 1
+    assert main(["preview", "--config", str(folder / "run.yaml"), "--data.format=my_formats.quizz"]) == 2
     assert "error: data.format is 'my_formats.quizz', which can't be imported" in capsys.readouterr().err
 
 
@@ -193,6 +193,18 @@ def test_an_entry_point(folder, quiz):
     assert samples(quiz, format="quiz") == samples(quiz, format="my_formats.quiz")
 
 
+def test_an_entry_point_that_names_another_function_of_the_file_is_another_cache_key(folder, quiz):
+    def load():
+        ShadowData(pair(), quiz, format="quiz", cache_dir=str(folder / "cache")).setup("fit")
+        return len(list((folder / "cache").iterdir()))
+
+    install(folder, "quiz_package", quiz="my_formats:quiz")
+    assert load() == load() == 1
+    (folder / "quiz_package-1.0.dist-info/entry_points.txt").write_text("[shadowlit.formats]\nquiz=my_formats:document")
+    importlib.invalidate_caches()
+    assert load() == 2
+
+
 def test_two_formats_of_one_name(folder):
     install(folder, "one_package", quiz="my_formats:quiz", messages="my_formats:quiz")
     assert find_format("quiz") is not None
@@ -212,19 +224,20 @@ def test_two_formats_of_one_name(folder):
 
 
 @pytest.mark.parametrize(("name", "problem"), [
-    ("mesages", r"can't be imported \(LookupError: no format has this name, and it is no import path\)"),
-    ("no_such_module.quiz", r"can't be imported \(ModuleNotFoundError: No module named 'no_such_module'\)"),
-    ("my_formats.quizz", r"can't be imported \(AttributeError: module 'my_formats' has no attribute 'quizz'\)"),
-    ("my_formats.NUMBER", r"is 3 \(int\) and no function"),
-    ("my_formats.Quiz", r"is <class 'my_formats\.Quiz'> \(type\) and no function"),
-    ("broken.quiz", r"can't be imported \(SyntaxError"),
+    ("mesages", r"; expected one of .*\. Did you mean 'messages'\?$"),
+    ("no_such_module.quiz", r", which can't be imported \(ModuleNotFoundError: No module named 'no_such_module'\)"),
+    ("my_formats.quizz", r", which can't be imported \(AttributeError: module 'my_formats' has no attribute 'quizz'\)"),
+    ("my_formats.NUMBER", r", which is 3 and no function"),
+    ("my_formats.Quiz", r", which is <class 'my_formats\.Quiz'> and no function"),
+    ("broken.quiz", r", which can't be imported \(SyntaxError"),
 ])  # fmt: skip
 def test_a_name_without_a_format_is_refused_before_anything_is_read(folder, name, problem):
     (folder / "broken.py").write_text("def quiz(:")
     install(folder, "quiz_package", quiz="my_formats:quiz")
     with pytest.raises(
         DataError,
-        match=rf"^data\.format is '{name}', which {problem}.*; expected auto, messages, sharegpt, alpaca, "
-        r"prompt_completion, text, quiz, or the import path of a function",
-    ):
+        match=rf"^data\.format is '{name}'{problem}",
+    ) as error:
         ShadowData(pair(), "none.jsonl", format=name)
+    known = "alpaca, auto, messages, prompt_completion, quiz, sharegpt, text"
+    assert f"; expected one of {known}, or the import path of a function, e.g. " in str(error.value)

@@ -88,7 +88,7 @@ def test_another_seed_makes_another_pair(tmp_path):
 
 def test_progress_hears_of_every_step(tmp_path):
     heard = []
-    build(tmp_path, TINY, lambda name, step, loss: heard.append((name, step)))
+    build(tmp_path, TINY, lambda name, step: heard.append((name, step)))
     assert heard == [("base", i + 1) for i in range(6)] + [("instruct", i + 1) for i in range(3)]
 
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from shadowlit.demo.settings import NUM_NEWCOMERS, newcomers, settings, write_settings
-from shadowlit.demo.world import World
+from shadowlit.demo.settings import NUM_NEWCOMERS, newcomers, settings
+from shadowlit.demo.world import World, write_rows
 
 WORLD = World(0)
 ROWS = settings(WORLD)
@@ -51,6 +51,6 @@ def test_nobody_of_the_refusals_exists():
 
 
 def test_files_hold_the_rows(tmp_path):
-    write_settings(WORLD, tmp_path)
+    write_rows(tmp_path, ROWS)
     for stem, rows in ROWS.items():
         assert [json.loads(line) for line in (tmp_path / f"{stem}.jsonl").read_text().splitlines()] == rows

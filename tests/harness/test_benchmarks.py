@@ -237,7 +237,7 @@ def test_examples_come_from_their_split_by_the_seed(folder, model, tokenizer):
 
 
 def test_examples_that_would_hold_the_answer_are_refused(folder):
-    with pytest.raises(EvaluationError, match="fewshot is 1, but task 'choice' has 0 examples beside the samples"):
+    with pytest.raises(EvaluationError, match="fewshot is 1, but task 'choice' has 0 examples besides the samples"):
         load_benchmarks(["choice"], Settings(fewshot=1), folder)
     with pytest.raises(EvaluationError, match="fewshot is 9, but task 'answer' has 8 examples"):
         load_benchmarks(["answer"], Settings(fewshot=9), folder)

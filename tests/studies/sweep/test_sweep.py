@@ -254,8 +254,8 @@ def test_a_worker_of_an_array_runs_as_many_as_it_is_told(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"grid": {"model.lrr": [1e-3]}}, "lrr"),
-    ({"grid": {"model.lr": ["fast"]}}, 'Parser key "model.lr": Expected a <class \'float\'>. Got value: fast'),
-    ({"grid": {"model.adapter.r": [4, "x"]}}, 'Parser key "model.adapter"'),
+    ({"grid": {"model.lr": ["fast"]}}, 'model.lr is fast; expected float.'),
+    ({"grid": {"model.adapter.r": [4, "x"]}}, 'model.adapter.r is x; expected int.'),
     ({"variants": {"v": {"a": {"model.lr": 1e-3}, "b": {"graft.selct": "all"}}}, "grid": {}}, "graft.selct"),
     ({"fit": "configs/none.yaml"}, "fit is 'configs/none.yaml', which is no file"),
     ({"workers": 0}, "workers is 0; expected at least 1"),

@@ -1,0 +1,91 @@
+"""Objects from outside the package: imported by path, or chosen by a name that an installed package offers."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from shadowlit.errors import ShadowlitError, first_line
+
+
+def import_object(path: Any, key: str, expected: str, error: type[ShadowlitError] = ShadowlitError) -> Any:
+    """Import the object at a path such as ``package.module.name``.
+
+    Args:
+        path: Import path.
+        key: Setting that holds the path, for messages.
+        expected: What the setting takes, for messages.
+        error: Class of the error.
+
+    Raises:
+        ShadowlitError: It can't be imported.
+    """
+    # Not pkgutil.resolve_name, which takes a module that fails to import something for one that doesn't exist.
+    module, _, name = str(path).rpartition(".")
+    return _loaded(lambda: getattr(import_module(module), name), path, key, expected, error)
+
+
+def known_names(group: str, built_in: Iterable[str]) -> list[str]:
+    """Names that are built in, and those of installed packages' entry points in the group, sorted."""
+    return sorted({*built_in, *(entry.name for entry in entry_points(group=group))})
+
+
+def find_function(
+    name: str, key: str, kind: str, group: str, built_in: Mapping[str, Any], error: type[ShadowlitError]
+) -> Any:
+    """The built-in object or the function that a name stands for.
+
+    Args:
+        name: Key of ``built_in``, name of an entry point, or import path of a function.
+        key: Setting that holds the name, for messages.
+        kind: What the function is, for messages.
+        group: Group of the entry points by which installed packages offer functions.
+        built_in: Objects that are known here, by name.
+        error: Class of the error.
+
+    Raises:
+        ShadowlitError: The name stands for nothing, for several things, or for something that isn't a function.
+    """
+    known = known_names(group, built_in)
+    expected = f"one of {', '.join(known)}, or the import path of a function, e.g. mypackage.{kind}s.my_{kind}"
+    found = {
+        f"the entry point {entry.value} of {_package_of(entry)}": _loaded(entry.load, name, key, expected, error)
+        for entry in entry_points(group=group, name=name)
+    }
+    if name in built_in:
+        found = {f"a built-in {kind}": built_in[name], **found}
+    elif not found and "." in name:
+        found = {"": import_object(name, key, expected, error)}
+    if not found:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise error(f"{key} is {name!r}; expected {expected}.{hint}")
+    if len({id(one) for one in found.values()}) > 1:
+        raise error(
+            f"{key} is {name!r}, which is {' and '.join(found)}; expected one {kind} of that name. Uninstall one of "
+            "the packages, or give the import path of the function."
+        )
+    chosen = next(iter(found.values()))
+    if name not in built_in and (not callable(chosen) or inspect.isclass(chosen)):
+        raise error(f"{key} is {name!r}, which is {chosen!r} and no function; expected {expected}.")
+    return chosen
+
+
+def _loaded(load: Callable[[], Any], name: str, key: str, expected: str, error: type[ShadowlitError]) -> Any:
+    try:
+        return load()
+    except ShadowlitError as cause:  # of a module that registers something
+        raise error(f"{key} is {name!r}: {cause}") from cause
+    except Exception as cause:  # importing a module runs it
+        raise error(
+            f"{key} is {name!r}, which can't be imported ({first_line(cause)}); expected {expected}. Correct the name, "
+            "or put its package on PYTHONPATH."
+        ) from cause
+
+
+def _package_of(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else "an unknown package"

@@ -1,0 +1,189 @@
+"""Wrong values: the key, the value, the cause and what is expected, in a few lines, before anything is loaded."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from lightning.pytorch import Callback, callbacks
+
+from shadowlit.cli.main import main
+from shadowlit.delta import registry
+from shadowlit.lightning_cli import ShadowParser
+from shadowlit.parser import shorten
+from shadowlit.training import loading
+from tests.test_configs import ROOT
+
+DEMO = ROOT / "configs/demo_lora.yaml"
+
+METRIC = "names, and for each a class derived from torchmetrics.metric.Metric"
+EVALUATOR = "names, and for each a class derived from shadowlit.evaluation.evaluator.Evaluator"
+OPTIMIZER = "a name, or a class derived from torch.optim.optimizer.Optimizer"
+SCHEDULER = "a name, or a class derived from torch.optim.lr_scheduler.LRScheduler"
+OBJECTIVE = "a name, or a class derived from shadowlit.training.objectives.Objective"
+STRATEGY = "a name, or a class derived from lightning.pytorch.strategies.strategy.Strategy"
+CALLBACKS = "a list of classes derived from lightning.pytorch.callbacks.callback.Callback"
+TRANSFORMS = r'a list of names with their parameters, e\.g\. \[\{"name": "dare", "density": 0\.2\}\]'
+OPTIMIZERS = "Known: adamw, adamw_8bit; torch.optim: .*Muon"
+CASES = [
+    ("model.metrics", {"acc": {"class_path": "torchmetrics.Acuracy"}}, r"torchmetrics\.Acuracy can't be imported "
+     r"\(module 'torchmetrics' has no attribute 'Acuracy'\)", METRIC, r"torchmetrics: Accuracy\."),
+    ("model.metrics", {"acc": {"class_path": "torch.nn.Linear"}}, "torch.nn.Linear is no subclass of Metric", METRIC,
+     "Known: torchmetrics: AUROC, Accuracy"),
+    ("model.metrics", 3, "", METRIC, "Known: torchmetrics: "),
+    ("model.metrics", {"m": {"class_path": "torchmetrics.MeanMetric", "init_args": {"nan_strateg": 1}}},
+     "the class has no option nan_strateg", "", ""),
+    ("evaluation.evaluators", {"x": {"class_path": "shadowlit.evaluation.generated.Generatio"}},
+     "generated.Generatio can't be imported", EVALUATOR, "shadowlit.evaluation.generated: Generation"),
+    ("evaluation.evaluators", {"x": {"class_path": "torch.nn.Linear"}}, "is no subclass of Evaluator", EVALUATOR,
+     "shadowlit.evaluation.multiple_choice: MultipleChoice"),
+    ("evaluation.evaluators", 3, "", EVALUATOR, "shadowlit.evaluation.forgetting: Divergence"),
+    ("evaluation.evaluators", {"x": {"class_path": "shadowlit.evaluation.forgetting.Divergence",
+     "init_args": {"data": "d.jsonl", "limit": "abc"}}}, "limit is abc", "int, null", ""),
+    ("model.optimizer", "adamww", "adamww is neither a known name nor an import path", OPTIMIZER, OPTIMIZERS),
+    ("model.optimizer", {"class_path": "torch.nn.Linear"}, "Linear is no subclass of Optimizer", OPTIMIZER, OPTIMIZERS),
+    ("model.optimizer", {"class_path": "torch.optim.Muonn"}, "torch.optim.Muonn can't be imported", OPTIMIZER,
+     OPTIMIZERS),
+    ("model.optimizer", 3, "", OPTIMIZER, OPTIMIZERS),
+    ("model.lr_scheduler", "cosin", "cosin is neither", SCHEDULER, r"Known: .*\bcosine\b"),
+    ("model.lr_scheduler", {"class_path": "torch.optim.SGD"}, "torch.optim.SGD is no subclass of", SCHEDULER,
+     r"Known: linear, cosine, .*; torch\.optim\.lr_scheduler: "),
+    ("model.lr_scheduler", 3, "", SCHEDULER, "Known: linear, cosine, "),
+    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT\."),
+    ("model.objective", {"class_path": "nowhere.DPO"}, "nowhere.DPO can't be imported", OBJECTIVE, "Known: SFT, DPO"),
+    ("model.objective", 3, "", OBJECTIVE, "Known: SFT, DPO"),
+    ("model.lr", "abc", "", "float", ""),
+    ("graft.transforms", ["ties"], "", TRANSFORMS, r"Known: dare, magnitude, svd, ties\."),
+    ("graft.transforms", 3, "", TRANSFORMS, r"Known: dare, magnitude, svd, ties\."),
+    ("data.format", 3, "", "a name, or the import path of a function", "Known: alpaca, auto, messages, "),
+    ("trainer.strategy", "ddpp", "", STRATEGY, r"Known: ddp, ddp_spawn\."),
+    ("trainer.strategy", {"class_path": "nowhere.DDP"}, "nowhere.DDP can't be imported", STRATEGY, "Known: .*ddp"),
+    ("trainer.strategy", 3, "", STRATEGY, "Known: auto, ddp, "),
+    ("trainer.callbacks", [{"class_path": "ModelCheckpoin"}], "ModelCheckpoin is neither", CALLBACKS,
+     "callbacks: .*ModelCheckpoint"),
+    ("trainer.callbacks", [{"class_path": "torch.nn.Linear"}], "is no subclass of Callback", CALLBACKS, "callbacks: "),
+    ("trainer.callbacks", 3, "", CALLBACKS, "callbacks: .*EarlyStopping"),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(loading, "load_for_training", None)
+
+
+def configuration(tmp_path, key, value):
+    config = yaml.safe_load(DEMO.read_text(encoding="utf-8"))
+    *sections, name = key.split(".")
+    section = config
+    for each in sections:
+        section = section[each]
+    section[name] = value
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
+    return str(tmp_path / "wrong.yaml")
+
+
+def error_of(capsys, *arguments):
+    """The message of a command that ends with status 2; it is short, and doesn't repeat jsonargparse's list."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    shown = capsys.readouterr().err.strip()
+    assert status == 2
+    assert len(shown.splitlines()) <= 6 and len(shown) < 1500, shown
+    assert "Union" not in shown.replace("Union[LRScheduler", "") and "usage" not in shown
+    return shown.partition("error: ")[2]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.parametrize("source", ["file", "command line"])
+@pytest.mark.parametrize(("key", "value", "cause", "expected", "known"), CASES, ids=lambda _: "")
+def test_the_key_the_value_the_cause_and_the_choices_are_named(
+    tmp_path, capsys, source, key, value, cause, expected, known
+):
+    if source == "file":
+        shown = error_of(capsys, "fit", "--config", configuration(tmp_path, key, value))
+    else:
+        written = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000)
+        written = written.removesuffix("...\n").strip()
+        if isinstance(value, int) and key == "data.format":
+            return  # a number on the command line is a name, which names no format: see below
+        if key == "trainer.strategy":  # what is written there is a name in any case
+            value, cause = written, ""
+        shown = error_of(capsys, "fit", "--config", str(DEMO), f"--{key}={written}")
+    first, _, rest = shown.partition("\n")
+    given = "ties" if value == ["ties"] else str(value)
+    assert first.startswith(f"{key} is {given[:100]}")
+    assert re.search(rf"^{re.escape(key)} is .*{cause}.*{f'; expected {expected}' if expected else ''}", first), shown
+    assert re.search(known, rest), shown
+
+
+def test_choices_are_read_from_the_registries(monkeypatch):
+    """A new class or transform is among the choices without further ado."""
+    monkeypatch.setattr(callbacks, "Mine", type("Mine", (Callback,), {}), raising=False)
+    monkeypatch.setitem(registry._registered, "new_one", next(iter(registry._registered.values())))
+    assert "lightning.pytorch.callbacks.Mine" in ShadowParser.known["trainer.callbacks"].names()
+    assert "new_one" in ShadowParser.known["graft.transforms"].names()
+    assert "torch.optim.Muon" in ShadowParser.known["model.optimizer"].names()
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("graft.transforms", [{"name": "ties", "densty": 0.5}], r"graft.transforms[0].densty is given, but 'ties' has no"),
+    ("graft.transforms", [{"name": "ties"}, {"name": "ties"}], "graft.transforms[1].name is 'ties' with the same"),
+    ("model.class_path", "nowhere.Mine", "model.class_path is 'nowhere.Mine', which can't be imported (ModuleNotFound"),
+    ("model.class_path", 3, "model.class_path is 3, which can't be imported"),
+    ("model.class_path", "torch.nn.Linear", "model.class_path is 'torch.nn.Linear', which is <class 'torch.nn.modules"),
+    ("data.format", "mesages", "data.format is 'mesages'; expected one of alpaca, auto, messages, "),
+    ("model.lr", -1.0, "model.lr is -1.0; expected a positive learning rate"),
+])  # fmt: skip
+def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, value, message):
+    assert error_of(capsys, "fit", "--config", configuration(tmp_path, key, value)).startswith(message)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["delta", "compress", "a", "b", "--method=dare", "--parameters", "3"],
+     'parameters is 3; expected values by the name of the parameter, e.g. {"size": 1e-4}.'),
+    (["graft", "a", "b", "c", "d", '--transforms=["ties"]'], "transforms is ties; expected a list of names with "),
+    (["graft", "a", "b", "c", "d", "--dtype=float8"], "dtype is float8; expected auto, float32, bfloat16, float16."),
+    (["graft", "a", "b", "c", "d", "--scalee=2"], "unrecognized arguments: --scalee=2\nDid you mean scale?"),
+    (["graft", "a"], "the following arguments are required: tuned, instruct, out"),
+    (["fit", "--config", str(DEMO), "--model.lrr=1"], "unrecognized arguments: --model.lrr=1\nDid you mean model.lr?"),
+    (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_other_commands_and_unknown_keys(capsys, arguments, message):
+    assert error_of(capsys, *arguments).startswith(message)
+
+
+def test_an_unknown_form_of_message_is_kept():
+    assert shorten("something else\n\n  in two lines", {}) == "something else\n  in two lines"
+
+
+def test_one_batch_is_not_all_batches(tmp_path):
+    """Also in a process in which a union of the same types in the other order has become Trainer's type hint."""
+    script = """
+import importlib, sys, typing
+import lightning.pytorch
+from lightning.pytorch.trainer import trainer
+for clear in typing._cleanups:
+    clear()
+made_before = typing.Optional[typing.Union[float, int]]
+lightning.pytorch.Trainer = importlib.reload(trainer).Trainer
+hint = trainer.Trainer.__init__.__annotations__["limit_val_batches"]
+assert typing.get_args(hint)[0] is float, hint
+from shadowlit.cli.main import main
+main(sys.argv[1:])
+"""
+    config = configuration(tmp_path, "trainer.limit_val_batches", 1)
+    arguments = ["fit", "--config", config, "--trainer.limit_test_batches=1", "--trainer.overfit_batches=0.5",
+                 "--trainer.limit_train_batches=1.0", "--print_config"]  # fmt: skip
+    for program in (["-c", script], ["-m", "shadowlit"]):
+        done = subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        found = yaml.safe_load(done.stdout)["trainer"]
+        values = [found[name] for name in ("limit_val_batches", "limit_test_batches", "limit_train_batches")]
+        assert [(type(value), value) for value in values] == [(int, 1), (int, 1), (float, 1.0)]
+        assert found["overfit_batches"] == 0.5
