@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from shadowlit.analysis.similarity import Group, Similarity
+from shadowlit.analysis.similarity import Similarity
 from shadowlit.checkpoint.names import is_bias
 from shadowlit.errors import ShadowlitError
 from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
@@ -45,15 +45,9 @@ def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap
     Biases aren't shown.
     """
     measure = measure or similarity.measures[0]
-    found: dict[tuple[str, int], list[int]] = {}
-    for i, tensor in enumerate(similarity.tensors):
-        if tensor.layer is not None and not is_bias(tensor.name):
-            found.setdefault((tensor.kind, tensor.layer), []).append(i)
-    cells = {
-        # Several tensors of one kind in one layer, as experts are, count together.
-        cell: Group(None, tuple(similarity.tensors[i] for i in members)).measure(measure)
-        for cell, members in found.items()
-    }
+    # Several tensors of one kind in one layer, as experts are, count together.
+    groups = similarity.whole.split(lambda t: None if t.layer is None or is_bias(t.name) else (t.kind, t.layer))
+    cells = {group.key: group.measure(measure) for group in groups}
     if measure == "sigma":
         title = f"σ({similarity.title}): their mean is {similarity.sigma:.4f}"
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -102,11 +101,5 @@ def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path) -> ShadowDat
     if settings.get("chat_template"):
         settings["chat_template"] = located(settings["chat_template"], folder)
     data = ShadowData(pair, validation={n: located(s, folder) for n, s in sources.items()}, **settings)
-    log = logging.getLogger("shadowlit.data")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        data.setup("validate")
-    finally:
-        log.setLevel(level)
+    data.setup("validate")
     return data

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,8 +68,16 @@ class TensorSimilarity:
 class Group:
     """Some tensors of a comparison together, which have a kind, layer or expert in common."""
 
-    key: str | int | None
+    key: Any
     tensors: tuple[TensorSimilarity, ...]
+
+    def split(self, key: Callable[[TensorSimilarity], Any]) -> list[Group]:
+        """The tensors in groups of equal ``key``, in order of appearance; those whose key is None are left out."""
+        groups: dict[Any, list[TensorSimilarity]] = {}
+        for tensor in self.tensors:
+            if (value := key(tensor)) is not None:
+                groups.setdefault(value, []).append(tensor)
+        return [Group(value, tuple(found)) for value, found in groups.items()]
 
     @property
     def sums(self) -> Sums:
@@ -128,32 +137,18 @@ class Similarity:
         """All tensors."""
         return Group(None, self.tensors)
 
-    def by(self, key: Callable[[TensorSimilarity], str | int | None]) -> list[Group]:
-        """The tensors in groups of equal ``key``, in order of appearance."""
-        groups: dict[str | int | None, list[TensorSimilarity]] = {}
-        for tensor in self.tensors:
-            groups.setdefault(key(tensor), []).append(tensor)
-        return [Group(value, tuple(found)) for value, found in groups.items()]
-
     def by_kind(self) -> list[Group]:
-        """A group for every kind of tensor."""
-        return self.by(lambda tensor: tensor.kind)
+        """A group for every kind of tensor, in order of appearance."""
+        return self.whole.split(lambda tensor: tensor.kind)
 
     def by_layer(self) -> list[Group]:
         """A group for every decoder layer, in their order; the tensors outside are left out."""
-        groups = [group for group in self.by(lambda tensor: tensor.layer) if isinstance(group.key, int)]
-        return sorted(groups, key=lambda group: int(group.key or 0))
+        return sorted(self.whole.split(lambda tensor: tensor.layer), key=attrgetter("key"))
 
     def by_expert(self) -> dict[int, list[Group]]:
         """For every decoder layer that is a mixture of experts a group for every expert, both in their order."""
-        found: dict[int, dict[int, list[TensorSimilarity]]] = {}
-        for tensor in self.tensors:
-            if tensor.layer is not None and tensor.expert is not None:
-                found.setdefault(tensor.layer, {}).setdefault(tensor.expert, []).append(tensor)
-        return {
-            layer: [Group(expert, tuple(tensors)) for expert, tensors in sorted(experts.items())]
-            for layer, experts in sorted(found.items())
-        }
+        mixtures = ((layer.key, layer.split(lambda tensor: tensor.expert)) for layer in self.by_layer())
+        return {layer: sorted(experts, key=attrgetter("key")) for layer, experts in mixtures if experts}
 
     @property
     def verdict(self) -> str:
@@ -421,8 +416,6 @@ def _fit(name: str, shapes: Sequence[tuple[int, ...]]) -> bool:
 
 
 def _as_dict(similarity: Similarity) -> dict[str, Any]:
-    whole = {"sigma": similarity.sigma} if similarity.of == "weights" else {}
-
     def measured(group: Group) -> dict[str, Any]:
         return {name: _or_none(group.measure(name)) for name in similarity.measures}
 
@@ -431,7 +424,7 @@ def _as_dict(similarity: Similarity) -> dict[str, Any]:
         "b": similarity.b,
         "of": similarity.of,
         **measured(similarity.whole),
-        **{name: _or_none(value) for name, value in whole.items()},
+        **({"sigma": _or_none(similarity.sigma)} if similarity.of == "weights" else {}),
         "verdict": similarity.verdict,
         "by_kind": {str(group.key): measured(group) for group in similarity.by_kind()},
         "by_layer": {str(group.key): measured(group) for group in similarity.by_layer()},

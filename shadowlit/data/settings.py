@@ -83,6 +83,13 @@ class DataSettings:
             the batches go to a GPU, and 0 elsewhere.
         prefetch: Batches that each worker prepares in advance.
 
+    Attributes:
+        train_sources: Sources of the training data, in order.
+        validation_sets: Source of each validation set, by the set's name.
+        test_sets: Source of each test set, by the set's name.
+        row_capacity: Tokens that a row packed by best_fit has room for.
+        eval_rows: Rows per rank and batch in validation, test and predict.
+
     Raises:
         DataError: Settings that can't work, all of them in one message.
     """
@@ -119,37 +126,16 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Fill in what depends on other settings, and check them."""
-        self.train, self.validation, self.test = self.train_sources, self.validation_sets, self.test_sets
-        self.pack_length, self.eval_batch_size = self.row_capacity, self.eval_rows
+        self.train = self.train_sources = [self.train] if isinstance(self.train, str) else list(self.train or [])
+        self.validation = self.validation_sets = _by_name(self.validation, "val")
+        self.test = self.test_sets = _by_name(self.test, "test")
+        if self.pack_length is None:
+            self.pack_length = self.max_length * (1 if self.samples == "conversations" else 2)
+        if self.eval_batch_size is None:
+            self.eval_batch_size = self.batch_size
+        self.row_capacity, self.eval_rows = self.pack_length, self.eval_batch_size
         self.template_kwargs = dict(self.template_kwargs or {})
         raise_all(list(self._problems()))
-
-    @property
-    def train_sources(self) -> list[str]:
-        """Sources of the training data, in order."""
-        return [self.train] if isinstance(self.train, str) else list(self.train or [])
-
-    @property
-    def validation_sets(self) -> dict[str, str]:
-        """Source of each validation set, by the set's name."""
-        return {"val": self.validation} if isinstance(self.validation, str) else dict(self.validation or {})
-
-    @property
-    def test_sets(self) -> dict[str, str]:
-        """Source of each test set, by the set's name."""
-        return {"test": self.test} if isinstance(self.test, str) else dict(self.test or {})
-
-    @property
-    def row_capacity(self) -> int:
-        """Tokens that a row packed by best_fit has room for."""
-        if self.pack_length is not None:
-            return self.pack_length
-        return self.max_length if self.samples == "conversations" else 2 * self.max_length
-
-    @property
-    def eval_rows(self) -> int:
-        """Rows per rank and batch in validation, test and predict."""
-        return self.batch_size if self.eval_batch_size is None else self.eval_batch_size
 
     def wanted(self, stage: str | None) -> list[tuple[str, list[str], str]]:
         """Name, sources and use of each set that a command tokenises; a stream and prompts are not among them.
@@ -204,3 +190,8 @@ class DataSettings:
                 f"data.pack_length is {self.row_capacity}, but a sample may have data.max_length={self.max_length} "
                 "tokens. Raise the one or lower the other."
             )
+
+
+def _by_name(sets: dict[str, str] | str | None, name: str) -> dict[str, str]:
+    """Sources by the names of their sets; a single source is named ``name``."""
+    return {name: sets} if isinstance(sets, str) else dict(sets or {})
