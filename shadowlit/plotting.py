@@ -69,13 +69,19 @@ styled = matplotlib.rc_context(PAPER)
 """Decorator of functions that draw with :data:`PAPER`; it leaves matplotlib's settings as they were."""
 
 
-def panels(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of ``width`` x ``height`` inches outside of pyplot, which would keep it, and its axes row by row.
+def panels(
+    count: int, columns: int, width: float, height: float, extra: float = 0.0, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure outside of pyplot, which would keep it, and the axes of its ``count`` panels, row by row.
 
-    ``options`` are further arguments of ``Figure.subplots``.
+    It is ``width`` inches wide and ``height`` inches high for each row, and ``extra`` for all. ``options`` are further
+    arguments of ``Figure.subplots``.
     """
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(width, height * rows + extra), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+    hide(axes[count:])
+    return figure, axes[:count]
 
 
 def series_style(number: int, black: bool = True) -> dict[str, Any]:
@@ -95,6 +101,13 @@ def message(text: str) -> Figure:
     hide([axis])
     axis.text(0, 0.5, "\n".join(textwrap.wrap(text, 120)), va="center", color="0.35")
     return figure
+
+
+def steps_axis(axis: Axes, label: str = "optimizer step") -> None:
+    """Draw the optimizer steps of a run on the x axis, from 0, and a grid."""
+    axis.set_xlabel(label)
+    axis.set_xlim(left=0)
+    axis.grid()
 
 
 def hide(axes: Sequence[Axes]) -> None:

@@ -56,7 +56,7 @@ def plot_curves(
         DataError: The run logged none of what was asked for.
     """
     series = read_metrics(metrics)
-    figure, axes = panels(len(whats), len(sets), 4.2 * len(sets), 3.1 * len(whats))
+    figure, axes = panels(len(whats) * len(sets), len(sets), 4.2 * len(sets), 3.1)
     drawn = draw_curves(axes, series, sets, whats)
     if not drawn:
         raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")

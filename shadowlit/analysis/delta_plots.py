@@ -15,7 +15,7 @@ from shadowlit.analysis.evolution import Evolution
 from shadowlit.analysis.heat_map import in_order, limits
 from shadowlit.analysis.subspaces import Overlap, Spectrum
 from shadowlit.analysis.truncation import ALL, Cost, Losses
-from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, message, panels, series_style, styled
+from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, message, panels, series_style, steps_axis, styled
 
 _SMALLEST = 1e-4  # of the largest singular value: what lies below isn't drawn
 _NO_RUNS = "No run with checkpoints was given: a ModelCheckpoint with every_n_train_steps and save_top_k=-1 keeps them."
@@ -31,9 +31,8 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
     """
     kinds = in_order(one.kind for each in found.values() for one in each)
     columns = min(4, len(kinds))
-    rows = -(-len(kinds) // columns)
-    figure, axes = panels(rows, columns, DOUBLE, 0.5 + 1.45 * rows, sharex=True, sharey=True)
-    for axis, kind in zip(axes, kinds, strict=False):
+    figure, axes = panels(len(kinds), columns, DOUBLE, 1.45, 0.5, sharex=True, sharey=True)
+    for panel, (axis, kind) in enumerate(zip(axes, kinds, strict=True)):
         for number, each in enumerate(found.values()):
             colour = series_style(number)["color"]
             for one in (one for one in each if one.kind == kind and float(one.values[0])):
@@ -45,8 +44,11 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
         axis.set_ylim(_SMALLEST, 1.5)
         axis.set_title(kind)
         axis.grid()
-    hide(axes[len(kinds) :])
-    _label_outer(figure, axes[: len(kinds)], columns, "index i", "sᵢ / s₁")
+        if panel % columns == 0:
+            axis.set_ylabel("sᵢ / s₁")
+        if panel + columns >= len(kinds):  # no panel below it
+            axis.set_xlabel("index i")
+            axis.tick_params(labelbottom=True)
     for number, name in enumerate(found):
         axes[0].plot([], [], color=series_style(number)["color"], label=name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -63,7 +65,7 @@ def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure
     """
     size, first = len(found[0].names), found[0]
     width = SINGLE if len(found) == 1 else DOUBLE
-    figure, axes = panels(1, len(found), width, 0.85 + (width - 1.7) / len(found))
+    figure, axes = panels(len(found), len(found), width, 0.85 + (width - 1.7) / len(found))
     tables = [
         [[math.nan if i == j else float(one.values[i, j]) for j in range(size)] for i in range(size)] for one in found
     ]
@@ -99,7 +101,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
     """
     if not found:
         return message(_NO_RUNS)
-    figure, axes = panels(1, 3, DOUBLE, 2.35)
+    figure, axes = panels(3, 3, DOUBLE, 2.35)
     for number, (name, one) in enumerate(found.items()):
         style = series_style(number)
         axes[0].plot((0, *one.steps), (0.0, *one.norms), label=name, **style)
@@ -112,9 +114,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
     axes[2].set_ylabel("cos(Δₜ − Δₜ₋₁, Δₜ₋₁)")
     axes[2].axhline(0, color="0.6", linewidth=0.6)
     for axis in axes:
-        axis.set_xlabel("optimizer step t")
-        axis.set_xlim(left=0)
-        axis.grid()
+        steps_axis(axis, "optimizer step t")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
@@ -125,20 +125,16 @@ def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
     if not found:
         return message(_NO_RUNS)
     columns = min(3, len(found))
-    rows = -(-len(found) // columns)
-    figure, axes = panels(rows, columns, SINGLE if columns == 1 else DOUBLE, 0.3 + 2.0 * rows)
+    figure, axes = panels(len(found), columns, SINGLE if columns == 1 else DOUBLE, 2.0, 0.3)
     kinds = in_order(kind for one in found.values() for kind in one.kinds)
-    for axis, (name, one) in zip(axes, found.items(), strict=False):
+    for axis, (name, one) in zip(axes, found.items(), strict=True):
         for number, kind in enumerate(kinds):
             if kind in one.kinds:
                 axis.plot((0, *one.steps), (0.0, *one.kinds[kind]), label=kind, **series_style(number))
         axis.set_title(name)
-        axis.set_xlabel("optimizer step t")
         axis.set_ylabel("‖Δₜ‖")
-        axis.set_xlim(left=0)
         axis.set_ylim(bottom=0)
-        axis.grid()
-    hide(axes[len(found) :])
+        steps_axis(axis, "optimizer step t")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
@@ -153,7 +149,7 @@ def draw_costs(found: Sequence[Cost], losses: Losses | None = None) -> Figure:
     """
     rows = 1 if losses is None else 2
     width = SINGLE if len(found) == 1 else DOUBLE
-    figure, axes = panels(rows, len(found), width, (0.55 if width == DOUBLE else 1.0) + 2.0 * rows)
+    figure, axes = panels(rows * len(found), len(found), width, 2.0, 0.55 if width == DOUBLE else 1.0)
     for column, one in enumerate(found):
         axis = axes[column]
         axis.plot(one.kept, one.errors[ALL], label="all together", color="black", linewidth=2.0)
@@ -199,13 +195,3 @@ def _annotate(axis: Axes, cells: Sequence[Sequence[float]], low: float, high: fl
                 colour = "w" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "k"
                 text = f"{round(value, 2) + 0.0:.2f}"
                 axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-
-
-def _label_outer(figure: Figure, axes: Sequence[Axes], columns: int, x: str, y: str) -> None:
-    """Label the left column, and every panel without one below it."""
-    for number, axis in enumerate(axes):
-        if number % columns == 0:
-            axis.set_ylabel(y)
-        if number + columns >= len(axes):
-            axis.set_xlabel(x)
-            axis.tick_params(labelbottom=True)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from shadowlit.analysis.similarity import Similarity
 from shadowlit.checkpoint.names import is_bias
 from shadowlit.errors import ShadowlitError
-from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, hide, panels, styled
+from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, panels, styled
 
 _ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj")
 
@@ -77,10 +77,9 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
         raise ShadowlitError("no tensor lies in a decoder layer, so that there is nothing to draw. Leave heat_map out.")
     width = min(DOUBLE, max(SINGLE, 1.8 + 0.17 * len(layers)))
     columns = 2 if len(maps) > 2 and width == SINGLE else 1
-    rows = -(-len(maps) // columns)
-    figure, axes = panels(rows, columns, width * columns, (0.75 + 0.15 * len(kinds)) * rows)
+    figure, axes = panels(len(maps), columns, width * columns, 0.75 + 0.15 * len(kinds))
     step = -(-len(layers) // 20)
-    for number, (axis, one) in enumerate(zip(axes, maps, strict=False)):
+    for number, (axis, one) in enumerate(zip(axes, maps, strict=True)):
         low, high = limits((v for other in maps if other.label == one.label for v in other.cells.values()), one.centre)
         image = axis.imshow(
             [[one.cells.get((kind, layer), math.nan) for layer in layers] for kind in kinds],
@@ -97,7 +96,6 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
         if number + columns >= len(maps):
             axis.set_xlabel("decoder layer")
         figure.colorbar(image, ax=axis, label=one.label)
-    hide(axes[len(maps) :])
     return figure
 
 

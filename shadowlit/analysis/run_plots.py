@@ -14,17 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from shadowlit.analysis.curves import draw_curves, draw_subjects
 from shadowlit.analysis.run import Points, Run
-from shadowlit.plotting import (
-    DOUBLE,
-    OKABE_ITO,
-    SEQUENTIAL,
-    SINGLE,
-    hide,
-    message,
-    panels,
-    series_style,
-    styled,
-)
+from shadowlit.plotting import DOUBLE, OKABE_ITO, SEQUENTIAL, SINGLE, message, panels, series_style, steps_axis, styled
 
 _WIDE = 20
 
@@ -40,7 +30,7 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
     """
     chosen = list(sets if sets is not None else run.sets or [""])
     width = min(DOUBLE, max(SINGLE, 2.3 * len(chosen)))
-    figure, axes = panels(len(whats), len(chosen), width, 0.45 + 1.75 * len(whats))
+    figure, axes = panels(len(whats) * len(chosen), len(chosen), width, 1.75, 0.45)
     if not draw_curves(axes, run.series, chosen, whats):
         return _nothing(run, f"val/…/{whats[0]}")
     for axis in axes[: len(chosen) * sum(what == "loss" for what in whats[:1])]:
@@ -60,13 +50,13 @@ def gains(run: Run) -> Figure:
     groups = [(lines, label) for lines, label in groups if any(lines.values())]
     if not groups:
         return _nothing(run, "val/grafted/loss with val/instruct/loss")
-    figure, axes = panels(1, len(groups), SINGLE * len(groups), 2.6)
+    figure, axes = panels(len(groups), len(groups), SINGLE * len(groups), 2.6)
     for axis, (lines, label) in zip(axes, groups, strict=True):
         for number, (name, points) in enumerate(lines.items()):
             _line(axis, points, number, name)
         axis.axhline(0, color="0.3", linewidth=0.8)
         axis.set_ylabel(label)
-        _steps(axis)
+        steps_axis(axis)
         axis.legend(loc="best")
     return figure
 
@@ -76,7 +66,7 @@ def survival(run: Run) -> Figure:
     """Plot the fraction of the update that survives rounding, its size, and its size in each layer."""
     if not run.points("graft/survival"):
         return _nothing(run, "graft/survival (graft.statistics=true)")
-    figure, axes = panels(1, 3, DOUBLE, 2.2)
+    figure, axes = panels(3, 3, DOUBLE, 2.2)
     axes[0].plot(*zip(*run.points("graft/survival"), strict=True), **series_style(2))
     axes[0].set_ylabel("survival (1: all arrives)")
     axes[0].set_ylim(-0.03, 1.03)
@@ -101,7 +91,7 @@ def survival(run: Run) -> Figure:
         axes[2].yaxis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes[2], label="‖Δ‖ in the layer")
     for axis in axes[:2]:
-        _steps(axis)
+        steps_axis(axis)
     axes[2].set_xlabel("optimizer step")
     return figure
 
@@ -112,14 +102,14 @@ def forgetting(run: Run) -> Figure:
     if not run.divergences:
         return _nothing(run, "val/grafted/…/kl (an evaluator shadowlit.evaluation.forgetting.Divergence)")
     names = run.divergences
-    figure, axes = panels(1, len(names), min(DOUBLE, SINGLE * len(names)), 2.5)
+    figure, axes = panels(len(names), len(names), min(DOUBLE, SINGLE * len(names)), 2.5)
     for axis, name in zip(axes, names, strict=True):
         draw_subjects(axis, run.series, f"{name}/kl")
         axis.set_ylabel("KL from Instruct (nats per token)")
         axis.set_title(name)
         axis.set_ylim(bottom=0)
         _log_if_wide(axis)
-        _steps(axis)
+        steps_axis(axis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -131,16 +121,14 @@ def score_curves(run: Run) -> Figure:
     if not names:
         return _nothing(run, "val/…/<evaluator>/score (a section 'evaluation' with evaluators)")
     columns = min(4, len(names)) if len(names) != 6 else 3
-    rows = -(-len(names) // columns)
-    figure, axes = panels(rows, columns, min(DOUBLE, max(SINGLE, 2.3 * columns)), 0.5 + 1.75 * rows, sharey=True)
-    for number, (axis, name) in enumerate(zip(axes, names, strict=False)):
+    figure, axes = panels(len(names), columns, min(DOUBLE, max(SINGLE, 2.3 * columns)), 1.75, 0.5, sharey=True)
+    for number, (axis, name) in enumerate(zip(axes, names, strict=True)):
         draw_subjects(axis, run.series, f"{name}/score", f"{name}/stderr")
         axis.set_title(name)
         axis.set_ylim(-0.03, 1.03)
-        _steps(axis)
+        steps_axis(axis)
         if number % columns == 0:
             axis.set_ylabel("score")
-    hide(axes[len(names) :])
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4 if columns > 2 else 2)
     return figure
 
@@ -150,14 +138,14 @@ def training(run: Run) -> Figure:
     """Training loss and learning rate of each effective batch."""
     if not run.points("train/loss"):
         return _nothing(run, "train/loss")
-    figure, axes = panels(1, 2, DOUBLE, 2.1)
+    figure, axes = panels(2, 2, DOUBLE, 2.1)
     for number, (axis, metric, label) in enumerate(
         zip(axes, ("train/loss", "train/lr"), ("training loss (nats per token)", "learning rate"), strict=True)
     ):
         if run.points(metric):
             axis.plot(*zip(*run.points(metric), strict=True), color=series_style(number)["color"], linewidth=1.0)
         axis.set_ylabel(label)
-        _steps(axis)
+        steps_axis(axis)
     axes[1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     return figure
 
@@ -177,12 +165,6 @@ def _log_if_wide(axis: Axes) -> None:
     if above and max(above) > _WIDE * min(above):
         axis.set_yscale("log")
         axis.set_ylim(min(above) / 1.5, max(above) * 1.5)
-
-
-def _steps(axis: Axes) -> None:
-    axis.set_xlabel("optimizer step")
-    axis.set_xlim(left=0)
-    axis.grid()
 
 
 def _nothing(run: Run, what: str) -> Figure:

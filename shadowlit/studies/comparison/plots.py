@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from shadowlit.plotting import hide, panels
+from shadowlit.plotting import panels
 from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
 from shadowlit.studies.comparison.summary import FACTS, OVER_INSTRUCT, Report
 from shadowlit.studies.plots import COLOURS, MARKERS, arm_style, legend_of
@@ -103,10 +103,8 @@ def plot_predicting(
     Standings with losses at these scales, on the line to the graft, get a panel for each arm.
     """
     arms = list(dict.fromkeys(line.arm for line in lines))
-    count = len(FACTS) + len(arms)
     columns = 3 if arms else 2
-    rows = -(-count // columns)
-    figure, axes = panels(rows, columns, 3.7 * columns, 3.1 * rows)
+    figure, axes = panels(len(FACTS) + len(arms), columns, 3.7 * columns, 3.1)
     palette = list(COLOURS.values())
     for axis, (fact, words) in zip(axes, FACTS.items(), strict=False):
         for i, (setting, found) in enumerate(predictions.items()):
@@ -125,7 +123,6 @@ def plot_predicting(
         axis.grid(alpha=0.25)
     for axis, arm in zip(axes[len(FACTS) :], arms, strict=False):
         _draw_lines(axis, [line for line in lines if line.arm == arm], scales)
-    hide(axes[count:])
     if len(predictions) > 1:
         handles, labels = legend_of(axes[: len(FACTS)])
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")

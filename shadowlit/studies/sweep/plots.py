@@ -34,10 +34,9 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
     metrics, axes = list(metrics or table.shown()), list(axes or table.varied)
     shown = [(metric, axis) for metric in metrics for axis in axes]
     columns = len(axes) if len(axes) > 1 else min(3, len(metrics))
-    rows = -(-len(shown) // columns)
     width = min(DOUBLE, max(SINGLE, 2.4 * columns))
-    figure, found = panels(rows, columns, width, _HEIGHT * rows + 0.3, sharey="row" if len(axes) > 1 else False)
-    for number, (panel, (metric, axis)) in enumerate(zip(found, shown, strict=False)):
+    figure, found = panels(len(shown), columns, width, _HEIGHT, 0.3, sharey="row" if len(axes) > 1 else False)
+    for number, (panel, (metric, axis)) in enumerate(zip(found, shown, strict=True)):
         for arm in table.arms:
             if axis in table.ranges:
                 _scatter(panel, table, axis, metric, arm)
@@ -49,7 +48,6 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
         if number % len(axes) == 0:
             panel.set_ylabel(unit(metric))
         panel.grid(True)
-    hide(found[len(shown) :])
     handles, labels = legend_of(found)
     figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(labels))))
     return figure
