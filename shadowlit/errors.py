@@ -40,3 +40,8 @@ class EvaluationError(ShadowlitError):
 def first_line(error: Exception) -> str:
     """The error's type and what its first line says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
-from shadowlit.errors import PairError
+from shadowlit.errors import PairError, counted
 from shadowlit.pair.registry import KnownPair, find_pair, load_registry
 from shadowlit.progress import make_console
 
@@ -93,7 +93,7 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
         severity = Text(f"{problem.severity:<8}", style=_STYLES[problem.severity])
         console.print(severity.append(f"  {problem}", style="default"))
     counts = [sum(problem.severity == severity for problem in problems) for severity in _STYLES]
-    found = ", ".join(f"{n} {severity}{'' if n == 1 else 's'}" for n, severity in zip(counts, _STYLES, strict=True))
+    found = ", ".join(counted(n, severity) for n, severity in zip(counts, _STYLES, strict=True))
     if counts[0]:
         raise PairError(f"{found}: a graft of {select!r} is not possible until the errors are fixed.")
     console.print(f"{found}: a graft of {select!r} is possible.")

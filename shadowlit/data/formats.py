@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 
 Message = dict[str, Any]
 Samples = Literal["conversations", "pairs", "labels"]
@@ -217,7 +217,7 @@ def _with_images(messages: list[Message], row: Mapping[str, Any]) -> list[Messag
             content = parts
         placed.append({**message, "content": content})
     if num_places != len(given):
-        count = f"{len(given)} image{'' if len(given) == 1 else 's'} in '{column or 'images'}'"
+        count = f"{counted(len(given), 'image')} in '{column or 'images'}'"
         raise DataError(
             f"has {count}, and {num_places} places for them; expected equally many. Write {PLACEHOLDER} in a turn's "
             "text where each image belongs, or give parts of type image, and a path for each."
@@ -253,7 +253,7 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
     return parts
 
 
-def unsupervised(turns: list[Message]) -> list[Message]:
+def unsupervised(turns: Sequence[Message]) -> list[Message]:
     """The turns of a prompt, whose assistant turns are context."""
     return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from shadowlit.data.conversation import IGNORE_INDEX, located
 from shadowlit.data.formats import Message
 from shadowlit.data.sampler import FILLER_ROW
-from shadowlit.errors import DataError, PairError
+from shadowlit.errors import DataError, PairError, counted
 
 if TYPE_CHECKING:
     from PIL import Image as Pillow
@@ -346,8 +346,3 @@ def _blank(size: tuple[int, int]) -> Pillow.Image:
     from PIL import Image
 
     return Image.new("RGB", size)
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -31,15 +31,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from shadowlit.data.conversation import IGNORE_INDEX
-from shadowlit.data.formats import Message
-from shadowlit.data.images import ImageProcessing, ImageSource, counted, images_in
-from shadowlit.errors import DataError
+from shadowlit.data.formats import Message, unsupervised
+from shadowlit.data.images import ImageProcessing, ImageSource, Span, images_in
+from shadowlit.errors import DataError, counted
 
-_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def encode(
     messages, images = _with_images(messages, processing)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = [i for i in turns if messages[i].get("train", True)]
-    marked = _MARK.search(template) is not None
+    marked = _MARKS.search(template) is not None
     if marked:
         text, spans = _marked(tokenizer, template, messages, template_kwargs)
         spans = _spans_of(spans, turns, trained)
@@ -145,7 +142,8 @@ def encode_turns(
         return [encode(tokenizer, messages, processing, **template_kwargs)]
     except RewrittenHistoryError:
         trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
-        return [encode(tokenizer, _only_last(messages[: i + 1]), processing, **template_kwargs) for i in trained]
+        parts = ([*unsupervised(messages[:i]), messages[i]] for i in trained)
+        return [encode(tokenizer, part, processing, **template_kwargs) for part in parts]
 
 
 def encode_document(
@@ -309,12 +307,6 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
             "Convert it to a tokenizer.json."
         )
     return tokenizer.get_chat_template()
-
-
-def _only_last(messages: Sequence[Message]) -> list[Message]:
-    """The same messages, of which only the last one is supervised."""
-    earlier = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages[:-1]]
-    return [*earlier, messages[-1]]
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import in_layout_of
 from shadowlit.checkpoint.names import stored_names
-from shadowlit.errors import CheckpointError, GraftError, PairError
+from shadowlit.errors import CheckpointError, GraftError, PairError, counted
 from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights, Select
 from shadowlit.pair.side import Side, open_side
@@ -91,7 +91,7 @@ def require_fit(pair: ModelPair, select: Select = "linear") -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         listed = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(errors, 1))
-        count = f"{len(errors)} error{'s' if len(errors) > 1 else ''}"
+        count = counted(len(errors), "error")
         raise PairError(f"Base '{pair.base}' and Instruct '{pair.instruct}' do not fit together, {count}:{listed}")
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from shadowlit.errors import counted
 from shadowlit.studies.arms import TUNED, UNTOUCHED
 from shadowlit.studies.comparison.plots import plot_predicting, plot_table, plot_trade
 from shadowlit.studies.comparison.summary import (
@@ -264,11 +265,6 @@ def _spoken_row(standing: Standing) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def counted(number: int, what: str) -> str:
-    """``1 seed``, ``2 seeds``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def percent(found: Average) -> str:
