@@ -7,7 +7,6 @@ import logging
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,17 +38,10 @@ _REST = "meta.pt"  # what Lightning stores next to the shards
 _CACHED = 2  # whole tensors of a sharded checkpoint
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A checkpoint of a run, a file or the folder of a sharded one, and the optimizer steps done by then."""
-
-    step: int
-    path: Path
-    reader: TrainedReader
-
-
 class TrainedReader(ComputedReader):
     """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
+
+    ``step`` is the number of optimizer steps done by then, ``folder`` the checkpoint: a file, or a sharded one's folder.
 
     A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
     checkpoints (FSDP2) are read tensor by tensor; the last two are kept.
@@ -72,13 +64,8 @@ class TrainedReader(ComputedReader):
             raise CheckpointError(f"{path} holds no weights. Give a checkpoint of 'python -m shadowlit fit'.")
         super().__init__(path, infos, rows_of(lambda name: load(names[name])))
 
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it holds an adapter's factors."""
-        return any(map(is_adapter_name, self.tensors))
 
-
-def latest(run: str | Path) -> Stage:
+def latest(run: str | Path) -> TrainedReader:
     """The newest complete checkpoint below a run's folder, or the checkpoint itself.
 
     Raises:
@@ -92,7 +79,7 @@ def latest(run: str | Path) -> Stage:
     raise _none(folder)
 
 
-def stages(run: str | Path, most: int | None = None) -> list[Stage]:
+def stages(run: str | Path, most: int | None = None) -> list[TrainedReader]:
     """The checkpoints below a run's folder, one per optimizer step, in order.
 
     One that is being written, or that the run removes in the meantime, is left out with a warning.
@@ -107,7 +94,7 @@ def stages(run: str | Path, most: int | None = None) -> list[Stage]:
     folder = Path(run)
     # The newest one is kept twice, under its own name and as last.ckpt: the own name comes first.
     paths = sorted(folder.rglob("*.ckpt"), key=lambda path: (path.name.startswith("last"), str(path)))
-    found: dict[int, Stage] = {}
+    found: dict[int, TrainedReader] = {}
     for path in [folder] if folder.suffix == ".ckpt" else paths:
         if (stage := _opened(path)) is not None:
             found.setdefault(stage.step, stage)
@@ -118,7 +105,7 @@ def stages(run: str | Path, most: int | None = None) -> list[Stage]:
 
 
 def open_stage(
-    stage: Stage,
+    stage: TrainedReader,
     pair: ModelPair | None = None,
     adapter: LoraConfig | None = None,
     select: str | list[str] | None = None,
@@ -135,28 +122,26 @@ def open_stage(
         DataError: What isn't given isn't in a configuration either.
         GraftError: The checkpoint doesn't fit the Base, or its adapter has no exact update.
     """
-    home, config = _config_above(stage.path)
+    home, config = _config_above(stage.folder)
     pair = pair or pair_of(config, home)
-    reader = stage.reader
     base = CheckpointReader(pair.base_folder())
-    if reader.is_adapter:
-        update = AdapterUpdate(base, stage.path, adapter or _adapter(config, home), reader)
+    if any(map(is_adapter_name, stage.tensors)):
+        update = AdapterUpdate(base, stage.folder, adapter or _adapter(config, home), stage)
         delta = Delta.from_update(update)
     else:
         # The run holds experts as its module does, the delta shall hold them as the files.
         aligned = AlignedReader(base, CheckpointReader(pair.instruct_folder()))
-        delta = _difference(in_layout_of(reader, base), aligned)
+        delta = _difference(in_layout_of(stage, base), aligned)
     wanted = select or (config.get("graft") or {}).get("select") or "linear"
     return delta.only(resolve(wanted, delta.shapes, linear_on_disk(base.tensors), "of the update"))
 
 
-def _opened(path: Path) -> Stage | None:
+def _opened(path: Path) -> TrainedReader | None:
     try:
-        reader = TrainedReader(path)
+        return TrainedReader(path)
     except (OSError, CheckpointError) as error:
         log.warning("%s is left out: %s", path, error)
         return None
-    return Stage(reader.step, path, reader)
 
 
 def _written(path: Path) -> float:

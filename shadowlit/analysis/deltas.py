@@ -48,27 +48,25 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
         GraftError: It doesn't fit the Base, or has no exact update.
     """
     folder = Path(source)
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
     if any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json")):
         delta = Delta.open(folder)
-        return delta if select is None else delta.only(_selected(delta, select))
-    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if folder.suffix == ".ckpt" or (folder.is_dir() and not is_model):
+    elif folder.suffix == ".ckpt" or (folder.is_dir() and not is_model):
         return open_stage(latest(folder), select=select)
-    if base is None:
+    elif base is None:
         raise DataError(
             f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
         )
-    delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source))))
-    return delta if select is None else delta.only(_selected(delta, select))
+    else:
+        delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source))))
+    if select is None:
+        return delta
+    return delta.only(resolve(select, delta.shapes, linear_on_disk(described(delta.shapes)), "of the update"))
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
     """Several updates by their names; see :func:`open_delta`."""
     return {name: open_delta(source, base) for name, source in sources.items()}
-
-
-def _selected(delta: Delta, select: str | list[str]) -> frozenset[str]:
-    return resolve(select, delta.shapes, linear_on_disk(described(delta.shapes)), "of the update")
 
 
 def reader_of(name: str, delta: Delta) -> TensorReader:

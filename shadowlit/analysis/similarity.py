@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -250,6 +250,7 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
         print(report.similarities[0].sigma, report.similarities[0].verdict)
     """
     sources = [str(model) for model in models]
+    bar = progress_bar if progress else lambda *_: nullcontext(lambda _: None)
     with ExitStack() as stack:
         opened = [open_reader(model_folder(f"{i}.", model)) for i, model in enumerate(sources, start=1)]
         readers: Sequence[TensorReader] = [stack.enter_context(reader) for reader, _ in opened]
@@ -266,17 +267,13 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
         readers = in_one_layout(readers)
         names = shared_names(readers, deltas=deltas)
         total = sum(min(r.tensors[n].num_elements for r in readers if n in r.tensors) for n in names)
-        with _bar("comparing", total, progress) as advance:
+        with bar("comparing", total) as advance:
             report = compare(readers, deltas=deltas, advance=advance)
         if effective_rank:
             total = sum(t.sums.num_elements for s in report.similarities if s.of == "weights" for t in s.tensors)
-            with _bar("effective rank", total, progress) as advance:
+            with bar("effective rank", total) as advance:
                 report = with_ranks(report, readers, advance)
     return replace(report, models=dict(zip(report.models, sources, strict=True)))
-
-
-def _bar(what: str, total: int, shown: bool) -> AbstractContextManager[Callable[[int], None]]:
-    return progress_bar(what, total) if shown else nullcontext(lambda _: None)
 
 
 def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:

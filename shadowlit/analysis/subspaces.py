@@ -81,16 +81,10 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
 
 def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
     """A row per update: means over its matrices."""
-    rows = [
-        (
-            name,
-            mean_of_defined([one.effective_rank for one in each]),
-            mean_of_defined([one.stable_rank for one in each]),
-            mean_of_defined([float(one.rank_of_share(0.9)) for one in each]),
-            mean_of_defined([float(len(one.values)) for one in each]),
-        )
-        for name, each in found.items()
-    ]
+    rows = []
+    for name, each in found.items():
+        ranks = [(one.effective_rank, one.stable_rank, one.rank_of_share(0.9), len(one.values)) for one in each]
+        rows.append((name, *map(mean_of_defined, zip(*ranks, strict=True))))
     return Table(("update", "effective rank", "stable rank", "rank that holds 90 % of ‖Δ‖²", "full rank"), rows)
 
 
@@ -105,7 +99,6 @@ class Overlap:
 
     matrix: Matrix
     chance: float
-    rank: int
     side: Side
 
 
@@ -148,7 +141,7 @@ def subspace_overlap(
                         chance.append(max(left.shape[1], right.shape[1]) / len(left))
     values = torch.where(counts > 0, sums / counts.clamp_min(1), math.nan)
     told = Matrix(tuple(names), values, f"overlap φ of {rank} directions")
-    return Overlap(told, mean_of_defined(chance), rank, side)
+    return Overlap(told, mean_of_defined(chance), side)
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:

@@ -10,13 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headings; numbers are shown with four digits, NaN and None as a dash.
-
-    Attributes:
-        columns: The headings.
-        rows: Rows with a cell for each heading.
-        caption: Explanation of the table; may be empty.
-    """
+    """Rows under the headings ``columns``; numbers are shown with four digits, NaN and None as a dash."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -37,11 +31,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Markdown:
-    """A text that a notebook renders.
-
-    Attributes:
-        text: Markdown.
-    """
+    """A text in Markdown, which a notebook renders."""
 
     text: str
 

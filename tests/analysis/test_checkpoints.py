@@ -69,7 +69,7 @@ def test_full_tuning_is_the_difference(run, pair):
     (stage,) = stages(run)
     delta = open_stage(stage)
     before = load_file(pair[0] / "model.safetensors")
-    assert (stage.step, stage.path) == (7, path) and delta.shapes.keys() == before.keys()
+    assert (stage.step, stage.folder) == (7, path) and delta.shapes.keys() == before.keys()
     for name in before:
         torch.testing.assert_close(delta.tensor(name), state[name] - before[name], rtol=0, atol=0)
     assert {n.split(".")[-2] for n in open_stage(stage, select="q_proj").shapes} == {"q_proj"}
@@ -116,7 +116,7 @@ def test_in_the_order_of_steps_each_once(run, pair):
         write(run, tuned(pair[0], step), step)
     write(run, tuned(pair[0], 10), 10, "last.ckpt")
     found = stages(run)
-    assert [(stage.step, stage.path.name) for stage in found] == [
+    assert [(stage.step, stage.folder.name) for stage in found] == [
         (2, "step-2.ckpt"),
         (9, "step-9.ckpt"),
         (10, "step-10.ckpt"),

@@ -122,7 +122,7 @@ def test_matrices_share_their_colours_and_leave_the_diagonal_blank():
 
 
 def test_overlaps_go_from_none_to_all():
-    told = Overlap(Matrix(("a", "b"), torch.tensor([[1.0, 0.3], [0.3, 1.0]]), "overlap"), 0.05, 4, "input")
+    told = Overlap(Matrix(("a", "b"), torch.tensor([[1.0, 0.3], [0.3, 1.0]]), "overlap"), 0.05, "input")
     axis = draw_overlaps([told]).axes[0]
     assert axis.images[0].get_clim() == (0, 1) and axis.get_title() == "input side; 0.05 by chance"
 
