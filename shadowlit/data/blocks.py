@@ -56,14 +56,10 @@ class Block:
 
 
 class BlockBuilder:
-    """Collects samples, one by one, into blocks.
-
-    Attributes:
-        sources: Numbers of the sources by name.
-    """
+    """Collects samples, one by one, into blocks."""
 
     def __init__(self) -> None:
-        self.sources: dict[str, int] = {}
+        self.sources: dict[str, int] = {}  # their numbers by name
         self._clear()
 
     def add(self, sample: Encoded, origin: Conversation) -> None:

@@ -63,17 +63,14 @@ class PackCollate:
         packs = [item if isinstance(item, list) else [item] for item in items]
         if self.flatten:
             packs = [[sample for pack in packs for sample in pack]]
-        rows = [pack_samples(pack) for pack in packs]
-        length = _round_up(max(len(row["input_ids"]) for row in rows), self.pad_to_multiple_of)
-        batch = {
-            "input_ids": _fill(rows, "input_ids", length, self.pad_token_id),
-            "position_ids": _fill(rows, "position_ids", length, 0),
-            "labels": _fill(rows, "labels", length, IGNORE_INDEX),
-        }
-        for positions, row in zip(batch["position_ids"], rows, strict=True):
-            used = len(row["position_ids"])
-            positions[used:] = torch.arange(length - used)
-        return batch
+        sizes = [sum(len(sample["input_ids"]) for sample in pack) for pack in packs]
+        length = _round_up(max(sizes), self.pad_to_multiple_of)
+        rows = []
+        for pack, size in zip(packs, sizes, strict=True):
+            free = length - size
+            filling = {"input_ids": [self.pad_token_id] * free, "labels": [IGNORE_INDEX] * free}
+            rows.append(pack_samples([*pack, filling] if free else pack))
+        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "position_ids", "labels")}
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,7 @@ class Conversation:
 def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     """``[function(item) for item in items]``, with the DataErrors of all items in one.
 
-    Args:
-        function: Function of an item.
-        items: Rows or conversations: each error begins with ``str(item)``, which says where the item came from.
+    The items are rows or conversations: each error begins with ``str(item)``, which says where the item came from.
 
     Raises:
         DataError: The only error, or up to five of several and their number.

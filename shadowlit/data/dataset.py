@@ -169,13 +169,7 @@ class TokenDataset(Dataset):
 
 
 class PromptDataset(Dataset):
-    """Prompts ``{"input_ids": list[int], "index": int}``, where ``index`` is the row, or -1 for the filler.
-
-    Args:
-        prompts: Tokenised prompts, with their images.
-        origins: Rows that they come from.
-        filler_token: Token that the filler consists of.
-    """
+    """Prompts ``{"input_ids": list[int], "index": int}``, where ``index`` is the row, or -1 for the filler."""
 
     def __init__(self, prompts: list[Encoded], origins: list[Conversation], filler_token: int) -> None:
         self._prompts, self._origins, self._filler_token = prompts, origins, filler_token

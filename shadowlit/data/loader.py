@@ -45,7 +45,7 @@ class ResumableLoader(DataLoader):
         batches_per_epoch: int | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(dataset, batch_sampler=batch_sampler, **_quiet(options))
+        super().__init__(dataset, batch_sampler=batch_sampler, **quiet(options))
         self._epoch, self._batch = epoch, 0
         self._exact = True  # the position was set, and isn't that of an abandoned iterator
         self._last = min(batches_per_epoch or len(batch_sampler), len(batch_sampler))
@@ -78,9 +78,9 @@ def make_loader(dataset: Dataset, batch_sampler: ShardedBatchSampler, **options:
     batches but the last are full, so splitting the flat list gives the same batches.
     """
     own = [index for batch in batch_sampler for index in batch]
-    return DataLoader(dataset, sampler=own, batch_size=batch_sampler.batch_size, **_quiet(options))
+    return DataLoader(dataset, sampler=own, batch_size=batch_sampler.batch_size, **quiet(options))
 
 
-def _quiet(options: dict[str, Any]) -> dict[str, Any]:
+def quiet(options: dict[str, Any]) -> dict[str, Any]:
     """Give the loader its own generator: otherwise every iteration draws from the global one, and changes dropout."""
     return {"generator": torch.Generator().manual_seed(0), **options}

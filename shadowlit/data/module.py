@@ -66,29 +66,21 @@ class ShadowData(DataSettings, LightningDataModule):
 
         data = ShadowData(pair, train="train.jsonl", validation={"new": "new.jsonl", "old": "old.jsonl"})
 
-    The settings are attributes of the module, and are described in :class:`~shadowlit.data.settings.DataSettings`.
+    The settings are attributes of the module, and are described in :class:`~shadowlit.data.settings.DataSettings`;
+    ``validation_names`` and ``test_names`` are the names of the sets, in the order of their loaders.
     """
 
     def __post_init__(self) -> None:
         """Check the settings; nothing is read."""
         LightningDataModule.__init__(self)
         super().__post_init__()
+        self.validation_names, self.test_names = list(self.validation_sets), list(self.test_sets)
         self.reports: dict[str, DataReport] = {}
         self.prompts: PromptDataset | None = None
         self._preparation = Preparation(self)
         self._sets: dict[str, TokenDataset | PreferenceDataset] = {}
         self._packs: PackedOrder | None = None
         self._resume: dict[str, Any] | None = None
-
-    @property
-    def validation_names(self) -> list[str]:
-        """Names of the validation sets, in the order of their loaders."""
-        return list(self.validation_sets)
-
-    @property
-    def test_names(self) -> list[str]:
-        """Names of the test sets, in the order of their loaders."""
-        return list(self.test_sets)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -187,11 +179,12 @@ class ShadowData(DataSettings, LightningDataModule):
             self, dataset.lengths, self._packs, world_size, rank, shuffle=self.shuffle and not overfits
         )
         self._report_padding(dataset, sampler)
+        limit = self._limit("train")
         loader = ResumableLoader(
             dataset,
             sampler,
             epoch=self.trainer.current_epoch if self.trainer is not None else 0,
-            batches_per_epoch=self._epoch_length(len(sampler)),
+            batches_per_epoch=int(limit * len(sampler)) if isinstance(limit, float) else limit,
             collate_fn=self._training_collate(getattr(dataset, "has_images", False)),
             **self._loading(keep_workers=True),
         )
@@ -207,7 +200,7 @@ class ShadowData(DataSettings, LightningDataModule):
 
         Samples of similar length share a batch, unless ``trainer.limit_val_batches`` takes only some of them.
         """
-        return [self._eval_loader(f"val/{name}") for name in self.validation_names]
+        return [self._eval_loader(f"val/{name}", self._limit("val")) for name in self.validation_names]
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader per test set, in the order of :attr:`test_names`; otherwise as :meth:`val_dataloader`.
@@ -217,7 +210,7 @@ class ShadowData(DataSettings, LightningDataModule):
         """
         if not self.test:
             raise DataError("data.test is not set. Give the sets to test on, e.g. data.test={math: math.jsonl}.")
-        return [self._eval_loader(f"test/{name}") for name in self.test_names]
+        return [self._eval_loader(f"test/{name}", self._limit("test")) for name in self.test_names]
 
     def predict_dataloader(self) -> DataLoader:
         """Left-padded prompts: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``index`` ``[B]`` (-1 for a filler).
@@ -236,9 +229,7 @@ class ShadowData(DataSettings, LightningDataModule):
 
     def scoring_loader(self, name: str) -> DataLoader:
         """Loader of every sample of a set of preferences, once over all ranks; batches are as in validation."""
-        dataset = self.preference_sets[name]
-        order = evaluation_order(dataset.longest, self.eval_rows * self._ranks()[0])
-        return self._shard(dataset, PreferenceCollate(self.pad_token_id, self.pad_to_multiple_of), order)
+        return self._eval_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and a description of the order that it belongs to."""
@@ -339,11 +330,13 @@ class ShadowData(DataSettings, LightningDataModule):
             f"data: train: {100 * report.fill:.1f} % of what the batches compute are tokens of samples{advice}"
         )
 
-    def _eval_loader(self, name: str) -> DataLoader:
+    def _limit(self, stage: str) -> int | float | None:
+        """The trainer's limit on the batches of a stage: a number, or a share as a float."""
+        return getattr(self.trainer, f"limit_{stage}_batches", 1.0)
+
+    def _eval_loader(self, name: str, limit: int | float | None = 1.0) -> DataLoader:
         """Padded rows, since scores are counted by row; rows of similar length together, which reduces padding."""
         dataset = self.dataset(name)
-        stage = "test" if name.startswith("test/") else "val"
-        limit = getattr(self.trainer, f"limit_{stage}_batches", 1.0)
         # In another order, the first batches of a set would have other samples.
         grouped = isinstance(limit, float) and limit == 1.0
         is_pairs = isinstance(dataset, PreferenceDataset)
@@ -386,10 +379,3 @@ class ShadowData(DataSettings, LightningDataModule):
                 "trainer.use_distributed_sampler is true, which would shard the data a second time. Set it to false."
             )
         return self.trainer.world_size, self.trainer.global_rank
-
-    def _epoch_length(self, num_batches: int) -> int:
-        """Batches of an epoch that the trainer takes; Lightning's limit is a number, or a share as a float."""
-        limit = getattr(self.trainer, "limit_train_batches", None)
-        if limit is None:
-            return num_batches
-        return min(limit, num_batches) if isinstance(limit, int) else int(limit * num_batches)

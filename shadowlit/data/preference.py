@@ -73,11 +73,9 @@ class PreferenceDataset(Dataset):
 
 @dataclass(frozen=True)
 class PreferenceCollate:
-    """Builds a batch of the sequences of preference samples, with the sample that each belongs to.
+    """Builds a batch of the sequences of preference samples, with the sample of each; see :class:`Collate`.
 
     Attributes:
-        pad_token_id: As in :class:`Collate`.
-        pad_to_multiple_of: As in :class:`Collate`.
         packing: None for a row per sequence, padding_free for one row, best_fit for a row per item.
     """
 

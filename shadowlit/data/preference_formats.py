@@ -90,7 +90,7 @@ def convert_labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[Messag
     """Return the prompt, the answer and the label of a row.
 
     Raises:
-        DataError: The row is malformed or its label isn't a boolean.
+        DataError: The row is malformed or its label isn't a boolean. The message doesn't say which row it is.
     """
     label = row.get("label")
     if not isinstance(label, bool):
@@ -106,19 +106,6 @@ def convert_labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[Messag
             raise DataError("has no assistant turn at the end of 'messages' that answers something. Add the answer.")
         prompt, answer = turns[:-1], turns[-1:]
     return unsupervised(prompt), require_answer(answer, "completion"), label
-
-
-def convert_preference(row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-    """The fields of a row's :class:`Conversation` apart from its origin; for ``samples`` pairs or labels.
-
-    Raises:
-        DataError: The row is malformed. The message doesn't say which row it is.
-    """
-    if samples == "pairs":
-        chosen, rejected = convert_pair(row)
-        return {"messages": chosen, "other": rejected}
-    prompt, answer, label = convert_labelled(row)
-    return {"messages": prompt + answer, "other": prompt, "desirable": label}
 
 
 def add_next_answers(samples: list[Conversation]) -> list[Conversation]:

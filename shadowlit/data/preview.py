@@ -17,7 +17,7 @@ from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.errors import DataError
-from shadowlit.progress import make_console
+from shadowlit.progress import make_console, make_table
 
 # Two shades each, to distinguish neighbouring tokens.
 _SUPERVISED = ("black on green", "black on bright_green")
@@ -132,11 +132,9 @@ def _legend(coloured: bool) -> Text:
 
 def _table(reports: Iterable[DataReport]) -> Table:
     """A table with a line for each set that was read."""
-    table = Table(title="data sets", title_justify="left")
-    table.add_column("set", overflow="fold")
-    for column in ("rows", "samples", "tokens", "supervised", "longest"):
-        table.add_column(column, justify="right", overflow="fold")
-    table.add_column("lost", overflow="fold")
+    headings = ("set", "rows", "samples", "tokens", "supervised", "longest", "lost")
+    table = make_table(*headings, title="data sets", title_justify="left")
+    table.columns[-1].justify = "left"
     for report in reports:
         numbers = (report.num_rows, report.num_samples, report.num_tokens)
         share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"

@@ -21,8 +21,8 @@ from shadowlit.data.conversation import Conversation, collect, located, place
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
-from shadowlit.data.preference_formats import add_next_answers, convert_preference, require_columns
-from shadowlit.errors import DataError
+from shadowlit.data.preference_formats import add_next_answers, convert_labelled, convert_pair, require_columns
+from shadowlit.errors import DataError, first_line
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
@@ -37,14 +37,7 @@ def log_message(text: str, is_warning: bool) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it was read.
-
-    Attributes:
-        source: File or hub data set, as the user named it.
-        index: 0-based index in the source.
-        line: 1-based line of a JSONL file, else None.
-        content: Content of the row; an object with named columns unless the file is malformed.
-    """
+    """A row as it was read: an object with named columns, unless the file is malformed; see :class:`Conversation`."""
 
     source: str
     index: int
@@ -105,7 +98,11 @@ def read_conversations(
 
     def convert(row: Row) -> Conversation:
         columns = row.columns if custom is None else custom.preference_row(row.columns, samples)
-        return Conversation(source=source, row=row.index, line=row.line, **convert_preference(columns, samples))
+        if samples == "pairs":
+            chosen, rejected = convert_pair(columns)
+            return Conversation(chosen, source, row.index, row.line, other=rejected)
+        prompt, answer, label = convert_labelled(columns)
+        return Conversation(prompt + answer, source, row.index, row.line, other=prompt, desirable=label)
 
     found = collect(convert, rows)
     return add_next_answers(found) if samples == "labels" else found
@@ -299,7 +296,7 @@ def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=_ROWS_READ):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source} is no readable Parquet file: {_first_line(error)} Write it again.") from None
+        raise DataError(f"{source} is no readable Parquet file ({first_line(error)}). Write it again.") from None
 
 
 def _open(source: str, use: str, streaming: bool = False) -> Any:
@@ -323,7 +320,7 @@ def _open_folder(source: str, folder: Path, split: str | None, use: str, streami
             data = datasets.load_dataset(str(folder), streaming=streaming)
     except Exception as error:
         raise DataError(
-            f"the folder {source} is no data set that can be read: {_first_line(error)} Name a file, or a folder "
+            f"the folder {source} is no data set that can be read ({first_line(error)}). Name a file, or a folder "
             "of Parquet or JSONL files."
         ) from error
     return _choose_split(source, data, split, use)
@@ -345,7 +342,7 @@ def open_hub(source: str, use: str, streaming: bool = False) -> Any:
         )
     except Exception as error:  # hub, network and parsing errors share no base class
         raise DataError(
-            f"the data set '{source}' can't be read from the hub, and there is no such file: {_first_line(error)} "
+            f"the data set '{source}' can't be read from the hub, and there is no such file ({first_line(error)}). "
             "Expected a file, a folder or org/name[/config][@revision][:split]; correct the name, or without "
             "network give a local file."
         ) from error
@@ -365,9 +362,3 @@ def _choose_split(source: str, data: Any, split: str | None, use: str) -> Any:
             f"e.g. '{source.split(':')[0]}:{names[0]}'."
         )
     return data[split]
-
-
-def _first_line(error: Exception) -> str:
-    text = f"{error}".strip() or type(error).__name__
-    line = text.splitlines()[0].rstrip(".")
-    return f"{line}."

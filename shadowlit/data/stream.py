@@ -8,12 +8,12 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.loader import quiet
 from shadowlit.data.order import make_sampler, pack, require_packable
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import FILLER
@@ -131,8 +131,7 @@ class StreamLoader(DataLoader):
 
     def __init__(self, stream: TokenStream, length: int, **options: Any) -> None:
         options["num_workers"] = min(1, options.get("num_workers", 0))
-        # Its own generator: otherwise every iteration draws from the global one, and changes dropout.
-        super().__init__(stream, batch_size=None, generator=torch.Generator().manual_seed(0), **options)
+        super().__init__(stream, batch_size=None, **quiet(options))
         self._length, self._position = length, Position()
 
     def __len__(self) -> int:
