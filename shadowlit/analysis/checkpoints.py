@@ -41,7 +41,7 @@ _CACHED = 2  # whole tensors of a sharded checkpoint
 class TrainedReader(ComputedReader):
     """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
 
-    ``step`` is the number of optimizer steps done by then, ``folder`` the checkpoint: a file, or a sharded one's folder.
+    ``step`` is the number of optimizer steps done by then, and ``folder`` the path of the checkpoint.
 
     A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
     checkpoints (FSDP2) are read tensor by tensor; the last two are kept.

@@ -70,7 +70,7 @@ class PackCollate:
             free = length - size
             filling = {"input_ids": [self.pad_token_id] * free, "labels": [IGNORE_INDEX] * free}
             rows.append(pack_samples([*pack, filling] if free else pack))
-        return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "position_ids", "labels")}
+        return {name: _fill(rows, name, length, 0) for name in ("input_ids", "position_ids", "labels")}
 
 
 @dataclass(frozen=True)
