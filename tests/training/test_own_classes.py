@@ -378,7 +378,7 @@ def test_a_module_that_is_none(root, path, message):
 
 
 def test_a_class_path_that_is_no_text(root):
-    with pytest.raises(ShadowlitError, match=r"model\.class_path is '5', which can't be imported"):
+    with pytest.raises(ShadowlitError, match=r"model\.class_path is 5, which can't be imported"):
         check(["fit", "--config", write(root, "five", model={"class_path": 5})])
 
 
