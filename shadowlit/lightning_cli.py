@@ -245,7 +245,7 @@ def import_model_class(path: str) -> type[ShadowModule]:
         ShadowlitError: There is none, or it is no subclass of ShadowModule.
     """
     base = "a subclass of shadowlit.training.module.ShadowModule"
-    found = import_object(str(path), "model.class_path", f"the import path of {base}")
+    found = import_object(path, "model.class_path", f"the import path of {base}")
     if not (isinstance(found, type) and issubclass(found, ShadowModule)):
         raise ShadowlitError(f"model.class_path is {path!r}, which is {found!r}; expected the import path of {base}.")
     return found

@@ -12,7 +12,7 @@ from typing import Any
 from shadowlit.errors import ShadowlitError, first_line
 
 
-def import_object(path: str, key: str, expected: str, error: type[ShadowlitError] = ShadowlitError) -> Any:
+def import_object(path: Any, key: str, expected: str, error: type[ShadowlitError] = ShadowlitError) -> Any:
     """Import the object at a path such as ``package.module.name``.
 
     Args:
@@ -25,7 +25,7 @@ def import_object(path: str, key: str, expected: str, error: type[ShadowlitError
         ShadowlitError: It can't be imported.
     """
     # Not pkgutil.resolve_name, which takes a module that fails to import something for one that doesn't exist.
-    module, _, name = path.rpartition(".")
+    module, _, name = str(path).rpartition(".")
     return _loaded(lambda: getattr(import_module(module), name), path, key, expected, error)
 
 

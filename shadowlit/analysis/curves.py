@@ -21,10 +21,7 @@ _ORIGIN = {"grafted": "instruct", "tuned": "base"}  # what a model is at step 0
 
 
 def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read Lightning's ``metrics.csv``, of a finished run or of one in progress.
-
-    Returns:
-        For every metric its values with the optimizer step they were logged at, in order.
+    """Read Lightning's ``metrics.csv``, of a run that may be in progress: for every metric, steps and values in order.
 
     Raises:
         DataError: There is no such file, or it has no steps.

@@ -254,12 +254,10 @@ def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
 
 
 def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the matrices of an update in some decoder layers, in the order of layers and names.
+    """Names of the matrices of an update in these decoder layers, in the order of layers and names.
 
-    Args:
-        delta: The update.
-        layers: Decoder layers; None for up to four, evenly spread with both ends, since singular values of large
-            matrices take seconds each.
+    By default, there are up to four layers, evenly spread with both ends: singular values of large matrices take
+    seconds each.
 
     Raises:
         GraftError: The update has no matrix in them.

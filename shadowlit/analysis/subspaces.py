@@ -121,9 +121,8 @@ def subspace_overlap(
     Args:
         deltas: Two or more updates by name.
         rank: Number of leading directions of each; a matrix of lower rank contributes all that it has.
-        side: ``output`` for the left singular vectors (what the updates write), ``input`` for the right ones (what
-            they read).
-        layers: Decoder layers; None for up to four, evenly spread.
+        side: ``output`` for the left singular vectors (written by the updates), ``input`` for the right ones (read).
+        layers: See :func:`shadowlit.analysis.deltas.matrices`.
 
     Raises:
         GraftError: The rank isn't positive, or they share no matrix in these layers.

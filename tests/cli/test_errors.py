@@ -134,7 +134,7 @@ def test_choices_are_read_from_the_registries(monkeypatch):
     ("graft.transforms", [{"name": "ties", "densty": 0.5}], r"graft.transforms[0].densty is given, but 'ties' has no"),
     ("graft.transforms", [{"name": "ties"}, {"name": "ties"}], "graft.transforms[1].name is 'ties' with the same"),
     ("model.class_path", "nowhere.Mine", "model.class_path is 'nowhere.Mine', which can't be imported (ModuleNotFound"),
-    ("model.class_path", 3, "model.class_path is '3', which can't be imported"),
+    ("model.class_path", 3, "model.class_path is 3, which can't be imported"),
     ("model.class_path", "torch.nn.Linear", "model.class_path is 'torch.nn.Linear', which is <class 'torch.nn.modules"),
     ("data.format", "mesages", "data.format is 'mesages'; expected one of alpaca, auto, messages, "),
     ("model.lr", -1.0, "model.lr is -1.0; expected a positive learning rate"),

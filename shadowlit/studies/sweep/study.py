@@ -46,15 +46,11 @@ class Claim:
 
 
 class SweepStudy:
-    """A sweep's trials, for one worker among any number.
+    """The trials of a sweep in its storage, for one worker among any number.
 
     Every trial has a key: setting, trained model, seed. The storage hands out one trial at a time, atomically. If
     several workers have planned the sweep at the same time and a key is in it more than once, only the trial with the
     lowest number is run, and the others are marked as void.
-
-    Args:
-        definition: Definition of the sweep.
-        storage: Storage of its trials.
 
     Raises:
         ShadowlitError: The storage has another sweep of this name, or the sampler or pruner doesn't know its options.
