@@ -31,7 +31,6 @@ GRACE_S = 120.0
 BEAT_S = 20.0
 """Interval between two heartbeats."""
 _DRAWS_PER_SETTING = 20
-_DRAWS_PER_SETTING = 20
 
 
 @dataclass

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from shadowlit.studies.trials.folder import LOCK, vacated
 from shadowlit.studies.trials.trial import LOG, PARENT, RESULT, run_logged
 
 log = logging.getLogger(__name__)
+
+_ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a parser, or at the end of a traceback
 
 
 @dataclass(frozen=True)
@@ -151,10 +154,11 @@ def drop_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def last_words(folder: Path, lines: int = 3) -> str:
-    """The end of a failed job's log."""
+def last_words(folder: Path) -> str:
+    """The last line of a failed job's log that names an error; its last line if none does."""
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).is_file() else ""
-    return " / ".join(line.strip() for line in text.strip().splitlines()[-lines:]) or "it left no log"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ([line for line in lines if _ERROR.match(line)] or lines or ["it left no log"])[-1]
 
 
 def untouched_failed(home: Path) -> ShadowlitError:
