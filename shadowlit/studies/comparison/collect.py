@@ -16,9 +16,8 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.arms import UNTOUCHED, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
 from shadowlit.studies.rows import UNTOUCHED_TRIAL, Row
-from shadowlit.studies.trials.process import is_finished
+from shadowlit.studies.trials.process import is_finished, read_result
 from shadowlit.studies.trials.recipe import Recipe
-from shadowlit.studies.trials.trial import RESULT
 
 
 def collect(
@@ -34,7 +33,7 @@ def collect(
     ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
     """
     home = folder / UNTOUCHED_TRIAL
-    logged = _result(home)["metrics"]
+    logged = read_result(home)["metrics"]
     found = [
         Row(arm, metrics=metrics_of(logged, arm.lower()), samples=_samples(home / "evaluation" / arm.lower()))
         for arm in UNTOUCHED
@@ -44,7 +43,7 @@ def collect(
     facts = _Facts(recipe, own, finished)
     starts = {row.arm[0]: row.metrics.get(line, math.nan) for row in found}
     for training, home in finished.items():
-        result = _result(home)
+        result = read_result(home)
         evaluated = home / "evaluation" / f"step-{result['step']}"
         for arm in (training.tuned_arm, training.grafted_arm):
             if training.lr not in own.get(arm, ()):
@@ -67,10 +66,6 @@ def collect(
                 )
                 found.append(row)
     return found
-
-
-def _result(home: Path) -> dict[str, Any]:
-    return json.loads((home / RESULT).read_text(encoding="utf-8"))
 
 
 def _samples(home: Path) -> dict[str, dict[int, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
@@ -147,6 +148,11 @@ def start(
 def is_finished(folder: Path) -> bool:
     """Whether a job has left its result."""
     return (folder / RESULT).is_file()
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
 def drop_checkpoints(folder: Path) -> None:
