@@ -139,8 +139,7 @@ class LayoutReader(TensorReader):
     Args:
         reader: Checkpoint to present.
         like: Checkpoint whose names and layout are used.
-        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it;
-            otherwise it stays as it is.
+        ties: Whether an output head that repeats its tied embedding is present only where ``like`` has one.
 
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.

@@ -85,14 +85,8 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
 class DiskGraft:
     """A graft of checkpoints, checked from their headers and ready to be streamed.
 
-    Args:
-        update: Update of the Base.
-        instruct: Reader of the Instruct's checkpoint.
-        scale: Scale λ of the graft.
-        select: Selection of tensors; see :func:`shadowlit.grafting.selection.resolve`.
-        dtype: Dtype of all floating-point tensors of the result, e.g. ``bfloat16``; ``None`` for the Instruct's own.
-        transforms: Functions of the update, applied before it is scaled. With them whole tensors are in memory, one at
-            a time: about four float32 copies of the largest one, and for ``svd`` two in float64 as well.
+    With transforms whole tensors are in memory, one at a time: about four float32 copies of the largest one, and for
+    ``svd`` two in float64 as well. Arguments are as those of :func:`shadowlit.grafting.folders.graft`.
 
     Raises:
         GraftError: Nothing is selected, or a selected tensor has another shape in the Instruct, or is not a

@@ -171,7 +171,7 @@ def _rates(report: Report) -> str:
     rows = []
     for standing in report.grid:
         if standing.arm in TUNED and standing.is_whole:
-            chosen = "chosen" if standing.lr == _chosen_rate(report, standing.arm) else ""
+            chosen = "chosen" if report.is_chosen(standing) else ""
             rows.append([standing.arm, _rate(standing.lr), *(percent(standing[mean]) for mean in _MEANS), chosen])
     rows += [[arm, *[NONE] * 5, "no training"] for arm in TUNED if arm not in report.choices]
     header = ["arm", "lr", "mean, selection half", "mean, reported half", "learned", "kept", ""]
@@ -251,11 +251,6 @@ def _cost_table(report: Report) -> str:
         "Mean ± standard error over all trainings of an arm. B2B and B2I share their trainings, as do I2I and I2B.\n\n"
         + markdown_table(["arm", "trainings", *(_COSTS[name][0] for name in names)], rows)
     )
-
-
-def _chosen_rate(report: Report, arm: str) -> float | None:
-    choice = report.choices.get(arm)
-    return choice.best.lr if choice else None
 
 
 def _spoken_row(standing: Standing) -> str:

@@ -57,11 +57,8 @@ def run(
 ) -> list[str]:
     """Run jobs in the folder of a comparison, ``workers`` at a time and in order; finished ones are not run again.
 
-    After an interruption the running ones are stopped. A failed job does not end the others. ``done`` is called with
-    every job's name, and whether it left its result. See also :class:`shadowlit.studies.trials.process.Pool`.
-
-    Returns:
-        The names of the jobs that failed.
+    After an interruption the running ones are stopped. A failed job does not end the others; the names of those are
+    returned. ``done`` is called with every job's name, and whether it left its result.
     """
     waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:

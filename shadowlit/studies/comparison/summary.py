@@ -68,16 +68,13 @@ class Report:
 
     Attributes:
         num_rows: Numbers of samples of each evaluator for the selection, and reported.
-        rows: All rows, with their scores on both halves among the metrics: see
-            :func:`shadowlit.studies.comparison.selection.scored`. Facts and losses on the line are metrics too.
+        rows: All rows, with their scores on both halves, facts and losses on the line among the metrics.
         table: Standing of every arm at its chosen rate and scale 1.
         grid: Standing of every arm at every rate and scale; the untouched models first.
-        shown: Metrics to show next to the scores: divergences and losses over all samples (nats per token).
-        choices: Choice of the rate at scale 1, by arm; arms without a finished training are missing.
-        best_scales: Standing at the best rate and scale, by arm with several scales.
-        predictions: Row of each graft of B2I at scale 1: what was known about it, and what it gained.
+        shown: Divergences and losses over all samples (nats per token).
+        choices: Choice of the rate at scale 1; arms without a finished training are missing.
+        predictions: Row of each graft of B2I at scale 1.
         lines: Standings with losses on the way to the graft, at ``line_scales``.
-        missing: Everything that should be there and is not.
     """
 
     description: Description
@@ -103,6 +100,11 @@ class Report:
     def evaluators(self) -> tuple[str, ...]:
         """All evaluators."""
         return self.gain + self.keep
+
+    def is_chosen(self, standing: Standing) -> bool:
+        """Whether it is that of its arm's chosen rate, at scale 1."""
+        choice = self.choices.get(standing.arm)
+        return choice is not None and standing.lr == choice.best.lr and standing.is_whole
 
 
 def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str]) -> Report:

@@ -30,10 +30,8 @@ _TRAINING_KEYS = {f"data.{key}" for key in _TRAINING}
 class Axis:
     """Something that is varied: one key, or several keys that vary together under a name.
 
-    Attributes:
-        name: Dotted key, or name of the variants.
-        levels: Values of the keys that each label sets, by label. Empty for a range.
-        range: ``low``, ``high``, ``log``, ``integer``; None for an axis with levels.
+    It has either levels, by label the values of the keys that it sets, or a range: ``low``, ``high``, ``log``,
+    ``integer``.
     """
 
     name: str

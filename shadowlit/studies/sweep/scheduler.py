@@ -65,17 +65,13 @@ def keep_definition(folder: Path, definition: Definition) -> None:
 class Scheduler:
     """Runs trials of a sweep, ``workers`` at a time, until none waits.
 
-    Other workers may share the storage, on this machine or on others. A failed trial does not end the others.
+    Other workers may share the storage, on this machine or on others. A failed trial does not end the others. See
+    :class:`shadowlit.studies.trials.process.Pool` for the folder, ``threads`` and ``gpus``.
 
     Args:
         study: Trials of the sweep.
-        folder: Folder of the sweep; each trial has a folder of its own in it.
-        workers: Number of trials that run at a time.
-        threads: See :func:`shadowlit.studies.trials.process.start`.
-        gpus: GPUs of each worker, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
         limit: Largest number of trials that this worker begins; None for no limit.
-        on_end: Called with the name of a trial that has ended, its state (complete, pruned, diverged or failed), and
-            the reason why it failed.
+        on_end: Called with the name of a trial that has ended, its state, and the reason why it failed.
         on_poll: Called with what runs, a few times per second.
     """
 

@@ -210,10 +210,18 @@ class SweepStudy:
         distributions = {name: _distribution(axes[name], self.definition.draws) for name in params}
         if len(self.definition.sources) > 1:
             params["train"], distributions["train"] = key.source, CategoricalDistribution(["B", "I"])
-        own = {"key": _stored(key), "name": self.definition.name_of(key), "seed": key.seed}
-        self._study.add_trial(
-            create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=own)
+        waiting = create_trial(
+            state=TrialState.WAITING,
+            params=params,
+            distributions=distributions,
+            user_attrs=self._attributes(key),
         )
+        self._study.add_trial(waiting)
+
+    def _attributes(self, key: TrialKey) -> dict[str, Any]:
+        """What a trial stores of its key; the key itself last, since only a trial with one is complete."""
+        stored = {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
+        return {"name": self.definition.name_of(key), "seed": key.seed, "key": stored}
 
     def _pop(self, trial: FrozenTrial) -> bool:
         try:
@@ -258,10 +266,11 @@ class SweepStudy:
                 return None
             trial = self._study.ask()
             self.storage.set_trial_user_attr(trial._trial_id, "worker", self._me)
-            setting = tuple((axis.name, _suggest(trial, axis)) for axis in self.definition.axes)
+            setting = tuple(
+                (axis.name, trial._suggest(axis.name, _distribution(axis, draws=True))) for axis in self.definition.axes
+            )
             key = TrialKey(setting, self.definition.sources[0], self.definition.seeds[0])
-            own = {"name": self.definition.name_of(key), "seed": key.seed, "key": _stored(key)}
-            for name, value in own.items():
+            for name, value in self._attributes(key).items():
                 trial.set_user_attr(name, value)
             why = self._objection(trial.number, key)
             if not why:
@@ -320,14 +329,6 @@ def _distribution(axis: Axis, draws: bool) -> BaseDistribution:
         return CategoricalDistribution(list(axis.levels))
     kind = IntDistribution if axis.range.get("integer") else FloatDistribution
     return kind(axis.range["low"], axis.range["high"], log=bool(axis.range.get("log")))
-
-
-def _suggest(trial: optuna.Trial, axis: Axis) -> Any:
-    return trial._suggest(axis.name, _distribution(axis, draws=True))
-
-
-def _stored(key: TrialKey) -> dict[str, Any]:
-    return {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
 
 
 def _key_of(trial: FrozenTrial) -> TrialKey | None:

@@ -124,16 +124,11 @@ def start(
     in_process: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> TrialProcess:
-    """Start a job, from the last checkpoint of an interrupted one if there is any.
+    """Start a job in a folder of its own, from the last checkpoint of an interrupted one; its other files are removed.
 
-    Args:
-        job: Job to run.
-        folder: Folder of this job alone; all other files of an interrupted one are removed.
-        threads: Threads of torch; None for torch's own choice.
-        in_process: Whether to fork it from a process that has already imported everything, which saves ten seconds. Not
-            possible where Lightning starts further processes, or where ``environment`` must be known to what is
-            imported; systems that cannot fork start a new process.
-        environment: Additional variables, e.g. which GPUs it sees; not with ``in_process``.
+    With ``in_process`` it is forked from a process that has already imported everything, which saves ten seconds. That
+    is not possible where Lightning starts further processes, or where ``environment`` must be known to what is
+    imported; systems that cannot fork start a new process. ``threads`` are torch's, None for its own choice.
 
     Raises:
         ShadowlitError: Another process has not left the folder within a minute.

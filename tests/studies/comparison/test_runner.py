@@ -217,7 +217,7 @@ def test_a_job_in_a_process_of_its_own_that_fails(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("log", "words"), [
     ("error: data.batch_size is 0\nKnown: 1, 2.\ntip: --help\n", "error: data.batch_size is 0"),
-    ("Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA\n\n/a.py:3: UserWarning: late\n  x = 1\n",
+    ("Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA\n\n/a.py:3: UserWarning: late\n",
      "torch.OutOfMemoryError: CUDA"),
     ("ValueError: one\nDuring handling:\nKeyError: 'two'\na note\n", "KeyError: 'two'"),
     ("loading\nKilled\n\n", "Killed"),
