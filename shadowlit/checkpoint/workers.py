@@ -65,14 +65,14 @@ def in_order(
     """
     count = min(PROCESSES, num_cores(), len(items))
     if num_bytes >= WORTH_FORKING_BYTES and count > 1 and may_fork():
-        with contextlib.ExitStack() as stack:
-            try:
-                team = stack.enter_context(_Team(function, items, room_bytes, count))
-            except OSError:  # no memory, or no process more for this user: threads need neither
-                pass
-            else:
+        try:
+            team = _Team(function, items, room_bytes, count)
+        except OSError:  # no memory, or no process more for this user: threads need neither
+            pass
+        else:
+            with contextlib.closing(team):
                 yield from team.results()
-                return
+            return
     yield from _by_threads(function, items, room_bytes)
 
 
@@ -142,26 +142,20 @@ class _Team(Generic[_In, _Out]):
     def __init__(
         self, function: Callable[[_In, Room], _Out], items: Sequence[_In], room_bytes: int, count: int
     ) -> None:
-        self._function, self._items, self._count = function, items, count
+        self._function, self._items = function, items
         self._workers: list[_Worker] = []
         self._pipes: list[int] = []
         size = -(-room_bytes // _PAGE_BYTES) * _PAGE_BYTES
         num_rooms = count * _ROOMS_PER_WORKER
         memory = np.frombuffer(mmap.mmap(-1, max(1, num_rooms * size)), np.uint8)  # shared with the forked ones
         self._rooms = [memory[i * size : i * size + room_bytes] for i in range(num_rooms)]
-
-    def __enter__(self) -> _Team[_In, _Out]:
         try:
             self._pipes = list(os.pipe())
-            for _ in range(self._count):
+            for _ in range(count):
                 self._fork()
         except BaseException:
-            self._end()
+            self.close()
             raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
 
     def results(self) -> Iterator[tuple[_Out, Room]]:
         """Yield the results of the items in order."""
@@ -226,7 +220,7 @@ class _Team(Generic[_In, _Out]):
         finally:
             os._exit(status)
 
-    def _end(self) -> None:
+    def close(self) -> None:
         for descriptor in self._pipes:
             os.close(descriptor)
         for worker in self._workers:

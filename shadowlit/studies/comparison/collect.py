@@ -13,7 +13,7 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.pair import ModelPair
-from shadowlit.studies.arms import UNTOUCHED, metrics_of, subject_of
+from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
 from shadowlit.studies.rows import UNTOUCHED_TRIAL, Row
 from shadowlit.studies.trials.process import is_finished, read_result
@@ -45,11 +45,11 @@ def collect(
     for training, home in finished.items():
         result = read_result(home)
         evaluated = home / "evaluation" / f"step-{result['step']}"
-        for arm in (training.tuned_arm, training.grafted_arm):
-            if training.lr not in own.get(arm, ()):
+        for arm in sorted(own, key=is_grafted):
+            if arm[0] != training.source or training.lr not in own[arm]:
                 continue
-            scales = recipe.scales if arm == training.grafted_arm else (None,)
-            known = facts.of(training, result) if arm == training.grafted_arm else {}
+            scales = recipe.scales if is_grafted(arm) else (None,)
+            known = facts.of(training, result) if is_grafted(arm) else {}
             subjects = {scale: subject_of(arm, scale, recipe.scales) for scale in scales}
             metrics = {scale: metrics_of(result["metrics"], subject) for scale, subject in subjects.items()}
             losses = {0.0: starts[arm[-1]]}

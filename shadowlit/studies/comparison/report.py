@@ -16,10 +16,9 @@ from shadowlit.studies.comparison.summary import (
     Description,
     Report,
     in_words,
-    summarise,
 )
 from shadowlit.studies.report import NONE, bullets, markdown_table, mean_text, paragraphs, write_files
-from shadowlit.studies.rows import LR, Row, Standing
+from shadowlit.studies.rows import LR, Standing
 from shadowlit.studies.statistics import Average, Correlation, Interval
 
 CORRELATED = (
@@ -35,17 +34,6 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_memory_bytes": ("peak memory (MiB)", lambda value: f"{value / 2**20:,.0f}"),
     "trained_parameters": ("trained parameters", lambda value: f"{value:,.0f}"),
 }
-
-
-def write_report(
-    rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str], folder: Path
-) -> Path:
-    """Summarise rows and write what :func:`write` does.
-
-    Raises:
-        DataError: See :func:`shadowlit.studies.comparison.summary.summarise`.
-    """
-    return write(summarise(rows, description, gain=gain, keep=keep), folder)
 
 
 def write(report: Report, folder: Path) -> Path:
