@@ -356,20 +356,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
     path = Path(os.path.realpath(target))
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
+    finished = False
     try:
         _make_beside(path, partial)  # inside: a signal can't arrive between making it and being able to remove it
         yield partial
         _sync(partial)
-        try:
-            partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
-        except OSError as error:
-            raise _KeptError(
+        finished = True
+        partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
+    except BaseException as error:
+        if finished and isinstance(error, OSError):  # hours of work, which stay
+            raise ExportError(
                 f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it "
                 "yourself."
             ) from error
-    except _KeptError:
-        raise
-    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk as an error of its own.
         if isinstance(error, OSError | SafetensorError):
@@ -379,10 +378,6 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         raise
     with contextlib.suppress(OSError):  # the folder is whole and in place; a power cut could still undo the rename
         _sync_folder(path.parent)
-
-
-class _KeptError(ExportError):
-    """A folder that is finished, and could only not be put in its place: hours of work, which stay."""
 
 
 def _make_beside(path: Path, partial: Path) -> None:

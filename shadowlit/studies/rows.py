@@ -58,7 +58,7 @@ class Row(Place):
 
     Attributes:
         seed: Seed of the training; None for the untouched models.
-        trial: Name of the training, which is that of its folder.
+        trial: Name of the training and of its folder.
         state: waiting, running, complete, pruned, diverged or failed.
         metrics: Metrics as logged after ``val/<subject>/``: ``new/score``, ``forgetting/kl``, ``loss``, ``old/loss``.
         samples: Score of every row of an evaluator's file, by evaluator and index of the row. Scores are 0 to 1.

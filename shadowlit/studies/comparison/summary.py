@@ -243,14 +243,13 @@ def _compare(
 ) -> Comparison:
     def stacked(arm: str) -> dict[int | None, dict[str, np.ndarray]]:
         """Scores of the seeds that have all of them."""
-        found = {
-            r.seed: {name: scores_of(r, name, rows[1]) for name, rows in halves.items()} for r in chosen.get(arm, [])
-        }
-        return {
-            seed: {name: row for name, row in scores.items() if row is not None}
-            for seed, scores in found.items()
-            if all(row is not None for row in scores.values())
-        }
+        found = {}
+        for row in chosen.get(arm, []):
+            scores = {name: scores_of(row, name, reported) for name, (_, reported) in halves.items()}
+            known = {name: own for name, own in scores.items() if own is not None}
+            if len(known) == len(halves):
+                found[row.seed] = known
+        return found
 
     first, second = stacked(a), stacked(b)
     absent = [in_words(arm) for arm, found in ((a, first), (b, second)) if not found]

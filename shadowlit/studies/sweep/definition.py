@@ -129,10 +129,8 @@ class Definition:
     @cached_property
     def num_planned(self) -> int:
         """The largest possible number of trials, before any combination is dropped."""
-        size = self.trials or 1 if self.draws else 1
-        for axis in () if self.draws else self.axes:
-            size *= len(axis.levels)
-        return size * len(self.sources) * len(self.seeds)
+        settings = self.trials or 1 if self.draws else math.prod(len(axis.levels) for axis in self.axes)
+        return settings * len(self.sources) * len(self.seeds)
 
     def planned(self) -> list[TrialKey]:
         """All trials of a grid, seed by seed; empty for a sweep that draws its settings."""

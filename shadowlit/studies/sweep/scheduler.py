@@ -69,7 +69,6 @@ class Scheduler:
     :class:`shadowlit.studies.trials.process.Pool` for the folder, ``threads`` and ``gpus``.
 
     Args:
-        study: Trials of the sweep.
         limit: Largest number of trials that this worker begins; None for no limit.
         on_end: Called with the name of a trial that has ended, its state, and the reason why it failed.
         on_poll: Called with what runs, a few times per second.

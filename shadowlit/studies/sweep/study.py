@@ -58,7 +58,8 @@ class SweepStudy:
     def __init__(self, definition: Definition, storage: BaseStorage) -> None:
         self.definition = definition
         self.storage = storage
-        self._me = _identity()
+        pid = os.getpid()
+        self._me = {"host": _host(), "pid": pid, "started": _started(pid), "token": uuid.uuid4().hex}
         self._seen: dict[int, tuple[Any, float]] = {}  # of others' trials: the last heartbeat, and when we saw it
         self._study = self._open()
 
@@ -342,12 +343,8 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _identity() -> dict[str, Any]:
-    """Identifies this worker: a machine, or a container on it, and a process."""
-    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
-
-
 def _host() -> str:
+    """A machine, or a container on it."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -186,7 +186,8 @@ def _resumed(job: Job, folder: Path) -> Job:
 
 def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shadowlit.studies.trials.preload"])
+    # Nothing that computes when it is imported may be listed: threads don't survive a fork.
+    context.set_forkserver_preload(["shadowlit.lightning_cli", "shadowlit.studies.trials.trial"])
     process = context.Process(target=run_logged, args=(folder, list(job.arguments), threads))
     process.start()
     return TrialProcess(process, lambda: process.exitcode, process.join)
