@@ -145,10 +145,8 @@ class CheckpointWriter:
     index; as a context manager the writer closes itself, and after an exception it removes what it wrote.
 
     Args:
-        folder: Folder to write to; created if it is missing.
         max_shard_bytes: Largest number of data bytes per file; a single larger tensor gets a file of its own.
         metadata: Strings for the header of every file, e.g. where the weights come from.
-        stem: Beginning of the files' names.
 
     Raises:
         CheckpointError: The folder holds safetensors files already, or ``max_shard_bytes`` is not positive.

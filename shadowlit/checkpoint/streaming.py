@@ -22,6 +22,7 @@ AHEAD = 4
 """Number of results that wait at most, besides the one that was taken."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _SYNC_FILE_RANGE_WRITE = 2  # of fcntl.h
+_FALLOC_FL_KEEP_SIZE = 1  # of linux/falloc.h
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -51,18 +52,17 @@ def start_write_back(descriptor: int, offset: int, count: int) -> None:
 
 
 def reserve(descriptor: int, offset: int, count: int) -> None:
-    """Reserve disk space for a range of a file that is about to be written.
+    """Reserve disk space for a range of a file that is about to be written; the file's size stays as it is.
 
-    Saves a fifth of the system time, and raises an OSError at once if the disk is full. Where the system or the file
-    system can't, nothing happens.
+    Saves a fifth of the system time, and raises an OSError at once if the disk is full. Only Linux has the call, and
+    not every file system supports it; elsewhere nothing happens.
     """
-    try:
-        os.posix_fallocate(descriptor, offset, count)
-    except AttributeError:  # Linux only
-        pass
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
+    with contextlib.suppress(AttributeError, TypeError):
+        call = ctypes.CDLL(None, use_errno=True).fallocate
+        if call(descriptor, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(count)):
+            code = ctypes.get_errno()
+            if code in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(code, os.strerror(code))
 
 
 def row_windows(info: TensorInfo) -> Iterator[tuple[int, int]]:

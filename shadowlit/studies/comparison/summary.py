@@ -222,8 +222,8 @@ def _shown_metrics(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def _chosen(rows: Sequence[Row], chosen: Mapping[str, Standing]) -> dict[str, list[Row]]:
     """The rows that the chosen standings are from."""
-    places = {arm: (found.scale, found.setting) for arm, found in chosen.items()}
-    return {arm: [row for row in rows if row.arm == arm and (row.scale, row.setting) == places[arm]] for arm in places}
+    places = {arm: (arm, found.scale, found.setting) for arm, found in chosen.items()}
+    return {arm: [row for row in rows if (row.arm, row.scale, row.setting) == place] for arm, place in places.items()}
 
 
 def _best_scales(grid: Sequence[Standing]) -> Iterator[tuple[str, Standing]]:
