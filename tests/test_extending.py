@@ -15,6 +15,7 @@ import yaml
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main as command
+from shadowlit.delta import registry, transforms  # noqa: F401 - the package's own are registered first
 from shadowlit.delta.delta import Delta
 from shadowlit.lightning_cli import main
 from tests.tiny import save_model, save_pair
@@ -57,11 +58,12 @@ def root(tmp_path_factory):
     (root / "train.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     (root / "held_out.jsonl").write_text((root / "train.jsonl").read_text())
     sys.path.insert(0, str(root))
-    before = Path.cwd()
+    before, registered = Path.cwd(), dict(registry._registered)
     os.chdir(root)
     yield root
     os.chdir(before)
     sys.path.remove(str(root))
+    registry._registered = registered
 
 
 def fit(root, changes, *args):
