@@ -10,4 +10,5 @@ import transformers
 import transformers.models.auto.modeling_auto
 import transformers.models.qwen3.modeling_qwen3  # noqa: F401
 
-import shadowlit.studies.trials.preload  # noqa: F401
+import shadowlit.lightning_cli
+import shadowlit.studies.trials.trial  # noqa: F401

@@ -145,10 +145,8 @@ class CheckpointWriter:
     index; as a context manager the writer closes itself, and after an exception it removes what it wrote.
 
     Args:
-        folder: Folder to write to; created if it is missing.
         max_shard_bytes: Largest number of data bytes per file; a single larger tensor gets a file of its own.
         metadata: Strings for the header of every file, e.g. where the weights come from.
-        stem: Beginning of the files' names.
 
     Raises:
         CheckpointError: The folder holds safetensors files already, or ``max_shard_bytes`` is not positive.
@@ -174,8 +172,6 @@ class CheckpointWriter:
         # transformers refuses a file whose metadata do not name the framework.
         self.metadata = {"format": "pt", **(metadata or {})}
         self._shards: list[_Shard] = []
-        self._files: dict[str, int] = {}
-        self._num_elements = 0
         self._closed = False
         self._stem = stem
 
@@ -188,11 +184,11 @@ class CheckpointWriter:
         """
         if self._closed:
             raise CheckpointError(f"Tensor '{name}' was added to the closed writer of {self.folder}. Add it before.")
-        if name in self._files:
+        if any(name in shard.entries for shard in self._shards):
             raise CheckpointError(f"Tensor '{name}' was added twice to {self.folder}. Add every tensor once.")
         streamed = tensor if isinstance(tensor, Streamed) else _whole(name, tensor)
-        code, num_elements, num_bytes = streamed.code, streamed.info.num_elements, streamed.info.num_bytes
-        entry: dict[str, Any] = {"dtype": code, "shape": list(streamed.shape)}
+        num_bytes = streamed.info.num_bytes
+        entry: dict[str, Any] = {"dtype": streamed.code, "shape": list(streamed.shape)}
         written = 0
         with self._complete(f"Tensor '{name}' could not be written to {self.folder}"):
             shard = self._shard_for(num_bytes, streamed.info.itemsize, len(json.dumps({name: entry})) + 64)
@@ -206,8 +202,6 @@ class CheckpointWriter:
         assert written == num_bytes, f"the parts of {name} have {written} bytes, the whole has {num_bytes}"
         shard.entries[name] = {**entry, "data_offsets": [shard.num_bytes, shard.num_bytes + num_bytes]}
         shard.num_bytes += num_bytes
-        self._files[name] = len(self._shards) - 1
-        self._num_elements += num_elements
 
     def close(self) -> None:
         """Finish the last shard, give all their final names, write the index if there are several.
@@ -292,10 +286,12 @@ class CheckpointWriter:
         for shard, name in zip(self._shards, names, strict=True):
             shard.path = shard.path.rename(self.folder / name)
         if count > 1:
+            files = {name: shard.path.name for shard in self._shards for name in shard.entries}
+            shapes = [entry["shape"] for shard in self._shards for entry in shard.entries.values()]
             total = sum(shard.num_bytes for shard in self._shards)
             index = {
-                "metadata": {"total_parameters": self._num_elements, "total_size": total},
-                "weight_map": {name: names[i] for name, i in sorted(self._files.items())},
+                "metadata": {"total_parameters": sum(map(math.prod, shapes)), "total_size": total},
+                "weight_map": dict(sorted(files.items())),
             }
             (self.folder / f"{self._stem}.safetensors.index.json").write_text(
                 json.dumps(index, indent=2) + "\n", encoding="utf-8"
@@ -358,20 +354,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
     path = Path(os.path.realpath(target))
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
+    finished = False
     try:
         _make_beside(path, partial)  # inside: a signal can't arrive between making it and being able to remove it
         yield partial
         _sync(partial)
-        try:
-            partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
-        except OSError as error:
-            raise _KeptError(
+        finished = True
+        partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
+    except BaseException as error:
+        if finished and isinstance(error, OSError):  # hours of work, which stay
+            raise ExportError(
                 f"{path} could not be put in place: {error}. The finished folder was kept as {partial}; move it "
                 "yourself."
             ) from error
-    except _KeptError:
-        raise
-    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk as an error of its own.
         if isinstance(error, OSError | SafetensorError):
@@ -381,10 +376,6 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         raise
     with contextlib.suppress(OSError):  # the folder is whole and in place; a power cut could still undo the rename
         _sync_folder(path.parent)
-
-
-class _KeptError(ExportError):
-    """A folder that is finished, and could only not be put in its place: hours of work, which stay."""
 
 
 def _make_beside(path: Path, partial: Path) -> None:

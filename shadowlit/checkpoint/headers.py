@@ -107,6 +107,11 @@ class TensorInfo:
         """The number of bytes that the data take in the file."""
         return self.num_elements * self.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        """The number of bytes of one row; a scalar has one."""
+        return math.prod(self.shape[1:]) * self.itemsize
+
 
 FileState = tuple[int, int]  # size in bytes, and time of the last change in nanoseconds: by which a file is recognised
 

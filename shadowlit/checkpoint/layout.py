@@ -134,13 +134,8 @@ class LayoutReader(TensorReader):
     Names may differ in the prefixes of wrappers and library versions
     (:func:`shadowlit.checkpoint.names.canonical_key`), and experts may be one matrix each or fused:
     ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj`` [experts, hidden, inner]. Tensors
-    without a counterpart keep their names; buffers that models compute are left out.
-
-    Args:
-        reader: Checkpoint to present.
-        like: Checkpoint whose names and layout are used.
-        ties: Whether an output head that repeats its tied embedding is left out, or presented, as ``like`` has it;
-            otherwise it stays as it is.
+    without a counterpart keep their names; buffers that models compute are left out. With ``ties``, an output head that
+    repeats its tied embedding is presented only if ``like`` has one.
 
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -75,8 +74,7 @@ class TensorReader(ABC):
 
     def raw_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Return the bytes of rows ``start`` to ``stop`` of a tensor, flat; a scalar has one row."""
-        info = self.info(name)
-        row = math.prod(info.shape[1:]) * info.itemsize
+        row = self.info(name).row_bytes
         raw = np.empty((stop - start) * row, np.uint8)
         self.read_into(raw.data, name, start * row)
         return raw
@@ -173,10 +171,9 @@ class ComputedReader(TensorReader):
         assert self._rows is not None and offset + len(buffer) <= info.num_bytes
         if not len(buffer):
             return
-        row_bytes = math.prod(info.shape[1:]) * info.itemsize
-        start, stop = offset // row_bytes, -(-(offset + len(buffer)) // row_bytes)
+        start, stop = offset // info.row_bytes, -(-(offset + len(buffer)) // info.row_bytes)
         raw = self._rows(name, start, stop).contiguous().reshape(-1).view(torch.uint8)
-        within = offset - start * row_bytes
+        within = offset - start * info.row_bytes
         torch.frombuffer(buffer, dtype=torch.uint8).copy_(raw[within : within + len(buffer)])
 
 

@@ -10,20 +10,23 @@ import contextlib
 import mmap
 import os
 import pickle
-import select
 import signal
 import struct
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NoReturn, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from shadowlit.checkpoint.streaming import AHEAD, THREADS, ordered
 from shadowlit.errors import ShadowlitError
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 PROCESSES = 4
 """Largest number of processes, and not more than there are cores: with more, writing their results is the limit."""
@@ -32,7 +35,6 @@ WORTH_FORKING_BYTES = 2**27
 _ROOMS_PER_WORKER = 3  # one is computed, one waits, one is written
 _PAGE_BYTES = 4096
 _TASK = struct.Struct("<I")
-_REPLY = struct.Struct("<IQ")  # the task's number, and the bytes that follow
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
 Room = npt.NDArray[np.uint8]
@@ -63,14 +65,14 @@ def in_order(
     """
     count = min(PROCESSES, num_cores(), len(items))
     if num_bytes >= WORTH_FORKING_BYTES and count > 1 and may_fork():
-        with contextlib.ExitStack() as stack:
-            try:
-                team = stack.enter_context(_Team(function, items, room_bytes, count))
-            except OSError:  # no memory, or no process more for this user: threads need neither
-                pass
-            else:
+        try:
+            team = _Team(function, items, room_bytes, count)
+        except OSError:  # no memory, or no process more for this user: threads need neither
+            pass
+        else:
+            with contextlib.closing(team):
                 yield from team.results()
-                return
+            return
     yield from _by_threads(function, items, room_bytes)
 
 
@@ -101,30 +103,20 @@ def _by_threads(
             yield result, rooms[number % len(rooms)]
 
 
+@dataclass
 class _Worker:
-    """A forked process as its parent knows it, and the replies that have come from it."""
+    """A forked process as its parent knows it, and the end of the pipe by which its replies come."""
 
-    def __init__(self, pid: int, replies: int) -> None:
-        self.pid, self.replies = pid, replies
-        self._received = bytearray()
+    pid: int
+    replies: Connection
 
-    def receive(self) -> Iterator[tuple[int, Any, BaseException | None]]:
-        """The replies that are there: number, result, error. One process's only, so that unpickling is safe."""
-        received = os.read(self.replies, 2**16)
-        if not received:
-            self._tell_end()
-        self._received += received
-        while len(self._received) >= _REPLY.size:
-            number, size = _REPLY.unpack_from(self._received)
-            end = _REPLY.size + size
-            if len(self._received) < end:
-                return
-            yield number, *pickle.loads(self._received[_REPLY.size : end])
-            del self._received[:end]
-
-    def _tell_end(self) -> NoReturn:
-        status = os.waitpid(self.pid, 0)[1]
-        self.pid = 0
+    def receive(self) -> tuple[int, Any, BaseException | None]:
+        """Its next reply: number, result, error."""
+        try:
+            return self.replies.recv()
+        except (EOFError, OSError):
+            status = os.waitpid(self.pid, 0)[1]
+            self.pid = 0
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         raise ShadowlitError(
@@ -133,7 +125,7 @@ class _Worker:
         )
 
     def end(self) -> None:
-        os.close(self.replies)
+        self.replies.close()
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -150,51 +142,46 @@ class _Team(Generic[_In, _Out]):
     def __init__(
         self, function: Callable[[_In, Room], _Out], items: Sequence[_In], room_bytes: int, count: int
     ) -> None:
-        self._function, self._items, self._count = function, items, count
+        self._function, self._items = function, items
         self._workers: list[_Worker] = []
         self._pipes: list[int] = []
         size = -(-room_bytes // _PAGE_BYTES) * _PAGE_BYTES
         num_rooms = count * _ROOMS_PER_WORKER
         memory = np.frombuffer(mmap.mmap(-1, max(1, num_rooms * size)), np.uint8)  # shared with the forked ones
         self._rooms = [memory[i * size : i * size + room_bytes] for i in range(num_rooms)]
-
-    def __enter__(self) -> _Team[_In, _Out]:
         try:
             self._pipes = list(os.pipe())
-            for _ in range(self._count):
+            for _ in range(count):
                 self._fork()
         except BaseException:
-            self._end()
+            self.close()
             raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
 
     def results(self) -> Iterator[tuple[_Out, Room]]:
         """Yield the results of the items in order."""
-        poll = select.poll()
-        by_descriptor = {worker.replies: worker for worker in self._workers}
-        for descriptor in by_descriptor:
-            poll.register(descriptor, select.POLLIN)
+        from multiprocessing.connection import wait
+
+        workers = {worker.replies: worker for worker in self._workers}
         total, sent = len(self._items), 0
-        arrived: dict[int, tuple[Any, BaseException | None]] = {}
+        arrived: dict[int, list[Any]] = {}
         for number in range(total):
             # A room is free when the part that it held was taken.
             for ahead in range(sent, min(total, number + len(self._rooms))):
                 os.write(self._pipes[1], _TASK.pack(ahead))
                 sent = ahead + 1
             while number not in arrived:
-                for descriptor, _ in poll.poll():
-                    for done, result, error in by_descriptor[descriptor].receive():
-                        arrived[done] = result, error
+                for replies in wait(list(workers)):
+                    done, *reply = workers[replies].receive()
+                    arrived[done] = reply
             result, error = arrived.pop(number)
             if error is not None:
                 raise error
             yield result, self._rooms[number % len(self._rooms)]
 
     def _fork(self) -> None:
-        reading, writing = os.pipe()
+        from multiprocessing import Pipe  # late: a command that doesn't fork is faster without
+
+        reading, writing = Pipe(duplex=False)
         # Until the copy has handlers of its own, it must not run this process's: they clean up.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _CAUGHT)
         try:
@@ -203,36 +190,37 @@ class _Team(Generic[_In, _Out]):
                 self._compute(writing, [reading, *(worker.replies for worker in self._workers)], before)
             self._workers.append(_Worker(pid, reading))
         except OSError:
-            os.close(reading)
+            reading.close()
             raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(writing)
+            writing.close()
 
-    def _compute(self, replies: int, not_ours: list[int], mask: set[Any]) -> NoReturn:
+    def _compute(self, replies: Connection, not_ours: list[Connection], mask: set[Any]) -> NoReturn:
         """What a forked process does until there is nothing more to do; never returns into what its parent was at."""
         status = 1
         try:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            for descriptor in (self._pipes[1], *not_ours):
-                os.close(descriptor)
+            os.close(self._pipes[1])
+            for other in not_ours:
+                other.close()
             while task := os.read(self._pipes[0], _TASK.size):
                 (number,) = _TASK.unpack(task)
                 try:
                     room = self._rooms[number % len(self._rooms)]
-                    told = pickle.dumps((self._function(self._items[number], room), None))
+                    told = pickle.dumps((number, self._function(self._items[number], room), None))
                 except Exception as error:
-                    told = pickle.dumps((None, _portable(error)))
-                _write(replies, _REPLY.pack(number, len(told)) + told)
+                    told = pickle.dumps((number, None, _portable(error)))
+                replies.send_bytes(told)
             status = 0
         except BrokenPipeError:  # the parent is gone
             status = 0
         finally:
             os._exit(status)
 
-    def _end(self) -> None:
+    def close(self) -> None:
         for descriptor in self._pipes:
             os.close(descriptor)
         for worker in self._workers:
@@ -249,8 +237,3 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     return error
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    while content:
-        content = content[os.write(descriptor, content) :]

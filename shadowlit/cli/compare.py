@@ -80,9 +80,9 @@ def compare(
         return
     from shadowlit.studies.comparison.collect import collect
     from shadowlit.studies.comparison.records import to_json
-    from shadowlit.studies.comparison.report import write_report
+    from shadowlit.studies.comparison.report import write
     from shadowlit.studies.comparison.runner import own_folder, run
-    from shadowlit.studies.comparison.summary import Description
+    from shadowlit.studies.comparison.summary import Description, summarise
     from shadowlit.studies.rows import UNTOUCHED_TRIAL
     from shadowlit.studies.trials.process import last_words, untouched_failed
 
@@ -96,13 +96,8 @@ def compare(
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
         rows = collect(recipe, trainings, given, own, folder, line)
         replace_text(folder / "records.json", to_json(rows))
-        report = write_report(
-            rows,
-            Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own)),
-            gain=gained,
-            keep=kept,
-            folder=folder / "report",
-        )
+        described = Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own))
+        report = write(summarise(rows, described, gain=gained, keep=kept), folder / "report")
     console.print(f"report    {report}")
     if failed:
         reasons = "; ".join(f"{name}: {last_words(folder / name)}" for name in failed)

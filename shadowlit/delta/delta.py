@@ -195,14 +195,9 @@ class Delta(Update):
         max_shard_bytes: int = 5_000_000_000,
         advance: Callable[[int], None] = lambda _: None,
     ) -> float:
-        """Write the delta to a folder, atomically.
+        """Write the delta to a new or empty folder, atomically, with a manifest in place of its own if one is given.
 
-        Args:
-            folder: Folder to create; it must not exist, or be empty.
-            dtype: Dtype that the delta is stored in.
-            manifest: Manifest that replaces this delta's own.
-            max_shard_bytes: Size of the largest file, in bytes.
-            advance: Called with the number of elements of every part.
+        ``advance`` is called with the number of elements of every part.
 
         Returns:
             The relative error of storing it in ``dtype``: ``‖stored − delta‖ / ‖delta‖``.

@@ -52,17 +52,10 @@ def export_svd_adapter(
 ) -> AdapterReport:
     """Write an adapter whose update is the delta, cut matrix by matrix.
 
-    Errors are measured on the factors as they are stored. Every layer has ``lora_alpha`` equal to its rank, so that
-    the scaling is 1.
-
-    Args:
-        delta: Update; one of its matrices is in memory at a time.
-        instruct: Folder or hub id of the Instruct.
-        out: Folder to create.
-        rank: Rank of every layer; a smaller matrix keeps its own.
-        explained_variance: Or the fraction of each matrix's squared norm to keep.
-        dtype: Dtype of the factors.
-        advance: Called after each tensor.
+    One matrix is in memory at a time. Errors are measured on the factors as they are stored. Every layer has
+    ``lora_alpha`` equal to its rank, so that the scaling is 1. Either ``rank`` is given (a smaller matrix keeps its
+    own), or ``explained_variance``, the fraction of each matrix's squared norm to keep. ``instruct`` is a folder or hub
+    id; ``advance`` is called after each tensor.
 
     Raises:
         GraftError: The delta has no matrix of a linear layer of the Instruct, or one of another shape.

@@ -85,14 +85,8 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
 class DiskGraft:
     """A graft of checkpoints, checked from their headers and ready to be streamed.
 
-    Args:
-        update: Update of the Base.
-        instruct: Reader of the Instruct's checkpoint.
-        scale: Scale λ of the graft.
-        select: Selection of tensors; see :func:`shadowlit.grafting.selection.resolve`.
-        dtype: Dtype of all floating-point tensors of the result, e.g. ``bfloat16``; ``None`` for the Instruct's own.
-        transforms: Functions of the update, applied before it is scaled. With them whole tensors are in memory, one at
-            a time: about four float32 copies of the largest one, and for ``svd`` two in float64 as well.
+    With transforms whole tensors are in memory, one at a time: about four float32 copies of the largest one, and for
+    ``svd`` two in float64 as well. Arguments are as those of :func:`shadowlit.grafting.folders.graft`.
 
     Raises:
         GraftError: Nothing is selected, or a selected tensor has another shape in the Instruct, or is not a
@@ -158,7 +152,7 @@ class DiskGraft:
         # Over all tensors: where one ends, the next has begun.
         parts = in_order(
             lambda window, room: self._part(*window, room), windows,
-            max((_row_bytes(info.converted(self.dtype)) * (stop - start) for info, start, stop in windows), default=0),
+            max((info.converted(self.dtype).row_bytes * (stop - start) for info, start, stop in windows), default=0),
             num_bytes=sum(info.num_bytes * (3 if info.name in self.selected else 1) for info in infos),
         )  # fmt: skip
         for name, info in self.instruct.tensors.items():
@@ -189,9 +183,8 @@ class DiskGraft:
         """Rows of the result, written into ``room``: their bytes, and the two squared norms of ``graft_part``."""
         name, target = info.name, info.converted(self.dtype).code
         if name not in self.selected and target == info.code:
-            row = _row_bytes(info)
-            raw = room[: (stop - start) * row]
-            self.instruct.read_into(raw.data, name, start * row)
+            raw = room[: (stop - start) * info.row_bytes]
+            self.instruct.read_into(raw.data, name, start * info.row_bytes)
             numeric.require_finite(name, raw, target)
             return raw.size, 0.0, 0.0
         raw, squares = self.instruct.raw_rows(name, start, stop), [0.0, 0.0]
@@ -223,8 +216,3 @@ def _transformed(update: Update, transforms: Transforms) -> Callable[[str, int, 
         return transforms(name, torch.as_tensor(update.rows(name, 0, shape[0] if shape else 1)))
 
     return rows_of(keeping(whole))
-
-
-def _row_bytes(info: TensorInfo) -> int:
-    """The bytes of one row; a scalar has one."""
-    return info.num_bytes // max(1, info.shape[0] if info.shape else 1)

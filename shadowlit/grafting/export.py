@@ -65,10 +65,9 @@ def export_folder(
         instruct_folder: Folder of the Instruct, whose other files are copied.
         tensors: Names and values, once for every tensor of the Instruct's files and no other (so a tied lm_head only if
             the Instruct stores it), in the Instruct's shapes, rounded once, from float32, to their final dtype.
-        dtype: Dtype of all floating-point tensors, also written to ``config.json``; None for the Instruct's own, tensor
-            by tensor.
+        dtype: Dtype of all floating-point tensors, also written to ``config.json``; None for the Instruct's own.
         max_shard_bytes: Largest number of data bytes per file.
-        manifest: Content of ``shadowlit.json``, see :func:`shadowlit.grafting.manifest.build_manifest`.
+        manifest: Content of ``shadowlit.json``.
         files_from: Another folder whose config, tokenizer and template are copied instead of the Instruct's.
         stored: The Instruct's tensors, if its folder holds no safetensors.
 
@@ -120,7 +119,7 @@ def export_adapter(
     Args:
         target: Folder to create; it must not exist, or be empty.
         pair: Pair whose Instruct the adapter names, at the commit that was read.
-        peft_config: Config of the adapter; it is copied, not changed.
+        peft_config: Config of the adapter.
         adapter_state: Tensors by PEFT's saved names, as from ``peft.get_peft_model_state_dict(model)``.
         manifest: Content of ``shadowlit.json``.
 
@@ -155,13 +154,8 @@ def reload_logits(
 ) -> torch.Tensor:
     """The logits [B, T, V] of an exported folder, float32, loaded on the CPU as any user would load it.
 
-    Args:
-        folder: Folder of the model.
-        input_ids: Token ids, [B, T].
-        attention_mask: 1 for tokens and 0 for padding, [B, T].
-        dtype: Dtype to load and compute in; None for the folder's own.
-        trust_remote_code: Run Python code from the folder.
-        images: Processed images, by the names of the model's arguments.
+    Token ids and attention mask are [B, T]; ``images`` are processed ones, by the names of the model's arguments.
+    ``dtype`` is that of loading and computing, None for the folder's own.
 
     Raises:
         ExportError: Transformers cannot load the folder, or finds tensors missing or left over in it.

@@ -81,8 +81,8 @@ class LiveGraft:
 
     Args:
         model: Trained model (not the LightningModule), wrapped by peft or not, sharded by FSDP2 or not.
-        base: Reader of the Base's checkpoint that training started from.
-        instruct: Reader of the Instruct's checkpoint.
+        base: Checkpoint that training started from.
+        instruct: Checkpoint that is grafted onto.
         select: ``linear``, ``all`` or patterns; see :func:`shadowlit.grafting.selection.resolve`. Patterns are searched
             in the names of the Instruct's files, and those that match none there in the module's parameters' names.
         dtype: Dtype that the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
@@ -219,7 +219,7 @@ class LiveGraft:
                 local(host.parameter).copy_(host.saved, non_blocking=True)
                 host.saved = None
             if host.adapted is not None:
-                host.adapted.restore()
+                host.adapted.set_scale(1.0)
         self._synchronize()
         self.subject = TUNED
         self._busy = False

@@ -64,9 +64,7 @@ class Update:
 class Transforms(Protocol):
     """Functions of an update that are applied to it in order; see :class:`shadowlit.delta.transforms.Transforms`."""
 
-    @property
-    def specs(self) -> list[dict[str, Any]]:
-        """Name and parameters of every function, for the manifest."""
+    specs: list[dict[str, Any]]  # name and parameters of every function, for the manifest
 
     @property
     def whole(self) -> list[str]:

@@ -26,12 +26,9 @@ _COST = (
 
 @dataclass(frozen=True)
 class Place:
-    """An arm at one scale and one setting.
+    """An arm at one scale λ, None where nothing is grafted, and one setting, e.g. ``{"model.lr": 0.001}``.
 
-    Attributes:
-        arm: One of ``ARMS``; ``Base`` and ``Instruct`` are the untouched models, which have no scale and no setting.
-        scale: λ of a graft; None where nothing is grafted.
-        setting: Label or number by the name of what is varied, e.g. ``{"model.lr": 0.001}``.
+    The untouched models have neither.
     """
 
     arm: str
@@ -61,7 +58,7 @@ class Row(Place):
 
     Attributes:
         seed: Seed of the training; None for the untouched models.
-        trial: Name of the training, which is that of its folder.
+        trial: Name of the training and of its folder.
         state: waiting, running, complete, pruned, diverged or failed.
         metrics: Metrics as logged after ``val/<subject>/``: ``new/score``, ``forgetting/kl``, ``loss``, ``old/loss``.
         samples: Score of every row of an evaluator's file, by evaluator and index of the row. Scores are 0 to 1.

@@ -13,12 +13,11 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.pair import ModelPair
-from shadowlit.studies.arms import UNTOUCHED, metrics_of, subject_of
+from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
 from shadowlit.studies.rows import UNTOUCHED_TRIAL, Row
-from shadowlit.studies.trials.process import is_finished
+from shadowlit.studies.trials.process import is_finished, read_result
 from shadowlit.studies.trials.recipe import Recipe
-from shadowlit.studies.trials.trial import RESULT
 
 
 def collect(
@@ -34,7 +33,7 @@ def collect(
     ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
     """
     home = folder / UNTOUCHED_TRIAL
-    logged = _result(home)["metrics"]
+    logged = read_result(home)["metrics"]
     found = [
         Row(arm, metrics=metrics_of(logged, arm.lower()), samples=_samples(home / "evaluation" / arm.lower()))
         for arm in UNTOUCHED
@@ -44,13 +43,13 @@ def collect(
     facts = _Facts(recipe, own, finished)
     starts = {row.arm[0]: row.metrics.get(line, math.nan) for row in found}
     for training, home in finished.items():
-        result = _result(home)
+        result = read_result(home)
         evaluated = home / "evaluation" / f"step-{result['step']}"
-        for arm in (training.tuned_arm, training.grafted_arm):
-            if training.lr not in own.get(arm, ()):
+        for arm in sorted(own, key=is_grafted):
+            if arm[0] != training.source or training.lr not in own[arm]:
                 continue
-            scales = recipe.scales if arm == training.grafted_arm else (None,)
-            known = facts.of(training, result) if arm == training.grafted_arm else {}
+            scales = recipe.scales if is_grafted(arm) else (None,)
+            known = facts.of(training, result) if is_grafted(arm) else {}
             subjects = {scale: subject_of(arm, scale, recipe.scales) for scale in scales}
             metrics = {scale: metrics_of(result["metrics"], subject) for scale, subject in subjects.items()}
             losses = {0.0: starts[arm[-1]]}
@@ -67,10 +66,6 @@ def collect(
                 )
                 found.append(row)
     return found
-
-
-def _result(home: Path) -> dict[str, Any]:
-    return json.loads((home / RESULT).read_text(encoding="utf-8"))
 
 
 def _samples(home: Path) -> dict[str, dict[int, float]]:

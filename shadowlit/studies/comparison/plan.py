@@ -27,16 +27,6 @@ class Training:
         """Name of the training and of its folder."""
         return f"{self.source}_lr{self.lr:g}_seed{self.seed}"
 
-    @property
-    def tuned_arm(self) -> str:
-        """The arm that the trained model itself is."""
-        return f"{self.source}2{self.source}"
-
-    @property
-    def grafted_arm(self) -> str:
-        """The arm of its update on the other model."""
-        return f"{self.source}2{'I' if self.source == 'B' else 'B'}"
-
     def row(self, arm: str, scale: float | None, **measured: Any) -> Row:
         """One of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned arm."""
         return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)

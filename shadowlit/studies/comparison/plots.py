@@ -41,7 +41,7 @@ def plot_trade(report: Report) -> Figure:
         if not standing.is_whole:
             style["markerfacecolor"] = "white"
         axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), **style)
-        if _is_chosen(standing, report):
+        if report.is_chosen(standing):
             axis.plot(x.mean, y.mean, "o", markersize=size + 7, markerfacecolor="none", color="0.35", markeredgewidth=1)
     axis.set_xlabel(
         f"learned: mean of {', '.join(report.gain)} (%)" if report.gain else "nothing to be learned is named"
@@ -141,11 +141,6 @@ def _draw_lines(axis: Axes, lines: Sequence[Standing], scales: Sequence[float]) 
     axis.set_ylabel("validation loss (nats)")
     axis.grid(alpha=0.25)
     axis.legend(fontsize="small", frameon=False)
-
-
-def _is_chosen(standing: Standing, report: Report) -> bool:
-    choice = report.choices.get(standing.arm)
-    return choice is not None and standing.lr == choice.best.lr and standing.is_whole
 
 
 def _percent(found: Average) -> Average:

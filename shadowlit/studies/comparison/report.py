@@ -17,10 +17,9 @@ from shadowlit.studies.comparison.summary import (
     Description,
     Report,
     in_words,
-    summarise,
 )
 from shadowlit.studies.report import NONE, bullets, markdown_table, mean_text, paragraphs, write_files
-from shadowlit.studies.rows import LR, Row, Standing
+from shadowlit.studies.rows import LR, Standing
 from shadowlit.studies.statistics import Average, Correlation, Interval
 
 CORRELATED = (
@@ -36,17 +35,6 @@ _COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_memory_bytes": ("peak memory (MiB)", lambda value: f"{value / 2**20:,.0f}"),
     "trained_parameters": ("trained parameters", lambda value: f"{value:,.0f}"),
 }
-
-
-def write_report(
-    rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str], folder: Path
-) -> Path:
-    """Summarise rows and write what :func:`write` does.
-
-    Raises:
-        DataError: See :func:`shadowlit.studies.comparison.summary.summarise`.
-    """
-    return write(summarise(rows, description, gain=gain, keep=keep), folder)
 
 
 def write(report: Report, folder: Path) -> Path:
@@ -172,7 +160,7 @@ def _rates(report: Report) -> str:
     rows = []
     for standing in report.grid:
         if standing.arm in TUNED and standing.is_whole:
-            chosen = "chosen" if standing.lr == _chosen_rate(report, standing.arm) else ""
+            chosen = "chosen" if report.is_chosen(standing) else ""
             rows.append([standing.arm, _rate(standing.lr), *(percent(standing[mean]) for mean in _MEANS), chosen])
     rows += [[arm, *[NONE] * 5, "no training"] for arm in TUNED if arm not in report.choices]
     header = ["arm", "lr", "mean, selection half", "mean, reported half", "learned", "kept", ""]
@@ -252,11 +240,6 @@ def _cost_table(report: Report) -> str:
         "Mean ± standard error over all trainings of an arm. B2B and B2I share their trainings, as do I2I and I2B.\n\n"
         + markdown_table(["arm", "trainings", *(_COSTS[name][0] for name in names)], rows)
     )
-
-
-def _chosen_rate(report: Report, arm: str) -> float | None:
-    choice = report.choices.get(arm)
-    return choice.best.lr if choice else None
 
 
 def _spoken_row(standing: Standing) -> str:

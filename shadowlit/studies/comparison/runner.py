@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from shadowlit.errors import DataError
-from shadowlit.studies.trials.folder import changes, held
+from shadowlit.studies.trials.folder import LOCK, changes
 from shadowlit.studies.trials.process import Job, Pool, is_finished
 from shadowlit.studies.trials.recipe import Recipe
 
@@ -26,9 +28,11 @@ def own_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     identity = {**recipe.identity(), "pair": recipe.fingerprints()}
-    with held(folder / ".lock") as ours:
-        if not ours:
-            raise DataError(f"another comparison is running in {folder}. Wait for it, or give another --out.")
+    try:
+        lock = FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise DataError(f"another comparison is running in {folder}. Wait for it, or give another --out.") from None
+    with lock:
         file = folder / _IDENTITY
         if file.is_file():
             changed = changes(json.loads(file.read_text(encoding="utf-8")), identity)
@@ -53,11 +57,8 @@ def run(
 ) -> list[str]:
     """Run jobs in the folder of a comparison, ``workers`` at a time and in order; finished ones are not run again.
 
-    After an interruption the running ones are stopped. A failed job does not end the others. ``done`` is called with
-    every job's name, and whether it left its result. See also :class:`shadowlit.studies.trials.process.Pool`.
-
-    Returns:
-        The names of the jobs that failed.
+    After an interruption the running ones are stopped. A failed job does not end the others; the names of those are
+    returned. ``done`` is called with every job's name, and whether it left its result.
     """
     waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:

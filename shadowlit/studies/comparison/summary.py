@@ -68,16 +68,13 @@ class Report:
 
     Attributes:
         num_rows: Numbers of samples of each evaluator for the selection, and reported.
-        rows: All rows, with their scores on both halves among the metrics: see
-            :func:`shadowlit.studies.comparison.selection.scored`. Facts and losses on the line are metrics too.
+        rows: All rows, with their scores on both halves, facts and losses on the line among the metrics.
         table: Standing of every arm at its chosen rate and scale 1.
         grid: Standing of every arm at every rate and scale; the untouched models first.
-        shown: Metrics to show next to the scores: divergences and losses over all samples (nats per token).
-        choices: Choice of the rate at scale 1, by arm; arms without a finished training are missing.
-        best_scales: Standing at the best rate and scale, by arm with several scales.
-        predictions: Row of each graft of B2I at scale 1: what was known about it, and what it gained.
+        shown: Divergences and losses over all samples (nats per token).
+        choices: Choice of the rate at scale 1; arms without a finished training are missing.
+        predictions: Row of each graft of B2I at scale 1.
         lines: Standings with losses on the way to the graft, at ``line_scales``.
-        missing: Everything that should be there and is not.
     """
 
     description: Description
@@ -103,6 +100,11 @@ class Report:
     def evaluators(self) -> tuple[str, ...]:
         """All evaluators."""
         return self.gain + self.keep
+
+    def is_chosen(self, standing: Standing) -> bool:
+        """Whether it is that of its arm's chosen rate, at scale 1."""
+        choice = self.choices.get(standing.arm)
+        return choice is not None and standing.lr == choice.best.lr and standing.is_whole
 
 
 def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str]) -> Report:
@@ -220,8 +222,8 @@ def _shown_metrics(rows: Sequence[Row]) -> tuple[str, ...]:
 
 def _chosen(rows: Sequence[Row], chosen: Mapping[str, Standing]) -> dict[str, list[Row]]:
     """The rows that the chosen standings are from."""
-    places = {arm: (found.scale, found.setting) for arm, found in chosen.items()}
-    return {arm: [row for row in rows if row.arm == arm and (row.scale, row.setting) == places[arm]] for arm in places}
+    places = {arm: (arm, found.scale, found.setting) for arm, found in chosen.items()}
+    return {arm: [row for row in rows if (row.arm, row.scale, row.setting) == place] for arm, place in places.items()}
 
 
 def _best_scales(grid: Sequence[Standing]) -> Iterator[tuple[str, Standing]]:
@@ -241,14 +243,13 @@ def _compare(
 ) -> Comparison:
     def stacked(arm: str) -> dict[int | None, dict[str, np.ndarray]]:
         """Scores of the seeds that have all of them."""
-        found = {
-            r.seed: {name: scores_of(r, name, rows[1]) for name, rows in halves.items()} for r in chosen.get(arm, [])
-        }
-        return {
-            seed: {name: row for name, row in scores.items() if row is not None}
-            for seed, scores in found.items()
-            if all(row is not None for row in scores.values())
-        }
+        found = {}
+        for row in chosen.get(arm, []):
+            scores = {name: scores_of(row, name, reported) for name, (_, reported) in halves.items()}
+            known = {name: own for name, own in scores.items() if own is not None}
+            if len(known) == len(halves):
+                found[row.seed] = known
+        return found
 
     first, second = stacked(a), stacked(b)
     absent = [in_words(arm) for arm, found in ((a, first), (b, second)) if not found]

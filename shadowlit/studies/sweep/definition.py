@@ -30,10 +30,8 @@ _TRAINING_KEYS = {f"data.{key}" for key in _TRAINING}
 class Axis:
     """Something that is varied: one key, or several keys that vary together under a name.
 
-    Attributes:
-        name: Dotted key, or name of the variants.
-        levels: Values of the keys that each label sets, by label. Empty for a range.
-        range: ``low``, ``high``, ``log``, ``integer``; None for an axis with levels.
+    It has either levels, by label the values of the keys that it sets, or a range: ``low``, ``high``, ``log``,
+    ``integer``.
     """
 
     name: str
@@ -131,10 +129,8 @@ class Definition:
     @cached_property
     def num_planned(self) -> int:
         """The largest possible number of trials, before any combination is dropped."""
-        size = self.trials or 1 if self.draws else 1
-        for axis in () if self.draws else self.axes:
-            size *= len(axis.levels)
-        return size * len(self.sources) * len(self.seeds)
+        settings = self.trials or 1 if self.draws else math.prod(len(axis.levels) for axis in self.axes)
+        return settings * len(self.sources) * len(self.seeds)
 
     def planned(self) -> list[TrialKey]:
         """All trials of a grid, seed by seed; empty for a sweep that draws its settings."""

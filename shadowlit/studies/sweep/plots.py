@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from shadowlit.plotting import DOUBLE, SEQUENTIAL, SINGLE, hide, panels, series_style, styled
 from shadowlit.studies.plots import arm_style, legend_of
 from shadowlit.studies.rows import SCALE
+from shadowlit.studies.statistics import average
 from shadowlit.studies.sweep.table import Level, Table, is_numeric
 
 _HEIGHT = 2.1
@@ -85,8 +86,7 @@ def draw_interaction(
         for j, of_column in enumerate(columns):
             cell = [row.metrics.get(metric, math.nan) for row in every
                     if row.level(y) == of_row and row.level(x) == of_column]  # fmt: skip
-            finite = [value for value in cell if math.isfinite(value)]
-            values[i, j] = float(np.mean(finite)) if finite else math.nan
+            values[i, j] = average(cell).mean
     figure, (panel,) = panels(1, 1, SINGLE, 0.8 + 0.32 * max(4, len(rows)))
     image = panel.imshow(values, cmap=SEQUENTIAL, aspect="auto")
     panel.set_xticks(range(len(columns)), [str(value) for value in columns])

@@ -25,11 +25,7 @@ _LONGEST = 60  # settings of an arm that the report lists; the CSV has all
 
 
 def write_report(study: SweepStudy, folder: Path) -> Path:
-    """Write ``table.csv``, ``curves.csv``, ``REPORT.md`` and the plots (PNG and PDF) of what there is by now.
-
-    Returns:
-        Path of the report.
-    """
+    """Write ``table.csv``, ``curves.csv``, the plots (PNG and PDF) and ``REPORT.md``, whose path is returned."""
     table = build_table(study)
     write_curves(study, folder)
     failed = {

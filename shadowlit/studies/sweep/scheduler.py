@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
 from shadowlit.errors import ShadowlitError
@@ -18,7 +19,7 @@ from shadowlit.files import replace_text
 from shadowlit.studies.sweep.definition import Definition
 from shadowlit.studies.sweep.study import Claim, SweepStudy
 from shadowlit.studies.sweep.table import DEFINITION
-from shadowlit.studies.trials.folder import changes, held
+from shadowlit.studies.trials.folder import changes
 from shadowlit.studies.trials.process import (
     Job,
     Pool,
@@ -26,9 +27,10 @@ from shadowlit.studies.trials.process import (
     drop_checkpoints,
     is_finished,
     last_words,
+    read_result,
     untouched_failed,
 )
-from shadowlit.studies.trials.trial import LIVE, RESULT
+from shadowlit.studies.trials.trial import LIVE
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +65,12 @@ def keep_definition(folder: Path, definition: Definition) -> None:
 class Scheduler:
     """Runs trials of a sweep, ``workers`` at a time, until none waits.
 
-    Other workers may share the storage, on this machine or on others. A failed trial does not end the others.
+    Other workers may share the storage, on this machine or on others. A failed trial does not end the others. See
+    :class:`shadowlit.studies.trials.process.Pool` for the folder, ``threads`` and ``gpus``.
 
     Args:
-        study: Trials of the sweep.
-        folder: Folder of the sweep; each trial has a folder of its own in it.
-        workers: Number of trials that run at a time.
-        threads: See :func:`shadowlit.studies.trials.process.start`.
-        gpus: GPUs of each worker, as ``CUDA_VISIBLE_DEVICES`` names them; empty without GPUs.
         limit: Largest number of trials that this worker begins; None for no limit.
-        on_end: Called with the name of a trial that has ended, its state (complete, pruned, diverged or failed), and
-            the reason why it failed.
+        on_end: Called with the name of a trial that has ended, its state, and the reason why it failed.
         on_poll: Called with what runs, a few times per second.
     """
 
@@ -183,7 +180,7 @@ class Scheduler:
         if each.claim is None:
             if not ok:
                 raise untouched_failed(home)
-            self.study.keep_untouched(json.loads((home / RESULT).read_text(encoding="utf-8"))["metrics"])
+            self.study.keep_untouched(read_result(home)["metrics"])
         elif ok:
             self._keep(each.name, each.claim)
         else:
@@ -194,7 +191,7 @@ class Scheduler:
         self._on_end(name, "failed", reason)
 
     def _keep(self, name: str, claim: Claim) -> None:
-        result = json.loads((self.folder / name / RESULT).read_text(encoding="utf-8"))
+        result = read_result(self.folder / name)
         try:
             self._on_end(name, _patiently(lambda: self.study.finish(claim, result)), "")
         except UpdateFinishedTrialError:
@@ -207,7 +204,8 @@ class Scheduler:
         """Measure Base and Instruct alongside the first trials, unless another worker is doing or has done so."""
         if self.study.definition.measures_each or self.study.untouched is not None:
             return
-        if stack.enter_context(held(self.folder / ".untouched.lock")):
+        with contextlib.suppress(Timeout):
+            stack.enter_context(FileLock(self.folder / ".untouched.lock").acquire(timeout=0))
             self._pool.begin(self.study.definition.recipe.untouched_job(self.folder), 0)
 
     def _stop(self) -> None:

@@ -31,7 +31,6 @@ GRACE_S = 120.0
 BEAT_S = 20.0
 """Interval between two heartbeats."""
 _DRAWS_PER_SETTING = 20
-_DRAWS_PER_SETTING = 20
 
 
 @dataclass
@@ -59,7 +58,8 @@ class SweepStudy:
     def __init__(self, definition: Definition, storage: BaseStorage) -> None:
         self.definition = definition
         self.storage = storage
-        self._me = _identity()
+        pid = os.getpid()
+        self._me = {"host": _host(), "pid": pid, "started": _started(pid), "token": uuid.uuid4().hex}
         self._seen: dict[int, tuple[Any, float]] = {}  # of others' trials: the last heartbeat, and when we saw it
         self._study = self._open()
 
@@ -211,10 +211,18 @@ class SweepStudy:
         distributions = {name: _distribution(axes[name], self.definition.draws) for name in params}
         if len(self.definition.sources) > 1:
             params["train"], distributions["train"] = key.source, CategoricalDistribution(["B", "I"])
-        own = {"key": _stored(key), "name": self.definition.name_of(key), "seed": key.seed}
-        self._study.add_trial(
-            create_trial(state=TrialState.WAITING, params=params, distributions=distributions, user_attrs=own)
+        waiting = create_trial(
+            state=TrialState.WAITING,
+            params=params,
+            distributions=distributions,
+            user_attrs=self._attributes(key),
         )
+        self._study.add_trial(waiting)
+
+    def _attributes(self, key: TrialKey) -> dict[str, Any]:
+        """What a trial stores of its key; the key itself last, since only a trial with one is complete."""
+        stored = {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
+        return {"name": self.definition.name_of(key), "seed": key.seed, "key": stored}
 
     def _pop(self, trial: FrozenTrial) -> bool:
         try:
@@ -259,10 +267,11 @@ class SweepStudy:
                 return None
             trial = self._study.ask()
             self.storage.set_trial_user_attr(trial._trial_id, "worker", self._me)
-            setting = tuple((axis.name, _suggest(trial, axis)) for axis in self.definition.axes)
+            setting = tuple(
+                (axis.name, trial._suggest(axis.name, _distribution(axis, draws=True))) for axis in self.definition.axes
+            )
             key = TrialKey(setting, self.definition.sources[0], self.definition.seeds[0])
-            own = {"name": self.definition.name_of(key), "seed": key.seed, "key": _stored(key)}
-            for name, value in own.items():
+            for name, value in self._attributes(key).items():
                 trial.set_user_attr(name, value)
             why = self._objection(trial.number, key)
             if not why:
@@ -323,14 +332,6 @@ def _distribution(axis: Axis, draws: bool) -> BaseDistribution:
     return kind(axis.range["low"], axis.range["high"], log=bool(axis.range.get("log")))
 
 
-def _suggest(trial: optuna.Trial, axis: Axis) -> Any:
-    return trial._suggest(axis.name, _distribution(axis, draws=True))
-
-
-def _stored(key: TrialKey) -> dict[str, Any]:
-    return {"setting": dict(key.setting), "source": key.source, "seed": key.seed}
-
-
 def _key_of(trial: FrozenTrial) -> TrialKey | None:
     """The key of a trial; None if it was drawn by a worker that was killed before it could store the key."""
     found = trial.user_attrs.get("key")
@@ -342,12 +343,8 @@ def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _identity() -> dict[str, Any]:
-    """Identifies this worker: a machine, or a container on it, and a process."""
-    return {"host": _host(), "pid": os.getpid(), "started": _started(os.getpid()), "token": uuid.uuid4().hex}
-
-
 def _host() -> str:
+    """A machine, or a container on it."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

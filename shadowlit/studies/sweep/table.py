@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,23 +127,19 @@ class Table:
         every = self.rows if axis == SCALE else self.of(arm, scale)
         rows = [row for row in every if row.arm == arm and row.level(axis) is not None and row.state == "complete"]
         named = next((list(each.levels) for each in self.definition.axes if each.name == axis), [])
-        present = dict.fromkeys(row.level(axis) for row in rows if row.level(axis) is not None)
-        levels = sorted(present, key=lambda level: (*_order(level)[:2], named.index(level) if level in named else 0))
-        found: dict[tuple[Any, Any], dict[tuple[Any, ...], float]] = {}
+        present: dict[Any, None] = dict.fromkeys(row.level(axis) for row in rows)
+        levels = sorted(present, key=lambda level: (*_order(level), named.index(level) if level in named else 0))
+        found: dict[tuple[Any, Any], dict[tuple[Any, ...], float]] = defaultdict(dict)
         for row in rows:
             value = row.metrics.get(metric, math.nan)
             if math.isfinite(value):
                 others = tuple((name, row.level(name)) for name in self.axes if name not in (axis, SCALE))
-                found.setdefault((row.seed, row.level(axis)), {})[others] = value
+                found[row.seed, row.level(axis)][others] = value
         seeds = sorted({row.seed for row in rows if row.seed is not None})
-        shared = {
-            seed: set.intersection(*(set(found.get((seed, level), {})) for level in levels)) if levels else set()
-            for seed in seeds
-        }
+        shared = {seed: set.intersection(*(set(found[seed, level]) for level in levels)) for seed in seeds}
         used = [seed for seed in seeds if shared[seed]]
         result = []
         for level in levels:
-            assert level is not None
             means = [average([found[seed, level][other] for other in shared[seed]]).mean for seed in used]
             settings = average([len(shared[seed]) for seed in used]).mean
             result.append(Level(level, *mean_interval(means), len(used), settings))

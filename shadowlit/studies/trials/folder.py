@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from shadowlit.errors import ShadowlitError
 
 LOCK = ".lock"
 _PATIENCE_S = 60.0
-
-
-@contextmanager
-def held(file: Path, patience_s: float = 0.0) -> Iterator[bool]:
-    """Hold a lock while the block runs; yields False if another process holds it for longer than ``patience_s``.
-
-    The system releases the lock of a process that was killed.
-    """
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=patience_s)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -45,30 +27,28 @@ def vacated(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for file in sorted(folder.glob(f"{LOCK}*")):
-            stack.enter_context(_waited_for(file))
+            stack.enter_context(_wait_for(file))
         yield
 
 
-@contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path) -> AbstractContextManager[BaseFileLock]:
     """Hold a training's folder for one of its processes; each rank on this machine has a lock of its own.
 
     Raises:
         ShadowlitError: Another training has not left the folder within a minute.
     """
-    with _waited_for(folder / f"{LOCK}{os.environ.get('LOCAL_RANK', '')}"):
-        yield
+    return _wait_for(folder / f"{LOCK}{os.environ.get('LOCAL_RANK', '')}")
 
 
-@contextmanager
-def _waited_for(file: Path) -> Iterator[None]:
-    with held(file, _PATIENCE_S) as ours:
-        if not ours:
-            raise ShadowlitError(
-                f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait "
-                f"until it has ended, or end it (fuser {file} shows its process), and start the same command again."
-            )
-        yield
+def _wait_for(file: Path) -> AbstractContextManager[BaseFileLock]:
+    """Hold a lock, which the system releases when its process is killed."""
+    try:
+        return FileLock(file).acquire(timeout=_PATIENCE_S)
+    except Timeout:
+        raise ShadowlitError(
+            f"a training of an earlier command is still running in {file.parent} after {_PATIENCE_S:.0f} s. Wait "
+            f"until it has ended, or end it (fuser {file} shows its process), and start the same command again."
+        ) from None
 
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

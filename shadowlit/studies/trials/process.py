@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from shadowlit.studies.trials.folder import LOCK, vacated
 from shadowlit.studies.trials.trial import LOG, PARENT, RESULT, run_logged
 
 log = logging.getLogger(__name__)
+
+_ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a parser, or at the end of a traceback
 
 
 @dataclass(frozen=True)
@@ -120,16 +124,11 @@ def start(
     in_process: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> TrialProcess:
-    """Start a job, from the last checkpoint of an interrupted one if there is any.
+    """Start a job in a folder of its own, from the last checkpoint of an interrupted one; its other files are removed.
 
-    Args:
-        job: Job to run.
-        folder: Folder of this job alone; all other files of an interrupted one are removed.
-        threads: Threads of torch; None for torch's own choice.
-        in_process: Whether to fork it from a process that has already imported everything, which saves ten seconds. Not
-            possible where Lightning starts further processes, or where ``environment`` must be known to what is
-            imported; systems that cannot fork start a new process.
-        environment: Additional variables, e.g. which GPUs it sees; not with ``in_process``.
+    With ``in_process`` it is forked from a process that has already imported everything, which saves ten seconds. That
+    is not possible where Lightning starts further processes, or where ``environment`` must be known to what is
+    imported; systems that cannot fork start a new process. ``threads`` are torch's, None for its own choice.
 
     Raises:
         ShadowlitError: Another process has not left the folder within a minute.
@@ -146,15 +145,21 @@ def is_finished(folder: Path) -> bool:
     return (folder / RESULT).is_file()
 
 
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
+    return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
 def drop_checkpoints(folder: Path) -> None:
     """Remove the files that only a resumed job would need."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def last_words(folder: Path, lines: int = 3) -> str:
-    """The end of a failed job's log."""
+def last_words(folder: Path) -> str:
+    """The last line of a failed job's log that names an error; its last line if none does."""
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).is_file() else ""
-    return " / ".join(line.strip() for line in text.strip().splitlines()[-lines:]) or "it left no log"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return ([line for line in lines if _ERROR.match(line)] or lines or ["it left no log"])[-1]
 
 
 def untouched_failed(home: Path) -> ShadowlitError:
@@ -181,7 +186,8 @@ def _resumed(job: Job, folder: Path) -> Job:
 
 def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["shadowlit.studies.trials.preload"])
+    # Nothing that computes when it is imported may be listed: threads don't survive a fork.
+    context.set_forkserver_preload(["shadowlit.lightning_cli", "shadowlit.studies.trials.trial"])
     process = context.Process(target=run_logged, args=(folder, list(job.arguments), threads))
     process.start()
     return TrialProcess(process, lambda: process.exitcode, process.join)

@@ -19,13 +19,9 @@ from shadowlit.studies.trials.process import Job
 
 @dataclass(frozen=True)
 class Recipe:
-    """The configuration of ``fit`` that all trainings of a study share, and the changes made to it.
+    """The configuration of ``fit`` that all trainings of a study share, and the changes made to it by dotted key.
 
-    Attributes:
-        config: File of the configuration.
-        overrides: Values by dotted key.
-        scales: Scales λ of the graft that are measured; the first is the main one.
-        task_scales: Scales that the evaluators measure too.
+    All ``scales`` λ of the graft are measured, the first being the main one; evaluators measure ``task_scales`` too.
     """
 
     config: Path

@@ -12,10 +12,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.files import replace_text
 from shadowlit.studies.trials.folder import occupied
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 RESULT = "result.json"
 LIVE = "live.json"
@@ -28,17 +31,22 @@ _POLL_S = 0.1
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
     """Run ``fit`` or ``validate`` in a folder of its own, and write its numbers to ``result.json`` when it is finished.
 
-    After each validation, ``live.json`` has the numbers so far.
+    After each validation, ``live.json`` has ``{"step": optimizer steps so far, "metrics": {name: number}}``.
     """
     import torch
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from shadowlit.lightning_cli import main as run
-    from shadowlit.studies.trials.live import LiveMetrics
+
+    def keep_metrics(trainer: Trainer, _: LightningModule) -> None:
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            live = {"step": trainer.global_step, "metrics": _metrics(trainer)}
+            replace_text(folder / LIVE, json.dumps(live))
 
     if threads is not None:
         torch.set_num_threads(threads)
     start = time.perf_counter()
-    cli = run(arguments, [LiveMetrics(folder / LIVE)])
+    cli = run(arguments, [LambdaCallback(on_validation_end=keep_metrics)])
     if arguments[0] == "fit" and not (folder / "evaluation" / f"step-{cli.trainer.global_step}").is_dir():
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
@@ -92,6 +100,10 @@ def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
     """The last metrics that the run logged, and its cost."""
     import torch
@@ -99,11 +111,10 @@ def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
     from shadowlit.callbacks.throughput import peak_memory_bytes
 
     trainer, module = cli.trainer, cli.model
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     done = trainer.fit_loop.total_batch_idx + 1
     epochs = done / trainer.num_training_batches if done else 0.0  # the last one may have been cut short by max_steps
     return {
-        "metrics": metrics,
+        "metrics": _metrics(trainer),
         "wall_s": wall_s,
         "peak_memory_bytes": peak_memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),

@@ -17,7 +17,7 @@ def test_two_trainings_serve_four_arms():
         Training("I", 3e-4, 0), Training("B", 2e-3, 0), Training("I", 3e-4, 1), Training("B", 2e-3, 1)
     ]  # fmt: skip
     assert [t.name for t in found[:2]] == ["I_lr0.0003_seed0", "B_lr0.002_seed0"]
-    assert [(t.tuned_arm, t.grafted_arm) for t in found[:2]] == [("I2I", "I2B"), ("B2B", "B2I")]
+    assert [t.source for t in found[:2]] == ["I", "B"]
     assert rates_of_arms(["B2B", "I2I"], rates) == {"B2B": (2e-3,), "I2I": (3e-4,)}
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from experiments.embedded.combined import combine, write_combined
 from shadowlit.errors import DataError
-from shadowlit.studies.comparison.report import render, sentence, write_report
+from shadowlit.studies.comparison.report import render, sentence, write
 from shadowlit.studies.comparison.summary import OVER_INSTRUCT, Comparison, Description, barrier, summarise
 from shadowlit.studies.rows import LR, Row, to_csv
 from shadowlit.studies.statistics import Interval
@@ -60,7 +60,7 @@ def report():
 
 
 def test_a_report_has_all_files_and_sections(tmp_path):
-    path = write_report(records(), WHAT, gain=GAIN, keep=KEEP, folder=tmp_path / "new/report")
+    path = write(summarise(records(), WHAT, gain=GAIN, keep=KEEP), tmp_path / "new/report")
     assert path.name == "REPORT.md" and {file.name for file in path.parent.iterdir()} == FILES
     text = path.read_text(encoding="utf-8")
     assert re.findall(r"^## (.*)$", text, flags=re.M) == SECTIONS
@@ -269,7 +269,7 @@ def test_the_gain_of_a_graft_is_told_beside_what_was_known(report):
 
 def test_untouched_models_alone_make_a_report(tmp_path):
     found = [r for r in records() if r.arm in ("Base", "Instruct")]
-    text = write_report(found, WHAT, gain=GAIN, keep=KEEP, folder=tmp_path).read_text()
+    text = write(summarise(found, WHAT, gain=GAIN, keep=KEEP), tmp_path).read_text()
     assert text.count("can't be compared") == 3 and "No graft of B2I at scale 1 is finished." in text
 
 

@@ -212,7 +212,20 @@ def test_a_job_in_a_process_of_its_own_that_fails(tmp_path, monkeypatch):
     script.chmod(0o755)
     monkeypatch.setattr(process.sys, "executable", str(script))
     assert run([Job("bad", ("fit", "--no_such_key=1"))], tmp_path, in_process=False) == ["bad"]
-    assert last_words(tmp_path / "bad", 20).endswith("trials.trial " + str(tmp_path / "bad") + " fit --no_such_key=1")
+    assert last_words(tmp_path / "bad").endswith("trials.trial " + str(tmp_path / "bad") + " fit --no_such_key=1")
+
+
+@pytest.mark.parametrize(("log", "words"), [
+    ("error: data.batch_size is 0\nKnown: 1, 2.\ntip: --help\n", "error: data.batch_size is 0"),
+    ("Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA\n\n/a.py:3: UserWarning: late\n",
+     "torch.OutOfMemoryError: CUDA"),
+    ("ValueError: one\nDuring handling:\nKeyError: 'two'\na note\n", "KeyError: 'two'"),
+    ("loading\nKilled\n\n", "Killed"),
+    ("", "it left no log"),
+])  # fmt: skip
+def test_the_reason_of_a_failure_is_one_line(tmp_path, log, words):
+    (tmp_path / "log.txt").write_text(log)
+    assert last_words(tmp_path) == words
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(setting, tmp_path):
