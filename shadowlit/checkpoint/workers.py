@@ -15,7 +15,7 @@ import struct
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -44,7 +44,7 @@ _Out = TypeVar("_Out")
 
 def in_order(
     function: Callable[[_In, Room], _Out], items: Sequence[_In], room_bytes: int, num_bytes: int
-) -> Iterator[tuple[_Out, Room]]:
+) -> Generator[tuple[_Out, Room], None, None]:
     """``function(item, room)`` of every item, in the order of the items, a few of them computed ahead.
 
     Processes are forked if that pays and is safe (see :func:`may_fork`), otherwise threads are used. Of what
@@ -161,7 +161,7 @@ class _Team(Generic[_In, _Out]):
         """Yield the results of the items in order."""
         from multiprocessing.connection import wait
 
-        workers = {worker.replies: worker for worker in self._workers}
+        workers: dict[Any, _Worker] = {worker.replies: worker for worker in self._workers}
         total, sent = len(self._items), 0
         arrived: dict[int, list[Any]] = {}
         for number in range(total):

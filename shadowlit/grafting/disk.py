@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -155,9 +156,10 @@ class DiskGraft:
             max((info.converted(self.dtype).row_bytes * (stop - start) for info, start, stop in windows), default=0),
             num_bytes=sum(info.num_bytes * (3 if info.name in self.selected else 1) for info in infos),
         )  # fmt: skip
-        for name, info in self.instruct.tensors.items():
-            own = islice(parts, sum(1 for _ in row_windows(info)))
-            yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(own, advance))
+        with closing(parts):  # a signal that arrives while it is collected instead would be lost
+            for name, info in self.instruct.tensors.items():
+                own = islice(parts, sum(1 for _ in row_windows(info)))
+                yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(own, advance))
 
     def _counted(
         self, parts: Iterable[tuple[tuple[int, float, float], Room]], advance: Callable[[int], None]
