@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -40,6 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:
-    """Fork the server of processes while nothing has been computed yet, if a test of this run may need one."""
+    """Spare the garbage collector what is imported, and fork the server of processes while nothing is computed yet."""
+    gc.collect()
+    gc.freeze()  # what is imported by now is not searched for garbage again
+    gc.set_threshold(20_000, 20, 20)
     if "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].start_server()

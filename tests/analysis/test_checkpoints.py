@@ -228,7 +228,10 @@ def test_paths_relative_to_where_the_run_was_started(tmp_path, pair, monkeypatch
     assert open_delta(home).norm() > 0
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "lora of a mixture", "full of a mixture"])
+@pytest.mark.parametrize("kind", [
+    "lora", "full of a mixture",
+    pytest.param("full", marks=pytest.mark.slow), pytest.param("lora of a mixture", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_equal_to_what_a_real_run_logged(kind, tmp_path):
     """The norm of the update at every checkpoint, and the loss of the graft, as the callback measured them."""
     plan = {

@@ -463,7 +463,7 @@ def train_and_evaluate(folders, files, strategy, world_size, root):
     return {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_two_processes_find_what_one_finds(tmp_path, folders, files, strategy):
     """Seven and five rows over two ranks: uneven shards neither hang nor count twice."""
     (one,) = run_ranks(train_and_evaluate, 1, folders, files, "auto", 1, tmp_path / "one")

@@ -13,6 +13,7 @@ from shadowlit.delta import registry
 from shadowlit.lightning_cli import ShadowParser
 from shadowlit.parser import shorten
 from shadowlit.training import loading
+from tests.distributed import run_command
 from tests.test_configs import ROOT
 
 DEMO = ROOT / "configs/demo_lora.yaml"
@@ -180,8 +181,8 @@ main(sys.argv[1:])
     config = configuration(tmp_path, "trainer.limit_val_batches", 1)
     arguments = ["fit", "--config", config, "--trainer.limit_test_batches=1", "--trainer.overfit_batches=0.5",
                  "--trainer.limit_train_batches=1.0", "--print_config"]  # fmt: skip
-    for program in (["-c", script], ["-m", "shadowlit"]):
-        done = subprocess.run([sys.executable, *program, *arguments], capture_output=True, text=True, cwd=ROOT)
+    reordered = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
+    for done in (reordered, run_command(tmp_path, *arguments)):
         assert done.returncode == 0, done.stderr
         found = yaml.safe_load(done.stdout)["trainer"]
         values = [found[name] for name in ("limit_val_batches", "limit_test_batches", "limit_train_batches")]

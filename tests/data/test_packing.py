@@ -340,8 +340,8 @@ def losses_on_ranks(folders, path, strategy, size, options):
 
 
 @pytest.mark.parametrize("options", [
-    {"packing": "best_fit", "max_length": 64, "pack_length": 100}, {"packing": "padding_free"},
-    {"group_by_length": True},
+    {"packing": "best_fit", "max_length": 64, "pack_length": 100}, {"group_by_length": True},
+    pytest.param({"packing": "padding_free"}, marks=pytest.mark.slow),
 ], ids=lambda options: options.get("packing", "grouped"))  # fmt: skip
 def test_two_processes_train_as_one(tmp_path, path, options):
     """23 samples, and packs whose number is odd: the last batches are unequal, and filled up."""

@@ -215,9 +215,10 @@ def train_sharded(folders, root, strategy, world_size, kind, towers):
     return weights, metrics, start.weights
 
 
-@pytest.mark.parametrize(
-    ("kind", "towers"), [("full", ["language"]), ("full", ["language", "vision", "projector"]), ("lora", ["language"])]
-)
+@pytest.mark.parametrize(("kind", "towers"), [
+    ("full", ["language", "vision", "projector"]), ("lora", ["language"]),
+    pytest.param("full", ["language"], marks=pytest.mark.slow),
+])  # fmt: skip
 def test_two_processes_are_one(tmp_path, kind, towers):
     """Also where one of them gets a batch without any image."""
     folders = save_pair(tmp_path, "qwen2_5_vl")
