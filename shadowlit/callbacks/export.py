@@ -116,7 +116,8 @@ class ExportCallback(Callback):
             else:
                 deque(tensors, maxlen=0)  # a collective
         trainer.strategy.barrier("export")
-        rank_zero_info(f"export: {', '.join(self.parts)} of the grafted Instruct: in {target}")
+        written = ", ".join(part for part in self.parts if (target / part).is_dir())
+        rank_zero_info(f"export: {written} of the grafted Instruct: in {target}")
 
     def _manifest(self, trainer: Trainer, module: ShadowModule) -> dict[str, Any]:
         callback = self._graft

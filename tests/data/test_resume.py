@@ -88,7 +88,8 @@ SAVES = {
 
 @pytest.mark.parametrize("saves", SAVES)
 @pytest.mark.parametrize("num_workers, options", [
-    (0, {}), (2, {}), (0, {"max_epochs": -1, "max_steps": 12}), (0, {"val_check_interval": 2}),
+    (0, {}), (2, {}), (0, {"val_check_interval": 2}),
+    pytest.param(0, {"max_epochs": -1, "max_steps": 12}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_resumed_sees_what_uninterrupted_sees(path, whole, tmp_path, saves, num_workers, options):
     saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **SAVES[saves])

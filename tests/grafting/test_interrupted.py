@@ -141,7 +141,7 @@ class TestMoments:
         assert left(partial.parent) == [partial.name, "out"]  # another process could still be writing it
         assert f"{partial} ({size / 1e9:.3f} GB) was left unfinished by a killed run" in caplog.text
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
     def test_stop_leaves_nothing(self, models, num_calls, tmp_path, number, processes):
         for folder, report in stop(models, tmp_path, num_calls, number, processes):
             assert report["status"] == 128 + number and report["err"] == ""

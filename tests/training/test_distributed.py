@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -284,7 +285,13 @@ def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     (manifest,) = tmp_path.glob("*/version_0/export/model/shadowlit.json")
-    assert json.loads(manifest.read_text())["logits_against_validated"]["max_abs"] < 1e-4
+    found = json.loads(manifest.read_text())
+    assert found["logits_against_validated"]["max_abs"] < 1e-4
+    assert (
+        found["config"]["model"]["lr"] == yaml.safe_load((ROOT / "configs/demo_fsdp.yaml").read_text())["model"]["lr"]
+    )
+    assert {"val/tuned/loss", "val/grafted/loss", "graft/gain"} <= found["metrics"].keys()
+    assert not (manifest.parents[1] / "adapter").exists()  # every weight is trained
 
 
 def train_in_slurm(folders, out):

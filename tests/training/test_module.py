@@ -281,7 +281,7 @@ def run_killable(pair, data, root, kind, kill_at):
     return Forked(fit_or_die, pair, data, root, kind, kill_at, out=log).wait(180), log.read_text()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(pair, tmp_path, kind):
     """SIGKILL in the second of three epochs, between two checkpoints; with dropout and a grafted validation."""
     data = tmp_path / "data.jsonl"
