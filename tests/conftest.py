@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import os
 import random
 import shutil
@@ -23,10 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="shadowlit-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
-import torch.utils.collect_env
-
-# lm-evaluation-harness lists all installed packages for every evaluation, for a second each.
-torch.utils.collect_env.get_pretty_env_info = lambda: "not collected"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,8 +32,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Shuffle the tests where that is asked for: none may need another one before it."""
+    _spare_lists_of_packages()
     if (seed := config.getoption("--random-order-seed")) is not None:
         random.Random(seed).shuffle(items)
+
+
+def _spare_lists_of_packages() -> None:
+    """Lm-evaluation-harness lists all installed packages for every evaluation, for a second each."""
+    importlib.import_module("torch.utils.collect_env")  # late: the process that hands out the tests needs no torch
+    for name in ("torch.utils.collect_env", "lm_eval.loggers.utils"):
+        if name in sys.modules:
+            sys.modules[name].get_pretty_env_info = lambda: "not collected"
 
 
 @pytest.hookimpl(tryfirst=True)
