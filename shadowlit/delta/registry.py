@@ -13,7 +13,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -51,10 +51,7 @@ class Transform:
     def parameters(self) -> dict[str, inspect.Parameter]:
         """The parameters that a user chooses, with their types and defaults."""
         _, *found = inspect.signature(self.function).parameters.values()
-        kinds: dict[str, Any] = {}
-        with contextlib.suppress(NameError):  # of types that are imported for type checkers only
-            kinds = typing.get_type_hints(self.function)
-        chosen = {p.name: p.replace(annotation=kinds.get(p.name, Any)) for p in found if p.name != NOISE}
+        chosen = {p.name: p.replace(annotation=_type_of(p, self.function)) for p in found if p.name != NOISE}
         if self.is_random:
             chosen[SEED] = inspect.Parameter(SEED, inspect.Parameter.KEYWORD_ONLY, default=0, annotation=int)
         return chosen
@@ -148,6 +145,15 @@ def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[st
     if missing:
         raise GraftError(f"{where(missing[0])} is missing; {found.name!r} has {has}. Give it a value.")
     return {name: given.get(name, p.default) for name, p in parameters.items()}
+
+
+def _type_of(parameter: inspect.Parameter, function: Callable[..., Tensor]) -> Any:
+    """The type of one parameter; ``Any`` where it has none, or one that is imported for type checkers only."""
+    alone = SimpleNamespace(__annotations__={parameter.name: parameter.annotation})
+    if parameter.annotation is not inspect.Parameter.empty:
+        with contextlib.suppress(NameError):
+            return typing.get_type_hints(alone, function.__globals__)[parameter.name]
+    return Any
 
 
 def _fits(value: Any, kind: Any) -> bool:

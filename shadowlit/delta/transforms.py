@@ -270,10 +270,17 @@ class Transforms:
             noise: Gives the same part of the tensor's random numbers by their seed.
 
         Raises:
-            GraftError: A transform returns another shape, or NaN or infinity for a finite update.
+            GraftError: A transform fails, or returns another shape, or NaN or infinity for a finite update.
         """
         for step in self._steps:
-            result = _apply(step, update, noise)
+            try:
+                result = _apply(step, update, noise)
+            except Exception as error:  # of a function from outside the package
+                raise GraftError(
+                    f"the transform {step[0].name!r} fails for the update of {name}, whose shape is "
+                    f"{list(update.shape)} ({first_line(error)}). Correct the function, or leave the tensor out of the "
+                    "selection (graft.select)."
+                ) from error
             _require_result(step[0].name, name, update, result)
             update = result
         return update

@@ -4,14 +4,14 @@ import importlib.metadata
 import math
 import sys
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from shadowlit import plugins
 from shadowlit.delta import registry
-from shadowlit.delta.registry import find, transform
+from shadowlit.delta.registry import Transform, checked, find, transform
 from shadowlit.delta.transforms import Transforms, dare, magnitude, svd, ties, trim, truncated_svd
 from shadowlit.errors import GraftError
 
@@ -392,3 +392,29 @@ def test_a_function_that_is_not_what_it_claims_is_refused_when_it_is_chosen(func
     transform("bad", elementwise=True)(function)
     with pytest.raises(GraftError, match=message):
         Transforms([{"name": "bad"}])
+
+
+def matrices_only(update: torch.Tensor) -> torch.Tensor:
+    rows, _ = update.shape
+    return update / rows
+
+
+def test_a_function_that_fails_on_a_tensor_is_named_with_it():
+    chosen = Transforms([{"name": f"{__name__}.matrices_only"}])
+    message = (
+        r"matrices_only' fails for the update of model\.norm\.weight, whose shape is \[8\] \(ValueError: not enough"
+    )
+    with pytest.raises(GraftError, match=message):
+        chosen("model.norm.weight", torch.ones(8))
+
+
+def test_types_are_checked_though_another_one_is_known_to_type_checkers_only():
+    def lit(update: "Unknown", *, mode: "Literal['a', 'b']" = "a", n: "int" = 1):  # noqa: F821
+        return update
+
+    parameters = Transform("lit", lit).parameters
+    assert checked(Transform("lit", lit), {"mode": "b", "n": 2}, str) == {"mode": "b", "n": 2}
+    assert parameters["n"].annotation is int
+    for wrong in ({"mode": "c"}, {"n": "c"}):
+        with pytest.raises(GraftError, match="expected"):
+            checked(Transform("lit", lit), wrong, str)
