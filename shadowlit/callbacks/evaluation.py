@@ -77,6 +77,8 @@ class EvaluationCallback(Callback):
         reference: Literal["instruct", "base"] = "instruct",
     ) -> None:
         self.evaluators = dict(evaluators or {})
+        if wrong := [name for name in self.evaluators if not METRIC_NAME.fullmatch(name)]:
+            raise GraftError(f"evaluation.evaluators has the name {wrong[0]!r}; expected letters, digits, '_' and '-'.")
         self.scales = list(scales)
         self.baselines = baselines
         self.samples = samples
@@ -172,8 +174,6 @@ class EvaluationCallback(Callback):
 
     def _problems(self) -> Iterator[str]:
         for name, evaluator in self.evaluators.items():
-            if not METRIC_NAME.fullmatch(name):
-                yield f"evaluation.evaluators has the name '{name}'; expected letters, digits, '_' and '-'."
             if evaluator.needs_reference and self._graft is None:
                 yield f"evaluation.evaluators.{name} compares with the Instruct, which needs a GraftCallback. Add one."
         further = self._graft.scales[1:] if self._graft is not None else []

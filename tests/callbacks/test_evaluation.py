@@ -426,10 +426,10 @@ def test_without_a_graft_the_tuned_model_is_measured(tmp_path, folders):
 
 def test_what_cannot_be_is_told_before_the_training(tmp_path, folders, files):
     broken = write_rows(tmp_path / "broken.jsonl", [{"question": "?", "choices": ["a"], "answer": 0}])
-    own = {"a b": Probe(), "few": MultipleChoice(broken)}
+    own = {"few": MultipleChoice(broken)}
     with pytest.raises(DataError) as error:
         fit(tmp_path, folders, callbacks=[GraftCallback(), EvaluationCallback(own, scales=[0.5])])
-    for told in ("'a b'", "evaluation.scales has [0.5], beyond graft.scales []", "evaluators.few: ", "broken.jsonl"):
+    for told in ("evaluation.scales has [0.5], beyond graft.scales []", "evaluators.few: ", "broken.jsonl"):
         assert told in str(error.value)
     with pytest.raises(DataError, match="compares with the Instruct, which needs a GraftCallback"):
         fit(tmp_path, folders, callbacks=[EvaluationCallback({"f": Divergence(files["talks"])})])
@@ -481,3 +481,9 @@ def test_two_processes_find_what_one_finds(tmp_path, folders, files, strategy):
         assert [row["score"] for row in rows[0]] == pytest.approx([row["score"] for row in rows[1]], abs=1e-6)
     order = (tmp_path / "two/step-2/tuned/probe.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in order] == [4, 5]
+
+
+@pytest.mark.parametrize("name", ["my ev", "a/b", ""])
+def test_a_name_that_would_not_be_one_part_of_a_metric_is_refused_at_once(name):
+    with pytest.raises(GraftError, match=f"evaluation.evaluators has the name '{name}'; expected letters"):
+        EvaluationCallback({name: Probe()})
