@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
 
 class ShadowlitError(ValueError):
     """Base of every error that a user's input or configuration can cause.
@@ -40,6 +45,15 @@ class EvaluationError(ShadowlitError):
 def first_line(error: Exception) -> str:
     """The error's type and what its first line says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def wrong_names(key: str, names: Iterable[str]) -> list[str]:
+    """Messages about the names in the setting ``key`` that could not be one part of a metric's name."""
+    return [
+        f"{key} has the name {name!r}; expected letters, digits, '_' and '-'. Rename it."
+        for name in names
+        if not _NAME.fullmatch(name)
+    ]
 
 
 def counted(number: int, noun: str) -> str:

@@ -21,14 +21,14 @@ from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
-from shadowlit.errors import DataError, GraftError
+from shadowlit.errors import DataError, GraftError, wrong_names
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.samples import log_text, side_by_side
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
-from shadowlit.training.metrics import METRIC_NAME, name_clash
+from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
 
@@ -77,8 +77,8 @@ class EvaluationCallback(Callback):
         reference: Literal["instruct", "base"] = "instruct",
     ) -> None:
         self.evaluators = dict(evaluators or {})
-        if wrong := [name for name in self.evaluators if not METRIC_NAME.fullmatch(name)]:
-            raise GraftError(f"evaluation.evaluators has the name {wrong[0]!r}; expected letters, digits, '_' and '-'.")
+        if wrong := wrong_names("evaluation.evaluators", self.evaluators):
+            raise GraftError(wrong[0])
         self.scales = list(scales)
         self.baselines = baselines
         self.samples = samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,9 @@ from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import Overlong
 from shadowlit.data.formats import Samples
 from shadowlit.data.packing import Packing
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, wrong_names
 from shadowlit.pair.pair import ModelPair
 
-_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _RESERVED = ("train", "predict")
 _LEAST = {
     "max_length": 2, "batch_size": 1, "eval_batch_size": 1, "prefetch": 1, "stream_window": 1, "seed": 0,
@@ -169,9 +167,8 @@ class DataSettings:
         if self.group_by_length and not self.shuffle:
             yield "data.group_by_length makes an order of its own, but data.shuffle is false. Unset one of them."
         for kind, names in (("validation", self.validation_sets), ("test", self.test_sets)):
+            yield from wrong_names(f"data.{kind}", names)
             for name in names:
-                if not _NAME.fullmatch(name):
-                    yield f"data.{kind} has the name '{name}'; expected letters, digits, '_' and '-'. Rename it."
                 if name in _RESERVED:
                     yield f"data.{kind} has the name '{name}', which is used already. Rename it."
         try:

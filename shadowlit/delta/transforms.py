@@ -278,7 +278,7 @@ class Transforms:
             except Exception as error:  # of a function from outside the package
                 raise GraftError(
                     f"the transform {step[0].name!r} fails for the update of {name}, whose shape is "
-                    f"{list(update.shape)} ({first_line(error)}). Correct the function, or leave the tensor out of the "
+                    f"{list(update.shape)} ({_cause(error)}). Correct the function, or leave the tensor out of the "
                     "selection (graft.select)."
                 ) from error
             _require_result(step[0].name, name, update, result)
@@ -311,6 +311,10 @@ def _apply(step: _Step, update: Tensor, noise: Callable[[int], Tensor]) -> Tenso
     return found.function(update, **given)
 
 
+def _cause(error: Exception) -> str:
+    return str(error) if isinstance(error, ShadowlitError) else first_line(error)
+
+
 def _require_result(transform: str, name: str, update: Tensor, result: Tensor) -> None:
     found = f"the transform {transform!r} returns"
     if result.shape != update.shape:
@@ -340,8 +344,7 @@ def _try(step: _Step, where: Where) -> None:
         again = _apply(step, update, noise)
         part = _apply(step, update[rows], lambda seed: noise(seed)[rows]) if step[0].elementwise else again[rows]
     except Exception as error:  # a user's own function may raise anything
-        text = str(error) if isinstance(error, ShadowlitError) else first_line(error)
-        raise GraftError(f"{where('name').removesuffix('.name')}, {step[0].name}: {text}") from error
+        raise GraftError(f"{where('name').removesuffix('.name')}, {step[0].name}: {_cause(error)}") from error
     problem = ""
     if not isinstance(result, Tensor) or (result.shape, result.dtype) != (update.shape, update.dtype):
         problem = "returns something else than a float32 tensor of the update's shape"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,8 +14,6 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import TokenSums, token_sums
 from shadowlit.training.outputs import Answers
-
-METRIC_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def name_clash(names: Iterable[str]) -> str:

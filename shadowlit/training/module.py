@@ -28,7 +28,7 @@ from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import DataError, ShadowlitError
+from shadowlit.errors import DataError, ShadowlitError, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
@@ -37,7 +37,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import METRIC_NAME, Scores, name_clash
+from shadowlit.training.metrics import Scores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
@@ -183,8 +183,8 @@ class ShadowModule(LightningModule):
         self.seed = seed
         self.train_towers = list(train_towers)
         self.metrics = dict(metrics or {})
-        if wrong := [name for name in self.metrics if not METRIC_NAME.fullmatch(name)]:
-            raise ShadowlitError(f"model.metrics has the name {wrong[0]!r}; expected letters, digits, '_' and '-'.")
+        if wrong := wrong_names("model.metrics", self.metrics):
+            raise ShadowlitError(wrong[0])
         self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
