@@ -8,6 +8,7 @@ so everything that uses that context (our own trials too) starts in milliseconds
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import multiprocessing
 import os
@@ -216,6 +217,8 @@ def shadowlit(*args: str) -> int:
     from shadowlit.cli.main import main
 
     sys.argv = ["shadowlit", *args]
+    # What Lightning's launcher starts the other ranks by.
+    sys.modules["__main__"] = importlib.import_module("shadowlit.__main__")
     return main()
 
 

@@ -26,7 +26,7 @@ from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from tests.distributed import run_ranks
+from tests.distributed import run_command, run_ranks
 from tests.rounding import Start, require_same_update
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
@@ -42,7 +42,7 @@ def make_trainer(strategy, world_size, callbacks, **options):
         enable_model_summary=False, use_distributed_sampler=False, inference_mode=False, accumulate_grad_batches=2,
         gradient_clip_val=1.0, callbacks=callbacks,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **{"max_epochs": 2, "val_check_interval": 4, **options},
+        **{"max_epochs": 2, "val_check_interval": 4, "num_sanity_val_steps": 0, **options},
     )  # fmt: skip
 
 
@@ -272,17 +272,19 @@ def test_unequal_shards_neither_hang_nor_count_twice(tmp_path, strategy):
 
 @pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=SLOW)])
 def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
-    starter = [sys.executable] if launcher == "lightning" else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    ]  # fmt: skip
-    command = [
-        *starter, "-m", "shadowlit", "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2",
-        "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false",
+    args = [
+        "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2", "--trainer.limit_val_batches=1",
+        "--trainer.val_check_interval=2", "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false",
         "--data.limit_train_samples=64", f"--trainer.logger.init_args.save_dir={tmp_path}",
         *(f"--evaluation.evaluators.{name}.init_args.limit=2"
           for name in ("new", "old", "format", "refusal", "forgetting")),
     ]  # fmt: skip
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if launcher == "lightning":  # which starts the other rank as a fresh interpreter
+        finished = run_command(tmp_path, *args)
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*torchrun, "-m", "shadowlit", *args]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     (manifest,) = tmp_path.glob("*/version_0/export/model/shadowlit.json")
     found = json.loads(manifest.read_text())
