@@ -82,6 +82,7 @@ class ExportCallback(Callback):
                 " Add one to trainer.callbacks, or set export.enabled=false."
             )
         (self._graft,) = found
+        self._graft.exports_adapter = "adapter" in self.parts and self._no_adapter(pl_module) is None
         target = self._target(trainer)
         if any((target / part).exists() for part in ("model", "adapter", "delta")):
             raise ExportError(
@@ -160,22 +161,30 @@ class ExportCallback(Callback):
 
     def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
         assert module.adapter is not None and module.model is not None
-        if starts_from_weights(module.adapter) or module.adapter.modules_to_save or module.adapter.bias != "none":
-            rank_zero_info(
-                "export: no adapter is written, only the whole model. One that starts from the weights, or trains "
-                "biases or whole modules besides its factors, means another update on the Instruct than on the Base."
-            )
-            return
-        if self._graft.transforms:
-            rank_zero_info(
-                "export: no adapter is written. The graft transforms the update (graft.transforms), so the adapter's "
-                "factors do not give it; export.parts=[delta] and 'delta lora' make an adapter of it."
-            )
+        if reason := self._no_adapter(module):
+            rank_zero_info(f"export: no adapter is written. {reason}")
             return
         factors = self._graft.build(module).adapter_tensors(self._graft.scales[0])
         if trainer.is_global_zero:
             state = get_peft_model_state_dict(module.model, state_dict=factors)
             export_adapter(target, module.pair, module.adapter, state, manifest)
+
+    def _no_adapter(self, module: LightningModule) -> str | None:
+        """Why the adapter's factors don't give the graft; None where they do."""
+        adapter = getattr(module, "adapter", None)
+        if adapter is None:
+            return "Every weight is trained."
+        if starts_from_weights(adapter) or adapter.modules_to_save or adapter.bias != "none":
+            return (
+                "One that starts from the weights, or trains biases or whole modules besides its factors, means "
+                "another update on the Instruct than on the Base."
+            )
+        if self._graft.transforms:
+            return (
+                "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "
+                "export.parts=[delta] and 'delta lora' make an adapter of it."
+            )
+        return None
 
     def _target(self, trainer: Trainer) -> Path:
         root = Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "export"

@@ -35,6 +35,8 @@ from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
 
+_LEAST_SURVIVAL = 0.5  # share of the update below which rounding is warned of
+_GAINS = {"graft/gain": "as exported", "graft/gain_unrounded": "without rounding"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,9 +51,15 @@ class GraftCallback(Callback):
     to one without the callback, and no checkpoint ever holds grafted weights. Preference objectives with a reference
     need the callback: it swaps the untouched Base and Instruct in once, to measure the reference.
 
-    Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/survival`` (the
-    fraction of the update that survives rounding to the exported dtype), ``graft/seconds`` and ``graft/time_share``
-    (of the run so far, in all of the callback's passes), ``graft/swap_seconds`` (in the swaps alone).
+    ``val/grafted/*`` is the score of the weights that an export writes: an adapter's update is added to the Instruct's
+    weights, and the sum is rounded to the export's dtype. ``graft/survival`` is the fraction of the update that
+    survives this rounding. The score without it is measured too, where an adapter is exported (``val/adapter/*``: the
+    adapter on the Instruct, as a server computes that loads it) and where less than half of the update survives
+    (``val/unrounded/*``); ``graft/gain_unrounded`` is its gain.
+
+    Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/seconds`` and
+    ``graft/time_share`` (of the run so far, in all of the callback's passes), ``graft/swap_seconds`` (in the swaps
+    alone).
 
     For a mixture of experts, ``routing_agreement`` and ``routing_top1_changed`` compare every grafted subject with the
     Instruct on the same tokens, and the tuned model with the Base; see :mod:`shadowlit.evaluation.routing`. For this
@@ -79,6 +87,7 @@ class GraftCallback(Callback):
         offload: Keep the frozen weights of the pair on the CPU.
         baselines: Measure the untouched Base and Instruct once, in the first full validation.
         statistics: Log norms and survival of the update at every validation.
+        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft. null: where the adapter is exported.
         routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
             measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
@@ -89,6 +98,7 @@ class GraftCallback(Callback):
         subjects: The grafts that are validated, the main one first.
         record: The record of the running validation or test, or else of the last one.
         finished: The record of the last complete validation, whose metrics checkpoints and exports state.
+        exports_adapter: Whether the run exports the adapter, so that it is scored by default.
         graft: The graft of the module's model, from its first use in a command to the command's end.
         fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
         settings: Settings that a checkpoint's metrics depend on.
@@ -102,6 +112,7 @@ class GraftCallback(Callback):
         offload: bool = False,
         baselines: bool = True,
         statistics: bool = True,
+        adapter: bool | None = None,
         routing: bool = True,
         transforms: list[dict[str, Any]] = [],  # noqa: B006
     ) -> None:
@@ -119,6 +130,8 @@ class GraftCallback(Callback):
         self.offload = offload
         self.baselines = baselines
         self.statistics = statistics
+        self.adapter = adapter
+        self.exports_adapter = False
         self.routing = routing
         self.settings = {
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
@@ -337,16 +350,40 @@ class GraftCallback(Callback):
         if trainer.sanity_checking:
             return
         graft.measure(TUNED, partial(self._ask_others, trainer, module, TUNED))
-        loss = module.scores(main)["loss"]
+        statistics = graft.statistics(main.scale, squares) if self.statistics else {}
+        record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
+        unrounded = self._unrounded(module, statistics.get("survival", 1.0))
+        if unrounded:
+            self._pass(trainer, module, unrounded)
         untouched = self._measure_untouched(trainer, module)
         for subject, metrics in untouched.items():
             record.metrics |= {f"{record.stage}/{subject.name}/{name}": value for name, value in metrics.items()}
         if untouched:
-            record.metrics["graft/gain"] = untouched[INSTRUCT]["loss"] - loss
+            for name, subject in (("gain", main), ("gain_unrounded", unrounded)):
+                if subject:
+                    record.metrics[f"graft/{name}"] = untouched[INSTRUCT]["loss"] - module.scores(subject)["loss"]
         self._compare_routing(module)
-        if self.statistics:
-            statistics = graft.statistics(main.scale, squares)
-            record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
+        if statistics.get("survival", 1.0) < _LEAST_SURVIVAL:
+            self._warn_of_rounding(record.metrics)
+
+    def _unrounded(self, module: ShadowModule, survival: float) -> Subject | None:
+        """The model that is measured for what rounding costs: the adapter on the Instruct, or the graft unrounded."""
+        graft, scale = self.build(module), self.scales[0]
+        if graft.serves_adapter and (self.exports_adapter if self.adapter is None else self.adapter):
+            return Subject("adapter", scale)
+        return Subject("unrounded", scale) if survival < _LEAST_SURVIVAL and graft.holds_float32 else None
+
+    def _warn_of_rounding(self, metrics: Metrics) -> None:
+        """Say once in a fit, and in every other command, that most of the update is lost in the export's dtype."""
+        if self._run.warned:
+            return
+        self._run.warned = True
+        gains = [f"{metrics[name]:.4g} {what}" for name, what in _GAINS.items() if name in metrics]
+        rank_zero_warn(
+            f"graft: only {metrics['graft/survival']:.0%} of the update survives rounding to the export's dtype"
+            f"{': the gain is ' + ', '.join(gains) if gains else ''}. Export float32 (graft.dtype=float32), or the "
+            "update itself: the adapter or the delta (export.parts)."
+        )
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule) -> dict[Subject, Metrics]:
         """Scores of the untouched models, measured in the first full validation on these data and then remembered."""
@@ -373,7 +410,8 @@ class GraftCallback(Callback):
             # Iterating a loader draws a seed from the global generator: the training must not notice.
             with isolate_rng():
                 self._run_batches(trainer, subject)
-            self._ask_others(trainer, module, subject)
+            if subject.kind not in ("adapter", "unrounded"):
+                self._ask_others(trainer, module, subject)
 
         self.build(module).measure(subject, run, squares)
 

@@ -64,7 +64,6 @@ class AdaptedLayer:
     layer: LoraLayer
     adapter: str
     scaling: float  # peft's own: alpha / rank, or alpha / sqrt(rank) for rsLoRA
-    selected: bool  # whether the graft's selection holds the host's weight
 
     def delta_weight(self, host: Tensor) -> Tensor:
         """The update of the host's weight as the factors train it, in the host's shape and placement."""

@@ -67,12 +67,12 @@ class HostParameter:
 class LiveGraft:
     """Loads the weights of a subject into the module that is being trained, and swaps the trained ones back.
 
-    Every operation is elementwise on this rank's shards, and the frozen shards are placed as the parameters are:
-    nothing is gathered. Trained parameters are overwritten with ``instruct + scale * (tuned - base)``, rounded once to
-    the dtype of the export, and restored from a copy. Frozen parameters under an adapter are swapped with the
-    Instruct's, and the adapter's scaling is multiplied by ``scale``: with LoRA nothing is computed at all. With
-    ``transforms`` it is ``instruct + scale * T(tuned - base)``; an adapter's update is then added to the frozen weights
-    as well, and the adapter itself is switched off. Parameters outside the selection become the Instruct's own.
+    Every operation is elementwise on this rank's shards, and the frozen shards are placed as the parameters are: only
+    the product of an adapter's sharded factors is gathered, one layer at a time. Trained parameters and those under an
+    adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned`` includes the adapter's update,
+    rounded once to the dtype of the export, and restored from a copy; the adapter itself is switched off. So the module
+    holds the very weights that an export writes. With ``transforms`` it is ``instruct + scale * T(tuned - base)``.
+    Other parameters become the Instruct's own.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -143,6 +143,18 @@ class LiveGraft:
         return sum(local(host.parameter).numel() for host in self._hosts)
 
     @property
+    def serves_adapter(self) -> bool:
+        """Whether the adapter on the untouched Instruct computes the graft, except for rounding."""
+        adapted = any(host.adapted is not None for host in self._hosts)
+        return adapted and self._transforms is None and all(host.base is None for host in self._hosts)
+
+    @property
+    def holds_float32(self) -> bool:
+        """Whether every parameter that is grafted can hold the graft before it is rounded to the export's dtype."""
+        grafted = (host for host in self._hosts if host.selected and host.trained)
+        return all(local(host.parameter).dtype == torch.float32 for host in grafted)
+
+    @property
     def on_base(self) -> bool:
         """Whether every trained parameter on this rank still has the Base's value."""
         reshard_all(self.model)
@@ -199,7 +211,7 @@ class LiveGraft:
         for host in self._hosts:
             self._write_state(host, subject, squares)
             if host.adapted is not None:
-                host.adapted.set_scale(subject.scale if host.adapted.selected else 0.0)
+                host.adapted.set_scale(subject.scale if subject.kind == "adapter" and host.selected else 0.0)
         self._synchronize()
         self._busy = False
         self.apply_s += time.perf_counter() - start
@@ -375,25 +387,17 @@ class LiveGraft:
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
-        # When it is transformed, an adapter's update is added to the weights that it sits on.
-        merged = layer is not None and selected and self._transforms is not None
-        if frozen and merged:
-            dtype = self.dtype or target.dtype
-            if torch.promote_types(live.dtype, dtype) != live.dtype:  # what is validated would not be what is exported
-                raise GraftError(
-                    f"{name} is frozen in {live.dtype}, which can't hold the graft in {dtype}: with graft.transforms "
-                    "the adapter's update is added to it. Set graft.dtype to auto, or to a dtype that it holds."
-                )
-        elif frozen:
+        # A selected adapter's update is added to the weights that it sits on.
+        swapped = frozen and not (layer is not None and selected)
+        if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
         held = self._to_storage(target, live)
         before = None if frozen else self._to_storage(start, live)
-        swap = Swap(live, held) if frozen and not merged else None
-        host = HostParameter(name, parameter, held, before, selected, swap)
+        host = HostParameter(name, parameter, held, before, selected, Swap(live, held) if swapped else None)
         if layer is not None:
             adapted, adapter = layer
-            host.adapted = AdaptedLayer(adapted, adapter, adapted.scaling[adapter], selected and not merged)
+            host.adapted = AdaptedLayer(adapted, adapter, adapted.scaling[adapter])
         return host
 
     def _to_storage(self, tensor: Tensor, live: Tensor) -> Tensor:
@@ -416,21 +420,22 @@ class LiveGraft:
         if subject == BASE:
             live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
             return
-        scale = subject.scale if host.selected else 0.0
+        scale = subject.scale if host.selected and subject.kind != "adapter" else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged
             live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
         out, sides = live.view(-1), [host.instruct, tuned, host.base]
-        transformed = None if self._transforms is None else self._update(host).reshape(-1)
+        # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
+        whole_update = self._update(host).reshape(-1) if self._transforms or host.adapted else None
         for part in windows(out):
             goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
-            update = delta(*ends) if transformed is None else transformed[part]
+            update = delta(*ends) if whole_update is None else whole_update[part]
             exact = add_delta(goal, update, scale)
             rounded = exact.to(self._rounding(host))
             if squares is not None:
                 measured += _sums_of_squares(update, exact, rounded)
-            out[part] = rounded
+            out[part] = exact if subject.kind == "unrounded" else rounded
         if squares is not None:
             squares[host.name] = measured
 

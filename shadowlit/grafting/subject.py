@@ -12,14 +12,15 @@ class Subject:
     """A model whose weights the training module can hold; its metrics are logged under its name.
 
     Attributes:
-        kind: ``tuned`` is the trained Base, ``grafted`` the Instruct with the update, ``base`` and ``instruct`` are the
-            untouched models.
-        scale: Scale λ of the update that a graft adds; 0 for the other kinds.
+        kind: ``tuned`` is the trained Base, ``grafted`` the Instruct with the update as it is exported, ``base`` and
+            ``instruct`` are the untouched models. ``unrounded`` is the graft before it is rounded to the export's
+            dtype, and ``adapter`` the Instruct with the adapter on it, as a server computes that loads an adapter.
+        scale: Scale λ of the update that a graft adds; 0 for models without a graft.
         main: Whether this graft is the main one, called ``grafted``; any other has its scale in its name,
             ``grafted@0.5``.
     """
 
-    kind: Literal["tuned", "grafted", "base", "instruct"]
+    kind: Literal["tuned", "grafted", "unrounded", "adapter", "base", "instruct"]
     scale: float = 0.0
     main: bool = True
 
@@ -31,7 +32,7 @@ class Subject:
     @property
     def start(self) -> Subject:
         """The untouched model that the subject started from: the Instruct for a graft, the Base for the tuned model."""
-        return INSTRUCT if self.kind in ("grafted", "instruct") else BASE
+        return BASE if self.kind in ("tuned", "base") else INSTRUCT
 
 
 TUNED, BASE, INSTRUCT = Subject("tuned"), Subject("base"), Subject("instruct")

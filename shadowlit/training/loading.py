@@ -56,8 +56,7 @@ def load_for_training(
     """Build the model of a checkpoint for training, with float32 masters of all trainable parameters.
 
     Full fine-tuning trains float32 copies of all weights, or of ``towers`` in a vision-language model, whose other
-    towers stay frozen, without masters. With an adapter the weights stay frozen in the dtype of the files and the
-    factors are float32. An adapter of experts, or of other bare parameters, makes the weights float32 too, since peft
+    towers stay frozen, without masters. With an adapter the weights stay frozen and the factors are float32. An adapter of experts, or of other bare parameters, makes the weights float32 too, since peft
     adds its product to them and bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on
     the meta device and filled by rows from the safetensors files.
 
@@ -74,7 +73,7 @@ def load_for_training(
         trust_remote_code: Whether to run modelling code that comes with the folder.
         seed: Seed of the adapter's initialisation, which is the same on any number of ranks.
         towers: Trainable parts, see ``train_towers`` of :class:`shadowlit.training.module.ShadowModule`.
-        frozen_dtype: Dtype of towers that are frozen in full fine-tuning; ``None`` for that of the files.
+        frozen_dtype: Dtype of what stays frozen, under an adapter or in towers; ``None`` for that of the files.
 
     Raises:
         ShadowlitError: No parameter belongs to one of ``towers``.
@@ -86,7 +85,7 @@ def load_for_training(
     stored = _stored_dtype(reader)
     from_weights = adapter is not None and starts_from_weights(adapter)
     # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
-    dtype = torch.float32 if adapter is None or from_weights else stored
+    dtype = torch.float32 if adapter is None or from_weights else frozen_dtype or stored
     auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(

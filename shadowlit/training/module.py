@@ -227,7 +227,7 @@ class ShadowModule(LightningModule):
             trust_remote_code=self.pair.trust_remote_code,
             seed=self.seed,
             towers=self.train_towers,
-            # In float32 everything computes in float32, and layers of two dtypes can't be put one behind the other.
+            # In float32 everything computes in float32, frozen weights too, on one device as under FSDP2.
             frozen_dtype=torch.float32 if compute_dtype == torch.float32 else None,
         )
 
@@ -509,7 +509,7 @@ class ShadowModule(LightningModule):
             for name, value in scores.items():
                 self.log(prefix + name, value, prog_bar=name == "loss")
         for name, value in added.items():
-            self.log(name, value, prog_bar=name == "graft/gain")
+            self.log(name, value, prog_bar=name in ("graft/gain", "graft/survival"))
         self._scores.clear()
 
     def _seed_dropout(self) -> None:
