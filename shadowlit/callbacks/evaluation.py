@@ -17,13 +17,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
+from shadowlit.callbacks.scores import error_of_paired
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import DataError, GraftError, wrong_names
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
-from shadowlit.evaluation.samples import log_text, side_by_side
+from shadowlit.evaluation.samples import log_text, side_by_side, stored
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
@@ -249,17 +250,23 @@ class EvaluationCallback(Callback):
         """Write the samples of all ranks to files, in the order of the rows."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        assert self.record is not None
         root = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "evaluation")
         home = root / ("test" if stage == "test" else f"step-{trainer.global_step}")
         gathered: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for (subject, name), found in self._found.items():
             samples = sorted(of_all_ranks(found.samples), key=lambda sample: sample["index"])
             gathered[subject.name, name] = samples
+            place = root if subject in UNTOUCHED else home
             if trainer.is_global_zero:
-                place = root if subject in UNTOUCHED else home
                 lines = (json.dumps(sample, ensure_ascii=False) for sample in samples)
                 replace_text(place / subject.name / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-        if not (trainer.is_global_zero and self.samples):
+        if not trainer.is_global_zero:
+            return
+        for name in self._due:
+            instruct = gathered.get(("instruct", name)) or stored(root, "instruct", name)
+            self.record.errors[f"{name}/score"] = error_of_paired(instruct, gathered.get(("grafted", name), []))
+        if not self.samples:
             return
         text = side_by_side(gathered, root, self._due, self.samples)
         if text:

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
+from shadowlit.callbacks.scores import error_of_gain, score_table
 from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
@@ -31,6 +32,7 @@ from shadowlit.grafting.live import LiveGraft, Squares
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject, grafts
 from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
+from shadowlit.progress import make_console
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -98,6 +100,7 @@ class GraftCallback(Callback):
         subjects: The grafts that are validated, the main one first.
         record: The record of the running validation or test, or else of the last one.
         finished: The record of the last complete validation, whose metrics checkpoints and exports state.
+        exported: What the export of this fit wrote and how it is loaded, line by line.
         exports_adapter: Whether the run exports the adapter, so that it is scored by default.
         graft: The graft of the module's model, from its first use in a command to the command's end.
         fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
@@ -132,6 +135,7 @@ class GraftCallback(Callback):
         self.statistics = statistics
         self.adapter = adapter
         self.exports_adapter = False
+        self.exported: list[str] = []
         self.routing = routing
         self.settings = {
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
@@ -140,6 +144,7 @@ class GraftCallback(Callback):
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
         self._untouched = UntouchedMetrics()
+        self._instruct_losses: dict[str, dict[str, torch.Tensor]] = {}  # by stage and set: of each sample, [N, 2]
         self._data = DataSignature()
         self._routing: Routing | None = None
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
@@ -169,7 +174,7 @@ class GraftCallback(Callback):
         if fingerprints != self.fingerprints:  # what was measured of another pair
             self.fingerprints, self._untouched = fingerprints, UntouchedMetrics()
         if stage == "fit":
-            self.finished = ValidationRecord()
+            self.finished, self.exported = ValidationRecord(), []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the graft, log what it covers, and make sure that training starts at the Base."""
@@ -275,8 +280,13 @@ class GraftCallback(Callback):
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Swap the trained weights back, free the pair's, and close its files; the next command reads them again."""
+        """Swap the trained weights back and free the pair's; after a fit, print the scores of what it ended with."""
         self._release()
+        if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
+            console = make_console()
+            console.print(score_table(self.finished.metrics, self.finished.errors))
+            for line in self.exported:
+                console.print(line)
 
     def state_dict(self) -> dict[str, Any]:
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
@@ -284,7 +294,9 @@ class GraftCallback(Callback):
             "fingerprints": self.fingerprints,
             "settings": self.settings,
             "untouched": self._untouched.state,
+            "instruct_losses": self._instruct_losses,
             "metrics": dict(self.finished.metrics),
+            "errors": self.finished.errors,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -301,7 +313,8 @@ class GraftCallback(Callback):
             self._untouched.state = {"val": {"signature": state_dict["measured_on"], **constants}}
         else:
             self._untouched.state = state_dict.get("untouched", {})
-        self.finished = ValidationRecord(metrics=state_dict["metrics"])
+        self._instruct_losses = state_dict.get("instruct_losses", {})
+        self.finished = ValidationRecord(metrics=state_dict["metrics"], errors=state_dict.get("errors", {}))
         before = state_dict.get("settings", self.settings)
         changed = [f"{k} {before.get(k)} (now {now})" for k, now in self.settings.items() if before.get(k) != now]
         if changed:
@@ -362,6 +375,10 @@ class GraftCallback(Callback):
             for name, subject in (("gain", main), ("gain_unrounded", unrounded)):
                 if subject:
                     record.metrics[f"graft/{name}"] = untouched[INSTRUCT]["loss"] - module.scores(subject)["loss"]
+            before = self._instruct_losses.get(record.stage, {})
+            for name, losses in module.sample_losses(main).items():
+                if name in before:
+                    record.errors[f"{name}/loss" if name else "loss"] = error_of_gain(before[name], losses)
         self._compare_routing(module)
         if statistics.get("survival", 1.0) < _LEAST_SURVIVAL:
             self._warn_of_rounding(record.metrics)
@@ -395,6 +412,8 @@ class GraftCallback(Callback):
 
         def measure(subject: Subject, _: list[str]) -> dict[str, Metrics]:
             self._pass(trainer, module, subject)
+            if subject == INSTRUCT:
+                self._instruct_losses[stage] = module.sample_losses(subject)
             return {stage: module.take_scores(subject)}
 
         again = trainer.testing or (self._routing is not None and self._routing_on != signature)

@@ -37,6 +37,7 @@ class ValidationRecord:
         metrics: Metrics by name. Callbacks add theirs in ``on_subject`` or ``on_validation_epoch_end``; the module logs
             them with its scores. From ``on_validation_end`` on it holds every metric that Lightning shows to callbacks,
             except for those that only an earlier validation measured, and adding to it is an error.
+        errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
     """
 
@@ -44,6 +45,7 @@ class ValidationRecord:
     run: RunTotals = field(default_factory=RunTotals)
     subjects: list[Subject] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _nested_s: float = 0.0
 

@@ -37,7 +37,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores, name_clash
+from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
@@ -395,6 +395,14 @@ class ShadowModule(LightningModule):
             if who == subject
             for what, value in metric.compute().items()
         }
+
+    def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
+        """Loss and number of supervised tokens of each sample in the running validation, ``[N, 2]`` by set.
+
+        The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
+        """
+        owns = {name: one.own for (who, name), one in self._scores.items() if who == subject}
+        return {name: own.by_sample() for name, own in owns.items() if isinstance(own, TokenScores) and own.takes_sums}
 
     def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
