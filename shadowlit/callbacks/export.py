@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 
 _LEAST_AGREEMENT = 0.95  # share of positions; bfloat16 arithmetic alone changes the arg max of a few
 _LOADED = {  # by part, how it is used
-    "model": "AutoModelForCausalLM.from_pretrained({!r:})",
-    "adapter": "PeftModel.from_pretrained(instruct, {!r:})",
-    "delta": "shadowlit.Delta({!r:})",
+    "model": "AutoModelForCausalLM.from_pretrained({!r})",
+    "adapter": "PeftModel.from_pretrained(instruct, {!r})",
+    "delta": "shadowlit.Delta({!r})",
 }
 _PROBE_ROWS = 4  # rows of validation data that the logits of graft and export are compared on
 
@@ -124,7 +124,7 @@ class ExportCallback(Callback):
         trainer.strategy.barrier("export")
         written = [part for part in self.parts if (target / part).is_dir()]
         rank_zero_info(f"export: {', '.join(written)} of the grafted Instruct: in {target}")
-        self._graft.exported = [f"{part}: {_LOADED[part].format(target / part)}" for part in written]
+        self._graft.exported = [f"{part}: {_LOADED[part].format(str(target / part))}" for part in written]
 
     def _manifest(self, trainer: Trainer, module: ShadowModule) -> dict[str, Any]:
         callback = self._graft
