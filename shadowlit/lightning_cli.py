@@ -17,7 +17,6 @@ import torchmetrics
 import yaml
 from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from torch.optim import lr_scheduler
 
@@ -60,13 +59,6 @@ class ShadowTrainer(Trainer):
             num_samples: Number of samples to print.
         """
         preview(datamodule, split, num_samples)
-
-
-class ShadowProgressBar(RichProgressBar):
-    """Lightning's progress bar; without ``/-2`` after the epoch where their number is not limited."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "   ")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -206,10 +198,6 @@ class ShadowCLI(LightningCLI):
         """As configured; a preview needs none of the devices that a configuration asks for."""
         if self.subcommand == "preview":
             return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-        trainer = self._get(self.config_init, "trainer")
-        given = [*(trainer.get("callbacks") or []), *self.trainer_defaults["callbacks"]]
-        if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
-            self.trainer_defaults["callbacks"].append(ShadowProgressBar())
         return super().instantiate_trainer(**kwargs)
 
 

@@ -117,9 +117,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _types(details: str) -> str:
-    """The expected types as a user writes them: ``a, b`` for a Literal, ``int`` for ``<class 'int'>``, ``null``."""
     found = _TYPES.search(details)
-    types = (found[1] or found[2]) if found else ""
+    return readable_types((found[1] or found[2]) if found else "")
+
+
+def readable_types(types: str) -> str:
+    """Types as a user writes them: ``a, b`` for a Literal or a union, ``int`` for ``<class 'int'>``, ``null``."""
     types = re.sub(r"<class '([\w.]+)'>", r"\1", types)
     types = re.sub(r"typing\.Literal\[([^]]*)\]", lambda literal: literal[1].replace("'", ""), types)
-    return re.sub(r"(?:\w+\.)+(?=\w)", "", types).replace("NoneType", "null")
+    types = re.sub(r"(?:\w+\.)+(?=\w)", "", types)
+    types = re.sub(r"^(?:Union|Optional)\[(.*)\]$", r"\1", types)
+    return types.replace(" | ", ", ").replace("NoneType", "null").replace("None", "null")

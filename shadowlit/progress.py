@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 _REFRESH_S = 0.1
 # Wide enough for every table, where no terminal sets a width: one line per row, for grep.
 _PLAIN_WIDTH = 220
+_LEAST_TEXT = 8  # characters that a column of text keeps where a table is narrow
 
 
 def make_console() -> Console:
@@ -25,12 +28,35 @@ def make_console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
+class _Table(Table):
+    """A table that never breaks a number: text is folded, and where that isn't enough, every row becomes a list."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        excess = self._width(console, options) - options.max_width
+        if excess > 0:
+            for column in (column for column in self.columns if column.justify == "right"):
+                column.width = max(cell_len(part) for part in (*str(column.header).split(), *map(str, column.cells)))
+            texts = (column for column in self.columns if column.justify != "right")
+            longest = (max(cell_len(str(cell)) for cell in (column.header, *column.cells)) for column in texts)
+            excess = self._width(console, options) - options.max_width - sum(max(0, n - _LEAST_TEXT) for n in longest)
+        if excess <= 0:
+            yield from super().__rich_console__(console, options)
+            return
+        yield self.title or ""
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            for i, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
+                yield "  " * (i > 0) + ": ".join(filter(None, (str(column.header), str(cell))))
+
+    def _width(self, console: Console, options: ConsoleOptions) -> int:
+        return Measurement.get(console, options.update_width(sys.maxsize), self).maximum
+
+
 def make_table(*headings: str, left: int = 1, **options: Any) -> Table:
-    """Create a table that folds text instead of cutting it; columns after the first ``left`` are aligned right."""
+    """Create a table that folds text, but no numbers; columns after the first ``left`` are aligned right."""
     columns = (
         Column(head, justify="left" if i < left else "right", overflow="fold") for i, head in enumerate(headings)
     )
-    return Table(*columns, **options)
+    return _Table(*columns, **options)
 
 
 @contextmanager

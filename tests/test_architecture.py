@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. Modules and packages on one floor don't import each other.
 FLOORS = [
     {"errors", "files", "lazy", "progress", "distributed", "version", "parser"},
-    {"plotting", "plugins"},
+    {"arguments", "plotting", "plugins"},
     {"checkpoint"},
     {"pair"},
     {"data"},

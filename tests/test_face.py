@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shadowlit
-from shadowlit.errors import ExportError, GraftError, ShadowlitError
+from shadowlit.analysis import open_model
+from shadowlit.errors import ExportError, GraftError, PairError, ShadowlitError
 from shadowlit.lazy import lazy_exports
 from shadowlit.version import __version__
 
@@ -139,6 +140,38 @@ def test_graft_writes_the_equation_and_prints_nothing(models, capsys):
         shadowlit.graft(models / "base", models / "tuned", models / "instruct", models / "out")
     with pytest.raises(GraftError, match="matched selection 'q_proj'"):
         shadowlit.graft(models / "base", models / "tuned", models / "instruct", models / "new", select="q_proj")
+
+
+def test_transforms_have_one_form_everywhere(models):
+    specs, weight = [{"name": "dare", "density": 0.5}], "model.layers.0.mlp.up_proj.weight"
+    sides = [models / name for name in ("base", "tuned", "instruct")]
+    delta = shadowlit.Delta.make(*sides[:2])
+    for name, given in (("listed", specs), ("chosen", shadowlit.GraftCallback(transforms=specs).transforms)):
+        shadowlit.graft(*sides, models / name, transforms=given)
+        found = load_file(models / name / "model.safetensors")[weight]
+        assert torch.equal(found, load_file(sides[2] / "model.safetensors")[weight] + delta.map(given).tensor(weight))
+        assert json.loads((models / name / "shadowlit.json").read_text())["transforms"] == [{**specs[0], "seed": 0}]
+    for wrong in ("dare", specs[0], ["dare"], [{"name": "dar"}], [{"name": "dare", "densty": 1}]):
+        with pytest.raises(GraftError, match=r"^transforms(\[0\])?(\.name|\.densty)? is "):
+            shadowlit.graft(*sides, models / "new", transforms=wrong)
+        with pytest.raises(GraftError, match=r"^transforms(\[0\])?(\.name|\.densty)? is "):
+            delta.map(wrong)
+        with pytest.raises(ShadowlitError, match=r"^graft\.transforms(\[0\])?(\.name|\.densty)? is "):
+            shadowlit.GraftCallback(transforms=wrong)
+
+
+def test_a_missing_model_is_named_by_the_users_argument(models):
+    there, missing = models / "base", str(models / "missing")
+    for key, call in (
+        (r"models\[1\]", lambda: shadowlit.similarity(there, missing)),
+        ("base", lambda: shadowlit.graft(missing, there, there, models / "new")),
+        ("tuned", lambda: shadowlit.graft(there, missing, there, models / "new")),
+        ("base", lambda: shadowlit.Delta.make(missing, there)),
+        ("source", lambda: open_model(missing)),
+        (r"pair\.instruct", lambda: shadowlit.ModelPair(there, missing).instruct_folder()),
+    ):
+        with pytest.raises(PairError, match=rf"'{missing}' is no folder.* set {key} to the folder"):
+            call()
 
 
 def test_similarity_is_that_of_the_paper(models, capsys):

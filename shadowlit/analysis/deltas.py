@@ -19,7 +19,6 @@ from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
@@ -31,7 +30,7 @@ from shadowlit.pair.folders import model_folder
 
 def open_model(source: str | Path) -> CheckpointReader:
     """The weights of a model: a folder, or a hub id."""
-    return CheckpointReader(model_folder("model", str(source)))
+    return CheckpointReader(model_folder("the", str(source), key="source"))
 
 
 def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
@@ -58,7 +57,8 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
             f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
         )
     else:
-        delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source))))
+        reader = CheckpointReader(model_folder("base", str(base)))
+        delta = Delta.from_update(open_update(reader, model_folder("tuned", str(source), key="source")))
     if select is None:
         return delta
     return delta.only(resolve(select, delta.shapes, linear_on_disk(described(delta.shapes)), "of the update"))
@@ -191,7 +191,7 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
 
 def trimmed(delta: Delta, density: float) -> Delta:
     """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
-    return delta.map(Transforms([{"name": "magnitude", "density": density}], "transforms"))
+    return delta.map([{"name": "magnitude", "density": density}])
 
 
 @dataclass(frozen=True)

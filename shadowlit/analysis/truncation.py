@@ -18,7 +18,6 @@ from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.analysis.subspaces import Spectrum
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 
 ALL = "all"
@@ -106,7 +105,7 @@ def _errors(squares: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[float,
 
 def cut_to_rank(delta: Delta, rank: int) -> Delta:
     """The update with every matrix cut to a rank; other tensors stay as they are."""
-    return delta.map(Transforms([{"name": "svd", "rank": rank}], "transforms"))
+    return delta.map([{"name": "svd", "rank": rank}])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
@@ -32,6 +33,7 @@ from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
 
+@takes_plain_values("evaluation")
 class EvaluationCallback(Callback):
     """Measures tasks in every validation, on the tuned Base, the grafted Instruct and the two untouched models.
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
@@ -31,6 +32,7 @@ _LEAST_AGREEMENT = 0.95  # share of positions; bfloat16 arithmetic alone changes
 _PROBE_ROWS = 4  # rows of validation data that the logits of graft and export are compared on
 
 
+@takes_plain_values("export")
 class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
 from shadowlit.checkpoint.alignment import AlignedReader
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@takes_plain_values("graft")
 class GraftCallback(Callback):
     """Runs every validation a second time on the grafted Instruct, ``W_I + scale * (W_B+ - W_B)``.
 

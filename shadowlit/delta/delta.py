@@ -22,13 +22,13 @@ from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
-from shadowlit.delta.transforms import ties
+from shadowlit.delta.transforms import Transforms, ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import Update, open_update
+from shadowlit.grafting.update import MappedUpdate, Update, open_update
 from shadowlit.pair.folders import model_folder
 
 STEM = DELTA_FILE.removesuffix(".safetensors")
@@ -140,12 +140,18 @@ class Delta(Update):
         kept = frozenset(names)
         return Delta({n: shape for n, shape in self.shapes.items() if n in kept}, self._rows, self.manifest)
 
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
-        """Apply ``function(name, tensor)`` to every whole tensor when its rows are first needed.
+    def map(self, function: Callable[[str, Tensor], Tensor] | Sequence[Mapping[str, Any]]) -> Delta:
+        """Apply a function, or transforms in order, to every whole tensor when its rows are first needed.
 
-        It must return a tensor of the same shape. The last two results are kept.
+        Args:
+            function: ``function(name, tensor)``, which returns a tensor of the same shape; or transforms as in
+                ``graft.transforms``, e.g. ``[{"name": "svd", "rank": 8}]``.
+
+        Raises:
+            GraftError: A transform is wrong.
         """
-        return Delta(self.shapes, rows_of(keeping(lambda name: function(name, self.tensor(name)))), self.manifest)
+        chosen = function if callable(function) else Transforms(function, "transforms")
+        return Delta(self.shapes, MappedUpdate(self, chosen).rows, self.manifest)
 
     @property
     def num_elements(self) -> int:

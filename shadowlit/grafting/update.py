@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,10 @@ from shadowlit.checkpoint.names import (
     is_computed,
     is_experts,
     leaf_of,
+    weight_of,
 )
 from shadowlit.checkpoint.pickled import open_checkpoint
-from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.checkpoint.reader import TensorReader, keeping, rows_of
 from shadowlit.errors import GraftError, first_line
 
 if TYPE_CHECKING:
@@ -61,23 +62,29 @@ class Update:
         return None
 
 
-class Transforms(Protocol):
-    """Functions of an update that are applied to it in order; see :class:`shadowlit.delta.transforms.Transforms`."""
+class MappedUpdate(Update):
+    """An update with ``function(name, tensor)`` applied to every whole tensor when its rows are first needed.
 
-    specs: list[dict[str, Any]]  # name and parameters of every function, for the manifest
+    The last two results are kept. With ``svd`` about four float32 copies of one tensor are in memory, and two float64.
+    """
 
-    @property
-    def whole(self) -> list[str]:
-        """Names of the functions that need whole tensors; the others may be applied to any part of one."""
+    def __init__(self, update: Update, function: Callable[[str, Tensor], Tensor]) -> None:
+        self.shapes, self._update = update.shapes, update
+        self._rows = rows_of(keeping(lambda name: function(name, self._whole(name))))
 
-    def __call__(self, name: str, update: Tensor) -> Tensor:
-        """The transformed update of the whole tensor ``name``."""
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`."""
+        self._update.require_weights(names)
 
-    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of a tensor's update; ``noise`` gives that part's random numbers by their seed."""
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See :class:`Update`."""
+        return self._rows(name, start, stop)
 
-    def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """The random numbers of the whole tensor ``name``, on the CPU."""
+    def _whole(self, name: str) -> Tensor:
+        import torch  # late: a graft without transforms doesn't need it
+
+        shape = self.shapes[name]
+        return torch.as_tensor(self._update.rows(name, 0, shape[0] if shape else 1))
 
 
 class FullUpdate(Update):
@@ -192,7 +199,7 @@ class AdapterUpdate(Update):
         for stored in self._reader.tensors:
             if pair := factor_pair(stored):
                 module, up, of_embedding = pair
-                factors, host = _Factors(module, stored, up, of_embedding), f"{module}.weight"
+                factors, host = _Factors(module, stored, up, of_embedding), weight_of(module)
                 if is_experts(module):
                     self._factors |= self._of_experts(factors, fused)
                 else:
@@ -240,7 +247,7 @@ class AdapterUpdate(Update):
     ) -> dict[str, _Factors]:
         """The factors of a layer's experts, by the Base's names of what they change, recognised by their shapes."""
         if factors.up not in self._reader.tensors:
-            return {f"{factors.module}.weight": factors}  # reported as half a pair
+            return {weight_of(factors.module): factors}  # reported as half a pair
         down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
         for kind in ROWS_OF_FUSED:
             shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
@@ -287,7 +294,7 @@ class AdapterUpdate(Update):
         config, rank = self._config, self._reader.info(factors.down).shape[0] // factors.experts
         try:
             # peft names a bare parameter by its whole path, a module without its weight.
-            paths = (factors.module, f"{factors.module}.weight")
+            paths = (factors.module, weight_of(factors.module))
             keys = (get_pattern_key(config.alpha_pattern.keys(), path) for path in paths)
             alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
             plain = not config.alpha_pattern and not config.rank_pattern

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
@@ -23,6 +24,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 from torchmetrics import Metric
 from transformers import PreTrainedConfig, get_scheduler
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
@@ -62,6 +64,14 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 
+class UnlimitedProgressBar(RichProgressBar):
+    """Lightning's progress bar where the number of epochs is not limited: without ``/-2`` after the epoch."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "   ")
+
+
+@takes_plain_values("model")
 class ShadowModule(LightningModule):
     """Trains the Base of a pair, and scores the weights that the model holds.
 
@@ -193,6 +203,13 @@ class ShadowModule(LightningModule):
         self._references = References()
         # An adapter's checkpoint holds the factors only.
         self.strict_loading = adapter is None
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Replace Lightning's progress bar by one for an unlimited number of epochs, if it is."""
+        bar = self.trainer.progress_bar_callback
+        if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
+            return []
+        return [UnlimitedProgressBar(bar.refresh_rate, theme=bar.theme)]
 
     def configure_model(self) -> None:
         """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""

@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM
 
+from shadowlit.data.module import ShadowData
 from shadowlit.errors import ShadowlitError
 from shadowlit.lightning_cli import check, main
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from tests.distributed import run_command
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -476,12 +479,20 @@ def test_fits_without_a_logger_leave_nothing_behind_and_may_be_repeated(root, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root, tmp_path):
-    args = ["fit", "--config", str(root / "run.yaml"), "--trainer.max_epochs=-1", "--trainer.max_steps=1",
-            "--trainer.enable_progress_bar=true", "--trainer.limit_val_batches=0"]  # fmt: skip
-    done = run_command(tmp_path, *args)
-    assert done.returncode == 0, done.stderr
-    assert "Epoch 0" in done.stdout and "/-2" not in done.stdout + done.stderr
+@pytest.mark.parametrize("in_python", [False, True])
+def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root, tmp_path, monkeypatch, capsys, in_python):
+    monkeypatch.chdir(tmp_path)
+    options = {"max_epochs": -1, "max_steps": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
+    if in_python:
+        pair = ModelPair(str(root / "base"), str(root / "instruct"))
+        data = ShadowData(pair, train=str(root / "talks.jsonl"), cache=False)
+        options |= {"enable_model_summary": False, "accelerator": "cpu", "use_distributed_sampler": False}
+        Trainer(**options, callbacks=[RichProgressBar(refresh_rate=2)]).fit(ShadowModule(pair), data)
+    else:
+        given = [f"--trainer.{name}={json.dumps(value)}" for name, value in options.items()]
+        main(["fit", "--config", str(root / "run.yaml"), *given, "--trainer.enable_progress_bar=true"])
+    shown = capsys.readouterr().out
+    assert "Epoch 0" in shown and "/-2" not in shown
 
 
 def test_nothing_is_float64_where_the_device_has_none(root, monkeypatch):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader
@@ -16,9 +16,12 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.update import Transforms, open_update
+from shadowlit.grafting.update import MappedUpdate, open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
+
+if TYPE_CHECKING:
+    from shadowlit.delta.transforms import Transforms
 
 MakeManifest = Callable[[], Mapping[str, Any]]  # fingerprints take time, and are needed only if something is written
 
@@ -35,7 +38,7 @@ def graft(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
-    transforms: Transforms | None = None,
+    transforms: Sequence[Mapping[str, Any]] | Transforms = (),
 ) -> DiskGraft:
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
 
@@ -55,15 +58,15 @@ def graft(
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
         allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
-        transforms: Transforms of the update before it is scaled, a :class:`shadowlit.delta.transforms.Transforms`;
-            a few copies of one whole tensor are then in memory.
+        transforms: Transforms of the update, applied in this order before it is scaled, e.g.
+            ``[{"name": "dare", "density": 0.2}]``; a few copies of one whole tensor are then in memory.
 
     Returns:
         The finished graft, whose ``coverage`` says which tensors got the update, and whose ``survival`` is the
         fraction of the update that survives rounding to the result's dtype.
 
     Raises:
-        GraftError: The models don't fit together, or the selection or a scale matches no tensor.
+        GraftError: The models don't fit together, the selection or a scale matches no tensor, or a transform is wrong.
         CheckpointError: A checkpoint is missing or broken.
         ExportError: ``out`` exists or can't be written.
 
@@ -89,21 +92,30 @@ def plan_graft(
     select: str | list[str] = "linear",
     dtype: str | None = None,
     allow_pickle: bool = False,
-    transforms: Transforms | None = None,
+    transforms: Sequence[Mapping[str, Any]] | Transforms = (),
+    key: str = "transforms",
 ) -> Iterator[tuple[DiskGraft, MakeManifest]]:
-    """Open three models and check from their headers that they can be grafted; see :func:`graft`."""
-    pair = ModelPair(str(base), str(instruct))
+    """Open three models and check from their headers that they can be grafted; see :func:`graft`.
+
+    ``key`` is the name of ``transforms`` in messages.
+    """
+    chosen = None
+    if transforms:
+        from shadowlit.delta.transforms import Transforms  # late: torch, with which they compute, takes seconds
+
+        chosen = Transforms(transforms, key)
     with (
-        open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
-        open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
+        open_checkpoint(model_folder("base", str(base)), allow_pickle) as base_reader,
+        open_checkpoint(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
     ):
         in_place = base_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
         scales = Scale.parse(str(scale))
-        plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms)
+        plan = DiskGraft(MappedUpdate(update, chosen) if chosen else update, instruct_reader, scales, select, dtype)
         yield plan, lambda: build_manifest(
-            pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
-            config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
+            ModelPair(str(base), str(instruct)), scale=scales.default, select=select, dtype=dtype,
+            coverage=plan.coverage, config={"tuned": str(tuned), "scale": str(scale)},
+            transforms=chosen.specs if chosen else (),
             fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
         )  # fmt: skip
 
