@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, TypeVar
@@ -83,12 +83,7 @@ def fits(value: Any, kind: Any) -> bool:
         return value in inner
     if origin in (int, float):
         return isinstance(value, int | origin) and not isinstance(value, bool)
-    if not isinstance(origin, type):
-        return True
-    if not isinstance(value, origin):
+    if isinstance(origin, type) and not isinstance(value, origin):
         return False
-    if issubclass(origin, Mapping) and inner:
-        return all(fits(key, inner[0]) and fits(each, inner[1]) for key, each in value.items())
-    if issubclass(origin, Sequence) and inner and origin is not tuple:
-        return all(fits(each, inner[0]) for each in value)
-    return True
+    members = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return not inner or all(fits(member, inner[-1]) for member in members)

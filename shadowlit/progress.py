@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Column, Table
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 _REFRESH_S = 0.1
 # Wide enough for every table, where no terminal sets a width: one line per row, for grep.
 _PLAIN_WIDTH = 220
-_LEAST_TEXT = 8  # characters that a column of text keeps where a table is narrow
 
 
 def make_console() -> Console:
@@ -29,17 +27,10 @@ def make_console() -> Console:
 
 
 class _Table(Table):
-    """A table that never breaks a number: text is folded, and where that isn't enough, every row becomes a list."""
+    """A table that never breaks a number: where the terminal is narrower, every row becomes a list."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        excess = self._width(console, options) - options.max_width
-        if excess > 0:
-            for column in (column for column in self.columns if column.justify == "right"):
-                column.width = max(cell_len(part) for part in (*str(column.header).split(), *map(str, column.cells)))
-            texts = (column for column in self.columns if column.justify != "right")
-            longest = (max(cell_len(str(cell)) for cell in (column.header, *column.cells)) for column in texts)
-            excess = self._width(console, options) - options.max_width - sum(max(0, n - _LEAST_TEXT) for n in longest)
-        if excess <= 0:
+        if Measurement.get(console, options.update_width(sys.maxsize), self).maximum <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
         yield self.title or ""
@@ -47,16 +38,12 @@ class _Table(Table):
             for i, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
                 yield "  " * (i > 0) + ": ".join(filter(None, (str(column.header), str(cell))))
 
-    def _width(self, console: Console, options: ConsoleOptions) -> int:
-        return Measurement.get(console, options.update_width(sys.maxsize), self).maximum
-
 
 def make_table(*headings: str, left: int = 1, **options: Any) -> Table:
-    """Create a table that folds text, but no numbers; columns after the first ``left`` are aligned right."""
-    columns = (
-        Column(head, justify="left" if i < left else "right", overflow="fold") for i, head in enumerate(headings)
+    """Create a table that is readable at any width; columns after the first ``left`` are aligned right."""
+    return _Table(
+        *(Column(head, justify="left" if i < left else "right") for i, head in enumerate(headings)), **options
     )
-    return _Table(*columns, **options)
 
 
 @contextmanager

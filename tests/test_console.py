@@ -45,7 +45,7 @@ def test_texts_and_titles_are_not_broken_nor_numbers_cut(monkeypatch, output, co
     assert cells == ["1.234e-05"] * 7
 
 
-@pytest.mark.parametrize("columns", [12, 30, 45, 60, 66, 80, 120])
+@pytest.mark.parametrize("columns", [12, 45, 66, 80, 120])
 @pytest.mark.parametrize("style", [{}, {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False}])
 def test_a_table_never_breaks_a_number(monkeypatch, columns, style):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -61,7 +61,7 @@ def test_a_table_never_breaks_a_number(monkeypatch, columns, style):
     lines = shown(console)
     assert all(any(cell in line for line in lines) for row in rows for cell in row[1:])
     is_list = "kind: experts.gate_up_proj1" in lines
-    assert is_list == (columns <= (30 if style else 45)) and (is_list or max(map(len, lines)) <= columns)
+    assert is_list == (columns <= (66 if style else 80)) and (is_list or max(map(len, lines)) <= columns)
     assert not is_list or lines[1:6] == [
         "kind: experts.gate_up_proj1", "  number of tensors: 1234", "  rms: 1.23e-05", "  share of zeros: 12.3%",
         "  ████████",

@@ -29,7 +29,7 @@ from shadowlit.pair.folders import model_folder
 
 
 def open_model(source: str | Path) -> CheckpointReader:
-    """The weights of a model: a folder, or a hub id."""
+    """The weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
     return CheckpointReader(model_folder("the", str(source), key="source"))
 
 
@@ -65,7 +65,10 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
-    """Several updates by their names; see :func:`open_delta`."""
+    """Several updates by their names; see :func:`open_delta`.
+
+    Example: ``deltas = open_deltas({"lora": "runs/lora", "full": "my-delta"})``.
+    """
     return {name: open_delta(source, base) for name, source in sources.items()}
 
 
@@ -117,14 +120,14 @@ def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]
 
 
 def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
-    """:func:`norms` of several updates, by their names."""
+    """:func:`norms` of several updates, by their names. Example: ``norms_of(deltas, open_model(base))``."""
     return {name: norms(delta, weights) for name, delta in deltas.items()}
 
 
 def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
     """A map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in percent.
 
-    Without the weights the root mean square of the update, ``‖Δ‖ / √n``.
+    Without the weights the root mean square of the update, ``‖Δ‖ / √n``. Example: ``norm_maps(norms_of(deltas))``.
     """
     return [_norm_map(title, tensors) for title, tensors in found.items()]
 
@@ -145,7 +148,10 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: its size, its size relative to the weights, and the kind of tensor with the largest share."""
+    """A row per update: its size, its size relative to the weights, and the kind of tensor with the largest share.
+
+    Example: ``norm_table(norms_of(deltas))``.
+    """
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)
@@ -166,13 +172,18 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
-    """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
+    """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`.
+
+    Example: ``compare_models(base, instruct).sigma``.
+    """
     (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 
 
 def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Similarity]:
     """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
+
+    Example: ``compare_deltas(deltas)[0].whole.sums.cosine``.
 
     Args:
         deltas: Two to 26 updates by name; a tensor that one lacks is zero there.
@@ -211,7 +222,7 @@ class Matrix:
 
 
 def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
-    """A measure of every two updates, over all elements.
+    """A measure of every two updates, over all elements. Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
 
     Args:
         similarities: Results of :func:`compare_deltas`.
@@ -230,7 +241,10 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
 
 
 def pair_table(similarities: Sequence[Similarity]) -> Table:
-    """A row for every two updates: cosine, share of opposite signs, ratio of norms."""
+    """A row for every two updates: cosine, share of opposite signs, ratio of norms.
+
+    Example: ``pair_table(compare_deltas(deltas))``.
+    """
     rows = []
     for found in similarities:
         whole = found.whole.sums
@@ -239,7 +253,7 @@ def pair_table(similarities: Sequence[Similarity]) -> Table:
 
 
 def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
-    """The comparison of two updates out of those of several.
+    """The comparison of two updates out of those of several. Example: ``only(compare_deltas(deltas), "lora", "full")``.
 
     Raises:
         DataError: There is none of the two.

@@ -53,7 +53,7 @@ def evolution(run: str | Path, most: int = 12) -> Evolution:
 
 
 def evolutions(runs: Mapping[str, str | Path], most: int = 12) -> dict[str, Evolution]:
-    """:func:`evolution` of several runs, by their names."""
+    """:func:`evolution` of several runs, by their names. Example: ``grown = evolutions({"lora": "runs/lora"})``."""
     return {name: evolution(run, most) for name, run in runs.items()}
 
 
@@ -90,7 +90,7 @@ def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
 
 
 def evolution_table(found: Mapping[str, Evolution]) -> Table:
-    """A row per run and checkpoint."""
+    """A row per run and checkpoint. Example: ``evolution_table(grown)``."""
     columns = ("run", "step", "‖Δ‖", "cosine to the last", "moved since the one before", "cosine of that to it")
     rows = [
         (name, *row)

@@ -64,12 +64,15 @@ def spectra(delta: Delta, layers: Sequence[int] | None = None) -> list[Spectrum]
 
 
 def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None) -> dict[str, list[Spectrum]]:
-    """:func:`spectra` of several updates, by their names."""
+    """:func:`spectra` of several updates, by their names. Example: ``spectra_of(deltas, layers=[0])``."""
     return {name: spectra(delta, layers) for name, delta in deltas.items()}
 
 
 def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
-    """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices."""
+    """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices.
+
+    Example: ``rank_maps(spectra_of(deltas))``.
+    """
     maps = []
     for title, each in found.items():
         ranks: dict[tuple[str, int], list[float]] = {}
@@ -80,7 +83,7 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
 
 
 def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
-    """A row per update: means over its matrices."""
+    """A row per update: means over its matrices. Example: ``rank_table(spectra_of(deltas))``."""
     rows = []
     for name, each in found.items():
         ranks = [(one.effective_rank, one.stable_rank, one.rank_of_share(0.9), len(one.values)) for one in each]
@@ -145,7 +148,10 @@ def subspace_overlap(
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
-    """:func:`subspace_overlap` on both sides: of what the updates write, and of what they read."""
+    """:func:`subspace_overlap` on both sides: of what the updates write, and of what they read.
+
+    Example: ``overlaps(deltas, rank=2)``.
+    """
     return [subspace_overlap(deltas, rank, "output", layers), subspace_overlap(deltas, rank, "input", layers)]
 
 

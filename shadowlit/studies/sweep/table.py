@@ -184,7 +184,7 @@ def build_table(study: SweepStudy) -> Table:
 
 
 def read_table(folder: str | Path) -> Table:
-    """Read the table of a sweep's folder, as the last report wrote it.
+    """Read the table of a sweep's folder, as the last report wrote it. Example: ``table = read_table("sweeps/rank")``.
 
     Raises:
         ShadowlitError: The folder has none.
@@ -212,7 +212,7 @@ def write_curves(study: SweepStudy, folder: Path) -> Path:
 
 
 def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Read steps and values of each trial while it ran, by its name.
+    """Read steps and values of each trial while it ran, by its name. Example: ``read_curves("sweeps/rank")``.
 
     Raises:
         ShadowlitError: The folder has none.
