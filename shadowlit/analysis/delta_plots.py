@@ -29,7 +29,7 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
     Example: ``draw_spectra(spectra_of(deltas))``.
 
     Args:
-        found: Results of :func:`shadowlit.analysis.subspaces.spectra`, by the updates' names.
+        found: Results of :func:`shadowlit.analysis.subspaces.spectra_of`.
     """
     kinds = in_order(one.kind for each in found.values() for one in each)
     columns = min(4, len(kinds))
@@ -91,10 +91,7 @@ def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure
 
 
 def draw_overlaps(found: Sequence[Overlap]) -> Figure:
-    """Overlap of the leading directions of every two updates, 0 to 1, with what chance gives in the titles.
-
-    Example: ``draw_overlaps(overlaps(deltas, rank=2))``.
-    """
+    """Overlap of the leading directions of every two updates. Example: ``draw_overlaps(overlaps(deltas, rank=2))``."""
     titles = [f"{one.side} side; {one.chance:.2g} by chance" for one in found]
     return draw_matrices([one.matrix for one in found], titles)
 
@@ -106,7 +103,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
     Example: ``draw_evolution(grown)``.
 
     Args:
-        found: Results of :func:`shadowlit.analysis.evolution.evolution`, by the runs' names.
+        found: Results of :func:`shadowlit.analysis.evolution.evolutions`.
     """
     if not found:
         return message(_NO_RUNS)
@@ -130,10 +127,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
 
 @styled
 def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
-    """Sizes of updates by kind of tensor over the steps of their runs, a panel per run.
-
-    Example: ``draw_kinds(grown)``.
-    """
+    """Sizes of updates by kind of tensor over the steps, a panel per run. Example: ``draw_kinds(grown)``."""
     if not found:
         return message(_NO_RUNS)
     columns = min(3, len(found))

@@ -65,10 +65,7 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
-    """Several updates by their names; see :func:`open_delta`.
-
-    Example: ``deltas = open_deltas({"lora": "runs/lora", "full": "my-delta"})``.
-    """
+    """Several updates by name; see :func:`open_delta`. Example: ``deltas = open_deltas({"lora": "runs/lora"})``."""
     return {name: open_delta(source, base) for name, source in sources.items()}
 
 
@@ -92,14 +89,18 @@ class TensorNorm:
     weight_square: float
 
 
-def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]:
-    """The size of every tensor of an update, streamed.
+def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
+    """The size of every tensor of several updates, streamed. Example: ``norms_of(deltas, open_model(base))``.
 
     Args:
-        delta: The update.
-        weights: Those that it is an update of, for relative norms. Where these lack a tensor or have another shape
+        deltas: Updates by name.
+        weights: Those that they are updates of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
+    return {name: _norms(delta, weights) for name, delta in deltas.items()}
+
+
+def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
     squares: dict[str, float] = {}
     if weights is not None:
         names = [n for n, s in delta.shapes.items() if n in weights.tensors and weights.tensors[n].shape == s]
@@ -117,11 +118,6 @@ def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]
         )
         for found in delta.statistics()
     ]
-
-
-def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
-    """:func:`norms` of several updates, by their names. Example: ``norms_of(deltas, open_model(base))``."""
-    return {name: norms(delta, weights) for name, delta in deltas.items()}
 
 
 def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
@@ -148,10 +144,7 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: its size, its size relative to the weights, and the kind of tensor with the largest share.
-
-    Example: ``norm_table(norms_of(deltas))``.
-    """
+    """A row per update: size, relative size, kind of the largest share. Example: ``norm_table(norms_of(deltas))``."""
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)
@@ -172,10 +165,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
-    """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`.
-
-    Example: ``compare_models(base, instruct).sigma``.
-    """
+    """σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
     (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 
@@ -241,10 +231,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
 
 
 def pair_table(similarities: Sequence[Similarity]) -> Table:
-    """A row for every two updates: cosine, share of opposite signs, ratio of norms.
-
-    Example: ``pair_table(compare_deltas(deltas))``.
-    """
+    """A row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
     rows = []
     for found in similarities:
         whole = found.whole.sums

@@ -158,10 +158,7 @@ def located(source: str, folder: Path) -> str:
 
 
 def overview(run: Run) -> Table:
-    """Tabulate the settings of a run, its progress, and the last validation of the four models.
-
-    Example: ``overview(run)``.
-    """
+    """The settings of a run, its progress, and its last validation. Example: ``overview(run)``."""
     pair, model = run.config.get("pair") or {}, run.config.get("model") or {}
     adapter = model.get("adapter")
     settings = (adapter or {}).get("init_args", adapter or {})

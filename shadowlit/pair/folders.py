@@ -81,7 +81,7 @@ def model_folder(
     revision: str | None = None,
     trust_remote_code: bool = False,
     weights: bool = True,
-    key: str | None = None,
+    key: str = "",
 ) -> Path:
     """The local folder of a model, downloaded first if ``source`` is a hub id.
 

@@ -209,7 +209,7 @@ class ShadowModule(LightningModule):
         bar = self.trainer.progress_bar_callback
         if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
             return []
-        return [UnlimitedProgressBar(bar.refresh_rate, theme=bar.theme)]
+        return [UnlimitedProgressBar(int(bar.refresh_rate), theme=bar.theme)]
 
     def configure_model(self) -> None:
         """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""

@@ -108,10 +108,7 @@ def draw_interaction(
 
 @styled
 def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table) -> Figure:
-    """The metric that each trial was judged by at its steps; colours distinguish the levels of the first axis.
-
-    Example: ``trial_curves(read_curves("sweeps/rank"), table)``.
-    """
+    """The metric that each trial was judged by. Example: ``trial_curves(read_curves(folder), table)``."""
     axis = next((name for name in table.axes if name != SCALE), table.axes[0])
     of_trial = {row.trial: row.level(axis) for row in table.rows}
     levels = list(dict.fromkeys(level for level in of_trial.values() if level is not None))
