@@ -28,7 +28,7 @@ from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import MappedUpdate, Update, open_update
+from shadowlit.grafting.update import Update, open_update
 from shadowlit.pair.folders import model_folder
 
 STEM = DELTA_FILE.removesuffix(".safetensors")
@@ -52,11 +52,18 @@ class Delta(Update):
         shapes: Shape of every tensor.
         rows: Function that returns rows ``start`` to ``stop`` of a tensor in float32; a scalar has one row.
         manifest: Where the update comes from.
+        source: Update whose weights it is made of, to check them.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], rows: Rows, manifest: Mapping[str, Any] | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        rows: Rows,
+        manifest: Mapping[str, Any] | None = None,
+        source: Update | None = None,
     ) -> None:
+        if source is not None:
+            self.require_weights = source.require_weights  # type: ignore[method-assign]
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._rows = rows
@@ -102,7 +109,7 @@ class Delta(Update):
     @classmethod
     def from_update(cls, update: Update) -> Delta:
         """The update of a tuned checkpoint; see :func:`shadowlit.grafting.update.open_update`."""
-        return cls(update.shapes, _as_tensors(update.rows))
+        return cls(update.shapes, _as_tensors(update.rows), source=update)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
@@ -145,13 +152,13 @@ class Delta(Update):
 
         Args:
             function: ``function(name, tensor)``, which returns a tensor of the same shape; or transforms as in
-                ``graft.transforms``, e.g. ``[{"name": "svd", "rank": 8}]``.
+                ``graft.transforms``, e.g. ``[{"name": "svd", "rank": 8}]``. The last two results are kept.
 
         Raises:
             GraftError: A transform is wrong.
         """
         chosen = function if callable(function) else Transforms(function, "transforms")
-        return Delta(self.shapes, MappedUpdate(self, chosen).rows, self.manifest)
+        return Delta(self.shapes, rows_of(keeping(lambda n: chosen(n, self.tensor(n)))), self.manifest, self)
 
     @property
     def num_elements(self) -> int:
@@ -379,7 +386,7 @@ def _union(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, tuple
 
 
 def _as_tensors(rows: Callable[[str, int, int], Any]) -> Rows:
-    return lambda name, start, stop: torch.from_numpy(rows(name, start, stop))
+    return lambda name, start, stop: torch.as_tensor(rows(name, start, stop))
 
 
 def _square(tensor: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader
@@ -16,12 +16,9 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.update import MappedUpdate, open_update
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
-
-if TYPE_CHECKING:
-    from shadowlit.delta.transforms import Transforms
 
 MakeManifest = Callable[[], Mapping[str, Any]]  # fingerprints take time, and are needed only if something is written
 
@@ -38,7 +35,7 @@ def graft(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
-    transforms: Sequence[Mapping[str, Any]] | Transforms = (),
+    transforms: Sequence[Mapping[str, Any]] = (),
 ) -> DiskGraft:
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
 
@@ -92,7 +89,7 @@ def plan_graft(
     select: str | list[str] = "linear",
     dtype: str | None = None,
     allow_pickle: bool = False,
-    transforms: Sequence[Mapping[str, Any]] | Transforms = (),
+    transforms: Sequence[Mapping[str, Any]] = (),
     key: str = "transforms",
 ) -> Iterator[tuple[DiskGraft, MakeManifest]]:
     """Open three models and check from their headers that they can be grafted; see :func:`graft`.
@@ -101,7 +98,8 @@ def plan_graft(
     """
     chosen = None
     if transforms:
-        from shadowlit.delta.transforms import Transforms  # late: torch, with which they compute, takes seconds
+        from shadowlit.delta.delta import Delta  # late: torch, with which they compute, takes seconds
+        from shadowlit.delta.transforms import Transforms
 
         chosen = Transforms(transforms, key)
     with (
@@ -111,7 +109,9 @@ def plan_graft(
         in_place = base_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
         scales = Scale.parse(str(scale))
-        plan = DiskGraft(MappedUpdate(update, chosen) if chosen else update, instruct_reader, scales, select, dtype)
+        if chosen:
+            update = Delta.from_update(update).map(chosen)
+        plan = DiskGraft(update, instruct_reader, scales, select, dtype)
         yield plan, lambda: build_manifest(
             ModelPair(str(base), str(instruct)), scale=scales.default, select=select, dtype=dtype,
             coverage=plan.coverage, config={"tuned": str(tuned), "scale": str(scale)},

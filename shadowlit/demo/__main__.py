@@ -14,9 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
-from shadowlit.analysis.curves import plot_curves
+from shadowlit.analysis.run import read_run
+from shadowlit.analysis.run_plots import four_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.lightning_cli import main as run
+from shadowlit.plotting import save_image
 from shadowlit.progress import make_console, make_table
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
@@ -47,12 +49,8 @@ def main(args: list[str] | None = None) -> None:
     }
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    plot = plot_curves(
-        folder / "metrics.csv",
-        folder / "curves.png",
-        sets=("new", "new_house", "old"),
-        whats=("loss", "sequence_accuracy"),
-    )
+    figure = four_curves(read_run(folder), ("loss", "sequence_accuracy"), ("new", "new_house", "old"))
+    plot = save_image(figure, folder / "curves.png", dpi=150)
     console.print(table(results))
     console.print(_CAPTION, style="dim")
     console.print(

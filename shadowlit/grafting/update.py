@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,12 +32,11 @@ from shadowlit.checkpoint.names import (
     weight_of,
 )
 from shadowlit.checkpoint.pickled import open_checkpoint
-from shadowlit.checkpoint.reader import TensorReader, keeping, rows_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import Tensor
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones are between 0.1 and 10
 
@@ -60,31 +59,6 @@ class Update:
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
         return None
-
-
-class MappedUpdate(Update):
-    """An update with ``function(name, tensor)`` applied to every whole tensor when its rows are first needed.
-
-    The last two results are kept. With ``svd`` about four float32 copies of one tensor are in memory, and two float64.
-    """
-
-    def __init__(self, update: Update, function: Callable[[str, Tensor], Tensor]) -> None:
-        self.shapes, self._update = update.shapes, update
-        self._rows = rows_of(keeping(lambda name: function(name, self._whole(name))))
-
-    def require_weights(self, names: Iterable[str]) -> None:
-        """See :class:`Update`."""
-        self._update.require_weights(names)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """See :class:`Update`."""
-        return self._rows(name, start, stop)
-
-    def _whole(self, name: str) -> Tensor:
-        import torch  # late: a graft without transforms doesn't need it
-
-        shape = self.shapes[name]
-        return torch.as_tensor(self._update.rows(name, 0, shape[0] if shape else 1))
 
 
 class FullUpdate(Update):

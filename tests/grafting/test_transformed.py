@@ -20,7 +20,7 @@ from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import export_folder
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.subject import BASE, INSTRUCT
-from shadowlit.grafting.update import MappedUpdate, open_update
+from shadowlit.grafting.update import open_update
 from tests.grafting.test_live import grafted, load, logits, open_graft, train_a_bit
 from tests.grafting.test_mixtures import pair_in
 from tests.tiny import save_pair
@@ -141,7 +141,7 @@ def test_live_is_disk_is_by_hand(tmp_path, which, kind):
     if kind == "full":
         model.save_pretrained(tmp_path / "tuned")
         update = open_update(CheckpointReader(folders[0]), tmp_path / "tuned")
-        plan = DiskGraft(MappedUpdate(update, Transforms(specs)), instruct, Scale(SCALE), "all")
+        plan = DiskGraft(Delta.from_update(update).map(specs), instruct, Scale(SCALE), "all")
         export_folder(tmp_path / "out2", folders[1], plan.tensors())
         assert same(tmp_path / "out2", exported)
     transformed = dict(graft.delta_tensors())
@@ -309,7 +309,7 @@ def test_a_checkpoint_in_bfloat16_is_transformed_too(tmp_path):
     update = open_update(CheckpointReader(base), tmp_path / "tuned")
     chosen = Transforms([{"name": "dare", "density": 0.5}])
     tensors = {}
-    plan = DiskGraft(MappedUpdate(update, chosen), CheckpointReader(instruct), Scale())
+    plan = DiskGraft(Delta.from_update(update).map(chosen), CheckpointReader(instruct), Scale())
     export_folder(tmp_path / "out", instruct, plan.tensors())
     start, end, goal = (CheckpointReader(folder) for folder in (base, tmp_path / "tuned", instruct))
     for name in goal.tensors:
@@ -322,7 +322,7 @@ def test_weights_of_8_bits_are_refused_before_they_are_transformed(tmp_path):
     update = open_update(CheckpointReader(save_pair(tmp_path, "qwen3")[0]), tmp_path / "instruct")
     asked = []
     update.require_weights = asked.extend
-    mapped = MappedUpdate(update, Transforms([{"name": "ties"}]))
+    mapped = Delta.from_update(update).map([{"name": "ties"}])
     DiskGraft(mapped, CheckpointReader(tmp_path / "instruct"), Scale())
     assert len(asked) == 14
 
