@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft
 from shadowlit.grafting.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.grafting.update import Transforms
@@ -70,7 +70,8 @@ def choose(specs: list[dict[str, Any]]) -> Transforms | None:
         return None
     from shadowlit.delta import transforms
 
-    return transforms.Transforms(specs, "--transforms")
+    with as_usage():
+        return transforms.Transforms(specs, "--transforms")
 
 
 def write(

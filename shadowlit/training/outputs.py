@@ -13,6 +13,7 @@ from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import Subject
+from shadowlit.plugins import described
 from shadowlit.training.head import HeadLoss, LogitsFunction, Watch
 from shadowlit.training.linear_loss import cross_entropies
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
@@ -43,8 +44,15 @@ class Answers:
 
     @property
     def ratios(self) -> Tensor:
-        """``[N, 2]``: log-probabilities minus those of the reference."""
-        assert self.reference is not None
+        """``[N, 2]``: log-probabilities minus those of the reference.
+
+        Raises:
+            ShadowlitError: There is none.
+        """
+        if self.reference is None:
+            raise ShadowlitError(
+                "model.objective compares answers with a reference, but its has_reference is false. Set it to true."
+            )
         return self.logps - self.reference
 
     @property
@@ -90,8 +98,15 @@ class Outputs:
         Args:
             function: Function from float32 logits ``[n, V]`` and int64 targets ``[n]`` of a chunk to one number per
                 token, ``[n]``. It is called again in the backward pass, so it must depend on nothing else that changes.
+
+        Raises:
+            ShadowlitError: The function returns something else.
         """
-        return self._head.map_logits(model_inputs(self.batch), self.positions, self.targets, function)
+
+        def checked(logits: Tensor, targets: Tensor) -> Tensor:
+            return require_shape(function(logits, targets), targets.shape, getattr(function, "__qualname__", function))
+
+        return self._head.map_logits(model_inputs(self.batch), self.positions, self.targets, checked)
 
     def logits(self) -> Tensor:
         """The logits of all positions, ``[B, T, V]``; the label at ``t`` is predicted at ``t - 1``."""
@@ -123,6 +138,25 @@ class Outputs:
             assert self._reference is not None
             reference = self._reference(batch["sample"].index_select(0, valid))
         return Answers(logps, lengths, batch["desirable"].index_select(0, valid), reference)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, or a tensor without dimensions."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def require_shape(value: Any, shape: torch.Size, function: Any) -> Tensor:
+    """The tensor that a function of ``model.objective`` has returned.
+
+    Raises:
+        ShadowlitError: It is none, or of another shape.
+    """
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value
+    raise ShadowlitError(
+        f"model.objective: {function} returns {described(value)}; expected a tensor of shape {[*shape]}, one "
+        f"{'loss a token or sample' if len(shape) == 1 else 'reward an answer'}. Correct the function."
+    )
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
