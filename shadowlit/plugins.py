@@ -8,6 +8,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -49,14 +50,13 @@ def described(value: Any) -> str:
 
 
 @contextlib.contextmanager
-def calls(owner: Any, key: str, expected: str, error: type[ShadowlitError] = ShadowlitError) -> Iterator[str]:
+def calls(owner: Any, key: str, expected: str) -> Iterator[str]:
     """Name the setting, which is yielded, in whatever a class from outside the package raises in the block.
 
     Args:
         owner: The class, or an object of it; errors of the package's own classes pass unchanged.
         key: Setting that names it.
         expected: A sentence on what is expected and what to do.
-        error: Class of the error.
 
     Raises:
         ShadowlitError: The block raised something else; it is the cause.
@@ -69,7 +69,7 @@ def calls(owner: Any, key: str, expected: str, error: type[ShadowlitError] = Sha
         path = path_of(owner)
         if path.startswith("shadowlit."):
             raise
-        raise error(f"{key} is {path}, which fails ({reason(owner, cause)}). {expected}") from cause
+        raise ShadowlitError(f"{key} is {path}, which fails ({reason(owner, cause)}). {expected}") from cause
 
 
 def reason(owner: Any, error: BaseException) -> str:
@@ -82,7 +82,7 @@ def reason(owner: Any, error: BaseException) -> str:
 
 def known_names(group: str, built_in: Iterable[str]) -> list[str]:
     """Names that are built in, and those of installed packages' entry points in the group, sorted."""
-    return sorted({*built_in, *(entry.name for entry in entry_points(group=group))})
+    return sorted({*built_in, *(entry.name for entry in _offered(group, tuple(sys.path)))})
 
 
 def find_function(
@@ -105,7 +105,8 @@ def find_function(
     expected = f"one of {', '.join(known)}, or the import path of a function, e.g. mypackage.{kind}s.my_{kind}"
     found = {
         f"the entry point {entry.value} of {_package_of(entry)}": _loaded(entry.load, name, key, expected, error)
-        for entry in entry_points(group=group, name=name)
+        for entry in _offered(group, tuple(sys.path))
+        if entry.name == name
     }
     if name in built_in:
         found = {f"a built-in {kind}": built_in[name], **found}
@@ -138,6 +139,12 @@ def _loaded(load: Callable[[], Any], name: str, key: str, expected: str, error: 
             f"{key} is {name!r}, which can't be imported ({first_line(cause)}); expected {expected}. Correct the name, "
             "or put its package on PYTHONPATH."
         ) from cause
+
+
+@cache
+def _offered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group in the packages on ``path``, which takes a file per package to find."""
+    return tuple(entry_points(group=group))
 
 
 def _package_of(entry: EntryPoint) -> str:
