@@ -89,7 +89,8 @@ def _try_step(objective: Objective, outputs: Outputs) -> None:
         except KeyError:  # a random batch has no images, for example
             return
         require_sums(objective, sums)
-        cast("Tensor", sums["loss"]).backward()
+        if not cast("Tensor", sums["loss"]).requires_grad:
+            raise TypeError("step returns a loss without a gradient")
         found = objective.finish_step({name: torch.as_tensor(one).detach().double() for name, one in sums.items()})
         if not isinstance(found, Mapping) or not all(map(is_number, found.values())):
             raise TypeError(f"finish_step returns {described(found)}; expected a dict of numbers by name")
