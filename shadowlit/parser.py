@@ -113,7 +113,7 @@ def _specs(value: Any) -> Iterator[tuple[str, list[str]]]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (SyntaxError, ValueError):  # a path, or a Namespace
+        except (SyntaxError, TypeError, ValueError):  # a path, or a Namespace
             yield from ((path, []) for path in _CLASS.findall(value) or [value])
             return
     if isinstance(value, dict) and "class_path" in value:
@@ -142,7 +142,7 @@ def _options(path: str, base: type, is_factory: bool) -> list[str]:
     """The options of a class; a factory is called with what comes first."""
     found = _find(path, base)
     skip: set[str | int] = {1} if is_factory else set()
-    return jsonargparse.ArgumentParser().add_class_arguments(found, skip=skip) if found else []
+    return jsonargparse.ArgumentParser().add_class_arguments(found, skip=skip) if isinstance(found, type) else []
 
 
 def _find(path: str, base: type) -> Any:
