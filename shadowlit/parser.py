@@ -19,8 +19,7 @@ _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|does not accept option ')(
 _VALUE = re.compile(r"(?:^ *Given value|Got value): (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 _PART = re.compile(r"NestedArg\(key='(.+)', val='?(.*?)'?\)")
 _TYPES = re.compile(r"^ *Subtypes: \[(.*)\]$|Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$", re.MULTILINE)
-_PROBLEM = re.compile(r"Problem with given class_path '(\S+)'")
-_OPTION = re.compile(r"Option '(\S+)' is not accepted")
+_OPTION = re.compile(r"Option '(\S+)' is not accepted(?:; known: (.*?)(?:\. Got value: .*)?)?$", re.MULTILINE)
 _MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILINE)
 _CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
@@ -53,7 +52,10 @@ class ShortErrors(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and the message."""
         # A class that is given by its path has a parser of its own, whose error becomes a part of this one's.
-        if self.exit_on_error:
+        if not self.exit_on_error:
+            if _OPTION.search(message) and "; known: " not in message:  # the innermost class knows
+                message += f"; known: {', '.join(key for key in _keys(self) if not key.endswith('help'))}"
+        else:
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
                 near = difflib.get_close_matches(unknown[1], _keys(self), n=1)
@@ -92,14 +94,14 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         return f"{key} is {shown}, but {missing[1]} is missing."
     takes = known.get(key) or known.get(key.partition(".")[2]) or Known(_types(details))
     specs = list(_specs(value)) if takes.base is not object or "class_path" in value else []
-    path, cause = next(((path, why) for path, beside in specs if (why := _cause(path, beside, takes.base))), ("", ""))
-    if not cause and (unknown := _OPTION.search(details)):
-        paths = [*(path for path, _ in specs), *_PROBLEM.findall(details)]
-        names = _options(paths[-1], takes.base, "callable class" in details) if paths else []
-        near = difflib.get_close_matches(unknown[1], names, n=1)
-        text = f"{key} is {shown}, but the class has no option {unknown[1]}."
-        return f"{text}{f' Did you mean {near[0]}?' if near else ''}\nKnown: {_listed(names) or 'none'}."
     names = list(takes.names())
+    causes = ((path, _cause(path, beside, takes.base, names)) for path, beside in specs)
+    path, cause = next((each for each in causes if each[1]), ("", ""))
+    if not cause and (options := _OPTION.findall(details)):
+        unknown, has = options[-1]  # the type of a union that leaves most to its options comes last
+        near = difflib.get_close_matches(unknown, has.split(", "), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{key} is {shown}, but the class has no option {unknown}.{hint}\nKnown: {has or 'none'}."
     if len(names) > _MAX_NAMES:
         ends = [name.rpartition(".")[2] for name in names]
         near = difflib.get_close_matches((path or value).rpartition(".")[2], ends)
@@ -118,43 +120,27 @@ def _specs(value: Any) -> Iterator[tuple[str, list[str]]]:
             return
     if isinstance(value, dict) and "class_path" in value:
         yield str(value["class_path"]), [str(key) for key in value if key not in _SPEC]
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _specs(each) if isinstance(each, dict | list) else ()
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in within:
+        if isinstance(each, dict | list):
+            yield from _specs(each)
 
 
-def _cause(path: str, beside: list[str], base: type) -> str:
+def _cause(path: str, beside: list[str], base: type, names: Iterable[str]) -> str:
     """What is wrong with a class that should be derived from ``base``; empty for nothing that is known."""
     if beside:
         return f"is given {', '.join(beside)} next to class_path, which belongs under init_args"
+    if "." not in path:
+        known = path in (name.rpartition(".")[2] for name in names)
+        return "" if known else "is neither a known name nor an import path"
     try:
-        found = _find(path, base)
+        found = import_object(path, "class_path", "a class")
     except ShadowlitError as error:
         return f"can't be imported ({first_line(error.__cause__ or error).removeprefix('AttributeError: ')})"
-    if found is None:
-        return "is neither a known name nor an import path"
     if not (isinstance(found, type) and issubclass(found, base)):
         return f"is no subclass of {base.__name__}"
     left = getattr(found, "__abstractmethods__", ())
     return f"is abstract, since it lacks {', '.join(sorted(left))}" if left else ""
-
-
-def _options(path: str, base: type, is_factory: bool) -> list[str]:
-    """The options of a class; a factory is called with what comes first."""
-    found = _find(path, base)
-    skip: set[str | int] = {1} if is_factory else set()
-    return jsonargparse.ArgumentParser().add_class_arguments(found, skip=skip) if isinstance(found, type) else []
-
-
-def _find(path: str, base: type) -> Any:
-    """The object at an import path, or the class of that name that is derived from ``base``; None if there is none."""
-    if "." in path:
-        return import_object(path, "class_path", "a class")
-    return next((one for one in _below(base) if one.__name__ == path), None)
-
-
-def _below(base: type) -> set[type]:
-    """All classes that are derived from one and have been imported."""
-    return {one for each in type.__subclasses__(base) for one in (each, *_below(each))}
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -147,17 +147,17 @@ def test_choices_are_read_from_the_registries(monkeypatch):
     ("data.format", "mesages", "data.format is 'mesages'; expected one of alpaca, auto, messages, "),
     ("model.lr", -1.0, "model.lr is -1.0; expected a positive learning rate"),
     ("model.objective", {"class_path": "DPO", "init_args": {"beta": -1}}, "model.objective: DPO's beta is -1.0; "),
-    ("model.objective", {"class_path": "broken.Crashing"}, "model.objective is broken.Crashing, which "
-     "can't be created (KeyError: 'gamma'; broken.py, line "),
-    ("model.objective", "broken.Triples", "model.objective is broken.Triples, whose samples are "
+    ("model.objective", {"class_path": "breaking.Crashing"}, "model.objective is breaking.Crashing, which "
+     "can't be created (KeyError: 'gamma'; breaking.py, line "),
+    ("model.objective", "breaking.Triples", "model.objective is breaking.Triples, whose samples are "
      "'triples'; expected one of conversations, pairs, labels"),
     ("model.objective", "exiting.Mine", "model.objective names a class of exiting, which ends the "
      "program when it is imported (SystemExit: 7)"),
-    ("trainer.callbacks", [{"class_path": "ModelSummary"}, {"class_path": "broken.Exiting"}],
-     "trainer.callbacks[1] is broken.Exiting, which can't be created (SystemExit: 3; broken.py, line "),
-    ("model.class_path", "broken.WithoutPair", "model.class_path is broken.WithoutPair, whose __init__ "
+    ("trainer.callbacks", [{"class_path": "ModelSummary"}, {"class_path": "breaking.Exiting"}],
+     "trainer.callbacks[1] is breaking.Exiting, which can't be created (SystemExit: 3; breaking.py, line "),
+    ("model.class_path", "breaking.WithoutPair", "model.class_path is breaking.WithoutPair, whose __init__ "
      "doesn't take model.objective, model.pair. Pass"),
-    ("model.class_path", "broken.WithoutSuper", "model.class_path is broken.WithoutSuper: its __init__ "
+    ("model.class_path", "breaking.WithoutSuper", "model.class_path is breaking.WithoutSuper: its __init__ "
      "doesn't call super().__init__(). Call it first."),
     ("data.format", "exiting.mine", "data.format is 'exiting.mine', which can't be imported "
      "(SystemExit: 7); expected one of alpaca, "),
@@ -167,9 +167,9 @@ def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, va
 
 
 @pytest.mark.parametrize(("key", "value", "first", "rest"), [
-    ("model.objective", {"class_path": "broken.Abstract"}, "broken.Abstract is abstract, since it lacks "
+    ("model.objective", {"class_path": "breaking.Abstract"}, "breaking.Abstract is abstract, since it lacks "
      "losses, rewards; expected", "Known: SFT, DPO"),
-    ("model.objective", {"class_path": "broken.Crashing", "gamma": 2}, "broken.Crashing is given gamma "
+    ("model.objective", {"class_path": "breaking.Crashing", "gamma": 2}, "breaking.Crashing is given gamma "
      "next to class_path, which belongs under init_args; expected", "Known: SFT"),
     ("model.objective", {"class_path": "unreadable.Mine"}, "unreadable.Mine can't be imported "
      "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DPO"),
