@@ -53,21 +53,15 @@ def described(value: Any) -> str:
 def calls(owner: Any, key: str, expected: str) -> Iterator[str]:
     """Name the setting, which is yielded, in whatever a class from outside the package raises in the block.
 
-    Args:
-        owner: The class, or an object of it; errors of the package's own classes pass unchanged.
-        key: Setting that names it.
-        expected: A sentence on what is expected and what to do.
-
     Raises:
-        ShadowlitError: The block raised something else; it is the cause.
+        ShadowlitError: The block raised something else, which is the cause; ``expected`` is a sentence of its message.
     """
     try:
         yield key
     except (ShadowlitError, Interrupted):
         raise
     except (Exception, SystemExit) as cause:
-        path = path_of(owner)
-        if path.startswith("shadowlit."):
+        if (path := path_of(owner)).startswith("shadowlit."):
             raise
         raise ShadowlitError(f"{key} is {path}, which fails ({reason(owner, cause)}). {expected}") from cause
 

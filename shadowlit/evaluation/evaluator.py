@@ -75,11 +75,7 @@ class EvalResult:
 
 
 def require_result(found: Any, key: str, evaluator: Evaluator) -> EvalResult:
-    """What an evaluator's ``run`` has returned.
-
-    Raises:
-        ShadowlitError: It is no result, its metrics are no numbers or lack the score, or a sample lacks its index.
-    """
+    """What ``run`` has returned; a ShadowlitError if it isn't numbers with a score, and samples with an index."""
     numbers = isinstance(found, EvalResult) and "score" in found.metrics and all(map(is_number, found.metrics.values()))
     if numbers and all("index" in sample for sample in found.samples):
         return found

@@ -508,7 +508,9 @@ class ShadowModule(LightningModule):
         """Add a micro-batch's sums to those of the effective batch; return the loss."""
         require_sums(self.objective, sums, self._sums and self._sums[0])
         like = torch.zeros((), dtype=accumulation_dtype(self.device), device=self.device)
-        values = torch.stack([v.detach().to(like) if isinstance(v, Tensor) else like + v for v in sums.values()])
+        values = torch.stack(
+            [v.detach().to(like).view(()) if isinstance(v, Tensor) else like + v for v in sums.values()]
+        )
         self._sums = tuple(sums), values if self._sums is None else self._sums[1] + values
         return cast("Tensor", sums["loss"])
 

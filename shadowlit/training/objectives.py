@@ -434,11 +434,7 @@ def preference_metrics(sums: Sums, samples: Samples) -> Sums:
 
 
 def samples_of(objective: Objective | None) -> Samples:
-    """Kind of samples that the objective learns from; without an objective it is supervised fine-tuning.
-
-    Raises:
-        ShadowlitError: There is no such kind.
-    """
+    """Kind of samples that the objective learns from, by default conversations; a ShadowlitError for no kind."""
     samples = "conversations" if objective is None else objective.samples
     if samples not in get_args(Samples):
         raise ShadowlitError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,11 +45,7 @@ class Answers:
 
     @property
     def ratios(self) -> Tensor:
-        """``[N, 2]``: log-probabilities minus those of the reference.
-
-        Raises:
-            ShadowlitError: There is none.
-        """
+        """``[N, 2]``: log-probabilities minus those of the reference; a ShadowlitError if there is none."""
         if self.reference is None:
             raise ShadowlitError(
                 "model.objective compares answers with a reference, but its has_reference is false. Set it to true."
@@ -102,9 +99,10 @@ class Outputs:
         Raises:
             ShadowlitError: The function returns something else.
         """
+        name = getattr(function, "__qualname__", function)
 
         def checked(logits: Tensor, targets: Tensor) -> Tensor:
-            return require_shape(function(logits, targets), targets.shape, getattr(function, "__qualname__", function))
+            return require_shape(function(logits, targets), targets.shape, name)
 
         return self._head.map_logits(model_inputs(self.batch), self.positions, self.targets, checked)
 
@@ -141,16 +139,12 @@ class Outputs:
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a number, or a tensor without dimensions."""
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+    """Whether this is a number, of Python or numpy, or a tensor of one."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def require_shape(value: Any, shape: torch.Size, function: Any) -> Tensor:
-    """The tensor that a function of ``model.objective`` has returned.
-
-    Raises:
-        ShadowlitError: It is none, or of another shape.
-    """
+    """What a function of ``model.objective`` has returned; a ShadowlitError if it is no tensor of this shape."""
     if isinstance(value, Tensor) and value.shape == shape:
         return value
     raise ShadowlitError(
