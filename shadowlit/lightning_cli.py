@@ -211,7 +211,7 @@ class ShadowCLI(LightningCLI):
             except (Exception, SystemExit) as error:
                 self._raise_named(error)
             if "callback_metrics" not in vars(self.model):
-                raise ShadowlitError(f"model.class_path is {path_of(self.model)}: {WITHOUT_SUPER}")
+                raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
 
     def _raise_named(self, error: BaseException) -> NoReturn:
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from shadowlit.errors import Interrupted, ShadowlitError, first_line
 
-WITHOUT_SUPER = "its __init__ doesn't call super().__init__(). Call it first."
+WITHOUT_SUPER = "its __init__ doesn't call super().__init__()"
 """What is wrong with an object that lacks what its base sets."""
 
 

@@ -82,7 +82,7 @@ class EvaluationCallback(Callback):
             raise GraftError(wrong[0])
         for name, evaluator in self.evaluators.items():
             if not hasattr(evaluator, "every"):
-                raise GraftError(f"evaluation.evaluators.{name} is {path_of(evaluator)}: {WITHOUT_SUPER}")
+                raise GraftError(f"evaluation.evaluators.{name} is {path_of(evaluator)}, but {WITHOUT_SUPER}.")
         self.scales = list(scales)
         self.baselines = baselines
         self.samples = samples

@@ -81,10 +81,11 @@ def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimize
             raise TypeError(WITHOUT_SUPER)
         return optimizer
     except Exception as error:  # a class from outside the package may raise anything
-        others = any(p.dim() != 2 for group in groups for p in group["params"])
-        hint = " Some of the parameters, norms and biases, are no matrices: train an adapter." if others else ""
+        hint = "Correct its options."
+        if any(p.dim() != 2 for group in groups for p in group["params"]):
+            hint = "Some of them, norms and biases, are no matrices: train an adapter."
         raise ShadowlitError(
-            f"model.optimizer can't take the trained parameters: {first_line(error)}.{hint or ' Correct its options.'}"
+            f"model.optimizer can't take the trained parameters ({first_line(error)}). {hint}"
         ) from error
 
 

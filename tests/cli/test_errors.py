@@ -157,8 +157,8 @@ def test_choices_are_read_from_the_registries(monkeypatch):
      "trainer.callbacks[1] is breaking.Exiting, which can't be created (SystemExit: 3; breaking.py, line "),
     ("model.class_path", "breaking.WithoutPair", "model.class_path is breaking.WithoutPair, whose __init__ "
      "doesn't take model.objective, model.pair. Pass"),
-    ("model.class_path", "breaking.WithoutSuper", "model.class_path is breaking.WithoutSuper: its __init__ "
-     "doesn't call super().__init__(). Call it first."),
+    ("model.class_path", "breaking.WithoutSuper", "model.class_path is breaking.WithoutSuper, but its "
+     "__init__ doesn't call super().__init__()."),
     ("data.format", "exiting.mine", "data.format is 'exiting.mine', which can't be imported "
      "(SystemExit: 7); expected one of alpaca, "),
 ])  # fmt: skip

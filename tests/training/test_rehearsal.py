@@ -131,6 +131,6 @@ def test_an_evaluator_that_breaks_its_contract(result, message, monkeypatch):
 
 def test_an_evaluator_whose_base_was_not_initialised():
     with pytest.raises(
-        ShadowlitError, match=r"evaluators\.mine is .*WithoutSuper: its __init__ doesn't call super\(\)"
+        ShadowlitError, match=r"evaluators\.mine is .*WithoutSuper, but its __init__ doesn't call super\(\)"
     ):
         EvaluationCallback({"mine": WithoutSuper()})
