@@ -219,7 +219,10 @@ class ShadowCLI(LightningCLI):
             error = error.__cause__  # of jsonargparse's for a union of types, or for a linked value
         frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__")
         kinds = {type(frame.f_locals.get("self")) for frame in frames}
-        named = {key: import_object(path, key, "a class") for key, path in _classes_of(self.config[self.subcommand])}
+        named: dict[str, Any] = {}
+        for key, path in _classes_of(self.config[self.subcommand]):
+            with contextlib.suppress(ShadowlitError):  # a class within a class, for example
+                named[key] = import_object(path, key, "a class")
         if self.model_class is not ShadowModule and not isinstance(error, ShadowlitError):
             named["model.class_path"] = self.model_class
         if keys := [key for key, kind in named.items() if kind in kinds]:
