@@ -215,10 +215,10 @@ class ShadowCLI(LightningCLI):
 
     def _raise_named(self, error: BaseException) -> NoReturn:
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""
-        while error.__cause__ is not None and not isinstance(error, ShadowlitError):
-            error = error.__cause__  # of jsonargparse's for a union of types, or for a linked value
-        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "__init__")
-        kinds = {type(frame.f_locals.get("self")) for frame in frames}
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if error.__cause__ is not None and frames[-1].f_globals["__name__"].startswith("jsonargparse"):
+            self._raise_named(error.__cause__)  # of an error about a union of types, or about a linked value
+        kinds = {type(frame.f_locals.get("self")) for frame in frames if frame.f_code.co_name == "__init__"}
         named: dict[str, Any] = {}
         for key, path in _classes_of(self.config[self.subcommand]):
             with contextlib.suppress(ShadowlitError):  # a class within a class, for example
