@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,12 +23,13 @@ from shadowlit.data.conversation import raise_all
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import DataError, GraftError, wrong_names
-from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
+from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator, require_result
 from shadowlit.evaluation.samples import log_text, side_by_side
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
+from shadowlit.plugins import WITHOUT_SUPER, calls, path_of
 from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
@@ -81,6 +82,9 @@ class EvaluationCallback(Callback):
         self.evaluators = dict(evaluators or {})
         if wrong := wrong_names("evaluation.evaluators", self.evaluators):
             raise GraftError(wrong[0])
+        for name, evaluator in self.evaluators.items():
+            if not hasattr(evaluator, "every"):
+                raise GraftError(f"evaluation.evaluators.{name} is {path_of(evaluator)}, but {WITHOUT_SUPER}.")
         self.scales = list(scales)
         self.baselines = baselines
         self.samples = samples
@@ -119,7 +123,9 @@ class EvaluationCallback(Callback):
         errors = [*self._problems(), *self._clashes(pl_module, names)]
         for name, evaluator in self.evaluators.items():
             try:
-                evaluator.read(self._pair, data.template_kwargs)
+                with _calls(name, evaluator):
+                    evaluator.read(self._pair, data.template_kwargs)
+                    evaluator.signature()
             except DataError as error:
                 errors.append(f"evaluation.evaluators.{name}: {error}")
         raise_all(errors)
@@ -204,8 +210,9 @@ class EvaluationCallback(Callback):
         assert self.record is not None
         context = self._context(trainer, module)
         for name in names:
-            with self.record.timed(f"evaluation/{name}"), isolate_rng():
-                self._found[subject, name] = self.evaluators[name].run(context)
+            evaluator = self.evaluators[name]
+            with self.record.timed(f"evaluation/{name}"), isolate_rng(), _calls(name, evaluator) as key:
+                self._found[subject, name] = require_result(evaluator.run(context), key, evaluator)
             module.eval()  # for those that follow, whatever this one left
 
     def _context(self, trainer: Trainer, module: ShadowModule) -> EvalContext:
@@ -267,3 +274,8 @@ class EvaluationCallback(Callback):
         if text:
             replace_text(home / "samples.md", text)
             log_text(trainer.loggers, f"{stage}/samples", text, trainer.global_step)
+
+
+def _calls(name: str, evaluator: Evaluator) -> AbstractContextManager[str]:
+    contract = "Its methods are those of shadowlit.evaluation.evaluator.Evaluator; correct the class."
+    return calls(evaluator, f"evaluation.evaluators.{name}", contract)

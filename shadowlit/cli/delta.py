@@ -18,7 +18,7 @@ from shadowlit.cli.graft import parse_bytes, write
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.pair.folders import model_folder
@@ -132,10 +132,11 @@ def compress(
     """
     options = {"density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed}
     given = {"name": method, **{name: value for name, value in options.items() if value is not None}}
-    if twice := [name for name in parameters if name in given]:
-        raise GraftError(f"--parameters has {twice[0]!r}, which is given as an option as well. Give it once.")
     keys = {"name": "--method"} | {name: f"--{name}" for name in options.keys() - parameters.keys()}
-    chosen = Transforms([{**parameters, **given}], option=lambda name: keys.get(name, f"--parameters.{name}"))
+    with as_usage():
+        if twice := [name for name in parameters if name in given]:
+            raise GraftError(f"--parameters has {twice[0]!r}, which is given as an option as well. Give it once.")
+        chosen = Transforms([{**parameters, **given}], option=lambda name: keys.get(name, f"--parameters.{name}"))
     opened = Delta.open(delta)
     squares: dict[str, tuple[float, float]] = {}
 

@@ -12,7 +12,7 @@ from shadowlit.checkpoint.layout import LayoutReader
 from shadowlit.checkpoint.names import is_computed, layer_of
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
@@ -101,7 +101,8 @@ def plan_graft(
         from shadowlit.delta.delta import Delta  # late: torch, with which they compute, takes seconds
         from shadowlit.delta.transforms import Transforms
 
-        chosen = Transforms(transforms, key)
+        with as_usage():
+            chosen = Transforms(transforms, key)
     with (
         open_checkpoint(model_folder("base", str(base)), allow_pickle) as base_reader,
         open_checkpoint(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,

@@ -277,7 +277,7 @@ def test_on_the_command_line(tmp_path, elsewhere, kind, capsys):
         ('[{"name": "dar"}]', "--transforms[0].name is 'dar'; expected one of dare, "),
         ('[{"name": "dare", "density": 7}]', "--transforms[0], dare: density is 7; expected a share"),
     ):
-        assert main(["graft", "no", "such", "folders", str(tmp_path / "none"), "--transforms", given]) == 1
+        assert main(["graft", "no", "such", "folders", str(tmp_path / "none"), "--transforms", given]) == 2
         assert message in capsys.readouterr().err
 
 
