@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
@@ -65,6 +66,9 @@ class EvaluationCallback(Callback):
         samples: How many rows of each generating evaluator are shown side by side.
         folder: Folder of the samples; null for ``evaluation`` in the run's own folder.
         reference: Which untouched model a divergence is measured from: base where the pair's roles are exchanged.
+
+    Attributes:
+        due: Names of the evaluators that run in the running validation, or else ran in the last one.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class EvaluationCallback(Callback):
         self._graft: GraftCallback | None = None
         self._pair: ModelPair | None = None  # with the tokenizer that the data are encoded with
         self._settings = ""  # what scores depend on besides the evaluator
-        self._due: list[str] = []
+        self.due: list[str] = []
         self._validations = 0
         self._found: dict[tuple[Subject, str], EvalResult] = {}
 
@@ -142,16 +146,16 @@ class EvaluationCallback(Callback):
             due = list(self.evaluators)
         else:
             due = [name for name, evaluator in self.evaluators.items() if self._validations % evaluator.every == 0]
-        self._due, self._found = due, {}
+        self.due, self._found = due, {}
 
     def on_subject(self, trainer: Trainer, module: ShadowModule, subject: Subject, record: ValidationRecord) -> None:
         """Run the due evaluators on the tuned and the grafted models; the untouched ones are measured later, once."""
-        if self._due and subject not in UNTOUCHED and (subject.main or subject.scale in self.scales):
-            self._run(trainer, module, subject, self._due)
+        if self.due and subject not in UNTOUCHED and (subject.main or subject.scale in self.scales):
+            self._run(trainer, module, subject, self.due)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what GraftCallback has not had measured, and log everything."""
-        if self._due:
+        if self.due:
             assert isinstance(pl_module, ShadowModule) and self.record is not None
             if self._graft is None:
                 self.on_subject(trainer, pl_module, TUNED, self.record)
@@ -186,7 +190,7 @@ class EvaluationCallback(Callback):
         scores = module.score_names() if shared else set()
         for name in shared:
             if both := sorted(scores & set(self.evaluators[name].metric_names)):
-                yield name_clash([f"{name}/{metric}" for metric in both])
+                yield name_clash([f"{name}/{metric}" for metric in both], "an evaluator of its name")
 
     def _graft_callback(self, trainer: Trainer) -> GraftCallback | None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -229,7 +233,7 @@ class EvaluationCallback(Callback):
         self._untouched.measure(self._signatures(), measure)
 
     def _signatures(self) -> dict[str, str]:
-        return {name: f"{self.evaluators[name].signature()} {self._settings}" for name in self._due}
+        return {name: f"{self.evaluators[name].signature()} {self._settings}" for name in self.due}
 
     def _add_metrics(self, record: ValidationRecord) -> None:
         scores: dict[tuple[Subject, str], Metrics] = {key: found.metrics for key, found in self._found.items()}
@@ -241,7 +245,7 @@ class EvaluationCallback(Callback):
             record.metrics |= {f"{prefix}/{what}": value for what, value in metrics.items()}
             if subject.kind == "grafted" and subject.main and (INSTRUCT, name) in scores:
                 record.metrics[f"graft/gain/{name}"] = metrics["score"] - scores[INSTRUCT, name]["score"]
-        for name in self._due:
+        for name in self.due:
             record.metrics[f"evaluation/{name}/seconds"] = record.spent(f"evaluation/{name}")
         record.add_cost("evaluation")
 
@@ -249,7 +253,7 @@ class EvaluationCallback(Callback):
         """Write the samples of all ranks to files, in the order of the rows."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "evaluation")
+        root = Path(self.folder or run_folder(trainer) / "evaluation")
         home = root / ("test" if stage == "test" else f"step-{trainer.global_step}")
         gathered: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for (subject, name), found in self._found.items():
@@ -261,7 +265,7 @@ class EvaluationCallback(Callback):
                 replace_text(place / subject.name / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
         if not (trainer.is_global_zero and self.samples):
             return
-        text = side_by_side(gathered, root, self._due, self.samples)
+        text = side_by_side(gathered, root, self.due, self.samples)
         if text:
             replace_text(home / "samples.md", text)
             log_text(trainer.loggers, f"{stage}/samples", text, trainer.global_step)

@@ -16,11 +16,11 @@ from shadowlit.training.objective import TokenSums, token_sums
 from shadowlit.training.outputs import Answers
 
 
-def name_clash(names: Iterable[str]) -> str:
-    """The message that metrics would be logged twice, of which Lightning would show the mean."""
+def name_clash(names: Iterable[str], other: str) -> str:
+    """The message that metrics of a set have the names of those of something else."""
     return (
-        f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
-        "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
+        f"{', '.join(sorted(names))} would be logged for a validation set and for {other}. Rename one of the two, in "
+        "data.validation, data.test, evaluation.evaluators or model.metrics."
     )
 
 
@@ -38,15 +38,17 @@ class Scores:
             ShadowlitError: A metric gives something that is not a number, or a name twice.
         """
         found = dict(self.own.compute())
+        sources = dict.fromkeys(found, type(self.own).__name__)
         for name, metric in self.others.items():
             value = metric.compute()
             parts = {f"{name}_{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-            if twice := parts.keys() & found.keys():
+            if twice := sorted(parts.keys() & found.keys()):
                 raise ShadowlitError(
-                    f"model.metrics.{name} gives {', '.join(sorted(twice))}, which another metric gives too. Give it "
+                    f"model.metrics.{name} gives {', '.join(twice)}, which {sources[twice[0]]} gives too. Give it "
                     "another name."
                 )
             found.update({key: _number(key, part) for key, part in parts.items()})
+            sources |= dict.fromkeys(parts, f"model.metrics.{name}")
         return found
 
 
