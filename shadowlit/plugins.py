@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -31,7 +33,7 @@ def import_object(path: Any, key: str, expected: str, error: type[ShadowlitError
 
 def known_names(group: str, built_in: Iterable[str]) -> list[str]:
     """Names that are built in, and those of installed packages' entry points in the group, sorted."""
-    return sorted({*built_in, *(entry.name for entry in entry_points(group=group))})
+    return sorted({*built_in, *(entry.name for entry in _offered(group, tuple(sys.path)))})
 
 
 def find_function(
@@ -54,7 +56,8 @@ def find_function(
     expected = f"one of {', '.join(known)}, or the import path of a function, e.g. mypackage.{kind}s.my_{kind}"
     found = {
         f"the entry point {entry.value} of {_package_of(entry)}": _loaded(entry.load, name, key, expected, error)
-        for entry in entry_points(group=group, name=name)
+        for entry in _offered(group, tuple(sys.path))
+        if entry.name == name
     }
     if name in built_in:
         found = {f"a built-in {kind}": built_in[name], **found}
@@ -85,6 +88,12 @@ def _loaded(load: Callable[[], Any], name: str, key: str, expected: str, error: 
             f"{key} is {name!r}, which can't be imported ({first_line(cause)}); expected {expected}. Correct the name, "
             "or put its package on PYTHONPATH."
         ) from cause
+
+
+@cache
+def _offered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """The entry points of a group in the packages on ``path``, which takes a file per package to find."""
+    return tuple(entry_points(group=group))
 
 
 def _package_of(entry: EntryPoint) -> str:

@@ -8,6 +8,7 @@ so everything that uses that context (our own trials too) starts in milliseconds
 from __future__ import annotations
 
 import gc
+import importlib
 import io
 import multiprocessing
 import os
@@ -216,6 +217,8 @@ def shadowlit(*args: str) -> int:
     from shadowlit.cli.main import main
 
     sys.argv = ["shadowlit", *args]
+    # What Lightning's launcher starts the other ranks by.
+    sys.modules["__main__"] = importlib.import_module("shadowlit.__main__")
     return main()
 
 
@@ -228,8 +231,14 @@ class Finished:
     stderr: str
 
 
-def run_command(folder: Path, *args: str, timeout_s: float = 300, env: Mapping[str, str] = {}) -> Finished:
-    """Run ``python -m shadowlit ARGS`` in a forked process; its output is in ``folder``."""
+def run_command(
+    folder: Path,
+    *args: str,
+    timeout_s: float = 300,
+    env: Mapping[str, str] = {},
+    function: Callable[..., Any] = shadowlit,
+) -> Finished:
+    """Run ``python -m shadowlit ARGS``, or another function, in a forked process; its output is in ``folder``."""
     files = [folder / name for name in ("out.txt", "err.txt")]
-    code = Forked(shadowlit, *args, out=files[0], err=files[1], env=env).wait(timeout_s)
+    code = Forked(function, *args, out=files[0], err=files[1], env=env).wait(timeout_s)
     return Finished(code, *(file.read_text() for file in files))

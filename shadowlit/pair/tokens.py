@@ -266,14 +266,16 @@ def untrained_rows(rows: torch.Tensor) -> dict[int, str]:
     """
     norms = rows.norm(dim=1)
     median = norms.median()
-    keys = [row.numpy().tobytes() for row in rows]
+    keys = [row.tobytes() for row in rows.numpy()]
     count = Counter(keys)
+    others = torch.tensor([count[key] - 1 for key in keys])
+    zero = rows.abs().amax(dim=1) <= 1e-16
     reasons: dict[int, str] = {}
-    for i in range(len(rows)):
-        if rows[i].abs().max() <= 1e-16:
+    for i in (zero | (others > 0) | (norms < median / 4)).nonzero().flatten().tolist():
+        if zero[i]:
             reasons[i] = "all zero"
-        elif count[keys[i]] > 1:
-            reasons[i] = f"equal to {count[keys[i]] - 1} other rows"
-        elif norms[i] < median / 4:
+        elif others[i]:
+            reasons[i] = f"equal to {others[i]} other rows"
+        else:
             reasons[i] = f"norm {norms[i]:.2g}, median {median:.2g}"
     return reasons

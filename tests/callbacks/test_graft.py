@@ -67,6 +67,7 @@ def make_trainer(tmp_path, *callbacks, **options):
         "enable_model_summary": False, "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
         "use_distributed_sampler": False, "inference_mode": False, "accumulate_grad_batches": 2,
         "val_check_interval": 4, "gradient_clip_val": 1.0, "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
     }  # fmt: skip
     return Trainer(callbacks=list(callbacks), **{**defaults, **options})
 

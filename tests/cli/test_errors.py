@@ -1,19 +1,22 @@
 """Wrong values: the key, the value, the cause and what is expected, in a few lines, before anything is loaded."""
 
+import importlib
 import re
-import subprocess
 import sys
+import typing
 
 import pytest
 import yaml
+from lightning import pytorch
 from lightning.pytorch import Callback, callbacks
+from lightning.pytorch.trainer import trainer
 
 from shadowlit.cli.main import main
 from shadowlit.delta import registry
 from shadowlit.lightning_cli import ShadowParser
 from shadowlit.parser import shorten
 from shadowlit.training import loading
-from tests.distributed import run_command
+from tests.distributed import run_command, shadowlit
 from tests.test_configs import ROOT
 
 DEMO = ROOT / "configs/demo_lora.yaml"
@@ -163,25 +166,26 @@ def test_an_unknown_form_of_message_is_kept():
     assert shorten("something else\n\n  in two lines", {}) == "something else\n  in two lines"
 
 
+def fit_with_a_hint_in_the_other_order(*args):
+    """In a process in which a union of the same types in the other order has become Trainer's type hint."""
+    for clear in typing._cleanups:
+        clear()
+    made_before = typing.Optional[typing.Union[float, int]]  # noqa: UP007, UP045
+    pytorch.Trainer = importlib.reload(trainer).Trainer
+    importlib.reload(pytorch.cli)
+    hint = trainer.Trainer.__init__.__annotations__["limit_val_batches"]
+    assert typing.get_args(hint) == typing.get_args(made_before), hint
+    for name in [name for name in sys.modules if name.partition(".")[0] == "shadowlit"]:
+        del sys.modules[name]
+    return shadowlit(*args)
+
+
 def test_one_batch_is_not_all_batches(tmp_path):
-    """Also in a process in which a union of the same types in the other order has become Trainer's type hint."""
-    script = """
-import importlib, sys, typing
-import lightning.pytorch
-from lightning.pytorch.trainer import trainer
-for clear in typing._cleanups:
-    clear()
-made_before = typing.Optional[typing.Union[float, int]]
-lightning.pytorch.Trainer = importlib.reload(trainer).Trainer
-hint = trainer.Trainer.__init__.__annotations__["limit_val_batches"]
-assert typing.get_args(hint)[0] is float, hint
-from shadowlit.cli.main import main
-main(sys.argv[1:])
-"""
     config = configuration(tmp_path, "trainer.limit_val_batches", 1)
     arguments = ["fit", "--config", config, "--trainer.limit_test_batches=1", "--trainer.overfit_batches=0.5",
                  "--trainer.limit_train_batches=1.0", "--print_config"]  # fmt: skip
-    reordered = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=ROOT)
+    (tmp_path / "reordered").mkdir()
+    reordered = run_command(tmp_path / "reordered", *arguments, function=fit_with_a_hint_in_the_other_order)
     for done in (reordered, run_command(tmp_path, *arguments)):
         assert done.returncode == 0, done.stderr
         found = yaml.safe_load(done.stdout)["trainer"]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from shadowlit import plugins
 from shadowlit.cli.main import main
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.module import ShadowData
@@ -85,6 +86,7 @@ def install(folder, package, **formats):
     lines = "".join(f"{name} = {value}\n" for name, value in formats.items())
     (info / "entry_points.txt").write_text(f"[shadowlit.formats]\n{lines}")
     importlib.invalidate_caches()
+    plugins._offered.cache_clear()
 
 
 def samples(path, split="train", **options):
@@ -202,6 +204,7 @@ def test_an_entry_point_that_names_another_function_of_the_file_is_another_cache
     assert load() == load() == 1
     (folder / "quiz_package-1.0.dist-info/entry_points.txt").write_text("[shadowlit.formats]\nquiz=my_formats:document")
     importlib.invalidate_caches()
+    plugins._offered.cache_clear()
     assert load() == 2
 
 

@@ -293,7 +293,7 @@ def losses(pair, path, attn_implementation="sdpa", devices=1, strategy="auto", *
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, use_distributed_sampler=False, max_epochs=2,
-        accumulate_grad_batches=2,
+        accumulate_grad_batches=2, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(Module(pair, lr=1e-2, attn_implementation=attn_implementation), data)
     return seen, data.reports["train"]

@@ -332,11 +332,11 @@ def test_a_function_of_another_package_is_given_by_its_import_path(package):
 
 
 def test_an_entry_point_is_a_name(package, monkeypatch):
-    def entry_points(group, name=None):
-        assert group == "shadowlit.transforms"
-        return [entry for entry in entries if name in (None, entry.name)]
+    def offered(group, path):
+        assert group == "shadowlit.transforms" and path == tuple(sys.path)
+        return entries
 
-    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    monkeypatch.setattr(plugins, "_offered", offered)
     entry = importlib.metadata.EntryPoint
     entries = [
         entry("signs", f"{package}:sign_only", registry.GROUP),

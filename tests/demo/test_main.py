@@ -11,8 +11,9 @@ from shadowlit.grafting.manifest import read_manifest
 
 def test_the_demonstration_ends_with_table_plot_and_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")  # of a terminal: what is piped has its own width
-    short = [f"--evaluation.evaluators.{name}.init_args.limit=40" for name in (*SETS, "forgetting")]
+    short = [f"--evaluation.evaluators.{name}.init_args.limit=20" for name in (*SETS, "forgetting")]
     main(["--config", "configs/demo_lora.yaml", "--trainer.max_steps=24", "--trainer.enable_progress_bar=false",
+          "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1",
           f"--trainer.logger.init_args.save_dir={tmp_path}", *short])  # fmt: skip
     shown = capsys.readouterr().out
     run = tmp_path / "demo_lora/version_0"

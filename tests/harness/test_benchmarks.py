@@ -24,6 +24,7 @@ from shadowlit.harness import tasks as tasks_module
 from shadowlit.harness.models import evaluate_model, vllm_model
 from shadowlit.harness.report import make_report
 from shadowlit.harness.tasks import Settings, load_benchmarks
+from tests.distributed import run_command
 from tests.evaluation.contexts import DEMO_PAIR, demo_rows, write_rows
 from tests.tiny import save_model
 
@@ -384,17 +385,11 @@ def test_vllm_gets_model_adapter_and_settings(tmp_path, monkeypatch):
 
 def test_the_command_compares_models_and_leaves_everything(tmp_path, folder):
     """Once as a user runs it, without network; everything else in this process."""
-    command = [
-        sys.executable, "-m", "shadowlit", "evaluate", "--model", str(BASE), str(INSTRUCT), "--suite", "choice",
-        "answer", "--tasks-folder", str(folder), "--chat", "false", "--out", str(tmp_path / "out"),
+    args = [
+        "evaluate", "--model", str(BASE), str(INSTRUCT), "--suite", "choice", "answer", "--tasks-folder", str(folder),
+        "--chat", "false", "--out", str(tmp_path / "out"),
     ]  # fmt: skip
-    env = {
-        **os.environ,
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
-    }
-    shown = subprocess.run(command, capture_output=True, text=True, env=env)
+    shown = run_command(tmp_path, *args)
     assert shown.returncode == 0, shown.stderr
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())

@@ -1,9 +1,11 @@
 """Suites of benchmarks: their tasks exist, and their means and differences are what is derived by hand."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from shadowlit.errors import EvaluationError
 from shadowlit.harness.models import Evaluation
@@ -204,10 +206,21 @@ ALL = {task.name: task for suites in load_suites().values() for suite in suites 
 
 
 @pytest.fixture(scope="module")
-def index():
-    from shadowlit.harness.tasks import _harness_index
+def index(tmp_path_factory, worker_id):
+    """Every task of the installed harness; listing them takes ten seconds, so one process does it for all."""
+    from shadowlit.harness import tasks
 
-    return _harness_index()
+    if worker_id == "master":  # the only process
+        yield tasks._harness_index()
+        return
+    store = tmp_path_factory.getbasetemp().parent / "harness_index.pickle"
+    with FileLock(f"{store}.lock"):
+        if not store.exists():
+            store.write_bytes(pickle.dumps(tasks._harness_index()))
+    found = pickle.loads(store.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "_harness_index", lambda: found)
+        yield found
 
 
 def leaves(name, index):

@@ -58,9 +58,6 @@ def with_parameters(found, values):
     return found
 
 
-IN_A_KERNEL = "first_graft"  # the others spare themselves the start of one
-
-
 def run_cells(path):
     """Run a notebook's cells in this process, and write it with what they display."""
     from IPython.core.interactiveshell import InteractiveShell
@@ -116,14 +113,15 @@ def test_every_figure_is_explained(notebook):
             assert len(before.source.split()) > 15, before.source
 
 
-def test_runs_from_the_embedded_pair(notebook, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["forked", "kernel"])
+def test_runs_from_the_embedded_pair(notebook, kernel, tmp_path, monkeypatch):
     if notebook.stem == "delta_similarity":  # its six runs, shorter and made where everything is imported already
         monkeypatch.setattr(runs, "_STEPS", 4)
         runs.given_or_made(*[None] * 7, tmp_path)
     values = {"figures": str(tmp_path / "figures"), **FEWER[notebook.stem]}
     values |= {"sweep": str(small_sweep(tmp_path / "sweep"))} if "sweep" in notebook.stem else {"work": str(tmp_path)}
     found = with_parameters(read(notebook), values)
-    if notebook.stem == IN_A_KERNEL:
+    if kernel:
         resources = {"metadata": {"path": str(tmp_path)}}
         NotebookClient(found, timeout=300, kernel_name="python3", resources=resources).execute()
     else:

@@ -51,7 +51,7 @@ def fit(folders, kind, compiled=None, scales=(1.0, 0.5), **options):
 @pytest.fixture
 def compiled(monkeypatch):
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("eager")
     original = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: original(self, backend=counter))
     yield counter

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import subprocess_script
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -26,7 +28,7 @@ from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from tests.distributed import run_ranks
+from tests.distributed import Forked, run_command, run_ranks, shadowlit
 from tests.rounding import Start, require_same_update
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
@@ -42,7 +44,7 @@ def make_trainer(strategy, world_size, callbacks, **options):
         enable_model_summary=False, use_distributed_sampler=False, inference_mode=False, accumulate_grad_batches=2,
         gradient_clip_val=1.0, callbacks=callbacks,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **{"max_epochs": 2, "val_check_interval": 4, **options},
+        **{"max_epochs": 2, "val_check_interval": 4, "num_sanity_val_steps": 0, **options},
     )  # fmt: skip
 
 
@@ -270,19 +272,41 @@ def test_unequal_shards_neither_hang_nor_count_twice(tmp_path, strategy):
         assert rank == pytest.approx(one, **SAME)
 
 
-@pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=SLOW)])
+class ForkedRank(Forked):
+    """The rank that Lightning's launcher starts, forked in place of the fresh interpreter that it asks for."""
+
+    def __init__(self, command, env, cwd):
+        assert command[:3] == [sys.executable, "-m", "shadowlit.__main__"] and cwd is None
+        super().__init__(shadowlit, *command[3:], out=Path(env["RANK_OUT"]), env=env)
+
+    @property
+    def returncode(self):
+        return self.poll()
+
+
+def fit_with_forked_ranks(*args):
+    subprocess_script.subprocess = SimpleNamespace(Popen=ForkedRank)
+    return shadowlit(*args)
+
+
+@pytest.mark.parametrize(
+    "launcher", ["forked", pytest.param("lightning", marks=SLOW), pytest.param("torchrun", marks=SLOW)]
+)
 def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
-    starter = [sys.executable] if launcher == "lightning" else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"
-    ]  # fmt: skip
-    command = [
-        *starter, "-m", "shadowlit", "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2",
-        "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.enable_progress_bar=false",
+    args = [
+        "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2", "--trainer.limit_val_batches=1",
+        "--trainer.val_check_interval=2", "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false",
         "--data.limit_train_samples=64", f"--trainer.logger.init_args.save_dir={tmp_path}",
         *(f"--evaluation.evaluators.{name}.init_args.limit=2"
           for name in ("new", "old", "format", "refusal", "forgetting")),
     ]  # fmt: skip
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if launcher == "forked":
+        env = {"RANK_OUT": str(tmp_path / "rank.txt")}
+        finished = run_command(tmp_path, *args, function=fit_with_forked_ranks, env=env)
+    else:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [sys.executable, *(torchrun if launcher == "torchrun" else []), "-m", "shadowlit", *args]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     (manifest,) = tmp_path.glob("*/version_0/export/model/shadowlit.json")
     found = json.loads(manifest.read_text())

@@ -265,6 +265,7 @@ def fit_or_die(pair, data, root, kind, kill_at):
     trainer = Trainer(
         accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_progress_bar=False, val_check_interval=4,
         enable_model_summary=False, use_distributed_sampler=False, accumulate_grad_batches=2, gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
         callbacks=[GraftCallback(), Kill(kill_at), ModelCheckpoint(root, save_last=True, every_n_train_steps=1)],
     )  # fmt: skip
     last = root / "last.ckpt"

@@ -142,6 +142,7 @@ def root(tmp_path_factory):
         "trainer": {
             "accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False, "log_every_n_steps": 1,
             "enable_model_summary": False, "enable_checkpointing": False, "gradient_clip_val": None,
+            "num_sanity_val_steps": 0,
             "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger",
                        "init_args": {"save_dir": str(root / "runs"), "name": "own"}},
         },

@@ -46,7 +46,7 @@ def run(folders, root, kind="full", callbacks=(), strategy="auto", world_size=1,
     trainer = Trainer(
         accelerator="cpu", devices=world_size, strategy=strategy, max_epochs=2, logger=False, precision=precision,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, inference_mode=False,
-        use_distributed_sampler=False, default_root_dir=root, callbacks=list(callbacks),
+        use_distributed_sampler=False, default_root_dir=root, callbacks=list(callbacks), num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(module, data)
     return module, trainer

@@ -197,6 +197,7 @@ def test_every_training_runs_once_though_the_command_is_killed(setting, tmp_path
     assert sorted(grafts) == [(lr, seed) for lr in (1e-3, 2e-3) for seed in (0, 1)]
 
 
+@pytest.mark.slow
 def test_a_job_in_a_process_of_its_own_from_the_start(setting, tmp_path):
     """As trainings on several devices are: Lightning may start more processes from it."""
     recipe = Recipe(setting / "fit.yaml", {})
