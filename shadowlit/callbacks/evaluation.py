@@ -19,17 +19,16 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
-from shadowlit.data.conversation import raise_all
+from shadowlit.data.conversation import gathered, located, raise_all
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
-from shadowlit.errors import DataError, GraftError, wrong_names
+from shadowlit.errors import GraftError, wrong_names
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.samples import log_text, side_by_side
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
-from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
 
@@ -120,10 +119,8 @@ class EvaluationCallback(Callback):
         names = data.test_names if stage == "test" else data.validation_names
         errors = [*self._problems(), *self._clashes(pl_module, names)]
         for name, evaluator in self.evaluators.items():
-            try:
+            with gathered(errors), located(f"evaluation.evaluators.{name}:"):
                 evaluator.read(self._pair, data.template_kwargs)
-            except DataError as error:
-                errors.append(f"evaluation.evaluators.{name}: {error}")
         raise_all(errors)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,7 +187,11 @@ class EvaluationCallback(Callback):
         scores = module.score_names() if shared else set()
         for name in shared:
             if both := sorted(scores & set(self.evaluators[name].metric_names)):
-                yield name_clash([f"{name}/{metric}" for metric in both], "an evaluator of its name")
+                yield (
+                    f"{', '.join(f'{name}/{metric}' for metric in both)} would be logged for a validation set and for "
+                    "an evaluator of its name. Rename one of the two, in data.validation, data.test or "
+                    "evaluation.evaluators."
+                )
 
     def _graft_callback(self, trainer: Trainer) -> GraftCallback | None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
-from shadowlit.data.conversation import raise_all
+from shadowlit.data.conversation import gathered, raise_all
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.images import ImageCollate
 from shadowlit.data.loader import ResumableLoader, make_loader
@@ -120,24 +120,18 @@ class ShadowData(DataSettings, LightningDataModule):
             DataError: All problems with the sources, of which one message lists up to five.
         """
         self._resume = None  # a position that was loaded for an earlier command
-        errors = []
+        errors: list[str] = []
         for name, sources, use in self.wanted(stage):
-            try:
-                if name not in self._sets:
+            if name not in self._sets:
+                with gathered(errors):
                     self._add(name, *self._preparation.samples(name, sources, use))
-            except DataError as error:
-                errors.append(str(error))
         if stage in ("predict", None) and self.predict is not None and self.prompts is None:
-            try:
+            with gathered(errors):
                 self.prompts, self.reports["predict"] = self._preparation.prompts(self.predict)
                 rank_zero_info(f"data: {self.reports['predict']}")
-            except DataError as error:
-                errors.append(str(error))
         if stage in ("fit", None) and self.streaming and self.train and not errors:
-            try:
+            with gathered(errors):
                 require_packable(self, self._stream().first_samples())
-            except DataError as error:
-                errors.append(str(error))
         raise_all(errors)
         if stage in ("fit", None) and "train" in self._sets:
             self._warn_of_overlap()

@@ -28,7 +28,7 @@ from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import DataError, ShadowlitError, wrong_names
+from shadowlit.errors import ShadowlitError, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
@@ -37,7 +37,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores, name_clash
+from shadowlit.training.metrics import Scores
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
@@ -398,10 +398,11 @@ class ShadowModule(LightningModule):
         Reduced over all ranks; every rank must call it.
         """
         found: dict[str, float] = {}
-        for (who, set_name), metric in self._scores.items():
+        writers: dict[str, Writer] = {}
+        for (who, one), metric in self._scores.items():
             for what, value in metric.compute().items() if who == subject else ():
-                if (name := f"{set_name}/{what}" if set_name else what) in found:
-                    raise DataError(name_clash([name], "all sets together"))
+                name = f"{one}/{what}" if one else what
+                claim(writers, name, (0, f"the set {one!r}" if one else "all sets together"))
                 found[name] = value
         return found
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from shadowlit.callbacks.record import AddedMetrics, ValidationRecord
-from shadowlit.errors import DataError, ShadowlitError
+from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.subject import TUNED
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
@@ -117,7 +117,7 @@ def test_a_set_and_a_metric_of_all_sets_with_one_name(pair):
     module._scores = {
         (TUNED, ""): SimpleNamespace(compute=lambda: {"left/loss": 1.0}), (TUNED, "left"): metric,
     }  # fmt: skip
-    with pytest.raises(DataError, match="left/loss would be logged for a validation set and for all sets together"):
+    with pytest.raises(ShadowlitError, match="left/loss would be logged by all sets together and by the set 'left', "):
         module.scores(TUNED)
 
 
