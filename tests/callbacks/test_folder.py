@@ -71,3 +71,12 @@ def test_no_config_is_overwritten_and_none_is_missing(tmp_path, monkeypatch):
     save(1.0, CSVLogger("runs", "csv", "named"))
     with pytest.raises(RuntimeError, match=r"expected runs/csv/named/config\.yaml to NOT exist"):  # with its metrics
         save(2.0, CSVLogger("runs", "csv", "named"))
+
+
+def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
+    """Which is a collective: the first one would wait for the others for ever."""
+    asked = []
+    strategy = SimpleNamespace(broadcast=lambda folder: asked.append(folder) or folder)
+    trainer = SimpleNamespace(default_root_dir=tmp_path, logger=None, strategy=strategy, is_global_zero=False)
+    PredictionWriter().write_on_epoch_end(trainer, None, [], [])
+    assert asked == [str(tmp_path)] and not list(tmp_path.iterdir())
