@@ -19,10 +19,12 @@ import yaml
 from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
@@ -46,6 +48,11 @@ warnings.filterwarnings("ignore", message="`loftq_config` specified but will be 
 
 class ShadowTrainer(Trainer):
     """Lightning's Trainer with a command that shows the data it would train on."""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's own folder, which Lightning's own is not with every logger."""
+        return str(run_folder(self))
 
     def preview(
         self, model: LightningModule, datamodule: ShadowData, split: str = "train", num_samples: int = 3
@@ -73,8 +80,10 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it."""
+        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder."""
         if trainer.loggers:
+            if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
+                self.config_filename = unused(run_folder(trainer) / "config.yaml").name
             super().setup(trainer, pl_module, stage)
 
 

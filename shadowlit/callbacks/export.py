@@ -17,6 +17,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
@@ -180,8 +181,7 @@ class ExportCallback(Callback):
             export_adapter(target, module.pair, module.adapter, state, manifest)
 
     def _target(self, trainer: Trainer) -> Path:
-        root = Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "export"
-        return Path(trainer.strategy.broadcast(str(root)))
+        return Path(self.folder) if self.folder else run_folder(trainer) / "export"
 
 
 def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_remote_code: bool) -> None:

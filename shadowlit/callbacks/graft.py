@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
-from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
+from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.transforms import Transforms
@@ -129,7 +129,6 @@ class GraftCallback(Callback):
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
         self._untouched = UntouchedMetrics()
-        self._data = DataSignature()
         self._routing: Routing | None = None
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
@@ -355,7 +354,7 @@ class GraftCallback(Callback):
         if not self.baselines:
             return {}
         settings = settings_of([module.objective, *module.metrics.values()])
-        signature = f"{self._data.of(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
+        signature = f"{data_signature(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
         stage = self.record.stage
 
         def measure(subject: Subject, _: list[str]) -> dict[str, Metrics]:

@@ -32,7 +32,7 @@ from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import DataError, ShadowlitError, as_usage, first_line, wrong_names
+from shadowlit.errors import ShadowlitError, as_usage, first_line, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
@@ -42,11 +42,12 @@ from shadowlit.plugins import calls
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores, name_clash
+from shadowlit.training.metrics import Scores
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
+from shadowlit.training.ownership import Writer, claim, current_writer
 from shadowlit.training.parallel import parallelize, reduce_gradients
 from shadowlit.training.rehearsal import rehearse
 from shadowlit.training.separation import require_separation
@@ -202,6 +203,7 @@ class ShadowModule(LightningModule):
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
         self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
+        self._writers: dict[str, Writer] = {}  # of everything that was logged in the running command
         self._sums: tuple[tuple[str, ...], Tensor] | None = None  # the objective's, by name, of the effective batch
         self._references = References()
         # An adapter's checkpoint holds the factors only.
@@ -253,6 +255,14 @@ class ShadowModule(LightningModule):
         """
         assert self.model is not None
         return self.model(**model_inputs(batch), use_cache=False).logits
+
+    def setup(self, stage: str) -> None:
+        """Forget what an earlier command has left."""
+        self._sums = None
+        self._scores.clear()
+        self._writers.clear()
+        if stage == "fit":
+            self.objective.reset()
 
     def configure_callbacks(self) -> list[Callback]:
         """Try the objective, the metrics and the optimizer: of all hooks, this one runs before anything is loaded.
@@ -330,8 +340,9 @@ class ShadowModule(LightningModule):
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
         self.log("train/loss", sums["loss"] / number, prog_bar=True)
+        objective = id(self.objective), type(self.objective).__name__
         for name, value in self.objective.finish_step(sums).items():
-            self.log(f"train/{name}", value)
+            self.log(f"train/{name}", value, writer=objective)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
@@ -416,12 +427,23 @@ class ShadowModule(LightningModule):
 
         Reduced over all ranks; every rank must call it.
         """
-        return {
-            f"{name}/{what}" if name else what: value
-            for (who, name), metric in self._scores.items()
-            if who == subject
-            for what, value in metric.compute().items()
-        }
+        found: dict[str, float] = {}
+        writers: dict[str, Writer] = {}
+        for (who, one), metric in self._scores.items():
+            for what, value in metric.compute().items() if who == subject else ():
+                name = f"{one}/{what}" if one else what
+                claim(writers, name, (0, f"the set {one!r}" if one else "all sets together"))
+                found[name] = value
+        return found
+
+    def log(self, name: str, value: Any, *args: Any, writer: Writer | None = None, **kwargs: Any) -> None:
+        """Log a metric; callbacks log through this method too. The ``writer`` is the caller unless another is given.
+
+        Raises:
+            ShadowlitError: Another writer has logged a metric of this name.
+        """
+        claim(self._writers, name, writer or current_writer())
+        super().log(name, value, *args, **kwargs)
 
     def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
@@ -544,14 +566,12 @@ class ShadowModule(LightningModule):
 
     def _log_scores(self, stage: str) -> None:
         added, self.callback_metrics = self.callback_metrics, {}
+        writers = getattr(added, "writers", {})
         for subject in dict.fromkeys(who for who, _ in self._scores):
-            scores, prefix = self.scores(subject), f"{stage}/{subject.name}/"
-            if twice := [prefix + name for name in scores if prefix + name in added]:
-                raise DataError(name_clash(twice))
-            for name, value in scores.items():
-                self.log(prefix + name, value, prog_bar=name == "loss")
+            for name, value in self.scores(subject).items():
+                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
         for name, value in added.items():
-            self.log(name, value, prog_bar=name == "graft/gain")
+            self.log(name, value, prog_bar=name == "graft/gain", writer=writers.get(name))
         self._scores.clear()
 
     def _seed_dropout(self) -> None:

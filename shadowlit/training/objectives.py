@@ -86,7 +86,10 @@ class Objective(ABC):
             one.own.update(logits, outputs.batch["labels"])
         watch(logits.flatten(0, 1).index_select(0, outputs.positions).float(), outputs.targets)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027 - few need it
+    def reset(self) -> None:  # noqa: B027 - few need it
+        """Forget what an earlier fit has left. Called when a fit begins, before a checkpoint is loaded."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
         """Add to a checkpoint what the next step depends on; nothing by default."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
@@ -177,6 +180,10 @@ class PreferenceObjective(Objective):
         for one in scores:
             for metric in (one.own, *one.others.values()):
                 metric.update(answers)
+
+    def reset(self) -> None:
+        """Begin at the reference, from which the distance is 0."""
+        self.kl = 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the distance that the next step of labelled answers compares with."""
