@@ -16,6 +16,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
@@ -36,6 +38,7 @@ _LOADED = {  # by part, how it is used
 _PROBE_ROWS = 4  # rows of validation data that the logits of graft and export are compared on
 
 
+@takes_plain_values("export")
 class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
@@ -193,8 +196,7 @@ class ExportCallback(Callback):
         return None
 
     def _target(self, trainer: Trainer) -> Path:
-        root = Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "export"
-        return Path(trainer.strategy.broadcast(str(root)))
+        return Path(self.folder) if self.folder else run_folder(trainer) / "export"
 
 
 def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_remote_code: bool) -> None:

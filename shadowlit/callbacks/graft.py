@@ -20,9 +20,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.scores import error_of_gain, score_table
-from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
+from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.transforms import Transforms
@@ -42,6 +43,7 @@ _GAINS = {"graft/gain": "as exported", "graft/gain_unrounded": "without rounding
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@takes_plain_values("graft")
 class GraftCallback(Callback):
     """Runs every validation a second time on the grafted Instruct, ``W_I + scale * (W_B+ - W_B)``.
 
@@ -145,7 +147,6 @@ class GraftCallback(Callback):
         self._run = RunTotals()
         self._untouched = UntouchedMetrics()
         self._instruct_losses: dict[str, dict[str, torch.Tensor]] = {}  # by stage and set: of each sample, [N, 2]
-        self._data = DataSignature()
         self._routing: Routing | None = None
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
@@ -407,7 +408,7 @@ class GraftCallback(Callback):
         if not self.baselines:
             return {}
         settings = settings_of([module.objective, *module.metrics.values()])
-        signature = f"{self._data.of(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
+        signature = f"{data_signature(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
         stage = self.record.stage
 
         def measure(subject: Subject, _: list[str]) -> dict[str, Metrics]:

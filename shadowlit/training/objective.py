@@ -64,7 +64,9 @@ def sum_tokens(
     rows = counts[0] > 0
     exact = rows & (counts[0] == counts[1])
     losses = losses.to(accumulation_dtype(losses.device))
-    by_token = torch.stack([torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]])
+    by_token = torch.stack(
+        [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]]
+    )
     # Without packing each row is a sample, so that nothing waits for a GPU to find their number.
     by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
     return TokenSums(losses.sum(), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum(), by_sample.T)

@@ -151,7 +151,9 @@ def test_the_error_of_the_gain_is_that_of_a_ratio_over_paired_samples(tmp_path, 
     assert error == pytest.approx(jackknife, rel=0.15)
     assert error == pytest.approx(error_of_gain(before, after), rel=1e-4)
     residual = difference - gain * tokens
-    assert error == pytest.approx((residual.square().sum() / (count - 1) / count).sqrt().item() / tokens.mean().item(), rel=1e-4)
+    assert error == pytest.approx(
+        (residual.square().sum() / (count - 1) / count).sqrt().item() / tokens.mean().item(), rel=1e-4
+    )
     assert logged["graft/gain"] == pytest.approx(gain.item(), rel=1e-4)
     assert graft.finished.errors.keys() == {"loss", "left/loss", "right/loss"}
 
