@@ -32,6 +32,7 @@ from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import WITHOUT_SUPER, calls, path_of
+from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
 
@@ -195,11 +196,7 @@ class EvaluationCallback(Callback):
         scores = module.score_names() if shared else set()
         for name in shared:
             if both := sorted(scores & set(self.evaluators[name].metric_names)):
-                yield (
-                    f"{', '.join(f'{name}/{metric}' for metric in both)} would be logged for a validation set and for "
-                    "an evaluator of its name. Rename one of the two, in data.validation, data.test or "
-                    "evaluation.evaluators."
-                )
+                yield name_clash([f"{name}/{metric}" for metric in both])
 
     def _graft_callback(self, trainer: Trainer) -> GraftCallback | None:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -459,8 +459,10 @@ class GraftCallback(Callback):
         swaps_s = graft.apply_s
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MeasuresSubjects):
+                self.record.metrics.callback = callback
                 with isolate_rng():
                     callback.on_subject(trainer, module, subject, self.record)
+                self.record.metrics.callback = None
         graft.apply_s = swaps_s  # swaps that another callback asked for are not the graft's
         if subject not in self.record.subjects:
             self.record.subjects.append(subject)

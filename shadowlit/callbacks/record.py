@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from shadowlit.errors import GraftError
 from shadowlit.grafting.subject import Subject
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.ownership import Writer, claim, current_writer
 
 
 @dataclass
@@ -28,17 +27,28 @@ class RunTotals:
 
 
 class AddedMetrics(dict[str, float]):
-    """The metrics of a validation, ``closed`` when it is over; ``writers`` knows who was the first to add each."""
+    """The metrics of a validation: none is added twice, and none when they are ``closed``.
+
+    Attributes:
+        callback: The callback whose ``on_subject`` is running, which may be repeated and then replaces its own.
+    """
 
     def __init__(self, *metrics: Mapping[str, float], closed: bool = False) -> None:
         super().__init__(*metrics)
-        self.writers: dict[str, Writer] = {}
+        self.callback: object = None
+        self._by: dict[str, object] = {}
         self._closed = closed
 
     def __setitem__(self, name: str, value: float) -> None:
         if self._closed:
             raise _too_late(name)
-        claim(self.writers, name, current_writer())
+        if name in self and (self.callback is None or self._by[name] is not self.callback):
+            raise GraftError(
+                f"{name} was added to a ValidationRecord before {_title(self.callback)} adds it, by "
+                f"{_title(self._by[name])}, and one value would replace the other. Rename one of the two, or remove a "
+                "callback that is listed twice."
+            )
+        self._by[name] = self.callback
         super().__setitem__(name, value)
 
     def __ior__(self, other: Any) -> AddedMetrics:  # type: ignore[override,misc]
@@ -60,8 +70,7 @@ class ValidationRecord:
         run: Totals of the fit that it belongs to.
         subjects: Subjects measured so far, in this order.
         metrics: Metrics by name. Callbacks add theirs in ``on_subject`` or ``on_validation_epoch_end``; the module logs
-            them with its scores. A name belongs to the callback that was the first to add it; if another one adds it,
-            that is an error. From ``on_validation_end`` on it holds every metric that Lightning shows to callbacks,
+            them with its scores. To add a name twice is an error. From ``on_validation_end`` on it holds every metric that Lightning shows to callbacks,
             except for those that only an earlier validation measured, and adding to it is an error.
         errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
@@ -148,6 +157,10 @@ class MeasuresSubjects(Protocol):
         generators are restored. The call is repeated if a checkpoint was saved meanwhile, since the trained weights
         were swapped in for it; the second call's results must replace the first one's.
         """
+
+
+def _title(callback: object) -> str:
+    return "a callback" if callback is None else type(callback).__name__
 
 
 def _whole(part: str) -> str:

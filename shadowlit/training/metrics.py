@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,14 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.training.objective import TokenSums, token_sums
 from shadowlit.training.outputs import Answers
-from shadowlit.training.ownership import claim
+
+
+def name_clash(names: Iterable[str]) -> str:
+    """The message that metrics would be logged twice, of which Lightning would show the mean."""
+    return (
+        f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
+        "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
+    )
 
 
 class Scores:
@@ -31,13 +38,15 @@ class Scores:
             ShadowlitError: A metric gives something that is not a number, or a name twice.
         """
         found = dict(self.own.compute())
-        writers = dict.fromkeys(found, (0, type(self.own).__name__))
         for name, metric in self.others.items():
             value = metric.compute()
             parts = {f"{name}_{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
-            for key, part in parts.items():
-                claim(writers, key, (0, f"model.metrics.{name}"))
-                found[key] = _number(key, part)
+            if twice := parts.keys() & found.keys():
+                raise ShadowlitError(
+                    f"model.metrics.{name} gives {', '.join(sorted(twice))}, which another metric gives too. Give it "
+                    "another name."
+                )
+            found.update({key: _number(key, part) for key, part in parts.items()})
         return found
 
 

@@ -32,7 +32,7 @@ from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import ShadowlitError, as_usage, first_line, wrong_names
+from shadowlit.errors import DataError, ShadowlitError, as_usage, first_line, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
@@ -42,12 +42,11 @@ from shadowlit.plugins import calls
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores, TokenScores
+from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
-from shadowlit.training.ownership import Writer, claim, current_writer
 from shadowlit.training.parallel import parallelize, reduce_gradients
 from shadowlit.training.rehearsal import rehearse
 from shadowlit.training.separation import require_separation
@@ -203,7 +202,6 @@ class ShadowModule(LightningModule):
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
         self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
-        self._writers: dict[str, Writer] = {}  # of everything that was logged in the running command
         self._sums: tuple[tuple[str, ...], Tensor] | None = None  # the objective's, by name, of the effective batch
         self._references = References()
         # An adapter's checkpoint holds the factors only.
@@ -260,7 +258,6 @@ class ShadowModule(LightningModule):
         """Forget what an earlier command has left."""
         self._sums = None
         self._scores.clear()
-        self._writers.clear()
         if stage == "fit":
             self.objective.reset()
 
@@ -340,9 +337,8 @@ class ShadowModule(LightningModule):
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
         self.log("train/loss", sums["loss"] / number, prog_bar=True)
-        objective = id(self.objective), type(self.objective).__name__
         for name, value in self.objective.finish_step(sums).items():
-            self.log(f"train/{name}", value, writer=objective)
+            self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
@@ -427,23 +423,12 @@ class ShadowModule(LightningModule):
 
         Reduced over all ranks; every rank must call it.
         """
-        found: dict[str, float] = {}
-        writers: dict[str, Writer] = {}
-        for (who, one), metric in self._scores.items():
-            for what, value in metric.compute().items() if who == subject else ():
-                name = f"{one}/{what}" if one else what
-                claim(writers, name, (0, f"the set {one!r}" if one else "all sets together"))
-                found[name] = value
-        return found
-
-    def log(self, name: str, value: Any, *args: Any, writer: Writer | None = None, **kwargs: Any) -> None:
-        """Log a metric; callbacks log through this method too. The ``writer`` is the caller unless another is given.
-
-        Raises:
-            ShadowlitError: Another writer has logged a metric of this name.
-        """
-        claim(self._writers, name, writer or current_writer())
-        super().log(name, value, *args, **kwargs)
+        return {
+            f"{name}/{what}" if name else what: value
+            for (who, name), metric in self._scores.items()
+            if who == subject
+            for what, value in metric.compute().items()
+        }
 
     def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
         """Loss and number of supervised tokens of each sample in the running validation, ``[N, 2]`` by set.
@@ -574,12 +559,14 @@ class ShadowModule(LightningModule):
 
     def _log_scores(self, stage: str) -> None:
         added, self.callback_metrics = self.callback_metrics, {}
-        writers = getattr(added, "writers", {})
         for subject in dict.fromkeys(who for who, _ in self._scores):
-            for name, value in self.scores(subject).items():
-                self.log(f"{stage}/{subject.name}/{name}", value, prog_bar=name == "loss")
+            scores, prefix = self.scores(subject), f"{stage}/{subject.name}/"
+            if twice := [prefix + name for name in scores if prefix + name in added]:
+                raise DataError(name_clash(twice))
+            for name, value in scores.items():
+                self.log(prefix + name, value, prog_bar=name == "loss")
         for name, value in added.items():
-            self.log(name, value, prog_bar=name in ("graft/gain", "graft/survival"), writer=writers.get(name))
+            self.log(name, value, prog_bar=name in ("graft/gain", "graft/survival"))
         self._scores.clear()
 
     def _seed_dropout(self) -> None:

@@ -325,7 +325,7 @@ def test_a_metric_that_a_validation_set_has_too_is_an_error(tmp_path, folders):
             return EvalResult({"score": 0.0, "loss": 0.0}, [])
 
     callbacks = [GraftCallback(), EvaluationCallback({"left": Losing()}, folder=str(tmp_path / "e"))]
-    with pytest.raises(ShadowlitError, match="left/loss would be logged by GraftCallback and by EvaluationCallback"):
+    with pytest.raises(DataError, match="left/loss would be logged for a validation set and for an evaluator"):
         fit(tmp_path, folders, callbacks=callbacks)
 
 

@@ -315,7 +315,7 @@ def test_metrics_beside_the_objective_s(root, head_loss):
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ({"loss": own("TopK")}, "loss would be logged by TokenScores and by model.metrics.loss, and one value"),
+        ({"loss": own("TopK")}, "model.metrics.loss gives loss, which another metric gives too"),
         (
             {"fine": own("TopK"), "longer": own("LongerAnswers")},
             r"model\.metrics\.longer failed on a random batch of conversations \(TypeError: .*Expected update\(logits",
