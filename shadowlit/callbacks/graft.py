@@ -91,7 +91,8 @@ class GraftCallback(Callback):
         offload: Keep the frozen weights of the pair on the CPU.
         baselines: Measure the untouched Base and Instruct once, in the first full validation.
         statistics: Log norms and survival of the update at every validation.
-        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft. null: where the adapter is exported.
+        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft; null for where the adapter is
+            exported.
         routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
             measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
@@ -224,7 +225,7 @@ class GraftCallback(Callback):
         assert isinstance(pl_module, ShadowModule)
         graft, record = self.build(pl_module), self.record
         swaps_s = graft.apply_s
-        with record.timed("graft"):
+        with record.timed("graft"), record.added_by(self):
             self._measure(trainer, pl_module)
         if not trainer.sanity_checking:
             record.metrics["graft/swap_seconds"] = graft.apply_s - swaps_s
@@ -459,10 +460,8 @@ class GraftCallback(Callback):
         swaps_s = graft.apply_s
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MeasuresSubjects):
-                self.record.metrics.callback = callback
-                with isolate_rng():
+                with isolate_rng(), self.record.added_by(callback):
                     callback.on_subject(trainer, module, subject, self.record)
-                self.record.metrics.callback = None
         graft.apply_s = swaps_s  # swaps that another callback asked for are not the graft's
         if subject not in self.record.subjects:
             self.record.subjects.append(subject)
