@@ -18,12 +18,12 @@ from shadowlit.training.module import ShadowModule
 
 @dataclass
 class RunTotals:
-    """What the validations of one fit share: seconds by part, names of all metrics so far, whether a warning was given."""
+    """What the validations of one fit share: seconds by part, names of all metrics so far and of warnings given."""
 
     started: float | None = None  # by time.perf_counter; None outside of a fit
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     names: set[str] = field(default_factory=set)
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 @dataclass

@@ -36,6 +36,7 @@ def graft(
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
     transforms: Transforms | None = None,
+    allow_zero: bool = False,
 ) -> DiskGraft:
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
 
@@ -57,13 +58,14 @@ def graft(
         allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
         transforms: Transforms of the update before it is scaled, a :class:`shadowlit.delta.transforms.Transforms`;
             a few copies of one whole tensor are then in memory.
+        allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
 
     Returns:
         The finished graft, whose ``coverage`` says which tensors got the update, and whose ``survival`` is the
         fraction of the update that survives rounding to the result's dtype.
 
     Raises:
-        GraftError: The models don't fit together, or the selection or a scale matches no tensor.
+        GraftError: The models don't fit together, the selection or a scale matches no tensor, or the update is zero.
         CheckpointError: A checkpoint is missing or broken.
         ExportError: ``out`` exists or can't be written.
 
@@ -73,8 +75,9 @@ def graft(
         print(f"{done.survival:.1%} of the update survives")
     """
     with plan_graft(
-        base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle, transforms=transforms
-    ) as plan:
+        base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle,
+        transforms=transforms, allow_zero=allow_zero,
+    ) as plan:  # fmt: skip
         write_graft(*plan, out, max_shard_bytes=max_shard_bytes, files_from=files_from)
     return plan[0]
 
@@ -90,6 +93,7 @@ def plan_graft(
     dtype: str | None = None,
     allow_pickle: bool = False,
     transforms: Transforms | None = None,
+    allow_zero: bool = False,
 ) -> Iterator[tuple[DiskGraft, MakeManifest]]:
     """Open three models and check from their headers that they can be grafted; see :func:`graft`."""
     pair = ModelPair(str(base), str(instruct))
@@ -100,7 +104,7 @@ def plan_graft(
         in_place = base_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
         scales = Scale.parse(str(scale))
-        plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms)
+        plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms, allow_zero)
         yield plan, lambda: build_manifest(
             pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
             config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
