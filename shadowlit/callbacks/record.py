@@ -24,13 +24,13 @@ class RunTotals:
         started: When the fit started, by time.perf_counter; None outside of a fit.
         seconds: Seconds by part.
         names: Names of all metrics that were added so far.
-        warned: Whether it was warned of what rounding loses.
+        warned: What was warned of.
     """
 
     started: float | None = None
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     names: set[str] = field(default_factory=set)
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 class AddedMetrics(dict[str, float]):
