@@ -22,8 +22,6 @@ from torch.utils.hooks import RemovableHandle
 
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
-from shadowlit.checkpoint.alignment import AlignedReader
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
@@ -257,8 +255,7 @@ class GraftCallback(Callback):
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
         if self.graft is None or self.graft.model is not pl_module.model:
             self._release()
-            base = AlignedReader.open(pl_module.pair.base_folder(), pl_module.pair.instruct_folder())
-            instruct = CheckpointReader(pl_module.pair.instruct_folder())
+            base, instruct = pl_module.pair.readers()
             self.graft = LiveGraft(
                 pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload,
                 transforms=self.transforms,
