@@ -16,6 +16,7 @@ import numpy as np
 
 from shadowlit.checkpoint import names
 from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.numeric import widen
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import CheckpointError, GraftError
@@ -124,10 +125,12 @@ def repeats_embedding(reader: TensorReader) -> bool | None:
     if head.shape != body.shape:
         return False
     for window in row_windows(head):
-        if head.code == body.code and np.array_equal(*(reader.raw_rows(name, *window) for name in both)):
+        one, other = (reader.raw_rows(name, *window) for name in both)
+        if head.code == body.code and np.array_equal(one, other):
             continue
         # Slower, but knows that 0 equals -0.
-        if not (head.is_weight and body.is_weight and np.array_equal(*(reader.rows(name, *window) for name in both))):
+        weights = head.is_weight and body.is_weight
+        if not weights or not np.array_equal(widen(one, head.code), widen(other, body.code)):
             return False
     return True
 
