@@ -372,9 +372,10 @@ class GraftCallback(Callback):
         for subject, metrics in untouched.items():
             record.metrics |= {f"{record.stage}/{subject.name}/{name}": value for name, value in metrics.items()}
         if untouched:
-            for name, subject in (("gain", main), ("gain_unrounded", unrounded)):
-                if subject:
-                    record.metrics[f"graft/{name}"] = untouched[INSTRUCT]["loss"] - module.scores(subject)["loss"]
+            loss = untouched[INSTRUCT]["loss"]
+            record.metrics["graft/gain"] = loss - module.scores(main)["loss"]
+            if unrounded:
+                record.metrics["graft/gain_unrounded"] = loss - module.scores(unrounded)["loss"]
             before = self._instruct_losses.get(record.stage, {})
             for name, losses in module.sample_losses(main).items():
                 if name in before:

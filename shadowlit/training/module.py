@@ -347,7 +347,8 @@ class ShadowModule(LightningModule):
         number = sums["count"].clamp(min=1)
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
-        loss, step, every = sums["loss"] / number, self.trainer.global_step + 1, self.trainer.log_every_n_steps
+        loss, step = sums["loss"] / number, self.trainer.global_step + 1
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.losses.add(step, optimizer.param_groups[0]["lr"], loss)
         if loss.device.type == "cpu" or (every and step % every == 0):
             self.losses.check()
