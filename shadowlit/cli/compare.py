@@ -100,7 +100,7 @@ def compare(
         report = write(summarise(rows, described, gain=gained, keep=kept), folder / "report")
     console.print(f"report    {report}")
     if failed:
-        reasons = "; ".join(f"{name}: {last_words(folder / name)}" for name in failed)
+        reasons = "; ".join(f"{name}: {last_words(folder / name).removesuffix('.')}" for name in failed)
         raise ShadowlitError(
             f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {reasons}. Fix the cause, and "
             f"start the same command again; the logs are in {folder}."
