@@ -33,8 +33,8 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
     """Find everything in which the two models of a pair do not fit together, before any weight is loaded.
 
     Reads configs, tokenizers, safetensors headers, the samples of the fingerprints, some embedding rows, and an output
-    head that a tied model stores; this takes seconds whatever the size of the models. Nothing is raised for what is found. A part that can't be read is a problem
-    too, and only the checks that need it are skipped.
+    head that a tied model stores; this takes seconds whatever the size of the models. Nothing is raised for what is
+    found. A part that can't be read is a problem too, and only the checks that need it are skipped.
 
     Example::
 
