@@ -167,8 +167,9 @@ class EvaluationCallback(Callback):
                 self.on_subject(trainer, pl_module, TUNED, self.record)
             elif self.baselines:
                 self._measure_untouched(trainer, pl_module, self._graft.build(pl_module))
-            self._write(trainer, self.record.stage)
-            self._add_metrics(self.record)
+            self._write(trainer, self.record)
+            with self.record.added_by(self):
+                self._add_metrics(self.record)
         self._validations += trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     on_test_start = on_validation_start
@@ -256,13 +257,12 @@ class EvaluationCallback(Callback):
             record.metrics[f"evaluation/{name}/seconds"] = record.spent(f"evaluation/{name}")
         record.add_cost("evaluation")
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
+    def _write(self, trainer: Trainer, record: ValidationRecord) -> None:
         """Write the samples of all ranks to files, in the order of the rows."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        assert self.record is not None
         root = Path(self.folder or run_folder(trainer) / "evaluation")
-        home = root / ("test" if stage == "test" else f"step-{trainer.global_step}")
+        home = root / ("test" if record.stage == "test" else f"step-{trainer.global_step}")
         by_subject: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for (subject, name), found in self._found.items():
             samples = sorted(of_all_ranks(found.samples), key=lambda sample: sample["index"])
@@ -275,13 +275,13 @@ class EvaluationCallback(Callback):
             return
         for name in self.due:
             instruct = by_subject.get(("instruct", name)) or stored(root, "instruct", name)
-            self.record.errors[f"{name}/score"] = error_of_paired(instruct, by_subject.get(("grafted", name), []))
+            record.errors[f"{name}/score"] = error_of_paired(instruct, by_subject.get(("grafted", name), []))
         if not self.samples:
             return
         text = side_by_side(by_subject, root, self.due, self.samples)
         if text:
             replace_text(home / "samples.md", text)
-            log_text(trainer.loggers, f"{stage}/samples", text, trainer.global_step)
+            log_text(trainer.loggers, f"{record.stage}/samples", text, trainer.global_step)
 
 
 def _calls(name: str, evaluator: Evaluator) -> AbstractContextManager[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,7 +49,7 @@ class ExportCallback(Callback):
     Instruct's folder with the grafted weights and ``shadowlit.json``, which states where they come from and how far the
     logits of the reloaded folder are from the validated ones), with LoRA ``<folder>/adapter`` (for the Instruct, in
     PEFT's format), and on request ``<folder>/delta`` (the update itself, in bfloat16, in the format of ``shadowlit
-    delta``). Needs a GraftCallback.
+    delta``). Nothing is exported if no step was taken or the training diverged. Needs a GraftCallback.
 
     Example::
 
@@ -99,8 +101,18 @@ class ExportCallback(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Load the best weights, write the export, compare it with the graft."""
+        """Load the best weights, write the export, compare it with the graft.
+
+        Raises:
+            ExportError: A training loss was not finite, or weights aren't.
+        """
         if not self.enabled or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.global_step == 0:
+            rank_zero_warn(
+                "export: nothing is exported: no step was taken, so the graft would be the untouched Instruct. Check "
+                "trainer.max_steps, max_epochs and limit_train_batches, or set export.enabled=false."
+            )
             return
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
         # Lightning has moved the module to the CPU by now. on_train_end would be too early: a checkpoint may still
@@ -112,8 +124,12 @@ class ExportCallback(Callback):
 
     def _export(self, trainer: Trainer, pl_module: ShadowModule) -> None:
         _load_best(trainer, pl_module, self._graft)
+        statistics = self._graft.build(pl_module).statistics(self._graft.scales[0])
+        _require_finite(pl_module.losses.problem, statistics["delta_norm"])
+        self._graft.warn_of_zero(trainer, statistics)
+        _warn_of_loss(self._graft.finished.metrics)
         target = self._target(trainer)
-        manifest = self._manifest(trainer, pl_module)
+        manifest = self._manifest(trainer, pl_module, statistics)
         if "model" in self.parts:
             self._export_model(trainer, pl_module, target / "model", manifest)
         if "adapter" in self.parts and pl_module.adapter is not None:
@@ -129,17 +145,15 @@ class ExportCallback(Callback):
         rank_zero_info(f"export: {', '.join(written)} of the grafted Instruct: in {target}")
         self._graft.exported = [f"{part}: {_LOADED[part].format(str(target / part))}" for part in written]
 
-    def _manifest(self, trainer: Trainer, module: ShadowModule) -> dict[str, Any]:
+    def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:
         callback = self._graft
-        graft, scale = callback.build(module), callback.scales[0]
-        statistics = graft.statistics(scale)
         return build_manifest(
             module.pair,
-            scale=scale,
+            scale=callback.scales[0],
             select=callback.select,
             dtype=callback.dtype,
-            coverage=graft.coverage,
-            survival={"survival": statistics["survival"], "delta_norm": statistics["delta_norm"]},
+            coverage=callback.build(module).coverage,
+            survival={name: statistics[name] for name in ("survival", "delta_norm") if name in statistics},
             metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
             transforms=callback.transforms.specs,
@@ -197,6 +211,28 @@ class ExportCallback(Callback):
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder) if self.folder else run_folder(trainer) / "export"
+
+
+def _require_finite(problem: str | None, delta_norm: float) -> None:
+    """Refuse to export a training that diverged."""
+    if problem is None and math.isfinite(delta_norm):
+        return
+    raise ExportError(
+        f"nothing is exported: {problem or f'the norm of the update is {delta_norm}'}. Train again with a lower "
+        "model.lr, or from an earlier checkpoint."
+    )
+
+
+def _warn_of_loss(metrics: Mapping[str, float]) -> None:
+    """Warn if the graft that is exported scores worse than the untouched Instruct."""
+    gain = metrics.get("graft/gain", 0.0)
+    if not gain >= 0:
+        rank_zero_warn(
+            "export: the grafted model scores worse than the untouched Instruct: val/grafted/loss is "
+            f"{metrics['val/grafted/loss']:.4g}, val/instruct/loss {metrics['val/instruct/loss']:.4g}, graft/gain "
+            f"{gain:.4g}. Lower model.lr, train for fewer steps, let a ModelCheckpoint monitor val/grafted/loss, or "
+            "put a smaller scale first in graft.scales."
+        )
 
 
 def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_remote_code: bool) -> None:

@@ -55,9 +55,9 @@ class GraftCallback(Callback):
 
     ``val/grafted/*`` is the score of the weights that an export writes: an adapter's update is added to the Instruct's
     weights, and the sum is rounded to the export's dtype. ``graft/survival`` is the fraction of the update that
-    survives this rounding. The score without it is measured too, where an adapter is exported (``val/adapter/*``: the
-    adapter on the Instruct, as a server computes that loads it) and where less than half of the update survives
-    (``val/unrounded/*``); ``graft/gain_unrounded`` is its gain.
+    survives this rounding; it is not logged while the update is zero. The score without it is measured too, where an
+    adapter is exported (``val/adapter/*``: the adapter on the Instruct, as a server computes that loads it) and where
+    less than half of the update survives (``val/unrounded/*``); ``graft/gain_unrounded`` is its gain.
 
     Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/seconds`` and
     ``graft/time_share`` (of the run so far, in all of the callback's passes), ``graft/swap_seconds`` (in the swaps
@@ -89,7 +89,8 @@ class GraftCallback(Callback):
         offload: Keep the frozen weights of the pair on the CPU.
         baselines: Measure the untouched Base and Instruct once, in the first full validation.
         statistics: Log norms and survival of the update at every validation.
-        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft. null: where the adapter is exported.
+        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft; null for where the adapter is
+            exported.
         routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
             measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
@@ -222,7 +223,7 @@ class GraftCallback(Callback):
         assert isinstance(pl_module, ShadowModule)
         graft, record = self.build(pl_module), self.record
         swaps_s = graft.apply_s
-        with record.timed("graft"):
+        with record.timed("graft"), record.added_by(self):
             self._measure(trainer, pl_module)
         if not trainer.sanity_checking:
             record.metrics["graft/swap_seconds"] = graft.apply_s - swaps_s
@@ -362,6 +363,7 @@ class GraftCallback(Callback):
             return
         graft.measure(TUNED, partial(self._ask_others, trainer, module, TUNED))
         statistics = graft.statistics(main.scale, squares) if self.statistics else {}
+        self.warn_of_zero(trainer, statistics)
         record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
         unrounded = self._unrounded(module, statistics.get("survival", 1.0))
         if unrounded:
@@ -388,17 +390,31 @@ class GraftCallback(Callback):
             return Subject("adapter", scale)
         return Subject("unrounded", scale) if survival < _LEAST_SURVIVAL and graft.holds_float32 else None
 
+    def warn_of_zero(self, trainer: Trainer, statistics: Metrics) -> None:
+        """Warn, once in a fit, if steps were taken and the update's norm in ``statistics`` is zero."""
+        if self._run.started is not None and trainer.global_step and statistics.get("delta_norm") == 0:
+            self._warn_once(
+                "zero",
+                f"graft: the update is zero after {trainer.global_step} steps: no weight that graft.select chooses has "
+                "changed, so the grafted model is the Instruct. Check model.lr and its schedule, that graft.select "
+                f"(now {self.select}) matches what is trained, and that the training rows have supervised tokens.",
+            )
+
     def _warn_of_rounding(self, metrics: Metrics) -> None:
-        """Say once in a fit, and in every other command, that most of the update is lost in the export's dtype."""
-        if self._run.warned:
-            return
-        self._run.warned = True
+        """Warn that most of the update is lost in the export's dtype."""
         gains = [f"{metrics[name]:.4g} {what}" for name, what in _GAINS.items() if name in metrics]
-        rank_zero_warn(
+        self._warn_once(
+            "rounding",
             f"graft: only {metrics['graft/survival']:.0%} of the update survives rounding to the export's dtype"
             f"{': the gain is ' + ', '.join(gains) if gains else ''}. Export float32 (graft.dtype=float32), or the "
-            "update itself: the adapter or the delta (export.parts)."
+            "update itself: the adapter or the delta (export.parts).",
         )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        """Give a warning once in a fit, and in every other command."""
+        if what not in self._run.warned:
+            self._run.warned.add(what)
+            rank_zero_warn(message)
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule) -> dict[Subject, Metrics]:
         """Scores of the untouched models, measured in the first full validation on these data and then remembered."""
@@ -456,10 +472,8 @@ class GraftCallback(Callback):
         swaps_s = graft.apply_s
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MeasuresSubjects):
-                self.record.metrics.callback = callback
-                with isolate_rng():
+                with isolate_rng(), self.record.added_by(callback):
                     callback.on_subject(trainer, module, subject, self.record)
-                self.record.metrics.callback = None
         graft.apply_s = swaps_s  # swaps that another callback asked for are not the graft's
         if subject not in self.record.subjects:
             self.record.subjects.append(subject)

@@ -18,19 +18,27 @@ from shadowlit.training.module import ShadowModule
 
 @dataclass
 class RunTotals:
-    """What the validations of one fit share: seconds by part, names of all metrics so far, whether a warning was given."""
+    """What the validations of one fit share.
 
-    started: float | None = None  # by time.perf_counter; None outside of a fit
+    Attributes:
+        started: When the fit started, by time.perf_counter; None outside of a fit.
+        seconds: Seconds by part.
+        names: Names of all metrics that were added so far.
+        warned: What was warned of.
+    """
+
+    started: float | None = None
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     names: set[str] = field(default_factory=set)
-    warned: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 class AddedMetrics(dict[str, float]):
     """The metrics of a validation: none is added twice, and none when they are ``closed``.
 
     Attributes:
-        callback: The callback whose ``on_subject`` is running, which may be repeated and then replaces its own.
+        callback: The callback that adds metrics, if it is known; it may replace its own, as a repeated ``on_subject``
+            does.
     """
 
     def __init__(self, *metrics: Mapping[str, float], closed: bool = False) -> None:
@@ -70,8 +78,9 @@ class ValidationRecord:
         run: Totals of the fit that it belongs to.
         subjects: Subjects measured so far, in this order.
         metrics: Metrics by name. Callbacks add theirs in ``on_subject`` or ``on_validation_epoch_end``; the module logs
-            them with its scores. To add a name twice is an error. From ``on_validation_end`` on it holds every metric that Lightning shows to callbacks,
-            except for those that only an earlier validation measured, and adding to it is an error.
+            them with its scores. To add a name twice is an error. From ``on_validation_end`` on it holds every metric
+            that Lightning shows to callbacks, except for those that only an earlier validation measured, and adding to
+            it is an error.
         errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
     """
@@ -83,6 +92,15 @@ class ValidationRecord:
     errors: dict[str, float] = field(default_factory=dict)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _nested_s: float = 0.0
+
+    @contextmanager
+    def added_by(self, callback: object) -> Iterator[None]:
+        """Let the metrics that are added in the context be those of a callback."""
+        before, self.metrics.callback = self.metrics.callback, callback
+        try:
+            yield
+        finally:
+            self.metrics.callback = before
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

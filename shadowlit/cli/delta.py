@@ -21,6 +21,7 @@ from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.manifest import describe_source, versions
+from shadowlit.grafting.update import zero_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.progress import make_console, make_table, progress_bar
 
@@ -28,7 +29,13 @@ DType = Literal["bfloat16", "float32", "float16"]
 
 
 def make(
-    base: str, tuned: str, out: str, select: str | list[str] = "all", dtype: DType = "bfloat16", shard_size: str = "5GB"
+    base: str,
+    tuned: str,
+    out: str,
+    select: str | list[str] = "all",
+    dtype: DType = "bfloat16",
+    shard_size: str = "5GB",
+    allow_zero: bool = False,
 ) -> None:
     """Store the update tuned - base as a delta.
 
@@ -42,8 +49,11 @@ def make(
         select: all, linear (every linear layer but the output head), or regular expressions for tensor names.
         dtype: Dtype that the delta is stored in; bfloat16 loses about 0.2 % of its norm.
         shard_size: Size of the largest file, e.g. 5GB or 500MB.
+        allow_zero: Whether an update that is zero is no error.
     """
     found = Delta.make(base, tuned, select)
+    if not allow_zero and not any(map(found.changes, found.shapes)):
+        raise zero_update(f"{len(found.shapes)} tensors")
     _save(found, out, dtype, shard_size, found.manifest)
 
 
@@ -196,6 +206,7 @@ def apply(
     shard_size: str = "5GB",
     dry_run: bool = False,
     files_from: str | None = None,
+    allow_zero: bool = False,
 ) -> None:
     r"""Add a delta to an Instruct, or to its next version: instruct + scale * delta, rounded once.
 
@@ -211,12 +222,13 @@ def apply(
         dry_run: Only report what would be changed and how large the result is.
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
+        allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
     """
     opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
     with CheckpointReader(folder) as reader:
-        plan = DiskGraft(opened, reader, scales, select, wanted)
+        plan = DiskGraft(opened, reader, scales, select, wanted, allow_zero=allow_zero)
         manifest = {
             "base": opened.manifest.get("base"),
             "instruct": describe_source(instruct, folder, reader.fingerprint()),

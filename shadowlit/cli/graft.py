@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ def graft(
     files_from: str | None = None,
     allow_pickle: bool = False,
     transforms: list[dict[str, Any]] = [],  # noqa: B006 - read only, and shown by --help
+    allow_zero: bool = False,
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
@@ -51,12 +53,13 @@ def graft(
         allow_pickle: Also read pytorch_model.bin in local folders, as tensors alone: nothing in it is run.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
+        allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
     """
     start = time.perf_counter()
     wanted = None if dtype == "auto" else dtype
     with plan_graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle,
-        transforms=transforms, key="--transforms",
+        transforms=transforms, key="--transforms", allow_zero=allow_zero,
     ) as (plan, manifest):  # fmt: skip
         write(plan, manifest, out, shard_size, files_from, dry_run)
     if not dry_run:
@@ -68,14 +71,16 @@ def write(
 ) -> None:
     """Report what a planned graft covers; unless it is a dry run, write it and report what survives of the update."""
     console = make_console()
-    console.print(f"graft: {plan.coverage}")
+    covered = plan.planned.describe("left out, trained or not") if dry_run else plan.coverage
+    console.print(f"graft: {covered}")
     console.print(f"graft: the result has {decimal(plan.num_bytes, precision=2)}")
     if dry_run:
         return
     max_bytes = parse_bytes(shard_size)
     with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
         write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
-    console.print(f"graft: {plan.survival:.1%} of the update survives rounding to the result's dtype")
+    survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
+    console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
     console.print(f"graft: {out} is complete")
 
 

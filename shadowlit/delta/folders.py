@@ -36,6 +36,7 @@ def graft(
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
     transforms: Sequence[Mapping[str, Any]] = (),
+    allow_zero: bool = False,
 ) -> DiskGraft:
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
 
@@ -57,13 +58,15 @@ def graft(
         allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             ``[{"name": "dare", "density": 0.2}]``; a few copies of one whole tensor are then in memory.
+        allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
 
     Returns:
         The finished graft, whose ``coverage`` says which tensors got the update, and whose ``survival`` is the
         fraction of the update that survives rounding to the result's dtype.
 
     Raises:
-        GraftError: The models don't fit together, the selection or a scale matches no tensor, or a transform is wrong.
+        GraftError: The models don't fit together, the selection or a scale matches no tensor, a transform is wrong, or
+            the update is zero.
         CheckpointError: A checkpoint is missing or broken.
         ExportError: ``out`` exists or can't be written.
 
@@ -73,8 +76,9 @@ def graft(
         print(f"{done.survival:.1%} of the update survives")
     """
     with plan_graft(
-        base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle, transforms=transforms
-    ) as plan:
+        base, tuned, instruct, scale=scale, select=select, dtype=dtype, allow_pickle=allow_pickle,
+        transforms=transforms, allow_zero=allow_zero,
+    ) as plan:  # fmt: skip
         write_graft(*plan, out, max_shard_bytes=max_shard_bytes, files_from=files_from)
     return plan[0]
 
@@ -91,6 +95,7 @@ def plan_graft(
     allow_pickle: bool = False,
     transforms: Sequence[Mapping[str, Any]] = (),
     key: str = "transforms",
+    allow_zero: bool = False,
 ) -> Iterator[tuple[DiskGraft, MakeManifest]]:
     """Open three models and check from their headers that they can be grafted; see :func:`graft`.
 
@@ -112,7 +117,7 @@ def plan_graft(
         scales = Scale.parse(str(scale))
         if chosen:
             update = Delta.from_update(update).map(chosen)
-        plan = DiskGraft(update, instruct_reader, scales, select, dtype)
+        plan = DiskGraft(update, instruct_reader, scales, select, dtype, allow_zero)
         yield plan, lambda: build_manifest(
             ModelPair(str(base), str(instruct)), scale=scales.default, select=select, dtype=dtype,
             coverage=plan.coverage, config={"tuned": str(tuned), "scale": str(scale)},

@@ -10,7 +10,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -24,7 +25,7 @@ from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.update import Update
+from shadowlit.grafting.update import Update, zero_update
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ class DiskGraft:
         scale: Scale,
         select: str | list[str] = "linear",
         dtype: str | None = None,
+        allow_zero: bool = False,
     ) -> None:
+        self._allow_zero = allow_zero
         self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
         selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")
         self.selected = selected & frozenset(update.shapes)
@@ -124,22 +127,32 @@ class DiskGraft:
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
         sizes = {name: info.num_elements for name, info in instruct.tensors.items()}
-        self.coverage: Coverage = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
+        # From the headers: what is left out may have changed or not.
+        self.planned = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
         self._squares = [0.0, 0.0]  # of the scaled update, and of what rounding takes from it
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What the graft covers; of what it leaves out only the tensors that changed, for which they are read."""
+        return replace(self.planned, left_out=tuple(filter(self._update.changes, self.planned.left_out)))
 
     @property
     def survival(self) -> float:
         """The fraction of the update that survived rounding in the tensors streamed so far.
 
-        ``1 - ‖lost‖ / ‖scale * update‖`` with ``lost = round(grafted) - grafted``: 1 if all of it did.
+        ``1 - ‖lost‖ / ‖scale * update‖`` with ``lost = round(grafted) - grafted``: 1 if all of it did, NaN if the
+        update is zero.
         """
-        return 1 - (self._squares[1] / self._squares[0]) ** 0.5 if self._squares[0] else 1.0
+        return 1 - (self._squares[1] / self._squares[0]) ** 0.5 if self._squares[0] else math.nan
 
     def tensors(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Streamed]]:
         """Yield every tensor of the Instruct, grafted where selected, in parts that are computed ahead.
 
         A part is valid until the next one is taken; ``advance`` is called with the bytes of each.
+
+        Raises:
+            GraftError: At the end, if the scaled update is zero and that isn't allowed.
         """
         infos = self.instruct.tensors.values()
         windows = [(info, *window) for info in infos for window in row_windows(info)]
@@ -153,6 +166,8 @@ class DiskGraft:
             for name, info in self.instruct.tensors.items():
                 own = islice(parts, sum(1 for _ in row_windows(info)))
                 yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(own, advance))
+        if not (self._squares[0] or self._allow_zero):
+            raise zero_update(str(self.coverage))
 
     def _counted(
         self, parts: Iterable[tuple[tuple[int, float, float], Room]], advance: Callable[[int], None]

@@ -259,8 +259,9 @@ class LiveGraft:
 
         Returns:
             ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
-            Instruct's), ``survival`` (1: all of the update survives rounding, 0: nothing useful does),
-            and ``delta_norm/<layer>`` for every decoder layer. With transforms, all describe the transformed update.
+            Instruct's), ``survival`` (1: all of the update survives rounding, 0: nothing useful does; absent if it is
+            zero), and ``delta_norm/<layer>`` for every decoder layer. With transforms, all describe the transformed
+            update.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -280,11 +281,11 @@ class LiveGraft:
         if sharded is not None:
             dist.all_reduce(table, group=sharded.device_mesh.get_group())
         update_square, lost_square, instruct_square = table.sum(0).tolist()
-        lost_share = lost_square / (scale**2 * update_square) if scale and update_square else 0.0
+        scaled_square = scale**2 * update_square
         return {
             "delta_norm": update_square**0.5,
             "relative_delta": (update_square / instruct_square) ** 0.5 if instruct_square else 0.0,
-            "survival": 1 - lost_share**0.5,
+            **({"survival": 1 - (lost_square / scaled_square) ** 0.5} if scaled_square else {}),
             **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(layers, table.tolist(), strict=True)},
         }
 

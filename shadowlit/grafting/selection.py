@@ -32,6 +32,10 @@ class Coverage:
     towers: tuple[tuple[str, int, int], ...] = ()
 
     def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, left_out: str = "trained but left out") -> str:
+        """The report in a line, in which ``left_out`` says what the tensors of that name are."""
         text = (
             f"{self.num_selected} of {self.num_tensors} tensors, {_count(self.num_selected_parameters)} of "
             f"{_count(self.num_parameters)} parameters"
@@ -46,7 +50,7 @@ class Coverage:
         if self.left_out:
             kinds = Counter(kind_of(name) for name in self.left_out)
             listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
-            text += f"; trained but left out: {listed}"
+            text += f"; {left_out}: {listed}"
         return text
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.layout import ExpertRows, LayoutReader, canonical_keys, fused_experts
 from shadowlit.checkpoint.names import (
     GATE_UP,
@@ -33,6 +33,7 @@ from shadowlit.checkpoint.names import (
 )
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, first_line
 
 if TYPE_CHECKING:
@@ -52,6 +53,11 @@ class Update:
     def rows(self, name: str, start: int, stop: int) -> Any:
         """Rows ``start`` to ``stop`` of ``tuned - base``, [stop - start, ...]: an array, or a tensor on the CPU."""
         raise NotImplementedError
+
+    def changes(self, name: str) -> bool:
+        """Whether a value of the tensor ``name`` is not zero; reads no further than to the first one."""
+        windows = row_windows(TensorInfo(name, "F32", self.shapes[name], ""))
+        return any(np.any(np.asarray(self.rows(name, *window))) for window in windows)
 
     def require_weights(self, names: Iterable[str]) -> None:
         """Raise a GraftError unless these are updates of floating-point weights; those of a stored delta always are."""
@@ -101,6 +107,16 @@ class FullUpdate(Update):
         """See :class:`Update`."""
         tuned, base = self._tuned.rows(name, start, stop), self._base.rows(name, start, stop)
         return np.subtract(tuned, base, out=tuned) if tuned.dtype == base.dtype else tuned - base
+
+    def changes(self, name: str) -> bool:
+        """See :class:`Update`; tensors that hold no weights change with their bytes."""
+        base, tuned = self._base.info(name), self._tuned.info(name)
+        if base.code == tuned.code and all(
+            np.array_equal(self._base.raw_rows(name, *window), self._tuned.raw_rows(name, *window))
+            for window in row_windows(base)
+        ):
+            return False
+        return not (base.is_weight and tuned.is_weight) or super().changes(name)
 
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """See :class:`Update`."""
@@ -296,6 +312,15 @@ def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, sto
         return np.stack([ups[:, :, e] @ downs[e] for e in range(start, stop)]) if stop > start else downs[:0, :0]
     first = factors.part.first_row
     return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
+
+
+def zero_update(found: str) -> GraftError:
+    """The error for an update in which nothing changes."""
+    return GraftError(
+        f"the update is zero ({found}), so nothing would change. Check that tuned is the trained model and not the "
+        "Base (an adapter whose lora_B are all zero has learned nothing), that select chooses what was trained, and "
+        "that the scale is not 0. With --allow-zero (allow_zero=True) it is no error."
+    )
 
 
 def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False) -> Update:

@@ -38,6 +38,7 @@ from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 from shadowlit.plugins import calls
+from shadowlit.training.divergence import LossWatch
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
@@ -141,6 +142,12 @@ class ShadowModule(LightningModule):
         lr_scheduler_kwargs: Options of a schedule of transformers, e.g. ``{min_lr_rate: 0.1}`` for cosine_with_min_lr.
         loraplus_lr_ratio: Learning rate of LoRA's factors B divided by ``lr``: 1 for LoRA, e.g. 16 for LoRA+ (arXiv
             2402.12354).
+        on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
+            checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
+            ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
+
+    Attributes:
+        losses: The watch over the losses of the running or last fit.
     """
 
     def __init__(
@@ -169,6 +176,7 @@ class ShadowModule(LightningModule):
         lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         loraplus_lr_ratio: float = 1.0,
+        on_nan: Literal["stop", "warn"] = "stop",
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
@@ -197,6 +205,7 @@ class ShadowModule(LightningModule):
         self.metrics = dict(metrics or {})
         if wrong := wrong_names("model.metrics", self.metrics):
             raise ShadowlitError(wrong[0])
+        self.losses = LossWatch(on_nan)
         self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
@@ -259,6 +268,7 @@ class ShadowModule(LightningModule):
         """Forget what an earlier command has left."""
         self._sums = None
         self._scores.clear()
+        self.losses = LossWatch(self.losses.on_nan)
         if stage == "fit":
             self.objective.reset()
 
@@ -337,10 +347,20 @@ class ShadowModule(LightningModule):
         number = sums["count"].clamp(min=1)
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
-        self.log("train/loss", sums["loss"] / number, prog_bar=True)
+        loss, step, every = sums["loss"] / number, self.trainer.global_step + 1, self.trainer.log_every_n_steps
+        self.losses.add(step, optimizer.param_groups[0]["lr"], loss)
+        if loss.device.type == "cpu" or (every and step % every == 0):
+            self.losses.check()
+        self.log("train/loss", loss, prog_bar=True)
         for name, value in self.objective.finish_step(sums).items():
             self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def on_train_end(self) -> None:
+        """Read the losses that were not read yet."""
+        self.losses.check()
+
+    on_validation_start = on_train_end
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
         """Add a batch to the scores of ``subject``, whose weights are loaded. An override passes it on to ``super``."""
@@ -454,7 +474,8 @@ class ShadowModule(LightningModule):
         return {name: tensor for name, tensor in state.items() if name in trained}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store an 8-bit optimizer's states as plain tensors, and the state of the objective."""
+        """Store an 8-bit optimizer's states as plain tensors, and the objective's state; raise if the run diverged."""
+        self.losses.check()
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]

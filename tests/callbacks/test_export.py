@@ -1,8 +1,12 @@
 """The update as an artefact of a run."""
 
+import math
+
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
@@ -10,8 +14,11 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import is_token_tensor
 from shadowlit.delta.delta import Delta
+from shadowlit.errors import ExportError, ShadowlitError
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.subject import BASE, Subject
+from shadowlit.training.divergence import LossWatch
+from shadowlit.training.module import ShadowModule
 from tests.callbacks.test_graft import KINDS, fit, make_module, make_trainer, metrics, score_by_hand
 from tests.synthetic import RandomData
 from tests.tiny import save_pair, store_head
@@ -83,3 +90,98 @@ def test_only_the_delta_can_be_written(tmp_path):
     folders = save_pair(tmp_path, "qwen3")
     fit(tmp_path, folders, "lora", [GraftCallback(), ExportCallback(parts=["delta"], folder=str(tmp_path / "export"))])
     assert [path.name for path in (tmp_path / "export").iterdir()] == ["delta"]
+
+
+def try_export(tmp_path, lr, callbacks=(), trainer_options=None, **options):
+    """Train a tiny pair with an export to ``export``; return the module and the trainer."""
+    module = make_module(save_pair(tmp_path, "qwen3"), lr=lr, **options)
+    export = ExportCallback(parts=["delta"], folder=str(tmp_path / "export"))
+    trainer = make_trainer(tmp_path, GraftCallback(), export, *callbacks, **(trainer_options or {}))
+    trainer.fit(module, RandomData())
+    return module, trainer
+
+
+def test_a_zero_update_is_warned_of_once_and_has_no_survival(tmp_path, recwarn):
+    _, trainer = try_export(
+        tmp_path, 1e-3, kind="lora", lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda _: 0)
+    )
+    (told,) = [str(w.message) for w in recwarn if "the update is zero" in str(w.message)]
+    assert "zero after 2 steps: no weight that graft.select chooses has changed" in told and "(now linear)" in told
+    assert trainer.callback_metrics["graft/delta_norm"] == 0 and "graft/survival" not in trainer.callback_metrics
+    assert read_manifest(tmp_path / "export/delta")["survival"] == {"delta_norm": 0.0}
+
+
+def test_one_that_is_worse_than_the_instruct_is_exported_with_a_warning(tmp_path, recwarn):
+    _, trainer = try_export(tmp_path, 1e-2, kind="lora")
+    grafted, instruct, gain = (
+        trainer.callback_metrics[name].item() for name in ("val/grafted/loss", "val/instruct/loss", "graft/gain")
+    )
+    (told,) = [str(w.message) for w in recwarn if "scores worse than the untouched Instruct" in str(w.message)]
+    assert f"val/grafted/loss is {grafted:.4g}, val/instruct/loss {instruct:.4g}, graft/gain {gain:.4g}." in told
+    assert gain < 0 and (tmp_path / "export/delta").is_dir()
+
+
+def test_without_a_step_nothing_is_exported(tmp_path):
+    with pytest.warns(UserWarning, match="nothing is exported: no step was taken"):
+        try_export(tmp_path, 1e-3, trainer_options={"max_steps": 0})
+    assert not (tmp_path / "export").exists()
+
+
+class ReadsLate(ShadowModule):
+    """Leaves the losses unread in every step, as on a GPU."""
+
+    def on_before_optimizer_step(self, optimizer):
+        self.losses.check = lambda: None
+        super().on_before_optimizer_step(optimizer)
+        del self.losses.check
+
+
+@pytest.mark.parametrize(
+    ("cls", "saves", "steps_per_validation"),
+    [(ShadowModule, True, 3), (ReadsLate, True, 4), (ReadsLate, False, 3), (ReadsLate, False, 4)],
+)
+def test_a_loss_that_is_not_finite_stops_the_training(tmp_path, cls, saves, steps_per_validation):
+    """Before the next checkpoint, before the next validation, at the end."""
+    found = r"the training loss is nan at step 3, at lr 1e\+30; the last finite loss was 5\.\d+, at step 2\. Lower"
+    module = make_module(save_pair(tmp_path, "qwen3"), cls=cls, lr=1e30, warmup_ratio=0, schedule="constant")
+    saving = [ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_top_k=-1), OnExceptionCheckpoint(tmp_path)]
+    options = {"val_check_interval": 2 * steps_per_validation, "max_steps": 3}
+    trainer = make_trainer(tmp_path, GraftCallback(), *(saving if saves else ()), **options)
+    with pytest.raises(ShadowlitError, match=found):
+        trainer.fit(module, RandomData())
+    saved = sorted(path.name for path in tmp_path.rglob("*.ckpt"))
+    assert saved == (["epoch=0-step=1.ckpt", "epoch=0-step=2.ckpt"] if saves else [])
+    assert "val/tuned/loss" not in trainer.callback_metrics
+    with pytest.raises(ShadowlitError, match=found):
+        trainer.save_checkpoint(tmp_path / "late.ckpt")
+    assert not (tmp_path / "late.ckpt").exists()
+    make_trainer(tmp_path, limit_val_batches=1).validate(module, RandomData(), verbose=False)  # is another command
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"), [(-1, "the training loss is nan at step 3"), (1, "the norm of the update is")]
+)
+def test_a_training_that_diverged_is_not_exported(tmp_path, recwarn, steps, found):
+    """Told to continue, or diverged in its last step, after which there is no loss."""
+    with pytest.raises(ExportError, match=f"nothing is exported: {found}"):
+        try_export(tmp_path, 1e30, trainer_options={"max_steps": steps}, on_nan="warn")
+    told = [str(w.message) for w in recwarn if "The training continues (model.on_nan=warn)" in str(w.message)]
+    assert len(told) == (steps != 1) and not (tmp_path / "export").exists()
+
+
+def test_losses_on_a_device_are_read_together():
+    watch = LossWatch("stop")
+    for step, loss in enumerate((3.5, 2.25, math.inf, math.nan), start=1):
+        watch.add(step, 1e-3, torch.tensor(loss))
+    for _ in range(2):  # and remembered
+        with pytest.raises(
+            ShadowlitError, match=r"is inf at step 3, at lr 0\.001; the last finite loss was 2\.25, at step 2"
+        ):
+            watch.check()
+    watch = LossWatch("stop")
+    watch.check()
+    watch.add(1, 1e-3, torch.tensor(math.nan))
+    with pytest.raises(
+        ShadowlitError, match=r"at lr 0\.001; no earlier loss of this run was finite, so check the weights"
+    ):
+        watch.check()

@@ -125,15 +125,17 @@ def test_where_both_start_from_one_model_the_graft_is_the_tuned_model(folders):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_scores_do_not_depend_on_the_batches(folders, kind):
     class Batched(RandomData):
+        def __init__(self, size):
+            super().__init__()
+            self.size = size
+
         def val_dataloader(self):
-            self.batch_size, whole = size, self.batch_size
+            whole, self.batch_size = self.batch_size, self.size
             loaders = super().val_dataloader()
             self.batch_size = whole
             return loaders
 
-    found = []
-    for size in (1, 2, 8):
-        found.append(fit(folders, kind, data=Batched())[0])
+    found = [fit(folders, kind, data=Batched(size))[0] for size in (1, 2, 8)]
     for name in (name for name in found[0] if name.startswith("val/") and name.endswith("loss")):
         assert [one[name] for one in found] == pytest.approx([found[0][name]] * 3, rel=2e-7), name
 
@@ -151,9 +153,8 @@ def test_the_error_of_the_gain_is_that_of_a_ratio_over_paired_samples(tmp_path, 
     assert error == pytest.approx(jackknife, rel=0.15)
     assert error == pytest.approx(error_of_gain(before, after), rel=1e-4)
     residual = difference - gain * tokens
-    assert error == pytest.approx(
-        (residual.square().sum() / (count - 1) / count).sqrt().item() / tokens.mean().item(), rel=1e-4
-    )
+    linearised = (residual.square().sum() / (count - 1) / count).sqrt() / tokens.mean()
+    assert error == pytest.approx(linearised.item(), rel=1e-4)
     assert logged["graft/gain"] == pytest.approx(gain.item(), rel=1e-4)
     assert graft.finished.errors.keys() == {"loss", "left/loss", "right/loss"}
 
@@ -173,7 +174,7 @@ def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, fol
     logged, graft = fit(folders, "lora", callbacks=[ExportCallback(folder=str(tmp_path))])
     shown = capsys.readouterr().out
     table = score_table(graft.finished.metrics, graft.finished.errors)
-    assert [list(column.cells)[0] for column in table.columns[1:5]] == [
+    assert [next(column.cells) for column in table.columns[1:5]] == [
         f"{logged[f'val/{who}/loss']:.4f}" for who in ("base", "instruct", "tuned", "grafted")
     ]
     for place in ("loss", "left: loss", "right: loss"):

@@ -15,6 +15,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.predictions import PredictionWriter
+from shadowlit.callbacks.record import ValidationRecord
 from shadowlit.lightning_cli import SaveConfig, ShadowParser, ShadowTrainer
 
 
@@ -52,7 +53,7 @@ def test_the_folder_is_where_the_checkpoints_are(tmp_path, monkeypatch):
         assert ExportCallback()._target(trainer) == run_folder(trainer) / "export"
         PredictionWriter().write_on_epoch_end(trainer, None, [[{"index": 0, "answer": "a"}]], [])
         assert json.loads((tmp_path / folder / "predictions.jsonl").read_text())["answer"] == "a"
-        EvaluationCallback()._write(trainer, "val")
+        EvaluationCallback()._write(trainer, ValidationRecord())
 
 
 def test_no_config_is_overwritten_and_none_is_missing(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
-from shadowlit.errors import GraftError, PairError
+from shadowlit.errors import DataError, GraftError, PairError
 from shadowlit.evaluation.evaluator import EvalResult, Evaluator
 from shadowlit.grafting.export import reload_logits
 from shadowlit.grafting.manifest import read_manifest
@@ -788,7 +788,7 @@ def test_a_metric_that_the_module_scores_too_is_an_error(tmp_path, folders):
         def on_subject(self, trainer, module, subject, record):
             record.metrics[f"val/{subject.name}/left/loss"] = 1.0
 
-    with pytest.raises(DataError, match="val/grafted/left/loss would be logged for a validation set and for an eval"):
+    with pytest.raises(DataError, match="val/tuned/left/loss would be logged for a validation set and for an eval"):
         fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), Twice()])
 
 

@@ -44,7 +44,7 @@ def test_two_callbacks_do_not_overwrite_each_other_s_metric(add):
         with pytest.raises(GraftError, match=f"val/own was added .*{told}, and one value would replace the other"):
             add(metrics, "val/own")
     metrics.callback = None
-    with pytest.raises(GraftError, match="val/other was added .* a callback adds it, by a callback"):
+    with pytest.raises(GraftError, match=r"val/other was added .* a callback adds it, by a callback"):
         add(metrics, "val/other")
 
 

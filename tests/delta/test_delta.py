@@ -299,8 +299,13 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
         (["apply", d, str(instruct), out, "--select=nothing_like_it"], "matched"),
         (["make", str(base), str(tuned), d], "is not empty"),
         (["make", str(base), str(tuned), out, "--shard-size=5XB"], "expected a number and KB"),
+        (["make", str(base), str(base), out], "the update is zero (24 tensors), so nothing would change. Check"),
+        (["apply", d, str(instruct), out, "--scale=0"], "the update is zero (14 of 24 tensors, "),
     ):
         # A wrong transform is wrong usage, found before the delta is opened.
         assert main(["delta", *args]) == (2 if args[0] == "compress" else 1)
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
+    assert main(["delta", "make", str(base), str(base), str(tmp_path / "none"), "--allow-zero"]) == 0
+    assert main(["delta", "apply", str(tmp_path / "none"), str(instruct), out, "--allow-zero"]) == 0
+    assert "the update is zero" in capsys.readouterr().out

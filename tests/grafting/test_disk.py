@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
+from shadowlit.delta.folders import graft
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.manifest import read_manifest
@@ -187,8 +188,49 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
     base, instruct = save_pair(tmp_path, "qwen3")
     assert run(base, instruct, instruct, tmp_path / "out", "--dry_run=true") == 0
     shown = capsys.readouterr().out
-    assert "14 of 24 tensors" in shown and "embed_tokens, input_layernorm (2)" in shown
+    assert "14 of 24 tensors" in shown and "; left out, trained or not: embed_tokens, input_layernorm (2)" in shown
     assert not (tmp_path / "out").exists()
+
+
+def test_a_zero_update_is_an_error_unless_it_is_allowed(tmp_path, capsys):
+    """TUNED is BASE, an adapter that has learned nothing, a scale of 0; no survival is claimed of it."""
+    base, instruct = save_pair(tmp_path, "qwen3")
+    adapter = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    for tuned, options, found in (
+        (base, [], "14 of 24 tensors, 18.43 k of 27.33 k parameters)"),
+        (tmp_path / "adapter", [], "2 of 24 tensors, "),
+        (instruct, ["--scale=0"], "; trained but left out: embed_tokens, input_layernorm (2)"),
+    ):
+        assert run(base, tuned, instruct, tmp_path / "out", *options) == 1
+        told = capsys.readouterr().err
+        assert "error: the update is zero (" in told and found in told
+        assert "so nothing would change. Check that tuned is the trained model" in told and "--allow-zero" in told
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
+    with pytest.raises(GraftError, match="the update is zero"):
+        graft(base, base, instruct, tmp_path / "out")
+    assert run(base, base, instruct, tmp_path / "out", "--allow-zero") == 0
+    shown = capsys.readouterr().out
+    assert "the update is zero" in shown and "survives" not in shown and "left out" not in shown
+    assert read_manifest(tmp_path / "out")["survival"] == {"survival": "nan"}
+    left, right = tensors(tmp_path / "out"), tensors(instruct)
+    assert all(torch.equal(left[name], tensor) for name, tensor in right.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_only_what_changed_is_listed_as_left_out(tmp_path, capsys, dtype):
+    """Stored as the Base or in another dtype: of the embedding only the last row has changed, of the norms one."""
+    base, instruct = save_pair(tmp_path, "qwen3", dtype=torch.bfloat16)
+    tuned = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with torch.no_grad():
+        for parameter in (tuned.model.layers[0].mlp.up_proj.weight, tuned.model.norm.weight,
+                          tuned.model.embed_tokens.weight[-1]):  # fmt: skip
+            parameter.mul_(1.5)
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert run(base, tmp_path / "tuned", instruct, tmp_path / "out") == 0
+    assert "parameters; trained but left out: embed_tokens, norm\n" in capsys.readouterr().out
+    listed = read_manifest(tmp_path / "out")["coverage"]["left_out"]
+    assert listed == ["model.embed_tokens.weight", "model.norm.weight"]
 
 
 def test_bad_values_and_taken_targets_leave_nothing(tmp_path, capsys):

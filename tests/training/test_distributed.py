@@ -1,6 +1,7 @@
 """Real processes: one process, DDP and FSDP2 train the same model, export the same tensors, resume alike."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.objectives import SFT
 from tests.distributed import Forked, run_command, run_ranks, shadowlit
 from tests.rounding import Start, require_same_update
 from tests.synthetic import RandomData
@@ -332,6 +334,27 @@ def test_tasks_of_a_slurm_job_are_ranks(tmp_path):
     slurm = run_ranks(train_in_slurm, 2, folders, tmp_path / "slurm", slurm=True)
     torchrun = run_ranks(train, 2, folders, "lora", "fsdp2", 2, tmp_path / "torchrun")
     assert slurm[0] == slurm[1] == torchrun[0]["metrics"]
+
+
+class Spoiled(SFT):
+    """A loss that is not finite on rank 1 alone, in the third micro-batch."""
+
+    def step(self, outputs):
+        self.calls = getattr(self, "calls", 0) + 1
+        sums = dict(super().step(outputs))
+        return {**sums, "loss": sums["loss"] * math.nan} if self.calls == 3 and dist.get_rank() == 1 else sums
+
+
+def diverge(folders):
+    try:
+        make_trainer("ddp", 2, []).fit(make_module(folders, "lora", objective=Spoiled()), RandomData(8))
+    except ShadowlitError as error:
+        return str(error)
+
+
+def test_all_ranks_stop_at_a_loss_that_is_not_finite_on_one(tmp_path):
+    one, other = run_ranks(diverge, 2, save_pair(tmp_path, "qwen3"))
+    assert one == other and "the training loss is nan at step 2" in one and "at step 1. Lower" in one
 
 
 def wrong_mesh(folders):

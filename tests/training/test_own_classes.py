@@ -354,6 +354,7 @@ def test_a_module_of_one_s_own(root, capsys):
     assert model["class_path"] == "ownpackage.Scaled" and model["factor"] == 2.0 and model["lr"] == 2e-3
     again, _ = fit(saved, "--model.factor=3")
     assert again.model.factor == 3 and type(again.model) is type(cli.model)
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["fit", "--config", path, "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["model"]

@@ -196,7 +196,8 @@ class Definition:
         changed = {**self.overrides_of(key), **(more or {})}
         # What is the same for all trials is measured once, in a job of its own.
         once = {} if self.measures_each else {"graft.baselines": False, "evaluation.baselines": False}
-        own = {"export.enabled": False, **once, **self.overrides, **changed}
+        # One that diverges is a result of the sweep.
+        own = {"export.enabled": False, "model.on_nan": "warn", **once, **self.overrides, **changed}
         recipe = self._recipe(changed)
         return ("fit", *recipe.arguments(key.source, key.seed, folder, own))
 
