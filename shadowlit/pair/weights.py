@@ -164,6 +164,7 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
     alone = sorted(base.vocabulary().keys() ^ instruct.vocabulary().keys())
     heads = [name for name in alone if is_head(name)]
+    # An embedding, or the head of a model that isn't tied to its embedding.
     lost = [name for name in alone if name not in heads or not ties[name in base.vocabulary()]]
     if lost:
         yield Problem.error(

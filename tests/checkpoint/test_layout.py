@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import LayoutReader, repeats_embedding
+from shadowlit.checkpoint.layout import LayoutReader, in_layout_of_module, repeats_embedding
 from shadowlit.checkpoint.names import canonical_key
 from shadowlit.cli.main import main
 from shadowlit.delta.folders import base_of
@@ -21,7 +21,7 @@ from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.parameters import linear_names
 from shadowlit.grafting.update import open_update
-from tests.tiny import save_model, save_pair
+from tests.tiny import save_model, save_pair, store_head
 
 SIDES = ("base", "tuned", "instruct")
 MIXTURES = {
@@ -148,6 +148,32 @@ def test_an_instructs_own_head_gets_no_update_from_a_tied_base(tmp_path):
     rewrite(tmp_path / "instruct", lambda found: {**found, "lm_head.weight": head})
     assert graft(tmp_path, select="all") == 0
     assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], head)
+
+
+def test_heads_of_their_own_under_tied_configs(tmp_path):
+    base, _ = save_pair(tmp_path, "qwen3")
+    save_model(tmp_path / "tuned", "qwen3", near=base, seed=5, distance=0.02)
+    for side in SIDES:
+        store_head(tmp_path / side, own=True)
+    start, end, goal = (tensors(tmp_path / who) for who in SIDES)
+    assert graft(tmp_path, select="all") == 0
+    got = tensors(tmp_path / "out")
+    assert all(torch.equal(got[name], equation(start, end, goal, name)) for name in goal)
+    assert not torch.equal(got["lm_head.weight"], goal["lm_head.weight"])
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "instruct/config.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(model.lm_head.weight, got["lm_head.weight"])
+
+
+def test_a_missing_head_is_the_embedding_only_where_the_model_is_known_to_be_tied(tmp_path):
+    reader = CheckpointReader(save_model(tmp_path / "model", tied=True))
+    shapes = {name: info.shape for name, info in reader.tensors.items()}
+    embedding = "model.embed_tokens.weight"
+    shapes["lm_head.weight"] = shapes[embedding]
+    assert "lm_head.weight" not in in_layout_of_module(reader, shapes).tensors
+    reader.tied = True
+    presented = in_layout_of_module(reader, shapes)
+    assert presented.tied and torch.equal(presented.read("lm_head.weight"), reader.read(embedding))
 
 
 def test_a_head_repeats_its_embedding_if_all_values_are_equal(tmp_path):
