@@ -133,9 +133,6 @@ class ShadowModule(LightningModule):
         on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
             checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
             ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
-
-    Attributes:
-        losses: The watch over the losses of the running or last fit.
     """
 
     def __init__(
@@ -193,7 +190,7 @@ class ShadowModule(LightningModule):
         self.metrics = dict(metrics or {})
         if wrong := wrong_names("model.metrics", self.metrics):
             raise ShadowlitError(wrong[0])
-        self.losses = LossWatch(on_nan)
+        self.losses = LossWatch(on_nan)  # of the running or last fit
         self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
@@ -312,7 +309,8 @@ class ShadowModule(LightningModule):
         number = sums["count"].clamp(min=1)
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
-        loss, step, every = sums["loss"] / number, self.trainer.global_step + 1, self.trainer.log_every_n_steps
+        loss, step = sums["loss"] / number, self.trainer.global_step + 1
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.losses.add(step, optimizer.param_groups[0]["lr"], loss)
         if loss.device.type == "cpu" or (every and step % every == 0):
             self.losses.check()
