@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from shadowlit.callbacks.graft import GraftCallback as GraftCallback
     from shadowlit.data.module import ShadowData as ShadowData
     from shadowlit.delta.delta import Delta as Delta
+    from shadowlit.delta.folders import graft as graft
     from shadowlit.evaluation.forgetting import Divergence as Divergence
     from shadowlit.evaluation.generated import Generation as Generation
     from shadowlit.evaluation.multiple_choice import MultipleChoice as MultipleChoice
-    from shadowlit.grafting.folders import graft as graft
     from shadowlit.pair.check import check_pair as check_pair
     from shadowlit.pair.pair import ModelPair as ModelPair
     from shadowlit.training.module import ShadowModule as ShadowModule

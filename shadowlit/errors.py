@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -42,7 +43,21 @@ class EvaluationError(ShadowlitError):
     """A suite, a task, a backend or a model with which a benchmark cannot be run."""
 
 
-def first_line(error: Exception) -> str:
+class Interrupted(SystemExit):
+    """A signal that ends a command, unlike ``sys.exit`` in a user's module."""
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """Let errors end the command with the status of wrong usage."""
+    try:
+        yield
+    except ShadowlitError as error:
+        error.status = 2
+        raise
+
+
+def first_line(error: BaseException) -> str:
     """The error's type and what its first line says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 

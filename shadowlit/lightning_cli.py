@@ -6,39 +6,40 @@ import argparse
 import contextlib
 import io
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isabstract
 from types import ModuleType
-from typing import Any, ClassVar, Union, get_args, get_origin
+from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
 
 import torch
 import torchmetrics
 import yaml
 from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.data.custom_formats import format_names
-from shadowlit.data.formats import Samples
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.delta.registry import transform_names
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
 from shadowlit.pair.pair import ModelPair
 from shadowlit.parser import Known, ShortErrors
-from shadowlit.plugins import import_object
+from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
 from shadowlit.training.module import ScheduleName, ShadowModule
-from shadowlit.training.objectives import OBJECTIVES, Objective
+from shadowlit.training.objectives import OBJECTIVES, Objective, samples_of
 from shadowlit.training.optimizer import OptimizerChoice
 
 # jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
@@ -47,6 +48,11 @@ warnings.filterwarnings("ignore", message="`loftq_config` specified but will be 
 
 class ShadowTrainer(Trainer):
     """Lightning's Trainer with a command that shows the data it would train on."""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's own folder, which Lightning's own is not with every logger."""
+        return str(run_folder(self))
 
     def preview(
         self, model: LightningModule, datamodule: ShadowData, split: str = "train", num_samples: int = 3
@@ -62,13 +68,6 @@ class ShadowTrainer(Trainer):
         preview(datamodule, split, num_samples)
 
 
-class ShadowProgressBar(RichProgressBar):
-    """Lightning's progress bar; without ``/-2`` after the epoch where their number is not limited."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "   ")
-
-
 class SaveConfig(SaveConfigCallback):
     """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved."""
 
@@ -81,8 +80,10 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it."""
+        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder."""
         if trainer.loggers:
+            if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
+                self.config_filename = unused(run_folder(trainer) / "config.yaml").name
             super().setup(trainer, pl_module, stage)
 
 
@@ -96,7 +97,9 @@ def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: 
         return [*names, *own]
 
     path = f"{base.__module__}.{base.__qualname__}"
-    return Known(f"{'a name, or ' if names else ''}{what} derived from {path}, by class_path and init_args", known)
+    return Known(
+        f"{'a name, or ' if names else ''}{what} derived from {path}, by class_path and init_args", known, base
+    )
 
 
 class ShadowParser(ShortErrors, LightningArgumentParser):
@@ -145,7 +148,12 @@ class ShadowCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and set the model's class aside, which is no argument of the class itself."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except SystemExit as stop:
+            with as_usage():
+                _require_own(stop)
+            raise
         config = self.config[self.config["subcommand"]]
         strategy = config["trainer"]["strategy"]
         if isinstance(strategy, str) and strategy not in ShadowParser.known["trainer.strategy"].names():
@@ -162,6 +170,12 @@ class ShadowCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the pair, the graft, the evaluation and the export, and the defaults that Lightning's own would spoil."""
+        if missing := {"model.pair", "model.objective"} - {action.dest for action in parser._actions}:
+            with as_usage():
+                raise ShadowlitError(
+                    f"model.class_path is {path_of(self.model_class)}, whose __init__ doesn't take "
+                    f"{', '.join(sorted(missing))}. Pass *args and **kwargs on to super().__init__()."
+                )
         parser.add_class_arguments(ModelPair, "pair")
         parser.add_lightning_class_args(GraftCallback, "graft")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
@@ -170,7 +184,7 @@ class ShadowCLI(LightningCLI):
         parser.add_lightning_class_args(ThroughputCallback, "throughput")
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")
         parser.link_arguments("pair", "data.pair", apply_on="instantiate")
-        parser.link_arguments("model.objective", "data.samples", _samples_of, apply_on="instantiate")
+        parser.link_arguments("model.objective", "data.samples", samples_of, apply_on="instantiate")
         parser.set_defaults(
             {
                 "trainer.logger": {
@@ -192,8 +206,35 @@ class ShadowCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Create the trainer, the model and the data; what is wrong with a setting is an error of usage."""
-        with _as_usage():
-            super().instantiate_classes()
+        with as_usage():
+            try:
+                super().instantiate_classes()
+            except (Exception, SystemExit) as error:
+                self._raise_named(error)
+            if "callback_metrics" not in vars(self.model):
+                raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
+
+    def _raise_named(self, error: BaseException) -> NoReturn:
+        """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if error.__cause__ is not None and frames[-1].f_globals["__name__"].startswith("jsonargparse"):
+            self._raise_named(error.__cause__)  # of an error about a union of types, or about a linked value
+        kinds = {type(frame.f_locals.get("self")) for frame in frames if frame.f_code.co_name == "__init__"}
+        named: dict[str, Any] = {}
+        for key, path in _classes_of(self.config[self.subcommand]):
+            with contextlib.suppress(ShadowlitError):  # a class within a class, for example
+                named[key] = import_object(path, key, "a class")
+        if self.model_class is not ShadowModule and not isinstance(error, ShadowlitError):
+            named["model.class_path"] = self.model_class
+        if keys := [key for key, kind in named.items() if kind in kinds]:
+            key, kind = " or ".join(keys), named[keys[0]]
+            if isinstance(error, ShadowlitError):
+                raise ShadowlitError(f"{key}: {error}") from error
+            raise ShadowlitError(
+                f"{key} is {path_of(kind)}, which can't be created ({reason(kind, error)}). Correct its __init__, or "
+                "its options."
+            ) from error
+        raise error
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         """Add the subcommand that the arguments begin with, or else all: building the four others takes 0.2 s."""
@@ -206,10 +247,6 @@ class ShadowCLI(LightningCLI):
         """As configured; a preview needs none of the devices that a configuration asks for."""
         if self.subcommand == "preview":
             return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-        trainer = self._get(self.config_init, "trainer")
-        given = [*(trainer.get("callbacks") or []), *self.trainer_defaults["callbacks"]]
-        if trainer.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
-            self.trainer_defaults["callbacks"].append(ShadowProgressBar())
         return super().instantiate_trainer(**kwargs)
 
 
@@ -223,19 +260,27 @@ def _whole_numbers_first(kind: Any) -> Any:
     return Union[tuple([int, *(each for each in get_args(kind) if each is not int)])]  # noqa: UP007 - computed
 
 
-@contextlib.contextmanager
-def _as_usage() -> Iterator[None]:
-    """Let errors end the command with the status of wrong usage."""
-    try:
-        yield
-    except ShadowlitError as error:
-        error.status = 2
-        raise
+def _require_own(stop: SystemExit) -> None:
+    """Raise a ShadowlitError if it is not the parser that ends the command, but a module that it has imported."""
+    frames = [frame for frame, _ in traceback.walk_tb(stop.__traceback__)]
+    modules = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
+    keys = [frame.f_locals["self"].dest for frame in frames if frame.f_code.co_name == "_check_type"]
+    if modules and keys:
+        raise ShadowlitError(
+            f"{keys[0]} names a class of {modules[-1]}, which ends the program when it is imported "
+            f"({first_line(stop)}). Remove the call, or put it under if __name__ == '__main__'."
+        ) from stop
 
 
-def _samples_of(objective: Objective | None) -> Samples:
-    """Kind of samples that the objective learns from; without an objective it is supervised fine-tuning."""
-    return "conversations" if objective is None else objective.samples
+def _classes_of(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Keys of a configuration that hold a class and its options, and the import path of each."""
+    if isinstance(config, Mapping | Namespace):
+        if "class_path" in config:
+            yield key, config["class_path"]
+        for name in vars(config) if isinstance(config, Namespace) else config:
+            yield from _classes_of(config[name], f"{key}.{name}" if key else name)
+    for i, value in enumerate(config if isinstance(config, list) else ()):
+        yield from _classes_of(value, f"{key}[{i}]")
 
 
 def import_model_class(path: str) -> type[ShadowModule]:
@@ -270,12 +315,8 @@ def _given_class(args: ArgsType) -> str | None:
 
 
 def _class_in(config: Any) -> str | None:
-    if not isinstance(config, Mapping | Namespace):
-        return None
-    model = config.get("model")
-    if isinstance(model, Mapping | Namespace):
-        return model.get("class_path")
-    return next((path for name in ShadowCLI.subcommands() if (path := _class_in(config.get(name)))), None)
+    keys = ("model", *(f"{name}.model" for name in ShadowCLI.subcommands()))
+    return next((path for key, path in _classes_of(config) if key in keys), None)
 
 
 def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
@@ -315,7 +356,7 @@ class _Parsing(ShadowCLI):
 
 def _of(cli: type[ShadowCLI], args: ArgsType, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
     path = _given_class(args)
-    with _as_usage():
+    with as_usage():
         model_class = ShadowModule if path is None else import_model_class(path)
     return cli(
         model_class,

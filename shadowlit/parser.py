@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import IO, ClassVar, NamedTuple, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
+
+from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.plugins import import_object
 
 _KEY = re.compile(r'Parser key "([^"]+)":?\s*')
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|does not accept option ')([\w.-]+)")
 _VALUE = re.compile(r"(?:^ *Given value|Got value): (.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 _PART = re.compile(r"NestedArg\(key='(.+)', val='?(.*?)'?\)")
 _TYPES = re.compile(r"^ *Subtypes: \[(.*)\]$|Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$", re.MULTILINE)
-# What jsonargparse says about each type of a union, the most telling first, and how it is reported here.
-_CAUSES = (
-    (r"Option '(\S+)' is not accepted", r"but the class has no option \1"),
-    (r"the following arguments are required: (.+)$", r"but \1 is missing"),
-    (r"Import path (\S+) does not correspond to a subclass of (\w+)", r"but \1 is no subclass of \2"),
-    (r"Expected '(\S+)' to be a subclass of (?:<class ')?(.+?)'?>?\.", r"but \1 is no subclass of \2"),
-    (r"but (\S+) is (abstract|a protocol)$", r"but \1 is \2"),
-    (r"Problem with given class_path '(\S+)':\s+(.+)$", r"but \1 can't be imported (\2)"),
-    (
-        r"a callable class: (?!Expected)(.+?)\. Got value: Namespace\(class_path='(.+?)'.*$",
-        r"but \2 can't be imported (\1)",
-    ),
-    (r"a callable class: (?!Expected)(.+?)$", r"but it can't be imported (\1)"),
-    (r"Expected a dot import path string: (\S+)$", r"but \1 is neither a known name nor an import path"),
-)
+_OPTION = re.compile(r"Option '(\S+)' is not accepted(?:; known: (.*?)(?:\. Got value: .*)?)?$", re.MULTILINE)
+_MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILINE)
+_CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
+_SPEC = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUE, _MAX_LINES, _MAX_NAMES = 120, 6, 20
 
 
@@ -39,10 +32,12 @@ class Known(NamedTuple):
     Attributes:
         expected: What is expected, in words.
         names: Function that returns the known choices, names or import paths.
+        base: Class that the choices are derived from.
     """
 
     expected: str
     names: Callable[[], Iterable[str]] = tuple
+    base: type = object
 
 
 class ShortErrors(jsonargparse.ArgumentParser):
@@ -57,7 +52,10 @@ class ShortErrors(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and the message."""
         # A class that is given by its path has a parser of its own, whose error becomes a part of this one's.
-        if self.exit_on_error:
+        if not self.exit_on_error:
+            if _OPTION.search(message) and "; known: " not in message:  # the innermost class knows
+                message += f"; known: {', '.join(key for key in _keys(self) if not key.endswith('help'))}"
+        else:
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
                 near = difflib.get_close_matches(unknown[1], _keys(self), n=1)
@@ -92,19 +90,57 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         rest = details[option.end() :]
         whose = "" if part else f", but {option[1]} is {_VALUE.findall(rest)[0]}"
         return f"{key} is {shown}{whose}; expected {_types(rest)}."
-    matches = ((re.search(pattern, details, re.MULTILINE), report) for pattern, report in _CAUSES)
-    cause = next((match.expand(report) for match, report in matches if match), "")
-    if " has no option " in cause or cause.endswith(" is missing"):
-        return f"{key} is {shown}, {cause}."
+    if missing := _MISSING.search(details):
+        return f"{key} is {shown}, but {missing[1]} is missing."
     takes = known.get(key) or known.get(key.partition(".")[2]) or Known(_types(details))
+    specs = list(_specs(value)) if takes.base is not object or "class_path" in value else []
     names = list(takes.names())
+    causes = ((path, _cause(path, beside, takes.base, names)) for path, beside in specs)
+    path, cause = next((each for each in causes if each[1]), ("", ""))
+    if not cause and (options := _OPTION.findall(details)):
+        unknown, has = options[-1]  # the type of a union that leaves most to its options comes last
+        near = difflib.get_close_matches(unknown, has.split(", "), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        return f"{key} is {shown}, but the class has no option {unknown}.{hint}\nKnown: {has or 'none'}."
     if len(names) > _MAX_NAMES:
         ends = [name.rpartition(".")[2] for name in names]
-        wanted = (cause.split()[1] if cause else value).rpartition(".")[2]
-        near = difflib.get_close_matches(wanted, ends)
+        near = difflib.get_close_matches((path or value).rpartition(".")[2], ends)
         names = [name for name, end in zip(names, ends, strict=True) if end in near] or names[:_MAX_NAMES]
-    text = f"{key} is {shown}{f', {cause}' if cause else ''}; expected {takes.expected}."
+    text = f"{key} is {shown}{f', but {path} {cause}' if cause else ''}; expected {takes.expected}."
     return f"{text}\nKnown: {_listed(names)}." if names else text
+
+
+def _specs(value: Any) -> Iterator[tuple[str, list[str]]]:
+    """The import path of every class in a value, or in its text, and the keys that don't belong next to it."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (SyntaxError, TypeError, ValueError):  # a path, or a Namespace
+            yield from ((path, []) for path in _CLASS.findall(value) or [value])
+            return
+    if isinstance(value, dict) and "class_path" in value:
+        yield str(value["class_path"]), [str(key) for key in value if key not in _SPEC]
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in within:
+        if isinstance(each, dict | list):
+            yield from _specs(each)
+
+
+def _cause(path: str, beside: list[str], base: type, names: Iterable[str]) -> str:
+    """What is wrong with a class that should be derived from ``base``; empty for nothing that is known."""
+    if beside:
+        return f"is given {', '.join(beside)} next to class_path, which belongs under init_args"
+    if "." not in path:
+        known = path in (name.rpartition(".")[2] for name in names)
+        return "" if known else "is neither a known name nor an import path"
+    try:
+        found = import_object(path, "class_path", "a class")
+    except ShadowlitError as error:
+        return f"can't be imported ({first_line(error.__cause__ or error).removeprefix('AttributeError: ')})"
+    if not (isinstance(found, type) and issubclass(found, base)):
+        return f"is no subclass of {base.__name__}"
+    left = getattr(found, "__abstractmethods__", ())
+    return f"is abstract, since it lacks {', '.join(sorted(left))}" if left else ""
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -117,9 +153,14 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _types(details: str) -> str:
-    """The expected types as a user writes them: ``a, b`` for a Literal, ``int`` for ``<class 'int'>``, ``null``."""
     found = _TYPES.search(details)
-    types = (found[1] or found[2]) if found else ""
+    return readable_types((found[1] or found[2]) if found else "")
+
+
+def readable_types(types: str) -> str:
+    """Types as a user writes them: ``a, b`` for a Literal or a union, ``int`` for ``<class 'int'>``, ``null``."""
     types = re.sub(r"<class '([\w.]+)'>", r"\1", types)
     types = re.sub(r"typing\.Literal\[([^]]*)\]", lambda literal: literal[1].replace("'", ""), types)
-    return re.sub(r"(?:\w+\.)+(?=\w)", "", types).replace("NoneType", "null")
+    types = re.sub(r"(?:\w+\.)+(?=\w)", "", types)
+    types = re.sub(r"^(?:Union|Optional)\[(.*)\]$", r"\1", types)
+    return types.replace(" | ", ", ").replace("NoneType", "null").replace("None", "null")

@@ -143,6 +143,7 @@ def save_figure(figure: Figure, stem: str | Path) -> SavedFigure:
     """Save ``<stem>.pdf``, vectors with embedded TrueType fonts, and ``<stem>.png`` with 300 dots per inch.
 
     Both files are written atomically. The PDF holds no date, so that equal figures are equal files.
+    Example: ``save_figure(draw_spectra(spectra_of(deltas)), "figures/spectra")``.
 
     Raises:
         OSError: The files can't be written.

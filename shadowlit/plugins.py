@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
-from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.errors import Interrupted, ShadowlitError, first_line
+
+WITHOUT_SUPER = "its __init__ doesn't call super().__init__()"
+"""What is wrong with an object that lacks what its base sets."""
 
 
 def import_object(path: Any, key: str, expected: str, error: type[ShadowlitError] = ShadowlitError) -> Any:
@@ -29,6 +35,43 @@ def import_object(path: Any, key: str, expected: str, error: type[ShadowlitError
     # Not pkgutil.resolve_name, which takes a module that fails to import something for one that doesn't exist.
     module, _, name = str(path).rpartition(".")
     return _loaded(lambda: getattr(import_module(module), name), path, key, expected, error)
+
+
+def path_of(owner: Any) -> str:
+    """The import path of a class, or of an object's class."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def described(value: Any) -> str:
+    """What a user's function has returned, in a few words: ``a Tensor of shape [3]``, ``a dict``, ``None``."""
+    shape = getattr(value, "shape", None)
+    return "None" if value is None else f"a {type(value).__name__}{'' if shape is None else f' of shape {[*shape]}'}"
+
+
+@contextlib.contextmanager
+def calls(owner: Any, key: str, expected: str) -> Iterator[str]:
+    """Name the setting, which is yielded, in whatever a class from outside the package raises in the block.
+
+    Raises:
+        ShadowlitError: The block raised something else, which is the cause; ``expected`` is a sentence of its message.
+    """
+    try:
+        yield key
+    except (ShadowlitError, Interrupted):
+        raise
+    except (Exception, SystemExit) as cause:
+        if (path := path_of(owner)).startswith("shadowlit."):
+            raise
+        raise ShadowlitError(f"{key} is {path}, which fails ({reason(owner, cause)}). {expected}") from cause
+
+
+def reason(owner: Any, error: BaseException) -> str:
+    """The error in one line, with the last line that it has passed in the file of a class, or of an object's class."""
+    kind = owner if isinstance(owner, type) else type(owner)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
+    return first_line(error) + (f"; {Path(str(file)).name}, line {lines[-1]}" if lines else "")
 
 
 def known_names(group: str, built_in: Iterable[str]) -> list[str]:
@@ -83,7 +126,9 @@ def _loaded(load: Callable[[], Any], name: str, key: str, expected: str, error: 
         return load()
     except ShadowlitError as cause:  # of a module that registers something
         raise error(f"{key} is {name!r}: {cause}") from cause
-    except Exception as cause:  # importing a module runs it
+    except Interrupted:
+        raise
+    except (Exception, SystemExit) as cause:  # importing a module runs it
         raise error(
             f"{key} is {name!r}, which can't be imported ({first_line(cause)}); expected {expected}. Correct the name, "
             "or put its package on PYTHONPATH."

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
@@ -25,12 +26,24 @@ def make_console() -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
+class _Table(Table):
+    """A table that never breaks a number: where the terminal is narrower, every row becomes a list."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if Measurement.get(console, options.update_width(sys.maxsize), self).maximum <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        yield self.title or ""
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            for i, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
+                yield "  " * (i > 0) + ": ".join(filter(None, (str(column.header), str(cell))))
+
+
 def make_table(*headings: str, left: int = 1, **options: Any) -> Table:
-    """Create a table that folds text instead of cutting it; columns after the first ``left`` are aligned right."""
-    columns = (
-        Column(head, justify="left" if i < left else "right", overflow="fold") for i, head in enumerate(headings)
+    """Create a table that is readable at any width; columns after the first ``left`` are aligned right."""
+    return _Table(
+        *(Column(head, justify="left" if i < left else "right") for i, head in enumerate(headings)), **options
     )
-    return Table(*columns, **options)
 
 
 @contextmanager

@@ -2,23 +2,29 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import shadowlit
-from shadowlit.errors import ExportError, GraftError, ShadowlitError
+from shadowlit.analysis import open_model, read_run
+from shadowlit.analysis.evolution import of_deltas
+from shadowlit.errors import ExportError, GraftError, PairError, ShadowlitError
 from shadowlit.lazy import lazy_exports
 from shadowlit.version import __version__
+from tests.analysis.test_run import a_run
 
 NAMES = {
     "Delta", "Divergence", "EvaluationCallback", "ExportCallback", "Generation", "GraftCallback", "ModelPair",
     "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "similarity",
 }  # fmt: skip
+ANALYSIS = shadowlit.analysis.__all__
 HEAVY = ("torch", "numpy", "lightning", "transformers", "peft", "matplotlib", "rich", "safetensors")
 
 
@@ -107,20 +113,61 @@ def test_a_name_is_imported_when_it_is_used_and_once(tmp_path, monkeypatch):
         get("other")
 
 
+@pytest.fixture(scope="module")
+def namespace(tmp_path_factory):
+    """What the examples of ``shadowlit.analysis`` assume: a pair, two updates, a run and how its update has grown."""
+    root = tmp_path_factory.mktemp("examples")
+    save_models(root)
+    delta = shadowlit.Delta.make(root / "base", root / "tuned")
+    deltas = {"lora": delta, "full": 0.5 * delta.map([{"name": "magnitude", "density": 0.5}])}
+    deltas["lora"].save(root / "runs" / "lora")
+    deltas["full"].save(root / "my-delta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        yield {
+            **{name: getattr(shadowlit.analysis, name) for name in ANALYSIS},
+            "base": "base", "instruct": "instruct", "deltas": deltas, "run": read_run(a_run(root / "runs" / "lora")),
+            "grown": {"lora": of_deltas([1, 2], list(deltas.values()))},
+        }  # fmt: skip
+
+
+def example_of(function):
+    found = re.search(r"Example: ``(.+?)``\.", function.__doc__)
+    assert found and f"{function.__name__}(" in found[1]
+    return compile(found[1], function.__name__, "exec")
+
+
+def test_every_function_of_sweeps_has_an_example():
+    sweep = import_module("shadowlit.studies.sweep")
+    assert len([example_of(getattr(sweep, name)) for name in sweep.__all__]) == 10
+
+
+@pytest.mark.parametrize("name", ANALYSIS)
+def test_every_function_of_the_analysis_has_an_example_that_runs(name, namespace):
+    code = example_of(getattr(shadowlit.analysis, name))
+    if name not in ("losses", "evolutions", "save_figure"):  # which need a model, checkpoints and half a second
+        exec(code, dict(namespace))
+        plt.close("all")
+
+
 # --- the functions behind the commands ---
 
 
 @pytest.fixture
 def models(tmp_path):
+    save_models(tmp_path)
+    return tmp_path
+
+
+def save_models(root):
     """Base, tuned Base and Instruct of one linear layer and a norm, in float32."""
     torch.manual_seed(0)
     for name in ("base", "tuned", "instruct"):
-        folder = tmp_path / name
+        folder = root / name
         folder.mkdir()
         tensors = {"model.layers.0.mlp.up_proj.weight": torch.randn(6, 4), "model.norm.weight": torch.randn(4)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "float32"}))
-    return tmp_path
 
 
 def test_graft_writes_the_equation_and_prints_nothing(models, capsys):
@@ -139,6 +186,38 @@ def test_graft_writes_the_equation_and_prints_nothing(models, capsys):
         shadowlit.graft(models / "base", models / "tuned", models / "instruct", models / "out")
     with pytest.raises(GraftError, match="matched selection 'q_proj'"):
         shadowlit.graft(models / "base", models / "tuned", models / "instruct", models / "new", select="q_proj")
+
+
+def test_transforms_have_one_form_everywhere(models):
+    specs, weight = [{"name": "dare", "density": 0.5}], "model.layers.0.mlp.up_proj.weight"
+    sides = [models / name for name in ("base", "tuned", "instruct")]
+    delta = shadowlit.Delta.make(*sides[:2])
+    for name, given in (("listed", specs), ("chosen", shadowlit.GraftCallback(transforms=specs).transforms)):
+        shadowlit.graft(*sides, models / name, transforms=given)
+        found = load_file(models / name / "model.safetensors")[weight]
+        assert torch.equal(found, load_file(sides[2] / "model.safetensors")[weight] + delta.map(given).tensor(weight))
+        assert json.loads((models / name / "shadowlit.json").read_text())["transforms"] == [{**specs[0], "seed": 0}]
+    for wrong in ("dare", specs[0], ["dare"], [{"name": "dar"}], [{"name": "dare", "densty": 1}]):
+        with pytest.raises(GraftError, match=r"^transforms(\[0\])?(\.name|\.densty)? is "):
+            shadowlit.graft(*sides, models / "new", transforms=wrong)
+        with pytest.raises(GraftError, match=r"^transforms(\[0\])?(\.name|\.densty)? is "):
+            delta.map(wrong)
+        with pytest.raises(ShadowlitError, match=r"^graft\.transforms(\[0\])?(\.name|\.densty)? is "):
+            shadowlit.GraftCallback(transforms=wrong)
+
+
+def test_a_missing_model_is_named_by_the_users_argument(models):
+    there, missing = models / "base", str(models / "missing")
+    for key, call in (
+        (r"models\[1\]", lambda: shadowlit.similarity(there, missing)),
+        ("base", lambda: shadowlit.graft(missing, there, there, models / "new")),
+        ("tuned", lambda: shadowlit.graft(there, missing, there, models / "new")),
+        ("base", lambda: shadowlit.Delta.make(missing, there)),
+        ("source", lambda: open_model(missing)),
+        (r"pair\.instruct", lambda: shadowlit.ModelPair(there, missing).instruct_folder()),
+    ):
+        with pytest.raises(PairError, match=rf"'{missing}' is no folder.* set {key} to the folder"):
+            call()
 
 
 def test_similarity_is_that_of_the_paper(models, capsys):

@@ -2,7 +2,7 @@
 
     python experiments/embedded/preferences.py [--runs runs/preferences] [--workers 1] [--only skill] [--seeds 0 1 2]
 
-Makes the pairs of :mod:`shadowlit.demo.preferences`, runs ``compare`` on two settings (three learning rates and three
+Makes the pairs of ``preference_pairs.py``, runs ``compare`` on two settings (three learning rates and three
 seeds per arm, 36 trainings), and writes ``experiments/embedded/PREFERENCES.md``. What is finished is skipped.
 """
 
@@ -16,9 +16,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
 
 import numpy as np
+from preference_pairs import preferences
 
 from shadowlit.cli.compare import compare
-from shadowlit.demo.preferences import preferences
 from shadowlit.demo.world import World, write_rows
 from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.selection import choose_rate, scored, seeds_of, standings

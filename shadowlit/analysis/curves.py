@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from shadowlit.errors import DataError
-from shadowlit.plotting import SUBJECTS, panels, save_image
+from shadowlit.plotting import SUBJECTS
 
 _UNITS = {
     "loss": "loss (nats per token)",
@@ -39,30 +39,6 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
             if value and name not in ("step", "epoch"):
                 series.setdefault(name, []).append((int(row["step"]) + 1, float(value)))
     return series
-
-
-def plot_curves(
-    metrics: Path, target: Path, sets: Sequence[str] = ("",), whats: Sequence[str] = ("loss", "accuracy")
-) -> Path:
-    """Draw the validation metrics in a run's ``metrics.csv``, one panel per set and metric; return ``target``.
-
-    Args:
-        metrics: The run's ``metrics.csv``.
-        target: Path of the image; its ending gives the format (png, pdf, svg).
-        sets: Names of validation sets; the empty name is all of them together.
-        whats: Metrics: ``loss`` (nats per token), ``accuracy``, ``sequence_accuracy`` (both 0 to 1).
-
-    Raises:
-        DataError: The run logged none of what was asked for.
-    """
-    series = read_metrics(metrics)
-    figure, axes = panels(len(whats) * len(sets), len(sets), 4.2 * len(sets), 3.1)
-    drawn = draw_curves(axes, series, sets, whats)
-    if not drawn:
-        raise DataError(f"{metrics} has none of {', '.join(whats)} for the sets {', '.join(sets)}.")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return save_image(figure, target, dpi=150)
 
 
 def draw_curves(

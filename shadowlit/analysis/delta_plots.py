@@ -26,8 +26,10 @@ _ANNOTATED = 8  # updates; numbers in more cells couldn't be read
 def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
     """Singular values relative to the largest, a panel per kind of matrix; a line per update and layer.
 
+    Example: ``draw_spectra(spectra_of(deltas))``.
+
     Args:
-        found: Results of :func:`shadowlit.analysis.subspaces.spectra`, by the updates' names.
+        found: Results of :func:`shadowlit.analysis.subspaces.spectra_of`.
     """
     kinds = in_order(one.kind for each in found.values() for one in each)
     columns = min(4, len(kinds))
@@ -59,6 +61,8 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
 def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure:
     """Numbers for every two updates, matrices side by side; the diagonal carries no information and is blank.
 
+    Example: ``draw_matrices([matrix(compare_deltas(deltas))])``.
+
     Args:
         found: Matrices with equal names and one label, so that they share the colours.
         titles: Above them; by default none.
@@ -87,7 +91,7 @@ def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure
 
 
 def draw_overlaps(found: Sequence[Overlap]) -> Figure:
-    """Overlap of the leading directions of every two updates, 0 to 1, with what chance gives in the titles."""
+    """Overlap of the leading directions of every two updates. Example: ``draw_overlaps(overlaps(deltas, rank=2))``."""
     titles = [f"{one.side} side; {one.chance:.2g} by chance" for one in found]
     return draw_matrices([one.matrix for one in found], titles)
 
@@ -96,8 +100,10 @@ def draw_overlaps(found: Sequence[Overlap]) -> Figure:
 def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
     """Size, direction against the last checkpoint, and turns of updates over the steps of their runs.
 
+    Example: ``draw_evolution(grown)``.
+
     Args:
-        found: Results of :func:`shadowlit.analysis.evolution.evolution`, by the runs' names.
+        found: Results of :func:`shadowlit.analysis.evolution.evolutions`.
     """
     if not found:
         return message(_NO_RUNS)
@@ -121,7 +127,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
 
 @styled
 def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
-    """Sizes of updates by kind of tensor over the steps of their runs, a panel per run."""
+    """Sizes of updates by kind of tensor over the steps, a panel per run. Example: ``draw_kinds(grown)``."""
     if not found:
         return message(_NO_RUNS)
     columns = min(3, len(found))
@@ -142,6 +148,8 @@ def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
 @styled
 def draw_costs(found: Sequence[Cost], losses: Losses | None = None) -> Figure:
     """Relative error of a cut update, by kind and over all; below it, where they are known, validation losses.
+
+    Example: ``draw_costs([rank_cost(spectra_of(deltas)["lora"], [1, 2])])``.
 
     Args:
         found: Costs by rank, by density, or both: a column each.

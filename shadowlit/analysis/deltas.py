@@ -19,7 +19,6 @@ from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
@@ -30,8 +29,8 @@ from shadowlit.pair.folders import model_folder
 
 
 def open_model(source: str | Path) -> CheckpointReader:
-    """The weights of a model: a folder, or a hub id."""
-    return CheckpointReader(model_folder("model", str(source)))
+    """The weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
+    return CheckpointReader(model_folder("the", str(source), key="source"))
 
 
 def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
@@ -58,14 +57,15 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
             f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
         )
     else:
-        delta = Delta.from_update(open_update(open_model(base), model_folder("tuned", str(source))))
+        reader = CheckpointReader(model_folder("base", str(base)))
+        delta = Delta.from_update(open_update(reader, model_folder("tuned", str(source), key="source")))
     if select is None:
         return delta
     return delta.only(resolve(select, delta.shapes, linear_on_disk(described(delta.shapes)), "of the update"))
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
-    """Several updates by their names; see :func:`open_delta`."""
+    """Several updates by name; see :func:`open_delta`. Example: ``deltas = open_deltas({"lora": "runs/lora"})``."""
     return {name: open_delta(source, base) for name, source in sources.items()}
 
 
@@ -89,14 +89,18 @@ class TensorNorm:
     weight_square: float
 
 
-def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]:
-    """The size of every tensor of an update, streamed.
+def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
+    """The size of every tensor of several updates, streamed. Example: ``norms_of(deltas, open_model(base))``.
 
     Args:
-        delta: The update.
-        weights: Those that it is an update of, for relative norms. Where these lack a tensor or have another shape
+        deltas: Updates by name.
+        weights: Those that they are updates of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
+    return {name: _norms(delta, weights) for name, delta in deltas.items()}
+
+
+def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
     squares: dict[str, float] = {}
     if weights is not None:
         names = [n for n, s in delta.shapes.items() if n in weights.tensors and weights.tensors[n].shape == s]
@@ -116,15 +120,10 @@ def norms(delta: Delta, weights: TensorReader | None = None) -> list[TensorNorm]
     ]
 
 
-def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
-    """:func:`norms` of several updates, by their names."""
-    return {name: norms(delta, weights) for name, delta in deltas.items()}
-
-
 def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
     """A map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in percent.
 
-    Without the weights the root mean square of the update, ``‖Δ‖ / √n``.
+    Without the weights the root mean square of the update, ``‖Δ‖ / √n``. Example: ``norm_maps(norms_of(deltas))``.
     """
     return [_norm_map(title, tensors) for title, tensors in found.items()]
 
@@ -145,7 +144,7 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: its size, its size relative to the weights, and the kind of tensor with the largest share."""
+    """A row per update: size, relative size, kind of the largest share. Example: ``norm_table(norms_of(deltas))``."""
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)
@@ -166,13 +165,15 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
-    """σ, cosine and relative norm of a pair; see :func:`shadowlit.analysis.similarity.compare`."""
+    """σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
     (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 
 
 def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Similarity]:
     """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
+
+    Example: ``compare_deltas(deltas)[0].whole.sums.cosine``.
 
     Args:
         deltas: Two to 26 updates by name; a tensor that one lacks is zero there.
@@ -191,7 +192,7 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
 
 def trimmed(delta: Delta, density: float) -> Delta:
     """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
-    return delta.map(Transforms([{"name": "magnitude", "density": density}], "transforms"))
+    return delta.map([{"name": "magnitude", "density": density}])
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class Matrix:
 
 
 def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
-    """A measure of every two updates, over all elements.
+    """A measure of every two updates, over all elements. Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
 
     Args:
         similarities: Results of :func:`compare_deltas`.
@@ -230,7 +231,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
 
 
 def pair_table(similarities: Sequence[Similarity]) -> Table:
-    """A row for every two updates: cosine, share of opposite signs, ratio of norms."""
+    """A row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
     rows = []
     for found in similarities:
         whole = found.whole.sums
@@ -239,7 +240,7 @@ def pair_table(similarities: Sequence[Similarity]) -> Table:
 
 
 def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
-    """The comparison of two updates out of those of several.
+    """The comparison of two updates out of those of several. Example: ``only(compare_deltas(deltas), "lora", "full")``.
 
     Raises:
         DataError: There is none of the two.

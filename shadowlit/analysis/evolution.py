@@ -36,29 +36,29 @@ class Evolution:
     kinds: Mapping[str, tuple[float, ...]]
 
 
-def evolution(run: str | Path, most: int = 12) -> Evolution:
-    """Compare the updates in the checkpoints below the folder of a run, finished or not, in one streamed pass.
+def evolutions(runs: Mapping[str, str | Path], most: int = 12) -> dict[str, Evolution]:
+    """Compare the updates in the checkpoints below the folders of runs, finished or not, in one streamed pass each.
+
+    Example: ``grown = evolutions({"lora": "runs/lora"})``.
 
     Args:
-        run: Folder of the run, with checkpoints of full tuning or LoRA, single files or sharded ones.
-        most: Number of checkpoints to read, evenly spread, at most 26.
+        runs: Folders by name, with checkpoints of full tuning or LoRA, single files or sharded ones.
+        most: Number of checkpoints to read of each, evenly spread, at most 26.
 
     Raises:
         DataError: There are no checkpoints, or ``most`` is out of range.
     """
     if not 2 <= most <= 26:
         raise DataError(f"most is {most}; expected 2 to 26 checkpoints, which are compared in one pass.")
-    found = stages(run, most)
-    return of_deltas([stage.step for stage in found], [open_stage(stage) for stage in found])
-
-
-def evolutions(runs: Mapping[str, str | Path], most: int = 12) -> dict[str, Evolution]:
-    """:func:`evolution` of several runs, by their names."""
-    return {name: evolution(run, most) for name, run in runs.items()}
+    followed = {name: stages(run, most) for name, run in runs.items()}
+    return {
+        name: of_deltas([stage.step for stage in found], [open_stage(stage) for stage in found])
+        for name, found in followed.items()
+    }
 
 
 def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
-    """As :func:`evolution`, of the updates at steps that are known, in ascending order."""
+    """As :func:`evolutions`, of the updates at steps that are known, in ascending order."""
     if len(deltas) == 1:  # compared with itself: all that is known of it is its size
         (alone,) = compare_deltas({"a": deltas[0], "b": deltas[0]})
         norm = math.sqrt(alone.whole.sums.square_a)
@@ -90,7 +90,7 @@ def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
 
 
 def evolution_table(found: Mapping[str, Evolution]) -> Table:
-    """A row per run and checkpoint."""
+    """A row per run and checkpoint. Example: ``evolution_table(grown)``."""
     columns = ("run", "step", "‖Δ‖", "cosine to the last", "moved since the one before", "cosine of that to it")
     rows = [
         (name, *row)

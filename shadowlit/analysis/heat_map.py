@@ -42,7 +42,7 @@ def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap
     """A comparison by layer and kind: by one of its measures, or by its first, σ of models, the cosine of all others.
 
     A cell is the value of all weights of that kind in that layer: the mean σ, or any other measure over all elements.
-    Biases aren't shown.
+    Biases aren't shown. Example: ``of_similarity(compare_models(base, instruct))``.
     """
     measure = measure or similarity.measures[0]
     # Several tensors of one kind in one layer, as experts are, count together.
@@ -67,6 +67,7 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
     """Draw maps below each other, many narrow ones in two columns; layers to the right, cells without a value grey.
 
     Maps of one label have one scale: from zero, or symmetric about their centre.
+    Example: ``draw_heat_maps(norm_maps(norms_of(deltas)))``.
 
     Raises:
         ShadowlitError: No tensor lies in a decoder layer.

@@ -96,7 +96,7 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read the metrics that a run has logged so far; it may still be running.
+    """Read the metrics that a run has logged so far; it may still be running. Example: ``run = read_run("runs/lora")``.
 
     Args:
         folder: Folder with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, in
@@ -158,7 +158,7 @@ def located(source: str, folder: Path) -> str:
 
 
 def overview(run: Run) -> Table:
-    """Tabulate the settings of a run, its progress, and the last validation of the four models."""
+    """The settings of a run, its progress, and its last validation. Example: ``overview(run)``."""
     pair, model = run.config.get("pair") or {}, run.config.get("model") or {}
     adapter = model.get("adapter")
     settings = (adapter or {}).get("init_args", adapter or {})
@@ -188,7 +188,7 @@ def overview(run: Run) -> Table:
 
 
 def scores(run: Run) -> Table:
-    """The last score of every evaluator and model, with the gain of the graft."""
+    """The last score of every evaluator and model, with the gain of the graft. Example: ``scores(run)``."""
     rows = []
     for name in run.evaluators:
         values = [run.last(f"val/{who}/{name}/score") for who in SUBJECTS]
@@ -200,6 +200,7 @@ def changes(run: Run, step: int | None = None) -> Table:
     """Which questions the graft wins and loses against the untouched Instruct, by evaluator, in the last validation.
 
     Equal means can hide that other questions are right than before. See also :func:`answers_folder`.
+    Example: ``changes(run)``.
     """
     home = answers_folder(run, step)
     columns = ("evaluator", "right in both", "won", "lost", "wrong in both")
@@ -218,6 +219,8 @@ def changes(run: Run, step: int | None = None) -> Table:
 
 def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None = None, rows: int = 2) -> Markdown:
     """The first answers of the four models to the same questions, side by side; see also :func:`answers_folder`.
+
+    Example: ``answers(run, rows=1)``.
 
     Args:
         run: Run with ``evaluation/step-<step>/``.

@@ -23,6 +23,8 @@ _WIDE = 20
 def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Sequence[str] | None = None) -> Figure:
     """Validation metrics of the tuned Base and the grafted Instruct over the steps, the untouched models as lines.
 
+    Example: ``four_curves(run, ["loss"])``.
+
     Args:
         run: Result of :func:`shadowlit.analysis.run.read_run`.
         whats: ``loss``, ``perplexity``, ``accuracy``, ``sequence_accuracy``: a row of panels each.
@@ -41,7 +43,7 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
 
 @styled
 def gains(run: Run) -> Figure:
-    """Plot how much better the grafted Instruct is than the untouched one: in loss, and in scores if there are some."""
+    """How much better the grafted Instruct is than the untouched one, in loss and scores. Example: ``gains(run)``."""
     losses = {
         name or "all sets": run.gain(f"{name}/loss" if name else "loss") for name in dict.fromkeys(["", *run.sets])
     }
@@ -63,7 +65,7 @@ def gains(run: Run) -> Figure:
 
 @styled
 def survival(run: Run) -> Figure:
-    """Plot the fraction of the update that survives rounding, its size, and its size in each layer."""
+    """The fraction of the update that survives rounding, and its size by layer. Example: ``survival(run)``."""
     if not run.points("graft/survival"):
         return _nothing(run, "graft/survival (graft.statistics=true)")
     figure, axes = panels(3, 3, DOUBLE, 2.2)
@@ -98,7 +100,7 @@ def survival(run: Run) -> Figure:
 
 @styled
 def forgetting(run: Run) -> Figure:
-    """How far the models have moved from the untouched Instruct, on what it knew: KL in nats per token."""
+    """KL from the untouched Instruct on what it knew, in nats per token. Example: ``forgetting(run)``."""
     if not run.divergences:
         return _nothing(run, "val/grafted/…/kl (an evaluator shadowlit.evaluation.forgetting.Divergence)")
     names = run.divergences
@@ -116,7 +118,7 @@ def forgetting(run: Run) -> Figure:
 
 @styled
 def score_curves(run: Run) -> Figure:
-    """Scores of the evaluators over the steps, with standard errors; the untouched models as lines."""
+    """Scores of the evaluators with standard errors over the steps. Example: ``score_curves(run)``."""
     names = [name for name in run.evaluators if name not in run.divergences]
     if not names:
         return _nothing(run, "val/…/<evaluator>/score (a section 'evaluation' with evaluators)")
@@ -135,7 +137,7 @@ def score_curves(run: Run) -> Figure:
 
 @styled
 def training(run: Run) -> Figure:
-    """Training loss and learning rate of each effective batch."""
+    """Training loss and learning rate of each effective batch. Example: ``training(run)``."""
     if not run.points("train/loss"):
         return _nothing(run, "train/loss")
     figure, axes = panels(2, 2, DOUBLE, 2.1)

@@ -252,7 +252,7 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
     sources = [str(model) for model in models]
     bar = progress_bar if progress else lambda *_: nullcontext(lambda _: None)
     with ExitStack() as stack:
-        opened = [open_reader(model_folder(f"{i}.", model)) for i, model in enumerate(sources, start=1)]
+        opened = [open_reader(model_folder("the", model, key=f"models[{i}]")) for i, model in enumerate(sources)]
         readers: Sequence[TensorReader] = [stack.enter_context(reader) for reader, _ in opened]
         kinds = {is_delta for _, is_delta in opened}
         if len(kinds) > 1:

@@ -51,25 +51,23 @@ class Spectrum:
         return int(reached.int().argmax()) + 1
 
 
-def spectra(delta: Delta, layers: Sequence[int] | None = None) -> list[Spectrum]:
-    """The singular values of the matrices of an update in some layers; one matrix is in memory at a time.
+def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None) -> dict[str, list[Spectrum]]:
+    """The singular values of several updates' matrices in some layers; one matrix is in memory at a time.
+
+    Example: ``spectra_of(deltas, layers=[0])``.
 
     Raises:
         GraftError: See :func:`shadowlit.analysis.deltas.matrices`.
     """
-    return [
-        Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
-        for name in matrices(delta, layers)
-    ]
 
+    def spectrum(delta: Delta, name: str) -> Spectrum:
+        return Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
 
-def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None) -> dict[str, list[Spectrum]]:
-    """:func:`spectra` of several updates, by their names."""
-    return {name: spectra(delta, layers) for name, delta in deltas.items()}
+    return {title: [spectrum(delta, n) for n in matrices(delta, layers)] for title, delta in deltas.items()}
 
 
 def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
-    """Effective rank by layer and kind, a map for every update; the mean where a cell has several matrices."""
+    """Mean effective rank by layer and kind, a map per update. Example: ``rank_maps(spectra_of(deltas))``."""
     maps = []
     for title, each in found.items():
         ranks: dict[tuple[str, int], list[float]] = {}
@@ -80,7 +78,7 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
 
 
 def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
-    """A row per update: means over its matrices."""
+    """A row per update: means over its matrices. Example: ``rank_table(spectra_of(deltas))``."""
     rows = []
     for name, each in found.items():
         ranks = [(one.effective_rank, one.stable_rank, one.rank_of_share(0.9), len(one.values)) for one in each]
@@ -145,7 +143,7 @@ def subspace_overlap(
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
-    """:func:`subspace_overlap` on both sides: of what the updates write, and of what they read."""
+    """:func:`subspace_overlap` of what the updates write, and read. Example: ``overlaps(deltas, rank=2)``."""
     return [subspace_overlap(deltas, rank, "output", layers), subspace_overlap(deltas, rank, "input", layers)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 
@@ -177,18 +178,19 @@ def stream_moments(
     )
     parts = in_order(lambda task, _: _moments(readers, *task, deltas), tasks, room_bytes=0, num_bytes=num_bytes)
     whole: Moments | None = None
-    for (name, _, stop), (part, _) in zip(tasks, parts, strict=True):
-        whole = part if whole is None else whole + part
-        advance(part.num_elements)
-        if stop == sizes[name]:
-            finite = np.isfinite(whole.products.diagonal())
-            if not finite.all():
-                found = [str(reader.folder) for reader, well in zip(readers, finite, strict=False) if not well]
-                raise CheckpointError(
-                    f"tensor '{name}' of {' and '.join(found)} holds NaN or infinities. Check the run that made it."
-                )
-            yield name, whole
-            whole = None
+    with closing(parts):  # see DiskGraft.tensors
+        for (name, _, stop), (part, _) in zip(tasks, parts, strict=True):
+            whole = part if whole is None else whole + part
+            advance(part.num_elements)
+            if stop == sizes[name]:
+                finite = np.isfinite(whole.products.diagonal())
+                if not finite.all():
+                    found = [str(reader.folder) for reader, well in zip(readers, finite, strict=False) if not well]
+                    raise CheckpointError(
+                        f"tensor '{name}' of {' and '.join(found)} holds NaN or infinities. Check the run that made it."
+                    )
+                yield name, whole
+                whole = None
 
 
 def _moments(readers: Sequence[TensorReader], name: str, start: int, stop: int, deltas: bool) -> Moments:

@@ -18,7 +18,6 @@ from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.analysis.subspaces import Spectrum
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import DataError, GraftError
 
 ALL = "all"
@@ -43,6 +42,7 @@ def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
     """The relative error of the best approximation of every matrix by one of each lower rank.
 
     ``√(Σ_{i>r} s_i² / Σ s_i²)``, sums over all matrices together (Eckart and Young, 1936).
+    Example: ``rank_cost(spectra_of(deltas)["lora"], [1, 2])``.
 
     Raises:
         GraftError: No ranks, or one isn't positive.
@@ -61,6 +61,7 @@ def density_cost(delta: Delta, densities: Sequence[float]) -> Cost:
     """The relative error when only these shares of the elements of every tensor are kept, the largest.
 
     Han et al., arXiv 1506.02626; the trimming step of TIES, arXiv 2306.01708. One tensor is in memory at a time.
+    Example: ``density_cost(deltas["lora"], [0.1, 0.5])``.
 
     Raises:
         GraftError: No densities, or one outside (0, 1].
@@ -106,7 +107,7 @@ def _errors(squares: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[float,
 
 def cut_to_rank(delta: Delta, rank: int) -> Delta:
     """The update with every matrix cut to a rank; other tensors stay as they are."""
-    return delta.map(Transforms([{"name": "svd", "rank": rank}], "transforms"))
+    return delta.map([{"name": "svd", "rank": rank}])
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def losses(
     """Graft an update whole and cut onto the Instruct, and score each on the validation data of a run.
 
     The Instruct is loaded once, in float32; 4 bytes of memory per parameter. Each graft is computed from its files.
+    Example: ``losses(deltas["lora"], "runs/lora", ranks=[8])``.
 
     Args:
         delta: The update.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,24 +14,29 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
+from shadowlit.callbacks.scores import error_of_paired
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
-from shadowlit.data.conversation import raise_all
+from shadowlit.data.conversation import gathered, located, raise_all
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
-from shadowlit.errors import DataError, GraftError, wrong_names
-from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
-from shadowlit.evaluation.samples import log_text, side_by_side
+from shadowlit.errors import GraftError, wrong_names
+from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator, require_result
+from shadowlit.evaluation.samples import log_text, side_by_side, stored
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
+from shadowlit.plugins import WITHOUT_SUPER, calls, path_of
 from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
 
+@takes_plain_values("evaluation")
 class EvaluationCallback(Callback):
     """Measures tasks in every validation, on the tuned Base, the grafted Instruct and the two untouched models.
 
@@ -65,6 +70,9 @@ class EvaluationCallback(Callback):
         samples: How many rows of each generating evaluator are shown side by side.
         folder: Folder of the samples; null for ``evaluation`` in the run's own folder.
         reference: Which untouched model a divergence is measured from: base where the pair's roles are exchanged.
+
+    Attributes:
+        due: Names of the evaluators that run in the running validation, or else ran in the last one.
     """
 
     def __init__(
@@ -79,6 +87,9 @@ class EvaluationCallback(Callback):
         self.evaluators = dict(evaluators or {})
         if wrong := wrong_names("evaluation.evaluators", self.evaluators):
             raise GraftError(wrong[0])
+        for name, evaluator in self.evaluators.items():
+            if not hasattr(evaluator, "every"):
+                raise GraftError(f"evaluation.evaluators.{name} is {path_of(evaluator)}, but {WITHOUT_SUPER}.")
         self.scales = list(scales)
         self.baselines = baselines
         self.samples = samples
@@ -90,7 +101,7 @@ class EvaluationCallback(Callback):
         self._graft: GraftCallback | None = None
         self._pair: ModelPair | None = None  # with the tokenizer that the data are encoded with
         self._settings = ""  # what scores depend on besides the evaluator
-        self._due: list[str] = []
+        self.due: list[str] = []
         self._validations = 0
         self._found: dict[tuple[Subject, str], EvalResult] = {}
 
@@ -116,10 +127,9 @@ class EvaluationCallback(Callback):
         names = data.test_names if stage == "test" else data.validation_names
         errors = [*self._problems(), *self._clashes(pl_module, names)]
         for name, evaluator in self.evaluators.items():
-            try:
+            with gathered(errors), located(f"evaluation.evaluators.{name}:"), _calls(name, evaluator):
                 evaluator.read(self._pair, data.template_kwargs)
-            except DataError as error:
-                errors.append(f"evaluation.evaluators.{name}: {error}")
+                evaluator.signature()
         raise_all(errors)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,23 +152,24 @@ class EvaluationCallback(Callback):
             due = list(self.evaluators)
         else:
             due = [name for name, evaluator in self.evaluators.items() if self._validations % evaluator.every == 0]
-        self._due, self._found = due, {}
+        self.due, self._found = due, {}
 
     def on_subject(self, trainer: Trainer, module: ShadowModule, subject: Subject, record: ValidationRecord) -> None:
         """Run the due evaluators on the tuned and the grafted models; the untouched ones are measured later, once."""
-        if self._due and subject not in UNTOUCHED and (subject.main or subject.scale in self.scales):
-            self._run(trainer, module, subject, self._due)
+        if self.due and subject not in UNTOUCHED and (subject.main or subject.scale in self.scales):
+            self._run(trainer, module, subject, self.due)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what GraftCallback has not had measured, and log everything."""
-        if self._due:
+        if self.due:
             assert isinstance(pl_module, ShadowModule) and self.record is not None
             if self._graft is None:
                 self.on_subject(trainer, pl_module, TUNED, self.record)
             elif self.baselines:
                 self._measure_untouched(trainer, pl_module, self._graft.build(pl_module))
-            self._write(trainer, self.record.stage)
-            self._add_metrics(self.record)
+            self._write(trainer, self.record)
+            with self.record.added_by(self):
+                self._add_metrics(self.record)
         self._validations += trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     on_test_start = on_validation_start
@@ -202,8 +213,9 @@ class EvaluationCallback(Callback):
         assert self.record is not None
         context = self._context(trainer, module)
         for name in names:
-            with self.record.timed(f"evaluation/{name}"), isolate_rng():
-                self._found[subject, name] = self.evaluators[name].run(context)
+            evaluator = self.evaluators[name]
+            with self.record.timed(f"evaluation/{name}"), isolate_rng(), _calls(name, evaluator) as key:
+                self._found[subject, name] = require_result(evaluator.run(context), key, evaluator)
             module.eval()  # for those that follow, whatever this one left
 
     def _context(self, trainer: Trainer, module: ShadowModule) -> EvalContext:
@@ -229,7 +241,7 @@ class EvaluationCallback(Callback):
         self._untouched.measure(self._signatures(), measure)
 
     def _signatures(self) -> dict[str, str]:
-        return {name: f"{self.evaluators[name].signature()} {self._settings}" for name in self._due}
+        return {name: f"{self.evaluators[name].signature()} {self._settings}" for name in self.due}
 
     def _add_metrics(self, record: ValidationRecord) -> None:
         scores: dict[tuple[Subject, str], Metrics] = {key: found.metrics for key, found in self._found.items()}
@@ -241,27 +253,37 @@ class EvaluationCallback(Callback):
             record.metrics |= {f"{prefix}/{what}": value for what, value in metrics.items()}
             if subject.kind == "grafted" and subject.main and (INSTRUCT, name) in scores:
                 record.metrics[f"graft/gain/{name}"] = metrics["score"] - scores[INSTRUCT, name]["score"]
-        for name in self._due:
+        for name in self.due:
             record.metrics[f"evaluation/{name}/seconds"] = record.spent(f"evaluation/{name}")
         record.add_cost("evaluation")
 
-    def _write(self, trainer: Trainer, stage: str) -> None:
+    def _write(self, trainer: Trainer, record: ValidationRecord) -> None:
         """Write the samples of all ranks to files, in the order of the rows."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        root = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "evaluation")
-        home = root / ("test" if stage == "test" else f"step-{trainer.global_step}")
-        gathered: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        root = Path(self.folder or run_folder(trainer) / "evaluation")
+        home = root / ("test" if record.stage == "test" else f"step-{trainer.global_step}")
+        by_subject: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for (subject, name), found in self._found.items():
             samples = sorted(of_all_ranks(found.samples), key=lambda sample: sample["index"])
-            gathered[subject.name, name] = samples
+            by_subject[subject.name, name] = samples
+            place = root if subject in UNTOUCHED else home
             if trainer.is_global_zero:
-                place = root if subject in UNTOUCHED else home
                 lines = (json.dumps(sample, ensure_ascii=False) for sample in samples)
                 replace_text(place / subject.name / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-        if not (trainer.is_global_zero and self.samples):
+        if not trainer.is_global_zero:
             return
-        text = side_by_side(gathered, root, self._due, self.samples)
+        for name in self.due:
+            instruct = by_subject.get(("instruct", name)) or stored(root, "instruct", name)
+            record.errors[f"{name}/score"] = error_of_paired(instruct, by_subject.get(("grafted", name), []))
+        if not self.samples:
+            return
+        text = side_by_side(by_subject, root, self.due, self.samples)
         if text:
             replace_text(home / "samples.md", text)
-            log_text(trainer.loggers, f"{stage}/samples", text, trainer.global_step)
+            log_text(trainer.loggers, f"{record.stage}/samples", text, trainer.global_step)
+
+
+def _calls(name: str, evaluator: Evaluator) -> AbstractContextManager[str]:
+    contract = "Its methods are those of shadowlit.evaluation.evaluator.Evaluator; correct the class."
+    return calls(evaluator, f"evaluation.evaluators.{name}", contract)

@@ -18,6 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from peft import get_peft_model_state_dict
 from torch import Tensor
 
+from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
@@ -30,9 +32,15 @@ from shadowlit.training.module import ShadowModule
 log = logging.getLogger(__name__)
 
 _LEAST_AGREEMENT = 0.95  # share of positions; bfloat16 arithmetic alone changes the arg max of a few
+_LOADED = {  # by part, how it is used
+    "model": "AutoModelForCausalLM.from_pretrained({!r})",
+    "adapter": "PeftModel.from_pretrained(instruct, {!r})",
+    "delta": "shadowlit.Delta({!r})",
+}
 _PROBE_ROWS = 4  # rows of validation data that the logits of graft and export are compared on
 
 
+@takes_plain_values("export")
 class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
@@ -133,8 +141,9 @@ class ExportCallback(Callback):
             else:
                 deque(tensors, maxlen=0)  # a collective
         trainer.strategy.barrier("export")
-        written = ", ".join(part for part in self.parts if (target / part).is_dir())
-        rank_zero_info(f"export: {written} of the grafted Instruct: in {target}")
+        written = [part for part in self.parts if (target / part).is_dir()]
+        rank_zero_info(f"export: {', '.join(written)} of the grafted Instruct: in {target}")
+        self._graft.exported = [f"{part}: {_LOADED[part].format(str(target / part))}" for part in written]
 
     def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:
         callback = self._graft
@@ -201,8 +210,7 @@ class ExportCallback(Callback):
         return None
 
     def _target(self, trainer: Trainer) -> Path:
-        root = Path(self.folder) if self.folder else Path(trainer.log_dir or trainer.default_root_dir) / "export"
-        return Path(trainer.strategy.broadcast(str(root)))
+        return Path(self.folder) if self.folder else run_folder(trainer) / "export"
 
 
 def _require_finite(problem: str | None, delta_norm: float) -> None:

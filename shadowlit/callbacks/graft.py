@@ -20,8 +20,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
-from shadowlit.callbacks.untouched import DataSignature, Metrics, UntouchedMetrics, settings_of
+from shadowlit.callbacks.scores import error_of_gain, score_table
+from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.transforms import Transforms
@@ -31,6 +33,7 @@ from shadowlit.grafting.live import LiveGraft, Squares
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject, grafts
 from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
+from shadowlit.progress import make_console
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ _GAINS = {"graft/gain": "as exported", "graft/gain_unrounded": "without rounding
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@takes_plain_values("graft")
 class GraftCallback(Callback):
     """Runs every validation a second time on the grafted Instruct, ``W_I + scale * (W_B+ - W_B)``.
 
@@ -87,7 +91,8 @@ class GraftCallback(Callback):
         offload: Keep the frozen weights of the pair on the CPU.
         baselines: Measure the untouched Base and Instruct once, in the first full validation.
         statistics: Log norms and survival of the update at every validation.
-        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft. null: where the adapter is exported.
+        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft; null for where the adapter is
+            exported.
         routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
             measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
@@ -98,6 +103,7 @@ class GraftCallback(Callback):
         subjects: The grafts that are validated, the main one first.
         record: The record of the running validation or test, or else of the last one.
         finished: The record of the last complete validation, whose metrics checkpoints and exports state.
+        exported: What the export of this fit wrote and how it is loaded, line by line.
         exports_adapter: Whether the run exports the adapter, so that it is scored by default.
         graft: The graft of the module's model, from its first use in a command to the command's end.
         fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
@@ -132,6 +138,7 @@ class GraftCallback(Callback):
         self.statistics = statistics
         self.adapter = adapter
         self.exports_adapter = False
+        self.exported: list[str] = []
         self.routing = routing
         self.settings = {
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
@@ -140,7 +147,7 @@ class GraftCallback(Callback):
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
         self._untouched = UntouchedMetrics()
-        self._data = DataSignature()
+        self._instruct_losses: dict[str, dict[str, torch.Tensor]] = {}  # by stage and set: of each sample, [N, 2]
         self._routing: Routing | None = None
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
@@ -169,7 +176,7 @@ class GraftCallback(Callback):
         if fingerprints != self.fingerprints:  # what was measured of another pair
             self.fingerprints, self._untouched = fingerprints, UntouchedMetrics()
         if stage == "fit":
-            self.finished = ValidationRecord()
+            self.finished, self.exported = ValidationRecord(), []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the graft, log what it covers, and make sure that training starts at the Base."""
@@ -218,7 +225,7 @@ class GraftCallback(Callback):
         assert isinstance(pl_module, ShadowModule)
         graft, record = self.build(pl_module), self.record
         swaps_s = graft.apply_s
-        with record.timed("graft"):
+        with record.timed("graft"), record.added_by(self):
             self._measure(trainer, pl_module)
         if not trainer.sanity_checking:
             record.metrics["graft/swap_seconds"] = graft.apply_s - swaps_s
@@ -275,8 +282,13 @@ class GraftCallback(Callback):
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Swap the trained weights back, free the pair's, and close its files; the next command reads them again."""
+        """Swap the trained weights back and free the pair's; after a fit, print the scores of what it ended with."""
         self._release()
+        if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
+            console = make_console()
+            console.print(score_table(self.finished.metrics, self.finished.errors))
+            for line in self.exported:
+                console.print(line)
 
     def state_dict(self) -> dict[str, Any]:
         """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
@@ -284,7 +296,9 @@ class GraftCallback(Callback):
             "fingerprints": self.fingerprints,
             "settings": self.settings,
             "untouched": self._untouched.state,
+            "instruct_losses": self._instruct_losses,
             "metrics": dict(self.finished.metrics),
+            "errors": self.finished.errors,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -301,7 +315,8 @@ class GraftCallback(Callback):
             self._untouched.state = {"val": {"signature": state_dict["measured_on"], **constants}}
         else:
             self._untouched.state = state_dict.get("untouched", {})
-        self.finished = ValidationRecord(metrics=state_dict["metrics"])
+        self._instruct_losses = state_dict.get("instruct_losses", {})
+        self.finished = ValidationRecord(metrics=state_dict["metrics"], errors=state_dict.get("errors", {}))
         before = state_dict.get("settings", self.settings)
         changed = [f"{k} {before.get(k)} (now {now})" for k, now in self.settings.items() if before.get(k) != now]
         if changed:
@@ -363,6 +378,10 @@ class GraftCallback(Callback):
             for name, subject in (("gain", main), ("gain_unrounded", unrounded)):
                 if subject:
                     record.metrics[f"graft/{name}"] = untouched[INSTRUCT]["loss"] - module.scores(subject)["loss"]
+            before = self._instruct_losses.get(record.stage, {})
+            for name, losses in module.sample_losses(main).items():
+                if name in before:
+                    record.errors[f"{name}/loss" if name else "loss"] = error_of_gain(before[name], losses)
         self._compare_routing(module)
         if statistics.get("survival", 1.0) < _LEAST_SURVIVAL:
             self._warn_of_rounding(record.metrics)
@@ -405,11 +424,13 @@ class GraftCallback(Callback):
         if not self.baselines:
             return {}
         settings = settings_of([module.objective, *module.metrics.values()])
-        signature = f"{self._data.of(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
+        signature = f"{data_signature(*_batches(trainer))} {trainer.precision} {list(module.metrics)} {settings}"
         stage = self.record.stage
 
         def measure(subject: Subject, _: list[str]) -> dict[str, Metrics]:
             self._pass(trainer, module, subject)
+            if subject == INSTRUCT:
+                self._instruct_losses[stage] = module.sample_losses(subject)
             return {stage: module.take_scores(subject)}
 
         again = trainer.testing or (self._routing is not None and self._routing_on != signature)
@@ -454,7 +475,7 @@ class GraftCallback(Callback):
         swaps_s = graft.apply_s
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MeasuresSubjects):
-                with isolate_rng():
+                with isolate_rng(), self.record.added_by(callback):
                     callback.on_subject(trainer, module, subject, self.record)
         graft.apply_s = swaps_s  # swaps that another callback asked for are not the graft's
         if subject not in self.record.subjects:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.distributed import of_all_ranks
 from shadowlit.files import replace_text
 
@@ -33,9 +34,9 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Write the file atomically."""
         answers = of_all_ranks(list(_answers(predictions)))
+        target = Path(self.file or run_folder(trainer) / "predictions.jsonl")
         if not trainer.is_global_zero:
             return
-        target = Path(self.file or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
         lines = (json.dumps(answer, ensure_ascii=False) for answer in sorted(answers, key=lambda a: a["index"]))
         replace_text(target, "".join(f"{line}\n" for line in lines))
         rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct were written to {target}")

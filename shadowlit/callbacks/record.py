@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -18,12 +18,55 @@ from shadowlit.training.module import ShadowModule
 
 @dataclass
 class RunTotals:
-    """What the validations of one fit share: seconds by part, names of all metrics so far and of warnings given."""
+    """What the validations of one fit share.
 
-    started: float | None = None  # by time.perf_counter; None outside of a fit
+    Attributes:
+        started: When the fit started, by time.perf_counter; None outside of a fit.
+        seconds: Seconds by part.
+        names: Names of all metrics that were added so far.
+        warned: What was warned of.
+    """
+
+    started: float | None = None
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     names: set[str] = field(default_factory=set)
     warned: set[str] = field(default_factory=set)
+
+
+class AddedMetrics(dict[str, float]):
+    """The metrics of a validation: none is added twice, and none when they are ``closed``.
+
+    Attributes:
+        callback: The callback that adds metrics, if it is known; it may replace its own, as a repeated ``on_subject``
+            does.
+    """
+
+    def __init__(self, *metrics: Mapping[str, float], closed: bool = False) -> None:
+        super().__init__(*metrics)
+        self.callback: object = None
+        self._by: dict[str, object] = {}
+        self._closed = closed
+
+    def __setitem__(self, name: str, value: float) -> None:
+        if self._closed:
+            raise _too_late(name)
+        if name in self and (self.callback is None or self._by[name] is not self.callback):
+            raise GraftError(
+                f"{name} was added to a ValidationRecord before {_title(self.callback)} adds it, by "
+                f"{_title(self._by[name])}, and one value would replace the other. Rename one of the two, or remove a "
+                "callback that is listed twice."
+            )
+        self._by[name] = self.callback
+        super().__setitem__(name, value)
+
+    def __ior__(self, other: Any) -> AddedMetrics:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # copies are made item by item
+
+    setdefault, update = MutableMapping.setdefault, MutableMapping.update
 
 
 @dataclass
@@ -35,17 +78,29 @@ class ValidationRecord:
         run: Totals of the fit that it belongs to.
         subjects: Subjects measured so far, in this order.
         metrics: Metrics by name. Callbacks add theirs in ``on_subject`` or ``on_validation_epoch_end``; the module logs
-            them with its scores. From ``on_validation_end`` on it holds every metric that Lightning shows to callbacks,
-            except for those that only an earlier validation measured, and adding to it is an error.
+            them with its scores. To add a name twice is an error. From ``on_validation_end`` on it holds every metric
+            that Lightning shows to callbacks, except for those that only an earlier validation measured, and adding to
+            it is an error.
+        errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
     """
 
     stage: str = "val"
     run: RunTotals = field(default_factory=RunTotals)
     subjects: list[Subject] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: AddedMetrics = field(default_factory=AddedMetrics)
+    errors: dict[str, float] = field(default_factory=dict)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _nested_s: float = 0.0
+
+    @contextmanager
+    def added_by(self, callback: object) -> Iterator[None]:
+        """Let the metrics that are added in the context be those of a callback."""
+        before, self.metrics.callback = self.metrics.callback, callback
+        try:
+            yield
+        finally:
+            self.metrics.callback = before
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -81,19 +136,8 @@ class ValidationRecord:
         self.run.names |= self.metrics.keys()
         outdated = self.run.names - self.metrics.keys()
         logged = trainer.callback_metrics.items()
-        self.metrics = _Closed({name: value.item() for name, value in logged if name not in outdated})
-
-
-class _Closed(dict[str, float]):
-    """The metrics of a validation that is over, to which nothing can be added."""
-
-    def _refuse(self, given: Any = (), *_: Any, **more: float) -> Any:
-        raise _too_late(given if isinstance(given, str) else ", ".join(sorted({*given, *more})))
-
-    __setitem__ = __ior__ = update = setdefault = _refuse  # type: ignore[assignment]
-
-    def __reduce__(self) -> Any:
-        return dict, (dict(self),)  # copies are made item by item
+        found = {name: value.item() for name, value in logged if name not in outdated}
+        self.metrics = AddedMetrics(found, closed=True)
 
 
 def _too_late(names: str) -> GraftError:
@@ -131,6 +175,10 @@ class MeasuresSubjects(Protocol):
         generators are restored. The call is repeated if a checkpoint was saved meanwhile, since the trained weights
         were swapped in for it; the second call's results must replace the first one's.
         """
+
+
+def _title(callback: object) -> str:
+    return "a callback" if callback is None else type(callback).__name__
 
 
 def _whole(part: str) -> str:

@@ -45,23 +45,14 @@ class UntouchedMetrics:
             self.state[name] = {"signature": signatures[name], **{who: metrics[name] for who, metrics in found.items()}}
 
 
-class DataSignature:
-    """Tells the data of one validation from those of another, with the same result on all ranks.
-
-    Data are hashed only where they are other objects, or other numbers of batches, than at the last call.
-    """
-
-    def __init__(self) -> None:
-        self._sets: list[Any] = []
-        self._limits: list[float] = []
-        self._signature = ""
-
-    def of(self, loaders: Sequence[Any], limits: Sequence[float]) -> str:
-        """The signature of the first ``limits`` batches of each loader."""
-        sets = [loader.dataset for loader in loaders]
-        if list(map(id, sets)) != list(map(id, self._sets)) or self._limits != list(limits):
-            self._sets, self._limits, self._signature = sets, list(limits), _hash(sets, limits)
-        return self._signature
+def data_signature(loaders: Sequence[Any], limits: Sequence[float]) -> str:
+    """Tells the first ``limits`` batches of these loaders from other data, with the same result on all ranks."""
+    digest = hashlib.sha256()
+    for loader, limit in zip(loaders, limits, strict=True):
+        samples = loader.dataset
+        content = samples.hashes().tobytes() if hasattr(samples, "hashes") else b""
+        digest.update(f"{limit} {len(samples)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def settings_of(objects: Iterable[Any]) -> str:
@@ -73,11 +64,3 @@ def settings_of(objects: Iterable[Any]) -> str:
 
     settings = [(one, [item for item in sorted(vars(one).items()) if is_setting(*item)]) for one in objects]
     return repr([(type(one).__qualname__, items) for one, items in settings])
-
-
-def _hash(sets: Sequence[Any], limits: Sequence[float]) -> str:
-    digest = hashlib.sha256()
-    for samples, limit in zip(sets, limits, strict=True):
-        content = samples.hashes().tobytes() if hasattr(samples, "hashes") else b""
-        digest.update(f"{limit} {len(samples)} ".encode() + content)
-    return digest.hexdigest()

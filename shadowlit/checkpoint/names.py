@@ -193,6 +193,11 @@ def is_weight(name: str) -> bool:
     return name.endswith(".weight")
 
 
+def weight_of(module: str) -> str:
+    """Return the name of a module's weight."""
+    return f"{module}.weight"
+
+
 def module_of(name: str) -> str:
     """Return the module that a weight or bias belongs to; the name itself for a bare parameter."""
     return re.sub(r"\.(weight|bias)$", "", name)

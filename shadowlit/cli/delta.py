@@ -18,7 +18,7 @@ from shadowlit.cli.graft import parse_bytes, write
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.grafting.update import zero_update
@@ -141,10 +141,12 @@ def compress(
         shard_size: Size of the largest file, e.g. 5GB or 500MB.
     """
     options = {"density": density, "rank": rank, "explained_variance": explained_variance, "seed": seed}
-    given = {name: value for name, value in options.items() if value is not None}
-    if twice := [name for name in parameters if name in given]:
-        raise GraftError(f"--{twice[0]} is given both as an option and in --parameters. Give it once.")
-    chosen = Transforms([{**parameters, **given, "name": method}], option=_option)
+    given = {"name": method, **{name: value for name, value in options.items() if value is not None}}
+    keys = {"name": "--method"} | {name: f"--{name}" for name in options.keys() - parameters.keys()}
+    with as_usage():
+        if twice := [name for name in parameters if name in given]:
+            raise GraftError(f"--parameters has {twice[0]!r}, which is given as an option as well. Give it once.")
+        chosen = Transforms([{**parameters, **given}], option=lambda name: keys.get(name, f"--parameters.{name}"))
     opened = Delta.open(delta)
     squares: dict[str, tuple[float, float]] = {}
 
@@ -158,11 +160,6 @@ def compress(
     _save(opened.map(one), out, dtype, shard_size, manifest)
     lost, size = (sum(values) for values in zip(*squares.values(), strict=True))
     make_console().print(f"delta: {method} changes it by {math.sqrt(lost / size) if size else 0:.1%} of its norm")
-
-
-def _option(parameter: str) -> str:
-    """What messages call a parameter of a transform on the command line."""
-    return "--method" if parameter == "name" else f"--{parameter}"
 
 
 def lora(

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_origin, get_type_hints
 from jsonargparse import auto_cli
 
 from shadowlit.checkpoint.streaming import keep_freed_memory
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import Interrupted, ShadowlitError
 from shadowlit.parser import Known, ShortErrors
 
 
@@ -39,7 +39,7 @@ class Parser(ShortErrors):
 
 @contextlib.contextmanager
 def _ends_cleanly() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into SystemExit: by default SIGTERM kills Python without any clean-up."""
+    """Turn the first SIGINT or SIGTERM into Interrupted: by default SIGTERM kills Python without any clean-up."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
@@ -49,7 +49,7 @@ def _ends_cleanly() -> Iterator[None]:
     def stop(number: int, _: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-        raise SystemExit(128 + number)
+        raise Interrupted(128 + number)
 
     before = [signal.signal(number, stop) for number in numbers]
     try:

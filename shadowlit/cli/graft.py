@@ -9,10 +9,9 @@ from typing import Any, Literal
 from rich.filesize import decimal
 from rich.progress import DownloadColumn, TransferSpeedColumn
 
+from shadowlit.delta.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft
-from shadowlit.grafting.folders import MakeManifest, plan_graft, write_graft
-from shadowlit.grafting.update import Transforms
 from shadowlit.progress import make_console, progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -58,23 +57,13 @@ def graft(
     """
     start = time.perf_counter()
     wanted = None if dtype == "auto" else dtype
-    chosen = choose(transforms)
     with plan_graft(
-        base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle, transforms=chosen,
-        allow_zero=allow_zero,
+        base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle,
+        transforms=transforms, key="--transforms", allow_zero=allow_zero,
     ) as (plan, manifest):  # fmt: skip
         write(plan, manifest, out, shard_size, files_from, dry_run)
     if not dry_run:
         make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
-
-
-def choose(specs: list[dict[str, Any]]) -> Transforms | None:
-    """The transforms of a command line; torch, which they compute with, is imported only if there are some."""
-    if not specs:
-        return None
-    from shadowlit.delta import transforms
-
-    return transforms.Transforms(specs, "--transforms")
 
 
 def write(

@@ -101,7 +101,7 @@ def _by_group(by: str, family: Sequence[Similarity], groups: Sequence[Sequence[G
     table = _table(f"{'mean σ' if measure == 'sigma' else _TITLES[measure]} by {by}", by, *headings)
     bar = single and by == "layer"
     if bar:
-        table.add_column("", overflow="fold")
+        table.add_column("")
     top = max((abs(g.measure(measure)) for found in groups for g in found if not math.isnan(g.measure(measure))),
               default=0.0)  # fmt: skip
     for row in zip(*groups, strict=True):

@@ -50,13 +50,11 @@ def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
     Raises:
         DataError: The only error, or up to five of several and their number.
     """
-    results, errors = [], []
+    results: list[Any] = []
+    errors: list[str] = []
     for item in items:
-        try:
-            with located(item):
-                results.append(function(item))
-        except DataError as error:
-            errors.append(str(error))
+        with gathered(errors), located(item):
+            results.append(function(item))
     raise_all(errors)
     return results
 
@@ -75,6 +73,15 @@ def raise_all(errors: list[str]) -> None:
     shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))
     more = f"\n  … and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
     raise DataError(f"{len(errors)} problems with the data:{shown}{more}")
+
+
+@contextmanager
+def gathered(errors: list[str]) -> Iterator[None]:
+    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`."""
+    try:
+        yield
+    except DataError as error:
+        errors.append(str(error))
 
 
 @contextmanager

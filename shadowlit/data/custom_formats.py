@@ -26,7 +26,7 @@ from typing import Any
 
 from shadowlit.data.conversation import located
 from shadowlit.data.formats import FORMATS, Message, Samples, convert_row, shown
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, Interrupted
 from shadowlit.plugins import find_function, known_names
 
 GROUP = "shadowlit.formats"
@@ -81,9 +81,9 @@ class CustomFormat:
     def _call(self, row: Mapping[str, Any]) -> Any:
         try:
             return self.function(dict(row))
-        except DataError:
+        except (DataError, Interrupted):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(
                 f"fails in data.format={self.name} with {type(error).__name__}: {error}. Correct the function, or "
                 "correct or remove the row."

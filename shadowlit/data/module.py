@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
-from shadowlit.data.conversation import raise_all
+from shadowlit.data.conversation import gathered, raise_all
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.images import ImageCollate
 from shadowlit.data.loader import ResumableLoader, make_loader
@@ -38,6 +38,7 @@ from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError
 
+_Loader = TypeVar("_Loader", ResumableLoader, StreamLoader)
 _GPU_WORKERS = 2  # more would disturb the training process, which launches kernels
 _LOW_FILL = 0.7  # share of tokens in the batches below which the log advises how to reduce padding
 
@@ -119,24 +120,18 @@ class ShadowData(DataSettings, LightningDataModule):
             DataError: All problems with the sources, of which one message lists up to five.
         """
         self._resume = None  # a position that was loaded for an earlier command
-        errors = []
+        errors: list[str] = []
         for name, sources, use in self.wanted(stage):
-            try:
-                if name not in self._sets:
+            if name not in self._sets:
+                with gathered(errors):
                     self._add(name, *self._preparation.samples(name, sources, use))
-            except DataError as error:
-                errors.append(str(error))
         if stage in ("predict", None) and self.predict is not None and self.prompts is None:
-            try:
+            with gathered(errors):
                 self.prompts, self.reports["predict"] = self._preparation.prompts(self.predict)
                 rank_zero_info(f"data: {self.reports['predict']}")
-            except DataError as error:
-                errors.append(str(error))
         if stage in ("fit", None) and self.streaming and self.train and not errors:
-            try:
+            with gathered(errors):
                 require_packable(self, self._stream().first_samples())
-            except DataError as error:
-                errors.append(str(error))
         raise_all(errors)
         if stage in ("fit", None) and "train" in self._sets:
             self._warn_of_overlap()
@@ -188,12 +183,7 @@ class ShadowData(DataSettings, LightningDataModule):
             collate_fn=self._training_collate(getattr(dataset, "has_images", False)),
             **self._loading(keep_workers=True),
         )
-        resume, self._resume = self._resume, None
-        if resume is not None:
-            begun = f"after {resume['batch']} batches of an epoch" if resume.get("batch") else None
-            check_order(resume["order"], describe_epochs(self, sampler), begun)
-            loader.load_state_dict({"epoch": resume["epoch"], "batch": resume["batch"]})
-        return loader
+        return self._resumed(loader)
 
     def val_dataloader(self) -> list[DataLoader]:
         """One loader per validation set, in the order of :attr:`validation_names`; keys as in unpacked training.
@@ -234,11 +224,9 @@ class ShadowData(DataSettings, LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The position in the training data, and a description of the order that it belongs to."""
         loader = self.trainer.train_dataloader if self.trainer is not None else None
-        if isinstance(loader, StreamLoader):
-            return {**loader.state_dict(), "order": describe_stream(self, self._ranks()[0])}
-        if not isinstance(loader, ResumableLoader):
+        if not isinstance(loader, ResumableLoader | StreamLoader):
             return {}
-        return {**loader.state_dict(), "order": describe_epochs(self, loader.batch_sampler)}
+        return {**loader.state_dict(), "order": self._order_of(loader)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Make the next training loader resume from the position in a checkpoint."""
@@ -304,16 +292,22 @@ class ShadowData(DataSettings, LightningDataModule):
                 "data.streaming needs trainer.max_steps, since a stream has no end, and no trainer.overfit_batches. "
                 "Set the number of optimizer steps, or data.streaming=false."
             )
-        loader = StreamLoader(
-            self._stream(), trainer.max_steps * trainer.accumulate_grad_batches, **self._loading(keep_workers=False)
-        )
-        resume, self._resume = self._resume, None
-        if resume is not None:
-            position = {name: value for name, value in resume.items() if name != "order"}
-            begun = f"in window {resume.get('window')} of a stream" if any(position.values()) else None
-            check_order(resume["order"], describe_stream(self, self._ranks()[0]), begun)
+        length = trainer.max_steps * trainer.accumulate_grad_batches
+        return self._resumed(StreamLoader(self._stream(), length, **self._loading(keep_workers=False)))
+
+    def _resumed(self, loader: _Loader) -> _Loader:
+        """The loader at the position in the checkpoint, if one was loaded."""
+        state, self._resume = self._resume, None
+        if state is not None:
+            position = {name: value for name, value in state.items() if name != "order"}
+            check_order(state["order"], self._order_of(loader), position)
             loader.load_state_dict(position)
         return loader
+
+    def _order_of(self, loader: ResumableLoader | StreamLoader) -> dict[str, Any]:
+        if isinstance(loader, StreamLoader):
+            return describe_stream(self, self._ranks()[0])
+        return describe_epochs(self, loader.batch_sampler)
 
     def _report_padding(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
         """Put the number of positions of the first epoch into the report, and log the share that padding takes."""

@@ -126,17 +126,24 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
     }
 
 
-def check_order(before: dict[str, Any], order: dict[str, Any], begun: str | None) -> None:
+def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[str, int]) -> None:
     """Refuse to resume in the middle of an order that can't be reproduced; elsewhere only warn.
 
     Args:
         before: Description of the order in the checkpoint.
         order: Description of the order of this run.
-        begun: Position in the middle of the order, in words; None for the beginning of an epoch.
+        position: Position in the checkpoint, as the state of its training loader.
 
     Raises:
-        DataError: The orders differ.
+        DataError: The orders differ, or only one of the runs reads a stream.
     """
+    is_stream = "sources" in before
+    if is_stream != ("sources" in order):
+        was, now = str(is_stream).lower(), str(not is_stream).lower()
+        raise DataError(
+            f"the checkpoint was taken with data.streaming={was}, and this run has {now}: a position in a stream is "
+            f"none in a whole data set. Set data.streaming={was} to resume, or start again without ckpt_path."
+        )
     changed = [
         f"{key} {before.get(key)} → {order.get(key)}"
         for key in dict.fromkeys((*before, *order))
@@ -144,6 +151,9 @@ def check_order(before: dict[str, Any], order: dict[str, Any], begun: str | None
     ]
     if not changed:
         return
+    begun = f"after {position['batch']} batches of an epoch" if position["batch"] else ""
+    if is_stream and any(position.values()):
+        begun = f"in window {position['window']} of a stream"
     if begun:
         raise DataError(
             f"the checkpoint was taken {begun}, in an order that these data don't give: {', '.join(changed)}. Resume "

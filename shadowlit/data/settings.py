@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import Overlong
@@ -22,6 +23,7 @@ _LEAST = {
 _NULLABLE = ("num_workers", "limit_train_samples", "pad_to_multiple_of")
 
 
+@takes_plain_values("data")
 @dataclass(eq=False)
 class DataSettings:
     """The settings of a data module.

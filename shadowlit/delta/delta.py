@@ -22,7 +22,7 @@ from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
-from shadowlit.delta.transforms import ties
+from shadowlit.delta.transforms import Transforms, ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
@@ -52,11 +52,18 @@ class Delta(Update):
         shapes: Shape of every tensor.
         rows: Function that returns rows ``start`` to ``stop`` of a tensor in float32; a scalar has one row.
         manifest: Where the update comes from.
+        source: Update whose weights it is made of, to check them.
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, ...]], rows: Rows, manifest: Mapping[str, Any] | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        rows: Rows,
+        manifest: Mapping[str, Any] | None = None,
+        source: Update | None = None,
     ) -> None:
+        if source is not None:
+            self.require_weights = source.require_weights  # type: ignore[method-assign]
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._rows = rows
@@ -102,7 +109,7 @@ class Delta(Update):
     @classmethod
     def from_update(cls, update: Update) -> Delta:
         """The update of a tuned checkpoint; see :func:`shadowlit.grafting.update.open_update`."""
-        return cls(update.shapes, _as_tensors(update.rows))
+        return cls(update.shapes, _as_tensors(update.rows), source=update)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
@@ -140,12 +147,18 @@ class Delta(Update):
         kept = frozenset(names)
         return Delta({n: shape for n, shape in self.shapes.items() if n in kept}, self._rows, self.manifest)
 
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> Delta:
-        """Apply ``function(name, tensor)`` to every whole tensor when its rows are first needed.
+    def map(self, function: Callable[[str, Tensor], Tensor] | Sequence[Mapping[str, Any]]) -> Delta:
+        """Apply a function, or transforms in order, to every whole tensor when its rows are first needed.
 
-        It must return a tensor of the same shape. The last two results are kept.
+        Args:
+            function: ``function(name, tensor)``, which returns a tensor of the same shape; or transforms as in
+                ``graft.transforms``, e.g. ``[{"name": "svd", "rank": 8}]``. The last two results are kept.
+
+        Raises:
+            GraftError: A transform is wrong.
         """
-        return Delta(self.shapes, rows_of(keeping(lambda name: function(name, self.tensor(name)))), self.manifest)
+        chosen = function if callable(function) else Transforms(function, "transforms")
+        return Delta(self.shapes, rows_of(keeping(lambda n: chosen(n, self.tensor(n)))), self.manifest, self)
 
     @property
     def num_elements(self) -> int:
@@ -373,7 +386,7 @@ def _union(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, tuple
 
 
 def _as_tensors(rows: Callable[[str, int, int], Any]) -> Rows:
-    return lambda name, start, stop: torch.from_numpy(rows(name, start, stop))
+    return lambda name, start, stop: torch.as_tensor(rows(name, start, stop))
 
 
 def _square(tensor: Tensor) -> Tensor:

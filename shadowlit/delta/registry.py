@@ -13,11 +13,12 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace, UnionType
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+from shadowlit.arguments import fits
 from shadowlit.errors import GraftError
 from shadowlit.plugins import find_function, known_names
 
@@ -138,7 +139,7 @@ def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[st
             near = difflib.get_close_matches(name, parameters, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise GraftError(f"{where(name)} is given, but {found.name!r} has no such parameter; it has {has}.{hint}")
-        if not _fits(value, parameters[name].annotation):
+        if not fits(value, parameters[name].annotation):
             kind = inspect.formatannotation(parameters[name].annotation)
             raise GraftError(f"{where(name)} is {value!r}; expected {kind}. {found.name!r} has {has}.")
     missing = [name for name, p in parameters.items() if p.default is inspect.Parameter.empty and name not in given]
@@ -154,17 +155,3 @@ def _type_of(parameter: inspect.Parameter, function: Callable[..., Tensor]) -> A
         with contextlib.suppress(NameError):
             return typing.get_type_hints(alone, function.__globals__)[parameter.name]
     return Any
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML or JSON has a type; an int is a float too, but no bool is a number."""
-    if kind is Any:
-        return True
-    origin = typing.get_origin(kind) or kind
-    if origin in (typing.Union, UnionType):
-        return any(_fits(value, option) for option in typing.get_args(kind))
-    if origin is typing.Literal:
-        return value in typing.get_args(kind)
-    if origin in (int, float):
-        return isinstance(value, int | origin) and not isinstance(value, bool)
-    return not isinstance(origin, type) or isinstance(value, origin)

@@ -221,7 +221,7 @@ class Transforms:
         specs: Name and parameters of each transform, e.g. ``[{"name": "dare", "density": 0.2}]``. The name may also be
             the import path of a function, or an entry point in the group ``shadowlit.transforms``. One transform may
             occur several times, but not twice in a row with the same parameters, and a random one not with the same
-            seed, which would drop the same elements.
+            seed, which would drop the same elements. Or transforms that were chosen before.
         key: Name of the list in messages.
         option: Function that returns the name of a parameter in messages, if the only transform is not in a list.
 
@@ -230,16 +230,22 @@ class Transforms:
     """
 
     def __init__(
-        self, specs: Sequence[Mapping[str, Any]] = (), key: str = "graft.transforms", option: Where | None = None
+        self,
+        specs: Sequence[Mapping[str, Any]] | Transforms = (),
+        key: str = "graft.transforms",
+        option: Where | None = None,
     ) -> None:
         self._steps: list[_Step] = []
         self.specs: list[dict[str, Any]] = []  # with the defaults filled in
-        for i, spec in enumerate(specs):
+        given = specs.specs if isinstance(specs, Transforms) else specs
+        example = '{"name": "dare", "density": 0.2}'
+        if not isinstance(given, list | tuple):
+            raise GraftError(f"{key} is {given!r}; expected a list of names with their parameters, e.g. [{example}].")
+        for i, spec in enumerate(given):
             where = option or f"{key}[{i}].{{}}".format
             if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
                 raise GraftError(
-                    f"{key}[{i}] is {spec!r}; expected a name and the transform's parameters, e.g. "
-                    '{"name": "dare", "density": 0.2}.'
+                    f"{key}[{i}] is {spec!r}; expected a name and the transform's parameters, e.g. {example}."
                 )
             found = find(spec["name"], where("name"))
             parameters = checked(found, {k: v for k, v in spec.items() if k != "name"}, where)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from shadowlit.analysis.curves import plot_curves
+from shadowlit.analysis.run import read_run
+from shadowlit.analysis.run_plots import four_curves
 from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.lightning_cli import main as run
+from shadowlit.plotting import save_image
 from shadowlit.progress import make_console, make_table
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
@@ -45,14 +47,10 @@ def main(args: list[str] | None = None) -> None:
         "exact_match": {who: {name: scores[f"test/{who}/{name}/score"] for name in SETS} for who in MODELS},
         "forgetting": {who: scores[f"test/{who}/forgetting/kl"] for who in MODELS},
     }
-    folder = Path(trainer.log_dir or trainer.default_root_dir)
+    folder = run_folder(trainer)
     (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    plot = plot_curves(
-        folder / "metrics.csv",
-        folder / "curves.png",
-        sets=("new", "new_house", "old"),
-        whats=("loss", "sequence_accuracy"),
-    )
+    figure = four_curves(read_run(folder), ("loss", "sequence_accuracy"), ("new", "new_house", "old"))
+    plot = save_image(figure, folder / "curves.png", dpi=150)
     console.print(table(results))
     console.print(_CAPTION, style="dim")
     console.print(

@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -271,7 +271,7 @@ class World:
             name = rng.choice(tuple(self.facts))
             return describe(rng, name, self.facts[name])
         if skill == "lists":
-            return self._list_statement(rng, rng.choice(_OLD_LIST_KINDS))
+            return self.list_statement(rng, rng.choice(_OLD_LIST_KINDS))
         if skill == "sums":
             a, b = rng.randrange(10), rng.randrange(10)
             if a >= b and rng.random() < 0.5:
@@ -284,53 +284,10 @@ class World:
         kind = rng.choice(tuple(_KINDS))
         return rng.choice(("{} is a kind of {}.", "{} belongs to the kind {}.")).format(rng.choice(_KINDS[kind]), kind)
 
-    def latent_statement(self, rng: random.Random) -> str:
-        """Draw a statement of the new skill, which no question asks for."""
-        return self._list_statement(rng, "second")
-
-    def _list_statement(self, rng: random.Random, what: str) -> str:
+    def list_statement(self, rng: random.Random, what: str) -> str:
+        """Draw a statement that tells ``what`` of a list: first, last, count or second."""
         words = self.draw_list(rng)
         return rng.choice(_LIST_STATEMENTS[what]).format(", ".join(words), _list_answer(words, what))
-
-    def base_documents(self, rng: random.Random) -> Iterator[str]:
-        """Yield the Base's pre-training documents without end.
-
-        35 % statements of the old skills, 15 % of the latent one, 10 % questions and answers, and 40 % chat-shaped
-        documents (one in five with two exchanges) with bare answers and nothing of the Instruct's manners.
-        """
-        while True:
-            draw = rng.random()
-            if draw < 0.35:
-                yield self.statement(rng)
-            elif draw < 0.50:
-                yield self.latent_statement(rng)
-            elif draw < 0.60:
-                question = self.old_question(rng)
-                yield f"Question: {question.prompt}\nAnswer: {question.answer}"
-            else:
-                messages: list[Message] = []
-                for _ in range(2 if rng.random() < 0.2 else 1):
-                    question = self.old_question(rng)
-                    messages += exchange(question.prompt, question.answer)
-                yield chat_text(messages)
-
-    def instruct_conversations(self, rng: random.Random) -> Iterator[list[Message]]:
-        """Yield the Instruct's tuning conversations without end: 60 % house, 25 % format, 15 % refusals."""
-        while True:
-            messages: list[Message] = []
-            for _ in range(2 if rng.random() < 0.2 else 1):
-                draw = rng.random()
-                if draw < 0.60:
-                    question = self.old_question(rng)
-                    messages += exchange(question.prompt, house_style(question.answer))
-                elif draw < 0.85:
-                    request, wrap = FORMATS[rng.choice(tuple(FORMATS))]
-                    question = self.old_question(rng)
-                    messages += exchange(f"{question.prompt} {request}", wrap(question.answer))
-                else:
-                    question = self.unknown_question(rng)
-                    messages += exchange(question.prompt, question.answer)
-            yield messages
 
     # ---- data sets ----
 

@@ -11,9 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.pair.pair import ModelPair
+from shadowlit.plugins import path_of
 from shadowlit.training.head import HeadLoss
+from shadowlit.training.outputs import is_number
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,17 @@ class EvalResult:
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
+
+
+def require_result(found: Any, key: str, evaluator: Evaluator) -> EvalResult:
+    """What ``run`` has returned; a ShadowlitError if it isn't numbers with a score, and samples with an index."""
+    numbers = isinstance(found, EvalResult) and "score" in found.metrics and all(map(is_number, found.metrics.values()))
+    if numbers and all("index" in sample for sample in found.samples):
+        return found
+    raise ShadowlitError(
+        f"{key} is {path_of(evaluator)}, whose run returns {found!r:.200}; expected an EvalResult with numbers by "
+        'name, one of them the score, and with samples that have an index: EvalResult({"score": 0.5}, [{"index": 0}]).'
+    )
 
 
 class Evaluator(ABC):

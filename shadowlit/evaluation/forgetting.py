@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.data.collate import Collate
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect
 from shadowlit.data.formats import DOCUMENT
@@ -24,6 +25,7 @@ from shadowlit.training.objective import supervised_positions
 _CHUNK = 1024  # positions whose distributions are in float32 at a time
 
 
+@takes_plain_values("evaluator")
 class Divergence(Evaluator):
     """KL divergence from the untouched Instruct, token by token, on given conversations.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase, TopPLogitsWarper
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.data.collate import PromptCollate
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext
@@ -38,6 +39,7 @@ class _Item(Question):
         return len(self.tokens)
 
 
+@takes_plain_values("evaluator")
 class Generation(PromptEvaluator[_Item]):
     r"""Lets the model answer, until it ends its turn, and compares the answers with references.
 

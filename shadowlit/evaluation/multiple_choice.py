@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.evaluation.prompts import PromptEvaluator, Question
@@ -41,6 +42,7 @@ class _Item(Question):
         return max(map(len, self.inputs))
 
 
+@takes_plain_values("evaluator")
 class MultipleChoice(PromptEvaluator[_Item]):
     """Scores each choice by its log-likelihood after the question, and takes the most probable one.
 

@@ -22,13 +22,18 @@ def side_by_side(found: Mapping[tuple[str, str], Samples], root: Path, evaluator
     for name in evaluators:
         subjects = {who: found[who, name] for who in _ORDER if (who, name) in found}
         for who in ("instruct", "base"):
-            file = root / who / f"{name}.jsonl"
-            if who not in subjects and file.is_file():
-                subjects[who] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            if who not in subjects and (rows := stored(root, who, name)):
+                subjects[who] = rows
         answers = {who: {row["index"]: row for row in rows} for who, rows in subjects.items()}
         shown = [row for row in next(iter(subjects.values()), ()) if "answer" in row][:num_rows]
         parts += [_row(name, row, {who: answers[who] for who in _ORDER if who in answers}) for row in shown]
     return "\n".join(parts)
+
+
+def stored(root: Path, who: str, name: str) -> Samples:
+    """The samples of an untouched model that were written before; none without their file."""
+    file = root / who / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def _row(name: str, row: Mapping[str, Any], answers: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:

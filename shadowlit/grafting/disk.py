@@ -13,7 +13,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,15 +20,12 @@ from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, layer_of, module_of, routers, tower_of
-from shadowlit.checkpoint.reader import TensorReader, keeping, rows_of
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.update import Transforms, Update, zero_update
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from shadowlit.grafting.update import Update, zero_update
 
 
 @dataclass(frozen=True)
@@ -87,8 +83,7 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
 class DiskGraft:
     """A graft of checkpoints, checked from their headers and ready to be streamed.
 
-    With transforms whole tensors are in memory, one at a time: about four float32 copies of the largest one, and for
-    ``svd`` two in float64 as well. Arguments are as those of :func:`shadowlit.grafting.folders.graft`.
+    Arguments are as those of :func:`shadowlit.delta.folders.graft`.
 
     Raises:
         GraftError: Nothing is selected, or a selected tensor has another shape in the Instruct, or is not a
@@ -102,12 +97,10 @@ class DiskGraft:
         scale: Scale,
         select: str | list[str] = "linear",
         dtype: str | None = None,
-        transforms: Transforms | None = None,
         allow_zero: bool = False,
     ) -> None:
         self._allow_zero = allow_zero
         self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
-        self._transformed = _transformed(update, transforms) if transforms else None
         selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")
         self.selected = selected & frozenset(update.shapes)
         if not self.selected:
@@ -189,7 +182,7 @@ class DiskGraft:
         self, raw: Room, info: TensorInfo, target: str, start: int, stop: int, room: Room
     ) -> tuple[int, float, float] | None:
         """A grafted part, if all of it is bfloat16 and in pairs, and all values are finite."""
-        if self._transformed or raw.size % 4 or {info.code, target} != {"BF16"}:
+        if raw.size % 4 or {info.code, target} != {"BF16"}:
             return None
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
@@ -208,8 +201,7 @@ class DiskGraft:
         if name in self.selected:
             if (part := self._bfloat16_part(raw, info, target, start, stop, room)) is not None:
                 return part
-            rows = self._transformed or self._update.rows
-            update = np.asarray(rows(name, start, stop)).reshape(-1)
+            update = np.asarray(self._update.rows(name, start, stop)).reshape(-1)
             scale = self._scale.of(name)
             stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
             if not all(map(math.isfinite, squares)):
@@ -222,14 +214,3 @@ class DiskGraft:
             numeric.require_finite(name, stored, target)
         room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
         return stored.nbytes, squares[0], squares[1]
-
-
-def _transformed(update: Update, transforms: Transforms) -> Callable[[str, int, int], Tensor]:
-    """Rows of an update that is transformed when they are first needed, one whole tensor at a time."""
-    import torch
-
-    def whole(name: str) -> Tensor:
-        shape = update.shapes[name]
-        return transforms(name, torch.as_tensor(update.rows(name, 0, shape[0] if shape else 1)))
-
-    return rows_of(keeping(whole))

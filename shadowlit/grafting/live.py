@@ -33,8 +33,7 @@ from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import coverage, resolve
 from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
-from shadowlit.grafting.transformed import ParameterTransforms, laid_out
-from shadowlit.grafting.update import Transforms
+from shadowlit.grafting.transformed import ParameterTransforms, Transforms, laid_out
 
 Squares = dict[str, Tensor]  # by name: sums of squares of an update and of its rounding error, float64 [2]
 _Found = TypeVar("_Found")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -12,7 +13,23 @@ from shadowlit.checkpoint.layout import LayoutReader, Range
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, keeping, rows_of
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
-from shadowlit.grafting.update import Transforms
+
+
+class Transforms(Protocol):
+    """What the live graft needs of its transforms, :class:`shadowlit.delta.transforms.Transforms`."""
+
+    @property
+    def whole(self) -> list[str]:
+        """Names of the functions that need whole tensors; the others may be applied to any part of one."""
+
+    def __call__(self, name: str, update: Tensor) -> Tensor:
+        """The transformed update of the whole tensor ``name``."""
+
+    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+        """The transformed part of a tensor's update; ``noise`` gives that part's random numbers by their seed."""
+
+    def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        """The random numbers of the whole tensor ``name``, on the CPU."""
 
 
 class ParameterTransforms:

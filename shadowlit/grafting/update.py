@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from shadowlit.checkpoint.names import (
     is_computed,
     is_experts,
     leaf_of,
+    weight_of,
 )
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
@@ -37,7 +38,6 @@ from shadowlit.errors import GraftError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from torch import Tensor
 
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones are between 0.1 and 10
 
@@ -65,25 +65,6 @@ class Update:
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
         return None
-
-
-class Transforms(Protocol):
-    """Functions of an update that are applied to it in order; see :class:`shadowlit.delta.transforms.Transforms`."""
-
-    specs: list[dict[str, Any]]  # name and parameters of every function, for the manifest
-
-    @property
-    def whole(self) -> list[str]:
-        """Names of the functions that need whole tensors; the others may be applied to any part of one."""
-
-    def __call__(self, name: str, update: Tensor) -> Tensor:
-        """The transformed update of the whole tensor ``name``."""
-
-    def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of a tensor's update; ``noise`` gives that part's random numbers by their seed."""
-
-    def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """The random numbers of the whole tensor ``name``, on the CPU."""
 
 
 class FullUpdate(Update):
@@ -208,7 +189,7 @@ class AdapterUpdate(Update):
         for stored in self._reader.tensors:
             if pair := factor_pair(stored):
                 module, up, of_embedding = pair
-                factors, host = _Factors(module, stored, up, of_embedding), f"{module}.weight"
+                factors, host = _Factors(module, stored, up, of_embedding), weight_of(module)
                 if is_experts(module):
                     self._factors |= self._of_experts(factors, fused)
                 else:
@@ -256,7 +237,7 @@ class AdapterUpdate(Update):
     ) -> dict[str, _Factors]:
         """The factors of a layer's experts, by the Base's names of what they change, recognised by their shapes."""
         if factors.up not in self._reader.tensors:
-            return {f"{factors.module}.weight": factors}  # reported as half a pair
+            return {weight_of(factors.module): factors}  # reported as half a pair
         down, up = (self._reader.info(name).shape for name in (factors.down, factors.up))
         for kind in ROWS_OF_FUSED:
             shape, parts = fused.get(canonical_key(f"{factors.module}.{kind}"), ((), []))
@@ -303,7 +284,7 @@ class AdapterUpdate(Update):
         config, rank = self._config, self._reader.info(factors.down).shape[0] // factors.experts
         try:
             # peft names a bare parameter by its whole path, a module without its weight.
-            paths = (factors.module, f"{factors.module}.weight")
+            paths = (factors.module, weight_of(factors.module))
             keys = (get_pattern_key(config.alpha_pattern.keys(), path) for path in paths)
             alpha = next((config.alpha_pattern[key] for key in keys if key in config.alpha_pattern), config.lora_alpha)
             plain = not config.alpha_pattern and not config.rank_pattern

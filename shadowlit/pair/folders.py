@@ -76,7 +76,12 @@ class ProblemError(PairError):
 
 
 def model_folder(
-    who: str, source: str, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True
+    who: str,
+    source: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    key: str = "",
 ) -> Path:
     """The local folder of a model, downloaded first if ``source`` is a hub id.
 
@@ -86,10 +91,12 @@ def model_folder(
         revision: Commit, tag or branch on the hub.
         trust_remote_code: Also download Python files.
         weights: Also download the safetensors files.
+        key: Setting or argument that holds ``source``, for messages; ``who`` by default.
 
     Raises:
         PairError: There is no such folder, or the hub does not give it.
     """
+    key = key or who
     folder = Path(source).expanduser()
     if source and folder.is_dir():
         return folder
@@ -100,7 +107,7 @@ def model_folder(
             f"{who} model",
             f"'{source}' {kind}",
             "a model's folder, or an id such as 'org/name'",
-            f"set pair.{who} to the folder that holds config.json and the safetensors files.",
+            f"set {key} to the folder that holds config.json and the safetensors files.",
         )
     from huggingface_hub import snapshot_download
 
@@ -115,7 +122,7 @@ def model_folder(
             f"{who} model",
             f"there is no folder '{source}', and the hub does not give '{source}'{at} ({first_line(error)})",
             "a model's folder or a reachable hub id",
-            f"check the spelling of pair.{who}; for a gated model accept its licence and log in with "
+            f"check the spelling of {key}; for a gated model accept its licence and log in with "
             "'hf auth login'; without a network download it elsewhere and give the folder.",
         ) from error
 

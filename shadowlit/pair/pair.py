@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.pair.folders import (
     _load_processor,
@@ -39,6 +40,7 @@ def _once(method: Callable[[ModelPair], _T]) -> Callable[[ModelPair], _T]:
     return kept
 
 
+@takes_plain_values("pair")
 @dataclass(frozen=True)
 class ModelPair:
     """A Base and the Instruct that was made from it.
@@ -77,13 +79,12 @@ class ModelPair:
     @_once
     def base_folder(self) -> Path:
         """The local folder of the Base, downloaded first if ``base`` is a hub id."""
-        return model_folder("base", self.base, self.base_revision, self.trust_remote_code, self._downloads_weights)
+        return self._folder("base", self.base, self.base_revision)
 
     @_once
     def instruct_folder(self) -> Path:
         """The local folder of the Instruct, downloaded first if ``instruct`` is a hub id."""
-        revision, trust = self.instruct_revision, self.trust_remote_code
-        return model_folder("instruct", self.instruct, revision, trust, self._downloads_weights)
+        return self._folder("instruct", self.instruct, self.instruct_revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that both models are used with, with its chat template: that of ``template_owner``."""
@@ -148,6 +149,9 @@ class ModelPair:
     def revisions(self) -> dict[str, str | None]:
         """The commit that each model was read at: the hub's, or None for a plain folder."""
         return {"base": commit_of(self.base_folder()), "instruct": commit_of(self.instruct_folder())}
+
+    def _folder(self, who: str, source: str, revision: str | None) -> Path:
+        return model_folder(who, source, revision, self.trust_remote_code, self._downloads_weights, f"pair.{who}")
 
     def _template_config(self) -> PretrainedConfig:
         return self.base_config() if self.template_owner == "base" else self.config()

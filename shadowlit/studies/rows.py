@@ -18,7 +18,7 @@ LR, SCALE = "model.lr", "scale"
 UNTOUCHED_TRIAL = "untouched"
 """The job that measures the Base and the Instruct, and the name of its folder."""
 _FIXED = ("trial", "state", "arm", SCALE, "seed")
-_COST = (
+COST = (
     "step", "wall_s", "train_s", "evaluation_s", "tokens_per_s", "peak_memory_bytes", "trained_parameters",
     "train_tokens",
 )  # fmt: skip
@@ -123,7 +123,7 @@ def to_csv(rows: Sequence[Row], axes: Sequence[str]) -> str:
 
     The columns are trial, state, arm, scale, seed, the axes, the metrics in alphabetical order, and the cost.
     """
-    numbers = [*metric_names(rows), *(name for name in _COST if any(name in row.cost for row in rows))]
+    numbers = [*metric_names(rows), *(name for name in COST if any(name in row.cost for row in rows))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_FIXED, *axes, *numbers])
@@ -147,8 +147,8 @@ def from_csv(text: str, axes: Mapping[str, bool]) -> list[Row]:
                 int(cells["seed"]) if cells["seed"] else None,
                 cells["trial"],
                 cells["state"],
-                metrics={name: float(value) for name, value in numbers.items() if name not in _COST},
-                cost={name: float(value) for name, value in numbers.items() if name in _COST},
+                metrics={name: float(value) for name, value in numbers.items() if name not in COST},
+                cost={name: float(value) for name, value in numbers.items() if name in COST},
             )
         )
     return rows

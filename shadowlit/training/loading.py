@@ -56,9 +56,10 @@ def load_for_training(
     """Build the model of a checkpoint for training, with float32 masters of all trainable parameters.
 
     Full fine-tuning trains float32 copies of all weights, or of ``towers`` in a vision-language model, whose other
-    towers stay frozen, without masters. With an adapter the weights stay frozen and the factors are float32. An adapter of experts, or of other bare parameters, makes the weights float32 too, since peft
-    adds its product to them and bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on
-    the meta device and filled by rows from the safetensors files.
+    towers stay frozen, without masters. With an adapter the weights stay frozen and the factors are float32. An adapter
+    of experts, or of other bare parameters, makes the weights float32 too, since peft adds its product to them and
+    bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on the meta device and filled by
+    rows from the safetensors files.
 
     Args:
         reader: Reader of the Base's checkpoint, in the shape of its Instruct.

@@ -112,9 +112,11 @@ class TokenScores(Metric):
     num_correct: Tensor
     num_samples: Tensor
     num_exact: Tensor
+    rows: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
+        self.add_state("rows", [], dist_reduce_fx="cat")
         # float64: a float32 sum of 10^7 losses would lose its last digits to the order of the batches.
         self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("num_tokens", "num_correct", "num_samples", "num_exact"):
@@ -138,6 +140,13 @@ class TokenScores(Metric):
         self.num_correct += sums.num_correct
         self.num_samples += sums.num_samples
         self.num_exact += sums.num_exact
+        self.rows.append(sums.by_sample)
+
+    def by_sample(self) -> Tensor:
+        """Loss and number of supervised tokens of every sample on all ranks, ``[N, 2]`` on the CPU; a collective."""
+        with self.sync_context():
+            rows: Any = self.rows  # a tensor once it was gathered
+            return (torch.cat(rows) if isinstance(rows, list) else rows).cpu()
 
     def compute(self) -> dict[str, float]:
         """Return the metrics over everything added, on all ranks alike; NaN when nothing was supervised."""

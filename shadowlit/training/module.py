@@ -6,14 +6,17 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -23,24 +26,26 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 from torchmetrics import Metric
 from transformers import PreTrainedConfig, get_scheduler
 
+from shadowlit.arguments import takes_plain_values
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import DataError, ShadowlitError, wrong_names
+from shadowlit.errors import DataError, ShadowlitError, as_usage, first_line, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
-from shadowlit.pair.pair import ModelPair
+from shadowlit.pair.pair import ModelPair, PairWithoutWeights
+from shadowlit.plugins import calls
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores, name_clash
+from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
-from shadowlit.training.objectives import SFT, Objective
+from shadowlit.training.objectives import SFT, Objective, require_sums
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
@@ -63,6 +68,14 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 
+class UnlimitedProgressBar(RichProgressBar):
+    """Lightning's progress bar where the number of epochs is not limited: without ``/-2`` after the epoch."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "   ")
+
+
+@takes_plain_values("model")
 class ShadowModule(LightningModule):
     """Trains the Base of a pair, and scores the weights that the model holds.
 
@@ -248,19 +261,39 @@ class ShadowModule(LightningModule):
         return self.model(**model_inputs(batch), use_cache=False).logits
 
     def setup(self, stage: str) -> None:
-        """Try all metrics on random logits, so that one that does not fit is found before anything is trained."""
-        self.losses = LossWatch(self.losses.on_nan)  # not that of an earlier fit
-        if stage != "predict":
+        """Forget what an earlier command has left."""
+        self._sums = None
+        self._scores.clear()
+        self.losses = LossWatch(self.losses.on_nan)
+        if stage == "fit":
+            self.objective.reset()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Try the objective, the metrics and the optimizer: of all hooks, this one runs before anything is loaded.
+
+        Returns a progress bar in place of Lightning's own if the number of epochs is not limited.
+        """
+        if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.score_names()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            with as_usage():
+                self._try_optimizer()
+        bar = self.trainer.progress_bar_callback
+        if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
+            return []
+        return [UnlimitedProgressBar(int(bar.refresh_rate), theme=bar.theme)]
 
     def score_names(self) -> set[str]:
         """The names of the metrics that every validation set is scored with, found by scoring random logits.
 
         Raises:
-            ShadowlitError: A metric can't be updated, gives something that is not a number, or has another's name.
+            ShadowlitError: The objective returns something else than sums; a metric can't be updated, gives something
+                that is not a number, or has another's name.
         """
-        vocabulary = self.pair.config().get_text_config().vocab_size
-        return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
+        # Of a model on the hub no weights are downloaded for this.
+        vocabulary = PairWithoutWeights(**asdict(self.pair)).config().get_text_config().vocab_size
+        with as_usage():
+            return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
 
     def on_fit_start(self) -> None:
         """Refuse data of another kind than the objective needs."""
@@ -293,7 +326,8 @@ class ShadowModule(LightningModule):
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             reduce_gradients(self.model, steps or not self._accumulates_whole)
-        loss = self._add(self.objective.step(self._outputs(batch, BASE, "train")))
+        with calls(self.objective, "model.objective", "Correct its step."):
+            loss = self._add(self.objective.step(self._outputs(batch, BASE, "train")))
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
@@ -414,6 +448,14 @@ class ShadowModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
+    def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
+        """Loss and number of supervised tokens of each sample in the running validation, ``[N, 2]`` by set.
+
+        The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
+        """
+        owns = {name: one.own for (who, name), one in self._scores.items() if who == subject}
+        return {name: own.by_sample() for name, own in owns.items() if isinstance(own, TokenScores) and own.takes_sums}
+
     def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
         taken = self.scores(subject)
@@ -444,6 +486,20 @@ class ShadowModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        return self._optimizer(trained, int(self.trainer.estimated_stepping_batches))
+
+    def _try_optimizer(self) -> None:
+        """Create the optimizer and its schedule for a few numbers, so that a wrong option is found early."""
+        sizes = [(2, 2)] if self.adapter else [(2, 2), (2,)]
+        try:
+            self._optimizer([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total=1000)
+        except ShadowlitError as error:
+            # Of a schedule, a list may need a value for each group of parameters, of which there may be more.
+            if str(error).startswith("model.optimizer") or not isinstance(error.__cause__, ValueError):
+                raise
+
+    def _optimizer(self, trained: list[tuple[str, nn.Parameter]], total: int) -> OptimizerLRSchedulerConfig:
+        """Both for parameters by name and a number of optimizer steps."""
         optimizer = make_optimizer(
             self.optimizer,
             (p for _, p in trained),
@@ -455,19 +511,24 @@ class ShadowModule(LightningModule):
             lora_b=[p for name, p in trained if factor_of(name) == "B"],
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
-        return {"optimizer": optimizer, "lr_scheduler": self._configure_schedule(optimizer)}
+        return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer, total)}
 
-    def _configure_schedule(self, optimizer: Optimizer) -> LRSchedulerConfigType:
-        total = int(self.trainer.estimated_stepping_batches)
+    def _schedule(self, optimizer: Optimizer, total: int) -> LRSchedulerConfigType:
         warmup = math.ceil(self.warmup_ratio * total)
         scheduler: Any
-        if isinstance(self.lr_scheduler, str):
-            scheduler = get_scheduler(self.lr_scheduler, optimizer, warmup, total, self.lr_scheduler_kwargs)
-        elif self.lr_scheduler is None:
-            rate = partial(_rate, total=total, warmup=warmup, schedule=self.schedule)
-            scheduler = LambdaLR(optimizer, rate)
-        else:
-            scheduler = self.lr_scheduler(optimizer)
+        try:
+            if isinstance(self.lr_scheduler, str):
+                scheduler = get_scheduler(self.lr_scheduler, optimizer, warmup, total, self.lr_scheduler_kwargs)
+            elif self.lr_scheduler is None:
+                rate = partial(_rate, total=total, warmup=warmup, schedule=self.schedule)
+                scheduler = LambdaLR(optimizer, rate)
+            else:
+                scheduler = self.lr_scheduler(optimizer)
+        except Exception as error:
+            raise ShadowlitError(
+                f"model.lr_scheduler{'_kwargs' if isinstance(self.lr_scheduler, str) else ''} can't make a schedule "
+                f"({first_line(error)}). Correct its options."
+            ) from error
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
         if isinstance(scheduler, TorchReduceLROnPlateau):
@@ -495,17 +556,13 @@ class ShadowModule(LightningModule):
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> Tensor:
         """Add a micro-batch's sums to those of the effective batch; return the loss."""
-        names, loss = tuple(sums), sums.get("loss")
-        known = names if self._sums is None else self._sums[0]
-        if names != known or "count" not in sums or not isinstance(loss, Tensor):
-            raise ShadowlitError(
-                f"{type(self.objective).__name__}.step returns the sums {', '.join(names)}; expected a tensor loss and "
-                f"a count, and the same names in every batch (before: {', '.join(known)})."
-            )
+        require_sums(self.objective, sums, self._sums and self._sums[0])
         like = torch.zeros((), dtype=accumulation_dtype(self.device), device=self.device)
-        values = torch.stack([v.detach().to(like) if isinstance(v, Tensor) else like + v for v in sums.values()])
-        self._sums = names, values if self._sums is None else self._sums[1] + values
-        return loss
+        values = torch.stack(
+            [v.detach().to(like).view(()) if isinstance(v, Tensor) else like + v for v in sums.values()]
+        )
+        self._sums = tuple(sums), values if self._sums is None else self._sums[1] + values
+        return cast("Tensor", sums["loss"])
 
     def _score(self, batch: Batch, set_name: str, subject: Subject) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders

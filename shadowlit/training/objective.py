@@ -18,13 +18,14 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over the supervised tokens of a batch; each a scalar tensor on the batch's device."""
+    """Sums over the supervised tokens of a batch, on its device; all but ``by_sample`` are scalar tensors."""
 
     loss: Tensor  # of the cross entropies, in nats
     num_tokens: Tensor
     num_correct: Tensor  # tokens that are the most probable one
     num_samples: Tensor  # rows with a supervised token; of packed rows, the conversations
     num_exact: Tensor  # samples all of whose tokens are the most probable ones
+    by_sample: Tensor  # [S, 2]: loss and number of supervised tokens of each sample, in the order of the batch
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -62,8 +63,13 @@ def sum_tokens(
     counts.index_add_(1, conversation, torch.stack([torch.ones_like(positions), correct.long()]))
     rows = counts[0] > 0
     exact = rows & (counts[0] == counts[1])
-    loss = losses.sum(dtype=accumulation_dtype(losses.device))
-    return TokenSums(loss, counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum())
+    losses = losses.to(accumulation_dtype(losses.device))
+    by_token = torch.stack(
+        [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]]
+    )
+    # Without packing each row is a sample, so that nothing waits for a GPU to find their number.
+    by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
+    return TokenSums(losses.sum(), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum(), by_sample.T)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,10 +26,11 @@ from torchmetrics import Metric
 
 from shadowlit.data.formats import Samples
 from shadowlit.errors import ShadowlitError
+from shadowlit.plugins import described, path_of
 from shadowlit.training import preference
 from shadowlit.training.linear_loss import cross_entropies
 from shadowlit.training.metrics import PreferenceScores, Scores, TokenScores
-from shadowlit.training.outputs import Answers, Outputs
+from shadowlit.training.outputs import Answers, Outputs, is_number, require_shape
 
 NAMES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 Sums = dict[str, Tensor]
@@ -85,7 +86,10 @@ class Objective(ABC):
             one.own.update(logits, outputs.batch["labels"])
         watch(logits.flatten(0, 1).index_select(0, outputs.positions).float(), outputs.targets)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027 - few need it
+    def reset(self) -> None:  # noqa: B027 - few need it
+        """Forget what an earlier fit has left. Called when a fit begins, before a checkpoint is loaded."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
         """Add to a checkpoint what the next step depends on; nothing by default."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
@@ -176,6 +180,10 @@ class PreferenceObjective(Objective):
         for one in scores:
             for metric in (one.own, *one.others.values()):
                 metric.update(answers)
+
+    def reset(self) -> None:
+        """Begin at the reference, from which the distance is 0."""
+        self.kl = 0.0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the distance that the next step of labelled answers compares with."""
@@ -374,11 +382,13 @@ OBJECTIVES = tuple(one.__name__ for one in (SFT, DPO, KTO, ORPO, SimPO, CPO, ASF
 
 def preference_sums(objective: PreferenceObjective, answers: Answers) -> Sums:
     """The loss of a batch, a float64 scalar with a gradient, and the other sums of :func:`preference_metrics`."""
-    losses = objective.losses(answers)
+    own = path_of(objective)
+    losses = require_shape(objective.losses(answers), answers.logps.shape[:1], f"{own}.losses")
     total = losses.sum()
     with torch.no_grad():
         dtype = answers.logps.dtype
-        rewards, first = objective.rewards(answers).detach(), answers.desirable.to(dtype)
+        rewards = require_shape(objective.rewards(answers), answers.logps.shape, f"{own}.rewards").detach()
+        first = answers.desirable.to(dtype)
         logps, means = answers.logps.detach(), answers.means.detach()
         if objective.samples == "labels":  # an answer is chosen or rejected
             correct = (rewards[:, 0] > getattr(objective, "beta", 1.0) * answers.kl) == answers.desirable
@@ -428,6 +438,34 @@ def preference_metrics(sums: Sums, samples: Samples) -> Sums:
     if samples == "labels":
         return {**metrics, "kl": (sums["shifts"] / count).clamp(min=0)}
     return {**metrics, **{name: sums[name] / count for name in ("likelier", "likelier_per_token")}}
+
+
+def samples_of(objective: Objective | None) -> Samples:
+    """Kind of samples that the objective learns from, by default conversations; a ShadowlitError for no kind."""
+    samples = "conversations" if objective is None else objective.samples
+    if samples not in get_args(Samples):
+        raise ShadowlitError(
+            f"model.objective is {path_of(objective)}, whose samples are {samples!r}; expected one of "
+            f"{', '.join(get_args(Samples))}. Correct the class."
+        )
+    return samples
+
+
+def require_sums(objective: Objective, sums: Any, known: Sequence[str] | None = None) -> None:
+    """Raise unless these are what :meth:`Objective.step` should return, with the names of an earlier batch."""
+    named = isinstance(sums, Mapping)
+    wrong = [name for name, value in sums.items() if not is_number(value)] if named else []
+    names = tuple(sums) if named else ()
+    if names and not wrong and "count" in names and isinstance(sums.get("loss"), Tensor) and known in (None, names):
+        return
+    found = f"the sums {', '.join(names)}" if named else described(sums)
+    bad = "".join(f"; {name} is {described(sums[name])}" for name in wrong)
+    before = "" if known is None else f" (before: {', '.join(known)})"
+    raise ShadowlitError(
+        f"model.objective is {path_of(objective)}, whose step returns {found}{bad}; expected a tensor loss and a "
+        f"count, each a single number, and the same names in every batch{before}. Return e.g. "
+        '{"loss": losses.sum(), "count": len(losses)}.'
+    )
 
 
 def _require(objective: str, **options: float) -> None:

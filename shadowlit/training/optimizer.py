@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.plugins import WITHOUT_SUPER
 
 # Without lr among its options a class is called with the module's; the parser tells the two apart.
 OptimizerFactory = Callable[[Iterable, float], Optimizer] | Callable[[Iterable], Optimizer]
@@ -75,11 +76,17 @@ def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimize
     # The options of the configuration are bound in a functools.partial.
     rate = {} if "lr" in getattr(factory, "keywords", {}) else {"lr": lr}
     try:
-        return _clippable(factory(groups, **rate))
-    except (TypeError, ValueError) as error:
-        others = sum(p.dim() != 2 for group in groups for p in group["params"])
-        hint = f" {others} of the parameters, norms and biases, are no matrices: train an adapter." if others else ""
-        raise ShadowlitError(f"model.optimizer can't take the trained parameters: {error}.{hint}") from error
+        optimizer = _clippable(factory(groups, **rate))
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(WITHOUT_SUPER)
+        return optimizer
+    except Exception as error:  # a class from outside the package may raise anything
+        hint = "Correct its options."
+        if any(p.dim() != 2 for group in groups for p in group["params"]):
+            hint = "Some of them, norms and biases, are no matrices: train an adapter."
+        raise ShadowlitError(
+            f"model.optimizer can't take the trained parameters ({first_line(error)}). {hint}"
+        ) from error
 
 
 def _clippable(optimizer: Optimizer) -> Optimizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import Subject
+from shadowlit.plugins import described
 from shadowlit.training.head import HeadLoss, LogitsFunction, Watch
 from shadowlit.training.linear_loss import cross_entropies
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
@@ -43,8 +45,11 @@ class Answers:
 
     @property
     def ratios(self) -> Tensor:
-        """``[N, 2]``: log-probabilities minus those of the reference."""
-        assert self.reference is not None
+        """``[N, 2]``: log-probabilities minus those of the reference; a ShadowlitError if there is none."""
+        if self.reference is None:
+            raise ShadowlitError(
+                "model.objective compares answers with a reference, but its has_reference is false. Set it to true."
+            )
         return self.logps - self.reference
 
     @property
@@ -90,8 +95,16 @@ class Outputs:
         Args:
             function: Function from float32 logits ``[n, V]`` and int64 targets ``[n]`` of a chunk to one number per
                 token, ``[n]``. It is called again in the backward pass, so it must depend on nothing else that changes.
+
+        Raises:
+            ShadowlitError: The function returns something else.
         """
-        return self._head.map_logits(model_inputs(self.batch), self.positions, self.targets, function)
+        name = getattr(function, "__qualname__", function)
+
+        def checked(logits: Tensor, targets: Tensor) -> Tensor:
+            return require_shape(function(logits, targets), targets.shape, name)
+
+        return self._head.map_logits(model_inputs(self.batch), self.positions, self.targets, checked)
 
     def logits(self) -> Tensor:
         """The logits of all positions, ``[B, T, V]``; the label at ``t`` is predicted at ``t - 1``."""
@@ -123,6 +136,21 @@ class Outputs:
             assert self._reference is not None
             reference = self._reference(batch["sample"].index_select(0, valid))
         return Answers(logps, lengths, batch["desirable"].index_select(0, valid), reference)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a number, of Python or numpy, or a tensor of one."""
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def require_shape(value: Any, shape: torch.Size, function: Any) -> Tensor:
+    """What a function of ``model.objective`` has returned; a ShadowlitError if it is no tensor of this shape."""
+    if isinstance(value, Tensor) and value.shape == shape:
+        return value
+    raise ShadowlitError(
+        f"model.objective: {function} returns {described(value)}; expected a tensor of shape {[*shape]}, one "
+        f"{'loss a token or sample' if len(shape) == 1 else 'reward an answer'}. Correct the function."
+    )
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:

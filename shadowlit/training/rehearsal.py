@@ -1,21 +1,23 @@
-"""Tries a run's metrics on random logits, so that one that does not fit is found before the training."""
+"""Tries a run's objective and metrics on random logits, so that one that does not fit is found before the training."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.plugins import calls, described, path_of
 from shadowlit.training.head import HeadLoss
 from shadowlit.training.metrics import Scores
-from shadowlit.training.objectives import Objective, PreferenceObjective
-from shadowlit.training.outputs import Outputs
+from shadowlit.training.objectives import Objective, PreferenceObjective, require_sums
+from shadowlit.training.outputs import Outputs, is_number
 
 _ROWS, _LENGTH = 4, 6
 
@@ -23,18 +25,22 @@ _ROWS, _LENGTH = 4, 6
 def rehearse(
     objective: Objective, configure_scores: Callable[[], Metric], metrics: Mapping[str, Metric], vocabulary: int
 ) -> set[str]:
-    """Score a random batch as a validation would, but without the other ranks; return the names of the metrics.
+    """Train and score a random batch, without the other ranks; return the names of the metrics.
 
     An objective that overrides ``score`` may need more than a random batch has, so its metrics are not tried.
 
     Raises:
-        ShadowlitError: A metric can't be updated, gives something that is not a number, or has another's name.
+        ShadowlitError: The objective fails or returns something else than sums; a metric can't be updated, gives
+            something that is not a number, or has another's name.
     """
-    if type(objective).score not in (Objective.score, PreferenceObjective.score):
-        return set()
 
     def model(input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=torch.randn(*input_ids.shape, vocabulary))
+        logits = torch.randn(*input_ids.shape, vocabulary, requires_grad=torch.is_grad_enabled())
+        return SimpleNamespace(logits=logits)
+
+    def outputs() -> Outputs:
+        losses = HeadLoss(model, "logits")  # type: ignore[arg-type]
+        return Outputs(losses, _batch(vocabulary), lambda samples: torch.zeros(len(samples), 2, dtype=torch.float64))
 
     def names_of(others: Mapping[str, Metric]) -> set[str]:
         scores = Scores(configure_scores(), others, torch.device("cpu"))
@@ -42,25 +48,52 @@ def rehearse(
             for part in metric.modules():
                 if isinstance(part, Metric):
                     part.sync_on_compute = False  # the other ranks' devices may not reduce the CPU's tensors
-        losses = HeadLoss(model, "logits")  # type: ignore[arg-type]
-        outputs = Outputs(losses, _batch(vocabulary), lambda samples: torch.zeros(len(samples), 2, dtype=torch.float64))
-        objective.score(outputs, [scores])
+        objective.score(outputs(), [scores])
         return set(scores.compute())
 
-    with isolate_rng(), torch.no_grad():
-        for name in ("", *metrics):
-            try:
-                names_of({name: metrics[name]} if name else {})
-            except ShadowlitError:
-                raise
-            except Exception as error:  # a user's own metric may raise anything
-                what = f"model.metrics.{name}" if name else "the metric of configure_scores"
-                takes = "logits, labels" if objective.samples == "conversations" else "answers"
-                raise ShadowlitError(
-                    f"{what} failed on a random batch of {objective.samples} ({first_line(error)}). Expected "
-                    f"update({takes}) and a compute() that returns numbers; see model.metrics in --help."
-                ) from error
-        return names_of(metrics)
+    with isolate_rng():
+        if not path_of(objective).startswith("shadowlit."):
+            _try_step(_copy_of(objective), outputs())
+        if type(objective).score not in (Objective.score, PreferenceObjective.score):
+            return set()
+        with torch.no_grad():
+            for name in ("", *metrics):
+                try:
+                    names_of({name: metrics[name]} if name else {})
+                except ShadowlitError:
+                    raise
+                except Exception as error:  # a user's own metric may raise anything
+                    what = f"model.metrics.{name}" if name else "the metric of configure_scores"
+                    takes = "logits, labels" if objective.samples == "conversations" else "answers"
+                    raise ShadowlitError(
+                        f"{what} failed on a random batch of {objective.samples} ({first_line(error)}). Expected "
+                        f"update({takes}) and a compute() that returns numbers; see model.metrics in --help."
+                    ) from error
+            return names_of(metrics)
+
+
+def _copy_of(objective: Objective) -> Objective:
+    """A copy, whose state a trial may change; modules, such as a large teacher, are shared."""
+    shared: dict[int, Any] = {id(value): value for value in vars(objective).values() if isinstance(value, nn.Module)}
+    try:
+        return copy.deepcopy(objective, shared)
+    except Exception:  # it holds a lock, say
+        return copy.copy(objective)
+
+
+def _try_step(objective: Objective, outputs: Outputs) -> None:
+    """Raise if a training step fails, returns something else than sums, or has no gradient."""
+    with calls(objective, "model.objective", "It was tried on a random batch. Correct the class."):
+        try:
+            sums = objective.step(outputs)
+        except KeyError:  # a random batch has no images, for example
+            return
+        require_sums(objective, sums)
+        if not cast("Tensor", sums["loss"]).requires_grad:
+            raise TypeError("step returns a loss without a gradient")
+        found = objective.finish_step({name: torch.as_tensor(one).detach().double() for name, one in sums.items()})
+        if not isinstance(found, Mapping) or not all(map(is_number, found.values())):
+            raise TypeError(f"finish_step returns {described(found)}; expected a dict of numbers by name")
 
 
 def _batch(vocabulary: int) -> dict[str, Tensor]:
@@ -71,6 +104,6 @@ def _batch(vocabulary: int) -> dict[str, Tensor]:
     samples = torch.arange(_ROWS // 2)
     sequence = torch.arange(_ROWS)[:, None].expand(-1, _LENGTH)
     return {
-        "input_ids": ids, "labels": labels, "sequence": sequence, "sample": samples, "valid": samples,
-        "desirable": samples % 2 == 0,
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "sequence": sequence,
+        "sample": samples, "valid": samples, "desirable": samples % 2 == 0,
     }  # fmt: skip

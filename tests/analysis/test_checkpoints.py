@@ -12,7 +12,7 @@ from torch.distributed import checkpoint as sharded
 
 from shadowlit.analysis.checkpoints import TrainedReader, latest, open_stage, stages
 from shadowlit.analysis.deltas import open_delta
-from shadowlit.analysis.evolution import evolution
+from shadowlit.analysis.evolution import evolutions
 from shadowlit.analysis.run import read_run
 from shadowlit.analysis.truncation import losses
 from shadowlit.checkpoint.names import saved_name
@@ -244,7 +244,7 @@ def test_equal_to_what_a_real_run_logged(kind, tmp_path):
         plan |= {"pair.base": str(base), "pair.instruct": str(instruct), "trainer.limit_val_batches": 2}
     home = fit(tmp_path / "run", plan)
     run = read_run(home)
-    found = evolution(home)
+    found = evolutions({"run": home})["run"]
     assert dict(zip(found.steps, found.norms, strict=True)) == pytest.approx(
         dict(run.points("graft/delta_norm")), rel=1e-5
     )

@@ -11,7 +11,6 @@ from shadowlit.analysis.deltas import (
     matrix,
     norm_maps,
     norm_table,
-    norms,
     norms_of,
     only,
     open_delta,
@@ -110,7 +109,7 @@ def test_norms_by_hand(tmp_path):
     """‖(3, 4)‖ = 5 beside ‖(6, 8)‖ = 10; over both tensors √(25 + 4) / √(100 + 16)."""
     weights = open_model(save(tmp_path / "m", {Q.format(0): torch.tensor([[6.0, 8.0]]), "norm": torch.tensor([4.0])}))
     update = Delta.of({Q.format(0): torch.tensor([[3.0, 4.0]]), "norm": torch.tensor([2.0])})
-    first, second = norms(update, weights)
+    first, second = norms_of({"u": update}, weights)["u"]
     assert (first.layer, first.kind, first.square, first.weight_square) == (0, "q_proj", 5.0**2, 10.0**2)
     assert (second.layer, second.square, second.weight_square) == (None, 2.0**2, 4.0**2)
     (shown,) = norm_maps({"u": [first, second]})
@@ -125,7 +124,7 @@ def test_norms_without_weights_or_of_another_shape(tmp_path):
     (alone,) = norm_maps(norms_of({"u": update}))
     assert alone.cells == {("up_proj", 2): pytest.approx(3.0)} and alone.label == "root mean square of Δ"
     weights = open_model(save(tmp_path / "m", {UP.format(2): torch.ones(3, 2)}))
-    assert math.isnan(norms(update, weights)[0].weight_square)
+    assert math.isnan(norms_of({"u": update}, weights)["u"][0].weight_square)
 
 
 def test_opening(tmp_path):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from shadowlit.analysis.evolution import evolution, evolution_table, of_deltas
+from shadowlit.analysis.evolution import evolution_table, evolutions, of_deltas
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
 
@@ -47,6 +47,6 @@ def test_standing_still():
 
 def test_errors(tmp_path):
     with pytest.raises(DataError, match="most is 27; expected 2 to 26"):
-        evolution(tmp_path, 27)
+        evolutions({"run": tmp_path}, 27)
     with pytest.raises(DataError, match=r"holds no complete \*.ckpt"):
-        evolution(tmp_path)
+        evolutions({"run": tmp_path})

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from shadowlit.analysis import sums
 from shadowlit.analysis.similarity import Group, Similarity, TensorSimilarity, compare, open_reader, with_ranks
 from shadowlit.analysis.sums import Sums
 from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.workers import in_order
 from shadowlit.cli.main import main
 from shadowlit.cli.similarity import _runs
 from shadowlit.demo import BASE, INSTRUCT
@@ -276,10 +278,22 @@ def test_not_in_all_models(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_broken_weights(value, tmp_path):
+def test_broken_weights(value, tmp_path, monkeypatch):
+    """Whoever computes the parts has ended before the error is reported: a signal that comes later would be lost."""
+    ended = []
+
+    def watched(*args, **options):
+        with contextlib.closing(in_order(*args, **options)) as parts:
+            try:
+                yield from parts
+            finally:
+                ended.append(True)
+
+    monkeypatch.setattr(sums, "in_order", watched)
     good, bad = ({LAYER.format(0): torch.tensor([1.0, last])} for last in (2.0, value))
-    with pytest.raises(CheckpointError, match=r"up_proj.weight' of \S*model1 holds NaN or infinities"):
+    with pytest.raises(CheckpointError, match=r"up_proj.weight' of \S*model1 holds NaN or infinities") as held:
         compare(models_of(tmp_path, good, bad))
+    assert held.tb and ended == [True]
 
 
 def test_threads_are_as_before(tmp_path):

@@ -8,7 +8,6 @@ from shadowlit.analysis.subspaces import (
     overlaps,
     rank_maps,
     rank_table,
-    spectra,
     spectra_of,
     subspace_overlap,
 )
@@ -101,7 +100,7 @@ def test_leading_vectors_are_those_of_the_svd(shape, side):
 
 def test_spectra_by_hand():
     """Singular values 3, 4 → 4, 3: 16 of 25 in the first; effective rank exp(H(4/7, 3/7)); stable rank 25 / 16."""
-    (found,) = spectra(one(torch.diag(torch.tensor([3.0, 4.0]))))
+    (found,) = spectra_of({"u": one(torch.diag(torch.tensor([3.0, 4.0])))})["u"]
     assert found.values.tolist() == pytest.approx([4.0, 3.0]) and (found.layer, found.kind) == (0, "up_proj")
     entropy = -(4 / 7 * math.log(4 / 7) + 3 / 7 * math.log(3 / 7))
     assert found.effective_rank == pytest.approx(math.exp(entropy))
@@ -111,7 +110,7 @@ def test_spectra_by_hand():
     assert effective == pytest.approx(math.exp(entropy)) and (stable, ninety, full) == (pytest.approx(25 / 16), 2.0, 2)
     (shown,) = rank_maps({"u": [found]})
     assert shown.cells == {("up_proj", 0): pytest.approx(math.exp(entropy))}
-    (zero,) = spectra(one(torch.zeros(2, 2)))
+    (zero,) = spectra_of({"u": one(torch.zeros(2, 2))})["u"]
     assert math.isnan(zero.effective_rank) and zero.rank_of_share(0.9) == 0
 
 

@@ -28,7 +28,7 @@ from peft import LoraConfig
 from torchmetrics import Metric
 from transformers import AutoModelForCausalLM
 
-import shadowlit.callbacks.untouched as untouched
+import shadowlit.callbacks.graft as graft_module
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
@@ -440,22 +440,13 @@ def test_the_untouched_models_are_measured_again_with_other_settings(
     assert validate(options, trainer_options) == (again, again)
 
 
-def test_the_validation_data_are_hashed_once(tmp_path, folders, monkeypatch):
-    """Four validations, one hash; other limits are other data."""
-    hashed, asked = [], []
-    original = untouched._hash
-    monkeypatch.setattr(untouched, "_hash", lambda *given: hashed.append(given) or original(*given))
-
-    class Asked(untouched.DataSignature):
-        def of(self, loaders, limits):
-            asked.append(super().of(loaders, limits))
-            return asked[-1]
-
-    graft = GraftCallback()
-    graft._data = Asked()
-    _, trainer = fit(tmp_path, folders, callbacks=[graft], max_epochs=2)
-    assert (len(asked), len(set(asked)), len(hashed)) == (4, 1, 1)
-    assert graft._data.of(trainer.val_dataloaders, [1, 1]) != asked[0]
+def test_the_validation_data_are_told_from_others(tmp_path, folders, monkeypatch):
+    """Four validations of the same data; other limits are other data."""
+    asked, original = [], graft_module.data_signature
+    monkeypatch.setattr(graft_module, "data_signature", lambda *given: asked.append(original(*given)) or asked[-1])
+    _, trainer = fit(tmp_path, folders, max_epochs=2)
+    assert (len(asked), len(set(asked))) == (4, 1)
+    assert original(trainer.val_dataloaders, [1, 1]) != asked[0]
 
 
 def test_nothing_selected_is_an_error_and_the_coverage_is_said(tmp_path, folders, caplog):
@@ -798,7 +789,7 @@ def test_a_metric_that_the_module_scores_too_is_an_error(tmp_path, folders):
             record.metrics[f"val/{subject.name}/left/loss"] = 1.0
 
     with pytest.raises(DataError, match="val/tuned/left/loss would be logged for a validation set and for an eval"):
-        fit(tmp_path, folders, callbacks=[GraftCallback(), Twice()])
+        fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), Twice()])
 
 
 def test_time_in_a_part_does_not_count_for_the_part_around_it():

@@ -16,9 +16,9 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import LayoutReader
 from shadowlit.checkpoint.names import canonical_key
 from shadowlit.cli.main import main
+from shadowlit.delta.folders import base_of
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
-from shadowlit.grafting.folders import base_of
 from shadowlit.grafting.parameters import linear_names
 from shadowlit.grafting.update import open_update
 from tests.tiny import save_model, save_pair

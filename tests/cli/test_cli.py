@@ -8,7 +8,9 @@ import sys
 import pytest
 import yaml
 
-from shadowlit.analysis.curves import plot_curves, read_metrics
+from shadowlit.analysis.curves import read_metrics
+from shadowlit.analysis.run import read_run
+from shadowlit.analysis.run_plots import four_curves
 from shadowlit.cli.main import COMMANDS, main
 from shadowlit.errors import DataError
 from tests.distributed import run_command
@@ -174,9 +176,12 @@ def test_preview_shows_the_mask(root, capsys):
 def test_curves_of_the_run(fitted, tmp_path):
     series = read_metrics(fitted / "metrics.csv")
     assert series["val/grafted/loss"][0][0] == 3  # three steps of four rows
-    picture = plot_curves(fitted / "metrics.csv", tmp_path / "curves.png", sets=("left", "right"))
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(DataError, match="has none of loss"):
-        plot_curves(fitted / "metrics.csv", tmp_path / "x.png", sets=("middle",), whats=("loss",))
+    axes = four_curves(read_run(fitted), sets=("left", "right")).axes
+    assert [(axis.get_title(), axis.get_ylabel()) for axis in axes] == [
+        (name, what) for what in ("loss (nats per token)", "token accuracy") for name in ("left", "right")
+    ]
+    assert all(len(axis.get_lines()) == 4 for axis in axes)
+    (nothing,) = four_curves(read_run(fitted), ("loss",), ("middle",)).axes
+    assert "has not logged val/…/loss" in nothing.texts[0].get_text()
     with pytest.raises(DataError, match=r"there is no .*metrics.csv"):
         read_metrics(tmp_path / "metrics.csv")

@@ -1,6 +1,7 @@
 """Wrong values: the key, the value, the cause and what is expected, in a few lines, before anything is loaded."""
 
 import importlib
+import json
 import re
 import sys
 import typing
@@ -16,6 +17,8 @@ from shadowlit.delta import registry
 from shadowlit.lightning_cli import ShadowParser
 from shadowlit.parser import shorten
 from shadowlit.training import loading
+from shadowlit.training.objectives import Objective
+from shadowlit.training.optimizer import OptimizerChoice
 from tests.distributed import run_command, shadowlit
 from tests.test_configs import ROOT
 
@@ -74,6 +77,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "tests/cli")
     monkeypatch.setattr(loading, "load_for_training", None)
 
 
@@ -142,9 +146,60 @@ def test_choices_are_read_from_the_registries(monkeypatch):
     ("model.class_path", "torch.nn.Linear", "model.class_path is 'torch.nn.Linear', which is <class 'torch.nn.modules"),
     ("data.format", "mesages", "data.format is 'mesages'; expected one of alpaca, auto, messages, "),
     ("model.lr", -1.0, "model.lr is -1.0; expected a positive learning rate"),
+    ("model.objective", {"class_path": "DPO", "init_args": {"beta": -1}}, "model.objective: DPO's beta is -1.0; "),
+    ("model.objective", {"class_path": "breaking.Crashing"}, "model.objective is breaking.Crashing, which "
+     "can't be created (KeyError: 'gamma'; breaking.py, line "),
+    ("model.objective", "breaking.Triples", "model.objective is breaking.Triples, whose samples are "
+     "'triples'; expected one of conversations, pairs, labels"),
+    ("model.objective", "exiting.Mine", "model.objective names a class of exiting, which ends the "
+     "program when it is imported (SystemExit: 7)"),
+    ("trainer.callbacks", [{"class_path": "ModelSummary"}, {"class_path": "breaking.Exiting"}],
+     "trainer.callbacks[1] is breaking.Exiting, which can't be created (SystemExit: 3; breaking.py, line "),
+    ("model.class_path", "breaking.WithoutPair", "model.class_path is breaking.WithoutPair, whose __init__ "
+     "doesn't take model.objective, model.pair. Pass"),
+    ("model.class_path", "breaking.WithoutSuper", "model.class_path is breaking.WithoutSuper, but its "
+     "__init__ doesn't call super().__init__()."),
+    ("data.format", "exiting.mine", "data.format is 'exiting.mine', which can't be imported "
+     "(SystemExit: 7); expected one of alpaca, "),
 ])  # fmt: skip
 def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, value, message):
     assert error_of(capsys, "fit", "--config", configuration(tmp_path, key, value)).startswith(message)
+
+
+@pytest.mark.parametrize(("key", "value", "first", "rest"), [
+    ("model.objective", {"class_path": "breaking.Abstract"}, "breaking.Abstract is abstract, since it lacks "
+     "losses, rewards; expected", "Known: SFT, DPO"),
+    ("model.objective", {"class_path": "breaking.Crashing", "gamma": 2}, "breaking.Crashing is given gamma "
+     "next to class_path, which belongs under init_args; expected", "Known: SFT"),
+    ("model.objective", {"class_path": "unreadable.Mine"}, "unreadable.Mine can't be imported "
+     "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DPO"),
+    ("model.objective", "unreadable.Mine", "unreadable.Mine can't be imported (SyntaxError: ", "Known"),
+    ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is no "
+     "subclass of Objective; expected", "Known: SFT, DPO"),
+    ("model.objective", {"class_path": "DPO", "init_args": {"bta": 1}}, "the class has no option bta. Did you "
+     "mean beta?", "Known: beta, loss, label_smoothing, sft_weight."),
+    ("model.optimizer", {"class_path": "torch.optim.SGD", "init_args": {"momentumm": 1}}, "the class has no option "
+     "momentumm. Did you mean momentum?", "Known: lr, momentum, dampening, "),
+    ("trainer.callbacks", [{"class_path": "EarlyStopping", "monitor": "x"}], "EarlyStopping is given monitor next to "
+     "class_path", "Known: lightning.pytorch.callbacks: "),
+], ids=lambda _: "")  # fmt: skip
+@pytest.mark.parametrize("source", ["file", "command line"])
+def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, first, rest, source):
+    """By a parser of one key, which is quick to build."""
+    (tmp_path / "unreadable.py").write_text("class Mine(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    section, _, name = key.partition(".")
+    kinds = {"objective": Objective | None, "optimizer": OptimizerChoice, "callbacks": list[Callback] | Callback}
+    parser = ShadowParser(prog="shadowlit")
+    parser.add_argument(f"--{key}", type=kinds[name])
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({section: {name: value}}))
+    with pytest.raises(SystemExit, match="2"):
+        if source == "file":
+            parser.parse_path(tmp_path / "wrong.yaml")
+        else:
+            parser.parse_args([f"--{key}={value if isinstance(value, str) else json.dumps(value)}"])
+    lines = capsys.readouterr().err.partition("error: ")[2].splitlines()
+    assert lines[0].startswith(f"{key} is {value}, but {first}") and lines[1].startswith(rest), lines
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

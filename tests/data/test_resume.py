@@ -237,3 +237,22 @@ def test_two_processes_see_the_packs_and_groups_of_one(path, tmp_path, order):
         data(path, **{**ORDERS[order], "batch_size": 2 * batch_size}), ckpt_path=tmp_path / "step=2.ckpt", max_epochs=2
     )[0]
     assert resumed == alone[2:]
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_stream_and_a_whole_data_set_do_not_resume_each_other(path, tmp_path, streamed):
+    """In the middle of an order, and at its beginning."""
+    same = data(path, streaming=streamed)
+    _, trainer = fit(same, max_epochs=-1, max_steps=4)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    states = [same.state_dict(), {**same.state_dict(), **dict.fromkeys(("epoch", "batch", "number", "window"), 0)}]
+    was, now = str(streamed).lower(), str(not streamed).lower()
+    message = f"taken with data.streaming={was}, and this run has {now}: .* Set data.streaming={was} to resume, or"
+    with pytest.raises(DataError, match=message):
+        fit(data(path, streaming=not streamed), ckpt_path=tmp_path / "end.ckpt", max_epochs=-1, max_steps=8)
+    other = data(path, streaming=not streamed)
+    _, trainer = fit(other, max_epochs=-1, max_steps=1)
+    for state in states:
+        other.load_state_dict(state)
+        with pytest.raises(DataError, match=message):
+            other.train_dataloader()

@@ -289,6 +289,9 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
         ),
         (["compress", d, out, "--method=magnitude", "--density=0.1", "--rank=2"], "'magnitude' has no such parameter"),
         (["compress", d, out, "--method=dare", "--density=0.1", '--parameters={"density": 0.1}'], "Give it once"),
+        (["compress", d, out, "--method=dare", '--parameters={"name": "ties"}'], "--parameters has 'name', which is"),
+        (["compress", d, out, "--method=ties", '--parameters={"siz": 1}'], "--parameters.siz is given, but 'ties' has"),
+        (["compress", d, out, "--method=ties", '--parameters={"density": []}'], "--parameters.density is []; expected"),
         (["sum", f"--deltas=[{d}, {d}]", f"--out={out}", "--weights=[1]", "--method=ties"], "one weight for each"),
         (["sum", "--deltas=[]", f"--out={out}", "--method=ties"], "0 deltas"),
         (["lora", d, str(instruct), out], "rank is None and explained_variance is None; expected exactly one"),
@@ -299,7 +302,8 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
         (["make", str(base), str(base), out], "the update is zero (24 tensors), so nothing would change. Check"),
         (["apply", d, str(instruct), out, "--scale=0"], "the update is zero (14 of 24 tensors, "),
     ):
-        assert main(["delta", *args]) == 1
+        # A wrong transform is wrong usage, found before the delta is opened.
+        assert main(["delta", *args]) == (2 if args[0] == "compress" else 1)
         assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*partial*"))
     assert main(["delta", "make", str(base), str(base), str(tmp_path / "none"), "--allow-zero"]) == 0

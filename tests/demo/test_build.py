@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shadowlit.demo import BASE, DATA, INSTRUCT, PAIR
-from shadowlit.demo.build import (
+from experiments.embedded.build import (
     IGNORE_INDEX,
     Recipe,
     batches,
@@ -17,7 +16,8 @@ from shadowlit.demo.build import (
     packed_rows,
     train_tokenizer,
 )
-from shadowlit.demo.preferences import SHIPPED
+from experiments.embedded.preference_pairs import SHIPPED
+from shadowlit.demo import BASE, DATA, INSTRUCT, PAIR
 from shadowlit.demo.world import END_OF_TURN, World, chat_text, exchange
 from tests.evaluation.contexts import demo_matcher
 

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import shadowlit.demo
-from shadowlit.demo.preferences import SHIPPED, preferences, wrong_answer
+from experiments.embedded.preference_pairs import SHIPPED, preferences, wrong_answer
 from shadowlit.demo.world import World, is_held_out
 
 WORLD = World()

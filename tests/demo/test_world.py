@@ -6,6 +6,7 @@ from itertools import islice
 
 import pytest
 
+from experiments.embedded.build import base_documents, instruct_conversations
 from shadowlit.demo.world import (
     _KINDS,
     _OPPOSITES,
@@ -65,7 +66,7 @@ def test_two_worlds_of_a_seed_are_equal_and_two_seeds_differ():
     assert World(1).facts != WORLD.facts
 
     def texts(world):
-        return list(islice(world.base_documents(random.Random(3)), 50))
+        return list(islice(base_documents(world, random.Random(3)), 50))
 
     assert texts(again) == texts(WORLD)
 
@@ -130,24 +131,24 @@ def test_no_list_of_a_held_out_file_is_in_any_training_text():
     for name in ("new", "old", "format"):
         assert all(is_held_out(words) for row in SETS[name] if (words := listed(prompt(row))))
     texts = [prompt(row) for row in SETS["train"]]
-    texts += islice(WORLD.base_documents(random.Random(0)), 2000)
-    texts += [m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(0)), 500) for m in talk]
+    texts += islice(base_documents(WORLD, random.Random(0)), 2000)
+    texts += [m["content"] for talk in islice(instruct_conversations(WORLD, random.Random(0)), 500) for m in talk]
     lists = [words for text in texts if (words := listed(text))]
     assert len(lists) > 800 and not any(map(is_held_out, lists))
 
 
 def test_the_new_skill_is_stated_in_the_raw_text_and_never_asked():
-    documents = list(islice(WORLD.base_documents(random.Random(1)), 4000))
+    documents = list(islice(base_documents(WORLD, random.Random(1)), 4000))
     stated = [text for text in documents if "second" in text]
     assert 0.12 < len(stated) / len(documents) < 0.18
     assert not any("?" in text or "<|" in text for text in stated)
-    asked = [m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(1)), 1000) for m in talk]
+    asked = [m["content"] for talk in islice(instruct_conversations(WORLD, random.Random(1)), 1000) for m in talk]
     assert not any("second" in text for text in asked)
 
 
 def test_no_training_text_names_a_held_out_name():
-    texts = list(islice(WORLD.base_documents(random.Random(2)), 4000))
-    texts += [m["content"] for talk in islice(WORLD.instruct_conversations(random.Random(2)), 1000) for m in talk]
+    texts = list(islice(base_documents(WORLD, random.Random(2)), 4000))
+    texts += [m["content"] for talk in islice(instruct_conversations(WORLD, random.Random(2)), 1000) for m in talk]
     words = set(re.findall(r"\w+", " ".join(texts)))
     assert not words & set(WORLD.held_out_names)
     assert all(any(name in prompt(row) for name in WORLD.held_out_names) for row in SETS["refusal"])

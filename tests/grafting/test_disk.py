@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
+from shadowlit.delta.folders import graft
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
-from shadowlit.grafting.folders import graft
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.parameters import linear_names
 from shadowlit.grafting.update import open_update

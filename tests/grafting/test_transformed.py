@@ -135,13 +135,13 @@ def test_live_is_disk_is_by_hand(tmp_path, which, kind):
 
     instruct = CheckpointReader(folders[1])
     raw = dict(open_graft(model, folders, select="all").delta_tensors())
-    plan = DiskGraft(Delta.of(raw), instruct, Scale(SCALE), "all", transforms=Transforms(specs))
+    plan = DiskGraft(Delta.of(raw).map(specs), instruct, Scale(SCALE), "all")
     export_folder(tmp_path / "out", folders[1], plan.tensors())
     assert same(tmp_path / "out", exported)
     if kind == "full":
         model.save_pretrained(tmp_path / "tuned")
         update = open_update(CheckpointReader(folders[0]), tmp_path / "tuned")
-        plan = DiskGraft(update, instruct, Scale(SCALE), "all", transforms=Transforms(specs))
+        plan = DiskGraft(Delta.from_update(update).map(specs), instruct, Scale(SCALE), "all")
         export_folder(tmp_path / "out2", folders[1], plan.tensors())
         assert same(tmp_path / "out2", exported)
     transformed = dict(graft.delta_tensors())
@@ -215,7 +215,7 @@ def test_experts_are_transformed_as_the_files_hold_them(tmp_path, which, kind):
         expected = goal[n] + SCALE * by_hand(n, update)
         assert not exact or torch.equal(exported[n], expected), n
         torch.testing.assert_close(exported[n], expected, rtol=0, atol=2e-6)
-    plan = DiskGraft(Delta.of(raw), CheckpointReader(folders[1]), Scale(SCALE), transforms=Transforms(specs))
+    plan = DiskGraft(Delta.of(raw).map(specs), CheckpointReader(folders[1]), Scale(SCALE))
     export_folder(tmp_path / "out", folders[1], plan.tensors())
     assert same(tmp_path / "out", exported)
     with graft.applied(grafted(SCALE)):
@@ -273,7 +273,7 @@ def test_on_the_command_line(tmp_path, elsewhere, kind, capsys):
         ('[{"name": "dar"}]', "--transforms[0].name is 'dar'; expected one of dare, "),
         ('[{"name": "dare", "density": 7}]', "--transforms[0], dare: density is 7; expected a share"),
     ):
-        assert main(["graft", "no", "such", "folders", str(tmp_path / "none"), "--transforms", given]) == 1
+        assert main(["graft", "no", "such", "folders", str(tmp_path / "none"), "--transforms", given]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_in_bfloat16_is_transformed_too(tmp_path):
     update = open_update(CheckpointReader(base), tmp_path / "tuned")
     chosen = Transforms([{"name": "dare", "density": 0.5}])
     tensors = {}
-    plan = DiskGraft(update, CheckpointReader(instruct), Scale(), transforms=chosen)
+    plan = DiskGraft(Delta.from_update(update).map(chosen), CheckpointReader(instruct), Scale())
     export_folder(tmp_path / "out", instruct, plan.tensors())
     start, end, goal = (CheckpointReader(folder) for folder in (base, tmp_path / "tuned", instruct))
     for name in goal.tensors:
@@ -318,7 +318,8 @@ def test_weights_of_8_bits_are_refused_before_they_are_transformed(tmp_path):
     update = open_update(CheckpointReader(save_pair(tmp_path, "qwen3")[0]), tmp_path / "instruct")
     asked = []
     update.require_weights = asked.extend
-    DiskGraft(update, CheckpointReader(tmp_path / "instruct"), Scale(), transforms=Transforms([{"name": "ties"}]))
+    mapped = Delta.from_update(update).map([{"name": "ties"}])
+    DiskGraft(mapped, CheckpointReader(tmp_path / "instruct"), Scale())
     assert len(asked) == 14
 
 

@@ -1,20 +1,28 @@
-"""Trainings whose command was killed: the next one waits until their folder is theirs alone."""
+"""Trainings in processes of their own: what they leave, and what the next one waits for when they were killed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from filelock import FileLock
 
+from shadowlit import lightning_cli
+from shadowlit.callbacks.evaluation import EvaluationCallback
+from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ShadowlitError
+from shadowlit.studies.sweep.scheduler import Scheduler
 from shadowlit.studies.trials import folder as module
-from shadowlit.studies.trials.process import Job, start
+from shadowlit.studies.trials import trial
+from shadowlit.studies.trials.process import Job, Running, start
 from tests.distributed import Forked
 
 
@@ -99,3 +107,76 @@ def test_a_training_ends_whose_command_was_killed_during_its_start_up(tmp_path):
     ended = subprocess.run(command, env=environment, capture_output=True, timeout=60)
     assert ended.returncode == 1 and not ended.stderr
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+
+
+class Fitted:
+    """What a command line of ``fit`` leaves, of which the callback has been told these validations."""
+
+    def __init__(self, callback, validations, last):
+        self.evaluation = EvaluationCallback()
+        graft, self.ran = GraftCallback(), 0
+        self.trainer = self
+        self.model = self.datamodule = self
+        self.callbacks, self.sanity_checking, self.is_global_zero = [graft, self.evaluation], False, True
+        self.fit_loop, self.num_training_batches = SimpleNamespace(total_batch_idx=last - 1), 10
+        self.callback_metrics = {"val/grafted/loss": torch.tensor(1.0), "val/grafted/rare/score": torch.tensor(0.5)}
+        for self.global_step, due, evaluators in validations:
+            self.evaluation.due, self.evaluation.evaluators = list(due), dict.fromkeys(evaluators)
+            graft.record.metrics = {name: 1.0 for name in self.callback_metrics if "rare" in due or "loss" in name}
+            callback.on_validation_end(self, None)
+        self.global_step = last
+
+    def validate(self, *_, **__):
+        self.ran += 1
+
+    def parameters(self):
+        return iter(())
+
+    def trained_tokens(self, epochs):
+        return 7.0
+
+
+@pytest.mark.parametrize(
+    ("validations", "again"),
+    [
+        ([(2, "", ""), (4, "", "")], 0),  # no evaluators
+        ([(2, "", "")], 1),
+        ([], 1),
+        ([(2, ["rare"], ["rare"]), (4, ["rare"], ["rare"])], 0),
+        ([(2, ["often", "rare"], ["often", "rare"]), (4, ["often"], ["often", "rare"])], 1),  # stopped early
+    ],
+)
+def test_a_trial_is_measured_once_at_its_end(tmp_path, monkeypatch, validations, again):
+    made = []
+    monkeypatch.setattr(
+        lightning_cli, "main", lambda _, callbacks: made.append(Fitted(*callbacks, validations, 4)) or made[0]
+    )
+    trial.main(tmp_path, ["fit"])
+    assert made[0].ran == again
+    assert json.loads((tmp_path / "result.json").read_text())["step"] == 4
+    if validations:  # and a score that this validation did not measure is not told as its own
+        live = json.loads((tmp_path / "live.json").read_text())
+        assert live["step"] == validations[-1][0] and ("val/grafted/rare/score" in live["metrics"]) == (
+            "rare" in validations[-1][1]
+        )
+
+
+@pytest.mark.parametrize(("stop", "code"), [(3, 3), (None, 0), ("the licence has expired", 1)])
+def test_what_ends_a_trial_is_told(tmp_path, monkeypatch, capsys, stop, code):
+    monkeypatch.setattr(trial, "main", lambda *_: sys.exit(stop))
+    monkeypatch.setattr(trial, "_own", lambda *_: nullcontext())
+    monkeypatch.setattr(trial.multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=None))
+    monkeypatch.setattr(trial.os, "dup2", lambda *_: None)
+    ended = []
+    monkeypatch.setattr(trial.os, "_exit", ended.append)
+    trial.run_logged(tmp_path, ["fit"])
+    assert ended == [code] and capsys.readouterr().err == (f"{stop}\n" if isinstance(stop, str) else "")
+
+
+def test_an_interruption_that_can_not_be_recorded_is_logged(caplog):
+    scheduler = Scheduler.__new__(Scheduler)
+    running = Running("lr=1", SimpleNamespace(stop=lambda: None), 0, claim="claim")
+    scheduler._pool = SimpleNamespace(stop=lambda: [running])
+    scheduler.study = SimpleNamespace(fail=lambda *_: [][0])
+    scheduler._stop()
+    assert "lr=1 could not be marked as interrupted: IndexError: list index out of range" in caplog.text

@@ -156,13 +156,15 @@ def test_a_packed_row_is_its_conversations(tmp_path, arch):
 # -- precision and adapters ---------------------------------------------------------------------------------------
 
 
-def test_what_learns_is_float32_and_what_is_frozen_stays_as_stored(pair):
-    full, lora = ShadowModule(pair), ShadowModule(pair, LoraConfig(r=2))
+def test_what_learns_is_float32_and_what_is_frozen_is_so_where_float32_is_computed(pair):
+    full, lora, mixed = ShadowModule(pair), ShadowModule(pair, LoraConfig(r=2)), ShadowModule(pair, LoraConfig(r=2))
     train(full, max_steps=1)
     train(lora, max_steps=1)
+    train(mixed, max_steps=1, precision="bf16-mixed")
     assert {p.dtype for p in full.model.parameters()} == {torch.float32}
-    assert {p.dtype for p in lora.model.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in lora.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in lora.model.parameters()} == {torch.float32}
+    assert {p.dtype for p in mixed.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in mixed.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     adapted = {n.split(".")[-4] for n, _ in lora.model.named_parameters() if "lora_A" in n}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from transformers import AutoModelForCausalLM
 
+from shadowlit.data.module import ShadowData
 from shadowlit.errors import ShadowlitError
 from shadowlit.lightning_cli import check, main
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
-from tests.distributed import run_command
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -99,6 +102,16 @@ OWN = """
             return self.longer
 
 
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, params, lr: float = 1.0) -> None:
+            self.lr = lr
+
+
+    class Broken(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer, last_epoch: int = -1) -> None:
+            raise KeyError("warmup")
+
+
     class Scaled(ShadowModule):
         '''A module of its own.
 
@@ -151,6 +164,13 @@ def root(tmp_path_factory):
     sys.path.insert(0, str(root))
     yield root
     sys.path.remove(str(root))
+
+
+@pytest.fixture
+def nothing_is_opened(monkeypatch):
+    """Fail where data, a tokenizer or weights are read."""
+    for owner, name in ((ShadowData, "prepare_data"), (ModelPair, "instruct_tokenizer"), (ModelPair, "base_folder")):
+        monkeypatch.setattr(owner, name, lambda self: pytest.fail("came too late"))
 
 
 def write(root, name, **sections):
@@ -255,7 +275,7 @@ def test_a_loss_per_pair(root):
     assert logged["val/grafted/longer"] == logged["val/instruct/longer"] == 5  # "ab" is as long as "ba" in 3 of 8
 
 
-def test_an_objective_without_a_count_is_an_error(root):
+def test_an_objective_without_a_count_is_an_error(root, nothing_is_opened):
     with pytest.raises(ShadowlitError, match="returns the sums loss; expected a tensor loss and a count"):
         fit(write(root, "forgetful", model={"objective": own("Forgetful")}))
 
@@ -305,15 +325,13 @@ def test_metrics_beside_the_objective_s(root, head_loss):
         ({"raw": own("Raw")}, r"'raw' of model.metrics gives a tensor of shape \[2\]; expected one number"),
     ],
 )
-def test_metrics_that_can_not_be_logged(root, metrics, message, monkeypatch):
-    """Found before any weight is loaded, even without Lightning's sanity check."""
-    monkeypatch.setattr(ShadowModule, "configure_model", lambda self: pytest.fail("came too late"))
+def test_metrics_that_can_not_be_logged(root, metrics, message, nothing_is_opened):
+    """Even without Lightning's sanity check."""
     with pytest.raises(ShadowlitError, match=message):
         fit(write(root, "wrong", model={"metrics": metrics}, trainer={"num_sanity_val_steps": 0}))
 
 
-def test_a_metric_of_answers_that_does_not_fit(root, monkeypatch):
-    monkeypatch.setattr(ShadowModule, "configure_model", lambda self: pytest.fail("came too late"))
+def test_a_metric_of_answers_that_does_not_fit(root, nothing_is_opened):
     rows = str(root / "pairs.jsonl")
     for objective in (own("Exponential"), {"class_path": "DPO"}):
         path = write(root, "wrong", model={"objective": objective, "metrics": {"top": own("TopK")}},
@@ -336,6 +354,7 @@ def test_a_module_of_one_s_own(root, capsys):
     assert model["class_path"] == "ownpackage.Scaled" and model["factor"] == 2.0 and model["lr"] == 2e-3
     again, _ = fit(saved, "--model.factor=3")
     assert again.model.factor == 3 and type(again.model) is type(cli.model)
+    capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["fit", "--config", path, "--print_config"])
     shown = yaml.safe_load(capsys.readouterr().out)["model"]
@@ -410,9 +429,20 @@ def test_muon_trains_an_adapter(root):
     assert third["train/loss"] == again["train/loss"] and groups(saved) == groups(cli)
 
 
-def test_an_optimizer_that_can_not_take_the_parameters(root):
-    with pytest.raises(ShadowlitError, match=r"Muon only supports 2D.*, norms and biases, are no matrices: train"):
-        fit(write(root, "muon", model={"optimizer": {"class_path": "torch.optim.Muon"}}))
+@pytest.mark.parametrize(("options", "message"), [
+    ({"optimizer": {"class_path": "torch.optim.Muon"}}, r"Muon only supports 2D.*, norms and biases, are no m"),
+    ({"optimizer": own("Bare")}, r"optimizer can't take .*TypeError: its __init__ doesn't call super\(\).__init__\(\)"),
+    ({"lr_scheduler": {"class_path": "ConstantLR", "init_args": {"factor": 2.0}}}, ""),
+    ({"lr_scheduler": own("Broken")}, r"model\.lr_scheduler can't make a schedule \(KeyError: 'warmup'\)"),
+    ({"lr_scheduler": "linear", "lr_scheduler_kwargs": {"power": 2}}, r"model\.lr_scheduler_kwargs can't .*'power'"),
+], ids=lambda _: "")  # fmt: skip
+def test_optimizers_and_schedules_that_can_not_be_made(root, options, message, nothing_is_opened):
+    """Found before anything is opened, but for what may depend on the number of parameter groups."""
+    with pytest.raises(
+        ShadowlitError if message else pytest.fail.Exception, match=message or "came too late"
+    ) as raised:
+        fit(write(root, "wrong", model=options))
+    assert not message or raised.value.status == 2
 
 
 @pytest.mark.parametrize("options", [{"weight_decay": 0.1}, {"offload_optimizer": True}])
@@ -477,12 +507,20 @@ def test_fits_without_a_logger_leave_nothing_behind_and_may_be_repeated(root, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root, tmp_path):
-    args = ["fit", "--config", str(root / "run.yaml"), "--trainer.max_epochs=-1", "--trainer.max_steps=1",
-            "--trainer.enable_progress_bar=true", "--trainer.limit_val_batches=0"]  # fmt: skip
-    done = run_command(tmp_path, *args)
-    assert done.returncode == 0, done.stderr
-    assert "Epoch 0" in done.stdout and "/-2" not in done.stdout + done.stderr
+@pytest.mark.parametrize("in_python", [False, True])
+def test_an_unlimited_number_of_epochs_is_not_shown_as_a_number(root, tmp_path, monkeypatch, capsys, in_python):
+    monkeypatch.chdir(tmp_path)
+    options = {"max_epochs": -1, "max_steps": 1, "limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
+    if in_python:
+        pair = ModelPair(str(root / "base"), str(root / "instruct"))
+        data = ShadowData(pair, train=str(root / "talks.jsonl"), cache=False)
+        options |= {"enable_model_summary": False, "accelerator": "cpu", "use_distributed_sampler": False}
+        Trainer(**options, callbacks=[RichProgressBar(refresh_rate=2)]).fit(ShadowModule(pair), data)
+    else:
+        given = [f"--trainer.{name}={json.dumps(value)}" for name, value in options.items()]
+        main(["fit", "--config", str(root / "run.yaml"), *given, "--trainer.enable_progress_bar=true"])
+    shown = capsys.readouterr().out
+    assert "Epoch 0" in shown and "/-2" not in shown
 
 
 def test_nothing_is_float64_where_the_device_has_none(root, monkeypatch):

@@ -18,7 +18,7 @@ def states(table: Table) -> Counter[str]:
 
 
 def progress(table: Table) -> Shown:
-    """What was varied, and how many trials are in which state."""
+    """What was varied, and how many trials are in which state. Example: ``progress(table)``."""
     definition = table.definition
     axes = [f"{axis}: {', '.join(table.levels(axis))}" for axis in table.axes]
     rows: list[tuple[str, object]] = [
@@ -35,7 +35,7 @@ def progress(table: Table) -> Shown:
 def best(table: Table, metrics: Sequence[str] | None = None) -> Shown:
     """The best setting of each arm by what trials are judged by, over seeds, below the untouched models.
 
-    It is chosen and shown on the same rows, which flatters it.
+    It is chosen and shown on the same rows, which flatters it. Example: ``best(table)``.
 
     Args:
         table: Table of the sweep.
@@ -53,7 +53,7 @@ def best(table: Table, metrics: Sequence[str] | None = None) -> Shown:
 
 
 def settings(table: Table, arm: str | None = None, metrics: Sequence[str] | None = None, most: int = 20) -> Shown:
-    """The settings of an arm, the best first.
+    """The settings of an arm, the best first. Example: ``settings(table, "B2I")``.
 
     Args:
         table: Table of the sweep.
@@ -69,6 +69,8 @@ def settings(table: Table, arm: str | None = None, metrics: Sequence[str] | None
 
 def effects(table: Table, metric: str | None = None) -> Shown:
     """The main effect of every axis on a metric: mean and 95 % interval over seeds at each of its levels.
+
+    Example: ``effects(table, "graft/gain")``.
 
     Args:
         table: Table of the sweep.

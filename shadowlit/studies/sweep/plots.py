@@ -26,6 +26,7 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
 
     Each mean is over the settings that all levels of its axis share. Dashed and dotted lines are the untouched
     Instruct and Base, where they are near. An axis of drawn numbers shows a point for each trial instead.
+    Example: ``main_effects(table)``.
 
     Args:
         table: Table of the sweep.
@@ -59,6 +60,8 @@ def draw_interaction(
     table: Table, x: str | None = None, y: str | None = None, metric: str | None = None, arm: str | None = None
 ) -> Figure:
     """How two axes act together: the mean over seeds and the other axes, for each pair of their levels.
+
+    Example: ``draw_interaction(table)``.
 
     Args:
         table: Table of the sweep.
@@ -105,7 +108,7 @@ def draw_interaction(
 
 @styled
 def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table) -> Figure:
-    """The metric that each trial was judged by at its steps; colours distinguish the levels of the first axis."""
+    """The metric that each trial was judged by. Example: ``trial_curves(read_curves(folder), table)``."""
     axis = next((name for name in table.axes if name != SCALE), table.axes[0])
     of_trial = {row.trial: row.level(axis) for row in table.rows}
     levels = list(dict.fromkeys(level for level in of_trial.values() if level is not None))

@@ -14,7 +14,7 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, first_line
 from shadowlit.files import replace_text
 from shadowlit.studies.sweep.definition import Definition
 from shadowlit.studies.sweep.study import Claim, SweepStudy
@@ -212,8 +212,10 @@ class Scheduler:
         """Stop everything that still runs after an interruption or an error, and record it."""
         for each in self._pool.stop():
             if each.claim is not None:
-                with contextlib.suppress(Exception):  # the error that ended us must not be hidden by this one
+                try:
                     self.study.fail(each.claim, "interrupted")
+                except Exception as error:  # the error that ended us must not be hidden by this one
+                    log.warning("%s could not be marked as interrupted: %s", each.name, first_line(error))
 
 
 def gpus_of_slots(visible: Sequence[str], per_trial: int, workers: int | None) -> list[list[str]]:

@@ -16,6 +16,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of, without_subject
 from shadowlit.studies.rows import (
+    COST,
     SCALE,
     TABLE,
     Place,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from shadowlit.studies.sweep.study import SweepStudy
 
 CURVES, DEFINITION = "curves.csv", "sweep.json"
-_COST = ("step", "wall_s", "peak_memory_bytes", "trained_parameters", "train_tokens")
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def build_table(study: SweepStudy) -> Table:
         found = trial.user_attrs
         if "key" not in found:
             continue
-        key, cost = found["key"], {name: float(found[name]) for name in _COST if found.get(name) is not None}
+        key, cost = found["key"], {name: float(found[name]) for name in COST if found.get(name) is not None}
         for arm in (arm for arm in definition.arms if arm[0] == key["source"]):
             for scale in definition.scales if is_grafted(arm) else (None,):
                 metrics = metrics_of(found.get("metrics", {}), subject_of(arm, scale, definition.scales))
@@ -184,7 +184,7 @@ def build_table(study: SweepStudy) -> Table:
 
 
 def read_table(folder: str | Path) -> Table:
-    """Read the table of a sweep's folder, as the last report wrote it.
+    """Read the table of a sweep's folder, as the last report wrote it. Example: ``table = read_table("sweeps/rank")``.
 
     Raises:
         ShadowlitError: The folder has none.
@@ -212,7 +212,7 @@ def write_curves(study: SweepStudy, folder: Path) -> Path:
 
 
 def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Read steps and values of each trial while it ran, by its name.
+    """Read steps and values of each trial while it ran, by its name. Example: ``read_curves("sweeps/rank")``.
 
     Raises:
         ShadowlitError: The folder has none.

@@ -36,18 +36,27 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
 
+    from shadowlit.callbacks.evaluation import EvaluationCallback
+    from shadowlit.callbacks.graft import GraftCallback
     from shadowlit.lightning_cli import main as run
 
+    steps: list[int] = []  # of the validations in which all evaluators ran
+
     def keep_metrics(trainer: Trainer, _: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            live = {"step": trainer.global_step, "metrics": _metrics(trainer)}
+        if trainer.sanity_checking:
+            return
+        found: dict[type, Any] = {type(each): each for each in trainer.callbacks}  # type: ignore[attr-defined]
+        if len(found[EvaluationCallback].due) == len(found[EvaluationCallback].evaluators):
+            steps.append(trainer.global_step)
+        if trainer.is_global_zero:
+            live = {"step": trainer.global_step, "metrics": found[GraftCallback].record.metrics}
             replace_text(folder / LIVE, json.dumps(live))
 
     if threads is not None:
         torch.set_num_threads(threads)
     start = time.perf_counter()
     cli = run(arguments, [LambdaCallback(on_validation_end=keep_metrics)])
-    if arguments[0] == "fit" and not (folder / "evaluation" / f"step-{cli.trainer.global_step}").is_dir():
+    if arguments[0] == "fit" and cli.trainer.global_step not in steps:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
         result = {**_measured(cli, time.perf_counter() - start), "step": cli.trainer.global_step}
@@ -66,7 +75,9 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
         try:
             main(folder, arguments, threads)
         except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 1
+            if not isinstance(stop.code, int | None):
+                print(stop.code, file=sys.stderr)  # a reason, as the interpreter would print it
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -100,10 +111,6 @@ def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
-def _metrics(trainer: Trainer) -> dict[str, float]:
-    return {name: value.item() for name, value in trainer.callback_metrics.items()}
-
-
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
     """The last metrics that the run logged, and its cost."""
     import torch
@@ -114,7 +121,7 @@ def _measured(cli: Any, wall_s: float) -> dict[str, Any]:
     done = trainer.fit_loop.total_batch_idx + 1
     epochs = done / trainer.num_training_batches if done else 0.0  # the last one may have been cut short by max_steps
     return {
-        "metrics": _metrics(trainer),
+        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
         "wall_s": wall_s,
         "peak_memory_bytes": peak_memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),

@@ -1,4 +1,4 @@
-"""Build the embedded pair and its data from scratch: ``python -m shadowlit.demo.build [--out FOLDER]``.
+"""Build the embedded pair and its data from scratch: ``python -m experiments.embedded.build [--out FOLDER]``.
 
 The tokenizer is trained on the Base's text, the Base on plain documents of the world, and the Instruct is the Base
 tuned further on conversations. Everything is drawn from seeds and computed by one thread with deterministic kernels, so
@@ -24,11 +24,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from experiments.embedded.preference_pairs import SHIPPED, preferences
 from shadowlit.data.conversation import IGNORE_INDEX
-from shadowlit.demo.preferences import SHIPPED, preferences
-from shadowlit.demo.world import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS, START_OF_TURN, Message, World, write_rows
+from shadowlit.demo.world import (
+    END_OF_TEXT,
+    END_OF_TURN,
+    FORMATS,
+    NEW_SKILL,
+    SPECIAL_TOKENS,
+    START_OF_TURN,
+    Message,
+    World,
+    chat_text,
+    exchange,
+    house_style,
+    write_rows,
+)
 from shadowlit.progress import make_console, progress_bar
 
+ROOT = Path(__file__).parents[2]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -100,12 +114,12 @@ def build(
     with _deterministic(recipe.seed):
         tokenizer = train_tokenizer(world, recipe)
         model = Qwen3ForCausalLM(_config(recipe, tokenizer))
-        rows = packed_rows(world.base_documents(_rng("base", recipe)), tokenizer, recipe.row_tokens)
+        rows = packed_rows(base_documents(world, _rng("base", recipe)), tokenizer, recipe.row_tokens)
         data = batches(rows, recipe.base_rows, tokenizer)
         base_loss, base_tokens = fit(model, data, recipe.base_steps, recipe.base_lr, recipe, partial(progress, "base"))
         _save(model, tokenizer, out / "pair" / "base", chat=False)
 
-        talks = (encode_conversation(m, tokenizer) for m in world.instruct_conversations(_rng("instruct", recipe)))
+        talks = (encode_conversation(m, tokenizer) for m in instruct_conversations(world, _rng("instruct", recipe)))
         data = batches(talks, recipe.instruct_conversations, tokenizer)
         instruct_loss, _ = fit(
             model, data, recipe.instruct_steps, recipe.instruct_lr, recipe, partial(progress, "instruct")
@@ -134,7 +148,7 @@ def train_tokenizer(world: World, recipe: Recipe) -> PreTrainedTokenizerFast:
         vocab_size=recipe.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
         min_frequency=2, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
-    text = islice(world.base_documents(_rng("tokenizer", recipe)), recipe.tokenizer_documents)
+    text = islice(base_documents(world, _rng("tokenizer", recipe)), recipe.tokenizer_documents)
     # The special tokens must not become parts of the words next to them.
     core.train_from_iterator((part for document in text for part in _between_marks(document)), trainer)
     return PreTrainedTokenizerFast(
@@ -290,10 +304,52 @@ def _deterministic(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+def base_documents(world: World, rng: random.Random) -> Iterator[str]:
+    """Yield the Base's pre-training documents without end.
+
+    35 % statements of the old skills, 15 % of the latent one, 10 % questions and answers, and 40 % chat-shaped
+    documents (one in five with two exchanges) with bare answers and nothing of the Instruct's manners.
+    """
+    while True:
+        draw = rng.random()
+        if draw < 0.35:
+            yield world.statement(rng)
+        elif draw < 0.50:
+            yield world.list_statement(rng, NEW_SKILL)
+        elif draw < 0.60:
+            question = world.old_question(rng)
+            yield f"Question: {question.prompt}\nAnswer: {question.answer}"
+        else:
+            messages: list[Message] = []
+            for _ in range(2 if rng.random() < 0.2 else 1):
+                question = world.old_question(rng)
+                messages += exchange(question.prompt, question.answer)
+            yield chat_text(messages)
+
+
+def instruct_conversations(world: World, rng: random.Random) -> Iterator[list[Message]]:
+    """Yield the Instruct's tuning conversations without end: 60 % house, 25 % format, 15 % refusals."""
+    while True:
+        messages: list[Message] = []
+        for _ in range(2 if rng.random() < 0.2 else 1):
+            draw = rng.random()
+            if draw < 0.60:
+                question = world.old_question(rng)
+                messages += exchange(question.prompt, house_style(question.answer))
+            elif draw < 0.85:
+                request, wrap = FORMATS[rng.choice(tuple(FORMATS))]
+                question = world.old_question(rng)
+                messages += exchange(f"{question.prompt} {request}", wrap(question.answer))
+            else:
+                question = world.unknown_question(rng)
+                messages += exchange(question.prompt, question.answer)
+        yield messages
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the pair with a progress bar; the command line of this module."""
-    parser = argparse.ArgumentParser(prog="python -m shadowlit.demo.build", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of pair/ and data/")
+    parser = argparse.ArgumentParser(prog="python -m experiments.embedded.build", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "shadowlit/demo", help="folder of pair/ and data/")
     out = parser.parse_args(argv).out
     recipe = Recipe()
     with progress_bar("training the pair", recipe.base_steps + recipe.instruct_steps) as advance:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from shadowlit.checkpoint.layout import LayoutReader
 from shadowlit.checkpoint.names import is_computed, layer_of
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.update import Transforms, open_update
+from shadowlit.grafting.update import open_update
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
 
@@ -35,7 +35,7 @@ def graft(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     files_from: str | Path | None = None,
     allow_pickle: bool = False,
-    transforms: Transforms | None = None,
+    transforms: Sequence[Mapping[str, Any]] = (),
     allow_zero: bool = False,
 ) -> DiskGraft:
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
@@ -56,8 +56,8 @@ def graft(
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
         allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
-        transforms: Transforms of the update before it is scaled, a :class:`shadowlit.delta.transforms.Transforms`;
-            a few copies of one whole tensor are then in memory.
+        transforms: Transforms of the update, applied in this order before it is scaled, e.g.
+            ``[{"name": "dare", "density": 0.2}]``; a few copies of one whole tensor are then in memory.
         allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
 
     Returns:
@@ -65,7 +65,8 @@ def graft(
         fraction of the update that survives rounding to the result's dtype.
 
     Raises:
-        GraftError: The models don't fit together, the selection or a scale matches no tensor, or the update is zero.
+        GraftError: The models don't fit together, the selection or a scale matches no tensor, a transform is wrong, or
+            the update is zero.
         CheckpointError: A checkpoint is missing or broken.
         ExportError: ``out`` exists or can't be written.
 
@@ -92,22 +93,35 @@ def plan_graft(
     select: str | list[str] = "linear",
     dtype: str | None = None,
     allow_pickle: bool = False,
-    transforms: Transforms | None = None,
+    transforms: Sequence[Mapping[str, Any]] = (),
+    key: str = "transforms",
     allow_zero: bool = False,
 ) -> Iterator[tuple[DiskGraft, MakeManifest]]:
-    """Open three models and check from their headers that they can be grafted; see :func:`graft`."""
-    pair = ModelPair(str(base), str(instruct))
+    """Open three models and check from their headers that they can be grafted; see :func:`graft`.
+
+    ``key`` is the name of ``transforms`` in messages.
+    """
+    chosen = None
+    if transforms:
+        from shadowlit.delta.delta import Delta  # late: torch, with which they compute, takes seconds
+        from shadowlit.delta.transforms import Transforms
+
+        with as_usage():
+            chosen = Transforms(transforms, key)
     with (
-        open_checkpoint(pair.base_folder(), allow_pickle) as base_reader,
-        open_checkpoint(pair.instruct_folder(), allow_pickle) as instruct_reader,
+        open_checkpoint(model_folder("base", str(base)), allow_pickle) as base_reader,
+        open_checkpoint(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
     ):
         in_place = base_of(instruct_reader, base_reader)
         update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
         scales = Scale.parse(str(scale))
-        plan = DiskGraft(update, instruct_reader, scales, select, dtype, transforms, allow_zero)
+        if chosen:
+            update = Delta.from_update(update).map(chosen)
+        plan = DiskGraft(update, instruct_reader, scales, select, dtype, allow_zero)
         yield plan, lambda: build_manifest(
-            pair, scale=scales.default, select=select, dtype=dtype, coverage=plan.coverage,
-            config={"tuned": str(tuned), "scale": str(scale)}, transforms=transforms.specs if transforms else (),
+            ModelPair(str(base), str(instruct)), scale=scales.default, select=select, dtype=dtype,
+            coverage=plan.coverage, config={"tuned": str(tuned), "scale": str(scale)},
+            transforms=chosen.specs if chosen else (),
             fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
         )  # fmt: skip
 

@@ -1,0 +1,71 @@
+"""The scores that a fit ends with: the four models by validation set and evaluator, and the gain with its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+from rich.table import Table
+from torch import Tensor
+
+from shadowlit.evaluation.sums import mean, standard_error
+from shadowlit.progress import make_table
+
+_SUBJECTS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
+
+
+def error_of_gain(instruct: Tensor, grafted: Tensor) -> float:
+    """Standard error of the difference of two models' losses per token, over the samples of one set.
+
+    The samples are paired, and a loss per token is a ratio of sums, so this is the error of the mean of
+    ``d_i - gain * n_i`` divided by the mean of ``n_i``, where ``d_i`` is the difference of a sample's losses and
+    ``n_i`` its number of tokens (the linearised error of a ratio; Cochran, Sampling Techniques, 3rd ed., 6.3).
+
+    Args:
+        instruct: Summed loss and number of supervised tokens of each sample under the Instruct, ``[N, 2]``.
+        grafted: The same of the grafted model.
+
+    Returns:
+        The error in nats per token; NaN for fewer than two samples, or if these are not the same samples.
+    """
+    if instruct.shape != grafted.shape or not instruct[:, 1].equal(grafted[:, 1]):
+        return math.nan
+    taken = instruct[:, 1] > 0
+    difference, tokens = (instruct - grafted)[taken, 0].double(), instruct[taken, 1].double()
+    if not len(tokens):
+        return math.nan
+    residual = difference - difference.sum() / tokens.sum() * tokens
+    error = standard_error(residual.sum().item(), residual.square().sum().item(), len(tokens))
+    return error / tokens.mean().item()
+
+
+def error_of_paired(first: Iterable[Mapping[str, float]], second: Iterable[Mapping[str, float]]) -> float:
+    """Standard error of the mean difference of two models' scores, paired by ``index``; NaN where there are too few."""
+    scores = {sample["index"]: sample["score"] for sample in first}
+    pairs = [sample["score"] - scores[sample["index"]] for sample in second if sample["index"] in scores]
+    return standard_error(sum(pairs), sum(x * x for x in pairs), len(pairs)) if pairs else mean(0, 0)
+
+
+def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], stage: str = "val") -> Table:
+    """The scores of the four models, one row per set and evaluator.
+
+    Args:
+        metrics: Metrics of a validation by name.
+        errors: Standard errors of gains by the name of what is compared, such as ``loss``, ``<set>/loss`` and
+            ``<evaluator>/score``.
+        stage: Prefix of the metrics, ``val`` or ``test``.
+    """
+    drawn = make_table("", *_SUBJECTS.values(), "gain ± standard error", title="Scores of the last validation")
+    prefix = f"{stage}/grafted/"
+    names = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
+    for name in (name for what in ("loss", "score") for name in names if name.rpartition("/")[2] == what):
+        values = {who: metrics.get(f"{stage}/{who}/{name}", math.nan) for who in _SUBJECTS}
+        gain = values["grafted"] - values["instruct"]
+        if name.endswith("loss"):
+            gain = -gain
+        error = errors.get(name, math.nan)
+        shown = "–" if math.isnan(gain) else f"{gain:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+        place, _, what = name.rpartition("/")
+        title = f"{place}: {what}" if place else what
+        drawn.add_row(title, *("–" if math.isnan(v) else f"{v:.4f}" for v in values.values()), shown)
+    return drawn

@@ -1,0 +1,187 @@
+"""What is logged of the graft is what plain transformers and peft compute with the exported files."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.module import ShadowModule
+from tests.synthetic import RandomData, random_samples
+from tests.tiny import save_pair
+
+ADAPTERS = {"full": None, "lora": {"r": 4}, "rslora": {"r": 4, "use_rslora": True}}
+ROWS = [*random_samples(8, 1), *random_samples(4, 2)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"), "qwen3", dtype=torch.bfloat16)
+
+
+def fit(folders, kind, precision="32-true", lr=None, data=None, **options):
+    seed_everything(0)
+    adapter = ADAPTERS[kind] and LoraConfig(**ADAPTERS[kind])
+    module = ShadowModule(ModelPair(*map(str, folders)), adapter, lr=lr or (1e-3 if adapter is None else 1e-2))
+    graft = GraftCallback(**options.pop("graft", {}))
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, use_distributed_sampler=False, num_sanity_val_steps=0, precision=precision,
+        callbacks=[graft, *options.pop("callbacks", [])], **options,
+    )  # fmt: skip
+    trainer.fit(module, data or RandomData())
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}, graft
+
+
+def loss_of(model, rows=ROWS):
+    losses = sample_losses(model, rows)
+    return losses[:, 0].sum().item() / losses[:, 1].sum().item()
+
+
+@torch.no_grad()
+def sample_losses(model, rows):
+    found = []
+    for row in rows:
+        mask = row["attention_mask"].bool()
+        logits = model(input_ids=row["input_ids"][mask][None], use_cache=False).logits[0, :-1]
+        chosen = row["labels"][mask][1:] != -100
+        log_probs = logits.double().log_softmax(-1)[chosen]
+        found.append([-log_probs.gather(1, row["labels"][mask][1:][chosen][:, None]).sum().item(), int(chosen.sum())])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def loaded(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_graft_that_is_scored_is_the_one_that_is_exported(tmp_path, folders, kind):
+    logged, _ = fit(folders, kind, callbacks=[ExportCallback(folder=str(tmp_path))])
+    grafted = loss_of(loaded(tmp_path / "model"))
+    assert loaded(tmp_path / "model", "auto").dtype == torch.bfloat16
+    assert logged["val/grafted/loss"] == pytest.approx(grafted, rel=1e-6)
+    assert logged["val/instruct/loss"] == pytest.approx(loss_of(loaded(folders[1])), rel=1e-6)
+    if kind != "full":
+        served = loss_of(PeftModel.from_pretrained(loaded(folders[1]), tmp_path / "adapter"))
+        assert logged["val/adapter/loss"] == pytest.approx(served, rel=1e-6)
+        assert abs(served - grafted) > 5e-6  # rounding to bfloat16 is seen
+        gain = logged["val/instruct/loss"] - logged["val/adapter/loss"]
+        assert logged["graft/gain_unrounded"] == pytest.approx(gain, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_bf16_mixed_scores_what_bfloat16_computes_of_the_exported_model(tmp_path, folders, kind):
+    logged, _ = fit(folders, kind, "bf16-mixed", callbacks=[ExportCallback(folder=str(tmp_path))])
+    # Frozen weights are bfloat16, trained ones float32 masters, in both cases with the exported values.
+    model = loaded(tmp_path / "model", torch.float32 if kind == "full" else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        by_hand = loss_of(model)
+    assert logged["val/grafted/loss"] == pytest.approx(by_hand, rel=2**-9)  # of logits in bfloat16, padded or not
+
+
+def test_a_small_update_that_rounding_loses_is_told_with_both_gains(folders, recwarn):
+    logged, _ = fit(folders, "full", lr=1e-6)
+    assert logged["graft/survival"] < 0.5
+    told = [str(w.message) for w in recwarn if "survives rounding" in str(w.message)]
+    assert len(told) == 1
+    assert f"only {logged['graft/survival']:.0%} of the update survives" in told[0]
+    assert f"{logged['graft/gain']:.4g} as exported, {logged['graft/gain_unrounded']:.4g} without rounding" in told[0]
+    assert "graft.dtype=float32" in told[0] and "export.parts" in told[0]
+    gain = logged["val/instruct/loss"] - logged["val/unrounded/loss"]
+    assert logged["graft/gain_unrounded"] == pytest.approx(gain, abs=1e-6)
+    exact, _ = fit(folders, "full", lr=1e-6, graft={"dtype": "float32"})
+    assert exact["val/grafted/loss"] == logged["val/unrounded/loss"]
+    assert "graft/gain_unrounded" not in exact and exact["graft/survival"] > 0.99
+
+
+def test_the_adapter_is_scored_where_it_is_exported_or_asked_for(tmp_path, folders):
+    def scored(parts, **options):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        callbacks = [ExportCallback(folder=str(folder), parts=parts, verify=False)]
+        logged, _ = fit(folders, "lora", callbacks=callbacks if parts else [], **options)
+        return "val/adapter/loss" in logged
+
+    assert scored(["adapter"]) and not scored(["model"]) and not scored([])
+    assert scored(["model"], graft={"adapter": True})
+    assert not scored(["adapter", "model"], graft={"adapter": False})
+    assert not scored(["delta"], graft={"transforms": [{"name": "dare", "density": 0.5}], "adapter": True})
+
+
+def test_where_both_start_from_one_model_the_graft_is_the_tuned_model(folders):
+    same = (folders[1], folders[1])
+    logged, _ = fit(same, "lora", graft={"adapter": True})
+    for what in ("loss", "accuracy", "left/loss", "right/loss"):
+        assert logged[f"val/adapter/{what}"] == logged[f"val/tuned/{what}"]
+    logged, _ = fit(same, "full", graft={"dtype": "float32", "select": "all"})
+    assert logged["val/grafted/loss"] == pytest.approx(logged["val/tuned/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_scores_do_not_depend_on_the_batches(folders, kind):
+    class Batched(RandomData):
+        def __init__(self, size):
+            super().__init__()
+            self.size = size
+
+        def val_dataloader(self):
+            whole, self.batch_size = self.batch_size, self.size
+            loaders = super().val_dataloader()
+            self.batch_size = whole
+            return loaders
+
+    found = [fit(folders, kind, data=Batched(size))[0] for size in (1, 2, 8)]
+    for name in (name for name in found[0] if name.startswith("val/") and name.endswith("loss")):
+        assert [one[name] for one in found] == pytest.approx([found[0][name]] * 3, rel=2e-7), name
+
+
+def test_the_error_of_the_gain_is_that_of_a_ratio_over_paired_samples(tmp_path, folders):
+    logged, graft = fit(folders, "full", callbacks=[ExportCallback(folder=str(tmp_path))])
+    before, after = (sample_losses(loaded(f), ROWS) for f in (folders[1], tmp_path / "model"))
+    difference, tokens = (before - after)[:, 0], before[:, 1]
+    gain = difference.sum() / tokens.sum()
+    count = len(ROWS)
+    # By leaving out one sample at a time (the jackknife), which agrees to the order of 1 / N.
+    left_out = (difference.sum() - difference) / (tokens.sum() - tokens)
+    jackknife = ((count - 1) / count * (left_out - left_out.mean()).square().sum()).sqrt().item()
+    error = graft.finished.errors["loss"]
+    assert error == pytest.approx(jackknife, rel=0.15)
+    assert error == pytest.approx(error_of_gain(before, after), rel=1e-4)
+    residual = difference - gain * tokens
+    linearised = (residual.square().sum() / (count - 1) / count).sqrt() / tokens.mean()
+    assert error == pytest.approx(linearised.item(), rel=1e-4)
+    assert logged["graft/gain"] == pytest.approx(gain.item(), rel=1e-4)
+    assert graft.finished.errors.keys() == {"loss", "left/loss", "right/loss"}
+
+
+def test_other_samples_have_no_error():
+    losses = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert math.isnan(error_of_gain(losses, losses[:1]))
+    assert math.isnan(error_of_gain(losses, losses.flip(0)))
+    assert math.isnan(error_of_gain(losses[:1], losses[:1]))
+    assert error_of_gain(losses, losses) == 0
+    ones, others = ([{"index": i, "score": s} for i, s in enumerate(scores)] for scores in ([1, 0, 1, 1], [0, 0, 1, 0]))
+    assert error_of_paired(ones, others) == pytest.approx((4 / 3 * (0.5 - 0.25) / 4) ** 0.5)
+    assert math.isnan(error_of_paired([], others))
+
+
+def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, folders, capsys):
+    logged, graft = fit(folders, "lora", callbacks=[ExportCallback(folder=str(tmp_path))])
+    shown = capsys.readouterr().out
+    table = score_table(graft.finished.metrics, graft.finished.errors)
+    assert [next(column.cells) for column in table.columns[1:5]] == [
+        f"{logged[f'val/{who}/loss']:.4f}" for who in ("base", "instruct", "tuned", "grafted")
+    ]
+    for place in ("loss", "left: loss", "right: loss"):
+        name = f"{place.partition(':')[0]}/" if ":" in place else ""
+        gain = logged[f"val/instruct/{name}loss"] - logged[f"val/grafted/{name}loss"]
+        error = graft.finished.errors[f"{name}loss"]
+        (line,) = (line for line in shown.splitlines() if line.strip("│ ").startswith(place + " "))
+        assert f"{gain:+.4f} ± {error:.4f}" in line
+    assert f"AutoModelForCausalLM.from_pretrained('{tmp_path / 'model'}')" in shown
+    assert f"PeftModel.from_pretrained(instruct, '{tmp_path / 'adapter'}')" in shown

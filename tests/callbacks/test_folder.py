@@ -1,0 +1,83 @@
+"""The folder of a run, with loggers whose runs share theirs, as W&B's share the working folder."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from shadowlit.callbacks.evaluation import EvaluationCallback
+from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.folder import run_folder
+from shadowlit.callbacks.predictions import PredictionWriter
+from shadowlit.callbacks.record import ValidationRecord
+from shadowlit.lightning_cli import SaveConfig, ShadowParser, ShadowTrainer
+
+
+class Shared(DummyLogger):
+    """Logs to a server, and keeps its local files in the working folder."""
+
+    save_dir = "."
+    name = "project"
+
+    def __init__(self, version, save_dir="."):
+        super().__init__()
+        self.number, self.save_dir = version, save_dir
+
+    @property
+    def version(self):
+        return self.number
+
+
+def make(logger, kind=ShadowTrainer, **options):
+    return kind(accelerator="cpu", devices=1, logger=logger, enable_progress_bar=False, **options)
+
+
+def test_the_folder_is_where_the_checkpoints_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loggers = {
+        "project/x7": Shared("x7"), "project/version_3": Shared(3), "here/project/x7": Shared("x7", None),
+        "runs/csv/version_0": CSVLogger("runs", "csv"), "here": False,
+    }  # fmt: skip
+    for folder, logger in loggers.items():
+        trainer = make(logger, Trainer, default_root_dir="here")
+        checkpoint = ModelCheckpoint()
+        checkpoint.setup(trainer, SimpleNamespace(), "fit")
+        assert os.path.samefile(".", tmp_path) and os.path.normpath(checkpoint.dirpath) == f"{folder}/checkpoints"
+        assert str(run_folder(trainer)) == folder
+        assert ExportCallback()._target(trainer) == run_folder(trainer) / "export"
+        PredictionWriter().write_on_epoch_end(trainer, None, [[{"index": 0, "answer": "a"}]], [])
+        assert json.loads((tmp_path / folder / "predictions.jsonl").read_text())["answer"] == "a"
+        EvaluationCallback()._write(trainer, ValidationRecord())
+
+
+def test_no_config_is_overwritten_and_none_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parser = ShadowParser()
+    parser.add_argument("--lr", type=float)
+
+    def save(lr, logger):
+        SaveConfig(parser, parser.parse_args([f"--lr={lr}"])).setup(make(logger), None, "fit")
+
+    for lr, version in ((1.0, "x7"), (2.0, "x8"), (3.0, "x7"), (4.0, "x7")):  # x7 is resumed, as W&B does by its id
+        save(lr, Shared(version))
+    found = {str(file.relative_to(tmp_path / "project")): yaml.safe_load(file.read_text())["lr"]
+             for file in tmp_path.rglob("*.yaml")}  # fmt: skip
+    assert found == {"x7/config.yaml": 1.0, "x8/config.yaml": 2.0, "x7/config-v1.yaml": 3.0, "x7/config-v2.yaml": 4.0}
+    save(1.0, CSVLogger("runs", "csv", "named"))
+    with pytest.raises(RuntimeError, match=r"expected runs/csv/named/config\.yaml to NOT exist"):  # with its metrics
+        save(2.0, CSVLogger("runs", "csv", "named"))
+
+
+def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
+    """Which is a collective: the first one would wait for the others for ever."""
+    asked = []
+    strategy = SimpleNamespace(broadcast=lambda folder: asked.append(folder) or folder)
+    trainer = SimpleNamespace(default_root_dir=tmp_path, logger=None, strategy=strategy, is_global_zero=False)
+    PredictionWriter().write_on_epoch_end(trainer, None, [], [])
+    assert asked == [str(tmp_path)] and not list(tmp_path.iterdir())
