@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -82,6 +83,16 @@ def save_model(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def store_head(folder: Path, own: bool, head: str = "lm_head.weight") -> Path:
+    """Store an output head in a tied model's file, ``own`` or a copy of the embedding; config.json stays."""
+    tensors = load_file(folder / "model.safetensors")
+    (embedding,) = (tensor for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(len(tensors))) * 0.1
+    tensors[head] = embedding + noise.to(embedding.dtype) if own else embedding.clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

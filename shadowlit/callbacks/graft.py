@@ -24,8 +24,6 @@ from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.scores import error_of_gain, score_table
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
-from shadowlit.checkpoint.alignment import AlignedReader
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
@@ -264,8 +262,7 @@ class GraftCallback(Callback):
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
         if self.graft is None or self.graft.model is not pl_module.model:
             self._release()
-            base = AlignedReader.open(pl_module.pair.base_folder(), pl_module.pair.instruct_folder())
-            instruct = CheckpointReader(pl_module.pair.instruct_folder())
+            base, instruct = pl_module.pair.readers()
             self.graft = LiveGraft(
                 pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload,
                 transforms=self.transforms,

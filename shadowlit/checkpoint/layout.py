@@ -16,6 +16,7 @@ import numpy as np
 
 from shadowlit.checkpoint import names
 from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.numeric import widen
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import CheckpointError, GraftError
@@ -86,23 +87,6 @@ class _Side:
             return "rows"
         return "columns" if n == m and (2 * c, d) == (b, a) else None
 
-    def repeats_embedding(self) -> bool:
-        """Whether the output head repeats the embedding, bit for bit."""
-        embedding = self.embedding()
-        if embedding is None or names.HEAD_KEY not in self.keys:
-            return False
-        head, body = self.info(names.HEAD_KEY), self.info(embedding)
-        if (head.code, head.shape) != (body.code, body.shape):
-            return False
-        for window in row_windows(head):
-            one, other = (self.reader.raw_rows(info.name, *window) for info in (head, body))
-            if not np.array_equal(one, other):
-                return False
-        return True
-
-    def embedding(self) -> str | None:
-        return next((key for key in names.EMBEDDING_KEYS if key in self.keys), None)
-
     def _count_experts(self) -> dict[str, int]:
         """The number of experts of every layer that has some."""
         counts: dict[str, int] = {}
@@ -128,6 +112,29 @@ class _Side:
         return counts
 
 
+def repeats_embedding(reader: TensorReader) -> bool | None:
+    """Return whether a checkpoint's output head repeats its embedding; ``None`` unless it holds both.
+
+    Values are compared, whatever their dtypes, as transformers does before it ties the two.
+    """
+    keys = {names.canonical_key(name): name for name in reader.tensors}
+    if names.HEAD_KEY not in keys or (embedding := names.embedding_in(keys)) is None:
+        return None
+    both = keys[names.HEAD_KEY], keys[embedding]
+    head, body = map(reader.info, both)
+    if head.shape != body.shape:
+        return False
+    for window in row_windows(head):
+        one, other = (reader.raw_rows(name, *window) for name in both)
+        if head.code == body.code and np.array_equal(one, other):
+            continue
+        # Slower, but knows that 0 equals -0.
+        weights = head.is_weight and body.is_weight
+        if not weights or not np.array_equal(widen(one, head.code), widen(other, body.code)):
+            return False
+    return True
+
+
 class LayoutReader(TensorReader):
     """Presents a checkpoint under the names and in the layout of another one of the same model.
 
@@ -135,7 +142,7 @@ class LayoutReader(TensorReader):
     (:func:`shadowlit.checkpoint.names.canonical_key`), and experts may be one matrix each or fused:
     ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj`` [experts, hidden, inner]. Tensors
     without a counterpart keep their names; buffers that models compute are left out. With ``ties``, an output head that
-    repeats its tied embedding is presented only if ``like`` has one.
+    repeats its tied embedding is presented only if ``like`` has one, and always then if ``reader`` is known to be tied.
 
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.
@@ -145,7 +152,7 @@ class LayoutReader(TensorReader):
     def __init__(self, reader: TensorReader, like: TensorReader, ties: bool = True) -> None:
         own, other = _Side(reader), _Side(like)
         _require_like_experts(own, other)
-        self.folder = reader.folder
+        self.folder, self.tied = reader.folder, reader.tied
         self._reader = reader
         self.ranges: dict[str, list[Range]] = {}  # by name, the parts of `reader` that each tensor consists of
         self.tensors: dict[str, TensorInfo] = {}
@@ -177,10 +184,11 @@ class LayoutReader(TensorReader):
 
     def _match_ties(self, own: _Side, other: _Side) -> set[str]:
         """Present a tied output head where only the other checkpoint has one; return it where only this one does."""
-        head, embedding = names.HEAD_KEY, own.embedding()
-        if embedding is not None and head in other.keys and head not in own.keys and other.repeats_embedding():
-            self._present(other.keys[head], own.info(embedding).shape, own.whole(embedding))
-        elif head in own.keys and head not in other.keys and own.repeats_embedding():
+        head, embedding = names.HEAD_KEY, names.embedding_in(own.keys)
+        if head in other.keys and head not in own.keys:
+            if embedding is not None and (self.tied or repeats_embedding(other.reader)):
+                self._present(other.keys[head], own.info(embedding).shape, own.whole(embedding))
+        elif head in own.keys and head not in other.keys and (self.tied or repeats_embedding(own.reader)):
             return {own.keys[head]}
         return set()
 
@@ -228,12 +236,13 @@ def in_layout_of(reader: TensorReader, like: TensorReader) -> TensorReader:
 def in_layout_of_module(reader: TensorReader, shapes: Mapping[str, tuple[int, ...]]) -> TensorReader:
     """Return a checkpoint by the names of a module's parameters: transformers 5 holds experts fused, most files don't.
 
-    ``reader`` itself if it has all of the names in ``shapes``, else a :class:`LayoutReader`.
+    ``reader`` itself if it has all of the names in ``shapes``, else a :class:`LayoutReader`. Where the module has an
+    output head of its own, a reader that is known to be tied presents its embedding as such.
     """
     if all(name in reader.tensors for name in shapes):
         return reader
     module = ComputedReader(reader.folder, described(shapes))
-    return LayoutReader(reader, module, ties=False)  # a module knows of its own tie
+    return LayoutReader(reader, module, ties=reader.tied)
 
 
 class ExpertRows(NamedTuple):

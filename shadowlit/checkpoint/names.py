@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 TOWERS = ("language", "vision", "projector")
 """The parts of a vision-language model that can be trained and grafted separately."""
@@ -44,8 +44,13 @@ _FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
 HEAD_KEY = "lm_head.weight"
 """Canonical key of an output head that may be tied to the embedding."""
-EMBEDDING_KEYS = ("embed_tokens.weight", "wte.weight")
-"""Canonical keys of the embedding."""
+# fmt: off
+EMBEDDING_KEYS = (
+    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "text_model.embed_tokens.weight",
+    "decoder.embed_tokens.weight", "gpt_neox.embed_in.weight", "backbone.embeddings.weight",
+)
+"""Canonical keys of the embedding that such a head is tied to."""
+# fmt: on
 # Usual names of embedding and output head, for models whose rows are padded beyond the config's vocab_size.
 _VOCABULARY = re.compile(
     r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
@@ -221,6 +226,11 @@ def is_token_tensor(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether ``name`` is a usual name of an output head, which a tie makes superfluous."""
     return _HEAD.search(name) is not None
+
+
+def embedding_in(keys: Container[str]) -> str | None:
+    """Return the canonical key of the embedding among ``keys``."""
+    return next((key for key in EMBEDDING_KEYS if key in keys), None)
 
 
 def layer_of(name: str) -> int | None:

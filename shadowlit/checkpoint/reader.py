@@ -35,6 +35,7 @@ class TensorReader(ABC):
 
     folder: Path  # for messages
     tensors: Mapping[str, TensorInfo]
+    tied = False  # whether it is known that the output head is the embedding, and need not be stored
 
     @abstractmethod
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from shadowlit.checkpoint.names import canonical_name
 from shadowlit.errors import GraftError
 from shadowlit.grafting.parameters import host_of
+from shadowlit.pair.folders import is_tied
 
 # Settings of peft.LoraConfig under which the effective weight is no longer host + scaling * B @ A, or under which
 # the factors change layers of the host that the graft cannot name.
@@ -100,7 +101,7 @@ def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:
 def require_untied(model: nn.Module) -> None:
     """Raise a GraftError if an adapter sits on one side of a tied embedding: merged, it would change the other too."""
     host = host_of(model)
-    if not getattr(host.config.get_text_config(), "tie_word_embeddings", False):
+    if not is_tied(host.config):
         return
     for side, module in (("embedding", host.get_input_embeddings()), ("output head", host.get_output_embeddings())):
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):

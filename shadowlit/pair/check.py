@@ -32,9 +32,9 @@ _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True) -> list[Problem]:
     """Find everything in which the two models of a pair do not fit together, before any weight is loaded.
 
-    Reads configs, tokenizers, safetensors headers, the samples of the fingerprints and some embedding rows, which takes
-    seconds whatever the size of the models. Nothing is raised for what is found. A part that can't be read is a problem
-    too, and only the checks that need it are skipped.
+    Reads configs, tokenizers, safetensors headers, the samples of the fingerprints, some embedding rows, and an output
+    head that a tied model stores; this takes seconds whatever the size of the models. Nothing is raised for what is
+    found. A part that can't be read is a problem too, and only the checks that need it are skipped.
 
     Example::
 
@@ -144,7 +144,7 @@ def _check_unread(base: Side, instruct: Side) -> Iterator[Problem]:
     if unread:
         yield Problem.note(
             "weights",
-            f"of the {' and the '.join(unread)} only headers were read: whether both are one model, and whether the "
-            "Base has learned the template's tokens, is not known",
-            "nothing: a run downloads the weights and checks both.",
+            f"of the {' and the '.join(unread)} only headers were read: whether both are one model, whether the Base "
+            "has learned the template's tokens, and whether a tied model's stored head is its embedding, is not known",
+            "nothing: a run downloads the weights and checks all of it.",
         )

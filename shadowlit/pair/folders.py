@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from shadowlit.checkpoint.layout import repeats_embedding
+from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import PairError, first_line
 
 if TYPE_CHECKING:
@@ -165,6 +167,15 @@ def load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedCo
             "upgrade transformers; if the model brings its own code and you trust its author, set "
             "pair.trust_remote_code=true.",
         ) from error
+
+
+def is_tied(config: PretrainedConfig, reader: TensorReader | None = None) -> bool:
+    """Whether transformers ties the output head to the embedding when it loads a folder with these weights.
+
+    It does so if the config says it, unless the files hold a head with other values than the embedding's.
+    """
+    said = any(getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config()))
+    return said and (reader is None or repeats_embedding(reader) is not False)
 
 
 def _load_tokenizer(who: str, folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:

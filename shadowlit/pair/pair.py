@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.pair.folders import (
     _load_processor,
     _load_tokenizer,
     commit_of,
     is_image_text,
+    is_tied,
     load_config,
     model_folder,
 )
@@ -136,6 +138,19 @@ class ModelPair:
     def base_config(self) -> PretrainedConfig:
         """The Base's config."""
         return load_config("base", self.base_folder(), self.trust_remote_code)
+
+    @_once
+    def ties(self) -> tuple[bool, bool]:
+        """Whether embedding and output head are tied in the Base and in the Instruct; see :func:`is_tied`."""
+        with CheckpointReader(self.base_folder()) as base, CheckpointReader(self.instruct_folder()) as instruct:
+            return is_tied(self.base_config(), base), is_tied(self.config(), instruct)
+
+    def readers(self) -> tuple[AlignedReader, CheckpointReader]:
+        """Readers of the Base, in the shape of its Instruct, and of the Instruct; both know whether they are tied."""
+        base, instruct = self.base_folder(), self.instruct_folder()
+        readers = AlignedReader.open(base, instruct), CheckpointReader(instruct)
+        readers[0].tied, readers[1].tied = self.ties()
+        return readers
 
     def fingerprints(self) -> dict[str, str]:
         """``{"base": ..., "instruct": ...}``: see :meth:`CheckpointReader.fingerprint`.

@@ -13,7 +13,7 @@ from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.names import is_token_tensor, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import CheckpointError
-from shadowlit.pair.folders import Problem, ProblemError, commit_of, load_config, read_json
+from shadowlit.pair.folders import Problem, ProblemError, commit_of, is_tied, load_config, read_json
 from shadowlit.pair.hub import read_hub_headers
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 
@@ -94,7 +94,6 @@ def open_side(
     side = Side(who, _attempt(who, folder, problems))
     if side.folder is not None:
         path = side.folder
-        side.config = _attempt(who, lambda: _flat_config(load_config(who, path, pair.trust_remote_code)), problems)
         if side.has("generation_config.json"):
             side.generation = _attempt(who, lambda: read_json(who, path / "generation_config.json"), problems)
         if isinstance(pair, PairWithoutWeights) and not Path(source).expanduser().is_dir():
@@ -106,6 +105,9 @@ def open_side(
             side.reader = _attempt(who, lambda: CheckpointReader(path), problems)
         if side.reader is not None:
             side.headers = side.reader.tensors
+        side.config = _attempt(
+            who, lambda: _flat_config(load_config(who, path, pair.trust_remote_code), side.reader), problems
+        )
         side.tokenizer = _attempt(who, tokenizer, problems)
     return side
 
@@ -122,12 +124,16 @@ def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T 
     return None
 
 
-def _flat_config(config: PretrainedConfig) -> dict[str, Any]:
-    """The config as one dict; of a multimodal model, the text keys take precedence and vision keys are prefixed."""
+def _flat_config(config: PretrainedConfig, reader: TensorReader | None) -> dict[str, Any]:
+    """The config as one dict; of a multimodal model, the text keys take precedence and vision keys are prefixed.
+
+    Whether the model is tied is what transformers makes of config and files.
+    """
     vision = getattr(config, "vision_config", None)
     seen = {f"vision_config.{key}": value for key, value in (vision.to_dict() if vision else {}).items()}
     seen = {key: value for key, value in seen.items() if key.partition(".")[2] not in SEEN_ELSEWHERE}
-    return {**config.to_dict(), **config.get_text_config().to_dict(), **seen, "model_type": config.model_type}
+    whole = {"model_type": config.model_type, "tie_word_embeddings": is_tied(config, reader)}
+    return {**config.to_dict(), **config.get_text_config().to_dict(), **seen, **whole}
 
 
 def _has_token_rows(info: TensorInfo, vocab_size: int | None) -> bool:

@@ -164,7 +164,7 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
     ties = (bool(base.get("tie_word_embeddings")), bool(instruct.get("tie_word_embeddings")))
     alone = sorted(base.vocabulary().keys() ^ instruct.vocabulary().keys())
     heads = [name for name in alone if is_head(name)]
-    lost = [name for name in alone if name not in heads or not any(ties)]
+    lost = [name for name in alone if name not in heads or not ties[name in base.vocabulary()]]
     if lost:
         yield Problem.error(
             "tensors",
@@ -173,9 +173,11 @@ def _check_ties(base: Side, instruct: Side, select: Select) -> Iterator[Problem]
             "set pair.base to the Base of this Instruct, and finish its download.",
         )
     if ties[0] != ties[1]:
-        found = f"tie_word_embeddings is {ties[0]} in the Base, {ties[1]} in the Instruct"
+        found = f"tie_word_embeddings is {ties[0]} in the Base, {ties[1]} in the Instruct, as transformers loads their "
+        found += "files; the Base is trained with an output head of its own"
         expected = "the same where they are grafted"
-        yield _embedding_problem(select, heads or base.vocabulary(), "tied embeddings", found, expected)
+        names = {**base.vocabulary(), **instruct.vocabulary()}
+        yield _embedding_problem(select, names, "tied embeddings", found, expected)
     elif heads and all(ties):
         yield Problem.note(
             "tied embeddings",

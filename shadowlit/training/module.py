@@ -27,7 +27,6 @@ from torchmetrics import Metric
 from transformers import PreTrainedConfig, get_scheduler
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
@@ -220,6 +219,8 @@ class ShadowModule(LightningModule):
         config = self.pair.base_config()
         config.use_cache = False
         config.get_text_config().vocab_size = self.pair.config().get_text_config().vocab_size
+        if not all(self.pair.ties()):  # whatever config.json says; one of the two has a head of its own
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
         self.kernel = self._kernel(config)
         if is_image_text(config) and self.kernel == VARLEN:
             raise ShadowlitError(
@@ -229,7 +230,7 @@ class ShadowModule(LightningModule):
         mesh = self._data_parallel_mesh()
         compute_dtype = _compute_dtype(self.trainer.precision)
         self.model = load_for_training(
-            AlignedReader.open(self.pair.base_folder(), self.pair.instruct_folder()),
+            self.pair.readers()[0],
             config,
             adapter=self.adapter,
             device=self.trainer.strategy.root_device,

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.checkpoint import streaming
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.layout import LayoutReader
+from shadowlit.checkpoint.layout import LayoutReader, repeats_embedding
 from shadowlit.checkpoint.names import canonical_key
 from shadowlit.cli.main import main
 from shadowlit.delta.folders import base_of
@@ -148,6 +148,20 @@ def test_an_instructs_own_head_gets_no_update_from_a_tied_base(tmp_path):
     rewrite(tmp_path / "instruct", lambda found: {**found, "lm_head.weight": head})
     assert graft(tmp_path, select="all") == 0
     assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], head)
+
+
+def test_a_head_repeats_its_embedding_if_all_values_are_equal(tmp_path):
+    """By torch.equal, as transformers compares the two when it loads them."""
+    embedding = torch.randn(50, 4).bfloat16()
+    embedding[0, 0] = 0.0
+    minus, other = embedding.clone(), embedding.clone()
+    minus[0, 0], other[-1, -1] = -0.0, 9.0
+    cases = [(embedding, True), (minus, True), (embedding.float(), True), (other, False), (embedding[:-1], False)]
+    for name in ("model.embed_tokens", "model.language_model.embed_tokens", "transformer.word_embeddings"):
+        for head, expected in [*cases, (None, None)]:
+            stored = {f"{name}.weight": embedding} | ({} if head is None else {"lm_head.weight": head.clone()})
+            save_file(stored, tmp_path / "model.safetensors")
+            assert repeats_embedding(CheckpointReader(tmp_path)) is expected
 
 
 @pytest.mark.parametrize("side", SIDES)

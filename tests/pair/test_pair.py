@@ -20,7 +20,7 @@ from shadowlit.pair.check import check_pair, require_fit
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.tokens import untrained_rows
-from tests.tiny import ARCHITECTURES, SPECIAL, make_tokenizer, save_model, save_pair
+from tests.tiny import ARCHITECTURES, SPECIAL, make_tokenizer, save_model, save_pair, store_head
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +260,17 @@ class TestVocabulary:
         problem = only(check_pair(ModelPair(str(base), str(instruct)), select))
         assert (problem.severity, problem.subject) == (severity, "tied embeddings")
         assert "tie_word_embeddings is True in the Base, False in the Instruct" in problem.found
+
+    @pytest.mark.parametrize("who", ["base", "instruct"])
+    def test_a_head_of_its_own_unties_whatever_the_config_says(self, tied, who):
+        store_head(Path(getattr(tied, who)), own=True)
+        found = f"is {who != 'base'} in the Base, {who != 'instruct'} in the Instruct, as transformers loads"
+        for select, severity in (("linear", "warning"), ("lm_head", "error"), ("embed_tokens", "error")):
+            problem = only(check_pair(tied, select))
+            assert problem.severity == severity and found in problem.found
+        store_head(Path(tied.base), own=True)
+        store_head(Path(tied.instruct), own=True)
+        assert check_pair(fresh(tied), "all") == [] and fresh(tied).ties() == (False, False)
 
     def test_tied_head_that_one_side_stores(self, tied):
         edit_weights(tied.base, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))

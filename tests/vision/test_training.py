@@ -25,6 +25,7 @@ from shadowlit.training.head import HeadLoss
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_ranks
 from tests.rounding import Start, require_same_update
+from tests.tiny import store_head
 from tests.vision.tiny import FAMILIES, make_config, make_processor, rename_tensors, save_pair, write_rows
 
 
@@ -124,6 +125,16 @@ def test_the_export_is_the_validated_graft(tmp_path, rows, family, kind):
     on_disk = load_file(tmp_path / "disk/model.safetensors")
     for name in instruct:
         torch.testing.assert_close(on_disk[name], grafted[name], rtol=0, atol=0 if kind == "full" else 1e-7)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_heads_are_tied_as_transformers_ties_them(tmp_path, family):
+    folders = save_pair(tmp_path, family)
+    store_head(folders[1], own=True)
+    loaded = [AutoModelForImageTextToText.from_pretrained(folder) for folder in folders]
+    shared = [model.lm_head.weight is model.get_input_embeddings().weight for model in loaded]
+    pair = ModelPair(*map(str, folders))
+    assert list(pair.ties()) == shared == [True, False]
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "llava"])
