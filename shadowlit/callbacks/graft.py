@@ -372,9 +372,9 @@ class GraftCallback(Callback):
         for subject, metrics in untouched.items():
             record.metrics |= {f"{record.stage}/{subject.name}/{name}": value for name, value in metrics.items()}
         if untouched:
-            for name, subject in (("gain", main), ("gain_unrounded", unrounded)):
-                if subject:
-                    record.metrics[f"graft/{name}"] = untouched[INSTRUCT]["loss"] - module.scores(subject)["loss"]
+            for name, scored in (("gain", main), ("gain_unrounded", unrounded)):
+                if scored:
+                    record.metrics[f"graft/{name}"] = untouched[INSTRUCT]["loss"] - module.scores(scored)["loss"]
             before = self._instruct_losses.get(record.stage, {})
             for name, losses in module.sample_losses(main).items():
                 if name in before:
