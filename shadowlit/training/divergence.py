@@ -42,21 +42,16 @@ class LossWatch:
             ShadowlitError: One of this run's losses is not finite, and ``on_nan`` is ``stop``.
         """
         unread, self._unread = self._unread, []
-        if unread and self.problem is None:
-            self._find(unread)
+        values = torch.stack([loss for _, _, loss in unread]).tolist() if unread else []
+        for (step, lr, _), value in zip(unread, values, strict=True):
+            if self.problem is None and not math.isfinite(value):
+                self.problem = f"the training loss is {value} at step {step}, at lr {float(lr):.3g}; {self._before}"
+                if self.on_nan == "warn":
+                    rank_zero_warn(f"{self.problem}. The training continues (model.on_nan=warn), but exports nothing.")
+            self._before = f"the last finite loss was {value:.4g}, at step {step}"
         if self.problem and self.on_nan == "stop":
             raise ShadowlitError(
                 f"{self.problem}. Lower model.lr, raise model.warmup_ratio or set trainer.gradient_clip_val, and start "
                 "again or resume from an earlier checkpoint (ckpt_path); none was written after this step. With "
                 "model.on_nan=warn the training continues."
             )
-
-    def _find(self, unread: list[tuple[int, Any, Tensor]]) -> None:
-        values = torch.stack([loss for _, _, loss in unread]).tolist()
-        for (step, lr, _), value in zip(unread, values, strict=True):
-            if not math.isfinite(value):
-                self.problem = f"the training loss is {value} at step {step}, at lr {float(lr):.3g}; {self._before}"
-                if self.on_nan == "warn":
-                    rank_zero_warn(f"{self.problem}. The training continues (model.on_nan=warn), but exports nothing.")
-                return
-            self._before = f"the last finite loss was {value:.4g}, at step {step}"

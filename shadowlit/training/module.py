@@ -145,9 +145,6 @@ class ShadowModule(LightningModule):
         on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
             checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
             ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
-
-    Attributes:
-        losses: The watch over the losses of the running or last fit.
     """
 
     def __init__(
@@ -205,7 +202,7 @@ class ShadowModule(LightningModule):
         self.metrics = dict(metrics or {})
         if wrong := wrong_names("model.metrics", self.metrics):
             raise ShadowlitError(wrong[0])
-        self.losses = LossWatch(on_nan)
+        self.losses = LossWatch(on_nan)  # of the running or last fit
         self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
         self.model: nn.Module | None = None
         self._head_loss: HeadLoss | None = None
