@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
-from shadowlit.callbacks.scores import error_of_gain, score_table
+from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
@@ -284,7 +284,7 @@ class GraftCallback(Callback):
         if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
             console = make_console()
             console.print(score_table(self.finished.metrics, self.finished.errors))
-            for line in self.exported:
+            for line in [survival_line(self.finished.metrics), *self.exported]:
                 console.print(line)
 
     def state_dict(self) -> dict[str, Any]:

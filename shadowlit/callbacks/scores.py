@@ -46,6 +46,18 @@ def error_of_paired(first: Iterable[Mapping[str, float]], second: Iterable[Mappi
     return standard_error(sum(pairs), sum(x * x for x in pairs), len(pairs)) if pairs else mean(0, 0)
 
 
+def survival_line(metrics: Mapping[str, float]) -> str:
+    """How much of the update the exported weights hold, and what the rest is worth where that was measured."""
+    if not metrics.get("graft/delta_norm", math.nan) > 0:
+        return "survival: the update is zero" if metrics.get("graft/delta_norm") == 0 else "survival: not measured"
+    line = f"survival: {metrics['graft/survival']:.1%} of the update is left after rounding to the export's dtype"
+    if "graft/gain_unrounded" in metrics:
+        line += (
+            f"; the gain is {metrics['graft/gain']:+.4f}, and without rounding {metrics['graft/gain_unrounded']:+.4f}"
+        )
+    return line
+
+
 def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], stage: str = "val") -> Table:
     """The scores of the four models, one row per set and evaluator.
 

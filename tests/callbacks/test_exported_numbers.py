@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table
+from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table, survival_line
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from tests.synthetic import RandomData, random_samples
@@ -170,6 +170,13 @@ def test_other_samples_have_no_error():
     assert math.isnan(error_of_paired([], others))
 
 
+def test_what_survives_is_said_in_words():
+    assert survival_line({}) == "survival: not measured"
+    assert survival_line({"graft/delta_norm": 0.0}) == "survival: the update is zero"
+    assert survival_line({"graft/delta_norm": math.nan}) == "survival: not measured"
+    assert survival_line({"graft/delta_norm": 1.0, "graft/survival": 0.25}).startswith("survival: 25.0% of the update")
+
+
 def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, folders, capsys):
     logged, graft = fit(folders, "lora", callbacks=[ExportCallback(folder=str(tmp_path))])
     shown = capsys.readouterr().out
@@ -183,5 +190,8 @@ def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, fol
         error = graft.finished.errors[f"{name}loss"]
         (line,) = (line for line in shown.splitlines() if line.strip("│ ").startswith(place + " "))
         assert f"{gain:+.4f} ± {error:.4f}" in line
+    assert f"survival: {logged['graft/survival']:.1%} of the update is left after rounding" in shown
+    unrounded = f"the gain is {logged['graft/gain']:+.4f}, and without rounding {logged['graft/gain_unrounded']:+.4f}"
+    assert unrounded in shown
     assert f"AutoModelForCausalLM.from_pretrained('{tmp_path / 'model'}')" in shown
     assert f"PeftModel.from_pretrained(instruct, '{tmp_path / 'adapter'}')" in shown
