@@ -123,7 +123,14 @@ class ExportCallback(Callback):
         pl_module.to(left_on)
 
     def _export(self, trainer: Trainer, pl_module: ShadowModule) -> None:
-        _load_best(trainer, pl_module, self._graft)
+        step = _load_best(trainer, pl_module, self._graft)
+        scored = self._graft.finished.step
+        if scored is not None and scored != step:
+            rank_zero_warn(
+                f"export: the exported weights are those of step {step}, but the last scores are those of step "
+                f"{scored}. Let the training end with a validation (trainer.val_check_interval), or monitor one of its "
+                "metrics."
+            )
         statistics = self._graft.build(pl_module).statistics(self._graft.scales[0])
         _require_finite(pl_module.losses.problem, statistics["delta_norm"])
         self._graft.warn_of_zero(trainer, statistics)
@@ -226,7 +233,7 @@ def _require_finite(problem: str | None, delta_norm: float) -> None:
 def _warn_of_loss(metrics: Mapping[str, float]) -> None:
     """Warn if the graft that is exported scores worse than the untouched Instruct."""
     gain = metrics.get("graft/gain", 0.0)
-    if not gain >= 0:
+    if not gain >= -1e-6 * abs(metrics.get("val/instruct/loss", 0.0)):  # beyond the rounding of float32
         rank_zero_warn(
             "export: the grafted model scores worse than the untouched Instruct: val/grafted/loss is "
             f"{metrics['val/grafted/loss']:.4g}, val/instruct/loss {metrics['val/instruct/loss']:.4g}, graft/gain "
@@ -254,15 +261,16 @@ def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_rem
         )
 
 
-def _load_best(trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> None:
-    """Load the weights of the best checkpoint into the module, and its metrics into the callback."""
+def _load_best(trainer: Trainer, module: ShadowModule, callback: GraftCallback) -> int:
+    """Load the weights of the best checkpoint into the module, its metrics into the callback; return the step."""
     path = getattr(trainer.checkpoint_callback, "best_model_path", "")
     if not path or not getattr(trainer.checkpoint_callback, "monitor", None):
-        return
+        return trainer.global_step
     checkpoint = trainer.strategy.load_checkpoint(path, weights_only=True)
     trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
     rank_zero_info(f"export: takes the weights of the best checkpoint, {path}")
+    return int(checkpoint["global_step"])
 
 
 def _first_batch(trainer: Trainer) -> dict[str, Tensor]:

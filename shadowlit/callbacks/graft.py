@@ -27,6 +27,7 @@ from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signat
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
+from shadowlit.grafting.disk import LEAST_SURVIVAL
 from shadowlit.grafting.live import LiveGraft, Squares
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject, grafts
 from shadowlit.grafting.transformed import require_elementwise
@@ -36,7 +37,6 @@ from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
 
-_LEAST_SURVIVAL = 0.5  # share of the update below which rounding is warned of
 _GAINS = {"graft/gain": "as exported", "graft/gain_unrounded": "without rounding"}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -234,6 +234,11 @@ class GraftCallback(Callback):
         if not trainer.sanity_checking:
             self.record.close(trainer)
             self.finished = self.record
+            told = {name: self.record.metrics.get(name, math.nan) for name in ("graft/gain", "graft/survival")}
+            rank_zero_info(
+                f"graft: step {trainer.global_step}: gain {told['graft/gain']:+.4f}, survival of the update "
+                f"{told['graft/survival']:.1%}"
+            )
 
     # A test is a validation on other sets.
     on_test_start = on_validation_start
@@ -283,7 +288,7 @@ class GraftCallback(Callback):
         self._release()
         if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
             console = make_console()
-            console.print(score_table(self.finished.metrics, self.finished.errors))
+            console.print(score_table(self.finished.metrics, self.finished.errors, self.finished.step))
             for line in [survival_line(self.finished.metrics), *self.exported]:
                 console.print(line)
 
@@ -296,6 +301,7 @@ class GraftCallback(Callback):
             "instruct_losses": self._instruct_losses,
             "metrics": dict(self.finished.metrics),
             "errors": self.finished.errors,
+            "step": self.finished.step,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -313,7 +319,9 @@ class GraftCallback(Callback):
         else:
             self._untouched.state = state_dict.get("untouched", {})
         self._instruct_losses = state_dict.get("instruct_losses", {})
-        self.finished = ValidationRecord(metrics=state_dict["metrics"], errors=state_dict.get("errors", {}))
+        self.finished = ValidationRecord(
+            metrics=state_dict["metrics"], errors=state_dict.get("errors", {}), step=state_dict.get("step")
+        )
         before = state_dict.get("settings", self.settings)
         changed = [f"{k} {before.get(k)} (now {now})" for k, now in self.settings.items() if before.get(k) != now]
         if changed:
@@ -381,15 +389,16 @@ class GraftCallback(Callback):
                 if name in before:
                     record.errors[f"{name}/loss" if name else "loss"] = error_of_gain(before[name], losses)
         self._compare_routing(module)
-        if statistics.get("survival", 1.0) < _LEAST_SURVIVAL:
+        if statistics.get("survival", 1.0) < LEAST_SURVIVAL:
             self._warn_of_rounding(record.metrics)
 
     def _unrounded(self, module: ShadowModule, survival: float) -> Subject | None:
         """The model that is measured for what rounding costs: the adapter on the Instruct, or the graft unrounded."""
         graft, scale = self.build(module), self.scales[0]
-        if graft.serves_adapter and (self.exports_adapter if self.adapter is None else self.adapter):
+        wanted = self.exports_adapter or survival < LEAST_SURVIVAL if self.adapter is None else self.adapter
+        if graft.serves_adapter and wanted:
             return Subject("adapter", scale)
-        return Subject("unrounded", scale) if survival < _LEAST_SURVIVAL and graft.holds_float32 else None
+        return Subject("unrounded", scale) if survival < LEAST_SURVIVAL and graft.holds_float32 else None
 
     def warn_of_zero(self, trainer: Trainer, statistics: Metrics) -> None:
         """Warn, once in a fit, if steps were taken and the update's norm in ``statistics`` is zero."""

@@ -81,6 +81,7 @@ class ValidationRecord:
             them with its scores. To add a name twice is an error. From ``on_validation_end`` on it holds every metric
             that Lightning shows to callbacks, except for those that only an earlier validation measured, and adding to
             it is an error.
+        step: Optimizer step at which it was closed; None before.
         errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
     """
@@ -89,6 +90,7 @@ class ValidationRecord:
     run: RunTotals = field(default_factory=RunTotals)
     subjects: list[Subject] = field(default_factory=list)
     metrics: AddedMetrics = field(default_factory=AddedMetrics)
+    step: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _nested_s: float = 0.0
@@ -133,6 +135,7 @@ class ValidationRecord:
         """
         if late := self.metrics.keys() - trainer.callback_metrics.keys():
             raise _too_late(", ".join(sorted(late)))
+        self.step = trainer.global_step
         self.run.names |= self.metrics.keys()
         outdated = self.run.names - self.metrics.keys()
         logged = trainer.callback_metrics.items()

@@ -48,9 +48,12 @@ def error_of_paired(first: Iterable[Mapping[str, float]], second: Iterable[Mappi
 
 def survival_line(metrics: Mapping[str, float]) -> str:
     """How much of the update the exported weights hold, and what the rest is worth where that was measured."""
-    if not metrics.get("graft/delta_norm", math.nan) > 0:
-        return "survival: the update is zero" if metrics.get("graft/delta_norm") == 0 else "survival: not measured"
-    line = f"survival: {metrics['graft/survival']:.1%} of the update is left after rounding to the export's dtype"
+    norm, survival = metrics.get("graft/delta_norm", math.nan), metrics.get("graft/survival", math.nan)
+    if norm == 0:
+        return "survival: the update is zero"
+    if math.isnan(survival):
+        return "survival: not measured"
+    line = f"survival: {survival:.1%} of the update is left after rounding to the export's dtype"
     if "graft/gain_unrounded" in metrics:
         line += (
             f"; the gain is {metrics['graft/gain']:+.4f}, and without rounding {metrics['graft/gain_unrounded']:+.4f}"
@@ -58,16 +61,20 @@ def survival_line(metrics: Mapping[str, float]) -> str:
     return line
 
 
-def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], stage: str = "val") -> Table:
+def score_table(
+    metrics: Mapping[str, float], errors: Mapping[str, float], step: int | None = None, stage: str = "val"
+) -> Table:
     """The scores of the four models, one row per set and evaluator.
 
     Args:
         metrics: Metrics of a validation by name.
         errors: Standard errors of gains by the name of what is compared, such as ``loss``, ``<set>/loss`` and
             ``<evaluator>/score``.
+        step: Optimizer step at which they were measured, for the title.
         stage: Prefix of the metrics, ``val`` or ``test``.
     """
-    drawn = make_table("", *_SUBJECTS.values(), "gain ± standard error", title="Scores of the last validation")
+    title = "Scores" if step is None else f"Scores at step {step}"
+    drawn = make_table("", *_SUBJECTS.values(), "gain ± standard error", title=title)
     prefix = f"{stage}/grafted/"
     names = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     for name in (name for what in ("loss", "score") for name in names if name.rpartition("/")[2] == what):
@@ -76,8 +83,13 @@ def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], stage
         if name.endswith("loss"):
             gain = -gain
         error = errors.get(name, math.nan)
-        shown = "–" if math.isnan(gain) else f"{gain:+.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}")
+        shown = "–" if math.isnan(gain) else f"{round(gain, 4) + 0.0:+.4f}"  # never -0.0000
+        if not math.isnan(gain + error):
+            shown += f" ± {error:.4f}"
         place, _, what = name.rpartition("/")
-        title = f"{place}: {what}" if place else what
-        drawn.add_row(title, *("–" if math.isnan(v) else f"{v:.4f}" for v in values.values()), shown)
+        drawn.add_row(
+            f"{place}: {what}" if place else what,
+            *("–" if math.isnan(v) else f"{v:.4f}" for v in values.values()),
+            shown,
+        )
     return drawn

@@ -11,7 +11,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.delta.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import DiskGraft
+from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft
 from shadowlit.progress import make_console, progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -81,6 +81,11 @@ def write(
         write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
     survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
     console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
+    if plan.survival < LEAST_SURVIVAL:
+        console.print(
+            "graft: warning: most of the update is lost. Write float32 (--dtype=float32), or use the update itself: "
+            "an adapter on the Instruct, or 'delta make'"
+        )
     console.print(f"graft: {out} is complete")
 
 

@@ -27,6 +27,9 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.update import Update, zero_update
 
+LEAST_SURVIVAL = 0.5
+"""Fraction of an update below which rounding to the export's dtype is warned of."""
+
 
 @dataclass(frozen=True)
 class Scale:

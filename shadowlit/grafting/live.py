@@ -127,6 +127,11 @@ class LiveGraft:
         ]
         self._by_name = {host.name: host for host in self._hosts}
         trained = frozenset(host.name for host in self._hosts if host.trained)
+        if not self.selected & trained:
+            raise GraftError(
+                f"graft.select={select!r} chooses nothing that is trained: it chooses "
+                f"{some_of(sorted(self.selected))}, and trained are {some_of(sorted(trained))}. Change one of the two."
+            )
         sizes = {host.name: host.parameter.numel() for host in self._hosts}
         self.coverage = coverage(self.selected & trained, trained, sizes)
 
@@ -157,10 +162,9 @@ class LiveGraft:
     def on_base(self) -> bool:
         """Whether every trained parameter on this rank still has the Base's value."""
         reshard_all(self.model)
-        return all(
-            host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned().device, host.tuned().dtype))
-            for host in self._hosts
-        )
+        residual = leaves_residual(self.model)  # with the factors it is the Base, up to rounding
+        hosts = (host for host in self._hosts if not (residual and host.adapted))
+        return all(host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned())) for host in hosts)
 
     @contextmanager
     def applied(self, subject: Subject, squares: Squares | None = None) -> Iterator[None]:
@@ -388,7 +392,8 @@ class LiveGraft:
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
         # A selected adapter's update is added to the weights that it sits on.
-        swapped = frozen and not (layer is not None and selected)
+        narrower = self.dtype not in (None, torch.promote_types(self.dtype or target.dtype, target.dtype))
+        swapped = frozen and not (layer is not None and selected) and not narrower  # rounded only in the graft
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
@@ -420,9 +425,10 @@ class LiveGraft:
         if subject == BASE:
             live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
             return
-        scale = subject.scale if host.selected and subject.kind != "adapter" else 0.0
-        if not scale:  # the Instruct itself, even where the training has diverged
-            live.copy_(host.instruct.to(self._rounding(host)), non_blocking=True)
+        scale = subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
+        if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
+            rounding = self._rounding(host) if subject.kind == "grafted" else host.instruct.dtype
+            live.copy_(host.instruct.to(rounding), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
         out, sides = live.view(-1), [host.instruct, tuned, host.base]

@@ -38,10 +38,11 @@ def linear_names(model: nn.Module) -> frozenset[str]:
     """
     host = host_of(model)
     head = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
+    heads = set() if head is None else set(head.modules())  # with what an adapter has wrapped
     linear = {
         canonical_name(f"{prefix}.{name}")
         for prefix, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not is_adapter_name(prefix)
+        if isinstance(module, nn.Linear) and module not in heads and not is_adapter_name(prefix)
         for name, _ in module.named_parameters(recurse=False)
     }
     parameters = host_parameters(model)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table, survival_line
+from shadowlit.errors import GraftError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
 from tests.synthetic import RandomData, random_samples
@@ -31,9 +32,9 @@ def fit(folders, kind, precision="32-true", lr=None, data=None, **options):
     module = ShadowModule(ModelPair(*map(str, folders)), adapter, lr=lr or (1e-3 if adapter is None else 1e-2))
     graft = GraftCallback(**options.pop("graft", {}))
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, use_distributed_sampler=False, num_sanity_val_steps=0, precision=precision,
-        callbacks=[graft, *options.pop("callbacks", [])], **options,
+        callbacks=[graft, *options.pop("callbacks", [])], **{"max_epochs": 1, **options},
     )  # fmt: skip
     trainer.fit(module, data or RandomData())
     return {name: value.item() for name, value in trainer.callback_metrics.items()}, graft
@@ -195,3 +196,56 @@ def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, fol
     assert unrounded in shown
     assert f"AutoModelForCausalLM.from_pretrained('{tmp_path / 'model'}')" in shown
     assert f"PeftModel.from_pretrained(instruct, '{tmp_path / 'adapter'}')" in shown
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_starts_from_the_weights_are_fitted_and_exported(tmp_path, folders, start, monkeypatch):
+    monkeypatch.setitem(ADAPTERS, start, {"r": 4, "init_lora_weights": start})
+    logged, _ = fit(folders, start, callbacks=[ExportCallback(folder=str(tmp_path))])
+    assert logged["val/grafted/loss"] == pytest.approx(loss_of(loaded(tmp_path / "model")), rel=1e-6)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapted_head_is_no_linear_layer(tmp_path, monkeypatch):
+    folders = save_pair(tmp_path, "qwen3", tied=False)
+    monkeypatch.setitem(ADAPTERS, "head", {"r": 4, "target_modules": ["q_proj", "lm_head"]})
+    fit(folders, "head", callbacks=[ExportCallback(folder=str(tmp_path / "export"), parts=["model"])])
+    exported, instruct = (loaded(folder).lm_head.weight for folder in (tmp_path / "export/model", folders[1]))
+    assert torch.equal(exported, instruct)
+
+
+@pytest.mark.parametrize("kind", ["full", "some"])
+def test_a_narrower_dtype_rounds_the_graft_and_not_the_untouched(tmp_path, kind, monkeypatch):
+    """Of float32 files: every tensor of the graft is rounded, frozen ones too, and none of the Instruct's."""
+    folders = save_pair(tmp_path, "qwen3")
+    monkeypatch.setitem(ADAPTERS, "some", {"r": 4, "target_modules": ["q_proj"]})
+    export = ExportCallback(folder=str(tmp_path / "export"))
+    logged, _ = fit(folders, kind, graft={"dtype": "bfloat16"}, callbacks=[export])
+    assert loaded(tmp_path / "export/model", "auto").dtype == torch.bfloat16
+    assert logged["val/grafted/loss"] == pytest.approx(loss_of(loaded(tmp_path / "export/model")), rel=1e-6)
+    assert logged["val/instruct/loss"] == pytest.approx(loss_of(loaded(folders[1])), rel=1e-6)
+    if kind == "some":
+        served = loss_of(PeftModel.from_pretrained(loaded(folders[1]), tmp_path / "export/adapter"))
+        assert logged["val/adapter/loss"] == pytest.approx(served, rel=1e-6)
+
+
+def test_other_weights_than_those_scored_are_told(tmp_path, folders, caplog, recwarn, capsys):
+    caplog.set_level("INFO")
+    export = ExportCallback(folder=str(tmp_path), parts=["delta"])
+    fit(folders, "full", callbacks=[export], max_steps=3, val_check_interval=2)
+    told = "weights are those of step 3, but the last scores are those of step 2"
+    assert any(told in str(w.message) for w in recwarn)
+    assert "Scores at step 2" in capsys.readouterr().out
+    assert any(record.message.startswith("graft: step 2: gain ") for record in caplog.records)
+
+
+def test_nothing_chosen_that_is_trained_is_an_error(folders, monkeypatch):
+    monkeypatch.setitem(ADAPTERS, "q", {"r": 4, "target_modules": ["q_proj"]})
+    with pytest.raises(GraftError, match=r"chooses nothing that is trained: .*v_proj.* and trained are .*q_proj"):
+        fit(folders, "q", graft={"select": ["v_proj"]})
+
+
+def test_a_scale_of_zero_is_the_instruct(folders, capsys):
+    logged, _ = fit(folders, "lora", graft={"scales": [0.0, 1.0]})
+    assert logged["val/grafted/loss"] == logged["val/instruct/loss"] and logged["graft/gain"] == 0
+    assert "gain" in capsys.readouterr().out
