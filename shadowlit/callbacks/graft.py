@@ -541,10 +541,11 @@ def _require_subject(module: ShadowModule, callbacks: Iterable[Callback]) -> Non
             "subject=TUNED). Add the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
         )
         given = inspect.signature(step).parameters.get("subject")
-        if given is not None and given.default != TUNED:  # Lightning calls it without a subject
+        if given is not None and given.default != TUNED:
             raise GraftError(
-                f"{type(module).__name__}.{step.__name__} has the argument {given}; expected subject=TUNED, since it "
-                "scores the tuned model unless told otherwise. Import TUNED from shadowlit.grafting.subject."
+                f"{type(module).__name__}.{step.__name__} has the argument {given}; expected subject=TUNED, since "
+                "Lightning calls it without a subject to score the tuned model. Import TUNED from "
+                "shadowlit.grafting.subject."
             )
     for callback in callbacks:
         if isinstance(callback, MeasuresSubjects):
