@@ -56,14 +56,14 @@ def _without_paths(value: Any) -> Any:
 
 def _parsed(key: str, value: Any, kind: Any) -> Any:
     """A value as jsonargparse reads it for a key of this type; raise a ShadowlitError if it doesn't fit."""
-    from jsonargparse import ArgumentError, ArgumentParser  # late: most values fit
+    from jsonargparse import ArgumentError  # late: most values fit
 
-    from shadowlit.parser import Known, readable_types, shorten
+    from shadowlit.parser import Known, ShortErrors, readable_types, shorten
 
     expected = readable_types(str(kind))
     if is_dataclass(kind) and not isinstance(value, Mapping):
         raise ShadowlitError(f"{key} is {value!r}; expected {expected}.")
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ShortErrors(exit_on_error=False)
     parser.add_argument(f"--{key}", type=list[kind])  # of a list, for one dataclass would have an option per field
     try:
         found = parser.instantiate(parser.parse_object({key: [value]}))

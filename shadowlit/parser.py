@@ -101,16 +101,19 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         unknown, has = options[-1]  # the type of a union that leaves most to its options comes last
         near = difflib.get_close_matches(unknown, has.split(", "), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{key} is {shown}, but the class has no option {unknown}.{hint}\nKnown: {has or 'none'}."
+        return f"{key} is {shown}, but the class has no option {unknown}.{hint}" + (f"\nKnown: {has}." if has else "")
+    more = ""
     if len(names) > _MAX_NAMES:
         ends = [name.rpartition(".")[2] for name in names]
         near = difflib.get_close_matches((path or value).rpartition(".")[2], ends)
-        names = [name for name, end in zip(names, ends, strict=True) if end in near] or names[:_MAX_NAMES]
+        similar = [name for name, end in zip(names, ends, strict=True) if end in near]
+        more = "" if similar else f", … ({len(names) - _MAX_NAMES} more)"
+        names = similar or names[:_MAX_NAMES]
     text = f"{key} is {shown}{f', but {path} {cause}' if cause else ''}; expected {takes.expected}."
-    return f"{text}\nKnown: {_listed(names)}." if names else text
+    return f"{text}\nKnown: {_listed(names)}{more}." if names else text
 
 
-def _specs(value: Any) -> Iterator[tuple[str, list[str]]]:
+def _specs(value: Any, nested: bool = False) -> Iterator[tuple[str, list[str]]]:
     """The import path of every class in a value, or in its text, and the keys that don't belong next to it."""
     if isinstance(value, str):
         try:
@@ -120,10 +123,13 @@ def _specs(value: Any) -> Iterator[tuple[str, list[str]]]:
             return
     if isinstance(value, dict) and "class_path" in value:
         yield str(value["class_path"]), [str(key) for key in value if key not in _SPEC]
+        nested = True  # its options may be any strings
     within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for each in within:
         if isinstance(each, dict | list):
-            yield from _specs(each)
+            yield from _specs(each, nested=True)
+        elif isinstance(each, str) and not nested:
+            yield each, []
 
 
 def _cause(path: str, beside: list[str], base: type, names: Iterable[str]) -> str:

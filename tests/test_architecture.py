@@ -60,6 +60,9 @@ def _imported(node: ast.AST, known: frozenset[str]) -> Iterator[tuple[str, int]]
             name = f"{node.module}.{alias.name}"
             if name in known or node.module in known:
                 yield (name if name in known else str(node.module)), node.lineno
+    elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "shadowlit":
+        if f"shadowlit.{node.attr}" not in known:  # a public name, which the package imports from the floor it is on
+            yield "shadowlit", node.lineno
     elif isinstance(node, ast.Constant) and isinstance(node.value, str):
         # A module's name in a string: for import_module or __import__, in a class path or a table of commands.
         parts = re.split(r"[.:]", node.value)
@@ -177,6 +180,11 @@ def test_an_arrow_that_runs_up_is_found(sources, line):
     (found,) = upward(changed)
     assert found.startswith("shadowlit.grafting.arithmetic:") and "shadowlit.training" in found
     assert any("shadowlit.grafting.arithmetic" in circle for circle in circles(changed))
+
+
+def test_a_public_name_of_the_package_is_an_arrow_that_runs_up(sources):
+    line = "import shadowlit.errors\nshadowlit.errors.DataError, shadowlit.GraftCallback"
+    assert upward({**sources, "shadowlit.plugins": line}) == ["shadowlit.plugins:2 imports shadowlit"]
 
 
 @pytest.mark.parametrize("name", ["f'shadowlit.training.{name}'", "'shadowlit.training.' + name"])

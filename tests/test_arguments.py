@@ -64,7 +64,7 @@ def test_what_has_its_type_is_passed_on_as_it_is():
     (lambda: ShadowModule("base"), "model.pair is 'base'; expected ModelPair."),
     (lambda: ShadowModule(None), "model.pair is None; expected ModelPair."),
     (lambda: ShadowModule({"base": "b", "instrct": "i"}), "model.pair is {'base': 'b', 'instrct': 'i'}, but the class "
-     "has no option instrct."),
+     "has no option instrct. Did you mean instruct?\nKnown: base, instruct, "),
     (lambda: ShadowModule(PAIR, {"rank": 4}), "model.adapter is {'rank': 4}, but the class has no option rank."),
     (lambda: ShadowModule(PAIR, {"r": "x"}), "model.adapter is {'r': 'x'}, but r is x; expected int."),
     (lambda: ShadowModule(PAIR, "lora"), "model.adapter is lora; expected LoraConfig, null."),

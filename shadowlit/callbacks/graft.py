@@ -453,6 +453,13 @@ class GraftCallback(Callback):
             # Iterating a loader draws a seed from the global generator: the training must not notice.
             with isolate_rng():
                 self._run_batches(trainer, subject)
+            if not module.has_scores(subject):
+                step = f"{type(module).__name__}.{'test' if trainer.testing else 'validation'}_step"
+                raise GraftError(
+                    f"{step} was called with the subject {subject.name} and scored nothing for it; expected that its "
+                    f"batches are scored under its name. Pass the subject on: super().{step.rpartition('.')[2]}(batch, "
+                    "batch_idx, dataloader_idx, subject)."
+                )
             if subject.kind not in ("adapter", "unrounded"):
                 self._ask_others(trainer, module, subject)
 
@@ -539,9 +546,16 @@ def _require_subject(module: ShadowModule, callbacks: Iterable[Callback]) -> Non
     for step in (module.validation_step, module.test_step):
         _require_arguments(
             step,
-            "can't be told which subject it scores; expected (batch, batch_idx, dataloader_idx=0, subject=TUNED). Add "
-            "the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
+            "does not take the subject whose weights it scores; expected (batch, batch_idx, dataloader_idx=0, "
+            "subject=TUNED). Add the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
         )
+        given = inspect.signature(step).parameters.get("subject")
+        if given is not None and given.default != TUNED:
+            raise GraftError(
+                f"{type(module).__name__}.{step.__name__} has the argument {given}; expected subject=TUNED, since "
+                "Lightning calls it without a subject to score the tuned model. Import TUNED from "
+                "shadowlit.grafting.subject."
+            )
     for callback in callbacks:
         if isinstance(callback, MeasuresSubjects):
             _require_arguments(

@@ -101,6 +101,11 @@ def find_format(name: str) -> CustomFormat | None:
     Raises:
         DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.
     """
+    if not isinstance(name, str):  # a function, which neither a configuration nor a cache could name
+        raise DataError(
+            f"data.format is {name!r}; expected a name or the import path of a function, e.g. "
+            f"'{getattr(name, '__module__', 'mypackage')}.{getattr(name, '__qualname__', 'my_format')}'."
+        )
     built_in = dict.fromkeys(("auto", *FORMATS))
     function = find_function(name, "data.format", "format", GROUP, built_in, DataError)
     return None if function is None else CustomFormat(name, function)

@@ -52,7 +52,7 @@ class Delta(Update):
         shapes: Shape of every tensor.
         rows: Function that returns rows ``start`` to ``stop`` of a tensor in float32; a scalar has one row.
         manifest: Where the update comes from.
-        source: Update whose weights it is made of, to check them.
+        source: Update that it is made of, by which weights are checked and changed tensors found.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Delta(Update):
     ) -> None:
         if source is not None:
             self.require_weights = source.require_weights  # type: ignore[method-assign]
+            self.changes = source.changes  # type: ignore[method-assign]  # a transform may fail outside the selection
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._rows = rows

@@ -75,13 +75,14 @@ class EvalResult:
 
 
 def require_result(found: Any, key: str, evaluator: Evaluator) -> EvalResult:
-    """What ``run`` has returned; a ShadowlitError if it isn't numbers with a score, and samples with an index."""
+    """What ``run`` has returned; a ShadowlitError if it isn't numbers with a score, and samples with both too."""
     numbers = isinstance(found, EvalResult) and "score" in found.metrics and all(map(is_number, found.metrics.values()))
-    if numbers and all("index" in sample for sample in found.samples):
+    if numbers and all("index" in sample and is_number(sample.get("score")) for sample in found.samples):
         return found
     raise ShadowlitError(
         f"{key} is {path_of(evaluator)}, whose run returns {found!r:.200}; expected an EvalResult with numbers by "
-        'name, one of them the score, and with samples that have an index: EvalResult({"score": 0.5}, [{"index": 0}]).'
+        "name, one of them the score, and with samples, if any, that have an index and a numeric score: "
+        'EvalResult({"score": 0.5}, [{"index": 0, "score": 0.5}]).'
     )
 
 

@@ -89,8 +89,8 @@ class Routing:
         odd = [name for name in self._routers if name not in last or len(last[name]) != labels.numel()]
         if odd:
             raise ShadowlitError(
-                f"the routers {some_of(odd)} were not asked once for each of the {labels.numel()} tokens of a batch, "
-                "so that it can't be told what they chose. Set graft.routing=false, and report the model's name."
+                f"the routers {some_of(odd)} were not called once for each of the {labels.numel()} tokens of a batch, "
+                "so their choices can't be recorded. Set graft.routing=false, and report the model's name."
             )
         positions = batch.get("supervised")
         if positions is None:

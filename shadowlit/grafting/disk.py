@@ -18,7 +18,7 @@ import numpy as np
 
 from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
-from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, layer_of, module_of, routers, tower_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
@@ -89,8 +89,9 @@ class DiskGraft:
     Arguments are as those of :func:`shadowlit.delta.folders.graft`.
 
     Raises:
-        GraftError: Nothing is selected, or a selected tensor has another shape in the Instruct, or is not a
-            floating-point weight of 16 bits or more; or ``dtype`` is given and a tensor of the Instruct has 8.
+        GraftError: ``dtype`` is unknown, nothing is selected, or a selected tensor has another shape in the Instruct,
+            or is not a floating-point weight of 16 bits or more; or ``dtype`` is given and a tensor of the Instruct
+            has 8.
     """
 
     def __init__(
@@ -102,6 +103,10 @@ class DiskGraft:
         dtype: str | None = None,
         allow_zero: bool = False,
     ) -> None:
+        if dtype is not None and dtype_code(dtype) not in numeric.FLOATS:
+            raise GraftError(
+                f"dtype is {dtype!r}; expected float32, bfloat16 or float16, or None for the Instruct's own dtype."
+            )
         self._allow_zero = allow_zero
         self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
         selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")

@@ -437,6 +437,10 @@ class ShadowModule(LightningModule):
             self._head_loss = HeadLoss(self.model, self.head_loss)
         return self._head_loss
 
+    def has_scores(self, subject: Subject) -> bool:
+        """Whether batches were scored for ``subject`` in the running validation."""
+        return any(who == subject for who, _ in self._scores)
+
     def scores(self, subject: Subject) -> dict[str, float]:
         """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
 

@@ -503,9 +503,23 @@ def test_a_step_that_cannot_be_told_the_subject_is_refused(tmp_path, folders):
         def test_step(self, batch, batch_idx, dataloader_idx=0):
             super().test_step(batch, batch_idx, dataloader_idx)
 
+    class Late(ShadowModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0, subject=None):
+            super().validation_step(batch, batch_idx, dataloader_idx, subject)
+
+    class Silent(ShadowModule):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0, subject=TUNED):
+            super().validation_step(batch, batch_idx, dataloader_idx)
+
+    for cls, message in (
+        (Deaf, r"Deaf\.test_step\(batch, batch_idx, dataloader_idx=0\) does not take the subject"),
+        (Late, r"Late\.validation_step has the argument subject=None; expected subject=TUNED"),
+        (Silent, r"Silent\.validation_step was called with the subject grafted .* super\(\)\.validation_step\(batch, "),
+    ):
+        module = make_module(folders, cls=cls)
+        with pytest.raises(GraftError, match=message):
+            make_trainer(tmp_path, GraftCallback(), max_epochs=1).fit(module, RandomData())
     module = make_module(folders, cls=Deaf)
-    with pytest.raises(GraftError, match=r"Deaf\.test_step\(batch, batch_idx, dataloader_idx=0\) can't be told which"):
-        make_trainer(tmp_path, GraftCallback()).fit(module, RandomData())
     make_trainer(tmp_path, max_steps=1).fit(module, RandomData())  # without the callback there is nothing to tell
 
 

@@ -144,7 +144,7 @@ def test_models_without_routers(tmp_path):
 def test_routers_that_were_not_asked(folders):
     routing, batch = Routing(AutoModelForCausalLM.from_pretrained(folders[0])), val_batches()[0]
     routing.watch()
-    with pytest.raises(ShadowlitError, match="were not asked once for each of the 40 tokens of a batch"):
+    with pytest.raises(ShadowlitError, match="were not called once for each of the 40 tokens of a batch"):
         routing.take("", batch)
     with pytest.raises(ShadowlitError, match="recorded on 0 and 0 batches; expected the same batches"):
         routing.agreement("a", "b")

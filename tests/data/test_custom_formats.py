@@ -226,6 +226,11 @@ def test_two_formats_of_one_name(folder):
 # -- what is no format --------------------------------------------------------------------------------------------
 
 
+def test_a_function_itself_is_refused_with_its_import_path():
+    with pytest.raises(DataError, match=rf"^data\.format is <function .* import path .* '{__name__}\.pair'\.$"):
+        ShadowData(pair(), "none.jsonl", format=pair)
+
+
 @pytest.mark.parametrize(("name", "problem"), [
     ("mesages", r"; expected one of .*\. Did you mean 'messages'\?$"),
     ("no_such_module.quiz", r", which can't be imported \(ModuleNotFoundError: No module named 'no_such_module'\)"),

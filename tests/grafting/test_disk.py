@@ -182,6 +182,8 @@ def test_another_dtype_and_what_survives_in_it(tmp_path):
         assert json.loads((tmp_path / dtype / "config.json").read_text())["dtype"] == dtype
     survival = [read_manifest(tmp_path / dtype)["survival"]["survival"] for dtype in ("float32", "bfloat16")]
     assert survival[0] > 0.999 > 0.5 > survival[1]
+    with pytest.raises(GraftError, match="dtype is 'bf16'; expected float32, bfloat16 or float16, or None"):
+        graft(base, tuned, instruct, tmp_path / "none", dtype="bf16")
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):

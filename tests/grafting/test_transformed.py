@@ -13,6 +13,7 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
 from shadowlit.delta import registry
 from shadowlit.delta.delta import Delta
+from shadowlit.delta.folders import graft as graft_on_disk
 from shadowlit.delta.registry import transform
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
@@ -56,6 +57,11 @@ HERE = f"{__name__}.sign_only"
 
 def sign_only(update: torch.Tensor, *, size: float = 0.01) -> torch.Tensor:
     return size * update.sign()
+
+
+def not_embeddings(update: torch.Tensor) -> torch.Tensor:
+    assert len(update) < 272, "called for the embedding"
+    return update
 
 
 # Specification, the same by hand, and whether both have the same bits.
@@ -233,6 +239,16 @@ def test_outside_the_selection_nothing_is_transformed(tmp_path):
     export_folder(tmp_path / "out", folders[1], exported.items())
     with graft.applied(grafted(1.0)):
         assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")))
+
+
+def test_on_disk_nothing_is_transformed_outside_the_selection(tmp_path):
+    base, instruct = save_pair(tmp_path, "qwen3")
+    model = load(base)
+    train_a_bit(model)
+    model.save_pretrained(tmp_path / "tuned")
+    specs = [{"name": f"{__name__}.not_embeddings"}]
+    done = graft_on_disk(base, tmp_path / "tuned", instruct, tmp_path / "out", transforms=specs)
+    assert "model.embed_tokens.weight" in done.coverage.left_out
 
 
 def test_an_adapter_is_not_what_is_grafted(tmp_path):

@@ -114,10 +114,12 @@ class WithoutSuper(Fine):
     (None, "whose run returns None; expected"),
     (EvalResult({"accuracy": 1.0}, []), r"whose run returns EvalResult\(metrics=\{'accuracy': 1\.0\}.*one of them the"),
     (EvalResult({"score": "high"}, []), "whose run returns EvalResult.*'high'.*numbers by name"),
-    (EvalResult({"score": 1.0}, [{"answer": "a"}]), "whose run returns EvalResult.*'answer'.*samples that have an"),
+    (EvalResult({"score": 1.0}, [{"answer": "a"}]), "whose run returns EvalResult.*'answer'.*samples, if any, that ha"),
+    (EvalResult({"score": 1.0}, [{"index": 0}]), "whose run returns EvalResult.*index and a numeric score"),
+    (EvalResult({"score": 1.0}, []), ""),
     (EvalResult(1.0, []), r"which fails \(TypeError: "),
     (lambda context: 1 / 0, r"which fails \(ZeroDivisionError: .*; test_rehearsal\.py, line \d+\). Its methods"),
-    (EvalResult({"score": torch.tensor(1.0), "n": 2}, [{"index": 0}]), ""),
+    (EvalResult({"score": torch.tensor(1.0), "n": 2}, [{"index": 0, "score": 1}]), ""),
 ], ids=lambda _: "")  # fmt: skip
 def test_an_evaluator_that_breaks_its_contract(result, message, monkeypatch):
     callback = EvaluationCallback({"mine": Fine(result)})

@@ -165,8 +165,9 @@ def last_words(folder: Path) -> str:
 def untouched_failed(home: Path) -> ShadowlitError:
     """The error that ends a study without reference models, which the job in the folder ``home`` should have left."""
     return ShadowlitError(
-        f"the untouched models could not be measured, so there is nothing to compare with: {last_words(home)}. Fix the "
-        f"cause, and start the same command again; the log is {home / LOG}."
+        f"the untouched models could not be measured, so there is nothing to compare with: "
+        f"{last_words(home).removesuffix('.')}. Fix the cause, and start the same command again; the log is "
+        f"{home / LOG}."
     )
 
 

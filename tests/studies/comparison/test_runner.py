@@ -18,7 +18,7 @@ from shadowlit.studies.comparison.plan import Training
 from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.runner import own_folder, run
 from shadowlit.studies.trials import process
-from shadowlit.studies.trials.process import Job, last_words
+from shadowlit.studies.trials.process import Job, last_words, untouched_failed
 from shadowlit.studies.trials.recipe import Recipe
 from tests.distributed import Forked
 from tests.evaluation.contexts import write_rows
@@ -225,11 +225,13 @@ def test_a_job_in_a_process_of_its_own_that_fails(tmp_path, monkeypatch):
      "torch.OutOfMemoryError: CUDA"),
     ("ValueError: one\nDuring handling:\nKeyError: 'two'\na note\n", "KeyError: 'two'"),
     ("loading\nKilled\n\n", "Killed"),
+    ("error: data.pair is 3. Give it a folder.\n", "error: data.pair is 3. Give it a folder."),
     ("", "it left no log"),
 ])  # fmt: skip
 def test_the_reason_of_a_failure_is_one_line(tmp_path, log, words):
     (tmp_path / "log.txt").write_text(log)
     assert last_words(tmp_path) == words
+    assert f"compare with: {words.removesuffix('.')}. Fix the cause" in str(untouched_failed(tmp_path))
 
 
 def test_an_interrupted_training_goes_on_from_its_checkpoint(setting, tmp_path):
