@@ -69,7 +69,7 @@ class AdaptedLayer:
     def delta_weight(self, host: Tensor) -> Tensor:
         """The update of the host's weight as the factors train it, in the host's shape and placement."""
         acting = self.layer.scaling[self.adapter]  # peft multiplies by it, and a graft may have set it to zero
-        self.set_scale(1.0)
+        self.layer.scaling[self.adapter] = self.scaling
         update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
         self.layer.scaling[self.adapter] = acting
         if isinstance(host, DTensor):
@@ -78,8 +78,12 @@ class AdaptedLayer:
         return update
 
     def set_scale(self, scale: float) -> None:
-        """Let the factors act with ``scale`` times their own scaling: 1 as they train."""
+        """Let the factors act with ``scale`` times their own scaling: 1 as they train; 0 switches the adapter off.
+
+        Factors that are not finite, times 0, would not be 0.
+        """
         self.layer.scaling[self.adapter] = self.scaling * scale
+        self.layer._disable_adapters = scale == 0
 
 
 def adapted_layers(model: nn.Module) -> dict[str, tuple[LoraLayer, str]]:

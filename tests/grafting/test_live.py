@@ -1,6 +1,7 @@
 """The graft inside a module, against the equation computed in float64 by independent code."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -305,6 +306,21 @@ def test_the_copy_of_a_large_parameter_is_one(tmp_path, dtype):
     assert saved.dtype == dtype and torch.equal(saved, live)
     live.zero_()
     assert saved.abs().max() > 1
+
+
+def test_factors_that_are_not_finite_leave_the_untouched_models_alone(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    model = load(folders[0], LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.fill_(math.nan)
+    graft, ids = open_graft(model, folders), torch.arange(8)[None]
+    for subject, folder in zip((BASE, INSTRUCT), folders, strict=True):
+        with graft.applied(subject), torch.no_grad():
+            found = model(input_ids=ids).logits
+        torch.testing.assert_close(found, AutoModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits)
+    assert model(input_ids=ids).logits.isnan().all()
 
 
 def test_adapter_export_folds_scale_and_selection(tmp_path):
