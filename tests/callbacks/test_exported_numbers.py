@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +15,8 @@ from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_tab
 from shadowlit.errors import GraftError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
+from tests.distributed import run_ranks
+from tests.evaluation.contexts import DEMO_PAIR
 from tests.synthetic import RandomData, random_samples
 from tests.tiny import save_pair
 
@@ -32,9 +35,9 @@ def fit(folders, kind, precision="32-true", lr=None, data=None, **options):
     module = ShadowModule(ModelPair(*map(str, folders)), adapter, lr=lr or (1e-3 if adapter is None else 1e-2))
     graft = GraftCallback(**options.pop("graft", {}))
     trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         enable_checkpointing=False, use_distributed_sampler=False, num_sanity_val_steps=0, precision=precision,
-        callbacks=[graft, *options.pop("callbacks", [])], **{"max_epochs": 1, **options},
+        callbacks=[graft, *options.pop("callbacks", [])], **{"devices": 1, "max_epochs": 1, **options},
     )  # fmt: skip
     trainer.fit(module, data or RandomData())
     return {name: value.item() for name, value in trainer.callback_metrics.items()}, graft
@@ -74,6 +77,25 @@ def test_the_graft_that_is_scored_is_the_one_that_is_exported(tmp_path, folders,
         assert abs(served - grafted) > 5e-6  # rounding to bfloat16 is seen
         gain = logged["val/instruct/loss"] - logged["val/adapter/loss"]
         assert logged["graft/gain_unrounded"] == pytest.approx(gain, abs=1e-6)
+
+
+def fit_sharded(kind, out):
+    """What a rank of two under FSDP2 logs."""
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    callbacks = [ExportCallback(folder=str(out), verify=False)]
+    return fit(DEMO_PAIR, kind, callbacks=callbacks, strategy=strategy, devices=2, max_steps=2, val_check_interval=2)[0]
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_two_processes_score_what_they_export(tmp_path, kind):
+    """Of the embedded pair, sharded."""
+    ranks = run_ranks(fit_sharded, 2, kind, tmp_path)
+    losses = {
+        who: loss_of(loaded(folder)) for who, folder in (("grafted", tmp_path / "model"), ("instruct", DEMO_PAIR[1]))
+    }
+    for logged in ranks:
+        for who, loss in losses.items():
+            assert logged[f"val/{who}/loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
