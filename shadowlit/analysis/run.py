@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -16,7 +15,7 @@ import yaml
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.tables import Markdown, Table
 from shadowlit.errors import DataError
-from shadowlit.evaluation.samples import side_by_side
+from shadowlit.evaluation.samples import read_samples, side_by_side
 from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest
 from shadowlit.pair.pair import ModelPair
 
@@ -208,8 +207,10 @@ def changes(run: Run, step: int | None = None) -> Table:
         return Table(columns, [], _NO_ANSWERS)
     rows = []
     for file in sorted((home / "grafted").glob("*.jsonl")):
-        before = {row["index"]: row["score"] for row in _rows(home.parent / "instruct" / file.name)}
-        pairs = [(before[row["index"]] > 0.5, row["score"] > 0.5) for row in _rows(file) if row["index"] in before]
+        before = {row["index"]: row["score"] for row in read_samples(home.parent / "instruct" / file.name)}
+        pairs = [
+            (before[row["index"]] > 0.5, row["score"] > 0.5) for row in read_samples(file) if row["index"] in before
+        ]
         if pairs:
             counts = [pairs.count(kind) for kind in ((True, True), (False, True), (True, False), (False, False))]
             rows.append((file.stem, *counts))
@@ -232,7 +233,7 @@ def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None 
     if home is None:
         return Markdown(_NO_ANSWERS)
     found = {
-        (file.parent.name, file.stem): list(_rows(file))
+        (file.parent.name, file.stem): read_samples(file)
         for who in ("grafted", "tuned")
         for file in sorted((home / who).glob("*.jsonl"))
     }
@@ -256,7 +257,3 @@ def answers_folder(run: Run, step: int | None = None) -> Path | None:
         told = ", ".join(map(str, sorted(steps)))
         raise DataError(f"{root} holds no answers of step {step}; there are those of {told}. Give one of them.")
     return steps[max(steps) if step is None else step] if steps else None
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []

@@ -26,7 +26,7 @@ from shadowlit.data.protocol import run_data
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import GraftError, wrong_names
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator, require_result
-from shadowlit.evaluation.samples import log_text, side_by_side, stored
+from shadowlit.evaluation.samples import log_text, read_samples, side_by_side
 from shadowlit.files import replace_text
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
@@ -274,7 +274,7 @@ class EvaluationCallback(Callback):
         if not trainer.is_global_zero:
             return
         for name in self.due:
-            instruct = by_subject.get(("instruct", name)) or stored(root, "instruct", name)
+            instruct = by_subject.get(("instruct", name)) or read_samples(root / "instruct" / f"{name}.jsonl")
             record.errors[f"{name}/score"] = error_of_paired(instruct, by_subject.get(("grafted", name), []))
         if not self.samples:
             return

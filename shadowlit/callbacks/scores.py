@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from rich.table import Table
 from torch import Tensor
 
-from shadowlit.evaluation.sums import mean, standard_error
+from shadowlit.evaluation.sums import standard_error
 from shadowlit.progress import make_table
 
-_SUBJECTS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
+SUBJECTS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
+"""Titles of the four models, by the names of their metrics."""
 
 
 def error_of_gain(instruct: Tensor, grafted: Tensor) -> float:
@@ -32,8 +33,6 @@ def error_of_gain(instruct: Tensor, grafted: Tensor) -> float:
         return math.nan
     taken = instruct[:, 1] > 0
     difference, tokens = (instruct - grafted)[taken, 0].double(), instruct[taken, 1].double()
-    if not len(tokens):
-        return math.nan
     residual = difference - difference.sum() / tokens.sum() * tokens
     error = standard_error(residual.sum().item(), residual.square().sum().item(), len(tokens))
     return error / tokens.mean().item()
@@ -43,7 +42,7 @@ def error_of_paired(first: Iterable[Mapping[str, float]], second: Iterable[Mappi
     """Standard error of the mean difference of two models' scores, paired by ``index``; NaN where there are too few."""
     scores = {sample["index"]: sample["score"] for sample in first}
     pairs = [sample["score"] - scores[sample["index"]] for sample in second if sample["index"] in scores]
-    return standard_error(sum(pairs), sum(x * x for x in pairs), len(pairs)) if pairs else mean(0, 0)
+    return standard_error(sum(pairs), sum(x * x for x in pairs), len(pairs))
 
 
 def survival_line(metrics: Mapping[str, float]) -> str:
@@ -61,9 +60,7 @@ def survival_line(metrics: Mapping[str, float]) -> str:
     return line
 
 
-def score_table(
-    metrics: Mapping[str, float], errors: Mapping[str, float], step: int | None = None, stage: str = "val"
-) -> Table:
+def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], step: int | None = None) -> Table:
     """The scores of the four models, one row per set and evaluator.
 
     Args:
@@ -71,14 +68,13 @@ def score_table(
         errors: Standard errors of gains by the name of what is compared, such as ``loss``, ``<set>/loss`` and
             ``<evaluator>/score``.
         step: Optimizer step at which they were measured, for the title.
-        stage: Prefix of the metrics, ``val`` or ``test``.
     """
     title = "Scores" if step is None else f"Scores at step {step}"
-    drawn = make_table("", *_SUBJECTS.values(), "gain ± standard error", title=title)
-    prefix = f"{stage}/grafted/"
+    drawn = make_table("", *SUBJECTS.values(), "gain ± standard error", title=title)
+    prefix = "val/grafted/"
     names = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     for name in (name for what in ("loss", "score") for name in names if name.rpartition("/")[2] == what):
-        values = {who: metrics.get(f"{stage}/{who}/{name}", math.nan) for who in _SUBJECTS}
+        values = {who: metrics.get(f"val/{who}/{name}", math.nan) for who in SUBJECTS}
         gain = values["grafted"] - values["instruct"]
         if name.endswith("loss"):
             gain = -gain

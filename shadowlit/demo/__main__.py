@@ -17,13 +17,13 @@ from shadowlit.analysis.run import read_run
 from shadowlit.analysis.run_plots import four_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
+from shadowlit.callbacks.scores import SUBJECTS
 from shadowlit.lightning_cli import main as run
 from shadowlit.plotting import save_image
 from shadowlit.progress import make_console, make_table
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
-MODELS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
 _TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy")
 
 
@@ -44,8 +44,8 @@ def main(args: list[str] | None = None) -> None:
     scores = {name: value.item() for name, value in trainer.callback_metrics.items()}
     results: dict[str, dict[str, Any]] = {
         "teacher_forced": {name: value for name, value in scores.items() if name.rpartition("/")[2] in _TEACHER_FORCED},
-        "exact_match": {who: {name: scores[f"test/{who}/{name}/score"] for name in SETS} for who in MODELS},
-        "forgetting": {who: scores[f"test/{who}/forgetting/kl"] for who in MODELS},
+        "exact_match": {who: {name: scores[f"test/{who}/{name}/score"] for name in SETS} for who in SUBJECTS},
+        "forgetting": {who: scores[f"test/{who}/forgetting/kl"] for who in SUBJECTS},
     }
     folder = run_folder(trainer)
     (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -76,17 +76,17 @@ _CAPTION = (
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """The table of the four models: loss and token accuracy by set, and the fraction of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
-    drawn = make_table("", *MODELS.values(), title="On held-out questions")
+    drawn = make_table("", *SUBJECTS.values(), title="On held-out questions")
     for name, title in TEACHER_FORCED.items():
-        losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in MODELS)
+        losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in SUBJECTS)
         drawn.add_row(f"{title}: loss", *losses)
-        accuracies = (f"{scores[f'test/{who}/{name}/accuracy']:.1%}" for who in MODELS)
+        accuracies = (f"{scores[f'test/{who}/{name}/accuracy']:.1%}" for who in SUBJECTS)
         drawn.add_row(f"{title}: accuracy", *accuracies)
     drawn.add_section()
     for name, title in SETS.items():
-        drawn.add_row(f"{title}: exact match", *(f"{exact[who][name]:.1%}" for who in MODELS))
+        drawn.add_row(f"{title}: exact match", *(f"{exact[who][name]:.1%}" for who in SUBJECTS))
     drawn.add_section()
-    drawn.add_row("KL from the Instruct", *(f"{results['forgetting'][who]:.3f}" for who in MODELS))
+    drawn.add_row("KL from the Instruct", *(f"{results['forgetting'][who]:.3f}" for who in SUBJECTS))
     return drawn
 
 

@@ -22,7 +22,7 @@ def side_by_side(found: Mapping[tuple[str, str], Samples], root: Path, evaluator
     for name in evaluators:
         subjects = {who: found[who, name] for who in _ORDER if (who, name) in found}
         for who in ("instruct", "base"):
-            if who not in subjects and (rows := stored(root, who, name)):
+            if who not in subjects and (rows := read_samples(root / who / f"{name}.jsonl")):
                 subjects[who] = rows
         answers = {who: {row["index"]: row for row in rows} for who, rows in subjects.items()}
         shown = [row for row in next(iter(subjects.values()), ()) if "answer" in row][:num_rows]
@@ -30,9 +30,8 @@ def side_by_side(found: Mapping[tuple[str, str], Samples], root: Path, evaluator
     return "\n".join(parts)
 
 
-def stored(root: Path, who: str, name: str) -> Samples:
-    """The samples of an untouched model that were written before; none without their file."""
-    file = root / who / f"{name}.jsonl"
+def read_samples(file: Path) -> Samples:
+    """The samples of a model that were written before, one object a line; none without their file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 

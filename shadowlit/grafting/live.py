@@ -392,7 +392,8 @@ class LiveGraft:
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
         # A selected adapter's update is added to the weights that it sits on.
-        narrower = self.dtype not in (None, torch.promote_types(self.dtype or target.dtype, target.dtype))
+        rounding = self.dtype or target.dtype
+        narrower = torch.promote_types(rounding, target.dtype) != rounding
         swapped = frozen and not (layer is not None and selected) and not narrower  # rounded only in the graft
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.

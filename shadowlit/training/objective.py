@@ -67,9 +67,10 @@ def sum_tokens(
     by_token = torch.stack(
         [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]]
     )
-    # Without packing each row is a sample, so that nothing waits for a GPU to find their number.
+    # Without packing each row is a sample, so that nothing waits for a GPU to find their number. A copy of theirs is
+    # returned, since a view would keep the numbers of all tokens.
     by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
-    return TokenSums(losses.sum(), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum(), by_sample.T)
+    return TokenSums(losses.sum(), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum(), by_sample.T.clone())
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_tab
 from shadowlit.errors import GraftError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.objective import token_sums
 from tests.distributed import run_ranks
 from tests.evaluation.contexts import DEMO_PAIR
 from tests.synthetic import RandomData, random_samples
@@ -271,3 +272,11 @@ def test_a_scale_of_zero_is_the_instruct(folders, capsys):
     logged, _ = fit(folders, "lora", graft={"scales": [0.0, 1.0]})
     assert logged["val/grafted/loss"] == logged["val/instruct/loss"] and logged["graft/gain"] == 0
     assert "gain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("position_ids", [None, torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2)])
+def test_of_a_batch_only_the_samples_numbers_are_kept(position_ids):
+    labels = torch.tensor([[-100, 1, 2, 3, -100, -100, 2, -100], [-100, -100, 1, -100, -100, 2, 2, 2]])
+    kept = token_sums(torch.randn(2, 8, 5), labels, position_ids).by_sample
+    counts = [[4, 4], [3, 1, 1, 3]][position_ids is not None]
+    assert kept[:, 1].tolist() == counts and kept.untyped_storage().nbytes() == kept.numel() * 8

@@ -5,7 +5,8 @@ import json
 import torch
 from transformers import AutoModelForCausalLM
 
-from shadowlit.demo.__main__ import MODELS, SETS, main
+from shadowlit.callbacks.scores import SUBJECTS
+from shadowlit.demo.__main__ import SETS, main
 from shadowlit.grafting.manifest import read_manifest
 
 
@@ -17,7 +18,7 @@ def test_the_demonstration_ends_with_table_plot_and_folder(tmp_path, capsys, mon
           f"--trainer.logger.init_args.save_dir={tmp_path}", *short])  # fmt: skip
     shown = capsys.readouterr().out
     run = tmp_path / "demo_lora/version_0"
-    assert all(title in shown for title in (*MODELS.values(), *(f"{name}: exact match" for name in SETS.values())))
+    assert all(title in shown for title in (*SUBJECTS.values(), *(f"{name}: exact match" for name in SETS.values())))
     assert f'AutoModelForCausalLM.from_pretrained("{run}/export/model")' in shown
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((run / "demo.json").read_text())
