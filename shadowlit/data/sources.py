@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +24,24 @@ from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
 from shadowlit.data.preference_formats import add_next_answers, convert_labelled, convert_pair, require_columns
-from shadowlit.errors import DataError, first_line
+from shadowlit.errors import DataError, counted, first_line
 
 EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 _ROWS_READ = 1024  # of a Parquet file at a time
+_HEAD_BYTES = 2**26  # of a file that can't be read, to find out what it is
+_MAGIC = (  # how files begin that aren't text, what they are, and what to do
+    (b"\x1f\x8b", "compressed by gzip", "Decompress it into another file: `gzip -dc {} > FILE`."),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "Decompress it into another file: `zstd -dc {} > FILE`."),
+    (b"\xfd7zXZ\0", "compressed by xz", "Decompress it into another file: `xz -dc {} > FILE`."),
+    (b"BZh", "compressed by bzip2", "Decompress it into another file: `bzip2 -dc {} > FILE`."),
+    (b"PK\x03\x04", "a zip archive", "Unpack it, and give the file in it."),
+    (b"PAR1", "a Parquet file", "Rename it to *.parquet."),
+    (b"ARROW1", "an Arrow file", "Give the folder that 'save_to_disk' wrote, or write the rows as Parquet."),
+    (b"version https://git-lfs", "a pointer of Git LFS, not the data", "Fetch the data with `git lfs pull`."),
+    (b"<", "a page of HTML or XML", "Download the file itself, not the page that shows it."),
+    (b"\0" * 16, "filled with zero bytes from its start", "Copy or download it again."),
+)
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
 
 
@@ -234,29 +249,85 @@ def _folder_of(source: str) -> tuple[Path | None, str | None]:
 
 
 def _read_json(source: str, path: Path) -> list[Row]:
-    lines = list(_lines(source, path))
-    if path.suffix.lower() != ".json" or not lines or not lines[0].content.lstrip().startswith("["):
-        return collect(_parse, lines)
+    with _named_by_content(source, path):
+        lines = list(_lines(source, path))
+        if not lines or not lines[0].content.lstrip().startswith("["):
+            return collect(_parse, lines)
     try:
         contents = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        if path.suffix.lower() != ".json":
+            return collect(_parse, lines)
+        at = f" in line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
-            f"{source} is broken JSON in line {error.lineno}, column {error.colno}: {error.msg}. Correct it; "
-            "a .json file holds a list of objects, or one object per line."
+            f"{source} is broken JSON{at}: {_reason(error)}. Correct it; a .json file holds a list of objects, or one "
+            "object per line."
         ) from None
     return [Row(source, index, None, content) for index, content in enumerate(contents)]
 
 
 def _stream_json(source: str, path: Path) -> Iterator[Row]:
-    for line in _lines(source, path):
-        if line.index == 0 and line.content.lstrip().startswith("["):
-            raise DataError(
-                f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
-                "data.streaming=false."
-            )
-        with located(line):
-            row = _parse(line)
-        yield row
+    with _named_by_content(source, path):
+        for line in _lines(source, path):
+            if line.index == 0 and line.content.lstrip().startswith("["):
+                raise DataError(
+                    f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
+                    "data.streaming=false."
+                )
+            with located(line):
+                row = _parse(line)
+            yield row
+
+
+@contextmanager
+def _named_by_content(source: str, path: Path) -> Iterator[None]:
+    """Replace an error about a line or a byte by one about the whole file, if its beginning shows what it really is."""
+    try:
+        yield
+    except DataError:
+        if found := _content_of(path):
+            kind, remedy = found
+            raise DataError(f"{source} is {kind}; expected JSON in UTF-8, one object per line. {remedy}") from None
+        raise
+
+
+def _content_of(path: Path) -> tuple[str, str] | None:
+    """What a file is that should be JSON lines, and what to do; None if it begins as they do."""
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD_BYTES)
+    file = shlex.quote(str(path))
+    for magic, kind, remedy in _MAGIC:
+        if head.lstrip().startswith(magic):
+            return kind, remedy.format(file)
+    encoding = json.detect_encoding(head)
+    if not encoding.startswith("utf-8"):
+        name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+        return f"{name[:6]} text", f"Convert it: `iconv -f {name} -t UTF-8 {file} > rows.jsonl`."
+    text = head.decode("utf-8-sig", errors="ignore").lstrip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        value, end = {}, 2 if text.startswith("{\n") else 0
+    num_lines = text.count("\n", 0, end) + 1
+    if not text.startswith("{") or num_lines == 1:
+        return None
+    kind, choice = f"one JSON object over {num_lines if value else 'many'} lines", "."
+    kind += ", followed by more" if text[end:].strip() and value else ""
+    for key, rows in value.items():
+        if _are_rows(rows):
+            kind, choice = f"{kind}, with {counted(len(rows), 'row')} in {key!r}", f".[{json.dumps(key)}][]"
+            break
+    return kind, f"Write each row on a line of its own: `jq -c {shlex.quote(choice)} {file} > rows.jsonl`."
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether a value in a row is a list of rows itself."""
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return False
+    try:
+        return bool(detect_format(value[0], source="", prompts_only=True))
+    except DataError:
+        return False
 
 
 def _lines(source: str, path: Path) -> Iterator[Row]:
@@ -269,7 +340,7 @@ def _lines(source: str, path: Path) -> Iterator[Row]:
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{source} is not UTF-8: byte 0x{line[error.start]:02x} in line {number}. Convert it, "
-                    f"e.g. `iconv -f latin1 -t utf-8 {source}`."
+                    f"e.g. `iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > rows.jsonl`."
                 ) from None
             if text:
                 yield Row(source, index, number, text)
@@ -280,11 +351,16 @@ def _parse(row: Row) -> Row:
     """The row with its content parsed, which was a line of text."""
     try:
         return replace(row, content=json.loads(row.content))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        at = f" in column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
-            f"is broken JSON: {error.msg} in column {error.colno}. Correct or remove the line; each line holds one "
-            "whole object."
+            f"is broken JSON: {_reason(error)}{at}. Correct or remove the line; each line holds one whole object."
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a text is no JSON that can be read."""
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
@@ -296,7 +372,11 @@ def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(batch_size=_ROWS_READ):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source} is no readable Parquet file ({first_line(error)}). Write it again.") from None
+        with path.open("rb") as stream:
+            is_json = stream.read(1) in (b"{", b"[")
+        kind, remedy = _content_of(path) or (("JSON", "Rename it to *.jsonl.") if is_json else ("", "Write it again."))
+        told = f" but {kind}" if kind else ""
+        raise DataError(f"{source} is no readable Parquet file{told} ({first_line(error)}). {remedy}") from None
 
 
 def _open(source: str, use: str, streaming: bool = False) -> Any:

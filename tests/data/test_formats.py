@@ -1,6 +1,10 @@
 """Every format to the same messages; every malformed row with its reason and its cure."""
 
+import gzip
 import json
+import re
+import shutil
+import subprocess
 
 import datasets
 import pyarrow
@@ -143,6 +147,9 @@ def test_parquet_files(tmp_path):
     assert [len(c.messages) for c in read] == [2, 4, 2]
     assert [m.get("weight") for c in read for m in c.messages] == [None] * 7 + [0.0]
     assert str(read[2]) == f"sample 2 of {path}"
+    for text, told in ((b"version https://git-lfs", "but a pointer of Git LFS"), (b"{}\n", r"but JSON .*\*\.jsonl")):
+        with pytest.raises(DataError, match=rf"f\.parquet is no readable Parquet file {told}"):
+            read_conversations(write(path, text))
     write(path, b"no parquet")
     with pytest.raises(DataError, match=r"f\.parquet is no readable Parquet file \(.*\)\. Write it again"):
         read_conversations(str(path))
@@ -179,6 +186,56 @@ def test_rows_may_have_unequal_keys(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, name, text, message):
     with pytest.raises(DataError, match=message):
         read_conversations(write(tmp_path / name, text))
+
+
+TEXT = json.dumps({"messages": talk("é", "ä")}, ensure_ascii=False) + "\n"
+SPREAD = json.dumps(json.loads(TEXT), indent=2, ensure_ascii=False)
+AS_JSON = "expected JSON in UTF-8, one object per line"
+
+
+@pytest.mark.parametrize("name, content, kind", [
+    ("f.jsonl", TEXT.encode("utf-16"), "UTF-16 text"),
+    ("f.jsonl", TEXT.encode("utf-16-le"), "UTF-16 text"),  # without a byte order mark
+    ("f.jsonl", json.dumps(ROWS[0]).encode("utf-16-be"), "UTF-16 text"),  # ASCII characters alone are UTF-8 too
+    ("f.json", json.dumps([json.loads(TEXT)]).encode("utf-16"), "UTF-16 text"),
+    ("f.jsonl", TEXT.encode("utf-32"), "UTF-32 text"),
+    ("f.jsonl", SPREAD.encode(), "one JSON object over 12 lines"),
+    ("f.json", SPREAD.encode() + b"\n" + SPREAD.encode(), "one JSON object over 12 lines, followed by more"),
+    ("f.json", json.dumps({"version": 1, "it's": [json.loads(TEXT)] * 2}, indent=1).encode(),
+     "one JSON object over 29 lines, with 2 rows in \"it's\""),
+    ("f.jsonl", b"{\n" + SPREAD[1:50].encode(), "one JSON object over many lines"),
+    ("f.jsonl", gzip.compress(TEXT.encode()), "compressed by gzip"),
+    ("f.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a pointer of Git LFS"),
+    ("f.jsonl", b"\n <!DOCTYPE html>\n<html>", "a page of HTML or XML"),
+    ("f.jsonl", b"PAR1\x15\x04", "a Parquet file"),
+    ("f.jsonl", b"\0" * 100, "filled with zero bytes"),
+])  # fmt: skip
+def test_a_file_of_another_kind_is_recognised_and_the_remedy_works(tmp_path, name, content, kind):
+    path = write(tmp_path / name, content)
+    for read in (read_conversations, lambda source: list(stream_conversations(source))):
+        with pytest.raises(DataError, match=rf"^\S*{re.escape(name)} is {re.escape(kind)}.*; {AS_JSON}\. ") as error:
+            read(path)
+    command = re.search("`(.*) > (?:rows.jsonl|FILE)`", str(error.value))
+    is_whole = "many lines" not in kind
+    if command and is_whole and shutil.which(command[1].split()[0]):
+        made = subprocess.run(["sh", "-c", command[1]], capture_output=True, check=True).stdout
+        assert {tuple(row) for row in contents(write(tmp_path / "rows.jsonl", made))} <= {("é", "ä"), ("a", "b")}
+
+
+def test_a_list_under_the_name_of_lines_is_read(tmp_path):
+    path = write(tmp_path / "f.jsonl", json.dumps(ROWS, indent=1))
+    assert contents(path) == contents(write(tmp_path / "g.jsonl", lines(ROWS)))
+    with pytest.raises(DataError, match=r"^sample 0 of \S*f\.jsonl \(line 1\) is no object but list"):
+        read_conversations(write(tmp_path / "f.jsonl", "[1]\n" + lines(ROWS)))
+
+
+def test_values_that_python_cannot_hold(tmp_path):
+    for text in ("[" * 200_000, "1" * 5000):
+        path = write(tmp_path / "f.jsonl", lines(ROWS) + f'{{"messages": {text}}}\n')
+        with pytest.raises(
+            DataError, match=r"^sample 2 of \S*f\.jsonl \(line 3\) is broken JSON: (Recursion|Value)Error"
+        ):
+            read_conversations(path)
 
 
 def test_a_forced_format(tmp_path):
