@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from shadowlit.errors import DataError, counted
@@ -299,19 +300,24 @@ def _turn(turn: Any, where: str) -> Message:
     if isinstance(content, str) and role in ("user", "assistant") and not extras.get("tool_calls"):
         _filled(content, f"content' of '{where}")
     message = {"role": role, "content": content, **extras}
-    if role == "assistant" and not _trained(turn, where):
-        message["weight"] = 0.0
+    weight = _weight(turn, where)
+    if weight is not None and (role != "assistant" or weight != 1):
+        message["weight"] = weight
     return message
 
 
-def _trained(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether an assistant turn is supervised."""
+def _weight(turn: Mapping[str, Any], where: str) -> float | None:
+    """The factor of a turn's loss that a row sets; None for none."""
     train, weight = turn.get("train"), turn.get("weight")
     if train not in (None, True, False):
         raise DataError(f"has 'train': {shown(train)} in {where}; expected true or false.")
-    if weight not in (None, 0, 1):
-        raise DataError(f"has 'weight': {shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise.")
-    return train is not False and weight != 0
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < inf
+    ):
+        raise DataError(f"has 'weight': {shown(weight)} in {where}; expected a number of at least 0.")
+    if train is False:
+        return 0.0
+    return (1.0 if train else None) if weight is None else float(weight)
 
 
 def _system(row: Mapping[str, Any]) -> list[Message]:

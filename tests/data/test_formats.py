@@ -75,7 +75,7 @@ def test_prompts_need_no_answer(format, row, expected):
      r"unknown role 'bot' in messages\[1\]; expected one of"),
     ("messages", {"messages": [USER]}, r"has no assistant turn.*Remove the row or add the answer"),
     ("messages", {"messages": [USER, {**ANSWER, "train": "no"}]}, r"'train': 'no' \(str\).*expected true or false"),
-    ("messages", {"messages": [USER, {**ANSWER, "weight": 0.5}]}, r"'weight': 0.5 \(float\).*expected 0 or 1"),
+    ("messages", {"messages": [USER, {**ANSWER, "weight": -0.5}]}, r"'weight': -0.5 \(float\).*at least 0"),
     ("sharegpt", {"conversations": [{"from": "alien", "value": "a"}]},
      r"unknown speaker 'alien' in conversations\[0\]"),
     ("sharegpt", {"conversations": [{"from": "human"}]}, r"lacks the field 'value' in conversations\[0\]"),
