@@ -113,7 +113,7 @@ def encode(
     if processing is not None:
         text, spans, shown = processing.expand(text, spans, images)
     input_ids, places = _tokenise(tokenizer, text)
-    weights = [0.0, *[rest] * (len(input_ids) - 1)]
+    weights = [0.0, *[rest] * len(input_ids)][: len(input_ids)]
     for span, factor in zip(spans, factors, strict=True):
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
