@@ -390,8 +390,9 @@ def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[
             other = "assistant" if rest else "all"
             what = "every other turn than the assistant's with weight 1" if rest else "the assistant's turns only"
             raise DataError(
-                f"has the weight {weight:g} ('train' or 'weight') on a turn of the role {message['role']} (message "
-                f"{i}), but data.loss_on={loss_on} trains {what}. Remove it, or set data.loss_on={other}."
+                f"has the weight {weight:g} ('train', 'weight' or 'loss_weight') on a turn of the role "
+                f"{message['role']} (message {i}), but data.loss_on={loss_on} trains {what}. Remove it, or set "
+                f"data.loss_on={other}."
             )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     left_out = turns[:-1] if loss_on == "last" else []
