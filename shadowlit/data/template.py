@@ -391,8 +391,8 @@ def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[
             what = "every other turn than the assistant's with weight 1" if rest else "the assistant's turns only"
             raise DataError(
                 f"has the weight {weight:g} ('train', 'weight' or 'loss_weight') on a turn of the role "
-                f"{message['role']} (message {i}), but data.loss_on={loss_on} trains {what}. Remove it, or set "
-                f"data.loss_on={other}."
+                f"{message['role']} (message {i}), but data.loss_on={loss_on} trains {what}. Remove it (e.g. "
+                f"data.ignore_columns=['*.loss_weight']), or set data.loss_on={other}."
             )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     left_out = turns[:-1] if loss_on == "last" else []
