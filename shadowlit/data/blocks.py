@@ -186,10 +186,10 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
-    flat = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
     columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
     lists = {name: batch.column(name) for name in _LISTS if len(batch.column(name).values)}
-    return Block(*flat, **columns, **lists)
+    flat, marks, ends = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
+    return Block(flat, marks, ends, **columns, **lists)
 
 
 def _as_arrow(name: str, lists: list[list[Any]]) -> Any:
