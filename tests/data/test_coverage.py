@@ -153,6 +153,10 @@ def test_a_template_that_drops_earlier_reasoning_on_purpose_loses_nothing():
     samples = encode_turns(plain, messages)
     assert [supervised_texts(plain, sample) for sample in samples] == [[text] for text in expected]
     assert "hm" not in plain.decode(samples[1].input_ids)
+    with pytest.raises(
+        DataError, match=r"'reasoning_content' in messages\[1\], .*once other turns follow.*loss_on=all"
+    ):
+        encode_turns(plain, messages, loss_on="all")
     assert encode_question(plain, messages, None).input_ids  # as the model is asked, without "hm"
     begun = REASONING.replace("assistant\\n' + (", "assistant\\n' }}{% generation %}{{ (")
     end = "{{- '<|im_end|>\\n' }}\n{%- elif m.role == 'tool' %}"
