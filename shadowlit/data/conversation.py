@@ -17,6 +17,10 @@ MAX_SHOWN = 5
 """How many problems of one kind a message lists; it counts the rest."""
 
 
+class FatalDataError(DataError):
+    """An error that would recur in every row and take its time in each, so that it is raised at once."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """The messages of one row, and where they came from.
@@ -80,9 +84,11 @@ def raise_all(errors: list[str]) -> None:
 
 @contextmanager
 def gathered(errors: list[str]) -> Iterator[None]:
-    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`."""
+    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`, unless one is fatal."""
     try:
         yield
+    except FatalDataError:
+        raise
     except DataError as error:
         errors.append(str(error))
 
@@ -93,7 +99,7 @@ def located(origin: object) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{origin} {error}") from None
+        raise type(error)(f"{origin} {error}") from None
 
 
 def place(source: str, row: int, line: int | None) -> str:

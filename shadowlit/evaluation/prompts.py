@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.formats import convert_row
-from shadowlit.data.template import render_prompt
+from shadowlit.data.template import render_prompt, tokens_of
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import Columns, read_items, read_text
@@ -121,7 +121,7 @@ class PromptEvaluator(Evaluator, Generic[Item]):
     def _tokens(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens of a text that begins with a prompt; a chat template writes the begin-of-sequence token itself."""
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return tokenizer(text, add_special_tokens=not (self.chat or begun), verbose=False)["input_ids"]
+        return tokens_of(tokenizer, text, add_special_tokens=not (self.chat or begun))
 
     def _longest(self, pair: ModelPair) -> int | None:
         """The longest question in tokens; None for any."""
