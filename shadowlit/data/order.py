@@ -12,7 +12,7 @@ from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grouped_order
-from shadowlit.data.settings import DataSettings
+from shadowlit.data.settings import DataSettings, Source
 from shadowlit.errors import DataError
 
 
@@ -119,12 +119,19 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
         "drop_unsupervised",
     )  # fmt: skip
     return {
-        "sources": settings.train_sources,
+        "sources": [_place(source) for source in settings.train_sources],
         "global_batch_size": world_size * settings.batch_size,
         "pack_length": settings.row_capacity,
         **{name: getattr(settings, name) for name in same},
         **_trained_turns(settings),
     }
+
+
+def _place(source: Source) -> str | dict[str, Any]:
+    """The rows of a source and their part in the order."""
+    chosen = {"weight": source.weight, "max_rows": source.max_rows}
+    more = {name: value for name, value in chosen.items() if value is not None}
+    return {"path": source.path, **more} if more else source.path
 
 
 def _trained_turns(settings: DataSettings) -> dict[str, Any]:

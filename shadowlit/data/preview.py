@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.data.conversation import IGNORE_INDEX, some_of
 from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceDataset
@@ -67,6 +67,9 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
             console.print(render_sample(data.tokenizer, tokens, labels, coloured), soft_wrap=False)
     console.print(_legend(coloured))
     console.print(_table(data.reports.values()))
+    for report in data.reports.values():
+        if report.skipped:
+            console.print(Text(f"rows of {report.name} that are left out:{some_of(report.skipped)}"), soft_wrap=True)
 
 
 def render_sample(
@@ -135,11 +138,11 @@ def _legend(coloured: bool) -> Text:
 
 
 def _table(reports: Iterable[DataReport]) -> Table:
-    """A table with a line for each set that was read."""
+    """A table with a line for each set that was read, and lines for its sources where it has several."""
     headings = ("set", "rows", "samples", "tokens", "supervised", "longest", "lost")
     table = make_table(*headings, title="data sets", title_justify="left")
     table.columns[-1].justify = "left"
-    for report in reports:
+    for report in chain.from_iterable((one, *one.sources) for one in reports):
         numbers = (report.num_rows, report.num_samples, report.num_tokens)
         share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"
         table.add_row(report.name, *(f"{n:,}" for n in numbers), share, f"{report.longest:,}", report.lost or "nothing")

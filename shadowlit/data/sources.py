@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, collect, located, place
+from shadowlit.data.conversation import Conversation, Skip, collect, each, place
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
 from shadowlit.data.images import locate
@@ -67,6 +68,10 @@ def read_conversations(
     use: str = "train",
     prompts_only: bool = False,
     samples: Samples = "conversations",
+    columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    max_rows: int | None = None,
+    skip: Skip | None = None,
     log: Callable[[str, bool], None] = log_message,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
@@ -79,21 +84,25 @@ def read_conversations(
         prompts_only: Accept rows without an answer.
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
             always detected.
+        columns: Names that the source has for columns of the format, by the format's names.
+        ignore: Columns and fields of turns that are left out.
+        max_rows: Number of rows that are read, from the beginning; None for all.
+        skip: Function that receives the message of each malformed row, which is then left out; None raises them.
         log: Function that receives messages about the source, and whether each is a warning.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
             of those are listed. Or there is no such format.
     """
-    rows = read_rows(source, use)
-    if not rows:
+    rows = read_rows(source, use, max_rows, skip)
+    if not rows and skip is None:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.content for row in rows if isinstance(row.content, dict)), {})
     if samples == "conversations" or prompts_only:
-        return collect(_converter(source, first, format, prompts_only, log), rows)
+        return collect(_converter(source, first, format, prompts_only, log), rows, skip) if rows else []
     custom = find_format(format)
-    if custom is None:
+    if custom is None and rows:
         require_columns(first, samples, source)
 
     def convert(row: Row) -> Conversation:
@@ -104,11 +113,20 @@ def read_conversations(
         prompt, answer, label = convert_labelled(columns)
         return Conversation(prompt + answer, source, row.index, row.line, other=prompt, desirable=label)
 
-    found = collect(convert, rows)
-    return add_next_answers(found) if samples == "labels" else found
+    found = collect(convert, rows, skip)
+    return add_next_answers(found) if samples == "labels" and found else found
 
 
-def stream_conversations(source: str, format: str = "auto", *, use: str = "train") -> Iterator[Conversation]:
+def stream_conversations(
+    source: str,
+    format: str = "auto",
+    *,
+    use: str = "train",
+    columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    max_rows: int | None = None,
+    skip: Skip | None = None,
+) -> Iterator[Conversation]:
     """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
     Arguments are as for :func:`read_conversations`, but a ``.json`` file must not be one list.
@@ -116,14 +134,12 @@ def stream_conversations(source: str, format: str = "auto", *, use: str = "train
     Raises:
         DataError: The source can't be read, or the next row is malformed. Or there is no such format.
     """
-    convert: Callable[[Row], Conversation] | None = None
-    for row in stream_rows(source, use):
-        if convert is None:
-            columns = row.content if isinstance(row.content, dict) else {}
-            convert = _converter(source, columns, format, False, lambda text, is_warning: None)
-        with located(row):
-            conversation = convert(row)
-        yield conversation
+    rows = stream_rows(source, use, max_rows, skip)
+    first = next(rows, None)
+    if first is not None:
+        columns_of_first = first.content if isinstance(first.content, dict) else {}
+        convert = _converter(source, columns_of_first, format, False, lambda text, is_warning: None)
+        yield from each(convert, chain([first], rows), skip)
 
 
 def _converter(
@@ -176,8 +192,8 @@ def is_remote(source: str) -> bool:
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
 
 
-def read_rows(source: str, use: str) -> list[Row]:
-    """Read all rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def read_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> list[Row]:
+    """Read all rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be read, or lines are broken JSON.
@@ -185,17 +201,21 @@ def read_rows(source: str, use: str) -> list[Row]:
     path = Path(source).expanduser()
     if path.is_file() and path.stat().st_size == 0:
         raise DataError(f"{source} is empty. Give a file with at least one sample.")
-    return _read_json(source, path) if _is_json(path) else list(_rows_of_table(source, use, streaming=False))
+    if _is_json(path):
+        return _read_json(source, path, max_rows, skip)
+    return list(islice(_rows_of_table(source, use, streaming=False), max_rows))
 
 
-def stream_rows(source: str, use: str) -> Iterator[Row]:
-    """Yield the rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def stream_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> Iterator[Row]:
+    """Yield the rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be streamed, or a line is broken JSON.
     """
     path = Path(source).expanduser()
-    return _stream_json(source, path) if _is_json(path) else _rows_of_table(source, use, streaming=True)
+    if _is_json(path):
+        return each(_parse, islice(_streamable_lines(source, path), max_rows), skip)
+    return islice(_rows_of_table(source, use, streaming=True), max_rows)
 
 
 def _is_json(path: Path) -> bool:
@@ -233,10 +253,10 @@ def _folder_of(source: str) -> tuple[Path | None, str | None]:
     return None, None
 
 
-def _read_json(source: str, path: Path) -> list[Row]:
-    lines = list(_lines(source, path))
+def _read_json(source: str, path: Path, max_rows: int | None, skip: Skip | None) -> list[Row]:
+    lines = list(islice(_lines(source, path), max_rows))
     if path.suffix.lower() != ".json" or not lines or not lines[0].content.lstrip().startswith("["):
-        return collect(_parse, lines)
+        return collect(_parse, lines, skip)
     try:
         contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
@@ -244,19 +264,17 @@ def _read_json(source: str, path: Path) -> list[Row]:
             f"{source} is broken JSON in line {error.lineno}, column {error.colno}: {error.msg}. Correct it; "
             "a .json file holds a list of objects, or one object per line."
         ) from None
-    return [Row(source, index, None, content) for index, content in enumerate(contents)]
+    return [Row(source, index, None, content) for index, content in enumerate(contents[:max_rows])]
 
 
-def _stream_json(source: str, path: Path) -> Iterator[Row]:
+def _streamable_lines(source: str, path: Path) -> Iterator[Row]:
     for line in _lines(source, path):
         if line.index == 0 and line.content.lstrip().startswith("["):
             raise DataError(
                 f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
                 "data.streaming=false."
             )
-        with located(line):
-            row = _parse(line)
-        yield row
+        yield line
 
 
 def _lines(source: str, path: Path) -> Iterator[Row]:
