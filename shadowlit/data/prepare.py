@@ -244,8 +244,6 @@ class Preparation:
                 skip=None if skipped is None else wrong.append,
                 log=log,
             )
-            if not found and not wrong:
-                raise DataError(f"{source} has no rows. Give a file with at least one sample.")
             conversations += [replace(one, source_index=index) for one in found] if index else found
             if skipped is not None:
                 skipped += [(index, message) for message in wrong]
