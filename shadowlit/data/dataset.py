@@ -93,6 +93,8 @@ class DataReport:
             f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, "
             f"{100 * self.supervised_share:.1f} % supervised, longest {self.longest:,}"
         )
+        if self.drawn is not None:
+            line += f"; {self.drawn:,} samples per epoch"
         return f"{line}; {self.lost}" if self.lost else line
 
     @property
@@ -195,6 +197,11 @@ class TokenDataset(Dataset):
         return np.concatenate(
             [np.zeros(0, np.int64), *(np.diff(block.ends).astype(np.int64) for block in self._blocks)]
         )
+
+    @property
+    def source_of(self) -> np.ndarray:
+        """Number of the source of each sample, ``[len(self)]`` int64."""
+        return np.concatenate([np.zeros(0, np.int64), *(block.source for block in self._blocks)])
 
     @property
     def desirable(self) -> np.ndarray:

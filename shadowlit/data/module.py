@@ -21,12 +21,14 @@ from shadowlit.data.conversation import gathered, raise_all, some_of
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.images import ImageCollate
 from shadowlit.data.loader import ResumableLoader, make_loader
+from shadowlit.data.mixing import Mixture
 from shadowlit.data.order import (
     check_order,
     count_positions,
     describe_epochs,
     describe_stream,
     make_sampler,
+    mix,
     pack,
     require_enough,
     require_packable,
@@ -84,6 +86,7 @@ class ShadowData(DataSettings, LightningDataModule):
         self._preparation = Preparation(self)
         self._sets: dict[str, TokenDataset | PreferenceDataset] = {}
         self._packs: PackedOrder | None = None
+        self._mixture: Mixture | None = None
         self._resume: dict[str, Any] | None = None
 
     @property
@@ -174,10 +177,10 @@ class ShadowData(DataSettings, LightningDataModule):
             return self._stream_loader()
         dataset = self.dataset("train")
         world_size, rank = self._ranks()
-        require_enough(self, dataset, self._packs, world_size)
+        require_enough(self, self.reports["train"].samples_per_epoch, self._packs, world_size)
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = make_sampler(
-            self, dataset.lengths, self._packs, world_size, rank, shuffle=self.shuffle and not overfits
+            self, dataset.lengths, self._packs, world_size, rank, mixture=self._mixture, overfits=overfits
         )
         self._report_padding(dataset, sampler)
         limit = self._limit("train")
@@ -243,7 +246,7 @@ class ShadowData(DataSettings, LightningDataModule):
         loader = self.trainer.train_dataloader if self.trainer is not None else None
         if isinstance(loader, StreamLoader):
             return loader.state_dict()["num_tokens"] * self._ranks()[0]
-        return self.reports["train"].num_tokens * epochs if "train" in self.reports else 0.0
+        return self.reports["train"].tokens_per_epoch * epochs if "train" in self.reports else 0.0
 
     def _add(self, name: str, dataset: TokenDataset, report: DataReport) -> None:
         if name == "train":
@@ -254,22 +257,29 @@ class ShadowData(DataSettings, LightningDataModule):
                 "on conversations (objective: SFT), or give preferences without images."
             )
         whole = dataset if self.samples == "conversations" else PreferenceDataset(dataset)
+        mixture = mix(self, whole) if name == "train" else None
+        if mixture is not None:
+            report.drawn, report.drawn_tokens = len(mixture), int(whole.lengths[mixture(0, self.shuffle)].sum())
+            for source, count in zip(report.sources, mixture.counts.tolist(), strict=False):
+                source.drawn = count
         self._log(report)
-        packs = pack(self, whole) if name == "train" else None
+        packs = pack(self, whole, mixture) if name == "train" else None
         if packs is not None:
             self._packs, report.num_packs = packs, len(packs)
             rank_zero_info(
                 f"data: train: packed into {report.num_packs:,} rows of up to {self.row_capacity:,} tokens, "
                 f"{report.samples_per_pack:.1f} samples and "
-                f"{100 * report.num_tokens / report.num_packs / self.row_capacity:.1f} % full on average"
+                f"{100 * report.tokens_per_epoch / report.num_packs / self.row_capacity:.1f} % full on average"
             )
+        if name == "train":
+            self._mixture = mixture
         self._sets[name], self.reports[name] = whole, report
 
     def _log(self, report: DataReport) -> None:
         """Log what a set and its sources contain, and list the rows that are left out."""
         rank_zero_info(f"data: {report}")
         for source in report.sources:
-            rank_zero_info(f"data: of {source}")
+            rank_zero_info(f"data: {report.name} from {source}")
         if report.skipped:
             rank_zero_warn(
                 f"data: {report.name} lacks {len(report.skipped):,} of {report.num_rows:,} rows, which are wrong and "
@@ -333,7 +343,7 @@ class ShadowData(DataSettings, LightningDataModule):
     def _order_of(self, loader: ResumableLoader | StreamLoader) -> dict[str, Any]:
         if isinstance(loader, StreamLoader):
             return describe_stream(self, self._ranks()[0])
-        return describe_epochs(self, loader.batch_sampler)
+        return describe_epochs(self, loader.batch_sampler, self._mixture)
 
     def _report_padding(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
         """Put the number of positions of the first epoch into the report, and log the share that padding takes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -139,11 +139,19 @@ def _legend(coloured: bool) -> Text:
 
 def _table(reports: Iterable[DataReport]) -> Table:
     """A table with a line for each set that was read, and lines for its sources where it has several."""
-    headings = ("set", "rows", "samples", "tokens", "supervised", "longest", "lost")
+    found = list(reports)
+    headings = ["set", "rows", "samples", "tokens", "supervised", "longest", "lost"]
+    is_mixed = any(report.drawn is not None for report in found)
+    if is_mixed:
+        headings.insert(3, "per epoch")
     table = make_table(*headings, title="data sets", title_justify="left")
     table.columns[-1].justify = "left"
-    for report in chain.from_iterable((one, *one.sources) for one in reports):
-        numbers = (report.num_rows, report.num_samples, report.num_tokens)
-        share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"
-        table.add_row(report.name, *(f"{n:,}" for n in numbers), share, f"{report.longest:,}", report.lost or "nothing")
+    for whole in found:
+        for report in (whole, *whole.sources):
+            numbers = [f"{n:,}" for n in (report.num_rows, report.num_samples, report.num_tokens)]
+            if is_mixed:
+                part = 100 * report.samples_per_epoch / max(1, whole.samples_per_epoch)
+                numbers.insert(2, f"{report.samples_per_epoch:,} ({part:.1f} %)")
+            share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"
+            table.add_row(report.name, *numbers, share, f"{report.longest:,}", report.lost or "nothing")
     return table

@@ -114,7 +114,7 @@ class TokenStream(IterableDataset):
         packs, lengths = pack(settings, dataset), dataset.lengths
         if settings.drop_last and len(packs or dataset) < self._world_size * settings.batch_size:
             return
-        sampler = make_sampler(settings, lengths, packs, self._world_size, self._rank, shuffle=settings.shuffle)
+        sampler = make_sampler(settings, lengths, packs, self._world_size, self._rank)
         for indices in sampler.batches(position.number * _PASS + position.window, position.batch):
             num_tokens = sum(int(lengths[np.asarray(index)].sum()) for index in indices if index is not FILLER)
             yield self._collate([dataset[index] for index in indices]), num_tokens
