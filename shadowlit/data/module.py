@@ -140,6 +140,10 @@ class ShadowData(DataSettings, LightningDataModule):
         if stage in ("fit", None) and self.streaming and self.train and not errors:
             with gathered(errors):
                 require_packable(self, self._stream().first_samples())
+                if self.is_mixed:
+                    total = sum(source.weight or 0.0 for source in self.train_sources)
+                    shares = (f"{100 * (s.weight or 0.0) / total:.1f} % from {s}" for s in self.train_sources)
+                    rank_zero_info(f"data: train: of any rows of the stream {', '.join(shares)}")
         raise_all(errors)
         self._write_skipped()
         if stage in ("fit", None) and "train" in self._sets:

@@ -156,6 +156,7 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
         "global_batch_size": world_size * settings.batch_size,
         "pack_length": settings.row_capacity,
         **{name: getattr(settings, name) for name in same},
+        **({} if settings.on_bad_row == "error" else {"on_bad_row": settings.on_bad_row}),
         **_trained_turns(settings),
     }
 
@@ -172,7 +173,7 @@ def _trained_turns(settings: DataSettings) -> dict[str, Any]:
     return {} if settings.loss_on == "assistant" else {"loss_on": settings.loss_on}
 
 
-def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[str, int]) -> None:
+def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[str, Any]) -> None:
     """Refuse to resume in the middle of an order that can't be reproduced; elsewhere only warn.
 
     Args:

@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import shadowlit.data.dataset as dataset_module
@@ -162,8 +163,6 @@ def test_as_many_packs_in_every_epoch():
 
 
 def test_a_mixed_run_resumes_where_it_was(folder, tmp_path):
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     train = [source(folder, "a", 2), source(folder, "b", 1)]
 
     def run(seed=1, **options):
@@ -182,6 +181,57 @@ def test_overfitting_repeats_the_first_batches(folder):
     data = ShadowData(PAIR, [source(folder, "a", 1), source(folder, "b", 1)], batch_size=2, cache=False)
     seen = fit(data, max_epochs=3, overfit_batches=2)[0]
     assert [rows for _, rows in seen[:2]] == [rows for _, rows in seen[2:4]] == [rows for _, rows in seen[4:]]
+
+
+# -- streams ------------------------------------------------------------------------------------------------------
+
+
+def stream(train, count, **options):
+    data = ShadowData(
+        PAIR, train, **{"batch_size": 3, "seed": 1, "cache": False, "streaming": True, "stream_window": 6, **options}
+    )
+    data.trainer = SimpleNamespace(
+        max_steps=100, accumulate_grad_batches=1, world_size=1, global_rank=0, accelerator=None, loggers=[],
+    )  # fmt: skip
+    data.setup("fit")
+    return answers(islice(data.train_dataloader(), count))
+
+
+def test_a_stream_is_mixed_over_any_rows_and_its_sources_begin_again(folder):
+    train = [source(folder, "a", 1), source(folder, "b", 1), source(folder, "c", 2, max_rows=2)]
+    turns = list(islice(take_turns([1, 1, 2]), 24))
+    rows = [cycle("abcdefghijkl"), cycle("mnopqr"), cycle("xy")]
+    assert stream(train, 8, shuffle=False) == "".join(next(rows[turn]) for turn in turns)
+    found = stream(train, 40)  # windows of 6 rows
+    assert all(sum(parts(found[start : start + 6])) == 6 for start in range(0, 120, 6))
+    for start in range(0, 120, 6):
+        assert np.abs(np.array(parts(found[start : start + 6])) - (1.5, 1.5, 3)).max() < 2
+        assert np.abs(np.array(parts(found[:start])) - start * np.array([0.25, 0.25, 0.5])).max() < 1
+    assert set(found) == set("abcdefghijklmnopqrxy")
+    used = Counter(found)
+    assert max(used[x] for x in "mnopqr") - min(used[x] for x in "mnopqr") <= 1
+
+
+def test_a_mixed_stream_resumes_with_the_next_batch(folder, tmp_path):
+    train = [source(folder, "a", 0.3), source(folder, "wrong", 0.7)]
+
+    def run(**options):
+        save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        data = ShadowData(
+            PAIR, train, batch_size=3, seed=1, streaming=True, stream_window=7, on_bad_row="skip", max_length=40,
+            overlong="error",
+        )  # fmt: skip
+        return fit(data, callbacks=[save], limit_val_batches=0, max_epochs=None, max_steps=24, **options)[0]
+
+    with pytest.warns(
+        UserWarning, match=r"(?s)3 rows of train are wrong and left out.*3 so far.*1\. sample 1 of"
+    ) as seen:
+        whole = run()
+    assert sum("rows of train are wrong" in str(one.message) for one in seen) == 1  # not in every pass
+    for step in (4, 5, 19):
+        assert run(ckpt_path=tmp_path / "saved" / f"step={step}.ckpt") == whole[step:], step
+    with pytest.raises(DataError, match=r"wrong\.jsonl \(line 2\) is broken JSON"):
+        stream(train, 9)
 
 
 # -- settings -----------------------------------------------------------------------------------------------------
