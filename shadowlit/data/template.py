@@ -153,11 +153,13 @@ def encode_turns(
     """
     try:
         return [encode(tokenizer, messages, processing, loss_on, **template_kwargs)]
-    except RewrittenHistoryError as error:
+    except RewrittenHistoryError:
         if loss_on == "all":
             raise DataError(
-                f"gives assistant turns a weight, but with data.loss_on=all the conversation stays one sample, and it "
-                f"{error} Remove 'train'/'weight', or set data.loss_on=assistant."
+                "leaves assistant turns out of the loss or weighs them, but data.loss_on=all keeps it one sample, in "
+                "which the chat template renders these turns differently once other turns follow. Remove "
+                "'train'/'weight', set data.loss_on=assistant, or set data.chat_template to a template with "
+                "{% generation %} marks."
             ) from None
         trained = [i for i, weight in _weights(messages, loss_on)[1].items() if weight]
         parts = ([*unsupervised(messages[:i]), messages[i]] for i in trained)
