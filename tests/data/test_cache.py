@@ -279,11 +279,11 @@ def make_blocks():
     builder, blocks = BlockBuilder(), []
     for row, (length, ends) in enumerate([(3, 0), (2, 0), (5, 1), (4, 1), (2, 0), (6, 1)]):
         tokens = list(range(row * 10, row * 10 + length))
-        origin = Conversation([], "a" if row < 4 else "b", row, row + 1 if row < 4 else None)
+        origin = Conversation([], "a" if row < 4 else "b", row, row + 1 if row < 4 else None, source_index=int(row > 3))
         builder.add(Encoded(tokens, [-100, *tokens[1:]]), origin)
         if ends:
             blocks.append(builder.take())
-    return blocks, list(builder.sources)
+    return blocks, ["a", "b"]
 
 
 @pytest.mark.parametrize("mapped", [False, True])
