@@ -87,7 +87,9 @@ class ExportCallback(Callback):
         verify: bool = True,
     ) -> None:
         if max_shard_bytes <= 0:
-            raise ExportError(f"export.max_shard_bytes is {max_shard_bytes}; expected a positive number, e.g. 5_000_000_000.")
+            raise ExportError(
+                f"export.max_shard_bytes is {max_shard_bytes}; expected a positive number, e.g. 5_000_000_000."
+            )
         self.enabled = enabled
         self.parts = list(parts)
         self.folder = folder

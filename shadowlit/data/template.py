@@ -273,8 +273,14 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
     Raises:
         DataError: The tokenizer has no chat template or isn't a fast one, or the template doesn't use an argument.
     """
-    template = _template(tokenizer)
-    known = jinja2.meta.find_undeclared_variables(_parse(template)) - _GIVEN - set(tokenizer.special_tokens_map)
+    try:
+        parsed = _parse(_template(tokenizer))
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path or 'the Instruct'} is no jinja template: {error.message} in "
+            f"line {error.lineno}. Repair its chat_template.jinja, or set data.chat_template to another file."
+        ) from None
+    known = jinja2.meta.find_undeclared_variables(parsed) - _GIVEN - set(tokenizer.special_tokens_map)
     unknown = sorted(set(template_kwargs) - known)
     if unknown:
         raise DataError(
@@ -305,6 +311,11 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise DataError(
             f"the tokenizer of {name} is not a fast one, and can't tell which characters a token covers. "
             "Convert it to a tokenizer.json."
+        )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise DataError(
+            f"the tokenizer of {name} has the chat templates {', '.join(sorted(tokenizer.chat_template))}, and none is "
+            "named default. Set data.chat_template to a file with one of them."
         )
     return tokenizer.get_chat_template()
 
