@@ -154,11 +154,11 @@ def test_bad_input_is_told_before_the_training(path, tmp_path):
         json.dumps({"messages": talk("q", "ä")}, ensure_ascii=False).encode("latin1")
     )
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xlsx").write_text("a,b")
     for name, expected in {
         "list.json": "one JSON list",
         "latin.jsonl": "is not UTF-8: byte 0xe4 in line 1",
-        "table.csv": r"has the extension '\.csv'; expected one of",
+        "table.xlsx": r"has the extension '\.xlsx'; expected one of",
         "empty.jsonl": "no sample in its first 0 rows",
         "missing.jsonl": "does not exist",
     }.items():

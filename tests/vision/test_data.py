@@ -209,7 +209,7 @@ BROKEN = [
     ({**asked({"type": "text", "text": "<image> and <image>"}), "images": ["0.png"]},
      r"has 1 image in 'images', and 2 places"),
     (asked({"type": "video", "path": "a.mp4"}),
-     r"'content' of messages\[0\], part 0; expected an object of type text or image"),
+     r"'content' of messages\[0\], part 0; expected an object of type text, reasoning, tool_call or image"),
     (asked(IMAGE, {"type": "text", "text": "<|image_pad|>"}),
      r"has 2 image tokens '<\|image_pad\|>' in its rendered text, and 1 image; expected"),
     (asked({"type": "text", "text": "What is <|image_pad|>?"}), r"has 1 image token .* and 0 images"),
