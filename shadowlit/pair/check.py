@@ -102,7 +102,7 @@ def require_fit(
 
     problems = check_pair(pair, select, chat_template=chat_template, template_kwargs=template_kwargs)
     for problem in problems:
-        if problem.severity != "error" and rank_zero_only.rank == 0:
+        if problem.severity != "error" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             log.log(logging.WARNING if problem.severity == "warning" else logging.INFO, "%s", problem)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
