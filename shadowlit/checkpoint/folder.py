@@ -328,15 +328,19 @@ def _bytes_of(name: str, part: torch.Tensor | Raw) -> memoryview:
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise a CheckpointError for NaN and infinities: a model that holds one is useless, and loads without warning."""
+    if not is_finite(tensor):
+        raise not_finite(name, int((~tensor.detach().double().isfinite()).sum()), tensor.numel())
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     import torch
 
-    if not tensor.dtype.is_floating_point:
-        return
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
     # The smallest and the largest value are NaN if any value is: one pass without a copy. The 8-bit floats lack it.
     values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
-    if not values.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(values)):
-        return
-    raise not_finite(name, int((~torch.isfinite(values)).sum()), tensor.numel())
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import is_token_tensor
 from shadowlit.delta.delta import Delta
-from shadowlit.errors import ExportError, ShadowlitError
+from shadowlit.errors import CheckpointError, ExportError, ShadowlitError
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.subject import BASE, Subject
 from shadowlit.training.divergence import LossWatch
@@ -138,10 +138,10 @@ class NeverTrains(ShadowModule):
         raise AssertionError("a step was taken")
 
 
-def refuse_export(tmp_path, folders, message, **options):
+def refuse_export(tmp_path, folders, message, error=ExportError, **options):
     export = ExportCallback(**{"folder": str(tmp_path / "export"), **options})
     trainer = make_trainer(tmp_path, GraftCallback(), export)
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(error, match=message):
         trainer.fit(make_module(folders, "lora", NeverTrains), RandomData())
     assert not (tmp_path / "export").exists() and not list(tmp_path.glob(".*"))
 
@@ -155,6 +155,12 @@ def test_an_export_that_will_fail_is_found_before_the_first_step(tmp_path):
     refuse_export(tmp_path, folders, "linked holds an export already", folder=str(tmp_path / "linked"))
     (folders[1] / "merges.txt").symlink_to("nowhere")
     refuse_export(tmp_path, folders, r"merges\.txt is a link that leads nowhere")
+    (folders[1] / "merges.txt").unlink()
+    tensors = load_file(folders[1] / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    message = r"tensor 'model\.norm\.weight' of \S+/instruct holds NaN or infinities, and so would the grafted model"
+    refuse_export(tmp_path, folders, message, CheckpointError)
 
 
 def test_a_size_of_files_that_cannot_be_is_wrong_usage():

@@ -958,3 +958,15 @@ def test_an_instruct_without_a_template_is_trained_with_that_of_the_data(tmp_pat
     trainer.fit(module, data)
     assert trainer.global_step == 1 and metrics(trainer)["val/grafted/loss"] > 0
     assert [data.dataset("train")[i] for i in range(8)] == [own.dataset("train")[i] for i in range(8)]
+
+
+class Stops(Callback):
+    """A user's own check."""
+
+    def before_data(self, trainer, module):
+        raise GraftError(f"{module.pair.base} is not for today")
+
+
+def test_any_callback_can_check_before_the_data_are_read(tmp_path, folders):
+    with pytest.raises(GraftError, match="is not for today"):
+        make_trainer(tmp_path, Stops()).fit(make_module(folders), Unread())
