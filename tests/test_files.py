@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowlit.files import replace_text, written_beside
+from shadowlit.files import replace_text, require_writable, written_beside
 
 WRITER = """
 import sys
@@ -60,3 +60,11 @@ def test_the_name_may_have_signs_of_patterns(tmp_path):
     os.utime(left, (0, 0))
     assert replace_text(tmp_path / "a[1].txt", "new").read_text() == "new"
     assert [path.name for path in Path(tmp_path).iterdir()] == ["a[1].txt"]
+
+
+def test_whether_a_folder_can_be_written_is_tried_where_it_will_be_made(tmp_path):
+    assert require_writable(tmp_path / "a/b") == tmp_path == require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        require_writable(tmp_path / "file/a/b")

@@ -244,7 +244,11 @@ class Delta(Update):
                 yield stored
 
         given = self.manifest if manifest is None else manifest
-        with ThreadPoolExecutor(THREADS) as pool, _writer(folder, given, max_shard_bytes) as (writer, squares):
+        num_bytes = self.num_elements * dtype.itemsize
+        with (
+            ThreadPoolExecutor(THREADS) as pool,
+            _writer(folder, given, max_shard_bytes, num_bytes) as (writer, squares),
+        ):
             for name, shape in self.shapes.items():
                 writer.add(name, Streamed(code, shape, parts(name, shape)))
         return _lost(squares)
@@ -268,11 +272,11 @@ def write_delta(
 
 @contextmanager
 def _writer(
-    folder: Path, manifest: Mapping[str, Any], max_shard_bytes: int
+    folder: Path, manifest: Mapping[str, Any], max_shard_bytes: int, num_bytes: int = 0
 ) -> Iterator[tuple[CheckpointWriter, Tensor]]:
     """A writer of a delta's folder, and a place for the sums of :func:`_stored` over all tensors."""
     squares = torch.zeros(2, dtype=torch.float64)
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, num_bytes) as partial:
         with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
             yield writer, squares
         write_json(partial / MANIFEST_FILE, {**plain(manifest), "kind": STEM, "stored_error": _lost(squares)})
