@@ -93,6 +93,12 @@ class TensorInfo:
         """Whether the values are weights by themselves: 8-bit floats and integers need a scale as well."""
         return self.is_floating_point and self.itemsize > 1
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the values are quantised weights: 8-bit numbers, or smaller ones packed into a matrix of integers."""
+        packed = self.code in ("I16", "U16", "I32", "U32") and len(self.shape) >= 2
+        return packed or (self.itemsize == 1 and self.code != "BOOL")
+
     def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
         """Return the description after floating-point tensors are converted to ``dtype``; ``None`` changes nothing."""
         return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[dtype_name(dtype)])

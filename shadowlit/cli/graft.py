@@ -81,6 +81,8 @@ def write(
         write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
     survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
     console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
+    if plan.shares:
+        console.print(f"graft: left out of the update's norm: {plan.describe_shares()}")
     if plan.survival < LEAST_SURVIVAL:
         console.print(
             "graft: warning: most of the update is lost. Write float32 (--dtype=float32), or use the update itself: "

@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader
-from shadowlit.checkpoint.names import is_computed, layer_of
-from shadowlit.checkpoint.pickled import open_checkpoint
+from shadowlit.checkpoint.names import count_layers, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.update import open_update
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
+from shadowlit.pair.side import Side, stated_sides
+from shadowlit.pair.weights import require_one_architecture
+
+if TYPE_CHECKING:
+    from shadowlit.delta.delta import Delta
 
 MakeManifest = Callable[[], Mapping[str, Any]]  # fingerprints take time, and are needed only if something is written
 
@@ -109,11 +114,14 @@ def plan_graft(
         with as_usage():
             chosen = Transforms(transforms, key)
     with (
-        open_checkpoint(model_folder("base", str(base)), allow_pickle) as base_reader,
-        open_checkpoint(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
+        open_model(model_folder("base", str(base)), allow_pickle) as base_reader,
+        open_model(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
     ):
-        in_place = base_of(instruct_reader, base_reader)
-        update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
+        tuned_folder = model_folder("tuned", str(tuned))
+        for who, folder in (("tuned model", tuned_folder), ("instruct", instruct_reader.folder)):
+            require_one_architecture(*stated_sides(("base", base_reader.folder), (who, folder)))
+        in_place = base_of(instruct_reader.learned(), base_reader.learned())
+        update = open_update(in_place, tuned_folder, allow_pickle, strict=False)
         scales = Scale.parse(str(scale))
         if chosen:
             update = Delta.from_update(update).map(chosen)
@@ -146,7 +154,8 @@ def write_graft(
         files_from=None if files_from is None else model_folder("files_from", str(files_from)),
         stored=graft.instruct.tensors,
     )
-    add_to_manifest(Path(out), {"survival": {"survival": graft.survival}})
+    left_out = {"left_out": graft.shares} if graft.shares else {}
+    add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **left_out}})
 
 
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
@@ -157,9 +166,10 @@ def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
 
     Raises:
         CheckpointError: One of them holds more than plain weights, or one tensor twice.
-        GraftError: They have different architectures.
+        GraftError: They have different architectures, or numbers of layers.
     """
     presented = LayoutReader(base, instruct)
+    require_equal_layers(count_layers(base.tensors), instruct, f"the Base {base.folder}")
     ours, theirs = _only_in(presented, instruct), _only_in(instruct, presented)
     if ours and theirs:
         raise GraftError(
@@ -170,10 +180,34 @@ def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
     return presented
 
 
+def require_equal_layers(counts: Mapping[str, int], instruct: TensorReader, of: str) -> None:
+    """Raise a GraftError unless what has these counts of layers, ``of``, has as many as the Instruct of every kind."""
+    theirs = count_layers(instruct.tensors)
+    if unequal := [f"{kind}: {n} and {theirs[kind]}" for kind, n in counts.items() if theirs.get(kind, n) != n]:
+        raise GraftError(
+            f"{of} and the Instruct {instruct.folder} have different numbers of layers ({some_of(unequal)}), so that "
+            "a part of the update would have no place. Give models of one size and family."
+        )
+
+
+def require_same_model(delta: Delta, instruct: TensorReader) -> None:
+    """Raise unless a delta can be one of the Instruct's architecture, as far as its manifest tells.
+
+    Raises:
+        PairError: It was made of models of another type.
+        GraftError: It has layers that the Instruct lacks, or was made of models with another number of them.
+    """
+    types = delta.manifest.get("model_type"), stated_sides(("instruct", instruct.folder))[0].get("model_type")
+    if all(types):
+        sides = Side("delta"), Side("instruct", instruct.folder)
+        for side, model_type in zip(sides, types, strict=True):
+            side.config = {"model_type": model_type}
+        require_one_architecture(*sides)
+    theirs = count_layers(instruct.tensors)
+    more = {kind: n for kind, n in count_layers(delta.shapes).items() if n > theirs.get(kind, n)}
+    require_equal_layers(delta.manifest.get("layers") or more, instruct, "the delta")
+
+
 def _only_in(reader: TensorReader, other: TensorReader) -> list[str]:
     """Names of the tensors of ``reader``'s layers that ``other`` lacks."""
-    return [
-        name
-        for name in reader.tensors
-        if name not in other.tensors and layer_of(name) is not None and not is_computed(name)
-    ]
+    return [name for name in reader.tensors if name not in other.tensors and layer_of(name) is not None]
