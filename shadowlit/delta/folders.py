@@ -15,7 +15,7 @@ from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.update import Update, open_update
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
@@ -50,7 +50,8 @@ def graft(
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.
-        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form; or a run
+            of ``fit``, its folder (the newest checkpoint counts) or a ``*.ckpt``.
         instruct: Folder or hub id of the Instruct that gets the update.
         out: Folder to create. It is written atomically; an existing one is never overwritten.
         scale: Scale of the update, and other scales by pattern: a number, or ``1;layers\.(0|1)\.=0.5``.
@@ -60,7 +61,8 @@ def graft(
         max_shard_bytes: Size of the largest file, in bytes.
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
-        allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
+        allow_pickle: Also read ``pytorch_model.bin`` and ``adapter_model.bin`` in local folders, as tensors alone:
+            nothing in them is run.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             ``[{"name": "dare", "density": 0.2}]``; a few copies of one whole tensor are then in memory.
         allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
@@ -117,11 +119,19 @@ def plan_graft(
         open_model(model_folder("base", str(base)), allow_pickle) as base_reader,
         open_model(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
     ):
-        tuned_folder = model_folder("tuned", str(tuned))
-        for who, folder in (("tuned model", tuned_folder), ("instruct", instruct_reader.folder)):
-            require_one_architecture(*stated_sides(("base", base_reader.folder), (who, folder)))
+        require_one_architecture(*stated_sides(("base", base_reader.folder), ("instruct", instruct_reader.folder)))
         in_place = base_of(instruct_reader.learned(), base_reader.learned())
-        update = open_update(in_place, tuned_folder, allow_pickle, strict=False)
+        update: Update
+        if _is_run(Path(tuned)):
+            from shadowlit.delta.checkpoints import latest, update_of  # late, as above
+
+            stage = latest(tuned)
+            tuned = stage.folder
+            update = update_of(stage, ModelPair(str(base_reader.folder), str(instruct_reader.folder)))
+        else:
+            folder = model_folder("tuned", str(tuned))
+            require_one_architecture(*stated_sides(("base", base_reader.folder), ("tuned model", folder)))
+            update = open_update(in_place, folder, allow_pickle, strict=False)
         scales = Scale.parse(str(scale))
         if chosen:
             update = Delta.from_update(update).map(chosen)
@@ -156,6 +166,12 @@ def write_graft(
     )
     left_out = {"left_out": graft.shares} if graft.shares else {}
     add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **left_out}})
+
+
+def _is_run(tuned: Path) -> bool:
+    """Whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
+    itself = any((tuned / name).exists() for name in ("config.json", "adapter_config.json"))
+    return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))
 
 
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:

@@ -396,3 +396,34 @@ def test_pickled_and_empty_adapters(tmp_path, capsys):
     whole = {name: tensor.new_empty(0) for name, tensor in read(base).items()}
     with pytest.raises(GraftError, match=r"14 tensors without any elements .*DeepSpeed ZeRO-3"):
         graft(base, write(tmp_path / "tuned", whole), instruct, tmp_path / "out")
+
+
+def test_runs_are_grafted_from_their_checkpoints(tmp_path):
+    """A run's folder, its newest checkpoint, and a tied Base that was trained with a head of its own."""
+    base, instruct = save_pair(tmp_path, "llama", tied=True)
+    torch.manual_seed(0)
+    tuned = {name: tensor + 0.02 * torch.randn_like(tensor) for name, tensor in read(base).items()}
+    rewrite(instruct, **{"lm_head.weight": torch.randn(272, 32)})
+    tuned["lm_head.weight"] = read(base)["model.embed_tokens.weight"] + 0.5
+    home = tmp_path / "run"
+    (home / "checkpoints").mkdir(parents=True)
+    config = {"pair": {"base": str(base), "instruct": str(instruct)}, "model": {"adapter": None}}
+    (home / "config.yaml").write_text(json.dumps(config))
+    state = {f"model.{name}": tensor for name, tensor in tuned.items()}
+    torch.save({"state_dict": state, "global_step": 3}, home / "checkpoints" / "step-3.ckpt")
+    start, goal = read(base), read(instruct)
+    start["lm_head.weight"] = start["model.embed_tokens.weight"]
+    for number, source in enumerate((home, home / "checkpoints" / "step-3.ckpt")):
+        graft(base, source, instruct, tmp_path / str(number), select="all")
+        got = read(tmp_path / str(number))
+        assert all(torch.equal(got[name], goal[name] + (tuned[name] - start[name])) for name in goal)
+        assert read_manifest(tmp_path / str(number))["config"]["tuned"].endswith("step-3.ckpt")
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path):
+    base, instruct = save_pair(tmp_path, "llama", tied=False)
+    adapter(base, tmp_path / "output" / "checkpoint-20")
+    for role in ("tuned", "instruct"):
+        given = {"base": base, "tuned": base, "instruct": instruct, role: tmp_path / "output"}
+        with pytest.raises(CheckpointError, match=r"models or adapters below it \(.*output/checkpoint-20\)\. Give the"):
+            graft(**given, out=tmp_path / "out")
