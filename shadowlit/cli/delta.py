@@ -12,16 +12,17 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.cli.graft import parse_bytes, write
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
+from shadowlit.delta.folders import require_same_model
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.grafting.update import zero_update
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.progress import make_console, make_table, progress_bar
 
@@ -227,7 +228,8 @@ def apply(
     opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
-    with CheckpointReader(folder) as reader:
+    with open_model(folder) as reader:
+        require_same_model(opened, reader)
         plan = DiskGraft(opened, reader, scales, select, wanted, allow_zero=allow_zero)
         manifest = {
             "base": opened.manifest.get("base"),
