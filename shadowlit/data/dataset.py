@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect, place
-from shadowlit.data.formats import Message
 from shadowlit.data.images import ImageSource
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
@@ -199,7 +198,7 @@ class PromptDataset(Dataset):
 def tokenise(
     name: str,
     conversations: Iterable[Conversation],
-    encode: Callable[[list[Message]], list[Encoded]],
+    encode: Callable[[Conversation], list[Encoded]],
     *,
     max_length: int,
     filler_token: int,
@@ -212,7 +211,7 @@ def tokenise(
     Args:
         name: Name of the set.
         conversations: Conversations that were read.
-        encode: Function that turns the messages of a conversation into samples.
+        encode: Function that turns a conversation into samples.
         max_length: Maximum length of a sample, in tokens.
         filler_token: As in :class:`TokenDataset`.
         overlong: Treatment of longer samples: an error, truncation, or dropping.
@@ -230,10 +229,10 @@ def tokenise(
 
     def add(conversation: Conversation) -> None:
         report.num_rows += 1
-        samples = encode(conversation.messages) or [Encoded([], [])]  # none where no turn is supervised
+        samples = encode(conversation) or [Encoded([], [])]  # none where no turn is supervised
         groups = [[sample] for sample in samples]
         if conversation.other is not None:
-            groups = [_both(samples, encode(conversation.other))]
+            groups = [_both(samples, encode(replace(conversation, messages=conversation.other)))]
         report.num_split += len(groups) > 1
         for group in groups:
             fitted = _fit_all(group, max_length, overlong, drop_unsupervised, conversation.desirable is not None)
@@ -258,7 +257,7 @@ def tokenise(
 def tokenise_prompts(
     name: str,
     conversations: Iterable[Conversation],
-    encode: Callable[[list[Message]], Encoded],
+    encode: Callable[[Conversation], Encoded],
     *,
     max_length: int,
     filler_token: int,
@@ -271,7 +270,7 @@ def tokenise_prompts(
     origins = list(conversations)
 
     def fitting(conversation: Conversation) -> Encoded:
-        prompt = encode(conversation.messages)
+        prompt = encode(conversation)
         if len(prompt.input_ids) > max_length:
             raise DataError(f"has a prompt of {len(prompt.input_ids)} tokens. Raise data.max_length={max_length}.")
         return prompt

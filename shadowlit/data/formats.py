@@ -76,7 +76,7 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
     """Turn a row in a built-in format into messages and check them; ``prompts_only`` accepts a row without an answer.
 
     Returns:
-        Messages with ``role`` and ``content``, and ``train: False`` for turns that are not supervised.
+        Messages with ``role`` and ``content``, and ``weight: 0.0`` for turns that are not supervised.
 
     Raises:
         DataError: The row is malformed, or the numbers of its images and of their places differ. The message doesn't
@@ -255,7 +255,7 @@ def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
 
 def unsupervised(turns: Sequence[Message]) -> list[Message]:
     """The turns of a prompt, whose assistant turns are context."""
-    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
+    return [{**turn, "weight": 0.0} if turn["role"] == "assistant" else turn for turn in turns]
 
 
 def require_answer(turns: list[Message], name: str) -> list[Message]:
@@ -300,7 +300,7 @@ def _turn(turn: Any, where: str) -> Message:
         _filled(content, f"content' of '{where}")
     message = {"role": role, "content": content, **extras}
     if role == "assistant" and not _trained(turn, where):
-        message["train"] = False
+        message["weight"] = 0.0
     return message
 
 

@@ -189,4 +189,4 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
 
 
 def _texts(turns: list[Message]) -> list[Message]:
-    return [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
+    return [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]

@@ -18,7 +18,7 @@ from shadowlit.data.cache import cache_key, default_folder
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset, tokenise, tokenise_prompts
-from shadowlit.data.formats import DOCUMENT, Message
+from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.images import ImageProcessing
 from shadowlit.data.sampler import epoch_order
 from shadowlit.data.settings import DataSettings
@@ -198,17 +198,18 @@ class Preparation:
         chosen = epoch_order(len(conversations), settings.seed)[:limit]
         return [conversations[i] for i in sorted(chosen)]
 
-    def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
+    def _encoder(self, encode: Callable[..., Any]) -> Callable[[Conversation], Any]:
         """A function that tokenises a conversation by ``encode``, or a document."""
         system, max_length = self.settings.system, self.settings.max_length
         tokenizer, images, template_kwargs = self.tokenizer, self.images, self._template_kwargs
 
-        def encode_row(messages: list[Message]) -> Any:
+        def encode_row(conversation: Conversation) -> Any:
+            messages = conversation.messages
             if messages[0]["role"] == DOCUMENT:
                 return encode_document(tokenizer, messages[0]["content"], self._end_of_text, max_length)
             if system and messages[0]["role"] not in ("system", "developer"):
                 messages = [{"role": "system", "content": system}, *messages]
-            return encode(tokenizer, messages, images, **template_kwargs)
+            return encode(tokenizer, messages, images, **{"tools": conversation.tools, **template_kwargs})
 
         return encode_row
 

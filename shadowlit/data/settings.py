@@ -42,6 +42,11 @@ class DataSettings:
             (``package.module.function``), or the name of an entry point in the group ``shadowlit.formats``; see
             :mod:`shadowlit.data.custom_formats`. Preference data have formats of their own, which are always
             detected; see :mod:`shadowlit.data.preference_formats`.
+        columns: Names of the columns that a format reads, each with the name that the sources have for it, e.g.
+            ``{prompt: question, completion: answer}``.
+        ignore_columns: Columns and fields of turns that are deliberately left out, as shell patterns, e.g.
+            ``[id, "meta_*", messages.timestamp]``. Anything else that has content and doesn't reach the model is an
+            error.
         samples: Kind of sample that a row holds: conversations, pairs (a chosen and a rejected answer) or labels
             (answers that are desirable or not). The command line takes it from ``model.objective``.
         max_length: Maximum length of a sample, in tokens.
@@ -100,6 +105,8 @@ class DataSettings:
     test: dict[str, str] | str | None = None
     predict: str | None = None
     format: str = "auto"
+    columns: dict[str, str] | None = None
+    ignore_columns: list[str] | None = None
     samples: Samples = "conversations"
     max_length: int = 4096
     overlong: Overlong = "truncate"

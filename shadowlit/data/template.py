@@ -70,14 +70,14 @@ def encode(
     /,
     **template_kwargs: Any,
 ) -> Encoded:
-    """Tokenise a conversation; all assistant turns are supervised, except for those with ``"train": False``.
+    """Tokenise a conversation; all assistant turns are supervised, except for those with ``"weight": 0``.
 
     Args:
         tokenizer: The Instruct's fast tokenizer, with the chat template.
         messages: ``{"role", "content", …}`` in order.
         processing: The Instruct's processor, for a pair of vision-language models. Tokens of images are never
             supervised.
-        template_kwargs: Arguments for the template, e.g. ``enable_thinking=False``.
+        template_kwargs: Arguments for the template, e.g. ``enable_thinking=False``, and ``tools``.
 
     Returns:
         Tokens and labels. The first token is never supervised, since nothing predicts it.
@@ -91,7 +91,7 @@ def encode(
     template = _template(tokenizer)
     messages, images = _with_images(messages, processing)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    trained = [i for i in turns if messages[i].get("train", True)]
+    trained = [i for i in turns if messages[i].get("weight", 1)]
     marked = _MARKS.search(template) is not None
     if marked:
         text, spans = _marked(tokenizer, template, messages, template_kwargs)
@@ -141,7 +141,7 @@ def encode_turns(
     try:
         return [encode(tokenizer, messages, processing, **template_kwargs)]
     except RewrittenHistoryError:
-        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)]
         parts = ([*unsupervised(messages[:i]), messages[i]] for i in trained)
         return [encode(tokenizer, part, processing, **template_kwargs) for part in parts]
 
@@ -311,7 +311,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
     """Messages as a template expects them: with the place of each image, but not the image."""
-    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     for message in plain:
         if not isinstance(message["content"], str):
             message["content"] = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]

@@ -19,21 +19,21 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
     ("messages", {"messages": talk("a", "b", system="s"), "id": 3}, talk("a", "b", system="s")),
     ("messages", {"messages": [{**USER, "name": None, "extra": 1}, {**ANSWER, "train": True, "weight": 1}]},
      [USER, ANSWER]),
-    ("messages", {"messages": [USER, {**ANSWER, "train": False}]}, [USER, {**ANSWER, "train": False}]),
-    ("messages", {"messages": [USER, {**ANSWER, "weight": 0}]}, [USER, {**ANSWER, "train": False}]),
+    ("messages", {"messages": [USER, {**ANSWER, "train": False}]}, [USER, {**ANSWER, "weight": 0.0}]),
+    ("messages", {"messages": [USER, {**ANSWER, "weight": 0}]}, [USER, {**ANSWER, "weight": 0.0}]),
     ("messages", {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{"x": 1}]},
                                {"role": "tool", "content": ""}, ANSWER]},
      [USER, {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}, {"role": "tool", "content": ""}, ANSWER]),
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, [USER, ANSWER]),
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}],
-                  "system": "s"}, [{"role": "system", "content": "s"}, USER, {**ANSWER, "train": False}]),
+                  "system": "s"}, [{"role": "system", "content": "s"}, USER, {**ANSWER, "weight": 0.0}]),
     ("sharegpt", {"conversations": [USER, ANSWER]}, [USER, ANSWER]),
     ("alpaca", {"instruction": "a", "input": "", "output": "b"}, [USER, ANSWER]),
     ("alpaca", {"instruction": "a", "input": None, "output": "b", "system": ""}, [USER, ANSWER]),
     ("alpaca", {"instruction": "a", "input": "c", "output": "b", "system": "s"}, talk("a\nc", "b", system="s")),
     ("prompt_completion", {"prompt": "a", "completion": "b"}, [USER, ANSWER]),
     ("prompt_completion", {"prompt": talk("a", "b", "c"), "completion": [{"role": "assistant", "content": "d"}]},
-     [USER, {**ANSWER, "train": False}, *talk("a", "b", "c", "d")[2:]]),
+     [USER, {**ANSWER, "weight": 0.0}, *talk("a", "b", "c", "d")[2:]]),
 ])  # fmt: skip
 def test_each_format_becomes_messages(format, row, expected):
     assert detect_format(row, source="f") == format
@@ -141,7 +141,7 @@ def test_parquet_files(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     read = read_conversations(str(path))
     assert [len(c.messages) for c in read] == [2, 4, 2]
-    assert [m.get("train") for c in read for m in c.messages] == [None] * 7 + [False]
+    assert [m.get("weight") for c in read for m in c.messages] == [None] * 7 + [0.0]
     assert str(read[2]) == f"sample 2 of {path}"
     write(path, b"no parquet")
     with pytest.raises(DataError, match=r"f\.parquet is no readable Parquet file \(.*\)\. Write it again"):

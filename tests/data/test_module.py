@@ -51,9 +51,9 @@ def numbered(count, start=0):
 # -- tokenised sets -----------------------------------------------------------------------------------------------
 
 
-def encode_numbers(messages):
+def encode_numbers(conversation):
     """``a`` unsupervised and ``b`` supervised tokens."""
-    a, b = messages
+    a, b = conversation.messages
     return [Encoded(list(range(a + b)), [-100] * a + list(range(a, a + b)))]
 
 

@@ -54,8 +54,8 @@ def test_what_stands_before_the_answers_carries_no_loss():
     before = [{"role": "system", "content": "Be brief."}, user("1?"), says("1"), user("2?")]
     row = {"chosen": [*before, says("2"), user("3?"), says("3")], "rejected": [*before, says("two")]}
     chosen, rejected = convert_pair(row)
-    assert [turn.get("train") for turn in chosen] == [None, None, False, None, None, None, None]
-    assert rejected == [*before[:2], says("1", train=False), before[3], says("two")]
+    assert [turn.get("weight") for turn in chosen] == [None, None, 0.0, None, None, None, None]
+    assert rejected == [*before[:2], says("1", weight=0.0), before[3], says("two")]
 
 
 def test_a_system_text_of_its_own_column():

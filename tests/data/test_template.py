@@ -69,7 +69,7 @@ def test_marks_and_prefixes_agree(messages):
 def test_a_turn_is_left_out_of_the_loss(template):
     tokenizer = make_tokenizer(template)
     messages = talk("a", "b", "c", "d", "e", "f")
-    messages[1]["train"] = messages[5]["train"] = False
+    messages[1]["weight"] = messages[5]["weight"] = 0
     encoded = encode(tokenizer, messages)
     assert supervised_texts(tokenizer, encoded) == ["d<|im_end|>"]
     assert encoded.input_ids == encode(tokenizer, talk("a", "b", "c", "d", "e", "f")).input_ids
@@ -151,7 +151,7 @@ def test_qwen3s_empty_block_carries_no_loss_without_thinking():
 
 def test_a_split_conversation_keeps_left_out_turns_out():
     messages = talk("a", "b", "c", "d", "e", "f")
-    messages[3]["train"] = False
+    messages[3]["weight"] = 0
     samples = encode_turns(make_tokenizer(QWEN3), messages, enable_thinking=False)
     assert [supervised_texts(make_tokenizer(), s) for s in samples] == [["b<|im_end|>"], ["f<|im_end|>"]]
 
@@ -189,7 +189,7 @@ def test_two_marked_spans_per_turn():
     template = CHATML.replace(said, "{{ 'x' }}{% endgeneration %}-{% generation %}" + said)
     tokenizer, messages = make_tokenizer(template), talk("a", "b", "c", "d")
     assert supervised_texts(tokenizer, encode(tokenizer, messages)) == ["x", "b<|im_end|>", "x", "d<|im_end|>"]
-    messages[1]["train"] = False
+    messages[1]["weight"] = 0
     with pytest.raises(DataError, match=r"2 assistant turns are 4 marked spans.*one span per turn"):
         encode(tokenizer, messages)
 
