@@ -17,9 +17,11 @@ LLaMA-Factory has two readers: its own (``v0`` here) and ``llamafactory.v1``, wh
 template is the one that comes nearest to the chat template; where its default system text is another, that of the chat
 template is set. It imports torchaudio, for which an empty module is substituted.
 
-A row is equal if its samples have the same tokens. A mask is equal if the same tokens are supervised. Where they
-differ, the table gives the reason, the number of rows, and the first of them. The sequence that KTO compares an answer
-with is an estimate for which every side draws other answers; it is left out.
+The columns of the table count rows: those in the file, those that ShadowData reads, and for each peer those that it
+reads (rows), those with the same tokens as ours (ids), among them those in which exactly the same tokens are supervised
+(masks), and those in which they are apart from what the template writes around an answer: its header, and the line
+break after its end (answers). The reasons for all differences follow, with the number of rows and the first of them.
+The second sequence of KTO's samples is left out: each side pairs a prompt with another row's answer of its own choice.
 """
 
 from __future__ import annotations
@@ -319,7 +321,7 @@ class Comparison:
     rows: int = 0
     ids: int = 0
     masks: int = 0
-    nearly: int = 0  # masks that are equal apart from the line break after a turn and the header before it
+    nearly: int = 0  # masks that are equal apart from what the template writes around an answer
     reasons: Counter[str] = field(default_factory=Counter)
     first: dict[str, int] = field(default_factory=dict)
 
@@ -337,7 +339,8 @@ def compare(ours: Rows, theirs: Rows, tokenizer: Any) -> Comparison:
             found.because("only ours reads the row" if row in ours else "only the peer reads the row", row)
             continue
         if len(ours[row]) != len(theirs[row]):
-            found.because(f"one row is {len(ours[row])} samples of ours, {len(theirs[row])} of the peer", row)
+            last = "has" if ours[row][-1][0] == theirs[row][-1][0] else "doesn't have"
+            found.because(f"a sample for each turn in ours, the last of which {last} the peer's tokens", row)
             continue
         pairs = list(zip(ours[row], theirs[row], strict=True))
         if reasons := [difference(a[0], b[0], tokenizer) for a, b in pairs if a[0] != b[0]]:
@@ -346,7 +349,7 @@ def compare(ours: Rows, theirs: Rows, tokenizer: Any) -> Comparison:
         found.ids += 1
         masks = {reason for a, b in pairs for reason in mask_differences(*a, b[1], tokenizer)}
         found.masks += not masks
-        found.nearly += masks <= {LINE_BREAK, HEADER}
+        found.nearly += masks <= AROUND
         for reason in sorted(masks):
             found.because(reason, row)
     return found
@@ -363,23 +366,25 @@ def difference(ours: list[int], theirs: list[int], tokenizer: Any) -> str:
 
 LINE_BREAK = "the peer trains the line break after the end of a turn"
 HEADER = "the peer trains the header of an answer"
+HEADER_END = "the peer trains the line break at the end of the header of an answer"
+AROUND = {LINE_BREAK, HEADER, HEADER_END}
 
 
 def mask_differences(ids: list[int], ours: list[int], theirs: list[int], tokenizer: Any) -> set[str]:
     """The kinds of tokens that only one of two masks includes."""
     found = set()
     header = tokenizer.encode("<|im_start|>assistant\n", add_special_tokens=False)
-    in_header = {
-        i + j for i in range(len(ids)) if ids[i : i + len(header)] == header for j in range(len(header))
-    }  # fmt: skip
+    starts = [i for i in range(len(ids)) if ids[i : i + len(header)] == header]
+    place = {start + j: j for start in starts for j in range(len(header))}  # in a header
+    only_theirs = {i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a == IGNORED != b}
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if (a == IGNORED) == (b == IGNORED):
             continue
         token = tokenizer.decode([ids[i]])
         if a != IGNORED:
             found.add(f"only ours trains {token!r}")
-        elif i in in_header:
-            found.add(HEADER)
+        elif i in place:
+            found.add(HEADER if i - place[i] in only_theirs else HEADER_END)
         elif i and ids[i - 1] == tokenizer.eos_token_id and not token.strip():
             found.add(LINE_BREAK)
         else:
@@ -392,7 +397,7 @@ def mask_differences(ids: list[int], ours: list[int], theirs: list[int], tokeniz
 
 def report(jobs: list[Job], ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> str:
     """The table, and what differs."""
-    lines = ["| set | rows | read | " + " | ".join(f"{p}: rows | ids | masks | nearly" for p in peers) + " |"]
+    lines = ["| set | rows | read | " + " | ".join(f"{p}: rows | ids | masks | answers" for p in peers) + " |"]
     lines.append("|---" * (3 + 4 * len(peers)) + "|")
     notes = []
     for job in jobs:
