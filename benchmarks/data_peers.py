@@ -5,23 +5,25 @@
 
 Each set is read by ``ShadowData``, by TRL's ``SFTTrainer``, ``DPOTrainer`` or ``KTOTrainer``, and by LLaMA-Factory's
 reader, converter and template. Each peer runs in an interpreter of its own, and returns tokens and labels as JSON.
-Nothing is truncated. ``--data`` holds LLaMA-Factory's demonstration sets and GSM8K; a set whose file is missing is left
-out. ``--instruct`` is a folder with the tokenizer and chat template of SmolLM2-135M-Instruct.
+Nothing is truncated. ``--data`` holds LLaMA-Factory's demonstration sets and GSM8K; a set whose file is missing is
+left out. ``--instruct`` is a folder with the tokenizer and chat template of SmolLM2-135M-Instruct.
 
 TRL reads conversations and preferences, but neither Alpaca's columns nor ShareGPT's roles nor LLaMA-Factory's parts:
-:func:`trl_rows` writes what a user of TRL would. The sets with tools need a chat template that renders tools. TRL ships
-the templates of Qwen2.5 and Qwen3; ``--templates`` is the folder ``trl/chat_templates`` of its environment, which is
-found without being named. All sides use the same tokenizer.
+:func:`trl_rows` writes what a user of TRL would. It wraps bare functions as OpenAI's tools, as LLaMA-Factory does. The
+sets with tools need a chat template that renders tools. TRL ships the templates of Qwen2.5 and Qwen3; ``--templates``
+is the folder ``trl/chat_templates`` of its environment, which is found without being named. All sides use the same
+tokenizer.
 
 LLaMA-Factory has two readers: its own (``v0`` here) and ``llamafactory.v1``, which alone reads contents in parts. Its
 template is the one that comes nearest to the chat template; where its default system text is another, that of the chat
 template is set. It imports torchaudio, for which an empty module is substituted.
 
-The columns of the table count rows: those in the file, those that ShadowData reads, and for each peer those that it
-reads (rows), those with the same tokens as ours (ids), among them those in which exactly the same tokens are supervised
-(masks), and those in which they are apart from what the template writes around an answer: its header, and the line
-break after its end (answers). The reasons for all differences follow, with the number of rows and the first of them.
-The second sequence of KTO's samples is left out: each side pairs a prompt with another row's answer of its own choice.
+The columns of the table count rows: those in the file, those that ShadowData reads (read), those of which every text,
+tool and call occurs in its samples, answers with loss (whole), and for each peer those that it reads (rows), those
+with the same tokens as ours (ids), among them those in which exactly the same tokens are supervised (masks), and those
+in which they are apart from what the template writes around an answer: its header, and the line break after its end
+(answers). The reasons for all differences follow, with the number of rows and the first of them. The second sequence
+of KTO's samples is left out: each side pairs a prompt with another row's answer of its own choice.
 """
 
 from __future__ import annotations
@@ -42,7 +44,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
 IGNORED = -100
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "system": "system"}
 SMOLLM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -53,7 +54,7 @@ Rows = dict[int, list[Sequence]]  # of each row of a file that became a sample
 
 @dataclass(frozen=True)
 class Set:
-    """A set, and how each side is told to read it.
+    """A set, and the settings with which each side reads it.
 
     Attributes:
         file: Name in the folder of the data.
@@ -128,7 +129,9 @@ class Job:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the file."""
         text = Path(self.data).read_text()
-        return json.loads(text) if self.data.endswith(".json") else [json.loads(x) for x in text.splitlines()]
+        if self.data.endswith(".json"):
+            return json.loads(text)
+        return [json.loads(line) for line in text.split("\n") if line]
 
 
 # --- the three sides -------------------------------------------------------------------------------------------------
@@ -392,19 +395,45 @@ def mask_differences(ids: list[int], ours: list[int], theirs: list[int], tokeniz
     return found
 
 
+def is_whole(row: dict[str, Any], samples: list[Sequence], tokenizer: Any) -> bool:
+    """Whether every text, tool and call of a row occurs in our samples, and those of its answers are supervised."""
+    everything = " ".join(tokenizer.decode(ids) for ids, _ in samples)
+    supervised = " ".join(tokenizer.decode([label for label in labels if label != IGNORED]) for _, labels in samples)
+    turns = row.get("messages", row.get("prompt", []))
+    answers = [turn for name in ("completion", "chosen", "rejected") for turn in row.get(name, [])]
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in json.loads(row.get("tools", "[]"))]
+    learned = [turn for turn in row.get("messages", answers) if turn["role"] == "assistant"]
+    needed = [text for turn in [*turns, *answers] for text in _texts(turn)] + tools
+    return all(text in everything for text in needed) and all(
+        text in supervised for turn in learned for text in _texts(turn)
+    )
+
+
+def _texts(turn: dict[str, Any]) -> list[str]:
+    calls = [call["function"] for call in turn.get("tool_calls", [])]
+    parts = [json.dumps(call["arguments"], ensure_ascii=False) for call in calls] + [call["name"] for call in calls]
+    return [turn["content"].strip(), turn.get("reasoning_content", "").strip(), *parts]
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
 def report(jobs: list[Job], ours: dict[str, Any], peers: dict[str, dict[str, Any]]) -> str:
     """The table, and what differs."""
-    lines = ["| set | rows | read | " + " | ".join(f"{p}: rows | ids | masks | answers" for p in peers) + " |"]
-    lines.append("|---" * (3 + 4 * len(peers)) + "|")
+    lines = ["| set | rows | read | whole | " + " | ".join(f"{p}: rows | ids | masks | answers" for p in peers) + " |"]
+    lines.append("|---" * (4 + 4 * len(peers)) + "|")
     notes = []
     for job in jobs:
         mine = ours[job.name]
-        cells = [job.name, f"{len(job.rows()):,}", f"{len(mine):,}" if isinstance(mine, dict) else "0"]
-        if isinstance(mine, str):
-            notes.append(f"- {job.name}: ours: {mine}")
+        rows, tokenizer = trl_rows(job), job.tokenizer()
+        cells = [job.name, f"{len(rows):,}"]
+        if isinstance(mine, dict):
+            lost = [i for i, samples in mine.items() if not is_whole(rows[i], samples, tokenizer)]
+            cells += [f"{len(mine):,}", f"{len(mine) - len(lost):,}"]
+            notes += [f"- {job.name}: {len(lost):,} rows lose a text in ours (row {lost[0]})"] if lost else []
+        else:
+            cells += ["0", "–"]
+            notes.append(f"- {job.name}: ours: {mine.splitlines()[0]}")
         for peer, answer in peers.items():
             result = answer["results"][job.name]
             if "error" in result:
@@ -415,7 +444,7 @@ def report(jobs: list[Job], ours: dict[str, Any], peers: dict[str, dict[str, Any
             if isinstance(mine, str):
                 cells += [f"{len(theirs):,}", "–", "–", "–"]
                 continue
-            found = compare(mine, theirs, job.tokenizer())
+            found = compare(mine, theirs, tokenizer)
             cells += [f"{number:,}" for number in (found.rows, found.ids, found.masks, found.nearly)]
             common = found.reasons.most_common(6)
             notes += [f"- {job.name}, {peer}: {n:,} × {reason} (row {found.first[reason]})" for reason, n in common]
