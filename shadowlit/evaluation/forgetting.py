@@ -67,7 +67,7 @@ class Divergence(Evaluator):
     def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
         """Read and tokenise the rows; refuse malformed ones, too long ones, and ones without supervised tokens."""
         tokenizer, end = pair.tokenizer(), pair.other_tokenizer().eos_token_id
-        chosen = spread(read_conversations(self.data, use="validation"), self.limit)
+        chosen = spread(read_conversations(self.data, use="validation", strict=False), self.limit)
 
         def encode(conversation: Conversation) -> tuple[int, list[Encoded]]:
             first = conversation.messages[0]
