@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.files import replace_text
+from shadowlit.masking import mask_text
 from shadowlit.studies.trials.folder import occupied
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
                 print(stop.code, file=sys.stderr)  # a reason, as the interpreter would print it
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
-            traceback.print_exc()
+            print(mask_text(traceback.format_exc()), file=sys.stderr)
             code = 1
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
