@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +16,10 @@ _ABANDONED_S = 3600.0  # nothing that is written here takes so long: whoever beg
 def written_beside(file: Path) -> Iterator[Path]:
     """Yield a path ``<file>.<random>.partial`` to write to, which replaces the file when the block ends without error.
 
-    Every writer has a path of its own, so that several may write the same file at once: the last one's stays. Folders
-    are made as needed. After an exception the partial file is removed, and the old file stays. A killed writer leaves
-    its partial file behind; the next writer of the same file removes it once it is an hour older than its own.
+    Its content is on the disk before it is renamed: a power cut can't leave an empty file. Every writer has a path of
+    its own, so that several may write the same file at once: the last one's stays. Folders are made as needed. After an
+    exception the partial file is removed, and the old file stays. A killed writer leaves its partial file behind; the
+    next writer of the same file removes it once it is an hour older than its own.
 
     Raises:
         OSError: The folder can't be made or the file not renamed.
@@ -26,10 +28,23 @@ def written_beside(file: Path) -> Iterator[Path]:
     partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     try:
         yield partial
+        sync(partial)
         _remove_abandoned(file, partial)
         partial.replace(file)
+        sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk; on Windows folders can't be synced."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_text(file: Path, text: str) -> Path:

@@ -35,6 +35,7 @@ from shadowlit.delta.registry import transform_names
 from shadowlit.errors import ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
+from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
 from shadowlit.parser import Known, ShortErrors
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
@@ -69,12 +70,15 @@ class ShadowTrainer(Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved."""
+    """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved.
+
+    Secrets are masked, in what the export repeats of it too.
+    """
 
     def __init__(
         self, parser: LightningArgumentParser, config: Namespace, class_path: str | None = None, **kwargs: Any
     ) -> None:
-        config = config.clone()
+        config = _without_secrets(config)
         if class_path is not None:
             config["model.class_path"] = class_path
         super().__init__(parser, config, **kwargs)
@@ -85,6 +89,16 @@ class SaveConfig(SaveConfigCallback):
             if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
                 self.config_filename = unused(run_folder(trainer) / "config.yaml").name
             super().setup(trainer, pl_module, stage)
+
+
+def _without_secrets(value: Any, secret: bool = False) -> Any:
+    """A copy of a parsed configuration in which secrets are masked."""
+    if isinstance(value, Namespace):
+        parts = {name: _without_secrets(each, secret or is_secret(name)) for name, each in vars(value).items()}
+        return Namespace(**parts)
+    if isinstance(value, list):
+        return [_without_secrets(each, secret) for each in value]
+    return masked(value, secret)
 
 
 def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: str = "a class") -> Known:
@@ -155,6 +169,12 @@ class ShadowCLI(LightningCLI):
                 _require_own(stop)
             raise
         config = self.config[self.config["subcommand"]]
+        if masks := masks_in(config.as_dict()):
+            with as_usage():
+                raise ShadowlitError(
+                    f"{', '.join(masks)} is {MASK}, which is written instead of a secret; expected the secret. Give it "
+                    "on the command line, or leave the key out if the service reads an environment variable."
+                )
         strategy = config["trainer"]["strategy"]
         if isinstance(strategy, str) and strategy not in ShadowParser.known["trainer.strategy"].names():
             self._subcommand_parsers[self.config["subcommand"]].error(

@@ -33,6 +33,27 @@ def test_several_processes_write_one_file(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["x.txt"]
 
 
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """Otherwise a power cut after the rename could leave an empty file; then its new name is flushed as well."""
+    file, done = replace_text(tmp_path / "x.txt", "old"), []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_flush(descriptor):
+        done.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), file.read_text()))
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        done.append("renamed")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    replace_text(file, "new")
+    (written, before), renamed, (folder, after) = done
+    assert written.name.startswith("x.txt.") and (before, renamed, after) == ("old", "renamed", "new")
+    assert folder == tmp_path
+
+
 def test_after_an_error_the_old_file_stays(tmp_path):
     file = replace_text(tmp_path / "x.txt", "old")
     with pytest.raises(KeyError), written_beside(file) as partial:

@@ -36,7 +36,7 @@ from shadowlit.checkpoint.numeric import Raw, not_finite
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import reserve, start_write_back
 from shadowlit.errors import CheckpointError, ExportError
-from shadowlit.files import require_writable
+from shadowlit.files import require_writable, sync
 
 if TYPE_CHECKING:
     import torch
@@ -368,7 +368,7 @@ def atomic_folder(target: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     try:
         _make_beside(path, partial)  # inside: a signal can't arrive between making it and being able to remove it
         yield partial
-        _sync(partial)
+        _sync_all(partial)
         finished = True
         partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
     except BaseException as error:
@@ -385,7 +385,7 @@ def atomic_folder(target: str | Path, num_bytes: int = 0) -> Iterator[Path]:
             ) from error
         raise
     with contextlib.suppress(OSError):  # the folder is whole and in place; a power cut could still undo the rename
-        _sync_folder(path.parent)
+        sync(path.parent)
 
 
 def require_room(target: str | Path, num_bytes: int = 0, what: str | None = None) -> None:
@@ -461,19 +461,9 @@ def _refuse_existing(path: Path) -> None:
         raise ExportError(f"{path} exists and is a file. Nothing was written. Choose another target.")
 
 
-def _sync(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     """Flush all files below ``folder``, and the folders themselves, to the disk."""
     for root, _, files in os.walk(folder):
         for file in files:
-            with (Path(root) / file).open("rb") as stream:
-                os.fsync(stream.fileno())
-        _sync_folder(Path(root))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries; without it a rename may not survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(Path(root) / file)
+        sync(Path(root))
