@@ -20,6 +20,7 @@ from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
@@ -28,7 +29,7 @@ from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
-from shadowlit.checkpoint.saved import find_whole
+from shadowlit.checkpoint.saved import find_whole, read_rest
 from shadowlit.data.custom_formats import format_names
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
@@ -226,7 +227,10 @@ class ShadowCLI(LightningCLI):
         if path is None or path in ("best", "last", "hpc"):
             return
         resumes, alone = self.subcommand == "fit", self.trainer.world_size == 1
-        options["ckpt_path"] = str(find_whole(path, resumes=resumes, contents=alone))
+        path = find_whole(path, resumes=resumes, contents=alone)
+        options["ckpt_path"] = str(path)
+        if "hyper_parameters" in read_rest(path):
+            rank_zero_warn(f"{path} holds hyper_parameters, which are not used: the configuration decides.")
 
     def _raise_named(self, error: BaseException) -> NoReturn:
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""

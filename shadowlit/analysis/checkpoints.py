@@ -220,8 +220,7 @@ def _open_sharded(path: Path) -> _Opened:
         sharded.read_tensors(path, {f"state_dict.{name}": tensor}, alone=True)
         return tensor
 
-    step = int(torch.load(path / _REST, map_location="cpu", mmap=True, weights_only=True)["global_step"])
-    return found, load, step
+    return found, load, int(sharded.load_plain(path / _REST)["global_step"])
 
 
 def _code(path: Path, name: str, dtype: torch.dtype) -> str:

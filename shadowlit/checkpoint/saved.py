@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
 import zipfile
 import zlib
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.distributed import local, of_all_ranks
 from shadowlit.errors import CheckpointError, first_line
@@ -136,9 +136,8 @@ def find_whole(path: str | Path, *, resumes: bool, contents: bool = True) -> Pat
     if resumes and isinstance(problem, DamagedError):
         for other in of_all_ranks([_others(path)])[0]:  # as rank 0 sees them
             if _agreed_problem(other, resumes, contents) is None:
-                rank_zero_warn(
-                    f"{problem} The run resumes from {other} (step {step_of(other)}), the newest complete one."
-                )
+                newest = f"the newest complete one (step {step_of(other)})"
+                rank_zero_warn(f"{problem} The run resumes from {other}, {newest}.")
                 return other
     if isinstance(problem, DamagedError):
         raise DamagedError(f"{problem} Give another checkpoint as ckpt_path, or start again without one.")
@@ -161,14 +160,7 @@ def read_rest(path: Path) -> dict[str, Any]:
         CheckpointError: It holds anything but tensors and plain values.
     """
     file = path / REST if path.is_dir() else path
-    try:
-        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # of pickle, zipfile or torch: many types, one meaning
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {named[1]}" if named else first_line(error)
-        raise CheckpointError(
-            f"{file} can't be read as tensors and plain values alone ({reason}); nothing in it was run. {_EXPECTED}."
-        ) from error
+    content = sharded.load_plain(file)
     needed = [key for key in _KEYS if not (path.is_dir() and key == "state_dict")]
     if not isinstance(content, dict) or (missing := [key for key in needed if key not in content]):
         found = f"lacks {', '.join(missing)}" if isinstance(content, dict) else f"holds a {type(content).__name__}"
@@ -251,8 +243,6 @@ def _verify_file(path: Path, share: tuple[int, int] | None) -> None:
 
 
 def _verify_folder(path: Path, share: tuple[int, int] | None) -> None:
-    from shadowlit.checkpoint import sharded  # DCP takes long to import
-
     names = {file.name for file in path.iterdir()}
     if not names & {MANIFEST, sharded.INDEX, REST} and not any(name.endswith(".distcp") for name in names):
         inside = sorted(name for name in names if name.endswith(".ckpt"))

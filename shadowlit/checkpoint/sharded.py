@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pathlib
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -73,11 +74,17 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
         folder: Folder of the checkpoint.
         tensors: Where to read to.
         alone: Whether this process reads for itself; otherwise this is a collective of all ranks.
+
+    Raises:
+        CheckpointError: On one of the ranks a shard can't be read, or holds anything but tensors and plain values.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is ")
         planner = _Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        checkpoint.load(tensors, storage_reader=_Reader(folder), planner=planner, no_dist=alone)
+        try:
+            checkpoint.load(tensors, storage_reader=_Reader(folder), planner=planner, no_dist=alone)
+        except checkpoint.CheckpointException as error:
+            raise _unreadable(folder, next(iter(error.failures.values()))[0]) from error
 
 
 def read_nested(
@@ -100,6 +107,27 @@ def read_nested(
     values |= {name: make(name, *entry) for name, entry in tensor_entries(index).items() if name in values}
     read_tensors(folder, values, alone=alone)
     return dict(unflatten_state_dict(values, index.planner_data))
+
+
+def load_plain(file: Path) -> Any:
+    """What a file of ``torch.save`` holds, its tensors mapped.
+
+    Raises:
+        CheckpointError: It can't be read, or holds anything but tensors and plain values.
+    """
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # of pickle, zipfile or torch: many types, one meaning
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> CheckpointError:
+    named = re.search(r"GLOBAL (\S+)", str(error))
+    reason = f"it names {named[1]}" if named else first_line(error)
+    return CheckpointError(
+        f"{path} can't be read as tensors and plain values alone ({reason}); nothing in it was run. Give a *.ckpt, "
+        "file or folder, that 'fit' has written."
+    )
 
 
 class _Unpickler(pickle.Unpickler):

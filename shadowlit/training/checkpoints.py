@@ -68,7 +68,9 @@ class Checkpoints(TorchCheckpointIO):
         """
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        return write_file(Path(path), {**checkpoint, "world_size": self._trainer.world_size})
+        # A launcher passes bare weights between processes this way.
+        ranks = {"world_size": self._trainer.world_size} if "global_step" in checkpoint else {}
+        return write_file(Path(path), {**checkpoint, **ranks})
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Verify a checkpoint and read it, without running code from it.
