@@ -242,8 +242,13 @@ class ShadowData(DataSettings, LightningDataModule):
         return {**loader.state_dict(), "order": self._order_of(loader)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Make the next training loader resume from the position in a checkpoint."""
+        """Make the training loader resume from the position in a checkpoint: the next one, or the one that exists."""
         self._resume = state_dict or None
+        # A strategy that restores after its setup does so when the number of steps was estimated with a loader.
+        if self.trainer is not None and self.trainer.strategy.restore_checkpoint_after_setup:
+            loader = self.trainer.train_dataloader
+            if isinstance(loader, ResumableLoader | StreamLoader):
+                self._resumed(loader)
 
     def trained_tokens(self, epochs: float) -> float:
         """Tokens, over all ranks, that a training of ``epochs`` epochs has seen; of a stream those of this training."""

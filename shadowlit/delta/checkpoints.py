@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHARDED = ".metadata"  # of torch.distributed.checkpoint, written last
 _REST = "meta.pt"  # what Lightning stores next to the shards
 _CACHED = 2  # whole tensors of a sharded checkpoint
 
@@ -238,27 +236,19 @@ def _open_file(path: Path) -> _Opened:
 
 
 def _open_sharded(path: Path) -> _Opened:
-    from torch.distributed import checkpoint as sharded
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from shadowlit.checkpoint import sharded
 
-    if not (path / _SHARDED).is_file() or not zipfile.is_zipfile(path / _REST):
+    if not (path / sharded.INDEX).is_file() or not zipfile.is_zipfile(path / _REST):
         raise CheckpointError(f"{path} is no complete sharded checkpoint: it is being written, or was cut short.")
-    found = {
-        name.removeprefix("state_dict."): (tuple(entry.size), entry.properties.dtype)
-        for name, entry in sharded.FileSystemReader(path).read_metadata().state_dict_metadata.items()
-        if name.startswith("state_dict.") and isinstance(entry, TensorStorageMetadata)
-    }
+    found = sharded.tensor_entries(sharded.read_index(path), "state_dict.")
 
     @lru_cache(maxsize=_CACHED)
     def load(name: str) -> Tensor:
         tensor = torch.empty(found[name][0], dtype=found[name][1])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            sharded.load({f"state_dict.{name}": tensor}, checkpoint_id=path, no_dist=True)
+        sharded.read_tensors(path, {f"state_dict.{name}": tensor}, alone=True)
         return tensor
 
-    step = int(torch.load(path / _REST, map_location="cpu", mmap=True, weights_only=True)["global_step"])
-    return found, load, step
+    return found, load, int(sharded.load_plain(path / _REST)["global_step"])
 
 
 def _code(path: Path, name: str, dtype: torch.dtype) -> str:
