@@ -66,14 +66,14 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], skip: Skip | None
         skip: Function that receives the message of an item that fails, which is then left out; None raises it.
 
     Raises:
-        DataError: An item fails, and ``skip`` is None.
+        DataError: An item fails, and ``skip`` is None or the error is fatal.
     """
     for item in items:
         try:
             with located(item):
                 result = function(item)
         except DataError as error:
-            if skip is None:
+            if skip is None or isinstance(error, FatalDataError):
                 raise
             skip(str(error))
             continue

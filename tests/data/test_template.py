@@ -427,9 +427,7 @@ def test_template_arguments_are_checked():
 
 
 def test_broken_and_ambiguous_templates_are_told():
-    with pytest.raises(
-        DataError, match=r"is no jinja template: .*'oops'.* in line 2\. Repair its chat_template\.jinja"
-    ):
+    with pytest.raises(DataError, match=r"is no jinja template: .*'oops'.* in line 2\. Correct it"):
         check_template(make_tokenizer("{# #}\n{% oops %}"), {})
     tokenizer = make_tokenizer({"rag": CHATML, "tool_use": CHATML})
     for use in (lambda: check_template(tokenizer, {}), lambda: encode(tokenizer, talk("a", "b"))):
