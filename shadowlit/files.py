@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _ABANDONED_S = 3600.0  # nothing that is written here takes so long: whoever began it was killed
@@ -53,8 +53,11 @@ def require_writable(folder: Path) -> Path:
     """
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     probe = existing / f".{secrets.token_hex(8)}.partial"
-    probe.mkdir()
-    probe.rmdir()
+    try:
+        probe.mkdir()
+    finally:  # a signal may arrive at any time
+        with suppress(OSError):
+            probe.rmdir()
     return existing
 
 
