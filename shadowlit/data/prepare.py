@@ -102,7 +102,7 @@ class Preparation:
         return tokenise(
             name,
             conversations,
-            self._encoder(encode_turns),
+            self._encoder(partial(encode_turns, loss_on=self.settings.loss_on)),
             max_length=self.settings.max_length,
             filler_token=self.pad_token_id,
             overlong=self.settings.overlong,
@@ -186,6 +186,7 @@ class Preparation:
             drop_unsupervised=settings.drop_unsupervised,
             choice=[limit, settings.seed] if name == "train" and limit else None,
             system=settings.system,
+            loss_on=settings.loss_on,
             template_kwargs=self._template_kwargs,
             date=datetime.date.today().isoformat() if renders_date(self.tokenizer, self._template_kwargs) else None,
             # Paths of images are relative to the folders.

@@ -12,6 +12,7 @@ from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import Overlong
 from shadowlit.data.formats import Samples
 from shadowlit.data.packing import Packing
+from shadowlit.data.template import LossOn
 from shadowlit.errors import DataError, wrong_names
 from shadowlit.pair.pair import ModelPair
 
@@ -76,6 +77,9 @@ class DataSettings:
             set. Checkpoints include the position in the stream.
         stream_window: Rows in a window of a stream: the number held in memory, and the furthest that shuffling moves a
             row.
+        loss_on: The turns that are trained on: all of the assistant's, its last one, or the whole conversation (all).
+            A turn's ``weight`` multiplies the loss of its tokens, and ``train: false`` leaves it out. Documents are
+            always trained on whole. See docs/data.md.
         system: System prompt for conversations that have none.
         chat_template: Path of a Jinja file that replaces the Instruct's chat template.
         template_kwargs: Arguments for the chat template, e.g. ``{enable_thinking: false}``.
@@ -122,6 +126,7 @@ class DataSettings:
     limit_train_samples: int | None = None
     streaming: bool = False
     stream_window: int = 10_000
+    loss_on: LossOn = "assistant"
     system: str | None = None
     chat_template: str | None = None
     template_kwargs: dict[str, Any] | None = None
@@ -164,6 +169,11 @@ class DataSettings:
             yield (
                 "data.streaming is true, but model.objective learns from preferences, which the untouched model scores "
                 "before the training, so that they are read as a whole. Set data.streaming=false."
+            )
+        if self.loss_on == "all" and self.samples != "conversations":
+            yield (
+                "data.loss_on is all, but model.objective learns from preferences, whose prompts are not trained on. "
+                "Set data.loss_on=assistant."
             )
         if self.streaming and self.limit_train_samples is not None:
             yield (

@@ -2,7 +2,8 @@
 
 A turn has the fields ``role`` and ``content``, or ``from`` and ``value``. Fields that aren't known here are kept, since
 the template may write them; :mod:`shadowlit.data.template` refuses a row with a field that it doesn't write. Null
-fields are removed at every depth: Arrow gives all records of a column the same keys.
+fields are removed at every depth, since Arrow gives all records of a column the same keys; the nulls in a text of JSON
+are the author's, and stay.
 
 A message has:
 
@@ -230,7 +231,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Tool calls in OpenAI's form, from one or several, as objects or JSON; bare functions are wrapped."""
     if value is None:
         return []
-    value = without_nulls(_parsed(value, f"a tool call in {where}"))
+    value = _parsed(without_nulls(value), f"a tool call in {where}")
     calls = []
     for call in value if isinstance(value, list) else [value]:
         call = _parsed(call, f"a tool call in {where}")
@@ -254,7 +255,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any, where: str) -> list[Any]:
-    value = without_nulls(_parsed(value, f"tools in {where}"))
+    value = _parsed(without_nulls(value), f"tools in {where}")
     tools = []
     for tool in value if isinstance(value, list) else [value]:
         tool = _parsed(tool, f"tools in {where}")

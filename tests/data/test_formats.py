@@ -513,3 +513,10 @@ def test_nulls_of_arrow_are_removed_at_every_depth(tmp_path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
     read = read_conversations(str(tmp_path / "f.parquet"))
     assert [c.messages[1]["tool_calls"][0]["function"] for c in read] == calls
+    written = '{"name": "f", "arguments": {"a": null}}'
+    for turn in ({"from": "function_call", "value": written}, {"role": "assistant", "tool_calls": written}):
+        call = convert_row({"conversations": [USER, turn]}, "sharegpt")[1]["tool_calls"][0]
+        assert call["function"]["arguments"] == {"a": None}  # not Arrow's
+    row = {"messages": [USER, ANSWER], "tools": [{"name": "f", "x": None}, '{"name": "g", "x": null}']}
+    (read,) = read_conversations(write(tmp_path / "f.jsonl", lines([row])))
+    assert [tool["function"] for tool in read.tools] == [{"name": "f"}, {"name": "g", "x": None}]

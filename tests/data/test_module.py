@@ -432,6 +432,16 @@ def test_the_preview_brackets_the_loss_without_colours(files):
         shown(data, "valid")
 
 
+def test_the_preview_names_the_weights(files):
+    messages = talk("a", "b", "c", "dd", "e", "f")
+    messages[1]["weight"], messages[3]["weight"] = 0.1, 2
+    text = shown(ShadowData(PAIR, files("t.jsonl", messages, talk("a", "b"))))
+    assert "7 supervised (2 with weight 0.1, 3 with weight 2, 2 with weight 1)" in text
+    assert "2 supervised\n" in text
+    text = shown(ShadowData(PAIR, files("t.jsonl", messages), loss_on="last"))
+    assert "2 supervised\n" in text and text.count("⟦") == 2 and "⟦f<|im_end|>⟧" in text
+
+
 def test_the_preview_in_colours(files):
     data = ShadowData(PAIR, files("t.jsonl", talk("a", "b")), predict=files("p.jsonl", talk("a")))
     text = shown(data, force_terminal=True, color_system="standard")

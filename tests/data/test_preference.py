@@ -256,6 +256,14 @@ def test_what_is_cut_loses_both_answers_or_none(pair, tmp_path):
     assert len(data.dataset("train")) == 1
 
 
+def test_parts_of_an_answer_are_not_weighed(pair, tmp_path):
+    row = {"prompt": "1?", "chosen": [says("yes", weight=0.5)], "rejected": [says("no")]}
+    with pytest.raises(DataError, match=r"sample 0 of .* weighs its answer by 'weight', but .* whole answers"):
+        make_data(pair, tmp_path, [row])
+    with pytest.raises(DataError, match=r"data\.loss_on is all, but model\.objective learns from preferences"):
+        make_data(pair, tmp_path, loss_on="all")
+
+
 def test_labels_reach_the_batch(pair, tmp_path):
     rows = [{"prompt": f"{i}?", "completion": "yes" * (i + 1), "label": i % 2 == 0} for i in range(4)]
     data = make_data(pair, tmp_path, rows, "labels", shuffle=False, batch_size=4, max_length=48, overlong="error")

@@ -26,6 +26,7 @@ def path(tmp_path_factory):
     """Ten rows whose answers are letters."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     rows = [{"messages": talk("x" * (1 + i % 3), letter)} for i, letter in enumerate(sorted(LETTERS))]
+    rows[4]["messages"][1]["weight"] = 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -62,6 +63,7 @@ def test_a_window_of_all_rows_gives_the_batches_of_an_epoch(path, options, world
         data(path, stream_window=10, **options), len(whole), world_size=world_size, rank=rank, max_steps=7, accumulate=2
     )
     assert len(whole) > 1 and len(loader) == 14
+    assert world_size == 2 or sum("loss_weights" in batch for batch in whole) == 1
     for one, other in zip(whole, streamed, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)

@@ -95,6 +95,9 @@ def test_an_image_that_the_assistant_shows_carries_no_loss(pairs, tmp_path):
     decode = pair.tokenizer().decode
     assert decode([t for t in sample.labels if t != -100]) == "Hereit is<|im_end|>"
     assert decode(sample.input_ids).count("<image_soft_token>") == sample.num_image_tokens == 4
+    whole = encode(pair.tokenizer(), messages, ImageProcessing(pair), "all")
+    text = decode([t for t in whole.labels if t != -100])
+    assert text.startswith("user\nDraw.<|im_end|>") and "<image_soft_token>" not in text
 
 
 def test_marks_and_prefixes_find_the_same_answers(pairs, tmp_path):
