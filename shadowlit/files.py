@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -101,8 +101,11 @@ def require_writable(folder: Path) -> Path:
     """
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     probe = existing / f".{secrets.token_hex(8)}.partial"
-    probe.mkdir()
-    probe.rmdir()
+    try:
+        probe.mkdir()
+    finally:  # a signal may arrive at any time
+        with suppress(OSError):
+            probe.rmdir()
     return existing
 
 
