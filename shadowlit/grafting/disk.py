@@ -247,7 +247,9 @@ class DiskGraft:
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
         _, *squares = numeric.graft_bfloat16(*stored, raw, scale, room[: raw.size])
-        return (raw.size, *squares, squares[0] / scale**2) if all(map(math.isfinite, squares)) else None
+        if not all(map(math.isfinite, squares)):
+            return None
+        return raw.size, squares[0], squares[1], squares[0] / scale**2
 
     def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float, float]:
         """Rows of the result, written into ``room``: their bytes, and the squared norms that ``_squares`` adds up."""
@@ -300,9 +302,8 @@ class DiskGraft:
             return embedding not in update.shapes or not update.changes(embedding)
         if embedding not in update.shapes:
             return not update.changes(head)
-        both = embedding, head
         return update.shapes[embedding] == update.shapes[head] and all(
-            np.array_equal(*(np.asarray(update.rows(name, *window)) for name in both))
+            np.array_equal(np.asarray(update.rows(embedding, *window)), np.asarray(update.rows(head, *window)))
             for window in row_windows(described(update.shapes)[embedding])
         )
 
