@@ -133,8 +133,8 @@ def repeats_embedding(reader: TensorReader) -> bool | None:
 
     Values are compared, whatever their dtypes, as transformers does before it ties the two.
     """
-    both = head_and_embedding(reader.tensors)
-    if None in both:
+    both = [name for name in head_and_embedding(reader.tensors) if name is not None]
+    if len(both) < 2:
         return None
     head, body = map(reader.info, both)
     if head.shape != body.shape:
@@ -170,7 +170,7 @@ class LayoutReader(TensorReader):
         self.folder, self.tied = reader.folder, reader.tied
         self._reader = reader
         self.ranges: dict[str, list[Range]] = {}  # by name, the parts of `reader` that each tensor consists of
-        self.tensors: dict[str, TensorInfo] = {}  # type: ignore[assignment]
+        self.tensors: dict[str, TensorInfo] = {}
         for key, name in other.keys.items():
             if key in own.keys:
                 self._present(name, own.info(key).shape, own.whole(key))

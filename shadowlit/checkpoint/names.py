@@ -34,6 +34,7 @@ _DOWN_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?A(?
 _BODY = re.compile(r"^((base_model|model|language_model|transformer)\.)+")
 _VISION_BODY = re.compile(r"^(vision_tower)\.vision_model\.")
 _MIXTRAL_EXPERT = re.compile(r"(\.experts\.\d+\.)(w[123])\.")
+_NEOX_HEAD = re.compile(r"^embed_out\.weight$")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 # Experts by canonical keys: one matrix each, or fused, which stacks the rows of one or two matrices of every expert.
@@ -43,7 +44,7 @@ ROWS_OF_FUSED = {GATE_UP: ("gate_proj", "up_proj"), DOWN: (DOWN,)}
 _SINGLE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
-HEAD_KEYS = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
+HEAD_KEYS = ("lm_head.weight", "output.weight", "output_layer.weight")
 """Canonical keys of an output head that may be tied to the embedding."""
 # fmt: off
 EMBEDDING_KEYS = (
@@ -97,9 +98,10 @@ def canonical_key(name: str) -> str:
 
     ``base_model.model.model.layers.0.mlp.up_proj.weight``, ``model.language_model.layers.0.mlp.up_proj.weight`` and
     ``module._orig_mod.model.layers.0.mlp.up_proj.weight`` become ``layers.0.mlp.up_proj.weight``; Mixtral's
-    ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``.
+    ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``, and GPT-NeoX's ``embed_out`` its ``lm_head``.
     """
     key = _VISION_BODY.sub(r"\1.", _BODY.sub("", _WRAPPERS.sub("", name))).replace(".block_sparse_moe.", ".mlp.")
+    key = _NEOX_HEAD.sub(HEAD_KEYS[0], key)
     return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}{_MIXTRAL[match[2]]}.", key)
 
 

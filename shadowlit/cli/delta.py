@@ -19,7 +19,7 @@ from shadowlit.delta.folders import require_same_model
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError, as_usage
-from shadowlit.grafting.disk import DiskGraft, Scale
+from shadowlit.grafting.disk import DiskGraft, Scale, describe_shares
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.grafting.update import zero_update
 from shadowlit.pair.buffers import open_model
@@ -56,6 +56,13 @@ def make(
     if not allow_zero and not any(map(found.changes, found.shapes)):
         raise zero_update(f"{len(found.shapes)} tensors")
     _save(found, out, dtype, shard_size, found.manifest)
+    for name, why in found.without.items():
+        make_console().print(f"delta: left out for want of an update: {name} ({why})")
+    if found.left_out is not None:
+        rest = {part.name: part.square for part in found.left_out.statistics() if part.square}
+        whole = sum(rest.values()) + found.norm() ** 2
+        if shares := {name: math.sqrt(square / whole) for name, square in rest.items()}:
+            make_console().print(f"delta: left out of the update's norm: {describe_shares(shares)}")
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:

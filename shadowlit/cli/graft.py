@@ -11,7 +11,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.delta.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft
+from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft, describe_shares
 from shadowlit.progress import make_console, progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -84,7 +84,7 @@ def write(
     survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
     console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
     if plan.shares:
-        console.print(f"graft: left out of the update's norm: {plan.describe_shares()}")
+        console.print(f"graft: left out of the update's norm: {describe_shares(plan.shares)}")
     if plan.survival < LEAST_SURVIVAL:
         console.print(
             "graft: warning: most of the update is lost. Write float32 (--dtype=float32), or use the update itself: "

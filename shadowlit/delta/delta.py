@@ -67,6 +67,8 @@ class Delta(Update):
         source: Update that it is made of, by which weights are checked and changed tensors found.
     """
 
+    left_out: Delta | None = None  # what a selection has left out of the update that it was made of
+
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, ...]],
@@ -128,7 +130,10 @@ class Delta(Update):
         names = [*update.weights, *update.without]
         chosen = resolve(select, names, linear_on_disk(learned.tensors), "of the update")
         update.require_weights(sorted(chosen))
-        return cls(update.shapes, _as_tensors(update.rows), manifest).only(chosen)
+        whole = cls(update.shapes, _as_tensors(update.rows), manifest)
+        made, rest = whole.only(chosen), update.weights - chosen
+        made.without, made.left_out = update.without, whole.only(rest) if rest else None
+        return made
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:

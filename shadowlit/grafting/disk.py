@@ -87,6 +87,15 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     return frozenset(weights | {name for name in tensors if is_bias(name) and module_of(name) in modules})
 
 
+def describe_shares(shares: Mapping[str, float]) -> str:
+    """Shares of a norm by kind of tensor, the largest first: ``embed_tokens 41.2%, norm (9) 1.3%``."""
+    kinds: dict[str, list[float]] = {}
+    for name, share in shares.items():
+        kinds.setdefault(kind_of(name), []).append(share)
+    norms = sorted(((math.hypot(*found), kind, len(found)) for kind, found in kinds.items()), reverse=True)
+    return ", ".join(f"{kind} ({n}) {share:.1%}" if n > 1 else f"{kind} {share:.1%}" for share, kind, n in norms)
+
+
 class DiskGraft:
     """A graft of checkpoints, checked from their headers and ready to be streamed.
 
@@ -189,14 +198,6 @@ class DiskGraft:
         """
         return 1 - (self._squares[1] / self._squares[0]) ** 0.5 if self._squares[0] else math.nan
 
-    def describe_shares(self) -> str:
-        """The shares of what is left out by kind of tensor, the largest first: ``embed_tokens 41%, norm (9) 1%``."""
-        kinds: dict[str, list[float]] = {}
-        for name, share in self.shares.items():
-            kinds.setdefault(kind_of(name), []).append(share)
-        norms = sorted(((math.hypot(*shares), kind, len(shares)) for kind, shares in kinds.items()), reverse=True)
-        return ", ".join(f"{kind} ({n}) {share:.1%}" if n > 1 else f"{kind} {share:.1%}" for share, kind, n in norms)
-
     def tensors(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Streamed]]:
         """Yield every tensor of the Instruct, grafted where selected, in parts that are computed ahead.
 
@@ -246,7 +247,9 @@ class DiskGraft:
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
         _, *squares = numeric.graft_bfloat16(*stored, raw, scale, room[: raw.size])
-        return (raw.size, *squares, squares[0] / scale**2) if all(map(math.isfinite, squares)) else None
+        if not all(map(math.isfinite, squares)):
+            return None
+        return raw.size, squares[0], squares[1], squares[0] / scale**2
 
     def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float, float]:
         """Rows of the result, written into ``room``: their bytes, and the squared norms that ``_squares`` adds up."""
@@ -299,9 +302,8 @@ class DiskGraft:
             return embedding not in update.shapes or not update.changes(embedding)
         if embedding not in update.shapes:
             return not update.changes(head)
-        both = embedding, head
         return update.shapes[embedding] == update.shapes[head] and all(
-            np.array_equal(*(np.asarray(update.rows(name, *window)) for name in both))
+            np.array_equal(np.asarray(update.rows(embedding, *window)), np.asarray(update.rows(head, *window)))
             for window in row_windows(described(update.shapes)[embedding])
         )
 

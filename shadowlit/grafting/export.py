@@ -30,6 +30,7 @@ from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_name, dty
 from shadowlit.checkpoint.names import is_peft_key
 from shadowlit.errors import ExportError
 from shadowlit.grafting.manifest import MANIFEST_FILE, plain, provenance, write_json
+from shadowlit.pair.buffers import computed_buffers
 from shadowlit.pair.folders import is_image_text, load_config, read_json
 from shadowlit.pair.pair import ModelPair
 
@@ -95,6 +96,7 @@ def export_folder(
     """
     manifest = plain(manifest or {})
     expected = CheckpointReader(instruct_folder).tensors if stored is None else stored
+    computed = computed_buffers(instruct_folder, expected)
     source = files_from or instruct_folder
     with atomic_folder(target, model_bytes(source, expected, dtype, max_shard_bytes)) as folder:
         _copy_files(source, folder)
@@ -104,7 +106,7 @@ def export_folder(
             missing = dict(expected)
             for name, tensor in tensors:
                 _check_tensor(name, tensor, expected, dtype)
-                writer.add(name, tensor)
+                writer.add(name, _as_stored(tensor) if name in computed else tensor)
                 missing.pop(name, None)
             if missing:
                 raise ExportError(
@@ -135,6 +137,17 @@ def require_copyable(source: Path) -> int:
         raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
     read_json("instruct", source / "config.json")
     return sum(path.stat().st_size for path, _ in _files_to_copy(source))
+
+
+def _as_stored(tensor: torch.Tensor | Streamed) -> Streamed:
+    """A buffer whose values are not checked: masks hold infinities."""
+    import torch
+
+    if isinstance(tensor, Streamed):
+        return tensor
+    code = dtype_code(tensor.dtype)
+    assert code is not None
+    return Streamed(code, tuple(tensor.shape), [tensor.contiguous().reshape(-1).view(torch.uint8).numpy()])
 
 
 def export_adapter(

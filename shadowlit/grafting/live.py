@@ -28,7 +28,7 @@ from shadowlit.checkpoint.names import (
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, GraftError
-from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
+from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import coverage, resolve
@@ -112,6 +112,7 @@ class LiveGraft:
         self.apply_s = 0.0  # spent on swapping in and out
         self._busy = False
         self._instruct_reader = instruct
+        require_untied(model)
         parameters = host_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)

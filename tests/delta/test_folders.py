@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.analysis.similarity import similarity
 from shadowlit.checkpoint.folder import CheckpointReader
@@ -18,10 +18,13 @@ from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta
 from shadowlit.delta.folders import graft
 from shadowlit.errors import CheckpointError, GraftError, PairError
+from shadowlit.grafting.export import export_folder
+from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.pair.buffers import computed_buffers
 from shadowlit.pair.check import check_pair
 from shadowlit.pair.pair import ModelPair
+from shadowlit.training.loading import load_for_training
 from tests.tiny import save_pair
 
 WIDTH, ROWS = 8, 40
@@ -174,6 +177,41 @@ def test_buffers_come_from_the_architecture(tmp_path):
     assert computed_buffers(neox, reader.tensors) == stored.keys()
 
 
+def test_an_export_keeps_buffers_with_infinities(tmp_path):
+    """As the graft on disk does, whichever dtype it is written in; infinite weights are still refused."""
+    write_three(tmp_path, "gpt_neox", torch.bfloat16)
+    stored = read(rewrite(tmp_path / "instruct", **buffers("gpt_neox", 1.0)))
+    mask = "gpt_neox.layers.0.attention.masked_bias"
+    for dtype in (None, torch.float16):
+        given = {n: t.to(dtype) if dtype and t.is_floating_point() else t for n, t in stored.items()}
+        export_folder(tmp_path / str(dtype), tmp_path / "instruct", given.items(), dtype)
+        got = read(tmp_path / str(dtype))
+        assert torch.isinf(got[mask]) and all(torch.equal(got[name], tensor) for name, tensor in given.items())
+    stored["embed_out.weight"][0, 0] = float("inf")
+    with pytest.raises(CheckpointError, match=r"'embed_out\.weight' has 1 of 320 values that are NaN or infinite"):
+        export_folder(tmp_path / "broken", tmp_path / "instruct", stored.items())
+
+
+def test_gpt_neox_in_training_is_on_disk(tmp_path):
+    """Whose head transformers 5 calls lm_head, and whose files have masks and frequencies in their layers."""
+    config = AutoConfig.for_model(
+        "gpt_neox", vocab_size=ROWS, hidden_size=WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    for side in SIDES:
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / side)
+        rewrite(tmp_path / side, **buffers("gpt_neox", float(len(side))))
+    base, instruct = (CheckpointReader(tmp_path / side) for side in ("base", "instruct"))
+    options = {"adapter": None, "device": torch.device("cpu"), "mesh": None, "parallelize": lambda model: None}
+    live = LiveGraft(load_for_training(base, config, **options), base, instruct, select="all")
+    ended = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned", dtype=torch.float32)
+    live.model.load_state_dict(ended.state_dict())
+    done = three(tmp_path, select="all")
+    trained, got = dict(live.grafted_tensors()), read(tmp_path / "out")
+    assert trained.keys() == got.keys() and "embed_out.weight" in done.selected
+    assert all(torch.equal(got[name], tensor) for name, tensor in trained.items())
+    assert not torch.equal(got["embed_out.weight"], read(tmp_path / "instruct")["embed_out.weight"])
+
+
 def test_buffers_are_ignored_in_every_room(tmp_path):
     """The pair check, the similarity and the delta as the graft: a model of Llama's kind whose Base stores them."""
     base, instruct = save_pair(tmp_path, "llama")
@@ -273,6 +311,9 @@ def test_a_matrix_that_the_instruct_lacks_is_named(folders, capsys):
     told = capsys.readouterr().out
     assert "trained but left out" in told and "w2" in told
     shares = read_manifest(folders / "out")["survival"]["left_out"]
+    assert main(["delta", "make", *args[:2], str(folders / "delta"), "--select=linear"]) == 0
+    described = capsys.readouterr().out.replace("\n", " ")
+    assert "left out of the update's norm: " in described and f"tok_embeddings {shares[EMBEDDING]:.1%}" in described
     assert 0 < shares[name] < 1 and f"w2 {shares[name]:.1%}" in told
     rewrite(folders / "tuned", **{name: None, "model.layers.0.feed_forward.w2.weight": None})
     with pytest.raises(GraftError, match=r"was not tuned from .*only in the Base: model\.layers\.0\.feed_forward\.w2"):
@@ -340,14 +381,14 @@ def test_adapters_of_one_side_of_a_tied_pair(tmp_path, options):
     tuned = adapter(base, tmp_path / "adapter", **options)
     with pytest.raises(GraftError, match=r"is tied: its embedding .* is its output head as well"):
         graft(base, tuned, instruct, tmp_path / "out", select="all")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tuned)
+    with pytest.raises(GraftError, match=r"are one tensor \(tie_word_embeddings\)"):
+        LiveGraft(model, CheckpointReader(base), CheckpointReader(instruct))
     done = graft(base, tuned, instruct, tmp_path / "linear")
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     side, other = (embedding, head) if "embed_tokens" in str(options) else (head, embedding)
     assert done.coverage.left_out == (side,) and 0 < done.shares[side] < 1
-    merged = AutoModelForCausalLM.from_pretrained(base)
-    start = merged.model.embed_tokens.weight.detach().clone()
-    merged.lm_head.weight = torch.nn.Parameter(start.clone())
-    merged.config.tie_word_embeddings = False
+    start = read(base)[embedding]
     stored = load_file(tuned / "adapter_model.safetensors")
     rewrite(instruct, **{head: read(instruct)[embedding] * 0.5})
     graft(base, tuned, instruct, tmp_path / "untied", select="all")
