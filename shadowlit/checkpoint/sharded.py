@@ -103,7 +103,7 @@ def read_nested(
         alone: As of :func:`read_tensors`.
     """
     index = read_index(folder)
-    values = {name: None for name in index.state_dict_metadata if name.startswith(prefixes)}
+    values: dict[str, Any] = {name: None for name in index.state_dict_metadata if name.startswith(prefixes)}
     values |= {name: make(name, *entry) for name, entry in tensor_entries(index).items() if name in values}
     read_tensors(folder, values, alone=alone)
     return dict(unflatten_state_dict(values, index.planner_data))

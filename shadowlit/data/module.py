@@ -43,7 +43,7 @@ from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError
 from shadowlit.files import replace_text
 
-_Loader = TypeVar("_Loader", ResumableLoader, StreamLoader)
+_Loader = TypeVar("_Loader", bound=ResumableLoader | StreamLoader)
 _GPU_WORKERS = 2  # more would disturb the training process, which launches kernels
 _LOW_FILL = 0.7  # share of tokens in the batches below which the log advises how to reduce padding
 
