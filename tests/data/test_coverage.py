@@ -3,10 +3,12 @@
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from shadowlit.data import template
+from shadowlit.data.module import ShadowData
 from shadowlit.data.template import encode, encode_question, encode_turns
 from shadowlit.errors import DataError
 from tests.data.templates import (
@@ -262,3 +264,47 @@ def test_a_long_conversation_costs_one_more_rendering(monkeypatch):
     assert len(counted) == 0
     encode(tokenizer, talk(*long, "short", "short"))
     assert len(counted) == 1
+
+
+def test_every_set_of_a_data_module_is_checked(tmp_path):
+    """Training in memory and streamed, validation, preferences and prompts; and the remedy in the error works."""
+    calls = [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+             {"from": "observation", "value": "b"}, {"from": "gpt", "value": "c"}]  # fmt: skip
+    reasoned = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [
+        {"type": "reasoning", "value": "hm"}, {"type": "text", "value": "c"}]}]  # fmt: skip
+    rows = {
+        "calls": {"conversations": calls, "tools": json.dumps([TOOL])},
+        "reasoned": {"messages": reasoned},
+        "asked": {"messages": [*reasoned, {"role": "user", "content": "b"}]},
+        "pairs": {"prompt": "a", "chosen": reasoned[1:], "rejected": [{"role": "assistant", "content": "d"}]},
+    }
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    pair = SimpleNamespace(tokenizer=lambda: make_tokenizer(CHATML))
+
+    def read(stage, name, **options):
+        path = str(tmp_path / f"{name}.jsonl")
+        use = {"fit": "train", "validate": "validation", "predict": "predict"}[stage]
+        data = ShadowData(pair, **{"train": path, use: path}, cache=False, **options)
+        data.setup(stage)
+        return data.prompts if stage == "predict" else data.dataset("train" if stage == "fit" else "val/val")
+
+    reasoning = "messages.reasoning_content"
+    for stage, name, ignored, options in (
+        ("fit", "reasoned", [reasoning], {}),
+        ("fit", "reasoned", [reasoning], {"streaming": True}),
+        ("fit", "pairs", [reasoning], {"samples": "pairs"}),
+        ("validate", "reasoned", [reasoning], {}),
+        ("predict", "asked", [reasoning], {}),
+        ("fit", "calls", ["messages.tool_calls", "tools"], {}),
+    ):
+        with pytest.raises(
+            DataError, match=r"^sample 0 of .*\.jsonl \(line 1\) has '.*which the chat template"
+        ) as error:
+            read(stage, name, **options)
+        assert f"add {' and '.join(map(repr, ignored))} to data.ignore_columns" in str(error.value)
+        if name == "calls":  # a turn without its calls would be an empty answer
+            with pytest.raises(DataError, match=r"nothing but tool calls in messages\[1\], which data.ignore_columns"):
+                read(stage, name, ignore_columns=ignored, **options)
+        elif "streaming" not in options:
+            assert len(read(stage, name, ignore_columns=ignored, **options)) == 1
