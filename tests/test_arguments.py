@@ -76,7 +76,7 @@ def test_what_has_its_type_is_passed_on_as_it_is():
     (lambda: ModelPair(3, "instruct"), "pair.base is 3; expected str."),
     (lambda: ModelPair("a", "b", template_owner="c"), "pair.template_owner is c; expected instruct, base."),
     (lambda: ShadowData("base"), "data.pair is 'base'; expected ModelPair."),
-    (lambda: ShadowData(PAIR, train={"a": "b"}), "2 problems with the data:\n  1. data.train has the key"),
+    (lambda: ShadowData(PAIR, train={"path": "a", "b": 1}), "data.train has the key 'b'; expected some of path, "),
     (lambda: GraftCallback(scales=1.0), "graft.scales is 1.0; expected list[float]."),
     (lambda: GraftCallback(scales=["x"]), "graft.scales is ['x']; expected list[float]."),
     (lambda: GraftCallback(transforms="dare"), "graft.transforms is dare; expected list[dict[str, Any]]."),

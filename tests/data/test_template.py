@@ -432,7 +432,7 @@ def test_broken_and_ambiguous_templates_are_told():
     tokenizer = make_tokenizer({"rag": CHATML, "tool_use": CHATML})
     for use in (lambda: check_template(tokenizer, {}), lambda: encode(tokenizer, talk("a", "b"))):
         with pytest.raises(
-            DataError, match=r"has the chat templates rag, tool_use, and none is named default\. Set data"
+            DataError, match=r"has the chat templates rag, tool_use, none of which is the default\. Set data"
         ):
             use()
     assert encode(make_tokenizer({"rag": "", "default": CHATML}), talk("a", "b")) == encode(
