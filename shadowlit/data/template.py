@@ -12,6 +12,8 @@ generate when it is asked. No header is ever searched for. The first of two turn
 The end of the turn is supervised, so that the model learns to stop; what the template writes after it isn't, since it
 is never generated.
 
+Every text of a conversation must be in what the template writes; see :mod:`shadowlit.data.coverage`.
+
 Whatever the template writes between the generation prompt and the answer is supervised too. In Qwen3's hybrid models,
 answers begin with an empty ``<think>⏎⏎</think>⏎⏎``: with ``enable_thinking`` unset the model is trained to write it;
 with ``enable_thinking: false`` it belongs to the generation prompt and is unsupervised. ``preview`` shows it.
@@ -90,10 +92,11 @@ def encode(
 
     Raises:
         RewrittenHistoryError: The template has no marks and renders earlier turns differently from how they were
-            generated (Qwen3 strips their reasoning); :func:`encode_turns` handles this.
-        DataError: The tokenizer has no template or isn't fast, or the template refuses the conversation; images can't
-            be read, have no place in the text, or are given to a pair of text models; a turn that isn't the
-            assistant's has another weight than ``loss_on`` gives it.
+            generated (Qwen3 strips their reasoning), or drops a part of them, or the beginning of an earlier answer
+            merges with its prompt; :func:`encode_turns` handles this.
+        DataError: The tokenizer has no template or isn't fast; the template refuses the conversation or doesn't write
+            all of it; the text can't be tokenised; images can't be read, have no place in the text, or are given to a
+            pair of text models; a turn that isn't the assistant's has another weight than ``loss_on`` gives it.
     """
     chat = Chat.of(tokenizer, template_kwargs)
     messages, images = _with_images(messages, processing)
