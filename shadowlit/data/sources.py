@@ -9,12 +9,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, collect, located
+from shadowlit.data.conversation import Conversation, Skip, collect, each
 from shadowlit.data.custom_formats import CustomFormat, find_format
 from shadowlit.data.files import Row, is_file_of_rows, read_file, stream_file
 from shadowlit.data.formats import (
@@ -60,6 +61,8 @@ def read_conversations(
     prompts_only: bool = False,
     samples: Samples = "conversations",
     strict: bool = True,
+    max_rows: int | None = None,
+    skip: Skip | None = None,
     log: Log = log_message,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
@@ -76,26 +79,32 @@ def read_conversations(
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
             always detected.
         strict: Raise if a column has text that reaches no turn, instead of logging it.
+        max_rows: Number of rows that are read, from the beginning; None for all.
+        skip: Function that receives the message of each malformed row, which is then left out; None raises them.
         log: Function that receives messages about the source, and whether each is a warning.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
             of those are listed. Or there is no such format.
     """
-    rows = read_rows(source, use)
-    if not rows:
+    wrong: list[str] = []
+    rows = read_rows(source, use, max_rows, skip and wrong.append)
+    if not rows and not wrong:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.content for row in rows if isinstance(row.content, dict)), {})
     names = {name for row in rows if isinstance(row.content, dict) for name in row.content}
     reader = _Reader(source, format, dict(columns or {}), ignore, prompts_only, samples)
-    reader.prepare(first, names, log)
-    found = collect(reader.convert, rows)
+    if rows:
+        reader.prepare(first, names, log)
+    found = collect(reader.convert, rows, skip and wrong.append)
+    for message in wrong:
+        skip(message)
     if reader.unread and strict:
         raise DataError(reader.about_unread())
     if reader.unread:
         log(f"data: {reader.about_unread()}", False)
-    return add_next_answers(found) if samples == "labels" and not prompts_only else found
+    return add_next_answers(found) if samples == "labels" and not prompts_only and found else found
 
 
 def stream_conversations(
@@ -105,6 +114,8 @@ def stream_conversations(
     columns: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
     use: str = "train",
+    max_rows: int | None = None,
+    skip: Skip | None = None,
 ) -> Iterator[Conversation]:
     """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
@@ -114,14 +125,13 @@ def stream_conversations(
         DataError: The source can't be read, or the next row is malformed or has text that reaches no turn. Or there is
             no such format.
     """
-    reader: _Reader | None = None
-    for row in stream_rows(source, use):
-        if reader is None:
-            first = row.content if isinstance(row.content, dict) else {}
-            reader = _Reader(source, format, dict(columns or {}), ignore)
-            reader.prepare(first, set(first), lambda text, is_warning: None)
-        with located(row):
-            conversation = reader.convert(row)
+    rows = stream_rows(source, use, max_rows, skip)
+    if (first := next(rows, None)) is None:
+        return
+    reader = _Reader(source, format, dict(columns or {}), ignore)
+    columns_of_first = first.content if isinstance(first.content, dict) else {}
+    reader.prepare(columns_of_first, set(columns_of_first), lambda text, is_warning: None)
+    for conversation in each(reader.convert, chain([first], rows), skip):
         if reader.unread:
             raise DataError(reader.about_unread())
         yield conversation
@@ -261,24 +271,28 @@ def is_remote(source: str) -> bool:
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
 
 
-def read_rows(source: str, use: str) -> list[Row]:
-    """Read all rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def read_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> list[Row]:
+    """Read all rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be read, or lines are broken JSON.
     """
     path = Path(source).expanduser()
-    return read_file(source, path) if path.is_file() else list(_rows_of(source, use, streaming=False))
+    if path.is_file():
+        return read_file(source, path, max_rows, skip)
+    return list(islice(_rows_of(source, use, streaming=False), max_rows))
 
 
-def stream_rows(source: str, use: str) -> Iterator[Row]:
-    """Yield the rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def stream_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> Iterator[Row]:
+    """Yield the rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be streamed, or a line is broken JSON.
     """
     path = Path(source).expanduser()
-    return stream_file(source, path) if path.is_file() else _rows_of(source, use, streaming=True)
+    if path.is_file():
+        return stream_file(source, path, max_rows, skip)
+    return islice(_rows_of(source, use, streaming=True), max_rows)
 
 
 def _rows_of(source: str, use: str, streaming: bool) -> Iterator[Row]:

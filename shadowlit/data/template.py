@@ -121,7 +121,7 @@ def encode(
     asked = [start for (start, _), factor in zip(spans, factors, strict=True) if factor and not rest]
     # With several spans per turn, some begin within it.
     input_ids, places = _tokenise_asked(tokenizer, text, asked if len(asked) == len(trained) else [])
-    weights = [0.0, *[rest] * (len(input_ids) - 1)]
+    weights = [0.0, *[rest] * len(input_ids)][: len(input_ids)]
     for span, factor in zip(spans, factors, strict=True):
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
@@ -344,8 +344,9 @@ def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[
             other = "assistant" if rest else "all"
             what = "every other turn than the assistant's with weight 1" if rest else "the assistant's turns only"
             raise DataError(
-                f"has the weight {weight:g} ('train' or 'weight') on a turn of the role {message['role']} (message "
-                f"{i}), but data.loss_on={loss_on} trains {what}. Remove it, or set data.loss_on={other}."
+                f"has the weight {weight:g} ('train', 'weight' or 'loss_weight') on a turn of the role "
+                f"{message['role']} (message {i}), but data.loss_on={loss_on} trains {what}. Remove it (e.g. "
+                f"data.ignore_columns=['*.loss_weight']), or set data.loss_on={other}."
             )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     left_out = turns[:-1] if loss_on == "last" else []

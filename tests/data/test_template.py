@@ -426,6 +426,20 @@ def test_template_arguments_are_checked():
         check_template(make_tokenizer(CHATML), {"enable_thinking": False})
 
 
+def test_broken_and_ambiguous_templates_are_told():
+    with pytest.raises(DataError, match=r"is no jinja template: .*'oops'.* in line 2\. Correct it"):
+        check_template(make_tokenizer("{# #}\n{% oops %}"), {})
+    tokenizer = make_tokenizer({"rag": CHATML, "tool_use": CHATML})
+    for use in (lambda: check_template(tokenizer, {}), lambda: encode(tokenizer, talk("a", "b"))):
+        with pytest.raises(
+            DataError, match=r"has the chat templates rag, tool_use, none of which is the default\. Set data"
+        ):
+            use()
+    assert encode(make_tokenizer({"rag": "", "default": CHATML}), talk("a", "b")) == encode(
+        make_tokenizer(CHATML), talk("a", "b")
+    )
+
+
 def test_template_files(tmp_path):
     good, bad = tmp_path / "good.jinja", tmp_path / "bad.jinja"
     good.write_text(CHATML)
