@@ -136,10 +136,10 @@ def _join(blocks: list[Block]) -> Block:
 
     if len(blocks) == 1:
         return blocks[0]
-    columns = {
+    columns: dict[str, Any] = {
         name: np.concatenate([getattr(one, name) for one in blocks]) for name in ("tokens", "supervised", *_COLUMNS)
     }
-    lists = {}
+    lists: dict[str, Any] = {}
     for name in _LISTS:
         given = [getattr(one, name) for one in blocks]
         if any(values is not None for values in given):
@@ -225,10 +225,10 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
-    flat = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
-    columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
+    columns: dict[str, Any] = {name: batch.column(name).to_numpy() for name in _COLUMNS}
     lists = {name: batch.column(name) for name in _LISTS if len(batch.column(name).values)}
-    return Block(*flat, **columns, **lists)
+    flat = {"tokens": tokens.values, "supervised": supervised.values, "ends": tokens.offsets}
+    return Block(**{name: values.to_numpy() for name, values in flat.items()}, **columns, **lists)
 
 
 def _as_arrow(name: str, lists: list[list[Any]]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -368,7 +368,7 @@ def tokenise(
     if len(conversations) < _WORTH_FORKING:
         num_processes = 1
 
-    def parts() -> Iterator[Block]:
+    def parts() -> Generator[Block, None, None]:
         work = _Tokeniser(encode, max_length, overlong, drop_unsupervised).tokenise
         with _no_tokenizer_threads(num_processes > 1), closing(by_processes(work, chunks, num_processes)) as done:
             for chunk, part in zip(chunks, done, strict=True):

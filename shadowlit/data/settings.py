@@ -301,7 +301,7 @@ def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
     """The source that a user gave, as far as it can be used, and what is wrong with it."""
     if isinstance(given, str | os.PathLike):
         given = {"path": given}
-    values = dict(given) if isinstance(given, Mapping) else {name: getattr(given, name, None) for name in _FIELDS}
+    values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else vars(given).copy()
     if isinstance(values.get("path"), os.PathLike):
         values["path"] = os.fspath(values["path"])
     kinds, wrong = typing.get_type_hints(Source), []

@@ -97,8 +97,9 @@ def read_conversations(
     if rows:
         reader.prepare(first, names, log)
     found = collect(reader.convert, rows, skip and wrong.append)
-    for message in wrong:
-        skip(message)
+    if skip is not None:
+        for message in wrong:
+            skip(message)
     if reader.unread and strict:
         raise DataError(reader.about_unread())
     if reader.unread:
