@@ -304,6 +304,10 @@ def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
     values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else vars(given).copy()
     if isinstance(values.get("path"), os.PathLike):
         values["path"] = os.fspath(values["path"])
+    if "path" not in values:
+        others = ", ".join(name for name in _FIELDS if name != "path")
+        problem = f"{key} is {given!r}; expected a path, or a mapping of path and any of {others}. Add the path."
+        return Source(""), [problem]
     kinds, wrong = typing.get_type_hints(Source), []
     for name in [name for name in values if name not in _FIELDS]:
         near = difflib.get_close_matches(str(name), _FIELDS, n=1)
@@ -318,8 +322,6 @@ def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
             null = "" if name == "path" else ", or null"
             wrong.append(f"{key}.{name} is {value!r}; expected {_EXPECTED[name]}{null}.")
             del values[name]
-    if "path" not in values and not any(one.startswith(f"{key}.path ") for one in wrong):
-        wrong.append(f"{key} has no path; expected {_EXPECTED['path']}. Add it.")
     if values.get("format") is not None:
         wrong += _problems_of_format(values["format"], f"{key}.format")
     return Source(**{"path": "", **values}), wrong

@@ -255,7 +255,7 @@ def test_every_source_is_read_by_its_own_settings(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"train": ["a", {"path": "b", "wieght": 1}]}, r"data\.train\[1\] has the key 'wieght'; .*Did you mean weight\?"),
-    ({"train": ["a", {"weight": 1}]}, r"data\.train\[1\] has no path; expected a path"),
+    ({"train": ["a", {"weight": 1}]}, r"data\.train\[1\] is \{'weight': 1\}; expected a path, or a mapping"),
     ({"train": {"path": "b", "weight": 0}}, r"data\.train\.weight is 0; expected a number above 0, or null\."),
     ({"train": {"path": "b", "weight": "much"}}, r"data\.train\.weight is 'much'; expected a number above 0"),
     ({"train": {"path": "b", "weight": float("nan")}}, r"data\.train\.weight is nan; expected"),
