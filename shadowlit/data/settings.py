@@ -193,7 +193,7 @@ class DataSettings:
         self.train = [] if self.train is None else self.train if isinstance(self.train, list) else [self.train]
         keys = ["data.train"] if len(self.train) == 1 else [f"data.train[{i}]" for i in range(len(self.train))]
         self.train_sources = [self._source(*each) for each in zip(self.train, keys, strict=True)]
-        self.validation, self.test = _by_name(self.validation, "val"), _by_name(self.test, "test")
+        self.validation, self.test = sets_by_name(self.validation, "val"), sets_by_name(self.test, "test")
         self.validation_sets = {n: self._source(one, f"data.validation.{n}") for n, one in self.validation.items()}
         self.test_sets = {name: self._source(one, f"data.test.{name}") for name, one in self.test.items()}
         self.predict_source = None if self.predict is None else self._source(self.predict, "data.predict")
@@ -288,8 +288,8 @@ class DataSettings:
             )
 
 
-def _by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, Given]:
-    """Sources by the names of their sets; a single source is named ``name``."""
+def sets_by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, Given]:
+    """The sources that a user gave, by the names of their sets; a single one is named ``name``."""
     if sets is None:
         return {}
     if isinstance(sets, Mapping) and not ("path" in sets and sets.keys() <= set(_FIELDS)):

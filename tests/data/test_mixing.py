@@ -305,6 +305,16 @@ def test_wrong_rows_are_an_error_or_are_left_out_and_listed(folder, tmp_path, ca
         strict.setup("fit")
 
 
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "stream_window": 5}])
+def test_the_first_row_may_be_a_wrong_one(tmp_path, options):
+    rows = [{"version": 2}, [1], {"messages": talk("?", "a")}, {"messages": talk("?", "b")}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = make(tmp_path / "x.jsonl", on_bad_row="skip", **options).dataset("train")
+    assert len(found) == 2 and found.origin(0).endswith("x.jsonl (line 3)")
+    with pytest.raises(DataError, match="version"):
+        make(tmp_path / "x.jsonl", **options)
+
+
 def test_nothing_but_wrong_rows_is_an_error(tmp_path):
     (tmp_path / "x.jsonl").write_text('{\n{"messages": []}\n')
     with pytest.raises(
