@@ -20,6 +20,7 @@ from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
@@ -28,6 +29,7 @@ from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
+from shadowlit.checkpoint.saved import find_whole, read_rest
 from shadowlit.data.custom_formats import format_names
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
@@ -35,6 +37,7 @@ from shadowlit.delta.registry import transform_names
 from shadowlit.errors import ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
+from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
 from shadowlit.parser import Known, ShortErrors
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
@@ -69,12 +72,15 @@ class ShadowTrainer(Trainer):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved."""
+    """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved.
+
+    Secrets are masked, in what the export repeats of it too.
+    """
 
     def __init__(
         self, parser: LightningArgumentParser, config: Namespace, class_path: str | None = None, **kwargs: Any
     ) -> None:
-        config = config.clone()
+        config = _without_secrets(config)
         if class_path is not None:
             config["model.class_path"] = class_path
         super().__init__(parser, config, **kwargs)
@@ -85,6 +91,16 @@ class SaveConfig(SaveConfigCallback):
             if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
                 self.config_filename = unused(run_folder(trainer) / "config.yaml").name
             super().setup(trainer, pl_module, stage)
+
+
+def _without_secrets(value: Any, secret: bool = False) -> Any:
+    """A copy of a parsed configuration in which secrets are masked."""
+    if isinstance(value, Namespace):
+        parts = {name: _without_secrets(each, secret or is_secret(name)) for name, each in vars(value).items()}
+        return Namespace(**parts)
+    if isinstance(value, list):
+        return [_without_secrets(each, secret) for each in value]
+    return masked(value, secret)
 
 
 def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: str = "a class") -> Known:
@@ -155,6 +171,12 @@ class ShadowCLI(LightningCLI):
                 _require_own(stop)
             raise
         config = self.config[self.config["subcommand"]]
+        if masks := masks_in(config.as_dict()):
+            with as_usage():
+                raise ShadowlitError(
+                    f"{', '.join(masks)} is {MASK}, which is written instead of a secret; expected the secret. Give it "
+                    "on the command line, or leave the key out if the service reads an environment variable."
+                )
         strategy = config["trainer"]["strategy"]
         if isinstance(strategy, str) and strategy not in ShadowParser.known["trainer.strategy"].names():
             self._subcommand_parsers[self.config["subcommand"]].error(
@@ -204,6 +226,9 @@ class ShadowCLI(LightningCLI):
         """Lightning's own, and ``preview``."""
         return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
 
+    def _parse_ckpt_path(self) -> None:
+        """Let no hyperparameters in a checkpoint override the configuration, which Lightning reads here."""
+
     def instantiate_classes(self) -> None:
         """Create the trainer, the model and the data; what is wrong with a setting is an error of usage."""
         with as_usage():
@@ -213,6 +238,19 @@ class ShadowCLI(LightningCLI):
                 self._raise_named(error)
             if "callback_metrics" not in vars(self.model):
                 raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Verify ``ckpt_path`` before anything is loaded; of several processes each looks at names and sizes alone."""
+        options = self.config_init[self.subcommand]
+        path = options.get("ckpt_path")
+        if path is None or path in ("best", "last", "hpc"):
+            return
+        resumes, alone = self.subcommand == "fit", self.trainer.world_size == 1
+        path = find_whole(path, resumes=resumes, contents=alone)
+        options["ckpt_path"] = str(path)
+        if "hyper_parameters" in read_rest(path):
+            rank_zero_warn(f"{path} holds hyper_parameters, which are not used: the configuration decides.")
 
     def _raise_named(self, error: BaseException) -> NoReturn:
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""

@@ -225,10 +225,10 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
-    columns: dict[str, Any] = {name: batch.column(name).to_numpy() for name in _COLUMNS}
+    columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
     lists = {name: batch.column(name) for name in _LISTS if len(batch.column(name).values)}
-    flat = {"tokens": tokens.values, "supervised": supervised.values, "ends": tokens.offsets}
-    return Block(**{name: values.to_numpy() for name, values in flat.items()}, **columns, **lists)
+    flat, marks, ends = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
+    return Block(flat, marks, ends, **columns, **lists)
 
 
 def _as_arrow(name: str, lists: list[list[Any]]) -> Any:

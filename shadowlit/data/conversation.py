@@ -17,6 +17,10 @@ MAX_SHOWN = 5
 """How many problems of one kind a message lists; it counts the rest."""
 
 
+class FatalDataError(DataError):
+    """An error that would recur in every row and take its time in each, so that it is raised at once."""
+
+
 @dataclass(frozen=True)
 class Conversation:
     """The messages of one row, and where they came from.
@@ -62,14 +66,14 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], skip: Skip | None
         skip: Function that receives the message of an item that fails, which is then left out; None raises it.
 
     Raises:
-        DataError: An item fails, and ``skip`` is None.
+        DataError: An item fails, and ``skip`` is None or the error is fatal.
     """
     for item in items:
         try:
             with located(item):
                 result = function(item)
         except DataError as error:
-            if skip is None:
+            if skip is None or isinstance(error, FatalDataError):
                 raise
             skip(str(error))
             continue
@@ -110,9 +114,11 @@ def some_of(messages: Sequence[str]) -> str:
 
 @contextmanager
 def gathered(errors: list[str]) -> Iterator[None]:
-    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`."""
+    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`, unless one is fatal."""
     try:
         yield
+    except FatalDataError:
+        raise
     except DataError as error:
         errors.append(str(error))
 
@@ -123,7 +129,7 @@ def located(origin: object) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{origin} {error}") from None
+        raise type(error)(f"{origin} {error}") from None
 
 
 def place(source: str, row: int, line: int | None) -> str:

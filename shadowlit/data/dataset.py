@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from shadowlit.checkpoint.workers import by_processes
 from shadowlit.data.blocks import Block, BlockBuilder, joined, read_blocks, require_storable
-from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect, located, place, raise_all
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation, FatalDataError, collect, located, place, raise_all
 from shadowlit.data.images import ImageSource
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
@@ -280,6 +280,8 @@ class _Tokeniser:
             try:
                 with located(conversation):
                     groups = self._groups(conversation)
+            except FatalDataError:
+                raise
             except DataError as error:
                 part.wrong.append((conversation.source_index, str(error)))
                 continue

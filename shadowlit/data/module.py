@@ -43,7 +43,7 @@ from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError
 from shadowlit.files import replace_text
 
-_Loader = TypeVar("_Loader", ResumableLoader, StreamLoader)
+_Loader = TypeVar("_Loader", bound=ResumableLoader | StreamLoader)
 _GPU_WORKERS = 2  # more would disturb the training process, which launches kernels
 _LOW_FILL = 0.7  # share of tokens in the batches below which the log advises how to reduce padding
 
@@ -242,8 +242,13 @@ class ShadowData(DataSettings, LightningDataModule):
         return {**loader.state_dict(), "order": self._order_of(loader)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Make the next training loader resume from the position in a checkpoint."""
+        """Make the training loader resume from the position in a checkpoint: the next one, or the one that exists."""
         self._resume = state_dict or None
+        # A strategy that restores after its setup does so when the number of steps was estimated with a loader.
+        if self.trainer is not None and self.trainer.strategy.restore_checkpoint_after_setup:
+            loader = self.trainer.train_dataloader
+            if isinstance(loader, ResumableLoader | StreamLoader):
+                self._resumed(loader)
 
     def trained_tokens(self, epochs: float) -> float:
         """Tokens, over all ranks, that a training of ``epochs`` epochs has seen; of a stream those of this training."""

@@ -28,6 +28,7 @@ from shadowlit.data.formats import (
     texts_in,
     unread_text,
     without_ignored,
+    without_ignored_fields,
 )
 from shadowlit.data.images import locate
 from shadowlit.data.preference_formats import (
@@ -209,8 +210,16 @@ class _Reader:
         else:
             messages = convert_row(columns, self.format, prompts_only=self.prompts_only)
             self._note_unread(row, columns, self._read, messages)
-        messages, tools = read_tools(columns if self._custom is None else {}, locate(messages, self._folder))
+        messages, tools = self._finish(columns if self._custom is None else {}, locate(messages, self._folder))
         return Conversation(messages, row.source, row.index, row.line, tools)
+
+    def _finish(self, columns: Mapping[str, Any], messages: list[Message]) -> tuple[list[Message], list[Any] | None]:
+        """The messages as the chat template sees them, and the tools."""
+        messages, tools = read_tools(columns, messages)
+        if self.ignore:
+            messages = without_ignored_fields(messages, self.ignore)
+            tools = without_ignored({"tools": tools}, self.ignore).get("tools")
+        return messages, tools
 
     def about_unread(self) -> str:
         """What is wrong with the columns that aren't read."""
@@ -233,8 +242,8 @@ class _Reader:
             messages, other = prompt + answer, prompt
         if self._custom is None:
             self._note_unread(row, columns, read, [*messages, *other])
-        messages, tools = read_tools(columns, messages)
-        other, _ = read_tools({}, other)
+        messages, tools = self._finish(columns, messages)
+        other, _ = self._finish({}, other)
         return Conversation(messages, row.source, row.index, row.line, tools, other=other, desirable=label)
 
     def _note_unread(self, row: Row, columns: dict[str, Any], read: set[str], messages: Sequence[Message]) -> None:

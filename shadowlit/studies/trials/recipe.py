@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from shadowlit.errors import DataError
+from shadowlit.masking import masked
 from shadowlit.studies.rows import UNTOUCHED_TRIAL
 from shadowlit.studies.trials.process import Job
 
@@ -69,10 +70,10 @@ class Recipe:
         return Job(UNTOUCHED_TRIAL, ("validate", *arguments))
 
     def identity(self) -> dict[str, Any]:
-        """Everything but the pair that must not change within a study."""
+        """Everything but the pair that must not change within a study; it is written, so secrets are masked."""
         found = {
             "config": hashlib.sha256(self.config.read_bytes()).hexdigest(),
-            "overrides": dict(self.overrides),
+            "overrides": masked(self.overrides),
             "scales": list(self.scales),
             "task_scales": list(self.task_scales),
         }
