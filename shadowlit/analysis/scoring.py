@@ -103,7 +103,7 @@ def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path) -> ShadowDat
     sources = {
         name: {**source, "path": located(source["path"], folder)}
         if isinstance(source, dict)
-        else located(source, folder)
+        else located(str(source), folder)
         for name, source in sets_by_name(validation, "val").items()
     }
     data = ShadowData(pair, validation=sources, **settings)

@@ -127,7 +127,7 @@ class DataReport:
         """What was changed or left out, e.g. ``3 truncated, 1 dropped``; empty if nothing was."""
         counts = (
             ("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped),
-            ("rows skipped", len(self.skipped)),
+            ("row skipped" if len(self.skipped) == 1 else "rows skipped", len(self.skipped)),
         )  # fmt: skip
         return ", ".join(f"{count:,} {what}" for what, count in counts if count)
 

@@ -288,7 +288,8 @@ class ShadowData(DataSettings, LightningDataModule):
         """Log what a set and its sources contain, and list the rows that are left out."""
         rank_zero_info(f"data: {report}")
         for source in report.sources:
-            rank_zero_info(f"data: {report.name} from {source}")
+            share = 100 * source.samples_per_epoch / report.samples_per_epoch
+            rank_zero_info(f"data: {share:.1f} % of {report.name} from {source}")
         if report.skipped:
             rank_zero_warn(
                 f"data: {report.name} lacks {len(report.skipped):,} of {report.num_rows:,} rows, which are wrong and "

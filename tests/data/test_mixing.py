@@ -248,6 +248,7 @@ def test_every_source_is_read_by_its_own_settings(tmp_path):
     assert epochs(data, 1) == ["ab"]
     with pytest.raises(DataError, match="id"):
         make([tmp_path / "one.jsonl", {**two, "ignore_columns": []}], ignore_columns=["id"])
+    assert ShadowData(PAIR, validation={"path": "x", "max_rows": 3}).validation_sets["val"].max_rows == 3
     held_out = ShadowData(PAIR, validation={"v": two}, test=two, predict=two, ignore_columns=["id"], cache=False)
     held_out.setup(None)
     assert [len(held_out.dataset(name)) for name in ("v", "test")] == [1, 1] and len(held_out.prompts) == 1
