@@ -273,8 +273,7 @@ class ShadowModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
-        if self._trainer is not None:
-            take_over(self.trainer)
+        take_over(self.trainer)
         self._sums = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
