@@ -188,6 +188,8 @@ def _agreed_problem(path: Path, resumes: bool, contents: bool) -> CheckpointErro
         _verify(path, _stamp(path), share if contents else None, resumes)
     except CheckpointError as error:
         own = [(isinstance(error, DamagedError), str(error))]
+    except OSError as error:
+        own = [(False, f"{path} can't be read ({first_line(error)}). Give a checkpoint that this user may read.")]
     found = of_all_ranks(own)
     return (DamagedError if found[0][0] else CheckpointError)(found[0][1]) if found else None
 

@@ -6,7 +6,7 @@ rank takes its part of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -36,7 +36,7 @@ from shadowlit.checkpoint.sharded import INDEX, read_nested
 from shadowlit.distributed import local, of_all_ranks, place, reshard_all, whole
 from shadowlit.errors import CheckpointError
 from shadowlit.files import partial_path, remove, sync
-from shadowlit.training.optimizer import by_name
+from shadowlit.training.optimizer import by_name, keep_names
 
 
 def take_over(trainer: Trainer) -> None:
@@ -49,6 +49,13 @@ def take_over(trainer: Trainer) -> None:
         strategy.checkpoint_io = Checkpoints(trainer)
     if type(strategy) is ModelParallelStrategy:
         strategy.__class__ = ShardedStrategy  # the same object with other methods: Lightning offers no hook for it
+
+
+def name_states(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Let the states of a module's optimizers name their parameters."""
+    reshard_all(module)
+    for optimizer in optimizers:
+        keep_names(optimizer, module.named_parameters())
 
 
 class Checkpoints(TorchCheckpointIO):
@@ -109,6 +116,12 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_restore_optimizer(self) -> bool:
         """True, as for other strategies."""
         return True
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizers, whose states name their parameters."""
+        super().setup_optimizers(trainer)
+        assert self.lightning_module is not None
+        name_states(self.optimizers, self.lightning_module)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a folder of shards with a manifest, or one file where the strategy doesn't save distributed.
