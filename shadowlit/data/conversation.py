@@ -22,10 +22,12 @@ class Conversation:
     """The messages of one row, and where they came from.
 
     Attributes:
-        messages: ``{"role", "content", …}`` in order.
+        messages: ``{"role", "content", …}`` in order. ``weight`` is the factor of a turn's loss, at least 0, and 1
+            where it is missing; every other key is for the chat template.
         source: The file or hub data set, as the user named it.
         row: 0-based index in the source.
         line: 1-based line of a JSONL file, else None.
+        tools: Definitions of the tools that the assistant may call, as the chat template takes them.
         other: The conversation with the second answer of a preference sample, else None.
         desirable: The label of a labelled answer, else None.
     """
@@ -34,6 +36,7 @@ class Conversation:
     source: str
     row: int
     line: int | None = None
+    tools: list[Any] | None = None
     other: list[Message] | None = None
     desirable: bool | None = None
 

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 
 from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect, place
-from shadowlit.data.formats import Message
 from shadowlit.data.images import ImageSource
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
@@ -87,7 +86,8 @@ class DataReport:
 class TokenDataset(Dataset):
     """Samples ``{"input_ids": list[int], "labels": list[int]}``; labels of unsupervised tokens are -100.
 
-    A sample with images also has ``images``, which are not opened yet, and ``origin``, its place in the source.
+    A sample with images also has ``images``, which are not opened yet, and ``origin``, its place in the source. One
+    whose supervised tokens don't all have weight 1 has ``loss_weights``, a list of floats.
     ``dataset[-1]`` is the last sample, ``dataset[(17, 4)]`` a list of the two samples of a pack, and
     ``dataset[FILLER]`` the filler: two unsupervised tokens.
 
@@ -118,8 +118,11 @@ class TokenDataset(Dataset):
         block, i = self._find(index)
         span = slice(block.ends[i], block.ends[i + 1])
         tokens = block.tokens[span]
-        labels = np.where(block.supervised[span], tokens, IGNORE_INDEX).tolist()
+        supervised = block.supervised[span]
+        labels = np.where(supervised, tokens, IGNORE_INDEX).tolist()
         sample: dict[str, Any] = {"input_ids": tokens.tolist(), "labels": labels}
+        if block.weights is not None and (weights := block.weights[i].as_py()):
+            sample["loss_weights"] = np.array([0.0, *weights])[supervised].tolist()
         if block.images is not None and (images := block.images[i].as_py()):
             sample |= {"images": [ImageSource.unpack(image) for image in images], "origin": self.origin(index)}
         return sample
@@ -199,7 +202,7 @@ class PromptDataset(Dataset):
 def tokenise(
     name: str,
     conversations: Iterable[Conversation],
-    encode: Callable[[list[Message]], list[Encoded]],
+    encode: Callable[[Conversation], list[Encoded]],
     *,
     max_length: int,
     filler_token: int,
@@ -212,7 +215,7 @@ def tokenise(
     Args:
         name: Name of the set.
         conversations: Conversations that were read.
-        encode: Function that turns the messages of a conversation into samples.
+        encode: Function that turns a conversation into samples.
         max_length: Maximum length of a sample, in tokens.
         filler_token: As in :class:`TokenDataset`.
         overlong: Treatment of longer samples: an error, truncation, or dropping.
@@ -230,10 +233,10 @@ def tokenise(
 
     def add(conversation: Conversation) -> None:
         report.num_rows += 1
-        samples = encode(conversation.messages) or [Encoded([], [])]  # none where no turn is supervised
+        samples = encode(conversation) or [Encoded([], [])]  # none where no turn is supervised
         groups = [[sample] for sample in samples]
         if conversation.other is not None:
-            groups = [_both(samples, encode(conversation.other))]
+            groups = [_both(samples, encode(replace(conversation, messages=conversation.other)))]
         report.num_split += len(groups) > 1
         for group in groups:
             fitted = _fit_all(group, max_length, overlong, drop_unsupervised, conversation.desirable is not None)
@@ -258,7 +261,7 @@ def tokenise(
 def tokenise_prompts(
     name: str,
     conversations: Iterable[Conversation],
-    encode: Callable[[list[Message]], Encoded],
+    encode: Callable[[Conversation], Encoded],
     *,
     max_length: int,
     filler_token: int,
@@ -271,7 +274,7 @@ def tokenise_prompts(
     origins = list(conversations)
 
     def fitting(conversation: Conversation) -> Encoded:
-        prompt = encode(conversation.messages)
+        prompt = encode(conversation)
         if len(prompt.input_ids) > max_length:
             raise DataError(f"has a prompt of {len(prompt.input_ids)} tokens. Raise data.max_length={max_length}.")
         return prompt
@@ -288,6 +291,11 @@ def _num_supervised(sample: Encoded) -> int:
 
 def _both(first: list[Encoded], second: list[Encoded]) -> list[Encoded]:
     """The two sequences of a preference sample."""
+    if any(sample.weights is not None for sample in (*first, *second)):
+        raise DataError(
+            "weighs its answer by 'weight', but an objective of preferences compares whole answers, and can't weigh "
+            "their parts. Remove 'weight'; 0, which leaves a turn out of the answer, is possible."
+        )
     if len(first) != 1 or len(second) != 1:
         raise DataError(
             "has an answer of several turns, and the chat template renders earlier turns differently once later ones "
@@ -335,7 +343,12 @@ def _fit(sample: Encoded, max_length: int, overlong: Overlong, drop_unsupervised
                 f"ends at token {sample.images_end}, and {max_length} fit. Raise data.max_length={max_length}, give "
                 "fewer or smaller images, or set data.overlong=drop."
             )
-        fitted = replace(sample, input_ids=sample.input_ids[:max_length], labels=sample.labels[:max_length])
+        fitted = replace(
+            sample,
+            input_ids=sample.input_ids[:max_length],
+            labels=sample.labels[:max_length],
+            weights=None if sample.weights is None else sample.weights[:max_length],
+        )
     if _num_supervised(fitted):
         return fitted
     if drop_unsupervised:

@@ -47,7 +47,7 @@ warnings.filterwarnings("ignore", message=r"Your `IterableDataset` has `__len__`
 
 
 class ShadowData(DataSettings, LightningDataModule):
-    """Conversations in the Instruct's chat template, supervised on the assistant's turns; or plain text.
+    """Conversations in the Instruct's chat template, by default supervised on the assistant's turns; or plain text.
 
     A source is a ``.json``, ``.jsonl`` or ``.parquet`` file, a folder that ``datasets`` can read, or a data set on
     the hub: ``org/name[/config][@revision][:split]``. Without ``:split`` the only split is read, or else the one named
@@ -57,7 +57,7 @@ class ShadowData(DataSettings, LightningDataModule):
 
     One process per machine reads and tokenises what a command needs, and stores it in an Arrow file under a key of
     everything that the tokens depend on: the content of the sources, the settings, the tokenizer with its template, and
-    the code. Later starts map that file into memory. It takes five bytes per token and 45 per sample on disk. The first
+    the code. Later starts map that file into memory. It takes five bytes per token and 50 per sample on disk. The first
     start holds the sources in memory.
 
     The module needs ``trainer.use_distributed_sampler: false``: its loaders shard by themselves, without duplicates and

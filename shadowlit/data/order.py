@@ -109,7 +109,7 @@ def describe_epochs(settings: DataSettings, sampler: ShardedBatchSampler) -> dic
         order |= {"packing": settings.packing, "pack_length": settings.row_capacity}
     if settings.group_by_length:
         order["group_by_length"] = True
-    return order
+    return {**order, **_trained_turns(settings)}
 
 
 def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
@@ -123,7 +123,13 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
         "global_batch_size": world_size * settings.batch_size,
         "pack_length": settings.row_capacity,
         **{name: getattr(settings, name) for name in same},
+        **_trained_turns(settings),
     }
+
+
+def _trained_turns(settings: DataSettings) -> dict[str, Any]:
+    """What is trained, where it isn't the default, which checkpoints of earlier versions don't name."""
+    return {} if settings.loss_on == "assistant" else {"loss_on": settings.loss_on}
 
 
 def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[str, int]) -> None:

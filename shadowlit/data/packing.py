@@ -132,21 +132,29 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return pack_of
 
 
-def pack_samples(samples: Sequence[dict[str, list[int]]]) -> dict[str, list[int]]:
+def pack_samples(samples: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     """Concatenate samples into a row of ``input_ids``, ``labels`` and ``position_ids``, which restart at each sample.
 
     The restarts separate the samples in attention. The first token of a sample is unsupervised, since it would be
-    predicted from another sample. Two samples of three and two tokens::
+    predicted from another sample. ``loss_weights`` are those of the samples, if any has some. Two samples of three and
+    two tokens::
 
         input_ids        7    8    9    5    6
         labels         -100   8    9  -100   6
         position_ids     0    1    2    0    1
     """
-    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    row: dict[str, list[Any]] = {"input_ids": [], "labels": [], "position_ids": []}
     for sample in samples:
         begin = len(row["labels"])
         row["input_ids"] += sample["input_ids"]
         row["labels"] += sample["labels"]
         row["labels"][begin] = IGNORE_INDEX
         row["position_ids"] += range(len(sample["input_ids"]))
+    if any("loss_weights" in sample for sample in samples):
+        row["loss_weights"] = [weight for sample in samples for weight in loss_weights(sample)]
     return row
+
+
+def loss_weights(sample: dict[str, list[Any]]) -> list[float]:
+    """The factors of a sample's losses; those of unsupervised tokens have no effect."""
+    return sample.get("loss_weights") or [1.0] * len(sample["input_ids"])

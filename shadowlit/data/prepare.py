@@ -18,7 +18,7 @@ from shadowlit.data.cache import cache_key, default_folder
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset, tokenise, tokenise_prompts
-from shadowlit.data.formats import DOCUMENT, Message
+from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.images import ImageProcessing
 from shadowlit.data.sampler import epoch_order
 from shadowlit.data.settings import DataSettings
@@ -82,7 +82,14 @@ class Preparation:
         """Return the tokenised prompts of a source."""
         return tokenise_prompts(
             "predict",
-            read_conversations(source, self.settings.format, use="test", prompts_only=True),
+            read_conversations(
+                source,
+                self.settings.format,
+                columns=self.settings.columns,
+                ignore=self.settings.ignore_columns or (),
+                use="test",
+                prompts_only=True,
+            ),
             self._encoder(encode_question),
             max_length=self.settings.max_length,
             filler_token=self.pad_token_id,
@@ -95,7 +102,7 @@ class Preparation:
         return tokenise(
             name,
             conversations,
-            self._encoder(encode_turns),
+            self._encoder(partial(encode_turns, loss_on=self.settings.loss_on)),
             max_length=self.settings.max_length,
             filler_token=self.pad_token_id,
             overlong=self.settings.overlong,
@@ -172,12 +179,14 @@ class Preparation:
             self.tokenizer,
             sources=[*zip(sources, digests, strict=True)],
             format=[settings.format, code],
+            columns=[settings.columns, settings.ignore_columns],
             samples=settings.samples,
             max_length=settings.max_length,
             overlong=settings.overlong,
             drop_unsupervised=settings.drop_unsupervised,
             choice=[limit, settings.seed] if name == "train" and limit else None,
             system=settings.system,
+            loss_on=settings.loss_on,
             template_kwargs=self._template_kwargs,
             date=datetime.date.today().isoformat() if renders_date(self.tokenizer, self._template_kwargs) else None,
             # Paths of images are relative to the folders.
@@ -188,7 +197,10 @@ class Preparation:
 
     def _read(self, name: str, sources: list[str], use: str, log: Callable[[str, bool], None]) -> list[Conversation]:
         settings = self.settings
-        read = partial(read_conversations, format=settings.format, use=use, samples=settings.samples, log=log)
+        read = partial(
+            read_conversations, format=settings.format, columns=settings.columns, ignore=settings.ignore_columns or (),
+            use=use, samples=settings.samples, log=log,
+        )  # fmt: skip
         conversations = [conversation for source in sources for conversation in read(source)]
         limit = settings.limit_train_samples
         if name != "train" or limit is None:
@@ -198,17 +210,18 @@ class Preparation:
         chosen = epoch_order(len(conversations), settings.seed)[:limit]
         return [conversations[i] for i in sorted(chosen)]
 
-    def _encoder(self, encode: Callable[..., Any]) -> Callable[[list[Message]], Any]:
+    def _encoder(self, encode: Callable[..., Any]) -> Callable[[Conversation], Any]:
         """A function that tokenises a conversation by ``encode``, or a document."""
         system, max_length = self.settings.system, self.settings.max_length
         tokenizer, images, template_kwargs = self.tokenizer, self.images, self._template_kwargs
 
-        def encode_row(messages: list[Message]) -> Any:
+        def encode_row(conversation: Conversation) -> Any:
+            messages = conversation.messages
             if messages[0]["role"] == DOCUMENT:
                 return encode_document(tokenizer, messages[0]["content"], self._end_of_text, max_length)
             if system and messages[0]["role"] not in ("system", "developer"):
                 messages = [{"role": "system", "content": system}, *messages]
-            return encode(tokenizer, messages, images, **template_kwargs)
+            return encode(tokenizer, messages, images, **{"tools": conversation.tools, **template_kwargs})
 
         return encode_row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from itertools import groupby
@@ -56,8 +57,11 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
         for what, sample in sequences.items():
             tokens = sample["input_ids"]
             labels = sample.get("labels", [IGNORE_INDEX] * len(tokens))
-            num_supervised = sum(label != IGNORE_INDEX for label in labels)
-            head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {num_supervised} supervised"
+            supervised = [t for t, label in enumerate(labels) if label != IGNORE_INDEX]
+            head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {len(supervised)} supervised"
+            if "loss_weights" in sample:
+                counts = Counter(sample["loss_weights"][t] for t in supervised)
+                head += f" ({', '.join(f'{count} with weight {weight:g}' for weight, count in counts.items())})"
             # A rule would cut off a long path and the numbers after it.
             console.print(Text(f"── {head}", style="bold"), soft_wrap=True)
             console.print(render_sample(data.tokenizer, tokens, labels, coloured), soft_wrap=False)

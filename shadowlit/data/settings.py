@@ -12,6 +12,7 @@ from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import Overlong
 from shadowlit.data.formats import Samples
 from shadowlit.data.packing import Packing
+from shadowlit.data.template import LossOn
 from shadowlit.errors import DataError, wrong_names
 from shadowlit.pair.pair import ModelPair
 
@@ -42,6 +43,11 @@ class DataSettings:
             (``package.module.function``), or the name of an entry point in the group ``shadowlit.formats``; see
             :mod:`shadowlit.data.custom_formats`. Preference data have formats of their own, which are always
             detected; see :mod:`shadowlit.data.preference_formats`.
+        columns: Names of the columns that a format reads, each with the name that the sources have for it, e.g.
+            ``{prompt: question, completion: answer}``.
+        ignore_columns: Columns and fields of turns that are deliberately left out, as shell patterns, e.g.
+            ``[id, "meta_*", messages.timestamp]``. Anything else that has content and doesn't reach the model is an
+            error.
         samples: Kind of sample that a row holds: conversations, pairs (a chosen and a rejected answer) or labels
             (answers that are desirable or not). The command line takes it from ``model.objective``.
         max_length: Maximum length of a sample, in tokens.
@@ -71,6 +77,9 @@ class DataSettings:
             set. Checkpoints include the position in the stream.
         stream_window: Rows in a window of a stream: the number held in memory, and the furthest that shuffling moves a
             row.
+        loss_on: The turns that are trained on: all of the assistant's, its last one, or the whole conversation (all).
+            A turn's ``weight`` multiplies the loss of its tokens, and ``train: false`` leaves it out. Documents are
+            always trained on whole. See docs/data.md.
         system: System prompt for conversations that have none.
         chat_template: Path of a Jinja file that replaces the Instruct's chat template.
         template_kwargs: Arguments for the chat template, e.g. ``{enable_thinking: false}``.
@@ -100,6 +109,8 @@ class DataSettings:
     test: dict[str, str] | str | None = None
     predict: str | None = None
     format: str = "auto"
+    columns: dict[str, str] | None = None
+    ignore_columns: list[str] | None = None
     samples: Samples = "conversations"
     max_length: int = 4096
     overlong: Overlong = "truncate"
@@ -115,6 +126,7 @@ class DataSettings:
     limit_train_samples: int | None = None
     streaming: bool = False
     stream_window: int = 10_000
+    loss_on: LossOn = "assistant"
     system: str | None = None
     chat_template: str | None = None
     template_kwargs: dict[str, Any] | None = None
@@ -157,6 +169,11 @@ class DataSettings:
             yield (
                 "data.streaming is true, but model.objective learns from preferences, which the untouched model scores "
                 "before the training, so that they are read as a whole. Set data.streaming=false."
+            )
+        if self.loss_on == "all" and self.samples != "conversations":
+            yield (
+                "data.loss_on is all, but model.objective learns from preferences, whose prompts are not trained on. "
+                "Set data.loss_on=assistant."
             )
         if self.streaming and self.limit_train_samples is not None:
             yield (

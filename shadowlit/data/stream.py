@@ -92,7 +92,12 @@ class TokenStream(IterableDataset):
 
     def _windows(self, first: int) -> Iterator[tuple[int, list[Conversation]]]:
         settings, size = self._settings, self._settings.stream_window
-        sources = (stream_conversations(source, settings.format) for source in settings.train_sources)
+        sources = (
+            stream_conversations(
+                source, settings.format, columns=settings.columns, ignore=settings.ignore_columns or ()
+            )
+            for source in settings.train_sources
+        )
         rows = islice(chain.from_iterable(sources), first * size, None)
         number = first
         while window := list(islice(rows, size)):

@@ -1,6 +1,7 @@
-"""From messages to tokens and labels, by the Instruct's own chat template; only assistant turns are supervised.
+"""From messages to tokens, labels and weights, by the Instruct's own chat template.
 
-The template itself determines which characters of the rendered conversation belong to the assistant. If it has
+By default the assistant's turns are supervised, each token with the ``weight`` of its turn; see :data:`LossOn`. The
+template itself determines which characters of the rendered conversation belong to the assistant. If it has
 ``{% generation %}`` marks, these enclose them. Otherwise prefixes are rendered: assistant turn i is what
 ``messages[:i + 1]`` adds to ``messages[:i]`` with the generation prompt, which is exactly what the model has to
 generate when it is asked. No header is ever searched for. The first of two turns in ChatML::
@@ -20,10 +21,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import jinja2.meta
@@ -34,6 +35,9 @@ from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.formats import Message, unsupervised
 from shadowlit.data.images import ImageProcessing, ImageSource, Span, images_in
 from shadowlit.errors import DataError, counted
+
+LossOn = Literal["assistant", "last", "all"]
+"""The turns that are supervised: all of the assistant's, its last one, or the whole conversation."""
 
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
@@ -50,6 +54,7 @@ class Encoded:
         images: Images whose tokens are among ``input_ids``, in order.
         images_end: Position after the last token of an image; 0 without images.
         num_image_tokens: Number of tokens of images.
+        weights: Factor of each token's loss, 0 where it is unsupervised, ``[T]``; None where all factors are 0 or 1.
     """
 
     input_ids: list[int]
@@ -57,6 +62,7 @@ class Encoded:
     images: Sequence[ImageSource] = ()
     images_end: int = 0
     num_image_tokens: int = 0
+    weights: list[float] | None = field(default=None, repr=False)
 
 
 class RewrittenHistoryError(DataError):
@@ -68,43 +74,47 @@ def encode(
     messages: Sequence[Message],
     processing: ImageProcessing | None = None,
     /,
+    loss_on: LossOn = "assistant",
     **template_kwargs: Any,
 ) -> Encoded:
-    """Tokenise a conversation; all assistant turns are supervised, except for those with ``"train": False``.
+    """Tokenise a conversation; the loss of each token of an assistant turn is multiplied by the turn's ``weight``.
 
     Args:
         tokenizer: The Instruct's fast tokenizer, with the chat template.
         messages: ``{"role", "content", …}`` in order.
         processing: The Instruct's processor, for a pair of vision-language models. Tokens of images are never
             supervised.
-        template_kwargs: Arguments for the template, e.g. ``enable_thinking=False``.
+        loss_on: The turns that are supervised. With ``all``, everything outside the assistant's turns has weight 1.
+        template_kwargs: Arguments for the template, e.g. ``enable_thinking=False``, and ``tools``.
 
     Returns:
-        Tokens and labels. The first token is never supervised, since nothing predicts it.
+        Tokens, labels and weights. The first token is never supervised, since nothing predicts it.
 
     Raises:
         RewrittenHistoryError: The template has no marks and renders earlier turns differently from how they were
             generated (Qwen3 strips their reasoning); :func:`encode_turns` handles this.
         DataError: The tokenizer has no template or isn't fast, or the template refuses the conversation; images can't
-            be read, have no place in the text, or are given to a pair of text models.
+            be read, have no place in the text, or are given to a pair of text models; a turn that isn't the
+            assistant's has another weight than ``loss_on`` gives it.
     """
     template = _template(tokenizer)
     messages, images = _with_images(messages, processing)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    trained = [i for i in turns if messages[i].get("train", True)]
+    rest, by_turn = _weights(messages, loss_on)
     marked = _MARKS.search(template) is not None
     if marked:
         text, spans = _marked(tokenizer, template, messages, template_kwargs)
-        spans = _spans_of(spans, turns, trained)
+        spans, factors = _spans_of(spans, rest, by_turn)
     else:
         text = _render(tokenizer, messages, False, template_kwargs)
-        spans = [_prefix_span(tokenizer, messages, i, text, template_kwargs) for i in trained]
+        apart = {i: weight for i, weight in by_turn.items() if weight != rest}
+        spans = [_prefix_span(tokenizer, messages, i, text, template_kwargs) for i in apart]
+        factors = list(apart.values())
     shown: list[Span] = []
     if processing is not None:
         text, spans, shown = processing.expand(text, spans, images)
     input_ids, places = _tokenise(tokenizer, text)
-    labels = [IGNORE_INDEX] * len(input_ids)
-    for span in spans:
+    weights = [0.0, *[rest] * (len(input_ids) - 1)]
+    for span, factor in zip(spans, factors, strict=True):
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
             continue
@@ -113,14 +123,16 @@ def encode(
         else:
             end = _turn_end(tokenizer, input_ids, within, text, places)
         first = max(within[0], 1)
-        labels[first : end + 1] = input_ids[first : end + 1]
-    if processing is None:
-        return Encoded(input_ids, labels)
-    num_image_tokens, images_end = _check_image_tokens(processing, input_ids, places, shown)
-    for t, place in enumerate(places):  # an assistant may show an image, but never generates one
-        if _overlaps(place, shown):
-            labels[t] = IGNORE_INDEX
-    return Encoded(input_ids, labels, images, images_end, num_image_tokens)
+        weights[first : end + 1] = [factor] * (end + 1 - first)
+    num_image_tokens = images_end = 0
+    if processing is not None:
+        num_image_tokens, images_end = _check_image_tokens(processing, input_ids, places, shown)
+        for t, place in enumerate(places):  # an assistant may show an image, but never generates one
+            if _overlaps(place, shown):
+                weights[t] = 0.0
+    labels = [token if weight else IGNORE_INDEX for token, weight in zip(input_ids, weights, strict=True)]
+    unequal = weights if {rest, *factors} - {0, 1} else None
+    return Encoded(input_ids, labels, images, images_end, num_image_tokens, unequal)
 
 
 def encode_turns(
@@ -128,6 +140,7 @@ def encode_turns(
     messages: Sequence[Message],
     processing: ImageProcessing | None = None,
     /,
+    loss_on: LossOn = "assistant",
     **template_kwargs: Any,
 ) -> list[Encoded]:
     """Like :func:`encode`, but a template that rewrites the history results in one sample per assistant turn.
@@ -139,11 +152,18 @@ def encode_turns(
         DataError: As for :func:`encode`.
     """
     try:
-        return [encode(tokenizer, messages, processing, **template_kwargs)]
+        return [encode(tokenizer, messages, processing, loss_on, **template_kwargs)]
     except RewrittenHistoryError:
-        trained = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train", True)]
+        if loss_on == "all":
+            raise DataError(
+                "leaves assistant turns out of the loss or weighs them, but data.loss_on=all keeps it one sample, in "
+                "which the chat template renders these turns differently once other turns follow. Remove "
+                "'train'/'weight', set data.loss_on=assistant, or set data.chat_template to a template with "
+                "{% generation %} marks."
+            ) from None
+        trained = [i for i, weight in _weights(messages, loss_on)[1].items() if weight]
         parts = ([*unsupervised(messages[:i]), messages[i]] for i in trained)
-        return [encode(tokenizer, part, processing, **template_kwargs) for part in parts]
+        return [encode(tokenizer, part, processing, loss_on, **template_kwargs) for part in parts]
 
 
 def encode_document(
@@ -311,7 +331,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
     """Messages as a template expects them: with the place of each image, but not the image."""
-    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     for message in plain:
         if not isinstance(message["content"], str):
             message["content"] = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
@@ -362,21 +382,41 @@ def _refusal(error: Exception, messages: Sequence[Message]) -> DataError:
     )
 
 
-def _spans_of(spans: list[Span], turns: list[int], trained: list[int]) -> list[Span]:
-    """The marked spans that belong to supervised turns."""
-    if not spans and trained:
+def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[int, float]]:
+    """The weight of everything outside the assistant's turns, and that of each of these, by its place."""
+    rest = 1.0 if loss_on == "all" else 0.0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" and (weight := message.get("weight", rest)) != rest:
+            other = "assistant" if rest else "all"
+            what = "every other turn than the assistant's with weight 1" if rest else "the assistant's turns only"
+            raise DataError(
+                f"has the weight {weight:g} ('train' or 'weight') on a turn of the role {message['role']} (message "
+                f"{i}), but data.loss_on={loss_on} trains {what}. Remove it, or set data.loss_on={other}."
+            )
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    left_out = turns[:-1] if loss_on == "last" else []
+    return rest, {i: 0.0 if i in left_out else float(messages[i].get("weight", 1)) for i in turns}
+
+
+def _spans_of(spans: list[Span], rest: float, by_turn: dict[int, float]) -> tuple[list[Span], list[float]]:
+    """The marked spans of the assistant turns whose weight isn't ``rest``, and their weights."""
+    weights = list(by_turn.values())
+    if set(weights) <= {rest}:
+        return [], []
+    if not spans:
         raise DataError(
             "has no assistant turn within the chat template's {% generation %} marks. Correct the marks, or set "
             "data.chat_template to a template without them."
         )
-    if trained == turns:
-        return spans
-    if len(spans) != len(turns):
+    if len(set(weights)) == 1:
+        return spans, [weights[0]] * len(spans)
+    if len(spans) != len(weights):
         raise DataError(
-            f"leaves turns out of the loss, but its {len(turns)} assistant turns are {len(spans)} marked spans in the "
-            "chat template. Remove 'train'/'weight', or set data.chat_template to a template with one span per turn."
+            f"leaves turns out of the loss or weighs them differently, but its {len(weights)} assistant turns are "
+            f"{len(spans)} marked spans in the chat template. Remove 'train'/'weight', set data.loss_on=assistant, or "
+            "set data.chat_template to a template with one span per turn."
         )
-    return [span for span, turn in zip(spans, turns, strict=True) if turn in trained]
+    return spans, weights
 
 
 def _prefix_span(

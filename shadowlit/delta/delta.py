@@ -17,7 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader, CheckpointWriter, Streamed, atomic_folder
+from shadowlit.checkpoint.folder import (
+    DELTA_FILE,
+    CheckpointReader,
+    CheckpointWriter,
+    Streamed,
+    atomic_folder,
+    check_finite,
+)
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
@@ -124,10 +131,17 @@ class Delta(Update):
         return self._rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in float32; raise a GraftError if there is none of this name."""
+        """A whole tensor, in float32.
+
+        Raises:
+            GraftError: There is none of this name.
+            CheckpointError: A value is NaN or infinite.
+        """
         if name not in self.shapes:
             raise GraftError(f"the delta has no tensor {name!r}; it has {some_of(self.shapes)}. Check the name.")
-        return self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
+        whole = self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
+        check_finite(name, whole)
+        return whole
 
     def __add__(self, other: Delta) -> Delta:
         return weighted_sum([self, other], [1.0, 1.0])

@@ -45,7 +45,7 @@ from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
-from shadowlit.training.objectives import SFT, Objective, require_sums
+from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
@@ -80,9 +80,10 @@ class ShadowModule(LightningModule):
     """Trains the Base of a pair, and scores the weights that the model holds.
 
     The loss of an effective batch (all micro-batches and ranks of a step) is a sum divided once by its count, for
-    supervised fine-tuning the number of supervised tokens. It doesn't change with accumulation, the number of ranks or
-    unequal lengths. Trainable parameters are float32; ``trainer.precision: bf16-mixed`` computes in bfloat16. The
-    dropout masks of a batch depend on the seed and the batch's number only, so that a resumed run repeats them.
+    supervised fine-tuning the number of supervised tokens, or the sum of their weights where turns have some. It
+    doesn't change with accumulation, the number of ranks or unequal lengths. Trainable parameters are float32;
+    ``trainer.precision: bf16-mixed`` computes in bfloat16. The dropout masks of a batch depend on the seed and the
+    batch's number only, so that a resumed run repeats them.
 
     Objectives with a reference (docs/preference.md) compare answers with their log-probabilities under the weights at
     the start, which :class:`GraftCallback` measures.
@@ -331,8 +332,10 @@ class ShadowModule(LightningModule):
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             reduce_gradients(self.model, steps or not self._accumulates_whole)
+        outputs = self._outputs(batch, BASE, "train")
         with calls(self.objective, "model.objective", "Correct its step."):
-            loss = self._add(self.objective.step(self._outputs(batch, BASE, "train")))
+            loss = self._add(self.objective.step(outputs))
+        require_weighed(self.objective, outputs)
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
@@ -345,7 +348,8 @@ class ShadowModule(LightningModule):
             dist.all_reduce(reduced)
         # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
         sums = dict(zip(names, reduced.unbind(), strict=True))
-        number = sums["count"].clamp(min=1)
+        count = sums["count"]
+        number = torch.where(count > 0, count, 1)  # weights may sum to less than 1
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
         loss, step = sums["loss"] / number, self.trainer.global_step + 1

@@ -1,5 +1,7 @@
 """Masks worked out by hand over many turns, for templates of the shapes that are in use."""
 
+from itertools import groupby
+
 import pytest
 
 from shadowlit.data.template import (
@@ -69,10 +71,77 @@ def test_marks_and_prefixes_agree(messages):
 def test_a_turn_is_left_out_of_the_loss(template):
     tokenizer = make_tokenizer(template)
     messages = talk("a", "b", "c", "d", "e", "f")
-    messages[1]["train"] = messages[5]["train"] = False
+    messages[1]["weight"] = messages[5]["weight"] = 0
     encoded = encode(tokenizer, messages)
     assert supervised_texts(tokenizer, encoded) == ["d<|im_end|>"]
     assert encoded.input_ids == encode(tokenizer, talk("a", "b", "c", "d", "e", "f")).input_ids
+
+
+def weighed_texts(tokenizer, encoded):
+    """The text and the weight of every run of supervised tokens with the same weight."""
+    weights = encoded.weights or [float(label != -100) for label in encoded.labels]
+    assert [label == -100 for label in encoded.labels] == [weight == 0 for weight in weights]
+    runs = groupby(zip(encoded.input_ids, weights, strict=True), key=lambda pair: pair[1])
+    return [(tokenizer.decode([token for token, _ in run]), weight) for weight, run in runs if weight]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_every_token_has_the_weight_of_its_turn(template):
+    tokenizer = make_tokenizer(template)
+    messages = talk("a", "b", "c", "d", "e", "f", "g", "h")
+    for turn, weight in ((1, 0.5), (3, 0.0), (5, 2.25)):
+        messages[turn]["weight"] = weight
+    expected = [("b<|im_end|>", 0.5), ("f<|im_end|>", 2.25), ("h<|im_end|>", 1.0)]
+    assert weighed_texts(tokenizer, encode(tokenizer, messages)) == expected
+    assert weighed_texts(tokenizer, encode(tokenizer, messages, loss_on="last")) == expected[2:]
+    whole = weighed_texts(tokenizer, encode(tokenizer, messages, loss_on="all"))
+    assert whole == [
+        ("user\na<|im_end|>\n<|im_start|>assistant\n", 1.0), ("b<|im_end|>", 0.5),
+        ("\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n", 1.0),
+        ("\n<|im_start|>user\ne<|im_end|>\n<|im_start|>assistant\n", 1.0), ("f<|im_end|>", 2.25),
+        ("\n<|im_start|>user\ng<|im_end|>\n<|im_start|>assistant\nh<|im_end|>\n", 1.0),
+    ]  # fmt: skip
+    for loss_on in ("assistant", "last", "all"):
+        plain = encode(tokenizer, talk("a", "b", "c", "d"), loss_on=loss_on)
+        assert plain.weights is None and (plain.labels[1:] == plain.input_ids[1:]) is (loss_on == "all")
+
+
+@pytest.mark.parametrize(("loss_on", "weight", "message"), [
+    ("assistant", 1.0, r"weight 1 .*user \(message 2\).*=assistant trains the assistant's turns only.*loss_on=all\."),
+    ("last", 0.5, r"weight 0\.5 .*user \(message 2\).*=last trains the assistant's turns only.*loss_on=all\."),
+    ("all", 0.0, r"weight 0 .*user \(message 2\).*every other turn than the assistant's with weight 1.*on=assistant\."),
+])  # fmt: skip
+def test_a_weight_on_another_turn_is_no_choice(loss_on, weight, message):
+    messages = talk("a", "b", "c", "d")
+    messages[2]["weight"] = weight
+    with pytest.raises(DataError, match=message):
+        encode_turns(make_tokenizer(), messages, loss_on=loss_on)
+    messages[2]["weight"] = float(loss_on == "all")  # what it has anyway
+    assert encode_turns(make_tokenizer(), messages, loss_on=loss_on) == encode_turns(
+        make_tokenizer(), talk("a", "b", "c", "d"), loss_on=loss_on
+    )
+
+
+def test_what_is_trained_of_a_rewritten_history():
+    """The last turn is one sample, with the others as it sees them; a whole conversation is one, as it is rendered."""
+    tokenizer, messages = make_tokenizer(QWEN3), talk("a", "b", "c", "d", "e")
+    block = "<think>\n\n</think>\n\n"
+    messages[1]["weight"] = 3.0
+    samples = encode_turns(tokenizer, messages)
+    assert [weighed_texts(tokenizer, s) for s in samples] == [
+        [(f"{block}b<|im_end|>", 3.0)], [(f"{block}d<|im_end|>", 1.0)],
+    ]  # fmt: skip
+    for given in (messages, messages[:4]):
+        (sample,) = encode_turns(tokenizer, given, loss_on="last")
+        assert supervised_texts(tokenizer, sample) == [f"{block}d<|im_end|>"]
+    (whole,) = encode_turns(tokenizer, talk("a", "b", "c"), loss_on="all")
+    assert supervised_texts(tokenizer, whole) == [
+        "user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>user\nc<|im_end|>\n"
+    ]
+    with pytest.raises(
+        DataError, match=r"weighs them.*loss_on=all keeps it one sample.*follow.*Remove 'train'/'weight'"
+    ):
+        encode_turns(tokenizer, messages, loss_on="all")
 
 
 def test_a_default_system_prompt_is_rendered_once():
@@ -151,7 +220,7 @@ def test_qwen3s_empty_block_carries_no_loss_without_thinking():
 
 def test_a_split_conversation_keeps_left_out_turns_out():
     messages = talk("a", "b", "c", "d", "e", "f")
-    messages[3]["train"] = False
+    messages[3]["weight"] = 0
     samples = encode_turns(make_tokenizer(QWEN3), messages, enable_thinking=False)
     assert [supervised_texts(make_tokenizer(), s) for s in samples] == [["b<|im_end|>"], ["f<|im_end|>"]]
 
@@ -189,7 +258,9 @@ def test_two_marked_spans_per_turn():
     template = CHATML.replace(said, "{{ 'x' }}{% endgeneration %}-{% generation %}" + said)
     tokenizer, messages = make_tokenizer(template), talk("a", "b", "c", "d")
     assert supervised_texts(tokenizer, encode(tokenizer, messages)) == ["x", "b<|im_end|>", "x", "d<|im_end|>"]
-    messages[1]["train"] = False
+    messages[1]["weight"] = messages[3]["weight"] = 0.5
+    assert weighed_texts(tokenizer, encode(tokenizer, messages))[0] == ("x", 0.5)
+    messages[1]["weight"] = 0
     with pytest.raises(DataError, match=r"2 assistant turns are 4 marked spans.*one span per turn"):
         encode(tokenizer, messages)
 
