@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
@@ -47,8 +47,12 @@ def take_over(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) in (TorchCheckpointIO, Checkpoints):
         strategy.checkpoint_io = Checkpoints(trainer)
-    if type(strategy) is ModelParallelStrategy:
-        strategy.__class__ = ShardedStrategy  # the same object with other methods: Lightning offers no hook for it
+    own: dict[type[Strategy], type[Strategy]] = {
+        ModelParallelStrategy: ShardedStrategy,
+        DDPStrategy: ReplicatedStrategy,
+    }
+    if type(strategy) in own:  # the same object with other methods: Lightning offers no hook for them
+        strategy.__class__ = own[type(strategy)]
 
 
 def name_states(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
@@ -99,6 +103,18 @@ class Checkpoints(TorchCheckpointIO):
         return remove(Path(path))
 
 
+class ReplicatedStrategy(DDPStrategy):
+    """DDP whose ranks end with the same error if rank 0 can't write a checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write on rank 0.
+
+        Raises:
+            CheckpointError: It can't be written; on every rank.
+        """
+        _on_all_ranks(Path(filepath), lambda: Strategy.save_checkpoint(self, checkpoint, filepath, storage_options))
+
+
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 whose checkpoints are written atomically, and restored before the optimizer and the loaders are made.
 
@@ -135,7 +151,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
         else:
-            _on_all_ranks(path, lambda: ParallelStrategy.save_checkpoint(self, checkpoint, path))
+            _on_all_ranks(path, lambda: Strategy.save_checkpoint(self, checkpoint, path))
         return None
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -183,7 +199,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's part of the optimizer's state."""
-        ParallelStrategy.load_optimizer_state_dict(self, checkpoint)
+        Strategy.load_optimizer_state_dict(self, checkpoint)
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Write shards and all else next to the target, on all ranks; then rank 0 writes the manifest and renames."""
