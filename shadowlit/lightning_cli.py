@@ -35,6 +35,7 @@ from shadowlit.delta.registry import transform_names
 from shadowlit.errors import ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
+from shadowlit.limits import load_yaml
 from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
 from shadowlit.parser import Known, ShortErrors
@@ -330,7 +331,7 @@ def _given_class(args: ArgsType) -> str | None:
         elif name in ("-c", "--config"):
             with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
                 text = Path(value, mode="fsr").get_content()
-                found = _class_in(yaml.safe_load(text)) or found
+                found = _class_in(load_yaml(text, value)) or found
     return found
 
 

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
+from jsonargparse import get_loader, set_loader
 
 from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.limits import require_few_values
 from shadowlit.masking import MASK, is_secret, mask_text
 from shadowlit.plugins import import_object
 
@@ -25,6 +27,17 @@ _MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILI
 _CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUE, _MAX_LINES, _MAX_NAMES = 120, 6, 20
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_value(text: str) -> Any:
+    require_few_values(text, "the configuration, or a value on the command line,")
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_value)  # for every configuration and value that jsonargparse reads
 
 
 class Known(NamedTuple):

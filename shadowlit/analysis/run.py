@@ -17,6 +17,7 @@ from shadowlit.analysis.tables import Markdown, Table
 from shadowlit.errors import DataError
 from shadowlit.evaluation.samples import read_samples, side_by_side
 from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest
+from shadowlit.limits import load_yaml
 from shadowlit.pair.pair import ModelPair
 
 Points = Sequence[tuple[int, float]]
@@ -127,7 +128,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        return load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
     except yaml.YAMLError as error:
         raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
 

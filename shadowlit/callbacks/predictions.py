@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from shadowlit.callbacks.folder import run_folder
+from shadowlit.checkpoint.folder import require_replaceable
 from shadowlit.distributed import of_all_ranks
 from shadowlit.files import replace_text
 
@@ -28,6 +29,12 @@ class PredictionWriter(BasePredictionWriter):
     def __init__(self, file: str | None = None) -> None:
         super().__init__(write_interval="epoch")
         self.file = file
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse to overwrite the prompts, or a file of a model."""
+        if stage == "predict" and self.file is not None:
+            prompts = getattr(trainer.datamodule, "predict", None)  # type: ignore[attr-defined]
+            require_replaceable(Path(self.file), "predictions.file", [prompts] if isinstance(prompts, str) else [])
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]

@@ -26,6 +26,7 @@ from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.update import Update, zero_update
+from shadowlit.limits import bounded_matching
 
 LEAST_SURVIVAL = 0.5
 """Fraction of an update below which rounding to the export's dtype is warned of."""
@@ -59,7 +60,11 @@ class Scale:
 
     def of(self, name: str) -> float:
         """The scale of tensor ``name``."""
-        return next((value for pattern, value in self.by_pattern if re.search(pattern, name)), self.default)
+        for pattern, value in self.by_pattern:
+            with bounded_matching(f"scale has {pattern!r}"):
+                if re.search(pattern, name):
+                    return value
+        return self.default
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -130,7 +135,9 @@ class DiskGraft:
         instruct.require_weights(sorted({*self.selected, *converted}))
         update.require_weights(sorted(self.selected))
         for pattern, _ in scale.by_pattern:
-            if not any(re.search(pattern, name) for name in self.selected):
+            with bounded_matching(f"scale has {pattern!r}"):
+                matches = any(re.search(pattern, name) for name in self.selected)
+            if not matches:
                 raise GraftError(
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
