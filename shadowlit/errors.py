@@ -20,8 +20,8 @@ class ShadowlitError(ValueError):
 
     status = 1
 
-    def __init__(self, message: str = "") -> None:
-        super().__init__(mask_text(str(message)))
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(mask_text(each) if isinstance(each, str) else each for each in args))
 
 
 class PairError(ShadowlitError):

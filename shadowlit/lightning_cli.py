@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import sys
 import traceback
 import warnings
@@ -20,6 +21,7 @@ from jsonargparse import Namespace, Path
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
@@ -85,7 +87,20 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder."""
+        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder.
+
+        Raises:
+            ShadowlitError: The run's folder can't be written, which is where checkpoints go too.
+        """
+        try:
+            self._save(trainer, pl_module, stage)
+        except OSError as error:
+            raise ShadowlitError(
+                f"the folder of the run can't be written ({error}). Set trainer.logger.init_args.save_dir, or "
+                "trainer.default_root_dir where there is no logger, to a folder that can."
+            ) from error
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.loggers:
             if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
                 self.config_filename = unused(run_folder(trainer) / "config.yaml").name
@@ -231,9 +246,32 @@ class ShadowCLI(LightningCLI):
             try:
                 super().instantiate_classes()
             except (Exception, SystemExit) as error:
+                if isinstance(error, MisconfigurationException | ValueError):
+                    self._raise_of_trainer(error)
                 self._raise_named(error)
             if "callback_metrics" not in vars(self.model):
                 raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what Lightning itself refuses is an error of a line that names the key."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (MisconfigurationException, ValueError) as error:
+            self._raise_of_trainer(error)
+            raise
+
+    def _raise_of_trainer(self, error: BaseException) -> None:
+        """Raise a ShadowlitError if the error is one by which Lightning's own code refuses a setting of the trainer."""
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ShadowlitError) or not last.f_globals["__name__"].startswith("lightning."):
+            return
+        options, message = self.config[self.subcommand]["trainer"], " ".join(str(error).split())
+        if options["overfit_batches"]:  # which sets all three
+            message = re.sub(r"\blimit_(train|val|test)_batches", "overfit_batches", message)
+        keys = [word for word in re.findall(r"\w+", message) if word in options][:1] or ["accelerator", "devices"]
+        hint = "" if len(keys) == 1 else " Set what this machine has, e.g. trainer.accelerator=cpu."
+        named = ", ".join(f"trainer.{key} is {options[key]}" for key in keys)
+        raise ShadowlitError(f"{named}: {message}{hint}") from error
 
     def _raise_named(self, error: BaseException) -> NoReturn:
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""
