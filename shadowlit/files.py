@@ -58,6 +58,21 @@ def replace_text(file: Path, text: str) -> Path:
     return file
 
 
+def require_writable(folder: Path) -> Path:
+    """Try whether files can be made in ``folder``; return it, or the nearest folder above it that exists.
+
+    Nothing is left there: a folder of a random name is made and removed again.
+
+    Raises:
+        OSError: They can't, or the path leads through a file.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    probe = existing / f".{secrets.token_hex(8)}.partial"
+    probe.mkdir()
+    probe.rmdir()
+    return existing
+
+
 def _remove_abandoned(file: Path, own: Path) -> None:
     """Remove what killed writers of the file have left; times are compared by the clock of the file system alone."""
     now = own.stat().st_mtime

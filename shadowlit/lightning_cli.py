@@ -11,13 +11,15 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isabstract
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
 
 import torch
 import torchmetrics
 import yaml
-from jsonargparse import Namespace, Path
+from jsonargparse import Namespace
+from jsonargparse import Path as ConfigPath
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -37,6 +39,7 @@ from shadowlit.delta.registry import transform_names
 from shadowlit.errors import ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
+from shadowlit.files import require_writable
 from shadowlit.limits import load_yaml
 from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
@@ -87,20 +90,7 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, **kwargs)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder.
-
-        Raises:
-            ShadowlitError: The run's folder can't be written, which is where checkpoints go too.
-        """
-        try:
-            self._save(trainer, pl_module, stage)
-        except OSError as error:
-            raise ShadowlitError(
-                f"the folder of the run can't be written ({error}). Set trainer.logger.init_args.save_dir, or "
-                "trainer.default_root_dir where there is no logger, to a folder that can."
-            ) from error
-
-    def _save(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder."""
         if trainer.loggers:
             if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
                 self.config_filename = unused(run_folder(trainer) / "config.yaml").name
@@ -254,11 +244,27 @@ class ShadowCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; what Lightning itself refuses is an error of a line that names the key."""
+        if subcommand != "preview":
+            with as_usage():
+                self._require_writable()
         try:
             super()._run_subcommand(subcommand)
         except (MisconfigurationException, ValueError) as error:
             self._raise_of_trainer(error)
             raise
+
+    def _require_writable(self) -> None:
+        """Try the folders that loggers and checkpoints are written to, before models are loaded."""
+        loggers = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
+        key = "trainer.logger's save_dir" if loggers else "trainer.default_root_dir"
+        for folder in loggers or [self.trainer.default_root_dir]:
+            try:
+                if "://" not in folder:  # of another file system
+                    require_writable(Path(folder))
+            except OSError as error:
+                raise ShadowlitError(
+                    f"{key} is {folder!r}, which can't be written ({error}). Set it to a folder that can."
+                ) from error
 
     def _raise_of_trainer(self, error: BaseException) -> None:
         """Raise a ShadowlitError if the error is one by which Lightning's own code refuses a setting of the trainer."""
@@ -368,7 +374,7 @@ def _given_class(args: ArgsType) -> str | None:
             found = value
         elif name in ("-c", "--config"):
             with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
-                text = Path(value, mode="fsr").get_content()
+                text = ConfigPath(value, mode="fsr").get_content()
                 found = _class_in(load_yaml(text, value)) or found
     return found
 

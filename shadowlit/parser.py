@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
+import yaml
 from jsonargparse import get_loader, set_loader
 
 from shadowlit.errors import ShadowlitError, first_line
@@ -37,7 +38,7 @@ def _load_value(text: str) -> Any:
     return _load_yaml(text)
 
 
-set_loader("yaml", _load_value)  # for every configuration and value that jsonargparse reads
+set_loader("yaml", _load_value, (yaml.YAMLError,))  # for every configuration and value that jsonargparse reads
 
 
 class Known(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.subject import UNTOUCHED
 from shadowlit.training.module import ShadowModule
@@ -40,11 +41,8 @@ def require_monitored(trainer: Trainer, module: ShadowModule, evaluators: Iterab
         is_found = monitor in known or monitor.startswith(measured)
         if not logged or is_found or not (near or monitor.startswith("val/")):
             continue
-        hint = f" Did you mean {near[0]}?" if near else ""
-        message = (
-            f"{owner} monitors {monitor!r}, which is not logged;{hint} Logged are "
-            f"{', '.join(sorted(each for each in logged if _of_subject(each)))}, and what evaluators measure."
-        )
+        hint = f"Did you mean {near[0]!r}?" if near else f"Logged are {some_of(sorted(logged), 12)}."
+        message = f"{owner} monitors {monitor!r}, which is not logged. {hint}"
         if not foreign:
             raise ShadowlitError(message)
         rank_zero_warn(f"{message} This is an error at the first validation, unless {', '.join(foreign)} logs it.")

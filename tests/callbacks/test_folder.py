@@ -16,6 +16,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.record import ValidationRecord
+from shadowlit.errors import ExportError
 from shadowlit.lightning_cli import SaveConfig, ShadowParser, ShadowTrainer
 
 
@@ -81,3 +82,13 @@ def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path, logger=None, strategy=strategy, is_global_zero=False)
     PredictionWriter().write_on_epoch_end(trainer, None, [], [])
     assert asked == [str(tmp_path)] and not list(tmp_path.iterdir())
+
+
+def test_predictions_don_t_overwrite_the_prompts(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("{}")
+    trainer = SimpleNamespace(datamodule=SimpleNamespace(predict=str(prompts)))
+    with pytest.raises(ExportError, match=r"^predictions.file is '.*prompts.jsonl', which exists and belongs to .*pro"):
+        PredictionWriter(str(prompts)).setup(trainer, None, "predict")
+    PredictionWriter(str(prompts)).setup(trainer, None, "fit")
+    PredictionWriter(str(tmp_path / "answers.jsonl")).setup(trainer, None, "predict")
