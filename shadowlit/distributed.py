@@ -44,6 +44,14 @@ def whole(part: Tensor, like: Tensor) -> Tensor:
     ).full_tensor()
 
 
+def place(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a ``tensor`` that every rank has whole, placed as ``like``; the inverse of :func:`whole`."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
+        return tensor
+    part = tensor[local_slices(like)].to(like.device)
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
 def reshard_all(model: nn.Module) -> None:
     """Make every FSDP unit hold its shards again.
 

@@ -21,7 +21,7 @@ class ShadowlitError(ValueError):
     status = 1
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(mask_text(each) if isinstance(each, str) else each for each in args))
+        super().__init__(*(mask_text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class PairError(ShadowlitError):

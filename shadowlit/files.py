@@ -1,14 +1,17 @@
-"""Single files that are written atomically: a reader finds a complete one or none."""
+"""Files and folders that are written atomically: a reader finds a complete one or none."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+_PARTIAL = ".partial"
 _ABANDONED_S = 3600.0  # nothing that is written here takes so long: whoever began it was killed
 
 
@@ -22,18 +25,51 @@ def written_beside(file: Path) -> Iterator[Path]:
     next writer of the same file removes it once it is an hour older than its own.
 
     Raises:
-        OSError: The folder can't be made or the file not renamed.
+        OSError: The folder can't be made, the file not renamed, or it is a folder, which stays.
     """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
+    partial = partial_path(file)
     try:
         yield partial
         sync(partial)
-        _remove_abandoned(file, partial)
-        partial.replace(file)
+        install(partial, file)
         sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_path(target: Path) -> Path:
+    """A path of its own next to ``target``, and so on the same file system, to write to before :func:`install`."""
+    return target.with_name(f"{target.name}.{secrets.token_hex(8)}{_PARTIAL}")
+
+
+def install(partial: Path, target: Path) -> None:
+    """Rename a file or folder into place.
+
+    A file replaces a file in one operation. Where one of the two is a folder, the old one is first renamed to a
+    :func:`partial_path` and then removed: a kill between the two renames leaves both, complete, next to each other.
+
+    Raises:
+        OSError: It can't be renamed.
+    """
+    _remove_abandoned(target, partial)
+    old = partial_path(target)
+    if (target.is_dir() or partial.is_dir()) and os.path.lexists(target):
+        target.rename(old)
+    partial.replace(target)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder if it exists; a folder is renamed first, so that no half of it keeps its name."""
+    if path.is_dir() and not path.is_symlink():
+        if not path.name.endswith(_PARTIAL):
+            path = path.rename(partial_path(path))
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -68,17 +104,20 @@ def require_writable(folder: Path) -> Path:
     """
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     probe = existing / f".{secrets.token_hex(8)}.partial"
-    probe.mkdir()
-    probe.rmdir()
+    try:
+        probe.mkdir()
+    finally:  # a signal may arrive at any time
+        with suppress(OSError):
+            probe.rmdir()
     return existing
 
 
 def _remove_abandoned(file: Path, own: Path) -> None:
     """Remove what killed writers of the file have left; times are compared by the clock of the file system alone."""
     now = own.stat().st_mtime
-    for other in file.parent.glob(f"{glob.escape(file.name)}.*.partial"):
+    for other in file.parent.glob(f"{glob.escape(file.name)}.*{_PARTIAL}"):
         try:
             if now - other.stat().st_mtime > _ABANDONED_S:
-                other.unlink()
+                remove(other)
         except FileNotFoundError:  # its writer has renamed it meanwhile
             continue

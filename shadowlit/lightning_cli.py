@@ -24,6 +24,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, str
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import lr_scheduler
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
@@ -32,6 +33,7 @@ from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.throughput import ThroughputCallback
+from shadowlit.checkpoint.saved import find_whole, read_rest
 from shadowlit.data.custom_formats import format_names
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
@@ -230,6 +232,9 @@ class ShadowCLI(LightningCLI):
         """Lightning's own, and ``preview``."""
         return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
 
+    def _parse_ckpt_path(self) -> None:
+        """Let no hyperparameters in a checkpoint override the configuration, which Lightning reads here."""
+
     def instantiate_classes(self) -> None:
         """Create the trainer, the model and the data; what is wrong with a setting is an error of usage."""
         with as_usage():
@@ -241,6 +246,19 @@ class ShadowCLI(LightningCLI):
                 self._raise_named(error)
             if "callback_metrics" not in vars(self.model):
                 raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
+        """Verify ``ckpt_path`` before anything is loaded; of several processes each looks at names and sizes alone."""
+        options = self.config_init[self.subcommand]
+        path = options.get("ckpt_path")
+        if path is None or path in ("best", "last", "hpc"):
+            return
+        resumes, alone = self.subcommand == "fit", self.trainer.world_size == 1
+        path = find_whole(path, resumes=resumes, contents=alone)
+        options["ckpt_path"] = str(path)
+        if "hyper_parameters" in read_rest(path):
+            rank_zero_warn(f"{path} holds hyper_parameters, which are not used: the configuration decides.")
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; what Lightning itself refuses is an error of a line that names the key."""

@@ -73,7 +73,11 @@ class ShortErrors(jsonargparse.ArgumentParser):
         else:
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
-                near = difflib.get_close_matches(unknown[1], _keys(self), n=1)
+                keys, first = (
+                    _keys(self),
+                    unknown[1].partition(".")[0],
+                )  # of a mapping's keys, the parser knows the first
+                near = difflib.get_close_matches(unknown[1], keys, n=1) or difflib.get_close_matches(first, keys, n=1)
                 if any(map(is_secret, near)):
                     message = re.sub(rf"({re.escape(unknown[1])}[= ])\S+", rf"\1{MASK}", message)
                 message += f"\nDid you mean {near[0]}?" if near else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowlit.files import replace_text, written_beside
+from shadowlit.files import replace_text, require_writable, written_beside
 
 WRITER = """
 import sys
@@ -54,6 +54,14 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     assert folder == tmp_path
 
 
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "x.json/kept").write_text("theirs")
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "x.json", "new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.json", "kept"]
+
+
 def test_after_an_error_the_old_file_stays(tmp_path):
     file = replace_text(tmp_path / "x.txt", "old")
     with pytest.raises(KeyError), written_beside(file) as partial:
@@ -81,3 +89,11 @@ def test_the_name_may_have_signs_of_patterns(tmp_path):
     os.utime(left, (0, 0))
     assert replace_text(tmp_path / "a[1].txt", "new").read_text() == "new"
     assert [path.name for path in Path(tmp_path).iterdir()] == ["a[1].txt"]
+
+
+def test_whether_a_folder_can_be_written_is_tried_where_it_will_be_made(tmp_path):
+    assert require_writable(tmp_path / "a/b") == tmp_path == require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        require_writable(tmp_path / "file/a/b")

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowlit.analysis.deltas import reader_of
-from shadowlit.analysis.run import located
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.data.module import ShadowData
+from shadowlit.delta.checkpoints import located
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
 from shadowlit.grafting.arithmetic import add_delta

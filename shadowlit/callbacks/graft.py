@@ -25,6 +25,8 @@ from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
+from shadowlit.data.protocol import run_data
+from shadowlit.data.template import load_template
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
@@ -143,6 +145,7 @@ class GraftCallback(Callback):
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
         }  # fmt: skip
         self.graft: LiveGraft | None = None
+        self._fits = False  # whether the pair was found to fit, in the command that begins
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
         self._untouched = UntouchedMetrics()
@@ -151,6 +154,13 @@ class GraftCallback(Callback):
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
         self.fingerprints: dict[str, str] = {}
+
+    def before_data(self, trainer: Trainer, pl_module: ShadowModule) -> None:
+        """Check the pair, with the chat template of the data: the module calls this before the data are read."""
+        data = run_data(trainer)
+        template = None if data.chat_template is None else load_template(data.chat_template)
+        require_fit(pl_module.pair, self.select, template, data.template_kwargs)
+        self._fits = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module, the other callbacks and the pair before any weight is loaded for training."""
@@ -169,7 +179,9 @@ class GraftCallback(Callback):
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_elementwise(self.transforms, trainer.world_size)
-        require_fit(pl_module.pair, self.select)
+        if not self._fits:
+            self.before_data(trainer, pl_module)
+        self._fits = False  # of the next command it isn't known
         self._run = RunTotals()  # not that of an earlier fit, which may have ended by an exception
         fingerprints = pl_module.pair.fingerprints()
         if fingerprints != self.fingerprints:  # what was measured of another pair

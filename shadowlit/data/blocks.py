@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,13 @@ import numpy as np
 
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation
 from shadowlit.data.template import Encoded
+from shadowlit.errors import DataError
 from shadowlit.files import written_beside
 
-_COLUMNS = ("source", "row", "line", "desirable", "digest")
-_NONE: list[bytes] = []  # the images of a sample without any, one list for all such samples
+_COLUMNS = {"source": "q", "row": "q", "line": "q", "desirable": "B", "digest": "Q"}  # with their types in an array
+_LISTS = {"images": "binary", "weights": "float32"}  # columns of a list per sample, with Arrow's types
+_NONE: list[Any] = []  # the images or the weights of a sample without any, one list for all such samples
+_MOST_WEIGHTS = 255  # different ones in a sample
 _MOST_TOKENS = 4_000_000  # in a block before it is written, 20 MB
 _NUM = 8  # bytes of a number at the end of a file
 
@@ -30,14 +33,17 @@ class Block:
 
     Attributes:
         tokens: Tokens, sample after sample, ``[T]`` int32.
-        supervised: Whether each token is supervised, ``[T]`` bool.
+        supervised: 0 where a token is unsupervised, otherwise the number of its weight among its sample's weights,
+            counted from 1; 1 where the sample has no weights, ``[T]`` uint8.
         ends: End of each sample, after a 0, ``[N + 1]`` int.
         source: Number of the source that each sample came from, ``[N]`` int64.
         row: Row in the source, ``[N]`` int64.
         line: 1-based line in the source, or -1, ``[N]`` int64.
-        desirable: 0 for the sequences of a sample that is labelled as undesirable, otherwise 1, ``[N]`` int64.
+        desirable: 0 for the sequences of a sample that is labelled as undesirable, otherwise 1, ``[N]`` uint8.
         digest: Hash of tokens and images, to find identical samples, ``[N]`` uint64.
         images: Arrow array of a list of packed images for each sample, ``[N]``; None where no sample has any.
+        weights: Arrow array of a list of the different weights, float32, of each sample's supervised tokens, ``[N]``; a
+            list is empty where all of them are 1, and the array None where all lists are empty.
     """
 
     tokens: np.ndarray
@@ -49,6 +55,7 @@ class Block:
     desirable: np.ndarray
     digest: np.ndarray
     images: Any = None
+    weights: Any = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -59,21 +66,26 @@ class BlockBuilder:
     """Collects samples, one by one, into blocks."""
 
     def __init__(self) -> None:
-        self.sources: dict[str, int] = {}  # their numbers by name
         self._clear()
 
     def add(self, sample: Encoded, origin: Conversation) -> None:
-        """Add a sample and where it came from."""
+        """Add a sample, which must be storable, and where it came from."""
         tokens = array("i", sample.input_ids)
         self._tokens.extend(tokens)
-        self._supervised.extend(label != IGNORE_INDEX for label in sample.labels)
+        weights = _NONE
+        if sample.weights is None:
+            self._supervised.extend(label != IGNORE_INDEX for label in sample.labels)
+        else:
+            weights = _different_weights(sample)
+            numbers = {weight: number for number, weight in enumerate(weights, 1)}
+            self._supervised.extend(numbers.get(weight, 0) for weight in sample.weights)
         self._ends.append(len(self._tokens))
         images = [image.pack() for image in sample.images]
-        self._images.append(images or _NONE)
+        self._lists["images"].append(images or _NONE)
+        self._lists["weights"].append(_NONE if weights == [1.0] else weights)  # a sample that was truncated
         content = b"".join([tokens.tobytes(), *images])
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-        source = self.sources.setdefault(origin.source, len(self.sources))
-        values = (source, origin.row, origin.line or -1, origin.desirable is not False, digest)
+        values = (origin.source_index, origin.row, origin.line or -1, origin.desirable is not False, digest)
         for column, value in zip(self._columns, values, strict=True):
             column.append(value)
 
@@ -85,16 +97,59 @@ class BlockBuilder:
     def take(self) -> Block:
         """The samples that were added since the last call, as a block."""
         columns = {name: np.array(column) for name, column in zip(_COLUMNS, self._columns, strict=True)}
-        supervised = np.frombuffer(bytes(self._supervised), np.bool_)
-        images = _as_arrow(self._images) if any(self._images) else None
-        block = Block(np.array(self._tokens), supervised, np.array(self._ends), **columns, images=images)
+        supervised = np.frombuffer(bytes(self._supervised), np.uint8)
+        lists = {name: _as_arrow(name, x) for name, x in self._lists.items() if any(x)}
+        block = Block(np.array(self._tokens), supervised, np.array(self._ends), **columns, **lists)
         self._clear()
         return block
 
     def _clear(self) -> None:
         self._tokens, self._supervised, self._ends = array("i"), bytearray(), array("q", [0])
-        self._columns = [*(array("q") for _ in _COLUMNS[:-1]), array("Q")]
-        self._images: list[list[bytes]] = []
+        self._columns = [array(kind) for kind in _COLUMNS.values()]
+        self._lists: dict[str, list[list[Any]]] = {name: [] for name in _LISTS}
+
+
+def require_storable(sample: Encoded) -> None:
+    """Raise a DataError for a sample that no block can hold."""
+    if len(weights := _different_weights(sample)) > _MOST_WEIGHTS:
+        raise DataError(f"has {len(weights)} different weights; expected at most {_MOST_WEIGHTS}. Round them.")
+
+
+def _different_weights(sample: Encoded) -> list[float]:
+    return sorted(set(sample.weights or ()) - {0.0})
+
+
+def joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The samples of small blocks in blocks that are large enough to be written, and a smaller last one."""
+    together: list[Block] = []
+    for block in blocks:
+        together.append(block)
+        if sum(len(one.tokens) for one in together) >= _MOST_TOKENS:
+            yield _join(together)
+            together = []
+    if together:
+        yield _join(together)
+
+
+def _join(blocks: list[Block]) -> Block:
+    import pyarrow as pa
+
+    if len(blocks) == 1:
+        return blocks[0]
+    columns = {
+        name: np.concatenate([getattr(one, name) for one in blocks]) for name in ("tokens", "supervised", *_COLUMNS)
+    }
+    lists = {}
+    for name in _LISTS:
+        given = [getattr(one, name) for one in blocks]
+        if any(values is not None for values in given):
+            lists[name] = pa.concat_arrays([
+                _as_arrow(name, [_NONE] * len(one)) if values is None else values
+                for one, values in zip(blocks, given, strict=True)
+            ])  # fmt: skip
+    starts = np.cumsum([0, *(len(one.tokens) for one in blocks)])
+    ends = [one.ends[1:] + start for one, start in zip(blocks, starts, strict=False)]
+    return Block(**columns, ends=np.concatenate([[0], *ends]), **lists)
 
 
 class BlockFile:
@@ -107,8 +162,9 @@ class BlockFile:
         import pyarrow as pa
 
         lists = [("input_ids", pa.list_(pa.int32())), ("supervised", pa.list_(pa.uint8()))]
-        kinds = (*[pa.int64()] * 4, pa.uint64())
-        self._schema = pa.schema([*lists, *zip(_COLUMNS, kinds, strict=True), ("images", pa.list_(pa.binary()))])
+        lists += [(name, _list_type(name)) for name in _LISTS]
+        columns = [(name, pa.from_numpy_dtype(np.array(array(kind)).dtype)) for name, kind in _COLUMNS.items()]
+        self._schema = pa.schema([*lists, *columns])
         self._stream, self._writer = stream, pa.ipc.new_stream(stream, self._schema)
 
     def add(self, block: Block) -> None:
@@ -116,10 +172,12 @@ class BlockFile:
         import pyarrow as pa
 
         ends = pa.array(block.ends.astype(np.int32))
-        lists = [pa.ListArray.from_arrays(ends, pa.array(x)) for x in (block.tokens, block.supervised.view(np.uint8))]
+        lists = [pa.ListArray.from_arrays(ends, pa.array(x)) for x in (block.tokens, block.supervised)]
+        for name in _LISTS:
+            values = getattr(block, name)
+            lists.append(_as_arrow(name, [_NONE] * len(block)) if values is None else values)
         columns = [pa.array(getattr(block, name)) for name in _COLUMNS]
-        images = _as_arrow([_NONE] * len(block)) if block.images is None else block.images
-        self._writer.write_batch(pa.record_batch([*lists, *columns, images], schema=self._schema))
+        self._writer.write_batch(pa.record_batch([*lists, *columns], schema=self._schema))
 
     def finish(self, about: dict[str, Any]) -> None:
         """End the stream, and append ``about``, which can be turned into JSON."""
@@ -167,13 +225,19 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
-    flat = tokens.values.to_numpy(), supervised.values.to_numpy().view(np.bool_), tokens.offsets.to_numpy()
-    images = batch.column("images")
     columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
-    return Block(*flat, **columns, images=images if len(images.values) else None)
+    lists = {name: batch.column(name) for name in _LISTS if len(batch.column(name).values)}
+    flat, marks, ends = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
+    return Block(flat, marks, ends, **columns, **lists)
 
 
-def _as_arrow(images: list[list[bytes]]) -> Any:
+def _as_arrow(name: str, lists: list[list[Any]]) -> Any:
     import pyarrow as pa
 
-    return pa.array(images, pa.list_(pa.binary()))
+    return pa.array(lists, _list_type(name))
+
+
+def _list_type(name: str) -> Any:
+    import pyarrow as pa
+
+    return pa.list_(getattr(pa, _LISTS[name])())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shadowlit.data.conversation import IGNORE_INDEX
-from shadowlit.data.packing import pack_samples
+from shadowlit.data.packing import loss_weights, pack_samples
 
 Sample = dict[str, Any]
 
@@ -30,12 +30,16 @@ class Collate:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[B, T]``."""
+        """Return ``input_ids``, ``attention_mask`` and ``labels``, each int64 ``[B, T]``.
+
+        Where a sample has ``loss_weights``, these are returned too, float32 ``[B, T]``.
+        """
         length = _round_up(max(len(sample["input_ids"]) for sample in samples), self.pad_to_multiple_of)
         return {
             "input_ids": _fill(samples, "input_ids", length, self.pad_token_id),
             "attention_mask": _fill([{"mask": [1] * len(s["input_ids"])} for s in samples], "mask", length, 0),
             "labels": _fill(samples, "labels", length, IGNORE_INDEX),
+            **_weights(samples, length),
         }
 
 
@@ -57,6 +61,8 @@ class PackCollate:
     def __call__(self, items: Sequence[Sample | list[Sample]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``position_ids`` and ``labels``, each int64 ``[B, T]``; B is 1 where flattened.
 
+        ``loss_weights`` as in :class:`Collate`.
+
         Args:
             items: Samples, or packs of them.
         """
@@ -70,7 +76,8 @@ class PackCollate:
             free = length - size
             filling = {"input_ids": [self.pad_token_id] * free, "labels": [IGNORE_INDEX] * free}
             rows.append(pack_samples([*pack, filling] if free else pack))
-        return {name: _fill(rows, name, length, 0) for name in ("input_ids", "position_ids", "labels")}
+        batch = {name: _fill(rows, name, length, 0) for name in ("input_ids", "position_ids", "labels")}
+        return {**batch, **_weights(rows, length)}
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,16 @@ class PromptCollate:
         }
 
 
-def _fill(rows: Sequence[Sample], name: str, length: int, value: int) -> Tensor:
-    """A column of all rows, int64 ``[B, length]``, with ``value`` after the end of each row."""
-    filled = np.full((len(rows), length), value, np.int64)
+def _weights(rows: Sequence[Sample], length: int) -> dict[str, Tensor]:
+    """The column ``loss_weights``, float32 ``[B, length]``, if any row has weights."""
+    if not any("loss_weights" in row for row in rows):
+        return {}
+    return {"loss_weights": _fill([{"weights": loss_weights(row)} for row in rows], "weights", length, 0.0)}
+
+
+def _fill(rows: Sequence[Sample], name: str, length: int, value: float) -> Tensor:
+    """A column of all rows, ``[B, length]``, with ``value`` after the end of each; int64, or float32 for floats."""
+    filled = np.full((len(rows), length), value, np.float32 if isinstance(value, float) else np.int64)
     for target, row in zip(filled, rows, strict=True):
         target[: len(row[name])] = row[name]
     return torch.from_numpy(filled)

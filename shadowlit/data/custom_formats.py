@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.data.conversation import located
-from shadowlit.data.formats import FORMATS, Message, Samples, convert_row, shown
+from shadowlit.data.formats import FORMATS, Samples, convert_row
+from shadowlit.data.turns import Message, shown
 from shadowlit.errors import DataError, Interrupted
 from shadowlit.plugins import find_function, known_names
 

@@ -3,13 +3,17 @@
 ===================  ==================================================================================
 ``messages``         ``{"messages": [{"role": "user", "content": "…"}, …]}``
 ``sharegpt``         ``{"conversations": [{"from": "human", "value": "…"}, …], "system": "…"}``
-``alpaca``           ``{"instruction": "…", "input": "…", "output": "…", "system": "…"}``
+``alpaca``           ``{"instruction": "…", "input": "…", "output": "…", "system": "…", "history": [["…", "…"]]}``
 ``prompt_completion``  ``{"prompt": "…", "completion": "…"}``; either may be a list of messages instead
 ``text``             ``{"text": "…"}``: a document, trained on as it is, without a chat template
 ===================  ==================================================================================
 
-``system`` and alpaca's ``input`` may be missing or empty. Other columns are ignored. An assistant message may have
-``"train": false`` (or ``"weight": 0``), which excludes it from the loss.
+``system`` and alpaca's ``input`` and ``history`` may be missing or empty. The columns ``question`` and ``answer``, or
+``prompt`` and ``response``, are read as ``prompt`` and ``completion``. Any row of turns may have ``tools``, the
+definitions of the tools that the assistant may call. :mod:`shadowlit.data.turns` has the fields of a turn.
+
+No text of a row is dropped without a word: a column that no format reads is an error, unless its text is that of a
+turn, or the column is declared in ``data.ignore_columns``.
 
 Images are parts of a message's content, ``[{"type": "image", "path": "red.png"}, {"type": "text", "text": "…"}]``;
 ``image``, ``url`` or ``bytes`` may replace ``path``. Alternatively a column ``images`` (or ``image``) holds them, and
@@ -21,13 +25,25 @@ Formats from outside the package are described in :mod:`shadowlit.data.custom_fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from shadowlit.data.turns import (
+    Message,
+    convert_turns,
+    field,
+    filled,
+    from_sharegpt_turns,
+    listed,
+    read_turns,
+    require_answer,
+    shown,
+    unsupervised,
+)
 from shadowlit.errors import DataError, counted
 
-Message = dict[str, Any]
 Samples = Literal["conversations", "pairs", "labels"]
 """Kind of sample: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
 
@@ -37,21 +53,10 @@ PLACEHOLDER = "<image>"
 DOCUMENT = "document"
 """Role of the only message of a document."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _IMAGES = ("images", "image")
-# Fields next to role and content that a chat template may use.
-_EXTRAS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-_SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-}
+_TOOLS = ("tools", "functions")
+_OF_TURNS = ("weight", "loss_weight", "train")  # fields of turns, which would have no effect as columns
+_LEAST_COPY = 20  # characters of a text in an unread column that is taken for a copy of a part of a turn
 
 
 @dataclass(frozen=True)
@@ -64,19 +69,26 @@ class Format:
         required: Columns by which ``auto`` detects the format.
         prompt: Columns that a prompt without an answer needs.
         optional: Further columns that are read.
+        names: Names of the required columns that ``auto`` recognises instead, each set in the order of ``required``.
     """
 
     convert: Callable[[Mapping[str, Any], bool], list[Message]]
     required: tuple[str, ...]
     prompt: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    names: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def columns(self) -> set[str]:
+        """All columns that are read."""
+        return {*self.required, *self.optional, *_IMAGES, *_TOOLS}
 
 
 def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = False) -> list[Message]:
     """Turn a row in a built-in format into messages and check them; ``prompts_only`` accepts a row without an answer.
 
     Returns:
-        Messages with ``role`` and ``content``, and ``train: False`` for turns that are not supervised.
+        Messages as :mod:`shadowlit.data.turns` describes them.
 
     Raises:
         DataError: The row is malformed, or the numbers of its images and of their places differ. The message doesn't
@@ -89,29 +101,35 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
     return messages
 
 
-def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = False) -> str:
+def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = False) -> tuple[str, dict[str, str]]:
     """The format that the columns of a source belong to; with ``prompts_only`` also those of a prompt alone.
+
+    Returns:
+        The format, and the names of the source for the columns that the format reads, where they differ.
 
     Raises:
         DataError: No format has these columns, or more than one has.
     """
     found = set(columns)
-    matching = [name for name, spec in FORMATS.items() if found.issuperset(spec.required)]
-    if not matching and prompts_only:
-        matching = [name for name, spec in FORMATS.items() if found.issuperset(spec.prompt)]
+    matching: dict[str, dict[str, str]] = {}
+    for needed in ("required", "prompt") if prompts_only else ("required",):
+        for name, spec in FORMATS.items() if not matching else ():
+            if found.issuperset(getattr(spec, needed)):
+                matching[name] = {}
+        for name, spec in FORMATS.items() if not matching else ():
+            for names in spec.names:
+                if found.issuperset(names[: len(getattr(spec, needed))]):
+                    matching.setdefault(name, {a: b for a, b in zip(spec.required, names, strict=True) if a != b})
     if not matching:
-        remedy = "Rename the columns."
-        if found.issuperset(("chosen", "rejected")):
-            remedy = "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
-        raise DataError(f"{source} has the columns {listed(found)}; {_accepted(prompts_only)}. {remedy}")
+        raise DataError(f"{source} has the columns {listed(found)}; {_accepted(prompts_only)}. {_remedy(found)}")
     if len(matching) > 1:  # many data sets repeat their conversations as text
-        matching = [name for name in matching if name != "text"]
+        matching.pop("text", None)
     if len(matching) > 1:
         raise DataError(
             f"{source} has the columns of several formats: {', '.join(matching)}. "
-            f"Set data.format to one of them, e.g. data.format={matching[0]}."
+            f"Set data.format to one of them, e.g. data.format={next(iter(matching))}."
         )
-    return matching[0]
+    return next(iter(matching.items()))
 
 
 def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_only: bool = False) -> None:
@@ -126,55 +144,130 @@ def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_o
     if missing:
         raise DataError(
             f"{source} has the columns {listed(found)}, without {listed(missing)}, which data.format={format} needs; "
-            f"{_accepted(prompts_only)}. Set data.format=auto or rename the columns."
+            f"{_accepted(prompts_only)}. Set data.format=auto, or name them in data.columns, e.g. "
+            f"data.columns={{{missing[0]}: {min(found, default='name')}}}."
         )
 
 
-def unused_columns(columns: Iterable[str], format: str) -> list[str]:
-    """The columns that ``format`` doesn't read, sorted."""
-    spec = FORMATS[format]
-    return sorted(set(columns) - {*spec.required, *spec.optional, *_IMAGES})
+def without_ignored(row: Mapping[str, Any], patterns: Sequence[str], path: str = "") -> dict[str, Any]:
+    """A row without the columns, and the fields of its turns, that match ``data.ignore_columns``.
+
+    The path of a field is that of its column and its keys, without the numbers in lists: ``messages.timestamp``.
+    """
+
+    def kept(value: Any, path: str) -> Any:
+        if isinstance(value, Mapping):
+            return without_ignored(value, patterns, f"{path}.")
+        return [kept(one, path) for one in value] if isinstance(value, list | tuple) else value
+
+    return {
+        name: kept(value, f"{path}{name}")
+        for name, value in row.items()
+        if not any(fnmatchcase(f"{path}{name}", pattern) for pattern in patterns)
+    }
+
+
+def without_ignored_fields(messages: Sequence[Message], patterns: Sequence[str]) -> list[Message]:
+    """Messages without the fields that match ``data.ignore_columns`` as ``messages.<field>``.
+
+    So a field can be left out by the name that the chat template knows, whatever the row calls it: the tool calls of
+    ShareGPT's turns, or reasoning in parts.
+
+    Raises:
+        DataError: Nothing is left of a turn.
+    """
+
+    def is_ignored(name: str) -> bool:
+        return name not in ("role", "content") and any(fnmatchcase(f"messages.{name}", one) for one in patterns)
+
+    kept = [{name: value for name, value in message.items() if not is_ignored(name)} for message in messages]
+    for number, (message, before) in enumerate(zip(kept, messages, strict=True)):
+        if not message["content"] and "tool_calls" in before and "tool_calls" not in message:
+            raise DataError(
+                f"has nothing but tool calls in messages[{number}], which data.ignore_columns leaves out. Remove the "
+                "row or keep them."
+            )
+    return kept
+
+
+def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with the names that formats read; ``columns`` has the name of the source for each of them."""
+    names = {theirs: ours for ours, theirs in columns.items()}
+    return {names.get(name, name): value for name, value in row.items()}
+
+
+def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequence[Message]) -> dict[str, str]:
+    """Columns with content that reaches no message, each with what it holds.
+
+    Columns of numbers don't count, and neither does a text that a turn has too: many data sets repeat the prompt.
+
+    Args:
+        row: Row, by the names of the source.
+        read: Columns that are read.
+        messages: What the row became.
+    """
+    unread: dict[str, str] = {}
+    for name, value in row.items():
+        if name in read or value is None:
+            continue
+        if name in _OF_TURNS:
+            unread[name] = shown(value)
+        lost = next((text for text in texts_in(value) if not _is_copy(text, messages)), None)
+        if lost is not None:
+            unread[name] = shown(lost)
+    return unread
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The texts in a value, at every depth, that aren't blank."""
+    if isinstance(value, str):
+        if value.strip():
+            yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from texts_in(one)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from texts_in(one)
 
 
 def from_messages(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
     """``{"messages": [{"role", "content"}, …]}`` to messages."""
-    return _turns(_field(row, "messages", list), "messages")
+    return convert_turns(field(row, "messages", list), "messages")
 
 
 def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
     """``{"conversations": [{"from", "value"}, …]}`` to messages; turns with role and content are read as well."""
-    turns = []
-    for number, turn in enumerate(_field(row, "conversations", list)):
-        where = f"conversations[{number}]"
-        if not isinstance(turn, Mapping):
-            raise DataError(f"has {shown(turn)} in {where}; expected an object with 'from' and 'value'.")
-        if turn.get("from") is None and turn.get("role") is not None:
-            turns.append(turn)
-            continue
-        speaker = _field(turn, "from", str, where)
-        if speaker not in _SPEAKERS:
-            raise DataError(
-                f"has the unknown speaker {speaker!r} in {where}; expected one of {', '.join(_SPEAKERS)}. Rename it."
-            )
-        rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-        turns.append({**rest, "role": _SPEAKERS[speaker], "content": _field(turn, "value", str, where)})
-    return _system(row) + _turns(turns, "conversations")
+    return with_system(row, from_sharegpt_turns(field(row, "conversations", list), "conversations"))
 
 
 def from_alpaca(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
-    r"""``{"instruction", "input", "output", "system"}`` to messages: the user says ``instruction + "\n" + input``."""
-    instruction = _field(row, "instruction", str)
-    context = _field(row, "input", str, default="")
+    r"""``{"instruction", "input", "output", "system", "history"}`` to messages.
+
+    The user says ``instruction + "\n" + input``. ``history`` has the earlier turns, as pairs of a question and an
+    answer; its answers are supervised too.
+    """
+    instruction = field(row, "instruction", str)
+    context = field(row, "input", str, default="")
     user = f"{instruction}\n{context}" if instruction and context else instruction or context
-    turns = [{"role": "user", "content": _filled(user, "instruction")}]
+    turns: list[Message] = []
+    for number, pair in enumerate(field(row, "history", list, default=[])):
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise DataError(
+                f"has {shown(pair)} in history[{number}]; expected a list of two texts, a question and its answer. "
+                "Correct or remove the row."
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": filled(text, f"history[{number}]")})
+    turns.append({"role": "user", "content": filled(user, "instruction")})
     if not (prompts_only and row.get("output") is None):
-        turns.append({"role": "assistant", "content": _filled(_field(row, "output", str), "output")})
-    return _system(row) + turns
+        turns.append({"role": "assistant", "content": filled(field(row, "output", str), "output")})
+    return with_system(row, turns)
 
 
 def from_prompt_completion(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
     """``{"prompt", "completion"}``, strings or lists of messages, to messages; only the completion is supervised."""
-    prompt = unsupervised(read_turns(row, "prompt", "user"))
+    prompt = with_system(row, unsupervised(read_turns(row, "prompt", "user")))
     if prompts_only and row.get("completion") is None:
         return prompt
     return prompt + require_answer(read_turns(row, "completion", "assistant"), "completion")
@@ -184,16 +277,36 @@ def from_text(row: Mapping[str, Any], prompts_only: bool = False) -> list[Messag
     """``{"text"}`` to one message of the role ``document``."""
     if prompts_only:
         raise DataError("is plain text, which has no turn to answer. Give prompts as messages.")
-    return [{"role": DOCUMENT, "content": _filled(_field(row, "text", str), "text")}]
+    return [{"role": DOCUMENT, "content": filled(field(row, "text", str), "text")}]
 
 
 FORMATS: dict[str, Format] = {
     "messages": Format(from_messages, ("messages",), ("messages",)),
     "sharegpt": Format(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
-    "alpaca": Format(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system")),
-    "prompt_completion": Format(from_prompt_completion, ("prompt", "completion"), ("prompt",)),
+    "alpaca": Format(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system", "history")),
+    "prompt_completion": Format(
+        from_prompt_completion, ("prompt", "completion"), ("prompt",), ("system",),
+        (("question", "answer"), ("prompt", "response")),
+    ),
     "text": Format(from_text, ("text",), ("text",)),
-}
+}  # fmt: skip
+
+
+def with_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
+    """The turns, after the system text in the column of its own.
+
+    Raises:
+        DataError: The turns begin with another one.
+    """
+    text = field(row, "system", str, default="")
+    if not text or (turns[0]["role"] == "system" and turns[0]["content"] == text):
+        return turns
+    if turns[0]["role"] in ("system", "developer"):
+        raise DataError(
+            f"has the system text {shown(text)} in 'system' and another one, {shown(turns[0]['content'])}, as its "
+            "first turn. Remove one of them; data.ignore_columns=[system] keeps the turn."
+        )
+    return [{"role": "system", "content": text}, *turns]
 
 
 def _with_images(messages: list[Message], row: Mapping[str, Any]) -> list[Message]:
@@ -234,124 +347,39 @@ def _at_placeholders(text: str) -> list[dict[str, Any]]:
     return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
-def _parts(content: list[Any], where: str) -> str | list[dict[str, Any]]:
-    """Check the parts of a message's content; without an image among them, return their text."""
-    parts: list[dict[str, Any]] = []
-    for number, part in enumerate(content):
-        place = f"'content' of {where}, part {number}"
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            parts.append({"type": "text", "text": _field(part, "text", str, place)})
-        elif kind in ("image", "image_url"):
-            # Parquet gives every part every key.
-            values = (part[key] for key in ("image", "image_url", "path", "url", "bytes") if part.get(key) is not None)
-            parts.append({"type": "image", "image": next(values, None)})
-        else:
-            raise DataError(f"has {shown(part)} in {place}; expected an object of type text or image. Correct it.")
-    if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
-    return parts
-
-
-def unsupervised(turns: Sequence[Message]) -> list[Message]:
-    """The turns of a prompt, whose assistant turns are context."""
-    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
-
-
-def require_answer(turns: list[Message], name: str) -> list[Message]:
-    """``turns``, the answer in the column ``name``, if the assistant has a turn in it."""
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise DataError(f"has a '{name}' without an assistant turn. Give the answer the role assistant.")
-    return turns
-
-
-def read_turns(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    """The messages in a column that holds a text of ``role`` or a list of messages."""
-    value = row.get(name)
-    if isinstance(value, str):
-        return [{"role": role, "content": _filled(value, name)}]
-    if isinstance(value, list):
-        return _turns(value, name)
-    if name not in row:
-        raise DataError(f"lacks the field '{name}'. Add it.")
-    raise DataError(f"has {shown(value)} in '{name}'; expected a text or a list of messages.")
-
-
-def _turns(turns: Sequence[Any], name: str) -> list[Message]:
-    """Check a list of messages, and keep the fields that are used."""
-    if not turns:
-        raise DataError(f"has an empty list in '{name}'. Remove the row.")
-    return [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(turns)]
-
-
-def _turn(turn: Any, where: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise DataError(f"has {shown(turn)} in {where}; expected an object with 'role' and 'content'.")
-    role = _field(turn, "role", str, where)
-    if role not in ROLES:
-        raise DataError(f"has the unknown role {role!r} in {where}; expected one of {', '.join(ROLES)}. Rename it.")
-    # Parquet gives every message every key; None means absent.
-    extras = {key: turn[key] for key in _EXTRAS if turn.get(key) is not None}
-    if isinstance(turn.get("content"), list):
-        content = _parts(turn["content"], where)
-    else:
-        content = _field(turn, "content", str, where, default="" if extras.get("tool_calls") else None)
-    if isinstance(content, str) and role in ("user", "assistant") and not extras.get("tool_calls"):
-        _filled(content, f"content' of '{where}")
-    message = {"role": role, "content": content, **extras}
-    if role == "assistant" and not _trained(turn, where):
-        message["train"] = False
-    return message
-
-
-def _trained(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether an assistant turn is supervised."""
-    train, weight = turn.get("train"), turn.get("weight")
-    if train not in (None, True, False):
-        raise DataError(f"has 'train': {shown(train)} in {where}; expected true or false.")
-    if weight not in (None, 0, 1):
-        raise DataError(f"has 'weight': {shown(weight)} in {where}; expected 0 or 1, turns can't be weighed otherwise.")
-    return train is not False and weight != 0
-
-
-def _system(row: Mapping[str, Any]) -> list[Message]:
-    text = _field(row, "system", str, default="")
-    return [{"role": "system", "content": text}] if text else []
-
-
-def _field(row: Mapping[str, Any], name: str, kind: type, where: str = "", default: Any = None) -> Any:
-    """``row[name]``, checked; ``default`` where it is missing or null, unless that is None."""
-    place = f" in {where}" if where else ""
-    value = row.get(name)
-    if value is None and default is not None:
-        return default
-    if name not in row:
-        raise DataError(f"lacks the field '{name}'{place}. Add it or remove the row.")
-    if not isinstance(value, kind):
-        expected = "a text" if kind is str else "a list"
-        raise DataError(f"has {shown(value)} in '{name}'{place}; expected {expected}. Correct or remove the row.")
-    return value
-
-
-def _filled(text: str, name: str) -> str:
-    if not text.strip():
-        raise DataError(f"has an empty '{name}'. Fill it or remove the row.")
-    return text
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: its first characters and its type."""
-    if value is None:
-        return "null"
-    text = repr(value)
-    return f"{text[:40]}{'…' if len(text) > 40 else ''} ({type(value).__name__})"
-
-
-def listed(names: Iterable[str]) -> str:
-    """``'a', 'b'``."""
-    return ", ".join(f"'{name}'" for name in sorted(names)) or "(none)"
+def _is_copy(text: str, messages: Sequence[Message]) -> bool:
+    """Whether a text is that of a turn, a long part of one, or the whole conversation."""
+    text = text.strip()
+    if messages and all(one in text for message in messages for one in texts_in(message["content"])):
+        return True  # the conversation, rendered
+    for message in messages:
+        own = [one.strip() for one in texts_in({key: one for key, one in message.items() if key != "role"})]
+        if text in own or (len(text) >= _LEAST_COPY and any(text in one for one in own)):
+            return True
+    return False
 
 
 def _accepted(prompts_only: bool) -> str:
     formats = (f"{', '.join(s.prompt if prompts_only else s.required)} ({name})" for name, s in FORMATS.items())
     return "accepted are " + ", or ".join(formats)
+
+
+# Names that data sets give to the parts of a conversation, for the remedy of columns that no format has.
+_USUAL = {
+    "prompt": ("question", "query", "input", "inputs", "problem", "instruction", "user", "source"),
+    "completion": ("answer", "response", "output", "solution", "target", "targets", "assistant", "label"),
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "text": ("content", "document", "body"),
+}
+
+
+def _remedy(found: set[str]) -> str:
+    """What to do about columns that no format has."""
+    if found.issuperset(("chosen", "rejected")):
+        return "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
+    usual = {ours: next((name for name in (ours, *names) if name in found), None) for ours, names in _USUAL.items()}
+    needed = next(
+        (names for names in (("prompt", "completion"), ("messages",), ("text",)) if all(map(usual.get, names))), None
+    )
+    mapping = ", ".join(f"{name}: {usual[name]}" for name in needed) if needed else "prompt: <name>, completion: <name>"
+    return f"Name them in data.columns, e.g. data.columns={{{mapping}}}, or rename the columns."

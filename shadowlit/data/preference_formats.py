@@ -2,10 +2,12 @@
 
 ==============================  =====================================================================================
 pairs                           ``chosen`` and ``rejected``: texts, lists of messages, or one message, with the
-                                ``prompt`` (a text or messages) or ``conversations`` (ShareGPT) that they answer; or
-                                two whole conversations with the same beginning, with or without a column ``prompt``
-labels                          ``prompt``, ``completion`` and ``label``, or ``messages`` and ``label``: true for an
-                                answer that is desirable, false for one that isn't
+                                ``prompt`` (a text or messages), ``conversations`` (ShareGPT) or ``instruction``,
+                                ``input`` and ``history`` (Alpaca) that they answer; or two whole conversations with the
+                                same beginning, with or without a column ``prompt``
+labels                          ``label`` (or ``kto_tag``), with ``prompt`` and ``completion``, ``messages``,
+                                ``conversations``, or ``instruction`` and ``output``: true for an answer that is
+                                desirable, false for one that isn't
 ==============================  =====================================================================================
 
 A sample has two conversations: with the chosen and with the rejected answer; or with a labelled answer and, to the same
@@ -20,11 +22,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shadowlit.data.conversation import Conversation
-from shadowlit.data.formats import (
+from shadowlit.data.formats import FORMATS, Samples, with_system
+from shadowlit.data.turns import (
     Message,
-    Samples,
-    from_messages,
-    from_sharegpt,
+    from_sharegpt_turns,
     listed,
     read_turns,
     require_answer,
@@ -92,20 +93,32 @@ def convert_labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[Messag
     Raises:
         DataError: The row is malformed or its label isn't a boolean. The message doesn't say which row it is.
     """
-    label = row.get("label")
+    column = next((name for name in _LABELS if row.get(name) is not None), _LABELS[0])
+    label = row.get(column)
     if not isinstance(label, bool):
         raise DataError(
-            f"has {shown(label)} in 'label'; expected true for an answer that is desirable, or false. Correct or "
+            f"has {shown(label)} in '{column}'; expected true for an answer that is desirable, or false. Correct or "
             "remove the row."
         )
-    if row.get("completion") is not None:
-        prompt, answer = read_turns(row, "prompt", "user"), read_turns(row, "completion", "assistant")
-    else:
-        turns = from_messages(row)
-        if turns[-1]["role"] != "assistant" or len(turns) < 2:
-            raise DataError("has no assistant turn at the end of 'messages' that answers something. Add the answer.")
-        prompt, answer = turns[:-1], turns[-1:]
-    return unsupervised(prompt), require_answer(answer, "completion"), label
+    format = _format_of(row, "required") or "messages"
+    if format == "prompt_completion":
+        prompt = with_system(row, read_turns(row, "prompt", "user"))
+        return unsupervised(prompt), require_answer(read_turns(row, "completion", "assistant"), "completion"), label
+    turns = FORMATS[format].convert(row, False)
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise DataError(
+            f"has no assistant turn at the end of '{FORMATS[format].required[0]}' that answers something. Add the "
+            "answer."
+        )
+    return unsupervised(turns[:-1]), turns[-1:], label
+
+
+def read_columns(row: Mapping[str, Any], samples: Samples) -> set[str]:
+    """The columns of a row that are read."""
+    pairs = samples == "pairs"
+    format = _format_of(row, "prompt" if pairs else "required")
+    own = ("chosen", "rejected") if pairs else _LABELS
+    return {*own, *(FORMATS[format].columns - (set(_ANSWERS) if pairs else set()) if format else ())}
 
 
 def add_next_answers(samples: list[Conversation]) -> list[Conversation]:
@@ -125,6 +138,10 @@ def add_next_answers(samples: list[Conversation]) -> list[Conversation]:
     ]
 
 
+_LABELS = ("label", "kto_tag")
+_FORMATS = ("prompt_completion", "messages", "sharegpt", "alpaca")
+_ANSWERS = ("completion", "output")
+
 PREFERENCES: dict[str, PreferenceFormat] = {
     "pairs": PreferenceFormat(
         (("chosen", "rejected"),),
@@ -132,8 +149,9 @@ PREFERENCES: dict[str, PreferenceFormat] = {
         "These are pairs: set model.objective to one of pairs, e.g. DPO.",
     ),
     "labels": PreferenceFormat(
-        (("prompt", "completion", "label"), ("messages", "label")),
-        "'prompt', 'completion' and 'label', or 'messages' and 'label'",
+        tuple((*FORMATS[name].required, label) for name in _FORMATS for label in _LABELS),
+        "'label' or 'kto_tag', with 'prompt' and 'completion', 'messages', 'conversations', or 'instruction' and "
+        "'output'",
         "These are labelled answers: set model.objective to KTO.",
     ),
 }
@@ -145,25 +163,25 @@ def _answer(row: Mapping[str, Any], name: str) -> list[Message]:
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list) and any(isinstance(turn, Mapping) and turn.get("from") is not None for turn in value):
-        try:
-            return from_sharegpt({"conversations": value})
-        except DataError as error:
-            raise DataError(str(error).replace("conversations", name)) from None
+        return from_sharegpt_turns(value, name)
     return read_turns({name: value} if name in row else {}, name, "assistant")
 
 
 def _prompt(row: Mapping[str, Any]) -> list[Message]:
-    """The prompt in a column of its own."""
-    if row.get("prompt") is not None:
-        prompt = read_turns(row, "prompt", "user")
-        if isinstance(row.get("system"), str) and row["system"] and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": row["system"]}, *prompt]
-        return prompt
-    if row.get("conversations") is not None:
-        return from_sharegpt(row, True)
-    raise DataError(
-        "has answers in 'chosen' and 'rejected', but no prompt. Add the column 'prompt', or give whole conversations."
-    )
+    """The prompt in columns of its own."""
+    format = _format_of(row, "prompt")
+    if format is None:
+        raise DataError(
+            "has answers in 'chosen' and 'rejected', but no prompt. Add the column 'prompt', or give whole "
+            "conversations."
+        )
+    return FORMATS[format].convert({name: value for name, value in row.items() if name not in _ANSWERS}, True)
+
+
+def _format_of(row: Mapping[str, Any], needed: str) -> str | None:
+    """The first format whose columns a row has: those that are ``required``, or those of a ``prompt``."""
+    names = (name for name in _FORMATS if all(row.get(one) is not None for one in getattr(FORMATS[name], needed)))
+    return next((name for name in names if needed == "required" or name != "messages"), None)
 
 
 def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
@@ -189,4 +207,4 @@ def _split(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message
 
 
 def _texts(turns: list[Message]) -> list[Message]:
-    return [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
+    return [{key: value for key, value in turn.items() if key != "weight"} for turn in turns]

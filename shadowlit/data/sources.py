@@ -1,33 +1,49 @@
-"""Reads files and hub data sets into conversations; every error names the file, the row and the remedy.
+"""Reads files, folders and hub data sets into conversations; every error names the file, the row and the remedy.
 
-JSON is parsed here rather than by ``datasets``, whose reader has no line numbers and refuses rows with different keys.
 A source that is read as a whole is held in memory; a stream holds one row at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, collect, located, place
-from shadowlit.data.custom_formats import find_format
-from shadowlit.data.formats import Samples, check_columns, convert_row, detect_format, unused_columns
+from shadowlit.data.conversation import Conversation, Skip, collect, each
+from shadowlit.data.custom_formats import CustomFormat, find_format
+from shadowlit.data.files import Row, is_file_of_rows, read_file, stream_file
+from shadowlit.data.formats import (
+    FORMATS,
+    Samples,
+    check_columns,
+    convert_row,
+    detect_format,
+    rename,
+    texts_in,
+    unread_text,
+    without_ignored,
+    without_ignored_fields,
+)
 from shadowlit.data.images import locate
-from shadowlit.data.preference_formats import add_next_answers, convert_labelled, convert_pair, require_columns
+from shadowlit.data.preference_formats import (
+    add_next_answers,
+    convert_labelled,
+    convert_pair,
+    read_columns,
+    require_columns,
+)
+from shadowlit.data.turns import Message, listed, read_tools
 from shadowlit.errors import DataError, first_line
 
-EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
-
-_ROWS_READ = 1024  # of a Parquet file at a time
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
+_ANSWERS = {"chosen", "rejected"}
+Log = Callable[[str, bool], None]
 
 
 def log_message(text: str, is_warning: bool) -> None:
@@ -35,119 +51,198 @@ def log_message(text: str, is_warning: bool) -> None:
     (rank_zero_warn if is_warning else rank_zero_info)(text)
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row as it was read: an object with named columns, unless the file is malformed; see :class:`Conversation`."""
-
-    source: str
-    index: int
-    line: int | None
-    content: Any
-
-    def __str__(self) -> str:
-        """``sample 17 of train.jsonl (line 18)``."""
-        return place(self.source, self.index, self.line)
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """The columns by name.
-
-        Raises:
-            DataError: The row is no object.
-        """
-        if not isinstance(self.content, dict):
-            raise DataError(f"is no object but {type(self.content).__name__}. Write it as {{...}} or remove it.")
-        return self.content
-
-
 def read_conversations(
     source: str,
     format: str = "auto",
     *,
+    columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
     use: str = "train",
     prompts_only: bool = False,
     samples: Samples = "conversations",
-    log: Callable[[str, bool], None] = log_message,
+    strict: bool = True,
+    max_rows: int | None = None,
+    skip: Skip | None = None,
+    log: Log = log_message,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
 
     Args:
-        source: ``.json`` (a list of objects, or one object per line), ``.jsonl``, ``.parquet``, a folder that
-            ``datasets`` can read, or a hub data set ``org/name[/config][@revision][:split]``.
+        source: ``.json`` (a list of objects, or one object per line), ``.jsonl``, ``.csv``, ``.tsv``, ``.txt`` (a
+            document per line), these compressed, or ``.parquet``; a folder that ``datasets`` can read; or a hub data
+            set ``org/name[/config][@revision][:split]``.
         format: ``auto``, or a format as in :func:`shadowlit.data.custom_formats.find_format`.
+        columns: Names that the source has for columns of the format, by the format's names.
+        ignore: Columns and fields of turns that are left out; see :func:`shadowlit.data.formats.without_ignored`.
         use: ``train``, ``validation`` or ``test``: the split of a folder or hub data set where none is named.
         prompts_only: Accept rows without an answer.
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
             always detected.
+        strict: Raise if a column has text that reaches no turn, instead of logging it.
+        max_rows: Number of rows that are read, from the beginning; None for all.
+        skip: Function that receives the message of each malformed row, which is then left out; None raises them.
         log: Function that receives messages about the source, and whether each is a warning.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
             of those are listed. Or there is no such format.
     """
-    rows = read_rows(source, use)
-    if not rows:
+    wrong: list[str] = []
+    rows = read_rows(source, use, max_rows, skip and wrong.append)
+    if not rows and not wrong:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     # The columns of one row may be missing in another, which is that row's error and not the file's.
     first = next((row.content for row in rows if isinstance(row.content, dict)), {})
-    if samples == "conversations" or prompts_only:
-        return collect(_converter(source, first, format, prompts_only, log), rows)
-    custom = find_format(format)
-    if custom is None:
-        require_columns(first, samples, source)
-
-    def convert(row: Row) -> Conversation:
-        columns = row.columns if custom is None else custom.preference_row(row.columns, samples)
-        if samples == "pairs":
-            chosen, rejected = convert_pair(columns)
-            return Conversation(chosen, source, row.index, row.line, other=rejected)
-        prompt, answer, label = convert_labelled(columns)
-        return Conversation(prompt + answer, source, row.index, row.line, other=prompt, desirable=label)
-
-    found = collect(convert, rows)
-    return add_next_answers(found) if samples == "labels" else found
+    names = {name for row in rows if isinstance(row.content, dict) for name in row.content}
+    reader = _Reader(source, format, dict(columns or {}), ignore, prompts_only, samples)
+    if rows:
+        reader.prepare(first, names, log)
+    found = collect(reader.convert, rows, skip and wrong.append)
+    for message in wrong:
+        skip(message)
+    if reader.unread and strict:
+        raise DataError(reader.about_unread())
+    if reader.unread:
+        log(f"data: {reader.about_unread()}", False)
+    return add_next_answers(found) if samples == "labels" and not prompts_only and found else found
 
 
-def stream_conversations(source: str, format: str = "auto", *, use: str = "train") -> Iterator[Conversation]:
+def stream_conversations(
+    source: str,
+    format: str = "auto",
+    *,
+    columns: Mapping[str, str] | None = None,
+    ignore: Sequence[str] = (),
+    use: str = "train",
+    max_rows: int | None = None,
+    skip: Skip | None = None,
+) -> Iterator[Conversation]:
     """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
-    Arguments are as for :func:`read_conversations`, but a ``.json`` file must not be one list.
+    Arguments are as for :func:`read_conversations`, but a JSON file must not be one list.
 
     Raises:
-        DataError: The source can't be read, or the next row is malformed. Or there is no such format.
+        DataError: The source can't be read, or the next row is malformed or has text that reaches no turn. Or there is
+            no such format.
     """
-    convert: Callable[[Row], Conversation] | None = None
-    for row in stream_rows(source, use):
-        if convert is None:
-            columns = row.content if isinstance(row.content, dict) else {}
-            convert = _converter(source, columns, format, False, lambda text, is_warning: None)
-        with located(row):
-            conversation = convert(row)
+    rows = stream_rows(source, use, max_rows, skip)
+    if (first := next(rows, None)) is None:
+        return
+    reader = _Reader(source, format, dict(columns or {}), ignore)
+    columns_of_first = first.content if isinstance(first.content, dict) else {}
+    reader.prepare(columns_of_first, set(columns_of_first), lambda text, is_warning: None)
+    for conversation in each(reader.convert, chain([first], rows), skip):
+        if reader.unread:
+            raise DataError(reader.about_unread())
         yield conversation
 
 
-def _converter(
-    source: str, first: dict[str, Any], format: str, prompts_only: bool, log: Callable[[str, bool], None]
-) -> Callable[[Row], Conversation]:
-    """A function that turns a row of a source, whose first row has the columns ``first``, into a conversation."""
-    custom = find_format(format)
-    if custom is None:
-        if format == "auto":
-            format = detect_format(first, source=source, prompts_only=prompts_only)
+@dataclass
+class _Reader:
+    """Turns the rows of a source into conversations, and notes the columns with text that no turn has."""
+
+    source: str
+    format: str
+    columns: dict[str, str]
+    ignore: Sequence[str]
+    prompts_only: bool = False
+    samples: Samples = "conversations"
+    unread: dict[str, str] = field(default_factory=dict)  # an example of each
+
+    def prepare(self, first: Mapping[str, Any], names: set[str], log: Log) -> None:
+        """Find out how rows are read, from the first one and the names of all columns."""
+        self._custom: CustomFormat | None = find_format(self.format)
+        self._folder = folder_of(self.source)
+        first = without_ignored(first, self.ignore)
+        self._check_mapping(names)
+        first = rename(first, self.columns)
+        self._read: set[str] = set(first)
+        if self._custom is not None:
+            return
+        if self.samples != "conversations" and not self.prompts_only:
+            require_columns(first, self.samples, self.source)
+            return
+        if self.format == "auto":
+            self.format, more = detect_format(first, source=self.source, prompts_only=self.prompts_only)
+            first, self.columns = rename(first, more), {**self.columns, **more}
+            if more:
+                log(f"data: {self.source} is read with data.columns={_as_yaml(more)}", False)
         else:
-            check_columns(first, format, source=source, prompts_only=prompts_only)
-        if unused := unused_columns(first, format):
-            log(f"data: {source} is read as {format}; columns not used: {', '.join(unused)}", False)
-    to_messages = partial(convert_row, format=format) if custom is None else custom.convert
-    if first.get("tools"):
-        log(f"data: {source} has a column 'tools'; tool definitions don't reach the chat template.", True)
-    folder = folder_of(source)
+            check_columns(first, self.format, source=self.source, prompts_only=self.prompts_only)
+        # The answers to a prompt aren't shown to the model, whatever they are.
+        self._read = FORMATS[self.format].columns | (_ANSWERS if self.prompts_only else set())
+        unused = sorted(name for name in set(first) - self._read if not any(texts_in(first[name])))
+        if unused:
+            log(f"data: {self.source} is read as {self.format}; columns not used: {', '.join(unused)}", False)
 
-    def convert(row: Row) -> Conversation:
-        messages = locate(to_messages(row.columns, prompts_only=prompts_only), folder)
-        return Conversation(messages, source, row.index, row.line)
+    def convert(self, row: Row) -> Conversation:
+        """The conversation in a row.
 
-    return convert
+        Raises:
+            DataError: The row is malformed. The message doesn't say which row it is.
+        """
+        columns = rename(without_ignored(row.columns, self.ignore) if self.ignore else row.columns, self.columns)
+        if self.samples != "conversations" and not self.prompts_only:
+            return self._preference(row, columns)
+        if self._custom is not None:
+            messages = self._custom.convert(columns, prompts_only=self.prompts_only)
+        else:
+            messages = convert_row(columns, self.format, prompts_only=self.prompts_only)
+            self._note_unread(row, columns, self._read, messages)
+        messages, tools = self._finish(columns if self._custom is None else {}, locate(messages, self._folder))
+        return Conversation(messages, row.source, row.index, row.line, tools)
+
+    def _finish(self, columns: Mapping[str, Any], messages: list[Message]) -> tuple[list[Message], list[Any] | None]:
+        """The messages as the chat template sees them, and the tools."""
+        messages, tools = read_tools(columns, messages)
+        if self.ignore:
+            messages = without_ignored_fields(messages, self.ignore)
+            tools = without_ignored({"tools": tools}, self.ignore).get("tools")
+        return messages, tools
+
+    def about_unread(self) -> str:
+        """What is wrong with the columns that aren't read."""
+        names = {theirs: ours for ours, theirs in self.columns.items()}
+        shown = ", ".join(f"'{names.get(name, name)}' ({example})" for name, example in self.unread.items())
+        return (
+            f"{self.source} has columns with content that the model wouldn't see: {shown}. Leave them out with "
+            f"data.ignore_columns=[{', '.join(self.unread)}], or name the columns of the conversation in data.columns."
+        )
+
+    def _preference(self, row: Row, columns: dict[str, Any]) -> Conversation:
+        if self._custom is not None:
+            columns = self._custom.preference_row(columns, self.samples)
+        read = read_columns(columns, self.samples)
+        if self.samples == "pairs":
+            messages, other = convert_pair(columns)
+            label = None
+        else:
+            prompt, answer, label = convert_labelled(columns)
+            messages, other = prompt + answer, prompt
+        if self._custom is None:
+            self._note_unread(row, columns, read, [*messages, *other])
+        messages, tools = self._finish(columns, messages)
+        other, _ = self._finish({}, other)
+        return Conversation(messages, row.source, row.index, row.line, tools, other=other, desirable=label)
+
+    def _note_unread(self, row: Row, columns: dict[str, Any], read: set[str], messages: Sequence[Message]) -> None:
+        if not read.issuperset(columns):
+            for name, text in unread_text(columns, read, messages).items():
+                self.unread.setdefault(name, f"{text} in {row}")
+
+    def _check_mapping(self, names: set[str]) -> None:
+        missing = [theirs for theirs in self.columns.values() if theirs not in names]
+        taken = [ours for ours in self.columns if ours in names and ours not in self.columns.values()]
+        if missing:
+            raise DataError(
+                f"{self.source} has the columns {listed(names)}, without {listed(missing)}, which data.columns names. "
+                "Correct data.columns."
+            )
+        if taken and not all(name not in without_ignored(dict.fromkeys(names), self.ignore) for name in taken):
+            raise DataError(
+                f"{self.source} has a column {listed(taken)} itself, for which data.columns names another. Remove the "
+                f"entry, or add {listed(taken)} to data.ignore_columns."
+            )
 
 
 def folder_of(source: str) -> Path:
@@ -176,51 +271,42 @@ def is_remote(source: str) -> bool:
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
 
 
-def read_rows(source: str, use: str) -> list[Row]:
-    """Read all rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def read_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> list[Row]:
+    """Read all rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be read, or lines are broken JSON.
     """
     path = Path(source).expanduser()
-    if path.is_file() and path.stat().st_size == 0:
-        raise DataError(f"{source} is empty. Give a file with at least one sample.")
-    return _read_json(source, path) if _is_json(path) else list(_rows_of_table(source, use, streaming=False))
+    if path.is_file():
+        return read_file(source, path, max_rows, skip)
+    return list(islice(_rows_of(source, use, streaming=False), max_rows))
 
 
-def stream_rows(source: str, use: str) -> Iterator[Row]:
-    """Yield the rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def stream_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> Iterator[Row]:
+    """Yield the rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be streamed, or a line is broken JSON.
     """
     path = Path(source).expanduser()
-    return _stream_json(source, path) if _is_json(path) else _rows_of_table(source, use, streaming=True)
+    if path.is_file():
+        return stream_file(source, path, max_rows, skip)
+    return islice(_rows_of(source, use, streaming=True), max_rows)
 
 
-def _is_json(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in (".json", ".jsonl", ".ndjson")
-
-
-def _rows_of_table(source: str, use: str, streaming: bool) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, a folder or a hub data set."""
-    path = Path(source).expanduser()
-    if not path.is_file():
-        data = _open(source, use, streaming)
-    elif path.suffix.lower() == ".parquet":
-        data = _read_parquet(source, path)
-    else:
-        raise DataError(
-            f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}. "
-            "Convert the file, or rename it if it is one of these."
-        )
-    for index, columns in enumerate(data):
+def _rows_of(source: str, use: str, streaming: bool) -> Iterator[Row]:
+    """Yield the rows of a folder or a hub data set."""
+    for index, columns in enumerate(_open(source, use, streaming)):
         yield Row(source, index, None, columns)
 
 
+def _as_yaml(mapping: Mapping[str, str]) -> str:
+    return f"{{{', '.join(f'{ours}: {theirs}' for ours, theirs in mapping.items())}}}"
+
+
 def _looks_local(source: str) -> bool:
-    path = Path(source)
-    if path.suffix.lower() in (*EXTENSIONS, ".csv", ".txt", ".gz", ".zst") or source.startswith((".", "/", "~")):
+    if is_file_of_rows(Path(source)) or source.startswith((".", "/", "~")):
         return True
     return _HUB.fullmatch(source) is None
 
@@ -231,72 +317,6 @@ def _folder_of(source: str) -> tuple[Path | None, str | None]:
         if (path := Path(name).expanduser()).is_dir():
             return path, split
     return None, None
-
-
-def _read_json(source: str, path: Path) -> list[Row]:
-    lines = list(_lines(source, path))
-    if path.suffix.lower() != ".json" or not lines or not lines[0].content.lstrip().startswith("["):
-        return collect(_parse, lines)
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{source} is broken JSON in line {error.lineno}, column {error.colno}: {error.msg}. Correct it; "
-            "a .json file holds a list of objects, or one object per line."
-        ) from None
-    return [Row(source, index, None, content) for index, content in enumerate(contents)]
-
-
-def _stream_json(source: str, path: Path) -> Iterator[Row]:
-    for line in _lines(source, path):
-        if line.index == 0 and line.content.lstrip().startswith("["):
-            raise DataError(
-                f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
-                "data.streaming=false."
-            )
-        with located(line):
-            row = _parse(line)
-        yield row
-
-
-def _lines(source: str, path: Path) -> Iterator[Row]:
-    """Yield the lines of a file that aren't blank; their content is text."""
-    index = 0
-    with path.open("rb") as stream:  # as text, lines would also end at characters that JSON strings may hold
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{source} is not UTF-8: byte 0x{line[error.start]:02x} in line {number}. Convert it, "
-                    f"e.g. `iconv -f latin1 -t utf-8 {source}`."
-                ) from None
-            if text:
-                yield Row(source, index, number, text)
-                index += 1
-
-
-def _parse(row: Row) -> Row:
-    """The row with its content parsed, which was a line of text."""
-    try:
-        return replace(row, content=json.loads(row.content))
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"is broken JSON: {error.msg} in column {error.colno}. Correct or remove the line; each line holds one "
-            "whole object."
-        ) from None
-
-
-def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS_READ):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{source} is no readable Parquet file ({first_line(error)}). Write it again.") from None
 
 
 def _open(source: str, use: str, streaming: bool = False) -> Any:

@@ -129,6 +129,7 @@ def fit(folder: Path, plan: Mapping[str, object]) -> Path:
         "model.lr": 2e-3,
         "data.train": DATA / "train.jsonl",
         "data.validation": {"new_house": str(DATA / "new_house.jsonl")},
+        "data.ignore_columns": ["skill", "answer"],
         "data.max_length": 128,
         "data.batch_size": 8,
         "data.eval_batch_size": 64,

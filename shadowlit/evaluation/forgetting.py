@@ -67,7 +67,7 @@ class Divergence(Evaluator):
     def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
         """Read and tokenise the rows; refuse malformed ones, too long ones, and ones without supervised tokens."""
         tokenizer, end = pair.tokenizer(), pair.other_tokenizer().eos_token_id
-        chosen = spread(read_conversations(self.data, use="validation"), self.limit)
+        chosen = spread(read_conversations(self.data, use="validation", strict=False), self.limit)
 
         def encode(conversation: Conversation) -> tuple[int, list[Encoded]]:
             first = conversation.messages[0]
@@ -75,7 +75,9 @@ class Divergence(Evaluator):
                 end_token_id = end if isinstance(end, int) else None
                 turns = encode_document(tokenizer, first["content"], end_token_id, self.max_length)
             else:
-                turns = encode_turns(tokenizer, conversation.messages, **template_kwargs)
+                turns = encode_turns(
+                    tokenizer, conversation.messages, **{"tools": conversation.tools, **template_kwargs}
+                )
             if all(label == IGNORE_INDEX for turn in turns for label in turn.labels):
                 raise DataError("has no supervised token. Remove it, or its 'train' or 'weight'.")
             if (longest := _longest(turns)) > self.max_length:

@@ -9,11 +9,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from shadowlit.errors import ShadowlitError
@@ -81,6 +83,7 @@ class HeadLoss:
         way: Implementation. ``chunked``: gradients with the loss, for a plain linear head. ``recomputed``: any head,
             with logits computed again in the backward pass. ``torch``: torch's own ``linear_cross_entropy``. ``liger``:
             Liger Kernel's. ``logits``: the full logits. ``auto``: chunked where possible, else recomputed, else logits.
+            A batch whose tokens have weights is chunked instead of given to torch's or Liger's, which know none.
 
     Raises:
         ShadowlitError: The implementation does not support this model or this machine.
@@ -97,15 +100,17 @@ class HeadLoss:
                 log.info("whole logits are computed, since %s", why)
         self.way: Way = _resolved(way, self.head)
 
-    def loss(self, inputs: Inputs, positions: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, inputs: Inputs, positions: Tensor, targets: Tensor, factors: Tensor | None = None) -> Tensor:
         """Summed cross entropy, a float32 scalar with a gradient (float64 for a model in it).
 
         Args:
             inputs: Keyword arguments of the model: ``input_ids`` ``[B, T]`` and what belongs to it.
             positions: ``[N]``, int64, into the ``B * T`` hidden states: those that predict.
             targets: ``[N]``, int64, the tokens that they predict.
+            factors: ``[N]``, float32, by which the tokens' losses are multiplied; ``None`` for 1.
         """
-        return self._at(self._loss, inputs, positions, targets)
+        # Not as an argument: FSDP2 would cast it to the dtype of the parameters.
+        return self._at(partial(self._loss, factors=factors), inputs, positions, targets)
 
     def map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
         """``function(logits, targets)`` ``[N]`` of all tokens, with a gradient; arguments as of :meth:`loss`.
@@ -150,15 +155,24 @@ class HeadLoss:
         """Positions whose logits are computed at a time; all where the model has computed them already."""
         return max(1, len(states)) if self.head is None else default_chunk_size(_vocabulary(self.model), states.device)
 
-    def _loss(self, states: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, states: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
         if self.head is None or self.way == "recomputed":
+            if factors is not None:
+                return (factors * self._map_logits(states, targets, cross_entropies)).sum()
             return recomputed_cross_entropy_sum(self._logits, states, targets, self._chunk_size(states))
         head = self.head
         assert isinstance(head.module, nn.Linear)
         weight: Tensor = head.module.weight
         bias: Tensor | None = head.module.bias
-        if self.way == "chunked":
-            return linear_cross_entropy_sum(states, weight, targets, bias=bias, scale=head.scale, cap=head.cap)
+        if self.way != "chunked" and factors is not None:
+            rank_zero_warn(
+                f"model.head_loss is {self.way!r}, which knows no weights of tokens. Batches that have some are "
+                "computed as by 'chunked'."
+            )
+        if self.way == "chunked" or factors is not None:
+            return linear_cross_entropy_sum(
+                states, weight, targets, bias=bias, scale=head.scale, cap=head.cap, factors=factors
+            )
         device = states.device.type
         if torch.is_autocast_enabled(device):  # neither of the two follows it
             dtype = torch.get_autocast_dtype(device)

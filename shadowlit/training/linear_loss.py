@@ -32,11 +32,12 @@ def linear_cross_entropy_sum(
     bias: Tensor | None = None,
     scale: float = 1.0,
     cap: float | None = None,
+    factors: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """Summed cross entropy of a linear head's predictions in nats, a float32 scalar (float64 for float64 inputs).
 
-    ``Σ_n logsumexp(z_n) - z_n[targets_n]`` with ``z = softcap(scale * (hidden @ weight.T + bias))`` and
+    ``Σ_n factors_n (logsumexp(z_n) - z_n[targets_n])`` with ``z = softcap(scale * (hidden @ weight.T + bias))`` and
     ``softcap(x) = cap * tanh(x / cap)``. Products are computed in the weight's dtype, or in autocast's where it is
     on; the softmax, the sums and the gradient of the weight in float32 (float64 where the inputs are).
 
@@ -49,11 +50,12 @@ def linear_cross_entropy_sum(
         bias: ``[V]``.
         scale: Factor of the logits.
         cap: Soft cap of the logits (Gemma 2, arXiv 2408.00118); ``None`` for none.
+        factors: ``[N]``, floating, by which the tokens' losses are multiplied; ``None`` for 1.
         chunk_size: Number of tokens whose logits exist at a time; ``None`` for one that suits the device.
     """
     head = _Head(scale, cap, _product_dtype(weight), chunk_size or default_chunk_size(weight.shape[0], weight.device))
     learns = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, head, learns)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, factors, head, learns)
 
 
 @torch.no_grad()
@@ -184,6 +186,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        factors: Tensor | None,
         head: _Head,
         learns: Sequence[bool],  # which of hidden, weight and bias
     ) -> Tensor:
@@ -197,12 +200,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for part, logits, states in head.chunks(hidden, cast, bias):
                 slope = 1 - (logits / head.cap).square_() if head.cap is not None and any(learns) else None
                 losses, exponentials = _losses(logits, targets[part])
+                if factors is not None:
+                    losses = losses * factors[part]
                 total += losses.sum(dtype=total.dtype)
                 if not any(learns):
                     continue
                 # Softmax minus one-hot, in the buffer of the logits.
                 gradient = logits.mul_(exponentials.reciprocal_())
                 gradient.scatter_add_(1, targets[part, None], gradient.new_full((len(losses), 1), -1.0))
+                if factors is not None:
+                    gradient.mul_(factors[part, None])
                 if slope is not None:
                     gradient.mul_(slope)
                 if head.scale != 1:
@@ -230,7 +237,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None
         # In place: a second gradient of the head would be the largest tensor of a small model's backward pass.
-        return (*(None if g is None else g.mul_(outer[0]) for g in gradients), None, None, None)
+        return (*(None if g is None else g.mul_(outer[0]) for g in gradients), None, None, None, None)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -30,7 +30,7 @@ from shadowlit.arguments import takes_plain_values
 from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
-from shadowlit.distributed import local
+from shadowlit.distributed import local, reshard_all
 from shadowlit.errors import DataError, ShadowlitError, as_usage, first_line, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
@@ -38,14 +38,15 @@ from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 from shadowlit.plugins import calls
+from shadowlit.training.checkpoints import require_same_parameters, take_over
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
-from shadowlit.training.objectives import SFT, Objective, require_sums
-from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
+from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
+from shadowlit.training.optimizer import OptimizerChoice, keep_names, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
 from shadowlit.training.rehearsal import rehearse
@@ -67,6 +68,14 @@ ScheduleName = Literal[
 ]  # fmt: skip
 
 
+@runtime_checkable
+class ChecksBeforeData(Protocol):
+    """A callback that checks something before a command reads its data, which may take an hour."""
+
+    def before_data(self, trainer: Trainer, pl_module: ShadowModule) -> None:
+        """Raise if the command would fail; called on every rank, before the ranks know each other."""
+
+
 class UnlimitedProgressBar(RichProgressBar):
     """Lightning's progress bar where the number of epochs is not limited: without ``/-2`` after the epoch."""
 
@@ -79,9 +88,10 @@ class ShadowModule(LightningModule):
     """Trains the Base of a pair, and scores the weights that the model holds.
 
     The loss of an effective batch (all micro-batches and ranks of a step) is a sum divided once by its count, for
-    supervised fine-tuning the number of supervised tokens. It doesn't change with accumulation, the number of ranks or
-    unequal lengths. Trainable parameters are float32; ``trainer.precision: bf16-mixed`` computes in bfloat16. The
-    dropout masks of a batch depend on the seed and the batch's number only, so that a resumed run repeats them.
+    supervised fine-tuning the number of supervised tokens, or the sum of their weights where turns have some. It
+    doesn't change with accumulation, the number of ranks or unequal lengths. Trainable parameters are float32;
+    ``trainer.precision: bf16-mixed`` computes in bfloat16. The dropout masks of a batch depend on the seed and the
+    batch's number only, so that a resumed run repeats them.
 
     Objectives with a reference (docs/preference.md) compare answers with their log-probabilities under the weights at
     the start, which :class:`GraftCallback` measures.
@@ -262,7 +272,8 @@ class ShadowModule(LightningModule):
         return self.model(**model_inputs(batch), use_cache=False).logits
 
     def setup(self, stage: str) -> None:
-        """Forget what an earlier command has left."""
+        """Forget what an earlier command has left, and take over how checkpoints are written and read."""
+        take_over(self.trainer)
         self._sums = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
@@ -270,7 +281,10 @@ class ShadowModule(LightningModule):
             self.objective.reset()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Try the objective, the metrics and the optimizer: of all hooks, this one runs before anything is loaded.
+        """Try the objective, the metrics and the optimizer, and let callbacks check what they can before data are read.
+
+        Of all hooks this one runs first: ``prepare_data`` and ``setup`` of the data module come before a callback's
+        ``setup``.
 
         Returns a progress bar in place of Lightning's own if the number of epochs is not limited.
         """
@@ -279,6 +293,9 @@ class ShadowModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             with as_usage():
                 self._try_optimizer()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ChecksBeforeData):
+                callback.before_data(self.trainer, self)
         bar = self.trainer.progress_bar_callback
         if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
             return []
@@ -297,7 +314,10 @@ class ShadowModule(LightningModule):
             return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
 
     def on_fit_start(self) -> None:
-        """Refuse data of another kind than the objective needs."""
+        """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
+        reshard_all(self)
+        for optimizer in self.trainer.optimizers:
+            keep_names(optimizer, self.named_parameters())
         samples = run_data(self.trainer).samples
         if samples != self.objective.samples:
             raise ShadowlitError(
@@ -327,8 +347,10 @@ class ShadowModule(LightningModule):
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
             reduce_gradients(self.model, steps or not self._accumulates_whole)
+        outputs = self._outputs(batch, BASE, "train")
         with calls(self.objective, "model.objective", "Correct its step."):
-            loss = self._add(self.objective.step(self._outputs(batch, BASE, "train")))
+            loss = self._add(self.objective.step(outputs))
+        require_weighed(self.objective, outputs)
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
@@ -341,7 +363,8 @@ class ShadowModule(LightningModule):
             dist.all_reduce(reduced)
         # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
         sums = dict(zip(names, reduced.unbind(), strict=True))
-        number = sums["count"].clamp(min=1)
+        count = sums["count"]
+        number = torch.where(count > 0, count, 1)  # weights may sum to less than 1
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, number.reciprocal())
         loss, step = sums["loss"] / number, self.trainer.global_step + 1
@@ -483,7 +506,9 @@ class ShadowModule(LightningModule):
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Convert them back."""
+        """Convert them back; refuse a checkpoint of other parameters."""
+        if self.adapter is not None or self.strict_loading:
+            require_same_parameters(self.trainer.ckpt_path, checkpoint["state_dict"], self.state_dict())
         self.objective.on_load_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]

@@ -52,8 +52,8 @@ class Objective(ABC):
         """Return sums over a micro-batch: scalar tensors or numbers, of the same names in every batch.
 
         ``loss`` is the summed loss with its gradient, and ``count`` what the loss of the whole effective batch is
-        divided by, usually tokens or samples. A term must be a sum over samples that depends on nothing of the rest of
-        the batch, or the loss changes with the size of the micro-batches.
+        divided by, usually samples or, of tokens, :meth:`Outputs.total_weight`. A term must be a sum over samples that
+        depends on nothing of the rest of the batch, or the loss changes with the size of the micro-batches.
         """
 
     def finish_step(self, sums: Sums) -> Sums:
@@ -121,12 +121,13 @@ class TokenObjective(Objective):
         """
 
     def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
-        """The summed losses, and the number of supervised tokens."""
-        return {"loss": outputs.map_logits(self.token_losses).sum(), "count": len(outputs.targets)}
+        """The weighted sum of the losses, the sum of the weights, and the number of supervised tokens."""
+        loss = outputs.weighted_sum(outputs.map_logits(self.token_losses))
+        return {"loss": loss, "count": outputs.total_weight(), "tokens": len(outputs.targets)}
 
     def finish_step(self, sums: Sums) -> Sums:
         """The number of supervised tokens."""
-        return {"tokens": sums["count"]}
+        return {"tokens": sums.get("tokens", sums["count"])}
 
 
 class SFT(TokenObjective):
@@ -138,7 +139,7 @@ class SFT(TokenObjective):
 
     def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
         """As of any loss per token, with the gradient of the head computed together with the loss."""
-        return {"loss": outputs.loss(), "count": len(outputs.targets)}
+        return {"loss": outputs.loss(), "count": outputs.total_weight(), "tokens": len(outputs.targets)}
 
 
 class PreferenceObjective(Objective):
@@ -466,6 +467,16 @@ def require_sums(objective: Objective, sums: Any, known: Sequence[str] | None = 
         f"count, each a single number, and the same names in every batch{before}. Return e.g. "
         '{"loss": losses.sum(), "count": len(losses)}.'
     )
+
+
+def require_weighed(objective: Objective, outputs: Outputs) -> None:
+    """Raise if the tokens of a batch have weights, and the step of an objective has not asked for their sum."""
+    if outputs.ignores_weights:
+        raise ShadowlitError(
+            f"the data have turns with a weight, but model.objective is {path_of(objective)}, whose step ignores it. "
+            "Remove 'weight' from the data, or multiply the losses by outputs.weights (outputs.weighted_sum does) and "
+            "return outputs.total_weight() as count."
+        )
 
 
 def _require(objective: str, **options: float) -> None:

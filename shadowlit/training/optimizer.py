@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.distributed import place
+from shadowlit.errors import CheckpointError, ShadowlitError, first_line
 from shadowlit.plugins import WITHOUT_SUPER
 
 # Without lr among its options a class is called with the module's; the parser tells the two apart.
@@ -149,6 +151,76 @@ def _to_cpu(moment: Tensor, home: Tensor | None) -> Tensor:
         room.copy_(part, non_blocking=True)
     # Made as FSDP2 makes its own offloaded parameters: from_local would move it to the mesh's device.
     return DTensor(room, moment._spec, requires_grad=False) if isinstance(moment, DTensor) else room
+
+
+def keep_names(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Let the optimizer's state name its parameters, and be loaded by these names.
+
+    Of states without names, of earlier checkpoints, the order counts. A state that is whole is loaded into sharded
+    parameters too: each rank takes its part.
+
+    Args:
+        optimizer: The optimizer.
+        named: The model's parameters by name.
+    """
+    names = {id(parameter): name for name, parameter in named}
+
+    def own() -> list[list[tuple[str, Tensor]]]:
+        return [[(names[id(p)], p) for p in group["params"]] for group in optimizer.param_groups]
+
+    def add(_: Optimizer, state: dict[str, Any]) -> None:
+        for group, parameters in zip(state["param_groups"], own(), strict=True):
+            group["param_names"] = [name for name, _ in parameters]
+
+    def find(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return _in_order_of(own(), state)
+
+    optimizer.register_state_dict_post_hook(add)
+    optimizer.register_load_state_dict_pre_hook(find)
+
+
+def by_name(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer that keeps names, with names instead of numbers."""
+    numbers = {i: n for g in state["param_groups"] for i, n in zip(g["params"], g["param_names"], strict=True)}
+    groups = [{k: v for k, v in g.items() if k != "param_names"} for g in state["param_groups"]]
+    return {
+        "state": {numbers[number]: values for number, values in state["state"].items()},
+        "param_groups": [{**g, "params": [numbers[number] for number in g["params"]]} for g in groups],
+    }
+
+
+def _in_order_of(own: list[list[tuple[str, Tensor]]], state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state with the numbers and groups of an optimizer's ``own`` parameters, placed as these are."""
+    groups = state["param_groups"]
+    saved = [key for group in groups for key in group["params"]]
+    keys: dict[str, Any] = {key: key for key in saved if isinstance(key, str)}
+    for group in groups:
+        keys |= dict(zip(group.get("param_names", ()), group["params"], strict=False))
+    wanted = [name for parameters in own for name, _ in parameters]
+    if not keys and len(saved) == len(wanted):
+        keys = dict(zip(wanted, saved, strict=True))
+    if keys.keys() != set(wanted):
+        apart = sorted(keys.keys() ^ set(wanted))
+        found = f": only one of the two has {some_of(apart, 3)}" if keys else f" ({len(saved)} and {len(wanted)})"
+        raise CheckpointError(
+            f"the checkpoint holds optimizer states of other parameters than are trained now{found}. Resume with the "
+            "model.adapter and model.train_towers of its run, or start again without ckpt_path."
+        )
+    group_of = {key: group for group in groups for key in group["params"]}
+    numbers = iter(range(len(wanted)))
+    found_states, found_groups = {}, []
+    for parameters in own:
+        settings = group_of[keys[parameters[0][0]]]
+        ordered = []
+        for name, parameter in parameters:
+            ordered.append(number := next(numbers))
+            if (values := state.get("state", {}).get(keys[name])) is not None:
+                found_states[number] = {
+                    key: place(value, parameter) if isinstance(value, Tensor) else value
+                    for key, value in values.items()
+                }
+        found_groups.append({k: v for k, v in settings.items() if k != "param_names"} | {"params": ordered})
+    return {**state, "state": found_states, "param_groups": found_groups}
 
 
 def plain_tensors(state: Any) -> Any:

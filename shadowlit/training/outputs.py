@@ -69,6 +69,7 @@ class Outputs:
         batch: The batch.
         positions: ``[N]``, int64, the hidden states that predict a supervised token, as indices into ``B * T``.
         targets: ``[N]``, int64, the supervised tokens.
+        weights: ``[N]``, float32, factors of the supervised tokens' losses in training; None where all of them are 1.
     """
 
     def __init__(self, head: HeadLoss, batch: Batch, reference: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -80,10 +81,29 @@ class Outputs:
             positions = supervised_positions(batch["labels"], batch.get("position_ids"))
         self.positions = positions
         self.targets = batch["labels"].flatten().index_select(0, positions + 1)
+        self.weights: Tensor | None = None
+        if "loss_weights" in batch:
+            self.weights = batch["loss_weights"].flatten().index_select(0, positions + 1)
+        self._has_divisor = False
 
     def loss(self) -> Tensor:
-        """The summed cross entropy of the supervised tokens in nats, a float32 scalar."""
-        return self._head.loss(model_inputs(self.batch), self.positions, self.targets)
+        """The weighted sum of the cross entropies of the supervised tokens in nats, a float32 scalar."""
+        return self._head.loss(model_inputs(self.batch), self.positions, self.targets, self.weights)
+
+    def weighted_sum(self, losses: Tensor) -> Tensor:
+        """The sum of losses ``[N]``, each multiplied by the weight of its token."""
+        return losses.sum() if self.weights is None else (self.weights * losses).sum()
+
+    def total_weight(self) -> Tensor | int:
+        """The sum of the weights, by which the loss is divided: the number of supervised tokens if there are none."""
+        self._has_divisor = True
+        weights = self.weights
+        return len(self.targets) if weights is None else weights.sum(dtype=accumulation_dtype(weights.device))
+
+    @property
+    def ignores_weights(self) -> bool:
+        """Whether tokens have weights, and nothing has asked for their sum."""
+        return self.weights is not None and not self._has_divisor
 
     def token_log_probs(self) -> Tensor:
         """The log-probabilities of the supervised tokens in nats, float32 ``[N]``."""

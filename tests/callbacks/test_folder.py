@@ -87,8 +87,29 @@ def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
 def test_predictions_don_t_overwrite_the_prompts(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("{}")
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(predict=str(prompts)))
+    module = SimpleNamespace(predict_step=lambda batch, batch_idx: None)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(predict=str(prompts)),
+        is_global_zero=True,
+        strategy=SimpleNamespace(broadcast=lambda error: error),
+    )
     with pytest.raises(ExportError, match=r"^predictions.file is '.*prompts.jsonl', which exists and belongs to .*pro"):
-        PredictionWriter(str(prompts)).setup(trainer, None, "predict")
-    PredictionWriter(str(prompts)).setup(trainer, None, "fit")
-    PredictionWriter(str(tmp_path / "answers.jsonl")).setup(trainer, None, "predict")
+        PredictionWriter(str(prompts)).setup(trainer, module, "predict")
+    PredictionWriter(str(prompts)).setup(trainer, module, "fit")
+    PredictionWriter(str(tmp_path / "answers.jsonl")).setup(trainer, module, "predict")
+
+
+@pytest.mark.parametrize("file, reason", [("taken/x.jsonl", "Not a directory"), ("folder", "it is a folder")])
+def test_predictions_that_cannot_be_written_are_found_before_the_first_answer(tmp_path, file, reason):
+    (tmp_path / "taken").touch()
+    (tmp_path / "folder").mkdir()
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda error: error))
+    module = SimpleNamespace(predict_step=lambda batch, batch_idx: None)
+    writer = PredictionWriter(str(tmp_path / file))
+    with pytest.raises(
+        ExportError, match=rf"^predictions\.file={tmp_path}/{file} can't be written: .*{reason}.*another file"
+    ):
+        writer.setup(trainer, module, "predict")
+    writer.setup(trainer, module, "fit")
+    PredictionWriter(str(tmp_path / "new/x.jsonl")).setup(trainer, module, "predict")
+    assert not (tmp_path / "new").exists()

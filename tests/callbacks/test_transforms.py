@@ -108,6 +108,7 @@ def config(root, transforms):
         "model": {"adapter": {"r": 4, "target_modules": "all-linear"}, "lr": 1e-3},
         "data": {
             "train": str(data / "train.jsonl"), "validation": {"new": str(data / "new.jsonl")}, "max_length": 128,
+            "ignore_columns": ["skill", "answer"],
             "batch_size": 4, "eval_batch_size": 4,
         },
         "graft": {"transforms": transforms, "baselines": False},

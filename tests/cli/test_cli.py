@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from shadowlit.analysis.curves import read_metrics
@@ -13,6 +14,7 @@ from shadowlit.analysis.run import read_run
 from shadowlit.analysis.run_plots import four_curves
 from shadowlit.cli.main import COMMANDS, main
 from shadowlit.errors import DataError
+from shadowlit.training.module import ShadowModule
 from tests.distributed import run_command
 from tests.tiny import save_pair
 
@@ -95,12 +97,29 @@ def test_the_saved_config_runs_again_and_overwrites_nothing(root, fitted):
 
 
 def test_validate_and_test_a_checkpoint(root, fitted, capsys):
-    for command in ("validate", "test"):
-        arguments = [command, "--config", str(root / "run.yaml"), f"--ckpt_path={fitted / 'checkpoints/last.ckpt'}"]
+    """Hyperparameters in it change nothing: no class of theirs is imported."""
+    checkpoint = fitted / "checkpoints/last.ckpt"
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["world_size"] == 1
+    named = root / "named.ckpt"
+    torch.save({**content, "hyper_parameters": {"lr": 0.77, "_class_path": "antigravity.Module"}}, named)
+    for command, path in (("validate", named), ("test", checkpoint)):
+        arguments = [command, "--config", str(root / "run.yaml"), f"--ckpt_path={path}"]
         assert main(arguments) == 0
+        assert "antigravity" not in sys.modules
         stage = {"validate": "val", "test": "test"}[command]
         shown = capsys.readouterr().out
         assert all(f"{stage}/{who}/loss" in shown for who in ("tuned", "grafted", "base", "instruct"))
+
+
+@pytest.mark.parametrize(("path", "message"), [
+    ("https://a.org/a.ckpt", "ckpt_path is https://a.org/a.ckpt, an address; expected a path of this machine"),
+    ("{}/none/a.ckpt", "a.ckpt doesn't exist. Expected a *.ckpt, file or folder, that 'fit' has written."),
+])  # fmt: skip
+def test_a_wrong_checkpoint_is_told_before_anything_is_loaded(root, path, message, capsys, monkeypatch):
+    monkeypatch.setattr(ShadowModule, "configure_model", None)
+    assert main(["fit", "--config", str(root / "run.yaml"), f"--ckpt_path={path.format(root)}"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_predict_writes_the_grafted_answers_in_order(root, fitted):

@@ -214,6 +214,7 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
     (["graft", "a", "b", "c", "d", '--transforms=["ties"]'], "transforms is ties; expected a list of names with "),
     (["graft", "a", "b", "c", "d", "--dtype=float8"], "dtype is float8; expected auto, float32, bfloat16, float16."),
     (["graft", "a", "b", "c", "d", "--scalee=2"], "unrecognized arguments: --scalee=2\nDid you mean scale?"),
+    (["sweep", "run", "--gird.model.lr=[1]"], "unrecognized arguments: --gird.model.lr=[1]\nDid you mean grid?"),
     (["graft", "a"], "the following arguments are required: tuned, instruct, out"),
     (["fit", "--config", str(DEMO), "--model.lrr=1"], "unrecognized arguments: --model.lrr=1\nDid you mean model.lr?"),
     (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),

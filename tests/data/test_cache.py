@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 import shadowlit.data.blocks as blocks_module
 import shadowlit.data.cache as cache_module
 import shadowlit.data.prepare as prepare_module
-from shadowlit.data.blocks import BlockBuilder, read_blocks, write_blocks
+from shadowlit.data.blocks import BlockBuilder, read_blocks, require_storable, write_blocks
 from shadowlit.data.cache import default_folder, digest_tokenizer
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import TokenDataset
@@ -114,6 +114,7 @@ CHANGES = {
     "overlong": (None, {"overlong": "drop"}),
     "drop_unsupervised": (None, {"drop_unsupervised": True}),
     "system": (None, {"system": "Be brief."}),
+    "loss_on": (None, {"loss_on": "last"}),
     "format": (None, {"format": "messages"}),
     "limit": (None, {"limit_train_samples": 3}),
     "choice": (None, {"limit_train_samples": 3, "seed": 5}),
@@ -278,11 +279,11 @@ def make_blocks():
     builder, blocks = BlockBuilder(), []
     for row, (length, ends) in enumerate([(3, 0), (2, 0), (5, 1), (4, 1), (2, 0), (6, 1)]):
         tokens = list(range(row * 10, row * 10 + length))
-        origin = Conversation([], "a" if row < 4 else "b", row, row + 1 if row < 4 else None)
+        origin = Conversation([], "a" if row < 4 else "b", row, row + 1 if row < 4 else None, source_index=int(row > 3))
         builder.add(Encoded(tokens, [-100, *tokens[1:]]), origin)
         if ends:
             blocks.append(builder.take())
-    return blocks, list(builder.sources)
+    return blocks, ["a", "b"]
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -310,6 +311,31 @@ def test_samples_of_several_blocks(tmp_path, mapped):
     for index in (6, -7):
         with pytest.raises(IndexError):
             dataset[index]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_weights_of_some_samples(tmp_path, mapped):
+    """A byte per token and the few weights of a sample; nothing of a sample, or a block, without any."""
+    builder, blocks, origin = BlockBuilder(), [], Conversation([], "a", 0)
+    builder.add(Encoded([1, 2, 3], [-100, 2, 3]), origin)
+    builder.add(Encoded([4, 5, 6, 7], [-100, 5, 6, 7], weights=[0.0, 0.5, 2.0, 0.5]), origin)
+    builder.add(Encoded([8, 9], [-100, 9], weights=[0.0, 1.0]), origin)  # the rest was cut off
+    blocks.append(builder.take())
+    builder.add(Encoded([1, 2], [-100, 2]), origin)
+    blocks.append(builder.take())
+    if mapped:
+        with write_blocks(tmp_path / "x.arrow") as file:
+            for block in blocks:
+                file.add(block)
+            file.finish({})
+        blocks, _ = read_blocks(tmp_path / "x.arrow")
+    assert blocks[0].supervised.tolist() == [0, 1, 1, 0, 1, 2, 1, 0, 1] and blocks[0].supervised.dtype == np.uint8
+    assert blocks[0].weights.to_pylist() == [[], [0.5, 2.0], []] and blocks[1].weights is None
+    dataset = TokenDataset(blocks, ["a"], 9)
+    assert dataset[1] == {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7], "loss_weights": [0.0, 0.5, 2.0, 0.5]}
+    assert [dataset[i].keys() for i in (0, 2, 3)] == [{"input_ids", "labels"}] * 3
+    with pytest.raises(DataError, match="has 299 different weights; expected at most 255"):
+        require_storable(Encoded([1] * 300, [1] * 300, weights=[*map(float, range(300))]))
 
 
 def test_large_sets_are_written_block_by_block(path, tmp_path, monkeypatch):

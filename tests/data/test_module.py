@@ -51,9 +51,9 @@ def numbered(count, start=0):
 # -- tokenised sets -----------------------------------------------------------------------------------------------
 
 
-def encode_numbers(messages):
+def encode_numbers(conversation):
     """``a`` unsupervised and ``b`` supervised tokens."""
-    a, b = messages
+    a, b = conversation.messages
     return [Encoded(list(range(a + b)), [-100] * a + list(range(a, a + b)))]
 
 
@@ -430,6 +430,16 @@ def test_the_preview_brackets_the_loss_without_colours(files):
         DataError, match=r"no data set 'valid' to preview; the configuration has: train, test/test\. Choose"
     ):
         shown(data, "valid")
+
+
+def test_the_preview_names_the_weights(files):
+    messages = talk("a", "b", "c", "dd", "e", "f")
+    messages[1]["weight"], messages[3]["weight"] = 0.1, 2
+    text = shown(ShadowData(PAIR, files("t.jsonl", messages, talk("a", "b"))))
+    assert "7 supervised (2 with weight 0.1, 3 with weight 2, 2 with weight 1)" in text
+    assert "2 supervised\n" in text
+    text = shown(ShadowData(PAIR, files("t.jsonl", messages), loss_on="last"))
+    assert "2 supervised\n" in text and text.count("⟦") == 2 and "⟦f<|im_end|>⟧" in text
 
 
 def test_the_preview_in_colours(files):

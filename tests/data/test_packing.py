@@ -1,6 +1,7 @@
 """Packed samples: none sees another, none is lost, and what is trained is the sum that unpacked samples make."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,6 +134,24 @@ def test_a_batch_without_padding_is_one_row():
         "position_ids": [[0, 1, 2, 0, 1, 0, 1, 2]],
         "labels": [[-100, 2, 3, -100, 5, -100, -100, -100]],
     }
+
+
+def test_weights_in_batches_by_hand():
+    """Where no sample has weights there is no column, and a sample without weights has 1."""
+    weighed = {**sample([1, 2, 3]), "loss_weights": [0.0, 0.5, 2.0]}
+    batches = {
+        "padded": Collate(9)([weighed, sample([4, 5])]),
+        "packed": PackCollate(9)([[sample([4, 5]), weighed], [sample([6, 7, 8])]]),
+        "flat": PackCollate(9, 4, flatten=True)([weighed, sample([4, 5])]),
+    }
+    assert {name: batch["loss_weights"].tolist() for name, batch in batches.items()} == {
+        "padded": [[0.0, 0.5, 2.0], [1.0, 1.0, 0.0]],
+        "packed": [[1.0, 1.0, 0.0, 0.5, 2.0], [1.0] * 5],
+        "flat": [[0.0, 0.5, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]],
+    }
+    assert {batch["loss_weights"].dtype for batch in batches.values()} == {torch.float32}
+    for collate in (Collate(9), PackCollate(9), PackCollate(9, flatten=True)):
+        assert "loss_weights" not in collate([sample([1, 2, 3]), sample([4, 5])])
 
 
 def test_a_pack_is_indexed_by_its_samples():
@@ -275,6 +294,17 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def weighed(path):
+    """The same conversations, of which some have a weight, so that batches with and without weights meet."""
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    for i, weight in ((3, 0.25), (4, 3.5), (11, 0.01), (20, 7.0)):
+        rows[i]["messages"][1]["weight"] = weight
+    file = Path(path).with_name("weighed.jsonl")
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return ModelPair(*map(str, save_pair(tmp_path_factory.mktemp("pair"), "qwen3")))
 
@@ -343,9 +373,10 @@ def losses_on_ranks(folders, path, strategy, size, options):
     {"packing": "best_fit", "max_length": 64, "pack_length": 100}, {"group_by_length": True},
     pytest.param({"packing": "padding_free"}, marks=pytest.mark.slow),
 ], ids=lambda options: options.get("packing", "grouped"))  # fmt: skip
-def test_two_processes_train_as_one(tmp_path, path, options):
-    """23 samples, and packs whose number is odd: the last batches are unequal, and filled up."""
+def test_two_processes_train_as_one(tmp_path, path, weighed, options):
+    """23 samples, and packs whose number is odd: the last batches are unequal, and filled up. In packs some weigh."""
     folders = save_pair(tmp_path, "qwen3")
+    path = weighed if "packing" in options else path
     (one,) = run_ranks(losses_on_ranks, 1, folders, path, "auto", 1, options)
     for strategy in ("ddp", "fsdp2"):
         for rank in run_ranks(losses_on_ranks, 2, folders, path, strategy, 2, options):
@@ -365,11 +396,16 @@ def test_a_run_without_validation_exports_what_it_trained_packed(pair, path, tmp
     assert manifest["logits_against_validated"]["max_abs"] < 1e-4
 
 
-def test_packs_carry_the_loss_of_their_samples(pair, path):
-    """One step per epoch over all samples: whatever shares a row, it is the same step."""
+@pytest.mark.parametrize("turns", ["equal", "weighed"])
+def test_packs_carry_the_loss_of_their_samples(pair, path, weighed, turns):
+    """One step per epoch over all samples: whatever shares a row or a micro-batch, it is the same step."""
+    path = weighed if turns == "weighed" else path
     unpacked, _ = losses(pair, path, batch_size=12)
     packed, report = losses(pair, path, max_length=64, packing="best_fit", pack_length=190)
     assert packed == pytest.approx(unpacked, rel=1e-5) and len(packed) == 2 * 2
+    if turns == "weighed":
+        flat, _ = losses(pair, path, batch_size=12, packing="padding_free")
+        assert flat == pytest.approx(unpacked, rel=1e-5)
     assert 4 < report.num_packs <= 8 and report.samples_per_pack == pytest.approx(23 / report.num_packs)
     assert 0.8 < report.fill <= 1
 

@@ -38,6 +38,7 @@ PAIRS = {
         "conversations": [{"from": "human", "value": "1+1?"}],
         "chosen": {"from": "gpt", "value": "2"}, "rejected": {"from": "gpt", "value": "3"},
     },
+    "alpaca": {"instruction": "1+1?", "input": "", "chosen": "2", "rejected": "3", "system": None, "history": []},
     "sharegpt, whole": {
         "chosen": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}],
         "rejected": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "3"}],
@@ -54,8 +55,27 @@ def test_what_stands_before_the_answers_carries_no_loss():
     before = [{"role": "system", "content": "Be brief."}, user("1?"), says("1"), user("2?")]
     row = {"chosen": [*before, says("2"), user("3?"), says("3")], "rejected": [*before, says("two")]}
     chosen, rejected = convert_pair(row)
-    assert [turn.get("train") for turn in chosen] == [None, None, False, None, None, None, None]
-    assert rejected == [*before[:2], says("1", train=False), before[3], says("two")]
+    assert [turn.get("weight") for turn in chosen] == [None, None, 0.0, None, None, None, None]
+    assert rejected == [*before[:2], says("1", weight=0.0), before[3], says("two")]
+
+
+def test_alpacas_history_comes_before_the_prompt():
+    row = {**PAIRS["alpaca"], "history": [["0?", "0"]], "system": "Be brief."}
+    before = [{"role": "system", "content": "Be brief."}, user("0?"), says("0", weight=0.0), user("1+1?")]
+    assert convert_pair(row) == ([*before, says("2")], [*before, says("3")])
+    row = {**LABELS["alpaca"], "history": [["0?", "0"]]}
+    assert convert_labelled(row) == ([user("0?"), says("0", weight=0.0), user("1+1?")], [says("2")], True)
+
+
+def test_no_column_of_preferences_is_dropped_in_silence(tmp_path):
+    for samples, row in (("pairs", {**PAIRS["texts"], "score": 3}), ("labels", LABELS["alpaca"])):
+        assert len(read_conversations(write(tmp_path / "f.jsonl", [row] * 2), samples=samples)) == 2
+        path = write(tmp_path / "f.jsonl", [{**row, "context": "Count."}] * 2)
+        with pytest.raises(DataError, match=r"model wouldn't see: 'context' \('Count\.' \(str\) in sample 0 of"):
+            read_conversations(path, samples=samples)
+        assert len(read_conversations(path, samples=samples, ignore=["context"])) == 2
+    path = write(tmp_path / "f.jsonl", [{**PAIRS["texts"], "tools": '[{"name": "f"}]'}])
+    assert read_conversations(path, samples="pairs")[0].tools == [{"type": "function", "function": {"name": "f"}}]
 
 
 def test_a_system_text_of_its_own_column():
@@ -68,6 +88,8 @@ LABELS = {
     "texts": {"prompt": "1+1?", "completion": "2", "label": True},
     "messages": {"prompt": [user("1+1?")], "completion": [says("2")], "label": True},
     "a conversation": {"messages": [user("1+1?"), says("2")], "label": True},
+    "alpaca": {"instruction": "1+1?", "output": "2", "kto_tag": True},
+    "sharegpt": {"conversations": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}], "kto_tag": True},
 }
 
 
@@ -232,6 +254,14 @@ def test_what_is_cut_loses_both_answers_or_none(pair, tmp_path):
     report = data.reports["train"]
     assert (report.num_samples, report.num_truncated, report.num_dropped) == (1, 1, 1)
     assert len(data.dataset("train")) == 1
+
+
+def test_parts_of_an_answer_are_not_weighed(pair, tmp_path):
+    row = {"prompt": "1?", "chosen": [says("yes", weight=0.5)], "rejected": [says("no")]}
+    with pytest.raises(DataError, match=r"sample 0 of .* weighs its answer by 'weight', but .* whole answers"):
+        make_data(pair, tmp_path, [row])
+    with pytest.raises(DataError, match=r"data\.loss_on is all, but model\.objective learns from preferences"):
+        make_data(pair, tmp_path, loss_on="all")
 
 
 def test_labels_reach_the_batch(pair, tmp_path):

@@ -138,6 +138,8 @@ def test_no_resume_in_the_middle_of_other_packs(path, tmp_path):
         DataError, match=r"num_samples 10 → 3, packing None → best_fit, pack_length None → 100\. Resume with"
     ):
         fit(data(path, **{**ORDERS["best fit"], "batch_size": 2}), ckpt_path=middle)
+    with pytest.raises(DataError, match=r"in an order that these data don't give: loss_on None → last\."):
+        fit(data(path, batch_size=2, loss_on="last"), ckpt_path=middle)
     with pytest.raises(DataError, match=r"in an order that these data don't give: group_by_length None → True\."):
         fit(data(path, batch_size=2, group_by_length=True), ckpt_path=middle)
     fit(data(path, batch_size=2, packing="padding_free"), ckpt_path=middle)  # the same order

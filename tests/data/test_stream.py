@@ -26,6 +26,7 @@ def path(tmp_path_factory):
     """Ten rows whose answers are letters."""
     path = tmp_path_factory.mktemp("data") / "train.jsonl"
     rows = [{"messages": talk("x" * (1 + i % 3), letter)} for i, letter in enumerate(sorted(LETTERS))]
+    rows[4]["messages"][1]["weight"] = 0.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -62,6 +63,7 @@ def test_a_window_of_all_rows_gives_the_batches_of_an_epoch(path, options, world
         data(path, stream_window=10, **options), len(whole), world_size=world_size, rank=rank, max_steps=7, accumulate=2
     )
     assert len(whole) > 1 and len(loader) == 14
+    assert world_size == 2 or sum("loss_weights" in batch for batch in whole) == 1
     for one, other in zip(whole, streamed, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -154,11 +156,11 @@ def test_bad_input_is_told_before_the_training(path, tmp_path):
         json.dumps({"messages": talk("q", "ä")}, ensure_ascii=False).encode("latin1")
     )
     (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "table.csv").write_text("a,b")
+    (tmp_path / "table.xlsx").write_text("a,b")
     for name, expected in {
         "list.json": "one JSON list",
         "latin.jsonl": "is not UTF-8: byte 0xe4 in line 1",
-        "table.csv": r"has the extension '\.csv'; expected one of",
+        "table.xlsx": r"has the extension '\.xlsx'; expected one of",
         "empty.jsonl": "no sample in its first 0 rows",
         "missing.jsonl": "does not exist",
     }.items():

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shadowlit.checkpoint import streaming
@@ -309,3 +310,28 @@ def test_errors_leave_nothing(tmp_path, pair, capsys):
     assert main(["delta", "make", str(base), str(base), str(tmp_path / "none"), "--allow-zero"]) == 0
     assert main(["delta", "apply", str(tmp_path / "none"), str(instruct), out, "--allow-zero"]) == 0
     assert "the update is zero" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_is_told_with_its_tensor(tmp_path, pair, value, capsys):
+    """In whatever is made of models or deltas, by the name that the delta's tensor has."""
+    base, tuned, instruct = map(str, pair)
+    tensors = load_file(f"{tuned}/model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name].view(-1)[5] = value
+    for folder, file in (("diverged", "model"), ("delta", "delta")):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / f"{file}.safetensors", metadata={"format": "pt"})
+    (tmp_path / "delta/shadowlit.json").write_text("{}")
+    delta, tuned = str(tmp_path / "delta"), str(tmp_path / "diverged")
+    out = ["--out", str(tmp_path / "out")]
+    for arguments in (
+        ["make", base, tuned, *out],
+        ["compress", delta, "--method", "svd", "--explained_variance", "0.9", *out],
+        ["lora", delta, instruct, "--rank", "2", *out],
+        ["sum", delta, delta, "--method", "ties", *out],
+        ["show", delta, "--effective_rank", "true"],
+    ):
+        assert main(["delta", *arguments]) == 1
+        assert re.search(rf"Tensor '{name}' has 1 of \d+ values that are NaN", capsys.readouterr().err), arguments
+        assert not (tmp_path / "out").exists()

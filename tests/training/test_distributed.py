@@ -1,7 +1,9 @@
 """Real processes: one process, DDP and FSDP2 train the same model, export the same tensors, resume alike."""
 
+import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import subprocess_script
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
@@ -26,16 +29,18 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.distributed import local, local_slices, reshard_all, whole
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import CheckpointError, DataError, ShadowlitError
 from shadowlit.pair.pair import ModelPair
+from shadowlit.training import checkpoints
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import SFT
 from tests.distributed import Forked, run_command, run_ranks, shadowlit
 from tests.rounding import Start, require_same_update
 from tests.synthetic import RandomData
-from tests.tiny import save_pair
+from tests.tiny import make_tokenizer, save_pair
 
 ROOT = Path(__file__).parents[2]
+PAD = make_tokenizer().pad_token_id
 
 
 def make_trainer(strategy, world_size, callbacks, **options):
@@ -209,20 +214,105 @@ def test_the_update_of_a_sharded_adapter_lies_as_its_host(tmp_path):
         assert [name for name, right in found.items() if not right] == []
 
 
-def train_and_resume(folders, kind, out, distributed_checkpoint, offload=False):
-    """Weights of three epochs at once, and of the last two after a resume from the first one's checkpoint."""
-    ends = []
-    for resume in (None, out / "step=2.ckpt"):
-        seed_everything(0)
-        module = make_module(folders, kind, offload_optimizer=offload and resume is not None)
-        checkpoint = ModelCheckpoint(out, filename="{step}", every_n_train_steps=2, save_top_k=-1)
-        strategy = ModelParallelStrategy(
-            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed_checkpoint
+class Seen(Callback):
+    """Writes down what a training takes: the batches of this rank and the learning rates; and what it ends with."""
+
+    def on_fit_start(self, trainer, module):
+        self.batches, self.rates = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append(batch["input_ids"].tolist())
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+    def on_fit_end(self, trainer, module):
+        reshard_all(module.model)
+        names = {id(p): name for name, p in module.model.named_parameters()}
+        self.weights = whole_parameters(module)
+        self.moments = {
+            f"{names[id(p)]} {key}": (whole(local(value), value) if isinstance(value, DTensor) else value).clone()
+            for p, state in trainer.optimizers[0].state.items()
+            for key, value in state.items()
+        }
+
+
+def write_rows(folder):
+    """13 rows of unequal lengths, which don't divide by the batches."""
+    rows = ({"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "ab" * (i % 5 + 1)}]}
+            for i in range(13))  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fit_rows(folders, kind, out, strategy, world_size, ckpt_path=None, callbacks=(), model=None, **options):
+    """Train on shuffled rows; 4 batches of an epoch are two steps. Return what was seen, and the trainer."""
+    seed_everything(0)
+    module = make_module(folders, kind, **(model or {}))
+    data = {name: options.pop(name) for name in ("streaming", "stream_window", "seed", "batch_size") if name in options}
+    rows = str(out / "rows.jsonl")
+    files = ShadowData(
+        module.pair, train=rows, validation=rows, max_length=64, **{"batch_size": 4 // world_size, **data}
+    )
+    seen = Seen()
+    options = {"max_epochs": 3, "val_check_interval": None, **options}
+    trainer = make_trainer(strategy, world_size, [seen, *callbacks], **options)
+    trainer.fit(module, files, ckpt_path=ckpt_path)
+    kept = ("batches", "rates", "weights", "moments")  # Lightning leaves its own in callbacks
+    return SimpleNamespace(**{name: getattr(seen, name) for name in kept}), trainer
+
+
+def require_rest(resumed, uninterrupted, steps):
+    """A run that was resumed has seen the batches and rates that were left, and ends with the same numbers."""
+    assert resumed.rates == uninterrupted.rates[steps:]
+    assert resumed.batches == uninterrupted.batches[2 * steps :]
+    for what in ("weights", "moments"):
+        found, expected = getattr(resumed, what), getattr(uninterrupted, what)
+        assert found.keys() == expected.keys()
+        assert [name for name, value in expected.items() if not torch.equal(found[name], value)] == []
+
+
+def train_and_resume(folders, kind, out, distributed, from_one):
+    """Resume in the middle and at the end of an epoch, and a stream; load what one process has saved."""
+
+    def strategy():
+        return ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=distributed
         )
-        trainer = make_trainer(strategy, 2, [GraftCallback(), checkpoint], max_epochs=3)
-        trainer.fit(module, RandomData(8), ckpt_path=resume, weights_only=True)
-        ends.append((whole_parameters(module), trainer.callback_metrics["val/grafted/loss"]))
-    return *ends, (out / "step=2.ckpt").is_dir()
+
+    def saver(folder):
+        return ModelCheckpoint(out / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+    graft = GraftCallback()
+    whole_run, trainer = fit_rows(folders, kind, out, strategy(), 2, callbacks=[graft, saver("two")])
+    gain = trainer.callback_metrics["val/grafted/loss"]
+    assert len(whole_run.batches) == 12 and trainer.global_step == 6
+    assert len({str(whole_run.batches[i : i + 4]) for i in (0, 4, 8)}) == 3  # another order in each epoch
+    offload = {"offload_optimizer": kind == "full"}  # changes nothing: from a checkpoint of one without
+    for step, options in ((3, {"callbacks": [GraftCallback()], "model": offload}), (4, {"limit_val_batches": 0})):
+        resumed, trainer = fit_rows(folders, kind, out, strategy(), 2, out / f"two/step={step}.ckpt", **options)
+        require_rest(resumed, whole_run, step)
+        assert step == 4 or trainer.callback_metrics["val/grafted/loss"] == gain
+    loaded = fit_rows(folders, kind, out, strategy(), 2, from_one, max_steps=3, limit_val_batches=0)[0]
+    if kind == "lora":
+        return whole_run, loaded
+    stream = {"streaming": True, "stream_window": 5, "max_epochs": -1, "max_steps": 5, "limit_val_batches": 0}
+    whole_stream = fit_rows(folders, kind, out, strategy(), 2, callbacks=[saver("stream")], **stream)[0]
+    require_rest(fit_rows(folders, kind, out, strategy(), 2, out / "stream/step=2.ckpt", **stream)[0], whole_stream, 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = out / "two/step=3.ckpt"
+    before = [(file, file.stat().st_mtime_ns) for file in (path, *path.rglob("*"))]
+    what, rank = ("checksums", 1) if distributed else ("write_file", 0)
+    on_one = full if dist.get_rank() == rank else getattr(checkpoints, what)
+    message = r"step=3.ckpt can't be written \(No space left on device\). Earlier"
+    with patch.object(checkpoints, what, on_one), pytest.raises(CheckpointError, match=message):
+        trainer.save_checkpoint(path)
+    assert before == [(file, file.stat().st_mtime_ns) for file in (path, *path.rglob("*"))]
+    with pytest.raises(DataError, match=r"after 2 batches of an epoch.*: seed 0 → 1. Resume"):
+        fit_rows(folders, kind, out, strategy(), 2, path, seed=1)
+    return whole_run, loaded
 
 
 @pytest.mark.parametrize(("kind", "distributed"), [
@@ -230,20 +320,33 @@ def train_and_resume(folders, kind, out, distributed_checkpoint, offload=False):
     pytest.param("full", False, marks=SLOW), pytest.param("lora", True, marks=SLOW),
 ])  # fmt: skip
 def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
+    """With real data, exactly; and between one process and two, each tensor by its name, at the same sample."""
     folders = save_pair(tmp_path, "qwen3")
-    uninterrupted, resumed, is_folder = run_ranks(train_and_resume, 2, folders, kind, tmp_path, distributed)[0]
-    assert is_folder is distributed
-    assert resumed[1] == uninterrupted[1]
-    for name, value in uninterrupted[0].items():
-        assert torch.equal(resumed[0][name], value), name
+    write_rows(tmp_path)
+    saver = ModelCheckpoint(tmp_path / "one", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    one, _ = fit_rows(folders, kind, tmp_path, "auto", 1, callbacks=[saver], limit_val_batches=0)
+    at = fit_rows(folders, kind, tmp_path, "auto", 1, tmp_path / "one/step=3.ckpt", max_steps=3)[0]
+    ranks = run_ranks(train_and_resume, 2, folders, kind, tmp_path, distributed, tmp_path / "one/step=3.ckpt")
+    for _, loaded in ranks:
+        require_rest(loaded, at, 3)
+    folder = tmp_path / "two/step=3.ckpt"
+    assert folder.is_dir() is distributed and sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        f"step={step}.ckpt" for step in range(1, 7)
+    ]
+    alone, _ = fit_rows(folders, kind, tmp_path, "auto", 1, folder, limit_val_batches=0)
+    together = [[*left, *right] for left, right in zip(*(seen.batches[6:] for seen, _ in ranks), strict=True)]
+    assert list(map(samples, alone.batches)) == list(map(samples, together))
+    start = load_file(folders[0] / "model.safetensors")
+    require_same_update(
+        alone.weights, ranks[0][0].weights, {name: start.get(name, p * 0) for name, p in one.weights.items()}
+    )
+    with pytest.raises(DataError, match=r"after 2 batches of an epoch.*global_batch_size 4 → 2\. Resume"):
+        fit_rows(folders, kind, tmp_path, "auto", 1, folder, batch_size=2)
 
 
-def test_offloaded_moments_of_shards_change_nothing(tmp_path):
-    """The second part of the training goes on with them, from a sharded checkpoint of one without."""
-    folders = save_pair(tmp_path, "qwen3")
-    uninterrupted, resumed, _ = run_ranks(train_and_resume, 2, folders, "full", tmp_path, True, True)[0]
-    assert resumed[1] == uninterrupted[1]
-    assert [name for name, value in uninterrupted[0].items() if not torch.equal(resumed[0][name], value)] == []
+def samples(batch):
+    """The rows of a batch without padding and fillers, in some fixed order."""
+    return sorted(filter(None, ([token for token in row if token != PAD] for row in batch)))
 
 
 def train_on_files(folders, data, strategy, world_size):

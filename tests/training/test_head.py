@@ -1,5 +1,7 @@
 """Losses past the logits: the same numbers and gradients as through them, and never where that isn't proven."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from shadowlit.training.linear_loss import (
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import sum_tokens, supervised_positions, token_sums
+from shadowlit.training.outputs import Outputs
 from tests.distributed import run_ranks
 from tests.rounding import require_same_update
 from tests.synthetic import RandomData, random_samples
@@ -54,14 +57,14 @@ def make_batch():
     return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
 
 
-def loss_and_gradients(model, way, batch=None):
+def loss_and_gradients(model, way, batch=None, factors=None):
     batch = batch or make_batch()
     model.zero_grad()
     losses = HeadLoss(model, way)
     inputs = {name: value for name, value in batch.items() if name not in ("labels",)}
     positions = supervised_positions(batch["labels"])
     targets = batch["labels"].flatten()[positions + 1]
-    loss = losses.loss(inputs, positions, targets)
+    loss = losses.loss(inputs, positions, targets, factors)
     (loss * 3).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return losses.way, loss.detach(), gradients, losses.token_losses(inputs, positions, targets)
@@ -89,27 +92,29 @@ def make_inputs(dtype=torch.float64, tokens=13, width=7, vocabulary=31):
     return hidden, weight, bias, torch.randint(0, vocabulary, (tokens,))
 
 
-def plain(hidden, weight, bias, targets, scale=1.0, cap=None):
+def plain(hidden, weight, bias, targets, scale=1.0, cap=None, factors=1.0):
     logits = scale * F.linear(hidden, weight, bias)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    return (factors * F.cross_entropy(logits, targets, reduction="none")).sum()
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 13, 100])
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (2.0, 1.5)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_chunks_are_the_whole(chunk_size, scale, cap, with_bias):
-    """To float64's last digits, for the loss and each gradient."""
+    """To float64's last digits, for the loss and each gradient, weighed or not."""
     hidden, weight, bias, targets = make_inputs()
     bias = bias if with_bias else None
     wanted = [hidden, weight] + ([bias] if with_bias else [])
-    expected = plain(hidden, weight, bias, targets, scale, cap)
-    loss = linear_cross_entropy_sum(hidden, weight, targets, bias=bias, scale=scale, cap=cap, chunk_size=chunk_size)
-    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
-    gradients = torch.autograd.grad(loss * 0.7, wanted)
-    for own, whole in zip(gradients, torch.autograd.grad(expected * 0.7, wanted), strict=True):
-        torch.testing.assert_close(own, whole, rtol=1e-12, atol=1e-12)
+    options = {"bias": bias, "scale": scale, "cap": cap, "chunk_size": chunk_size}
+    for factors in (torch.linspace(0.01, 9, len(targets), dtype=torch.float64), None):
+        expected = plain(hidden, weight, bias, targets, scale, cap, 1.0 if factors is None else factors)
+        loss = linear_cross_entropy_sum(hidden, weight, targets, factors=factors, **options)
+        torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+        gradients = torch.autograd.grad(loss * 0.7, wanted)
+        for own, whole in zip(gradients, torch.autograd.grad(expected * 0.7, wanted), strict=True):
+            torch.testing.assert_close(own, whole, rtol=1e-12, atol=1e-12)
     losses, correct = linear_token_losses(
         hidden, weight, targets, bias=bias, scale=scale, cap=cap, chunk_size=chunk_size
     )
@@ -338,6 +343,22 @@ def test_an_adapted_head_is_recomputed(adapter):
             HeadLoss(model, "chunked")
 
 
+@pytest.mark.parametrize("arch", ["qwen3", "gemma2"])
+def test_every_way_weighs_the_tokens(arch):
+    """Also where the model itself scales or caps its logits; torch's own function is not called, which is reported."""
+    model = make_model(arch, dtype=torch.float64)
+    factors = torch.linspace(0.01, 9, int((make_batch()["labels"][:, 1:] != -100).sum()))
+    expected = loss_and_gradients(model, "logits", factors=factors)
+    assert not torch.isclose(expected[1], loss_and_gradients(model, "logits")[1], rtol=0.1)
+    ways = ["chunked", "recomputed", *(["torch"] if arch == "qwen3" and hasattr(F, "linear_cross_entropy") else [])]
+    for way in ways:
+        told = pytest.warns(UserWarning, match="'torch', which knows no weights") if way == "torch" else nullcontext()
+        with told:
+            found = loss_and_gradients(model, way, factors=factors)
+        assert found[0] == way
+        assert_same(found, expected, rtol=1e-12)
+
+
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has it from 2.13 on")
 def test_torchs_own_chunks():
     model = make_model("qwen3", tied=True)
@@ -373,6 +394,15 @@ def test_packed_sums_are_those_of_the_conversations():
     whole = token_sums(logits, labels)
     assert [getattr(whole, f"num_{what}").item() for what in ("tokens", "correct", "samples", "exact")] == [5, 4, 2, 1]
     assert packed.loss.item() == whole.loss.item()
+
+
+def test_scores_count_every_supervised_token_once():
+    model, batch = make_model("qwen3"), make_batch()
+    weights = torch.rand(batch["labels"].shape)
+    plain, weighed = (Outputs(HeadLoss(model), one) for one in (batch, {**batch, "loss_weights": weights}))
+    for name, value in vars(plain.token_sums()).items():
+        assert torch.equal(getattr(weighed.token_sums(), name), value)
+    assert not torch.isclose(weighed.loss(), plain.loss(), rtol=0.1)
 
 
 # -- in the module ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.graft import GraftCallback
@@ -20,6 +21,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule, _rate
 from shadowlit.training.objective import token_sums
+from shadowlit.training.objectives import SFT, Objective, TokenObjective
 from shadowlit.training.parallel import parallelize
 from tests.distributed import Forked
 from tests.rounding import require_same_update
@@ -129,6 +131,61 @@ def test_the_logged_loss_is_that_of_the_whole_effective_batch(pair):
         loss, tokens = loss + own.item(), tokens + number.item()
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss / tokens, rel=1e-6)
     assert trainer.callback_metrics["train/tokens"].item() == tokens
+
+
+class Weighed(RandomData):
+    """Three samples of which each has a weight, and a fourth without any: 1."""
+
+    weights = (0.5, 2.0, 0.0, 1.0)
+
+    def _loader(self, count, seed):
+        samples = random_samples(4, seed)[: self.num_train]
+        for sample, weight in zip(samples, self.weights, strict=False):
+            sample["loss_weights"] = torch.full(sample["labels"].shape, weight)
+        return DataLoader(samples, batch_size=self.batch_size)
+
+
+class Focal(TokenObjective):
+    def token_losses(self, logits, targets):
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        return (1 - torch.exp(-losses)) ** 2 * losses
+
+
+@pytest.mark.parametrize(("objective", "scale"), [(SFT, 1.0), (SFT, 1e-3), (Focal, 1.0)])
+def test_weights_are_those_of_the_equation(pair, objective, scale):
+    """``Σ w loss / Σ w`` in float64, of four samples in as many micro-batches, and so the gradient."""
+    data = Weighed(4, 1)
+    data.weights = [scale * weight for weight in Weighed.weights]
+    module = ShadowModule(pair, objective=objective())
+    trainer = train(module, data, accumulate_grad_batches=4)
+    model = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float64)
+    total, divisor, tokens = 0.0, 0.0, 0
+    for sample, weight in zip(random_samples(4, 0), data.weights, strict=True):
+        logits = model(input_ids=sample["input_ids"][None], attention_mask=sample["attention_mask"][None]).logits[0]
+        chosen = sample["labels"][1:] != -100
+        logprobs = logits[:-1][chosen].log_softmax(-1).gather(1, sample["labels"][1:][chosen, None])[:, 0]
+        losses = -logprobs * (1 if objective is SFT else (1 - logprobs.exp()) ** 2)
+        total, divisor = total + weight * losses.sum(), divisor + weight * len(losses)
+        tokens += len(losses)
+    loss = total / divisor
+    loss.backward()
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    assert trainer.callback_metrics["train/tokens"].item() == tokens
+    gradients = dict(model.named_parameters())
+    for name, parameter in module.model.named_parameters():
+        expected = gradients[name].grad
+        torch.testing.assert_close(parameter.grad.double(), expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+
+
+class Heedless(Objective):
+    def step(self, outputs):
+        return {"loss": outputs.loss(), "count": len(outputs.targets)}
+
+
+def test_an_objective_that_ignores_weights_is_refused(pair):
+    train(ShadowModule(pair, objective=Heedless()), max_steps=1)
+    with pytest.raises(ShadowlitError, match=r"with a weight, but model\.objective is .*Heedless.*total_weight\(\)"):
+        train(ShadowModule(pair, objective=Heedless()), Weighed(4, 1))
 
 
 def test_clipping_sees_the_mean_gradient(pair):

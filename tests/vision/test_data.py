@@ -95,6 +95,9 @@ def test_an_image_that_the_assistant_shows_carries_no_loss(pairs, tmp_path):
     decode = pair.tokenizer().decode
     assert decode([t for t in sample.labels if t != -100]) == "Hereit is<|im_end|>"
     assert decode(sample.input_ids).count("<image_soft_token>") == sample.num_image_tokens == 4
+    whole = encode(pair.tokenizer(), messages, ImageProcessing(pair), "all")
+    text = decode([t for t in whole.labels if t != -100])
+    assert text.startswith("user\nDraw.<|im_end|>") and "<image_soft_token>" not in text
 
 
 def test_marks_and_prefixes_find_the_same_answers(pairs, tmp_path):
@@ -209,7 +212,7 @@ BROKEN = [
     ({**asked({"type": "text", "text": "<image> and <image>"}), "images": ["0.png"]},
      r"has 1 image in 'images', and 2 places"),
     (asked({"type": "video", "path": "a.mp4"}),
-     r"'content' of messages\[0\], part 0; expected an object of type text or image"),
+     r"'content' of messages\[0\], part 0; expected an object of type text, reasoning, tool_call or image"),
     (asked(IMAGE, {"type": "text", "text": "<|image_pad|>"}),
      r"has 2 image tokens '<\|image_pad\|>' in its rendered text, and 1 image; expected"),
     (asked({"type": "text", "text": "What is <|image_pad|>?"}), r"has 1 image token .* and 0 images"),

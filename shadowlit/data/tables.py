@@ -1,0 +1,96 @@
+"""Files of rows that are text: comma- or tab-separated tables and lines, compressed or not.
+
+Every value is read as the text that the file has; types aren't guessed, so that the answer "007" or "NA" stays one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from shadowlit.errors import DataError, first_line
+
+COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4", ".xz")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_LONGEST_FIELD = 2**31 - 1  # characters; the default of 131,072 is shorter than many documents
+
+
+def kind_of(path: Path) -> str:
+    """The extension of a file without that of its compression, in lower case: ``.jsonl`` of ``a.jsonl.gz``."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed as its extension says.
+
+    Raises:
+        OSError: It can't be opened. Reading raises it as well, e.g. where the compressed stream is incomplete.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        return path.open("rb")
+    if suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path))
+    import pyarrow
+
+    return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="detect")))
+
+
+def is_text_table(path: Path) -> bool:
+    """Whether :func:`read_text_table` reads a file with this name."""
+    return kind_of(path) in (".txt", *_DELIMITERS)
+
+
+def read_text_table(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the 1-based line and the columns of every row; a line of a ``.txt`` file is a row ``{"text": …}``.
+
+    Blank lines are skipped.
+
+    Raises:
+        DataError: The file isn't UTF-8, its header is missing or names a column twice, or a row has another number of
+            fields than the header.
+    """
+    kind = kind_of(path)
+    try:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as stream:
+            if kind in _DELIMITERS:
+                yield from _separated(source, stream, _DELIMITERS[kind])
+                return
+            for number, line in enumerate(stream, 1):
+                if text := line.rstrip("\r\n"):
+                    yield number, {"text": text}
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x}. Convert it, e.g. "
+            f"`iconv -f latin1 -t utf-8 {source}`."
+        ) from None
+    except (OSError, EOFError, lzma.LZMAError, csv.Error) as error:
+        raise DataError(f"{source} can't be read ({first_line(error)}). Write it again.") from None
+
+
+def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(_LONGEST_FIELD)
+    reader = csv.reader(stream, delimiter=delimiter, strict=True)
+    header = next(reader, [])
+    if not all(name.strip() for name in header) or len(set(header)) < len(header):
+        raise DataError(
+            f"{source} has the header {', '.join(header) or '(empty)'}; expected a different name for every column in "
+            "the first line. Correct it."
+        )
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != len(header):
+            raise DataError(
+                f"{source} has {len(row)} fields in the row that ends in line {reader.line_num}, and {len(header)} "
+                f"in its header ({', '.join(header)}). Correct the row; a field with '{delimiter!r}' or a line break "
+                "is enclosed in double quotes."
+            )
+        yield reader.line_num, dict(zip(header, row, strict=True))

@@ -1,0 +1,288 @@
+"""How Lightning writes and reads the checkpoints of a ShadowModule, on one process, under DDP and under FSDP2.
+
+Every kind of checkpoint can be read under every strategy: tensors are found by the names of their parameters, and each
+rank takes its part of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.saved import (
+    REST,
+    checksums,
+    find_whole,
+    put_in_place,
+    read_rest,
+    require_finite,
+    write_error,
+    write_file,
+    write_manifest,
+)
+from shadowlit.checkpoint.sharded import INDEX, read_nested
+from shadowlit.distributed import local, of_all_ranks, place, reshard_all, whole
+from shadowlit.errors import CheckpointError
+from shadowlit.files import partial_path, remove, sync
+from shadowlit.training.optimizer import by_name
+
+
+def take_over(trainer: Trainer) -> None:
+    """Let the trainer's strategy write checkpoints atomically, verify them, and read those of other strategies.
+
+    Called before anything is restored. A plugin or a subclass of a strategy that the user has chosen is kept.
+    """
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) in (TorchCheckpointIO, Checkpoints):
+        strategy.checkpoint_io = Checkpoints(trainer)
+    if type(strategy) is ModelParallelStrategy:
+        strategy.__class__ = ShardedStrategy  # the same object with other methods: Lightning offers no hook for it
+
+
+class Checkpoints(TorchCheckpointIO):
+    """Checkpoints as one file, written atomically; reads sharded ones too, as whole tensors.
+
+    Addresses (``s3://``) are written to and removed as Lightning does it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write ``checkpoint`` to ``path``, which holds the complete earlier one until then.
+
+        Raises:
+            CheckpointError: It can't be written.
+        """
+        if storage_options is not None or "://" in str(path):
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        # A launcher passes bare weights between processes this way.
+        ranks = {"world_size": self._trainer.world_size} if "global_step" in checkpoint else {}
+        return write_file(Path(path), {**checkpoint, **ranks})
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Verify a checkpoint and read it, without running code from it.
+
+        Raises:
+            CheckpointError: It is damaged or none.
+        """
+        path = find_for(self._trainer, path, weights_only)
+        if not path.is_dir():
+            return dict(torch.load(path, map_location=map_location, weights_only=True))
+        content = _read_folder(self._trainer, path, {}, alone=True)
+        _require_finite(path, content)
+        return content
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint; a folder loses its name before its files."""
+        if "://" in str(path):
+            return super().remove_checkpoint(path)
+        return remove(Path(path))
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 whose checkpoints are written atomically, and restored before the optimizer and the loaders are made.
+
+    Lightning restores this strategy's checkpoints after its setup, when the training loader exists already and the
+    position in the data has no reader. The module of a ``ShadowModule`` is sharded by ``configure_model``, so that
+    nothing has to be waited for.
+    """
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """False, as for other strategies."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """True, as for other strategies."""
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a folder of shards with a manifest, or one file where the strategy doesn't save distributed.
+
+        Raises:
+            CheckpointError: A rank can't write its part; on every rank.
+        """
+        if storage_options is not None:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        path = Path(self.broadcast(filepath))
+        if self._save_distributed_checkpoint:
+            self._save_shards(checkpoint, path)
+        else:
+            _on_all_ranks(path, lambda: ParallelStrategy.save_checkpoint(self, checkpoint, path))
+        return None
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state: by the names of parameters, sharded; or whole, on rank 0, as other strategies have it.
+
+        A collective.
+        """
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()  # Lightning wraps it
+        if self._save_distributed_checkpoint:
+            return by_name(state)
+        gathered = {
+            key: {name: _gathered(value, self.root_device) for name, value in values.items()}
+            for key, values in state["state"].items()
+        }
+        return {**state, "state": gathered} if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Verify a checkpoint and read this rank's part of it, without running code from it; a collective.
+
+        The weights of a folder are read into the parameters; a file is mapped.
+
+        Raises:
+            CheckpointError: It is damaged or none.
+        """
+        assert self.lightning_module is not None
+        trainer, module = self.lightning_module.trainer, self.lightning_module
+        path = find_for(trainer, self.broadcast(checkpoint_path), weights_only)
+        if not path.is_dir():
+            return read_rest(path)
+        reshard_all(module)
+        content = _read_folder(trainer, path, module.state_dict(), alone=False)
+        _require_finite(path, content)
+        return content
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load this rank's part of the weights into the module."""
+        assert self.lightning_module is not None
+        reshard_all(self.lightning_module)
+        likes = self.lightning_module.state_dict()
+        state = {
+            name: place(tensor, likes[name]) if name in likes else tensor
+            for name, tensor in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load this rank's part of the optimizer's state."""
+        ParallelStrategy.load_optimizer_state_dict(self, checkpoint)
+
+    def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Write shards and all else next to the target, on all ranks; then rank 0 writes the manifest and renames."""
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        state |= {f"optimizer_{i}": one for i, one in enumerate(checkpoint.pop("optimizer_states", []))}
+        partial = Path(self.broadcast(str(partial_path(path))))
+        files: dict[str, Any] = {}
+
+        def write() -> None:
+            save(state, storage_writer=FileSystemWriter(partial))
+            own = [file.name for file in partial.glob(f"__{self.global_rank}_*")]
+            if self.is_global_zero:
+                torch.save(checkpoint, partial / REST)
+                sync(partial / REST)
+                own += [INDEX, REST]
+            files.update(checksums(partial, own))
+
+        def finish() -> None:
+            if self.is_global_zero:
+                write_manifest(partial, checkpoint["global_step"], self.world_size, dict(every))
+                put_in_place(partial, path)
+
+        try:
+            _on_all_ranks(path, write)
+            every = of_all_ranks(list(files.items()))
+            _on_all_ranks(path, finish)
+        finally:
+            if self.is_global_zero:
+                remove(partial)
+
+
+def find_for(trainer: Trainer, path: Any, weights_only: bool | None) -> Path:
+    """The checkpoint that the trainer is to read, verified; a damaged one is replaced only for resuming."""
+    if weights_only is False:
+        raise CheckpointError(
+            f"weights_only is false, which would run code from {path}; expected true or null. Store what your classes "
+            "need as tensors and plain values (on_save_checkpoint), and leave weights_only unset."
+        )
+    resumes = trainer.state.fn == TrainerFn.FITTING and str(path) == str(trainer.ckpt_path)
+    return find_whole(path, resumes=resumes)
+
+
+def require_same_parameters(path: Any, found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
+    """Raise if a checkpoint holds other tensors than a module, by name and shape.
+
+    Raises:
+        CheckpointError: With some of the names.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} belongs to no parameter" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {shapes[name]}, not {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if shapes.get(name, tuple(tensor.shape)) != tuple(tensor.shape)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} holds other trained parameters than this run: {some_of(problems, 3)}. Resume with the "
+            "model.adapter and the pair of its run, or start again without ckpt_path."
+        )
+
+
+def _on_all_ranks(path: Path, function: Callable[[], Any]) -> None:
+    """Call a function on every rank; if it can't write on one of them, raise on all, so that none waits for another."""
+    problems: list[str] = []
+    try:
+        function()
+    except CheckpointError as error:
+        problems = [str(error)]
+    except (OSError, RuntimeError, CheckpointException) as error:
+        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else [(error, None)]
+        problems = [str(write_error(path, failures[0][0]))]
+    if found := of_all_ranks(problems):
+        raise CheckpointError(found[0])
+
+
+def _require_finite(path: Path, content: Mapping[str, Any]) -> None:
+    problems: list[str] = []
+    try:
+        require_finite(path, content["state_dict"])
+    except CheckpointError as error:
+        problems = [str(error)]
+    if found := of_all_ranks(problems):
+        raise CheckpointError(found[0])
+
+
+def _read_folder(trainer: Trainer, path: Path, likes: Mapping[str, Tensor], *, alone: bool) -> dict[str, Any]:
+    """Read a sharded checkpoint as the content of a file; sharded where ``likes``, tensors by name, are."""
+
+    def make(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        _, _, name = key.partition(".state." if key.startswith("optimizer_") else ".")
+        like = likes.get(name)
+        if like is not None and like.shape == shape:
+            return like.detach()  # read in place
+        while name and name not in likes:  # a state of the optimizer: what it is of comes before
+            name = name.rpartition(".")[0]
+        like = likes.get(name)
+        if isinstance(like, DTensor) and like.shape == shape and key.startswith("optimizer_"):
+            return torch.empty_like(like, dtype=dtype)
+        return torch.empty(shape, dtype=dtype)
+
+    prefixes = ("state_dict.", "optimizer_") if trainer.state.fn == TrainerFn.FITTING else ("state_dict.",)
+    content = read_nested(path, prefixes, make, alone=alone)
+    states = [content.pop(key) for key in sorted(content, key=_number) if key != "state_dict"]
+    return {**read_rest(path), **content, "optimizer_states": states}
+
+
+def _number(key: str) -> int:
+    return int(key.rpartition("_")[2]) if key.startswith("optimizer_") else -1
+
+
+def _gathered(value: Any, device: torch.device) -> Any:
+    """The whole of a sharded tensor, on the CPU; a collective."""
+    return whole(local(value).to(device), value).cpu() if isinstance(value, DTensor) else value
