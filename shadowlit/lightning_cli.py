@@ -38,7 +38,7 @@ from shadowlit.data.custom_formats import format_names
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.delta.registry import transform_names
-from shadowlit.errors import ShadowlitError, as_usage, first_line
+from shadowlit.errors import Interrupted, ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
 from shadowlit.files import require_writable
@@ -172,6 +172,8 @@ class ShadowCLI(LightningCLI):
         """Parse, and set the model's class aside, which is no argument of the class itself."""
         try:
             super().parse_arguments(parser, args)
+        except Interrupted:
+            raise
         except SystemExit as stop:
             with as_usage():
                 _require_own(stop)
@@ -240,6 +242,8 @@ class ShadowCLI(LightningCLI):
         with as_usage():
             try:
                 super().instantiate_classes()
+            except Interrupted:
+                raise
             except (Exception, SystemExit) as error:
                 if isinstance(error, MisconfigurationException | ValueError):
                     self._raise_of_trainer(error)
@@ -422,6 +426,8 @@ def check(args: list[str]) -> None:
     try:
         with contextlib.redirect_stderr(shown), warnings.catch_warnings(action="ignore"):
             _of(_Parsing, args)
+    except Interrupted:
+        raise
     except SystemExit:
         raise ShadowlitError(" ".join(shown.getvalue().partition("error: ")[2].split())) from None
 

@@ -73,10 +73,7 @@ class ShortErrors(jsonargparse.ArgumentParser):
         else:
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
-                keys, first = (
-                    _keys(self),
-                    unknown[1].partition(".")[0],
-                )  # of a mapping's keys, the parser knows the first
+                keys, first = _keys(self), unknown[1].partition(".")[0]  # it knows no keys within a mapping
                 near = difflib.get_close_matches(unknown[1], keys, n=1) or difflib.get_close_matches(first, keys, n=1)
                 if any(map(is_secret, near)):
                     message = re.sub(rf"({re.escape(unknown[1])}[= ])\S+", rf"\1{MASK}", message)

@@ -14,9 +14,10 @@ from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.trainer import trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from shadowlit import lightning_cli
 from shadowlit.cli.main import main
 from shadowlit.delta import registry
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import Interrupted, ShadowlitError
 from shadowlit.lightning_cli import ShadowCLI, ShadowParser
 from shadowlit.parser import shorten
 from shadowlit.training import loading
@@ -269,6 +270,17 @@ def test_what_lightning_finds_out_late(text, expected, kind):
     with pytest.raises(ShadowlitError, match=re.escape(expected) + "$"):
         ShadowCLI._raise_of_trainer(cli, raised_in("lightning.pytorch.loops"))
     ShadowCLI._raise_of_trainer(cli, raised_in("torch.nn"))  # is none of Lightning's
+
+
+def test_a_signal_while_a_configuration_is_checked_is_no_error_of_it(tmp_path, monkeypatch):
+    """Of sweep, which checks its trials before it starts them."""
+
+    def interrupt(*_, **__):
+        raise Interrupted(143)
+
+    monkeypatch.setattr(ShadowParser, "parse_args", interrupt)
+    with pytest.raises(Interrupted, match="143"):
+        lightning_cli.check(["fit", "--config", str(DEMO)])
 
 
 def fit_with_a_hint_in_the_other_order(*args):
