@@ -515,7 +515,17 @@ class ShadowModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        return self._optimizer(trained, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        needs_none = self.lr_scheduler is None and self.schedule == "constant" and not self.warmup_ratio
+        if math.isinf(steps) and not (needs_none or callable(self.lr_scheduler)):
+            schedule = self.lr_scheduler or self.schedule
+            raise ShadowlitError(
+                f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}, "
+                f"so the number of steps is unknown, over which the rate follows the schedule {schedule!r} with "
+                f"model.warmup_ratio={self.warmup_ratio:g}. Set trainer.max_steps, or model.schedule=constant and "
+                "model.warmup_ratio=0; trainer.max_time ends either."
+            )
+        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps))
 
     def _try_optimizer(self) -> None:
         """Create the optimizer and its schedule for a few numbers, so that a wrong option is found early."""
