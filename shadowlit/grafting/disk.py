@@ -29,6 +29,7 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.update import Update, may_hold_weights, zero_update
 from shadowlit.limits import bounded_matching
+from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import selects
 
 LEAST_SURVIVAL = 0.5
@@ -293,7 +294,11 @@ class DiskGraft:
         own_head, embedding = head_and_embedding(self.instruct.tensors)
         head, _ = head_and_embedding(self._update.shapes)
         chosen = embedding in self.selected or (head is not None and selects(select, [head]))
-        if own_head is None and embedding is not None and chosen and not self._moves_alike(embedding, head):
+        if own_head or embedding is None or not chosen:
+            return
+        # A model that states that it is not tied has a head under an unknown name.
+        says_untied = stated_sides(("instruct", self.instruct.folder))[0].get("tie_word_embeddings") is False
+        if not says_untied and not self._moves_alike(embedding, head):
             raise GraftError(
                 f"the Instruct {self.instruct.folder} is tied: its embedding {embedding} is its output head as well. "
                 "But what was tuned changes embedding and head differently, so that one tensor can't hold both "
