@@ -6,17 +6,22 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from shadowlit.masking import mask_text
+
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class ShadowlitError(ValueError):
-    """Base of every error that a user's input or configuration can cause.
+    """Base of every error that a user's input or configuration can cause. Secrets in its message are masked.
 
     Attributes:
         status: Exit status of the command line: 2 for wrong usage, found before anything is loaded, else 1.
     """
 
     status = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(mask_text(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class PairError(ShadowlitError):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -18,18 +19,23 @@ _ABANDONED_S = 3600.0  # nothing that is written here takes so long: whoever beg
 def written_beside(file: Path) -> Iterator[Path]:
     """Yield a path ``<file>.<random>.partial`` to write to, which replaces the file when the block ends without error.
 
-    Every writer has a path of its own, so that several may write the same file at once: the last one's stays. Folders
-    are made as needed. After an exception the partial file is removed, and the old file stays. A killed writer leaves
-    its partial file behind; the next writer of the same file removes it once it is an hour older than its own.
+    Its content is on the disk before it is renamed: a power cut can't leave an empty file. Every writer has a path of
+    its own, so that several may write the same file at once: the last one's stays. Folders are made as needed. After an
+    exception the partial file is removed, and the old file stays. A killed writer leaves its partial file behind; the
+    next writer of the same file removes it once it is an hour older than its own.
 
     Raises:
-        OSError: The folder can't be made or the file not renamed.
+        OSError: The folder can't be made, the file not renamed, or it is a folder, which stays.
     """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(file)
     try:
         yield partial
+        sync(partial)
         install(partial, file)
+        sync(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -86,6 +92,24 @@ def replace_text(file: Path, text: str) -> Path:
     with written_beside(file) as partial:
         partial.write_text(text, encoding="utf-8")
     return file
+
+
+def require_writable(folder: Path) -> Path:
+    """Try whether files can be made in ``folder``; return it, or the nearest folder above it that exists.
+
+    Nothing is left there: a folder of a random name is made and removed again.
+
+    Raises:
+        OSError: They can't, or the path leads through a file.
+    """
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    probe = existing / f".{secrets.token_hex(8)}.partial"
+    try:
+        probe.mkdir()
+    finally:  # a signal may arrive at any time
+        with suppress(OSError):
+            probe.rmdir()
+    return existing
 
 
 def _remove_abandoned(file: Path, own: Path) -> None:

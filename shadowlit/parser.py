@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
+import yaml
+from jsonargparse import get_loader, set_loader
 
 from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.limits import require_few_values
+from shadowlit.masking import MASK, is_secret, mask_text
 from shadowlit.plugins import import_object
 
 _KEY = re.compile(r'Parser key "([^"]+)":?\s*')
@@ -24,6 +28,17 @@ _MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILI
 _CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUE, _MAX_LINES, _MAX_NAMES = 120, 6, 20
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_value(text: str) -> Any:
+    require_few_values(text, "the configuration, or a value on the command line,")
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_value, (yaml.YAMLError,))  # for every configuration and value that jsonargparse reads
 
 
 class Known(NamedTuple):
@@ -58,8 +73,12 @@ class ShortErrors(jsonargparse.ArgumentParser):
         else:
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
-                near = difflib.get_close_matches(unknown[1], _keys(self), n=1)
+                keys, first = _keys(self), unknown[1].partition(".")[0]  # it knows no keys within a mapping
+                near = difflib.get_close_matches(unknown[1], keys, n=1) or difflib.get_close_matches(first, keys, n=1)
+                if any(map(is_secret, near)):
+                    message = re.sub(rf"({re.escape(unknown[1])}[= ])\S+", rf"\1{MASK}", message)
                 message += f"\nDid you mean {near[0]}?" if near else ""
+            message = mask_text(message)
         super().error(message, ex)
 
     def print_usage(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
@@ -85,7 +104,8 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
     key, value, details = found[1], values[-1], message[found.end() :]
     if part := _PART.fullmatch(value):
         key, value = f"{key}.{part[1]}", part[2]
-    shown = value if len(value) <= _MAX_VALUE else f"{value[:_MAX_VALUE]} …"
+    shown = MASK if is_secret(key) else mask_text(value)
+    shown = shown if len(shown) <= _MAX_VALUE else f"{shown[:_MAX_VALUE]} …"
     if option := _KEY.search(details):  # of the class that is given by its path
         rest = details[option.end() :]
         whose = "" if part else f", but {option[1]} is {_VALUE.findall(rest)[0]}"
@@ -101,6 +121,7 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         unknown, has = options[-1]  # the type of a union that leaves most to its options comes last
         near = difflib.get_close_matches(unknown, has.split(", "), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
+        shown = MASK if any(map(is_secret, near)) else shown
         return f"{key} is {shown}, but the class has no option {unknown}.{hint}" + (f"\nKnown: {has}." if has else "")
     more = ""
     if len(names) > _MAX_NAMES:

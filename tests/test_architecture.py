@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. Modules and packages on one floor don't import each other.
 FLOORS = [
+    {"masking"},
     {"errors", "files", "lazy", "progress", "distributed", "version"},
-    {"plotting", "plugins"},
+    {"plotting", "plugins", "limits"},
     {"parser"},
     {"arguments"},
     {"checkpoint"},

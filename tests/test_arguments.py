@@ -47,8 +47,8 @@ def test_paths_are_strings_and_tuples_are_lists():
     here = Path("some") / "where"
     assert ModelPair(here, here / "instruct") == ModelPair("some/where", "some/where/instruct")
     data = ShadowData(PAIR, train=(here, "b.jsonl"), validation={"a": here}, test=here)
-    assert data.train_sources == ["some/where", "b.jsonl"]
-    assert (data.validation_sets, data.test_sets) == ({"a": "some/where"}, {"test": "some/where"})
+    assert [source.path for source in data.train_sources] == ["some/where", "b.jsonl"]
+    assert (data.validation_sets["a"].path, data.test_sets["test"].path) == ("some/where", "some/where")
     assert ExportCallback(folder=here, parts=("delta",)).folder == "some/where"
     assert GraftCallback(select=("q_proj",), scales=(1, 0.5)).scales == [1, 0.5]
     assert all(make(data=here).data == "some/where" for make in (Divergence, Generation, MultipleChoice))
@@ -76,7 +76,8 @@ def test_what_has_its_type_is_passed_on_as_it_is():
     (lambda: ModelPair(3, "instruct"), "pair.base is 3; expected str."),
     (lambda: ModelPair("a", "b", template_owner="c"), "pair.template_owner is c; expected instruct, base."),
     (lambda: ShadowData("base"), "data.pair is 'base'; expected ModelPair."),
-    (lambda: ShadowData(PAIR, train={"a": "b"}), "data.train is {'a': 'b'}; expected str, list[str], null."),
+    (lambda: ShadowData(PAIR, train={"a": "b"}), "data.train is {'a': 'b'}; expected a path, or a mapping of path and"),
+    (lambda: ShadowData(PAIR, train={"path": "a", "b": 1}), "data.train has the key 'b'; expected some of path, "),
     (lambda: GraftCallback(scales=1.0), "graft.scales is 1.0; expected list[float]."),
     (lambda: GraftCallback(scales=["x"]), "graft.scales is ['x']; expected list[float]."),
     (lambda: GraftCallback(transforms="dare"), "graft.transforms is dare; expected list[dict[str, Any]]."),

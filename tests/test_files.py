@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowlit.files import replace_text, written_beside
+from shadowlit.files import replace_text, require_writable, written_beside
 
 WRITER = """
 import sys
@@ -31,6 +31,35 @@ def test_several_processes_write_one_file(tmp_path):
     assert [writer.communicate()[1].decode() for writer in writers] == [""] * 4
     assert found <= {letter * 50_000 for letter in "abcd"} and len(found) > 1
     assert [path.name for path in file.parent.iterdir()] == ["x.txt"]
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """Otherwise a power cut after the rename could leave an empty file; then its new name is flushed as well."""
+    file, done = replace_text(tmp_path / "x.txt", "old"), []
+    fsync, replace = os.fsync, Path.replace
+
+    def note_flush(descriptor):
+        done.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), file.read_text()))
+        fsync(descriptor)
+
+    def note_rename(path, target):
+        done.append("renamed")
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(Path, "replace", note_rename)
+    replace_text(file, "new")
+    (written, before), renamed, (folder, after) = done
+    assert written.name.startswith("x.txt.") and (before, renamed, after) == ("old", "renamed", "new")
+    assert folder == tmp_path
+
+
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "x.json/kept").write_text("theirs")
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "x.json", "new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.json", "kept"]
 
 
 def test_after_an_error_the_old_file_stays(tmp_path):
@@ -60,3 +89,11 @@ def test_the_name_may_have_signs_of_patterns(tmp_path):
     os.utime(left, (0, 0))
     assert replace_text(tmp_path / "a[1].txt", "new").read_text() == "new"
     assert [path.name for path in Path(tmp_path).iterdir()] == ["a[1].txt"]
+
+
+def test_whether_a_folder_can_be_written_is_tried_where_it_will_be_made(tmp_path):
+    assert require_writable(tmp_path / "a/b") == tmp_path == require_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        require_writable(tmp_path / "file/a/b")

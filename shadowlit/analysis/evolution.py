@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from shadowlit.analysis.checkpoints import open_stage, stages
 from shadowlit.analysis.deltas import compare_deltas
 from shadowlit.analysis.tables import Table
+from shadowlit.delta.checkpoints import open_stage, stages
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.tables import Markdown, Table
+from shadowlit.delta.checkpoints import read_config
 from shadowlit.errors import DataError
 from shadowlit.evaluation.samples import read_samples, side_by_side
 from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest
-from shadowlit.pair.pair import ModelPair
 
 Points = Sequence[tuple[int, float]]
 SUBJECTS = ("tuned", "grafted", "base", "instruct")
@@ -115,42 +113,6 @@ def read_run(folder: str | Path) -> Run:
         home = found[-1].parent
     file = home / "metrics.csv"
     return Run(home, read_config(home), read_metrics(file), time.time() - file.stat().st_mtime)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
-
-    Raises:
-        DataError: It isn't YAML.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        return {}
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
-
-
-def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:
-    """The pair of a run, whose paths may be relative to the folder that it was started from; see :func:`located`.
-
-    Raises:
-        DataError: The configuration names no pair.
-    """
-    section = config.get("pair") or {}
-    if not section.get("base") or not section.get("instruct"):
-        raise DataError(
-            f"{folder} holds no config.yaml that names a pair. Expected the one that 'python -m shadowlit fit' leaves "
-            "there; for another run, give the base."
-        )
-    return ModelPair(**{**section, **{who: located(section[who], folder) for who in ("base", "instruct")}})
-
-
-def located(source: str, folder: Path) -> str:
-    """A path of a run's configuration, looked for from here and from every folder above the run's; else as it is."""
-    above = [Path(), *folder.resolve().parents]
-    return next((str(parent / source) for parent in above if (parent / source).exists()), source)
 
 
 # -- tables ---------------------------------------------------------------------------------------------------

@@ -19,11 +19,14 @@ from shadowlit.analysis.sums import Moments, Sums, mean_of_defined, stream_momen
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
-from shadowlit.checkpoint.names import expert_of, kind_of, layer_of
+from shadowlit.checkpoint.names import count_layers, expert_of, kind_of, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import PairError, ShadowlitError
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
+from shadowlit.pair.side import stated_sides
+from shadowlit.pair.weights import require_one_architecture
 from shadowlit.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -259,6 +262,8 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
             told = ", ".join(model for model, (_, is_delta) in zip(sources, opened, strict=True) if is_delta)
             raise ShadowlitError(f"{told}: deltas among models. Give only models, or only deltas.")
         deltas = kinds == {True}
+        if not deltas:
+            _require_one_architecture(readers)
         if deltas and effective_rank:
             raise ShadowlitError(
                 "effective_rank is computed for the offset between models; for deltas there is "
@@ -276,14 +281,27 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
     return replace(report, models=dict(zip(report.models, sources, strict=True)))
 
 
-def open_reader(folder: Path) -> tuple[CheckpointReader, bool]:
-    """A reader of the model or the delta in a folder, and whether it is a delta.
+def open_reader(folder: Path) -> tuple[TensorReader, bool]:
+    """A reader of the model, without buffers, or the delta in a folder, and whether it is a delta.
 
     Raises:
         CheckpointError: There is neither, or its files are broken.
     """
     is_delta = any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json"))
-    return (CheckpointReader(folder, DELTA_FILE) if is_delta else CheckpointReader(folder)), is_delta
+    return (CheckpointReader(folder, DELTA_FILE) if is_delta else open_model(folder).learned()), is_delta
+
+
+def _require_one_architecture(readers: Sequence[TensorReader]) -> None:
+    """Raise a PairError unless models have one type and number of layers, as far as their folders tell."""
+    first, *others = readers
+    for other in others:
+        require_one_architecture(*stated_sides(*((f"model {r.folder}", r.folder) for r in (first, other))))
+        counts, theirs = count_layers(first.tensors), count_layers(other.tensors)
+        if unequal := [f"{kind}: {n} and {theirs[kind]}" for kind, n in counts.items() if theirs.get(kind, n) != n]:
+            raise PairError(
+                f"{first.folder} and {other.folder} have different numbers of layers ({some_of(unequal)}). Give models "
+                "of one size and family."
+            )
 
 
 def in_one_layout(readers: Sequence[TensorReader]) -> list[TensorReader]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from shadowlit.analysis.deltas import trimmed
-from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.analysis.subspaces import Spectrum
 from shadowlit.checkpoint.names import kind_of
+from shadowlit.delta.checkpoints import pair_of, read_config
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, GraftError
 

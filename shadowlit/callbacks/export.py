@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,13 +20,21 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.callbacks.folder import run_folder
+from shadowlit.callbacks.folder import on_first_rank, run_folder
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import starts_from_weights
-from shadowlit.grafting.export import export_adapter, export_folder, logit_difference, reload_logits
+from shadowlit.grafting.export import (
+    export_adapter,
+    export_folder,
+    logit_difference,
+    model_bytes,
+    reload_logits,
+    require_copyable,
+)
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.training.module import ShadowModule
 
@@ -51,6 +60,10 @@ class ExportCallback(Callback):
     PEFT's format), and on request ``<folder>/delta`` (the update itself, in bfloat16, in the format of ``shadowlit
     delta``). Nothing is exported if no step was taken or the training diverged. Needs a GraftCallback.
 
+    What would make the export fail is found before the training: a target that exists or can't be written, a file of
+    the Instruct's folder that can't be copied, and a disk without room for the parts. Checkpoints that the training
+    writes to the same disk aren't counted.
+
     Example::
 
         best = ModelCheckpoint(monitor="val/grafted/loss")
@@ -73,6 +86,10 @@ class ExportCallback(Callback):
         max_shard_bytes: int = 5_000_000_000,
         verify: bool = True,
     ) -> None:
+        if max_shard_bytes <= 0:
+            raise ExportError(
+                f"export.max_shard_bytes is {max_shard_bytes}; expected a positive number, e.g. 5_000_000_000."
+            )
         self.enabled = enabled
         self.parts = list(parts)
         self.folder = folder
@@ -94,11 +111,25 @@ class ExportCallback(Callback):
         (self._graft,) = found
         self._graft.exports_adapter = "adapter" in self.parts and self._no_adapter(pl_module) is None
         target = self._target(trainer)
-        if any((target / part).exists() for part in ("model", "adapter", "delta")):
-            raise ExportError(
-                f"{target} holds an export already. Set export.folder to a new folder, or remove that one; nothing is "
-                "overwritten."
-            )
+        on_first_rank(trainer, lambda: self._require_target(target, pl_module))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise before the first step if the disk has no room for what will be written."""
+        if not self.enabled:
+            return
+        assert isinstance(pl_module, ShadowModule)
+        target, files = self._target(trainer), pl_module.pair.instruct_folder()
+        sizes = {}  # at most, in bytes
+        if "model" in self.parts:
+            with CheckpointReader(files) as reader:
+                sizes["model"] = model_bytes(files, reader.tensors, self._graft.dtype, self.max_shard_bytes)
+        if self._graft.exports_adapter:
+            factors = sum(4 * p.numel() for p in pl_module.parameters() if p.requires_grad)
+            sizes["adapter"] = factors + require_copyable(files)
+        if "delta" in self.parts:
+            num_elements = self._graft.build(pl_module).coverage.num_selected_parameters
+            sizes["delta"] = shard_bytes(2 * num_elements, self.max_shard_bytes)
+        on_first_rank(trainer, lambda: _require_room(target, sizes))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best weights, write the export, compare it with the graft.
@@ -216,8 +247,24 @@ class ExportCallback(Callback):
             )
         return None
 
+    def _require_target(self, target: Path, module: LightningModule) -> None:
+        if any(os.path.lexists(target / part) for part in ("model", "adapter", "delta")):
+            raise ExportError(
+                f"{target} holds an export already. Set export.folder to a new folder, or remove that one; nothing is "
+                "overwritten."
+            )
+        require_room(target / "model")
+        if isinstance(module, ShadowModule):
+            require_copyable(module.pair.instruct_folder())
+
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder) if self.folder else run_folder(trainer) / "export"
+
+
+def _require_room(target: Path, sizes: Mapping[str, int]) -> None:
+    """Refuse a disk without room for the parts of these sizes, in bytes."""
+    parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
+    require_room(target / "model", sum(sizes.values()), f"the export to {target} ({parts})")
 
 
 def _require_finite(problem: str | None, delta_norm: float) -> None:

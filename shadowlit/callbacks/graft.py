@@ -21,9 +21,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
+from shadowlit.data.protocol import run_data
+from shadowlit.data.template import load_template
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
@@ -142,6 +145,7 @@ class GraftCallback(Callback):
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
         }  # fmt: skip
         self.graft: LiveGraft | None = None
+        self._fits = False  # whether the pair was found to fit, in the command that begins
         self.finished = self.record = ValidationRecord()
         self._run = RunTotals()
         self._untouched = UntouchedMetrics()
@@ -150,6 +154,13 @@ class GraftCallback(Callback):
         self._routing_on = ""  # signature of the data on which the untouched models' choices were recorded
         self._hook: RemovableHandle | None = None
         self.fingerprints: dict[str, str] = {}
+
+    def before_data(self, trainer: Trainer, pl_module: ShadowModule) -> None:
+        """Check the pair, with the chat template of the data: the module calls this before the data are read."""
+        data = run_data(trainer)
+        template = None if data.chat_template is None else load_template(data.chat_template)
+        require_fit(pl_module.pair, self.select, template, data.template_kwargs)
+        self._fits = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the module, the other callbacks and the pair before any weight is loaded for training."""
@@ -168,7 +179,9 @@ class GraftCallback(Callback):
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             require_elementwise(self.transforms, trainer.world_size)
-        require_fit(pl_module.pair, self.select)
+        if not self._fits:
+            self.before_data(trainer, pl_module)
+        self._fits = False  # of the next command it isn't known
         self._run = RunTotals()  # not that of an earlier fit, which may have ended by an exception
         fingerprints = pl_module.pair.fingerprints()
         if fingerprints != self.fingerprints:  # what was measured of another pair
@@ -191,6 +204,12 @@ class GraftCallback(Callback):
                 "pair.base. To resume from a checkpoint, pass it as ckpt_path."
             )
         self._measure_references(pl_module)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise if a callback monitors a metric that isn't logged."""
+        assert isinstance(pl_module, ShadowModule)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        require_monitored(trainer, pl_module, [name for c in callbacks for name in getattr(c, "evaluators", ())])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a record, and measure the reference of a preference objective where it is not known yet."""

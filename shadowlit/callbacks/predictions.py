@@ -11,9 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from shadowlit.callbacks.folder import run_folder
+from shadowlit.callbacks.folder import on_first_rank, run_folder
+from shadowlit.checkpoint.folder import require_replaceable
 from shadowlit.distributed import of_all_ranks
-from shadowlit.files import replace_text
+from shadowlit.errors import ExportError
+from shadowlit.files import replace_text, require_writable
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -29,17 +31,40 @@ class PredictionWriter(BasePredictionWriter):
         super().__init__(write_interval="epoch")
         self.file = file
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raise before the first answer where the file can't be written, or is the prompts' or a model's."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            target = self._target(trainer)
+            prompts = getattr(getattr(trainer, "datamodule", None), "predict", None)
+            inputs = [prompts] if isinstance(prompts, str) else []
+            on_first_rank(trainer, lambda: require_replaceable(target, "predictions.file", inputs))
+            on_first_rank(trainer, lambda: _require_writable(target))
+
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
     ) -> None:
         """Write the file atomically."""
         answers = of_all_ranks(list(_answers(predictions)))
-        target = Path(self.file or run_folder(trainer) / "predictions.jsonl")
+        target = self._target(trainer)
         if not trainer.is_global_zero:
             return
         lines = (json.dumps(answer, ensure_ascii=False) for answer in sorted(answers, key=lambda a: a["index"]))
         replace_text(target, "".join(f"{line}\n" for line in lines))
         rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct were written to {target}")
+
+    def _target(self, trainer: Trainer) -> Path:
+        return Path(self.file) if self.file else run_folder(trainer) / "predictions.jsonl"
+
+
+def _require_writable(target: Path) -> None:
+    problem: OSError | str = "it is a folder" if target.is_dir() else ""
+    try:
+        require_writable(target.parent)
+    except OSError as error:
+        problem = error
+    if problem:
+        raise ExportError(f"predictions.file={target} can't be written: {problem}. Choose another file.")
 
 
 def _answers(predictions: Any) -> Iterator[dict[str, Any]]:

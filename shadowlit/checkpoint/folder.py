@@ -36,6 +36,7 @@ from shadowlit.checkpoint.numeric import Raw, not_finite
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import reserve, start_write_back
 from shadowlit.errors import CheckpointError, ExportError
+from shadowlit.files import require_writable, sync
 
 if TYPE_CHECKING:
     import torch
@@ -327,19 +328,23 @@ def _bytes_of(name: str, part: torch.Tensor | Raw) -> memoryview:
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise a CheckpointError for NaN and infinities: a model that holds one is useless, and loads without warning."""
+    if not is_finite(tensor):
+        raise not_finite(name, int((~tensor.detach().double().isfinite()).sum()), tensor.numel())
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     import torch
 
-    if not tensor.dtype.is_floating_point:
-        return
+    if not tensor.dtype.is_floating_point or not tensor.numel():
+        return True
     # The smallest and the largest value are NaN if any value is: one pass without a copy. The 8-bit floats lack it.
     values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
-    if not values.numel() or all(math.isfinite(float(end)) for end in torch.aminmax(values)):
-        return
-    raise not_finite(name, int((~torch.isfinite(values)).sum()), tensor.numel())
+    return all(math.isfinite(float(end)) for end in torch.aminmax(values))
 
 
 @contextlib.contextmanager
-def atomic_folder(target: str | Path) -> Iterator[Path]:
+def atomic_folder(target: str | Path, num_bytes: int = 0) -> Iterator[Path]:
     """Write the folder ``target`` atomically.
 
     Yields a temporary folder next to ``target``. When the block succeeds, its files are flushed to the disk and it is
@@ -347,10 +352,15 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     as ``.<name>.partial-*``: the next call for the same target warns of it, and leaves it alone, since another process
     may be writing there. ``target`` may exist if it is empty; missing parents are created.
 
+    Args:
+        target: Folder to write.
+        num_bytes: Expected size, as far as it is known; a disk with less room is refused before anything is written.
+
     Raises:
         ExportError: ``target`` exists and is not an empty folder, its parent cannot be written, or the disk is full or
             fails.
     """
+    require_room(target, num_bytes)
     # A link to an (empty) folder on a larger disk is followed: the rename must stay on one file system.
     path = Path(os.path.realpath(target))
     partial = path.parent / f".{path.name}.partial-{secrets.token_hex(8)}"
@@ -358,7 +368,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     try:
         _make_beside(path, partial)  # inside: a signal can't arrive between making it and being able to remove it
         yield partial
-        _sync(partial)
+        _sync_all(partial)
         finished = True
         partial.rename(path)  # fails, as it must, if something has appeared there meanwhile
     except BaseException as error:
@@ -375,18 +385,77 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             ) from error
         raise
     with contextlib.suppress(OSError):  # the folder is whole and in place; a power cut could still undo the rename
-        _sync_folder(path.parent)
+        sync(path.parent)
+
+
+def require_replaceable(target: Path, key: str, inputs: Iterable[str | Path]) -> None:
+    """Raise if a single file that a user names as an output is one of a model's folder, or an input of the command.
+
+    Args:
+        target: The output, which may exist otherwise: results are written again.
+        key: Setting that holds it, for the message.
+        inputs: Files and folders that the command reads; what isn't there, such as a hub id, is passed over.
+
+    Raises:
+        ExportError: It exists, and is one of them.
+    """
+    if not target.exists():
+        return
+    place = target.resolve()
+    read = [source for source in inputs if place.is_relative_to(Path(source).resolve())]
+    of_models = ("config.json", "adapter_config.json", "*.safetensors")
+    if read or any(any(folder.glob(name)) for folder in (target.parent, place.parent) for name in of_models):
+        whose = f"belongs to {read[0]}, which is read" if read else f"is in the folder of a model, {target.parent}"
+        raise ExportError(f"{key} is '{target}', which exists and {whose}. Give another file; nothing was written.")
+
+
+def require_room(target: str | Path, num_bytes: int = 0, what: str | None = None) -> None:
+    """Raise what :func:`atomic_folder` would raise for a folder of this size; nothing is written.
+
+    Args:
+        target: Folder that will be written.
+        num_bytes: Expected size, or that of everything that will be written next to it as well.
+        what: Name of what will take this size, for the error; None for the folder.
+
+    Raises:
+        ExportError: ``target`` exists and is not an empty folder, it cannot be written, or its disk is too full.
+    """
+    path = Path(os.path.realpath(target))
+    with _refused(path):
+        _refuse_existing(path)
+        room = shutil.disk_usage(require_writable(path.parent))
+    if num_bytes > room.free and room.total:  # some network file systems don't know their size
+        raise ExportError(
+            f"{what or path} will take {_size(num_bytes)}, but only {_size(room.free)} are free on the disk of "
+            f"{path.parent}. Free space, or choose another target."
+        )
 
 
 def _make_beside(path: Path, partial: Path) -> None:
     """Make the temporary folder, if the target is free; warn of those that killed runs left behind."""
-    try:
+    with _refused(path):
         _refuse_existing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _warn_of_leftovers(path)
         partial.mkdir()
+
+
+@contextlib.contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Raise an ExportError for an OSError."""
+    try:
+        yield
     except OSError as error:
         raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
+
+
+def shard_bytes(num_bytes: int, max_shard_bytes: int) -> int:
+    """The size of the files in which :class:`CheckpointWriter` keeps so many bytes of data, in about as many shards."""
+    return num_bytes + (num_bytes // max_shard_bytes + 1) * _HEADER_ROOM_BYTES
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3f} GB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
 
 
 def _warn_of_leftovers(path: Path) -> None:
@@ -413,19 +482,9 @@ def _refuse_existing(path: Path) -> None:
         raise ExportError(f"{path} exists and is a file. Nothing was written. Choose another target.")
 
 
-def _sync(folder: Path) -> None:
+def _sync_all(folder: Path) -> None:
     """Flush all files below ``folder``, and the folders themselves, to the disk."""
     for root, _, files in os.walk(folder):
         for file in files:
-            with (Path(root) / file).open("rb") as stream:
-                os.fsync(stream.fileno())
-        _sync_folder(Path(root))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries; without it a rename may not survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            sync(Path(root) / file)
+        sync(Path(root))

@@ -93,6 +93,12 @@ class TensorInfo:
         """Whether the values are weights by themselves: 8-bit floats and integers need a scale as well."""
         return self.is_floating_point and self.itemsize > 1
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the values are quantised weights: 8-bit numbers, or smaller ones packed into a matrix of integers."""
+        packed = self.code in ("I16", "U16", "I32", "U32") and len(self.shape) >= 2
+        return packed or (self.itemsize == 1 and self.code != "BOOL")
+
     def converted(self, dtype: torch.dtype | str | None) -> TensorInfo:
         """Return the description after floating-point tensors are converted to ``dtype``; ``None`` changes nothing."""
         return self if dtype is None or not self.is_floating_point else replace(self, code=_CODES[dtype_name(dtype)])
@@ -335,7 +341,12 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
         return CheckpointError(f"{folder} cannot be read: {error}. Give a folder whose files you may read.")
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     others = [name for name in names if name.endswith(".safetensors")]
-    if others:
+    files = ("adapter_config.json", single_file, f"{single_file}.index.json")
+    below = sorted({path.parent for file in files for path in [*folder.glob(f"*/{file}"), *folder.glob(f"*/*/{file}")]})
+    if below and not others:
+        found = f"but models or adapters below it ({some_of(below)})"
+        remedy = "Give the folder of one of these; the 'model' among a run's exports is the grafted one."
+    elif others:
         found = f"but other safetensors files ({some_of(others)})"
         remedy = f"Merge an adapter into its model first; rename a single weight file to {single_file}."
     elif pickles:

@@ -8,7 +8,7 @@ of byte ranges of another: nothing is converted, and no torch is needed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -112,15 +112,30 @@ class _Side:
         return counts
 
 
+def head_and_embedding(tensors: Iterable[str]) -> tuple[str | None, str | None]:
+    """Return the names of the output head and of the embedding among those of a model's tensors."""
+    keys = {names.canonical_key(name): name for name in tensors}
+    head, embedding = names.head_in(keys), names.embedding_in(keys)
+    return (keys[head] if head else None), (keys[embedding] if embedding else None)
+
+
+def with_head(reader: TensorReader, name: str) -> TensorReader:
+    """Present the embedding of a tied model as the output head ``name`` too; unchanged if it holds no embedding."""
+    presented = LayoutReader(reader, reader, ties=False)
+    _, embedding = head_and_embedding(reader.tensors)
+    if embedding is not None:
+        presented.alias(name, embedding)
+    return presented
+
+
 def repeats_embedding(reader: TensorReader) -> bool | None:
     """Return whether a checkpoint's output head repeats its embedding; ``None`` unless it holds both.
 
     Values are compared, whatever their dtypes, as transformers does before it ties the two.
     """
-    keys = {names.canonical_key(name): name for name in reader.tensors}
-    if names.HEAD_KEY not in keys or (embedding := names.embedding_in(keys)) is None:
+    both = [name for name in head_and_embedding(reader.tensors) if name is not None]
+    if len(both) < 2:
         return None
-    both = keys[names.HEAD_KEY], keys[embedding]
     head, body = map(reader.info, both)
     if head.shape != body.shape:
         return False
@@ -141,8 +156,8 @@ class LayoutReader(TensorReader):
     Names may differ in the prefixes of wrappers and library versions
     (:func:`shadowlit.checkpoint.names.canonical_key`), and experts may be one matrix each or fused:
     ``experts.gate_up_proj`` [experts, 2 * inner, hidden] and ``experts.down_proj`` [experts, hidden, inner]. Tensors
-    without a counterpart keep their names; buffers that models compute are left out. With ``ties``, an output head that
-    repeats its tied embedding is presented only if ``like`` has one, and always then if ``reader`` is known to be tied.
+    without a counterpart keep their names. With ``ties``, a tied model has an output head, which is its embedding, if
+    ``like`` has one, and none otherwise, whether it is stored or not.
 
     Raises:
         CheckpointError: One tensor has two names, experts are missing, or either holds adapters or quantised weights.
@@ -166,7 +181,7 @@ class LayoutReader(TensorReader):
         skipped = self._match_ties(own, other) if ties else set()
         skipped |= {part.name for ranges in self.ranges.values() for part in ranges}
         for key, name in own.keys.items():
-            if name not in skipped and not names.is_computed(name):
+            if name not in skipped:
                 self._present(name, own.info(key).shape, own.whole(key))
 
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
@@ -184,13 +199,17 @@ class LayoutReader(TensorReader):
 
     def _match_ties(self, own: _Side, other: _Side) -> set[str]:
         """Present a tied output head where only the other checkpoint has one; return it where only this one does."""
-        head, embedding = names.HEAD_KEY, names.embedding_in(own.keys)
-        if head in other.keys and head not in own.keys:
-            if embedding is not None and (self.tied or repeats_embedding(other.reader)):
-                self._present(other.keys[head], own.info(embedding).shape, own.whole(embedding))
-        elif head in own.keys and head not in other.keys and (self.tied or repeats_embedding(own.reader)):
+        (head, embedding), (wanted, _) = head_and_embedding(own.keys), head_and_embedding(other.keys)
+        if wanted and not head and embedding:
+            self._present(other.keys[wanted], own.info(embedding).shape, own.whole(embedding))
+        elif head and not wanted and (self.tied or repeats_embedding(own.reader)):
             return {own.keys[head]}
         return set()
+
+    def alias(self, name: str, of: str) -> None:
+        """Present the tensor ``of`` under another name too."""
+        self.ranges[name] = self.ranges[of]
+        self.tensors[name] = replace(self.tensors[of], name=name)
 
     def _present(self, name: str, shape: tuple[int, ...], ranges: list[Range]) -> None:
         self.ranges[name] = ranges

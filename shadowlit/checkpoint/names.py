@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable
 
 TOWERS = ("language", "vision", "projector")
 """The parts of a vision-language model that can be trained and grafted separately."""
@@ -25,6 +25,7 @@ _ADAPTER = re.compile(r"\blora_[A-Za-z]")
 _UNMERGED = re.compile(rf"{_ADAPTER.pattern}|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
 _FACTOR = re.compile(r"\blora_((?:embedding_)?[AB])\b")
 _FACTOR_IN_MODULE = re.compile(rf"({_FACTOR.pattern})\.[^.]+")
+_WHOLE = re.compile(r"\.(original_module|modules_to_save)\.")
 _PEFT_ROOT = "base_model.model."
 _DOWN_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?A(?:\.weight)?")
 
@@ -33,6 +34,7 @@ _DOWN_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?A(?
 _BODY = re.compile(r"^((base_model|model|language_model|transformer)\.)+")
 _VISION_BODY = re.compile(r"^(vision_tower)\.vision_model\.")
 _MIXTRAL_EXPERT = re.compile(r"(\.experts\.\d+\.)(w[123])\.")
+_NEOX_HEAD = re.compile(r"^embed_out\.weight$")
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 # Experts by canonical keys: one matrix each, or fused, which stacks the rows of one or two matrices of every expert.
@@ -42,23 +44,24 @@ ROWS_OF_FUSED = {GATE_UP: ("gate_proj", "up_proj"), DOWN: (DOWN,)}
 _SINGLE_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _FUSED_EXPERTS = re.compile(r"(.+\.experts)\.(gate_up_proj|down_proj)")
 
-HEAD_KEY = "lm_head.weight"
-"""Canonical key of an output head that may be tied to the embedding."""
+HEAD_KEYS = ("lm_head.weight", "output.weight", "output_layer.weight")
+"""Canonical keys of an output head that may be tied to the embedding."""
 # fmt: off
 EMBEDDING_KEYS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "text_model.embed_tokens.weight",
-    "decoder.embed_tokens.weight", "gpt_neox.embed_in.weight", "backbone.embeddings.weight",
+    "decoder.embed_tokens.weight", "gpt_neox.embed_in.weight", "backbone.embeddings.weight", "tok_embeddings.weight",
+    "embedding.word_embeddings.weight",
 )
 """Canonical keys of the embedding that such a head is tied to."""
 # fmt: on
 # Usual names of embedding and output head, for models whose rows are padded beyond the config's vocab_size.
 _VOCABULARY = re.compile(
-    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output)\.weight$"
+    r"(embed_tokens|tok_embeddings|word_embeddings|wte|embed_in|embed_out|lm_head|output(_layer)?)\.weight$"
 )
-_HEAD = re.compile(r"(lm_head|embed_out|output)\.weight$")
+_HEAD = re.compile(r"(lm_head|embed_out|output(_layer)?)\.weight$")
 
-# Buffers that older versions stored and newer ones compute.
-_COMPUTED = re.compile(r"\brotary_emb\.inv_freq$")
+# Usual buffers of models whose code is unknown: frequencies of rotary embeddings, and what GPT-NeoX masks with.
+_BUFFER = re.compile(r"\b(inv_freq|masked_bias)$")
 _QUANTISED = re.compile(
     r"(\.weight_(scale|packed|zero_point)|_scale_inv|\.qweight|\.qzeros|\.SCB|\babsmax|\.quant_map|\.quant_state\..+"
     r"|\.experts\.\w+_(blocks|scales))$"
@@ -95,9 +98,10 @@ def canonical_key(name: str) -> str:
 
     ``base_model.model.model.layers.0.mlp.up_proj.weight``, ``model.language_model.layers.0.mlp.up_proj.weight`` and
     ``module._orig_mod.model.layers.0.mlp.up_proj.weight`` become ``layers.0.mlp.up_proj.weight``; Mixtral's
-    ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``.
+    ``block_sparse_moe.experts.3.w1`` becomes ``mlp.experts.3.gate_proj``, and GPT-NeoX's ``embed_out`` its ``lm_head``.
     """
     key = _VISION_BODY.sub(r"\1.", _BODY.sub("", _WRAPPERS.sub("", name))).replace(".block_sparse_moe.", ".mlp.")
+    key = _NEOX_HEAD.sub(HEAD_KEYS[0], key)
     return _MIXTRAL_EXPERT.sub(lambda match: f"{match[1]}{_MIXTRAL[match[2]]}.", key)
 
 
@@ -121,6 +125,14 @@ def is_adapter_name(name: str) -> bool:
 def is_original_name(name: str) -> bool:
     """Whether ``name`` is a frozen original of which peft trains a copy (``modules_to_save``)."""
     return ".original_module." in name
+
+
+def repeated_keys(keys: Collection[str]) -> frozenset[str]:
+    """Return those of the names in peft's file that repeat, with their wrapper, what it holds without.
+
+    It stores modules that train as a whole twice, and their frozen originals, where the vocabulary was resized.
+    """
+    return frozenset(key for key in keys if (plain := _WHOLE.sub(".", key)) != key and plain in keys)
 
 
 def factor_of(name: str) -> str | None:
@@ -172,9 +184,21 @@ def is_quantised_name(name: str) -> bool:
     return _QUANTISED.search(name) is not None
 
 
-def is_computed(name: str) -> bool:
-    """Whether ``name`` is a buffer that models compute for themselves, and that only some versions store."""
-    return _COMPUTED.search(name) is not None
+def possible_buffers(names: Collection[str]) -> list[str]:
+    """Return the names that are neither a module's weight, nor the bias of a module with a weight, nor experts'."""
+    stored = frozenset(names)
+    biases = {name for name in stored if is_bias(name) and weight_of(module_of(name)) in stored}
+    return [name for name in names if not (is_weight(name) or name in biases or is_of_experts(name))]
+
+
+def is_usual_buffer(name: str) -> bool:
+    """Whether ``name`` is a usual name of a buffer that models compute for themselves."""
+    return _BUFFER.search(name) is not None
+
+
+def buffer_key(name: str) -> str:
+    """Return the module's last name and the buffer's, which are the same wherever in a model the module lies."""
+    return ".".join(name.split(".")[-2:])
 
 
 def kind_of(name: str) -> str:
@@ -233,10 +257,25 @@ def embedding_in(keys: Container[str]) -> str | None:
     return next((key for key in EMBEDDING_KEYS if key in keys), None)
 
 
+def head_in(keys: Container[str]) -> str | None:
+    """Return the canonical key of the output head among ``keys``."""
+    return next((key for key in HEAD_KEYS if key in keys), None)
+
+
 def layer_of(name: str) -> int | None:
     """Return the number of the layer that a parameter belongs to, from 0; ``None`` outside numbered layers."""
     found = _LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def count_layers(names: Iterable[str]) -> dict[str, int]:
+    """Count the numbered layers by what precedes the number: ``{"layers": 28, "visual.blocks": 32}``."""
+    counts: dict[str, int] = {}
+    for name in names:
+        parts = _LAYER.split(canonical_key(name), maxsplit=1)
+        if len(parts) == 3:
+            counts[parts[0]] = max(counts.get(parts[0], 0), int(parts[1]) + 1)
+    return counts
 
 
 def layer_label(name: str) -> str:

@@ -21,28 +21,34 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE = "pytorch_model.bin"
+_MODEL_FILES = (SAFETENSORS_FILE, SINGLE_FILE)
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class PickledReader(ComputedReader):
     """Reads tensors, or some of their rows, from ``pytorch_model.bin`` or its shards; files are mapped, not loaded.
+
+    Args:
+        folder: Folder that holds the files.
+        single_file: Name of the file where there is only one, e.g. ``adapter_model.bin``.
 
     Raises:
         CheckpointError: There is no such file, a file is missing, lies outside the folder, holds anything but
             tensors or can't be mapped, or the index and the shards disagree.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, single_file: str = SINGLE_FILE) -> None:
         folder = Path(folder)
-        index = folder / f"{SINGLE_FILE}.index.json"
-        if (folder / SINGLE_FILE).is_file():
-            files = {SINGLE_FILE: _load(folder / SINGLE_FILE)}
+        index = folder / f"{single_file}.index.json"
+        if (folder / single_file).is_file():
+            files = {single_file: _load(folder / single_file)}
         elif index.is_file():
             weight_map = read_weight_map(index)
             files = {file: _load(folder / file) for file in sorted(set(weight_map.values()))}
             match_index(index, weight_map, files)
         else:
             raise CheckpointError(
-                f"{folder} holds no {SINGLE_FILE} and no {index.name}. Give the folder into which the model was "
+                f"{folder} holds no {single_file} and no {index.name}. Give the folder into which the model was "
                 "saved, or finish its download."
             )
         held = {name: (file, tensor) for file, tensors in files.items() for name, tensor in tensors.items()}
@@ -50,20 +56,21 @@ class PickledReader(ComputedReader):
         super().__init__(folder, infos, rows_of(lambda name: held[name][1]))
 
 
-def open_checkpoint(folder: Path, allow_pickle: bool = False) -> TensorReader:
-    """Open the checkpoint in a folder: safetensors, or pickled weights if those are allowed and there are no others.
+def open_checkpoint(folder: Path, allow_pickle: bool = False, adapter: bool = False) -> TensorReader:
+    """Open the model or adapter in a folder: safetensors, or pickles if those are allowed and there are no others.
 
     Raises:
         CheckpointError: There is no checkpoint, or it can't be read.
     """
-    names = [f"{file}{suffix}" for file in (SAFETENSORS_FILE, SINGLE_FILE) for suffix in ("", ".index.json")]
+    safetensors, pickled = files = _ADAPTER_FILES if adapter else _MODEL_FILES
+    names = [f"{file}{suffix}" for file in files for suffix in ("", ".index.json")]
     present = [name for name in names if (folder / name).is_file()]
-    if not present or not present[0].startswith(SINGLE_FILE):
-        return CheckpointReader(folder)
+    if not present or not present[0].startswith(pickled):
+        return CheckpointReader(folder, safetensors)
     if allow_pickle:
-        return PickledReader(folder)
+        return PickledReader(folder, pickled)
     try:
-        return CheckpointReader(folder)
+        return CheckpointReader(folder, safetensors)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Or give --allow_pickle=true, which reads them as tensors alone.") from error
 

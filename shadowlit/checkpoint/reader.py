@@ -5,6 +5,7 @@ Imports no torch before a tensor is asked for.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import threading
@@ -36,6 +37,7 @@ class TensorReader(ABC):
     folder: Path  # for messages
     tensors: Mapping[str, TensorInfo]
     tied = False  # whether it is known that the output head is the embedding, and need not be stored
+    computed: frozenset[str] = frozenset()  # names of stored buffers that the model computes for itself
 
     @abstractmethod
     def read_into(self, buffer: memoryview, name: str, offset: int = 0) -> None:
@@ -53,6 +55,13 @@ class TensorReader(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def learned(self) -> Self:
+        """Return the same reader without the buffers that the model computes for itself; both share their files."""
+        reader = copy.copy(self)
+        reader.tensors = {name: info for name, info in self.tensors.items() if name not in self.computed}
+        reader.computed = frozenset()
+        return reader
 
     def info(self, name: str) -> TensorInfo:
         """Return dtype and shape of the tensor ``name``; raise a CheckpointError if there is none."""

@@ -12,16 +12,17 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.cli.graft import parse_bytes, write
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
+from shadowlit.delta.folders import require_same_model
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError, as_usage
-from shadowlit.grafting.disk import DiskGraft, Scale
+from shadowlit.grafting.disk import DiskGraft, Scale, describe_shares
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.grafting.update import zero_update
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.progress import make_console, make_table, progress_bar
 
@@ -55,6 +56,13 @@ def make(
     if not allow_zero and not any(map(found.changes, found.shapes)):
         raise zero_update(f"{len(found.shapes)} tensors")
     _save(found, out, dtype, shard_size, found.manifest)
+    for name, why in found.without.items():
+        make_console().print(f"delta: left out for want of an update: {name} ({why})")
+    if found.left_out is not None:
+        rest = {part.name: part.square for part in found.left_out.statistics() if part.square}
+        whole = sum(rest.values()) + found.norm() ** 2
+        if shares := {name: math.sqrt(square / whole) for name, square in rest.items()}:
+            make_console().print(f"delta: left out of the update's norm: {describe_shares(shares)}")
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:
@@ -227,7 +235,8 @@ def apply(
     opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)
     wanted = None if dtype == "auto" else dtype
-    with CheckpointReader(folder) as reader:
+    with open_model(folder) as reader:
+        require_same_model(opened, reader)
         plan = DiskGraft(opened, reader, scales, select, wanted, allow_zero=allow_zero)
         manifest = {
             "base": opened.manifest.get("base"),

@@ -11,7 +11,7 @@ from rich.progress import DownloadColumn, TransferSpeedColumn
 
 from shadowlit.delta.folders import MakeManifest, plan_graft, write_graft
 from shadowlit.errors import GraftError
-from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft
+from shadowlit.grafting.disk import LEAST_SURVIVAL, DiskGraft, describe_shares
 from shadowlit.progress import make_console, progress_bar
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -39,7 +39,8 @@ def graft(
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.
-        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form; or a run
+            of fit, its folder (the newest checkpoint counts) or a *.ckpt.
         instruct: Folder or hub id of the Instruct that gets the update.
         out: Folder to create. It is written atomically; an existing one is never overwritten.
         scale: Scale of the update, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
@@ -50,7 +51,8 @@ def graft(
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's, for updates that move to a model other than the one to talk to (Chat Vector, ParamΔ).
         dry_run: Only report what would be grafted and how large the result is, from the headers alone.
-        allow_pickle: Also read pytorch_model.bin in local folders, as tensors alone: nothing in it is run.
+        allow_pickle: Also read pytorch_model.bin and adapter_model.bin in local folders, as tensors alone: nothing in
+            them is run.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
         allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
@@ -81,6 +83,8 @@ def write(
         write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
     survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
     console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
+    if plan.shares:
+        console.print(f"graft: left out of the update's norm: {describe_shares(plan.shares)}")
     if plan.survival < LEAST_SURVIVAL:
         console.print(
             "graft: warning: most of the update is lost. Write float32 (--dtype=float32), or use the update itself: "

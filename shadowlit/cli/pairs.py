@@ -61,7 +61,12 @@ def show(name: str) -> None:
     console.print("\n".join(["", "pair:", *(line for line in lines if not line.endswith(" None"))]))
 
 
-def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code: bool = False) -> None:
+def check(
+    pair: list[str],
+    select: str | list[str] = "linear",
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> None:
     """Check whether a Base and an Instruct fit together, as 'fit' does before it trains.
 
     Folders are read in full. For hub ids only configs, tokenizers and safetensors headers are downloaded, a few MB;
@@ -71,8 +76,10 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
         pair: Name of a known pair, or two folders or hub ids: Base, Instruct.
         select: Tensors that will be grafted: linear, all, or regular expressions for tensor names.
         trust_remote_code: Run Python code that comes with the models. Dangerous: only for authors you trust.
+        chat_template: Path of a Jinja file that replaces the Instruct's chat template, as data.chat_template does.
     """
     # Imported late: list and show need no torch.
+    from shadowlit.data.template import load_template
     from shadowlit.pair.check import check_pair
     from shadowlit.pair.pair import ModelPair
 
@@ -82,13 +89,14 @@ def check(pair: list[str], select: str | list[str] = "linear", trust_remote_code
         models = ModelPair(pair[0], pair[1], trust_remote_code=trust_remote_code)
     else:
         raise PairError(f"{len(pair)} models were given; expected the name of a known pair, or Base and Instruct.")
+    template = None if chat_template is None else load_template(chat_template)
     console = make_console()
     for who, source, revision in (
         ("Base", models.base, models.base_revision),
         ("Instruct", models.instruct, models.instruct_revision),
     ):
         console.print(f"{who:<8}  {source}{f' at {revision}' if revision else ''}")
-    problems = check_pair(models, select, download=False)
+    problems = check_pair(models, select, download=False, chat_template=template)
     for problem in problems:
         severity = Text(f"{problem.severity:<8}", style=_STYLES[problem.severity])
         console.print(severity.append(f"  {problem}", style="default"))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,20 +66,17 @@ class BlockBuilder:
     """Collects samples, one by one, into blocks."""
 
     def __init__(self) -> None:
-        self.sources: dict[str, int] = {}  # their numbers by name
         self._clear()
 
     def add(self, sample: Encoded, origin: Conversation) -> None:
-        """Add a sample and where it came from."""
+        """Add a sample, which must be storable, and where it came from."""
         tokens = array("i", sample.input_ids)
         self._tokens.extend(tokens)
         weights = _NONE
         if sample.weights is None:
             self._supervised.extend(label != IGNORE_INDEX for label in sample.labels)
         else:
-            weights = sorted(set(sample.weights) - {0.0})
-            if len(weights) > _MOST_WEIGHTS:
-                raise DataError(f"has {len(weights)} different weights; expected at most {_MOST_WEIGHTS}. Round them.")
+            weights = _different_weights(sample)
             numbers = {weight: number for number, weight in enumerate(weights, 1)}
             self._supervised.extend(numbers.get(weight, 0) for weight in sample.weights)
         self._ends.append(len(self._tokens))
@@ -88,8 +85,7 @@ class BlockBuilder:
         self._lists["weights"].append(_NONE if weights == [1.0] else weights)  # a sample that was truncated
         content = b"".join([tokens.tobytes(), *images])
         digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-        source = self.sources.setdefault(origin.source, len(self.sources))
-        values = (source, origin.row, origin.line or -1, origin.desirable is not False, digest)
+        values = (origin.source_index, origin.row, origin.line or -1, origin.desirable is not False, digest)
         for column, value in zip(self._columns, values, strict=True):
             column.append(value)
 
@@ -111,6 +107,49 @@ class BlockBuilder:
         self._tokens, self._supervised, self._ends = array("i"), bytearray(), array("q", [0])
         self._columns = [array(kind) for kind in _COLUMNS.values()]
         self._lists: dict[str, list[list[Any]]] = {name: [] for name in _LISTS}
+
+
+def require_storable(sample: Encoded) -> None:
+    """Raise a DataError for a sample that no block can hold."""
+    if len(weights := _different_weights(sample)) > _MOST_WEIGHTS:
+        raise DataError(f"has {len(weights)} different weights; expected at most {_MOST_WEIGHTS}. Round them.")
+
+
+def _different_weights(sample: Encoded) -> list[float]:
+    return sorted(set(sample.weights or ()) - {0.0})
+
+
+def joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The samples of small blocks in blocks that are large enough to be written, and a smaller last one."""
+    together: list[Block] = []
+    for block in blocks:
+        together.append(block)
+        if sum(len(one.tokens) for one in together) >= _MOST_TOKENS:
+            yield _join(together)
+            together = []
+    if together:
+        yield _join(together)
+
+
+def _join(blocks: list[Block]) -> Block:
+    import pyarrow as pa
+
+    if len(blocks) == 1:
+        return blocks[0]
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(one, name) for one in blocks]) for name in ("tokens", "supervised", *_COLUMNS)
+    }
+    lists: dict[str, Any] = {}
+    for name in _LISTS:
+        given = [getattr(one, name) for one in blocks]
+        if any(values is not None for values in given):
+            lists[name] = pa.concat_arrays([
+                _as_arrow(name, [_NONE] * len(one)) if values is None else values
+                for one, values in zip(blocks, given, strict=True)
+            ])  # fmt: skip
+    starts = np.cumsum([0, *(len(one.tokens) for one in blocks)])
+    ends = [one.ends[1:] + start for one, start in zip(blocks, starts, strict=False)]
+    return Block(**columns, ends=np.concatenate([[0], *ends]), **lists)
 
 
 class BlockFile:
@@ -186,10 +225,10 @@ def read_blocks(file: Path, *, verify: bool = True) -> tuple[list[Block], dict[s
 
 def _block_of(batch: Any) -> Block:
     tokens, supervised = batch.column("input_ids"), batch.column("supervised")
-    flat = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
     columns = {name: batch.column(name).to_numpy() for name in _COLUMNS}
     lists = {name: batch.column(name) for name in _LISTS if len(batch.column(name).values)}
-    return Block(*flat, **columns, **lists)
+    flat, marks, ends = tokens.values.to_numpy(), supervised.values.to_numpy(), tokens.offsets.to_numpy()
+    return Block(flat, marks, ends, **columns, **lists)
 
 
 def _as_arrow(name: str, lists: list[list[Any]]) -> Any:

@@ -14,8 +14,8 @@ from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 _CODE = (
-    "blocks", "conversation", "custom_formats", "dataset", "files", "formats", "images", "preference_formats",
-    "prepare", "sampler", "sources", "tables", "template", "turns",
+    "blocks", "conversation", "coverage", "custom_formats", "dataset", "files", "formats", "images",
+    "preference_formats", "prepare", "rendering", "sampler", "sources", "tables", "template", "turns",
 )  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 

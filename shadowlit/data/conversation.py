@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,10 @@ IGNORE_INDEX = -100
 
 MAX_SHOWN = 5
 """How many problems of one kind a message lists; it counts the rest."""
+
+
+class FatalDataError(DataError):
+    """An error that would recur in every row and take its time in each, so that it is raised at once."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Conversation:
         tools: Definitions of the tools that the assistant may call, as the chat template takes them.
         other: The conversation with the second answer of a preference sample, else None.
         desirable: The label of a labelled answer, else None.
+        source_index: Number of the source among those of its set, which may have the same name twice.
     """
 
     messages: list[Message]
@@ -39,25 +44,50 @@ class Conversation:
     tools: list[Any] | None = None
     other: list[Message] | None = None
     desirable: bool | None = None
+    source_index: int = 0
 
     def __str__(self) -> str:
         """``sample 17 of train.jsonl (line 18)``."""
         return place(self.source, self.row, self.line)
 
 
-def collect(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
-    """``[function(item) for item in items]``, with the DataErrors of all items in one.
+Skip = Callable[[str], None]
+"""Receives the message of a row that is left out."""
 
-    The items are rows or conversations: each error begins with ``str(item)``, which says where the item came from.
+
+def each(function: Callable[[Any], Any], items: Iterable[Any], skip: Skip | None = None) -> Iterator[Any]:
+    """Yield ``function(item)`` of the items, which are rows or conversations.
+
+    Errors begin with ``str(item)``, which says where the item came from.
+
+    Args:
+        function: Function of an item.
+        items: Rows or conversations.
+        skip: Function that receives the message of an item that fails, which is then left out; None raises it.
 
     Raises:
-        DataError: The only error, or up to five of several and their number.
+        DataError: An item fails, and ``skip`` is None or the error is fatal.
     """
-    results: list[Any] = []
-    errors: list[str] = []
     for item in items:
-        with gathered(errors), located(item):
-            results.append(function(item))
+        try:
+            with located(item):
+                result = function(item)
+        except DataError as error:
+            if skip is None or isinstance(error, FatalDataError):
+                raise
+            skip(str(error))
+            continue
+        yield result
+
+
+def collect(function: Callable[[Any], Any], items: Iterable[Any], skip: Skip | None = None) -> list[Any]:
+    """The results of :func:`each`, with the DataErrors of all items in one.
+
+    Raises:
+        DataError: The only error, or up to five of several and their number; not with ``skip``.
+    """
+    errors: list[str] = []
+    results = list(each(function, items, skip or errors.append))
     raise_all(errors)
     return results
 
@@ -73,16 +103,22 @@ def raise_all(errors: list[str]) -> None:
     errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be reported once per set
     if len(errors) == 1:
         raise DataError(errors[0])
-    shown = "".join(f"\n  {i}. {error}" for i, error in enumerate(errors[:MAX_SHOWN], 1))
-    more = f"\n  … and {len(errors) - MAX_SHOWN} more" if len(errors) > MAX_SHOWN else ""
-    raise DataError(f"{len(errors)} problems with the data:{shown}{more}")
+    raise DataError(f"{len(errors)} problems with the data:{some_of(errors)}")
+
+
+def some_of(messages: Sequence[str]) -> str:
+    """Up to five of the messages as a numbered list, one in each line, and how many there are beyond these."""
+    shown = "".join(f"\n  {i}. {message}" for i, message in enumerate(messages[:MAX_SHOWN], 1))
+    return shown + (f"\n  … and {len(messages) - MAX_SHOWN} more" if len(messages) > MAX_SHOWN else "")
 
 
 @contextmanager
 def gathered(errors: list[str]) -> Iterator[None]:
-    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`."""
+    """Collect the messages of DataErrors that are raised in the block, for :func:`raise_all`, unless one is fatal."""
     try:
         yield
+    except FatalDataError:
+        raise
     except DataError as error:
         errors.append(str(error))
 
@@ -93,7 +129,7 @@ def located(origin: object) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{origin} {error}") from None
+        raise type(error)(f"{origin} {error}") from None
 
 
 def place(source: str, row: int, line: int | None) -> str:

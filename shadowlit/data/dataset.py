@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from shadowlit.data.blocks import Block, BlockBuilder, read_blocks
-from shadowlit.data.conversation import IGNORE_INDEX, Conversation, collect, place
+from shadowlit.checkpoint.workers import by_processes
+from shadowlit.data.blocks import Block, BlockBuilder, joined, read_blocks, require_storable
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation, FatalDataError, collect, located, place, raise_all
 from shadowlit.data.images import ImageSource
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
@@ -21,6 +25,16 @@ from shadowlit.data.template import Encoded
 from shadowlit.errors import DataError
 
 Overlong = Literal["error", "truncate", "drop"]
+
+Skipped = tuple[int, str]
+"""A row that is left out: the number of its source, and what is wrong with it."""
+
+_COUNTS = (
+    "num_rows", "num_samples", "num_split", "num_truncated", "num_dropped", "num_tokens", "num_supervised_tokens",
+    "skipped",
+)  # fmt: skip
+_CHUNK = 100  # rows that one process tokenises at a time
+_WORTH_FORKING = 2_000  # rows; fewer are done before processes have started
 
 
 @dataclass
@@ -34,11 +48,16 @@ class DataReport:
         num_split: Rows in which each assistant turn became a sample of its own.
         num_truncated: Samples that are used truncated to ``max_length``.
         num_dropped: Samples that were left out: too long, or without a supervised token.
+        skipped: What is wrong with each row that was left out by ``data.on_bad_row=skip``.
         num_tokens: Tokens of the used samples.
         num_supervised_tokens: Supervised tokens among them.
         longest: Tokens of the longest used sample.
         num_packs: Rows that the samples are packed into; 0 where every sample has a row of its own.
         num_slots: Positions that an epoch computes over all ranks, including padding; 0 before there are batches.
+        drawn: Samples that are trained on in an epoch, where that isn't all of them since sources are mixed by weight;
+            otherwise None.
+        drawn_tokens: Tokens of the samples that are drawn in the first epoch, or None.
+        sources: Reports of the sources, each named by its path, where there are several.
     """
 
     name: str
@@ -52,6 +71,21 @@ class DataReport:
     longest: int = 0
     num_packs: int = 0
     num_slots: int = 0
+    drawn: int | None = None
+    drawn_tokens: int | None = None
+    skipped: list[str] = field(default_factory=list)
+    sources: list[DataReport] = field(default_factory=list)
+
+    @classmethod
+    def of_dict(cls, values: dict[str, Any]) -> DataReport:
+        """The report of which ``dataclasses.asdict`` made ``values``."""
+        return cls(**{**values, "sources": [cls.of_dict(each) for each in values["sources"]]})
+
+    def add(self, other: DataReport) -> None:
+        """Count what another report of rows counts."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
 
     def __str__(self) -> str:
         """``train: 2,000 samples, 512,345 tokens, 31.0 % supervised, longest 4,096; 3 truncated, 1 dropped``."""
@@ -59,17 +93,29 @@ class DataReport:
             f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, "
             f"{100 * self.supervised_share:.1f} % supervised, longest {self.longest:,}"
         )
+        if self.drawn is not None:
+            line += f"; {self.drawn:,} samples per epoch"
         return f"{line}; {self.lost}" if self.lost else line
 
     @property
     def samples_per_pack(self) -> float:
         """Samples that share a row on average, 1 without packing."""
-        return self.num_samples / self.num_packs if self.num_packs else 1.0
+        return self.samples_per_epoch / self.num_packs if self.num_packs else 1.0
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Samples that an epoch trains on."""
+        return self.num_samples if self.drawn is None else self.drawn
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Tokens that an epoch trains on; of sources that are mixed, those of the first epoch."""
+        return self.num_tokens if self.drawn_tokens is None else self.drawn_tokens
 
     @property
     def fill(self) -> float:
         """Share of the computed positions that hold tokens of samples, in (0, 1]; NaN before there are batches."""
-        return self.num_tokens / self.num_slots if self.num_slots else math.nan
+        return self.tokens_per_epoch / self.num_slots if self.num_slots else math.nan
 
     @property
     def supervised_share(self) -> float:
@@ -79,7 +125,10 @@ class DataReport:
     @property
     def lost(self) -> str:
         """What was changed or left out, e.g. ``3 truncated, 1 dropped``; empty if nothing was."""
-        counts = (("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped))
+        counts = (
+            ("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped),
+            ("row skipped" if len(self.skipped) == 1 else "rows skipped", len(self.skipped)),
+        )  # fmt: skip
         return ", ".join(f"{count:,} {what}" for what, count in counts if count)
 
 
@@ -150,6 +199,11 @@ class TokenDataset(Dataset):
         )
 
     @property
+    def source_of(self) -> np.ndarray:
+        """Number of the source of each sample, ``[len(self)]`` int64."""
+        return np.concatenate([np.zeros(0, np.int64), *(block.source for block in self._blocks)])
+
+    @property
     def desirable(self) -> np.ndarray:
         """Whether each sample belongs to an answer that isn't labelled as undesirable, ``[len(self)]`` bool."""
         return np.concatenate([np.zeros(0, np.bool_), *(block.desirable.astype(np.bool_) for block in self._blocks)])
@@ -199,15 +253,93 @@ class PromptDataset(Dataset):
         return str(self._origins[index])
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What became of some consecutive rows."""
+
+    blocks: list[Block]
+    reports: dict[int, DataReport]  # by the number of the source
+    wrong: list[Skipped]
+
+
+@dataclass(frozen=True)
+class _Tokeniser:
+    """How rows become samples; the attributes are arguments of :func:`tokenise`."""
+
+    encode: Callable[[Conversation], list[Encoded]]
+    max_length: int
+    overlong: Overlong
+    drop_unsupervised: bool
+
+    def tokenise(self, conversations: Sequence[Conversation]) -> _Part:
+        """The samples of some rows, a report for each source, and the rows that are wrong."""
+        builder, part = BlockBuilder(), _Part([], {}, [])
+        for conversation in conversations:
+            report = part.reports.setdefault(conversation.source_index, DataReport(conversation.source))
+            report.num_rows += 1
+            try:
+                with located(conversation):
+                    groups = self._groups(conversation)
+            except FatalDataError:
+                raise
+            except DataError as error:
+                part.wrong.append((conversation.source_index, str(error)))
+                continue
+            report.num_split += len(groups) > 1
+            for group, fitted in groups:
+                self._add(report, builder, conversation, group, fitted)
+            if builder.is_full:
+                part.blocks.append(builder.take())
+        part.blocks.append(builder.take())
+        return part
+
+    def _groups(self, conversation: Conversation) -> list[tuple[list[Encoded], list[Encoded] | None]]:
+        """The sequences of each sample of a row, and what is kept of them."""
+        samples = self.encode(conversation) or [Encoded([], [])]  # none where no turn is supervised
+        groups = [[sample] for sample in samples]
+        if conversation.other is not None:
+            groups = [_both(samples, self.encode(replace(conversation, messages=conversation.other)))]
+        is_labelled = conversation.desirable is not None
+        fit = partial(_fit_all, max_length=self.max_length, overlong=self.overlong, labelled=is_labelled)
+        found = [(group, fit(group, drop_unsupervised=self.drop_unsupervised)) for group in groups]
+        for _, fitted in found:
+            for sample in fitted or ():
+                require_storable(sample)
+        return found
+
+    def _add(
+        self,
+        report: DataReport,
+        builder: BlockBuilder,
+        conversation: Conversation,
+        group: list[Encoded],
+        fitted: list[Encoded] | None,
+    ) -> None:
+        if fitted is None:
+            report.num_dropped += 1
+            return
+        report.num_truncated += any(len(a.input_ids) < len(b.input_ids) for a, b in zip(fitted, group, strict=True))
+        report.num_samples += 1
+        for sample in fitted:
+            builder.add(sample, conversation)
+            report.num_tokens += len(sample.input_ids)
+            report.num_supervised_tokens += _num_supervised(sample)
+            report.longest = max(report.longest, len(sample.input_ids))
+
+
 def tokenise(
     name: str,
-    conversations: Iterable[Conversation],
+    conversations: Sequence[Conversation],
     encode: Callable[[Conversation], list[Encoded]],
     *,
     max_length: int,
     filler_token: int,
     overlong: Overlong = "truncate",
     drop_unsupervised: bool = False,
+    sources: Sequence[str] = (),
+    skipped: list[Skipped] | None = None,
+    num_processes: int = 1,
+    advance: Callable[[int], None] = lambda count: None,
     keep: Callable[[Block], None] | None = None,
 ) -> tuple[TokenDataset, DataReport]:
     """Tokenise conversations, truncate or drop samples that are too long, and count.
@@ -220,42 +352,66 @@ def tokenise(
         filler_token: As in :class:`TokenDataset`.
         overlong: Treatment of longer samples: an error, truncation, or dropping.
         drop_unsupervised: Drop samples without a supervised token instead of raising.
+        sources: Names of the sources, by their numbers in the conversations; empty to take them from there.
+        skipped: Rows that were left out when the sources were read, to which those are added that can't be tokenised.
+            None raises them.
+        num_processes: Number of processes that share the work, if there is enough of it; the result is the same.
+        advance: Function that receives the number of rows that were tokenised since its last call.
         keep: Function that receives blocks of samples as they fill up, so that memory needn't hold all of them; the
             returned data set is then empty. None keeps them in memory.
 
     Raises:
         DataError: Samples are refused by the template, too long, or without a supervised token; up to five are listed.
     """
+    names = {**dict(enumerate(sources)), **{c.source_index: c.source for c in conversations}}
+    reports = {index: DataReport(names[index]) for index in sorted(names)}
+    wrong: list[Skipped] = []
+    chunks = [conversations[start : start + _CHUNK] for start in range(0, len(conversations), _CHUNK)]
+    if len(conversations) < _WORTH_FORKING:
+        num_processes = 1
+
+    def parts() -> Generator[Block, None, None]:
+        work = _Tokeniser(encode, max_length, overlong, drop_unsupervised).tokenise
+        with _no_tokenizer_threads(num_processes > 1), closing(by_processes(work, chunks, num_processes)) as done:
+            for chunk, part in zip(chunks, done, strict=True):
+                for index, report in part.reports.items():
+                    reports[index].add(report)
+                wrong.extend(part.wrong)
+                advance(len(chunk))
+                yield from part.blocks
+
     blocks: list[Block] = []
-    keep = keep or blocks.append
-    builder = BlockBuilder()
-    report = DataReport(name)
+    with closing(parts()) as small:
+        for block in joined(small):
+            (keep or blocks.append)(block)
+    if skipped is None:
+        raise_all([message for _, message in wrong])
+    else:
+        for index, _ in skipped:
+            reports[index].num_rows += 1
+        skipped += wrong
+        for index, message in skipped:
+            reports[index].skipped.append(message)
+    whole = DataReport(name)
+    for report in reports.values():
+        whole.add(report)
+    whole.sources = list(reports.values()) if len(reports) > 1 else []
+    return TokenDataset(blocks, [report.name for report in reports.values()], filler_token), whole
 
-    def add(conversation: Conversation) -> None:
-        report.num_rows += 1
-        samples = encode(conversation) or [Encoded([], [])]  # none where no turn is supervised
-        groups = [[sample] for sample in samples]
-        if conversation.other is not None:
-            groups = [_both(samples, encode(replace(conversation, messages=conversation.other)))]
-        report.num_split += len(groups) > 1
-        for group in groups:
-            fitted = _fit_all(group, max_length, overlong, drop_unsupervised, conversation.desirable is not None)
-            if fitted is None:
-                report.num_dropped += 1
-                continue
-            report.num_truncated += any(len(a.input_ids) < len(b.input_ids) for a, b in zip(fitted, group, strict=True))
-            report.num_samples += 1
-            for sample in fitted:
-                builder.add(sample, conversation)
-                report.num_tokens += len(sample.input_ids)
-                report.num_supervised_tokens += _num_supervised(sample)
-                report.longest = max(report.longest, len(sample.input_ids))
-        if builder.is_full:
-            keep(builder.take())
 
-    collect(add, conversations)
-    keep(builder.take())
-    return TokenDataset(blocks, list(builder.sources), filler_token), report
+@contextmanager
+def _no_tokenizer_threads(forking: bool) -> Iterator[None]:
+    """While processes are forked, the threads of tokenizers, of which they have no copy, are switched off."""
+    name = "TOKENIZERS_PARALLELISM"  # read by each process as it begins, which warns if it isn't set
+    before = os.environ.get(name)
+    if forking:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if forking:
+            os.environ.pop(name)
+            os.environ |= {} if before is None else {name: before}
 
 
 def tokenise_prompts(
@@ -265,24 +421,27 @@ def tokenise_prompts(
     *,
     max_length: int,
     filler_token: int,
+    skipped: list[Skipped] | None = None,
 ) -> tuple[PromptDataset, DataReport]:
     """Tokenise prompts; arguments as for :func:`tokenise`. They are never truncated, but refused if too long.
 
     Raises:
         DataError: Prompts are refused by the template or too long; up to five are listed.
     """
-    origins = list(conversations)
 
-    def fitting(conversation: Conversation) -> Encoded:
+    def fitting(conversation: Conversation) -> tuple[Encoded, Conversation]:
         prompt = encode(conversation)
         if len(prompt.input_ids) > max_length:
             raise DataError(f"has a prompt of {len(prompt.input_ids)} tokens. Raise data.max_length={max_length}.")
-        return prompt
+        return prompt, conversation
 
-    prompts = collect(fitting, origins)
+    wrong = [message for _, message in skipped or ()]
+    found = collect(fitting, conversations, None if skipped is None else wrong.append)
+    prompts = [prompt for prompt, _ in found]
     lengths = [len(prompt.input_ids) for prompt in prompts]
-    report = DataReport(name, len(prompts), len(prompts), num_tokens=sum(lengths), longest=max(lengths, default=0))
-    return PromptDataset(prompts, origins, filler_token), report
+    report = DataReport(name, len(prompts) + len(wrong), len(prompts), num_tokens=sum(lengths), skipped=wrong)
+    report.longest = max(lengths, default=0)
+    return PromptDataset(prompts, [conversation for _, conversation in found], filler_token), report
 
 
 def _num_supervised(sample: Encoded) -> int:

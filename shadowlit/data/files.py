@@ -10,11 +10,12 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from lzma import LZMAError
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shadowlit.data.conversation import collect, located, place
+from shadowlit.data.conversation import Skip, collect, each, place
 from shadowlit.data.formats import detect_format
 from shadowlit.data.tables import COMPRESSIONS, is_text_table, kind_of, open_bytes, read_text_table
 from shadowlit.errors import DataError, counted, first_line
@@ -68,26 +69,34 @@ def is_file_of_rows(path: Path) -> bool:
     return kind_of(path) in EXTENSIONS or path.suffix.lower() in COMPRESSIONS
 
 
-def read_file(source: str, path: Path) -> list[Row]:
-    """Read all rows of a file.
+def read_file(source: str, path: Path, max_rows: int | None = None, skip: Skip | None = None) -> list[Row]:
+    """Read the rows of a file.
 
     Args:
         source: Name of the file for messages.
         path: File; its extension, before that of a compression, says how it is read.
+        max_rows: Number of rows that are read, from the beginning; None for all.
+        skip: Function that receives the message of each line that is broken JSON, which is then left out; None raises
+            them.
 
     Raises:
         DataError: The file is empty or can't be read, or lines are broken JSON; up to five are listed.
     """
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty. Give a file with at least one sample.")
-    return _read_json(source, path) if _is_json(path) else list(stream_file(source, path))
+    return _read_json(source, path, max_rows, skip) if _is_json(path) else list(stream_file(source, path, max_rows))
 
 
-def stream_file(source: str, path: Path) -> Iterator[Row]:
+def stream_file(source: str, path: Path, max_rows: int | None = None, skip: Skip | None = None) -> Iterator[Row]:
     """Yield the rows of a file, and hold one at a time; as :func:`read_file`, but a JSON file must not be one list."""
     if _is_json(path):
-        yield from _stream_json(source, path)
-    elif is_text_table(path):
+        yield from _stream_json(source, path, max_rows, skip)
+    else:
+        yield from islice(_rows_of_table(source, path), max_rows)
+
+
+def _rows_of_table(source: str, path: Path) -> Iterator[Row]:
+    if is_text_table(path):
         for index, (line, columns) in enumerate(read_text_table(source, path)):
             yield Row(source, index, line, columns)
     elif path.suffix.lower() == ".parquet":
@@ -104,36 +113,34 @@ def _is_json(path: Path) -> bool:
     return kind_of(path) in JSON_EXTENSIONS
 
 
-def _read_json(source: str, path: Path) -> list[Row]:
+def _read_json(source: str, path: Path, max_rows: int | None, skip: Skip | None) -> list[Row]:
     with _named_by_content(source, path):
-        lines = list(_lines(source, path))
+        lines = list(islice(_lines(source, path), max_rows))
         if not lines or not lines[0].content.lstrip().startswith("["):
-            return collect(_parse, lines)
+            return collect(_parse, lines, skip)
     try:
         with _readable(source, path) as stream:
             contents = json.loads(stream.read().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if kind_of(path) != ".json":
-            return collect(_parse, lines)
+            return collect(_parse, lines, skip)
         at = f" in line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
             f"{source} is broken JSON{at}: {_reason(error)}. Correct it; a .json file holds a list of objects, or one "
             "object per line."
         ) from None
-    return [Row(source, index, None, content) for index, content in enumerate(contents)]
+    return [Row(source, index, None, content) for index, content in enumerate(contents[:max_rows])]
 
 
-def _stream_json(source: str, path: Path) -> Iterator[Row]:
+def _stream_json(source: str, path: Path, max_rows: int | None, skip: Skip | None) -> Iterator[Row]:
     with _named_by_content(source, path):
-        for line in _lines(source, path):
+        for line in islice(_lines(source, path), max_rows):
             if line.index == 0 and line.content.lstrip().startswith("["):
                 raise DataError(
                     f"{source} is one JSON list, which has to be read as a whole. Write one object per line, or set "
                     "data.streaming=false."
                 )
-            with located(line):
-                row = _parse(line)
-            yield row
+            yield from each(_parse, [line], skip)
 
 
 @contextmanager

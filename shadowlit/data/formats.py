@@ -167,6 +167,29 @@ def without_ignored(row: Mapping[str, Any], patterns: Sequence[str], path: str =
     }
 
 
+def without_ignored_fields(messages: Sequence[Message], patterns: Sequence[str]) -> list[Message]:
+    """Messages without the fields that match ``data.ignore_columns`` as ``messages.<field>``.
+
+    So a field can be left out by the name that the chat template knows, whatever the row calls it: the tool calls of
+    ShareGPT's turns, or reasoning in parts.
+
+    Raises:
+        DataError: Nothing is left of a turn.
+    """
+
+    def is_ignored(name: str) -> bool:
+        return name not in ("role", "content") and any(fnmatchcase(f"messages.{name}", one) for one in patterns)
+
+    kept = [{name: value for name, value in message.items() if not is_ignored(name)} for message in messages]
+    for number, (message, before) in enumerate(zip(kept, messages, strict=True)):
+        if not message["content"] and "tool_calls" in before and "tool_calls" not in message:
+            raise DataError(
+                f"has nothing but tool calls in messages[{number}], which data.ignore_columns leaves out. Remove the "
+                "row or keep them."
+            )
+    return kept
+
+
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row with the names that formats read; ``columns`` has the name of the source for each of them."""
     names = {theirs: ours for ours, theirs in columns.items()}

@@ -179,14 +179,18 @@ def locate(messages: list[Message], folder: Path) -> list[Message]:
         return {**part, "image": image_source(part["image"], folder)} if part["type"] == "image" else part
 
     return [
-        message if isinstance(message["content"], str) else {**message, "content": [*map(located, message["content"])]}
+        {**message, "content": [*map(located, message["content"])]} if _has_parts(message) else message
         for message in messages
     ]
 
 
+def _has_parts(message: Message) -> bool:
+    return isinstance(message.get("content"), list)
+
+
 def images_in(messages: Sequence[Message]) -> list[ImageSource]:
     """The images of a conversation, in order."""
-    contents = (message["content"] for message in messages if not isinstance(message["content"], str))
+    contents = (message["content"] for message in messages if _has_parts(message))
     return [part["image"] for parts in contents for part in parts if part["type"] == "image"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,17 +15,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.checkpoint.workers import num_cores
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
-from shadowlit.data.conversation import gathered, raise_all
+from shadowlit.data.conversation import gathered, raise_all, some_of
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.images import ImageCollate
 from shadowlit.data.loader import ResumableLoader, make_loader
+from shadowlit.data.mixing import Mixture
 from shadowlit.data.order import (
     check_order,
     count_positions,
     describe_epochs,
     describe_stream,
     make_sampler,
+    mix,
     pack,
     require_enough,
     require_packable,
@@ -37,6 +41,7 @@ from shadowlit.data.settings import DataSettings
 from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError
+from shadowlit.files import replace_text
 
 _Loader = TypeVar("_Loader", bound=ResumableLoader | StreamLoader)
 _GPU_WORKERS = 2  # more would disturb the training process, which launches kernels
@@ -81,6 +86,7 @@ class ShadowData(DataSettings, LightningDataModule):
         self._preparation = Preparation(self)
         self._sets: dict[str, TokenDataset | PreferenceDataset] = {}
         self._packs: PackedOrder | None = None
+        self._mixture: Mixture | None = None
         self._resume: dict[str, Any] | None = None
 
     @property
@@ -100,15 +106,15 @@ class ShadowData(DataSettings, LightningDataModule):
     def prepare_data(self) -> None:
         """Download hub data sets and tokenise, in one process per machine, so that the others find all in the cache."""
         sources = [(source, use) for _, sources, use in self.wanted(None) for source in sources]
-        for source, use in [*sources, *([(self.predict, "test")] if self.predict else [])]:
-            if is_remote(source):
+        for source, use in [*sources, *([(self.predict_source, "test")] if self.predict_source else [])]:
+            if is_remote(source.path):
                 # Errors are raised by setup, on every rank: if only one rank stopped here, the others would wait.
                 with contextlib.suppress(DataError):
-                    open_hub(source, use)
+                    open_hub(source.path, use)
         if self.cache and self.trainer is not None and self.trainer.world_size > 1:
             for wanted in self.wanted(self.trainer.state.fn):
                 with contextlib.suppress(DataError):
-                    self._preparation.samples(*wanted)
+                    self._preparation.samples(*wanted, num_processes=num_cores())
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise what a command needs, once.
@@ -121,18 +127,25 @@ class ShadowData(DataSettings, LightningDataModule):
         """
         self._resume = None  # a position that was loaded for an earlier command
         errors: list[str] = []
+        # Several ranks share the cores, and find all in the cache that the first of them has written.
+        num_processes = num_cores() if self.trainer is None or self.trainer.world_size == 1 else 1
         for name, sources, use in self.wanted(stage):
             if name not in self._sets:
                 with gathered(errors):
-                    self._add(name, *self._preparation.samples(name, sources, use))
-        if stage in ("predict", None) and self.predict is not None and self.prompts is None:
+                    self._add(name, *self._preparation.samples(name, sources, use, num_processes=num_processes))
+        if stage in ("predict", None) and self.predict_source is not None and self.prompts is None:
             with gathered(errors):
-                self.prompts, self.reports["predict"] = self._preparation.prompts(self.predict)
-                rank_zero_info(f"data: {self.reports['predict']}")
+                self.prompts, self.reports["predict"] = self._preparation.prompts(self.predict_source)
+                self._log(self.reports["predict"])
         if stage in ("fit", None) and self.streaming and self.train and not errors:
             with gathered(errors):
                 require_packable(self, self._stream().first_samples())
+                if self.is_mixed:
+                    total = sum(source.weight or 0.0 for source in self.train_sources)
+                    shares = (f"{100 * (s.weight or 0.0) / total:.1f} % from {s}" for s in self.train_sources)
+                    rank_zero_info(f"data: train: of any rows of the stream {', '.join(shares)}")
         raise_all(errors)
+        self._write_skipped()
         if stage in ("fit", None) and "train" in self._sets:
             self._warn_of_overlap()
 
@@ -168,10 +181,10 @@ class ShadowData(DataSettings, LightningDataModule):
             return self._stream_loader()
         dataset = self.dataset("train")
         world_size, rank = self._ranks()
-        require_enough(self, dataset, self._packs, world_size)
+        require_enough(self, self.reports["train"].samples_per_epoch, self._packs, world_size)
         overfits = self.trainer is not None and getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = make_sampler(
-            self, dataset.lengths, self._packs, world_size, rank, shuffle=self.shuffle and not overfits
+            self, dataset.lengths, self._packs, world_size, rank, mixture=self._mixture, overfits=overfits
         )
         self._report_padding(dataset, sampler)
         limit = self._limit("train")
@@ -242,7 +255,7 @@ class ShadowData(DataSettings, LightningDataModule):
         loader = self.trainer.train_dataloader if self.trainer is not None else None
         if isinstance(loader, StreamLoader):
             return loader.state_dict()["num_tokens"] * self._ranks()[0]
-        return self.reports["train"].num_tokens * epochs if "train" in self.reports else 0.0
+        return self.reports["train"].tokens_per_epoch * epochs if "train" in self.reports else 0.0
 
     def _add(self, name: str, dataset: TokenDataset, report: DataReport) -> None:
         if name == "train":
@@ -253,16 +266,45 @@ class ShadowData(DataSettings, LightningDataModule):
                 "on conversations (objective: SFT), or give preferences without images."
             )
         whole = dataset if self.samples == "conversations" else PreferenceDataset(dataset)
-        rank_zero_info(f"data: {report}")
-        packs = pack(self, whole) if name == "train" else None
+        mixture = mix(self, whole) if name == "train" else None
+        if mixture is not None:
+            report.drawn, report.drawn_tokens = len(mixture), int(whole.lengths[mixture(0, self.shuffle)].sum())
+            for source, count in zip(report.sources, mixture.counts.tolist(), strict=False):
+                source.drawn = count
+        self._log(report)
+        packs = pack(self, whole, mixture) if name == "train" else None
         if packs is not None:
             self._packs, report.num_packs = packs, len(packs)
             rank_zero_info(
                 f"data: train: packed into {report.num_packs:,} rows of up to {self.row_capacity:,} tokens, "
                 f"{report.samples_per_pack:.1f} samples and "
-                f"{100 * report.num_tokens / report.num_packs / self.row_capacity:.1f} % full on average"
+                f"{100 * report.tokens_per_epoch / report.num_packs / self.row_capacity:.1f} % full on average"
             )
+        if name == "train":
+            self._mixture = mixture
         self._sets[name], self.reports[name] = whole, report
+
+    def _log(self, report: DataReport) -> None:
+        """Log what a set and its sources contain, and list the rows that are left out."""
+        rank_zero_info(f"data: {report}")
+        for source in report.sources:
+            share = 100 * source.samples_per_epoch / report.samples_per_epoch
+            rank_zero_info(f"data: {share:.1f} % of {report.name} from {source}")
+        if report.skipped:
+            rank_zero_warn(
+                f"data: {report.name} lacks {len(report.skipped):,} of {report.num_rows:,} rows, which are wrong and "
+                f"left out by data.on_bad_row=skip:{some_of(report.skipped)}"
+            )
+
+    def _write_skipped(self) -> None:
+        """List all rows that are left out in the run's folder, if there is one, which is that of a logger."""
+        lines = [f"{name}: {what}\n" for name, report in self.reports.items() for what in report.skipped]
+        trainer: Any = self.trainer
+        if lines and getattr(trainer, "loggers", None):
+            folder = Path(trainer.log_dir)  # a collective
+            if trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+                replace_text(folder / "skipped_rows.txt", "".join(lines))
 
     def _warn_of_overlap(self) -> None:
         for name in self.validation_names:
@@ -312,7 +354,7 @@ class ShadowData(DataSettings, LightningDataModule):
     def _order_of(self, loader: ResumableLoader | StreamLoader) -> dict[str, Any]:
         if isinstance(loader, StreamLoader):
             return describe_stream(self, self._ranks()[0])
-        return describe_epochs(self, loader.batch_sampler)
+        return describe_epochs(self, loader.batch_sampler, self._mixture)
 
     def _report_padding(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
         """Put the number of positions of the first epoch into the report, and log the share that padding takes."""

@@ -9,10 +9,11 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.mixing import MixedPacks, Mixture
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grouped_order
-from shadowlit.data.settings import DataSettings
+from shadowlit.data.settings import DataSettings, Source
 from shadowlit.errors import DataError
 
 
@@ -26,7 +27,16 @@ def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
         )
 
 
-def pack(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> PackedOrder | None:
+def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> Mixture | None:
+    """The mixture of the training sources, or None without weights; raises if it has none of a source."""
+    if not settings.is_mixed:
+        return None
+    return Mixture(dataset.source_of, [source.weight or 0.0 for source in settings.train_sources], settings.seed)
+
+
+def pack(
+    settings: DataSettings, dataset: TokenDataset | PreferenceDataset, mixture: Mixture | None = None
+) -> PackedOrder | None:
     """The packs of all training samples, or None without best_fit; raises if a preference sample is too long."""
     if settings.packing != "best_fit":
         return None
@@ -37,6 +47,8 @@ def pack(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> P
             f"{dataset.origin(at)} has two answers of {dataset.lengths[at]} tokens together, which share a row, "
             f"but data.pack_length is {capacity}. Raise it, or lower data.max_length."
         )
+    if mixture is not None:
+        return MixedPacks(mixture, dataset.lengths, capacity, settings.seed, settings.shuffle)
     return PackedOrder(dataset.lengths, capacity, settings.seed)
 
 
@@ -47,31 +59,48 @@ def make_sampler(
     world_size: int,
     rank: int,
     *,
-    shuffle: bool,
+    mixture: Mixture | None = None,
+    overfits: bool = False,
 ) -> ShardedBatchSampler:
-    """A rank's training batches of the samples with these lengths, ``[N]`` int, or of their packs."""
-    order: Order | None = packs
+    """A rank's training batches of the samples with these lengths, ``[N]`` int, or of their packs or mixture.
+
+    With ``overfits``, every epoch is the first one, in the order of the data.
+    """
+    shuffle = settings.shuffle and not overfits
+    order: Order | None = packs if packs is not None else mixture and partial(mixture, shuffle=shuffle)
     if packs is not None:
         packs.shuffle = shuffle
     elif settings.group_by_length and shuffle:
-        order = partial(grouped_order, lengths, settings.batch_size * world_size, settings.seed)
-    size = len(lengths) if packs is None else len(packs)
+        order = partial(_group, lengths, settings.batch_size * world_size, settings.seed, mixture)
+    if overfits and order is not None:
+        order = partial(_first_epoch, order)
+    size = len(lengths) if packs is mixture is None else len(packs if packs is not None else mixture or ())
     return ShardedBatchSampler(
         size, settings.batch_size, world_size, rank, settings.seed, shuffle, settings.drop_last, order=order
     )
 
 
-def require_enough(
-    settings: DataSettings, dataset: TokenDataset | PreferenceDataset, packs: PackedOrder | None, world_size: int
-) -> None:
-    """Raise if there are fewer samples or packs than ranks."""
-    if len(dataset) < world_size:
+def _group(lengths: np.ndarray, global_batch_size: int, seed: int, mixture: Mixture | None, epoch: int) -> np.ndarray:
+    """The samples of an epoch, those of a global batch of similar length."""
+    if mixture is None:
+        return grouped_order(lengths, global_batch_size, seed, epoch)
+    samples = mixture(epoch)
+    return samples[grouped_order(lengths[samples], global_batch_size, seed, epoch)]
+
+
+def _first_epoch(order: Order, epoch: int) -> Any:
+    return order(0)
+
+
+def require_enough(settings: DataSettings, num_samples: int, packs: PackedOrder | None, world_size: int) -> None:
+    """Raise if an epoch has fewer samples or packs than there are ranks."""
+    if num_samples < world_size:
         raise DataError(
-            f"{len(dataset)} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
+            f"{num_samples} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
         )
     if packs is not None and len(packs) < world_size:
         raise DataError(
-            f"{len(dataset)} training samples make {len(packs)} packs, fewer than the {world_size} ranks. "
+            f"{num_samples} training samples make {len(packs)} packs, fewer than the {world_size} ranks. "
             f"Lower data.pack_length={settings.row_capacity}, or use data.packing=padding_free."
         )
 
@@ -96,7 +125,9 @@ def count_positions(
     )
 
 
-def describe_epochs(settings: DataSettings, sampler: ShardedBatchSampler) -> dict[str, Any]:
+def describe_epochs(
+    settings: DataSettings, sampler: ShardedBatchSampler, mixture: Mixture | None = None
+) -> dict[str, Any]:
     """Everything that the order of an epoch depends on; not the number of ranks, but the size of the global batch."""
     order: dict[str, Any] = {
         "num_samples": sampler.num_samples,
@@ -109,6 +140,8 @@ def describe_epochs(settings: DataSettings, sampler: ShardedBatchSampler) -> dic
         order |= {"packing": settings.packing, "pack_length": settings.row_capacity}
     if settings.group_by_length:
         order["group_by_length"] = True
+    if mixture is not None:
+        order |= {"weights": [source.weight for source in settings.train_sources], "mixed": mixture.sizes}
     return {**order, **_trained_turns(settings)}
 
 
@@ -119,12 +152,20 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
         "drop_unsupervised",
     )  # fmt: skip
     return {
-        "sources": settings.train_sources,
+        "sources": [_place(source) for source in settings.train_sources],
         "global_batch_size": world_size * settings.batch_size,
         "pack_length": settings.row_capacity,
         **{name: getattr(settings, name) for name in same},
+        **({} if settings.on_bad_row == "error" else {"on_bad_row": settings.on_bad_row}),
         **_trained_turns(settings),
     }
+
+
+def _place(source: Source) -> str | dict[str, Any]:
+    """The rows of a source and their part in the order."""
+    chosen = {"weight": source.weight, "max_rows": source.max_rows}
+    more = {name: value for name, value in chosen.items() if value is not None}
+    return {"path": source.path, **more} if more else source.path
 
 
 def _trained_turns(settings: DataSettings) -> dict[str, Any]:
@@ -132,7 +173,7 @@ def _trained_turns(settings: DataSettings) -> dict[str, Any]:
     return {} if settings.loss_on == "assistant" else {"loss_on": settings.loss_on}
 
 
-def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[str, int]) -> None:
+def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[str, Any]) -> None:
     """Refuse to resume in the middle of an order that can't be reproduced; elsewhere only warn.
 
     Args:

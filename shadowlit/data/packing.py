@@ -39,30 +39,35 @@ class PackedOrder:
         """Number of packs in an epoch."""
         return len(self._ends) - 1
 
-    def __call__(self, epoch: int) -> Sequence[Pack]:
+    def __call__(self, epoch: int) -> Packs:
         """The packs of ``epoch`` in their order; each is made when it is accessed."""
-        return _Packs(*self._draw(epoch), self._ends)
-
-    def sizes(self, epoch: int) -> np.ndarray:
-        """Tokens of each pack of ``epoch``, ``[len(self)]`` int64."""
-        samples, packs = self._draw(epoch)
-        return np.add.reduceat(self._lengths[samples], self._ends[:-1])[packs]
-
-    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples, pack after pack, and the order of the packs."""
         if not self.shuffle:
-            return np.argsort(-self._lengths, kind="stable")[self._ranks], np.arange(len(self))
+            return Packs(np.argsort(-self._lengths, kind="stable")[self._ranks], np.arange(len(self)), self._ends)
         random = np.random.default_rng((self.seed, epoch))
         drawn = random.permutation(len(self._lengths))
         by_length = drawn[np.argsort(-self._lengths[drawn], kind="stable")]
-        return by_length[self._ranks], random.permutation(len(self))
+        return Packs(by_length[self._ranks], random.permutation(len(self)), self._ends)
+
+    def sizes(self, epoch: int) -> np.ndarray:
+        """Tokens of each pack of ``epoch``, ``[len(self)]`` int64."""
+        return self(epoch).sizes(self._lengths)
 
 
-class _Packs(Sequence[Pack]):
-    """The samples of each pack, sliced from one flat array; creating a million tuples in advance would be slow."""
+class Packs(Sequence[Pack]):
+    """The samples of each pack, sliced from one flat array; creating a million tuples in advance would be slow.
+
+    Args:
+        samples: Samples, pack after pack, ``[N]`` int.
+        packs: Order of the packs, ``[P]`` int.
+        ends: End of each pack among the samples, after a 0, ``[P + 1]`` int.
+    """
 
     def __init__(self, samples: np.ndarray, packs: np.ndarray, ends: np.ndarray) -> None:
         self._samples, self._packs, self._ends = samples, packs, ends
+
+    def sizes(self, lengths: np.ndarray) -> np.ndarray:
+        """Tokens of each pack, ``[P]`` int64, by the ``lengths`` of all samples."""
+        return np.add.reduceat(lengths[self._samples], self._ends[:-1])[self._packs]
 
     def __len__(self) -> int:
         return len(self._packs)

@@ -50,6 +50,11 @@ class PreferenceDataset(Dataset):
         return self.sequences.lengths.reshape(-1, 2).sum(1)
 
     @property
+    def source_of(self) -> np.ndarray:
+        """Number of the source of each sample, ``[len(self)]`` int64."""
+        return self.sequences.source_of[::2]
+
+    @property
     def longest(self) -> np.ndarray:
         """Tokens of the longer sequence of each sample, ``[len(self)]`` int64."""
         return self.sequences.lengths.reshape(-1, 2).max(1)

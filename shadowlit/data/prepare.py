@@ -5,23 +5,25 @@ from __future__ import annotations
 import copy
 import dataclasses
 import datetime
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.blocks import Block, read_blocks, write_blocks
 from shadowlit.data.cache import cache_key, default_folder
-from shadowlit.data.conversation import Conversation
+from shadowlit.data.conversation import Conversation, some_of
 from shadowlit.data.custom_formats import find_format
-from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset, tokenise, tokenise_prompts
+from shadowlit.data.dataset import DataReport, PromptDataset, Skipped, TokenDataset, tokenise, tokenise_prompts
 from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.images import ImageProcessing
 from shadowlit.data.sampler import epoch_order
-from shadowlit.data.settings import DataSettings
+from shadowlit.data.settings import DataSettings, Source
 from shadowlit.data.sources import digest_source, folder_of, log_message, read_conversations
 from shadowlit.data.template import (
     check_template,
@@ -32,6 +34,16 @@ from shadowlit.data.template import (
     renders_date,
 )
 from shadowlit.errors import DataError, PairError
+from shadowlit.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The rows of a set, the names of its sources, and the rows that are left out; None where these are errors."""
+
+    conversations: list[Conversation]
+    sources: list[str]
+    skipped: list[Skipped] | None
 
 
 class Preparation:
@@ -71,34 +83,39 @@ class Preparation:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         return pad if isinstance(pad, int) else 0
 
-    def samples(self, name: str, sources: list[str], use: str) -> tuple[TokenDataset, DataReport]:
-        """Return the samples of a set from the cache; if they aren't there yet, tokenise and cache them."""
+    def samples(
+        self, name: str, sources: list[Source], use: str, *, num_processes: int = 1
+    ) -> tuple[TokenDataset, DataReport]:
+        """Return the samples of a set from the cache; if they aren't there yet, tokenise and cache them.
+
+        Args:
+            name: Name of the set.
+            sources: Sources of the set.
+            use: ``train``, ``validation`` or ``test``.
+            num_processes: Number of processes that may tokenise.
+        """
         file = self._cache_file(name, sources, use)
         if file is None:
-            return self._tokenise(name, self._read(name, sources, use, log_message))
-        return self._from_cache(name, file) or self._to_cache(name, sources, use, file)
+            return self._tokenise(name, self._read(name, sources, use, log_message), num_processes)
+        return self._from_cache(name, file) or self._to_cache(name, sources, use, file, num_processes)
 
-    def prompts(self, source: str) -> tuple[PromptDataset, DataReport]:
+    def prompts(self, source: Source) -> tuple[PromptDataset, DataReport]:
         """Return the tokenised prompts of a source."""
-        return tokenise_prompts(
+        read = self._read("predict", [source], "test", log_message)
+        prompts, report = tokenise_prompts(
             "predict",
-            read_conversations(
-                source,
-                self.settings.format,
-                columns=self.settings.columns,
-                ignore=self.settings.ignore_columns or (),
-                use="test",
-                prompts_only=True,
-            ),
+            read.conversations,
             self._encoder(encode_question),
             max_length=self.settings.max_length,
             filler_token=self.pad_token_id,
+            skipped=read.skipped,
         )
+        return prompts, _require_samples(report)
 
     def tokenise(
-        self, name: str, conversations: Iterable[Conversation], keep: Callable[[Block], None] | None = None
+        self, name: str, conversations: Sequence[Conversation], **options: Any
     ) -> tuple[TokenDataset, DataReport]:
-        """Tokenise conversations; arguments and errors as in :func:`shadowlit.data.dataset.tokenise`."""
+        """Tokenise conversations; options and errors are as in :func:`shadowlit.data.dataset.tokenise`."""
         return tokenise(
             name,
             conversations,
@@ -107,34 +124,45 @@ class Preparation:
             filler_token=self.pad_token_id,
             overlong=self.settings.overlong,
             drop_unsupervised=self.settings.drop_unsupervised,
-            keep=keep,
+            **options,
         )
 
     def _tokenise(
-        self, name: str, conversations: list[Conversation], keep: Callable[[Block], None] | None = None
+        self, name: str, read: _Read, num_processes: int, keep: Callable[[Block], None] | None = None
     ) -> tuple[TokenDataset, DataReport]:
-        dataset, report = self.tokenise(name, conversations, keep)
-        if not report.num_samples:
-            raise DataError(
-                f"{name} has no sample left: all {report.num_rows} rows were dropped. Raise data.max_length, or give "
-                "data with an answer to learn."
+        count = len(read.conversations)
+        is_first = getattr(rank_zero_only, "rank", 0) == 0
+        with progress_bar(f"tokenising {name}", count) if is_first else nullcontext(_ignore) as advance:
+            dataset, report = self.tokenise(
+                name,
+                read.conversations,
+                sources=read.sources,
+                skipped=read.skipped,
+                num_processes=num_processes,
+                advance=advance,
+                keep=keep,
             )
-        return dataset, report
+        return dataset, _require_samples(report)
 
-    def _to_cache(self, name: str, sources: list[str], use: str, file: Path) -> tuple[TokenDataset, DataReport]:
+    def _to_cache(
+        self, name: str, sources: list[Source], use: str, file: Path, num_processes: int
+    ) -> tuple[TokenDataset, DataReport]:
         messages: list[tuple[str, bool]] = []
 
         def log(text: str, is_warning: bool) -> None:
             messages.append((text, is_warning))
             log_message(text, is_warning)
 
-        conversations = self._read(name, sources, use, log)
+        read = self._read(name, sources, use, log)
+        num_skipped = len(read.skipped or ())
         try:
             with write_blocks(file) as written:
-                _, report = self._tokenise(name, conversations, written.add)
-                end = self._end_of_text if any(c.messages[0]["role"] == DOCUMENT for c in conversations) else None
-                origins = list(dict.fromkeys(c.source for c in conversations))
-                about = {"report": dataclasses.asdict(report), "sources": origins, "messages": messages, "end": end}
+                _, report = self._tokenise(name, read, num_processes, written.add)
+                is_text = any(c.messages[0]["role"] == DOCUMENT for c in read.conversations)
+                end = self._end_of_text if is_text else None
+                about = {
+                    "report": dataclasses.asdict(report), "sources": read.sources, "messages": messages, "end": end
+                }  # fmt: skip
                 written.finish(about)
             blocks, _ = read_blocks(file, verify=False)
         except (OSError, ValueError) as error:
@@ -144,8 +172,10 @@ class Preparation:
                 f"data: {name} can't be kept in {file.parent} ({error}), and is tokenised at every start. Set "
                 "data.cache_dir to a folder that can be written to, or data.cache=false."
             )
-            return self._tokenise(name, conversations)
-        return TokenDataset(blocks, origins, self.pad_token_id, file), report
+            if read.skipped is not None:
+                del read.skipped[num_skipped:]
+            return self._tokenise(name, read, num_processes)
+        return TokenDataset(blocks, read.sources, self.pad_token_id, file), report
 
     def _from_cache(self, name: str, file: Path) -> tuple[TokenDataset, DataReport] | None:
         """The samples that an earlier start tokenised, if the file is intact."""
@@ -153,7 +183,7 @@ class Preparation:
             return None
         try:
             blocks, about = read_blocks(file)
-            report = DataReport(**{**about["report"], "name": name})
+            report = DataReport.of_dict({**about["report"], "name": name})
             sources, messages, end = about["sources"], about["messages"], about["end"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             rank_zero_warn(f"data: {name} is tokenised again, since what was kept is damaged: {error}.")
@@ -164,22 +194,23 @@ class Preparation:
             log_message(text, is_warning)
         return TokenDataset(blocks, sources, self.pad_token_id, file), report
 
-    def _cache_file(self, name: str, sources: list[str], use: str) -> Path | None:
-        """The file of a set; None if it isn't cached, or if a source or the format has no digest."""
+    def _cache_file(self, name: str, sources: list[Source], use: str) -> Path | None:
+        """The file of a set; None if it isn't cached, or if a source or its format has no digest."""
         settings = self.settings
         if not settings.cache:
             return None
-        custom = find_format(settings.format)
-        code = "" if custom is None else custom.digest()
-        digests = [digest_source(source, use) for source in sources]
-        if None in (code, *digests):
+        digests = []
+        for source in sources:
+            custom = find_format(source.format or "auto")
+            digests.append((digest_source(source.path, use), "" if custom is None else custom.digest()))
+        if any(None in both for both in digests):
             return None
         limit = settings.limit_train_samples
         key = cache_key(
             self.tokenizer,
-            sources=[*zip(sources, digests, strict=True)],
-            format=[settings.format, code],
-            columns=[settings.columns, settings.ignore_columns],
+            # The tokens don't depend on how sources are mixed.
+            sources=[[vars(replace(one, weight=None)), *both] for one, both in zip(sources, digests, strict=True)],
+            on_bad_row=settings.on_bad_row,
             samples=settings.samples,
             max_length=settings.max_length,
             overlong=settings.overlong,
@@ -190,25 +221,39 @@ class Preparation:
             template_kwargs=self._template_kwargs,
             date=datetime.date.today().isoformat() if renders_date(self.tokenizer, self._template_kwargs) else None,
             # Paths of images are relative to the folders.
-            images=None if self.images is None else [self.images.digest(), *(str(folder_of(s)) for s in sources)],
+            images=None if self.images is None else [self.images.digest(), *(str(folder_of(s.path)) for s in sources)],
         )
         folder = Path(settings.cache_dir).expanduser() if settings.cache_dir else default_folder()
         return folder / f"{key}.arrow"
 
-    def _read(self, name: str, sources: list[str], use: str, log: Callable[[str, bool], None]) -> list[Conversation]:
+    def _read(self, name: str, sources: list[Source], use: str, log: Callable[[str, bool], None]) -> _Read:
         settings = self.settings
-        read = partial(
-            read_conversations, format=settings.format, columns=settings.columns, ignore=settings.ignore_columns or (),
-            use=use, samples=settings.samples, log=log,
-        )  # fmt: skip
-        conversations = [conversation for source in sources for conversation in read(source)]
+        skipped: list[Skipped] | None = [] if settings.on_bad_row == "skip" else None
+        conversations: list[Conversation] = []
+        for index, source in enumerate(sources):
+            wrong: list[str] = []
+            found = read_conversations(
+                source.path,
+                source.format or "auto",
+                use=use,
+                prompts_only=name == "predict",
+                samples=settings.samples,
+                columns=source.columns,
+                ignore=source.ignore_columns or (),
+                max_rows=source.max_rows,
+                skip=None if skipped is None else wrong.append,
+                log=log,
+            )
+            conversations += [replace(one, source_index=index) for one in found] if index else found
+            if skipped is not None:
+                skipped += [(index, message) for message in wrong]
         limit = settings.limit_train_samples
-        if name != "train" or limit is None:
-            return conversations
-        if limit > len(conversations):
-            log(f"data: limit_train_samples={limit}, but there are {len(conversations)} rows; all are used.", True)
-        chosen = epoch_order(len(conversations), settings.seed)[:limit]
-        return [conversations[i] for i in sorted(chosen)]
+        if name == "train" and limit is not None:
+            if limit > len(conversations):
+                log(f"data: limit_train_samples={limit}, but there are {len(conversations)} rows; all are used.", True)
+            chosen = epoch_order(len(conversations), settings.seed)[:limit]
+            conversations = [conversations[i] for i in sorted(chosen)]
+        return _Read(conversations, [source.path for source in sources], skipped)
 
     def _encoder(self, encode: Callable[..., Any]) -> Callable[[Conversation], Any]:
         """A function that tokenises a conversation by ``encode``, or a document."""
@@ -230,3 +275,17 @@ class Preparation:
         """The token that ends a document in the Base's pre-training."""
         end = self.settings.pair.other_tokenizer().eos_token_id
         return end if isinstance(end, int) else None
+
+
+def _require_samples(report: DataReport) -> DataReport:
+    """The report of a set; raise if nothing of the set is left."""
+    if not report.num_samples:
+        remedy = "Raise data.max_length, or give data with an answer to learn."
+        if report.skipped:
+            remedy = f"{len(report.skipped)} of them are wrong:{some_of(report.skipped)}"
+        raise DataError(f"{report.name} has no sample left: all {report.num_rows} rows were dropped. {remedy}")
+    return report
+
+
+def _ignore(count: int) -> None:
+    """Instead of a progress bar."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.data.conversation import IGNORE_INDEX, some_of
 from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceDataset
@@ -67,6 +67,9 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
             console.print(render_sample(data.tokenizer, tokens, labels, coloured), soft_wrap=False)
     console.print(_legend(coloured))
     console.print(_table(data.reports.values()))
+    for report in data.reports.values():
+        if report.skipped:
+            console.print(Text(f"rows of {report.name} that are left out:{some_of(report.skipped)}"), soft_wrap=True)
 
 
 def render_sample(
@@ -135,12 +138,20 @@ def _legend(coloured: bool) -> Text:
 
 
 def _table(reports: Iterable[DataReport]) -> Table:
-    """A table with a line for each set that was read."""
-    headings = ("set", "rows", "samples", "tokens", "supervised", "longest", "lost")
+    """A table with a line for each set that was read, and lines for its sources where it has several."""
+    found = list(reports)
+    headings = ["set", "rows", "samples", "tokens", "supervised", "longest", "lost"]
+    is_mixed = any(report.drawn is not None for report in found)
+    if is_mixed:
+        headings.insert(3, "per epoch")
     table = make_table(*headings, title="data sets", title_justify="left")
     table.columns[-1].justify = "left"
-    for report in reports:
-        numbers = (report.num_rows, report.num_samples, report.num_tokens)
-        share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"
-        table.add_row(report.name, *(f"{n:,}" for n in numbers), share, f"{report.longest:,}", report.lost or "nothing")
+    for whole in found:
+        for report in (whole, *whole.sources):
+            numbers = [f"{n:,}" for n in (report.num_rows, report.num_samples, report.num_tokens)]
+            if is_mixed:
+                part = 100 * report.samples_per_epoch / max(1, whole.samples_per_epoch)
+                numbers.insert(2, f"{report.samples_per_epoch:,} ({part:.1f} %)")
+            share = f"{report.num_supervised_tokens:,} ({100 * report.supervised_share:.1f} %)"
+            table.add_row(report.name, *numbers, share, f"{report.longest:,}", report.lost or "nothing")
     return table

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+import difflib
+import math
+import os
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-from shadowlit.arguments import takes_plain_values
+from shadowlit.arguments import fits, takes_plain_values
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import Overlong
@@ -24,6 +28,46 @@ _LEAST = {
 _NULLABLE = ("num_workers", "limit_train_samples", "pad_to_multiple_of")
 
 
+@dataclass(frozen=True)
+class Source:
+    """A source of rows, and how it is read.
+
+    Args:
+        path: File, folder or hub data set.
+        format: Format of this source; null for ``data.format``.
+        columns: Names of its columns; null for ``data.columns``.
+        ignore_columns: Columns that are deliberately left out; null for ``data.ignore_columns``.
+        weight: Share of this source in the training data, relative to the weights of the others. null takes all rows
+            of all sources.
+        max_rows: Number of rows that are read, from the beginning of the source; null for all.
+    """
+
+    path: str
+    format: str | None = None
+    columns: dict[str, str] | None = None
+    ignore_columns: list[str] | None = None
+    weight: float | None = None
+    max_rows: int | None = None
+
+    def __str__(self) -> str:
+        """The path, as the user wrote it."""
+        return self.path
+
+
+Given = str | dict[str, Any] | Source
+"""A source as a user writes it: its path, or a mapping of the fields of :class:`Source`."""
+
+_FIELDS = tuple(field.name for field in fields(Source))
+_EXPECTED = {
+    "path": "a path or the name of a data set",
+    "format": "the name of a format",
+    "columns": "a mapping of names, e.g. {prompt: question}",
+    "ignore_columns": "a list of names",
+    "weight": "a number above 0",
+    "max_rows": "a whole number of at least 1",
+}
+
+
 @takes_plain_values("data")
 @dataclass(eq=False)
 class DataSettings:
@@ -31,15 +75,18 @@ class DataSettings:
 
     Args:
         pair: Model pair. Its Instruct provides the tokenizer and the chat template.
-        train: Training source, or a list of sources that are concatenated.
+        train: Training source, or a list of sources. A source, here and below, is a path, or a mapping of ``path`` and
+            any of ``format``, ``columns``, ``ignore_columns``, ``max_rows`` and, in a list of training sources,
+            ``weight``. Sources without weights are concatenated. With weights, an epoch has samples of each source in
+            proportion to its weight, and ends when the first source has been used up once; see ``docs/data.md``.
         validation: Validation sources by name. The names appear in the metrics. A single source is named ``val``.
         test: Test sources by name, for the command test. A single source is named ``test``.
         predict: Source of the prompts for the command predict. Its rows need no answer; an assistant turn at the end
             of a row is treated as the answer and removed.
-        format: Format of all sources. messages has columns role and content; sharegpt has conversations with from and
-            value; alpaca has instruction, input and output; prompt_completion has prompt and completion; text has
-            documents, which are trained on as they are, each followed by the Base's end-of-text token. auto detects
-            one of these by the columns of each source. A format of your own is the import path of a function
+        format: Format of the sources that name none. messages has columns role and content; sharegpt has conversations
+            with from and value; alpaca has instruction, input and output; prompt_completion has prompt and completion;
+            text has documents, which are trained on as they are, each followed by the Base's end-of-text token. auto
+            detects one of these by the columns of each source. A format of your own is the import path of a function
             (``package.module.function``), or the name of an entry point in the group ``shadowlit.formats``; see
             :mod:`shadowlit.data.custom_formats`. Preference data have formats of their own, which are always
             detected; see :mod:`shadowlit.data.preference_formats`.
@@ -48,6 +95,8 @@ class DataSettings:
         ignore_columns: Columns and fields of turns that are deliberately left out, as shell patterns, e.g.
             ``[id, "meta_*", messages.timestamp]``. Anything else that has content and doesn't reach the model is an
             error.
+        on_bad_row: Treatment of rows that are malformed or can't be used: error stops, after all rows have been looked
+            at, and lists them; skip leaves them out, counts them in the report and lists them.
         samples: Kind of sample that a row holds: conversations, pairs (a chosen and a rejected answer) or labels
             (answers that are desirable or not). The command line takes it from ``model.objective``.
         max_length: Maximum length of a sample, in tokens.
@@ -96,6 +145,7 @@ class DataSettings:
         train_sources: Sources of the training data, in order.
         validation_sets: Source of each validation set, by the set's name.
         test_sets: Source of each test set, by the set's name.
+        predict_source: Source of the prompts, or None.
         row_capacity: Tokens that a row packed by best_fit has room for.
         eval_rows: Rows per rank and batch in validation, test and predict.
 
@@ -104,13 +154,14 @@ class DataSettings:
     """
 
     pair: ModelPair
-    train: str | list[str] | None = None
-    validation: dict[str, str] | str | None = None
-    test: dict[str, str] | str | None = None
-    predict: str | None = None
+    train: Given | list[Given] | None = None
+    validation: Given | dict[str, Given] | None = None
+    test: Given | dict[str, Given] | None = None
+    predict: Given | None = None
     format: str = "auto"
     columns: dict[str, str] | None = None
     ignore_columns: list[str] | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
     samples: Samples = "conversations"
     max_length: int = 4096
     overlong: Overlong = "truncate"
@@ -138,9 +189,14 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         """Fill in what depends on other settings, and check them."""
-        self.train = self.train_sources = [self.train] if isinstance(self.train, str) else list(self.train or [])
-        self.validation = self.validation_sets = _by_name(self.validation, "val")
-        self.test = self.test_sets = _by_name(self.test, "test")
+        self._wrong_sources: list[str] = []
+        self.train = [] if self.train is None else self.train if isinstance(self.train, list) else [self.train]
+        keys = ["data.train"] if len(self.train) == 1 else [f"data.train[{i}]" for i in range(len(self.train))]
+        self.train_sources = [self._source(*each) for each in zip(self.train, keys, strict=True)]
+        self.validation, self.test = sets_by_name(self.validation, "val"), sets_by_name(self.test, "test")
+        self.validation_sets = {n: self._source(one, f"data.validation.{n}") for n, one in self.validation.items()}
+        self.test_sets = {name: self._source(one, f"data.test.{name}") for name, one in self.test.items()}
+        self.predict_source = None if self.predict is None else self._source(self.predict, "data.predict")
         if self.pack_length is None:
             self.pack_length = self.max_length * (1 if self.samples == "conversations" else 2)
         if self.eval_batch_size is None:
@@ -149,13 +205,13 @@ class DataSettings:
         self.template_kwargs = dict(self.template_kwargs or {})
         raise_all(list(self._problems()))
 
-    def wanted(self, stage: str | None) -> list[tuple[str, list[str], str]]:
+    def wanted(self, stage: str | None) -> list[tuple[str, list[Source], str]]:
         """Name, sources and use of each set that a command tokenises; a stream and prompts are not among them.
 
         Args:
             stage: fit, validate, test or predict; None for all sets that are configured.
         """
-        wanted: list[tuple[str, list[str], str]] = []
+        wanted: list[tuple[str, list[Source], str]] = []
         if stage in ("fit", None) and self.train_sources and not self.streaming:
             wanted.append(("train", self.train_sources, "train"))
         if stage in ("fit", "validate", None):
@@ -164,7 +220,34 @@ class DataSettings:
             wanted += [(f"test/{name}", [source], "test") for name, source in self.test_sets.items()]
         return wanted
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the training sources have weights."""
+        return any(source.weight is not None for source in self.train_sources)
+
+    def _source(self, given: Given, key: str) -> Source:
+        """The source that a user gave for a key, with the defaults of all sources; problems are noted."""
+        found, wrong = _read_source(given, key)
+        self._wrong_sources += wrong
+        if found.weight is not None and not key.startswith("data.train"):
+            self._wrong_sources.append(
+                f"{key}.weight is {found.weight}, but only training sources are mixed. Remove it."
+            )
+        return replace(
+            found,
+            format=self.format if found.format is None else found.format,
+            columns=self.columns if found.columns is None else found.columns,
+            ignore_columns=self.ignore_columns if found.ignore_columns is None else found.ignore_columns,
+        )
+
     def _problems(self) -> Iterator[str]:
+        yield from self._wrong_sources
+        unweighted = [i for i, source in enumerate(self.train_sources) if source.weight is None]
+        if self.is_mixed and unweighted and not self._wrong_sources:
+            yield (
+                f"data.train[{unweighted[0]}] ({self.train_sources[unweighted[0]]}) has no weight, but others have "
+                "one. Give each training source a weight, or none."
+            )
         if self.streaming and self.samples != "conversations":
             yield (
                 "data.streaming is true, but model.objective learns from preferences, which the untouched model scores "
@@ -190,10 +273,7 @@ class DataSettings:
             for name in names:
                 if name in _RESERVED:
                     yield f"data.{kind} has the name '{name}', which is used already. Rename it."
-        try:
-            find_format(self.format)
-        except DataError as error:
-            yield str(error)
+        yield from _problems_of_format(self.format, "data.format")
 
     def _problems_of_numbers(self) -> Iterator[str]:
         for name, least in _LEAST.items():
@@ -208,6 +288,48 @@ class DataSettings:
             )
 
 
-def _by_name(sets: dict[str, str] | str | None, name: str) -> dict[str, str]:
-    """Sources by the names of their sets; a single source is named ``name``."""
-    return {name: sets} if isinstance(sets, str) else dict(sets or {})
+def sets_by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, Given]:
+    """The sources that a user gave, by the names of their sets; a single one is named ``name``."""
+    if sets is None:
+        return {}
+    if isinstance(sets, Mapping) and not ("path" in sets and sets.keys() <= set(_FIELDS)):
+        return dict(sets)
+    return {name: sets}
+
+
+def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
+    """The source that a user gave, as far as it can be used, and what is wrong with it."""
+    if isinstance(given, str | os.PathLike):
+        given = {"path": given}
+    values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else vars(given).copy()
+    if isinstance(values.get("path"), os.PathLike):
+        values["path"] = os.fspath(values["path"])
+    if "path" not in values:
+        others = ", ".join(name for name in _FIELDS if name != "path")
+        problem = f"{key} is {given!r}; expected a path, or a mapping of path and any of {others}. Add the path."
+        return Source(""), [problem]
+    kinds, wrong = typing.get_type_hints(Source), []
+    for name in [name for name in values if name not in _FIELDS]:
+        near = difflib.get_close_matches(str(name), _FIELDS, n=1)
+        wrong.append(
+            f"{key} has the key {name!r}; expected some of {', '.join(_FIELDS)}. "
+            + (f"Did you mean {near[0]}?" if near else "Remove it.")
+        )
+        del values[name]
+    for name, value in list(values.items()):
+        is_number = name in ("weight", "max_rows") and value is not None
+        if not fits(value, kinds[name]) or value == "" or (is_number and not 0 < value < math.inf):
+            null = "" if name == "path" else ", or null"
+            wrong.append(f"{key}.{name} is {value!r}; expected {_EXPECTED[name]}{null}.")
+            del values[name]
+    if values.get("format") is not None:
+        wrong += _problems_of_format(values["format"], f"{key}.format")
+    return Source(**{"path": "", **values}), wrong
+
+
+def _problems_of_format(format: str, key: str) -> list[str]:
+    try:
+        find_format(format)
+    except DataError as error:
+        return [str(error).replace("data.format", key)]
+    return []

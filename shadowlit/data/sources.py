@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, collect, located
+from shadowlit.data.conversation import Conversation, Skip, collect, each
 from shadowlit.data.custom_formats import CustomFormat, find_format
 from shadowlit.data.files import Row, is_file_of_rows, read_file, stream_file
 from shadowlit.data.formats import (
@@ -27,6 +28,7 @@ from shadowlit.data.formats import (
     texts_in,
     unread_text,
     without_ignored,
+    without_ignored_fields,
 )
 from shadowlit.data.images import locate
 from shadowlit.data.preference_formats import (
@@ -40,6 +42,7 @@ from shadowlit.data.turns import Message, listed, read_tools
 from shadowlit.errors import DataError, first_line
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
+_TRIED = 100  # rows that may be wrong before the first one with the columns of a format
 _ANSWERS = {"chosen", "rejected"}
 Log = Callable[[str, bool], None]
 
@@ -59,6 +62,8 @@ def read_conversations(
     prompts_only: bool = False,
     samples: Samples = "conversations",
     strict: bool = True,
+    max_rows: int | None = None,
+    skip: Skip | None = None,
     log: Log = log_message,
 ) -> list[Conversation]:
     """Read all rows of a file or a hub data set.
@@ -75,26 +80,30 @@ def read_conversations(
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
             always detected.
         strict: Raise if a column has text that reaches no turn, instead of logging it.
+        max_rows: Number of rows that are read, from the beginning; None for all.
+        skip: Function that receives the message of each malformed row, which is then left out; None raises them.
         log: Function that receives messages about the source, and whether each is a warning.
 
     Raises:
         DataError: The source can't be read, has no rows or the wrong columns, or rows are malformed; up to five
             of those are listed. Or there is no such format.
     """
-    rows = read_rows(source, use)
-    if not rows:
+    wrong: list[str] = []
+    rows = read_rows(source, use, max_rows, skip and wrong.append)
+    if not rows and not wrong:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
-    # The columns of one row may be missing in another, which is that row's error and not the file's.
-    first = next((row.content for row in rows if isinstance(row.content, dict)), {})
     names = {name for row in rows if isinstance(row.content, dict) for name in row.content}
     reader = _Reader(source, format, dict(columns or {}), ignore, prompts_only, samples)
-    reader.prepare(first, names, log)
-    found = collect(reader.convert, rows)
+    _prepare(reader, rows, names, log, skip)
+    found = collect(reader.convert, rows, skip and wrong.append)
+    if skip is not None:
+        for message in wrong:
+            skip(message)
     if reader.unread and strict:
         raise DataError(reader.about_unread())
     if reader.unread:
         log(f"data: {reader.about_unread()}", False)
-    return add_next_answers(found) if samples == "labels" and not prompts_only else found
+    return add_next_answers(found) if samples == "labels" and not prompts_only and found else found
 
 
 def stream_conversations(
@@ -104,6 +113,8 @@ def stream_conversations(
     columns: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
     use: str = "train",
+    max_rows: int | None = None,
+    skip: Skip | None = None,
 ) -> Iterator[Conversation]:
     """Yield the rows of a file or a hub data set, and hold only one of them at a time.
 
@@ -113,17 +124,38 @@ def stream_conversations(
         DataError: The source can't be read, or the next row is malformed or has text that reaches no turn. Or there is
             no such format.
     """
-    reader: _Reader | None = None
-    for row in stream_rows(source, use):
-        if reader is None:
-            first = row.content if isinstance(row.content, dict) else {}
-            reader = _Reader(source, format, dict(columns or {}), ignore)
-            reader.prepare(first, set(first), lambda text, is_warning: None)
-        with located(row):
-            conversation = reader.convert(row)
+    rows = stream_rows(source, use, max_rows, skip)
+    reader = _Reader(source, format, dict(columns or {}), ignore)
+    looked_at = _prepare(reader, rows, None, lambda text, is_warning: None, skip)
+    for conversation in each(reader.convert, chain(looked_at, rows), skip):
         if reader.unread:
             raise DataError(reader.about_unread())
         yield conversation
+
+
+def _prepare(reader: _Reader, rows: Iterable[Row], names: set[str] | None, log: Log, skip: Skip | None) -> list[Row]:
+    """Prepare a reader by the first row with columns, and return the rows that were looked at.
+
+    The columns of one row may be missing in another, which is that row's error and not the file's. So where such rows
+    are left out, later rows are tried too. ``names`` are those of all columns; None takes those of the row.
+    """
+    looked_at: list[Row] = []
+    problem: DataError | None = None
+    for row in rows:
+        looked_at.append(row)
+        if isinstance(row.content, dict):
+            try:
+                reader.prepare(row.content, names or set(row.content), log)
+                return looked_at
+            except DataError as error:
+                problem = problem or error
+        if len(looked_at) >= _TRIED or (problem and skip is None):
+            break
+    if problem is not None:
+        raise problem
+    if looked_at:
+        reader.prepare({}, names or set(), log)  # raises
+    return looked_at
 
 
 @dataclass
@@ -178,8 +210,16 @@ class _Reader:
         else:
             messages = convert_row(columns, self.format, prompts_only=self.prompts_only)
             self._note_unread(row, columns, self._read, messages)
-        messages, tools = read_tools(columns if self._custom is None else {}, locate(messages, self._folder))
+        messages, tools = self._finish(columns if self._custom is None else {}, locate(messages, self._folder))
         return Conversation(messages, row.source, row.index, row.line, tools)
+
+    def _finish(self, columns: Mapping[str, Any], messages: list[Message]) -> tuple[list[Message], list[Any] | None]:
+        """The messages as the chat template sees them, and the tools."""
+        messages, tools = read_tools(columns, messages)
+        if self.ignore:
+            messages = without_ignored_fields(messages, self.ignore)
+            tools = without_ignored({"tools": tools}, self.ignore).get("tools")
+        return messages, tools
 
     def about_unread(self) -> str:
         """What is wrong with the columns that aren't read."""
@@ -202,8 +242,8 @@ class _Reader:
             messages, other = prompt + answer, prompt
         if self._custom is None:
             self._note_unread(row, columns, read, [*messages, *other])
-        messages, tools = read_tools(columns, messages)
-        other, _ = read_tools({}, other)
+        messages, tools = self._finish(columns, messages)
+        other, _ = self._finish({}, other)
         return Conversation(messages, row.source, row.index, row.line, tools, other=other, desirable=label)
 
     def _note_unread(self, row: Row, columns: dict[str, Any], read: set[str], messages: Sequence[Message]) -> None:
@@ -252,24 +292,28 @@ def is_remote(source: str) -> bool:
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
 
 
-def read_rows(source: str, use: str) -> list[Row]:
-    """Read all rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def read_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> list[Row]:
+    """Read all rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be read, or lines are broken JSON.
     """
     path = Path(source).expanduser()
-    return read_file(source, path) if path.is_file() else list(_rows_of(source, use, streaming=False))
+    if path.is_file():
+        return read_file(source, path, max_rows, skip)
+    return list(islice(_rows_of(source, use, streaming=False), max_rows))
 
 
-def stream_rows(source: str, use: str) -> Iterator[Row]:
-    """Yield the rows without conversion; ``source`` and ``use`` are as in :func:`read_conversations`.
+def stream_rows(source: str, use: str, max_rows: int | None = None, skip: Skip | None = None) -> Iterator[Row]:
+    """Yield the rows without conversion; arguments are as in :func:`read_conversations`.
 
     Raises:
         DataError: The source can't be streamed, or a line is broken JSON.
     """
     path = Path(source).expanduser()
-    return stream_file(source, path) if path.is_file() else _rows_of(source, use, streaming=True)
+    if path.is_file():
+        return stream_file(source, path, max_rows, skip)
+    return islice(_rows_of(source, use, streaming=True), max_rows)
 
 
 def _rows_of(source: str, use: str, streaming: bool) -> Iterator[Row]:

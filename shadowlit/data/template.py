@@ -12,6 +12,8 @@ generate when it is asked. No header is ever searched for. The first of two turn
 The end of the turn is supervised, so that the model learns to stop; what the template writes after it isn't, since it
 is never generated.
 
+Every text of a conversation must be in what the template writes; see :mod:`shadowlit.data.coverage`.
+
 Whatever the template writes between the generation prompt and the answer is supervised too. In Qwen3's hybrid models,
 answers begin with an empty ``<think>⏎⏎</think>⏎⏎``: with ``enable_thinking`` unset the model is trained to write it;
 with ``enable_thinking: false`` it belongs to the generation prompt and is unsupervised. ``preview`` shows it.
@@ -20,6 +22,7 @@ with ``enable_thinking: false`` it belongs to the generation prompt and is unsup
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,18 +32,19 @@ from typing import Any, Literal
 import jinja2
 import jinja2.meta
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.data.conversation import IGNORE_INDEX, FatalDataError
+from shadowlit.data.coverage import require_written
 from shadowlit.data.formats import Message, unsupervised
 from shadowlit.data.images import ImageProcessing, ImageSource, Span, images_in
-from shadowlit.errors import DataError, counted
+from shadowlit.data.rendering import MARKS, Chat, RewrittenHistoryError, broken_template
+from shadowlit.errors import DataError, counted, first_line
 
 LossOn = Literal["assistant", "last", "all"]
 """The turns that are supervised: all of the assistant's, its last one, or the whole conversation."""
 
-_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
+_LONGEST_HEADER = 16  # tokens of an assistant's header that are remembered
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,6 @@ class Encoded:
     images_end: int = 0
     num_image_tokens: int = 0
     weights: list[float] | None = field(default=None, repr=False)
-
-
-class RewrittenHistoryError(DataError):
-    """A template renders a turn differently once other turns follow it."""
 
 
 def encode(
@@ -92,33 +92,41 @@ def encode(
 
     Raises:
         RewrittenHistoryError: The template has no marks and renders earlier turns differently from how they were
-            generated (Qwen3 strips their reasoning); :func:`encode_turns` handles this.
-        DataError: The tokenizer has no template or isn't fast, or the template refuses the conversation; images can't
-            be read, have no place in the text, or are given to a pair of text models; a turn that isn't the
-            assistant's has another weight than ``loss_on`` gives it.
+            generated (Qwen3 strips their reasoning), or drops a part of them, or the beginning of an earlier answer
+            merges with its prompt; :func:`encode_turns` handles this.
+        DataError: The tokenizer has no template or isn't fast; the template refuses the conversation or doesn't write
+            all of it; the text can't be tokenised; images can't be read, have no place in the text, or are given to a
+            pair of text models; a turn that isn't the assistant's has another weight than ``loss_on`` gives it.
     """
-    template = _template(tokenizer)
+    chat = Chat.of(tokenizer, template_kwargs)
     messages, images = _with_images(messages, processing)
     rest, by_turn = _weights(messages, loss_on)
-    marked = _MARKS.search(template) is not None
-    if marked:
-        text, spans = _marked(tokenizer, template, messages, template_kwargs)
+    trained = [i for i, weight in by_turn.items() if weight]
+    if chat.has_marks:
+        text, spans = chat.render_marked(messages)
+        begin = chat.render(messages[:-1]) if not rest and trained == [len(messages) - 1] else ""
+        if begin and text.startswith(begin):  # earlier turns are context, however many spans they have
+            spans = [span for span in spans if span[0] >= len(begin)]
+            by_turn = {i: by_turn[i] for i in trained}
         spans, factors = _spans_of(spans, rest, by_turn)
     else:
-        text = _render(tokenizer, messages, False, template_kwargs)
+        text = chat.render(messages)
         apart = {i: weight for i, weight in by_turn.items() if weight != rest}
-        spans = [_prefix_span(tokenizer, messages, i, text, template_kwargs) for i in apart]
+        spans = [_prefix_span(chat, messages, i, text) for i in apart]
         factors = list(apart.values())
+    require_written(chat, messages, text, trained=trained)
     shown: list[Span] = []
     if processing is not None:
         text, spans, shown = processing.expand(text, spans, images)
-    input_ids, places = _tokenise(tokenizer, text)
-    weights = [0.0, *[rest] * (len(input_ids) - 1)]
+    asked = [start for (start, _), factor in zip(spans, factors, strict=True) if factor and not rest]
+    # With several spans per turn, some begin within it.
+    input_ids, places = _tokenise_asked(tokenizer, text, asked if len(asked) == len(trained) else [])
+    weights = [0.0, *[rest] * len(input_ids)][: len(input_ids)]
     for span, factor in zip(spans, factors, strict=True):
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
             continue
-        if marked:
+        if chat.has_marks:
             end = _include_stop(tokenizer, input_ids, within[-1])
         else:
             end = _turn_end(tokenizer, input_ids, within, text, places)
@@ -153,7 +161,13 @@ def encode_turns(
     """
     try:
         return [encode(tokenizer, messages, processing, loss_on, **template_kwargs)]
-    except RewrittenHistoryError:
+    except RewrittenHistoryError as error:
+        by_turn = _weights(messages, loss_on)[1]
+        if loss_on == "all" and set(by_turn.values()) == {1}:
+            raise DataError(
+                f"{error} With data.loss_on=all, the conversation stays one sample; set data.loss_on=assistant for one "
+                "per turn."
+            ) from None
         if loss_on == "all":
             raise DataError(
                 "leaves assistant turns out of the loss or weighs them, but data.loss_on=all keeps it one sample, in "
@@ -161,7 +175,7 @@ def encode_turns(
                 "'train'/'weight', set data.loss_on=assistant, or set data.chat_template to a template with "
                 "{% generation %} marks."
             ) from None
-        trained = [i for i, weight in _weights(messages, loss_on)[1].items() if weight]
+        trained = [i for i, weight in by_turn.items() if weight]
         parts = ([*unsupervised(messages[:i]), messages[i]] for i in trained)
         return [encode(tokenizer, part, processing, loss_on, **template_kwargs) for part in parts]
 
@@ -180,7 +194,7 @@ def encode_document(
     Returns:
         The pieces, in order. A last piece of a single token is left out, since there is nothing to predict in it.
     """
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = tokens_of(tokenizer, text)
     if end_token_id is not None and (not ids or ids[-1] != end_token_id):
         ids.append(end_token_id)
     pieces = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
@@ -196,8 +210,16 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         DataError: There is no turn before the answer, or as for :func:`encode`.
     """
-    _template(tokenizer)
-    return _render(tokenizer, _prompt_of(messages), True, template_kwargs)
+    return _render_prompt(tokenizer, _prompt_of(messages), template_kwargs)
+
+
+def _render_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], template_kwargs: Mapping[str, Any]
+) -> str:
+    chat = Chat.of(tokenizer, template_kwargs)
+    text = chat.render(prompt, ask=True)
+    require_written(chat, prompt, text, ask=True)
+    return text
 
 
 def _prompt_of(messages: Sequence[Message]) -> Sequence[Message]:
@@ -220,9 +242,8 @@ def encode_question(
     Raises:
         DataError: As for :func:`render_prompt` and :func:`encode`.
     """
-    _template(tokenizer)
     prompt, images = _with_images(_prompt_of(messages), processing)
-    text = _render(tokenizer, prompt, True, template_kwargs)
+    text = _render_prompt(tokenizer, prompt, template_kwargs)
     if processing is None:
         return Encoded(_tokenise(tokenizer, text)[0], [])
     text, _, shown = processing.expand(text, [], images)
@@ -245,8 +266,9 @@ def _with_images(
         return messages, []
     # Several templates of such models accept contents in parts only.
     parted = [
-        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-        for m in messages
+        {**message, "content": content if isinstance(content, list) else [{"type": "text", "text": content}]}
+        for message in messages
+        for content in (message.get("content") or [],)
     ]
     return parted, [image.measured() for image in images]
 
@@ -277,13 +299,9 @@ def load_template(path: str) -> str:
     """
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8")
-        _parse(template)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template={path} can't be read: {error}. Give the path of a jinja file.") from None
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(
-            f"data.chat_template={path} is no jinja template: {error.message} in line {error.lineno}. Correct it."
-        ) from None
+    _parse(template, f"data.chat_template={path}")
     return template
 
 
@@ -293,8 +311,9 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
     Raises:
         DataError: The tokenizer has no chat template or isn't a fast one, or the template doesn't use an argument.
     """
-    template = _template(tokenizer)
-    known = jinja2.meta.find_undeclared_variables(_parse(template)) - _GIVEN - set(tokenizer.special_tokens_map)
+    chat = Chat.of(tokenizer, {})
+    parsed = _parse(chat.source, f"the chat template of {tokenizer.name_or_path or 'the Instruct'}")
+    known = jinja2.meta.find_undeclared_variables(parsed) - _GIVEN - set(tokenizer.special_tokens_map)
     unknown = sorted(set(template_kwargs) - known)
     if unknown:
         raise DataError(
@@ -305,81 +324,16 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
 
 def renders_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
     """Whether the template writes today's date, so that the tokens change from day to day (Llama 3.2)."""
-    return "strftime_now" in _template(tokenizer) and "date_string" not in template_kwargs
+    return "strftime_now" in Chat.of(tokenizer, {}).source and "date_string" not in template_kwargs
 
 
-def _parse(template: str) -> jinja2.nodes.Template:
+def _parse(template: str, name: str) -> jinja2.nodes.Template:
     # Only the extension of transformers knows the marks; parsing doesn't need them.
-    return jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", template))
-
-
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template that ``apply_chat_template`` would choose."""
-    name = tokenizer.name_or_path or "the Instruct"
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"the tokenizer of {name} has no chat template. Use the Instruct's folder with its chat_template.jinja, "
-            "or set data.chat_template to the path of a jinja file."
-        )
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"the tokenizer of {name} is not a fast one, and can't tell which characters a token covers. "
-            "Convert it to a tokenizer.json."
-        )
-    return tokenizer.get_chat_template()
-
-
-def _plain(messages: Sequence[Message]) -> list[Message]:
-    """Messages as a template expects them: with the place of each image, but not the image."""
-    plain = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-    for message in plain:
-        if not isinstance(message["content"], str):
-            message["content"] = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
-    return plain
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ask: bool, template_kwargs: Mapping[str, Any]
-) -> str:
-    """The conversation as text, with the generation prompt if ``ask``."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
-        text = tokenizer.apply_chat_template(
-            _plain(messages), tokenize=False, add_generation_prompt=ask, **template_kwargs
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise _refusal(error, messages) from None
-    assert isinstance(text, str)
-    return text
-
-
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], template_kwargs: Mapping[str, Any]
-) -> tuple[str, list[Span]]:
-    """The conversation as text, and the characters between the template's marks.
-
-    ``return_assistant_tokens_mask`` would look up the token of a span's first character and leave out the whole span
-    where there is none, e.g. for a space that the tokenizer's offsets trim (transformers#34172).
-    """
-    try:
-        rendered: Any = render_jinja_template(  # annotated as a text upstream
-            conversations=[_plain(messages)],
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            **{**tokenizer.special_tokens_map, **template_kwargs},
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise _refusal(error, messages) from None
-    texts, spans = rendered
-    return texts[0], spans[0]
-
-
-def _refusal(error: Exception, messages: Sequence[Message]) -> DataError:
-    roles = ", ".join(message["role"] for message in messages) or "no turn at all"
-    return DataError(
-        f"is refused by the chat template: '{error}' (its turns: {roles}). Change the conversation, e.g. move a "
-        "system text into the first user turn, or set data.chat_template to a template that takes it."
-    )
+        return environment.parse(MARKS.sub("", template))
+    except jinja2.TemplateSyntaxError as error:
+        raise broken_template(name, error) from None
 
 
 def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[int, float]]:
@@ -390,8 +344,9 @@ def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[
             other = "assistant" if rest else "all"
             what = "every other turn than the assistant's with weight 1" if rest else "the assistant's turns only"
             raise DataError(
-                f"has the weight {weight:g} ('train' or 'weight') on a turn of the role {message['role']} (message "
-                f"{i}), but data.loss_on={loss_on} trains {what}. Remove it, or set data.loss_on={other}."
+                f"has the weight {weight:g} ('train', 'weight' or 'loss_weight') on a turn of the role "
+                f"{message['role']} (message {i}), but data.loss_on={loss_on} trains {what}. Remove it (e.g. "
+                f"data.ignore_columns=['*.loss_weight']), or set data.loss_on={other}."
             )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     left_out = turns[:-1] if loss_on == "last" else []
@@ -419,17 +374,11 @@ def _spans_of(spans: list[Span], rest: float, by_turn: dict[int, float]) -> tupl
     return spans, weights
 
 
-def _prefix_span(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    turn: int,
-    text: str,
-    template_kwargs: Mapping[str, Any],
-) -> Span:
+def _prefix_span(chat: Chat, messages: Sequence[Message], turn: int, text: str) -> Span:
     """The characters of ``text`` that an assistant turn adds to its prompt: the answer, its end, what follows it."""
-    asked = _render(tokenizer, messages[:turn], True, template_kwargs)
     is_last = turn == len(messages) - 1
-    answered = text if is_last else _render(tokenizer, messages[: turn + 1], False, template_kwargs)
+    answered = text if is_last else chat.render(messages[: turn + 1])
+    asked = chat.render(messages[:turn], ask=True) if turn else _opening(chat, answered)
     if not text.startswith(answered):
         raise RewrittenHistoryError(
             f"has an assistant turn (message {turn}) that the chat template renders otherwise once other turns follow: "
@@ -445,6 +394,23 @@ def _prefix_span(
     return len(asked), len(answered)
 
 
+def _opening(chat: Chat, answered: str) -> str:
+    """The prompt for an assistant turn at the very beginning, before which there is nothing to render."""
+    try:
+        asked = chat.render([], ask=True)
+    except FatalDataError:
+        raise
+    except DataError:
+        asked = ""
+    if not asked or not answered.startswith(asked):
+        raise DataError(
+            "begins with an assistant turn, for which the chat template has no prompt. Put the turn before it into "
+            "the row, exclude it from the loss ('weight': 0), or set data.chat_template to a template with "
+            "{% generation %} marks."
+        )
+    return asked
+
+
 def _difference(expected: str, found: str) -> str:
     """Two texts around their first difference."""
     pairs = zip(expected, found, strict=False)
@@ -453,10 +419,33 @@ def _difference(expected: str, found: str) -> str:
     return f"{expected[start : at + 30]!r} against {found[start : at + 30]!r}"
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
+    """Tokens of a text; ``options`` are the tokenizer's.
+
+    Raises:
+        DataError: The text can't be tokenised, e.g. because of half a surrogate pair.
+    """
+    return list(_call(tokenizer, text, options)["input_ids"])
+
+
+def _call(tokenizer: PreTrainedTokenizerBase, text: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return tokenizer(text, verbose=False, **options)
+    except Exception as error:  # of the tokenizer's own types
+        found = re.search("[\ud800-\udfff]", text)
+        if found is None:
+            raise DataError(f"can't be tokenised ({first_line(error)}). Correct or remove the row.") from None
+        near = text[max(0, found.start() - 20) : found.end() + 10]
+        raise DataError(
+            f"has {found[0]!r}, half of a surrogate pair, in {near!r}; it is no character, e.g. half of a cut emoji. "
+            "Correct the text or remove the row."
+        ) from None
+
+
 def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
     """Tokens of a rendered text and the span of characters of each, without gaps."""
     # The template writes the begin-of-sequence token itself: the tokenizer must not add another.
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    tokens = _call(tokenizer, text, {"add_special_tokens": False, "return_offsets_mapping": True})
     places, reached = [], 0
     for start, end in tokens["offset_mapping"]:
         # Some tokenizers trim a token's leading space from its offsets; it belongs to the token nevertheless.
@@ -465,6 +454,64 @@ def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
         if end > reached:
             reached = end
     return tokens["input_ids"], places
+
+
+def _tokenise_asked(
+    tokenizer: PreTrainedTokenizerBase, text: str, starts: Sequence[int]
+) -> tuple[list[int], list[Span]]:
+    """Tokens and their characters, with the tokens of each prompt as they are when the model is asked.
+
+    ``starts`` are the ends of the prompts. White space at the beginning of an answer may merge with the end of its
+    prompt into one token (``assistant⏎`` and ``⏎Hello``). But generation starts from the tokens of the prompt alone, so
+    the model would be trained on a prompt that never occurs. Then the two are tokenised separately. In a conversation
+    that goes on, the merged token is the right one, since it is what the next prompt has; hence one sample per turn.
+    """
+    input_ids, places = _tokenise(tokenizer, text)
+    merged = [start for start in starts if not _continues(tokenizer, text, start, input_ids, places)]
+    if not merged:
+        return input_ids, places
+    start = merged[0]
+    if start != starts[-1]:
+        raise RewrittenHistoryError(
+            f"has an answer whose beginning merges with the end of its prompt into one token ({text[start:][:20]!r} "
+            f"after {text[:start][-20:]!r}). Train on one sample per turn (encode_turns does), or remove the white "
+            "space."
+        )
+    asked, asked_places = _tokenise(tokenizer, text[:start])
+    whole = tokenizer.decode(input_ids)
+    for before in ("", tokenizer.eos_token or "", "\n"):  # some tokenizers put a space before the beginning of a text
+        answer, answer_places = _tokenise(tokenizer, before + text[start:])
+        skip = len(tokens_of(tokenizer, before, add_special_tokens=False)) if before else 0
+        if tokenizer.decode(asked + answer[skip:]) == whole:
+            shift = start - len(before)
+            return asked + answer[skip:], asked_places + [(a + shift, b + shift) for a, b in answer_places[skip:]]
+    raise DataError(
+        f"has an answer whose beginning merges with the end of its prompt into one token ({text[start:][:20]!r} after "
+        f"{text[:start][-20:]!r}), and can't be tokenised without it. Remove the white space at its beginning."
+    )
+
+
+def _continues(
+    tokenizer: PreTrainedTokenizerBase, text: str, start: int, input_ids: list[int], places: list[Span]
+) -> bool:
+    """Whether the tokens before a character are those of the text before it."""
+    first = bisect_right(places, start, key=lambda place: place[1])
+    if first < len(places) and places[first][0] < start:
+        return False
+    special = _special_ids(tokenizer)
+    header = next((t for t in range(first - 1, -1, -1) if input_ids[t] in special), 0)
+    if first - header > _LONGEST_HEADER:
+        return tokens_of(tokenizer, text[:start], add_special_tokens=False) == input_ids[:first]
+    # What follows a special token is tokenised by itself.
+    known = _header_ids(tokenizer, text[places[header][0] if first else 0 : start])
+    return known == tuple(input_ids[header:first]) or (
+        tokens_of(tokenizer, text[:start], add_special_tokens=False) == input_ids[:first]
+    )
+
+
+@lru_cache(maxsize=256)
+def _header_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokens_of(tokenizer, text, add_special_tokens=False))
 
 
 def _turn_end(

@@ -26,6 +26,8 @@ from shadowlit.checkpoint.folder import (
     check_finite,
 )
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.layout import head_and_embedding
+from shadowlit.checkpoint.names import count_layers
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
@@ -36,7 +38,10 @@ from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.update import Update, open_update
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
+from shadowlit.pair.side import stated_sides
+from shadowlit.pair.weights import require_one_architecture
 
 STEM = DELTA_FILE.removesuffix(".safetensors")
 
@@ -62,6 +67,8 @@ class Delta(Update):
         source: Update that it is made of, by which weights are checked and changed tensors found.
     """
 
+    left_out: Delta | None = None  # what a selection has left out of the update that it was made of
+
     def __init__(
         self,
         shapes: Mapping[str, tuple[int, ...]],
@@ -69,9 +76,12 @@ class Delta(Update):
         manifest: Mapping[str, Any] | None = None,
         source: Update | None = None,
     ) -> None:
+        self.tied = bool((manifest or {}).get("tied", head_and_embedding(shapes)[0] is None))
         if source is not None:
             self.require_weights = source.require_weights  # type: ignore[method-assign]
             self.changes = source.changes  # type: ignore[method-assign]  # a transform may fail outside the selection
+            self.learned_rows = source.learned_rows  # type: ignore[method-assign]
+            self.without, self.tied, self.transformed = source.without, source.tied, True
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._rows = rows
@@ -101,23 +111,35 @@ class Delta(Update):
             CheckpointError: A checkpoint is missing or broken.
             GraftError: The two don't have the same tensors, or the selection matches none.
         """
-        folder = model_folder("base", str(base))
-        reader = CheckpointReader(folder)
-        update = open_update(reader, model_folder("tuned", str(tuned)))
+        folder, tuned_folder = model_folder("base", str(base)), model_folder("tuned", str(tuned))
+        sides = stated_sides(("base", folder), ("tuned model", tuned_folder))
+        require_one_architecture(*sides)
+        reader = open_model(folder)
+        learned = reader.learned()
+        update = open_update(learned, tuned_folder, strict=False)
         manifest = {
             "base": describe_source(str(base), folder, reader.fingerprint()),
             "tuned": {"id": str(tuned)},
             "select": select,
             "history": [],
             "versions": versions(),
+            "model_type": sides[0].get("model_type"),
+            "layers": count_layers(learned.tensors),
+            "tied": update.tied,
         }
-        chosen = resolve(select, update.shapes, linear_on_disk(reader.tensors), "of the update")
-        return cls(update.shapes, _as_tensors(update.rows), manifest).only(chosen)
+        names = [*update.weights, *update.without]
+        chosen = resolve(select, names, linear_on_disk(learned.tensors), "of the update")
+        update.require_weights(sorted(chosen))
+        whole = cls(update.shapes, _as_tensors(update.rows), manifest)
+        made, rest = whole.only(chosen), update.weights - chosen
+        made.without, made.left_out = update.without, whole.only(rest) if rest else None
+        return made
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
         """The update of a tuned checkpoint; see :func:`shadowlit.grafting.update.open_update`."""
-        return cls(update.shapes, _as_tensors(update.rows), source=update)
+        shapes = {name: shape for name, shape in update.shapes.items() if name in update.weights}
+        return cls(shapes, _as_tensors(update.rows), source=update)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
@@ -244,7 +266,11 @@ class Delta(Update):
                 yield stored
 
         given = self.manifest if manifest is None else manifest
-        with ThreadPoolExecutor(THREADS) as pool, _writer(folder, given, max_shard_bytes) as (writer, squares):
+        num_bytes = self.num_elements * dtype.itemsize
+        with (
+            ThreadPoolExecutor(THREADS) as pool,
+            _writer(folder, given, max_shard_bytes, num_bytes) as (writer, squares),
+        ):
             for name, shape in self.shapes.items():
                 writer.add(name, Streamed(code, shape, parts(name, shape)))
         return _lost(squares)
@@ -268,11 +294,11 @@ def write_delta(
 
 @contextmanager
 def _writer(
-    folder: Path, manifest: Mapping[str, Any], max_shard_bytes: int
+    folder: Path, manifest: Mapping[str, Any], max_shard_bytes: int, num_bytes: int = 0
 ) -> Iterator[tuple[CheckpointWriter, Tensor]]:
     """A writer of a delta's folder, and a place for the sums of :func:`_stored` over all tensors."""
     squares = torch.zeros(2, dtype=torch.float64)
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, num_bytes) as partial:
         with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
             yield writer, squares
         write_json(partial / MANIFEST_FILE, {**plain(manifest), "kind": STEM, "stored_error": _lost(squares)})
@@ -353,7 +379,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
-    return Delta(shapes, rows, deltas[0].manifest if len(deltas) == 1 else {})
+    return Delta(shapes, rows, deltas[0].manifest if len(deltas) == 1 else {"tied": all(d.tied for d in deltas)})
 
 
 def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) -> Delta:

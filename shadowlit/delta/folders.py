@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader
-from shadowlit.checkpoint.names import is_computed, layer_of
-from shadowlit.checkpoint.pickled import open_checkpoint
+from shadowlit.checkpoint.names import count_layers, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.update import Update, open_update
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
+from shadowlit.pair.side import Side, stated_sides
+from shadowlit.pair.weights import require_one_architecture
+
+if TYPE_CHECKING:
+    from shadowlit.delta.delta import Delta
 
 MakeManifest = Callable[[], Mapping[str, Any]]  # fingerprints take time, and are needed only if something is written
 
@@ -45,7 +50,8 @@ def graft(
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.
-        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form; or a run
+            of ``fit``, its folder (the newest checkpoint counts) or a ``*.ckpt``.
         instruct: Folder or hub id of the Instruct that gets the update.
         out: Folder to create. It is written atomically; an existing one is never overwritten.
         scale: Scale of the update, and other scales by pattern: a number, or ``1;layers\.(0|1)\.=0.5``.
@@ -55,7 +61,8 @@ def graft(
         max_shard_bytes: Size of the largest file, in bytes.
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
-        allow_pickle: Also read ``pytorch_model.bin`` in local folders, as tensors alone: nothing in it is run.
+        allow_pickle: Also read ``pytorch_model.bin`` and ``adapter_model.bin`` in local folders, as tensors alone:
+            nothing in them is run.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             ``[{"name": "dare", "density": 0.2}]``; a few copies of one whole tensor are then in memory.
         allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
@@ -109,11 +116,22 @@ def plan_graft(
         with as_usage():
             chosen = Transforms(transforms, key)
     with (
-        open_checkpoint(model_folder("base", str(base)), allow_pickle) as base_reader,
-        open_checkpoint(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
+        open_model(model_folder("base", str(base)), allow_pickle) as base_reader,
+        open_model(model_folder("instruct", str(instruct)), allow_pickle) as instruct_reader,
     ):
-        in_place = base_of(instruct_reader, base_reader)
-        update = open_update(in_place, model_folder("tuned", str(tuned)), allow_pickle)
+        require_one_architecture(*stated_sides(("base", base_reader.folder), ("instruct", instruct_reader.folder)))
+        in_place = base_of(instruct_reader.learned(), base_reader.learned())
+        update: Update
+        if _is_run(Path(tuned)):
+            from shadowlit.delta.checkpoints import latest, update_of  # late, as above
+
+            stage = latest(tuned)
+            tuned = stage.folder
+            update = update_of(stage, ModelPair(str(base_reader.folder), str(instruct_reader.folder)))
+        else:
+            folder = model_folder("tuned", str(tuned))
+            require_one_architecture(*stated_sides(("base", base_reader.folder), ("tuned model", folder)))
+            update = open_update(in_place, folder, allow_pickle, strict=False)
         scales = Scale.parse(str(scale))
         if chosen:
             update = Delta.from_update(update).map(chosen)
@@ -146,7 +164,14 @@ def write_graft(
         files_from=None if files_from is None else model_folder("files_from", str(files_from)),
         stored=graft.instruct.tensors,
     )
-    add_to_manifest(Path(out), {"survival": {"survival": graft.survival}})
+    left_out = {"left_out": graft.shares} if graft.shares else {}
+    add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **left_out}})
+
+
+def _is_run(tuned: Path) -> bool:
+    """Whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
+    itself = any((tuned / name).exists() for name in ("config.json", "adapter_config.json"))
+    return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))
 
 
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
@@ -157,9 +182,10 @@ def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
 
     Raises:
         CheckpointError: One of them holds more than plain weights, or one tensor twice.
-        GraftError: They have different architectures.
+        GraftError: They have different architectures, or numbers of layers.
     """
     presented = LayoutReader(base, instruct)
+    require_equal_layers(count_layers(base.tensors), instruct, f"the Base {base.folder}")
     ours, theirs = _only_in(presented, instruct), _only_in(instruct, presented)
     if ours and theirs:
         raise GraftError(
@@ -170,10 +196,34 @@ def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
     return presented
 
 
+def require_equal_layers(counts: Mapping[str, int], instruct: TensorReader, of: str) -> None:
+    """Raise a GraftError unless what has these counts of layers, ``of``, has as many as the Instruct of every kind."""
+    theirs = count_layers(instruct.tensors)
+    if unequal := [f"{kind}: {n} and {theirs[kind]}" for kind, n in counts.items() if theirs.get(kind, n) != n]:
+        raise GraftError(
+            f"{of} and the Instruct {instruct.folder} have different numbers of layers ({some_of(unequal)}), so that "
+            "a part of the update would have no place. Give models of one size and family."
+        )
+
+
+def require_same_model(delta: Delta, instruct: TensorReader) -> None:
+    """Raise unless a delta can be one of the Instruct's architecture, as far as its manifest tells.
+
+    Raises:
+        PairError: It was made of models of another type.
+        GraftError: It has layers that the Instruct lacks, or was made of models with another number of them.
+    """
+    types = delta.manifest.get("model_type"), stated_sides(("instruct", instruct.folder))[0].get("model_type")
+    if all(types):
+        sides = Side("delta"), Side("instruct", instruct.folder)
+        for side, model_type in zip(sides, types, strict=True):
+            side.config = {"model_type": model_type}
+        require_one_architecture(*sides)
+    theirs = count_layers(instruct.tensors)
+    more = {kind: n for kind, n in count_layers(delta.shapes).items() if n > theirs.get(kind, n)}
+    require_equal_layers(delta.manifest.get("layers") or more, instruct, "the delta")
+
+
 def _only_in(reader: TensorReader, other: TensorReader) -> list[str]:
     """Names of the tensors of ``reader``'s layers that ``other`` lacks."""
-    return [
-        name
-        for name in reader.tensors
-        if name not in other.tensors and layer_of(name) is not None and not is_computed(name)
-    ]
+    return [name for name in reader.tensors if name not in other.tensors and layer_of(name) is not None]

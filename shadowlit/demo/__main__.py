@@ -18,6 +18,7 @@ from shadowlit.analysis.run_plots import four_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.scores import SUBJECTS
+from shadowlit.files import replace_text
 from shadowlit.lightning_cli import main as run
 from shadowlit.plotting import save_image
 from shadowlit.progress import make_console, make_table
@@ -48,7 +49,7 @@ def main(args: list[str] | None = None) -> None:
         "forgetting": {who: scores[f"test/{who}/forgetting/kl"] for who in SUBJECTS},
     }
     folder = run_folder(trainer)
-    (folder / "demo.json").write_text(json.dumps(results, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    replace_text(folder / "demo.json", json.dumps(results, indent=2, sort_keys=True) + "\n")
     figure = four_curves(read_run(folder), ("loss", "sequence_accuracy"), ("new", "new_house", "old"))
     plot = save_image(figure, folder / "curves.png", dpi=150)
     console.print(table(results))

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.formats import convert_row
-from shadowlit.data.template import render_prompt
+from shadowlit.data.template import render_prompt, tokens_of
+from shadowlit.data.turns import read_tools
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import Columns, read_items, read_text
@@ -109,19 +110,20 @@ class PromptEvaluator(Evaluator, Generic[Item]):
         """The prompt of a row, and the assistant's turn at the end of its messages, which the model isn't shown."""
         if not self.chat:
             return read_text(columns, self.prompt), None
+        tools = None
         if columns.get(self.prompt) is None and columns.get("messages") is not None:
-            turns = convert_row(columns, "messages", prompts_only=True)
+            turns, tools = read_tools(columns, convert_row(columns, "messages", prompts_only=True))
         else:
             turns = [{"role": "user", "content": read_text(columns, self.prompt)}]
         if self.system is not None and turns[0]["role"] not in ("system", "developer"):
             turns = [{"role": "system", "content": self.system}, *turns]
         answer = turns[-1]["content"] if turns[-1]["role"] == "assistant" else None
-        return render_prompt(tokenizer, turns, **template_kwargs), answer
+        return render_prompt(tokenizer, turns, **{"tools": tools, **template_kwargs}), answer
 
     def _tokens(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens of a text that begins with a prompt; a chat template writes the begin-of-sequence token itself."""
         begun = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-        return tokenizer(text, add_special_tokens=not (self.chat or begun), verbose=False)["input_ids"]
+        return tokens_of(tokenizer, text, add_special_tokens=not (self.chat or begun))
 
     def _longest(self, pair: ModelPair) -> int | None:
         """The longest question in tokens; None for any."""

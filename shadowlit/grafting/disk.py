@@ -9,23 +9,28 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
-from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, layer_of, module_of, routers, tower_of
-from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.checkpoint.layout import head_and_embedding
+from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, kind_of, layer_of, module_of, routers, tower_of
+from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.update import Update, zero_update
+from shadowlit.grafting.update import Update, may_hold_weights, zero_update
+from shadowlit.limits import bounded_matching
+from shadowlit.pair.side import stated_sides
+from shadowlit.pair.weights import selects
 
 LEAST_SURVIVAL = 0.5
 """Fraction of an update below which rounding to the export's dtype is warned of."""
@@ -59,7 +64,11 @@ class Scale:
 
     def of(self, name: str) -> float:
         """The scale of tensor ``name``."""
-        return next((value for pattern, value in self.by_pattern if re.search(pattern, name)), self.default)
+        for pattern, value in self.by_pattern:
+            with bounded_matching(f"scale has {pattern!r}"):
+                if re.search(pattern, name):
+                    return value
+        return self.default
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -76,11 +85,21 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
         for name, info in tensors.items()
         if (layer_of(name) is not None or (tower_of(name) == "projector" and is_weight(name)))
         and len(info.shape) >= 2
-        and not is_norm(name)
+        and may_hold_weights(info)
+        and not (is_norm(name) or is_bias(name))
         and name not in gates
     }
     modules = set(map(module_of, weights))
     return frozenset(weights | {name for name in tensors if is_bias(name) and module_of(name) in modules})
+
+
+def describe_shares(shares: Mapping[str, float]) -> str:
+    """Shares of a norm by kind of tensor, the largest first: ``embed_tokens 41.2%, norm (9) 1.3%``."""
+    kinds: dict[str, list[float]] = {}
+    for name, share in shares.items():
+        kinds.setdefault(kind_of(name), []).append(share)
+    norms = sorted(((math.hypot(*found), kind, len(found)) for kind, found in kinds.items()), reverse=True)
+    return ", ".join(f"{kind} ({n}) {share:.1%}" if n > 1 else f"{kind} {share:.1%}" for share, kind, n in norms)
 
 
 class DiskGraft:
@@ -109,8 +128,12 @@ class DiskGraft:
             )
         self._allow_zero = allow_zero
         self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
-        selected = resolve(select, instruct.tensors, linear_on_disk(instruct.tensors), "of the Instruct")
-        self.selected = selected & frozenset(update.shapes)
+        own = instruct.learned().tensors
+        weights = {name: info for name, info in own.items() if may_hold_weights(info)}
+        selected = resolve(select, weights, linear_on_disk(weights), "of the Instruct")
+        update.require_weights(sorted(selected & update.without.keys()))
+        self._update = update = _with_its_head(update, own)
+        self.selected = selected & update.weights
         if not self.selected:
             raise GraftError(
                 f"none of the {len(selected)} selected tensors has an update; there are updates of "
@@ -129,21 +152,50 @@ class DiskGraft:
         converted = () if dtype is None else (n for n, info in instruct.tensors.items() if info.is_floating_point)
         instruct.require_weights(sorted({*self.selected, *converted}))
         update.require_weights(sorted(self.selected))
+        self._require_one_update_of_tied(select)
         for pattern, _ in scale.by_pattern:
-            if not any(re.search(pattern, name) for name in self.selected):
+            with bounded_matching(f"scale has {pattern!r}"):
+                matches = any(re.search(pattern, name) for name in self.selected)
+            if not matches:
                 raise GraftError(
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
-        sizes = {name: info.num_elements for name, info in instruct.tensors.items()}
+        sizes = {name: info.num_elements for name, info in own.items()}
         # From the headers: what is left out may have changed or not.
-        self.planned = coverage(self.selected, frozenset(update.shapes) & frozenset(sizes), sizes)
+        self.planned = replace(
+            coverage(self.selected, frozenset(update.shapes), sizes),
+            without=tuple(f"{name} ({why})" for name, why in sorted(update.without.items())),
+        )
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
-        self._squares = [0.0, 0.0]  # of the scaled update, and of what rounding takes from it
+        # Of the scaled update, of what rounding takes from it, and of the update itself.
+        self._squares = [0.0, 0.0, 0.0]
+        self._left_out: dict[str, float] = {}  # squared norms of the updates that are left out
 
     @cached_property
     def coverage(self) -> Coverage:
         """What the graft covers; of what it leaves out only the tensors that changed, for which they are read."""
         return replace(self.planned, left_out=tuple(filter(self._update.changes, self.planned.left_out)))
+
+    def _has_norm(self, name: str) -> bool:
+        """Whether an update is one of floating-point weights."""
+        with suppress(GraftError):
+            self._update.require_weights([name])
+            return True
+        return False
+
+    def _measured(self, info: TensorInfo, start: int, stop: int) -> tuple[int, float, float, float]:
+        """The squared norm of some rows of the update as it was learned, as the last of what ``_part`` returns."""
+        update = np.asarray(self._update.learned_rows(info.name, start, stop))
+        return 0, 0.0, 0.0, float(np.square(update, dtype=np.float64).sum())
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of every tensor that is left out its share of the update's norm, ``‖part‖ / ‖update‖``, once all is streamed.
+
+        The update counts as it was learned, before it is transformed and scaled.
+        """
+        total = self._squares[2] + sum(self._left_out.values())
+        return {name: (square / total) ** 0.5 for name, square in self._left_out.items() if square}
 
     @property
     def survival(self) -> float:
@@ -163,10 +215,15 @@ class DiskGraft:
             GraftError: At the end, if the scaled update is zero and that isn't allowed.
         """
         infos = self.instruct.tensors.values()
-        windows = [(info, *window) for info in infos for window in row_windows(info)]
+        windows: list[tuple[TensorInfo, int, int]] = [(info, *window) for info in infos for window in row_windows(info)]
+        # Appended with the rows that are only measured.
+        left_out = described({n: self._update.shapes[n] for n in filter(self._has_norm, self.coverage.left_out)})
+        measured = [(info, *window) for info in left_out.values() for window in row_windows(info)]
+        count = len(windows)
+        items = [*enumerate(windows), *enumerate(measured, count)]
         # Over all tensors: where one ends, the next has begun.
         parts = in_order(
-            lambda window, room: self._part(*window, room), windows,
+            lambda item, room: self._part(*item[1], room) if item[0] < count else self._measured(*item[1]), items,
             max((info.converted(self.dtype).row_bytes * (stop - start) for info, start, stop in windows), default=0),
             num_bytes=sum(info.num_bytes * (3 if info.name in self.selected else 1) for info in infos),
         )  # fmt: skip
@@ -174,38 +231,44 @@ class DiskGraft:
             for name, info in self.instruct.tensors.items():
                 own = islice(parts, sum(1 for _ in row_windows(info)))
                 yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(own, advance))
+            for (info, *_), ((*_, square), _) in zip(measured, parts, strict=True):
+                self._left_out[info.name] = self._left_out.get(info.name, 0.0) + square
         if not (self._squares[0] or self._allow_zero):
             raise zero_update(str(self.coverage))
 
     def _counted(
-        self, parts: Iterable[tuple[tuple[int, float, float], Room]], advance: Callable[[int], None]
+        self, parts: Iterable[tuple[tuple[int, float, float, float], Room]], advance: Callable[[int], None]
     ) -> Iterator[numeric.Raw]:
-        for (num_bytes, update_square, lost_square), room in parts:
-            self._squares[0] += update_square
-            self._squares[1] += lost_square
+        for (num_bytes, *squares), room in parts:
+            for i, square in enumerate(squares):
+                self._squares[i] += square
             advance(num_bytes)
             yield room[:num_bytes]
 
     def _bfloat16_part(
         self, raw: Room, info: TensorInfo, target: str, start: int, stop: int, room: Room
-    ) -> tuple[int, float, float] | None:
+    ) -> tuple[int, float, float, float] | None:
         """A grafted part, if all of it is bfloat16 and in pairs, and all values are finite."""
-        if raw.size % 4 or {info.code, target} != {"BF16"}:
+        scale = self._scale.of(info.name)
+        if raw.size % 4 or {info.code, target} != {"BF16"} or not scale:
             return None
         if (stored := self._update.bfloat16_rows(info.name, start, stop)) is None:
             return None
-        _, *squares = numeric.graft_bfloat16(*stored, raw, self._scale.of(info.name), room[: raw.size])
-        return (raw.size, squares[0], squares[1]) if all(map(math.isfinite, squares)) else None
+        _, *squares = numeric.graft_bfloat16(*stored, raw, scale, room[: raw.size])
+        if not all(map(math.isfinite, squares)):
+            return None
+        return raw.size, squares[0], squares[1], squares[0] / scale**2
 
-    def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float]:
-        """Rows of the result, written into ``room``: their bytes, and the two squared norms of ``graft_part``."""
+    def _part(self, info: TensorInfo, start: int, stop: int, room: Room) -> tuple[int, float, float, float]:
+        """Rows of the result, written into ``room``: their bytes, and the squared norms that ``_squares`` adds up."""
         name, target = info.name, info.converted(self.dtype).code
         if name not in self.selected and target == info.code:
             raw = room[: (stop - start) * info.row_bytes]
             self.instruct.read_into(raw.data, name, start * info.row_bytes)
-            numeric.require_finite(name, raw, target)
-            return raw.size, 0.0, 0.0
-        raw, squares = self.instruct.raw_rows(name, start, stop), [0.0, 0.0]
+            if name not in self.instruct.computed:
+                numeric.require_finite(name, raw, target)
+            return raw.size, 0.0, 0.0, 0.0
+        raw, squares, whole = self.instruct.raw_rows(name, start, stop), [0.0, 0.0], 0.0
         if name in self.selected:
             if (part := self._bfloat16_part(raw, info, target, start, stop, room)) is not None:
                 return part
@@ -217,8 +280,78 @@ class DiskGraft:
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
                     raise numeric.not_finite(name, bad, exact.size)
                 numeric.require_finite(name, stored, target)
+            unscaled = scale and not self._update.transformed
+            whole = squares[0] / scale**2 if unscaled else self._measured(info, start, stop)[-1]
         else:
             stored = numeric.narrow(numeric.widen(raw, info.code), target)
-            numeric.require_finite(name, stored, target)
+            if name not in self.instruct.computed:
+                numeric.require_finite(name, stored, target)
         room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
-        return stored.nbytes, squares[0], squares[1]
+        return stored.nbytes, squares[0], squares[1], whole
+
+    def _require_one_update_of_tied(self, select: str | list[str]) -> None:
+        """Raise if a tied Instruct would get two updates in one tensor, or one side's update on both sides."""
+        own_head, embedding = head_and_embedding(self.instruct.tensors)
+        head, _ = head_and_embedding(self._update.shapes)
+        chosen = embedding in self.selected or (head is not None and selects(select, [head]))
+        if own_head or embedding is None or not chosen:
+            return
+        # A model that states that it is not tied has a head under an unknown name.
+        says_untied = stated_sides(("instruct", self.instruct.folder))[0].get("tie_word_embeddings") is False
+        if not says_untied and not self._moves_alike(embedding, head):
+            raise GraftError(
+                f"the Instruct {self.instruct.folder} is tied: its embedding {embedding} is its output head as well. "
+                "But what was tuned changes embedding and head differently, so that one tensor can't hold both "
+                "updates. Leave them out of the selection ('linear' does), or give an Instruct with a head of its own."
+            )
+
+    def _moves_alike(self, embedding: str, head: str | None) -> bool:
+        """Whether the update of the embedding is that of the output head too."""
+        update = self._update
+        if update.tied:
+            return True
+        if head is None:
+            return embedding not in update.shapes or not update.changes(embedding)
+        if embedding not in update.shapes:
+            return not update.changes(head)
+        return update.shapes[embedding] == update.shapes[head] and all(
+            np.array_equal(np.asarray(update.rows(embedding, *window)), np.asarray(update.rows(head, *window)))
+            for window in row_windows(described(update.shapes)[embedding])
+        )
+
+
+class _WithHead(Update):
+    """An update of a tied model for a model with an output head of its own, which gets the embedding's."""
+
+    def __init__(self, update: Update, head: str, embedding: str) -> None:
+        self._update, self._of = update, {head: embedding}
+        self.shapes = {**update.shapes, head: update.shapes[embedding]}
+        self.without, self.transformed = update.without, update.transformed
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """See :class:`Update`."""
+        return self._update.weights | self._of.keys()
+
+    def rows(self, name: str, start: int, stop: int) -> Any:
+        """See :class:`Update`."""
+        return self._update.rows(self._of.get(name, name), start, stop)
+
+    def learned_rows(self, name: str, start: int, stop: int) -> Any:
+        """See :class:`Update`."""
+        return self._update.learned_rows(self._of.get(name, name), start, stop)
+
+    def changes(self, name: str) -> bool:
+        """See :class:`Update`."""
+        return self._update.changes(self._of.get(name, name))
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`."""
+        self._update.require_weights(self._of.get(name, name) for name in names)
+
+
+def _with_its_head(update: Update, instruct: Mapping[str, TensorInfo]) -> Update:
+    """The update with one of the Instruct's output head, where it comes from a tied model and has one of neither."""
+    head, embedding = head_and_embedding(instruct)
+    there = update.tied and embedding in update.shapes and head not in {*update.shapes, *update.without}
+    return _WithHead(update, head, embedding) if head and embedding and there else update

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowlit.checkpoint.folder import CheckpointReader, CheckpointWriter, Streamed, atomic_folder, check_finite
+from shadowlit.checkpoint.folder import (
+    CheckpointReader,
+    CheckpointWriter,
+    Streamed,
+    atomic_folder,
+    check_finite,
+    shard_bytes,
+)
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_name, dtype_of, some_of
 from shadowlit.checkpoint.names import is_peft_key
 from shadowlit.errors import ExportError
 from shadowlit.grafting.manifest import MANIFEST_FILE, plain, provenance, write_json
+from shadowlit.pair.buffers import computed_buffers
 from shadowlit.pair.folders import is_image_text, load_config, read_json
 from shadowlit.pair.pair import ModelPair
 
@@ -44,6 +55,12 @@ _NOT_COPIED = ("readme.md", MANIFEST_FILE, "adapter_config.json")
 _TEMPLATE_FOLDER = "additional_chat_templates"
 _TOKENIZER_PREFIXES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
 _TOKENIZER_SUFFIXES = (".model", ".tiktoken")
+# How stores name a file after the hash of its content; before it, the name of the folder that it lies in.
+_HASH = re.compile(
+    r"(?P<start>[0-9a-f]{2})/(?P<rest>[0-9a-f]{30})"  # DVC: MD5
+    r"|.*/([A-Z0-9]+-s\d+--)?(?P<whole>[0-9a-f]{32,128})(\.\w+)*"  # the hub: SHA-256, or Git's SHA-1; git-annex
+)
+_HASHES = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
 
 
 def export_folder(
@@ -79,11 +96,9 @@ def export_folder(
     """
     manifest = plain(manifest or {})
     expected = CheckpointReader(instruct_folder).tensors if stored is None else stored
+    computed = computed_buffers(instruct_folder, expected)
     source = files_from or instruct_folder
-    if not (source / "config.json").is_file():
-        raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
-    read_json("instruct", source / "config.json")  # a broken file is reported before anything is written
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, model_bytes(source, expected, dtype, max_shard_bytes)) as folder:
         _copy_files(source, folder)
         if dtype is not None:
             _set_config_dtype(folder / "config.json", dtype)
@@ -91,7 +106,7 @@ def export_folder(
             missing = dict(expected)
             for name, tensor in tensors:
                 _check_tensor(name, tensor, expected, dtype)
-                writer.add(name, tensor)
+                writer.add(name, _as_stored(tensor) if name in computed else tensor)
                 missing.pop(name, None)
             if missing:
                 raise ExportError(
@@ -101,6 +116,38 @@ def export_folder(
         write_json(folder / MANIFEST_FILE, manifest)
     log.info("Exported the grafted model to %s", target)
     return target
+
+
+def model_bytes(
+    source: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dtype | str | None, max_shard_bytes: int
+) -> int:
+    """Expected size of a model that :func:`export_folder` writes, with the files of the folder ``source``.
+
+    Raises:
+        ExportError: A file of ``source`` can't be copied, or the config.json is missing.
+        PairError: The config.json is broken.
+    """
+    weights = sum(info.converted(dtype).num_bytes for info in tensors.values())
+    return shard_bytes(weights, max_shard_bytes) + require_copyable(source)
+
+
+def require_copyable(source: Path) -> int:
+    """Raise as :func:`export_folder` would for the files of an Instruct that are not weights; return their size."""
+    if not (source / "config.json").is_file():
+        raise ExportError(f"{source} has no config.json. Give the folder of a complete Instruct model.")
+    read_json("instruct", source / "config.json")
+    return sum(path.stat().st_size for path, _ in _files_to_copy(source))
+
+
+def _as_stored(tensor: torch.Tensor | Streamed) -> Streamed:
+    """A buffer whose values are not checked: masks hold infinities."""
+    import torch
+
+    if isinstance(tensor, Streamed):
+        return tensor
+    code = dtype_code(tensor.dtype)
+    assert code is not None
+    return Streamed(code, tuple(tensor.shape), [tensor.contiguous().reshape(-1).view(torch.uint8).numpy()])
 
 
 def export_adapter(
@@ -217,19 +264,30 @@ def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Ten
 
 def _copy_files(source: Path, folder: Path, chosen: Callable[[Path], bool] = lambda _: True) -> None:
     """Copy the chosen files that are not weights: config, tokenizer, licence, code."""
+    for path, relative in _files_to_copy(source):
+        if chosen(relative):
+            (folder / relative).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / relative)  # in the hub's cache it is a link, which may soon dangle
+
+
+def _files_to_copy(source: Path) -> Iterator[tuple[Path, Path]]:
+    """The files that are not weights, and their paths in the folder; raise if one can't be copied."""
     for path in sorted([*source.iterdir(), *(source / _TEMPLATE_FOLDER).glob("*")]):
-        name, relative = path.name.lower(), path.relative_to(source)
+        name = path.name.lower()
         if not (name.startswith(".") or name.endswith(_WEIGHT_SUFFIXES) or name in _NOT_COPIED or path.is_dir()):
             _require_own(path, source)
-            if chosen(relative):
-                (folder / relative).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / relative)  # in the hub's cache it is a link, which may soon dangle
+            if not os.access(path, os.R_OK):
+                raise ExportError(f"{path} can't be read, but belongs to the export. Allow it: chmod u+r {path}.")
+            yield path, path.relative_to(source)
 
 
 def _require_own(path: Path, folder: Path) -> None:
     """Refuse what is not a file of the folder: through a link, a private file could be copied, and published.
 
-    The hub's cache keeps a model's own files as links into the ``blobs`` next to ``snapshots``.
+    The hub's cache keeps a model's own files as links into the ``blobs`` next to ``snapshots``. Downloads to a folder
+    of one's own (``--local-dir``, before huggingface_hub 0.23), DVC and git-annex link into stores where a file is
+    named after the hash of its content: such a link can be followed from any folder, since whoever made it knew the
+    content.
     """
     home = folder.resolve()
     try:
@@ -243,11 +301,23 @@ def _require_own(path: Path, folder: Path) -> None:
             f"{path} is a pipe, socket or device, expected a file. Delete it, or download the model again."
         )
     roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(real.is_relative_to(root) for root in roots):
+    if not any(real.is_relative_to(root) for root in roots) and not _is_named_by_hash(real):
         raise ExportError(
             f"{path} is a link to {real}, which lies outside of {home}. The export would hold a copy of that file; if "
             "it belongs to the model, put the file itself in the link's place."
         )
+
+
+def _is_named_by_hash(real: Path) -> bool:
+    """Whether a file is named after the hash of its content, in one of the ways that ``_HASH`` lists."""
+    found = _HASH.fullmatch(f"{real.parent.name}/{real.name}")
+    if not found:
+        return False
+    content = real.read_bytes()
+    texts = [content, content.replace(b"\r\n", b"\n"), b"blob %d\0" % len(content) + content]  # plain, DVC 2, Git
+    name = found["whole"] or found["start"] + found["rest"]
+    kind = _HASHES.get(len(name), "md5")
+    return any(hashlib.new(kind, text, usedforsecurity=False).hexdigest() == name for text in texts)
 
 
 def _belongs_to_tokenizer(name: Path) -> bool:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shadowlit.checkpoint.folder import is_finite
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import LayoutReader, Range, in_layout_of_module
 from shadowlit.checkpoint.names import (
@@ -26,8 +27,8 @@ from shadowlit.checkpoint.names import (
 )
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.distributed import local, local_slices, reshard_all, whole
-from shadowlit.errors import GraftError
-from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual
+from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import coverage, resolve
@@ -91,6 +92,7 @@ class LiveGraft:
     Raises:
         GraftError: A name, a shape or an adapter can't be paired or grafted, the selection is empty, or a
             transform can't be applied to these parameters.
+        CheckpointError: A tensor of the Base or the Instruct holds NaN or infinities.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class LiveGraft:
         self.apply_s = 0.0  # spent on swapping in and out
         self._busy = False
         self._instruct_reader = instruct
+        require_untied(model)
         parameters = host_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
@@ -384,6 +387,12 @@ class LiveGraft:
         slices = local_slices(parameter)
         start = base.read_slice(name, slices)
         target = instruct.read_slice(name, slices)
+        for values, reader in ((start, base), (target, instruct)):
+            if not is_finite(values):  # found before the training, and not by the export after it
+                raise CheckpointError(
+                    f"tensor '{name}' of {reader.folder} holds NaN or infinities, and so would the grafted model. Save "
+                    "or download this model again."
+                )
         selected = name in self.selected
         frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
         if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shadowlit.checkpoint.headers import dtype_name
 from shadowlit.errors import ExportError
 from shadowlit.files import replace_text
+from shadowlit.masking import masked
 from shadowlit.pair.folders import commit_of
 from shadowlit.pair.pair import ModelPair, Select
 from shadowlit.version import __version__
@@ -44,6 +45,8 @@ def build_manifest(
 ) -> dict[str, Any]:
     """Collect the manifest of a graft, in JSON's types. It holds no time and no host: equal runs export equal folders.
 
+    Secrets in the configuration are masked, since the manifest is published with the weights.
+
     ``survival`` are norms and the fraction of the update that survives rounding; ``metrics`` those of the exported
     validation, e.g. ``{"val/grafted/loss": 1.23}``. ``fingerprints`` of ``base`` and ``instruct`` are needed if their
     folders hold no safetensors.
@@ -65,7 +68,7 @@ def build_manifest(
         "versions": versions(),
         "config": config or {},
     }
-    return plain({**manifest, "transforms": transforms} if transforms else manifest)
+    return masked(plain({**manifest, "transforms": transforms} if transforms else manifest))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -81,7 +84,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def add_to_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Add entries to the manifest of an exported folder, or replace them there."""
-    write_json(Path(folder) / MANIFEST_FILE, {**read_manifest(folder), **plain(entries)})
+    path = Path(folder) / MANIFEST_FILE
+    try:
+        write_json(path, {**read_manifest(folder), **plain(entries)})
+    except OSError as error:
+        raise ExportError(f"{path} could not be written: {error}. Free some disk space.") from error
 
 
 def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -115,9 +122,5 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write JSON with sorted keys, atomically; raise an ExportError if that fails."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    try:
-        replace_text(path, text + "\n")
-    except OSError as error:
-        raise ExportError(f"{path} could not be written: {error}. Free some disk space.") from error
+    """Write JSON with sorted keys, atomically; secrets are masked."""
+    replace_text(path, json.dumps(masked(value), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n")

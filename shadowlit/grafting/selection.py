@@ -7,8 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.names import count_towers, is_of_experts, kind_of, routers, split_selection, tower_of
 from shadowlit.errors import GraftError
+from shadowlit.limits import bounded_matching
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Coverage:
 
     Attributes:
         left_out: Names of tensors that were trained but receive no update, so that what they learned is discarded.
+        without: Tensors that are left out because no update can be taken of them, each with the reason.
         towers: Name, number of selected tensors and number of all tensors of each tower.
     """
 
@@ -30,6 +33,7 @@ class Coverage:
     num_routers: int = 0
     num_selected_routers: int = 0
     towers: tuple[tuple[str, int, int], ...] = ()
+    without: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.describe()
@@ -51,6 +55,8 @@ class Coverage:
             kinds = Counter(kind_of(name) for name in self.left_out)
             listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
             text += f"; {left_out}: {listed}"
+        if self.without:
+            text += f"; left out for want of an update: {some_of(self.without)}"
         return text
 
 
@@ -69,6 +75,7 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     Raises:
         GraftError: A pattern is not a regular expression, or one of them matches nothing, or the model has no such
             tower.
+        ShadowlitError: Matching a pattern would take too long.
     """
     names = list(names)
     towers, parts = split_selection(select)
@@ -85,11 +92,12 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     chosen_names: set[str] = set()
     for pattern in parts:
         try:
-            chosen = (
-                linear.intersection(names)
-                if pattern == "linear"
-                else {name for name in names if pattern == "all" or re.search(pattern, name)}
-            )
+            with bounded_matching(f"graft.select has {pattern!r}"):
+                chosen = (
+                    linear.intersection(names)
+                    if pattern == "linear"
+                    else {name for name in names if pattern == "all" or re.search(pattern, name)}
+                )
         except re.error as error:
             raise GraftError(
                 f"graft.select has {pattern!r}, which is not a regular expression ({error}). "

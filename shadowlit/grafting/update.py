@@ -11,14 +11,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import TensorInfo, some_of
-from shadowlit.checkpoint.layout import ExpertRows, LayoutReader, canonical_keys, fused_experts
+from shadowlit.checkpoint.layout import (
+    ExpertRows,
+    LayoutReader,
+    canonical_keys,
+    fused_experts,
+    head_and_embedding,
+    with_head,
+)
 from shadowlit.checkpoint.names import (
     GATE_UP,
     ROWS_OF_FUSED,
@@ -26,19 +33,23 @@ from shadowlit.checkpoint.names import (
     factor_pair,
     host_key,
     is_adapter_name,
-    is_computed,
     is_experts,
+    is_weight,
+    layer_of,
     leaf_of,
+    repeated_keys,
     weight_of,
 )
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, first_line
+from shadowlit.pair.buffers import open_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+_UNGATHERED = (0,)  # shape in which DeepSpeed ZeRO-3 leaves a parameter of which a process holds no shard
 _MAX_SCALING = 1e6  # of an adapter; LoRA's usual ones are between 0.1 and 10
 
 Rows = npt.NDArray[np.floating]
@@ -49,10 +60,23 @@ class Update:
     """The update of a tuned model, by the names of the Base's tensors and in their shapes."""
 
     shapes: Mapping[str, tuple[int, ...]]
+    without: Mapping[str, str] = MappingProxyType({})  # tensors of which no update can be taken, and why
+    tied = False  # whether the update of the embedding is that of the output head too, if there is none of a head
+
+    transformed = False  # whether `rows` may differ from `learned_rows`
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Names of the updates that are numbers to add: all but those of integers and truth values."""
+        return frozenset(self.shapes)
 
     def rows(self, name: str, start: int, stop: int) -> Any:
         """Rows ``start`` to ``stop`` of ``tuned - base``, [stop - start, ...]: an array, or a tensor on the CPU."""
         raise NotImplementedError
+
+    def learned_rows(self, name: str, start: int, stop: int) -> Any:
+        """The same rows before any transform."""
+        return self.rows(name, start, stop)
 
     def changes(self, name: str) -> bool:
         """Whether a value of the tensor ``name`` is not zero; reads no further than to the first one."""
@@ -67,40 +91,98 @@ class Update:
         return None
 
 
-class FullUpdate(Update):
+class _FromBase(Update):
+    """An update that is computed with the Base's checkpoint, and that some tensors may lack."""
+
+    _base: TensorReader
+
+    def _set_without(self, without: Mapping[str, str], strict: bool) -> None:
+        """Keep what has no update, and why; raise if any has none, or unless ``strict`` if its layer is unknown."""
+        self.without = without
+        unknown = any(name not in self._base.tensors and layer_of(name) is not None for name in without)
+        if unknown or (strict and without):
+            raise self._problem(sorted(without))
+
+    def _problem(self, names: list[str]) -> GraftError:
+        """The error for tensors without an update, by its cause."""
+        raise NotImplementedError
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`; that there are updates is checked, and the Base's tensors are."""
+        names = list(names)
+        if lacking := sorted(self.without.keys() & set(names)):
+            raise self._problem(lacking)
+        self._base.require_weights(names)
+
+
+class FullUpdate(_FromBase):
     """The difference of two checkpoints, whose names and layout may differ as :class:`LayoutReader` allows.
+
+    Where one of the two is tied and the other is not, the head of the tied one is its embedding.
+
+    Args:
+        base: Checkpoint that the tuning started from.
+        tuned: The tuned checkpoint.
+        strict: Raise for every tensor that is not in both in one shape. Otherwise these are in ``without``, and an
+            error only where :meth:`require_weights` asks for them, or where the tuned model has layers of its own.
 
     Raises:
         GraftError: The checkpoints do not hold the same tensors in the same shapes.
         CheckpointError: A checkpoint holds more than plain weights, or a tensor twice.
     """
 
-    def __init__(self, base: TensorReader, tuned: TensorReader) -> None:
-        self._base, self._tuned = base, LayoutReader(tuned, base)
-        left, right = base.tensors, self._tuned.tensors
-        missing = [name for name in left if name not in right and not is_computed(name)]
-        added = [name for name in right if name not in left]
-        shapes = [
-            f"{name} {left[name].shape} and {right[name].shape}"
+    def __init__(self, base: TensorReader, tuned: TensorReader, strict: bool = True) -> None:
+        self._tuned = LayoutReader(tuned, base)
+        head = head_and_embedding(self._tuned.tensors)[0]
+        tied = head_and_embedding(base.tensors)[0] is None
+        self._base = with_head(base, head) if head and tied else base
+        left, right = self._base.tensors, self._tuned.tensors
+        self.tied = head is None
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: info.shape for name, info in left.items() if name in right and right[name].shape == info.shape
+        }
+        without = {name: "only in the Base" for name in left if name not in right}
+        without |= {name: "only in the tuned one" for name in right if name not in left}
+        without |= {
+            name: f"{left[name].shape} and {right[name].shape}"
             for name in sorted(left.keys() & right.keys())
-            if left[name].shape != right[name].shape
-        ]
-        problems = [
-            f"{title}: {some_of(names)}"
-            for title, names in (("only in the Base", missing), ("only in the tuned one", added), ("shapes", shapes))
-            if names
-        ]
-        if problems:
-            raise GraftError(
-                f"{tuned.folder} was not tuned from {base.folder}: {'; '.join(problems)}. Give the Base that the "
-                "training started from."
+            if name not in self.shapes
+        }
+        self._set_without(without, strict)
+
+    def _problem(self, names: list[str]) -> GraftError:
+        left, right = self._base.tensors, self._tuned.tensors
+        both = {name: (left[name].shape, right[name].shape) for name in names if name in left and name in right}
+        if empty := [name for name, (_, tuned) in both.items() if tuned == _UNGATHERED]:
+            return _empty(self._tuned.folder, empty)
+        outside = all(layer_of(name) is None for name in names)
+        if outside and (resized := {name: shapes for name, shapes in both.items() if _is_resized(*shapes)}):
+            return _other_vocabulary(self._base.folder, self._tuned.folder, resized)
+        by_kind: dict[str, list[str]] = {}
+        for name in names:
+            kind, told = ("shapes", f"{name} {self.without[name]}") if name in both else (self.without[name], name)
+            by_kind.setdefault(kind, []).append(told)
+        problems = "; ".join(f"{kind}: {some_of(told)}" for kind, told in by_kind.items())
+        if outside:
+            return GraftError(
+                f"{self._tuned.folder} and {self._base.folder} differ outside of their layers: {problems}. Expected "
+                "both to hold what is selected; leave the rest out of the selection ('linear' does)."
             )
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: left[name].shape for name in left if name in right}
+        return GraftError(
+            f"{self._tuned.folder} was not tuned from {self._base.folder}: {problems}. Give the Base that the training "
+            "started from."
+        )
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """See :class:`Update`."""
+        sides = self._base, self._tuned
+        return frozenset(name for name in self.shapes if all(may_hold_weights(side.info(name)) for side in sides))
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`Update`; both sides are checked."""
         names = list(names)
-        self._base.require_weights(names)
+        super().require_weights(names)
         self._tuned.require_weights(names)
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
@@ -136,28 +218,42 @@ class _Factors(NamedTuple):
     part: ExpertRows | None = None  # of the experts' matrices that is updated
 
 
-class AdapterUpdate(Update):
+class AdapterUpdate(_FromBase):
     """The update of a LoRA or rsLoRA adapter in peft's form: ``scaling * B @ A``, and the modules it stores whole.
 
     LoRA: arXiv 2106.09685. rsLoRA: arXiv 2312.03732. Of experts peft holds one pair of factors for a layer and kind,
     A [experts * rank, inputs] by experts and B [outputs, rank * experts] by ranks; the files' experts may be fused or
     single.
 
-    ``config`` and ``reader`` (of the factors, by the names in peft's files) replace the files of the folder.
+    An adapter of the embedding of a tied model leaves its output head as it is, and the other way round, unless it was
+    trained with ``ensure_weight_tying``.
+
+    Args:
+        base: Checkpoint of the model that was adapted.
+        folder: Folder of the adapter.
+        config: Its settings, in place of ``adapter_config.json``.
+        reader: Reader of the factors, by the names in peft's files, in place of ``adapter_model.safetensors``.
+        strict: As of :class:`FullUpdate`.
+        allow_pickle: Also read ``adapter_model.bin``.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
     """
 
     def __init__(
-        self, base: TensorReader, folder: Path, config: LoraConfig | None = None, reader: TensorReader | None = None
+        self,
+        base: TensorReader,
+        folder: Path,
+        config: LoraConfig | None = None,
+        reader: TensorReader | None = None,
+        strict: bool = True,
+        allow_pickle: bool = False,
     ) -> None:
         # Imported late: peft takes seconds, and whole checkpoints don't need it.
         from peft import PeftConfig
 
         from shadowlit.grafting.adapter import require_graftable, starts_from_weights
 
-        self._base = base
         try:
             config = config or PeftConfig.from_pretrained(str(folder))
         except Exception as error:  # of json, of peft's many configs: many types, one remedy
@@ -178,7 +274,13 @@ class AdapterUpdate(Update):
             raise GraftError(f"{folder} adapts transposed layers (fan_in_fan_out=true). Merge it first.")
         self._config: Any = config
         self._folder = folder
-        self._reader = reader or CheckpointReader(folder, single_file="adapter_model.safetensors")
+        self._reader = reader or open_checkpoint(folder, allow_pickle, adapter=True)
+        self._reader.computed = repeated_keys(self._reader.tensors)
+        self._reader = self._reader.learned()
+        if empty := [name for name, info in self._reader.tensors.items() if info.shape == _UNGATHERED]:
+            raise _empty(folder, empty)
+        self.tied = bool(getattr(config, "ensure_weight_tying", False))
+        self._base = base = self._with_own_head(base)
         # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
         self._whole_factor = lru_cache(maxsize=4)(
             lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
@@ -197,21 +299,26 @@ class AdapterUpdate(Update):
             elif not is_adapter_name(stored):
                 name = host_key(stored)
                 self._whole[names.get(canonical_key(name), name)] = stored
-        adapted = {*self._factors, *self._whole}
-        unknown = sorted(name for name in adapted if name not in base.tensors)
-        if unknown:
-            raise GraftError(
-                f"{folder} adapts {some_of(unknown)}, which {base.folder} doesn't have. Give the Base that the "
-                "adapter was trained on, or merge the adapter into it (merge_and_unload) and give that."
-            )
-        self.shapes: Mapping[str, tuple[int, ...]] = {name: base.tensors[name].shape for name in adapted}
-        self._require_fitting()
+        adapted = sorted({*self._factors, *self._whole})
+        self._require_each_once(adapted)
+        self._stored = {name: [self._reader.info(part).shape for part in self._parts_of(name)] for name in adapted}
+        without = {name: "only in the adapter" for name in adapted if name not in base.tensors}
+        without |= {name: self._shapes_of(name) for name in adapted if name not in without and not self._fits(name)}
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: base.tensors[n].shape for n in adapted if n not in without}
+        self._set_without(without, strict)
         self._scalings = {name: self._scaling(factors) for name, factors in self._factors.items()}
+
+    def _with_own_head(self, base: TensorReader) -> TensorReader:
+        """The Base with an output head, if it is tied and the adapter has one."""
+        hosts = [host_key(name) for name in self._reader.tensors if not is_adapter_name(name)]
+        hosts += [weight_of(pair[0]) for name in self._reader.tensors if (pair := factor_pair(name))]
+        head = head_and_embedding(hosts)[0]
+        return with_head(base, head) if head and head_and_embedding(base.tensors)[0] is None else base
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`Update`; the Base's tensors are checked, and the adapter's that change them."""
         names = list(names)
-        self._base.require_weights(names)
+        super().require_weights(names)
         self._reader.require_weights(part for name in names for part in self._parts_of(name))
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
@@ -255,9 +362,9 @@ class AdapterUpdate(Update):
         factors = [self._factors[name].down, self._factors[name].up] if name in self._factors else []
         return [*factors, *([self._whole[name]] if name in self._whole else [])]
 
-    def _require_fitting(self) -> None:
-        """Every stored tensor has one part in the update, and what is added has the Base's shape."""
-        changes = {tuple(self._parts_of(name)) for name in self.shapes}  # one pair of factors is all experts'
+    def _require_each_once(self, adapted: list[str]) -> None:
+        """Every stored tensor has one part in the update."""
+        changes = {tuple(self._parts_of(name)) for name in adapted}  # one pair of factors is all experts'
         used = Counter(stored for parts in changes for stored in parts)
         odd = sorted(name for name in {*self._reader.tensors, *used} if used[name] != 1)
         if odd:
@@ -265,18 +372,38 @@ class AdapterUpdate(Update):
                 f"{self._folder} should hold each factor of LoRA and each whole tensor once; it is not so for "
                 f"{some_of(odd)}. Save the adapter again, or merge it first."
             )
-        for name, shape in self.shapes.items():
-            stored = [self._reader.info(part).shape for part in self._parts_of(name)]
-            added = stored[-1:] if name in self._whole else []
-            if name in self._factors and self._factors[name].part is None:
-                down, up = (s if len(s) == 2 else (0, 0) for s in stored[:2])
-                product = (down[1], up[0]) if self._factors[name].of_embedding else (up[0], down[1])
-                added.append(product if down[0] == up[1] > 0 else ())
-            if any(one != shape for one in added):
-                raise GraftError(
-                    f"{self._folder} changes {name} {shape} by tensors of the shapes {some_of(stored)}, which don't "
-                    "fit. Give the Base that the adapter was trained on."
-                )
+
+    def _added(self, name: str) -> list[tuple[int, ...]]:
+        """The shapes of what is added to a tensor: () for factors that don't fit each other."""
+        stored = self._stored[name]
+        added = stored[-1:] if name in self._whole else []
+        if name in self._factors and self._factors[name].part is None:
+            down, up = (s if len(s) == 2 else (0, 0) for s in stored[:2])
+            product = (down[1], up[0]) if self._factors[name].of_embedding else (up[0], down[1])
+            added.append(product if down[0] == up[1] > 0 else ())
+        return added
+
+    def _fits(self, name: str) -> bool:
+        """Whether all that is added has the Base's shape."""
+        return all(one == self._base.tensors[name].shape for one in self._added(name))
+
+    def _shapes_of(self, name: str) -> str:
+        return f"{self._base.tensors[name].shape} and {some_of(self._stored[name])}"
+
+    def _problem(self, names: list[str]) -> GraftError:
+        if unknown := [name for name in names if name not in self._base.tensors]:
+            return GraftError(
+                f"{self._folder} adapts {some_of(unknown)}, which {self._base.folder} doesn't have. Give the Base that "
+                "the adapter was trained on, or merge the adapter into it (merge_and_unload) and give that."
+            )
+        both = {name: (self._base.tensors[name].shape, self._added(name)[-1]) for name in names}
+        if all(layer_of(name) is None and _is_resized(*shapes) for name, shapes in both.items()):
+            return _other_vocabulary(self._base.folder, self._folder, both)
+        first = names[0]
+        return GraftError(
+            f"{self._folder} changes {first} {self._base.tensors[first].shape} by tensors of the shapes "
+            f"{some_of(self._stored[first])}, which don't fit. Give the Base that the adapter was trained on."
+        )
 
     def _scaling(self, factors: _Factors) -> float:
         from peft.utils.other import get_pattern_key
@@ -314,6 +441,35 @@ def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, sto
     return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
 
 
+def _is_resized(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
+    """Whether two matrices differ in their numbers of rows alone."""
+    return len(base) == len(tuned) == 2 and base[0] != tuned[0] and base[1] == tuned[1]
+
+
+def _other_vocabulary(base: Path, tuned: Path, shapes: Mapping[str, tuple[tuple[int, ...], ...]]) -> GraftError:
+    """The error for embeddings or heads that have other numbers of rows in the tuned model."""
+    found = [f"{there[0]} rows of {name}, the Base {here[0]}" for name, (here, there) in shapes.items()]
+    return GraftError(
+        f"the tuned model has {some_of(found)}: its vocabulary was resized in {tuned}, so that no update of the "
+        f"embedding or the output head of {base} can be taken from it. Leave them out of the selection: 'linear' "
+        "grafts everything else that the layers have learned."
+    )
+
+
+def _empty(folder: Path, names: list[str]) -> GraftError:
+    """The error for tensors without elements."""
+    return GraftError(
+        f"{folder} holds {len(names)} tensors without any elements ({some_of(names)}), which is what DeepSpeed ZeRO-3 "
+        "saves if the shards are not gathered first. Gather them from the training's checkpoint with zero_to_fp32.py, "
+        "or train again with stage3_gather_16bit_weights_on_model_save=true, and give the result."
+    )
+
+
+def may_hold_weights(info: TensorInfo) -> bool:
+    """Whether a tensor holds weights, in any dtype, and is no buffer of integers or truth values."""
+    return info.is_weight or info.is_packed or is_weight(info.name)
+
+
 def zero_update(found: str) -> GraftError:
     """The error for an update in which nothing changes."""
     return GraftError(
@@ -323,8 +479,11 @@ def zero_update(found: str) -> GraftError:
     )
 
 
-def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False) -> Update:
-    """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form."""
+def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False, strict: bool = True) -> Update:
+    """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form.
+
+    ``strict`` is that of :class:`FullUpdate`.
+    """
     if (tuned / "adapter_config.json").is_file():
-        return AdapterUpdate(base, tuned)
-    return FullUpdate(base, open_checkpoint(tuned, allow_pickle))
+        return AdapterUpdate(base, tuned, strict=strict, allow_pickle=allow_pickle)
+    return FullUpdate(base, open_model(tuned, allow_pickle).learned(), strict)

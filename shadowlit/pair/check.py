@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import in_layout_of
@@ -29,7 +28,13 @@ log = logging.getLogger(__name__)
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
-def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True) -> list[Problem]:
+def check_pair(
+    pair: ModelPair,
+    select: Select = "linear",
+    download: bool = True,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[Problem]:
     """Find everything in which the two models of a pair do not fit together, before any weight is loaded.
 
     Reads configs, tokenizers, safetensors headers, the samples of the fingerprints, some embedding rows, and an output
@@ -48,6 +53,8 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
         download: Download the weights of hub ids, as a run needs them. Otherwise only configs, tokenizers and headers
             are fetched, a few MB; fingerprints and embedding rows of weights that are not on this machine are not
             checked, and a note says so.
+        chat_template: Text of a template that is used instead of the tokenizer's own, as by ``data.chat_template``.
+        template_kwargs: Arguments for the template.
 
     Returns:
         Errors first, then warnings, then notes; an empty list for a pair that fits in every respect.
@@ -71,33 +78,37 @@ def check_pair(pair: ModelPair, select: Select = "linear", download: bool = True
             problems += check(base, instruct, select)
         owner, other = (base, instruct) if pair.template_owner == "base" else (instruct, base)
         problems += check_tokenizers(other, owner)
-        problems += check_template(base, instruct, owner)
+        problems += check_template(base, instruct, owner, chat_template, template_kwargs or {})
     finally:
         base.close()
         instruct.close()
     return sorted(problems, key=lambda problem: _SEVERITIES.index(problem.severity))
 
 
-def require_fit(pair: ModelPair, select: Select = "linear") -> None:
+def require_fit(
+    pair: ModelPair,
+    select: Select = "linear",
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
     """Check a pair as :func:`check_pair` does, log warnings and notes, and raise if there are errors.
+
+    It may be called before the ranks know each other; the first one logs.
 
     Raises:
         PairError: There are errors; one message lists all of them with their remedies.
     """
-    problems = check_pair(pair, select)
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only  # late: commands that don't train need none of it
+
+    problems = check_pair(pair, select, chat_template=chat_template, template_kwargs=template_kwargs)
     for problem in problems:
-        if problem.severity != "error" and _is_rank_zero():
+        if problem.severity != "error" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             log.log(logging.WARNING if problem.severity == "warning" else logging.INFO, "%s", problem)
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         listed = "".join(f"\n  {i}. {problem}" for i, problem in enumerate(errors, 1))
         count = counted(len(errors), "error")
         raise PairError(f"Base '{pair.base}' and Instruct '{pair.instruct}' do not fit together, {count}:{listed}")
-
-
-def _is_rank_zero() -> bool:
-    """Whether this process logs; all ranks check the same pair."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def _rename(base: Side, instruct: Side) -> Iterator[Problem]:

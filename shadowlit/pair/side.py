@@ -13,6 +13,7 @@ from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.names import is_token_tensor, layer_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import CheckpointError
+from shadowlit.pair.buffers import computed_buffers
 from shadowlit.pair.folders import Problem, ProblemError, commit_of, is_tied, load_config, read_json
 from shadowlit.pair.hub import read_hub_headers
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
@@ -56,8 +57,8 @@ class Side:
 
     @property
     def title(self) -> str:
-        """``Base`` or ``Instruct``, for messages."""
-        return self.who.capitalize()
+        """``Base`` or ``Instruct``, for messages; another role as it is."""
+        return self.who.capitalize() if self.who in ("base", "instruct") else self.who
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -104,12 +105,37 @@ def open_side(
         else:
             side.reader = _attempt(who, lambda: CheckpointReader(path), problems)
         if side.reader is not None:
+            side.reader.computed = computed_buffers(path, side.reader.tensors, pair.trust_remote_code)
+            side.reader = side.reader.learned()
             side.headers = side.reader.tensors
+        elif side.headers is not None:
+            computed = computed_buffers(path, side.headers, pair.trust_remote_code)
+            side.headers = {name: info for name, info in side.headers.items() if name not in computed}
         side.config = _attempt(
             who, lambda: _flat_config(load_config(who, path, pair.trust_remote_code), side.reader), problems
         )
         side.tokenizer = _attempt(who, tokenizer, problems)
     return side
+
+
+def stated_sides(*sides: tuple[str, Path]) -> list[Side]:
+    """Models, each a role and a folder, with what the config.json of each states, read without transformers.
+
+    A setting that one of the files leaves to the default of its architecture is left out of all of them, and so are all
+    if a folder holds no config.json. Of a multimodal model the language model's settings count.
+    """
+    configs = [_stated_config(who, folder) for who, folder in sides]
+    common = set.intersection(*({key for key in config if config[key] is not None} for config in configs))
+    return [
+        Side(who, folder, {key: config[key] for key in common})
+        for (who, folder), config in zip(sides, configs, strict=True)
+    ]
+
+
+def _stated_config(who: str, folder: Path) -> dict[str, Any]:
+    config = read_json(who, folder / "config.json") if (folder / "config.json").is_file() else {}
+    text = config.get("text_config")
+    return {**config, **(text if isinstance(text, dict) else {})}
 
 
 def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T | None:

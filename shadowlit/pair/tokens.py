@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
@@ -92,10 +93,13 @@ def _encode(side: Side, text: str) -> list[int]:
     return list(side.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _written_tokens(tokenizer: PreTrainedTokenizerBase, parts: bool) -> tuple[list[int], list[int] | None]:
+def _written_tokens(
+    tokenizer: PreTrainedTokenizerBase, parts: bool, **options: Any
+) -> tuple[list[int], list[int] | None]:
     """The special and added tokens that a chat template writes; raises whatever the template raises.
 
-    With ``parts``, contents are given in parts, which templates of vision-language models may insist on.
+    With ``parts``, contents are given in parts, which templates of vision-language models may insist on. ``options``
+    are those of ``apply_chat_template``.
 
     Returns:
         The tokens of a small conversation and of a prompt for an answer, sorted; and the tokens after the last answer,
@@ -109,11 +113,13 @@ def _written_tokens(tokenizer: PreTrainedTokenizerBase, parts: bool) -> tuple[li
     turns = [turn("user", question), turn("assistant", reply)] * 2
     try:  # a system turn shows more tokens, but some templates refuse it
         conversation = [turn("system", "Be brief."), *turns]
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
     except Exception:
         conversation = turns
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
-    prompt = str(tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True))
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
+    prompt = str(
+        tokenizer.apply_chat_template(conversation[:-1], tokenize=False, add_generation_prompt=True, **options)
+    )
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def used(part: str) -> list[int]:
@@ -123,27 +129,55 @@ def _written_tokens(tokenizer: PreTrainedTokenizerBase, parts: bool) -> tuple[li
     return sorted({*used(text), *used(prompt)}), used(tail) if answer else None
 
 
-def check_template(base: Side, instruct: Side, owner: Side) -> Iterator[Problem]:
-    """The owner's chat template exists, can be rendered, and ends a turn with a token at which generation stops."""
+def check_template(
+    base: Side, instruct: Side, owner: Side, replaced: str | None, template_kwargs: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """The chat template exists, can be rendered, and ends a turn with a token at which generation stops.
+
+    It is the owner's, unless it is ``replaced`` by another text.
+    """
     if owner.tokenizer is None:
         return
-    if not owner.tokenizer.chat_template:
+    own = owner.tokenizer.chat_template
+    if replaced is not None:
+        yield Problem.note(
+            "chat template",
+            f"data.chat_template is used, {'which replaces that of' if own else 'since there is none in'} the "
+            f"{owner.title}'s tokenizer",
+            "nothing for the training; an export has the Instruct's own files, so put the template into its folder as "
+            "chat_template.jinja, or give it to the server.",
+        )
+    elif not own:
         yield Problem.error(
             "chat template",
             f"the {owner.title}'s tokenizer has none",
             "the template it was trained with",
-            f"put its chat_template.jinja into the {owner.title}'s folder, or use the other model's by setting "
-            "pair.template_owner; if the model is no chat model, it is not an Instruct.",
+            f"put its chat_template.jinja into the {owner.title}'s folder, set data.chat_template to the file, or use "
+            "the other model's by setting pair.template_owner; if the model is no chat model, it is not an Instruct.",
+        )
+        return
+    elif isinstance(own, dict) and "default" not in own:
+        yield Problem.error(
+            "chat template",
+            f"the {owner.title}'s tokenizer has {len(own)} named templates ({some_of(sorted(own))}), and none is named "
+            "default",
+            "one template, or a default",
+            "set data.chat_template to a file with one of them, such as additional_chat_templates/<name>.jinja in the "
+            f"{owner.title}'s folder, or save that file there as chat_template.jinja.",
         )
         return
     try:
-        ids, ends = _written_tokens(owner.tokenizer, parts=owner.get("vision_config") is not None)
+        parts = owner.get("vision_config") is not None
+        ids, ends = _written_tokens(owner.tokenizer, parts, **{**template_kwargs, "chat_template": replaced})
     except Exception as error:
+        own_file = f"chat_template.jinja in the {owner.title}'s folder, or set data.chat_template to another file"
+        file = own_file if replaced is None else "the file of data.chat_template"
+        line = f" in line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         yield Problem.error(
             "chat template",
-            f"it cannot be rendered ({first_line(error)})",
+            f"it cannot be rendered ({first_line(error)}{line})",
             "a template that renders user and assistant turns",
-            f"repair chat_template.jinja in the {owner.title}'s folder.",
+            f"repair {file}.",
         )
         return
     if ends is not None:

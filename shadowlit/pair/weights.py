@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
-
-from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.headers import dtype_of, some_of
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
+from shadowlit.errors import PairError
+from shadowlit.limits import bounded_matching
 from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import Select
 from shadowlit.pair.side import ROPE_KEYS, SEEN_ELSEWHERE, Side
+
+log = logging.getLogger(__name__)
 
 _SAME_ARCHITECTURE: dict[str, Severity] = {"model_type": "error", "architectures": "warning"}
 # Settings on which the function depends that equal weights compute.
@@ -32,7 +35,8 @@ def selects(select: Select, names: Iterable[str]) -> bool:
     if "all" in patterns:
         return bool(list(names))
     try:
-        return any(re.search(pattern, name) for pattern in patterns for name in names)
+        with bounded_matching(f"graft.select is {select!r}"):
+            return any(re.search(pattern, name) for pattern in patterns for name in names)
     except re.error:  # the selection itself reports a broken pattern
         return True
 
@@ -66,7 +70,7 @@ def _check_architecture(base: Side, instruct: Side, select: Select) -> Iterator[
 def _differences(base: Side, instruct: Side, keys: Iterable[str]) -> dict[str, str]:
     """In words, the settings of the two configs that differ, by key."""
     return {
-        key: f"{key} is {base.get(key)!r} in the Base, {instruct.get(key)!r} in the Instruct"
+        key: f"{key} is {base.get(key)!r} in the {base.title}, {instruct.get(key)!r} in the {instruct.title}"
         for key in keys
         if base.get(key) != instruct.get(key)
     }
@@ -76,14 +80,14 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
     """Weights that cannot be added: quantised ones, and those without a fraction."""
     for side in (base, instruct):
         method = side.get("quantization_config")
-        coarse = [info for info in side.tensors.values() if _is_coarse(info)]
+        coarse = [info for info in side.tensors.values() if info.is_packed]
         if method or coarse:
             found = []
             if method:
                 name = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
                 found.append(f"config.json has quantization_config ({name})")
             if coarse:
-                stored = sorted({str(info.dtype).removeprefix("torch.") for info in coarse})
+                stored = sorted({dtype_of(info.code) for info in coarse})
                 names = some_of(info.name for info in coarse)
                 found.append(f"{len(coarse)} tensors are stored as {', '.join(stored)} ({names})")
             yield Problem.error(
@@ -93,12 +97,6 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
                 f"set pair.{side.who} to the unquantised original; or load it, call model.dequantize() and save it in "
                 "bfloat16.",
             )
-
-
-def _is_coarse(info: TensorInfo) -> bool:
-    """Whether a tensor is a weight in 8 bits or fewer, or packed into integers."""
-    packed = info.dtype in (torch.int32, torch.uint32, torch.int16, torch.uint16) and len(info.shape) >= 2
-    return packed or (info.itemsize == 1 and info.dtype != torch.bool)
 
 
 def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
@@ -239,6 +237,21 @@ def _check_other_settings(base: Side, instruct: Side, select: Select) -> Iterato
     if others:
         remedy = "check whether they change what the layers compute; if so, this is not the Instruct's Base."
         yield Problem.warning("config", some_of(others, 10), "the same", remedy)
+
+
+def require_one_architecture(base: Side, other: Side) -> None:
+    """Raise unless the configs of two models fit, as far as both are known; log what may be meant.
+
+    Raises:
+        PairError: Their model types, or settings on which the meaning of equal weights depends, differ.
+    """
+    checks = (_check_architecture, _check_positions, _check_other_settings)
+    problems = [problem for check in checks for problem in check(base, other, "linear")]
+    for problem in problems:
+        if problem.severity == "warning":
+            log.warning("%s", problem)
+    if errors := [str(problem) for problem in problems if problem.severity == "error"]:
+        raise PairError(f"the {base.title} and the {other.title} do not fit together: {' '.join(errors)}")
 
 
 CHECKS: tuple[Callable[[Side, Side, Select], Iterable[Problem]], ...] = (

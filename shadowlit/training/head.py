@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from shadowlit.errors import ShadowlitError
@@ -163,6 +164,11 @@ class HeadLoss:
         assert isinstance(head.module, nn.Linear)
         weight: Tensor = head.module.weight
         bias: Tensor | None = head.module.bias
+        if self.way != "chunked" and factors is not None:
+            rank_zero_warn(
+                f"model.head_loss is {self.way!r}, which knows no weights of tokens. Batches that have some are "
+                "computed as by 'chunked'."
+            )
         if self.way == "chunked" or factors is not None:
             return linear_cross_entropy_sum(
                 states, weight, targets, bias=bias, scale=head.scale, cap=head.cap, factors=factors

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -66,6 +66,14 @@ ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
+
+
+@runtime_checkable
+class ChecksBeforeData(Protocol):
+    """A callback that checks something before a command reads its data, which may take an hour."""
+
+    def before_data(self, trainer: Trainer, pl_module: ShadowModule) -> None:
+        """Raise if the command would fail; called on every rank, before the ranks know each other."""
 
 
 class UnlimitedProgressBar(RichProgressBar):
@@ -273,7 +281,10 @@ class ShadowModule(LightningModule):
             self.objective.reset()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Try the objective, the metrics and the optimizer: of all hooks, this one runs before anything is loaded.
+        """Try the objective, the metrics and the optimizer, and let callbacks check what they can before data are read.
+
+        Of all hooks this one runs first: ``prepare_data`` and ``setup`` of the data module come before a callback's
+        ``setup``.
 
         Returns a progress bar in place of Lightning's own if the number of epochs is not limited.
         """
@@ -282,6 +293,9 @@ class ShadowModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             with as_usage():
                 self._try_optimizer()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ChecksBeforeData):
+                callback.before_data(self.trainer, self)
         bar = self.trainer.progress_bar_callback
         if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
             return []
@@ -501,7 +515,17 @@ class ShadowModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        return self._optimizer(trained, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        needs_none = self.lr_scheduler is None and self.schedule == "constant" and not self.warmup_ratio
+        if math.isinf(steps) and not (needs_none or callable(self.lr_scheduler)):
+            schedule = self.lr_scheduler or self.schedule
+            raise ShadowlitError(
+                f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}, "
+                f"so the number of steps is unknown, over which the rate follows the schedule {schedule!r} with "
+                f"model.warmup_ratio={self.warmup_ratio:g}. Set trainer.max_steps, or model.schedule=constant and "
+                "model.warmup_ratio=0; trainer.max_time ends either."
+            )
+        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps))
 
     def _try_optimizer(self) -> None:
         """Create the optimizer and its schedule for a few numbers, so that a wrong option is found early."""

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from shadowlit.analysis.curves import read_metrics
-from shadowlit.analysis.run import answers, changes, located, overview, pair_of, read_config, read_run, scores
+from shadowlit.analysis.run import answers, changes, overview, read_run, scores
+from shadowlit.delta.checkpoints import located, pair_of, read_config
 from shadowlit.errors import DataError
 
 HEAD = (

@@ -1,20 +1,24 @@
 """The update as an artefact of a run."""
 
 import math
+import re
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.folder import on_first_rank
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import is_token_tensor
 from shadowlit.delta.delta import Delta
-from shadowlit.errors import ExportError, ShadowlitError
+from shadowlit.errors import CheckpointError, ExportError, ShadowlitError
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.subject import BASE, Subject
 from shadowlit.training.divergence import LossWatch
@@ -125,6 +129,78 @@ def test_without_a_step_nothing_is_exported(tmp_path):
     with pytest.warns(UserWarning, match="nothing is exported: no step was taken"):
         try_export(tmp_path, 1e-3, trainer_options={"max_steps": 0})
     assert not (tmp_path / "export").exists()
+
+
+class NeverTrains(ShadowModule):
+    """Fails in the first step."""
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("a step was taken")
+
+
+def refuse_export(tmp_path, folders, message, error=ExportError, **options):
+    export = ExportCallback(**{"folder": str(tmp_path / "export"), **options})
+    trainer = make_trainer(tmp_path, GraftCallback(), export)
+    with pytest.raises(error, match=message):
+        trainer.fit(make_module(folders, "lora", NeverTrains), RandomData())
+    assert not (tmp_path / "export").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_an_export_that_will_fail_is_found_before_the_first_step(tmp_path):
+    folders = save_pair(tmp_path, "qwen3")
+    (tmp_path / "file").touch()
+    refuse_export(tmp_path, folders, rf"Cannot write beside {tmp_path}/file/x/model: ", folder=str(tmp_path / "file/x"))
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/adapter").symlink_to("nowhere")
+    refuse_export(tmp_path, folders, "linked holds an export already", folder=str(tmp_path / "linked"))
+    (folders[1] / "merges.txt").symlink_to("nowhere")
+    refuse_export(tmp_path, folders, r"merges\.txt is a link that leads nowhere")
+    (folders[1] / "merges.txt").unlink()
+    tensors = load_file(folders[1] / "model.safetensors")
+    tensors["model.norm.weight"][3] = math.nan
+    save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+    message = r"tensor 'model\.norm\.weight' of \S+/instruct holds NaN or infinities, and so would the grafted model"
+    refuse_export(tmp_path, folders, message, CheckpointError)
+
+
+def test_a_size_of_files_that_cannot_be_is_wrong_usage():
+    with pytest.raises(ExportError, match="max_shard_bytes is 0; expected a positive number"):
+        ExportCallback(max_shard_bytes=0)
+
+
+def test_a_disk_without_room_for_what_will_be_written_is_found_before_the_first_step(tmp_path, monkeypatch):
+    """By the size of all parts as they are written in the end, for which the disk has exactly enough room or not."""
+    folders, parts = save_pair(tmp_path, "qwen3"), ["model", "adapter", "delta"]
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
+    message = (
+        r"^the export to \S+export \(model 0\.\d+ GB, adapter 0\.\d+ GB, delta 0\.\d+ GB\) will take ([\d,]+) bytes, "
+    )
+    export = ExportCallback(parts=parts, folder=str(tmp_path / "export"))
+    with pytest.raises(ExportError, match=message) as error:
+        make_trainer(tmp_path, GraftCallback(), export).fit(make_module(folders, "lora", NeverTrains), RandomData())
+    expected = int(re.search(message, str(error.value))[1].replace(",", ""))
+    free = expected
+    fit(tmp_path, folders, "lora", [GraftCallback(), ExportCallback(parts=parts, folder=str(tmp_path / "export"))])
+    written = {part: sum(f.stat().st_size for f in (tmp_path / "export" / part).iterdir()) for part in parts}
+    small = sum((tmp_path / "export" / part / "shadowlit.json").stat().st_size for part in parts)
+    assert expected == pytest.approx(sum(written.values()) - small, rel=0.02) and min(written.values()) > 30_000
+
+
+def test_what_the_first_rank_finds_every_rank_raises():
+    found = ExportError("full")
+
+    def trainer_of(rank):
+        strategy = SimpleNamespace(broadcast=lambda mine: mine if rank == 0 else found)
+        return SimpleNamespace(is_global_zero=rank == 0, strategy=strategy)
+
+    def check():
+        raise found
+
+    for rank in (0, 1):
+        with pytest.raises(ExportError, match="full"):
+            on_first_rank(trainer_of(rank), check if rank == 0 else pytest.fail)
+    on_first_rank(trainer_of(0), lambda: None)
 
 
 class ReadsLate(ShadowModule):

@@ -16,6 +16,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.record import ValidationRecord
+from shadowlit.errors import ExportError
 from shadowlit.lightning_cli import SaveConfig, ShadowParser, ShadowTrainer
 
 
@@ -81,3 +82,34 @@ def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path, logger=None, strategy=strategy, is_global_zero=False)
     PredictionWriter().write_on_epoch_end(trainer, None, [], [])
     assert asked == [str(tmp_path)] and not list(tmp_path.iterdir())
+
+
+def test_predictions_don_t_overwrite_the_prompts(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("{}")
+    module = SimpleNamespace(predict_step=lambda batch, batch_idx: None)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(predict=str(prompts)),
+        is_global_zero=True,
+        strategy=SimpleNamespace(broadcast=lambda error: error),
+    )
+    with pytest.raises(ExportError, match=r"^predictions.file is '.*prompts.jsonl', which exists and belongs to .*pro"):
+        PredictionWriter(str(prompts)).setup(trainer, module, "predict")
+    PredictionWriter(str(prompts)).setup(trainer, module, "fit")
+    PredictionWriter(str(tmp_path / "answers.jsonl")).setup(trainer, module, "predict")
+
+
+@pytest.mark.parametrize("file, reason", [("taken/x.jsonl", "Not a directory"), ("folder", "it is a folder")])
+def test_predictions_that_cannot_be_written_are_found_before_the_first_answer(tmp_path, file, reason):
+    (tmp_path / "taken").touch()
+    (tmp_path / "folder").mkdir()
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(broadcast=lambda error: error))
+    module = SimpleNamespace(predict_step=lambda batch, batch_idx: None)
+    writer = PredictionWriter(str(tmp_path / file))
+    with pytest.raises(
+        ExportError, match=rf"^predictions\.file={tmp_path}/{file} can't be written: .*{reason}.*another file"
+    ):
+        writer.setup(trainer, module, "predict")
+    writer.setup(trainer, module, "fit")
+    PredictionWriter(str(tmp_path / "new/x.jsonl")).setup(trainer, module, "predict")
+    assert not (tmp_path / "new").exists()

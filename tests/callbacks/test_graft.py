@@ -3,10 +3,12 @@
 import contextlib
 import copy
 import gc
+import json
 import logging
 import math
 import operator
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -35,6 +37,7 @@ from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
+from shadowlit.data.module import ShadowData
 from shadowlit.errors import DataError, GraftError, PairError
 from shadowlit.evaluation.evaluator import EvalResult, Evaluator
 from shadowlit.grafting.export import reload_logits
@@ -44,6 +47,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.training.metrics import TokenScores
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import SFT
+from tests.data.templates import talk
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData, random_samples
 from tests.tiny import save_model, save_pair
@@ -904,3 +908,65 @@ def test_an_export_is_never_overwritten(tmp_path, folders):
         fit(tmp_path, folders, callbacks=[GraftCallback(), ExportCallback(folder=str(tmp_path / "x"))])
     with pytest.raises(ExportError, match="has 0 GraftCallbacks"):
         fit(tmp_path, folders, callbacks=[ExportCallback(folder=str(tmp_path / "y"))])
+
+
+class Unread(RandomData):
+    """Data that must not be read."""
+
+    def prepare_data(self):
+        raise AssertionError("the data were read")
+
+    def setup(self, stage):
+        self.prepare_data()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_the_pair_is_checked_before_the_data_are_read(tmp_path, folders, command):
+    quantised = shutil.copytree(folders[0], tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (quantised / "config.json").write_text(json.dumps(config))
+    module, trainer = make_module((quantised, folders[1])), make_trainer(tmp_path, GraftCallback())
+    with pytest.raises(PairError, match=r"base quantised: config\.json has quantization_config \(gptq\)"):
+        getattr(trainer, command)(module, Unread())
+
+
+def test_each_command_checks_the_pair_once(tmp_path, folders, monkeypatch):
+    checked = []
+    monkeypatch.setattr(graft_module, "require_fit", lambda pair, *_: checked.append(pair))
+    limits = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1, "val_check_interval": 1}
+    trainer = make_trainer(tmp_path, GraftCallback(baselines=False), **limits)
+    module = make_module(folders)
+    for command in ("fit", "validate", "test"):
+        getattr(trainer, command)(module, RandomData())
+    assert checked == [module.pair] * 3
+
+
+def test_an_instruct_without_a_template_is_trained_with_that_of_the_data(tmp_path):
+    folders = save_pair(tmp_path / "pair", "qwen3")
+    rows = [{"messages": talk(f"question {i}", f"answer {i}")} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sources = {name: str(tmp_path / "rows.jsonl") for name in ("train", "validation")}
+    own = ShadowData(make_module(folders).pair, **sources, cache=False)
+    own.setup("fit")
+    template = tmp_path / "template.jinja"
+    (folders[1] / "chat_template.jinja").rename(template)
+    module, trainer = make_module(folders), make_trainer(tmp_path, GraftCallback(), val_check_interval=1)
+    with pytest.raises(PairError, match=r"the Instruct's tokenizer has none.*set data\.chat_template to the file"):
+        trainer.fit(module, ShadowData(module.pair, **sources, cache=False))
+    data = ShadowData(module.pair, **sources, cache=False, chat_template=str(template))
+    trainer.fit(module, data)
+    assert trainer.global_step == 1 and metrics(trainer)["val/grafted/loss"] > 0
+    assert [data.dataset("train")[i] for i in range(8)] == [own.dataset("train")[i] for i in range(8)]
+
+
+class Stops(Callback):
+    """A user's own check."""
+
+    def before_data(self, trainer, module):
+        raise GraftError(f"{module.pair.base} is not for today")
+
+
+def test_any_callback_can_check_before_the_data_are_read(tmp_path, folders):
+    with pytest.raises(GraftError, match="is not for today"):
+        make_trainer(tmp_path, Stops()).fit(make_module(folders), Unread())

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from shadowlit.callbacks.record import ValidationRecord
 from shadowlit.errors import GraftError
@@ -53,11 +54,12 @@ def test_a_fit_starts_without_what_an_earlier_one_has_left(tmp_path):
     pair, objective = ModelPair(*map(str, save_pair(tmp_path))), KTO()
     objective.kl = 1.0
     module = ShadowModule(pair, objective=objective)
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     module._sums = ("loss", "count"), torch.ones(2)
     module._scores[TUNED, ""] = SimpleNamespace()
     module.setup("validate")
     assert objective.kl == 1 and module._sums is None and not module._scores
     module.setup("fit")
     assert objective.kl == 0
-    module.on_load_checkpoint({"kl": 2.0})  # of the run that is resumed, which comes after
+    module.on_load_checkpoint({"kl": 2.0, "state_dict": {}})  # of the run that is resumed, which comes after
     assert objective.kl == 2

@@ -141,13 +141,16 @@ def test_a_head_that_repeats_its_embedding_on_one_side(tmp_path, side):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
-def test_an_instructs_own_head_gets_no_update_from_a_tied_base(tmp_path):
+def test_an_instructs_own_head_gets_the_update_of_a_tied_bases_embedding(tmp_path):
+    """Which is the Base's head: head + (tuned's embedding - Base's embedding)."""
     base, _ = save_pair(tmp_path, "qwen3")
     save_model(tmp_path / "tuned", "qwen3", near=base, seed=5, distance=0.02)
-    head = torch.randn_like(tensors(base)["model.embed_tokens.weight"])
+    embedding = "model.embed_tokens.weight"
+    head = torch.randn_like(tensors(base)[embedding])
     rewrite(tmp_path / "instruct", lambda found: {**found, "lm_head.weight": head})
     assert graft(tmp_path, select="all") == 0
-    assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], head)
+    start, end = tensors(base)[embedding], tensors(tmp_path / "tuned")[embedding]
+    assert torch.equal(tensors(tmp_path / "out")["lm_head.weight"], head + (end - start))
 
 
 def test_heads_of_their_own_under_tied_configs(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from shadowlit.analysis.checkpoints import TrainedReader
 from shadowlit.checkpoint import saved, sharded
 from shadowlit.checkpoint.saved import DamagedError, checksums, find_whole, step_of, write_file, write_manifest, writing
+from shadowlit.delta.checkpoints import TrainedReader
 from shadowlit.errors import CheckpointError
 from shadowlit.files import install, partial_path, remove
 

@@ -82,6 +82,99 @@ MISTRAL_SYSTEM = (
 # DeepSeek-R1: the generation prompt opens the reasoning, a rendered turn doesn't.
 OPENS_THINKING = CHATML_UNMARKED.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
 
+# Tool calls as JSON, the system text apart; no word of tools.
+TOJSON = """
+{%- if messages[0].role == 'system' %}{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'system' %}
+{%- elif m.role == 'assistant' %}
+{{- '<|im_start|>assistant\\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}
+{{- '<call>{"name": "' + c.function.name + '", "arguments": ' }}{{ c.function.arguments | tojson }}{{ '}</call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# Arguments one by one, which fails where they are a text.
+ITEMS = """
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' + (m.content or '') }}
+{%- for c in m.tool_calls or [] %}{{ '<function=' + c.function.name + '>' }}
+{%- for k, v in c.function.arguments | items %}{{ '<' + k + '>' + v | string + '</' + k + '>' }}{%- endfor %}
+{{- '</function>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# Qwen2.5 and Hermes: tools as JSON in the system turn, calls in tags, results of tools within a user's turn.
+HERMES = """
+{%- if tools %}
+{{- '<|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else 'Be good.') + '\\n<tools>' }}
+{%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}
+{{- '\\n</tools><|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
+{%- elif m.role == 'assistant' %}
+{{- '<|im_start|>assistant' + ('\\n' + m.content if m.content else '') }}
+{%- for call in m.tool_calls or [] %}
+{{- '\\n<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' }}
+{{- call.function.arguments | tojson }}{{ '}\\n</tool_call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- elif m.role == 'tool' %}
+{{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' }}
+{{- '\\n<tool_response>\\n' + m.content + '\\n</tool_response>' }}
+{{- '<|im_end|>\\n' if loop.last or messages[loop.index0 + 1].role != 'tool' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"""
+
+# Qwen3 with reasoning in a field of its own, which is dropped from turns before the last question.
+REASONING = HERMES.replace(
+    "{%- if tools %}",
+    "{%- set ns = namespace(last=0) %}{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}\n{%- if tools %}", 1,
+).replace(
+    "'<|im_start|>assistant' + ('\\n' + m.content if m.content else '')",
+    "'<|im_start|>assistant\\n' + ('<think>\\n' + m.reasoning_content | default('', true) + '\\n</think>\\n\\n' "
+    "if loop.index0 > ns.last else '') + m.content",
+)  # fmt: skip
+
+# Llama 3.1: a single call, as JSON that is the whole turn; tools in the first question; results as JSON.
+LLAMA31 = """
+{{- bos_token }}
+{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}
+{%- else %}{% set system = '' %}{% endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\\n\\n' + ('Environment: ipython\\n' if tools else '') }}
+{{- system | trim + '<|eot_id|>' }}
+{%- for m in messages %}
+{%- if m.role == 'user' and loop.first and tools %}
+{{- '<|start_header_id|>user<|end_header_id|>\\n\\nCall one of:\\n\\n' }}
+{%- for tool in tools %}{{ tool | tojson(indent=4) }}{{ '\\n\\n' }}{% endfor %}{{ m.content | trim + '<|eot_id|>' }}
+{%- elif m.tool_calls %}
+{%- if m.tool_calls | length != 1 %}{{ raise_exception('Only single tool calls are supported') }}{% endif %}
+{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n{"name": "' + m.tool_calls[0].function.name }}
+{{- '", "parameters": ' }}{{ m.tool_calls[0].function.arguments | tojson }}{{ '}<|eot_id|>' }}
+{%- elif m.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' }}
+{{- m.content | tojson if m.content is iterable else m.content }}{{ '<|eot_id|>' }}
+{%- else %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n' + m.content | trim + '<|eot_id|>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+# DeepSeek-R1: of a turn of the assistant, only what follows its reasoning.
+DROPS_THINKING = CHATML_UNMARKED.replace(
+    "message['content'] + '<|im_end|>'", "message['content'].split('</think>')[-1] + '<|im_end|>'"
+)
+
 
 def tokenizer_with(chat_template: str | None, *special: str, bos: str | None = None, eos: str = "<|im_end|>"):
     """The byte-level tokenizer of ``tests.tiny`` with more special tokens; with ``bos``, it adds one by itself."""

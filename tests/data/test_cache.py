@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 import shadowlit.data.blocks as blocks_module
 import shadowlit.data.cache as cache_module
 import shadowlit.data.prepare as prepare_module
-from shadowlit.data.blocks import BlockBuilder, read_blocks, write_blocks
+from shadowlit.data.blocks import BlockBuilder, read_blocks, require_storable, write_blocks
 from shadowlit.data.cache import default_folder, digest_tokenizer
 from shadowlit.data.conversation import Conversation
 from shadowlit.data.dataset import TokenDataset
@@ -279,11 +279,11 @@ def make_blocks():
     builder, blocks = BlockBuilder(), []
     for row, (length, ends) in enumerate([(3, 0), (2, 0), (5, 1), (4, 1), (2, 0), (6, 1)]):
         tokens = list(range(row * 10, row * 10 + length))
-        origin = Conversation([], "a" if row < 4 else "b", row, row + 1 if row < 4 else None)
+        origin = Conversation([], "a" if row < 4 else "b", row, row + 1 if row < 4 else None, source_index=int(row > 3))
         builder.add(Encoded(tokens, [-100, *tokens[1:]]), origin)
         if ends:
             blocks.append(builder.take())
-    return blocks, list(builder.sources)
+    return blocks, ["a", "b"]
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -335,7 +335,7 @@ def test_weights_of_some_samples(tmp_path, mapped):
     assert dataset[1] == {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7], "loss_weights": [0.0, 0.5, 2.0, 0.5]}
     assert [dataset[i].keys() for i in (0, 2, 3)] == [{"input_ids", "labels"}] * 3
     with pytest.raises(DataError, match="has 299 different weights; expected at most 255"):
-        builder.add(Encoded([1] * 300, [1] * 300, weights=[*map(float, range(300))]), origin)
+        require_storable(Encoded([1] * 300, [1] * 300, weights=[*map(float, range(300))]))
 
 
 def test_large_sets_are_written_block_by_block(path, tmp_path, monkeypatch):

@@ -1,27 +1,33 @@
 """Masks worked out by hand over many turns, for templates of the shapes that are in use."""
 
+import json
 from itertools import groupby
 
 import pytest
+from tokenizers import Tokenizer
 
 from shadowlit.data.template import (
     RewrittenHistoryError,
     check_template,
     encode,
+    encode_document,
     encode_question,
     encode_turns,
     load_template,
     renders_date,
+    tokens_of,
 )  # fmt: skip
 from shadowlit.errors import DataError
 from tests.data.templates import (
     GEMMA,
+    ITEMS,
     LLAMA3,
     MISTRAL,
     MISTRAL_SYSTEM,
     OPENS_THINKING,
     QWEN2,
     QWEN3,
+    TOJSON,
     supervised_texts,
     talk,
     tokenizer_with,
@@ -260,7 +266,9 @@ def test_two_marked_spans_per_turn():
     assert supervised_texts(tokenizer, encode(tokenizer, messages)) == ["x", "b<|im_end|>", "x", "d<|im_end|>"]
     messages[1]["weight"] = messages[3]["weight"] = 0.5
     assert weighed_texts(tokenizer, encode(tokenizer, messages))[0] == ("x", 0.5)
-    messages[1]["weight"] = 0
+    messages[1]["weight"] = 0  # the spans after the prompt are the last turn's
+    assert supervised_texts(tokenizer, encode(tokenizer, messages)) == ["x", "d<|im_end|>"]
+    messages[1]["weight"], messages[3]["weight"] = 1, 0
     with pytest.raises(DataError, match=r"2 assistant turns are 4 marked spans.*one span per turn"):
         encode(tokenizer, messages)
 
@@ -280,8 +288,8 @@ def test_where_a_turn_ends(tail, expected):
     assert supervised_texts(tokenizer, encode(tokenizer, talk("a", "b", "c", "d")))[0] == expected
 
 
-def test_a_token_across_the_border_carries_loss():
-    """``answer: `` and ``yes`` meet in the token ``▁yes``: without its loss the first word would never be learned."""
+def test_an_answer_that_merges_with_its_prompt_is_tokenised_apart():
+    """``answer: `` and ``yes`` meet in ``▁yes``, but the model is asked with ``answer:▁`` and has to say ``yes``."""
     template = (
         "{% for m in messages %}{{ 'ask:' + m.content if m.role == 'user' else 'answer: ' + m.content + '</s>' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'answer: ' }}{% endif %}"
@@ -290,7 +298,98 @@ def test_a_token_across_the_border_carries_loss():
     encoded = encode(tokenizer, talk("no", "yes"))
     ids, labels = encoded.input_ids, encoded.labels
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert [t for t, label in zip(tokens, labels, strict=True) if label != -100] == ["▁yes", "</s>"]
+    assert "▁yes" in tokenizer.tokenize("answer: yes</s>")
+    assert [t for t, label in zip(tokens, labels, strict=True) if label != -100] == ["yes", "</s>"]
+    assert ids[:-2] == prompt_tokens(tokenizer, talk("no"))
+
+
+def merging_tokenizer(template):
+    """A byte-level tokenizer that merges two line breaks, and ``⏎⏎`` with ``⏎``."""
+    tokenizer = make_tokenizer(template)
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["model"]["vocab"] |= {"ĊĊ": 300, "ĊĊĊ": 301}
+    core["model"]["merges"] = [["Ċ", "Ċ"], ["ĊĊ", "Ċ"]]
+    core["pre_tokenizer"] = {**core["pre_tokenizer"], "use_regex": False}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(core))
+    return tokenizer
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_UNMARKED])
+def test_the_prompt_that_is_asked_begins_what_is_trained(template):
+    """Whatever white space the answers begin with; where nothing merges, the tokens are those of the whole text."""
+    tokenizer = merging_tokenizer(template)
+    for messages, num_samples in (
+        (talk("a", "b", "c", "d"), 1),
+        (talk("a", "\n\nb"), 1),
+        (talk("a", "b", "c", "\nd"), 1),
+        (talk("a", "\nb", "c", "d"), 2),  # the second prompt has the merged token
+        (talk("a", "\n", "c", "\n d", "e"), 2),
+        (talk("a", " b", "\n", "  d"), 1),
+    ):
+        samples = encode_turns(tokenizer, messages)
+        assert len(samples) == num_samples
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for n, i in enumerate(answers):
+            asked = prompt_tokens(tokenizer, messages[:i])
+            sample = samples[n if num_samples > 1 else 0]
+            assert sample.input_ids[: len(asked)] == asked
+            assert sample.labels[len(asked) - 1] == -100 and sample.labels[len(asked)] != -100
+            assert supervised_texts(tokenizer, sample)[0 if num_samples > 1 else n] == (
+                messages[i]["content"] + "<|im_end|>"
+            )
+        whole = tokenizer.apply_chat_template(messages)["input_ids"]
+        assert (samples[-1].input_ids == whole) == (not messages[answers[-1]]["content"].startswith("\n"))
+    messages = talk("a", "\nb", "c", "d")
+    messages[1]["weight"] = 0  # context, as the next prompt has it
+    (sample,) = encode_turns(tokenizer, messages)
+    assert sample.input_ids == tokenizer.apply_chat_template(messages)["input_ids"]
+
+
+def test_an_assistant_that_speaks_first():
+    messages = [{"role": "assistant", "content": "Welcome!"}, *talk("Hi", "Hello")]
+    for template in (CHATML, CHATML_UNMARKED, ITEMS):
+        tokenizer = make_tokenizer(template)
+        encoded = encode(tokenizer, messages)
+        assert supervised_texts(tokenizer, encoded) == ["Welcome!<|im_end|>", "Hello<|im_end|>"]
+        assert tokenizer.decode(encoded.input_ids).startswith(
+            "<|im_start|>assistant\nWelcome!<|im_end|>\n<|im_start|>user"
+        )
+    # Without a turn, there is no default system text, nothing to look at, and no generation prompt within the loop.
+    begin, asks, end = CHATML_UNMARKED.partition("{% endfor %}{% if ")
+    in_loop = begin + "{% if loop.last and " + end + "{% endfor %}"
+    assert asks
+    gemma = tokenizer_with(GEMMA, "<start_of_turn>", "<end_of_turn>", bos="<bos>", eos="<eos>")
+    for tokenizer in (make_tokenizer(QWEN2), make_tokenizer(TOJSON), make_tokenizer(in_loop)):
+        with pytest.raises(DataError, match=r"^begins with an assistant turn, for .* prompt.*'weight': 0.*marks"):
+            encode_turns(tokenizer, messages)
+        encoded = encode(tokenizer, [{**messages[0], "weight": 0}, *messages[1:]])
+        assert supervised_texts(tokenizer, encoded) == ["Hello<|im_end|>"]
+    with pytest.raises(DataError, match="must alternate"):
+        encode_turns(gemma, messages)
+
+
+def test_no_content_beside_a_tool_call():
+    """The turn is trained on exactly what the template writes."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    tokenizer = make_tokenizer(ITEMS)
+    for content in ({}, {"content": None}, {"content": ""}):
+        encoded = encode(tokenizer, [*talk("a"), {"role": "assistant", **content, "tool_calls": [call]}])
+        assert supervised_texts(tokenizer, encoded) == ["<function=f><x>1</x></function><|im_end|>"]
+
+
+def test_half_a_surrogate_pair():
+    tokenizer = make_tokenizer(CHATML)
+    match = (
+        r"^has '\\ud83d', half of a surrogate pair, in 'user\\ncut emoji \\ud83d<\|im_end.*Correct the text or remove"
+    )
+    with pytest.raises(DataError, match=match.replace("user", ".*user")):
+        encode(tokenizer, talk("cut emoji \ud83d", "ok"))
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        encode_question(tokenizer, talk("cut emoji \ud83d"), None)
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        encode_document(tokenizer, "cut emoji \ud83d", None, 9)
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        tokens_of(tokenizer, "\udc00")
 
 
 def test_the_first_token_carries_no_loss():
@@ -325,6 +424,20 @@ def test_template_arguments_are_checked():
         check_template(make_tokenizer(QWEN3), {"enable_thinkin": False})
     with pytest.raises(DataError, match="it knows no arguments"):
         check_template(make_tokenizer(CHATML), {"enable_thinking": False})
+
+
+def test_broken_and_ambiguous_templates_are_told():
+    with pytest.raises(DataError, match=r"is no jinja template: .*'oops'.* in line 2\. Correct it"):
+        check_template(make_tokenizer("{# #}\n{% oops %}"), {})
+    tokenizer = make_tokenizer({"rag": CHATML, "tool_use": CHATML})
+    for use in (lambda: check_template(tokenizer, {}), lambda: encode(tokenizer, talk("a", "b"))):
+        with pytest.raises(
+            DataError, match=r"has the chat templates rag, tool_use, none of which is the default\. Set data"
+        ):
+            use()
+    assert encode(make_tokenizer({"rag": "", "default": CHATML}), talk("a", "b")) == encode(
+        make_tokenizer(CHATML), talk("a", "b")
+    )
 
 
 def test_template_files(tmp_path):

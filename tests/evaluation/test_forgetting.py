@@ -143,6 +143,9 @@ def test_bad_rows(tmp_path):
     silent = [{"messages": [long[0]["messages"][0], {"role": "assistant", "content": "b", "weight": 0}]}]
     with pytest.raises(DataError, match=r"sample 0 of .*silent\.jsonl.* has no supervised token"):
         evaluate(Divergence(write_rows(tmp_path / "silent.jsonl", silent)), context)
+    silent[0]["messages"][1] = {"role": "assistant", "content": "b", "reasoning_content": "b"}
+    with pytest.raises(DataError, match=r"sample 0 of .*lost\.jsonl.* 'reasoning_content' in messages\[1\], which the"):
+        evaluate(Divergence(write_rows(tmp_path / "lost.jsonl", silent)), context)
     with pytest.raises(DataError, match="nothing to learn"):
         evaluate(Divergence(write_rows(tmp_path / "asked.jsonl", [{"messages": long[0]["messages"][:1]}])), context)
 

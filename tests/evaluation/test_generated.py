@@ -197,6 +197,9 @@ ROW = {"question": "2 + 2?", "gold": "4"}
         ({"messages": []}, {}, "has an empty list in 'messages'"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, {}, "has no turn before the answer"),
         ({"messages": [{"role": "user", "content": "x"}]}, {}, "has no reference answer"),
+        ({"messages": [{"role": "user", "content": "x", "note": "x"}]}, {}, "has 'note' in messages[0], which the"),
+        ({"messages": [{"role": "user", "content": "x"}], "tools": [{"name": "f"}]}, {}, "has 'tools', which the chat"),
+        ({"question": "\ud83d", "gold": "4"}, {"answer": "gold"}, "half of a surrogate pair"),
         ({"messages": [{"role": "user", "content": "x"}]}, {"chat": False}, "lacks the field 'question'"),
     ],
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from shadowlit.grafting.export import (
     export_adapter,
     export_folder,
     logit_difference,
+    model_bytes,
     reload_logits,
 )
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest, read_manifest
@@ -49,6 +52,16 @@ def pair(tmp_path_factory) -> ModelPair:
 def instruct(pair, tmp_path) -> Path:
     """A copy of the Instruct that a test may change."""
     return Path(shutil.copytree(pair.instruct, tmp_path / "instruct"))
+
+
+STORES = {  # how a store names a file, by its content
+    "hub": lambda content: f"models--a--b/blobs/{hashlib.sha256(content).hexdigest()}",
+    "hub, small files": lambda content: (
+        f"models--a--b/blobs/{hashlib.sha1(b'blob %d' % len(content) + bytes(1) + content).hexdigest()}"
+    ),
+    "DVC": lambda content: re.sub("^(..)", r"files/md5/\1/", hashlib.md5(content).hexdigest()),
+    "git-annex": lambda content: f"SHA256E-s{len(content)}--{hashlib.sha256(content).hexdigest()}.json",
+}
 
 
 def weights(folder: Path, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -119,6 +132,27 @@ class TestFolder:
         assert not any(path.is_symlink() for path in folder.iterdir())
         assert (folder / "config.json").read_bytes() == (snapshot / "config.json").read_bytes()
 
+    @pytest.mark.parametrize("store", STORES)
+    def test_links_into_a_store_are_copied_by_content(self, pair, tmp_path, store):
+        """Old downloads to a local folder, DVC and git-annex link every file, weights too, from an ordinary folder."""
+        folder = tmp_path / "instruct"
+        folder.mkdir()
+        for path in pair.instruct_folder().iterdir():
+            content = path.read_bytes()
+            held = tmp_path / "store" / STORES[store](content)
+            held.parent.mkdir(parents=True, exist_ok=True)
+            held.write_bytes(content)
+            (folder / path.name).symlink_to(held if store == "hub" else os.path.relpath(held, folder))
+        given = weights(folder)
+        written = export_folder(tmp_path / "out", folder, given.items())
+        assert names(written) == names(folder) | {"shadowlit.json"}
+        assert not any(path.is_symlink() for path in written.iterdir())
+        same = names(folder) - {"model.safetensors"}
+        assert {name: (written / name).read_bytes() for name in same} == {
+            name: (pair.instruct_folder() / name).read_bytes() for name in same
+        }
+        assert all(torch.equal(value, given[name]) for name, value in load_file(written / "model.safetensors").items())
+
     def test_a_tied_head_that_is_stored_stays(self, instruct, tmp_path):
         tensors = load_file(instruct / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -165,6 +199,33 @@ class TestRefusals:
         with pytest.raises(ExportError, match=message):
             export_folder(target, source, tensors.items(), dtype)
         assert not target.exists() and not list(target.parent.glob(".*"))
+
+    @pytest.mark.parametrize("store", STORES)
+    def test_a_file_that_only_looks_like_one_of_a_store_is_refused(self, instruct, tmp_path, store):
+        private = tmp_path / STORES[store](b"another content")
+        private.parent.mkdir(parents=True, exist_ok=True)
+        private.write_text("secret")
+        (instruct / "notes.txt").symlink_to(private)
+        self.refuse(instruct, tmp_path / "out", weights(instruct), "which lies outside")
+
+    def test_a_full_disk_is_found_before_anything_is_written(self, instruct, tmp_path, monkeypatch):
+        """By the size that is written in the end, except for the manifest."""
+        given = weights(instruct)
+        written = export_folder(tmp_path / "whole", instruct, given.items(), max_shard_bytes=20_000)
+        size = sum(path.stat().st_size for path in written.iterdir())
+        expected = model_bytes(instruct, CheckpointReader(instruct).tensors, None, 20_000)
+        num_shards = len(list(written.glob("*.safetensors")))
+        assert size - 20_000 < expected <= size + 2 * 128 * 1024 and num_shards > 2
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
+        free = expected
+        export_folder(tmp_path / "out", instruct, given.items(), max_shard_bytes=20_000)
+        free = expected - 1
+        message = (
+            rf"/no will take {expected:,} bytes, but only {free:,} bytes are free on the disk of {tmp_path}\. Free"
+        )
+        with pytest.raises(ExportError, match=message):
+            export_folder(tmp_path / "no", instruct, iter(()), max_shard_bytes=20_000)
+        assert names(tmp_path) == {"instruct", "whole", "out"}
 
     def test_missing_tensors(self, instruct, tmp_path):
         given = weights(instruct)

@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from shadowlit.pair.check import check_pair, require_fit
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.tokens import untrained_rows
-from tests.tiny import ARCHITECTURES, SPECIAL, make_tokenizer, save_model, save_pair, store_head
+from tests.tiny import ARCHITECTURES, CHATML_UNMARKED, SPECIAL, make_tokenizer, save_model, save_pair, store_head
 
 
 @pytest.fixture(scope="module")
@@ -384,6 +385,39 @@ class TestTemplate:
     def test_that_cannot_be_rendered(self, tied):
         self.set_template(tied, "{{ messages[99].content.nope() }}")
         assert "it cannot be rendered (Undefined" in only(check_pair(tied)).found
+
+    def test_broken_ones_and_several_without_a_default(self, tied, tmp_path):
+        self.set_template(tied, "{% for m in messages %}\n{% oops %}")
+        problem = only(check_pair(fresh(tied)))
+        assert re.search(r"cannot be rendered \(TemplateSyntaxError: .*'oops'.* in line 2\)", problem.found)
+        named = Path(tied.instruct) / "additional_chat_templates"
+        named.mkdir()
+        for name in ("rag", "tool_use"):
+            (named / f"{name}.jinja").write_text(CHATML_UNMARKED)
+        (Path(tied.instruct) / "chat_template.jinja").unlink()
+        problem = only(check_pair(fresh(tied)))
+        assert problem.severity == "error" and "has 2 named templates (rag, tool_use), and none" in problem.found
+        assert "additional_chat_templates/<name>.jinja" in problem.remedy
+        (Path(tied.instruct) / "chat_template.jinja").write_text(CHATML_UNMARKED)
+        assert check_pair(fresh(tied)) == []
+
+    def test_another_one_is_checked_instead(self, tied):
+        """That of data.chat_template, with its arguments, wherever the Instruct's own is missing or broken."""
+        (Path(tied.instruct) / "chat_template.jinja").unlink()
+        note = only(check_pair(fresh(tied), chat_template=CHATML_UNMARKED))
+        assert note.severity == "note" and "is used, since there is none in the Instruct's tokenizer" in note.found
+        self.set_template(tied, "{% oops %}")
+        note = only(check_pair(fresh(tied), chat_template=CHATML_UNMARKED))
+        assert note.severity == "note" and "which replaces that of the Instruct's tokenizer" in note.found
+        error, _ = check_pair(fresh(tied), chat_template="{{ nope() }}" + CHATML_UNMARKED)
+        assert "cannot be rendered (UndefinedError: 'nope' is undefined)" in error.found
+        assert error.remedy == "repair the file of data.chat_template."
+        ends = CHATML_UNMARKED.replace("<|im_end|>", "<|endoftext|>")
+        warning, _ = check_pair(fresh(tied), chat_template=ends)
+        assert warning.subject == "end of turn" and "'<|endoftext|>'" in warning.found
+        needing = "{{ '' if mode is defined else raise_exception('no mode') }}" + CHATML_UNMARKED
+        assert check_pair(fresh(tied), chat_template=needing)[0].severity == "error"
+        assert only(check_pair(fresh(tied), "linear", True, needing, {"mode": 1})).severity == "note"
 
     def test_that_refuses_system_turns(self, tied):
         text = tied.tokenizer().chat_template

@@ -1,7 +1,6 @@
 """Trainings in processes of their own: what they leave, and what the next one waits for when they were killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.sweep.scheduler import Scheduler
 from shadowlit.studies.trials import folder as module
+from shadowlit.studies.trials import process as process_module
 from shadowlit.studies.trials import trial
-from shadowlit.studies.trials.process import Job, Running, start
+from shadowlit.studies.trials.process import Job, Running, TrialProcess, start, stop_all
 from tests.distributed import Forked
 
 
@@ -46,49 +46,90 @@ def wait_for(condition, seconds=60):
         time.sleep(0.02)
 
 
-@pytest.fixture
-def orphan(tmp_path):
-    """A training in the folder ``home`` that hasn't noticed yet that its command was killed: it was stopped before."""
+STUBBORN = """
+import os, re, subprocess
+from pathlib import Path
+worker = subprocess.Popen(["sleep", "600"])
+Path({told!r}).write_text(str(worker.pid))
+re.match("(a+)+$", "a" * 60 + "b")  # never ends, and holds Python's lock, so that no thread runs
+"""
+
+
+@pytest.mark.parametrize("kind", ["busy", "stopped"])
+def test_a_training_ends_with_its_command_whatever_it_does(tmp_path, monkeypatch, kind):
+    """And so does what it has started: ranks and data workers are of its process group."""
+    (tmp_path / "stubborn.py").write_text(STUBBORN.format(told=str(tmp_path / "worker")))
+    monkeypatch.syspath_prepend(tmp_path)
     home = tmp_path / "home"
-    os.mkfifo(tmp_path / "fit.yaml")  # nobody writes it: the training reads its configuration for ever
-    job = Job("home", ("fit", f"--config={tmp_path / 'fit.yaml'}"))
+    job = Job("home", ("fit", "--model.class_path=stubborn.Mine"))
     command = Forked(start_and_wait, job, home, tmp_path / "pid", out=tmp_path / "told.txt")
-    wait_for(lambda: (home / "log.txt").is_file() and (tmp_path / "pid").is_file())
-    process = psutil.Process(int((tmp_path / "pid").read_text()))
-    process.suspend()
+    wait_for(lambda: all((tmp_path / name).is_file() and (tmp_path / name).read_text() for name in ("pid", "worker")))
+    family = [psutil.Process(int((tmp_path / name).read_text())) for name in ("pid", "worker")]
+    if kind == "stopped":
+        family[0].suspend()
+    assert not any(has_ended(each) for each in family)
     command.send_signal(signal.SIGKILL)
     command.wait(10)
-    (home / "half").write_text("written")
-    yield process
-    with suppress(psutil.NoSuchProcess):
-        process.kill()
+    wait_for(lambda: all(has_ended(each) for each in family), seconds=5)
+    with FileLock(home / ".lock", timeout=1):
+        pass
+
+
+def test_a_training_that_is_stopped_takes_along_what_it_has_started(tmp_path, monkeypatch):
+    """It ignores SIGTERM, so that it is killed when it has had its time; several have theirs at the same time."""
+    monkeypatch.setattr(process_module, "_PATIENCE_S", 0.2)
+    code = "import signal, subprocess; signal.signal(15, signal.SIG_IGN); "
+    code += "worker = subprocess.Popen(['sleep', '600']); print(worker.pid, flush=True); worker.wait()"
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, process_group=0, text=True)
+        for _ in range(3)
+    ]
+    workers = [psutil.Process(int(job.stdout.readline())) for job in jobs]
+    begun = time.monotonic()
+    stop_all([TrialProcess(job, job.poll, job.wait) for job in jobs])
+    assert 0.2 < time.monotonic() - begun < 0.5
+    wait_for(lambda: all(has_ended(each) for each in workers), seconds=5)
+    assert [job.wait(5) for job in jobs] == [-signal.SIGKILL] * 3
 
 
 BAD = Job("home", ("fit", "--no_such_key=1"))
 
 
-def test_a_training_waits_for_the_orphan_in_its_folder(orphan, tmp_path):
-    """The orphan is let go after a second: until then nothing of its folder may be touched."""
-    seen = []
+def test_a_training_waits_until_its_folder_is_free(tmp_path):
+    """The folder is left after half a second: until then nothing of it may be touched."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "half").write_text("written")
+    held, seen = FileLock(home / ".lock", thread_local=False).acquire(), []
 
-    def resume():
-        time.sleep(1)
-        seen.append((tmp_path / "home/half").is_file())
-        orphan.resume()
+    def leave():
+        time.sleep(0.5)
+        seen.append((home / "half").is_file())
+        held.lock.release()
 
-    threading.Thread(target=resume).start()
-    second = start(BAD, tmp_path / "home", threads=1)
-    assert seen == [True] and has_ended(orphan)
-    assert not (tmp_path / "home/half").exists()
+    threading.Thread(target=leave).start()
+    second = start(BAD, home, threads=1)
+    assert seen == [True] and not (home / "half").exists()
     second.wait(60)
-    assert second.poll() == 2 and "no_such_key" in (tmp_path / "home/log.txt").read_text()
+    assert second.poll() == 2 and "no_such_key" in (home / "log.txt").read_text()
 
 
-def test_an_orphan_that_does_not_end_is_named(orphan, tmp_path, monkeypatch):
+def test_a_training_that_does_not_leave_its_folder_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
-    with pytest.raises(ShadowlitError, match=r"still running in .*home after .*fuser .*home/\.lock shows its process"):
-        start(BAD, tmp_path / "home")
-    assert (tmp_path / "home/half").is_file()
+    (tmp_path / "half").write_text("written")
+    with (
+        FileLock(tmp_path / ".lock"),
+        pytest.raises(ShadowlitError, match=r"still running in .* after .*fuser .*/\.lock shows its process"),
+    ):
+        start(BAD, tmp_path)
+    assert (tmp_path / "half").is_file()
+
+
+def test_a_folder_that_is_no_training_s_is_not_cleared(tmp_path):
+    (tmp_path / "thesis.tex").write_text("written")
+    with pytest.raises(ShadowlitError, match=r"home would be trained, but it holds .*\(thesis\.tex\), which would"):
+        start(BAD, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "written"
 
 
 def test_every_rank_of_an_orphan_is_waited_for(tmp_path, monkeypatch):
@@ -101,12 +142,11 @@ def test_every_rank_of_an_orphan_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_a_training_ends_whose_command_was_killed_during_its_start_up(tmp_path):
-    """In an interpreter of its own, which is a child of this process and not of the command."""
+    """In an interpreter of its own; the other end of its standard input is closed already."""
     command = [sys.executable, "-m", "shadowlit.studies.trials.trial", str(tmp_path), "fit", "--no_such_key=1"]
-    environment = {**os.environ, "SHADOWLIT_PARENT": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, timeout=60)
-    assert ended.returncode == 1 and not ended.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    with FileLock(tmp_path / ".lock"):
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, process_group=0)
+    assert ended.returncode == -signal.SIGKILL and not ended.stderr
 
 
 class Fitted:
@@ -164,8 +204,10 @@ def test_a_trial_is_measured_once_at_its_end(tmp_path, monkeypatch, validations,
 @pytest.mark.parametrize(("stop", "code"), [(3, 3), (None, 0), ("the licence has expired", 1)])
 def test_what_ends_a_trial_is_told(tmp_path, monkeypatch, capsys, stop, code):
     monkeypatch.setattr(trial, "main", lambda *_: sys.exit(stop))
-    monkeypatch.setattr(trial, "_own", lambda *_: nullcontext())
-    monkeypatch.setattr(trial.multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=None))
+    monkeypatch.setattr(trial, "occupied", lambda *_: nullcontext())
+    monkeypatch.setattr(trial, "_end_with_command", lambda _: None)
+    monkeypatch.setattr(trial.multiprocessing, "parent_process", lambda: SimpleNamespace(sentinel=None))
+    monkeypatch.setattr(trial.os, "setpgid", lambda *_: None)
     monkeypatch.setattr(trial.os, "dup2", lambda *_: None)
     ended = []
     monkeypatch.setattr(trial.os, "_exit", ended.append)

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from shadowlit.errors import DataError
+from shadowlit.files import replace_text
 from shadowlit.studies.trials.folder import LOCK, changes
 from shadowlit.studies.trials.process import Job, Pool, is_finished
 from shadowlit.studies.trials.recipe import Recipe
@@ -42,7 +43,7 @@ def own_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
                     "--out, or remove the folder; arms, rates and seeds may be added, nothing else may change."
                 )
         else:
-            file.write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            replace_text(file, json.dumps(identity, indent=1))
         yield
 
 

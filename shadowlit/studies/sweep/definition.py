@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.masking import masked
 from shadowlit.studies.arms import TUNED, subject_of, without_subject
 from shadowlit.studies.trials.recipe import Recipe
 
@@ -220,8 +221,8 @@ class Definition:
         }
 
     def to_json(self) -> str:
-        """The definition as JSON."""
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+        """The definition as JSON, to be written: secrets are masked."""
+        return json.dumps(masked(asdict(self)), indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Definition:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.tables import Table as Shown
 from shadowlit.analysis.tables import cell_text
+from shadowlit.masking import masked
 from shadowlit.studies.report import NONE, bullets, markdown_table, paragraphs, write_files
 from shadowlit.studies.rows import SCALE
 from shadowlit.studies.statistics import few_seeds
@@ -65,7 +66,8 @@ def _parts(table: Table, failed: dict[str, str], plots: dict[str, str]) -> Itera
         f"pruner: {definition.pruner}. Trials are judged by {definition.judged_by} ({definition.direction})."
     )
     if definition.overrides:
-        yield "Changed for all: " + ", ".join(f"`{key}={value}`" for key, value in definition.overrides.items()) + "."
+        changed = masked(definition.overrides).items()
+        yield "Changed for all: " + ", ".join(f"`{key}={value}`" for key, value in changed) + "."
     yield (
         f"{few_seeds(len(definition.seeds))} A main effect is the mean over the settings that all levels of its axis "
         "share; its interval is Student's t over seeds. Settings are chosen and shown on the same rows, which flatters "

@@ -63,7 +63,7 @@ def _database(address: str) -> BaseStorage:
 
     try:
         url = make_url(address)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # ValueError: of a port that is no number
         raise ShadowlitError(
             "storage is no address of a database; expected e.g. postgresql://user:password@host/name."
         ) from error

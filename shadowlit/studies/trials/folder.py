@@ -11,6 +11,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.masking import masked
 
 LOCK = ".lock"
 _PATIENCE_S = 60.0
@@ -53,4 +54,5 @@ def _wait_for(file: Path) -> AbstractContextManager[BaseFileLock]:
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """The names of what differs between the identities of two studies, separated by commas; empty if nothing does."""
+    found = masked(found)  # earlier versions wrote secrets
     return ", ".join(sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)))

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +20,11 @@ from typing import Any
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.trials.folder import LOCK, vacated
-from shadowlit.studies.trials.trial import LOG, PARENT, RESULT, run_logged
+from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S = 10.0
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a parser, or at the end of a traceback
 
 
@@ -36,7 +38,11 @@ class Job:
 
 @dataclass(frozen=True)
 class TrialProcess:
-    """A running job, however it was started; ``poll`` returns its exit code, or None while it runs."""
+    """A running job, however it was started: the first process of a group of its own.
+
+    ``poll`` returns its exit code, or None while it runs. It is killed if this object is collected as garbage, or when
+    this process ends.
+    """
 
     process: Any
     poll: Callable[[], int | None]
@@ -44,10 +50,24 @@ class TrialProcess:
 
     def stop(self) -> None:
         """Terminate it, and kill it if that takes more than ten seconds."""
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.wait(10)
+        stop_all([self])
+
+    def kill(self) -> None:
+        """Kill what is left of it: itself, and the processes that it has started."""
         self.process.kill()
+        with contextlib.suppress(OSError):  # no other process is left, or it hasn't made its group yet
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def stop_all(processes: Sequence[TrialProcess]) -> None:
+    """Terminate jobs; kill what is left of them when all have ended, or after ten seconds."""
+    for each in processes:
+        each.process.terminate()
+    deadline = time.monotonic() + _PATIENCE_S
+    for each in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            each.wait(max(0.0, deadline - time.monotonic()))
+        each.kill()
 
 
 @dataclass
@@ -103,6 +123,7 @@ class Pool:
         for each in list(self.running):
             if (code := each.process.poll()) is not None:
                 self.running.remove(each)
+                each.process.kill()  # ranks and data workers of one that was killed
                 succeeded = code == 0 and is_finished(self._folder / each.name)
                 if succeeded:
                     drop_checkpoints(self._folder / each.name)
@@ -111,8 +132,7 @@ class Pool:
     def stop(self) -> list[Running]:
         """Stop everything that still runs, and return it."""
         stopped, self.running = self.running, []
-        for each in stopped:
-            each.process.stop()
+        stop_all([each.process for each in stopped])
         return stopped
 
 
@@ -175,6 +195,12 @@ def _resumed(job: Job, folder: Path) -> Job:
     """Clear the folder of a job but for its checkpoints; resume from the last one if there is one."""
     last = folder / "checkpoints" / "last.ckpt"
     if folder.is_dir():
+        found = sorted(path.name for path in folder.iterdir())
+        if found and "checkpoints" not in found and not any(name.startswith(LOCK) for name in found):
+            raise ShadowlitError(
+                f"{folder} is where {job.name} would be trained, but it holds files of something else "
+                f"({', '.join(found[:3])}), which would be removed. Give another folder as out."
+            )
         for path in folder.iterdir():
             if path.name != "checkpoints" and not path.name.startswith(LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -198,7 +224,9 @@ def _spawn(job: Job, folder: Path, threads: int | None, environment: Mapping[str
     command = [sys.executable, "-m", "shadowlit.studies.trials.trial", str(folder), *job.arguments]
     # Set in the environment, which further processes of the training inherit.
     number = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    own = {**os.environ, **number, **environment, PARENT: str(os.getpid())}
+    own = {**os.environ, **number, **environment}
     with (folder / LOG).open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=own)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT, env=own, process_group=0
+        )
     return TrialProcess(process, process.poll, process.wait)

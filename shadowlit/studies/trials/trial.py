@@ -6,15 +6,17 @@ import contextlib
 import json
 import multiprocessing
 import os
+import select
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.files import replace_text
+from shadowlit.masking import mask_text
 from shadowlit.studies.trials.folder import occupied
 
 if TYPE_CHECKING:
@@ -23,9 +25,6 @@ if TYPE_CHECKING:
 RESULT = "result.json"
 LIVE = "live.json"
 LOG = "log.txt"
-PARENT = "SHADOWLIT_PARENT"
-"""Variable with the process id of whoever starts ``python -m shadowlit.studies.trials.trial``."""
-_POLL_S = 0.1
 
 
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
@@ -67,7 +66,9 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
     """As :func:`main`, in a forked process: output goes to ``log.txt``, and the process exits."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    with _own(folder, parent.is_alive), (folder / LOG).open("w", encoding="utf-8") as log:
+    os.setpgid(0, 0)
+    _end_with_command(parent.sentinel)
+    with occupied(folder), (folder / LOG).open("w", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.argv = ["shadowlit", *arguments]
@@ -79,7 +80,7 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
                 print(stop.code, file=sys.stderr)  # a reason, as the interpreter would print it
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         except BaseException:
-            traceback.print_exc()
+            print(mask_text(traceback.format_exc()), file=sys.stderr)
             code = 1
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -88,27 +89,36 @@ def run_logged(folder: Path, arguments: list[str], threads: int | None = None) -
 
 
 def run_spawned(folder: Path, arguments: list[str]) -> None:
-    """As :func:`main`, in a new interpreter. The ranks that Lightning starts from it do the same, and exit with it."""
-    parent = int(os.environ.get(PARENT, os.getppid()))
-    os.environ[PARENT] = str(os.getpid())
-    with _own(folder, lambda: os.getppid() == parent):
+    """As :func:`main`, in a new interpreter, whose standard input is a pipe from the command that started it.
+
+    The ranks that Lightning starts from it do the same; they inherit the pipe and the process group.
+    """
+    _end_with_command(sys.stdin.fileno())
+    with occupied(folder):
         main(folder, arguments)
 
 
-@contextlib.contextmanager
-def _own(folder: Path, is_wanted: Callable[[], bool]) -> Iterator[None]:
-    """Hold the folder, and exit when the command that wants this training has been killed, even during start-up."""
+def _end_with_command(pipe: int) -> None:
+    """Kill this process group when the command ends, which alone holds the other end of the pipe.
+
+    The group has all processes of a training: ranks and data workers too. On Linux the kernel kills it, whatever its
+    processes are doing, even if they are stopped or hold Python's lock. The thread does so on other systems, and where
+    the command had ended before the kernel was asked.
+    """
 
     def watch() -> None:
-        while is_wanted():
-            time.sleep(_POLL_S)
+        select.select([pipe], [], [])  # nothing is ever written: it becomes readable at its end
+        if hasattr(os, "killpg"):
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
-    with occupied(folder):
-        if not is_wanted():  # checked after locking: from here on nobody else clears the folder
-            os._exit(1)
-        threading.Thread(target=watch, daemon=True).start()
-        yield
+    if sys.platform == "linux":
+        import fcntl  # late: other systems lack it
+
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _measured(cli: Any, wall_s: float) -> dict[str, Any]:

@@ -208,6 +208,9 @@ class _Stub:
     def stop(self):
         pass
 
+    def kill(self):
+        pass
+
 
 def test_each_trial_gets_gpus_of_its_own(tmp_path, monkeypatch):
     seen = []

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
-from shadowlit.analysis.run import pair_of, read_config
 from shadowlit.checkpoint.alignment import AlignedReader
-from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
-from shadowlit.checkpoint.layout import in_layout_of
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code
 from shadowlit.checkpoint.names import is_adapter_name, is_original_name, saved_name
-from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
+from shadowlit.checkpoint.reader import ComputedReader, described, rows_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import AdapterUpdate
+from shadowlit.grafting.update import AdapterUpdate, FullUpdate, Update
+from shadowlit.limits import load_yaml
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
 
 if TYPE_CHECKING:
@@ -120,18 +120,62 @@ def open_stage(
         DataError: What isn't given isn't in a configuration either.
         GraftError: The checkpoint doesn't fit the Base, or its adapter has no exact update.
     """
+    update = update_of(stage, pair, adapter)
+    delta = Delta.from_update(update)
+    wanted = select or (_config_above(stage.folder)[1].get("graft") or {}).get("select") or "linear"
+    # What has no update counts as a matrix: an error if it is selected.
+    infos = described({name: update.shapes.get(name, (0, 0)) for name in [*delta.shapes, *update.without]})
+    chosen = resolve(wanted, infos, linear_on_disk(infos), "of the update")
+    update.require_weights(sorted(chosen))
+    return delta.only(chosen)
+
+
+def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: LoraConfig | None = None) -> Update:
+    """The whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
     home, config = _config_above(stage.folder)
     pair = pair or pair_of(config, home)
-    base = CheckpointReader(pair.base_folder())
+    base, instruct = (open_model(folder).learned() for folder in (pair.base_folder(), pair.instruct_folder()))
+    # The run holds experts as its module does, the update shall hold them as the files.
+    aligned = AlignedReader(base, instruct)
     if any(map(is_adapter_name, stage.tensors)):
-        update = AdapterUpdate(base, stage.folder, adapter or _adapter(config, home), stage)
-        delta = Delta.from_update(update)
-    else:
-        # The run holds experts as its module does, the delta shall hold them as the files.
-        aligned = AlignedReader(base, CheckpointReader(pair.instruct_folder()))
-        delta = _difference(in_layout_of(stage, base), aligned)
-    wanted = select or (config.get("graft") or {}).get("select") or "linear"
-    return delta.only(resolve(wanted, delta.shapes, linear_on_disk(base.tensors), "of the update"))
+        return AdapterUpdate(aligned, stage.folder, adapter or _adapter(config, home), stage, strict=False)
+    return FullUpdate(aligned, stage, strict=False)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
+
+    Raises:
+        DataError: It isn't YAML.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return {}
+    try:
+        return load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
+    except yaml.YAMLError as error:
+        raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
+
+
+def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:
+    """The pair of a run, whose paths may be relative to the folder that it was started from; see :func:`located`.
+
+    Raises:
+        DataError: The configuration names no pair.
+    """
+    section = config.get("pair") or {}
+    if not section.get("base") or not section.get("instruct"):
+        raise DataError(
+            f"{folder} holds no config.yaml that names a pair. Expected the one that 'python -m shadowlit fit' leaves "
+            "there; for another run, give the base."
+        )
+    return ModelPair(**{**section, **{who: located(section[who], folder) for who in ("base", "instruct")}})
+
+
+def located(source: str, folder: Path) -> str:
+    """A path of a run's configuration, looked for from here and from every folder above the run's; else as it is."""
+    above = [Path(), *folder.resolve().parents]
+    return next((str(parent / source) for parent in above if (parent / source).exists()), source)
 
 
 def _opened(path: Path) -> TrainedReader | None:
@@ -154,21 +198,6 @@ def _none(folder: Path) -> DataError:
         f"{folder} holds no complete *.ckpt. Give the folder of a run with a ModelCheckpoint callback; "
         "every_n_train_steps and save_top_k=-1 keep the checkpoints of its whole course."
     )
-
-
-def _difference(tuned: TensorReader, base: TensorReader) -> Delta:
-    shapes = {name: info.shape for name, info in base.tensors.items() if name in tuned.tensors}
-    unequal = [f"{name} {shape} and {tuned.tensors[name].shape}" for name, shape in shapes.items()
-               if tuned.tensors[name].shape != shape]  # fmt: skip
-    if unequal or not shapes:
-        problem = f"differ in the shapes of {some_of(unequal)}" if unequal else "share no tensor's name"
-        raise CheckpointError(f"{base.folder} and {tuned.folder} {problem}. Give the Base that was trained.")
-
-    def rows(name: str, start: int, stop: int) -> Tensor:
-        part = (slice(start, stop),) if shapes[name] else ()
-        return tuned.read_slice(name, part).float() - base.read_slice(name, part).float()
-
-    return Delta(shapes, rows)
 
 
 def _config_above(path: Path) -> tuple[Path, dict[str, Any]]:

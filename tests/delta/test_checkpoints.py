@@ -10,12 +10,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed import checkpoint as sharded
 
-from shadowlit.analysis.checkpoints import TrainedReader, latest, open_stage, stages
 from shadowlit.analysis.deltas import open_delta
 from shadowlit.analysis.evolution import evolutions
 from shadowlit.analysis.run import read_run
 from shadowlit.analysis.truncation import losses
 from shadowlit.checkpoint.names import saved_name
+from shadowlit.delta.checkpoints import TrainedReader, latest, open_stage, stages
 from shadowlit.demo.runs import fit
 from shadowlit.errors import CheckpointError, DataError, GraftError
 from tests.tiny import save_model, save_pair
@@ -182,7 +182,9 @@ def test_another_base(tmp_path, pair):
     other = save_model(tmp_path / "other", hidden=48)
     home = configured(tmp_path / "run", (other, other))
     write(home, tuned(pair[0], 1), 1)
-    with pytest.raises(CheckpointError, match="differ in the shapes"):
+    with pytest.raises(
+        GraftError, match=r"was not tuned from .*shapes: .*Give the Base that the training started from"
+    ):
         open_delta(home)
 
 

@@ -1,0 +1,183 @@
+"""Renders conversations by the chat template of a tokenizer; whatever goes wrong in it becomes a DataError."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from shadowlit.data.conversation import FatalDataError
+from shadowlit.data.formats import Message
+from shadowlit.data.images import Span
+from shadowlit.errors import DataError, first_line
+
+MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""The marks that enclose what the assistant generates, in templates that have them."""
+
+TIME_LIMIT_S = 10.0
+"""After this time, a rendering is stopped; templates take well below a millisecond."""
+
+
+class RewrittenHistoryError(DataError):
+    """A template renders a turn differently once other turns follow it."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat template and its arguments.
+
+    Attributes:
+        tokenizer: Tokenizer that the template belongs to; its special tokens are arguments as well.
+        source: The template.
+        arguments: Further arguments, e.g. ``enable_thinking``, and ``tools``.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Chat:
+        """The template that ``apply_chat_template`` would choose, which may be a special one for tools.
+
+        Raises:
+            DataError: The tokenizer has no chat template, only named ones, or isn't fast.
+        """
+        name = tokenizer.name_or_path or "the Instruct"
+        if not tokenizer.chat_template:
+            raise DataError(
+                f"the tokenizer of {name} has no chat template. Use the Instruct's folder with its "
+                "chat_template.jinja, or set data.chat_template to the path of a jinja file."
+            )
+        if not tokenizer.is_fast:
+            raise DataError(
+                f"the tokenizer of {name} is not a fast one, and can't tell which characters a token covers. "
+                "Convert it to a tokenizer.json."
+            )
+        try:
+            return cls(tokenizer, tokenizer.get_chat_template(tools=arguments.get("tools")), arguments)
+        except ValueError:
+            raise DataError(
+                f"the tokenizer of {name} has the chat templates {', '.join(sorted(tokenizer.chat_template))}, none "
+                "of which is the default. Set data.chat_template to the path of a jinja file."
+            ) from None
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the template marks what the assistant generates."""
+        return MARKS.search(self.source) is not None
+
+    def render(self, messages: Sequence[Message], ask: bool = False) -> str:
+        """The conversation as text, with the generation prompt if ``ask``.
+
+        Raises:
+            DataError: The template refuses the conversation or fails.
+            FatalDataError: The template doesn't end in time.
+        """
+        return self._render(messages, add_generation_prompt=ask)[0]
+
+    def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The conversation as text, and the characters between the template's marks; errors as for :meth:`render`.
+
+        ``return_assistant_tokens_mask`` of ``apply_chat_template`` would look up the token of a span's first character
+        and leave out the whole span where there is none, e.g. for a space that the tokenizer's offsets trim
+        (transformers#34172).
+        """
+        return self._render(messages, return_assistant_tokens_mask=True)
+
+    def _render(self, messages: Sequence[Message], **options: Any) -> tuple[str, Any]:
+        def render() -> Any:  # annotated as a text upstream
+            return render_jinja_template(
+                conversations=[plain(messages)],
+                chat_template=self.source,
+                **{**self.tokenizer.special_tokens_map, **self.arguments, **options},
+            )
+
+        try:
+            texts, spans = _in_time(render)
+        except (_OutOfTime, TimeoutError):
+            raise FatalDataError(
+                f"is not rendered by the chat template within {TIME_LIMIT_S:g} s{_turns(messages)}, as if the template "
+                "never ended. Correct its loops, or set data.chat_template to another template."
+            ) from None
+        except Exception as error:  # a template is code: it can raise anything
+            raise _refusal(error, messages) from None
+        return texts[0], spans[0] if spans else []
+
+
+def plain(messages: Sequence[Message]) -> list[Message]:
+    """Messages as a template expects them: without weights and nulls, with the place of each image, not the image."""
+    result = []
+    for message in messages:
+        content = message.get("content")
+        if content is None:  # next to tool calls; most templates concatenate it
+            content = ""
+        elif not isinstance(content, str):
+            content = [{"type": "image"} if part["type"] == "image" else part for part in content]
+        rest = {key: value for key, value in message.items() if key != "weight" and value is not None}
+        result.append({**rest, "content": content})
+    return result
+
+
+class _OutOfTime(BaseException):
+    """Not an Exception, which jinja would catch, to rewrite its traceback."""
+
+
+def _in_time(render: Callable[[], Any]) -> Any:
+    """``render()``; _OutOfTime or a TimeoutError after ``TIME_LIMIT_S``."""
+    if (
+        threading.current_thread() is threading.main_thread()
+        and hasattr(signal, "setitimer")  # not on Windows
+        and not any(signal.getitimer(signal.ITIMER_VIRTUAL))
+        and (handler := signal.getsignal(signal.SIGVTALRM)) is not None
+    ):
+        # Of processor time, which doesn't pass while the machine sleeps; test runners use the other timer.
+        signal.signal(signal.SIGVTALRM, _stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, TIME_LIMIT_S)
+        try:
+            return render()
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, handler)
+    # Only the main thread receives signals. Here, the thread of an endless template runs until the process ends.
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(render())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(TIME_LIMIT_S)
+
+
+def _stop(*_: Any) -> None:
+    raise _OutOfTime
+
+
+def _refusal(error: Exception, messages: Sequence[Message]) -> DataError:
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return broken_template("the chat template", error)
+    reason = str(error) if isinstance(error, jinja2.TemplateError) else first_line(error)
+    return DataError(
+        f"is refused by the chat template: '{reason}'{_turns(messages)}. Change the conversation, e.g. move a "
+        "system text into the first user turn, or set data.chat_template to a template that takes it."
+    )
+
+
+def _turns(messages: Sequence[Message]) -> str:
+    return f" (its turns: {', '.join(message['role'] for message in messages) or 'no turn at all'})"
+
+
+def broken_template(name: str, error: jinja2.TemplateSyntaxError) -> DataError:
+    """The error of a text that isn't a jinja template."""
+    return DataError(f"{name} is no jinja template: {error.message} in line {error.lineno}. Correct it.")
