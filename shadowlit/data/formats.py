@@ -31,6 +31,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from shadowlit.data.turns import (
+    SPEAKERS,
     Message,
     convert_turns,
     field,
@@ -191,9 +192,20 @@ def without_ignored_fields(messages: Sequence[Message], patterns: Sequence[str])
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row with the names that formats read; ``columns`` has the name of the source for each of them."""
+    """A row with the names that formats read; ``columns`` has the name of the source for each of them.
+
+    Raises:
+        DataError: A column has a name that another one is read by, and one of them would be lost.
+    """
     names = {theirs: ours for ours, theirs in columns.items()}
-    return {names.get(name, name): value for name, value in row.items()}
+    renamed = {names.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        ours = next(ours for ours, theirs in columns.items() if ours in row and theirs in row and ours not in names)
+        raise DataError(
+            f"has the columns '{columns[ours]}' and '{ours}', both of which would be read as '{ours}'. Leave out one "
+            f"of them, e.g. data.ignore_columns=[{ours}], or name the right ones in data.columns."
+        )
+    return renamed
 
 
 def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequence[Message]) -> dict[str, str]:
@@ -219,13 +231,14 @@ def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequenc
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts in a value, at every depth, that aren't blank."""
+    """The texts in a value, at every depth, that aren't blank; the roles of turns aren't among them."""
     if isinstance(value, str):
         if value.strip():
             yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from texts_in(one)
+        for name, one in value.items():
+            if not (name in ("role", "from") and isinstance(one, str) and one in SPEAKERS):
+                yield from texts_in(one)
     elif isinstance(value, list | tuple):
         for one in value:
             yield from texts_in(one)
@@ -233,7 +246,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def from_messages(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
     """``{"messages": [{"role", "content"}, …]}`` to messages."""
-    return convert_turns(field(row, "messages", list), "messages")
+    return with_system(row, convert_turns(field(row, "messages", list), "messages"))
 
 
 def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
@@ -281,7 +294,7 @@ def from_text(row: Mapping[str, Any], prompts_only: bool = False) -> list[Messag
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(from_messages, ("messages",), ("messages",)),
+    "messages": Format(from_messages, ("messages",), ("messages",), ("system",)),
     "sharegpt": Format(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
     "alpaca": Format(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system", "history")),
     "prompt_completion": Format(

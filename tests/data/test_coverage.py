@@ -98,15 +98,16 @@ def test_what_a_template_ignores_is_an_error_with_the_choices(template):
     named = talk("a", "b")
     named[0] |= {"name": "a", "meta": {"id": 3, "type": "b"}}
     unlike = [*weather(city="Oslo")[:2], {"role": "tool", "content": "rain", "name": "other"}, talk("", "R")[1]]
+    said = weather(city="a")
+    said[1]["content"] = "Let me see."
     cases = [
         (reasoned, None, "'reasoning_content' in messages[1]", "it, add 'messages.reasoning_content' to", "it"),
         (accidental, None, "'reasoning' in messages[1]", "it, add 'messages.reasoning' to", "it"),
         (named, None, "'name' in messages[0], 'meta' in messages[0]",
          "them, add 'messages.meta' and 'messages.name' to", "them"),
         (talk("a", "b"), [TOOL], "'tools'", "it, add 'tools' to", "it"),
-        (weather(city="a"), None, "'tool_calls' in messages[1]", "it, add 'messages.tool_calls' to", "it"),
-        (unlike, None, "'tool_calls' in messages[1], 'name' in messages[2]",
-         "them, add 'messages.name' and 'messages.tool_calls' to", "them"),
+        (said, None, "'tool_calls' in messages[1]", "it, add 'messages.tool_calls' to", "it"),
+        (unlike, None, "'tool_calls' in messages[1], 'name' in messages[2]", "them, add 'messages.name' to", "them"),
     ]  # fmt: skip
     for messages, tools, field, choice, it in cases:
         expected = (
@@ -167,6 +168,22 @@ def test_a_template_that_drops_earlier_reasoning_on_purpose_loses_nothing():
         begun.replace(end, end.replace("<|im_end|>\\n' }}", "<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"))
     )
     assert encode_turns(marked, messages) == samples
+
+
+def test_only_the_assistant_may_be_shortened_once_other_turns_follow():
+    """Otherwise the turns before the last question would be lost: with marks, without, and in prompts."""
+    messages = talk("I like long walks.", "b", "c", "d")
+    last = "{% set q = namespace(i=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set q.i = loop.index0 %}"
+    cut = last + "{% endif %}{% endfor %}" + CHATML_UNMARKED.replace("in messages", "in messages[q.i:]")
+    for source, loss_on in (
+        (cut, "assistant"),
+        (cut, "last"),
+        (CHATML.replace("in messages", "in messages[-3:]"), "all"),
+    ):
+        with pytest.raises(DataError, match=r"has 'content' in messages\[0\], .*which the chat template doesn't write"):
+            encode_turns(make_tokenizer(source), messages, loss_on=loss_on)
+    with pytest.raises(DataError, match=r"has 'content' in messages\[0\]"):
+        encode_question(make_tokenizer(cut), messages, None)
 
 
 def test_reasoning_under_several_names_is_one_text():
@@ -296,7 +313,7 @@ def test_every_set_of_a_data_module_is_checked(tmp_path):
         ("fit", "pairs", [reasoning], {"samples": "pairs"}),
         ("validate", "reasoned", [reasoning], {}),
         ("predict", "asked", [reasoning], {}),
-        ("fit", "calls", ["messages.tool_calls", "tools"], {}),
+        ("fit", "calls", ["tools"], {}),
     ):
         with pytest.raises(
             DataError, match=r"^sample 0 of .*\.jsonl \(line 1\) has '.*which the chat template"
@@ -304,6 +321,7 @@ def test_every_set_of_a_data_module_is_checked(tmp_path):
             read(stage, name, **options)
         assert f"add {' and '.join(map(repr, ignored))} to data.ignore_columns" in str(error.value)
         if name == "calls":  # a turn without its calls would be an empty answer
+            ignored = ["messages.tool_calls", "tools"]
             with pytest.raises(DataError, match=r"nothing but tool calls in messages\[1\], which data.ignore_columns"):
                 read(stage, name, ignore_columns=ignored, **options)
         elif "streaming" not in options:
