@@ -25,6 +25,7 @@ Formats from outside the package are described in :mod:`shadowlit.data.custom_fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -57,6 +58,7 @@ DOCUMENT = "document"
 _IMAGES = ("images", "image")
 _TOOLS = ("tools", "functions")
 _OF_TURNS = ("weight", "loss_weight", "train")  # fields of turns, which would have no effect as columns
+_END_MARKS = re.compile(r"\s*(<[^<>]*>\s*)*")  # that may follow the last turn of a rendered conversation
 _LEAST_COPY = 20  # characters of a text in an unread column that is taken for a copy of a part of a turn
 
 
@@ -164,7 +166,7 @@ def without_ignored(row: Mapping[str, Any], patterns: Sequence[str], path: str =
     return {
         name: kept(value, f"{path}{name}")
         for name, value in row.items()
-        if not any(fnmatchcase(f"{path}{name}", pattern) for pattern in patterns)
+        if not any(f"{path}{name}" == pattern or fnmatchcase(f"{path}{name}", pattern) for pattern in patterns)
     }
 
 
@@ -363,13 +365,25 @@ def _at_placeholders(text: str) -> list[dict[str, Any]]:
 def _is_copy(text: str, messages: Sequence[Message]) -> bool:
     """Whether a text is that of a turn, a long part of one, or the whole conversation."""
     text = text.strip()
-    if messages and all(one in text for message in messages for one in texts_in(message["content"])):
-        return True  # the conversation, rendered
+    if messages and _is_rendered(text, [one.strip() for message in messages for one in texts_in(message["content"])]):
+        return True
     for message in messages:
         own = [one.strip() for one in texts_in({key: one for key, one in message.items() if key != "role"})]
         if text in own or (len(text) >= _LEAST_COPY and any(text in one for one in own)):
             return True
     return False
+
+
+def _is_rendered(text: str, contents: Sequence[str]) -> bool:
+    """Whether a text has the contents of a conversation in their order, and ends with the last one or its end mark."""
+    reached = 0
+    for content in contents[:-1]:
+        at = text.find(content, reached)
+        if at < 0:
+            return False
+        reached = at + len(content)
+    last = text.rfind(contents[-1], reached) if contents else -1
+    return last >= 0 and _END_MARKS.fullmatch(text, last + len(contents[-1])) is not None
 
 
 def _accepted(prompts_only: bool) -> str:

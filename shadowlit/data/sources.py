@@ -215,7 +215,6 @@ class _Reader:
     def _preference(self, row: Row, columns: dict[str, Any]) -> Conversation:
         if self._custom is not None:
             columns = self._custom.preference_row(columns, self.samples)
-        read = read_columns(columns, self.samples)
         if self.samples == "pairs":
             messages, other = convert_pair(columns)
             label = None
@@ -223,7 +222,7 @@ class _Reader:
             prompt, answer, label = convert_labelled(columns)
             messages, other = prompt + answer, prompt
         if self._custom is None:
-            self._note_unread(row, columns, read, [*messages, *other])
+            self._note_unread(row, columns, read_columns(columns, self.samples), [*messages, *other])
         messages, tools = self._finish(columns, messages)
         other, _ = self._finish({}, other)
         return Conversation(messages, row.source, row.index, row.line, tools, other=other, desirable=label)

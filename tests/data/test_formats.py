@@ -441,6 +441,16 @@ def test_no_column_with_content_is_dropped_in_silence(tmp_path):
         {"messages": talk("a", "bc"), "answer": "c", "meta": {"source": ["web"]}},
         {"messages": talk("a", "b"), "weight": 2},
     ]
+    for more in (
+        "counted on the fingers, 2+2 is 4 of them",
+        "4, or SECRET 2+2",
+        "4 is 2+2",
+    ):  # no rendered conversation
+        about = write(tmp_path / "about.jsonl", lines([{"prompt": "2+2", "completion": "4", "explanation": more}]))
+        with pytest.raises(DataError, match=r"the model wouldn't see: 'explanation'"):
+            read_conversations(about)
+    rendered = {"prompt": "2+2", "completion": "4", "text": "<s>[INST] 2+2 [/INST] 4 </s>\n"}
+    assert len(read_conversations(write(tmp_path / "rendered.jsonl", lines([rendered])))) == 1
     path = write(tmp_path / "f.jsonl", lines(rows))
     expected = (
         r"content that the model wouldn't see: 'answer' \('c' \(str\) in sample 5 of \S+ \(line 6\)\), "
