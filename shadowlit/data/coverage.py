@@ -268,8 +268,8 @@ def _lost(leaves: list[_Leaf], lost: Mapping[Path, str]) -> DataError:
     names = list(_named(leaves, lost))
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     fields = {leaf.field for leaf in leaves if leaf.path in lost}
-    fields -= {field for field in fields if field[-1] == "tool_calls" and not _has_content(field, leaves)}
-    columns = sorted({_column(field) for field in fields if _is_whole(field, leaves, lost)} - {"messages.content"})
+    needed = {_column(field) for field in fields if not _may_be_ignored(field, leaves, lost)}
+    columns = sorted({_column(field) for field in fields} - needed)
     it = "it" if len(names) == 1 else "them"
     ignore = f"add {' and '.join(map(repr, columns))} to data.ignore_columns, " if columns else ""
     return DataError(
@@ -294,13 +294,15 @@ def _named(leaves: list[_Leaf], lost: Mapping[Path, str]) -> Iterator[str]:
         yield f"a part of '{field[-1]}{inner}'{place}, {shown(lost[leaf.path] or leaf.value)}"
 
 
+def _may_be_ignored(field: Path, leaves: list[_Leaf], lost: Mapping[Path, str]) -> bool:
+    """Whether a field is lost as a whole, and something is left of its turn without it."""
+    has_content = any(leaf.field == (*field[:2], "content") for leaf in leaves)
+    is_needed = field[-1] == "content" or (field[-1] == "tool_calls" and not has_content)
+    return not is_needed and _is_whole(field, leaves, lost)
+
+
 def _is_whole(field: Path, leaves: list[_Leaf], lost: Mapping[Path, str]) -> bool:
     return all(lost.get(leaf.path) == "" for leaf in leaves if leaf.field == field)
-
-
-def _has_content(field: Path, leaves: list[_Leaf]) -> bool:
-    """Whether the turn of a field has content; one with nothing but tool calls can't lose them."""
-    return any(leaf.field == (*field[:2], "content") for leaf in leaves)
 
 
 def _column(field: Path) -> str:
