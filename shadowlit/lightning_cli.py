@@ -219,10 +219,6 @@ class ShadowCLI(LightningCLI):
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(ThroughputCallback, "throughput")
-        for action in parser._actions:
-            # A source of data is a path, or a mapping: its file isn't read as a file with that mapping.
-            if action.dest.startswith("data.") and hasattr(action, "_enable_path"):
-                action._enable_path = False
         parser.link_arguments("pair", "model.pair", apply_on="instantiate")
         parser.link_arguments("pair", "data.pair", apply_on="instantiate")
         parser.link_arguments("model.objective", "data.samples", samples_of, apply_on="instantiate")
