@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -13,6 +14,7 @@ import torch
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import first_line
+from shadowlit.limits import in_time
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.side import Side
 
@@ -168,7 +170,8 @@ def check_template(
         return
     try:
         parts = owner.get("vision_config") is not None
-        ids, ends = _written_tokens(owner.tokenizer, parts, **{**template_kwargs, "chat_template": replaced})
+        options = {**template_kwargs, "chat_template": replaced}
+        ids, ends = in_time(partial(_written_tokens, owner.tokenizer, parts, **options))
     except Exception as error:
         own_file = f"chat_template.jinja in the {owner.title}'s folder, or set data.chat_template to another file"
         file = own_file if replaced is None else "the file of data.chat_template"
