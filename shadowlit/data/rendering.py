@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +15,10 @@ from shadowlit.data.conversation import FatalDataError
 from shadowlit.data.formats import Message
 from shadowlit.data.images import Span
 from shadowlit.errors import DataError, first_line
+from shadowlit.pair.timeout import TIME_LIMIT_S, in_time
 
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """The marks that enclose what the assistant generates, in templates that have them."""
-
-TIME_LIMIT_S = 10.0
-"""After this time, a rendering is stopped; templates take well below a millisecond."""
 
 
 class RewrittenHistoryError(DataError):
@@ -102,8 +97,8 @@ class Chat:
             )
 
         try:
-            texts, spans = _in_time(render)
-        except (_OutOfTime, TimeoutError):
+            texts, spans = in_time(render, TIME_LIMIT_S)
+        except TimeoutError:
             raise FatalDataError(
                 f"is not rendered by the chat template within {TIME_LIMIT_S:g} s{_turns(messages)}, as if the template "
                 "never ended. Correct its loops, or set data.chat_template to another template."
@@ -125,43 +120,6 @@ def plain(messages: Sequence[Message]) -> list[Message]:
         rest = {key: value for key, value in message.items() if key != "weight" and value is not None}
         result.append({**rest, "content": content})
     return result
-
-
-class _OutOfTime(BaseException):
-    """Not an Exception, which jinja would catch, to rewrite its traceback."""
-
-
-def _in_time(render: Callable[[], Any]) -> Any:
-    """``render()``; _OutOfTime or a TimeoutError after ``TIME_LIMIT_S``."""
-    if (
-        threading.current_thread() is threading.main_thread()
-        and hasattr(signal, "setitimer")  # not on Windows
-        and not any(signal.getitimer(signal.ITIMER_VIRTUAL))
-        and (handler := signal.getsignal(signal.SIGVTALRM)) is not None
-    ):
-        # Of processor time, which doesn't pass while the machine sleeps; test runners use the other timer.
-        signal.signal(signal.SIGVTALRM, _stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, TIME_LIMIT_S)
-        try:
-            return render()
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, handler)
-    # Only the main thread receives signals. Here, the thread of an endless template runs until the process ends.
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(render())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(TIME_LIMIT_S)
-
-
-def _stop(*_: Any) -> None:
-    raise _OutOfTime
 
 
 def _refusal(error: Exception, messages: Sequence[Message]) -> DataError:

@@ -15,6 +15,7 @@ from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import first_line
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.side import Side
+from shadowlit.pair.timeout import TIME_LIMIT_S, in_time
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,9 +137,9 @@ def check_template(
 
     It is the owner's, unless it is ``replaced`` by another text.
     """
-    if owner.tokenizer is None:
+    if (tokenizer := owner.tokenizer) is None:
         return
-    own = owner.tokenizer.chat_template
+    own = tokenizer.chat_template
     if replaced is not None:
         yield Problem.note(
             "chat template",
@@ -168,7 +169,8 @@ def check_template(
         return
     try:
         parts = owner.get("vision_config") is not None
-        ids, ends = _written_tokens(owner.tokenizer, parts, **{**template_kwargs, "chat_template": replaced})
+        options = {**template_kwargs, "chat_template": replaced}
+        ids, ends = in_time(lambda: _written_tokens(tokenizer, parts, **options), TIME_LIMIT_S)
     except Exception as error:
         own_file = f"chat_template.jinja in the {owner.title}'s folder, or set data.chat_template to another file"
         file = own_file if replaced is None else "the file of data.chat_template"
