@@ -28,6 +28,7 @@ from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.update import Update, may_hold_weights, zero_update
+from shadowlit.limits import bounded_matching
 from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import selects
 
@@ -63,7 +64,11 @@ class Scale:
 
     def of(self, name: str) -> float:
         """The scale of tensor ``name``."""
-        return next((value for pattern, value in self.by_pattern if re.search(pattern, name)), self.default)
+        for pattern, value in self.by_pattern:
+            with bounded_matching(f"scale has {pattern!r}"):
+                if re.search(pattern, name):
+                    return value
+        return self.default
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -166,7 +171,9 @@ class DiskGraft:
         update.require_weights(sorted(self.selected))
         self._require_one_update_of_tied(select)
         for pattern, _ in scale.by_pattern:
-            if not any(re.search(pattern, name) for name in self.selected):
+            with bounded_matching(f"scale has {pattern!r}"):
+                matches = any(re.search(pattern, name) for name in self.selected)
+            if not matches:
                 raise GraftError(
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
