@@ -20,6 +20,7 @@ from shadowlit.errors import DataError, first_line
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """The marks that enclose what the assistant generates, in templates that have them."""
 
+
 class RewrittenHistoryError(DataError):
     """A template renders a turn differently once other turns follow it."""
 

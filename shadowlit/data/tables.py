@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import lzma
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -67,10 +68,10 @@ def read_text_table(source: str, path: Path) -> Iterator[tuple[int, dict[str, An
                 if line.strip():
                     yield number, {"text": line.rstrip("\r\n")}
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x}. Convert it, e.g. "
-            f"`iconv -f latin1 -t utf-8 {source}`."
-        ) from None
+        wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # the mark with which UTF-16 begins
+        found = "UTF-16 text" if wide else f"not UTF-8: byte 0x{error.object[error.start]:02x}"
+        command = f"iconv -f {'UTF-16' if wide else 'latin1'} -t utf-8 {shlex.quote(str(path))} > rows{kind}"
+        raise DataError(f"{source} is {found}; expected UTF-8. Convert it, e.g. `{command}`.") from None
     except (OSError, EOFError, lzma.LZMAError, csv.Error) as error:
         raise DataError(f"{source} can't be read ({first_line(error)}). Write it again.") from None
 

@@ -205,6 +205,8 @@ def test_rows_may_have_unequal_keys(tmp_path):
     ("f.csv", "prompt,prompt\na,b\n", r"f\.csv has the header prompt, prompt; expected a different name for every"),
     ("f.csv", "prompt,completion\na,b\nc\n", r"f\.csv has 1 fields in the row that ends in line 3, and 2 in its"),
     ("f.csv", b"prompt,completion\na,\xe9\n", r"f\.csv is not UTF-8: byte 0xe9"),
+    ("f.csv", "prompt,completion\na,b\n".encode("utf-16"),
+     r"f\.csv is UTF-16 text; .*`iconv -f UTF-16 -t utf-8 .*f\.csv > rows\.csv`"),
     ("f.csv", 'prompt,completion\na,"b\n', r"f\.csv can't be read \(Error: unexpected end of data\)"),
     ("f.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], r"f\.jsonl\.gz can't be read \(OSError: Truncated"),
     ("f.jsonl.gz", "{}", r"f\.jsonl\.gz can't be read \("),
