@@ -100,8 +100,8 @@ class Chat:
             texts, spans = limits.in_time(render)
         except TimeoutError:
             raise FatalDataError(
-                f"is not rendered by the chat template within {limits.TIME_LIMIT_S:g} s{_turns(messages)}, as if the template "
-                "never ended. Correct its loops, or set data.chat_template to another template."
+                f"is not rendered by the chat template within {limits.TIME_LIMIT_S:g} s{_turns(messages)}, as if the "
+                "template never ended. Correct its loops, or set data.chat_template to another template."
             ) from None
         except Exception as error:  # a template is code: it can raise anything
             raise _refusal(error, messages) from None

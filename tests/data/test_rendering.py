@@ -6,6 +6,7 @@ import time
 import pytest
 
 from shadowlit import limits
+from shadowlit.data import rendering
 from shadowlit.data.conversation import Conversation, FatalDataError, collect
 from shadowlit.data.template import check_template, encode, encode_question, encode_turns, render_prompt
 from shadowlit.errors import DataError
