@@ -19,7 +19,7 @@ import numpy as np
 
 from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
-from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of, weights_in
 from shadowlit.checkpoint.layout import head_and_embedding
 from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, kind_of, layer_of, module_of, routers, tower_of
 from shadowlit.checkpoint.reader import TensorReader, described
@@ -27,7 +27,7 @@ from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.update import Update, may_hold_weights, zero_update
+from shadowlit.grafting.update import Update, zero_update
 from shadowlit.limits import bounded_matching
 from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import selects
@@ -82,10 +82,9 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     gates = routers(tensors)
     weights = {
         name
-        for name, info in tensors.items()
+        for name, info in weights_in(tensors).items()
         if (layer_of(name) is not None or (tower_of(name) == "projector" and is_weight(name)))
         and len(info.shape) >= 2
-        and may_hold_weights(info)
         and not (is_norm(name) or is_bias(name))
         and name not in gates
     }
@@ -146,7 +145,7 @@ class DiskGraft:
         self._allow_zero = allow_zero
         self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
         own = instruct.learned().tensors
-        weights = {name: info for name, info in own.items() if may_hold_weights(info)}
+        weights = weights_in(own)
         selected = resolve(select, weights, linear_on_disk(weights), "of the Instruct")
         update.require_weights(sorted(selected & update.without.keys()))
         self._update = update = _with_its_head(update, own)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from shadowlit.checkpoint.headers import dtype_of, some_of
+from shadowlit.checkpoint.headers import dtype_of, some_of, weights_in
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
 from shadowlit.errors import PairError
 from shadowlit.limits import bounded_matching
@@ -81,7 +81,7 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
     """Weights that cannot be added: quantised ones, and those without a fraction."""
     for side in (base, instruct):
         method = side.get("quantization_config")
-        coarse = [info for info in side.tensors.values() if info.is_packed]
+        coarse = [info for info in weights_in(side.tensors).values() if info.is_packed]
         if method or coarse:
             found = []
             if method:

@@ -398,6 +398,22 @@ def test_what_is_left_out_stops_nothing(folders):
     assert {"model.step", "model.mask"}.isdisjoint(Delta.make(folders / "base", folders / "tuned").shapes)
 
 
+def test_a_matrix_of_indices_is_a_buffer_and_a_packed_one_is_not(folders):
+    index, matrix = "model.layers.0.attention.relative_position_index", "model.layers.0.feed_forward.w2.codes"
+    for number, side in enumerate(SIDES):
+        rewrite(folders / side, **{index: torch.full((3, 3), number, dtype=torch.int32)})
+    for select in ("linear", "all"):
+        done = graft(*(folders / side for side in SIDES), folders / select, select=select)
+        assert index not in done.selected and index in done.coverage.left_out
+        assert torch.equal(read(folders / select)[index], read(folders / "instruct")[index])
+        assert index not in Delta.make(folders / "base", folders / "tuned", select).shapes
+    for side in SIDES:
+        rewrite(folders / side, **{matrix: torch.ones(3, 3, dtype=torch.int32)})
+    for attempt in (lambda: three(folders), lambda: Delta.make(folders / "base", folders / "tuned")):
+        with pytest.raises(GraftError, match=r"w2\.codes \(I32\), expected .*Dequantise the model first"):
+            attempt()
+
+
 def adapter(base: Path, folder: Path, rows: int | None = None, seed: int = 7, **options) -> Path:
     """An adapter of random factors, of a Base whose vocabulary may have been resized before."""
     torch.manual_seed(seed)

@@ -223,6 +223,12 @@ class TestTensors:
         assert (problem.severity, problem.subject) == ("error", "base quantised")
         assert name in problem.found and "unquantised original" in problem.remedy
 
+    def test_a_matrix_of_indices_is_not_quantised(self, tied):
+        index = {"model.layers.0.self_attn.relative_position_index": torch.ones(2, 2, dtype=torch.int32)}
+        for folder in (tied.base, tied.instruct):
+            edit_weights(folder, lambda t: t.update(index))
+        assert check_pair(tied) == []
+
     def test_quantisation_config(self, tied):
         edit_json(Path(tied.instruct) / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
         problem = only(check_pair(tied))
