@@ -182,6 +182,7 @@ class DiskGraft:
             coverage(self.selected, frozenset(update.shapes), sizes),
             without=tuple(f"{name} ({why})" for name, why in sorted(update.without.items())),
         )
+        self._of_instruct = f"Instruct {instruct.folder}"
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
         # Of the scaled update, of what rounding takes from it, and of the update itself.
         self._squares = [0.0, 0.0, 0.0]
@@ -281,7 +282,7 @@ class DiskGraft:
             raw = room[: (stop - start) * info.row_bytes]
             self.instruct.read_into(raw.data, name, start * info.row_bytes)
             if name not in self.instruct.computed:
-                numeric.require_finite(name, raw, target)
+                numeric.require_finite(name, raw, target, self._of_instruct)
             return raw.size, 0.0, 0.0, 0.0
         raw, squares, whole = self.instruct.raw_rows(name, start, stop), [0.0, 0.0], 0.0
         if name in self.selected:
@@ -291,6 +292,8 @@ class DiskGraft:
             scale = self._scale.of(name)
             stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
             if not all(map(math.isfinite, squares)):
+                numeric.require_finite(name, raw, info.code, self._of_instruct)
+                self._update.require_finite_base(name, start, stop)
                 exact = numeric.widen(raw, info.code) + scale * update
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
                     raise numeric.not_finite(name, bad, exact.size)
@@ -300,6 +303,7 @@ class DiskGraft:
         else:
             stored = numeric.narrow(numeric.widen(raw, info.code), target)
             if name not in self.instruct.computed:
+                numeric.require_finite(name, raw, info.code, self._of_instruct)
                 numeric.require_finite(name, stored, target)
         room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
         return stored.nbytes, squares[0], squares[1], whole
@@ -359,6 +363,10 @@ class _WithHead(Update):
     def changes(self, name: str) -> bool:
         """See :class:`Update`."""
         return self._update.changes(self._of.get(name, name))
+
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """See :class:`Update`."""
+        self._update.require_finite_base(self._of.get(name, name), start, stop)
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`Update`."""

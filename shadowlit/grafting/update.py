@@ -40,6 +40,7 @@ from shadowlit.checkpoint.names import (
     repeated_keys,
     weight_of,
 )
+from shadowlit.checkpoint.numeric import require_finite
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
@@ -86,6 +87,9 @@ class Update:
     def require_weights(self, names: Iterable[str]) -> None:
         """Raise a GraftError unless these are updates of floating-point weights; those of a stored delta always are."""
 
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """Raise a CheckpointError if the Base holds NaN or infinities in these rows, as far as it is known."""
+
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
         return None
@@ -117,6 +121,11 @@ class _FromBase(Update):
         if lacking := sorted(self.without.keys() & set(names)):
             raise self._problem(lacking)
         self._base.require_weights(names)
+
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """See :class:`Update`."""
+        stored, code = self._base.raw_rows(name, start, stop), self._base.info(name).code
+        require_finite(name, stored, code, f"Base {self._base.folder}")
 
 
 class FullUpdate(_FromBase):
