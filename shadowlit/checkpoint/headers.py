@@ -353,6 +353,9 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
     elif any(re.search(r"-of-\d+\.safetensors$", name) for name in others):
         found = f"but shards ({some_of(others)}) without their index"
         remedy = "Copy the index into the folder, or finish the download."
+    elif "adapter_model.safetensors" in names and "adapter_config.json" not in names:
+        found = "but an adapter (adapter_model.safetensors) without its adapter_config.json"
+        remedy = "Copy that file from where the adapter was saved; where a whole model is wanted, merge the adapter."
     elif others:
         found = f"but other safetensors files ({some_of(others)})"
         remedy = f"Merge an adapter into its model first; rename a single weight file to {single_file}."
