@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from shadowlit.checkpoint.headers import dtype_of, some_of, weights_in
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
@@ -26,6 +27,7 @@ _DEFINING = frozenset([
     "num_experts_per_tok", "layer_types", "query_pre_attn_scalar",
 ])
 # fmt: on
+_ONE_VALUE = {"swish": "silu"}  # two names of one function in transformers' ACT2FN
 
 
 def selects(select: Select, names: Iterable[str]) -> bool:
@@ -73,8 +75,12 @@ def _differences(base: Side, instruct: Side, keys: Iterable[str]) -> dict[str, s
     return {
         key: f"{key} is {base.get(key)!r} in the {base.title}, {instruct.get(key)!r} in the {instruct.title}"
         for key in keys
-        if base.get(key) != instruct.get(key)
+        if _meaning(base.get(key)) != _meaning(instruct.get(key))
     }
+
+
+def _meaning(value: Any) -> Any:
+    return _ONE_VALUE.get(value, value) if isinstance(value, str) else value
 
 
 def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:

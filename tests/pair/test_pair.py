@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from transformers.activations import ACT2FN
 
 from shadowlit import limits
 from shadowlit.errors import CheckpointError, PairError
@@ -203,6 +204,13 @@ class TestTensors:
         problem = only(check_pair(tied))
         assert (problem.severity, problem.subject) == ("error", "config")
         assert "num_attention_heads is 2 in the Base, 4 in the Instruct" in problem.found
+
+    def test_two_names_of_one_activation_are_no_difference(self, tied):
+        assert ACT2FN["swish"](torch.arange(-4.0, 5)).equal(ACT2FN["silu"](torch.arange(-4.0, 5)))
+        edit_json(Path(tied.base) / "config.json", hidden_act="swish")
+        assert check_pair(tied) == []
+        edit_json(Path(tied.base) / "config.json", hidden_act="gelu")
+        assert "hidden_act is 'gelu' in the Base, 'silu' in the Instruct" in only(check_pair(tied)).found
 
     def test_other_settings(self, tied):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5)
