@@ -15,7 +15,7 @@ from torch import Tensor
 from shadowlit.checkpoint.names import kind_of
 from shadowlit.cli.graft import parse_bytes, write
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
-from shadowlit.delta.folders import require_same_model
+from shadowlit.delta.folders import is_run, require_same_model
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError, as_usage
@@ -55,6 +55,12 @@ def make(
         allow_pickle: Also read pytorch_model.bin and adapter_model.bin in local folders, as tensors alone: nothing in
             them is run.
     """
+    if is_run(Path(tuned)):
+        raise GraftError(
+            f"{tuned} is a run of fit or one of its checkpoints; expected a model's folder or an adapter. 'python -m "
+            "shadowlit graft BASE RUN INSTRUCT OUT' takes it as it is; for a delta, call open_stage(latest(RUN), "
+            "select='all').save(Path(OUT)), both of shadowlit.delta.checkpoints, in Python."
+        )
     found = Delta.make(base, tuned, select, allow_pickle)
     if not allow_zero and not any(map(found.changes, found.shapes)):
         raise zero_update(f"{len(found.shapes)} tensors")

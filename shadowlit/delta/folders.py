@@ -122,7 +122,7 @@ def plan_graft(
         require_one_architecture(*stated_sides(("base", base_reader.folder), ("instruct", instruct_reader.folder)))
         in_place = base_of(instruct_reader.learned(), base_reader.learned())
         update: Update
-        if _is_run(Path(tuned)):
+        if is_run(Path(tuned)):
             from shadowlit.delta.checkpoints import latest, update_of  # late, as above
 
             stage = latest(tuned)
@@ -174,7 +174,7 @@ def write_graft(
     add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **left_out}})
 
 
-def _is_run(tuned: Path) -> bool:
+def is_run(tuned: Path) -> bool:
     """Whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
     itself = any((tuned / name).exists() for name in ("config.json", "adapter_config.json"))
     return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))

@@ -15,6 +15,7 @@ from shadowlit.analysis.evolution import evolutions
 from shadowlit.analysis.run import read_run
 from shadowlit.analysis.truncation import losses
 from shadowlit.checkpoint.names import saved_name
+from shadowlit.cli.main import main
 from shadowlit.delta.checkpoints import TrainedReader, latest, open_stage, stages
 from shadowlit.demo.runs import fit
 from shadowlit.errors import CheckpointError, DataError, GraftError
@@ -73,6 +74,20 @@ def test_full_tuning_is_the_difference(run, pair):
     for name in before:
         torch.testing.assert_close(delta.tensor(name), state[name] - before[name], rtol=0, atol=0)
     assert {n.split(".")[-2] for n in open_stage(stage, select="q_proj").shapes} == {"q_proj"}
+
+
+def test_delta_make_names_the_way_for_a_run(run, pair, tmp_path, capsys):
+    base, instruct = map(str, pair)
+    path = write(run, tuned(pair[0], 1), 7)
+    for given in (run, path):
+        assert main(["delta", "make", base, str(given), str(tmp_path / "no")]) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert "is a run of fit or one of its checkpoints" in told and "open_stage(latest(RUN), select='all')" in told
+    open_stage(latest(run), select="all").save(tmp_path / "delta", torch.float32)
+    assert main(["delta", "apply", str(tmp_path / "delta"), instruct, str(tmp_path / "applied")]) == 0
+    assert main(["graft", base, str(run), instruct, str(tmp_path / "grafted")]) == 0
+    applied, grafted = (load_file(tmp_path / name / "model.safetensors") for name in ("applied", "grafted"))
+    assert applied.keys() == grafted.keys() and all(torch.equal(applied[n], grafted[n]) for n in grafted)
 
 
 @pytest.mark.parametrize(
