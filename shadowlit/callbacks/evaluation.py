@@ -20,6 +20,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
 from shadowlit.callbacks.scores import error_of_paired
+from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
 from shadowlit.data.conversation import gathered, located, raise_all
 from shadowlit.data.protocol import run_data
@@ -248,6 +249,7 @@ class EvaluationCallback(Callback):
             reference=nullcontext if graft is None else partial(graft.applied, Subject(self.reference)),
             template_kwargs=run_data(trainer).template_kwargs,
             num_rows=_SANITY_ROWS if trainer.sanity_checking else None,
+            reach_boundary=partial(reach_boundary, trainer),
         )
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> None:

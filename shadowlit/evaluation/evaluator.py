@@ -33,6 +33,7 @@ class EvalContext:
         reference: The context in which ``model`` has the weights of the reference (the untouched Instruct).
         template_kwargs: Arguments of the chat template.
         num_rows: Number of rows to measure in the sanity check, in which answers may end early too; None for all.
+        reach_boundary: Called on all ranks between batches; raises if the command was told to stop.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class EvalContext:
     reference: Callable[[], AbstractContextManager[Any]]
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     num_rows: int | None = None
+    reach_boundary: Callable[[], None] = lambda: None
 
     def logits_at(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[N, V]`` of ``[B, T]`` tokens at ``[N]`` of their ``B * T`` positions.
@@ -138,4 +140,5 @@ class Evaluator(ABC):
         rows = [context.rank + i * context.world_size for i in range(per_rank)]
         rows = [row if row < num_rows else -1 for row in rows]
         for start in range(0, per_rank, self.batch_size):
+            context.reach_boundary()
             yield rows[start : start + self.batch_size]

@@ -1,0 +1,132 @@
+"""Signals end a command with 128 + signal: a training at a boundary, with a checkpoint that resumes exactly."""
+
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+from shadowlit.errors import Interrupted
+from shadowlit.evaluation.evaluator import EvalContext
+from shadowlit.lightning_cli import main
+from shadowlit.training.module import ShadowModule
+from tests.distributed import Forked
+from tests.tiny import save_pair
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A pair, and a configuration of 10 steps: 4 and a half batches an epoch are 3 steps, with validations."""
+    root = tmp_path_factory.mktemp("stopping")
+    base, instruct = save_pair(root)
+    rows = [[{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "ab" * (1 + i % 5)}]
+            for i in range(9)]  # fmt: skip
+    (root / "rows.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    config = {
+        "pair": {"base": str(base), "instruct": str(instruct)},
+        "model": {"lr": 1e-2, "adapter": {"r": 4, "lora_dropout": 0.2}},
+        "graft": {"select": "all", "dtype": "float32"},
+        "evaluation": {"evaluators": {"answers": {
+            "class_path": "shadowlit.evaluation.generated.Generation",
+            "init_args": {"data": str(root / "rows.jsonl"), "match": "contains", "max_new_tokens": 2, "batch_size": 2},
+        }}},
+        "export": {"parts": ["adapter"]},
+        "data": {"train": str(root / "rows.jsonl"), "validation": str(root / "rows.jsonl"), "batch_size": 2,
+                 "eval_batch_size": 4, "max_length": 64, "cache": False},
+        "trainer": {
+            "accelerator": "cpu", "devices": 1, "max_epochs": 3, "enable_progress_bar": False, "log_every_n_steps": 1,
+            "enable_model_summary": False, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2,
+            "check_val_every_n_epoch": None, "val_check_interval": 4,
+        },
+    }  # fmt: skip
+    (root / "run.yaml").write_text(yaml.safe_dump(config))
+    return root
+
+
+def fit(root, name, *args, callbacks=()):
+    """Run fit in a folder of its own."""
+    logger = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(root / name), "name": ""},
+    }
+    args = [f"--trainer.logger={json.dumps(logger)}", *args]
+    torch.set_num_threads(1)
+    return main(["fit", "--config", str(root / "run.yaml"), *args], callbacks)
+
+
+class Strike(Callback):
+    """Sends a signal to this process, at the n-th call of something in a training."""
+
+    def __init__(self, where, at, number=signal.SIGTERM):
+        self.where, self.left, self.number = where, at, number
+
+    def on_train_batch_end(self, *_):
+        self.count("batch")
+
+    def on_validation_batch_end(self, *_):
+        self.count("validation")
+
+    def on_subject(self, trainer, module, subject, record):
+        self.count("subject")
+
+    def on_train_epoch_end(self, *_):
+        self.count("epoch")
+
+    def on_train_end(self, *_):
+        self.count("end")
+
+    def on_fit_end(self, *_):
+        self.count("after")
+
+    def count(self, where):
+        self.left -= where == self.where
+        if not self.left:
+            self.left = -1
+            os.kill(os.getpid(), self.number)
+
+
+_MACHINES = ("seconds", "time", "per_s", "memory", "tokens")
+
+
+def logged(folder):
+    """The rows of metrics.csv in all runs of a folder, without times."""
+    rows = []
+    for file in sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+        for row in csv.DictReader(file.open()):
+            rows.append({name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)})
+    return rows
+
+
+def last(folder):
+    (found,) = folder.rglob("last.ckpt")
+    return found
+
+
+def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root):
+    whole = fit(root, "whole")
+    stops = [("batch", 1), ("batch", 1), ("validation", 2), ("subject", 2), ("epoch", 1), ("batch", 2), ("end", 1)]
+    resumed, steps = [], []
+    for number, (where, at) in enumerate(stops):
+        with pytest.raises(Interrupted) as stopped:
+            fit(root, "parts", *resumed, callbacks=[Strike(where, at)])
+        assert stopped.value.code == 143
+        folder = root / f"parts/version_{number}"
+        assert not (folder / "export").exists()
+        resumed = [f"--ckpt_path={last(folder)}"]
+        steps.append(torch.load(last(folder), weights_only=True)["global_step"])
+    print(steps)
+    end = fit(root, "parts", *resumed)
+    assert (root / f"parts/version_{len(stops)}/export/adapter").is_dir()
+    for (name, one), other in zip(whole.model.model.named_parameters(), end.model.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    for a, b in zip(logged(root / "whole"), logged(root / "parts"), strict=False):
+        if a != b:
+            print("DIFF", a, b)
+    assert logged(root / "parts") == logged(root / "whole")
