@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
@@ -24,8 +25,10 @@ def written_beside(file: Path) -> Iterator[Path]:
     next writer of the same file removes it once it is an hour older than its own.
 
     Raises:
-        OSError: The folder can't be made or the file not renamed.
+        OSError: The folder can't be made, the file not renamed, or it is a folder, which stays.
     """
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(file)
     try:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isabstract
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
 
 import torch
 import torchmetrics
 import yaml
-from jsonargparse import Namespace, Path
+from jsonargparse import Namespace
+from jsonargparse import Path as ConfigPath
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import lr_scheduler
 
@@ -35,9 +39,11 @@ from shadowlit.data.custom_formats import format_names
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.delta.registry import transform_names
-from shadowlit.errors import ShadowlitError, as_usage, first_line
+from shadowlit.errors import Interrupted, ShadowlitError, as_usage, first_line
 from shadowlit.evaluation import forgetting, generated, multiple_choice
 from shadowlit.evaluation.evaluator import Evaluator
+from shadowlit.files import require_writable
+from shadowlit.limits import load_yaml
 from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
 from shadowlit.parser import Known, ShortErrors
@@ -173,6 +179,8 @@ class ShadowCLI(LightningCLI):
         """Parse, and set the model's class aside, which is no argument of the class itself."""
         try:
             super().parse_arguments(parser, args)
+        except Interrupted:
+            raise
         except SystemExit as stop:
             with as_usage():
                 _require_own(stop)
@@ -241,7 +249,11 @@ class ShadowCLI(LightningCLI):
         with as_usage():
             try:
                 super().instantiate_classes()
+            except Interrupted:
+                raise
             except (Exception, SystemExit) as error:
+                if isinstance(error, MisconfigurationException | ValueError):
+                    self._raise_of_trainer(error)
                 self._raise_named(error)
             if "callback_metrics" not in vars(self.model):
                 raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
@@ -258,6 +270,43 @@ class ShadowCLI(LightningCLI):
         options["ckpt_path"] = str(path)
         if "hyper_parameters" in read_rest(path):
             rank_zero_warn(f"{path} holds hyper_parameters, which are not used: the configuration decides.")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; what Lightning itself refuses is an error of a line that names the key."""
+        if subcommand != "preview":
+            with as_usage():
+                self._require_writable()
+        try:
+            super()._run_subcommand(subcommand)
+        except (MisconfigurationException, ValueError) as error:
+            self._raise_of_trainer(error)
+            raise
+
+    def _require_writable(self) -> None:
+        """Try the folders that loggers and checkpoints are written to, before models are loaded."""
+        loggers = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
+        key = "trainer.logger's save_dir" if loggers else "trainer.default_root_dir"
+        for folder in loggers or [self.trainer.default_root_dir]:
+            try:
+                if "://" not in folder:  # of another file system
+                    require_writable(Path(folder))
+            except OSError as error:
+                raise ShadowlitError(
+                    f"{key} is {folder!r}, which can't be written ({error}). Set it to a folder that can."
+                ) from error
+
+    def _raise_of_trainer(self, error: BaseException) -> None:
+        """Raise a ShadowlitError if the error is one by which Lightning's own code refuses a setting of the trainer."""
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if isinstance(error, ShadowlitError) or not last.f_globals["__name__"].startswith("lightning."):
+            return
+        options, message = self.config[self.subcommand]["trainer"], " ".join(str(error).split())
+        if options["overfit_batches"]:  # which sets all three
+            message = re.sub(r"\blimit_(train|val|test)_batches", "overfit_batches", message)
+        keys = [word for word in re.findall(r"\w+", message) if word in options][:1] or ["accelerator", "devices"]
+        hint = "" if len(keys) == 1 else " Set what this machine has, e.g. trainer.accelerator=cpu."
+        named = ", ".join(f"trainer.{key} is {options[key]}" for key in keys)
+        raise ShadowlitError(f"{named}: {message}{hint}") from error
 
     def _raise_named(self, error: BaseException) -> NoReturn:
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""
@@ -356,8 +405,8 @@ def _given_class(args: ArgsType) -> str | None:
             found = value
         elif name in ("-c", "--config"):
             with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
-                text = Path(value, mode="fsr").get_content()
-                found = _class_in(yaml.safe_load(text)) or found
+                text = ConfigPath(value, mode="fsr").get_content()
+                found = _class_in(load_yaml(text, value)) or found
     return found
 
 
@@ -392,6 +441,8 @@ def check(args: list[str]) -> None:
     try:
         with contextlib.redirect_stderr(shown), warnings.catch_warnings(action="ignore"):
             _of(_Parsing, args)
+    except Interrupted:
+        raise
     except SystemExit:
         raise ShadowlitError(" ".join(shown.getvalue().partition("error: ")[2].split())) from None
 

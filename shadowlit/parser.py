@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
+import yaml
+from jsonargparse import get_loader, set_loader
 
 from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.limits import require_few_values
 from shadowlit.masking import MASK, is_secret, mask_text
 from shadowlit.plugins import import_object
 
@@ -25,6 +28,17 @@ _MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILI
 _CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUE, _MAX_LINES, _MAX_NAMES = 120, 6, 20
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load_value(text: str) -> Any:
+    require_few_values(text, "the configuration, or a value on the command line,")
+    return _load_yaml(text)
+
+
+set_loader("yaml", _load_value, (yaml.YAMLError,))  # for every configuration and value that jsonargparse reads
 
 
 class Known(NamedTuple):
@@ -59,7 +73,8 @@ class ShortErrors(jsonargparse.ArgumentParser):
         else:
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
-                near = difflib.get_close_matches(unknown[1], _keys(self), n=1)
+                keys, first = _keys(self), unknown[1].partition(".")[0]  # it knows no keys within a mapping
+                near = difflib.get_close_matches(unknown[1], keys, n=1) or difflib.get_close_matches(first, keys, n=1)
                 if any(map(is_secret, near)):
                     message = re.sub(rf"({re.escape(unknown[1])}[= ])\S+", rf"\1{MASK}", message)
                 message += f"\nDid you mean {near[0]}?" if near else ""

@@ -76,6 +76,7 @@ def test_what_has_its_type_is_passed_on_as_it_is():
     (lambda: ModelPair(3, "instruct"), "pair.base is 3; expected str."),
     (lambda: ModelPair("a", "b", template_owner="c"), "pair.template_owner is c; expected instruct, base."),
     (lambda: ShadowData("base"), "data.pair is 'base'; expected ModelPair."),
+    (lambda: ShadowData(PAIR, train={"a": "b"}), "data.train is {'a': 'b'}; expected a path, or a mapping of path and"),
     (lambda: ShadowData(PAIR, train={"path": "a", "b": 1}), "data.train has the key 'b'; expected some of path, "),
     (lambda: GraftCallback(scales=1.0), "graft.scales is 1.0; expected list[float]."),
     (lambda: GraftCallback(scales=["x"]), "graft.scales is ['x']; expected list[float]."),

@@ -54,6 +54,14 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
     assert folder == tmp_path
 
 
+def test_a_folder_is_not_replaced(tmp_path):
+    (tmp_path / "x.json").mkdir()
+    (tmp_path / "x.json/kept").write_text("theirs")
+    with pytest.raises(IsADirectoryError):
+        replace_text(tmp_path / "x.json", "new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["x.json", "kept"]
+
+
 def test_after_an_error_the_old_file_stays(tmp_path):
     file = replace_text(tmp_path / "x.txt", "old")
     with pytest.raises(KeyError), written_beside(file) as partial:

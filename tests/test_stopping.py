@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import time
 
 import pytest
 import torch
@@ -12,10 +11,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from shadowlit.errors import Interrupted
-from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.lightning_cli import main
-from shadowlit.training.module import ShadowModule
-from tests.distributed import Forked
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own

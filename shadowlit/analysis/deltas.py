@@ -14,7 +14,7 @@ from torch import Tensor
 from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
+from shadowlit.checkpoint.folder import DELTA_FILE
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.checkpoints import latest, open_stage, spread
@@ -23,14 +23,15 @@ from shadowlit.errors import DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.update import open_update
+from shadowlit.pair import buffers
 from shadowlit.pair.folders import model_folder
 
 # -- opening --------------------------------------------------------------------------------------------------
 
 
-def open_model(source: str | Path) -> CheckpointReader:
+def open_model(source: str | Path, key: str = "source") -> TensorReader:
     """The weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
-    return CheckpointReader(model_folder("the", str(source), key="source"))
+    return buffers.open_model(model_folder("the", str(source), key=key)).learned()
 
 
 def open_delta(source: str | Path, base: str | Path | None = None, select: str | list[str] | None = None) -> Delta:
@@ -57,7 +58,7 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
             f"{source} is a model or an adapter, whose update needs the base that it was trained from. Give it."
         )
     else:
-        reader = CheckpointReader(model_folder("base", str(base)))
+        reader = open_model(base, key="base")
         delta = Delta.from_update(open_update(reader, model_folder("tuned", str(source), key="source")))
     if select is None:
         return delta

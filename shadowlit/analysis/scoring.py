@@ -15,6 +15,7 @@ from shadowlit.analysis.deltas import reader_of
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.data.module import ShadowData
+from shadowlit.data.settings import sets_by_name
 from shadowlit.delta.checkpoints import located
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
@@ -95,11 +96,16 @@ def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path) -> ShadowDat
     validation = section.get("validation") or {}
     if not validation:
         raise DataError(f"{folder} has no data.validation in its config.yaml, so that there is nothing to score on.")
-    sources = {"val": validation} if isinstance(validation, str) else validation
     known = inspect.signature(ShadowData).parameters.keys() - {"pair", "train", "test", "predict", "validation"}
     settings = {name: value for name, value in section.items() if name in known}
     if settings.get("chat_template"):
         settings["chat_template"] = located(settings["chat_template"], folder)
-    data = ShadowData(pair, validation={n: located(s, folder) for n, s in sources.items()}, **settings)
+    sources = {
+        name: {**source, "path": located(source["path"], folder)}
+        if isinstance(source, dict)
+        else located(str(source), folder)
+        for name, source in sets_by_name(validation, "val").items()
+    }
+    data = ShadowData(pair, validation=sources, **settings)
     data.setup("validate")
     return data

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
 from shadowlit.callbacks.stopping import reach_boundary
@@ -204,6 +205,12 @@ class GraftCallback(Callback):
                 "pair.base. To resume from a checkpoint, pass it as ckpt_path."
             )
         self._measure_references(pl_module)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raise if a callback monitors a metric that isn't logged."""
+        assert isinstance(pl_module, ShadowModule)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        require_monitored(trainer, pl_module, [name for c in callbacks for name in getattr(c, "evaluators", ())])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a record, and measure the reference of a preference objective where it is not known yet."""

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from shadowlit.callbacks.folder import on_first_rank, run_folder
+from shadowlit.checkpoint.folder import require_replaceable
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import ExportError
 from shadowlit.files import replace_text, require_writable
@@ -31,10 +32,13 @@ class PredictionWriter(BasePredictionWriter):
         self.file = file
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raise before the first answer where the file can't be written."""
+        """Raise before the first answer where the file can't be written, or is the prompts' or a model's."""
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             target = self._target(trainer)
+            prompts = getattr(getattr(trainer, "datamodule", None), "predict", None)
+            inputs = [prompts] if isinstance(prompts, str) else []
+            on_first_rank(trainer, lambda: require_replaceable(target, "predictions.file", inputs))
             on_first_rank(trainer, lambda: _require_writable(target))
 
     def write_on_epoch_end(

@@ -388,6 +388,27 @@ def atomic_folder(target: str | Path, num_bytes: int = 0) -> Iterator[Path]:
         sync(path.parent)
 
 
+def require_replaceable(target: Path, key: str, inputs: Iterable[str | Path]) -> None:
+    """Raise if a single file that a user names as an output is one of a model's folder, or an input of the command.
+
+    Args:
+        target: The output, which may exist otherwise: results are written again.
+        key: Setting that holds it, for the message.
+        inputs: Files and folders that the command reads; what isn't there, such as a hub id, is passed over.
+
+    Raises:
+        ExportError: It exists, and is one of them.
+    """
+    if not target.exists():
+        return
+    place = target.resolve()
+    read = [source for source in inputs if place.is_relative_to(Path(source).resolve())]
+    of_models = ("config.json", "adapter_config.json", "*.safetensors")
+    if read or any(any(folder.glob(name)) for folder in (target.parent, place.parent) for name in of_models):
+        whose = f"belongs to {read[0]}, which is read" if read else f"is in the folder of a model, {target.parent}"
+        raise ExportError(f"{key} is '{target}', which exists and {whose}. Give another file; nothing was written.")
+
+
 def require_room(target: str | Path, num_bytes: int = 0, what: str | None = None) -> None:
     """Raise what :func:`atomic_folder` would raise for a folder of this size; nothing is written.
 

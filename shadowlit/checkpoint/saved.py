@@ -54,7 +54,7 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         put_in_place(partial, path)
-    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError about its archive after a full disk
+    except (OSError, RuntimeError) as error:
         raise write_error(path, error) from error
     finally:
         remove(partial)
@@ -67,9 +67,12 @@ def put_in_place(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def write_error(path: Path, error: BaseException | str) -> CheckpointError:
+def write_error(path: Path, error: BaseException) -> CheckpointError:
     """The error about a checkpoint that can't be written."""
-    cause = error if isinstance(error, str) else str(getattr(error, "strerror", None) or first_line(error))
+    root: BaseException | None = error
+    while root is not None and not isinstance(root, OSError):  # torch's archive complains after the disk
+        root = root.__cause__ or root.__context__
+    cause = getattr(root, "strerror", None) or first_line(root or error)
     return CheckpointError(
         f"the checkpoint {path} can't be written ({cause}). Earlier checkpoints are intact: free disk space, or save "
         "elsewhere (dirpath of ModelCheckpoint), and resume from the last one (ckpt_path)."
@@ -188,6 +191,8 @@ def _agreed_problem(path: Path, resumes: bool, contents: bool) -> CheckpointErro
         _verify(path, _stamp(path), share if contents else None, resumes)
     except CheckpointError as error:
         own = [(isinstance(error, DamagedError), str(error))]
+    except OSError as error:
+        own = [(False, f"{path} can't be read ({first_line(error)}). Give a checkpoint that this user may read.")]
     found = of_all_ranks(own)
     return (DamagedError if found[0][0] else CheckpointError)(found[0][1]) if found else None
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from shadowlit.analysis.similarity import Group, Report, Similarity
 from shadowlit.analysis.similarity import similarity as compare_models
+from shadowlit.checkpoint.folder import require_replaceable
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
@@ -49,6 +50,9 @@ def similarity(
     """
     _require_ending("out", out, (".json", ".csv"))
     _require_ending("heat_map", heat_map, _IMAGES)
+    for name, target in (("out", out), ("heat_map", heat_map)):
+        if target is not None:
+            require_replaceable(Path(target), name, models)
     report = compare_models(*models, effective_rank=effective_rank, progress=True)
     _print(report, make_console())
     if out is not None:

@@ -136,10 +136,10 @@ def _join(blocks: list[Block]) -> Block:
 
     if len(blocks) == 1:
         return blocks[0]
-    columns = {
+    columns: dict[str, Any] = {
         name: np.concatenate([getattr(one, name) for one in blocks]) for name in ("tokens", "supervised", *_COLUMNS)
     }
-    lists = {}
+    lists: dict[str, Any] = {}
     for name in _LISTS:
         given = [getattr(one, name) for one in blocks]
         if any(values is not None for values in given):

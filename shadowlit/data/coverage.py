@@ -265,7 +265,8 @@ def _lost(leaves: list[_Leaf], lost: Mapping[Path, str]) -> DataError:
     names = list(_named(leaves, lost))
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     fields = {leaf.field for leaf in leaves if leaf.path in lost}
-    columns = sorted({_column(field) for field in fields if _is_whole(field, leaves, lost)} - {"messages.content"})
+    needed = {_column(field) for field in fields if not _may_be_ignored(field, leaves, lost)}
+    columns = sorted({_column(field) for field in fields} - needed)
     it = "it" if len(names) == 1 else "them"
     ignore = f"add {' and '.join(map(repr, columns))} to data.ignore_columns, " if columns else ""
     return DataError(
@@ -288,6 +289,13 @@ def _named(leaves: list[_Leaf], lost: Mapping[Path, str]) -> Iterator[str]:
         path = leaf.path[: -1 if leaf.path[-1] is _NAME else None]
         inner = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path[len(field) :])
         yield f"a part of '{field[-1]}{inner}'{place}, {shown(lost[leaf.path] or leaf.value)}"
+
+
+def _may_be_ignored(field: Path, leaves: list[_Leaf], lost: Mapping[Path, str]) -> bool:
+    """Whether a field is lost as a whole, and something is left of its turn without it."""
+    has_content = any(leaf.field == (*field[:2], "content") for leaf in leaves)
+    is_needed = field[-1] == "content" or (field[-1] == "tool_calls" and not has_content)
+    return not is_needed and _is_whole(field, leaves, lost)
 
 
 def _is_whole(field: Path, leaves: list[_Leaf], lost: Mapping[Path, str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -127,7 +127,7 @@ class DataReport:
         """What was changed or left out, e.g. ``3 truncated, 1 dropped``; empty if nothing was."""
         counts = (
             ("split", self.num_split), ("truncated", self.num_truncated), ("dropped", self.num_dropped),
-            ("rows skipped", len(self.skipped)),
+            ("row skipped" if len(self.skipped) == 1 else "rows skipped", len(self.skipped)),
         )  # fmt: skip
         return ", ".join(f"{count:,} {what}" for what, count in counts if count)
 
@@ -370,7 +370,7 @@ def tokenise(
     if len(conversations) < _WORTH_FORKING:
         num_processes = 1
 
-    def parts() -> Iterator[Block]:
+    def parts() -> Generator[Block, None, None]:
         work = _Tokeniser(encode, max_length, overlong, drop_unsupervised).tokenise
         with _no_tokenizer_threads(num_processes > 1), closing(by_processes(work, chunks, num_processes)) as done:
             for chunk, part in zip(chunks, done, strict=True):

@@ -288,7 +288,8 @@ class ShadowData(DataSettings, LightningDataModule):
         """Log what a set and its sources contain, and list the rows that are left out."""
         rank_zero_info(f"data: {report}")
         for source in report.sources:
-            rank_zero_info(f"data: {report.name} from {source}")
+            share = 100 * source.samples_per_epoch / report.samples_per_epoch
+            rank_zero_info(f"data: {share:.1f} % of {report.name} from {source}")
         if report.skipped:
             rank_zero_warn(
                 f"data: {report.name} lacks {len(report.skipped):,} of {report.num_rows:,} rows, which are wrong and "
@@ -298,9 +299,10 @@ class ShadowData(DataSettings, LightningDataModule):
     def _write_skipped(self) -> None:
         """List all rows that are left out in the run's folder, if there is one, which is that of a logger."""
         lines = [f"{name}: {what}\n" for name, report in self.reports.items() for what in report.skipped]
-        if lines and getattr(self.trainer, "loggers", None):
-            folder = Path(self.trainer.log_dir)  # a collective
-            if self.trainer.is_global_zero:
+        trainer: Any = self.trainer
+        if lines and getattr(trainer, "loggers", None):
+            folder = Path(trainer.log_dir)  # a collective
+            if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 replace_text(folder / "skipped_rows.txt", "".join(lines))
 

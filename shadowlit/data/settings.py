@@ -193,7 +193,7 @@ class DataSettings:
         self.train = [] if self.train is None else self.train if isinstance(self.train, list) else [self.train]
         keys = ["data.train"] if len(self.train) == 1 else [f"data.train[{i}]" for i in range(len(self.train))]
         self.train_sources = [self._source(*each) for each in zip(self.train, keys, strict=True)]
-        self.validation, self.test = _by_name(self.validation, "val"), _by_name(self.test, "test")
+        self.validation, self.test = sets_by_name(self.validation, "val"), sets_by_name(self.test, "test")
         self.validation_sets = {n: self._source(one, f"data.validation.{n}") for n, one in self.validation.items()}
         self.test_sets = {name: self._source(one, f"data.test.{name}") for name, one in self.test.items()}
         self.predict_source = None if self.predict is None else self._source(self.predict, "data.predict")
@@ -288,8 +288,8 @@ class DataSettings:
             )
 
 
-def _by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, Given]:
-    """Sources by the names of their sets; a single source is named ``name``."""
+def sets_by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, Given]:
+    """The sources that a user gave, by the names of their sets; a single one is named ``name``."""
     if sets is None:
         return {}
     if isinstance(sets, Mapping) and not ("path" in sets and sets.keys() <= set(_FIELDS)):
@@ -301,9 +301,13 @@ def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
     """The source that a user gave, as far as it can be used, and what is wrong with it."""
     if isinstance(given, str | os.PathLike):
         given = {"path": given}
-    values = dict(given) if isinstance(given, Mapping) else {name: getattr(given, name, None) for name in _FIELDS}
+    values: dict[str, Any] = dict(given) if isinstance(given, Mapping) else vars(given).copy()
     if isinstance(values.get("path"), os.PathLike):
         values["path"] = os.fspath(values["path"])
+    if "path" not in values:
+        others = ", ".join(name for name in _FIELDS if name != "path")
+        problem = f"{key} is {given!r}; expected a path, or a mapping of path and any of {others}. Add the path."
+        return Source(""), [problem]
     kinds, wrong = typing.get_type_hints(Source), []
     for name in [name for name in values if name not in _FIELDS]:
         near = difflib.get_close_matches(str(name), _FIELDS, n=1)
@@ -318,8 +322,6 @@ def _read_source(given: Any, key: str) -> tuple[Source, list[str]]:
             null = "" if name == "path" else ", or null"
             wrong.append(f"{key}.{name} is {value!r}; expected {_EXPECTED[name]}{null}.")
             del values[name]
-    if "path" not in values and not any(one.startswith(f"{key}.path ") for one in wrong):
-        wrong.append(f"{key} has no path; expected {_EXPECTED['path']}. Add it.")
     if values.get("format") is not None:
         wrong += _problems_of_format(values["format"], f"{key}.format")
     return Source(**{"path": "", **values}), wrong

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -42,6 +42,7 @@ from shadowlit.data.turns import Message, listed, read_tools
 from shadowlit.errors import DataError, first_line
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
+_TRIED = 100  # rows that may be wrong before the first one with the columns of a format
 _ANSWERS = {"chosen", "rejected"}
 Log = Callable[[str, bool], None]
 
@@ -91,15 +92,13 @@ def read_conversations(
     rows = read_rows(source, use, max_rows, skip and wrong.append)
     if not rows and not wrong:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
-    # The columns of one row may be missing in another, which is that row's error and not the file's.
-    first = next((row.content for row in rows if isinstance(row.content, dict)), {})
     names = {name for row in rows if isinstance(row.content, dict) for name in row.content}
     reader = _Reader(source, format, dict(columns or {}), ignore, prompts_only, samples)
-    if rows:
-        reader.prepare(first, names, log)
+    _prepare(reader, rows, names, log, skip)
     found = collect(reader.convert, rows, skip and wrong.append)
-    for message in wrong:
-        skip(message)
+    if skip is not None:
+        for message in wrong:
+            skip(message)
     if reader.unread and strict:
         raise DataError(reader.about_unread())
     if reader.unread:
@@ -126,15 +125,37 @@ def stream_conversations(
             no such format.
     """
     rows = stream_rows(source, use, max_rows, skip)
-    if (first := next(rows, None)) is None:
-        return
     reader = _Reader(source, format, dict(columns or {}), ignore)
-    columns_of_first = first.content if isinstance(first.content, dict) else {}
-    reader.prepare(columns_of_first, set(columns_of_first), lambda text, is_warning: None)
-    for conversation in each(reader.convert, chain([first], rows), skip):
+    looked_at = _prepare(reader, rows, None, lambda text, is_warning: None, skip)
+    for conversation in each(reader.convert, chain(looked_at, rows), skip):
         if reader.unread:
             raise DataError(reader.about_unread())
         yield conversation
+
+
+def _prepare(reader: _Reader, rows: Iterable[Row], names: set[str] | None, log: Log, skip: Skip | None) -> list[Row]:
+    """Prepare a reader by the first row with columns, and return the rows that were looked at.
+
+    The columns of one row may be missing in another, which is that row's error and not the file's. So where such rows
+    are left out, later rows are tried too. ``names`` are those of all columns; None takes those of the row.
+    """
+    looked_at: list[Row] = []
+    problem: DataError | None = None
+    for row in rows:
+        looked_at.append(row)
+        if isinstance(row.content, dict):
+            try:
+                reader.prepare(row.content, names or set(row.content), log)
+                return looked_at
+            except DataError as error:
+                problem = problem or error
+        if len(looked_at) >= _TRIED or (problem and skip is None):
+            break
+    if problem is not None:
+        raise problem
+    if looked_at:
+        reader.prepare({}, names or set(), log)  # raises
+    return looked_at
 
 
 @dataclass

@@ -23,6 +23,7 @@ from shadowlit.errors import CheckpointError, DataError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.update import AdapterUpdate, FullUpdate, Update
+from shadowlit.limits import load_yaml
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
 
@@ -151,7 +152,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        return load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
     except yaml.YAMLError as error:
         raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
 

@@ -10,6 +10,7 @@ from decimal import Decimal
 from typing import Literal
 
 from shadowlit.errors import DataError
+from shadowlit.limits import bounded_matching
 
 Match = Literal["exact", "numeric", "regex", "contains"]
 
@@ -78,7 +79,10 @@ class Matcher:
 
     def compared(self, text: str) -> str | None:
         """The part of ``text`` that is compared: all of it, or the last match of ``extract``; None without a match."""
-        return text.strip() if self.extract is None else last_match(self.extract, text)
+        if self.extract is None:
+            return text.strip()
+        with bounded_matching(f"extract is {self.extract!r}"):
+            return last_match(self.extract, text)
 
     def is_match(self, text: str, references: Sequence[str]) -> bool:
         """Whether ``text`` gives one of ``references``."""
@@ -87,7 +91,8 @@ class Matcher:
             return False
         if self.match == "regex":
             flags = re.IGNORECASE if self.ignore_case else 0
-            return any(re.search(pattern, found, flags) for pattern in self._patterns(references))
+            with bounded_matching(f"pattern is {self.pattern!r}"):
+                return any(re.search(pattern, found, flags) for pattern in self._patterns(references))
         if self.match == "numeric":
             number = last_number(found)
             return number is not None and any(number == last_number(reference) for reference in references)

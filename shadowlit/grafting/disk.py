@@ -28,6 +28,8 @@ from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.update import Update, may_hold_weights, zero_update
+from shadowlit.limits import bounded_matching
+from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import selects
 
 LEAST_SURVIVAL = 0.5
@@ -62,7 +64,11 @@ class Scale:
 
     def of(self, name: str) -> float:
         """The scale of tensor ``name``."""
-        return next((value for pattern, value in self.by_pattern if re.search(pattern, name)), self.default)
+        for pattern, value in self.by_pattern:
+            with bounded_matching(f"scale has {pattern!r}"):
+                if re.search(pattern, name):
+                    return value
+        return self.default
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -148,7 +154,9 @@ class DiskGraft:
         update.require_weights(sorted(self.selected))
         self._require_one_update_of_tied(select)
         for pattern, _ in scale.by_pattern:
-            if not any(re.search(pattern, name) for name in self.selected):
+            with bounded_matching(f"scale has {pattern!r}"):
+                matches = any(re.search(pattern, name) for name in self.selected)
+            if not matches:
                 raise GraftError(
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
@@ -286,7 +294,11 @@ class DiskGraft:
         own_head, embedding = head_and_embedding(self.instruct.tensors)
         head, _ = head_and_embedding(self._update.shapes)
         chosen = embedding in self.selected or (head is not None and selects(select, [head]))
-        if own_head is None and embedding is not None and chosen and not self._moves_alike(embedding, head):
+        if own_head or embedding is None or not chosen:
+            return
+        # A model that states that it is not tied has a head under an unknown name.
+        says_untied = stated_sides(("instruct", self.instruct.folder))[0].get("tie_word_embeddings") is False
+        if not says_untied and not self._moves_alike(embedding, head):
             raise GraftError(
                 f"the Instruct {self.instruct.folder} is tied: its embedding {embedding} is its output head as well. "
                 "But what was tuned changes embedding and head differently, so that one tensor can't hold both "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.names import count_towers, is_of_experts, kind_of, routers, split_selection, tower_of
 from shadowlit.errors import GraftError
+from shadowlit.limits import bounded_matching
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     Raises:
         GraftError: A pattern is not a regular expression, or one of them matches nothing, or the model has no such
             tower.
+        ShadowlitError: Matching a pattern would take too long.
     """
     names = list(names)
     towers, parts = split_selection(select)
@@ -90,11 +92,12 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     chosen_names: set[str] = set()
     for pattern in parts:
         try:
-            chosen = (
-                linear.intersection(names)
-                if pattern == "linear"
-                else {name for name in names if pattern == "all" or re.search(pattern, name)}
-            )
+            with bounded_matching(f"graft.select has {pattern!r}"):
+                chosen = (
+                    linear.intersection(names)
+                    if pattern == "linear"
+                    else {name for name in names if pattern == "all" or re.search(pattern, name)}
+                )
         except re.error as error:
             raise GraftError(
                 f"graft.select has {pattern!r}, which is not a regular expression ({error}). "

@@ -71,7 +71,7 @@ class ProblemError(PairError):
 
     def __init__(self, subject: str, found: str, expected: str, remedy: str) -> None:
         super().__init__(subject, found, expected, remedy)
-        self.problem = Problem.error(subject, found, expected, remedy)
+        self.problem = Problem.error(*self.args)  # in which secrets are masked
 
     def __str__(self) -> str:
         return str(self.problem)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from shadowlit.checkpoint.headers import dtype_of, some_of
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
 from shadowlit.errors import PairError
+from shadowlit.limits import bounded_matching
 from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import Select
 from shadowlit.pair.side import ROPE_KEYS, SEEN_ELSEWHERE, Side
@@ -34,7 +35,8 @@ def selects(select: Select, names: Iterable[str]) -> bool:
     if "all" in patterns:
         return bool(list(names))
     try:
-        return any(re.search(pattern, name) for pattern in patterns for name in names)
+        with bounded_matching(f"graft.select is {select!r}"):
+            return any(re.search(pattern, name) for pattern in patterns for name in names)
     except re.error:  # the selection itself reports a broken pattern
         return True
 

@@ -6,16 +6,16 @@ rank takes its part of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -36,7 +36,7 @@ from shadowlit.checkpoint.sharded import INDEX, read_nested
 from shadowlit.distributed import local, of_all_ranks, place, reshard_all, whole
 from shadowlit.errors import CheckpointError
 from shadowlit.files import partial_path, remove, sync
-from shadowlit.training.optimizer import by_name
+from shadowlit.training.optimizer import by_name, keep_names
 
 
 def take_over(trainer: Trainer) -> None:
@@ -47,8 +47,19 @@ def take_over(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) in (TorchCheckpointIO, Checkpoints):
         strategy.checkpoint_io = Checkpoints(trainer)
-    if type(strategy) is ModelParallelStrategy:
-        strategy.__class__ = ShardedStrategy  # the same object with other methods: Lightning offers no hook for it
+    own: dict[type[Strategy], type[Strategy]] = {
+        ModelParallelStrategy: ShardedStrategy,
+        DDPStrategy: ReplicatedStrategy,
+    }
+    if type(strategy) in own:  # the same object with other methods: Lightning offers no hook for them
+        strategy.__class__ = own[type(strategy)]
+
+
+def name_states(optimizers: Iterable[Optimizer], module: nn.Module) -> None:
+    """Let the states of a module's optimizers name their parameters."""
+    reshard_all(module)
+    for optimizer in optimizers:
+        keep_names(optimizer, module.named_parameters())
 
 
 class Checkpoints(TorchCheckpointIO):
@@ -92,6 +103,18 @@ class Checkpoints(TorchCheckpointIO):
         return remove(Path(path))
 
 
+class ReplicatedStrategy(DDPStrategy):
+    """DDP whose ranks end with the same error if rank 0 can't write a checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write on rank 0.
+
+        Raises:
+            CheckpointError: It can't be written; on every rank.
+        """
+        _on_all_ranks(Path(filepath), lambda: Strategy.save_checkpoint(self, checkpoint, filepath, storage_options))
+
+
 class ShardedStrategy(ModelParallelStrategy):
     """FSDP2 whose checkpoints are written atomically, and restored before the optimizer and the loaders are made.
 
@@ -110,6 +133,12 @@ class ShardedStrategy(ModelParallelStrategy):
         """True, as for other strategies."""
         return True
 
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizers, whose states name their parameters."""
+        super().setup_optimizers(trainer)
+        assert self.lightning_module is not None
+        name_states(self.optimizers, self.lightning_module)
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a folder of shards with a manifest, or one file where the strategy doesn't save distributed.
 
@@ -122,7 +151,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if self._save_distributed_checkpoint:
             self._save_shards(checkpoint, path)
         else:
-            _on_all_ranks(path, lambda: ParallelStrategy.save_checkpoint(self, checkpoint, path))
+            _on_all_ranks(path, lambda: Strategy.save_checkpoint(self, checkpoint, path))
         return None
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -170,7 +199,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load this rank's part of the optimizer's state."""
-        ParallelStrategy.load_optimizer_state_dict(self, checkpoint)
+        Strategy.load_optimizer_state_dict(self, checkpoint)
 
     def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Write shards and all else next to the target, on all ranks; then rank 0 writes the manifest and renames."""

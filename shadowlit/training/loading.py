@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -33,6 +34,7 @@ from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
 from shadowlit.grafting.adapter import require_untied, starts_from_weights
 from shadowlit.grafting.parameters import host_of, host_parameters
+from shadowlit.limits import bounded_matching
 from shadowlit.pair.folders import is_image_text
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,8 @@ def load_for_training(
     elif frozen and adapter.exclude_modules is None:
         # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
         adapter.exclude_modules = _modules_of(model, frozen)
+    if adapter is not None:
+        _try_patterns(model, adapter)
     if adapter is not None and from_weights:
         _require_modules(model, adapter)
         if mesh is not None:
@@ -167,6 +171,17 @@ def _fill(
     host.initialize_weights()
 
 
+def _try_patterns(model: nn.Module, adapter: LoraConfig) -> None:
+    """Match the adapter's regular expressions as peft will, which has no limit of time; peft reports wrong ones."""
+    wholes = {name: getattr(adapter, name) for name in ("target_modules", "exclude_modules")}
+    patterns = [(name, value) for name, value in wholes.items() if isinstance(value, str)]
+    patterns += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(adapter, name) or {}]
+    for name, pattern in patterns:
+        with contextlib.suppress(re.error), bounded_matching(f"model.adapter.{name} has {pattern!r}"):
+            for module, _ in model.named_modules():
+                re.fullmatch(pattern if name in wholes else rf"(.*\.)?({pattern})", module)
+
+
 def _require_modules(model: nn.Module, adapter: LoraConfig) -> None:
     """Raise for an adapter that starts from the weights of modules but would adapt bare parameters."""
     experts = any(is_of_experts(name) and p.dim() == 3 for name, p in model.named_parameters())
@@ -184,7 +199,8 @@ def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:
     trained: set[str] = set()
     for part in towers:
         try:
-            chosen = {n for n in names if (tower_of(n) == part if part in TOWERS else re.search(part, n))}
+            with bounded_matching(f"model.train_towers has {part!r}"):
+                chosen = {n for n in names if (tower_of(n) == part if part in TOWERS else re.search(part, n))}
         except re.error as error:
             raise ShadowlitError(
                 f"model.train_towers has {part!r}, which is not a regular expression ({error}). Expected "

@@ -30,7 +30,7 @@ from shadowlit.arguments import takes_plain_values
 from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
-from shadowlit.distributed import local, reshard_all
+from shadowlit.distributed import local
 from shadowlit.errors import DataError, ShadowlitError, as_usage, first_line, wrong_names
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
@@ -38,7 +38,7 @@ from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 from shadowlit.plugins import calls
-from shadowlit.training.checkpoints import require_same_parameters, take_over
+from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
@@ -46,7 +46,7 @@ from shadowlit.training.loading import load_for_training
 from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
-from shadowlit.training.optimizer import OptimizerChoice, keep_names, make_optimizer, plain_tensors, whole_tensors
+from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
 from shadowlit.training.rehearsal import rehearse
@@ -315,9 +315,8 @@ class ShadowModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
-        reshard_all(self)
-        for optimizer in self.trainer.optimizers:
-            keep_names(optimizer, self.named_parameters())
+        if not isinstance(self.trainer.strategy, ShardedStrategy):  # which does it itself
+            name_states(self.trainer.optimizers, self)
         samples = run_data(self.trainer).samples
         if samples != self.objective.samples:
             raise ShadowlitError(
@@ -516,7 +515,17 @@ class ShadowModule(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        return self._optimizer(trained, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        needs_none = self.lr_scheduler is None and self.schedule == "constant" and not self.warmup_ratio
+        if math.isinf(steps) and not (needs_none or callable(self.lr_scheduler)):
+            schedule = self.lr_scheduler or self.schedule
+            raise ShadowlitError(
+                f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}, "
+                f"so the number of steps is unknown, over which the rate follows the schedule {schedule!r} with "
+                f"model.warmup_ratio={self.warmup_ratio:g}. Set trainer.max_steps, or model.schedule=constant and "
+                "model.warmup_ratio=0; trainer.max_time ends either."
+            )
+        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps))
 
     def _try_optimizer(self) -> None:
         """Create the optimizer and its schedule for a few numbers, so that a wrong option is found early."""

@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from shadowlit.analysis import sums
 from shadowlit.analysis.similarity import Group, Similarity, TensorSimilarity, compare, open_reader, with_ranks
 from shadowlit.analysis.sums import Sums
-from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.checkpoint.folder import CheckpointReader, require_replaceable
 from shadowlit.checkpoint.workers import in_order
 from shadowlit.cli.main import main
 from shadowlit.cli.similarity import _runs
@@ -393,6 +394,29 @@ def test_three_models_and_deltas_on_the_command_line(tmp_path, capsys):
 def test_refusals(words, error, capsys):
     assert main(["similarity", str(BASE), str(BASE), *words]) == 1
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["out", "heat_map"])
+def test_no_file_of_a_model_is_overwritten(tmp_path, capsys, option):
+    """Not of the compared ones, not through a link, and not of another model's folder; results may be."""
+    ending = "json" if option == "out" else "png"
+    model, other = tmp_path / "model", tmp_path / "other"
+    for folder in (model, other):
+        shutil.copytree(BASE, folder)
+        (folder / "sub").mkdir()
+        (folder / f"kept.{ending}").write_text("theirs")
+        (folder / f"sub/kept.{ending}").write_text("theirs")
+    (tmp_path / f"link.{ending}").symlink_to(other / f"kept.{ending}")
+    for target in (model / f"kept.{ending}", model / f"sub/kept.{ending}", other / f"kept.{ending}",
+                   tmp_path / f"link.{ending}"):  # fmt: skip
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert main(["similarity", str(model), str(BASE), f"--{option}={target}"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {option} is '{target}', which exists and ") and "nothing was written" in error
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    result = tmp_path / f"result.{ending}"
+    result.write_text("of the last time")
+    require_replaceable(result, option, [str(model), "org/name"])
 
 
 def test_deltas_are_not_mixed_with_models(tmp_path, capsys):

@@ -84,6 +84,21 @@ def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
     assert asked == [str(tmp_path)] and not list(tmp_path.iterdir())
 
 
+def test_predictions_don_t_overwrite_the_prompts(tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("{}")
+    module = SimpleNamespace(predict_step=lambda batch, batch_idx: None)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(predict=str(prompts)),
+        is_global_zero=True,
+        strategy=SimpleNamespace(broadcast=lambda error: error),
+    )
+    with pytest.raises(ExportError, match=r"^predictions.file is '.*prompts.jsonl', which exists and belongs to .*pro"):
+        PredictionWriter(str(prompts)).setup(trainer, module, "predict")
+    PredictionWriter(str(prompts)).setup(trainer, module, "fit")
+    PredictionWriter(str(tmp_path / "answers.jsonl")).setup(trainer, module, "predict")
+
+
 @pytest.mark.parametrize("file, reason", [("taken/x.jsonl", "Not a directory"), ("folder", "it is a folder")])
 def test_predictions_that_cannot_be_written_are_found_before_the_first_answer(tmp_path, file, reason):
     (tmp_path / "taken").touch()

@@ -16,9 +16,9 @@ from shadowlit.analysis import sums
 from shadowlit.analysis.similarity import compare
 from shadowlit.checkpoint import streaming, workers
 from shadowlit.checkpoint.folder import CheckpointReader
-from shadowlit.checkpoint.workers import in_order
+from shadowlit.checkpoint.workers import by_processes, in_order
 from shadowlit.cli.main import main
-from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
+from shadowlit.errors import CheckpointError, DataError, GraftError, ShadowlitError
 from shadowlit.grafting.manifest import read_manifest
 from tests.distributed import server_pid
 from tests.tiny import save_model, save_pair
@@ -145,6 +145,22 @@ def test_threads_where_no_process_can_be_had(processes, monkeypatch, after):
     before = len(os.listdir("/proc/self/fd"))
     assert {pid for (pid, _), _ in in_order(square, range(50), 5, 1)} == {os.getpid()}
     assert len(forked) == after and len(os.listdir("/proc/self/fd")) == before
+    require_no_child()
+
+
+def test_processes_next_to_torch_and_other_threads():
+    """Torch's threads and one of Python exist, and none of them does in the forked processes, which don't need them."""
+    torch.ones(300, 300) @ torch.ones(300, 300)
+    other = threading.Thread(target=(stop := threading.Event()).wait)
+    other.start()
+    found = list(by_processes(lambda item: (os.getpid(), item**2), range(200), 3))
+    stop.set()
+    other.join()
+    assert [result for _, result in found] == [item**2 for item in range(200)]
+    assert os.getpid() not in {pid for pid, _ in found} and len({pid for pid, _ in found}) <= 3
+    assert list(by_processes(lambda item: os.getpid(), range(3), 1)) == [os.getpid()] * 3
+    with pytest.raises(DataError, match="bad row"):  # the first of several
+        list(by_processes(lambda item: by_number({7: DataError("bad row"), 9: KeyError()})(item, None), range(50), 2))
     require_no_child()
 
 

@@ -5,16 +5,20 @@ import json
 import re
 import sys
 import typing
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from lightning import pytorch
 from lightning.pytorch import Callback, callbacks
 from lightning.pytorch.trainer import trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from shadowlit import lightning_cli
 from shadowlit.cli.main import main
 from shadowlit.delta import registry
-from shadowlit.lightning_cli import ShadowParser
+from shadowlit.errors import Interrupted, ShadowlitError
+from shadowlit.lightning_cli import ShadowCLI, ShadowParser
 from shadowlit.parser import shorten
 from shadowlit.training import loading
 from shadowlit.training.objectives import Objective
@@ -211,6 +215,7 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
     (["graft", "a", "b", "c", "d", '--transforms=["ties"]'], "transforms is ties; expected a list of names with "),
     (["graft", "a", "b", "c", "d", "--dtype=float8"], "dtype is float8; expected auto, float32, bfloat16, float16."),
     (["graft", "a", "b", "c", "d", "--scalee=2"], "unrecognized arguments: --scalee=2\nDid you mean scale?"),
+    (["sweep", "run", "--gird.model.lr=[1]"], "unrecognized arguments: --gird.model.lr=[1]\nDid you mean grid?"),
     (["graft", "a"], "the following arguments are required: tuned, instruct, out"),
     (["fit", "--config", str(DEMO), "--model.lrr=1"], "unrecognized arguments: --model.lrr=1\nDid you mean model.lr?"),
     (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
@@ -222,6 +227,60 @@ def test_other_commands_and_unknown_keys(capsys, arguments, message):
 
 def test_an_unknown_form_of_message_is_kept():
     assert shorten("something else\n\n  in two lines", {}) == "something else\n  in two lines"
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("trainer.devices", "9", "trainer.accelerator is gpu, trainer.devices is 9: No supported gpu backend found! Set "),
+    ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 0.5: `val_check_interval` should be "
+     "an integer or a time-based duration "),
+    ("trainer.logger.init_args.save_dir", "{file}/runs", "trainer.logger's save_dir is '{file}/runs', which can't be "
+     "written ([Errno 20] Not a directory: "),
+    ("trainer.default_root_dir", "{file}", "trainer.default_root_dir is '{file}', which can't be written ([Errno 20] "),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_what_lightning_refuses(tmp_path, monkeypatch, capsys, key, value, message):
+    """No traceback of forty lines; a folder that can't be written is found before models are loaded."""
+    monkeypatch.setattr(pytorch.accelerators.CUDAAccelerator, "is_available", lambda *_: False)
+    file = tmp_path / "file"
+    file.write_text("")
+    value = value and value.replace("{file}", str(file))
+    more = {"trainer.devices": ["--trainer.accelerator=gpu"], "trainer.default_root_dir": ["--trainer.logger=false"]}
+    words = ["fit", "--config", configuration(tmp_path, key, value), *more.get(key, [])]
+    assert error_of(capsys, *words).startswith(message.replace("{file}", str(file)))
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    (" `val_check_interval` (100) must be at most 19.\n Set `limit_val_batches` to 0.0",
+     "trainer.val_check_interval is 100: `val_check_interval` (100) must be at most 19. Set `overfit_batches` to 0.0"),
+    ("0.1 of `val_dataloader`: increase the `limit_val_batches`",
+     "trainer.overfit_batches is 0.1: 0.1 of `val_dataloader`: increase the `overfit_batches`"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [ValueError, MisconfigurationException])
+def test_what_lightning_finds_out_late(text, expected, kind):
+    """With overfit_batches, which sets what Lightning's message names."""
+    options = {"val_check_interval": 100, "overfit_batches": 0.1, "limit_val_batches": 1.0}
+    cli = SimpleNamespace(subcommand="fit", config={"fit": {"trainer": options}})
+
+    def raised_in(module):
+        try:
+            exec("raise kind(text)", {"__name__": module, "kind": kind, "text": text})
+        except kind as error:
+            return error
+
+    with pytest.raises(ShadowlitError, match=re.escape(expected) + "$"):
+        ShadowCLI._raise_of_trainer(cli, raised_in("lightning.pytorch.loops"))
+    ShadowCLI._raise_of_trainer(cli, raised_in("torch.nn"))  # is none of Lightning's
+
+
+def test_a_signal_while_a_configuration_is_checked_is_no_error_of_it(tmp_path, monkeypatch):
+    """Of sweep, which checks its trials before it starts them."""
+
+    def interrupt(*_, **__):
+        raise Interrupted(143)
+
+    monkeypatch.setattr(ShadowParser, "parse_args", interrupt)
+    with pytest.raises(Interrupted, match="143"):
+        lightning_cli.check(["fit", "--config", str(DEMO)])
 
 
 def fit_with_a_hint_in_the_other_order(*args):

@@ -104,14 +104,16 @@ def test_what_a_template_ignores_is_an_error_with_the_choices(template):
         (named, None, "'name' in messages[0], 'meta' in messages[0]",
          "them, add 'messages.meta' and 'messages.name' to", "them"),
         (talk("a", "b"), [TOOL], "'tools'", "it, add 'tools' to", "it"),
-        (weather(city="a"), None, "'tool_calls' in messages[1]", "it, add 'messages.tool_calls' to", "it"),
-        (unlike, None, "'tool_calls' in messages[1], 'name' in messages[2]",
-         "them, add 'messages.name' and 'messages.tool_calls' to", "them"),
+        ([*talk("a"), {**call(city="a"), "content": "b"}], None, "'tool_calls' in messages[1]",
+         "it, add 'messages.tool_calls' to", "it"),
+        # A turn without its calls would be an empty answer.
+        (weather(city="a"), None, "'tool_calls' in messages[1]", "it, or remove it.", "it"),
+        (unlike, None, "'tool_calls' in messages[1], 'name' in messages[2]", "them, add 'messages.name' to", "them"),
     ]  # fmt: skip
     for messages, tools, field, choice, it in cases:
         expected = (
             f"has {field}, which the chat template doesn't write, so that the model would not see {it}. "
-            f"{WRITES} {choice} data.ignore_columns, or remove {it}."
+            f"{WRITES} {choice}" + f" data.ignore_columns, or remove {it}." * choice.endswith("to")
         )
         with pytest.raises(DataError, match=f"^{re.escape(expected)}$"):
             encode_turns(tokenizer, messages, tools=tools)
@@ -296,15 +298,15 @@ def test_every_set_of_a_data_module_is_checked(tmp_path):
         ("fit", "pairs", [reasoning], {"samples": "pairs"}),
         ("validate", "reasoned", [reasoning], {}),
         ("predict", "asked", [reasoning], {}),
-        ("fit", "calls", ["messages.tool_calls", "tools"], {}),
+        ("fit", "calls", ["tools"], {}),
     ):
         with pytest.raises(
             DataError, match=r"^sample 0 of .*\.jsonl \(line 1\) has '.*which the chat template"
         ) as error:
             read(stage, name, **options)
         assert f"add {' and '.join(map(repr, ignored))} to data.ignore_columns" in str(error.value)
-        if name == "calls":  # a turn without its calls would be an empty answer
+        if name == "calls":
             with pytest.raises(DataError, match=r"nothing but tool calls in messages\[1\], which data.ignore_columns"):
-                read(stage, name, ignore_columns=ignored, **options)
+                read(stage, name, ignore_columns=[*ignored, "messages.tool_calls"], **options)
         elif "streaming" not in options:
             assert len(read(stage, name, ignore_columns=ignored, **options)) == 1

@@ -248,6 +248,7 @@ def test_every_source_is_read_by_its_own_settings(tmp_path):
     assert epochs(data, 1) == ["ab"]
     with pytest.raises(DataError, match="id"):
         make([tmp_path / "one.jsonl", {**two, "ignore_columns": []}], ignore_columns=["id"])
+    assert ShadowData(PAIR, validation={"path": "x", "max_rows": 3}).validation_sets["val"].max_rows == 3
     held_out = ShadowData(PAIR, validation={"v": two}, test=two, predict=two, ignore_columns=["id"], cache=False)
     held_out.setup(None)
     assert [len(held_out.dataset(name)) for name in ("v", "test")] == [1, 1] and len(held_out.prompts) == 1
@@ -255,7 +256,7 @@ def test_every_source_is_read_by_its_own_settings(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"train": ["a", {"path": "b", "wieght": 1}]}, r"data\.train\[1\] has the key 'wieght'; .*Did you mean weight\?"),
-    ({"train": ["a", {"weight": 1}]}, r"data\.train\[1\] has no path; expected a path"),
+    ({"train": ["a", {"weight": 1}]}, r"data\.train\[1\] is \{'weight': 1\}; expected a path, or a mapping"),
     ({"train": {"path": "b", "weight": 0}}, r"data\.train\.weight is 0; expected a number above 0, or null\."),
     ({"train": {"path": "b", "weight": "much"}}, r"data\.train\.weight is 'much'; expected a number above 0"),
     ({"train": {"path": "b", "weight": float("nan")}}, r"data\.train\.weight is nan; expected"),
@@ -303,6 +304,16 @@ def test_wrong_rows_are_an_error_or_are_left_out_and_listed(folder, tmp_path, ca
     strict = ShadowData(PAIR, train, cache_dir=str(tmp_path / "cache"), **options)
     with pytest.raises(DataError, match="broken JSON"):
         strict.setup("fit")
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "stream_window": 5}])
+def test_the_first_row_may_be_a_wrong_one(tmp_path, options):
+    rows = [{"version": 2}, [1], {"messages": talk("?", "a")}, {"messages": talk("?", "b")}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = make(tmp_path / "x.jsonl", on_bad_row="skip", **options).dataset("train")
+    assert len(found) == 2 and found.origin(0).endswith("x.jsonl (line 3)")
+    with pytest.raises(DataError, match="version"):
+        make(tmp_path / "x.jsonl", **options)
 
 
 def test_nothing_but_wrong_rows_is_an_error(tmp_path):

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shadowlit.analysis.deltas import open_delta, open_model
 from shadowlit.analysis.similarity import similarity
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
@@ -225,6 +226,7 @@ def test_buffers_are_ignored_in_every_room(tmp_path):
     assert similarity(base, tmp_path / "tuned").similarities[0].sigma == before[0]
     assert name not in Delta.make(base, tmp_path / "tuned").shapes
     assert name not in Delta.make(base, instruct).shapes
+    assert name not in open_delta(tmp_path / "tuned", base).shapes and name not in open_model(base).tensors
 
 
 def test_another_model_or_number_of_layers_is_refused(folders, capsys):
@@ -288,6 +290,12 @@ def test_heads_of_their_own_onto_a_tied_instruct(folders, capsys):
     for select in ("all", [EMBEDDING, "linear"]):
         with pytest.raises(GraftError, match=r"is tied: its embedding .* is its output head as well"):
             graft(folders / "base", folders / "tuned", folders / "instruct", folders / "no", select=select)
+    for side in SIDES:  # a head under an unknown name
+        rewrite(folders / side, **{"model.projection.weight": torch.ones(ROWS, WIDTH).bfloat16()})
+    write(folders / "instruct", read(folders / "instruct"), model_type="internlm2", tie_word_embeddings=False)
+    graft(*(folders / side for side in SIDES), folders / "other", select=[EMBEDDING])
+    assert torch.equal(read(folders / "other")[EMBEDDING], equation(folders, EMBEDDING))
+    write(folders / "instruct", read(folders / "instruct"), model_type="internlm2")
     rewrite(folders / "tuned", **{HEAD: base[HEAD], EMBEDDING: base[EMBEDDING]})
     shutil.rmtree(folders / "out")
     assert not three(folders, select="all").shares

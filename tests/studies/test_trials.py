@@ -125,6 +125,13 @@ def test_a_training_that_does_not_leave_its_folder_is_named(tmp_path, monkeypatc
     assert (tmp_path / "half").is_file()
 
 
+def test_a_folder_that_is_no_training_s_is_not_cleared(tmp_path):
+    (tmp_path / "thesis.tex").write_text("written")
+    with pytest.raises(ShadowlitError, match=r"home would be trained, but it holds .*\(thesis\.tex\), which would"):
+        start(BAD, tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "written"
+
+
 def test_every_rank_of_an_orphan_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_PATIENCE_S", 0.2)
     with FileLock(tmp_path / ".lock1"), pytest.raises(ShadowlitError, match=r"fuser .*\.lock1"):

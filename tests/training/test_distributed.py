@@ -58,6 +58,7 @@ def make_trainer(strategy, world_size, callbacks, **options):
 def make_module(folders, kind, **options):
     adapters = {
         "lora": {},
+        "dropout": {"lora_dropout": 0.5},
         "attention": {"target_modules": ["q_proj", "v_proj"]},
         "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
     }
@@ -293,11 +294,12 @@ def train_and_resume(folders, kind, out, distributed, from_one):
         require_rest(resumed, whole_run, step)
         assert step == 4 or trainer.callback_metrics["val/grafted/loss"] == gain
     loaded = fit_rows(folders, kind, out, strategy(), 2, from_one, max_steps=3, limit_val_batches=0)[0]
+    stream = {"streaming": True, "stream_window": 5, "max_epochs": -1, "max_steps": 5, "limit_val_batches": 0}
+    other = kind if kind == "full" else "dropout"
+    whole_stream = fit_rows(folders, other, out, strategy(), 2, callbacks=[saver("stream")], **stream)[0]
+    require_rest(fit_rows(folders, other, out, strategy(), 2, out / "stream/step=2.ckpt", **stream)[0], whole_stream, 2)
     if kind == "lora":
         return whole_run, loaded
-    stream = {"streaming": True, "stream_window": 5, "max_epochs": -1, "max_steps": 5, "limit_val_batches": 0}
-    whole_stream = fit_rows(folders, kind, out, strategy(), 2, callbacks=[saver("stream")], **stream)[0]
-    require_rest(fit_rows(folders, kind, out, strategy(), 2, out / "stream/step=2.ckpt", **stream)[0], whole_stream, 2)
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -448,16 +450,29 @@ class Spoiled(SFT):
         return {**sums, "loss": sums["loss"] * math.nan} if self.calls == 3 and dist.get_rank() == 1 else sums
 
 
-def diverge(folders):
+def fail(folders, path):
+    """The errors of a loss that is not finite, and of a checkpoint that rank 0 can't write."""
+    errors = []
+    trainer = make_trainer("ddp", 2, [], max_steps=1, limit_val_batches=0)
+    trainer.fit(make_module(folders, "lora"), RandomData(8))
+    with patch.object(torch, "save", side_effect=RuntimeError("unexpected pos")) as save:
+        save.side_effect.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as of torch's archive
+        try:
+            trainer.save_checkpoint(path)
+        except ShadowlitError as error:
+            errors.append(str(error))
     try:
         make_trainer("ddp", 2, []).fit(make_module(folders, "lora", objective=Spoiled()), RandomData(8))
     except ShadowlitError as error:
-        return str(error)
+        errors.append(str(error))
+    return errors
 
 
-def test_all_ranks_stop_at_a_loss_that_is_not_finite_on_one(tmp_path):
-    one, other = run_ranks(diverge, 2, save_pair(tmp_path, "qwen3"))
-    assert one == other and "the training loss is nan at step 2" in one and "at step 1. Lower" in one
+def test_all_ranks_stop_at_an_error_of_one(tmp_path):
+    (full, one), other = run_ranks(fail, 2, save_pair(tmp_path, "qwen3"), tmp_path / "a.ckpt")
+    assert other == [full, one] and not list(tmp_path.glob("a.ckpt*"))
+    assert "a.ckpt can't be written (No space left on device). Earlier" in full
+    assert "the training loss is nan at step 2" in one and "at step 1. Lower" in one
 
 
 def wrong_mesh(folders):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,3 +114,26 @@ def test_8_bits_learn_like_32_and_resume(tmp_path):
     resumed = ShadowModule(pair, lr=1e-3, optimizer="adamw_8bit")
     train(resumed, ckpt_path=tmp_path / "adamw_8bit/step=8.ckpt", max_epochs=2)
     assert torch.equal(parameters(resumed), ends["adamw_8bit"][0])
+
+
+@pytest.mark.parametrize(("own", "total"), [
+    ({"schedule": "constant", "warmup_ratio": 0.0}, 0),
+    ({"lr_scheduler": torch.optim.lr_scheduler.StepLR}, 0),
+    ({}, None),
+    ({"schedule": "constant"}, None),
+    ({"lr_scheduler": "cosine", "warmup_ratio": 0.0}, None),
+])  # fmt: skip
+def test_a_schedule_without_an_end(own, total):
+    """Of a run that only max_time ends: a constant rate needs no number of steps."""
+    trainer = SimpleNamespace(estimated_stepping_batches=math.inf, max_epochs=-1, max_steps=-1)
+    settings = {"lr_scheduler": None, "schedule": "cosine", "warmup_ratio": 0.1, **own}
+    module = SimpleNamespace(
+        trainer=trainer, named_parameters=lambda: [], _optimizer=lambda _, total: total, **settings
+    )
+    if total is not None:
+        assert ShadowModule.configure_optimizers(module) == total
+        return
+    with pytest.raises(
+        ShadowlitError, match=r"^trainer.max_epochs is -1 and trainer.max_steps is -1, so .*Set trainer.m"
+    ):
+        ShadowModule.configure_optimizers(module)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.analysis.similarity import compare, in_one_layout
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.update import FullUpdate
+from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
@@ -101,8 +101,8 @@ class _Facts:
             source: sorted({rate for arm, own in rates.items() if arm[0] == source for rate in own}) for source in "BI"
         }
         pair = ModelPair(**recipe.pair())
-        self._base = CheckpointReader(pair.base_folder())
-        self._instruct = CheckpointReader(pair.instruct_folder())
+        folders = pair.base_folder(), pair.instruct_folder()
+        self._base, self._instruct = (open_model(folder).learned() for folder in folders)
         shared = self._base.tensors.keys() & self._instruct.tensors.keys()
         self._comparable = all(self._base.tensors[n].shape == self._instruct.tensors[n].shape for n in shared)
         self._sigma = compare(in_one_layout([self._base, self._instruct])).similarities[0].sigma

@@ -195,6 +195,12 @@ def _resumed(job: Job, folder: Path) -> Job:
     """Clear the folder of a job but for its checkpoints; resume from the last one if there is one."""
     last = folder / "checkpoints" / "last.ckpt"
     if folder.is_dir():
+        found = sorted(path.name for path in folder.iterdir())
+        if found and "checkpoints" not in found and not any(name.startswith(LOCK) for name in found):
+            raise ShadowlitError(
+                f"{folder} is where {job.name} would be trained, but it holds files of something else "
+                f"({', '.join(found[:3])}), which would be removed. Give another folder as out."
+            )
         for path in folder.iterdir():
             if path.name != "checkpoints" and not path.name.startswith(LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from shadowlit.errors import DataError
+from shadowlit.limits import load_yaml
 from shadowlit.masking import masked
 from shadowlit.studies.rows import UNTOUCHED_TRIAL
 from shadowlit.studies.trials.process import Job
@@ -47,7 +48,7 @@ class Recipe:
             DataError: There is no such file, or it is no YAML mapping.
         """
         try:
-            found = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            found = load_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
         except (OSError, yaml.YAMLError) as error:
             raise DataError(f"{self.config} can't be read ({error}). Give a configuration of fit.") from error
         if not isinstance(found, Mapping):
