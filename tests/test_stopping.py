@@ -4,14 +4,17 @@ import csv
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
 
+from shadowlit.distributed import local
 from shadowlit.errors import Interrupted
 from shadowlit.lightning_cli import main
+from tests.distributed import run_ranks
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -47,21 +50,24 @@ def root(tmp_path_factory):
 
 
 def fit(root, name, *args, callbacks=()):
-    """Run fit in a folder of its own."""
+    """Run fit in a folder of its own; return the command, or the status with which a signal has ended it."""
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(root / name), "name": ""},
     }
     args = [f"--trainer.logger={json.dumps(logger)}", *args]
     torch.set_num_threads(1)
-    return main(["fit", "--config", str(root / "run.yaml"), *args], callbacks)
+    try:
+        return main(["fit", "--config", str(root / "run.yaml"), *args], callbacks)
+    except Interrupted as stop:
+        return stop.code
 
 
 class Strike(Callback):
-    """Sends a signal to this process, at the n-th call of something in a training."""
+    """Sends a signal to this process, at the n-th call of something in a training, perhaps later."""
 
-    def __init__(self, where, at, number=signal.SIGTERM):
-        self.where, self.left, self.number = where, at, number
+    def __init__(self, where, at, number=signal.SIGTERM, delay_s=0.0):
+        self.where, self.left, self.number, self.delay_s = where, at, number, delay_s
 
     def on_train_batch_end(self, *_):
         self.count("batch")
@@ -85,7 +91,10 @@ class Strike(Callback):
         self.left -= where == self.where
         if not self.left:
             self.left = -1
-            os.kill(os.getpid(), self.number)
+            if self.delay_s:
+                threading.Timer(self.delay_s, os.kill, (os.getpid(), self.number)).start()
+            else:
+                os.kill(os.getpid(), self.number)
 
 
 _MACHINES = ("seconds", "time", "per_s", "memory", "tokens")
@@ -105,24 +114,62 @@ def last(folder):
     return found
 
 
+def require_same(one, other, folders):
+    """Two trainings end with the same weights, and have logged the same."""
+    for (name, weight), found in zip(one.model.model.named_parameters(), other.model.model.parameters(), strict=True):
+        assert torch.equal(local(weight), local(found)), name
+    whole, parts = map(logged, folders)
+    assert len(whole) > 5 and parts == whole
+
+
 def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root):
+    """Each time it ends with 143, exports nothing, and resumes from the checkpoint that it has written."""
     whole = fit(root, "whole")
     stops = [("batch", 1), ("batch", 1), ("validation", 2), ("subject", 2), ("epoch", 1), ("batch", 2), ("end", 1)]
     resumed, steps = [], []
     for number, (where, at) in enumerate(stops):
-        with pytest.raises(Interrupted) as stopped:
-            fit(root, "parts", *resumed, callbacks=[Strike(where, at)])
-        assert stopped.value.code == 143
+        assert fit(root, "parts", *resumed, callbacks=[Strike(where, at)]) == 143
         folder = root / f"parts/version_{number}"
         assert not (folder / "export").exists()
         resumed = [f"--ckpt_path={last(folder)}"]
         steps.append(torch.load(last(folder), weights_only=True)["global_step"])
-    print(steps)
+    assert steps == [1, 2, 2, 2, 3, 4, 9]
     end = fit(root, "parts", *resumed)
     assert (root / f"parts/version_{len(stops)}/export/adapter").is_dir()
-    for (name, one), other in zip(whole.model.model.named_parameters(), end.model.model.parameters(), strict=True):
-        assert torch.equal(one, other), name
-    for a, b in zip(logged(root / "whole"), logged(root / "parts"), strict=False):
-        if a != b:
-            print("DIFF", a, b)
-    assert logged(root / "parts") == logged(root / "whole")
+    require_same(whole, end, [root / "whole", root / "parts"])
+
+
+STRATEGIES = {
+    "ddp": "ddp",
+    "fsdp2": {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+              "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1}},
+}  # fmt: skip
+
+
+def stop_ranks(root, out, strategy):
+    """In a SLURM job of two tasks, in whose working folder another job's checkpoint lies."""
+    os.chdir(out)
+    os.environ["PATH"] = f"{out}:{os.environ['PATH']}"
+    rank = int(os.environ["SLURM_PROCID"])
+    options = ["--trainer.devices=2", f"--trainer.strategy={json.dumps(STRATEGIES[strategy])}"]
+
+    def run(name, strike=None, *more):
+        return fit(root, str(out / name), *options, *more, callbacks=[strike] if strike else [])
+
+    whole = run("whole")
+    statuses = [run("parts", Strike("batch", 3, signal.SIGUSR1, delay_s=0.25 * rank))]  # and is requeued
+    calls = (out / "calls.txt").read_text()
+    statuses.append(run("parts", Strike("subject", 1) if rank == 1 else None))
+    end = run("parts", None, f"--ckpt_path={last(out / 'parts/version_1')}")
+    require_same(whole, end, [out / "whole", out / "parts"])
+    return statuses, calls, sorted(path.name for path in out.glob("parts/*/export/*"))
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_ranks_stop_at_the_same_boundary(root, tmp_path, strategy):
+    """Both are told a quarter of a second apart, then one alone while the graft is loaded; SLURM requeues the first."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" >> calls.txt\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_text("of another job")
+    for statuses, calls, exported in run_ranks(stop_ranks, 2, root, tmp_path, strategy, slurm=True, timeout_s=60):
+        assert statuses == [138, 143] and calls == "requeue 4711\n" and exported == ["adapter"]
