@@ -140,6 +140,23 @@ def end_with_parent() -> bool:
     return is_part
 
 
+def end_by_parent(*_: object) -> None:
+    """Let SIGTERM end this worker process of a loader only if its parent sends it.
+
+    Schedulers send it to all processes of a job, and torch raises an error in the parent of a worker that it ends.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def watch() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=watch, daemon=True, name="end-by-parent").start()
+
+
 def running() -> StopSignals | None:
     """The signals of the running command; None outside of one."""
     return _running[-1] if _running else None

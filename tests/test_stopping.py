@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import signal
+import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -135,6 +137,26 @@ def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root):
     end = fit(root, "parts", *resumed)
     assert (root / f"parts/version_{len(stops)}/export/adapter").is_dir()
     require_same(whole, end, [root / "whole", root / "parts"])
+
+
+def test_workers_of_loaders_survive_a_signal_to_all_processes(root):
+    """As SLURM sends it: in the middle of a step, for which another batch is needed."""
+    before, workers = psutil.Process().children(), []
+
+    class All(Strike):
+        def count(self, where):
+            if where == self.where and self.left == 1:
+                workers.extend(each for each in psutil.Process().children() if each not in before)
+                subprocess.run(["kill", *(str(each.pid) for each in workers)], check=True)
+                time.sleep(0.05)
+            super().count(where)
+
+    options = ["--data.num_workers=1", "--data.prefetch=1"]
+    assert fit(root, "workers", *options, callbacks=[All("batch", 3)]) == 143
+    assert torch.load(last(root / "workers"), weights_only=True)["global_step"] == 2
+    for each in workers:
+        each.terminate()  # by their parent
+    assert workers and not psutil.wait_procs(workers, timeout=5)[1]
 
 
 _SHARDED = {
