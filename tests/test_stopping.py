@@ -51,8 +51,8 @@ def root(tmp_path_factory):
     return root
 
 
-def fit(root, name, *args, callbacks=()):
-    """Run fit in a folder of its own; return the command, or the status with which a signal has ended it."""
+def fit(root, name, *args, callbacks=(), command="fit"):
+    """Run a command in a folder of its own; return it, or the status with which a signal has ended it."""
     logger = {
         "class_path": "lightning.pytorch.loggers.CSVLogger",
         "init_args": {"save_dir": str(root / name), "name": ""},
@@ -60,7 +60,7 @@ def fit(root, name, *args, callbacks=()):
     args = [f"--trainer.logger={json.dumps(logger)}", *args]
     torch.set_num_threads(1)
     try:
-        return main(["fit", "--config", str(root / "run.yaml"), *args], callbacks)
+        return main([command, "--config", str(root / "run.yaml"), *args], callbacks)
     except Interrupted as stop:
         return stop.code
 
@@ -137,6 +137,15 @@ def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root):
     end = fit(root, "parts", *resumed)
     assert (root / f"parts/version_{len(stops)}/export/adapter").is_dir()
     require_same(whole, end, [root / "whole", root / "parts"])
+
+
+def test_other_parts_end_at_once(root):
+    """A validation, and what follows a training; SIGINT is not swallowed."""
+    strike = Strike("validation", 1, signal.SIGINT)
+    assert fit(root, "validated", callbacks=[strike], command="validate") == 130
+    options = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.enable_checkpointing=false"]
+    assert fit(root, "exported", *options, callbacks=[Strike("after", 1, signal.SIGINT)]) == 130
+    assert not list(root.glob("*ed/**/*.ckpt"))
 
 
 def test_workers_of_loaders_survive_a_signal_to_all_processes(root):

@@ -45,7 +45,7 @@ class Boundaries(_SignalConnector):
         self._signals = signals
 
     @property
-    def received_sigterm(self) -> bool:  # type: ignore[override]
+    def received_sigterm(self) -> bool:
         """False: if there was a signal, this raises."""
         self.reach()
         return False
@@ -132,12 +132,13 @@ class OwnCheckpoints(_CheckpointConnector):
 
     _asked = False
 
-    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, **given: bool) -> Any:
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
         if ckpt_path is None and state_fn == TrainerFn.FITTING and SLURMEnvironment.detect():
             note = _note(self.trainer)
-            ckpt_path = note.read_text(encoding="utf-8") if note.is_file() else None
+            found = note.read_text(encoding="utf-8") if note.is_file() else ""
+            ckpt_path = found if found and Path(found).exists() else None
         self._asked = ckpt_path == "hpc"
-        return super()._parse_ckpt_path(state_fn, ckpt_path, **given)
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
 
     @property
     def _hpc_resume_path(self) -> str | None:
@@ -173,12 +174,12 @@ def _resumable(trainer: Trainer) -> Iterator[None]:
     epochs, validation = fit.epoch_progress, loop.val_loop.batch_progress
     # At an epoch's end Lightning's callbacks save before it counts the epoch, and after a validation before the step.
     trains, fetcher = not trainer.validating, fit._data_fetcher
-    epoch = int(trains and 0 < epochs.current.started == epochs.current.completed)
+    epoch = int(trains and 0 < epochs.current.ready == epochs.current.completed)
     step = int(trains and fetcher is not None and loop._should_check_val_fx(fetcher))
     if trainer.validating:
         loop.val_loop.batch_progress = begun = _BatchProgress()
-        for progress in (begun.total, begun.current):
-            progress.ready = progress.started = 1
+        begun.increment_ready()
+        begun.increment_started()
     for progress in (epochs.total, epochs.current):
         progress.completed -= epoch
     loop._batches_that_stepped -= step
@@ -193,7 +194,7 @@ def _resumable(trainer: Trainer) -> Iterator[None]:
 
 def _job() -> str:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "unknown")
 
 
 def _note(trainer: Trainer) -> Path:

@@ -113,7 +113,7 @@ def generate(
     stopping = StopStrings(tokenizer, stop, prompt_length, len(input_ids))
     with evaluating(model):
         answer = partial(
-            model.generate,  # type: ignore[arg-type]
+            model.generate,  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
             **(images or {}),
