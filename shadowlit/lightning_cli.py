@@ -116,6 +116,16 @@ def _without_secrets(value: Any, secret: bool = False) -> Any:
     return masked(value, secret)
 
 
+def _require_secrets(config: Any) -> None:
+    """Raise if a configuration is one that was written, in which secrets are masked."""
+    if masks := masks_in(config):
+        with as_usage():
+            raise ShadowlitError(
+                f"{', '.join(masks)} is {MASK}, which is written instead of a secret; expected the secret. Give it on "
+                "the command line, or leave the key out if the service reads an environment variable."
+            )
+
+
 def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: str = "a class") -> Known:
     """One of the names, or a class derived from ``base``, of which the modules offer some."""
 
@@ -167,6 +177,8 @@ class ShadowCLI(LightningCLI):
         for action in parser._actions:
             if hasattr(action, "_typehint"):
                 action._typehint = _whole_numbers_first(action._typehint)
+                if action.dest.startswith("data."):
+                    action._enable_path = False  # a file of rows isn't the configuration of a source
         parser.add_argument(
             "--model.class_path",
             type=str,
@@ -186,12 +198,7 @@ class ShadowCLI(LightningCLI):
                 _require_own(stop)
             raise
         config = self.config[self.config["subcommand"]]
-        if masks := masks_in(config.as_dict()):
-            with as_usage():
-                raise ShadowlitError(
-                    f"{', '.join(masks)} is {MASK}, which is written instead of a secret; expected the secret. Give it "
-                    "on the command line, or leave the key out if the service reads an environment variable."
-                )
+        _require_secrets(config.as_dict())
         strategy = config["trainer"]["strategy"]
         if isinstance(strategy, str) and strategy not in ShadowParser.known["trainer.strategy"].names():
             self._subcommand_parsers[self.config["subcommand"]].error(
@@ -406,7 +413,9 @@ def _given_class(args: ArgsType) -> str | None:
         elif name in ("-c", "--config"):
             with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
                 text = ConfigPath(value, mode="fsr").get_content()
-                found = _class_in(load_yaml(text, value)) or found
+                config = load_yaml(text, value)
+                _require_secrets(config)  # before jsonargparse, to which it is a broken alias of YAML
+                found = _class_in(config) or found
     return found
 
 

@@ -77,6 +77,21 @@ def test_an_option_of_one_evaluator_can_be_set_from_the_command_line(capsys):
     assert "limmit" in capsys.readouterr().err
 
 
+def test_a_path_of_data_is_no_configuration(tmp_path, capsys):
+    """Files of one JSON array, or of a single row, are data and not the mapping of a source."""
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    for name, rows in (("array.json", [row, row]), ("one.jsonl", row)):
+        (tmp_path / name).write_text(json.dumps(rows))
+        data = yaml.safe_dump({"data": {"train": str(tmp_path / name), "validation": {"x": str(tmp_path / name)}}})
+        (tmp_path / "data.yaml").write_text(data)
+        args = ["fit", "--config", str(ROOT / "configs/demo_lora.yaml"), "--print_config"]
+        for given in (["--config", str(tmp_path / "data.yaml")], [f"--data.train={tmp_path / name}"]):
+            with pytest.raises(SystemExit):
+                main([*args, *given])
+            found = yaml.safe_load(capsys.readouterr().out)["data"]
+            assert found["train"] == str(tmp_path / name)
+
+
 def effective_batch(name):
     config = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))
     trainer = config["trainer"]

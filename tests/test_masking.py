@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from jsonargparse.typing import SecretStr
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -82,13 +83,13 @@ def test_manifests_are_masked(tmp_path):
 
 
 class Service(CSVLogger):
-    def __init__(self, api_key: str, options: dict) -> None:
+    def __init__(self, api_key: str, options: dict, pin: SecretStr) -> None:
         super().__init__(".")
 
 
 LOGGER = {
     "class_path": "tests.test_masking.Service",
-    "init_args": {"api_key": "abc", "options": {"password": 123, "pad_token": "p"}},
+    "init_args": {"api_key": "abc", "options": {"password": 123, "pad_token": "p"}, "pin": "p1n"},
 }
 
 
@@ -107,12 +108,13 @@ def test_the_saved_configuration_is_masked_and_refused_when_it_is_given_back(tmp
     callback.setup(Trainer(logger=CSVLogger(tmp_path / "run", "", ""), enable_checkpointing=False), None, "fit")
     text = (tmp_path / "run/config.yaml").read_text()
     saved = yaml.safe_load(text)
-    assert "abc" not in text and "123" not in text and saved["model"]["lr"] == 2e-3
+    assert not any(secret in text for secret in ("abc", "123", "p1n")) and saved["model"]["lr"] == 2e-3
     assert saved["trainer"]["logger"]["init_args"] == {
         "api_key": MASK,
         "options": {"password": MASK, "pad_token": "p"},
+        "pin": MASK,  # by its type
     }
-    with pytest.raises(ShadowlitError, match=r"^trainer.logger.init_args.api_key, trainer.logger.*password is \*+, wh"):
+    with pytest.raises(ShadowlitError, match=r"^trainer.logger.init_args.api_key, .*password, .*\.pin is \*+, wh"):
         check(["fit", "--config", str(tmp_path / "run/config.yaml")])
 
 

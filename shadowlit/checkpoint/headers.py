@@ -345,7 +345,13 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
     below = sorted({path.parent for file in files for path in [*folder.glob(f"*/{file}"), *folder.glob(f"*/*/{file}")]})
     if below and not others:
         found = f"but models or adapters below it ({some_of(below)})"
-        remedy = "Give the folder of one of these; the 'model' among a run's exports is the grafted one."
+        remedy = (
+            "Give the folder of one of these; but the 'model' among a run's exports is the grafted Instruct, and where "
+            "the tuned Base is wanted, 'graft' takes the run's own folder."
+        )
+    elif any(re.search(r"-of-\d+\.safetensors$", name) for name in others):
+        found = f"but shards ({some_of(others)}) without their index"
+        remedy = "Copy the index into the folder, or finish the download."
     elif others:
         found = f"but other safetensors files ({some_of(others)})"
         remedy = f"Merge an adapter into its model first; rename a single weight file to {single_file}."

@@ -72,7 +72,9 @@ def open_checkpoint(folder: Path, allow_pickle: bool = False, adapter: bool = Fa
     try:
         return CheckpointReader(folder, safetensors)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} Or give --allow_pickle=true, which reads them as tensors alone.") from error
+        raise CheckpointError(
+            f"{error} Or give --allow_pickle=true, which reads them as tensors alone, in 'graft' and 'delta make'."
+        ) from error
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

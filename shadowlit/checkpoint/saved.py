@@ -143,7 +143,10 @@ def find_whole(path: str | Path, *, resumes: bool, contents: bool = True) -> Pat
                 rank_zero_warn(f"{problem} The run resumes from {other}, {newest}.")
                 return other
     if isinstance(problem, DamagedError):
-        raise DamagedError(f"{problem} Give another checkpoint as ckpt_path, or start again without one.")
+        cure = (
+            "Give another checkpoint as ckpt_path, or start again without one" if resumes else "Use another checkpoint"
+        )
+        raise DamagedError(f"{problem} {cure}.")
     raise problem
 
 
@@ -207,7 +210,7 @@ def _require_exists(path: Path) -> None:
     if path.exists():
         return
     if any(path.parent.glob(f"{path.name}.*.partial")):
-        raise DamagedError(f"{path} doesn't exist, since it was being replaced when the run was stopped.")
+        raise DamagedError(f"{path} doesn't exist: the run was stopped while it was being written or replaced.")
     there = sorted(file.name for file in path.parent.glob("*.ckpt"))
     advice = f"{path.parent} holds {some_of(there)}; give one of these" if there else _EXPECTED
     raise CheckpointError(f"{path} doesn't exist. {advice}.")
@@ -225,7 +228,8 @@ def _verify(path: Path, stamp: Any, share: tuple[int, int] | None, resumes: bool
             "can't resume from it. Give a checkpoint that holds all, or use it with validate, test or predict."
         )
     if share is not None and not path.is_dir():  # of shards, when they are loaded
-        require_finite(path, dict(list(content["state_dict"].items())[share[0] :: share[1]]))
+        state = content["state_dict"].items()
+        require_finite(path, {name: t for number, (name, t) in enumerate(state) if _is_mine(number, share)})
 
 
 def _verify_file(path: Path, share: tuple[int, int] | None) -> None:
@@ -239,10 +243,11 @@ def _verify_file(path: Path, share: tuple[int, int] | None) -> None:
         raise CheckpointError(f"{path} is no checkpoint: it is no archive of torch.save. {_EXPECTED}.")
     try:
         with zipfile.ZipFile(path) as archive:
-            for part in archive.infolist()[share[0] :: share[1]] if share else []:
-                with archive.open(part) as stream:  # compares the CRC-32
-                    while stream.read(_READ):
-                        pass
+            for number, part in enumerate(archive.infolist()):
+                if _is_mine(number, share) or part.filename.endswith("/data.pkl"):  # which every rank reads
+                    with archive.open(part) as stream:  # compares the CRC-32
+                        while stream.read(_READ):
+                            pass
     except _BROKEN as error:
         raise _damaged(path, f"has changed since it was written ({first_line(error)})") from error
 
@@ -269,9 +274,14 @@ def _verify_folder(path: Path, share: tuple[int, int] | None) -> None:
         entries = [(name, end, "") for name, end in ends.items()]
     if wrong := [name for name, size, _ in entries if not _has_size(path / name, size)]:
         raise _damaged(path, f"lacks {some_of(wrong)}, or a part of it")
-    for name, _, crc32 in entries[share[0] :: share[1]] if share else []:
-        if crc32 and _crc32(path / name) != crc32:
+    for number, (name, _, crc32) in enumerate(entries):
+        mine = _is_mine(number, share) or name in (sharded.INDEX, REST)  # which every rank reads
+        if mine and crc32 and _crc32(path / name) != crc32:
             raise _damaged(path, f"has changed since it was written: the CRC-32 of {name} is not that of {MANIFEST}")
+
+
+def _is_mine(number: int, share: tuple[int, int] | None) -> bool:
+    return share is not None and number % share[1] == share[0]
 
 
 def _damaged(path: Path, what: str) -> DamagedError:

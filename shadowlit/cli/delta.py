@@ -19,7 +19,7 @@ from shadowlit.delta.folders import require_same_model
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError, as_usage
-from shadowlit.grafting.disk import DiskGraft, Scale, describe_shares
+from shadowlit.grafting.disk import DiskGraft, Scale, describe_shares, shares_of
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.grafting.update import zero_update
 from shadowlit.pair.buffers import open_model
@@ -37,6 +37,7 @@ def make(
     dtype: DType = "bfloat16",
     shard_size: str = "5GB",
     allow_zero: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
     """Store the update tuned - base as a delta.
 
@@ -51,17 +52,18 @@ def make(
         dtype: Dtype that the delta is stored in; bfloat16 loses about 0.2 % of its norm.
         shard_size: Size of the largest file, e.g. 5GB or 500MB.
         allow_zero: Whether an update that is zero is no error.
+        allow_pickle: Also read pytorch_model.bin and adapter_model.bin in local folders, as tensors alone: nothing in
+            them is run.
     """
-    found = Delta.make(base, tuned, select)
+    found = Delta.make(base, tuned, select, allow_pickle)
     if not allow_zero and not any(map(found.changes, found.shapes)):
         raise zero_update(f"{len(found.shapes)} tensors")
     _save(found, out, dtype, shard_size, found.manifest)
     for name, why in found.without.items():
         make_console().print(f"delta: left out for want of an update: {name} ({why})")
     if found.left_out is not None:
-        rest = {part.name: part.square for part in found.left_out.statistics() if part.square}
-        whole = sum(rest.values()) + found.norm() ** 2
-        if shares := {name: math.sqrt(square / whole) for name, square in rest.items()}:
+        rest = {part.name: part.square for part in found.left_out.statistics()}
+        if shares := shares_of(rest, found.norm() ** 2):
             make_console().print(f"delta: left out of the update's norm: {describe_shares(shares)}")
 
 
@@ -111,7 +113,7 @@ def sum_(
     step: dict[str, Any] = {"method": method, "weights": given, "of": [one.manifest for one in opened]}
     if method == "ties":
         step["density"] = density
-    manifest = {"base": opened[0].manifest.get("base"), "history": [step], "versions": versions()}
+    manifest = {"base": opened[0].manifest.get("base"), **found.manifest, "history": [step], "versions": versions()}
     _save(found, out, dtype, shard_size, manifest)
 
 

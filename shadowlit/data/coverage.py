@@ -6,8 +6,8 @@ answer "4". So short texts, and those that aren't found as they are, are rendere
 occur nowhere else. A text is written if both numbers are, with all of its letters between them, which holds whether the
 template trims it, escapes it as JSON, or moves it. Numbers and names of arguments are tried in the same way.
 
-Some templates drop the reasoning of earlier turns on purpose, since the model doesn't see it when it answers later
-ones. That isn't a loss as long as the turn is rendered with it when the turn itself is generated.
+Some templates drop the reasoning of the assistant's earlier turns on purpose, since the model doesn't see it when it
+answers later ones. That isn't a loss as long as the turn is rendered with it when the turn itself is generated.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def require_written(
         messages: Messages that were rendered.
         text: What the template wrote.
         ask: Whether ``text`` has the generation prompt.
-        trained: Turns that are supervised in ``text``; they must be complete in it, while other turns may be shortened
-            when later ones follow.
+        trained: Turns that are supervised in ``text``; they must be complete in it, while other turns of the assistant
+            may be shortened when later ones follow.
 
     Raises:
         RewrittenHistoryError: A trained turn is only complete where it is the last one.
@@ -91,7 +91,8 @@ def require_written(
         own = render if turn is None else partial(render, until=turn + 1)
         missing_at_end = missing if turn is None else _unwritten(missing, own)
         for leaf in missing:
-            if leaf not in missing_at_end and turn not in trained:
+            is_context = turn is not None and turn not in trained and given[turn]["role"] == "assistant"
+            if leaf not in missing_at_end and is_context:
                 continue
             if (part := _missing_part(leaf, render)) is None:
                 continue
@@ -99,6 +100,8 @@ def require_written(
                 lost[leaf.path] = at_end
             elif turn in trained:
                 rewritten[leaf.path] = part
+            else:
+                lost[leaf.path] = part
     if lost:
         raise _lost(leaves, lost)
     if rewritten:

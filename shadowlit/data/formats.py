@@ -25,12 +25,14 @@ Formats from outside the package are described in :mod:`shadowlit.data.custom_fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from shadowlit.data.turns import (
+    SPEAKERS,
     Message,
     convert_turns,
     field,
@@ -56,6 +58,7 @@ DOCUMENT = "document"
 _IMAGES = ("images", "image")
 _TOOLS = ("tools", "functions")
 _OF_TURNS = ("weight", "loss_weight", "train")  # fields of turns, which would have no effect as columns
+_END_MARKS = re.compile(r"\s*(<[^<>]*>\s*)*")  # that may follow the last turn of a rendered conversation
 _LEAST_COPY = 20  # characters of a text in an unread column that is taken for a copy of a part of a turn
 
 
@@ -163,7 +166,7 @@ def without_ignored(row: Mapping[str, Any], patterns: Sequence[str], path: str =
     return {
         name: kept(value, f"{path}{name}")
         for name, value in row.items()
-        if not any(fnmatchcase(f"{path}{name}", pattern) for pattern in patterns)
+        if not any(f"{path}{name}" == pattern or fnmatchcase(f"{path}{name}", pattern) for pattern in patterns)
     }
 
 
@@ -191,9 +194,20 @@ def without_ignored_fields(messages: Sequence[Message], patterns: Sequence[str])
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row with the names that formats read; ``columns`` has the name of the source for each of them."""
+    """A row with the names that formats read; ``columns`` has the name of the source for each of them.
+
+    Raises:
+        DataError: A column has a name that another one is read by, and one of them would be lost.
+    """
     names = {theirs: ours for ours, theirs in columns.items()}
-    return {names.get(name, name): value for name, value in row.items()}
+    renamed = {names.get(name, name): value for name, value in row.items()}
+    if len(renamed) < len(row):
+        ours = next(ours for ours, theirs in columns.items() if ours in row and theirs in row and ours not in names)
+        raise DataError(
+            f"has the columns '{columns[ours]}' and '{ours}', both of which would be read as '{ours}'. Leave out one "
+            f"of them, e.g. data.ignore_columns=[{ours}], or name the right ones in data.columns."
+        )
+    return renamed
 
 
 def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequence[Message]) -> dict[str, str]:
@@ -219,13 +233,14 @@ def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequenc
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts in a value, at every depth, that aren't blank."""
+    """The texts in a value, at every depth, that aren't blank; the roles of turns aren't among them."""
     if isinstance(value, str):
         if value.strip():
             yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from texts_in(one)
+        for name, one in value.items():
+            if not (name in ("role", "from") and isinstance(one, str) and one in SPEAKERS):
+                yield from texts_in(one)
     elif isinstance(value, list | tuple):
         for one in value:
             yield from texts_in(one)
@@ -233,7 +248,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 def from_messages(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
     """``{"messages": [{"role", "content"}, …]}`` to messages."""
-    return convert_turns(field(row, "messages", list), "messages")
+    return with_system(row, convert_turns(field(row, "messages", list), "messages"))
 
 
 def from_sharegpt(row: Mapping[str, Any], prompts_only: bool = False) -> list[Message]:
@@ -281,7 +296,7 @@ def from_text(row: Mapping[str, Any], prompts_only: bool = False) -> list[Messag
 
 
 FORMATS: dict[str, Format] = {
-    "messages": Format(from_messages, ("messages",), ("messages",)),
+    "messages": Format(from_messages, ("messages",), ("messages",), ("system",)),
     "sharegpt": Format(from_sharegpt, ("conversations",), ("conversations",), ("system",)),
     "alpaca": Format(from_alpaca, ("instruction", "output"), ("instruction",), ("input", "system", "history")),
     "prompt_completion": Format(
@@ -350,13 +365,25 @@ def _at_placeholders(text: str) -> list[dict[str, Any]]:
 def _is_copy(text: str, messages: Sequence[Message]) -> bool:
     """Whether a text is that of a turn, a long part of one, or the whole conversation."""
     text = text.strip()
-    if messages and all(one in text for message in messages for one in texts_in(message["content"])):
-        return True  # the conversation, rendered
+    if messages and _is_rendered(text, [one.strip() for message in messages for one in texts_in(message["content"])]):
+        return True
     for message in messages:
         own = [one.strip() for one in texts_in({key: one for key, one in message.items() if key != "role"})]
         if text in own or (len(text) >= _LEAST_COPY and any(text in one for one in own)):
             return True
     return False
+
+
+def _is_rendered(text: str, contents: Sequence[str]) -> bool:
+    """Whether a text has the contents of a conversation in their order, and ends with the last one or its end mark."""
+    reached = 0
+    for content in contents[:-1]:
+        at = text.find(content, reached)
+        if at < 0:
+            return False
+        reached = at + len(content)
+    last = text.rfind(contents[-1], reached) if contents else -1
+    return last >= 0 and _END_MARKS.fullmatch(text, last + len(contents[-1])) is not None
 
 
 def _accepted(prompts_only: bool) -> str:

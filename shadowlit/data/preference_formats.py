@@ -17,7 +17,7 @@ supervised.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,10 +73,10 @@ def convert_pair(row: Mapping[str, Any]) -> tuple[list[Message], list[Message]]:
             row it is.
     """
     chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    if chosen[0]["role"] == "assistant" == rejected[0]["role"]:
-        prompt = _prompt(row)
-    else:  # whole conversations, which include the prompt
+    if _is_whole(chosen, rejected):
         prompt, chosen, rejected = _split(chosen, rejected)
+    else:
+        prompt = _prompt(row)
     if _texts(chosen) == _texts(rejected):
         raise DataError(
             "has the same answer in 'chosen' and in 'rejected', so neither is preferred. Correct or remove the row."
@@ -115,10 +115,13 @@ def convert_labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[Messag
 
 def read_columns(row: Mapping[str, Any], samples: Samples) -> set[str]:
     """The columns of a row that are read."""
-    pairs = samples == "pairs"
-    format = _format_of(row, "prompt" if pairs else "required")
-    own = ("chosen", "rejected") if pairs else _LABELS
-    return {*own, *(FORMATS[format].columns - (set(_ANSWERS) if pairs else set()) if format else ())}
+    if samples == "labels":
+        format = _format_of(row, "required")
+        return {*_LABELS, *(FORMATS[format].columns if format else ())}
+    if _is_whole(_answer(row, "chosen"), _answer(row, "rejected")):
+        return {"chosen", "rejected", *(FORMATS["messages"].columns - {"messages", "system"})}
+    format = _format_of(row, "prompt")
+    return {"chosen", "rejected", *(FORMATS[format].columns - set(_ANSWERS) if format else ())}
 
 
 def add_next_answers(samples: list[Conversation]) -> list[Conversation]:
@@ -155,6 +158,11 @@ PREFERENCES: dict[str, PreferenceFormat] = {
         "These are labelled answers: set model.objective to KTO.",
     ),
 }
+
+
+def _is_whole(chosen: Sequence[Message], rejected: Sequence[Message]) -> bool:
+    """Whether these are whole conversations, which include the prompt, rather than answers."""
+    return not chosen[0]["role"] == "assistant" == rejected[0]["role"]
 
 
 def _answer(row: Mapping[str, Any], name: str) -> list[Message]:

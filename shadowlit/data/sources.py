@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.data.conversation import Conversation, Skip, collect, each
+from shadowlit.data.conversation import Conversation, Skip, collect, each, located
 from shadowlit.data.custom_formats import CustomFormat, find_format
 from shadowlit.data.files import Row, is_file_of_rows, read_file, stream_file
 from shadowlit.data.formats import (
@@ -176,7 +176,8 @@ class _Reader:
         self._folder = folder_of(self.source)
         first = without_ignored(first, self.ignore)
         self._check_mapping(names)
-        first = rename(first, self.columns)
+        with located(self.source):
+            first = rename(first, self.columns)
         self._read: set[str] = set(first)
         if self._custom is not None:
             return
@@ -185,7 +186,9 @@ class _Reader:
             return
         if self.format == "auto":
             self.format, more = detect_format(first, source=self.source, prompts_only=self.prompts_only)
-            first, self.columns = rename(first, more), {**self.columns, **more}
+            self.columns |= more
+            with located(self.source):
+                first = rename(first, more)
             if more:
                 log(f"data: {self.source} is read with data.columns={_as_yaml(more)}", False)
         else:
@@ -233,7 +236,6 @@ class _Reader:
     def _preference(self, row: Row, columns: dict[str, Any]) -> Conversation:
         if self._custom is not None:
             columns = self._custom.preference_row(columns, self.samples)
-        read = read_columns(columns, self.samples)
         if self.samples == "pairs":
             messages, other = convert_pair(columns)
             label = None
@@ -241,7 +243,7 @@ class _Reader:
             prompt, answer, label = convert_labelled(columns)
             messages, other = prompt + answer, prompt
         if self._custom is None:
-            self._note_unread(row, columns, read, [*messages, *other])
+            self._note_unread(row, columns, read_columns(columns, self.samples), [*messages, *other])
         messages, tools = self._finish(columns, messages)
         other, _ = self._finish({}, other)
         return Conversation(messages, row.source, row.index, row.line, tools, other=other, desirable=label)

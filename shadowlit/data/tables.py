@@ -64,8 +64,8 @@ def read_text_table(source: str, path: Path) -> Iterator[tuple[int, dict[str, An
                 yield from _separated(source, stream, _DELIMITERS[kind])
                 return
             for number, line in enumerate(stream, 1):
-                if text := line.rstrip("\r\n"):
-                    yield number, {"text": text}
+                if line.strip():
+                    yield number, {"text": line.rstrip("\r\n")}
     except UnicodeDecodeError as error:
         raise DataError(
             f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x}. Convert it, e.g. "
@@ -90,7 +90,7 @@ def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, 
         if len(row) != len(header):
             raise DataError(
                 f"{source} has {len(row)} fields in the row that ends in line {reader.line_num}, and {len(header)} "
-                f"in its header ({', '.join(header)}). Correct the row; a field with '{delimiter!r}' or a line break "
+                f"in its header ({', '.join(header)}). Correct the row; a field with {delimiter!r} or a line break "
                 "is enclosed in double quotes."
             )
         yield reader.line_num, dict(zip(header, row, strict=True))

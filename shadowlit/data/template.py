@@ -302,6 +302,8 @@ def load_template(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template={path} can't be read: {error}. Give the path of a jinja file.") from None
     _parse(template, f"data.chat_template={path}")
+    if not template.strip():
+        raise DataError(f"data.chat_template={path} is empty. Give the path of a jinja file with a chat template.")
     return template
 
 
@@ -346,7 +348,7 @@ def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[
             raise DataError(
                 f"has the weight {weight:g} ('train', 'weight' or 'loss_weight') on a turn of the role "
                 f"{message['role']} (message {i}), but data.loss_on={loss_on} trains {what}. Remove it (e.g. "
-                f"data.ignore_columns=['*.loss_weight']), or set data.loss_on={other}."
+                f"data.ignore_columns=['*.train', '*weight']), or set data.loss_on={other}."
             )
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     left_out = turns[:-1] if loss_on == "last" else []

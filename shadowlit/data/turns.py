@@ -33,7 +33,7 @@ Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names that data sets use for a role; of a call, the content is the call as JSON.
 _CALLS = ("function_call", "tool_call")
-_SPEAKERS = {
+SPEAKERS = {
     **{role: role for role in ROLES},
     **dict.fromkeys(("human",), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "model", *_CALLS), "assistant"),
@@ -98,7 +98,7 @@ def read_tools(row: Mapping[str, Any], messages: Sequence[Message]) -> tuple[lis
     for number, message in enumerate(messages):
         places.append((f"the tools of turn {number}", message.get("tools")))
         rest.append({key: value for key, value in message.items() if key != "tools"})
-    tools = [tool for where, value in places if value for tool in _tools(value, where)]
+    tools = [tool for where, value in places for tool in _tools(value, where)]
     return rest, tools or None
 
 
@@ -162,12 +162,12 @@ def _message(turn: Any, where: str, names: tuple[str, str]) -> Message:
     if not isinstance(turn, Mapping):
         raise DataError(f"has {shown(turn)} in {where}; expected an object with '{speaker_name}' and '{content_name}'.")
     speaker = field(turn, speaker_name, str, where)
-    if speaker not in _SPEAKERS:
+    if speaker not in SPEAKERS:
         what = "role" if names == _NAMES else "speaker"
         raise DataError(
-            f"has the unknown {what} {speaker!r} in {where}; expected one of {', '.join(_SPEAKERS)}. Rename it."
+            f"has the unknown {what} {speaker!r} in {where}; expected one of {', '.join(SPEAKERS)}. Rename it."
         )
-    role = _SPEAKERS[speaker]
+    role = SPEAKERS[speaker]
     other = (set(_NAMES + _SHAREGPT_NAMES) - {"role", "from", content_name}).pop()
     if turn.get(other) not in (None, turn.get(content_name)):
         raise DataError(f"has both '{content_name}' and '{other}' in {where}. Keep the one that holds the text.")
@@ -255,7 +255,9 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any, where: str) -> list[Any]:
-    value = _parsed(without_nulls(value), f"tools in {where}")
+    value = _parsed(without_nulls(value) or None, f"tools in {where}")
+    if not value:
+        return []
     tools = []
     for tool in value if isinstance(value, list) else [value]:
         tool = _parsed(tool, f"tools in {where}")
@@ -298,6 +300,6 @@ def _weight(turn: Mapping[str, Any], where: str) -> float | None:
             )
     if len(factors := {float(value) for value in given.values()}) > 1:
         raise DataError(f"has a weight and another loss_weight in {where}. Keep one of them.")
-    if train is False:
+    if train is not None and not train:  # 0 equals False
         return 0.0
     return next(iter(factors), 1.0 if train else None)

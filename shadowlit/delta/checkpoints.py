@@ -39,7 +39,8 @@ _CACHED = 2  # whole tensors of a sharded checkpoint
 class TrainedReader(ComputedReader):
     """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
 
-    ``step`` is the number of optimizer steps done by then, and ``folder`` the path of the checkpoint.
+    ``step`` is the number of optimizer steps done by then, ``folder`` the path of the checkpoint, and ``fingerprints``
+    are those of the pair that was trained, if the checkpoint holds any.
 
     A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
     checkpoints (FSDP2) are read tensor by tensor; the last two are kept.
@@ -52,7 +53,10 @@ class TrainedReader(ComputedReader):
     """
 
     def __init__(self, path: Path) -> None:
-        stored, load, self.step = _open_sharded(path) if path.is_dir() else _open_file(path)
+        stored, load, rest = _open_sharded(path) if path.is_dir() else _open_file(path)
+        self.step = int(rest["global_step"])
+        states = [state for state in rest.get("callbacks", {}).values() if isinstance(state, Mapping)]
+        self.fingerprints = next((state["fingerprints"] for state in states if state.get("fingerprints")), {})
         names = {saved_name(name): name for name in stored if not is_original_name(name)}
         infos = {
             name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)
@@ -220,7 +224,7 @@ def _adapter(config: Mapping[str, Any], home: Path) -> LoraConfig:
     return LoraConfig(**{name: value for name, value in settings.items() if name in known and value is not None})
 
 
-_Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor], int]
+_Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor], Mapping[str, Any]]
 
 
 def _open_file(path: Path) -> _Opened:
@@ -228,12 +232,12 @@ def _open_file(path: Path) -> _Opened:
         raise CheckpointError(f"{path} is no complete checkpoint: it is being written, or was cut short.")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state, step = content["state_dict"], int(content["global_step"])
+        state, _ = content["state_dict"], int(content["global_step"])
     except Exception as error:  # of pickle, zipfile, torch or a missing key: many types, one meaning
         raise CheckpointError(
             f"{path} can't be read as a Lightning checkpoint ({type(error).__name__}: {str(error).splitlines()[:1]})."
         ) from error
-    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}, state.__getitem__, step
+    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}, state.__getitem__, content
 
 
 def _open_sharded(path: Path) -> _Opened:
@@ -249,7 +253,7 @@ def _open_sharded(path: Path) -> _Opened:
         sharded.read_tensors(path, {f"state_dict.{name}": tensor}, alone=True)
         return tensor
 
-    return found, load, int(sharded.load_plain(path / _REST)["global_step"])
+    return found, load, sharded.load_plain(path / _REST)
 
 
 def _code(path: Path, name: str, dtype: torch.dtype) -> str:

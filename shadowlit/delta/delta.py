@@ -99,13 +99,16 @@ class Delta(Update):
         return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))
 
     @classmethod
-    def make(cls, base: str | Path, tuned: str | Path, select: str | list[str] = "all") -> Delta:
+    def make(
+        cls, base: str | Path, tuned: str | Path, select: str | list[str] = "all", allow_pickle: bool = False
+    ) -> Delta:
         """Return the update ``tuned - base`` of two models; their files stay open as long as the object lives.
 
         Args:
             base: Folder or hub id of the model that the tuning started from.
             tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
             select: ``all``, ``linear`` (every linear layer but the output head), or regular expressions.
+            allow_pickle: Also read ``pytorch_model.bin`` and ``adapter_model.bin`` in local folders, as tensors alone.
 
         Raises:
             CheckpointError: A checkpoint is missing or broken.
@@ -114,16 +117,16 @@ class Delta(Update):
         folder, tuned_folder = model_folder("base", str(base)), model_folder("tuned", str(tuned))
         sides = stated_sides(("base", folder), ("tuned model", tuned_folder))
         require_one_architecture(*sides)
-        reader = open_model(folder)
+        reader = open_model(folder, allow_pickle)
         learned = reader.learned()
-        update = open_update(learned, tuned_folder, strict=False)
+        update = open_update(learned, tuned_folder, allow_pickle, strict=False)
         manifest = {
             "base": describe_source(str(base), folder, reader.fingerprint()),
             "tuned": {"id": str(tuned)},
             "select": select,
             "history": [],
             "versions": versions(),
-            "model_type": sides[0].get("model_type"),
+            "model_type": stated_sides(("base", folder))[0].get("model_type"),
             "layers": count_layers(learned.tensors),
             "tied": update.tied,
         }
@@ -183,6 +186,15 @@ class Delta(Update):
         """The part of the delta on these tensors."""
         kept = frozenset(names)
         return Delta({n: shape for n, shape in self.shapes.items() if n in kept}, self._rows, self.manifest)
+
+    def _with_head(self, head: str, embedding: str) -> Delta:
+        """The delta of a tied model with its output head too, which is its embedding."""
+        shapes = {**self.shapes, head: self.shapes[embedding]}
+        return Delta(
+            shapes,
+            lambda name, *window: self._rows(embedding if name == head else name, *window),
+            {**self.manifest, "tied": False},
+        )
 
     def map(self, function: Callable[[str, Tensor], Tensor] | Sequence[Mapping[str, Any]]) -> Delta:
         """Apply a function, or transforms in order, to every whole tensor when its rows are first needed.
@@ -371,6 +383,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     Raises:
         GraftError: There are no deltas, or another number of weights, or unequal shapes under one name.
     """
+    deltas = _with_one_head(deltas)
     shapes = _union(deltas, weights)
 
     def rows(name: str, start: int, stop: int) -> Tensor:
@@ -379,7 +392,7 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
-    return Delta(shapes, rows, deltas[0].manifest if len(deltas) == 1 else {"tied": all(d.tied for d in deltas)})
+    return Delta(shapes, rows, _common_manifest(deltas))
 
 
 def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) -> Delta:
@@ -388,13 +401,44 @@ def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) 
     A delta that lacks a tensor doesn't count there. ``density`` is the fraction of each delta's elements that is kept,
     in (0, 1]. Raises as :func:`weighted_sum`.
     """
+    deltas = _with_one_head(deltas)
     shapes = _union(deltas, weights)
 
     def whole(name: str) -> Tensor:
         present = [(d.tensor(name), w) for d, w in zip(deltas, weights, strict=True) if name in d.shapes]
         return ties([tensor for tensor, _ in present], density, [weight for _, weight in present])
 
-    return Delta(shapes, rows_of(keeping(whole)))
+    return Delta(shapes, rows_of(keeping(whole)), _common_manifest(deltas))
+
+
+def _with_one_head(deltas: Sequence[Delta]) -> list[Delta]:
+    """The deltas with an output head of their own in all or in none: that of a tied model is its embedding."""
+    ends = [head_and_embedding(d.shapes) for d in deltas]
+    moved = [d.tied for d, (head, embedding) in zip(deltas, ends, strict=True) if embedding and not head]
+    head = next((head for head, _ in ends if head), None)
+    if head is None and len(set(moved)) > 1:
+        raise GraftError(
+            "some of the deltas change the output head as they change the embedding, since both are one tensor, and "
+            "some change the embedding alone, so that the sum would need a head that none of them holds. Make them "
+            "again without the embedding (delta make --select linear)."
+        )
+    return [
+        d._with_head(head, embedding) if head and embedding and not own and d.tied else d
+        for d, (own, embedding) in zip(deltas, ends, strict=True)
+    ]
+
+
+def _common_manifest(deltas: Sequence[Delta]) -> Mapping[str, Any]:
+    """What the manifests of all deltas say of the model that they fit."""
+    if len(deltas) == 1:
+        return deltas[0].manifest
+    found: dict[str, Any] = {}
+    for key in ("model_type", "layers"):
+        stated = [d.manifest[key] for d in deltas if d.manifest.get(key)]
+        if any(value != stated[0] for value in stated):
+            raise GraftError(f"deltas differ in {key}: {some_of(stated)}. Combine deltas of one architecture.")
+        found |= {key: stated[0]} if stated else {}
+    return {**found, "tied": all(d.tied for d in deltas if head_and_embedding(d.shapes)[1])}
 
 
 def windows(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, int, int]]:

@@ -14,7 +14,7 @@ from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
-from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.manifest import MANIFEST_FILE, add_to_manifest, build_manifest, read_manifest
 from shadowlit.grafting.update import Update, open_update
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
@@ -127,10 +127,16 @@ def plan_graft(
 
             stage = latest(tuned)
             tuned = stage.folder
+            if stage.fingerprints.get("base", base_reader.fingerprint()) != base_reader.fingerprint():
+                raise GraftError(
+                    f"{tuned} was not trained from {base_reader.folder}: the fingerprints differ. Give the Base that "
+                    "the config.yaml of its run names."
+                )
             update = update_of(stage, ModelPair(str(base_reader.folder), str(instruct_reader.folder)))
         else:
             folder = model_folder("tuned", str(tuned))
             require_one_architecture(*stated_sides(("base", base_reader.folder), ("tuned model", folder)))
+            _require_no_graft(folder, base_reader, instruct_reader)
             update = open_update(in_place, folder, allow_pickle, strict=False)
         scales = Scale.parse(str(scale))
         if chosen:
@@ -174,6 +180,21 @@ def _is_run(tuned: Path) -> bool:
     return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))
 
 
+def _require_no_graft(tuned: Path, base: TensorReader, instruct: TensorReader) -> None:
+    """Raise if a whole model is the result of a graft onto this Instruct, and holds the Instruct's weights."""
+    if not (tuned / MANIFEST_FILE).is_file() or (tuned / "adapter_config.json").is_file():
+        return
+    manifest = read_manifest(tuned)
+    made, given = ((manifest.get(who) or {}).get("fingerprint") for who in ("base", "instruct")), (base, instruct)
+    prints = [reader.fingerprint() for reader in given]
+    if list(made) == prints and prints[0] != prints[1]:
+        raise GraftError(
+            f"{tuned} is a graft onto this Instruct already ({MANIFEST_FILE}), and no tuned Base: grafted once more, "
+            "it would hold the difference of Instruct and Base twice. Give the tuned Base: of a run of fit its folder, "
+            "in which the checkpoints are, or a *.ckpt."
+        )
+
+
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:
     """Return the Base under the names and in the layout of its Instruct.
 
@@ -213,7 +234,8 @@ def require_same_model(delta: Delta, instruct: TensorReader) -> None:
         PairError: It was made of models of another type.
         GraftError: It has layers that the Instruct lacks, or was made of models with another number of them.
     """
-    types = delta.manifest.get("model_type"), stated_sides(("instruct", instruct.folder))[0].get("model_type")
+    stored = (delta.manifest.get("model_type") or "").removesuffix("_text")
+    types = stored, stated_sides(("instruct", instruct.folder))[0].get("model_type")
     if all(types):
         sides = Side("delta"), Side("instruct", instruct.folder)
         for side, model_type in zip(sides, types, strict=True):

@@ -93,13 +93,30 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     return frozenset(weights | {name for name in tensors if is_bias(name) and module_of(name) in modules})
 
 
+def shares_of(squares: Mapping[str, float], rest: float) -> dict[str, float]:
+    """Shares of an update's norm by tensor, without those of zero, from squared norms, and that of what isn't named.
+
+    A tensor with values that are not finite has a share of NaN, and counts for nothing in those of others.
+    """
+    total = rest + sum(filter(math.isfinite, squares.values()))
+    return {
+        name: math.sqrt(square / total) if math.isfinite(square) else math.nan
+        for name, square in squares.items()
+        if square
+    }
+
+
 def describe_shares(shares: Mapping[str, float]) -> str:
     """Shares of a norm by kind of tensor, the largest first: ``embed_tokens 41.2%, norm (9) 1.3%``."""
     kinds: dict[str, list[float]] = {}
     for name, share in shares.items():
         kinds.setdefault(kind_of(name), []).append(share)
-    norms = sorted(((math.hypot(*found), kind, len(found)) for kind, found in kinds.items()), reverse=True)
-    return ", ".join(f"{kind} ({n}) {share:.1%}" if n > 1 else f"{kind} {share:.1%}" for share, kind, n in norms)
+    norms = [(math.hypot(*found), kind, len(found)) for kind, found in kinds.items()]
+    norms.sort(key=lambda norm: (math.isnan(norm[0]), norm), reverse=True)  # what has no norm first
+    return ", ".join(
+        f"{kind}{f' ({n})' if n > 1 else ''} {'holds NaN or infinities' if math.isnan(share) else f'{share:.1%}'}"
+        for share, kind, n in norms
+    )
 
 
 class DiskGraft:
@@ -194,8 +211,7 @@ class DiskGraft:
 
         The update counts as it was learned, before it is transformed and scaled.
         """
-        total = self._squares[2] + sum(self._left_out.values())
-        return {name: (square / total) ** 0.5 for name, square in self._left_out.items() if square}
+        return shares_of(self._left_out, self._squares[2])
 
     @property
     def survival(self) -> float:

@@ -24,6 +24,7 @@ from shadowlit.checkpoint.layout import (
     canonical_keys,
     fused_experts,
     head_and_embedding,
+    repeats_embedding,
     with_head,
 )
 from shadowlit.checkpoint.names import (
@@ -41,7 +42,7 @@ from shadowlit.checkpoint.names import (
     weight_of,
 )
 from shadowlit.checkpoint.pickled import open_checkpoint
-from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, first_line
 from shadowlit.pair.buffers import open_model
@@ -99,9 +100,13 @@ class _FromBase(Update):
     def _set_without(self, without: Mapping[str, str], strict: bool) -> None:
         """Keep what has no update, and why; raise if any has none, or unless ``strict`` if its layer is unknown."""
         self.without = without
-        unknown = any(name not in self._base.tensors and layer_of(name) is not None for name in without)
+        unknown = [name for name in without if self._is_unknown(name)]
         if unknown or (strict and without):
-            raise self._problem(sorted(without))
+            raise self._problem(sorted(without if strict else unknown))
+
+    def _is_unknown(self, name: str) -> bool:
+        """Whether the tuned model has a tensor in its layers that the Base lacks."""
+        return name not in self._base.tensors and layer_of(name) is not None
 
     def _problem(self, names: list[str]) -> GraftError:
         """The error for tensors without an update, by its cause."""
@@ -168,10 +173,18 @@ class FullUpdate(_FromBase):
                 f"{self._tuned.folder} and {self._base.folder} differ outside of their layers: {problems}. Expected "
                 "both to hold what is selected; leave the rest out of the selection ('linear' does)."
             )
+        if all(name not in right for name in names):
+            return GraftError(
+                f"{self._tuned.folder} is incomplete, or was not tuned from {self._base.folder}: {problems}. Finish "
+                "its download or save the whole of it again, or leave what it lacks out of the selection."
+            )
         return GraftError(
             f"{self._tuned.folder} was not tuned from {self._base.folder}: {problems}. Give the Base that the training "
             "started from."
         )
+
+    def _is_unknown(self, name: str) -> bool:
+        return super()._is_unknown(name) and may_hold_weights(self._tuned.info(name))
 
     @property
     def weights(self) -> frozenset[str]:
@@ -279,7 +292,7 @@ class AdapterUpdate(_FromBase):
         self._reader = self._reader.learned()
         if empty := [name for name, info in self._reader.tensors.items() if info.shape == _UNGATHERED]:
             raise _empty(folder, empty)
-        self.tied = bool(getattr(config, "ensure_weight_tying", False))
+        is_tied = head_and_embedding(base.tensors)[0] is None or bool(repeats_embedding(base))
         self._base = base = self._with_own_head(base)
         # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
         self._whole_factor = lru_cache(maxsize=4)(
@@ -307,6 +320,19 @@ class AdapterUpdate(_FromBase):
         self.shapes: Mapping[str, tuple[int, ...]] = {n: base.tensors[n].shape for n in adapted if n not in without}
         self._set_without(without, strict)
         self._scalings = {name: self._scaling(factors) for name, factors in self._factors.items()}
+        if is_tied and getattr(config, "ensure_weight_tying", False):
+            self._tie()
+
+    def _tie(self) -> None:
+        """Let the embedding's update be the head's too, unless the adapter stores another one for the head."""
+        head, embedding = head_and_embedding(self.shapes)
+        if embedding is None:
+            return
+        windows = row_windows(described(self.shapes)[embedding])
+        pairs = [[self.rows(name, *window) for name in (head, embedding)] for window in windows] if head else []
+        if all(np.allclose(one, other, rtol=1e-4, atol=1e-6 * np.abs(other).max()) for one, other in pairs):
+            self.tied = True
+            self.shapes = {name: shape for name, shape in self.shapes.items() if name != head}
 
     def _with_own_head(self, base: TensorReader) -> TensorReader:
         """The Base with an output head, if it is tied and the adapter has one."""

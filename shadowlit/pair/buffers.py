@@ -30,9 +30,10 @@ def computed_buffers(
     """The names of those ``tensors`` of a folder that its model computes instead of loading them.
 
     The architecture says which: the model is built on the meta device, and a tensor that it does not load is a buffer
-    if the model has a non-persistent one of this name, or names it among the keys to ignore. Where transformers can't
-    build the model, because its code comes with the folder, usual names and forms decide. The model is built only if
-    the folder holds other tensors than weights and biases, since importing transformers takes seconds.
+    if the model has a non-persistent one of this name, names it among the keys to ignore, or had one of this usual
+    name in an earlier version. Where transformers can't build the model, because its code comes with the folder, usual
+    names and forms decide. The model is built only if the folder holds other tensors than weights and biases, since
+    importing transformers takes seconds.
     """
     possible = possible_buffers(tensors)
     if not possible:
@@ -61,7 +62,9 @@ def _by_architecture(folder: Path, trust_remote_code: bool) -> Callable[[TensorI
 
     def is_computed(info: TensorInfo) -> bool:
         return canonical_key(info.name) not in loaded and (
-            buffer_key(info.name) in own or any(pattern.search(info.name) for pattern in ignored)
+            buffer_key(info.name) in own
+            or is_usual_buffer(info.name)  # of an earlier version of the architecture
+            or any(pattern.search(info.name) for pattern in ignored)
         )
 
     return is_computed

@@ -122,7 +122,8 @@ def stated_sides(*sides: tuple[str, Path]) -> list[Side]:
     """Models, each a role and a folder, with what the config.json of each states, read without transformers.
 
     A setting that one of the files leaves to the default of its architecture is left out of all of them, and so are all
-    if a folder holds no config.json. Of a multimodal model the language model's settings count.
+    if a folder holds no config.json. Of a multimodal model the language model's settings count; its type has no
+    ``_text`` at its end, since older versions of transformers write no section of its own for it.
     """
     configs = [_stated_config(who, folder) for who, folder in sides]
     common = set.intersection(*({key for key in config if config[key] is not None} for config in configs))
@@ -135,7 +136,10 @@ def stated_sides(*sides: tuple[str, Path]) -> list[Side]:
 def _stated_config(who: str, folder: Path) -> dict[str, Any]:
     config = read_json(who, folder / "config.json") if (folder / "config.json").is_file() else {}
     text = config.get("text_config")
-    return {**config, **(text if isinstance(text, dict) else {})}
+    stated = {**config, **(text if isinstance(text, dict) else {})}
+    if isinstance(kind := stated.get("model_type"), str):
+        stated["model_type"] = kind.removesuffix("_text")
+    return stated
 
 
 def _attempt(who: str, action: Callable[[], _T], problems: list[Problem]) -> _T | None:

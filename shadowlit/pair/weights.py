@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from shadowlit.checkpoint.headers import dtype_of, some_of
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
@@ -16,6 +17,7 @@ from shadowlit.pair.side import ROPE_KEYS, SEEN_ELSEWHERE, Side
 
 log = logging.getLogger(__name__)
 
+_OTHER_BASE = "set pair.base to the Base that the Instruct was made from."
 _SAME_ARCHITECTURE: dict[str, Severity] = {"model_type": "error", "architectures": "warning"}
 # Settings on which the function depends that equal weights compute.
 # fmt: off
@@ -62,9 +64,8 @@ def _check_architecture(base: Side, instruct: Side, select: Select) -> Iterator[
     """The two must be one architecture."""
     if base.config is None or instruct.config is None:
         return
-    remedy = "set pair.base to the Base that the Instruct was made from."
     for key, found in _differences(base, instruct, _SAME_ARCHITECTURE).items():
-        yield Problem(_SAME_ARCHITECTURE[key], "architecture", found, "the same", remedy)
+        yield Problem(_SAME_ARCHITECTURE[key], "architecture", found, "the same", _OTHER_BASE)
 
 
 def _differences(base: Side, instruct: Side, keys: Iterable[str]) -> dict[str, str]:
@@ -231,8 +232,7 @@ def _check_other_settings(base: Side, instruct: Side, select: Select) -> Iterato
     found = _differences(base, instruct, (key for key in keys if not key.startswith("_")))
     defining = [text for key, text in found.items() if key in _DEFINING]
     if defining:
-        remedy = "set pair.base to the Base that the Instruct was made from."
-        yield Problem.error("config", some_of(defining), "the same", remedy)
+        yield Problem.error("config", some_of(defining), "the same", _OTHER_BASE)
     others = [text for key, text in found.items() if key not in _DEFINING]
     if others:
         remedy = "check whether they change what the layers compute; if so, this is not the Instruct's Base."
@@ -246,7 +246,10 @@ def require_one_architecture(base: Side, other: Side) -> None:
         PairError: Their model types, or settings on which the meaning of equal weights depends, differ.
     """
     checks = (_check_architecture, _check_positions, _check_other_settings)
-    problems = [problem for check in checks for problem in check(base, other, "linear")]
+    # No setting names the models here, as pair.base does in a run.
+    remedy = f"give the {base.title} that belongs to the {other.title}."
+    found = [problem for check in checks for problem in check(base, other, "linear")]
+    problems = [replace(p, remedy=p.remedy.replace(_OTHER_BASE, remedy)) for p in found]
     for problem in problems:
         if problem.severity == "warning":
             log.warning("%s", problem)

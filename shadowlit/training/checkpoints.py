@@ -92,9 +92,7 @@ class Checkpoints(TorchCheckpointIO):
         path = find_for(self._trainer, path, weights_only)
         if not path.is_dir():
             return dict(torch.load(path, map_location=map_location, weights_only=True))
-        content = _read_folder(self._trainer, path, {}, alone=True)
-        _require_finite(path, content)
-        return content
+        return _read_folder(self._trainer, path, {}, alone=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint; a folder loses its name before its files."""
@@ -182,9 +180,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if not path.is_dir():
             return read_rest(path)
         reshard_all(module)
-        content = _read_folder(trainer, path, module.state_dict(), alone=False)
-        _require_finite(path, content)
-        return content
+        return _read_folder(trainer, path, module.state_dict(), alone=False)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load this rank's part of the weights into the module."""
@@ -264,27 +260,18 @@ def require_same_parameters(path: Any, found: Mapping[str, Any], expected: Mappi
 
 
 def _on_all_ranks(path: Path, function: Callable[[], Any]) -> None:
-    """Call a function on every rank; if it can't write on one of them, raise on all, so that none waits for another."""
-    problems: list[str] = []
+    """Call a function on every rank; if it fails on one of them, raise on all, so that none waits for another."""
+    problem: CheckpointError | None = None
+    cause: BaseException | None = None
     try:
         function()
     except CheckpointError as error:
-        problems = [str(error)]
+        problem = error
     except (OSError, RuntimeError, CheckpointException) as error:
-        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else [(error, None)]
-        problems = [str(write_error(path, failures[0][0]))]
-    if found := of_all_ranks(problems):
-        raise CheckpointError(found[0])
-
-
-def _require_finite(path: Path, content: Mapping[str, Any]) -> None:
-    problems: list[str] = []
-    try:
-        require_finite(path, content["state_dict"])
-    except CheckpointError as error:
-        problems = [str(error)]
-    if found := of_all_ranks(problems):
-        raise CheckpointError(found[0])
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        problem = write_error(path, cause)
+    if found := of_all_ranks([] if problem is None else [str(problem)]):
+        raise CheckpointError(found[0]) from cause
 
 
 def _read_folder(trainer: Trainer, path: Path, likes: Mapping[str, Tensor], *, alone: bool) -> dict[str, Any]:
@@ -304,6 +291,7 @@ def _read_folder(trainer: Trainer, path: Path, likes: Mapping[str, Tensor], *, a
 
     prefixes = ("state_dict.", "optimizer_") if trainer.state.fn == TrainerFn.FITTING else ("state_dict.",)
     content = read_nested(path, prefixes, make, alone=alone)
+    _on_all_ranks(path, lambda: require_finite(path, content["state_dict"]))
     states = [content.pop(key) for key in sorted(content, key=_number) if key != "state_dict"]
     return {**read_rest(path), **content, "optimizer_states": states}
 

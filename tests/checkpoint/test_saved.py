@@ -88,9 +88,7 @@ def test_killed_at_any_point_leaves_a_whole_one(last):
     torn.rename(new)
     assert find_whole(last, resumes=True) == last
     last.rename(old)
-    with pytest.warns(
-        UserWarning, match=r"last.ckpt doesn't exist, since it was being replaced .* resumes from .*, the"
-    ):
+    with pytest.warns(UserWarning, match=r"last.ckpt doesn't exist: the run was stopped .* resumes from .*, the"):
         assert find_whole(last, resumes=True) == (old if new.is_file() else find_whole(new, resumes=True))
     remove(new)
     write(last.parent / "new", 5).rename(new)
@@ -124,6 +122,16 @@ def test_a_damaged_one_is_refused_or_replaced_by_the_newest_whole_one(last, how)
         assert find_whole(last, resumes=True) == last.with_name("step=2.ckpt")
     with pytest.raises(DamagedError):  # another model would be scored
         find_whole(last, resumes=False)
+
+
+def test_what_every_rank_reads_is_always_verified(last):
+    """The pickle of a file, and what a folder holds besides shards; also where only names and sizes are."""
+    file = last / "meta.pt" if last.is_dir() else last
+    data = bytearray(file.read_bytes())
+    data[data.index(b"global_step")] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(DamagedError, match="has changed since it was written"):
+        find_whole(last, resumes=True, contents=False)
 
 
 def test_half_removed_and_older_folders(tmp_path):

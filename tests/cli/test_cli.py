@@ -187,7 +187,11 @@ def test_an_error_of_the_user_is_told_without_a_traceback(root, tmp_path):
 
 
 def test_preview_shows_the_mask(root, capsys):
-    assert main(["preview", "--config", str(root / "run.yaml"), "--num_samples=1"]) == 0
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    (root / "train.json").write_text(json.dumps(rows))  # which the parser could take for a list of sources
+    (root / "one.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    files = [f"--data.train={root / 'train.json'}", f"--data.validation.left={root / 'one.jsonl'}"]
+    assert main(["preview", "--config", str(root / "run.yaml"), "--num_samples=1", *files]) == 0
     shown = capsys.readouterr().out
     assert "⟦" in shown and "yes" in shown
 

@@ -171,6 +171,22 @@ def test_a_template_that_drops_earlier_reasoning_on_purpose_loses_nothing():
     assert encode_turns(marked, messages) == samples
 
 
+def test_only_the_assistant_may_be_shortened_once_other_turns_follow():
+    """Otherwise the turns before the last question would be lost: with marks, without, and in prompts."""
+    messages = talk("I like long walks.", "b", "c", "d")
+    last = "{% set q = namespace(i=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set q.i = loop.index0 %}"
+    cut = last + "{% endif %}{% endfor %}" + CHATML_UNMARKED.replace("in messages", "in messages[q.i:]")
+    for source, loss_on in (
+        (cut, "assistant"),
+        (cut, "last"),
+        (CHATML.replace("in messages", "in messages[-3:]"), "all"),
+    ):
+        with pytest.raises(DataError, match=r"has 'content' in messages\[0\], .*which the chat template doesn't write"):
+            encode_turns(make_tokenizer(source), messages, loss_on=loss_on)
+    with pytest.raises(DataError, match=r"has 'content' in messages\[0\]"):
+        encode_question(make_tokenizer(cut), messages, None)
+
+
 def test_reasoning_under_several_names_is_one_text():
     """transformers shows a template reasoning under each of its names."""
     messages = talk("a", "b")

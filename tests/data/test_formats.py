@@ -38,6 +38,8 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 0}],
                   "system": "s"}, [{"role": "system", "content": "s"}, USER, {**ANSWER, "weight": 0.0}]),
     ("sharegpt", {"conversations": [USER, ANSWER]}, [USER, ANSWER]),
+    ("messages", {"messages": [USER, ANSWER], "system": "s"}, talk("a", "b", system="s")),
+    ("messages", {"messages": [USER, {**ANSWER, "train": 0}]}, [USER, {**ANSWER, "weight": 0.0}]),
     ("alpaca", {"instruction": "a", "input": "", "output": "b"}, [USER, ANSWER]),
     ("alpaca", {"instruction": "a", "input": None, "output": "b", "system": ""}, [USER, ANSWER]),
     ("alpaca", {"instruction": "a", "input": "c", "output": "b", "system": "s"}, talk("a\nc", "b", system="s")),
@@ -408,6 +410,14 @@ def test_names_of_columns(tmp_path):
         read_conversations(both, columns={"prompt": "question", "completion": "answer"})
     found = contents(both, columns={"prompt": "question", "completion": "answer"}, ignore=["prompt"])
     assert found == [["a", "b"]]
+    # The same without a mapping, and where only a later row has both.
+    later = write(tmp_path / "later.jsonl", lines([pairs[0], {"prompt": "x", "question": "a", "answer": "b"}]))
+    for path, place in ((both, str(both)), (later, r"sample 1 of \S+ \(line 2\)")):
+        with pytest.raises(DataError, match=rf"^{place} has the columns 'question' and 'prompt', both of which"):
+            read_conversations(path)
+        with pytest.raises(DataError, match=r"Leave out one of them, e\.g\. data\.ignore_columns=\[prompt\]"):
+            list(stream_conversations(path))
+        assert contents(path, ignore=["prompt"])[-1] == ["a", "b"]
 
 
 def test_no_column_with_content_is_dropped_in_silence(tmp_path):
@@ -423,23 +433,34 @@ def test_no_column_with_content_is_dropped_in_silence(tmp_path):
         {"messages": talk("What is the capital?", "b"), "prompt": "What is the capital?", "answer": " b "},
         {"messages": talk("a", "b"), "text": "User: a\nAssistant: b"},
         {"messages": talk("What is the capital of Norway?", "b"), "topic": ["the capital of Norway"]},
+        {"messages": talk("a", "b"), "chosen": [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}]},
     ]
     path = write(tmp_path / "f.jsonl", lines(rows))
-    assert len(read_conversations(path)) == 4  # numbers, nothing, and copies of turns
+    assert len(read_conversations(path)) == 5  # numbers, nothing, and copies of turns
     rows += [
         {"messages": talk("a", "bc"), "answer": "c", "meta": {"source": ["web"]}},
         {"messages": talk("a", "b"), "weight": 2},
     ]
+    for more in (
+        "counted on the fingers, 2+2 is 4 of them",
+        "4, or SECRET 2+2",
+        "4 is 2+2",
+    ):  # no rendered conversation
+        about = write(tmp_path / "about.jsonl", lines([{"prompt": "2+2", "completion": "4", "explanation": more}]))
+        with pytest.raises(DataError, match=r"the model wouldn't see: 'explanation'"):
+            read_conversations(about)
+    rendered = {"prompt": "2+2", "completion": "4", "text": "<s>[INST] 2+2 [/INST] 4 </s>\n"}
+    assert len(read_conversations(write(tmp_path / "rendered.jsonl", lines([rendered])))) == 1
     path = write(tmp_path / "f.jsonl", lines(rows))
     expected = (
-        r"content that the model wouldn't see: 'answer' \('c' \(str\) in sample 4 of \S+ \(line 5\)\), "
-        r"'meta' \('web' .*\), 'weight' \(2 \(int\) in sample 5.*data\.ignore_columns=\[answer, meta, weight\], or"
+        r"content that the model wouldn't see: 'answer' \('c' \(str\) in sample 5 of \S+ \(line 6\)\), "
+        r"'meta' \('web' .*\), 'weight' \(2 \(int\) in sample 6.*data\.ignore_columns=\[answer, meta, weight\], or"
     )
     with pytest.raises(DataError, match=expected):
         read_conversations(path)
     with pytest.raises(DataError, match=r"'answer' \('c' .*ignore_columns=\[answer, meta\]"):
         list(stream_conversations(path))
-    assert len(read_conversations(path, ignore=["answer", "m*a", "weight"])) == 6
+    assert len(read_conversations(path, ignore=["answer", "m*a", "weight"])) == 7
     path = write(tmp_path / "f.jsonl", lines([{"messages": [{**USER, "time": "now", "a": {"b": 1, "c": 2}}, ANSWER]}]))
     assert read_conversations(path)[0].messages[0] == {**USER, "time": "now", "a": {"b": 1, "c": 2}}  # the template's
     assert read_conversations(path, ignore=["messages.time", "messages.a.b"])[0].messages[0] == {**USER, "a": {"c": 2}}
@@ -496,7 +517,7 @@ def test_forms_of_tools(tmp_path, more):
 
 
 def test_no_tools_and_wrong_ones(tmp_path):
-    for tools in (None, "[]", [], ""):
+    for tools in (None, "[]", [], "", {}, "{}", "null"):
         (read,) = read_conversations(write(tmp_path / "f.jsonl", lines([{"messages": [USER, ANSWER], "tools": tools}])))
         assert read.tools is None
     for tools, message in (

@@ -76,6 +76,13 @@ def test_no_column_of_preferences_is_dropped_in_silence(tmp_path):
         assert len(read_conversations(path, samples=samples, ignore=["context"])) == 2
     path = write(tmp_path / "f.jsonl", [{**PAIRS["texts"], "tools": '[{"name": "f"}]'}])
     assert read_conversations(path, samples="pairs")[0].tools == [{"type": "function", "function": {"name": "f"}}]
+    # Whole conversations have their prompt, so that another one in a column would be lost; copies and tools aren't.
+    whole = PAIRS["whole conversations and the prompt"]
+    path = write(tmp_path / "f.jsonl", [{**whole, "tools": '[{"name": "f"}]'}])
+    assert read_conversations(path, samples="pairs")[0].tools
+    path = write(tmp_path / "f.jsonl", [{**whole, "prompt": "Another one."}])
+    with pytest.raises(DataError, match=r"model wouldn't see: 'prompt' \('Another one\.' \(str\) in sample 0 of"):
+        read_conversations(path, samples="pairs")
 
 
 def test_a_system_text_of_its_own_column():

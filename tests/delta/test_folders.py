@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from shadowlit.pair.buffers import computed_buffers
 from shadowlit.pair.check import check_pair
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.loading import load_for_training
-from tests.tiny import save_pair
+from tests.tiny import save_model, save_pair
 
 WIDTH, ROWS = 8, 40
 SIDES = ("base", "tuned", "instruct")
@@ -229,6 +230,43 @@ def test_buffers_are_ignored_in_every_room(tmp_path):
     assert name not in open_delta(tmp_path / "tuned", base).shapes and name not in open_model(base).tensors
 
 
+def test_buffers_of_an_earlier_version(tmp_path):
+    """GPT-2's files may hold a ``masked_bias`` of -1e4, which no version of its class loads any more."""
+    save_model(tmp_path / "base", "gpt2", tied=True)
+    name = "transformer.h.0.attn.masked_bias"
+    rewrite(tmp_path / "base", **{name: torch.tensor(-1e4)})
+    assert name not in open_model(tmp_path / "base").tensors
+
+
+def test_one_language_model_has_one_type(folders, capsys):
+    """Older configs of Qwen2.5-VL hold the language model's settings without a section of its own."""
+    kind = {"model_type": "qwen2_5_vl"}
+    for side in SIDES:
+        write(folders / side, read(folders / side), **kind)
+    write(folders / "tuned", read(folders / "tuned"), **kind, text_config={"model_type": "qwen2_5_vl_text"})
+    three(folders)
+    write(folders / "tuned", read(folders / "tuned"), model_type="llama")
+    assert main(["graft", *(str(folders / side) for side in SIDES), str(folders / "no")]) == 1
+    told = capsys.readouterr().err
+    assert "pair.base" not in told and "give the Base that belongs to the tuned model" in told
+
+
+def test_values_that_are_not_finite_spoil_no_other_share(folders, capsys):
+    broken = read(folders / "tuned")[EMBEDDING]
+    broken[1, 2] = math.nan
+    rewrite(folders / "tuned", **{EMBEDDING: broken})
+    args = [str(folders / side) for side in SIDES[:2]]
+    assert main(["graft", *args, str(folders / "instruct"), str(folders / "out")]) == 0
+    told = capsys.readouterr().out.replace("\n", " ")
+    base, tuned = read(folders / "base"), read(folders / "tuned")
+    norms = {name: float((tuned[name].double() - base[name].double()).norm()) for name in base}
+    whole = math.hypot(*filter(math.isfinite, norms.values()))
+    for text in ("tok_embeddings holds NaN or infinities", f"output {norms[HEAD] / whole:.1%}"):
+        assert text in told
+    assert main(["delta", "make", *args, str(folders / "delta"), "--select=linear"]) == 0
+    assert "tok_embeddings holds NaN or infinities" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_another_model_or_number_of_layers_is_refused(folders, capsys):
     config = {"model_type": "chatglm"}
     (folders / "other").mkdir()
@@ -324,7 +362,8 @@ def test_a_matrix_that_the_instruct_lacks_is_named(folders, capsys):
     assert "left out of the update's norm: " in described and f"tok_embeddings {shares[EMBEDDING]:.1%}" in described
     assert 0 < shares[name] < 1 and f"w2 {shares[name]:.1%}" in told
     rewrite(folders / "tuned", **{name: None, "model.layers.0.feed_forward.w2.weight": None})
-    with pytest.raises(GraftError, match=r"was not tuned from .*only in the Base: model\.layers\.0\.feed_forward\.w2"):
+    lacking = r"is incomplete, or was not tuned from .*only in the Base: model\.layers\.0\.feed_forward\.w2.*Finish its"
+    with pytest.raises(GraftError, match=lacking):
         graft(*args[:3], folders / "no")
 
 
@@ -334,12 +373,15 @@ def test_what_is_left_out_stops_nothing(folders):
     rewrite(folders / "tuned", **{EMBEDDING: more, "value_head.weight": torch.ones(1, WIDTH)})
     for side in SIDES:
         rewrite(folders / side, **{"model.step": torch.tensor([1 + len(side)]), "model.mask": torch.ones(2, 2).bool()})
+    rewrite(folders / "tuned", **{"model.layers.0.step": torch.tensor([1])})
     done = three(folders)
     goal = read(folders / "instruct")
     for name, tensor in read(folders / "out").items():
         assert torch.equal(tensor, equation(folders, name) if name in done.selected else goal[name])
     assert f"{EMBEDDING} ((40, 8) and (44, 8))" in done.coverage.without
     assert "value_head.weight (only in the tuned one)" in str(done.coverage)
+    assert "model.layers.0.step (only in the tuned one)" in str(done.coverage)
+    rewrite(folders / "tuned", **{"model.layers.0.step": None})
     assert "model.step" in done.coverage.left_out and "model.step" not in done.shares
     with pytest.raises(GraftError, match=r"tuned model has 44 rows of model\.tok_embeddings\.weight, the Base 40"):
         graft(*(folders / side for side in SIDES), folders / "no", select="all")
@@ -415,6 +457,75 @@ def test_adapters_of_one_side_of_a_tied_pair(tmp_path, options):
     assert (got[side] - goal[side]).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", ONE_SIDE[:3])
+def test_adapters_that_are_to_keep_a_tie(tmp_path, options, tied):
+    """With ensure_weight_tying, embedding and head of a tied Base have one update; peft ignores it for others."""
+    base, instruct = save_pair(tmp_path, "llama", tied=tied)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, ensure_weight_tying=True, **{"target_modules": ["q_proj"], **options})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    ids = torch.arange(64)[None]
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
+    for _ in range(2):  # the first step leaves one of two factors at its start
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "adapter")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    start = read(base)
+    with torch.no_grad():
+        moved = {
+            embedding: model.get_input_embeddings()(torch.arange(272)) - start[embedding],
+            head: model.get_output_embeddings()(torch.eye(32)).T - start[embedding if tied else head],
+        }
+    delta = Delta.make(base, tmp_path / "adapter")
+    delta.save(tmp_path / "delta", torch.float32)
+    assert delta.tied == tied
+    if tied:  # one tensor, so that nothing is left out of one
+        done = graft(base, tmp_path / "adapter", instruct, tmp_path / "tied", select="all")
+        assert not done.coverage.left_out and not done.shares
+        torch.testing.assert_close(
+            read(tmp_path / "tied")[embedding], read(instruct)[embedding] + moved[head], rtol=0, atol=1e-6
+        )
+        rewrite(instruct, **{head: read(instruct)[embedding] * 0.5})
+    graft(base, tmp_path / "adapter", instruct, tmp_path / "out", select="all")
+    assert main(["delta", "apply", *(str(tmp_path / n) for n in ("delta", "instruct", "applied")), "--select=all"]) == 0
+    goal = read(instruct)
+    for got in (read(tmp_path / "out"), read(tmp_path / "applied")):
+        for name, update in moved.items():
+            torch.testing.assert_close(got[name], goal[name] + update, rtol=0, atol=1e-6)
+    assert max(float(update.abs().max()) for update in moved.values()) > 1e-3
+
+
+def test_a_sum_of_deltas_keeps_what_they_say_of_their_model(tmp_path, capsys):
+    """Of adapters of a tied embedding: the head stays. Of other models or ties: refused."""
+    base, instruct = save_pair(tmp_path, "llama", tied=True)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    rewrite(instruct, **{head: read(instruct)[embedding] * 0.5})
+    for number in (1, 2):
+        adapter(base, tmp_path / f"a{number}", seed=number, target_modules=["q_proj", "embed_tokens"])
+        Delta.make(base, tmp_path / f"a{number}").save(tmp_path / f"d{number}")
+    both = f"[{tmp_path / 'd1'},{tmp_path / 'd2'}]"
+    for method in ("add", "ties"):
+        assert main(["delta", "sum", "--deltas", both, "--out", str(tmp_path / method), "--method", method]) == 0
+        manifest, parts = read_manifest(tmp_path / method), read_manifest(tmp_path / "d1")
+        assert [manifest[key] for key in ("model_type", "layers", "tied")] == ["llama", parts["layers"], False]
+        words = [str(tmp_path / method), str(instruct), str(tmp_path / f"out-{method}"), "--select=all"]
+        assert main(["delta", "apply", *words]) == 0
+        assert torch.equal(read(tmp_path / f"out-{method}")[head], read(instruct)[head])
+    one, other = Delta.open(tmp_path / "d1"), Delta.open(tmp_path / "d2")
+    other.manifest["model_type"] = "qwen2"
+    with pytest.raises(GraftError, match="deltas differ in model_type: llama, qwen2"):
+        one + other
+    whole = Delta.of({embedding: torch.ones(272, 32)})
+    with pytest.raises(GraftError, match="some change the embedding alone"):
+        one + whole
+    apart = Delta.of({embedding: torch.zeros(272, 32), head: torch.ones(272, 32)})
+    total = whole + apart  # the head of the first is its embedding
+    assert not total.tied and torch.equal(total.tensor(head), torch.full((272, 32), 2.0))
+    assert not (one + one.only(["model.layers.0.self_attn.q_proj.weight"])).tied
+
+
 def test_adapters_of_a_resized_vocabulary_have_one_remedy(tmp_path):
     base, instruct = save_pair(tmp_path, "llama", tied=False)
     tuned = adapter(base, tmp_path / "adapter", rows=276, modules_to_save=["embed_tokens", "lm_head"])
@@ -436,6 +547,7 @@ def test_pickled_and_empty_adapters(tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"only pickled weights \(adapter_model\.bin\).*Or give --allow_pickle"):
         graft(base, tuned, instruct, tmp_path / "out")
     graft(base, tuned, instruct, tmp_path / "out", allow_pickle=True)
+    assert main(["delta", "make", str(base), str(tuned), str(tmp_path / "delta"), "--allow_pickle=true"]) == 0
     wanted = read(tmp_path / "wanted")
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in read(tmp_path / "out").items())
     empty = {name: tensor.new_empty(0) for name, tensor in stored.items()}
@@ -467,6 +579,20 @@ def test_runs_are_grafted_from_their_checkpoints(tmp_path):
         got = read(tmp_path / str(number))
         assert all(torch.equal(got[name], goal[name] + (tuned[name] - start[name])) for name in goal)
         assert read_manifest(tmp_path / str(number))["config"]["tuned"].endswith("step-3.ckpt")
+
+
+def test_neither_a_graft_nor_a_run_of_another_base_is_a_tuned_one(tmp_path):
+    base, instruct = save_pair(tmp_path, "llama", tied=True)
+    tuned = {name: tensor + 0.1 for name, tensor in read(base).items()}
+    state = {f"model.{name}": tensor for name, tensor in tuned.items()}
+    callbacks = {"GraftCallback": {"fingerprints": ModelPair(str(base), str(instruct)).fingerprints()}}
+    torch.save({"state_dict": state, "global_step": 3, "callbacks": callbacks}, tmp_path / "step-3.ckpt")
+    graft(base, tmp_path / "step-3.ckpt", instruct, tmp_path / "out")
+    with pytest.raises(GraftError, match=r"out is a graft onto this Instruct already .*Give the tuned Base"):
+        graft(base, tmp_path / "out", instruct, tmp_path / "no")
+    rewrite(base, **{"model.norm.weight": torch.zeros(32)})
+    with pytest.raises(GraftError, match=r"was not trained from .*fingerprints differ.*config\.yaml"):
+        graft(base, tmp_path / "step-3.ckpt", instruct, tmp_path / "no")
 
 
 def test_a_folder_of_checkpoints_names_them(tmp_path):

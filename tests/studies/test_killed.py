@@ -35,13 +35,14 @@ def sweep(tmp_path, out, more):
 
 def compare(tmp_path, out, more):
     config = yaml.safe_load((ROOT / "configs/demo_lora.yaml").read_text())
-    scored = dict.fromkeys(("new", "old"), None)
-    kept = {name: {"class_path": one["class_path"], "init_args": {**one["init_args"], "limit": 4}}
-            for name, one in config["evaluation"]["evaluators"].items() if name in scored}  # fmt: skip
+    evaluators = config["evaluation"]["evaluators"]
+    config["evaluation"]["evaluators"] = {name: evaluators[name] for name in ("new", "old")}
+    for each in ("new", "old"):
+        evaluators[each]["init_args"]["limit"] = 4
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
-    overrides = {**SHORT, "evaluation.evaluators": kept, **more}
+    overrides = {key: value for key, value in SHORT.items() if key != "evaluation.evaluators"}
     return ["compare", str(tmp_path / "fit.yaml"), f"--out={out}", "--workers=2", "--threads=1", "--seeds=0,1",
-            f"--overrides={json.dumps(overrides)}"]  # fmt: skip
+            f"--overrides={json.dumps({**overrides, **more})}"]  # fmt: skip
 
 
 def running(command, out):

@@ -201,9 +201,15 @@ def test_a_trial_is_measured_once_at_its_end(tmp_path, monkeypatch, validations,
         )
 
 
-@pytest.mark.parametrize(("stop", "code"), [(3, 3), (None, 0), ("the licence has expired", 1)])
+@pytest.mark.parametrize(("stop", "code"), [(3, 3), (None, 0), ("the licence has expired", 1),
+                                            (RuntimeError("password=S3CRET"), 1)])  # fmt: skip
 def test_what_ends_a_trial_is_told(tmp_path, monkeypatch, capsys, stop, code):
-    monkeypatch.setattr(trial, "main", lambda *_: sys.exit(stop))
+    def end(*_):
+        if isinstance(stop, Exception):
+            raise stop
+        sys.exit(stop)
+
+    monkeypatch.setattr(trial, "main", end)
     monkeypatch.setattr(trial, "occupied", lambda *_: nullcontext())
     monkeypatch.setattr(trial, "_end_with_command", lambda _: None)
     monkeypatch.setattr(trial.multiprocessing, "parent_process", lambda: SimpleNamespace(sentinel=None))
@@ -212,7 +218,13 @@ def test_what_ends_a_trial_is_told(tmp_path, monkeypatch, capsys, stop, code):
     ended = []
     monkeypatch.setattr(trial.os, "_exit", ended.append)
     trial.run_logged(tmp_path, ["fit"])
-    assert ended == [code] and capsys.readouterr().err == (f"{stop}\n" if isinstance(stop, str) else "")
+    error = capsys.readouterr().err
+    if isinstance(stop, Exception):
+        assert error.startswith("Traceback") and error.endswith("RuntimeError: password=**********\n\n")
+        assert "S3CRET" not in error
+    else:
+        assert error == (f"{stop}\n" if isinstance(stop, str) else "")
+    assert ended == [code]
 
 
 def test_an_interruption_that_can_not_be_recorded_is_logged(caplog):
