@@ -57,11 +57,11 @@ class StopSignals:
             return
         readable, writable = os.pipe()
         os.set_blocking(writable, False)
-        wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        self.catch(number for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)))
         threading.Thread(target=self._watch, args=(readable,), daemon=True, name="stop-signals").start()
+        wakeup = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
         _running.append(self)
         try:
+            self.catch(number for name in ("SIGINT", "SIGTERM", "SIGUSR1") if (number := getattr(signal, name, None)))
             yield self
         except (Interrupted, ShadowlitError):
             raise
@@ -69,9 +69,10 @@ class StopSignals:
             self.end(error)  # such as the loss of the connection to a rank that has ended before
             raise
         finally:
-            _running.remove(self)
+            self.waits = True  # nothing may interrupt what follows
             for number, handler in self._before.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
+            _running.remove(self)
             signal.set_wakeup_fd(wakeup)
             os.close(writable)  # ends the thread
         self.end()

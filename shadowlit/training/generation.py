@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -112,8 +113,9 @@ def generate(
     prompt_length = input_ids.shape[1]
     stopping = StopStrings(tokenizer, stop, prompt_length, len(input_ids))
     with evaluating(model):
+        method: Any = model.generate
         answer = partial(
-            model.generate,  # type: ignore[operator]
+            method,
             input_ids=input_ids,
             attention_mask=attention_mask,
             **(images or {}),
