@@ -177,8 +177,8 @@ class ShadowCLI(LightningCLI):
         for action in parser._actions:
             if hasattr(action, "_typehint"):
                 action._typehint = _whole_numbers_first(action._typehint)
-                if action.dest.startswith("data."):
-                    action._enable_path = False  # a file of rows isn't the configuration of a source
+                if action.dest.startswith("data."):  # a file of rows isn't the configuration of a source
+                    action._enable_path = False  # type: ignore[attr-defined]
         parser.add_argument(
             "--model.class_path",
             type=str,

@@ -1,4 +1,4 @@
-"""Limits for a user's texts: regular expressions that would never end, and YAML that stands for too many values."""
+"""Limits for a user's texts: expressions and templates that never end, and YAML that stands for too many values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,78 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import yaml
 
 from shadowlit.errors import ShadowlitError
 
-_MATCHING_S = 10.0
+_Result = TypeVar("_Result")
+
+TIME_LIMIT_S = 10.0
+"""Processor time that a user's regular expression or chat template may take; they need well below a millisecond."""
+
 _MAX_VALUES = 100_000
+
+
+class _OutOfTime(BaseException):
+    """A time limit is exceeded. Not an Exception, which jinja would catch, to rewrite its traceback."""
+
+
+def in_time(function: Callable[[], _Result]) -> _Result:
+    """``function()``, unless it takes longer than ``TIME_LIMIT_S``.
+
+    Raises:
+        TimeoutError: It does. Outside of the main thread, the thread that it runs in lasts until the process ends.
+    """
+    if _can_interrupt():
+        try:
+            with _time_limit():
+                return function()
+        except _OutOfTime:
+            raise TimeoutError(f"it takes more than {TIME_LIMIT_S:g} s, as if it never ended") from None
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(TIME_LIMIT_S)
+
+
+def _can_interrupt() -> bool:
+    """Whether a time limit works here: in the main thread, on systems with timers, and not within another one."""
+    return (
+        threading.current_thread() is threading.main_thread()
+        and hasattr(signal, "setitimer")  # not on Windows
+        and not any(signal.getitimer(signal.ITIMER_VIRTUAL))
+        and signal.getsignal(signal.SIGVTALRM) is not None
+    )
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise _OutOfTime in the block after ``TIME_LIMIT_S``, if that is possible here."""
+    if not _can_interrupt():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _OutOfTime
+
+    # Of the process's own time: the other timer is taken by libraries, and runs on while the process is stopped.
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TIME_LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @contextlib.contextmanager
@@ -30,24 +93,14 @@ def bounded_matching(what: str) -> Iterator[None]:
     Raises:
         ShadowlitError: It takes longer.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise ShadowlitError(
-            f"{what}, whose matching took more than {_MATCHING_S:g} s, and might never end; expected a regular "
-            "expression without a repetition inside of a repetition, as in '(a+)+'. Write it without."
-        )
-
-    # Of the process's own time: the other timer is taken by libraries, and runs on while the process is stopped.
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _MATCHING_S)
     try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        signal.signal(signal.SIGVTALRM, before)
+        with _time_limit():
+            yield
+    except _OutOfTime:
+        raise ShadowlitError(
+            f"{what}, whose matching took more than {TIME_LIMIT_S:g} s, and might never end; expected a regular "
+            "expression without a repetition inside of a repetition, as in '(a+)+'. Write it without."
+        ) from None
 
 
 def load_yaml(text: str, where: str) -> Any:

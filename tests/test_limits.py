@@ -43,7 +43,7 @@ CASES = {
 
 @pytest.mark.parametrize("what", CASES)
 def test_a_regular_expression_that_would_never_end_is_an_error(monkeypatch, what):
-    monkeypatch.setattr(limits, "_MATCHING_S", 0.02)
+    monkeypatch.setattr(limits, "TIME_LIMIT_S", 0.02)
     with pytest.raises(ShadowlitError, match=r"^" + what + r" '\(a\+\)\+\$', whose matching took more than 0.02 s"):
         CASES[what]()
     time.sleep(0.03)  # no timer is left

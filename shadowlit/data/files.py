@@ -76,15 +76,17 @@ def read_file(source: str, path: Path, max_rows: int | None = None, skip: Skip |
         source: Name of the file for messages.
         path: File; its extension, before that of a compression, says how it is read.
         max_rows: Number of rows that are read, from the beginning; None for all.
-        skip: Function that receives the message of each line that is broken JSON, which is then left out; None raises
+        skip: Function that receives the message of each row that can't be read, which is then left out; None raises
             them.
 
     Raises:
-        DataError: The file is empty or can't be read, or lines are broken JSON; up to five are listed.
+        DataError: The file is empty or can't be read, or rows can't be read; up to five are listed.
     """
     if path.stat().st_size == 0:
         raise DataError(f"{source} is empty. Give a file with at least one sample.")
-    return _read_json(source, path, max_rows, skip) if _is_json(path) else list(stream_file(source, path, max_rows))
+    if _is_json(path):
+        return _read_json(source, path, max_rows, skip)
+    return collect(_sound, islice(_rows_of_table(source, path), max_rows), skip)
 
 
 def stream_file(source: str, path: Path, max_rows: int | None = None, skip: Skip | None = None) -> Iterator[Row]:
@@ -92,7 +94,7 @@ def stream_file(source: str, path: Path, max_rows: int | None = None, skip: Skip
     if _is_json(path):
         yield from _stream_json(source, path, max_rows, skip)
     else:
-        yield from islice(_rows_of_table(source, path), max_rows)
+        yield from each(_sound, islice(_rows_of_table(source, path), max_rows), skip)
 
 
 def _rows_of_table(source: str, path: Path) -> Iterator[Row]:
@@ -109,6 +111,13 @@ def _rows_of_table(source: str, path: Path) -> Iterator[Row]:
         )
 
 
+def _sound(row: Row) -> Row:
+    """The row, unless it couldn't be read."""
+    if isinstance(row.content, DataError):
+        raise row.content
+    return row
+
+
 def _is_json(path: Path) -> bool:
     return kind_of(path) in JSON_EXTENSIONS
 
@@ -120,7 +129,7 @@ def _read_json(source: str, path: Path, max_rows: int | None, skip: Skip | None)
             return collect(_parse, lines, skip)
     try:
         with _readable(source, path) as stream:
-            contents = json.loads(stream.read().decode("utf-8-sig"))
+            contents = json.loads(stream.read().decode("utf-8-sig"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         if kind_of(path) != ".json":
             return collect(_parse, lines, skip)
@@ -227,7 +236,7 @@ def _readable(source: str, path: Path) -> Iterator[BinaryIO]:
 def _parse(row: Row) -> Row:
     """The row with its content parsed, which was a line of text."""
     try:
-        return replace(row, content=json.loads(row.content))
+        return replace(row, content=json.loads(row.content, object_pairs_hook=_unique))
     except (ValueError, RecursionError) as error:
         at = f" in column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise DataError(
@@ -235,9 +244,25 @@ def _parse(row: Row) -> Row:
         ) from None
 
 
+class _TwiceError(ValueError):
+    """A key that an object has twice."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, none of whose keys is there twice: the parser would keep the last value alone."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _TwiceError(f"the key {twice!r} is there twice in one object")
+    return content
+
+
 def _reason(error: Exception) -> str:
     """Why a text is no JSON that can be read."""
-    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return str(error) if isinstance(error, _TwiceError) else first_line(error)
 
 
 def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,8 @@ DOCUMENT = "document"
 
 _IMAGES = ("images", "image")
 _TOOLS = ("tools", "functions")
-_OF_TURNS = ("weight", "loss_weight", "train")  # fields of turns, which would have no effect as columns
+# Columns that other programs follow, and that would have no effect here.
+_NO_EFFECT = ("weight", "loss_weight", "train", "chat_template_kwargs")
 _END_MARKS = re.compile(r"\s*(<[^<>]*>\s*)*")  # that may follow the last turn of a rendered conversation
 _LEAST_COPY = 20  # characters of a text in an unread column that is taken for a copy of a part of a turn
 
@@ -210,7 +211,9 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
     return renamed
 
 
-def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequence[Message]) -> dict[str, str]:
+def unread_text(
+    row: Mapping[str, Any], read: Collection[str], messages: Sequence[Message], *, untyped: bool = False
+) -> dict[str, str]:
     """Columns with content that reaches no message, each with what it holds.
 
     Columns of numbers don't count, and neither does a text that a turn has too: many data sets repeat the prompt.
@@ -219,14 +222,16 @@ def unread_text(row: Mapping[str, Any], read: Collection[str], messages: Sequenc
         row: Row, by the names of the source.
         read: Columns that are read.
         messages: What the row became.
+        untyped: Whether all values are texts, as those of a table, so that a number is a text of one.
     """
     unread: dict[str, str] = {}
     for name, value in row.items():
         if name in read or value is None:
             continue
-        if name in _OF_TURNS:
+        if name in _NO_EFFECT:
             unread[name] = shown(value)
-        lost = next((text for text in texts_in(value) if not _is_copy(text, messages)), None)
+        texts = (text for text in texts_in(value) if not (untyped and _is_number(text)))
+        lost = next((text for text in texts if not _is_copy(text, messages)), None)
         if lost is not None:
             unread[name] = shown(lost)
     return unread
@@ -386,6 +391,14 @@ def _is_rendered(text: str, contents: Sequence[str]) -> bool:
     return last >= 0 and _END_MARKS.fullmatch(text, last + len(contents[-1])) is not None
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _accepted(prompts_only: bool) -> str:
     formats = (f"{', '.join(s.prompt if prompts_only else s.required)} ({name})" for name, s in FORMATS.items())
     return "accepted are " + ", or ".join(formats)
@@ -394,10 +407,14 @@ def _accepted(prompts_only: bool) -> str:
 # Names that data sets give to the parts of a conversation, for the remedy of columns that no format has.
 _USUAL = {
     "prompt": ("question", "query", "input", "inputs", "problem", "instruction", "user", "source"),
-    "completion": ("answer", "response", "output", "solution", "target", "targets", "assistant", "label"),
+    "completion": ("answer", "answers", "response", "output", "solution", "target", "targets", "assistant", "label"),
+    "instruction": (),
+    "input": ("context",),
+    "output": ("response", "answer", "completion"),
     "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
     "text": ("content", "document", "body"),
 }
+_SETS = (("instruction", "input", "output"), ("prompt", "completion"), ("messages",), ("text",))
 
 
 def _remedy(found: set[str]) -> str:
@@ -405,8 +422,8 @@ def _remedy(found: set[str]) -> str:
     if found.issuperset(("chosen", "rejected")):
         return "These are pairs of answers: set model.objective to one of pairs, e.g. DPO."
     usual = {ours: next((name for name in (ours, *names) if name in found), None) for ours, names in _USUAL.items()}
-    needed = next(
-        (names for names in (("prompt", "completion"), ("messages",), ("text",)) if all(map(usual.get, names))), None
-    )
-    mapping = ", ".join(f"{name}: {usual[name]}" for name in needed) if needed else "prompt: <name>, completion: <name>"
+    needed = next((names for names in _SETS if all(map(usual.get, names))), None)
+    mapping = "prompt: <name>, completion: <name>"
+    if needed:
+        mapping = ", ".join(f"{name}: {usual[name]}" for name in needed if usual[name] != name)
     return f"Name them in data.columns, e.g. data.columns={{{mapping}}}, or rename the columns."

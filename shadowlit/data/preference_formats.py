@@ -95,6 +95,10 @@ def convert_labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[Messag
     """
     column = next((name for name in _LABELS if row.get(name) is not None), _LABELS[0])
     label = row.get(column)
+    if isinstance(label, str):  # of a table
+        label = {"true": True, "false": False}.get(label.strip().lower(), label)
+    if all(row.get(name) is not None for name in _LABELS) and row["label"] != row["kto_tag"]:
+        raise DataError("has different values in 'label' and 'kto_tag'. Remove one of them.")
     if not isinstance(label, bool):
         raise DataError(
             f"has {shown(label)} in '{column}'; expected true for an answer that is desirable, or false. Correct or "

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import re
-import signal
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +11,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from shadowlit import limits
 from shadowlit.data.conversation import FatalDataError
 from shadowlit.data.formats import Message
 from shadowlit.data.images import Span
@@ -21,9 +19,6 @@ from shadowlit.errors import DataError, first_line
 
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """The marks that enclose what the assistant generates, in templates that have them."""
-
-TIME_LIMIT_S = 10.0
-"""After this time, a rendering is stopped; templates take well below a millisecond."""
 
 
 class RewrittenHistoryError(DataError):
@@ -102,11 +97,11 @@ class Chat:
             )
 
         try:
-            texts, spans = _in_time(render)
-        except (_OutOfTime, TimeoutError):
+            texts, spans = limits.in_time(render)
+        except TimeoutError:
             raise FatalDataError(
-                f"is not rendered by the chat template within {TIME_LIMIT_S:g} s{_turns(messages)}, as if the template "
-                "never ended. Correct its loops, or set data.chat_template to another template."
+                f"is not rendered by the chat template within {limits.TIME_LIMIT_S:g} s{_turns(messages)}, as if the "
+                "template never ended. Correct its loops, or set data.chat_template to another template."
             ) from None
         except Exception as error:  # a template is code: it can raise anything
             raise _refusal(error, messages) from None
@@ -125,43 +120,6 @@ def plain(messages: Sequence[Message]) -> list[Message]:
         rest = {key: value for key, value in message.items() if key != "weight" and value is not None}
         result.append({**rest, "content": content})
     return result
-
-
-class _OutOfTime(BaseException):
-    """Not an Exception, which jinja would catch, to rewrite its traceback."""
-
-
-def _in_time(render: Callable[[], Any]) -> Any:
-    """``render()``; _OutOfTime or a TimeoutError after ``TIME_LIMIT_S``."""
-    if (
-        threading.current_thread() is threading.main_thread()
-        and hasattr(signal, "setitimer")  # not on Windows
-        and not any(signal.getitimer(signal.ITIMER_VIRTUAL))
-        and (handler := signal.getsignal(signal.SIGVTALRM)) is not None
-    ):
-        # Of processor time, which doesn't pass while the machine sleeps; test runners use the other timer.
-        signal.signal(signal.SIGVTALRM, _stop)
-        signal.setitimer(signal.ITIMER_VIRTUAL, TIME_LIMIT_S)
-        try:
-            return render()
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-            signal.signal(signal.SIGVTALRM, handler)
-    # Only the main thread receives signals. Here, the thread of an endless template runs until the process ends.
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(render())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(TIME_LIMIT_S)
-
-
-def _stop(*_: Any) -> None:
-    raise _OutOfTime
 
 
 def _refusal(error: Exception, messages: Sequence[Message]) -> DataError:

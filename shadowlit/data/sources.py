@@ -25,7 +25,6 @@ from shadowlit.data.formats import (
     convert_row,
     detect_format,
     rename,
-    texts_in,
     unread_text,
     without_ignored,
     without_ignored_fields,
@@ -38,6 +37,7 @@ from shadowlit.data.preference_formats import (
     read_columns,
     require_columns,
 )
+from shadowlit.data.tables import is_text_table
 from shadowlit.data.turns import Message, listed, read_tools
 from shadowlit.errors import DataError, first_line
 
@@ -174,6 +174,7 @@ class _Reader:
         """Find out how rows are read, from the first one and the names of all columns."""
         self._custom: CustomFormat | None = find_format(self.format)
         self._folder = folder_of(self.source)
+        self._is_untyped = is_text_table(Path(self.source))
         first = without_ignored(first, self.ignore)
         self._check_mapping(names)
         with located(self.source):
@@ -195,7 +196,7 @@ class _Reader:
             check_columns(first, self.format, source=self.source, prompts_only=self.prompts_only)
         # The answers to a prompt aren't shown to the model, whatever they are.
         self._read = FORMATS[self.format].columns | (_ANSWERS if self.prompts_only else set())
-        unused = sorted(name for name in set(first) - self._read if not any(texts_in(first[name])))
+        unused = sorted(set(first) - self._read)
         if unused:
             log(f"data: {self.source} is read as {self.format}; columns not used: {', '.join(unused)}", False)
 
@@ -245,12 +246,14 @@ class _Reader:
         if self._custom is None:
             self._note_unread(row, columns, read_columns(columns, self.samples), [*messages, *other])
         messages, tools = self._finish(columns, messages)
-        other, _ = self._finish({}, other)
+        other, of_other = self._finish({}, other)
+        if of_other and of_other != tools:
+            raise DataError("has tools in a turn of 'rejected' that 'chosen' doesn't have. Write them as a column.")
         return Conversation(messages, row.source, row.index, row.line, tools, other=other, desirable=label)
 
     def _note_unread(self, row: Row, columns: dict[str, Any], read: set[str], messages: Sequence[Message]) -> None:
         if not read.issuperset(columns):
-            for name, text in unread_text(columns, read, messages).items():
+            for name, text in unread_text(columns, read, messages, untyped=self._is_untyped).items():
                 self.unread.setdefault(name, f"{text} in {row}")
 
     def _check_mapping(self, names: set[str]) -> None:

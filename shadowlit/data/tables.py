@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import lzma
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -48,14 +49,13 @@ def is_text_table(path: Path) -> bool:
     return kind_of(path) in (".txt", *_DELIMITERS)
 
 
-def read_text_table(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_text_table(source: str, path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Yield the 1-based line and the columns of every row; a line of a ``.txt`` file is a row ``{"text": …}``.
 
-    Blank lines are skipped.
+    Blank lines are skipped. A row with another number of fields than the header is yielded as an error.
 
     Raises:
-        DataError: The file isn't UTF-8, its header is missing or names a column twice, or a row has another number of
-            fields than the header.
+        DataError: The file isn't UTF-8, its quotes aren't closed, or its header is missing or names a column twice.
     """
     kind = kind_of(path)
     try:
@@ -67,18 +67,28 @@ def read_text_table(source: str, path: Path) -> Iterator[tuple[int, dict[str, An
                 if line.strip():
                     yield number, {"text": line.rstrip("\r\n")}
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{source} is not UTF-8: byte 0x{error.object[error.start]:02x}. Convert it, e.g. "
-            f"`iconv -f latin1 -t utf-8 {source}`."
-        ) from None
-    except (OSError, EOFError, lzma.LZMAError, csv.Error) as error:
+        wide = error.object[:2] in (b"\xff\xfe", b"\xfe\xff")  # the mark with which UTF-16 begins
+        found = "UTF-16 text" if wide else f"not UTF-8: byte 0x{error.object[error.start]:02x}"
+        command = f"iconv -f {'UTF-16' if wide else 'latin1'} -t utf-8 {shlex.quote(str(path))} > rows{kind}"
+        raise DataError(f"{source} is {found}; expected UTF-8. Convert it, e.g. `{command}`.") from None
+    except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"{source} can't be read ({first_line(error)}). Write it again.") from None
 
 
-def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
-    header = next(reader, [])
+    try:
+        yield from _rows(source, reader, delimiter)
+    except csv.Error as error:
+        raise DataError(
+            f"{source} is no table in line {reader.line_num}: {error}. A field that begins with a double quote ends "
+            "with one, and the quotes within it are doubled. Correct the row."
+        ) from None
+
+
+def _rows(source: str, reader: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    header: list[str] = next(reader, [])
     if not all(name.strip() for name in header) or len(set(header)) < len(header):
         raise DataError(
             f"{source} has the header {', '.join(header) or '(empty)'}; expected a different name for every column in "
@@ -88,9 +98,12 @@ def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, 
         if not row:
             continue
         if len(row) != len(header):
-            raise DataError(
-                f"{source} has {len(row)} fields in the row that ends in line {reader.line_num}, and {len(header)} "
-                f"in its header ({', '.join(header)}). Correct the row; a field with {delimiter!r} or a line break "
-                "is enclosed in double quotes."
+            yield (
+                reader.line_num,
+                DataError(
+                    f"has {len(row)} fields, and the header {len(header)} ({', '.join(header)}). Correct the row; a "
+                    f"field with {delimiter!r} or a line break is enclosed in double quotes."
+                ),
             )
+            continue
         yield reader.line_num, dict(zip(header, row, strict=True))

@@ -44,6 +44,13 @@ _SHAREGPT_NAMES = ("from", "value")
 _WEIGHTS = ("weight", "loss_weight")
 _READ = (*_NAMES, *_SHAREGPT_NAMES, *_WEIGHTS, "train", "function_call")
 _IMAGE_PARTS = ("image", "image_url", "path", "url", "bytes", "value")
+_PARTS = {
+    "text": ("text", "value"),
+    "reasoning": ("text", "value"),
+    "tool_call": ("value", "tool_call"),
+    "image": (*_IMAGE_PARTS, "detail"),
+    "image_url": (*_IMAGE_PARTS, "detail"),
+}  # fields by the type of the part, of which one holds its content
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*(.*)", re.DOTALL)
 
 
@@ -168,6 +175,8 @@ def _message(turn: Any, where: str, names: tuple[str, str]) -> Message:
             f"has the unknown {what} {speaker!r} in {where}; expected one of {', '.join(SPEAKERS)}. Rename it."
         )
     role = SPEAKERS[speaker]
+    if names == _SHAREGPT_NAMES and SPEAKERS.get(str(turn.get("role") or speaker)) != role:
+        raise DataError(f"has the speaker {speaker!r} and the role {turn['role']!r} in {where}. Keep one of them.")
     other = (set(_NAMES + _SHAREGPT_NAMES) - {"role", "from", content_name}).pop()
     if turn.get(other) not in (None, turn.get(content_name)):
         raise DataError(f"has both '{content_name}' and '{other}' in {where}. Keep the one that holds the text.")
@@ -205,6 +214,8 @@ def _parts(content: list[Any], where: str) -> tuple[str | list[dict[str, Any]], 
     for number, part in enumerate(content):
         place = f"{where}, part {number}"
         kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind in _PARTS:
+            _require_read(part, place)
         if kind in ("text", "reasoning"):
             text = field(part, "value" if part.get("text") is None and "value" in part else "text", str, place)
             if kind == "text":
@@ -225,6 +236,19 @@ def _parts(content: list[Any], where: str) -> tuple[str | list[dict[str, Any]], 
     if all(part["type"] == "text" for part in parts):
         return "".join(part["text"] for part in parts), reasoning, calls
     return parts, reasoning, calls
+
+
+def _require_read(part: Mapping[str, Any], place: str) -> None:
+    """Raise if a part has content that isn't read."""
+    given = {name: value for name, value in part.items() if name != "type" and value not in (None, "", [], {})}
+    unread = sorted(set(given) - set(_PARTS[part["type"]]))
+    if unread:
+        raise DataError(
+            f"has {listed(unread)} in {place}, which the model would not see. Remove it, or name its path in "
+            "data.ignore_columns, e.g. 'messages.content.citations'."
+        )
+    if len(given) > 1 and "image" not in part["type"]:
+        raise DataError(f"has the content of {place} in {listed(given)}. Keep one of them.")
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:

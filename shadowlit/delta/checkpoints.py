@@ -56,7 +56,9 @@ class TrainedReader(ComputedReader):
         stored, load, rest = _open_sharded(path) if path.is_dir() else _open_file(path)
         self.step = int(rest["global_step"])
         states = [state for state in rest.get("callbacks", {}).values() if isinstance(state, Mapping)]
-        self.fingerprints = next((state["fingerprints"] for state in states if state.get("fingerprints")), {})
+        self.fingerprints: Mapping[str, str] = next(
+            (state["fingerprints"] for state in states if state.get("fingerprints")), {}
+        )
         names = {saved_name(name): name for name in stored if not is_original_name(name)}
         infos = {
             name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -13,6 +14,7 @@ import torch
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import first_line
+from shadowlit.limits import in_time
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.side import Side
 
@@ -136,9 +138,9 @@ def check_template(
 
     It is the owner's, unless it is ``replaced`` by another text.
     """
-    if owner.tokenizer is None:
+    if (tokenizer := owner.tokenizer) is None:
         return
-    own = owner.tokenizer.chat_template
+    own = tokenizer.chat_template
     if replaced is not None:
         yield Problem.note(
             "chat template",
@@ -168,7 +170,8 @@ def check_template(
         return
     try:
         parts = owner.get("vision_config") is not None
-        ids, ends = _written_tokens(owner.tokenizer, parts, **{**template_kwargs, "chat_template": replaced})
+        options = {**template_kwargs, "chat_template": replaced}
+        ids, ends = in_time(partial(_written_tokens, tokenizer, parts, **options))
     except Exception as error:
         own_file = f"chat_template.jinja in the {owner.title}'s folder, or set data.chat_template to another file"
         file = own_file if replaced is None else "the file of data.chat_template"
@@ -183,7 +186,7 @@ def check_template(
     if ends is not None:
         yield from _check_end_of_turn(owner, ends)
     yield from _check_template_rows(base, instruct, owner, ids)
-    yield from _check_untrained(base, owner, ids)
+    yield from _check_untrained(base, instruct, owner, ids)
 
 
 def _check_end_of_turn(owner: Side, ends: list[int]) -> Iterator[Problem]:
@@ -242,7 +245,7 @@ def _check_template_rows(base: Side, instruct: Side, owner: Side, ids: list[int]
             )
 
 
-def _check_untrained(base: Side, owner: Side, ids: list[int]) -> Iterator[Problem]:
+def _check_untrained(base: Side, instruct: Side, owner: Side, ids: list[int]) -> Iterator[Problem]:
     """Tokens of the template that the Base never learned; see :func:`untrained_rows`."""
     if base.reader is None or base.tokenizer is None or owner.tokenizer is None:
         return
@@ -254,11 +257,13 @@ def _check_untrained(base: Side, owner: Side, ids: list[int]) -> Iterator[Proble
                 seen.setdefault(i, []).append(f"{reason} in {name}")
     if seen:
         tokens = [f"{owner.tokenizer.convert_ids_to_tokens(i)!r} ({', '.join(why)})" for i, why in sorted(seen.items())]
+        tied = any(side.get("tie_word_embeddings") for side in (base, instruct))  # of which an adapter is refused
+        lora = "" if tied else "; with LoRA also model.adapter.modules_to_save=[embed_tokens, lm_head]"
         yield Problem.warning(
             "untrained tokens",
             f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(tokens)}",
             "rows like those of other tokens",
-            "train the embeddings too (LoRA: modules_to_save=[embed_tokens, lm_head]; full tuning: graft.select=all), "
+            f"train the embeddings too and graft them ({'full tuning, ' if tied else ''}graft.select=all{lora}), "
             "or do nothing: with graft.select=linear the grafted model has the Instruct's rows, and only the Base's "
             "training uses the untrained ones.",
         )

@@ -200,6 +200,13 @@ class TestBrokenFolders:
             CheckpointReader(tmp_path)
         assert ("1 tensors are not in the file it names (c)" in str(error.value)) == ("c" in listed)
 
+    def test_shards_without_their_index(self, tmp_path):
+        save_file({"a": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
+        with pytest.raises(
+            CheckpointError, match=r"shards \(model-00002-of-00002\..*\) without their index\. Copy the"
+        ):
+            CheckpointReader(tmp_path)
+
     @pytest.mark.parametrize(
         "text",
         ["{", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 100_000, '{"weight_map": {}, "x": NaN}'],

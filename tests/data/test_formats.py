@@ -203,9 +203,11 @@ def test_rows_may_have_unequal_keys(tmp_path):
     ("f.json", "[]", r"f\.json has no rows"),
     ("f.xlsx", "a,b", r"f\.xlsx has the extension '\.xlsx'; expected one of \.json, \.jsonl, \.ndjson, \.parquet, "),
     ("f.csv", "prompt,prompt\na,b\n", r"f\.csv has the header prompt, prompt; expected a different name for every"),
-    ("f.csv", "prompt,completion\na,b\nc\n", r"f\.csv has 1 fields in the row that ends in line 3, and 2 in its"),
+    ("f.csv", "prompt,completion\na,b\nc\n", r"sample 1 of \S*f\.csv \(line 3\) has 1 fields, and the header 2 \("),
     ("f.csv", b"prompt,completion\na,\xe9\n", r"f\.csv is not UTF-8: byte 0xe9"),
-    ("f.csv", 'prompt,completion\na,"b\n', r"f\.csv can't be read \(Error: unexpected end of data\)"),
+    ("f.csv", "prompt,completion\na,b\n".encode("utf-16"),
+     r"f\.csv is UTF-16 text; .*`iconv -f UTF-16 -t utf-8 .*f\.csv > rows\.csv`"),
+    ("f.csv", 'prompt,completion\na,"b\n', r"f\.csv is no table in line 2: unexpected end of data"),
     ("f.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], r"f\.jsonl\.gz can't be read \(OSError: Truncated"),
     ("f.jsonl.gz", "{}", r"f\.jsonl\.gz can't be read \("),
     ("f.jsonl", lines(ROWS) + "\n{\"messages\": [\n",
@@ -541,3 +543,51 @@ def test_nulls_of_arrow_are_removed_at_every_depth(tmp_path):
     row = {"messages": [USER, ANSWER], "tools": [{"name": "f", "x": None}, '{"name": "g", "x": null}']}
     (read,) = read_conversations(write(tmp_path / "f.jsonl", lines([row])))
     assert [tool["function"] for tool in read.tools] == [{"name": "f"}, {"name": "g", "x": None}]
+
+
+def test_what_else_is_not_dropped_in_silence(tmp_path):
+    for turn, message in (
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "citations": ["x"]}]},
+            r"'citations' in 'content' of",
+        ),
+        ({"role": "user", "content": [{"type": "text", "text": "a", "value": "b"}]}, r"in 'text', 'value'\. Keep one"),
+        ({"from": "human", "value": "a", "role": "assistant"}, r"the speaker 'human' and the role 'assistant' in"),
+    ):
+        with pytest.raises(DataError, match=message):
+            convert_row({"conversations": [turn, ANSWER]}, "sharegpt")
+    cited = {"role": "user", "content": [{"type": "text", "text": "a", "citations": ["x"], "note": None}]}
+    path = write(tmp_path / "f.jsonl", lines([{"messages": [cited, ANSWER]}]))
+    assert read_conversations(path, ignore=["messages.content.citations"])[0].messages == [USER, ANSWER]
+    path = write(tmp_path / "f.jsonl", '{"prompt": "a", "prompt": "c", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"\(line 1\) is broken JSON: the key 'prompt' is there twice in one object"):
+        read_conversations(path)
+    path = write(tmp_path / "f.jsonl", lines([{"messages": [USER, ANSWER], "chat_template_kwargs": {"think": False}}]))
+    with pytest.raises(DataError, match=r"wouldn't see: 'chat_template_kwargs'"):
+        read_conversations(path)
+
+
+def test_tables_have_numbers_labels_and_wrong_rows(tmp_path):
+    path = write(tmp_path / "f.csv", "prompt,completion,id,score\na,b,17,0.5\na\nc,d,18,1e-3\n")
+    skipped = []
+    read = read_conversations(path, skip=skipped.append)
+    assert [texts({"messages": c.messages}) for c in read] == [["a", "b"], ["c", "d"]] and read[1].row == 2
+    assert skipped == [f"sample 1 of {path} (line 3) {WRONG_FIELDS}"]
+    assert [c.row for c in stream_conversations(path, skip=lambda _: None)] == [0, 2]
+    path = write(tmp_path / "f.csv", "prompt,completion,label\na,b,True\nc,d,false\n")
+    assert [c.desirable for c in read_conversations(path, samples="labels")] == [True, False]
+
+
+WRONG_FIELDS = (
+    "has 1 fields, and the header 4 (prompt, completion, id, score). Correct the row; a field with ',' or a line break "
+    "is enclosed in double quotes."
+)
+
+
+def test_the_suggested_names_of_columns_work(tmp_path):
+    row = {"instruction": "a", "context": "c", "response": "b", "category": "x"}
+    path = write(tmp_path / "f.jsonl", lines([row]))
+    with pytest.raises(DataError, match=r"e\.g\. data\.columns=\{input: context, output: response\}"):
+        read_conversations(path)
+    found = contents(path, columns={"input": "context", "output": "response"}, ignore=["category"])
+    assert found == [["a\nc", "b"]]

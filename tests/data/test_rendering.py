@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from shadowlit import limits
 from shadowlit.data import rendering
 from shadowlit.data.conversation import Conversation, FatalDataError, collect
 from shadowlit.data.template import check_template, encode, encode_question, encode_turns, render_prompt
@@ -69,7 +70,7 @@ def test_a_template_that_does_not_parse_and_named_ones():
 
 def test_a_template_that_never_ends_is_stopped(monkeypatch):
     """In the main thread by a timer, elsewhere by waiting; and no further row is tried."""
-    monkeypatch.setattr(rendering, "TIME_LIMIT_S", 0.05)
+    monkeypatch.setattr(limits, "TIME_LIMIT_S", 0.05)
     tokenizer = broken(ENDLESS)
     rows = [Conversation(talk("a", "b"), "rows.jsonl", number) for number in range(1000)]
     errors = []

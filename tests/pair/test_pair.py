@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 
+from shadowlit import limits
 from shadowlit.errors import CheckpointError, PairError
 from shadowlit.pair.check import check_pair, require_fit
 from shadowlit.pair.folders import Problem
@@ -386,6 +387,11 @@ class TestTemplate:
         self.set_template(tied, "{{ messages[99].content.nope() }}")
         assert "it cannot be rendered (Undefined" in only(check_pair(tied)).found
 
+    def test_that_never_ends(self, tied, monkeypatch):
+        monkeypatch.setattr(limits, "TIME_LIMIT_S", 0.05)
+        self.set_template(tied, f"{{% for a in range(99999) %}}{'{% for b in range(99999) %}' * 2}{'{% endfor %}' * 3}")
+        assert "it takes more than 0.05 s, as if it never ended" in only(check_pair(tied)).found
+
     def test_broken_ones_and_several_without_a_default(self, tied, tmp_path):
         self.set_template(tied, "{% for m in messages %}\n{% oops %}")
         problem = only(check_pair(fresh(tied)))
@@ -470,6 +476,12 @@ class TestUntrainedTokens:
         assert "writes 1 tokens" in problem.found and "'<|im_start|>'" in problem.found
         assert reason in problem.found and f"in {name}" in problem.found
         assert "modules_to_save" in problem.remedy and "graft.select=all" in problem.remedy
+
+    def test_the_remedy_is_one_that_a_tied_pair_takes(self, tied):
+        """The graft refuses adapters of a tied embedding."""
+        edit_weights(tied.base, lambda t: t["model.embed_tokens.weight"][258].zero_())
+        remedy = only(check_pair(tied)).remedy
+        assert "modules_to_save" not in remedy and "full tuning, graft.select=all" in remedy
 
     def test_tokens_that_the_template_does_not_write_do_not_matter(self, tied):
         edit_weights(tied.base, lambda t: t["model.embed_tokens.weight"][257].zero_())
