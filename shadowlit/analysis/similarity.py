@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowlit.analysis.sums import Moments, Sums, mean_of_defined, stream_moments
 from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
-from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.headers import some_of, weights_in
 from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
 from shadowlit.checkpoint.names import count_layers, expert_of, kind_of, layer_of
 from shadowlit.checkpoint.reader import TensorReader
@@ -199,8 +199,8 @@ class Report:
         models: Folders or hub ids that were compared, by letter; A is the first.
         similarities: Similarities of A with each of the others and of the others' offsets from A; of deltas, of every
             two.
-        left_out: Tensors that are not in all models, by letter, and so were not compared. Of deltas none is: a tensor
-            that one lacks is an update of zero.
+        left_out: Tensors that were not compared, by letter: those that are not in all models, and buffers of integers
+            or truth values. Of deltas none is: a tensor that one lacks is an update of zero.
     """
 
     models: Mapping[str, str]
@@ -355,12 +355,13 @@ def compare(
 
 
 def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
-    """Names of the tensors to compare: those in all models, or in any of several deltas; their shapes fit.
+    """Names of the tensors to compare: weights that all models have, or any of several deltas has; their shapes fit.
 
     Raises:
         PairError: There are none, or shapes differ.
     """
-    present = {name: [r.tensors[name] for r in readers if name in r.tensors] for r in readers for name in r.tensors}
+    weights = [weights_in(reader.tensors) for reader in readers]
+    present = {name: [found[name] for found in weights if name in found] for found in weights for name in found}
     names = sorted(name for name, found in present.items() if deltas or len(found) == len(readers))
     unequal = [
         f"{name} {' and '.join(str(shape) for shape in shapes)}"
@@ -368,7 +369,7 @@ def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
         if not _fit(name, shapes := list(dict.fromkeys(info.shape for info in present[name])))
     ]
     if not names or unequal:
-        what = f"differ in the shapes of {some_of(unequal)}" if unequal else "share no tensor's name"
+        what = f"differ in the shapes of {some_of(unequal)}" if unequal else "share no weight's name"
         folders = " and ".join(str(reader.folder) for reader in readers)
         raise PairError(f"{folders} {what}. Give models of one architecture and size.")
     return names

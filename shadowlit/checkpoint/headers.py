@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shadowlit.checkpoint.names import is_weight, next_to_modules
 from shadowlit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class TensorInfo:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the values are quantised weights: 8-bit numbers, or smaller ones packed into a matrix of integers."""
+        """Whether this may be quantised weights: 8-bit numbers, or smaller ones packed into a matrix of integers."""
         packed = self.code in ("I16", "U16", "I32", "U32") and len(self.shape) >= 2
         return packed or (self.itemsize == 1 and self.code != "BOOL")
 
@@ -352,6 +353,9 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
     elif any(re.search(r"-of-\d+\.safetensors$", name) for name in others):
         found = f"but shards ({some_of(others)}) without their index"
         remedy = "Copy the index into the folder, or finish the download."
+    elif "adapter_model.safetensors" in names and "adapter_config.json" not in names:
+        found = "but an adapter (adapter_model.safetensors) without its adapter_config.json"
+        remedy = "Copy that file from where the adapter was saved; where a whole model is wanted, merge the adapter."
     elif others:
         found = f"but other safetensors files ({some_of(others)})"
         remedy = f"Merge an adapter into its model first; rename a single weight file to {single_file}."
@@ -365,6 +369,16 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
         found = f"{len(names)} other files ({some_of(names)})" if names else "nothing at all"
         remedy = "Give the folder into which the model was saved, or finish its download."
     return CheckpointError(f"{folder} holds no {single_file} and no {single_file}.index.json, {found}. {remedy}")
+
+
+def weights_in(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the tensors that hold weights, in any dtype, and are no buffers of integers or truth values."""
+    buffers = next_to_modules(tensors)
+    return {
+        name: info
+        for name, info in tensors.items()
+        if info.is_weight or is_weight(name) or (info.is_packed and (info.is_floating_point or name not in buffers))
+    }
 
 
 def broken_file(path: Path, what: str) -> CheckpointError:

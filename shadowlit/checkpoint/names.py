@@ -191,6 +191,15 @@ def possible_buffers(names: Collection[str]) -> list[str]:
     return [name for name in names if not (is_weight(name) or name in biases or is_of_experts(name))]
 
 
+def next_to_modules(names: Collection[str]) -> frozenset[str]:
+    """Return the names of what modules with submodules hold themselves, such as ``self_attn.relative_position_index``.
+
+    Quantised weights are never among them: those belong to a linear layer, or to a mixture's experts.
+    """
+    parents = {module_of(name).rpartition(".")[0] for name in names if is_weight(name)}
+    return frozenset(name for name in names if name.rpartition(".")[0] in parents and not is_of_experts(name))
+
+
 def is_usual_buffer(name: str) -> bool:
     """Whether ``name`` is a usual name of a buffer that models compute for themselves."""
     return _BUFFER.search(name) is not None

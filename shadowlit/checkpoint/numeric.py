@@ -171,17 +171,23 @@ def is_finite(stored: Raw, code: str) -> bool:
     return not bits.size or int((bits & unsigned(exponent)).max()) < exponent
 
 
-def require_finite(name: str, stored: Raw, code: str) -> None:
-    """Raise a CheckpointError for NaN and infinities in a part of a tensor; only :data:`FLOATS` are checked."""
+def require_finite(name: str, stored: Raw, code: str, of: str = "") -> None:
+    """Raise a CheckpointError for NaN and infinities in a part of a tensor; only :data:`FLOATS` are checked.
+
+    ``of`` is that of :func:`not_finite`.
+    """
     if code in FLOATS and not is_finite(stored, code):
         unsigned, exponent = _EXPONENTS[code]
         count = int(np.count_nonzero((stored.view(unsigned) & unsigned(exponent)) == exponent))
-        raise not_finite(name, count, stored.view(unsigned).size)
+        raise not_finite(name, count, stored.view(unsigned).size, of)
 
 
-def not_finite(name: str, count: int, size: int) -> CheckpointError:
-    """The error for a tensor with NaN or infinities."""
+def not_finite(name: str, count: int, size: int, of: str = "") -> CheckpointError:
+    """The error for a tensor with NaN or infinities; ``of`` names the untrained model that holds them, if one does."""
+    found = f"Tensor '{name}' has {count} of {size} values that are NaN or infinite"
+    if of:
+        return CheckpointError(f"{found} in the {of}. Nothing was exported; download or save this model again.")
     return CheckpointError(
-        f"Tensor '{name}' has {count} of {size} values that are NaN or infinite. Nothing was exported; look for a "
-        "diverged run (lower the learning rate), or a dtype too small for the values (use bfloat16)."
+        f"{found}. Nothing was exported; look for a diverged run (lower the learning rate), or a dtype too small for "
+        "the values (use bfloat16)."
     )

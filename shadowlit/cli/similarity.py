@@ -89,7 +89,7 @@ def _print(report: Report, console: Console) -> None:
                 console.print(_by_expert(found, experts))
         console.print(_model_level(family))
     for letter, names in report.left_out.items():
-        console.print(f"not compared, for not all models have it: {some_of(names)} of {letter}")
+        console.print(f"not compared, because not all models have it as a weight: {some_of(names)} of {letter}")
     for found in report.similarities:
         before = f"{found.title}: " if found.of == "weights" and len(report.models) > 2 else ""
         console.print(before + found.verdict)

@@ -24,6 +24,7 @@ from shadowlit.checkpoint.folder import (
     Streamed,
     atomic_folder,
     check_finite,
+    is_finite,
 )
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.layout import head_and_embedding
@@ -80,6 +81,7 @@ class Delta(Update):
         if source is not None:
             self.require_weights = source.require_weights  # type: ignore[method-assign]
             self.changes = source.changes  # type: ignore[method-assign]  # a transform may fail outside the selection
+            self.require_finite_base = source.require_finite_base  # type: ignore[method-assign]
             self.learned_rows = source.learned_rows  # type: ignore[method-assign]
             self.without, self.tied, self.transformed = source.without, source.tied, True
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
@@ -135,6 +137,7 @@ class Delta(Update):
         update.require_weights(sorted(chosen))
         whole = cls(update.shapes, _as_tensors(update.rows), manifest)
         made, rest = whole.only(chosen), update.weights - chosen
+        made.require_finite_base = update.require_finite_base  # type: ignore[method-assign]
         made.without, made.left_out = update.without, whole.only(rest) if rest else None
         return made
 
@@ -164,7 +167,10 @@ class Delta(Update):
         """
         if name not in self.shapes:
             raise GraftError(f"the delta has no tensor {name!r}; it has {some_of(self.shapes)}. Check the name.")
-        whole = self.rows(name, 0, self.shapes[name][0] if self.shapes[name] else 1)
+        window = (name, 0, self.shapes[name][0] if self.shapes[name] else 1)
+        whole = self.rows(*window)
+        if not is_finite(whole):
+            self.require_finite_base(*window)
         check_finite(name, whole)
         return whole
 
@@ -272,7 +278,10 @@ class Delta(Update):
         assert code is not None
 
         def parts(name: str, shape: tuple[int, ...]) -> Iterator[Tensor]:
-            for stored, sums in ordered(pool, lambda w: _stored(self.rows(*w), dtype), windows({name: shape})):
+            every = windows({name: shape})
+            for window, (stored, sums) in ordered(pool, lambda w: (w, _stored(self.rows(*w), dtype)), every):
+                if not is_finite(sums):
+                    self.require_finite_base(*window)
                 squares.add_(sums)
                 advance(stored.numel())
                 yield stored

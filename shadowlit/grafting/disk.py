@@ -19,7 +19,7 @@ import numpy as np
 
 from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
-from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of, weights_in
 from shadowlit.checkpoint.layout import head_and_embedding
 from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, kind_of, layer_of, module_of, routers, tower_of
 from shadowlit.checkpoint.reader import TensorReader, described
@@ -27,7 +27,7 @@ from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
 from shadowlit.errors import GraftError
 from shadowlit.grafting.selection import Coverage, coverage, resolve
-from shadowlit.grafting.update import Update, may_hold_weights, zero_update
+from shadowlit.grafting.update import Update, zero_update
 from shadowlit.limits import bounded_matching
 from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import selects
@@ -82,10 +82,9 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
     gates = routers(tensors)
     weights = {
         name
-        for name, info in tensors.items()
+        for name, info in weights_in(tensors).items()
         if (layer_of(name) is not None or (tower_of(name) == "projector" and is_weight(name)))
         and len(info.shape) >= 2
-        and may_hold_weights(info)
         and not (is_norm(name) or is_bias(name))
         and name not in gates
     }
@@ -146,7 +145,7 @@ class DiskGraft:
         self._allow_zero = allow_zero
         self._update, self.instruct, self._scale, self.dtype = update, instruct, scale, dtype
         own = instruct.learned().tensors
-        weights = {name: info for name, info in own.items() if may_hold_weights(info)}
+        weights = weights_in(own)
         selected = resolve(select, weights, linear_on_disk(weights), "of the Instruct")
         update.require_weights(sorted(selected & update.without.keys()))
         self._update = update = _with_its_head(update, own)
@@ -183,6 +182,7 @@ class DiskGraft:
             coverage(self.selected, frozenset(update.shapes), sizes),
             without=tuple(f"{name} ({why})" for name, why in sorted(update.without.items())),
         )
+        self._of_instruct = f"Instruct {instruct.folder}"
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
         # Of the scaled update, of what rounding takes from it, and of the update itself.
         self._squares = [0.0, 0.0, 0.0]
@@ -282,7 +282,7 @@ class DiskGraft:
             raw = room[: (stop - start) * info.row_bytes]
             self.instruct.read_into(raw.data, name, start * info.row_bytes)
             if name not in self.instruct.computed:
-                numeric.require_finite(name, raw, target)
+                numeric.require_finite(name, raw, target, self._of_instruct)
             return raw.size, 0.0, 0.0, 0.0
         raw, squares, whole = self.instruct.raw_rows(name, start, stop), [0.0, 0.0], 0.0
         if name in self.selected:
@@ -292,6 +292,8 @@ class DiskGraft:
             scale = self._scale.of(name)
             stored, *squares = numeric.graft_part(raw, info.code, update, scale, target)
             if not all(map(math.isfinite, squares)):
+                numeric.require_finite(name, raw, info.code, self._of_instruct)
+                self._update.require_finite_base(name, start, stop)
                 exact = numeric.widen(raw, info.code) + scale * update
                 if bad := int(np.count_nonzero(~np.isfinite(exact))):
                     raise numeric.not_finite(name, bad, exact.size)
@@ -301,6 +303,7 @@ class DiskGraft:
         else:
             stored = numeric.narrow(numeric.widen(raw, info.code), target)
             if name not in self.instruct.computed:
+                numeric.require_finite(name, raw, info.code, self._of_instruct)
                 numeric.require_finite(name, stored, target)
         room[: stored.nbytes] = stored.reshape(-1).view(np.uint8)
         return stored.nbytes, squares[0], squares[1], whole
@@ -360,6 +363,10 @@ class _WithHead(Update):
     def changes(self, name: str) -> bool:
         """See :class:`Update`."""
         return self._update.changes(self._of.get(name, name))
+
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """See :class:`Update`."""
+        self._update.require_finite_base(self._of.get(name, name), start, stop)
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`Update`."""

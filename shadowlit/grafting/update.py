@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from shadowlit.checkpoint.headers import TensorInfo, some_of
+from shadowlit.checkpoint.headers import TensorInfo, some_of, weights_in
 from shadowlit.checkpoint.layout import (
     ExpertRows,
     LayoutReader,
@@ -35,12 +35,12 @@ from shadowlit.checkpoint.names import (
     host_key,
     is_adapter_name,
     is_experts,
-    is_weight,
     layer_of,
     leaf_of,
     repeated_keys,
     weight_of,
 )
+from shadowlit.checkpoint.numeric import require_finite
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
@@ -87,6 +87,9 @@ class Update:
     def require_weights(self, names: Iterable[str]) -> None:
         """Raise a GraftError unless these are updates of floating-point weights; those of a stored delta always are."""
 
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """Raise a CheckpointError if the Base holds NaN or infinities in these rows, as far as it is known."""
+
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
         """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
         return None
@@ -119,6 +122,11 @@ class _FromBase(Update):
             raise self._problem(lacking)
         self._base.require_weights(names)
 
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """See :class:`Update`."""
+        stored, code = self._base.raw_rows(name, start, stop), self._base.info(name).code
+        require_finite(name, stored, code, f"Base {self._base.folder}")
+
 
 class FullUpdate(_FromBase):
     """The difference of two checkpoints, whose names and layout may differ as :class:`LayoutReader` allows.
@@ -142,6 +150,7 @@ class FullUpdate(_FromBase):
         tied = head_and_embedding(base.tensors)[0] is None
         self._base = with_head(base, head) if head and tied else base
         left, right = self._base.tensors, self._tuned.tensors
+        self._of_base, self._of_tuned = (weights_in(side).keys() for side in (left, right))
         self.tied = head is None
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: info.shape for name, info in left.items() if name in right and right[name].shape == info.shape
@@ -184,13 +193,12 @@ class FullUpdate(_FromBase):
         )
 
     def _is_unknown(self, name: str) -> bool:
-        return super()._is_unknown(name) and may_hold_weights(self._tuned.info(name))
+        return super()._is_unknown(name) and name in self._of_tuned
 
     @property
     def weights(self) -> frozenset[str]:
         """See :class:`Update`."""
-        sides = self._base, self._tuned
-        return frozenset(name for name in self.shapes if all(may_hold_weights(side.info(name)) for side in sides))
+        return frozenset(self.shapes.keys() & self._of_base & self._of_tuned)
 
     def require_weights(self, names: Iterable[str]) -> None:
         """See :class:`Update`; both sides are checked."""
@@ -489,11 +497,6 @@ def _empty(folder: Path, names: list[str]) -> GraftError:
         "saves if the shards are not gathered first. Gather them from the training's checkpoint with zero_to_fp32.py, "
         "or train again with stage3_gather_16bit_weights_on_model_save=true, and give the result."
     )
-
-
-def may_hold_weights(info: TensorInfo) -> bool:
-    """Whether a tensor holds weights, in any dtype, and is no buffer of integers or truth values."""
-    return info.is_weight or info.is_packed or is_weight(info.name)
 
 
 def zero_update(found: str) -> GraftError:

@@ -6,8 +6,9 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
-from shadowlit.checkpoint.headers import dtype_of, some_of
+from shadowlit.checkpoint.headers import dtype_of, some_of, weights_in
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
 from shadowlit.errors import PairError
 from shadowlit.limits import bounded_matching
@@ -26,6 +27,7 @@ _DEFINING = frozenset([
     "num_experts_per_tok", "layer_types", "query_pre_attn_scalar",
 ])
 # fmt: on
+_ONE_VALUE = {"swish": "silu"}  # two names of one function in transformers' ACT2FN
 
 
 def selects(select: Select, names: Iterable[str]) -> bool:
@@ -73,15 +75,19 @@ def _differences(base: Side, instruct: Side, keys: Iterable[str]) -> dict[str, s
     return {
         key: f"{key} is {base.get(key)!r} in the {base.title}, {instruct.get(key)!r} in the {instruct.title}"
         for key in keys
-        if base.get(key) != instruct.get(key)
+        if _meaning(base.get(key)) != _meaning(instruct.get(key))
     }
+
+
+def _meaning(value: Any) -> Any:
+    return _ONE_VALUE.get(value, value) if isinstance(value, str) else value
 
 
 def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
     """Weights that cannot be added: quantised ones, and those without a fraction."""
     for side in (base, instruct):
         method = side.get("quantization_config")
-        coarse = [info for info in side.tensors.values() if info.is_packed]
+        coarse = [info for info in weights_in(side.tensors).values() if info.is_packed]
         if method or coarse:
             found = []
             if method:

@@ -165,7 +165,8 @@ def test_dtypes_scalars_and_empty_tensors(tmp_path, small_windows):
     report = compare(models_of(tmp_path, a, b))
     (found,) = report.similarities
     by_name = {tensor.name: tensor.sums for tensor in found.tensors}
-    assert set(by_name) == set(a)
+    assert set(by_name) == set(a) - {"steps"} and report.left_out == {"A": ("steps",), "B": ("steps",)}
+    del a["steps"]
     for name in set(a) - {"model.layers.1.none"}:
         assert weights_of(by_name[name]) == pytest.approx(expected_weights(a[name], b[name]), rel=1e-6)
     empty = by_name.pop("model.layers.1.none")
@@ -274,8 +275,23 @@ def test_other_vocabulary_and_other_architectures(tmp_path):
 def test_not_in_all_models(tmp_path):
     a, b = ({LAYER.format(0): torch.ones(2, 2), **more} for more in ({"only": torch.ones(1)}, {}))
     assert compare(models_of(tmp_path, a, b)).left_out == {"A": ("only",)}
-    with pytest.raises(PairError, match="share no tensor's name"):
+    with pytest.raises(PairError, match="share no weight's name"):
         compare(models_of(tmp_path / "x", {"a": torch.ones(1)}, {"b": torch.ones(1)}))
+
+
+def test_buffers_of_integers_and_truth_values_are_not_compared(tmp_path, capsys):
+    def state(value):
+        weights = {LAYER.format(0): noise(2, 3, seed=value)}
+        buffers = {"counter": torch.tensor([value]), "flag": torch.tensor([value > 1])}
+        buffers["mlp.relative_position_index"] = torch.full((2, 2), value, dtype=torch.int32)
+        return weights, weights | {f"model.layers.0.{name}": tensor for name, tensor in buffers.items()}
+
+    plain, full = zip(state(1), state(2), strict=True)
+    found, wanted = (compare(models_of(tmp_path / n, *m)) for n, m in (("full", full), ("plain", plain)))
+    assert found.similarities == wanted.similarities
+    assert {letter: len(names) for letter, names in found.left_out.items()} == {"A": 3, "B": 3}
+    assert main(["similarity", *(str(tmp_path / "full" / f"model{i}") for i in (0, 1))]) == 0
+    assert "not all models have it as a weight: model.layers.0.counter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

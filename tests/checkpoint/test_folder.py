@@ -162,7 +162,8 @@ class TestBrokenFolders:
             ([], r"holds no model\.safetensors and no .*nothing at all"),
             (["notes.txt"], r"1 other files \(notes\.txt\).*folder into which the model was saved"),
             (["pytorch_model.bin"], r"only pickled weights \(pytorch_model\.bin\).*save_pretrained"),
-            (["adapter_model.safetensors"], r"other safetensors files \(adapter_model.*Merge an adapter"),
+            (["adapter_model.safetensors", "adapter_config.json"], r"files \(adapter_model\.safe.*Merge an adapter"),
+            (["adapter_model.safetensors"], r"without its adapter_config\.json.* Copy that file from where"),
         ],
     )
     def test_no_safetensors(self, tmp_path, files, message):

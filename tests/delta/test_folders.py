@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -177,6 +179,25 @@ def test_buffers_come_from_the_architecture(tmp_path):
     neox = write_three(tmp_path / "neox", "gpt_neox", torch.float32) / "base"
     reader = CheckpointReader(rewrite(neox, **stored, **{"gpt_neox.layers.0.attention.learned": torch.ones(4, 4)}))
     assert computed_buffers(neox, reader.tensors) == stored.keys()
+
+
+def test_nan_in_base_or_instruct_is_not_a_diverged_run(folders):
+    stored = {side: read(folders / side) for side in SIDES}
+    paths = [folders / side for side in SIDES]
+    matrix = "model.layers.0.feed_forward.w2.weight"
+    for name, side in itertools.product((matrix, EMBEDDING), ("base", "instruct")):
+        bad = stored[side][name].clone()
+        bad.view(-1)[3] = float("nan")
+        rewrite(folders / side, **{name: bad})
+        told = re.escape(f"'{name}' has 1 of {bad.numel()} values that are NaN or infinite in the ")
+        told += f"(Base|Instruct) {re.escape(str(folders / side))}.*(download or save this model again)"
+        for dtype, transforms in ((None, ()), ("float32", ()), (None, [{"name": "svd", "rank": 2}])):
+            with pytest.raises(CheckpointError, match=told):
+                graft(*paths, folders / "no", select=[f"^{re.escape(name)}$", "w1"], dtype=dtype, transforms=transforms)
+        if side == "base":
+            with pytest.raises(CheckpointError, match=told):
+                Delta.make(*paths[:2]).save(folders / "no")
+        rewrite(folders / side, **{name: stored[side][name]})
 
 
 def test_an_export_keeps_buffers_with_infinities(tmp_path):
@@ -396,6 +417,22 @@ def test_what_is_left_out_stops_nothing(folders):
     assert {"model.step", "model.mask"} <= (read(folders / "out").keys() - graft(
         *(folders / side for side in SIDES), folders / "all", select="all").selected)  # fmt: skip
     assert {"model.step", "model.mask"}.isdisjoint(Delta.make(folders / "base", folders / "tuned").shapes)
+
+
+def test_a_matrix_of_indices_is_a_buffer_and_a_packed_one_is_not(folders):
+    index, matrix = "model.layers.0.attention.relative_position_index", "model.layers.0.feed_forward.w2.codes"
+    for number, side in enumerate(SIDES):
+        rewrite(folders / side, **{index: torch.full((3, 3), number, dtype=torch.int32)})
+    for select in ("linear", "all"):
+        done = graft(*(folders / side for side in SIDES), folders / select, select=select)
+        assert index not in done.selected and index in done.coverage.left_out
+        assert torch.equal(read(folders / select)[index], read(folders / "instruct")[index])
+        assert index not in Delta.make(folders / "base", folders / "tuned", select).shapes
+    for side in SIDES:
+        rewrite(folders / side, **{matrix: torch.ones(3, 3, dtype=torch.int32)})
+    for attempt in (lambda: three(folders), lambda: Delta.make(folders / "base", folders / "tuned")):
+        with pytest.raises(GraftError, match=r"w2\.codes \(I32\), expected .*Dequantise the model first"):
+            attempt()
 
 
 def adapter(base: Path, folder: Path, rows: int | None = None, seed: int = 7, **options) -> Path:

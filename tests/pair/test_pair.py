@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
+from transformers.activations import ACT2FN
 
 from shadowlit import limits
 from shadowlit.errors import CheckpointError, PairError
@@ -204,6 +205,13 @@ class TestTensors:
         assert (problem.severity, problem.subject) == ("error", "config")
         assert "num_attention_heads is 2 in the Base, 4 in the Instruct" in problem.found
 
+    def test_two_names_of_one_activation_are_no_difference(self, tied):
+        assert ACT2FN["swish"](torch.arange(-4.0, 5)).equal(ACT2FN["silu"](torch.arange(-4.0, 5)))
+        edit_json(Path(tied.base) / "config.json", hidden_act="swish")
+        assert check_pair(tied) == []
+        edit_json(Path(tied.base) / "config.json", hidden_act="gelu")
+        assert "hidden_act is 'gelu' in the Base, 'silu' in the Instruct" in only(check_pair(tied)).found
+
     def test_other_settings(self, tied):
         edit_json(Path(tied.base) / "config.json", rms_norm_eps=1e-5)
         problem = only(check_pair(tied))
@@ -222,6 +230,12 @@ class TestTensors:
         problem = check_pair(tied)[0]
         assert (problem.severity, problem.subject) == ("error", "base quantised")
         assert name in problem.found and "unquantised original" in problem.remedy
+
+    def test_a_matrix_of_indices_is_not_quantised(self, tied):
+        index = {"model.layers.0.self_attn.relative_position_index": torch.ones(2, 2, dtype=torch.int32)}
+        for folder in (tied.base, tied.instruct):
+            edit_weights(folder, lambda t: t.update(index))
+        assert check_pair(tied) == []
 
     def test_quantisation_config(self, tied):
         edit_json(Path(tied.instruct) / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
