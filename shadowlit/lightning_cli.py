@@ -32,6 +32,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
+from shadowlit.callbacks.stopping import leave, take_over
 from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.checkpoint.saved import find_whole, read_rest
 from shadowlit.data.custom_formats import format_names
@@ -47,6 +48,7 @@ from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
 from shadowlit.parser import Known, ShortErrors
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
+from shadowlit.signals import StopSignals, end_with_parent
 from shadowlit.training.module import ScheduleName, ShadowModule
 from shadowlit.training.objectives import OBJECTIVES, Objective, samples_of
 from shadowlit.training.optimizer import OptimizerChoice
@@ -56,7 +58,12 @@ warnings.filterwarnings("ignore", message="`loftq_config` specified but will be 
 
 
 class ShadowTrainer(Trainer):
-    """Lightning's Trainer with a command that shows the data it would train on."""
+    """Lightning's Trainer with a command that shows the data it would train on, and boundaries at which it stops."""
+
+    def _run_stage(self) -> Any:
+        result = super()._run_stage()
+        leave(self)
+        return result
 
     @property
     def log_dir(self) -> str:
@@ -170,8 +177,8 @@ class ShadowCLI(LightningCLI):
         for action in parser._actions:
             if hasattr(action, "_typehint"):
                 action._typehint = _whole_numbers_first(action._typehint)
-                if action.dest.startswith("data."):
-                    action._enable_path = False  # a file of rows isn't the configuration of a source
+                if action.dest.startswith("data."):  # a file of rows isn't the configuration of a source
+                    action._enable_path = False  # type: ignore[attr-defined]
         parser.add_argument(
             "--model.class_path",
             type=str,
@@ -341,7 +348,9 @@ class ShadowCLI(LightningCLI):
         """As configured; a preview needs none of the devices that a configuration asks for."""
         if self.subcommand == "preview":
             return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        take_over(trainer)
+        return trainer
 
 
 def _whole_numbers_first(kind: Any) -> Any:
@@ -421,8 +430,14 @@ def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI
     Args:
         args: Arguments; None for those of the command line.
         callbacks: Callbacks that are added to the configured ones.
+
+    Raises:
+        Interrupted: With the exit status 128 + signal after SIGINT, SIGTERM or SIGUSR1; see docs/stopping.md.
     """
-    return _of(ShadowCLI, args, callbacks)
+    signals = StopSignals()
+    with signals.caught():
+        signals.is_part = end_with_parent()
+        return _of(ShadowCLI, args, callbacks)
 
 
 def check(args: list[str]) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"masking"},
     {"errors", "files", "lazy", "progress", "distributed", "version"},
-    {"plotting", "plugins", "limits"},
+    {"plotting", "plugins", "limits", "signals"},
     {"parser"},
     {"arguments"},
     {"checkpoint"},

@@ -20,6 +20,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.record import RunTotals, ValidationRecord
 from shadowlit.callbacks.schedule import is_last_validation
 from shadowlit.callbacks.scores import error_of_paired
+from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
 from shadowlit.data.conversation import gathered, located, raise_all
 from shadowlit.data.protocol import run_data
@@ -35,6 +36,8 @@ from shadowlit.plugins import WITHOUT_SUPER, calls, path_of
 from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
+_SANITY_ROWS = 2
+
 
 @takes_plain_values("evaluation")
 class EvaluationCallback(Callback):
@@ -49,7 +52,8 @@ class EvaluationCallback(Callback):
     An evaluator with ``every=n`` runs in the first full validation of a fit, in every *n*-th validation after it, and
     in the last one that ``max_steps`` or ``max_epochs`` allow; in ``validate`` and ``test`` it always runs. Where it
     does not run, nothing of it is logged, and Lightning shows callbacks the values from before: monitor metrics of
-    evaluators with ``every=1``.
+    evaluators with ``every=1``. The sanity check before the first step runs two rows of every evaluator on every
+    subject and discards the results, so that an evaluator that fails does so at once.
 
     The samples of every evaluator are written to ``<folder>/step-<step>/<subject>/<evaluator>.jsonl`` (those of the
     untouched models to ``<folder>/<subject>/…``, those of the command test to ``<folder>/test/<subject>/…``), one
@@ -160,7 +164,10 @@ class EvaluationCallback(Callback):
             self._run(trainer, module, subject, self.due)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure what GraftCallback has not had measured, and log everything."""
+        """Measure what GraftCallback has not had measured, and log everything; in the sanity check try everything."""
+        if self.evaluators and trainer.sanity_checking:
+            assert isinstance(pl_module, ShadowModule)
+            self._try_all(trainer, pl_module)
         if self.due:
             assert isinstance(pl_module, ShadowModule) and self.record is not None
             if self._graft is None:
@@ -218,6 +225,16 @@ class EvaluationCallback(Callback):
                 self._found[subject, name] = require_result(evaluator.run(context), key, evaluator)
             module.eval()  # for those that follow, whatever this one left
 
+    def _try_all(self, trainer: Trainer, module: ShadowModule) -> None:
+        """Run every evaluator on every subject and discard the results; a collective."""
+        if self._graft is None:
+            self._run(trainer, module, TUNED, list(self.evaluators))
+            return
+        grafts = [subject for subject in self._graft.subjects if subject.main or subject.scale in self.scales]
+        for subject in [TUNED, *grafts, *(UNTOUCHED if self.baselines else ())]:
+            run = partial(self._run, trainer, module, subject, list(self.evaluators))
+            self._graft.build(module).measure(subject, run)
+
     def _context(self, trainer: Trainer, module: ShadowModule) -> EvalContext:
         assert module.model is not None and self._pair is not None
         graft = self._graft.build(module) if self._graft is not None else None
@@ -231,6 +248,8 @@ class EvaluationCallback(Callback):
             autocast=trainer.precision_plugin.val_step_context,
             reference=nullcontext if graft is None else partial(graft.applied, Subject(self.reference)),
             template_kwargs=run_data(trainer).template_kwargs,
+            num_rows=_SANITY_ROWS if trainer.sanity_checking else None,
+            reach_boundary=partial(reach_boundary, trainer),
         )
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> None:

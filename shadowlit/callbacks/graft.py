@@ -24,6 +24,7 @@ from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
 from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
+from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.data.protocol import run_data
 from shadowlit.data.template import load_template
@@ -499,6 +500,7 @@ class GraftCallback(Callback):
                     if routing:
                         routing.take(subject.name, batch)
                     advance()
+                    reach_boundary(trainer)
 
     def _ask_others(self, trainer: Trainer, module: ShadowModule, subject: Subject) -> None:
         """Let the other callbacks measure ``subject``, whose weights are loaded."""

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from shadowlit.data.sampler import ShardedBatchSampler
+from shadowlit.signals import end_by_parent, running
 
 
 class ResumableLoader(DataLoader):
@@ -82,5 +83,9 @@ def make_loader(dataset: Dataset, batch_sampler: ShardedBatchSampler, **options:
 
 
 def quiet(options: dict[str, Any]) -> dict[str, Any]:
-    """Give the loader its own generator: otherwise every iteration draws from the global one, and changes dropout."""
-    return {"generator": torch.Generator().manual_seed(0), **options}
+    """Give the loader its own generator: otherwise every iteration draws from the global one, and changes dropout.
+
+    In a command that signals end at a boundary, workers survive the signals: the batches up to it are still needed.
+    """
+    survives = {"worker_init_fn": end_by_parent} if running() and options.get("num_workers") else {}
+    return {"generator": torch.Generator().manual_seed(0), **survives, **options}

@@ -88,7 +88,7 @@ def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, 
 
 
 def _rows(source: str, reader: Any, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    header = next(reader, [])
+    header: list[str] = next(reader, [])
     if not all(name.strip() for name in header) or len(set(header)) < len(header):
         raise DataError(
             f"{source} has the header {', '.join(header) or '(empty)'}; expected a different name for every column in "
@@ -101,8 +101,8 @@ def _rows(source: str, reader: Any, delimiter: str) -> Iterator[tuple[int, dict[
             yield (
                 reader.line_num,
                 DataError(
-                    f"has {len(row)} fields, and the header {len(header)} ({', '.join(header)}). Correct the row; a field "
-                    f"with {delimiter!r} or a line break is enclosed in double quotes."
+                    f"has {len(row)} fields, and the header {len(header)} ({', '.join(header)}). Correct the row; a "
+                    f"field with {delimiter!r} or a line break is enclosed in double quotes."
                 ),
             )
             continue

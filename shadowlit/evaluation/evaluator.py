@@ -32,6 +32,8 @@ class EvalContext:
         autocast: The context that forwards run in; that of the trainer's precision.
         reference: The context in which ``model`` has the weights of the reference (the untouched Instruct).
         template_kwargs: Arguments of the chat template.
+        num_rows: Number of rows to measure in the sanity check, in which answers may end early too; None for all.
+        reach_boundary: Called on all ranks between batches; raises if the command was told to stop.
     """
 
     model: nn.Module
@@ -43,6 +45,8 @@ class EvalContext:
     autocast: Callable[[], AbstractContextManager[Any]]
     reference: Callable[[], AbstractContextManager[Any]]
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    num_rows: int | None = None
+    reach_boundary: Callable[[], None] = lambda: None
 
     def logits_at(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits ``[N, V]`` of ``[B, T]`` tokens at ``[N]`` of their ``B * T`` positions.
@@ -128,10 +132,13 @@ class Evaluator(ABC):
     def rank_batches(self, num_rows: int, context: EvalContext) -> Iterator[list[int]]:
         """Batches of this rank's row numbers; as many on every rank, a missing row is -1.
 
-        Every rank gets ``ceil(num_rows / world_size)`` rows; the result of a missing row is discarded.
+        Every rank gets ``ceil(num_rows / world_size)`` rows; the result of a missing row is discarded. In the sanity
+        check there are no more rows than the context says.
         """
+        num_rows = num_rows if context.num_rows is None else min(num_rows, context.num_rows)
         per_rank = -(-num_rows // context.world_size)
         rows = [context.rank + i * context.world_size for i in range(per_rank)]
         rows = [row if row < num_rows else -1 for row in rows]
         for start in range(0, per_rank, self.batch_size):
+            context.reach_boundary()
             yield rows[start : start + self.batch_size]

@@ -25,6 +25,8 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.generation import Answer, generate, greedy_config
 
+_SANITY_TOKENS = 4  # of an answer in the sanity check: the first one, and some with a cache
+
 
 @dataclass(frozen=True)
 class _Item(Question):
@@ -161,7 +163,8 @@ class Generation(PromptEvaluator[_Item]):
         return None if context is None else context - self.max_new_tokens
 
     def _asks(self, context: EvalContext) -> Callable[[list[_Item]], list[Answer]]:
-        config = greedy_config(context.pair.template_folder(), context.pair.tokenizer(), self.max_new_tokens)
+        num_tokens = self.max_new_tokens if context.num_rows is None else min(self.max_new_tokens, _SANITY_TOKENS)
+        config = greedy_config(context.pair.template_folder(), context.pair.tokenizer(), num_tokens)
         return partial(self._answers, config=config, context=context)
 
     def _answers(self, items: Sequence[_Item], config: GenerationConfig, context: EvalContext) -> list[Answer]:

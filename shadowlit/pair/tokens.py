@@ -171,7 +171,7 @@ def check_template(
     try:
         parts = owner.get("vision_config") is not None
         options = {**template_kwargs, "chat_template": replaced}
-        ids, ends = in_time(partial(_written_tokens, owner.tokenizer, parts, **options))
+        ids, ends = in_time(partial(_written_tokens, tokenizer, parts, **options))
     except Exception as error:
         own_file = f"chat_template.jinja in the {owner.title}'s folder, or set data.chat_template to another file"
         file = own_file if replaced is None else "the file of data.chat_template"

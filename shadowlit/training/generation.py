@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -18,6 +21,7 @@ from transformers import (
 )
 
 from shadowlit.training.head import evaluating
+from shadowlit.training.parallel import within_forward
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ def generate(
     prompt_length = input_ids.shape[1]
     stopping = StopStrings(tokenizer, stop, prompt_length, len(input_ids))
     with evaluating(model):
-        generated = model.generate(  # type: ignore[operator]
+        method: Any = model.generate
+        answer = partial(
+            method,
             input_ids=input_ids,
             attention_mask=attention_mask,
             **(images or {}),
@@ -118,6 +124,8 @@ def generate(
             stopping_criteria=StoppingCriteriaList([stopping] if stop else []),
             synced_gpus=synced_gpus,
         )
+        # peft's generate calls the model within, and so passes by the hooks of the unit that holds the embeddings.
+        generated = within_forward(model, answer) if isinstance(model, PeftModel) else answer()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     return [
         _answer(tokenizer, tokens, ends, length, stop)

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.evaluation import EvaluationCallback
@@ -176,6 +177,39 @@ def test_a_checkpoint_saved_while_others_weights_stand_holds_the_trained_ones(tm
         max_steps=2)  # fmt: skip
     rows = [json.loads((tmp_path / f"{x}/step-2/grafted/probe.jsonl").read_text())["score"] for x in "ef"]
     assert rows[0] == rows[1]
+
+
+def test_the_sanity_check_tries_every_evaluator_on_two_rows_of_every_subject(tmp_path, folders, files):
+    """What would fail in the first validation fails before the first step; nothing of it is logged or written."""
+    seen, rows = [], []
+
+    class Counting(Generation):
+        def _answers(self, items, config, context):
+            rows.append((len(items), config.max_new_tokens))
+            return super()._answers(items, config, context)
+
+    def look(context):
+        if trainer.sanity_checking:
+            seen.append((graft.graft.subject.name, context.num_rows))
+
+    graft = GraftCallback(scales=[1.0, 0.5, 0.25])
+    own = {"probe": Probe(act=look, every=2), "answers": Counting(files["talks"], max_new_tokens=9, match="contains")}
+    evaluation = EvaluationCallback(own, scales=[0.5], folder=str(tmp_path / "e"))
+    trainer = make_trainer(tmp_path, graft, evaluation, num_sanity_val_steps=1, max_steps=2, limit_val_batches=1)
+    trainer.fit(make_module(folders), RandomData())
+    subjects = ["tuned", "grafted", "grafted@0.5", "base", "instruct"]
+    assert seen == [(name, 2) for name in subjects] and rows[:5] == [(2, 4)] * 5
+    assert rows[5:] == [(5, 9)] * 5  # of the validation
+    assert sorted(path.name for path in (tmp_path / "e").iterdir()) == ["base", "instruct", "step-2"]
+
+    def fail(context):
+        raise ZeroDivisionError
+
+    callbacks = [GraftCallback(), EvaluationCallback({"probe": Probe(act=fail)}, folder=str(tmp_path / "f"))]
+    trainer = make_trainer(tmp_path, *callbacks, num_sanity_val_steps=1)
+    with pytest.raises(ShadowlitError, match=r"evaluation\.evaluators\.probe is .*ZeroDivisionError"):
+        trainer.fit(make_module(folders), RandomData())
+    assert trainer.global_step == 0
 
 
 def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
@@ -457,20 +491,31 @@ def test_loggers_that_take_text_get_it():
     assert table.options == {"key": "val/samples", "columns": ["text"], "data": [["text"]], "step": 7}
 
 
-def train_and_evaluate(folders, files, strategy, world_size, root):
-    evaluation = EvaluationCallback({"probe": Probe(), **evaluators(files)}, folder=str(root))
-    module = distributed.make_module(folders, "lora")
-    trainer = distributed.make_trainer(strategy, world_size, [GraftCallback(), evaluation], max_steps=2)
+def train_and_evaluate(folders, files, kind, strategy, world_size, root):
+    own = evaluators(files)
+    # Generation comes first: a forward pass before it would leave FSDP2's embeddings gathered.
+    evaluation = EvaluationCallback({"answers": own.pop("answers"), "probe": Probe(), **own}, folder=str(root))
+    module = distributed.make_module(folders, kind)
+    callbacks, options = [GraftCallback(), evaluation], {"max_steps": 2, "num_sanity_val_steps": 1}
+    trainer = distributed.make_trainer(strategy, world_size, callbacks, **options)
     trainer.fit(module, RandomData())
-    return {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
+    logged = {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
+    module.max_new_tokens = 3
+    rows = [{"index": i, "input_ids": torch.arange(10 * i + 5, 10 * i + 9), "attention_mask": torch.ones(4).long()}
+            for i in range(trainer.global_rank, 4, world_size)]  # fmt: skip
+    batches = trainer.predict(module, DataLoader(rows, batch_size=1))
+    return logged, {answer["index"]: answer["answer"] for batch in batches for answer in batch}
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
-def test_two_processes_find_what_one_finds(tmp_path, folders, files, strategy):
-    """Seven and five rows over two ranks: uneven shards neither hang nor count twice."""
-    (one,) = run_ranks(train_and_evaluate, 1, folders, files, "auto", 1, tmp_path / "one")
-    ranks = run_ranks(train_and_evaluate, 2, folders, files, strategy, 2, tmp_path / "two")
-    for rank in ranks:
+@pytest.mark.parametrize(("kind", "strategy"), [
+    ("lora", "fsdp2"), *(pytest.param(*both, marks=pytest.mark.slow) for both in (("lora", "ddp"), ("full", "fsdp2"))),
+])  # fmt: skip
+def test_two_processes_find_what_one_finds(tmp_path, folders, files, kind, strategy):
+    """Seven and five rows over two ranks: uneven shards neither hang nor count twice. They predict the same too."""
+    ((one, answers),) = run_ranks(train_and_evaluate, 1, folders, files, kind, "auto", 1, tmp_path / "one")
+    ranks = run_ranks(train_and_evaluate, 2, folders, files, kind, strategy, 2, tmp_path / "two")
+    assert len(answers) == 4 and ranks[0][1] | ranks[1][1] == answers
+    for rank, _ in ranks:
         assert rank.keys() == one.keys()
         for name, value in one.items():
             assert rank[name] == pytest.approx(value, rel=2e-4, abs=1e-5, nan_ok=True), name

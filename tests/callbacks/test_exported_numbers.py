@@ -87,7 +87,7 @@ def fit_sharded(kind, out):
     return fit(DEMO_PAIR, kind, callbacks=callbacks, strategy=strategy, devices=2, max_steps=2, val_check_interval=2)[0]
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize("kind", ["full", "lora", pytest.param("rslora", marks=pytest.mark.slow)])
 def test_two_processes_score_what_they_export(tmp_path, kind):
     """Of the embedded pair, sharded."""
     ranks = run_ranks(fit_sharded, 2, kind, tmp_path)

@@ -139,7 +139,7 @@ def test_the_other_architectures_shard_too(tmp_path, arch):
         assert rank["share"] == pytest.approx(0.5, abs=0.02)
 
 
-@pytest.mark.parametrize("kind", ["full", "experts", pytest.param("attention", marks=SLOW)])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=SLOW), "experts", pytest.param("attention", marks=SLOW)])
 def test_a_mixture_of_experts_on_two_processes_is_one(tmp_path, kind):
     """The ranks hold other experts; what they train, log and export is the same, routing included."""
     folders = save_pair(tmp_path, "qwen3_moe", tied=False, distance=0.3)

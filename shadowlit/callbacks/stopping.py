@@ -1,0 +1,211 @@
+"""Where a command ends that was sent a signal: at a boundary that the ranks agree on, with a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.progress import _BatchProgress
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from shadowlit.callbacks.folder import run_folder, runs_folder, unused
+from shadowlit.errors import Interrupted
+from shadowlit.files import replace_text
+from shadowlit.signals import StopSignals, running
+
+log = logging.getLogger(__name__)
+
+
+class Boundaries(_SignalConnector):
+    """Ends a command at a boundary, in place of Lightning's signal handlers.
+
+    Those save a checkpoint and make collective calls wherever a rank happens to be, and end a command with status 0.
+    Lightning asks ``received_sigterm`` when a batch and the validation after it are finished, at the end of an epoch,
+    and between the batches of a validation; other callbacks ask :func:`reach_boundary`. There the ranks take the
+    highest signal that one of them has received. In a training a checkpoint is written first, unless gradients of a
+    part of a step are pending; then Interrupted is raised. Other parts of a command are interrupted at once.
+    """
+
+    def __init__(self, trainer: Trainer, signals: StopSignals) -> None:
+        super().__init__(trainer)
+        self._signals = signals
+
+    @property
+    def received_sigterm(self) -> bool:
+        """False: if there was a signal, this raises."""
+        self.reach()
+        return False
+
+    @received_sigterm.setter
+    def received_sigterm(self, value: bool) -> None:
+        """Lightning sets it to false."""
+
+    def register_signal_handlers(self) -> None:
+        """Let signals wait for a boundary from here on, if this is a training; see :meth:`leave`."""
+        # Lightning broadcasts rank zero's signal before every batch; the ranks agree after it.
+        self.trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if environment := self._requeues():
+            self._signals.catch([environment.requeue_signal or signal.SIGUSR1])
+        self._signals.waits = self.trainer.state.fn == TrainerFn.FITTING
+
+    def teardown(self) -> None:
+        """Interrupt what follows at once."""
+        self._signals.waits = False
+
+    def leave(self) -> None:
+        """The last boundary of a command; called on all ranks."""
+        self.reach()
+        self._signals.waits = False
+        self._signals.end()
+
+    def reach(self) -> None:
+        """Raise Interrupted on all ranks if one of them was sent a signal; a collective."""
+        trainer, signals = self.trainer, self._signals
+        signals.reached_boundary()
+        trains = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if trains and trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        number = signals.number or 0
+        if dist.is_available() and dist.is_initialized() and trainer.world_size > 1:
+            flag = torch.tensor(number, device=trainer.strategy.root_device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            number = int(flag)
+        if not number:
+            return
+        signals.number = number
+        if trains and trainer.global_step:
+            self._save(number)
+        raise Interrupted(0 if signals.is_part else 128 + number)
+
+    def _save(self, number: int) -> None:
+        """Write the checkpoint from which the training resumes; ask SLURM to requeue the job if that is wanted."""
+        trainer, name = self.trainer, signal.Signals(number).name
+        owner = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if owner is None:
+            rank_zero_warn(
+                f"{name}: the training stops at step {trainer.global_step} without a checkpoint, since "
+                "trainer.enable_checkpointing is false."
+            )
+            return
+        path = Path(owner.dirpath or run_folder(trainer) / "checkpoints") / "last.ckpt"
+        if str(path) not in (owner.last_model_path, str(trainer.ckpt_path)):
+            path = unused(path)  # one of another run stays
+        path = Path(trainer.strategy.broadcast(str(path)))
+        if owner.save_last:
+            owner.last_model_path = str(path)
+        with _resumable(trainer):
+            trainer.save_checkpoint(path)
+        rank_zero_info(
+            f"{name}: the training stops at step {trainer.global_step}; nothing is exported. It resumes with "
+            f"--ckpt_path={path}"
+        )
+        environment = self._requeues()
+        if environment and number == environment.requeue_signal and trainer.is_global_zero:
+            replace_text(_note(trainer), str(path.absolute()))
+            _requeue()
+
+    def _requeues(self) -> SLURMEnvironment | None:
+        """The SLURM plugin, if it requeues jobs."""
+        environment = self.trainer._accelerator_connector.cluster_environment
+        return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+
+
+class OwnCheckpoints(_CheckpointConnector):
+    """Resumes a job that SLURM has requeued, from the checkpoint that the job itself has written.
+
+    Lightning loads any ``hpc_ckpt_*.ckpt`` that lies in the working folder, whichever run has left it there.
+    """
+
+    _asked = False
+
+    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
+        if ckpt_path is None and state_fn == TrainerFn.FITTING and SLURMEnvironment.detect():
+            note = _note(self.trainer)
+            found = note.read_text(encoding="utf-8") if note.is_file() else ""
+            ckpt_path = found if found and Path(found).exists() else None
+        self._asked = ckpt_path == "hpc"
+        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+
+    @property
+    def _hpc_resume_path(self) -> str | None:
+        return super()._hpc_resume_path if self._asked else None
+
+
+def take_over(trainer: Trainer) -> None:
+    """Let the signals of the running command end a trainer's work at its boundaries; to be called before its work."""
+    trainer._checkpoint_connector = OwnCheckpoints(trainer)
+    if signals := running():
+        trainer._signal_connector = Boundaries(trainer, signals)
+
+
+def leave(trainer: Trainer) -> None:
+    """The last boundary of a command, before what is no part of its loops; to be called on all ranks alike."""
+    if isinstance(trainer._signal_connector, Boundaries):
+        trainer._signal_connector.leave()
+
+
+def reach_boundary(trainer: Trainer) -> None:
+    """Let a command of the command line that was sent a signal end here; to be called on all ranks alike."""
+    if isinstance(trainer._signal_connector, Boundaries):
+        trainer._signal_connector.reach()
+
+
+@contextmanager
+def _resumable(trainer: Trainer) -> Iterator[None]:
+    """Let the loops' progress be as in the hooks in which Lightning's own callbacks save, which it resumes exactly.
+
+    In a validation it is that of the validation's first batch: a resumed run repeats the validation from its start.
+    """
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    epochs, validation = fit.epoch_progress, loop.val_loop.batch_progress
+    # At an epoch's end Lightning's callbacks save before it counts the epoch, and after a validation before the step.
+    trains, fetcher = not trainer.validating, fit._data_fetcher
+    epoch = int(trains and 0 < epochs.current.ready == epochs.current.completed)
+    step = int(trains and fetcher is not None and loop._should_check_val_fx(fetcher))
+    if trainer.validating:
+        loop.val_loop.batch_progress = begun = _BatchProgress()
+        begun.increment_ready()
+        begun.increment_started()
+    for progress in (epochs.total, epochs.current):
+        progress.completed -= epoch
+    loop._batches_that_stepped -= step
+    try:
+        yield
+    finally:
+        loop.val_loop.batch_progress = validation
+        for progress in (epochs.total, epochs.current):
+            progress.completed += epoch
+        loop._batches_that_stepped += step
+
+
+def _job() -> str:
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "unknown")
+
+
+def _note(trainer: Trainer) -> Path:
+    """The file that names the checkpoint from which this job resumes when SLURM has requeued it."""
+    return runs_folder(trainer) / f"requeued-{_job()}.txt"
+
+
+def _requeue() -> None:
+    try:
+        status = subprocess.run(["scontrol", "requeue", _job()], check=False).returncode
+    except OSError as error:
+        log.warning("the job could not be requeued: %s", error)
+        return
+    log.log(logging.WARNING if status else logging.INFO, "scontrol requeue %s ended with status %s", _job(), status)
