@@ -27,7 +27,7 @@ from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
 from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.data.protocol import run_data
-from shadowlit.data.template import load_template
+from shadowlit.data.rendering import load_template
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of

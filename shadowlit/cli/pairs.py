@@ -79,7 +79,7 @@ def check(
         chat_template: Path of a Jinja file that replaces the Instruct's chat template, as data.chat_template does.
     """
     # Imported late: list and show need no torch.
-    from shadowlit.data.template import load_template
+    from shadowlit.data.rendering import load_template
     from shadowlit.pair.check import check_pair
     from shadowlit.pair.pair import ModelPair
 

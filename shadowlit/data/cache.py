@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 _CODE = (
     "blocks", "conversation", "coverage", "custom_formats", "dataset", "files", "formats", "images",
-    "preference_formats", "prepare", "rendering", "sampler", "sources", "tables", "template", "turns",
+    "preference_formats", "prepare", "rendering", "sampler", "sources", "tables", "template", "tokenise", "tokens",
+    "turns",
 )  # fmt: skip
 _PACKAGES = ("transformers", "tokenizers", "jinja2")
 

@@ -19,20 +19,15 @@ from shadowlit.data.blocks import Block, read_blocks, write_blocks
 from shadowlit.data.cache import cache_key, default_folder
 from shadowlit.data.conversation import Conversation, some_of
 from shadowlit.data.custom_formats import find_format
-from shadowlit.data.dataset import DataReport, PromptDataset, Skipped, TokenDataset, tokenise, tokenise_prompts
+from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.formats import DOCUMENT
 from shadowlit.data.images import ImageProcessing
+from shadowlit.data.rendering import check_template, load_template, renders_date
 from shadowlit.data.sampler import epoch_order
 from shadowlit.data.settings import DataSettings, Source
 from shadowlit.data.sources import digest_source, folder_of, log_message, read_conversations
-from shadowlit.data.template import (
-    check_template,
-    encode_document,
-    encode_question,
-    encode_turns,
-    load_template,
-    renders_date,
-)
+from shadowlit.data.template import encode_document, encode_question, encode_turns
+from shadowlit.data.tokenise import Skipped, tokenise, tokenise_prompts
 from shadowlit.errors import DataError, PairError
 from shadowlit.progress import progress_bar
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,6 +21,9 @@ from shadowlit.errors import DataError, first_line
 
 MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 """The marks that enclose what the assistant generates, in templates that have them."""
+
+
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
 
 
 class RewrittenHistoryError(DataError):
@@ -106,6 +111,53 @@ class Chat:
         except Exception as error:  # a template is code: it can raise anything
             raise _refusal(error, messages) from None
         return texts[0], spans[0] if spans else []
+
+
+def load_template(path: str) -> str:
+    """Read a chat template from a jinja file.
+
+    Raises:
+        DataError: There is no such file, or it is no jinja template.
+    """
+    try:
+        template = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template={path} can't be read: {error}. Give the path of a jinja file.") from None
+    _parse(template, f"data.chat_template={path}")
+    if not template.strip():
+        raise DataError(f"data.chat_template={path} is empty. Give the path of a jinja file with a chat template.")
+    return template
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
+    """Check that there is a chat template, and that it uses all arguments: jinja would ignore a typo.
+
+    Raises:
+        DataError: The tokenizer has no chat template or isn't a fast one, or the template doesn't use an argument.
+    """
+    chat = Chat.of(tokenizer, {})
+    parsed = _parse(chat.source, f"the chat template of {tokenizer.name_or_path or 'the Instruct'}")
+    known = jinja2.meta.find_undeclared_variables(parsed) - _GIVEN - set(tokenizer.special_tokens_map)
+    unknown = sorted(set(template_kwargs) - known)
+    if unknown:
+        raise DataError(
+            f"data.template_kwargs has {', '.join(unknown)}, which the chat template doesn't use; it knows "
+            f"{', '.join(sorted(known)) or 'no arguments'}. Correct or remove it."
+        )
+
+
+def renders_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
+    """Whether the template writes today's date, so that the tokens change from day to day (Llama 3.2)."""
+    return "strftime_now" in Chat.of(tokenizer, {}).source and "date_string" not in template_kwargs
+
+
+def _parse(template: str, name: str) -> jinja2.nodes.Template:
+    # Only the extension of transformers knows the marks; parsing doesn't need them.
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return environment.parse(MARKS.sub("", template))
+    except jinja2.TemplateSyntaxError as error:
+        raise broken_template(name, error) from None
 
 
 def plain(messages: Sequence[Message]) -> list[Message]:

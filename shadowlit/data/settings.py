@@ -13,10 +13,10 @@ from typing import Any, Literal
 from shadowlit.arguments import fits, takes_plain_values
 from shadowlit.data.conversation import raise_all
 from shadowlit.data.custom_formats import find_format
-from shadowlit.data.dataset import Overlong
 from shadowlit.data.formats import Samples
 from shadowlit.data.packing import Packing
 from shadowlit.data.template import LossOn
+from shadowlit.data.tokenise import Overlong
 from shadowlit.errors import DataError, wrong_names
 from shadowlit.pair.pair import ModelPair
 

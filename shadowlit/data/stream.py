@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from shadowlit.data.conversation import Conversation, some_of
-from shadowlit.data.dataset import Skipped, TokenDataset
+from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.loader import quiet
 from shadowlit.data.mixing import take_turns
 from shadowlit.data.order import make_sampler, pack, require_packable
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.sources import stream_conversations
+from shadowlit.data.tokenise import Skipped
 from shadowlit.errors import DataError
 
 _PASS = 2**32  # more than the windows of a pass over the data

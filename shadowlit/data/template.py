@@ -21,30 +21,22 @@ with ``enable_thinking: false`` it belongs to the generation prompt and is unsup
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.conversation import IGNORE_INDEX, FatalDataError
 from shadowlit.data.coverage import require_written
 from shadowlit.data.formats import Message, unsupervised
 from shadowlit.data.images import ImageProcessing, ImageSource, Span, images_in
-from shadowlit.data.rendering import MARKS, Chat, RewrittenHistoryError, broken_template
-from shadowlit.errors import DataError, counted, first_line
+from shadowlit.data.rendering import Chat, RewrittenHistoryError
+from shadowlit.data.tokens import include_stop, tokenise_asked, tokenise_rendered, tokens_of, turn_end
+from shadowlit.errors import DataError, counted
 
 LossOn = Literal["assistant", "last", "all"]
 """The turns that are supervised: all of the assistant's, its last one, or the whole conversation."""
-
-_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"})
-_LONGEST_HEADER = 16  # tokens of an assistant's header that are remembered
 
 
 @dataclass(frozen=True)
@@ -120,16 +112,16 @@ def encode(
         text, spans, shown = processing.expand(text, spans, images)
     asked = [start for (start, _), factor in zip(spans, factors, strict=True) if factor and not rest]
     # With several spans per turn, some begin within it.
-    input_ids, places = _tokenise_asked(tokenizer, text, asked if len(asked) == len(trained) else [])
+    input_ids, places = tokenise_asked(tokenizer, text, asked if len(asked) == len(trained) else [])
     weights = [0.0, *[rest] * len(input_ids)][: len(input_ids)]
     for span, factor in zip(spans, factors, strict=True):
         within = [t for t, (start, end) in enumerate(places) if end > span[0] and start < span[1]]
         if not within:
             continue
         if chat.has_marks:
-            end = _include_stop(tokenizer, input_ids, within[-1])
+            end = include_stop(tokenizer, input_ids, within[-1])
         else:
-            end = _turn_end(tokenizer, input_ids, within, text, places)
+            end = turn_end(tokenizer, input_ids, within, text, places)
         first = max(within[0], 1)
         weights[first : end + 1] = [factor] * (end + 1 - first)
     num_image_tokens = images_end = 0
@@ -245,9 +237,9 @@ def encode_question(
     prompt, images = _with_images(_prompt_of(messages), processing)
     text = _render_prompt(tokenizer, prompt, template_kwargs)
     if processing is None:
-        return Encoded(_tokenise(tokenizer, text)[0], [])
+        return Encoded(tokenise_rendered(tokenizer, text)[0], [])
     text, _, shown = processing.expand(text, [], images)
-    input_ids, places = _tokenise(tokenizer, text)
+    input_ids, places = tokenise_rendered(tokenizer, text)
     count, end = _check_image_tokens(processing, input_ids, places, shown)
     return Encoded(input_ids, [], images, end, count)
 
@@ -289,53 +281,6 @@ def _check_image_tokens(
 
 def _overlaps(place: Span, spans: Sequence[Span]) -> bool:
     return any(place[1] > start and place[0] < end for start, end in spans)
-
-
-def load_template(path: str) -> str:
-    """Read a chat template from a jinja file.
-
-    Raises:
-        DataError: There is no such file, or it is no jinja template.
-    """
-    try:
-        template = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data.chat_template={path} can't be read: {error}. Give the path of a jinja file.") from None
-    _parse(template, f"data.chat_template={path}")
-    if not template.strip():
-        raise DataError(f"data.chat_template={path} is empty. Give the path of a jinja file with a chat template.")
-    return template
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> None:
-    """Check that there is a chat template, and that it uses all arguments: jinja would ignore a typo.
-
-    Raises:
-        DataError: The tokenizer has no chat template or isn't a fast one, or the template doesn't use an argument.
-    """
-    chat = Chat.of(tokenizer, {})
-    parsed = _parse(chat.source, f"the chat template of {tokenizer.name_or_path or 'the Instruct'}")
-    known = jinja2.meta.find_undeclared_variables(parsed) - _GIVEN - set(tokenizer.special_tokens_map)
-    unknown = sorted(set(template_kwargs) - known)
-    if unknown:
-        raise DataError(
-            f"data.template_kwargs has {', '.join(unknown)}, which the chat template doesn't use; it knows "
-            f"{', '.join(sorted(known)) or 'no arguments'}. Correct or remove it."
-        )
-
-
-def renders_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the template writes today's date, so that the tokens change from day to day (Llama 3.2)."""
-    return "strftime_now" in Chat.of(tokenizer, {}).source and "date_string" not in template_kwargs
-
-
-def _parse(template: str, name: str) -> jinja2.nodes.Template:
-    # Only the extension of transformers knows the marks; parsing doesn't need them.
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        return environment.parse(MARKS.sub("", template))
-    except jinja2.TemplateSyntaxError as error:
-        raise broken_template(name, error) from None
 
 
 def _weights(messages: Sequence[Message], loss_on: LossOn) -> tuple[float, dict[int, float]]:
@@ -419,139 +364,3 @@ def _difference(expected: str, found: str) -> str:
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
     start = max(0, at - 20)
     return f"{expected[start : at + 30]!r} against {found[start : at + 30]!r}"
-
-
-def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    """Tokens of a text; ``options`` are the tokenizer's.
-
-    Raises:
-        DataError: The text can't be tokenised, e.g. because of half a surrogate pair.
-    """
-    return list(_call(tokenizer, text, options)["input_ids"])
-
-
-def _call(tokenizer: PreTrainedTokenizerBase, text: str, options: Mapping[str, Any]) -> Any:
-    try:
-        return tokenizer(text, verbose=False, **options)
-    except Exception as error:  # of the tokenizer's own types
-        found = re.search("[\ud800-\udfff]", text)
-        if found is None:
-            raise DataError(f"can't be tokenised ({first_line(error)}). Correct or remove the row.") from None
-        near = text[max(0, found.start() - 20) : found.end() + 10]
-        raise DataError(
-            f"has {found[0]!r}, half of a surrogate pair, in {near!r}; it is no character, e.g. half of a cut emoji. "
-            "Correct the text or remove the row."
-        ) from None
-
-
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
-    """Tokens of a rendered text and the span of characters of each, without gaps."""
-    # The template writes the begin-of-sequence token itself: the tokenizer must not add another.
-    tokens = _call(tokenizer, text, {"add_special_tokens": False, "return_offsets_mapping": True})
-    places, reached = [], 0
-    for start, end in tokens["offset_mapping"]:
-        # Some tokenizers trim a token's leading space from its offsets; it belongs to the token nevertheless.
-        # min and max, called for every token, would take a third of the time.
-        places.append((start if start < reached else reached, end))
-        if end > reached:
-            reached = end
-    return tokens["input_ids"], places
-
-
-def _tokenise_asked(
-    tokenizer: PreTrainedTokenizerBase, text: str, starts: Sequence[int]
-) -> tuple[list[int], list[Span]]:
-    """Tokens and their characters, with the tokens of each prompt as they are when the model is asked.
-
-    ``starts`` are the ends of the prompts. White space at the beginning of an answer may merge with the end of its
-    prompt into one token (``assistant⏎`` and ``⏎Hello``). But generation starts from the tokens of the prompt alone, so
-    the model would be trained on a prompt that never occurs. Then the two are tokenised separately. In a conversation
-    that goes on, the merged token is the right one, since it is what the next prompt has; hence one sample per turn.
-    """
-    input_ids, places = _tokenise(tokenizer, text)
-    merged = [start for start in starts if not _continues(tokenizer, text, start, input_ids, places)]
-    if not merged:
-        return input_ids, places
-    start = merged[0]
-    if start != starts[-1]:
-        raise RewrittenHistoryError(
-            f"has an answer whose beginning merges with the end of its prompt into one token ({text[start:][:20]!r} "
-            f"after {text[:start][-20:]!r}). Train on one sample per turn (encode_turns does), or remove the white "
-            "space."
-        )
-    asked, asked_places = _tokenise(tokenizer, text[:start])
-    whole = tokenizer.decode(input_ids)
-    for before in ("", tokenizer.eos_token or "", "\n"):  # some tokenizers put a space before the beginning of a text
-        answer, answer_places = _tokenise(tokenizer, before + text[start:])
-        skip = len(tokens_of(tokenizer, before, add_special_tokens=False)) if before else 0
-        if tokenizer.decode(asked + answer[skip:]) == whole:
-            shift = start - len(before)
-            return asked + answer[skip:], asked_places + [(a + shift, b + shift) for a, b in answer_places[skip:]]
-    raise DataError(
-        f"has an answer whose beginning merges with the end of its prompt into one token ({text[start:][:20]!r} after "
-        f"{text[:start][-20:]!r}), and can't be tokenised without it. Remove the white space at its beginning."
-    )
-
-
-def _continues(
-    tokenizer: PreTrainedTokenizerBase, text: str, start: int, input_ids: list[int], places: list[Span]
-) -> bool:
-    """Whether the tokens before a character are those of the text before it."""
-    first = bisect_right(places, start, key=lambda place: place[1])
-    if first < len(places) and places[first][0] < start:
-        return False
-    special = _special_ids(tokenizer)
-    header = next((t for t in range(first - 1, -1, -1) if input_ids[t] in special), 0)
-    if first - header > _LONGEST_HEADER:
-        return tokens_of(tokenizer, text[:start], add_special_tokens=False) == input_ids[:first]
-    # What follows a special token is tokenised by itself.
-    known = _header_ids(tokenizer, text[places[header][0] if first else 0 : start])
-    return known == tuple(input_ids[header:first]) or (
-        tokens_of(tokenizer, text[:start], add_special_tokens=False) == input_ids[:first]
-    )
-
-
-@lru_cache(maxsize=256)
-def _header_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokens_of(tokenizer, text, add_special_tokens=False))
-
-
-def _turn_end(
-    tokenizer: PreTrainedTokenizerBase, input_ids: list[int], within: list[int], text: str, places: list[Span]
-) -> int:
-    """The last token that the model has to generate in a turn found by prefixes.
-
-    Only special tokens and white space follow the answer (``<|im_end|>⏎``). The turn ends with the first of these
-    tokens that stops generation; otherwise with the last special one, for tokenizers whose end of sequence isn't their
-    end of turn (Gemma); otherwise with the first stopping token before them; otherwise with the last token.
-    """
-    special, stops = _special_ids(tokenizer), _stop_ids(tokenizer)
-    tail: list[int] = []
-    for t in reversed(within):
-        start, end = places[t]
-        if input_ids[t] not in special and text[start:end].strip():
-            break
-        tail.insert(0, t)
-    candidates = [t for t in tail if input_ids[t] in stops]
-    candidates = candidates or [t for t in tail if input_ids[t] in special][-1:]
-    candidates = candidates or [t for t in within if input_ids[t] in stops]
-    return candidates[0] if candidates else within[-1]
-
-
-def _include_stop(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], last: int) -> int:
-    """The last token of a marked span, or the stopping token right after it, which some marks leave out."""
-    stops = _stop_ids(tokenizer)
-    follows = last + 1 < len(input_ids) and input_ids[last + 1] in stops
-    return last + 1 if follows and input_ids[last] not in stops else last
-
-
-@lru_cache(maxsize=8)
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(added | set(tokenizer.all_special_ids))
-
-
-def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that the tokenizer defines as an end: of the sequence, and of a turn if it names one."""
-    names = (tokenizer.eos_token, getattr(tokenizer, "eot_token", None))
-    return {number for name in names if name and isinstance(number := tokenizer.convert_tokens_to_ids(name), int)}

@@ -12,7 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.formats import convert_row
-from shadowlit.data.template import render_prompt, tokens_of
+from shadowlit.data.template import render_prompt
+from shadowlit.data.tokens import tokens_of
 from shadowlit.data.turns import read_tools
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator

@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-import shadowlit.data.dataset as dataset_module
+import shadowlit.data.tokenise as tokenise_module
 from shadowlit.data.mixing import MixedPacks, Mixture, take_turns
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
@@ -349,15 +349,15 @@ def test_wrong_prompts_are_left_out(tmp_path):
 
 
 def test_any_number_of_processes_gives_the_same(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset_module, "_CHUNK", 2)
-    monkeypatch.setattr(dataset_module, "_WORTH_FORKING", 1)
-    asked, original = [], dataset_module.by_processes
+    monkeypatch.setattr(tokenise_module, "_CHUNK", 2)
+    monkeypatch.setattr(tokenise_module, "_WORTH_FORKING", 1)
+    asked, original = [], tokenise_module.by_processes
 
     def by_processes(function, items, count):
         asked.append(count)
         return original(function, items, count)
 
-    monkeypatch.setattr(dataset_module, "by_processes", by_processes)
+    monkeypatch.setattr(tokenise_module, "by_processes", by_processes)
     train = [source(folder, "a"), source(folder, "wrong"), source(folder, "b")]
     files, errors = {}, set()
     for count in (1, 3):

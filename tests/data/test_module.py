@@ -14,11 +14,12 @@ from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
 from shadowlit.data.conversation import Conversation
-from shadowlit.data.dataset import DataReport, TokenDataset, tokenise
+from shadowlit.data.dataset import DataReport, TokenDataset
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview, token_texts
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.template import Encoded
+from shadowlit.data.tokenise import tokenise
 from shadowlit.errors import DataError
 from tests.data.templates import GEMMA, QWEN3, talk, tokenizer_with, word_tokenizer
 from tests.tiny import CHATML, CHATML_UNMARKED, make_tokenizer

@@ -8,7 +8,8 @@ import pytest
 from shadowlit import limits
 from shadowlit.data import rendering
 from shadowlit.data.conversation import Conversation, FatalDataError, collect
-from shadowlit.data.template import check_template, encode, encode_question, encode_turns, render_prompt
+from shadowlit.data.rendering import check_template
+from shadowlit.data.template import encode, encode_question, encode_turns, render_prompt
 from shadowlit.errors import DataError
 from tests.data.templates import talk
 from tests.tiny import CHATML, make_tokenizer

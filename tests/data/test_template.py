@@ -6,17 +6,9 @@ from itertools import groupby
 import pytest
 from tokenizers import Tokenizer
 
-from shadowlit.data.template import (
-    RewrittenHistoryError,
-    check_template,
-    encode,
-    encode_document,
-    encode_question,
-    encode_turns,
-    load_template,
-    renders_date,
-    tokens_of,
-)  # fmt: skip
+from shadowlit.data.rendering import RewrittenHistoryError, check_template, load_template, renders_date
+from shadowlit.data.template import encode, encode_document, encode_question, encode_turns
+from shadowlit.data.tokens import tokens_of
 from shadowlit.errors import DataError
 from tests.data.templates import (
     GEMMA,
