@@ -33,9 +33,7 @@ def written_beside(file: Path) -> Iterator[Path]:
     partial = partial_path(file)
     try:
         yield partial
-        sync(partial)
-        install(partial, file)
-        sync(file.parent)
+        put_in_place(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,6 +41,13 @@ def written_beside(file: Path) -> Iterator[Path]:
 def partial_path(target: Path) -> Path:
     """A path of its own next to ``target``, and so on the same file system, to write to before :func:`install`."""
     return target.with_name(f"{target.name}.{secrets.token_hex(8)}{_PARTIAL}")
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Rename a complete file, or a folder of flushed files, into place, durably; errors are as of :func:`install`."""
+    sync(partial)
+    install(partial, target)
+    sync(target.parent)
 
 
 def install(partial: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.distributed import local, of_all_ranks
 from shadowlit.errors import CheckpointError, first_line
-from shadowlit.files import install, partial_path, remove, sync
+from shadowlit.files import partial_path, put_in_place, remove, sync
 
 MANIFEST = "manifest.json"
 REST = "meta.pt"  # what a sharded checkpoint holds besides weights and optimizer states
@@ -58,13 +58,6 @@ def writing(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         remove(partial)
-
-
-def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a complete and flushed checkpoint into place, durably."""
-    sync(partial)
-    install(partial, path)
-    sync(path.parent)
 
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:

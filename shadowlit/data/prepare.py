@@ -110,7 +110,7 @@ class Preparation:
     def tokenise(
         self, name: str, conversations: Sequence[Conversation], **options: Any
     ) -> tuple[TokenDataset, DataReport]:
-        """Tokenise conversations; options and errors are as in :func:`shadowlit.data.dataset.tokenise`."""
+        """Tokenise conversations; options and errors are as in :func:`shadowlit.data.tokenise.tokenise`."""
         return tokenise(
             name,
             conversations,

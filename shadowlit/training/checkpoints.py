@@ -25,7 +25,6 @@ from shadowlit.checkpoint.saved import (
     REST,
     checksums,
     find_whole,
-    put_in_place,
     read_rest,
     require_finite,
     write_error,
@@ -35,7 +34,7 @@ from shadowlit.checkpoint.saved import (
 from shadowlit.checkpoint.sharded import INDEX, read_nested
 from shadowlit.distributed import local, of_all_ranks, place, reshard_all, whole
 from shadowlit.errors import CheckpointError
-from shadowlit.files import partial_path, remove, sync
+from shadowlit.files import partial_path, put_in_place, remove, sync
 from shadowlit.training.optimizer import by_name, keep_names
 
 
