@@ -36,10 +36,8 @@ class PredictionWriter(BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
             target = self._target(trainer)
-            prompts = getattr(getattr(trainer, "datamodule", None), "predict", None)
-            inputs = [prompts] if isinstance(prompts, str) else []
-            on_first_rank(trainer, lambda: require_replaceable(target, "predictions.file", inputs))
-            on_first_rank(trainer, lambda: _require_writable(target))
+            prompts = getattr(getattr(trainer, "datamodule", None), "predict_source", None)
+            on_first_rank(trainer, lambda: _require_target(target, [prompts.path] if prompts is not None else []))
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
@@ -57,7 +55,8 @@ class PredictionWriter(BasePredictionWriter):
         return Path(self.file) if self.file else run_folder(trainer) / "predictions.jsonl"
 
 
-def _require_writable(target: Path) -> None:
+def _require_target(target: Path, inputs: list[str]) -> None:
+    require_replaceable(target, "predictions.file", inputs)
     problem: OSError | str = "it is a folder" if target.is_dir() else ""
     try:
         require_writable(target.parent)

@@ -16,8 +16,10 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.record import ValidationRecord
+from shadowlit.data.module import ShadowData
 from shadowlit.errors import ExportError
 from shadowlit.lightning_cli import SaveConfig, ShadowParser, ShadowTrainer
+from shadowlit.pair.pair import ModelPair
 
 
 class Shared(DummyLogger):
@@ -84,12 +86,13 @@ def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):
     assert asked == [str(tmp_path)] and not list(tmp_path.iterdir())
 
 
-def test_predictions_don_t_overwrite_the_prompts(tmp_path):
+@pytest.mark.parametrize("given", [str, lambda path: {"path": path, "max_rows": 1}], ids=["path", "mapping"])
+def test_predictions_don_t_overwrite_the_prompts(tmp_path, given):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("{}")
     module = SimpleNamespace(predict_step=lambda batch, batch_idx: None)
     trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(predict=str(prompts)),
+        datamodule=ShadowData(ModelPair("base", "instruct"), predict=given(str(prompts))),
         is_global_zero=True,
         strategy=SimpleNamespace(broadcast=lambda error: error),
     )
