@@ -26,6 +26,7 @@ from shadowlit.callbacks.folder import run_folder, runs_folder, unused
 from shadowlit.errors import Interrupted
 from shadowlit.files import replace_text
 from shadowlit.signals import StopSignals, running
+from shadowlit.training.checkpoints import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class Boundaries(_SignalConnector):
             owner.last_model_path = str(path)
         with _resumable(trainer):
             trainer.save_checkpoint(path)
+            wait_for(trainer)
         rank_zero_info(
             f"{name}: the training stops at step {trainer.global_step}; nothing is exported. It resumes with "
             f"--ckpt_path={path}"

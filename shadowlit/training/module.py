@@ -39,6 +39,7 @@ from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 from shadowlit.plugins import calls
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
+from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
@@ -314,7 +315,7 @@ class ShadowModule(LightningModule):
             return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
 
     def on_fit_start(self) -> None:
-        """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
+        """Refuse data of another kind than the objective needs, or disks that won't do; name the optimizer's states."""
         if not isinstance(self.trainer.strategy, ShardedStrategy):  # which does it itself
             name_states(self.trainer.optimizers, self)
         samples = run_data(self.trainer).samples
@@ -323,6 +324,7 @@ class ShadowModule(LightningModule):
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
                 f"data module gives {samples}. Set samples={self.objective.samples!r} of ShadowData."
             )
+        require_disks(self.trainer)
 
     def on_train_start(self) -> None:
         """Refuse packed rows with a model in which one sample sees another."""

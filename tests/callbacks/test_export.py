@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
-from shadowlit.callbacks.folder import on_first_rank
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import is_token_tensor
@@ -185,22 +183,6 @@ def test_a_disk_without_room_for_what_will_be_written_is_found_before_the_first_
     written = {part: sum(f.stat().st_size for f in (tmp_path / "export" / part).iterdir()) for part in parts}
     small = sum((tmp_path / "export" / part / "shadowlit.json").stat().st_size for part in parts)
     assert expected == pytest.approx(sum(written.values()) - small, rel=0.02) and min(written.values()) > 30_000
-
-
-def test_what_the_first_rank_finds_every_rank_raises():
-    found = ExportError("full")
-
-    def trainer_of(rank):
-        strategy = SimpleNamespace(broadcast=lambda mine: mine if rank == 0 else found)
-        return SimpleNamespace(is_global_zero=rank == 0, strategy=strategy)
-
-    def check():
-        raise found
-
-    for rank in (0, 1):
-        with pytest.raises(ExportError, match="full"):
-            on_first_rank(trainer_of(rank), check if rank == 0 else pytest.fail)
-    on_first_rank(trainer_of(0), lambda: None)
 
 
 class ReadsLate(ShadowModule):
