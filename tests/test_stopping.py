@@ -125,21 +125,22 @@ def require_same(one, other, folders):
 STOPS = [("batch", 1), ("batch", 1), ("validation", 2), ("subject", 2), ("epoch", 1), ("batch", 2), ("end", 1)]
 
 
-@pytest.mark.parametrize(("stops", "at"), [
-    ([("subject", 2), ("epoch", 1)], [2, 3]), pytest.param(STOPS, [1, 2, 2, 2, 3, 4, 9], marks=pytest.mark.slow),
+@pytest.mark.parametrize(("stops", "at", "options"), [
+    ([("subject", 2), ("epoch", 1)], [2, 3], ["--checkpoint.asynchronous=true"]),
+    pytest.param(STOPS, [1, 2, 2, 2, 3, 4, 9], [], marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_path, stops, at):
+def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_path, stops, at, options):
     """Each time it ends with 143, exports nothing, and resumes from the checkpoint that it has written."""
     whole = fit(root, str(tmp_path / "whole"))
     resumed, steps = [], []
     for number, strike in enumerate(stops):
-        assert fit(root, str(tmp_path / "parts"), *resumed, callbacks=[Strike(*strike)]) == 143
+        assert fit(root, str(tmp_path / "parts"), *options, *resumed, callbacks=[Strike(*strike)]) == 143
         folder = tmp_path / f"parts/version_{number}"
         assert not (folder / "export").exists()
         resumed = [f"--ckpt_path={last(folder)}"]
         steps.append(torch.load(last(folder), weights_only=True)["global_step"])
     assert steps == at
-    end = fit(root, str(tmp_path / "parts"), *resumed)
+    end = fit(root, str(tmp_path / "parts"), *options, *resumed)
     assert (tmp_path / f"parts/version_{len(stops)}/export/adapter").is_dir()
     require_same(whole, end, [tmp_path / "whole", tmp_path / "parts"])
 

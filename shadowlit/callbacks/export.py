@@ -22,7 +22,7 @@ from torch import Tensor
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.checkpoint.folder import CheckpointReader, Needed, require_room, shard_bytes
+from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
 from shadowlit.distributed import on_first_rank
@@ -37,7 +37,7 @@ from shadowlit.grafting.export import (
     require_copyable,
 )
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.training.disks import require_shared
+from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)

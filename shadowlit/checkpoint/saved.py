@@ -8,7 +8,6 @@ their target, flushed and renamed, so that under the name of a checkpoint there 
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zipfile
 import zlib
@@ -91,8 +90,6 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
     """
     with writing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
