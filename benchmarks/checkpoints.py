@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-BATCH_SIZE, LENGTH = 2, 64
+BATCH_SIZE, LENGTH = 2, 32
 
 
 def run(model: str, out: str, asynchronous: bool, world_size: int, steps: int, every: int) -> None:
