@@ -28,9 +28,10 @@ from shadowlit.limits import load_yaml
 from shadowlit.masking import MASK, masks_in
 from shadowlit.parser import Known, ShortErrors
 from shadowlit.plugins import import_object
-from shadowlit.training.module import ScheduleName, ShadowModule
+from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import OBJECTIVES, Objective
 from shadowlit.training.optimizer import OptimizerChoice
+from shadowlit.training.schedules import ScheduleName
 
 
 def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: str = "a class") -> Known:
