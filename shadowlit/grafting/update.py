@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -37,17 +37,19 @@ from shadowlit.checkpoint.names import (
     is_experts,
     layer_of,
     leaf_of,
+    peft_key,
     repeated_keys,
     weight_of,
 )
 from shadowlit.checkpoint.numeric import require_finite
 from shadowlit.checkpoint.pickled import open_checkpoint
-from shadowlit.checkpoint.reader import TensorReader, described
+from shadowlit.checkpoint.reader import TensorReader, described, keeping
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, first_line
 from shadowlit.pair.buffers import open_model
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
 
 _UNGATHERED = (0,)  # shape in which DeepSpeed ZeRO-3 leaves a parameter of which a process holds no shard
@@ -256,6 +258,7 @@ class AdapterUpdate(_FromBase):
         reader: Reader of the factors, by the names in peft's files, in place of ``adapter_model.safetensors``.
         strict: As of :class:`FullUpdate`.
         allow_pickle: Also read ``adapter_model.bin``.
+        as_trained: Multiply whole factors as peft does in a training, to the last bit; a few products are in memory.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
@@ -269,6 +272,7 @@ class AdapterUpdate(_FromBase):
         reader: TensorReader | None = None,
         strict: bool = True,
         allow_pickle: bool = False,
+        as_trained: bool = False,
     ) -> None:
         # Imported late: peft takes seconds, and whole checkpoints don't need it.
         from peft import PeftConfig
@@ -306,6 +310,7 @@ class AdapterUpdate(_FromBase):
         self._whole_factor = lru_cache(maxsize=4)(
             lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
         )
+        self._product_as_trained = keeping(self._multiplied) if as_trained else None
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}
         names, fused = canonical_keys(base), fused_experts(base)
@@ -364,6 +369,8 @@ class AdapterUpdate(_FromBase):
         if name not in self._factors:
             return total
         factors = self._factors[name]
+        if self._product_as_trained is not None:
+            return total + np.float32(self._scalings[name]) * self._product_as_trained(name)[start:stop].numpy()
         down = self._whole_factor(factors.down)
         if factors.part is not None:
             product = _product_of_experts(down, self._whole_factor(factors.up), factors, start, stop)
@@ -372,6 +379,27 @@ class AdapterUpdate(_FromBase):
         else:
             product = self._reader.rows(factors.up, start, stop) @ down
         return total + np.float32(self._scalings[name]) * product
+
+    def _multiplied(self, name: str) -> torch.Tensor:
+        """The product of the factors of a tensor, unscaled, as peft's ``get_delta_weight`` computes it."""
+        factors = self._factors[name]
+        up, down = self._reader.read(factors.up), self._reader.read(factors.down)
+        if factors.part is None:
+            return (up @ down).T if factors.of_embedding else up @ down
+        import torch
+
+        ups, downs = up.reshape(len(up), -1, factors.experts), down.reshape(factors.experts, -1, down.shape[1])
+        product = torch.einsum("o r e, e r i -> e o i", ups, downs)
+        first, rows = factors.part.first_row, self.shapes[name][0]
+        return product if factors.part.expert is None else product[factors.part.expert, first : first + rows]
+
+    def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, torch.Tensor]:
+        """The factors by their names in peft's files; ``scale_of(tensor)`` is folded into those that start at zero."""
+        tensors = {}
+        for name, factors in self._factors.items():
+            tensors[peft_key(factors.down)] = self._reader.read(factors.down)
+            tensors[peft_key(factors.up)] = self._reader.read(factors.up) * scale_of(name)
+        return tensors
 
     def _of_experts(
         self, factors: _Factors, fused: Mapping[str, tuple[tuple[int, ...], list[ExpertRows]]]
