@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.headers import some_of
@@ -52,13 +53,23 @@ def writing(path: Path) -> Iterator[Path]:
     """
     partial = partial_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        put_in_place(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise write_error(path, error) from error
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            put_in_place(partial, path)
     finally:
         remove(partial)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise what keeps a checkpoint from being written as a CheckpointError."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise write_error(path, next(iter(error.failures.values()))[0]) from error
+    except (OSError, RuntimeError) as error:
+        raise write_error(path, error) from error
 
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:
