@@ -200,13 +200,11 @@ class ShadowCLI(LightningCLI):
     def _check_checkpoint(self) -> None:
         """Verify what is loaded before anything is; of several processes each looks at names and sizes alone."""
         options = self.config_init[self.subcommand]
-        dirpaths = [
-            c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath
-        ]
-        if self.run.folder is not None and self.run.fits and dirpaths:
+        dirpath = next((c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if dirpath and self.run.fits and self.run.folder:
             raise ShadowlitError(
-                f"dirpath of ModelCheckpoint is {dirpaths[0]!r}, but the checkpoints of a run with a name are in its "
-                f"folder, {self.run.folder / 'checkpoints'}. Leave dirpath out; run.root says where the folder is."
+                f"dirpath of ModelCheckpoint is {dirpath}, but a run with a name (or of a SLURM job) resumes from its "
+                f"own folder, {self.run.folder}/checkpoints. Leave dirpath out, and choose the folder by run.root."
             )
         path = self.run.find_checkpoint(options.get("ckpt_path"), contents=self.trainer.world_size == 1)
         options["ckpt_path"] = path and str(path)

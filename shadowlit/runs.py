@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,16 +94,13 @@ class Run:
 
     def loggers(self, configured: Any) -> list[Logger]:
         """The run's own logger, and after it those of ``trainer.logger``, except for one that writes the same file."""
-        found = [each for each in configured if isinstance(each, Logger)] if isinstance(configured, list) else []
-        found += [configured] if isinstance(configured, Logger) else []
-        if any(type(each) is CSVLogger for each in found):
-            rank_zero_warn(
-                "trainer.logger has a CSVLogger, which writes metrics.csv a second time. Leave it out: every run writes"
-                " one into its own folder, which is chosen by run.root and run.name."
-            )
-            own = self.folder and self.folder.resolve()
-            found = [e for e in found if not (isinstance(e, CSVLogger) and Path(e.log_dir).resolve() == own)]
-        return [self.metrics, *found]
+        own = self.folder and self.folder.resolve()
+        found = configured if isinstance(configured, list) else [configured]
+        others = [each for each in found if isinstance(each, Logger)]
+        return [
+            self.metrics,
+            *(e for e in others if not (isinstance(e, CSVLogger) and Path(e.log_dir).resolve() == own)),
+        ]
 
     def require_continuable(self, saved: str) -> None:
         """Raise if a run of this name can't be continued with a configuration, given as it is saved.
@@ -126,11 +123,10 @@ class Run:
             rank_zero_warn(f"{self.folder} continues with another configuration: {changed}.")
         elif (complete := self.folder / COMPLETE).is_file():
             found = json.loads(complete.read_text(encoding="utf-8"))
-            export = found["export"]
-            if export is None or Path(export).is_dir():
+            if found["export"] is None or Path(found["export"]).is_dir():
                 rank_zero_info(
-                    f"{self.folder} is complete (step {found['step']}){f', and its export is {export}' * bool(export)}"
-                    ". Nothing is done. To train on, give another run.name and a checkpoint of this run as ckpt_path."
+                    f"{self.folder} is complete (step {found['step']}), and nothing is done. Its export: "
+                    f"{found['export']}. To train on, give another run.name, and one of its checkpoints as ckpt_path."
                 )
                 raise SystemExit(0)
 
@@ -142,41 +138,37 @@ class Run:
             contents: Whether to verify all bytes, and not only names and sizes.
 
         Raises:
-            CheckpointError: It is none, or damaged and there is no other.
-            ShadowlitError: There is none, or it is not the newest one of this run.
+            ShadowlitError: There is none, it is damaged and there is no other, or ``fit`` would resume this run from
+                one that is not its newest.
         """
-        if self.folder is None and given in ("last", "best"):
+        special = given in ("last", "best")
+        if special and self.folder is None:
             raise ShadowlitError(
                 f"ckpt_path is {given}, but the run has no name, so it is unknown of which run. Give run.name, or the "
                 "path of a checkpoint."
             )
-        if self.fits and given == "best":
-            raise ShadowlitError(
-                "ckpt_path is best, but a run resumes from its newest checkpoint. Leave ckpt_path out; or give another "
-                "run.name and the path of a checkpoint."
-            )
-        special = given in ("last", "best")
         path = None if given is None or special else find_whole(given, resumes=self.fits, contents=contents)
         if self.folder is None or not (self.fits or special):
             return path
         own = newest_whole(self.folder / "checkpoints", resumes=self.fits, contents=contents)
-        if own is None:
-            if special or self.options.resume == "must":
-                raise ShadowlitError(
-                    f"{self.folder} has no checkpoint to {'resume from' if self.fits else 'load'}. Check run.root and "
-                    "run.name, or give the path of a checkpoint as ckpt_path."
-                )
-            return path
-        if given == "best":
-            return find_whole(_best(own), resumes=False, contents=contents)
-        if path is not None and self.folder.resolve() in path.resolve().parents and step_of(path) < step_of(own):
+        if own is None and (special or self.options.resume == "must"):
             raise ShadowlitError(
-                f"ckpt_path is {path}, but the newest checkpoint of the run is {own}. Leave ckpt_path out, or"
-                " give another run.name to train on from this one."
+                f"{self.folder} has no checkpoint to {'resume from' if self.fits else 'load'}. Check run.root and "
+                "run.name, or give the path of a checkpoint as ckpt_path."
             )
-        if self.fits:
-            self.start, self.metrics.step = own, step_of(own)
-            rank_zero_info(f"{self.folder} resumes from step {self.metrics.step}: {own}")
+        if own is None:
+            return path
+        best = _best(own) if given == "best" else None
+        if not self.fits:
+            return find_whole(best, resumes=False, contents=contents) if best else own
+        older = best or path  # of this run, or else what it began from
+        if older and self.folder.resolve() in older.resolve().parents and step_of(older) < step_of(own):
+            raise ShadowlitError(
+                f"ckpt_path is {older}, but the newest checkpoint of the run is {own}. Leave ckpt_path out, or give "
+                "another run.name and this path."
+            )
+        self.start, self.metrics.step = own, step_of(own)
+        rank_zero_info(f"{self.folder} resumes from step {self.metrics.step}: {own}")
         return own
 
     @contextmanager
@@ -191,14 +183,13 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".run.lock")
-        try:
-            lock.acquire(timeout=_PATIENCE_S)
-        except Timeout:
-            raise ShadowlitError(
-                f"another process is training {self.folder}. Wait until it has ended, or give another run.name."
-            ) from None
-        except (OSError, NotImplementedError):  # the file system has no locks
-            pass
+        with suppress(OSError, NotImplementedError):  # of a file system without locks
+            try:
+                lock.acquire(timeout=_PATIENCE_S)
+            except Timeout:
+                raise ShadowlitError(
+                    f"another process is training {self.folder}. Wait until it has ended, or give another run.name."
+                ) from None
         if (self.folder / CONFIG).is_file() and not (self.folder / COMPLETE).is_file():
             remove(self.folder / "export")  # an interrupted one, which wasn't verified
         try:

@@ -124,12 +124,12 @@ STOPS = [("batch", 1), ("batch", 1), ("validation", 2), ("subject", 2), ("epoch"
     ([("subject", 2), ("epoch", 1), ("batch", 2)], [2, 3, 4]),
     pytest.param(STOPS, [1, 2, 2, 2, 3, 4, 9], marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_path, capsys, stops, at):
+def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_path, stops, at):
     """Each time it ends with 143 and exports nothing; the same command resumes it, in one folder and one file."""
     whole, folder, steps = fit(root, str(tmp_path / "whole")), tmp_path / "parts", []
     for strike in stops:
         assert fit(root, str(folder), callbacks=[Strike(*strike)]) == 143
-        assert not (folder / "export").exists() and "the same command" in capsys.readouterr().err
+        assert not (folder / "export").exists()
         steps.append(torch.load(last(folder), weights_only=True)["global_step"])
     assert steps == at
     end = fit(root, str(folder))

@@ -36,18 +36,6 @@ class MetricsFile(CSVLogger):
         self.is_named, self.step = False, 0
 
     @property
-    def version(self) -> int | str:
-        """The version; the first process makes its folder, so that no run that starts at the same time gets it too."""
-        while self._version is None:
-            number = self._get_next_version()
-            try:
-                rank_zero_only(Path(self.root_dir, f"version_{number}").mkdir)(parents=True)
-            except FileExistsError:
-                continue
-            self._version = number
-        return self._version
-
-    @property
     def experiment(self) -> Any:
         """The writer, on rank zero; on others something that does nothing."""
         if self._experiment is None:
