@@ -35,7 +35,7 @@ def on_all_ranks(function: Callable[[], object], group: dist.ProcessGroup | None
     """Call a function on every rank; a collective.
 
     Raises:
-        ShadowlitError: One of the ranks raised it. Every rank raises it then, so that none waits for another.
+        ShadowlitError: That of the first rank that raised one; on every rank, so that none waits for another.
     """
     own: list[ShadowlitError] = []
     try:
@@ -43,7 +43,7 @@ def on_all_ranks(function: Callable[[], object], group: dist.ProcessGroup | None
     except ShadowlitError as error:
         own = [error]
     if found := of_all_ranks(own, group):
-        raise own[0] if own else found[0]
+        raise found[0] from (own[0].__cause__ if own else None)
 
 
 def on_first_rank(function: Callable[[], object]) -> None:

@@ -178,7 +178,7 @@ class Run:
         Raises:
             ShadowlitError: Another command holds it.
         """
-        if self.folder is None or not self.fits or getattr(rank_zero_only, "rank", 0):
+        if self.folder is None or not self.fits or getattr(rank_zero_only, "rank", None):
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,9 @@ from shadowlit.training.checkpoints import Checkpoints, ReplicatedStrategy, Shar
 class CheckpointCallback(Callback):
     """Writes checkpoints while the training goes on, if that is wanted.
 
-    At a step's end weights, moments and everything else are copied to the CPU's memory; a thread writes them. As
-    without it, a checkpoint appears whole or not at all, and the one that it replaces is removed afterwards. The next
-    save, a load, a signal and the end of the training wait for it. An error is raised after the next batch, on all
-    ranks. The numbers of the training stay the same.
+    Everything is copied to the CPU's memory, and a thread writes it. A checkpoint still appears whole or not at all,
+    and the one that it replaces is removed afterwards. The next save, a load, a signal and the end of the training wait
+    for it. An error is raised after the next batch, on all ranks. The training computes the same numbers.
 
     Example::
 
@@ -46,19 +45,18 @@ class CheckpointCallback(Callback):
         if not self.asynchronous:
             return
         strategy, savers = trainer.strategy, trainer.checkpoint_callbacks
-        io = strategy.checkpoint_io
-        known = (SingleDeviceStrategy, ReplicatedStrategy, ShardedStrategy)
-        if not isinstance(io, Checkpoints) or type(strategy) not in known:
+        known = type(strategy) in (SingleDeviceStrategy, ReplicatedStrategy, ShardedStrategy)
+        if not known or not isinstance(strategy.checkpoint_io, Checkpoints):
             raise ShadowlitError(
-                f"checkpoint.asynchronous is true, but {type(strategy).__name__} with {type(io).__name__} writes the "
-                "checkpoints. Use one device, DDP or FSDP2 as Lightning has them, without a plugin for checkpoints."
+                f"checkpoint.asynchronous is true, but checkpoints are written by {type(strategy).__name__} with "
+                f"{type(strategy.checkpoint_io).__name__}. Use one device, DDP or FSDP2, and no plugin for checkpoints."
             )
         if any(getattr(each, "save_last", None) == "link" for each in savers):
             raise ShadowlitError(
-                "checkpoint.asynchronous is true, but save_last of ModelCheckpoint is 'link': the link would be there "
-                "before what it leads to. Set save_last to true."
+                "checkpoint.asynchronous is true, but save_last of ModelCheckpoint is 'link', and the link would be "
+                "there before the checkpoint. Set save_last to true."
             )
-        io.background = self._background = Background()
+        strategy.checkpoint_io.background = self._background = Background()
         for each in savers:
             if isinstance(each, ModelCheckpoint):  # which chooses names by what is there
                 each.file_exists = partial(_will_exist, self._background, each)  # type: ignore[method-assign]
@@ -68,20 +66,13 @@ class CheckpointCallback(Callback):
         if self._background is not None:
             self._background.look()
 
-    def on_train_end(self, *_: Any) -> None:
-        """Wait until all checkpoints are written."""
-        if self._background is not None:
-            self._background.wait()
-
     def on_fit_end(self, *_: Any) -> None:
-        """Wait for one that another callback has saved at the training's end."""
+        """Wait until all is written, and raise an error of the thread on all ranks."""
         if self._background is not None:
             self._background.wait()
 
 
 def _will_exist(background: Background, saver: ModelCheckpoint, path: Any, trainer: Trainer) -> bool:
-    """What ModelCheckpoint.file_exists would find if nothing were in the queue."""
-    own = trainer.is_global_zero and (
-        found if (found := background.exists(path)) is not None else saver._fs.exists(path)
-    )
+    """As ModelCheckpoint.file_exists when the queue is empty."""
+    own = trainer.is_global_zero and background.exists.get(str(path), saver._fs.exists(path))
     return trainer.strategy.reduce_boolean_decision(own, all=False)

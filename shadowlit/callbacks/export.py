@@ -22,7 +22,7 @@ from torch import Tensor
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.checkpoint.folder import CheckpointReader, Needed, shard_bytes
+from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
 from shadowlit.distributed import on_first_rank
@@ -38,7 +38,7 @@ from shadowlit.grafting.export import (
 )
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.verification import digested, logit_difference, require_loadable, require_written
-from shadowlit.training.disks import require_shared
+from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)

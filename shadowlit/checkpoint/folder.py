@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -409,12 +409,13 @@ def require_replaceable(target: Path, key: str, inputs: Iterable[str | Path]) ->
         raise ExportError(f"{key} is '{target}', which exists and {whose}. Give another file; nothing was written.")
 
 
-def require_room(target: str | Path, num_bytes: int = 0) -> None:
+def require_room(target: str | Path, num_bytes: int = 0, what: str | None = None) -> None:
     """Raise what :func:`atomic_folder` would raise for a folder of this size; nothing is written.
 
     Args:
         target: Folder that will be written.
-        num_bytes: Expected size.
+        num_bytes: Expected size, or that of everything that will be written next to it as well.
+        what: Name of what will take this size, for the error; None for the folder.
 
     Raises:
         ExportError: ``target`` exists and is not an empty folder, it cannot be written, or its disk is too full.
@@ -422,35 +423,12 @@ def require_room(target: str | Path, num_bytes: int = 0) -> None:
     path = Path(os.path.realpath(target))
     with _refused(path):
         _refuse_existing(path)
-        require_free([Needed(path.parent, num_bytes, str(path))])
-
-
-class Needed(NamedTuple):
-    """What will be written to a folder, which may not exist yet; its size in bytes, and its name for an error."""
-
-    folder: Path
-    num_bytes: int
-    what: str
-
-
-def require_free(needed: Iterable[Needed]) -> None:
-    """Raise if a disk has less room than all that will be written to it; nothing is written.
-
-    Raises:
-        ExportError: With what will be written.
-        OSError: A folder can't be written.
-    """
-    disks: dict[int, list[Needed]] = {}
-    for one in needed:
-        existing = require_writable(one.folder)
-        disks.setdefault(existing.stat().st_dev, []).append(one._replace(folder=existing))
-    for every in disks.values():
-        room, num_bytes = shutil.disk_usage(every[0].folder), sum(one.num_bytes for one in every)
-        if num_bytes > room.free and room.total:  # some network file systems don't know their size
-            raise ExportError(
-                f"{' and '.join(one.what for one in every)} will take {_size(num_bytes)}, but only {_size(room.free)} "
-                f"are free on the disk of {every[0].folder}. Free space, or choose another target."
-            )
+        room = shutil.disk_usage(require_writable(path.parent))
+    if num_bytes > room.free and room.total:  # some network file systems don't know their size
+        raise ExportError(
+            f"{what or path} will take {_size(num_bytes)}, but only {_size(room.free)} are free on the disk of "
+            f"{path.parent}. Free space, or choose another target."
+        )
 
 
 def _make_beside(path: Path, partial: Path) -> None:

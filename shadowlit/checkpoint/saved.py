@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 import zipfile
 import zlib
@@ -92,8 +91,6 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
     """
     with writing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.tensor import DTensor
@@ -90,7 +91,7 @@ class Checkpoints(TorchCheckpointIO):
         content = {**checkpoint, "world_size": self._trainer.world_size}
         if self.background is None:
             return write_file(Path(path), content)
-        self.background.begin(checkpoint["global_step"])
+        self.background.begin(checkpoint["global_step"])  # no wait where the strategy has called it
         copied = self.background.copied(content)
         return self.background.submit(Path(path), lambda: write_file(Path(path), copied), exists=True)
 
@@ -109,14 +110,16 @@ class Checkpoints(TorchCheckpointIO):
         """Remove a checkpoint; a folder loses its name before its files."""
         if "://" in str(path):
             return super().remove_checkpoint(path)
-        if self.background is not None and self.background.writes:
+        if self.background is not None and self.background.step is not None:
             return self.background.submit(Path(path), lambda: remove(Path(path)), exists=False)
         return remove(Path(path))
 
     def teardown(self) -> None:
-        """Wait for what is being written."""
+        """Wait for what is being written, and warn of an error that another one hides."""
         if self.background is not None:
             self.background.close()
+            if self._trainer.interrupted and self.background.step is not None and self.background.problem is not None:
+                rank_zero_warn(str(self.background.problem))
             self.background = None
 
 
@@ -130,8 +133,12 @@ def wait_for(trainer: Trainer) -> None:
         background.wait()
 
 
-def _background(strategy: Strategy) -> Background | None:
-    return getattr(strategy.checkpoint_io, "background", None)
+def _background(strategy: Strategy, step: int | None = None) -> Background | None:
+    """What writes checkpoints while the training goes on, ready for one of ``step``; with a step, a collective."""
+    background: Background | None = getattr(strategy.checkpoint_io, "background", None)
+    if background is not None and step is not None:
+        background.begin(step)
+    return background
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -143,8 +150,7 @@ class ReplicatedStrategy(DDPStrategy):
         Raises:
             CheckpointError: It can't be written; on every rank.
         """
-        if background := _background(self):
-            background.begin(checkpoint["global_step"])
+        _background(self, checkpoint.get("global_step"))
         save = partial(Strategy.save_checkpoint, self, checkpoint, filepath, storage_options)
         on_all_ranks(explained(Path(filepath))(save))
 
@@ -182,8 +188,7 @@ class ShardedStrategy(ModelParallelStrategy):
         if storage_options is not None:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
-        if background := _background(self):
-            background.begin(checkpoint["global_step"])
+        background = _background(self, checkpoint.get("global_step"))
         if not self._save_distributed_checkpoint:
             on_all_ranks(explained(path)(lambda: Strategy.save_checkpoint(self, checkpoint, path)))
             return None

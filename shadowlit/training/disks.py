@@ -8,13 +8,13 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Adam
 
-from shadowlit.checkpoint.folder import Needed, require_free
+from shadowlit.checkpoint.folder import require_room
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.saved import explained
 from shadowlit.distributed import local, of_all_ranks, on_first_rank, rank
@@ -25,61 +25,70 @@ from shadowlit.training.checkpoints import ShardedStrategy
 _PATIENCE_S = 10.0  # for caches of network file systems
 
 
-@runtime_checkable
-class NeedsRoom(Protocol):
-    """A callback that writes files whose size is known before the first step."""
+class Needed(NamedTuple):
+    """What will be written to a folder, which may not exist yet; its size in bytes, and its name for an error."""
 
-    def needs_room(self, trainer: Trainer, pl_module: LightningModule) -> list[Needed]:
-        """What it will write; called on every rank."""
+    folder: Path
+    num_bytes: int
+    what: str
 
 
 def require_disks(trainer: Trainer) -> None:
     """Raise before the first step if a checkpoint could not be written, by a trainer that is set up; a collective.
 
+    A callback may have a method ``needs_room(trainer, module)``, which returns a list of :class:`Needed`.
+
     Raises:
         CheckpointError: A rank doesn't see the folder to which it would write its shards, or it can't be written.
         ExportError: A disk has no room for the checkpoints that will be kept, the next one, and what callbacks write.
     """
-    strategy = trainer.strategy
-    if isinstance(strategy, ShardedStrategy) and strategy._save_distributed_checkpoint:
+    if isinstance(trainer.strategy, ShardedStrategy) and trainer.strategy._save_distributed_checkpoint:
         require_shared(trainer, "each writes its shards of a checkpoint to it")
-    callbacks = [each for each in trainer.callbacks if isinstance(each, NeedsRoom)]  # type: ignore[attr-defined]
-    needed = [need for each in callbacks for need in each.needs_room(trainer, trainer.lightning_module)]
+    needed: list[Needed] = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if needs_room := getattr(callback, "needs_room", None):
+            needed += needs_room(trainer, trainer.lightning_module)
     needed += _checkpoints(trainer)
-    on_first_rank(explained(needed[-1].folder)(lambda: require_free(needed)) if needed else lambda: None)
+
+    def check() -> None:
+        disks = {one: require_writable(one.folder).stat().st_dev for one in needed}
+        for one in needed:
+            here = [other for other in needed if disks[other] == disks[one]]
+            what = " and ".join(other.what for other in here)
+            require_room(partial_path(one.folder / "new"), sum(other.num_bytes for other in here), what)
+
+    on_first_rank(explained(needed[-1].folder)(check) if needed else lambda: None)
 
 
 def require_shared(trainer: Trainer, why: str) -> None:
     """Raise unless every rank sees what rank 0 writes to the folders of the checkpoints; a collective.
 
-    Network file systems are given some seconds to show it.
-
     Raises:
         CheckpointError: With the folder, and the ranks and hosts that don't see it.
     """
     for folder in _folders(trainer) if trainer.world_size > 1 else ():
-        probe: list[str] = []
+        probe: list[Path] = []
 
-        def write(folder: Path = folder, probe: list[str] = probe) -> None:
+        def write(folder: Path = folder, probe: list[Path] = probe) -> None:
             file = partial_path(require_writable(folder) / "probe")
             file.touch()
-            probe.append(str(file))
+            probe.append(file)
 
         try:
             on_first_rank(explained(folder)(write))
-            (path,) = of_all_ranks(probe)
+            (file,) = of_all_ranks(probe)
             end = time.monotonic() + _PATIENCE_S
-            while not (seen := _sees(Path(path))) and time.monotonic() < end:
+            while not (seen := _sees(file)) and time.monotonic() < end:
                 time.sleep(0.2)
             blind = of_all_ranks([] if seen else [f"{rank()} ({platform.node()})"])
         finally:
-            for path in probe:
-                Path(path).unlink(missing_ok=True)
+            for file in probe:
+                file.unlink(missing_ok=True)
         if blind:
             raise CheckpointError(
-                f"what rank 0 ({platform.node()}) writes to {folder} can't be seen by rank {some_of(blind)}, but {why}."
-                " Set trainer.default_root_dir, the logger's save_dir or ModelCheckpoint's dirpath to a folder that "
-                "all nodes share, or train on one node."
+                f"what rank 0 writes to {folder} can't be seen by rank {some_of(blind)}, but {why}. Set "
+                "trainer.default_root_dir, the logger's save_dir or ModelCheckpoint's dirpath to a folder that all "
+                "nodes share, or train on one node."
             )
 
 
@@ -92,11 +101,10 @@ def _sees(file: Path) -> bool:
 
 
 def _folders(trainer: Trainer) -> dict[Path, ModelCheckpoint]:
-    """The local folders of a trainer's checkpoints; none where it writes none."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return {}
+    """The local folders of a trainer's checkpoints."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    return {Path(each.dirpath): each for each in savers if each.dirpath and "://" not in str(each.dirpath)}
+    never = trainer.fast_dev_run  # type: ignore[attr-defined]
+    return {Path(s.dirpath): s for s in savers if s.dirpath and "://" not in str(s.dirpath) and not never}
 
 
 def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
@@ -112,6 +120,6 @@ def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
         kept = (int(kept) if kept < math.inf else 1) + (saver.save_last is True)
         number = max(0, kept - len(list(folder.glob("*.ckpt")))) + 1
         size = weights + (0 if saver.save_weights_only else moments)
-        what = f"{number} checkpoint{'s' * (number > 1)} of {size / 1e9:.3f} GB in {folder}"
         if kept:
+            what = f"{number} checkpoint{'s' * (number > 1)} of {size / 1e9:.3f} GB in {folder}"
             yield Needed(folder, number * size, what)

@@ -56,15 +56,14 @@ def test_what_follows_an_error_is_neither_written_nor_removed(tmp_path):
     background.submit(new, full, exists=True)
     background.submit(old, lambda: remove(old), exists=False)
     background.look()  # nothing is finished
-    assert background.writes and (background.exists(new), background.exists(old)) == (True, False)
+    assert background.step == 1 and background.exists == {str(new): True, str(old): False}
     go.set()
     with pytest.raises(CheckpointError, match=r"new.ckpt can't be written \(No space left on device\). Earlier"):
         background.begin(2)
     assert old.exists() and not new.exists()
     background.begin(2)
     background.submit(new, new.touch, exists=True)
-    with pytest.warns(UserWarning, match="new.ckpt can't be written"):
-        background.close()
+    background.close()
     assert not new.exists()
 
 
@@ -149,7 +148,7 @@ def test_an_error_is_raised_after_the_next_batch(tmp_path):
 
 @pytest.mark.parametrize(("save_last", "plugins", "message"), [
     ("link", [], "save_last of ModelCheckpoint is 'link'"),
-    (True, [AsyncCheckpointIO()], "SingleDeviceStrategy with AsyncCheckpointIO writes"),
+    (True, [AsyncCheckpointIO()], "checkpoints are written by SingleDeviceStrategy with AsyncCh"),
 ])  # fmt: skip
 def test_what_it_does_not_go_with_is_refused(tmp_path, save_last, plugins, message):
     folders = save_pair(tmp_path, "qwen3")
@@ -235,7 +234,7 @@ def test_collectives_of_the_thread_do_not_meet_those_of_the_training(tmp_path, s
     assert one == other and "step=1.ckpt can't be written (No space left on device)" in one[2]
     names = [f"step={step}.ckpt" for step in range(1, 5)]
     assert sorted(os.listdir(tmp_path / "after")) == sorted(os.listdir(tmp_path / "before")) == names
-    assert os.listdir(tmp_path / "failed") == []
+    assert list(tmp_path.glob("failed/*")) == []
     if strategy == "fsdp2":
         assert one[1] == {True} and {"all_gather_object", "gather_object"} <= one[0]
         assert all(shards(tmp_path / "after" / name) == shards(tmp_path / "before" / name) for name in names)

@@ -65,8 +65,8 @@ def nodes(folders, out):
     def fails():
         raise ExportError(f"of {rank}")
 
-    for call, message in ((on_all_ranks, f"of {rank}"), (on_first_rank, "of 0")):
-        with pytest.raises(ExportError, match=message):
+    for call in (on_all_ranks, on_first_rank):
+        with pytest.raises(ExportError, match="of 0"):
             call(fails)
     with pytest.raises(ExportError, match="of 1"):
         on_all_ranks(lambda: fails() if rank == 1 else None)
@@ -80,7 +80,7 @@ def test_ranks_that_share_no_disk_are_found_before_the_first_step(tmp_path):
     (sharded, best, *rest), late, left = one
     assert other == (one[0], [], left) and len(late) == 2 and rest == [Begun] * 4
     assert [name for name in left if "probe" in name or name.endswith(".ckpt")] == []
-    message = r"what rank 0 \(.+\) writes to /proc/self/cwd/checkpoints can't be seen by rank 1 \(.+\), but each "
+    message = r"what rank 0 writes to /proc/self/cwd/checkpoints can't be seen by rank 1 \(.+\), but each "
     assert re.match(f"{message}writes its shards of a checkpoint to it. Set trainer.default_root_dir", sharded)
     assert re.match(f"{message}loads the best checkpoint for the export. Set", best)
 
