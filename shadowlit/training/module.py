@@ -38,6 +38,7 @@ from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.pair.folders import is_image_text
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
 from shadowlit.plugins import calls
+from shadowlit.training import resuming
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.generation import generate, greedy_config
@@ -274,6 +275,7 @@ class ShadowModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
+        resuming.take_over(self.trainer)
         self._sums = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
@@ -500,6 +502,7 @@ class ShadowModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store an 8-bit optimizer's states as plain tensors, and the objective's state; raise if the run diverged."""
         self.losses.check()
+        resuming.amend(self.trainer, checkpoint["loops"])
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
