@@ -31,6 +31,7 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
+from shadowlit.training import resuming
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
@@ -235,6 +236,7 @@ class ShadowModule(ScoringModule):
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
+        resuming.take_over(self.trainer)
         self._sums = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
@@ -343,6 +345,7 @@ class ShadowModule(ScoringModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store an 8-bit optimizer's states as plain tensors, and the objective's state; raise if the run diverged."""
         self.losses.check()
+        resuming.amend(self.trainer, checkpoint["loops"])
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
