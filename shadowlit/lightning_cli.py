@@ -139,7 +139,7 @@ class ShadowCLI(LightningCLI):
                 )
         parser.add_class_arguments(RunOptions, "run")
         (resume,) = (action for action in parser._actions if action.dest == "run.resume")
-        resume.option_strings.append("--resume")
+        resume.option_strings = [*resume.option_strings, "--resume"]
         parser._option_string_actions["--resume"] = resume
         parser.add_class_arguments(ModelPair, "pair")
         parser.add_lightning_class_args(GraftCallback, "graft")
