@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -25,7 +25,7 @@ from shadowlit.callbacks.metrics_file import MetricsFile
 from shadowlit.checkpoint.saved import find_whole, newest_whole, read_rest, step_of
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import ShadowlitError
-from shadowlit.files import remove, replace_text
+from shadowlit.files import replace_text
 from shadowlit.limits import load_yaml
 from shadowlit.masking import is_secret, masked
 
@@ -123,10 +123,11 @@ class Run:
             rank_zero_warn(f"{self.folder} continues with another configuration: {changed}.")
         elif (complete := self.folder / COMPLETE).is_file():
             found = json.loads(complete.read_text(encoding="utf-8"))
-            if found["export"] is None or Path(found["export"]).is_dir():
+            export = found["export"] and self.folder / found["export"]
+            if export is None or export.is_dir():
                 rank_zero_info(
-                    f"{self.folder} is complete (step {found['step']}), and nothing is done. Its export: "
-                    f"{found['export']}. To train on, give another run.name, and one of its checkpoints as ckpt_path."
+                    f"{self.folder} is complete (step {found['step']}), and nothing is done. Its export: {export}. To "
+                    "train on, give another run.name, and one of its checkpoints as ckpt_path."
                 )
                 raise SystemExit(0)
 
@@ -178,7 +179,7 @@ class Run:
         Raises:
             ShadowlitError: Another command holds it.
         """
-        if self.folder is None or not self.fits or getattr(rank_zero_only, "rank", None):
+        if self.folder is None or not self.fits or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,8 @@ class Run:
                     f"another process is training {self.folder}. Wait until it has ended, or give another run.name."
                 ) from None
         if (self.folder / CONFIG).is_file() and not (self.folder / COMPLETE).is_file():
-            remove(self.folder / "export")  # an interrupted one, which wasn't verified
+            with suppress(FileNotFoundError):  # one that was interrupted, and isn't verified
+                (self.folder / "export").rename(unused(self.folder / "export"))
         try:
             yield
         finally:
@@ -248,9 +250,10 @@ class SaveConfig(SaveConfigCallback):
         """Mark the run as complete."""
         folder = run_folder(trainer)
         if trainer.is_global_zero and trainer.global_step:
-            exports = [each for each in trainer.callbacks if isinstance(each, ExportCallback) and each.enabled]  # type: ignore[attr-defined]
-            export = str(exports[0].folder or folder / "export") if exports else None
-            replace_text(folder / COMPLETE, json.dumps({"step": trainer.global_step, "export": export}))
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            exports = [each.folder for each in callbacks if isinstance(each, ExportCallback) and each.enabled]
+            export = exports and (os.path.abspath(exports[0]) if exports[0] else "export")
+            replace_text(folder / COMPLETE, json.dumps({"step": trainer.global_step, "export": export or None}))
 
 
 def _job_name(config: str) -> str | None:
