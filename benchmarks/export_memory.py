@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from peft import LoraConfig
 from torch.utils.data import DataLoader
@@ -32,8 +32,6 @@ LENGTH = 512
 
 class Rows(LightningDataModule):
     """Random tokens."""
-
-    samples, packing, chat_template, template_kwargs = "tokens", None, None, None
 
     def train_dataloader(self) -> DataLoader:
         """Four batches of two rows."""
@@ -57,7 +55,7 @@ class Watch(Callback):
         Path("/proc/self/clear_refs").write_text("5")
         self.before, self.start = _status("VmRSS"), time.perf_counter()
 
-    def teardown(self, trainer: Trainer, *_: object) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Print the peak of the export."""
         if trainer.is_global_zero:
             peak, took = _status("VmHWM"), time.perf_counter() - self.start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -28,14 +29,7 @@ from shadowlit.delta.delta import write_delta
 from shadowlit.distributed import on_first_rank
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import why_not_movable
-from shadowlit.grafting.export import (
-    LOADED,
-    export_adapter,
-    export_folder,
-    model_bytes,
-    require_copyable,
-    require_free,
-)
+from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.verification import digested, logit_difference, require_loadable, require_written
 from shadowlit.training.disks import Needed, require_shared
@@ -248,7 +242,12 @@ class ExportCallback(Callback):
         return why_not_movable(getattr(module, "adapter", None), bool(self._graft.transforms))
 
     def _require_target(self, target: Path, module: LightningModule) -> None:
-        require_free(target, "export.folder")
+        if any(os.path.lexists(target / part) for part in LOADED):
+            raise ExportError(
+                f"{target} holds an export already. Set export.folder to a new folder, or remove that one; nothing is "
+                "overwritten."
+            )
+        require_room(target / "model")
         if isinstance(module, ShadowModule):
             require_copyable(module.pair.instruct_folder())
 

@@ -34,7 +34,8 @@ def graft(
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
-    Streams: a few rows of each tensor are in memory at a time, with --transforms a few copies of one whole tensor.
+    Streams: a few rows of each tensor are in memory at a time, of an adapter the update of one layer, and with
+    --transforms a few copies of one whole tensor.
     Computed in float32, rounded once.
 
     Args:
@@ -69,12 +70,7 @@ def graft(
 
 
 def write(
-    plan: DiskGraft,
-    manifest: MakeManifest,
-    out: str,
-    max_shard_bytes: int,
-    files_from: str | None = None,
-    dry_run: bool = False,
+    plan: DiskGraft, manifest: MakeManifest, out: str, max_shard_bytes: int, files_from: str | None, dry_run: bool
 ) -> None:
     """Report what a planned graft covers; unless it is a dry run, write it and report what survives of the update."""
     console = make_console()

@@ -143,8 +143,7 @@ def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: Lora
     # The run holds experts as its module does, the update shall hold them as the files.
     aligned = AlignedReader(base, instruct)
     if any(map(is_adapter_name, stage.tensors)):
-        settings = adapter or adapter_of(config, home)
-        return AdapterUpdate(aligned, stage.folder, settings, stage, strict=False, as_trained=True)
+        return AdapterUpdate(aligned, stage.folder, adapter or adapter_of(config, home), stage, strict=False)
     return FullUpdate(aligned, stage, strict=False)
 
 

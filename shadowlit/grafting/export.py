@@ -24,7 +24,6 @@ from shadowlit.checkpoint.folder import (
     Streamed,
     atomic_folder,
     check_finite,
-    require_room,
     shard_bytes,
 )
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, dtype_name, dtype_of, some_of
@@ -45,7 +44,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 LOADED = {
     "model": "AutoModelForCausalLM.from_pretrained({!r})",
     "adapter": "PeftModel.from_pretrained(instruct, {!r})",
-    "delta": "shadowlit.Delta({!r})",
+    "delta": "shadowlit.Delta.open({!r})",
 }
 """How each part of an export is used."""
 
@@ -123,15 +122,6 @@ def export_folder(
         write_json(folder / MANIFEST_FILE, manifest)
     log.info("Exported the grafted model to %s", target)
     return target
-
-
-def require_free(target: Path, key: str, parts: Iterable[str] = LOADED) -> None:
-    """Raise an ExportError if ``target``, set by ``key``, holds one of these parts, or can't be written."""
-    if any(os.path.lexists(target / part) for part in parts):
-        raise ExportError(
-            f"{target} holds an export already. Set {key} to a new folder, or remove that one; nothing is overwritten."
-        )
-    require_room(target / "model")
 
 
 def model_bytes(

@@ -9,7 +9,6 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -258,7 +257,6 @@ class AdapterUpdate(_FromBase):
         reader: Reader of the factors, by the names in peft's files, in place of ``adapter_model.safetensors``.
         strict: As of :class:`FullUpdate`.
         allow_pickle: Also read ``adapter_model.bin``.
-        as_trained: Multiply whole factors as peft does in a training, to the last bit; a few products are in memory.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
@@ -272,7 +270,6 @@ class AdapterUpdate(_FromBase):
         reader: TensorReader | None = None,
         strict: bool = True,
         allow_pickle: bool = False,
-        as_trained: bool = False,
     ) -> None:
         # Imported late: peft takes seconds, and whole checkpoints don't need it.
         from peft import PeftConfig
@@ -306,11 +303,7 @@ class AdapterUpdate(_FromBase):
             raise _empty(folder, empty)
         is_tied = head_and_embedding(base.tensors)[0] is None or bool(repeats_embedding(base))
         self._base = base = self._with_own_head(base)
-        # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
-        self._whole_factor = lru_cache(maxsize=4)(
-            lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
-        )
-        self._product_as_trained = keeping(self._multiplied) if as_trained else None
+        self._product = keeping(self._multiplied, count=1)
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}
         names, fused = canonical_keys(base), fused_experts(base)
@@ -368,30 +361,21 @@ class AdapterUpdate(_FromBase):
             total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
         if name not in self._factors:
             return total
-        factors = self._factors[name]
-        if self._product_as_trained is not None:
-            return total + np.float32(self._scalings[name]) * self._product_as_trained(name)[start:stop].numpy()
-        down = self._whole_factor(factors.down)
-        if factors.part is not None:
-            product = _product_of_experts(down, self._whole_factor(factors.up), factors, start, stop)
-        elif factors.of_embedding:
-            product = (self._whole_factor(factors.up) @ down[:, start:stop]).T
-        else:
-            product = self._reader.rows(factors.up, start, stop) @ down
-        return total + np.float32(self._scalings[name]) * product
+        product, part = self._product(self._factors[name].down), self._factors[name].part
+        if part is not None and part.expert is not None:
+            product = product[part.expert, part.first_row :]
+        return total + np.float32(self._scalings[name]) * product[start:stop].numpy()
 
-    def _multiplied(self, name: str) -> torch.Tensor:
-        """The product of the factors of a tensor, unscaled, as peft's ``get_delta_weight`` computes it."""
-        factors = self._factors[name]
-        up, down = self._reader.read(factors.up), self._reader.read(factors.down)
-        if factors.part is None:
-            return (up @ down).T if factors.of_embedding else up @ down
+    def _multiplied(self, down: str) -> torch.Tensor:
+        """The product of two factors, by the name of the one, to the last bit what peft computes in a training."""
         import torch
 
-        ups, downs = up.reshape(len(up), -1, factors.experts), down.reshape(factors.experts, -1, down.shape[1])
-        product = torch.einsum("o r e, e r i -> e o i", ups, downs)
-        first, rows = factors.part.first_row, self.shapes[name][0]
-        return product if factors.part.expert is None else product[factors.part.expert, first : first + rows]
+        factors = next(factors for factors in self._factors.values() if factors.down == down)
+        a, b = (torch.from_numpy(self._reader.rows(n, 0, self._reader.info(n).shape[0])) for n in (down, factors.up))
+        if factors.part is None:
+            return (b @ a).T if factors.of_embedding else b @ a
+        a, b = a.reshape(factors.experts, -1, a.shape[1]), b.reshape(len(b), -1, factors.experts)
+        return torch.einsum("o r e, e r i -> e o i", b, a)
 
     def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, torch.Tensor]:
         """The factors by their names in peft's files; ``scale_of(tensor)`` is folded into those that start at zero."""
@@ -490,17 +474,6 @@ class AdapterUpdate(_FromBase):
             f"alpha_pattern={reprlib.repr(config.alpha_pattern)}, by which {factors.module} gets {problem}. Save the "
             "adapter again."
         )
-
-
-def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, stop: int) -> Rows:
-    """Rows ``start`` to ``stop`` of a stored tensor of experts: of one expert's matrix, or whole experts."""
-    assert factors.part is not None
-    downs = down.reshape(factors.experts, -1, down.shape[1])  # [experts, rank, inputs]
-    ups = up.reshape(len(up), -1, factors.experts)  # [outputs, rank, experts]
-    if factors.part.expert is None:
-        return np.stack([ups[:, :, e] @ downs[e] for e in range(start, stop)]) if stop > start else downs[:0, :0]
-    first = factors.part.first_row
-    return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
 
 
 def _is_resized(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:

@@ -28,24 +28,18 @@ def digested(tensors: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> 
         yield name, tensor
 
 
-def require_written(
-    folder: Path, instruct_folder: Path, digests: Mapping[str, str], dtype: torch.dtype | str | None
-) -> None:
+def require_written(folder: Path, instruct: Path, digests: Mapping[str, str], dtype: torch.dtype | None) -> None:
     """Read an exported folder back, a few rows at a time, and compare it bit for bit with what was to be written.
 
-    Args:
-        folder: The exported folder.
-        instruct_folder: Folder of the Instruct, whose tensors' names and shapes it must have.
-        digests: SHA-256 of every tensor's bytes, as from :func:`digested`.
-        dtype: Dtype of the floating-point tensors; None for the Instruct's own.
+    ``digests`` are those of :func:`digested`; names, shapes and dtypes are the Instruct's, except for ``dtype``.
 
     Raises:
         ExportError: A tensor is missing, is not one of the Instruct's, or differs.
         CheckpointError: A file can't be read.
     """
-    instruct = CheckpointReader(instruct_folder).tensors
     with CheckpointReader(folder) as reader:
-        expected = {name: (info.converted(dtype).code, info.shape) for name, info in instruct.items()}
+        stored = CheckpointReader(instruct).tensors
+        expected = {name: (info.converted(dtype).code, info.shape) for name, info in stored.items()}
         found = {name: (info.code, info.shape) for name, info in reader.tensors.items()}
         wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
         wrong = wrong or [name for name in found if _digest(reader, name) != digests.get(name)]
@@ -83,26 +77,14 @@ def require_loadable(folder: Path, trust_remote_code: bool = False) -> None:
         raise ExportError(f"{folder} loads incompletely: {told}. The weights do not belong to its config.json.")
 
 
-def logit_difference(a: Tensor, b: Tensor, attention_mask: Tensor | None = None) -> dict[str, float]:
-    """The difference of two models' logits [B, T, V] for the same tokens; padding by the mask [B, T] is left out.
+def logit_difference(one: Tensor, other: Tensor, attention_mask: Tensor) -> dict[str, float]:
+    """The difference of two models' logits [B, T, V] for the same tokens, without padding by the mask [B, T].
 
     Returns:
         ``max_abs`` and ``rms`` of the difference, in logits, and ``top1_agreement``, the fraction of positions at which
         both have the same most likely token.
-
-    Raises:
-        ExportError: The shapes differ, or no position is left.
     """
-    if a.shape != b.shape:
-        raise ExportError(
-            f"Logits of shapes {list(a.shape)} and {list(b.shape)} cannot be compared. Give both models the "
-            "same tokens, and models with equal vocabularies."
-        )
-    mask = torch.ones(a.shape[:2]) if attention_mask is None else attention_mask
-    keep = mask.bool().cpu()
-    if not bool(keep.any()):
-        raise ExportError("No position is left to compare: attention_mask is all zero. Give one token.")
-    one, other = a.detach().cpu()[keep].float(), b.detach().cpu()[keep].float()
+    one, other = (logits[attention_mask.bool().cpu()] for logits in (one, other))
     difference = one - other
     return {
         "max_abs": float(difference.abs().max()),

@@ -9,7 +9,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -42,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def load_for_training(
-    reader: TensorReader,
+    reader: TensorReader | None,
     config: PreTrainedConfig,
     *,
     adapter: LoraConfig | None,
@@ -65,7 +64,8 @@ def load_for_training(
     rows from the safetensors files.
 
     Args:
-        reader: Reader of the Base's checkpoint, in the shape of its Instruct.
+        reader: Reader of the Base's checkpoint, in the shape of its Instruct; None for a model without values, on the
+            meta device, which completes the adapter's settings.
         config: The model's configuration.
         adapter: LoRA settings; ``None`` for full fine-tuning.
         device: Device of the parameters.
@@ -85,19 +85,29 @@ def load_for_training(
         GraftError: The adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded or has
             fused experts to adapt; or it changes one side of a tied embedding.
     """
-    stored = _stored_dtype(reader)
+    options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
+    stored = torch.float32 if reader is None else _stored_dtype(reader)
     from_weights = adapter is not None and starts_from_weights(adapter)
     # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
     dtype = torch.float32 if adapter is None or from_weights else frozen_dtype or stored
-    options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    model, frozen = _on_meta(config, adapter, towers, trust_remote_code, dtype, attn_implementation, **options)
+    auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **options
+        )
     if getattr(config.get_text_config(), "output_router_logits", False):
         log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/moe.md")
+    frozen = _outside(model, towers)
     if adapter is None:
         for name, parameter in model.named_parameters():
             if name in frozen:
                 parameter.requires_grad_(False)
                 parameter.data = parameter.data.to(frozen_dtype or stored)
+    elif frozen and adapter.exclude_modules is None:
+        # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
+        adapter.exclude_modules = _modules_of(model, frozen)
+    if adapter is not None:
+        _try_patterns(model, adapter)
     if adapter is not None and from_weights:
         _require_modules(model, adapter)
         if mesh is not None:
@@ -105,6 +115,7 @@ def load_for_training(
                 f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices or from "
                 "data, but FSDP2 holds only shards. Use init_lora_weights=true or 'gaussian', one device, or DDP."
             )
+        assert reader is not None
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -118,44 +129,11 @@ def load_for_training(
             if any(isinstance(module, ParamWrapper) for module in model.modules()):
                 model = model.float()
         require_untied(model)
+    if reader is None:
+        return model
     parallelize(model)
     _fill(model, reader, device, seed, adapter)
     return model.train()
-
-
-def complete_adapter(
-    config: PreTrainedConfig, adapter: LoraConfig, towers: Sequence[str], trust_remote_code: bool = False
-) -> None:
-    """Name in an adapter's settings the layers that a training of this model adapts; nothing is loaded."""
-    if adapter.target_modules is None and adapter.target_parameters is None:
-        adapter.target_modules = "all-linear"
-    model, _ = _on_meta(config, adapter, towers, trust_remote_code)
-    with torch.device("meta"):
-        get_peft_model(model, adapter, low_cpu_mem_usage=True)
-
-
-def _on_meta(
-    config: PreTrainedConfig,
-    adapter: LoraConfig | None,
-    towers: Sequence[str],
-    trust_remote_code: bool,
-    dtype: torch.dtype = torch.float32,
-    attn_implementation: str = "sdpa",
-    **options: str,
-) -> tuple[Any, frozenset[str]]:
-    """The model of a config without values, and the names of what stays frozen; the adapter is kept out of that."""
-    auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **options
-        )
-    frozen = _outside(model, towers)
-    if adapter is not None and frozen and adapter.exclude_modules is None:
-        # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
-        adapter.exclude_modules = _modules_of(model, frozen)
-    if adapter is not None:
-        _try_patterns(model, adapter)
-    return model, frozen
 
 
 @torch.no_grad()

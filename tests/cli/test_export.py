@@ -148,8 +148,11 @@ def test_what_is_wrong_is_told_in_a_line(run, tmp_path, capsys):
     shutil.copy(last, copy)
     assert "no folder above" in (told := refused(capsys, copy)) and "Give the folder of the run as --run" in told
     assert f"{tmp_path} holds no config.yaml" in refused(capsys, copy, "--run", tmp_path)
-    (tmp_path / "x/delta").mkdir(parents=True)
-    assert "x holds an export already. Set out to a new folder" in refused(capsys, last, "--out", tmp_path / "x")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/delta").touch()
+    assert "x/delta exists and is a file. Nothing was written." in refused(
+        capsys, last, "--out", tmp_path / "x", "--parts=[adapter,delta]"
+    )
     whole = copy.read_bytes()
     copy.write_bytes(whole[: len(whole) // 2])
     assert "copy.ckpt is damaged: it was cut short" in refused(capsys, copy, "--run", run)
@@ -174,7 +177,7 @@ def test_a_residual_is_not_in_the_checkpoint_and_the_run_itself_can_export_it(tm
     fit(tmp_path / "run", folders, "pissa", {})
     last = tmp_path / "run/checkpoints/step=2.ckpt"
     told = refused(capsys, last)
-    assert "init_lora_weights is 'pissa', and it lacks the residual weights" in told
+    assert "lacks the residual that an adapter with init_lora_weights='pissa' leaves" in told
     assert told.endswith(f"fit --config {tmp_path}/run/config.yaml --ckpt_path {last} --trainer.max_steps 2")
     export = ExportCallback(folder=str(tmp_path / "again"))
     module = ShadowModule(ModelPair(*map(str, folders)), LoraConfig(**ADAPTERS["pissa"]), lr=1e-2)

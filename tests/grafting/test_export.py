@@ -361,7 +361,7 @@ class TestAdapter:
         }  # fmt: skip
         reference = trained(input_ids=IDS, attention_mask=MASK).logits
         untouched = AutoModelForCausalLM.from_pretrained(pair.instruct)
-        assert logit_difference(untouched(IDS, attention_mask=MASK).logits, reference)["rms"] > 1e-2
+        assert logit_difference(untouched(IDS, attention_mask=MASK).logits, reference, MASK)["rms"] > 1e-2
         for loaded in (PeftModel.from_pretrained(untouched, folder), AutoPeftModelForCausalLM.from_pretrained(folder)):
             assert torch.equal(loaded.eval()(input_ids=IDS, attention_mask=MASK).logits, reference)
         config = PeftConfig.from_pretrained(folder)
