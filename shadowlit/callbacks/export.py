@@ -127,7 +127,7 @@ class ExportCallback(Callback):
             num_elements = self._graft.build(pl_module).coverage.num_selected_parameters
             sizes["delta"] = shard_bytes(2 * num_elements, self.max_shard_bytes)
         parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
-        return [Needed(target, sum(sizes.values()), f"the export to {target} ({parts})")]
+        return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best weights, write the export, compare it with the graft.

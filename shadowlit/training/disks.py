@@ -8,7 +8,6 @@ import platform
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,13 +23,8 @@ from shadowlit.training.checkpoints import ShardedStrategy
 
 _PATIENCE_S = 10.0  # for caches of network file systems
 
-
-class Needed(NamedTuple):
-    """What will be written to a folder, which may not exist yet; its size in bytes, and its name for an error."""
-
-    folder: Path
-    num_bytes: int
-    what: str
+Needed = tuple[Path, int, str]
+"""What will be written: to which folder, which may not exist yet, how many bytes, and its name for an error."""
 
 
 def require_disks(trainer: Trainer) -> None:
@@ -51,13 +45,12 @@ def require_disks(trainer: Trainer) -> None:
     needed += _checkpoints(trainer)
 
     def check() -> None:
-        disks = {one: require_writable(one.folder).stat().st_dev for one in needed}
-        for one in needed:
-            here = [other for other in needed if disks[other] == disks[one]]
-            what = " and ".join(other.what for other in here)
-            require_room(partial_path(one.folder / "new"), sum(other.num_bytes for other in here), what)
+        disks = [require_writable(folder).stat().st_dev for folder, _, _ in needed]
+        for disk, (folder, _, _) in zip(disks, needed, strict=True):
+            here = [one for one, other in zip(needed, disks, strict=True) if other == disk]
+            require_room(partial_path(folder / "new"), sum(n for _, n, _ in here), " and ".join(w for *_, w in here))
 
-    on_first_rank(explained(needed[-1].folder)(check) if needed else lambda: None)
+    on_first_rank(explained(needed[-1][0])(check) if needed else lambda: None)
 
 
 def require_shared(trainer: Trainer, why: str) -> None:
@@ -121,5 +114,4 @@ def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
         number = max(0, kept - len(list(folder.glob("*.ckpt")))) + 1
         size = weights + (0 if saver.save_weights_only else moments)
         if kept:
-            what = f"{number} checkpoint{'s' * (number > 1)} of {size / 1e9:.3f} GB in {folder}"
-            yield Needed(folder, number * size, what)
+            yield folder, number * size, f"{number} checkpoint{'s' * (number > 1)} of {size / 1e9:.3f} GB in {folder}"

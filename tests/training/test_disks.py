@@ -107,10 +107,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     trainer.fit_loop.epoch_loop.max_steps = 4
     for options, number in SAVERS:
         trainer.callbacks = [ModelCheckpoint(tmp_path / "new", **options)]
-        needed = [one.num_bytes for one in disks._checkpoints(trainer)]
+        needed = [num_bytes for _, num_bytes, _ in disks._checkpoints(trainer)]
         assert needed == ([number * size] if number else []), options
     trainer.callbacks = [saver]  # of a run that is resumed: its two are replaced, one after the other
-    assert [one.num_bytes for one in disks._checkpoints(trainer)] == [size]
+    assert [num_bytes for _, num_bytes, _ in disks._checkpoints(trainer)] == [size]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
     free = size - 1
     found = begin(folders, "auto", 1, saver)
