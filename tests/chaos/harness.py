@@ -20,7 +20,7 @@ from tests.distributed import Forked
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ORPHANS_S = 5.0
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
