@@ -112,6 +112,7 @@ class Fit:
     """A training, which resumes from the newest checkpoint."""
 
     prepare = None
+    cache: Path | None = None
 
     def __init__(self, root: Path, name: str, whole: Path) -> None:
         self.root, self.name, self.whole = root, name, whole
@@ -128,7 +129,7 @@ class Fit:
             "config": f"{self.root}/run.yaml",
             "trainer.logger": _of(logger, save_dir=str(folder), name=""),
             "trainer.callbacks": [_of(saving, dirpath=f"{folder}/checkpoints", **each) for each in _SAVED],
-            "data.cache_dir": f"{folder}/cache",
+            "data.cache_dir": str(self.cache or folder / "cache"),
             **OPTIONS[self.name],
         }
         newest = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)[-1:]
