@@ -24,14 +24,6 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.strategy.broadcast(str(folder)))  # other ranks may know neither name nor version
 
 
-def runs_folder(trainer: Trainer) -> Path:
-    """The folder that holds the run's folder and those of other runs of the same command; may be called on any rank."""
-    logger = trainer.logger
-    if isinstance(logger, CSVLogger | TensorBoardLogger):
-        return Path(logger.root_dir)
-    return Path(trainer.default_root_dir) if logger is None else Path(logger.save_dir or "", str(logger.name))
-
-
 def unused(file: Path) -> Path:
     """The file if there is none yet, else the first of ``<stem>-v1``, ``<stem>-v2`` and so on, as of checkpoints."""
     numbered = (file.with_stem(f"{file.stem}-v{number}") for number in count(1))
