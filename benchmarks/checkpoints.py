@@ -1,119 +1,94 @@
 """How long a training waits for its checkpoints, synchronous and asynchronous, with a real model.
 
-    python benchmarks/checkpoints.py MODEL [--repetitions 3] [--ranks 1 2] [--out FOLDER]
+    torchrun --nproc_per_node 2 benchmarks/checkpoints.py MODEL [--repetitions 3] [--out FOLDER]
+    python benchmarks/checkpoints.py MODEL
 
-Trains all weights of MODEL, a folder, for one step, and then writes checkpoints (weights and AdamW's moments in
-float32) by turns with and without ``checkpoint.asynchronous``: one process writes one file, two under FSDP2 (gloo)
-write shards. Prints a Markdown table of medians, smallest and largest: the time for which the training is blocked,
-that until the checkpoint is on the disk, and the CPU time of rank 0 that it takes: on a CPU, from the training.
+Saves all weights of MODEL, a folder, and as many moments of AdamW, in float32, by turns with and without
+``checkpoint.asynchronous``; no step is taken meanwhile. One process writes one file, several (gloo) write shards as
+under FSDP2. Prints rows of a Markdown table: the time for which the training is blocked, that until the checkpoint is
+on the disk, and the CPU time of rank 0, which on a CPU is taken from the training.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from shadowlit.training.background import Background
+from shadowlit.training.checkpoints import Checkpoints, ShardedStrategy
 
 
-def run(model: str, out: str, world_size: int, repetitions: int) -> None:
-    """Train in this process; rank 0 prints its figures as JSON."""
-    import torch
-    from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-    from lightning.pytorch.strategies import ModelParallelStrategy
-    from torch.utils.data import DataLoader
-
-    from shadowlit.callbacks.checkpoint import CheckpointCallback
-    from shadowlit.pair.pair import ModelPair
-    from shadowlit.training.checkpoints import wait_for
-    from shadowlit.training.module import ShadowModule
-
-    class Tokens(LightningDataModule):
-        def train_dataloader(self) -> DataLoader:
-            row = torch.arange(16)
-            return DataLoader([{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)}])
-
-    class Saves(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *_) -> None:
-            io = trainer.strategy.checkpoint_io
-            background, path = io.background, Path(out) / "last.ckpt"
-            trainer.save_checkpoint(path)  # the first one pays for what is set up once
-            wait_for(trainer)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            found: dict[str, list[list[float]]] = {"synchronous": [], "asynchronous": []}
-            for _ in range(repetitions):
-                for how, figures in found.items():
-                    io.background = background if how == "asynchronous" else None
-                    start, cpu = time.perf_counter(), time.process_time()
-                    trainer.save_checkpoint(path)
-                    blocked = time.perf_counter() - start
-                    wait_for(trainer)
-                    figures.append([blocked, time.perf_counter() - start, time.process_time() - cpu])
-            files = [path, *path.rglob("*")]
-            size = sum(file.stat().st_size for file in files if file.is_file()) / 1e9
-            if trainer.is_global_zero:
-                print("FIGURES", json.dumps({"found": found, "gb": size, "peak_gb": peak}), flush=True)
-
-    torch.set_num_threads(2 // world_size)
-    seed_everything(0)
-    sharded = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
-    trainer = Trainer(
-        accelerator="cpu", devices=world_size, strategy=sharded if world_size > 1 else "auto", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, max_steps=1,
-        use_distributed_sampler=False, callbacks=[CheckpointCallback(True), Saves()],
-    )  # fmt: skip
-    trainer.fit(ShadowModule(ModelPair(model, model), lr=1e-5), Tokens())
+def checkpoint_of(model: str) -> dict[str, Any]:
+    """What a training saves after its first step; of several ranks each has a part of the rows."""
+    weights = {}
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if dist.is_initialized() else None
+    for file in Path(model).glob("*.safetensors"):
+        for name, tensor in load_file(file).items():
+            part = tensor.float()
+            if mesh is not None:
+                part = part.chunk(mesh.size())[mesh.get_rank()].clone()
+            weights[name] = DTensor.from_local(part, mesh, [Shard(0)]) if mesh is not None else part
+    state = {name: {key: tensor * 0.5 for key in ("exp_avg", "exp_avg_sq")} for name, tensor in weights.items()}
+    return {"global_step": 1, "state_dict": weights, "optimizer_states": [{"state": state, "param_groups": []}]}
 
 
-def measure(model: str, out: str | None, world_size: int, repetitions: int) -> dict:
-    """One run in processes of its own, as torchrun would start them."""
-    environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513",
-        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "benchmark",
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--run", model, folder, str(world_size), str(repetitions)], text=True,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-        outputs = [process.communicate() for process in ranks]
-    for output, _ in outputs:
-        for line in output.splitlines():
-            if line.startswith("FIGURES "):
-                return json.loads(line.removeprefix("FIGURES "))
-    raise RuntimeError(outputs[0][1])
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?")
+    parser.add_argument("model")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--out", default=None, help="folder on the disk to measure; by default the temporary one")
-    parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--out", help="folder on the disk to measure; by default the temporary one")
     options = parser.parse_args()
-    if options.run:
-        model, out, world_size, repetitions = options.run
-        return run(model, out, int(world_size), int(repetitions))
-    print("| processes | writes | GB | blocked, s | on the disk after, s | CPU time of rank 0, s | peak memory, GB |")
-    print("|---|---|---|---|---|---|---|")
-    for world_size in options.ranks:
-        measured = measure(options.model, options.out, world_size, options.repetitions)
-        for how, figures in measured["found"].items():
-            columns = [f"{statistics.median(c):.2f} ({min(c):.2f}–{max(c):.2f})" for c in zip(*figures, strict=True)]
-            size, peak = measured["gb"], measured["peak_gb"]
-            print(f"| {world_size} | {how} | {size:.2f} | {' | '.join(columns)} | {peak:.2f} |", flush=True)
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    checkpoint = checkpoint_of(options.model)
+    io, background = Checkpoints(SimpleNamespace(world_size=world_size)), Background()  # type: ignore[arg-type]
+    strategy: Any = SimpleNamespace(
+        broadcast=broadcast, checkpoint_io=io, _save_distributed_checkpoint=True, global_rank=rank,
+        is_global_zero=rank == 0, world_size=world_size,
+    )  # fmt: skip
+    strategy._save_shards = lambda *args: ShardedStrategy._save_shards(strategy, *args)
+    with tempfile.TemporaryDirectory(dir=options.out) as folder:
+        path = Path(broadcast(folder)) / "last.ckpt"
+        for number in range(2 * options.repetitions + 1):
+            io.background = background if number % 2 else None
+            start, cpu = time.perf_counter(), time.process_time()
+            if world_size > 1:
+                ShardedStrategy.save_checkpoint(strategy, dict(checkpoint), path)
+            else:
+                io.save_checkpoint(checkpoint, path)
+            blocked = time.perf_counter() - start
+            wait(background._tasks)
+            whole, cpu = time.perf_counter() - start, time.process_time() - cpu
+            background.wait()
+            if rank == 0 and number:  # the first one pays for what is set up once
+                how = "asynchronous" if number % 2 else "synchronous"
+                size = sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / 1e9
+                print(f"| {world_size} | {how} | {size:.2f} | {blocked:.2f} | {whole:.2f} | {cpu:.2f} |", flush=True)
+        if dist.is_initialized():
+            dist.barrier()
+    background.close()
 
 
 if __name__ == "__main__":
