@@ -31,6 +31,7 @@ from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
+from shadowlit.grafting.quantised import FourBitLinear, four_bits, quantised_layers
 from shadowlit.grafting.selection import coverage, resolve
 from shadowlit.grafting.subject import BASE, TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
@@ -45,13 +46,14 @@ class HostParameter:
     """A parameter of the host model and its frozen shards; all of one local shape."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     instruct: Tensor
     base: Tensor | None  # None where the parameter is frozen at the Base's own value
     selected: bool
     swap: Swap | None  # where `base` is None
     saved: Tensor | None = None  # the tuned values while others are loaded
     adapted: AdaptedLayer | None = None
+    quantised: FourBitLinear | None = None  # the layer, where `parameter` stands for its weight in 4 bits
     instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was computed
 
     @property
@@ -72,7 +74,8 @@ class LiveGraft:
     adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned`` includes the adapter's update,
     rounded once to the dtype of the export, and restored from a copy; the adapter itself is switched off. So the module
     holds the very weights that an export writes. With ``transforms`` it is ``instruct + scale * T(tuned - base)``.
-    Other parameters become the Instruct's own.
+    Other parameters become the Instruct's own. A weight in 4 bits is replaced while others are loaded, and stays as it
+    is.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -124,6 +127,7 @@ class LiveGraft:
         self.selected = _select(select, list(parameters), self._parts, linear_names(model), model_type)
         self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = adapted_layers(model)
+        self._quantised = quantised_layers(model)
         reshard_all(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
@@ -158,7 +162,7 @@ class LiveGraft:
     @property
     def holds_float32(self) -> bool:
         """Whether every parameter that is grafted can hold the graft before it is rounded to the export's dtype."""
-        grafted = (host for host in self._hosts if host.selected and host.trained)
+        grafted = (host for host in self._hosts if host.selected and host.trained and host.quantised is None)
         return all(local(host.parameter).dtype == torch.float32 for host in grafted)
 
     @property
@@ -211,6 +215,8 @@ class LiveGraft:
         if self.subject == TUNED:
             # Lightning moves a module to the CPU when a command ends, and back when the next one begins.
             for host in self._hosts:
+                if host.quantised is not None:
+                    host.parameter = host.quantised.logical_weight()
                 if host.swap is not None:
                     host.swap.follow(local(host.parameter))
         self.subject = subject
@@ -231,7 +237,9 @@ class LiveGraft:
         self._busy = True
         reshard_all(self.model)
         for host in self._hosts:
-            if host.swap is not None:
+            if host.quantised is not None:
+                host.quantised.load(None)
+            elif host.swap is not None:
                 host.swap.undo()
             elif host.saved is not None:
                 local(host.parameter).copy_(host.saved, non_blocking=True)
@@ -381,7 +389,7 @@ class LiveGraft:
         return tensors
 
     def _host(
-        self, name: str, parameter: nn.Parameter, layer: tuple | None, base: TensorReader, instruct: TensorReader
+        self, name: str, parameter: Tensor, layer: tuple | None, base: TensorReader, instruct: TensorReader
     ) -> HostParameter:
         live = local(parameter)
         slices = local_slices(parameter)
@@ -394,7 +402,11 @@ class LiveGraft:
                     "or download this model again."
                 )
         selected = name in self.selected
-        frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
+        four_bit = self._quantised.get(name)
+        if four_bit is None:
+            frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
+        else:
+            frozen = four_bit.holds(base.read(name))
         if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
             raise GraftError(
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
@@ -403,13 +415,15 @@ class LiveGraft:
         # A selected adapter's update is added to the weights that it sits on.
         rounding = self.dtype or target.dtype
         narrower = torch.promote_types(rounding, target.dtype) != rounding
-        swapped = frozen and not (layer is not None and selected) and not narrower  # rounded only in the graft
+        overwritten = four_bit is not None or (layer is not None and selected) or narrower  # rounded only in the graft
+        swapped = frozen and not overwritten
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
         held = self._to_storage(target, live)
         before = None if frozen else self._to_storage(start, live)
-        host = HostParameter(name, parameter, held, before, selected, Swap(live, held) if swapped else None)
+        swap = Swap(live, held) if swapped else None
+        host = HostParameter(name, parameter, held, before, selected, swap, quantised=four_bit)
         if layer is not None:
             adapted, adapter = layer
             host.adapted = AdaptedLayer(adapted, adapter, adapted.scaling[adapter])
@@ -429,19 +443,40 @@ class LiveGraft:
             else:
                 host.swap.apply()
             return
+        if host.quantised is not None:
+            host.quantised.load(None if subject == BASE else self._replacement(host, subject, squares))
+            return
         tuned = live if host.saved is None else host.saved
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:
             live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
             return
-        scale = subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
-        if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
-            rounding = self._rounding(host) if subject.kind == "grafted" else host.instruct.dtype
-            live.copy_(host.instruct.to(rounding), non_blocking=True)
+        scale = _scale(host, subject)
+        if not scale:  # the Instruct itself, even where the training has diverged
+            live.copy_(host.instruct.to(self._rounding_of(host, subject)), non_blocking=True)
             return
+        self._write_graft(live, [host.instruct, tuned, host.base], host, subject, squares)
+
+    def _replacement(self, host: HostParameter, subject: Subject, squares: Squares | None) -> Tensor:
+        """What a weight in 4 bits is replaced by."""
+        live = local(host.parameter)
+        values = host.instruct.to(self._rounding_of(host, subject))
+        if _scale(host, subject):
+            dtype = torch.float32 if subject.kind == "unrounded" else values.dtype
+            values = torch.empty(live.shape, dtype=dtype, device=live.device)
+            self._write_graft(values, [host.instruct], host, subject, squares)
+        if subject.kind == "grafted_4bit":  # the scales' scales are of the whole matrix
+            rows = whole(values.to(live.device), host.parameter)
+            values = four_bits(rows)[local_slices(host.parameter)]
+        return self._to_storage(values, live)
+
+    def _write_graft(
+        self, live: Tensor, sides: list[Tensor | None], host: HostParameter, subject: Subject, squares: Squares | None
+    ) -> None:
+        """Fill ``live`` with the graft; ``sides`` are the Instruct, then both ends of an update without an adapter."""
+        scale, out = subject.scale, live.view(-1)
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
-        out, sides = live.view(-1), [host.instruct, tuned, host.base]
         # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
         whole_update = self._update(host).reshape(-1) if self._transforms or host.adapted else None
         for part in windows(out):
@@ -483,6 +518,10 @@ class LiveGraft:
     def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
+    def _rounding_of(self, host: HostParameter, subject: Subject) -> torch.dtype:
+        """The dtype of the Instruct's own values in ``subject``, which are rounded in the graft alone."""
+        return self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
+
     def _update(self, host: HostParameter) -> Tensor:
         """This rank's part of an update, transformed if there are transforms."""
         if self._transforms is None or not host.trained:
@@ -504,6 +543,11 @@ class LiveGraft:
         if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
+
+
+def _scale(host: HostParameter, subject: Subject) -> float:
+    """The scale at which a parameter gets the update written into it."""
+    return subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
@@ -549,7 +593,7 @@ def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
     return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
 
 
-def _require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, instruct: TensorReader) -> None:
+def _require_pairing(parameters: dict[str, Tensor], base: TensorReader, instruct: TensorReader) -> None:
     problems = []
     for title, reader in (("Base", base), ("Instruct", instruct)):
         missing = [name for name in parameters if name not in reader.tensors]
@@ -570,9 +614,11 @@ def _require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, in
 
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
-    first = {id(parameter): name for name, parameter in host_parameters(model).items()}
-    return {
+    parameters = host_parameters(model)
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    shared = {
         canonical_name(name): first[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first
     }
+    return {name: name for name in parameters} | shared

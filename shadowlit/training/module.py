@@ -49,6 +49,7 @@ from shadowlit.training.objectives import SFT, Objective, require_sums, require_
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.parallel import parallelize, reduce_gradients
+from shadowlit.training.quantisation import require_quantisable
 from shadowlit.training.rehearsal import rehearse
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import NAME as VARLEN
@@ -152,6 +153,9 @@ class ShadowModule(LightningModule):
         lr_scheduler_kwargs: Options of a schedule of transformers, e.g. ``{min_lr_rate: 0.1}`` for cosine_with_min_lr.
         loraplus_lr_ratio: Learning rate of LoRA's factors B divided by ``lr``: 1 for LoRA, e.g. 16 for LoRA+ (arXiv
             2402.12354).
+        quantization: How the frozen weights of linear layers are stored, all but the output head: nf4, in 4 bits with
+            double quantisation (QLoRA, needs bitsandbytes), or null, as in the files. They are computed with in the
+            dtype of trainer.precision. Needs an adapter; the graft is added to the Instruct's own weights.
         on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
             checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
             ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
@@ -184,6 +188,7 @@ class ShadowModule(LightningModule):
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         loraplus_lr_ratio: float = 1.0,
         on_nan: Literal["stop", "warn"] = "stop",
+        quantization: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= warmup_ratio <= 1:
@@ -191,6 +196,9 @@ class ShadowModule(LightningModule):
         if lr <= 0:
             raise ShadowlitError(f"model.lr is {lr}; expected a positive learning rate, e.g. 2e-4 for LoRA.")
         require_graftable(adapter)
+        if quantization is not None:
+            require_quantisable(adapter, compile_layers)
+        self.quantization = quantization
         self.pair = pair
         self.objective = SFT() if objective is None else objective
         self.adapter = adapter
@@ -259,6 +267,7 @@ class ShadowModule(LightningModule):
             towers=self.train_towers,
             # In float32 everything computes in float32, frozen weights too, on one device as under FSDP2.
             frozen_dtype=torch.float32 if compute_dtype == torch.float32 else None,
+            four_bits=self.quantization is not None,
         )
 
     def forward(self, batch: Batch) -> Tensor:

@@ -58,11 +58,15 @@ def make_trainer(strategy, world_size, callbacks, **options):
 def make_module(folders, kind, **options):
     adapters = {
         "lora": {},
+        "qlora": {},
         "dropout": {"lora_dropout": 0.5},
         "attention": {"target_modules": ["q_proj", "v_proj"]},
         "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
     }
     adapter = LoraConfig(r=4, **adapters[kind]) if kind in adapters else None
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+        options["quantization"] = "nf4"
     return ShadowModule(ModelPair(*map(str, folders)), adapter, lr=1e-2 if adapter else 1e-3, **options)
 
 
@@ -104,6 +108,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(("tied", "kind"), [
     (True, "lora"), (False, "full"), pytest.param(True, "full", marks=SLOW), pytest.param(False, "lora", marks=SLOW),
+    (False, "qlora"),
 ])  # fmt: skip
 def test_two_processes_are_one(tmp_path, kind, tied):
     """Same losses, weights and exported tensors; every rank holds half of everything under FSDP2."""
