@@ -467,7 +467,7 @@ class LiveGraft:
             values = torch.empty(live.shape, dtype=dtype, device=live.device)
             self._write_graft(values, [host.instruct], host, subject, squares)
         if subject.kind == "grafted_4bit":  # the scales' scales are of the whole matrix
-            rows = whole(values.to(live.device), host.parameter)
+            rows = whole(values.to(live.device, live.dtype), host.parameter)
             values = four_bits(rows)[local_slices(host.parameter)]
         return self._to_storage(values, live)
 

@@ -15,8 +15,10 @@ from shadowlit.grafting import live
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.quantised import FourBitLinear, quantised_layers
 from shadowlit.grafting.subject import BASE, INSTRUCT, Subject
+from shadowlit.pair.pair import ModelPair
 from shadowlit.training import quantisation
 from shadowlit.training.loading import load_for_training
+from shadowlit.training.module import ShadowModule
 from shadowlit.training.quantisation import require_quantisable
 from tests.grafting.test_live import IDS, logits, train_a_bit
 from tests.tiny import save_pair
@@ -172,6 +174,11 @@ def test_what_can_not_be_trained_in_4_bits_is_refused_with_the_cure(adapter, com
     with pytest.raises(GraftError) as error:
         require_quantisable(None if adapter is None else LoraConfig(**adapter), compiled)
     assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_full_tuning_in_4_bits_is_refused_before_anything_is_read():
+    with pytest.raises(GraftError, match="full tuning"):
+        ShadowModule(ModelPair("no/base", "no/instruct"), quantization="nf4")
 
 
 def test_layers_that_would_be_trained_whole_are_refused(folders):
