@@ -74,8 +74,7 @@ class LiveGraft:
     adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned`` includes the adapter's update,
     rounded once to the dtype of the export, and restored from a copy; the adapter itself is switched off. So the module
     holds the very weights that an export writes. With ``transforms`` it is ``instruct + scale * T(tuned - base)``.
-    Other parameters become the Instruct's own. A weight in 4 bits is replaced while others are loaded, and stays as it
-    is.
+    Other parameters become the Instruct's own. A weight in 4 bits stays, and its layer computes with another.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -162,7 +161,7 @@ class LiveGraft:
     @property
     def holds_float32(self) -> bool:
         """Whether every parameter that is grafted can hold the graft before it is rounded to the export's dtype."""
-        grafted = (host for host in self._hosts if host.selected and host.trained and host.quantised is None)
+        grafted = (host for host in self._hosts if host.selected and host.trained)
         return all(local(host.parameter).dtype == torch.float32 for host in grafted)
 
     @property
@@ -215,8 +214,6 @@ class LiveGraft:
         if self.subject == TUNED:
             # Lightning moves a module to the CPU when a command ends, and back when the next one begins.
             for host in self._hosts:
-                if host.quantised is not None:
-                    host.parameter = host.quantised.logical_weight()
                 if host.swap is not None:
                     host.swap.follow(local(host.parameter))
         self.subject = subject
@@ -403,10 +400,8 @@ class LiveGraft:
                 )
         selected = name in self.selected
         four_bit = self._quantised.get(name)
-        if four_bit is None:
-            frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
-        else:
-            frozen = four_bit.holds(base.read(name))
+        same = four_bit.holds(base.read(name)) if four_bit else torch.equal(live, start.to(live.device, live.dtype))
+        frozen = not parameter.requires_grad and same
         if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
             raise GraftError(
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
@@ -415,8 +410,8 @@ class LiveGraft:
         # A selected adapter's update is added to the weights that it sits on.
         rounding = self.dtype or target.dtype
         narrower = torch.promote_types(rounding, target.dtype) != rounding
-        overwritten = four_bit is not None or (layer is not None and selected) or narrower  # rounded only in the graft
-        swapped = frozen and not overwritten
+        added_to = four_bit is not None or (layer is not None and selected)
+        swapped = frozen and not added_to and not narrower  # rounded only in the graft
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
@@ -446,39 +441,35 @@ class LiveGraft:
         if host.quantised is not None:
             host.quantised.load(None if subject == BASE else self._replacement(host, subject, squares))
             return
-        tuned = live if host.saved is None else host.saved
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:
             live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
-            return
-        scale = _scale(host, subject)
-        if not scale:  # the Instruct itself, even where the training has diverged
-            live.copy_(host.instruct.to(self._rounding_of(host, subject)), non_blocking=True)
-            return
-        self._write_graft(live, [host.instruct, tuned, host.base], host, subject, squares)
+        else:
+            self._write(live, host, subject, squares)
 
     def _replacement(self, host: HostParameter, subject: Subject, squares: Squares | None) -> Tensor:
-        """What a weight in 4 bits is replaced by."""
+        """What the layer computes with instead of its weight in 4 bits."""
+        assert host.quantised is not None
+        host.parameter = host.quantised.logical_weight()  # where the module is now
         live = local(host.parameter)
-        values = host.instruct.to(self._rounding_of(host, subject))
-        if _scale(host, subject):
-            dtype = torch.float32 if subject.kind == "unrounded" else values.dtype
-            values = torch.empty(live.shape, dtype=dtype, device=live.device)
-            self._write_graft(values, [host.instruct], host, subject, squares)
-        if subject.kind == "grafted_4bit":  # the scales' scales are of the whole matrix
-            rows = whole(values.to(live.device, live.dtype), host.parameter)
-            values = four_bits(rows)[local_slices(host.parameter)]
+        values = live.contiguous()
+        self._write(values, host, subject, squares)
+        if subject.kind == "grafted_4bit":  # of whole matrices, since some of the scales are
+            values = four_bits(whole(values, host.parameter))[local_slices(host.parameter)]
         return self._to_storage(values, live)
 
-    def _write_graft(
-        self, live: Tensor, sides: list[Tensor | None], host: HostParameter, subject: Subject, squares: Squares | None
-    ) -> None:
-        """Fill ``live`` with the graft; ``sides`` are the Instruct, then both ends of an update without an adapter."""
-        scale, out = subject.scale, live.view(-1)
+    def _write(self, live: Tensor, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
+        """Overwrite ``live`` with the Instruct or a graft."""
+        scale = subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
+        if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
+            rounding = self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
+            live.copy_(host.instruct.to(rounding), non_blocking=True)
+            return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
         # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
         whole_update = self._update(host).reshape(-1) if self._transforms or host.adapted else None
+        out, sides = live.view(-1), [host.instruct, *([host.tuned(), host.base] if whole_update is None else [])]
         for part in windows(out):
             goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
             update = delta(*ends) if whole_update is None else whole_update[part]
@@ -518,10 +509,6 @@ class LiveGraft:
     def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
-    def _rounding_of(self, host: HostParameter, subject: Subject) -> torch.dtype:
-        """The dtype of the Instruct's own values in ``subject``, which are rounded in the graft alone."""
-        return self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
-
     def _update(self, host: HostParameter) -> Tensor:
         """This rank's part of an update, transformed if there are transforms."""
         if self._transforms is None or not host.trained:
@@ -543,11 +530,6 @@ class LiveGraft:
         if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
-
-
-def _scale(host: HostParameter, subject: Subject) -> float:
-    """The scale at which a parameter gets the update written into it."""
-    return subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
@@ -616,9 +598,8 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
     parameters = host_parameters(model)
     first = {id(parameter): name for name, parameter in parameters.items()}
-    shared = {
+    return {name: name for name in parameters} | {
         canonical_name(name): first[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first
     }
-    return {name: name for name in parameters} | shared

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from shadowlit.checkpoint.names import canonical_name
@@ -30,64 +29,41 @@ def _quantise(weight: Tensor) -> tuple[Tensor, Any]:
 class FourBitLinear(nn.Linear):
     """A linear layer with a frozen weight in NF4 with double quantisation (QLoRA, arXiv 2305.14314).
 
-    The weight ``[out, in]`` is stored as indices of 4 bits into a table of normal quantiles, times a scale for each
-    block of 64. The scales are stored in 8 bits, with a float32 scale for each 256 of them. It is dequantised in every
-    forward and backward pass, and the product is computed in the dtype of the input, or that of autocast. Under FSDP2
-    the indices are sharded by rows; the scales, 0.13 bits per weight, are not.
-
-    A whole weight may replace it, see :meth:`load`; the stored one is not touched, so that there is nothing to restore.
-
-    Args:
-        linear: Layer of the same shape; its weight is not read. Its bias is taken over.
+    The weight ``[out, in]`` is stored as indices of 4 bits into a table of normal quantiles, with a scale of 8 bits for
+    each 64 of them and a float32 one for each 256 scales. It is dequantised in every forward and backward pass, and the
+    product is computed in the dtype of the input, or that of autocast. Under FSDP2 the indices are sharded by rows; the
+    scales, 0.13 bits per weight, are not. ``linear`` has the shape and the bias; its weight is not read.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.dtype = linear.weight.dtype  # of the dequantised weight
-        device, num_blocks = linear.weight.device, -(-linear.weight.numel() // 64)
-
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        indices = empty(self.out_features, self.in_features // 2, dtype=torch.uint8)
+        num_blocks = -(-linear.weight.numel() // 64)
+        new = linear.weight.new_empty
+        indices = new(self.out_features, self.in_features // 2, dtype=torch.uint8)
         self.weight = nn.Parameter(indices, requires_grad=False)
-        buffers = {
-            "scales": empty(num_blocks, dtype=torch.uint8),
-            "scales_table": empty(256, dtype=torch.float32),
-            "scales_of_scales": empty(-(-num_blocks // 256), dtype=torch.float32),
-            "mean_scale": empty(dtype=torch.float32),
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("scales", new(num_blocks, dtype=torch.uint8), persistent=False)
+        for name, shape in (("scales_table", [256]), ("scales_of_scales", [-(-num_blocks // 256)]), ("mean_scale", [])):
+            self.register_buffer(name, new(shape, dtype=torch.float32), persistent=False)
         self._loaded: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def quantise(self, weight: Tensor) -> None:
         """Store ``weight`` ``[out, in]``, which is whole on every rank."""
-        indices, buffers = self._parts_of(weight)
-        local(self.weight).copy_(indices)
-        for name, values in buffers.items():
-            getattr(self, name).copy_(values)
+        for name, values in self._parts_of(weight).items():
+            local(getattr(self, name)).copy_(values)
 
     def holds(self, weight: Tensor) -> bool:
         """Whether this is what is stored of ``weight`` ``[out, in]``, which is whole on every rank."""
-        indices, buffers = self._parts_of(weight)
-        same = [torch.equal(getattr(self, name), values) for name, values in buffers.items()]
-        return torch.equal(local(self.weight), indices) and all(same)
+        return all(torch.equal(local(getattr(self, name)), values) for name, values in self._parts_of(weight).items())
 
     def load(self, weight: Tensor | None) -> None:
-        """Compute with ``weight`` instead of the stored one from the next forward pass on; ``None`` for the stored one.
-
-        It is this rank's rows, of any floating dtype, on any device, without a gradient.
-        """
+        """Compute with these rows of this rank's, on any device, instead of the stored ones; ``None`` for those."""
         self._loaded = None if weight is None else (weight, self.logical_weight())
 
     def logical_weight(self) -> Tensor:
-        """A tensor of zeros, without memory, that has the shape, dtype, device and placement of the dequantised weight.
-
-        Only between forward passes of a sharded model.
-        """
+        """Zeros without memory in the shape, dtype, device and placement of the dequantised weight, if resharded."""
         stored, shape = self.weight, torch.Size((self.out_features, self.in_features))
         rows = local(stored).shape[0]
         zeros = torch.zeros((), dtype=self.dtype, device=local(stored).device).expand(rows, self.in_features)
@@ -116,15 +92,14 @@ class FourBitLinear(nn.Linear):
             return F.linear(x, whole(part.to(x.device, non_blocking=True), like).to(x.dtype), bias)
         return _Product.apply(x, bias, self)
 
-    def _parts_of(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """This rank's rows of the indices of ``weight``, and the buffers."""
+    def _parts_of(self, weight: Tensor) -> dict[str, Tensor]:
+        """This rank's rows of the indices of ``weight``, and the scales."""
         packed, state = _quantise(weight.to(local(self.weight).device, self.dtype))
-        indices = packed.view(self.out_features, -1)[local_slices(self.weight)]
-        double = state.state2
-        return indices, {
+        return {
+            "weight": packed.view(self.out_features, -1)[local_slices(self.weight)],
             "scales": state.absmax,
-            "scales_table": double.code,
-            "scales_of_scales": double.absmax,
+            "scales_table": state.state2.code,
+            "scales_of_scales": state.state2.absmax,
             "mean_scale": state.offset,
         }
 
@@ -138,7 +113,6 @@ class _Product(torch.autograd.Function):
         return F.linear(x, layer.dequantised().to(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         of_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         return gradient @ ctx.layer.dequantised().to(gradient.dtype), of_bias, None

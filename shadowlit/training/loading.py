@@ -100,7 +100,7 @@ def load_for_training(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **options
         )
     if four_bits:
-        quantise_layers(model, (adapter and adapter.modules_to_save) or ())
+        quantise_layers(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
         log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/moe.md")
     frozen = _outside(model, towers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 from peft import LoraConfig
@@ -18,12 +17,12 @@ def require_quantisable(adapter: LoraConfig | None, compiled: bool) -> None:
     """Raise a GraftError unless a Base in 4 bits can be trained with this adapter, in layers compiled or not."""
     if adapter is None:
         reason = "in full tuning, but weights in 4 bits can't be trained. Set model.adapter, e.g. {r: 16}"
-    elif adapter.use_dora or adapter.target_parameters or starts_from_weights(adapter):
-        names = ("use_dora", "target_parameters", "init_lora_weights")
+    elif adapter.use_dora or adapter.target_parameters or adapter.modules_to_save or starts_from_weights(adapter):
+        names = ("use_dora", "target_parameters", "modules_to_save", "init_lora_weights")
         name = next(name for name in names if getattr(adapter, name))
         reason = (
-            f"with adapter.{name}={getattr(adapter, name)!r}, whose update depends on the exact weights. Use LoRA or "
-            "rsLoRA on modules, from its usual start"
+            f"with adapter.{name}={getattr(adapter, name)!r}, which needs or trains whole weights. Use LoRA or rsLoRA "
+            "of linear layers, from its usual start"
         )
     elif compiled:
         reason = "with model.compile_layers=true, which is not proven for it. Set compile_layers=false"
@@ -34,13 +33,13 @@ def require_quantisable(adapter: LoraConfig | None, compiled: bool) -> None:
     raise GraftError(f"model.quantization is 'nf4' {reason}, or set model.quantization=null.")
 
 
-def quantise_layers(model: nn.Module, copied: Sequence[str] = ()) -> None:
+def quantise_layers(model: nn.Module) -> None:
     """Replace the linear layers of a language model on the meta device, all but the output head, by 4-bit ones.
 
-    Of a vision-language model the other towers stay as they are. ``copied`` are the adapter's ``modules_to_save``.
+    Of a vision-language model the other towers stay as they are.
 
     Raises:
-        GraftError: The model has experts, most of whose weights are in no linear layer; or a layer is to be copied.
+        GraftError: The model has experts, most of whose weights are in no linear layer.
     """
     experts = [name for name, parameter in model.named_parameters() if is_of_experts(name) and parameter.dim() == 3]
     if experts:
@@ -52,11 +51,5 @@ def quantise_layers(model: nn.Module, copied: Sequence[str] = ()) -> None:
     for prefix, module in list(model.named_modules()):
         for name, layer in module.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            if type(layer) is not nn.Linear or layer is head or tower_of(f"{path}.weight") != "language":
-                continue
-            if whole := [one for one in copied if f".{path}".endswith(f".{one}")]:
-                raise GraftError(
-                    f"model.quantization is 'nf4', but adapter.modules_to_save has {whole[0]!r}, of which {path} would "
-                    "be trained whole, and weights in 4 bits can't be. Put it into adapter.target_modules instead."
-                )
-            setattr(module, name, FourBitLinear(layer))
+            if type(layer) is nn.Linear and layer is not head and tower_of(f"{path}.weight") == "language":
+                setattr(module, name, FourBitLinear(layer))
