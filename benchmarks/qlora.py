@@ -1,11 +1,15 @@
 """LoRA, QLoRA and full tuning of one pair: losses, the graft next to a plain loop, time and memory.
 
     python benchmarks/qlora.py --instruct FOLDER --rows alpaca_en_demo.json [--kinds lora qlora full] [--steps 8]
+    python benchmarks/qlora.py --llama
 
 The Base is a copy of the Instruct plus noise of standard deviation 1e-3. Each kind trains in a process of its own, on 3
 rows a step in float32, with a validation at the end, and exports. A plain loop of transformers then scores the exported
 folder, and the same in 4 bits, on the same rows, one by one. Times are the CPU's of training steps alone, the first one
 left out; memory is the process's resident peak up to the end of the last step, and what its tensors take.
+
+``--llama`` computes the memory of QLoRA on a model of Llama-3.1-8B's shapes: the operations of two training steps run
+on fake tensors, which have sizes and no data, and what is alive is counted after each.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import resource
 import shutil
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +124,85 @@ def plain_loss(folder: Path, root: Path, in_4_bits: bool = False) -> float:
     return loss / count
 
 
+def peak_of_llama(rank: int = 64, tokens: int = 4096, chunk: int = 256) -> dict[str, float]:
+    """Bytes that are alive between and at the peak of steps of one sample, bf16-mixed, in GB."""
+    import torch
+    import torch.nn.functional as F
+    from peft import LoraConfig, get_peft_model
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
+    from torch.utils.checkpoint import checkpoint
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from shadowlit.training.parallel import parallelize
+    from shadowlit.training.quantisation import quantise_layers
+
+    class Alive(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.now, self.peak, self.seen = 0, 0, weakref.WeakSet()
+
+        def add(self, tensor: torch.Tensor) -> None:
+            storage = tensor.untyped_storage()
+            if storage not in self.seen:
+                self.seen.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+
+        def free(self, num_bytes: int) -> None:
+            self.now -= num_bytes
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            for tensor in filter(torch.is_tensor, tree_iter(out)):
+                self.add(tensor)
+            return out
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=131072, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        quantise_layers(model)
+        model = get_peft_model(model, LoraConfig(**{**LORA, "r": rank}), low_cpu_mem_usage=True)
+    parallelize(model, None, activation_checkpointing="full")
+    with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+        host = model.to_empty(device="cpu").train().get_base_model()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            alive.add(tensor)
+        weights = alive.now
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+
+        def loss_of(part: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(host.lm_head(part).float(), torch.zeros(len(part), dtype=torch.long))
+
+        for _ in range(2):  # the first one creates gradients and moments
+            alive.peak = alive.now
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = host.model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)[0][0]
+                losses = [checkpoint(loss_of, part, use_reentrant=False) for part in hidden.split(chunk)]
+            sum(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            del hidden, losses
+    return {"weights_gb": weights / 1e9, "between_steps_gb": alive.now / 1e9, "peak_gb": alive.peak / 1e9}
+
+
 def main() -> None:
     """Run all kinds, and print one line of JSON each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--instruct", type=Path, required=True)
-    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--llama", action="store_true")
+    parser.add_argument("--instruct", type=Path)
+    parser.add_argument("--rows", type=Path)
     parser.add_argument("--kinds", nargs="+", default=["lora", "qlora", "full"])
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
+    if options.llama:
+        print(json.dumps(peak_of_llama()))
+        return
     rows = [row for row in json.loads(options.rows.read_text()) if len(row["output"]) < 400]
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -303,7 +303,7 @@ def train_and_resume(folders, kind, out, distributed, from_one):
     other = kind if kind == "full" else "dropout"
     whole_stream = fit_rows(folders, other, out, strategy(), 2, callbacks=[saver("stream")], **stream)[0]
     require_rest(fit_rows(folders, other, out, strategy(), 2, out / "stream/step=2.ckpt", **stream)[0], whole_stream, 2)
-    if kind == "lora":
+    if kind != "full":
         return whole_run, loaded
 
     def full(*_):
@@ -325,6 +325,7 @@ def train_and_resume(folders, kind, out, distributed, from_one):
 @pytest.mark.parametrize(("kind", "distributed"), [
     ("full", True), ("lora", False),
     pytest.param("full", False, marks=SLOW), pytest.param("lora", True, marks=SLOW),
+    pytest.param("qlora", True, marks=SLOW),
 ])  # fmt: skip
 def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     """With real data, exactly; and between one process and two, each tensor by its name, at the same sample."""
