@@ -236,9 +236,10 @@ class SaveConfig(SaveConfigCallback):
             )
         file = run_folder(trainer) / CONFIG
         if trainer.is_global_zero and not self.already_saved:
-            if file.is_file() and file.read_text(encoding="utf-8") != self.text:
+            text = self.text
+            if file.is_file() and file.read_text(encoding="utf-8") != text:
                 file.rename(unused(file))
-            replace_text(file, self.text)
+            replace_text(file, text)
             (file.parent / COMPLETE).unlink(missing_ok=True)
         self.already_saved = True
 
