@@ -64,7 +64,7 @@ def unlike(one: dict, other: dict, keys=None) -> list[str]:
 def logged(folder: Path) -> dict[str, dict[str, str]]:
     """By step what metrics.csv has in all runs of a folder, without times; what a resumed run repeats counts once."""
     steps: dict[str, dict[str, str]] = {}
-    for file in sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
+    for file in sorted(folder.glob("run/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
         for row in csv.DictReader(file.open()):
             found = {name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)}
             steps.setdefault(row["step"], {}).update(found)
@@ -124,10 +124,10 @@ class Fit:
         return {found["global_step"]: found for found in map(content, self.whole.rglob("step=*.ckpt"))}
 
     def arguments(self, folder: Path) -> list[str]:
-        logger, saving = "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.callbacks.ModelCheckpoint"
+        saving = "lightning.pytorch.callbacks.ModelCheckpoint"
         options = {
             "config": f"{self.root}/run.yaml",
-            "trainer.logger": _of(logger, save_dir=str(folder), name=""),
+            "run.root": str(folder),
             "trainer.callbacks": [_of(saving, dirpath=f"{folder}/checkpoints", **each) for each in _SAVED],
             "data.cache_dir": str(self.cache or folder / "cache"),
             **OPTIONS[self.name],
@@ -159,7 +159,8 @@ class Fit:
         if logged(folder) != logged(self.whole):
             wrong.append("metrics.csv")
         for part in ("model/model", "adapter/adapter_model"):
-            files = [sorted(each.glob(f"version_*/export/{part}.safetensors"))[-1:] for each in (folder, self.whole)]
+            file = f"run/version_*/export/{part}.safetensors"
+            files = [sorted(each.glob(file))[-1:] for each in (folder, self.whole)]
             ours, theirs = ([path.read_bytes() for path in found] for found in files)
             if ours != theirs or len(theirs) != (self.name == "lora" or part.startswith("model")):
                 wrong.append(f"export/{part}")
