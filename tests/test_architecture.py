@@ -29,6 +29,7 @@ FLOORS = [
     {"evaluation", "harness"},
     {"callbacks"},
     {"analysis"},
+    {"runs", "run_parser"},
     {"lightning_cli"},
     {"studies", "demo"},
     {"cli"},

@@ -27,14 +27,6 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.strategy.broadcast(str(folder)))  # other ranks may know neither name nor version
 
 
-def runs_folder(trainer: Trainer) -> Path:
-    """The folder that holds the run's folder and those of other runs of the same command; may be called on any rank."""
-    logger = trainer.logger
-    if isinstance(logger, CSVLogger | TensorBoardLogger):
-        return Path(logger.root_dir)
-    return Path(trainer.default_root_dir) if logger is None else Path(logger.save_dir or "", str(logger.name))
-
-
 def on_first_rank(trainer: Trainer, check: Callable[[], object]) -> None:
     """Call ``check`` on rank zero alone, as for its disks; an error of it is raised on all ranks. A collective."""
     problem: ShadowlitError | None = None
