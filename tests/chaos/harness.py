@@ -83,7 +83,7 @@ class Chaos:
         """Kills in an order of the seed: a share from the inside, the others by each signal at any moment."""
         inside = [Kill(aim.signal, aim=aim) for _, aim in zip(range(round(count * aimed)), aims, strict=False)]
         outside = [
-            Kill(SIGNALS[i % 3], self.random.uniform(first_s, duration_s), self.random.random() < 0.3)
+            Kill(SIGNALS[-1 - i % 3], self.random.uniform(first_s, duration_s), self.random.random() < 0.3)
             for i in range(count - len(inside))
         ]
         kills = [*inside, *outside]

@@ -11,9 +11,10 @@ from tests.chaos.disks import on_small_disk
 from tests.chaos.harness import Chaos, Kill
 from tests.chaos.strikes import FILLER, Aim
 from tests.chaos.test_fit import Fit, root  # noqa: F401  a fixture
-from tests.chaos.test_graft import OUT, Graft, models  # noqa: F401  a fixture
+from tests.chaos.test_graft import OUT, Graft
 from tests.chaos.test_studies import ROOT, Study
 from tests.distributed import Forked
+from tests.grafting.test_interrupted import models  # noqa: F401  a fixture
 from tests.studies.sweep.test_sweep import SHORT, SIX
 
 DISK = 64 * 2**20

@@ -12,35 +12,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shadowlit.checkpoint import workers
-from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.errors import CheckpointError
 from tests.chaos.harness import SIGNALS, Chaos, Kill
 from tests.chaos.strikes import Aim
-from tests.tiny import save_model, save_pair
+from tests.grafting.test_interrupted import graft, left, models, weights  # noqa: F401  a fixture
 
 OUT = "grafted-model"
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """Base, Instruct and tuned of 1.3 MB each, in one file."""
-    root = tmp_path_factory.mktemp("models")
-    base, _ = save_pair(root, "qwen3", hidden=128)
-    save_model(root / "tuned", "qwen3", hidden=128, near=base, seed=5, distance=0.02)
-    return root
-
-
 def two_processes() -> None:
     workers.WORTH_FORKING_BYTES, workers.num_cores = 0, lambda: 2
-
-
-def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    with CheckpointReader(folder) as reader:
-        return {name: reader.read(name) for name in reader.tensors}
 
 
 def unlike(folder: Path, whole: Path) -> list[str]:
@@ -57,13 +38,12 @@ def unlike(folder: Path, whole: Path) -> list[str]:
 class Graft:
     ranks = 1
 
-    def __init__(self, models: Path, name: str, whole: Path) -> None:
-        self.models, self.name, self.whole = models, name, whole
+    def __init__(self, root: Path, name: str, whole: Path) -> None:
+        self.root, self.name, self.whole = root, name, whole
         self.prepare = two_processes if name == "processes" else None
 
     def arguments(self, folder: Path) -> list[str]:
-        given = [f"--{name}={self.models / name}" for name in ("base", "tuned", "instruct")]
-        return ["graft", *given, f"--out={folder / OUT}", "--shard_size=400KB"]
+        return graft(self.root, folder / OUT)
 
     def is_done(self, folder: Path) -> bool:
         return (folder / OUT).exists()  # nothing is overwritten
@@ -100,9 +80,13 @@ def aims(chaos: Chaos, changes: list[str], largest: int):
         yield Aim(OUT, 1, room=chaos.random.randrange(1, largest))
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(40, marks=pytest.mark.chaos)])
-@pytest.mark.parametrize("name", ["threads", "processes"])
-def test_graft(chaos, models, name, kills):
+LONG = pytest.mark.chaos
+
+
+@pytest.mark.parametrize(("name", "kills"), [
+    ("processes", 6), pytest.param("processes", 20, marks=LONG), pytest.param("threads", 20, marks=LONG),
+])  # fmt: skip
+def test_graft(chaos, models, name, kills):  # noqa: F811
     case = Graft(models, name, chaos.folder / "whole" / OUT)
     seconds, changes = chaos.measure(case, case.whole.parent, Aim(OUT))
     largest = max(path.stat().st_size for path in case.whole.iterdir())
