@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -50,6 +52,15 @@ def place(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     part = tensor[local_slices(like)].to(like.device)
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def from_first_rank(read: Callable[[], Tensor] | None, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """This rank's part, placed as ``like``, of a whole tensor that rank 0 reads; ``None`` elsewhere. A collective."""
+    device = local(like).device
+    found = torch.empty(like.shape, dtype=dtype, device=device) if read is None else read().to(device)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(found, src=0)
+    return found[local_slices(like)]
 
 
 def reshard_all(model: nn.Module) -> None:

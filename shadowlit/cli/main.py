@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": ("train the arms of a pair on the same data, and report what the data support", "shadowlit.cli.compare"),
     "sweep": ("vary any key of fit over a grid or by search, on one machine or many", "shadowlit.cli.sweep"),
     "graft": ("graft the update of a Base tuned elsewhere, from folder to folder", "shadowlit.cli.graft"),
+    "export": ("write the grafted Instruct from a checkpoint of fit, without training", "shadowlit.cli.export"),
     "evaluate": ("run benchmarks on models after training", "shadowlit.cli.evaluate"),
     "delta": ("store, show, combine, compress and apply updates", "shadowlit.cli.delta"),
     "similarity": ("measure how similar two models are, and what that means for a graft", "shadowlit.cli.similarity"),

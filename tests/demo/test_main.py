@@ -26,6 +26,6 @@ def test_the_demonstration_ends_with_table_plot_and_folder(tmp_path, capsys, mon
     assert found["exact_match"]["instruct"]["old"] > 0.95 > 0.05 > found["exact_match"]["instruct"]["new"]
     assert found["exact_match"]["base"]["refusal"] < 0.05
     assert found["teacher_forced"]["test/tuned/new/loss"] < found["teacher_forced"]["test/base/new/loss"]
-    assert read_manifest(run / "export/model")["logits_against_validated"]["max_abs"] < 1e-3
+    assert read_manifest(run / "export/model")["logits_against_validated"]["max_abs"] == 0
     model = AutoModelForCausalLM.from_pretrained(run / "export/model")
     assert model.dtype == torch.float32
