@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
+import tempfile
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
@@ -92,16 +94,25 @@ def root(tmp_path_factory):
     return root
 
 
+def exported(folder: Path) -> dict[str, bytes]:
+    """The files of an export but for the manifests, which hold paths and times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "shadowlit.json"}  # fmt: skip
+
+
 def _of(path: str, **arguments) -> dict:
     return {"class_path": path, "init_args": arguments}
 
 
 FULL = {"model.adapter": None}
 SHARDED = _of("lightning.pytorch.strategies.ModelParallelStrategy", data_parallel_size=2, tensor_parallel_size=1)
+SHORT = {"trainer.max_steps": 2, "trainer.val_check_interval": 4}
 OPTIONS = {
     "lora": {},
     "full": FULL,
     "sharded": {**FULL, "trainer.devices": 2, "trainer.strategy": SHARDED, "trainer.accumulate_grad_batches": 1},
+    "two_disks": {},
+    "export": SHORT,
 }
 
 
@@ -145,6 +156,10 @@ class Fit:
                 continue
             if wrong := unlike(held, self.steps[held["global_step"]], _STATE):
                 found.append(f"{path.name} loads, but its {wrong} are not those of step {held['global_step']}")
+        whole = exported(self.whole / RUN / "export")
+        for name, data in exported(folder / RUN / "export").items():
+            if not name.startswith(".") and data != whole.get(name):
+                found.append(f"export/{name}")
         return found
 
     def is_done(self, folder: Path) -> bool:
@@ -154,12 +169,8 @@ class Fit:
         wrong = unlike(content(_last(folder)), content(_last(self.whole)))
         if logged(folder) != logged(self.whole):
             wrong.append("metrics.csv")
-        for part in ("model/model", "adapter/adapter_model"):
-            files = (each / RUN / "export" / f"{part}.safetensors" for each in (folder, self.whole))
-            ours, theirs = ([path.read_bytes()] if path.exists() else [] for path in files)
-            if ours != theirs or len(theirs) != (self.name == "lora" or part.startswith("model")):
-                wrong.append(f"export/{part}")
-        return wrong
+        exports = [exported(each / RUN / "export") for each in (folder, self.whole)]
+        return wrong + (["export"] if exports[0] != exports[1] or not exports[1] else [])
 
 
 def _last(folder: Path) -> Path:
@@ -175,9 +186,23 @@ def aims(chaos, changes: list[str], ranks: int):
         yield Aim(".ckpt", at, number, group, room if number == signal.SIGKILL else None, rank=rank)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.chaos)])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_fit(chaos, root, name, kills):
-    case = Fit(root, name, chaos.folder / "whole")
+@pytest.fixture
+def shared_memory():
+    """A folder on another disk than that of temporary files."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if os.stat(folder).st_dev == os.stat(tempfile.gettempdir()).st_dev:
+            pytest.skip("there is no second file system")
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(("name", "kills"), [
+    ("lora", 3), *(pytest.param(name, 15, marks=pytest.mark.chaos) for name in ("lora", "full", "sharded", "two_disks")),
+])  # fmt: skip
+def test_fit(chaos, root, request, name, kills):
+    if name == "two_disks":
+        chaos.runs = request.getfixturevalue("shared_memory")
+    case = Fit(root, name, chaos.runs / "whole")
     seconds, changes = chaos.measure(case, case.whole, Aim(".ckpt"))
     chaos.attack(case, chaos.plan(kills, seconds, aims(chaos, changes, case.ranks)))
