@@ -1,4 +1,4 @@
-"""The export at the end of ``fit``, and ``export`` of a checkpoint, are killed, and written by the same command again."""
+"""The export at the end of ``fit``, and ``export`` of a checkpoint, are killed, and written by the same command."""
 
 from __future__ import annotations
 

@@ -197,9 +197,10 @@ def shared_memory():
         yield Path(folder)
 
 
-@pytest.mark.parametrize(("name", "kills"), [
-    ("lora", 3), *(pytest.param(name, 15, marks=pytest.mark.chaos) for name in ("lora", "full", "sharded", "two_disks")),
-])  # fmt: skip
+LONG = [pytest.param(name, 15, marks=pytest.mark.chaos) for name in OPTIONS if name != "export"]
+
+
+@pytest.mark.parametrize(("name", "kills"), [("lora", 3), *LONG])
 def test_fit(chaos, root, request, name, kills):
     if name == "two_disks":
         chaos.runs = request.getfixturevalue("shared_memory")
