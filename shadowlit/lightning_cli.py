@@ -19,6 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from shadowlit.callbacks.checkpoint import CheckpointCallback
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
@@ -144,6 +145,7 @@ class ShadowCLI(LightningCLI):
         parser.add_class_arguments(ModelPair, "pair")
         parser.add_lightning_class_args(GraftCallback, "graft")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
+        parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(ThroughputCallback, "throughput")

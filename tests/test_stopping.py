@@ -120,19 +120,19 @@ def require_same(one, other, folders):
 STOPS = [("batch", 1), ("batch", 1), ("validation", 2), ("subject", 2), ("epoch", 1), ("batch", 2), ("end", 1)]
 
 
-@pytest.mark.parametrize(("stops", "at"), [
-    ([("subject", 2), ("epoch", 1), ("batch", 2)], [2, 3, 4]),
-    pytest.param(STOPS, [1, 2, 2, 2, 3, 4, 9], marks=pytest.mark.slow),
+@pytest.mark.parametrize(("stops", "at", "options"), [
+    ([("subject", 2), ("epoch", 1), ("batch", 2)], [2, 3, 4], ["--checkpoint.asynchronous=true"]),
+    pytest.param(STOPS, [1, 2, 2, 2, 3, 4, 9], [], marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_path, stops, at):
+def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_path, stops, at, options):
     """Each time it ends with 143 and exports nothing; the same command resumes it, in one folder and one file."""
     whole, folder, steps = fit(root, str(tmp_path / "whole")), tmp_path / "parts", []
     for strike in stops:
-        assert fit(root, str(folder), callbacks=[Strike(*strike)]) == 143
+        assert fit(root, str(folder), *options, callbacks=[Strike(*strike)]) == 143
         assert not (folder / "export").exists()
         steps.append(torch.load(last(folder), weights_only=True)["global_step"])
     assert steps == at
-    end = fit(root, str(folder))
+    end = fit(root, str(folder), *options)
     assert (folder / "export/adapter").is_dir() and sorted(os.listdir(tmp_path)) == ["parts", "whole"]
     require_same(whole, end, [tmp_path / "whole", folder])
 

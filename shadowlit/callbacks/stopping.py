@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.errors import Interrupted
 from shadowlit.signals import StopSignals, running
+from shadowlit.training.checkpoints import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class Boundaries(_SignalConnector):
             owner.last_model_path = str(path)
         with _resumable(trainer):
             trainer.save_checkpoint(path)
+            wait_for(trainer)
         again = "the same command" if getattr(trainer.logger, "is_named", False) else f"--ckpt_path={path}"
         rank_zero_info(
             f"{name}: the training stops at step {trainer.global_step}; nothing is exported. It resumes with {again}"

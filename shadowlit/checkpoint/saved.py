@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 import zipfile
 import zlib
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.headers import some_of
@@ -52,13 +52,23 @@ def writing(path: Path) -> Iterator[Path]:
     """
     partial = partial_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        put_in_place(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise write_error(path, error) from error
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            put_in_place(partial, path)
     finally:
         remove(partial)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise what keeps a checkpoint from being written as a CheckpointError."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise write_error(path, next(iter(error.failures.values()))[0]) from error
+    except (OSError, RuntimeError) as error:
+        raise write_error(path, error) from error
 
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:
@@ -81,8 +91,6 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
     """
     with writing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:

@@ -33,6 +33,7 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
 from shadowlit.training import resuming
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
+from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.head import Way
 from shadowlit.training.loading import load_for_training
@@ -264,7 +265,7 @@ class ShadowModule(ScoringModule):
         return [UnlimitedProgressBar(int(bar.refresh_rate), theme=bar.theme)]
 
     def on_fit_start(self) -> None:
-        """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
+        """Refuse data of another kind than the objective needs, or disks that won't do; name the optimizer's states."""
         if not isinstance(self.trainer.strategy, ShardedStrategy):  # which does it itself
             name_states(self.trainer.optimizers, self)
         samples = run_data(self.trainer).samples
@@ -273,6 +274,7 @@ class ShadowModule(ScoringModule):
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
                 f"data module gives {samples}. Set samples={self.objective.samples!r} of ShadowData."
             )
+        require_disks(self.trainer)
 
     def on_train_start(self) -> None:
         """Refuse packed rows with a model in which one sample sees another."""
