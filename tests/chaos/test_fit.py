@@ -112,6 +112,7 @@ OPTIONS = {
     "full": FULL,
     "sharded": {**FULL, "trainer.devices": 2, "trainer.strategy": SHARDED, "trainer.accumulate_grad_batches": 1},
     "two_disks": {},
+    "asynchronous": {"checkpoint.asynchronous": True},
     "export": SHORT,
 }
 
