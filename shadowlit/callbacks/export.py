@@ -23,7 +23,7 @@ from torch import Tensor
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
+from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
 from shadowlit.distributed import on_first_rank

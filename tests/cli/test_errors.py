@@ -63,9 +63,9 @@ CASES = [
     ("model.lr_scheduler", {"class_path": "torch.optim.SGD"}, "torch.optim.SGD is no subclass of", SCHEDULER,
      r"Known: linear, cosine, .*; torch\.optim\.lr_scheduler: "),
     ("model.lr_scheduler", 3, "", SCHEDULER, "Known: linear, cosine, "),
-    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT\."),
-    ("model.objective", {"class_path": "nowhere.DPO"}, "nowhere.DPO can't be imported", OBJECTIVE, "Known: SFT, DPO"),
-    ("model.objective", 3, "", OBJECTIVE, "Known: SFT, DPO"),
+    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DFT, EAFT, DPO, KTO, .*, ASFT\."),
+    ("model.objective", {"class_path": "nowhere.DPO"}, "nowhere.DPO can't be imported", OBJECTIVE, "Known: SFT, DFT"),
+    ("model.objective", 3, "", OBJECTIVE, "Known: SFT, DFT"),
     ("model.lr", "abc", "", "float", ""),
     ("graft.transforms", ["ties"], "", TRANSFORMS, r"Known: dare, magnitude, svd, ties\."),
     ("graft.transforms", 3, "", TRANSFORMS, r"Known: dare, magnitude, svd, ties\."),
@@ -175,14 +175,14 @@ def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, va
 
 @pytest.mark.parametrize(("key", "value", "first", "rest"), [
     ("model.objective", {"class_path": "breaking.Abstract"}, "breaking.Abstract is abstract, since it lacks "
-     "losses, rewards; expected", "Known: SFT, DPO"),
+     "losses, rewards; expected", "Known: SFT, DFT"),
     ("model.objective", {"class_path": "breaking.Crashing", "gamma": 2}, "breaking.Crashing is given gamma "
      "next to class_path, which belongs under init_args; expected", "Known: SFT"),
     ("model.objective", {"class_path": "unreadable.Mine"}, "unreadable.Mine can't be imported "
-     "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DPO"),
+     "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DFT"),
     ("model.objective", "unreadable.Mine", "unreadable.Mine can't be imported (SyntaxError: ", "Known"),
     ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is no "
-     "subclass of Objective; expected", "Known: SFT, DPO"),
+     "subclass of Objective; expected", "Known: SFT, DFT"),
     ("model.objective", {"class_path": "DPO", "init_args": {"bta": 1}}, "the class has no option bta. Did you "
      "mean beta?", "Known: beta, loss, label_smoothing, sft_weight."),
     ("model.optimizer", {"class_path": "torch.optim.SGD", "init_args": {"momentumm": 1}}, "the class has no option "
