@@ -247,6 +247,15 @@ class SaveConfig(SaveConfigCallback):
         """Let rows have the right step: Lightning's count is one too high after some checkpoints at an epoch's end."""
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write a step's row before its checkpoint: Lightning logs it after that, when the run may have been killed."""
+        loggers, connector = trainer.loggers, trainer._logger_connector
+        in_step = trainer.training and isinstance(connector._first_loop_iter, bool)
+        if in_step and loggers and isinstance(loggers[0], MetricsFile):
+            trainer.loggers = loggers[:1]
+            connector.update_train_step_metrics()
+            trainer.loggers = loggers
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the run as complete."""
         folder = run_folder(trainer)

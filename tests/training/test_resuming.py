@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shadowlit.lightning_cli import main
+from shadowlit.training import checkpoints
 from tests.test_stopping import _MACHINES, root  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -68,3 +69,19 @@ def test_a_run_resumes_exactly_from_each_of_its_checkpoints(root, tmp_path, ever
         require_equal(held(parts / "step-9.ckpt") if (parts / "step-9.ckpt").exists() else held(path), end)
         found = logged(parts) if any(parts.glob("run/version_*/metrics.csv")) else []
         assert found == rows[len(rows) - len(found) :] and (found or path.stem.endswith("-9")), path
+
+
+def test_a_step_s_row_is_written_before_its_checkpoint(root, tmp_path, monkeypatch):  # noqa: F811
+    """And not again after it: a run that is killed in between resumes after the step."""
+    write, seen = checkpoints.write_file, []
+
+    def look(path, content):
+        rows = list(csv.DictReader((tmp_path / "one/metrics.csv").open())) if (tmp_path / "one").exists() else []
+        seen.append((content["global_step"], [int(row["step"]) + 1 for row in rows if row["train/loss"]]))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_file", look)
+    saved = [{"class_path": SAVING, "init_args": {"every_n_train_steps": 1}}]
+    main(["fit", "--config", str(root / "run.yaml"), f"--run.root={tmp_path}", "--run.name=one",
+          "--export.enabled=false", f"--trainer.callbacks={json.dumps(saved)}", "--trainer.max_steps=3"])  # fmt: skip
+    assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]
