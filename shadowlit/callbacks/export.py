@@ -21,16 +21,18 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.callbacks.folder import on_first_rank, run_folder
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
+from shadowlit.distributed import on_first_rank
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.verification import digested, logit_difference, require_loadable, require_written
+from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,8 @@ class ExportCallback(Callback):
     GraftCallback.
 
     What would make the export fail is found before the training: a target that exists or can't be written, a file of
-    the Instruct's folder that can't be copied, and a disk without room for the parts. Checkpoints that the training
-    writes to the same disk aren't counted.
+    the Instruct's folder that can't be copied, a disk without room for the parts and the checkpoints together, and a
+    rank that doesn't see the folder of the checkpoints, of which it would load the best.
 
     Example::
 
@@ -101,15 +103,20 @@ class ExportCallback(Callback):
         (self._graft,) = found
         self._graft.exports_adapter = "adapter" in self.parts and self._no_adapter(pl_module) is None
         target = self._target(trainer)
-        on_first_rank(trainer, lambda: self._require_target(target, pl_module))
+        on_first_rank(lambda: self._require_target(target, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise before the first step if the disk has no room for what will be written."""
+        """Raise before the first step if a rank could not load the best checkpoint at the end."""
+        if self.enabled and getattr(trainer.checkpoint_callback, "monitor", None):
+            require_shared(trainer, "each loads the best checkpoint for the export")
+
+    def needs_room(self, trainer: Trainer, pl_module: LightningModule) -> list[Needed]:
+        """The room that the export will take at most."""
         if not self.enabled:
-            return
+            return []
         assert isinstance(pl_module, ShadowModule)
         target, files = self._target(trainer), pl_module.pair.instruct_folder()
-        sizes = {}  # at most, in bytes
+        sizes = {}
         if "model" in self.parts:
             with CheckpointReader(files) as reader:
                 sizes["model"] = model_bytes(files, reader.tensors, self._graft.dtype, self.max_shard_bytes)
@@ -119,7 +126,8 @@ class ExportCallback(Callback):
         if "delta" in self.parts:
             num_elements = self._graft.build(pl_module).coverage.num_selected_parameters
             sizes["delta"] = shard_bytes(2 * num_elements, self.max_shard_bytes)
-        on_first_rank(trainer, lambda: _require_room(target, sizes))
+        parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
+        return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best weights, write the export, compare it with the graft.
@@ -211,7 +219,7 @@ class ExportCallback(Callback):
             require_written(target, folder, digests, callback.dtype)
             require_loadable(target, module.pair.trust_remote_code)
 
-        on_first_rank(trainer, check)
+        on_first_rank(check)
         files = CheckpointReader(target) if trainer.is_global_zero else None
         probe = _first_batch(trainer)
         validated = _logits(trainer, module, probe, callback.grafted(module))
@@ -245,12 +253,6 @@ class ExportCallback(Callback):
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder) if self.folder else run_folder(trainer) / "export"
-
-
-def _require_room(target: Path, sizes: Mapping[str, int]) -> None:
-    """Refuse a disk without room for the parts of these sizes, in bytes."""
-    parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
-    require_room(target / "model", sum(sizes.values()), f"the export to {target} ({parts})")
 
 
 def _require_finite(problem: str | None, delta_norm: float) -> None:

@@ -141,6 +141,12 @@ def factor_of(name: str) -> str | None:
     return found[1] if found else None
 
 
+def host_of_factor(name: str) -> str:
+    """Return the name of the weight that an adapter's factor belongs to; the name itself for any other tensor."""
+    found = _ADAPTER.search(name)
+    return name if found is None else weight_of(name[: found.start() - 1])
+
+
 def factor_key(module: str, factor: str) -> str:
     """Return the name of a LoRA factor in peft's files: ``base_model.model.q_proj.lora_A.weight``."""
     return f"{_PEFT_ROOT}{module}.lora_{factor}.weight"

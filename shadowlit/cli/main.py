@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 
 LIGHTNING = "shadowlit.lightning_cli"
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 # What each command does, and its module: typed functions, or the LightningCLI for the subcommands of fit.
 COMMANDS = {
     "fit": ("train the Base, validate the grafted Instruct as it trains, and export it", LIGHTNING),
@@ -62,6 +64,12 @@ def main(args: list[str] | None = None) -> int:
     except ShadowlitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = f"{error.filename or 'a file'} can't be written"
+        print(f"error: {where} ({error.strerror}). Free disk space, and start the same command again.", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -449,6 +449,8 @@ class LiveGraft:
                 host.swap.apply()
             return
         tuned = live if host.saved is None else host.saved
+        if subject == BASE and host.base is None and host.saved is None:  # it holds the Base's, under an adapter
+            return
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:

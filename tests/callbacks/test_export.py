@@ -5,7 +5,6 @@ import re
 import shutil
 import weakref
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks import export as export_module
 from shadowlit.callbacks.export import ExportCallback
-from shadowlit.callbacks.folder import on_first_rank
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import is_token_tensor
@@ -261,22 +259,6 @@ def test_a_disk_without_room_for_what_will_be_written_is_found_before_the_first_
     written = {part: sum(f.stat().st_size for f in (tmp_path / "export" / part).iterdir()) for part in parts}
     small = sum((tmp_path / "export" / part / "shadowlit.json").stat().st_size for part in parts)
     assert expected == pytest.approx(sum(written.values()) - small, rel=0.02) and min(written.values()) > 30_000
-
-
-def test_what_the_first_rank_finds_every_rank_raises():
-    found = ExportError("full")
-
-    def trainer_of(rank):
-        strategy = SimpleNamespace(broadcast=lambda mine: mine if rank == 0 else found)
-        return SimpleNamespace(is_global_zero=rank == 0, strategy=strategy)
-
-    def check():
-        raise found
-
-    for rank in (0, 1):
-        with pytest.raises(ExportError, match="full"):
-            on_first_rank(trainer_of(rank), check if rank == 0 else pytest.fail)
-    on_first_rank(trainer_of(0), lambda: None)
 
 
 class ReadsLate(ShadowModule):

@@ -104,6 +104,7 @@ def test_errors_come_with_the_constructor(transforms, message):
 def config(root, transforms):
     pair, data = ROOT / "shadowlit/demo/pair", ROOT / "shadowlit/demo/data"
     settings = {
+        "run": {"root": str(root)},
         "pair": {"base": str(pair / "base"), "instruct": str(pair / "instruct")},
         "model": {"adapter": {"r": 4, "target_modules": "all-linear"}, "lr": 1e-3},
         "data": {
@@ -116,7 +117,6 @@ def config(root, transforms):
         "trainer": {
             "accelerator": "cpu", "max_steps": 2, "limit_val_batches": 1, "val_check_interval": 2,
             "enable_progress_bar": False, "enable_checkpointing": False, "num_sanity_val_steps": 0,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(root)}},
         },
     }  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(settings))

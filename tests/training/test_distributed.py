@@ -403,7 +403,7 @@ def test_the_fsdp_configuration_under_both_launchers(tmp_path, launcher):
     args = [
         "fit", "--config", "configs/demo_fsdp.yaml", "--trainer.max_steps=2", "--trainer.limit_val_batches=1",
         "--trainer.val_check_interval=2", "--trainer.num_sanity_val_steps=0", "--trainer.enable_progress_bar=false",
-        "--data.limit_train_samples=64", f"--trainer.logger.init_args.save_dir={tmp_path}",
+        "--data.limit_train_samples=64", f"--run.root={tmp_path}",
         *(f"--evaluation.evaluators.{name}.init_args.limit=2"
           for name in ("new", "old", "format", "refusal", "forgetting")),
     ]  # fmt: skip
