@@ -157,6 +157,11 @@ def is_peft_key(name: str) -> bool:
     return name.startswith(_PEFT_ROOT) and ".default." not in name
 
 
+def peft_key(name: str) -> str:
+    """Return the name in peft's files of what :func:`saved_name` returns for a factor."""
+    return name if name.startswith(_PEFT_ROOT) else f"{_PEFT_ROOT}{name}"
+
+
 def host_key(key: str) -> str:
     """Return the name in the host's checkpoint of a tensor that peft's files hold whole, next to the factors."""
     return key.removeprefix(_PEFT_ROOT).replace(".base_layer.", ".")

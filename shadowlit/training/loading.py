@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def load_for_training(
-    reader: TensorReader,
+    reader: TensorReader | None,
     config: PreTrainedConfig,
     *,
     adapter: LoraConfig | None,
@@ -64,7 +64,8 @@ def load_for_training(
     rows from the safetensors files.
 
     Args:
-        reader: Reader of the Base's checkpoint, in the shape of its Instruct.
+        reader: Reader of the Base's checkpoint, in the shape of its Instruct; None for a model without values, on the
+            meta device, which completes the adapter's settings.
         config: The model's configuration.
         adapter: LoRA settings; ``None`` for full fine-tuning.
         device: Device of the parameters.
@@ -85,7 +86,7 @@ def load_for_training(
             fused experts to adapt; or it changes one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    stored = _stored_dtype(reader)
+    stored = torch.float32 if reader is None else _stored_dtype(reader)
     from_weights = adapter is not None and starts_from_weights(adapter)
     # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
     dtype = torch.float32 if adapter is None or from_weights else frozen_dtype or stored
@@ -114,6 +115,7 @@ def load_for_training(
                 f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices or from "
                 "data, but FSDP2 holds only shards. Use init_lora_weights=true or 'gaussian', one device, or DDP."
             )
+        assert reader is not None
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -127,6 +129,8 @@ def load_for_training(
             if any(isinstance(module, ParamWrapper) for module in model.modules()):
                 model = model.float()
         require_untied(model)
+    if reader is None:
+        return model
     parallelize(model)
     _fill(model, reader, device, seed, adapter)
     return model.train()

@@ -29,8 +29,10 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
+from shadowlit.training import resuming
 from shadowlit.training.bar import unlimited_bars
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
+from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.groups import ParameterGroup, read_multipliers
 from shadowlit.training.head import Way
@@ -227,6 +229,7 @@ class ShadowModule(ScoringModule):
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
+        resuming.take_over(self.trainer)
         self._sums = self._references.predictions = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
@@ -255,7 +258,7 @@ class ShadowModule(ScoringModule):
         return unlimited_bars(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
+        """Refuse data of another kind than the objective needs, or disks that won't do; name the optimizer's states."""
         if not isinstance(self.trainer.strategy, ShardedStrategy):  # which does it itself
             name_states(self.trainer.optimizers, self)
         samples = run_data(self.trainer).samples
@@ -264,6 +267,7 @@ class ShadowModule(ScoringModule):
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
                 f"data module gives {samples}. Set samples={self.objective.samples!r} of ShadowData."
             )
+        require_disks(self.trainer)
 
     def on_train_start(self) -> None:
         """Refuse packed rows with a model in which one sample sees another."""
@@ -338,6 +342,7 @@ class ShadowModule(ScoringModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store an 8-bit optimizer's states as plain tensors, and the objective's state; raise if the run diverged."""
         self.losses.check()
+        resuming.amend(self.trainer, checkpoint["loops"])
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]

@@ -93,7 +93,7 @@ def configuration(tmp_path, key, value):
     *sections, name = key.split(".")
     section = config
     for each in sections:
-        section = section[each]
+        section = section.setdefault(each, {})
     section[name] = value
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
     return str(tmp_path / "wrong.yaml")
@@ -233,9 +233,8 @@ def test_an_unknown_form_of_message_is_kept():
     ("trainer.devices", "9", "trainer.accelerator is gpu, trainer.devices is 9: No supported gpu backend found! Set "),
     ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 0.5: `val_check_interval` should be "
      "an integer or a time-based duration "),
-    ("trainer.logger.init_args.save_dir", "{file}/runs", "trainer.logger's save_dir is '{file}/runs', which can't be "
-     "written ([Errno 20] Not a directory: "),
-    ("trainer.default_root_dir", "{file}", "trainer.default_root_dir is '{file}', which can't be written ([Errno 20] "),
+    ("run.root", "{file}/runs", "run.root is '{file}/runs', which can't be written ([Errno 20] Not a directory: "),
+    ("trainer.logger", "{file}", "save_dir of lightning.pytorch.loggers.csv_logs.CSVLogger is '{file}', which can't "),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 def test_what_lightning_refuses(tmp_path, monkeypatch, capsys, key, value, message):
@@ -244,8 +243,10 @@ def test_what_lightning_refuses(tmp_path, monkeypatch, capsys, key, value, messa
     file = tmp_path / "file"
     file.write_text("")
     value = value and value.replace("{file}", str(file))
-    more = {"trainer.devices": ["--trainer.accelerator=gpu"], "trainer.default_root_dir": ["--trainer.logger=false"]}
-    words = ["fit", "--config", configuration(tmp_path, key, value), *more.get(key, [])]
+    if key == "trainer.logger":
+        value = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": value}}
+    more = ["--trainer.accelerator=gpu"] if key == "trainer.devices" else []
+    words = ["fit", "--config", configuration(tmp_path, key, value), *more]
     assert error_of(capsys, *words).startswith(message.replace("{file}", str(file)))
 
 
