@@ -136,6 +136,9 @@ def test_the_graft_is_exact_on_the_instructs_own_weights(folders, offload, tmp_p
     instruct.save_pretrained(tmp_path / "exported")
     assert torch.equal(logits(served_in_4_bits(tmp_path / "exported")), in_4_bits)
     assert not torch.equal(in_4_bits, validated)
+    with CheckpointReader(tmp_path / "exported") as files, graft.loaded(files):
+        assert torch.equal(logits(model), validated)
+    assert torch.equal(logits(model), tuned)
 
 
 @needs_package
