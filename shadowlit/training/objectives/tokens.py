@@ -69,6 +69,8 @@ class SFT(TokenObjective):
         ShadowlitError: An option is out of its range, or has no effect.
     """
 
+    kl_weight = 0.0  # of a subclass that doesn't call __init__
+
     def __init__(
         self,
         kl_weight: float = 0.0,

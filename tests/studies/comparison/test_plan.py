@@ -58,7 +58,7 @@ def test_both_sources_get_one_recipe_and_the_instruct_swaps_the_roles(recipe, tm
     instruct = told(Training("I", 1e-3, 4).job(recipe, tmp_path).arguments)
     swapped = {
         "pair.base": "i", "pair.instruct": "b", "pair.base_revision": "abc", "pair.instruct_revision": "null",
-        "pair.template_owner": "base", "evaluation.reference": "base",
+        "pair.template_owner": "base", "evaluation.reference": "base", "run.name": "I_lr0.001_seed4",
     }  # fmt: skip
     folders = {key: value.replace("/B_", "/I_") for key, value in base.items()}
     assert instruct == {**folders, **swapped}

@@ -80,7 +80,7 @@ def test_the_command_line_of_a_trial(tmp_path):
     assert json.loads(base["graft.scales"]) == [1.0, 0.5] and json.loads(base["evaluation.scales"]) == [0.5]
     assert base["export.enabled"] == "false" and base["graft.baselines"] == "false"
     assert base["model.on_nan"] == "warn"  # one that diverges is a result, and not run again
-    assert base["trainer.default_root_dir"] == str(tmp_path / "t")
+    assert base["run.root"] == str(tmp_path) and base["run.name"] == "t"
     pair = yaml.safe_load(Path(FIT).read_text())["pair"]
     assert "pair.base" not in base
     assert instruct["pair.base"] == pair["instruct"] and instruct["pair.instruct"] == pair["base"]
