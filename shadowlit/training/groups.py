@@ -16,6 +16,7 @@ from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.names import factor_of, host_of_factor, saved_name
 from shadowlit.errors import ShadowlitError
 from shadowlit.limits import bounded_matching
+from shadowlit.pair.pair import ModelPair
 
 
 @dataclass
@@ -58,12 +59,14 @@ class ParameterGroup:
         return found
 
 
-def read_multipliers(file: str, known: Collection[str]) -> dict[str, float]:
-    """Read a JSON file of positive numbers by the name of a tensor in the Base's files.
+def read_multipliers(file: str | None, pair: ModelPair) -> dict[str, float] | None:
+    """Read a JSON file of positive numbers by the name of a tensor in the Base's files; ``None`` for no file.
 
     Raises:
-        ShadowlitError: It can't be read, holds something else, or a name isn't among those ``known``.
+        ShadowlitError: It can't be read, holds something else, or the Base has no tensor of a name.
     """
+    if file is None:
+        return None
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
         wrong = [name for name, value in found.items() if type(value) not in (int, float) or not 0 < value < math.inf]
@@ -72,7 +75,9 @@ def read_multipliers(file: str, known: Collection[str]) -> dict[str, float]:
             f"model.lr_multipliers is {file}, which can't be read as JSON ({error}). Expected an object of positive "
             'numbers by tensor name: {"model.layers.0.mlp.up_proj.weight": 1.5}.'
         ) from None
-    problems = (wrong, "no positive number"), (sorted(found.keys() - set(known)), "not a tensor of pair.base")
+    with pair.readers()[0] as base:
+        unknown = sorted(found.keys() - base.tensors.keys())
+    problems = (wrong, "no positive number"), (unknown, "not a tensor of pair.base")
     for names, what in problems:
         if names:
             raise ShadowlitError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -48,8 +47,6 @@ from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, req
 from shadowlit.training.scoring import ScoringModule
 from shadowlit.training.separation import require_separation
 from shadowlit.training.varlen import borders_of, kernel_of, takes_borders
-
-log = logging.getLogger(__name__)
 
 # Ours adds to a batch of any data module.
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
@@ -258,9 +255,7 @@ class ShadowModule(ScoringModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             with as_usage():
                 try_optimizer(self._optimizer, adapted=self.adapter is not None, total=self.trainer.max_steps)
-                if self.lr_multipliers is not None:
-                    with self.pair.readers()[0] as base:
-                        self._multipliers = read_multipliers(self.lr_multipliers, base.tensors)
+                self._multipliers = read_multipliers(self.lr_multipliers, self.pair)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksBeforeData):
                 callback.before_data(self.trainer, self)

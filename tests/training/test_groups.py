@@ -120,7 +120,7 @@ def test_the_documented_file(pair, tmp_path):
     exec(code, names)
     names["write_multipliers"](pair.base, pair.instruct, tmp_path / "scales.json")
     before, after = pair.readers()
-    found = read_multipliers(str(tmp_path / "scales.json"), before.tensors)
+    found = read_multipliers(str(tmp_path / "scales.json"), pair)
     changes = {name: (after.read(name) - before.read(name)).float().abs().mean() for name in found}
     assert all(name in found for name in (UP, "model.embed_tokens.weight")) and NORM not in found
     assert found[UP] == pytest.approx(float(changes[UP] / torch.stack(list(changes.values())).mean()), rel=1e-5)
