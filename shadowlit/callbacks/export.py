@@ -26,7 +26,7 @@ from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_by
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
 from shadowlit.errors import ExportError
-from shadowlit.grafting.adapter import starts_from_weights
+from shadowlit.grafting.adapter import dependence, stored_values
 from shadowlit.grafting.export import (
     export_adapter,
     export_folder,
@@ -235,11 +235,8 @@ class ExportCallback(Callback):
         adapter = getattr(module, "adapter", None)
         if adapter is None:
             return "Every weight is trained."
-        if starts_from_weights(adapter) or adapter.modules_to_save or adapter.bias != "none":
-            return (
-                "One that starts from the weights, or trains biases or whole modules besides its factors, means "
-                "another update on the Instruct than on the Base."
-            )
+        if settings := dependence(adapter) or stored_values(adapter):
+            return f"With {settings} it means another update on the Instruct than on the Base."
         if self._graft.transforms:
             return (
                 "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "

@@ -1,0 +1,176 @@
+"""Every adapter that peft merges, against the equation in float64 with peft's own merge."""
+
+import copy
+import warnings
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.delta.folders import graft as write_graft
+from shadowlit.errors import GraftError
+from shadowlit.grafting.adapter import require_graftable, type_of
+from tests.distributed import run_ranks
+from tests.grafting.test_live import IDS, effective_weights, grafted, load, logits, open_graft, train_a_bit
+from tests.rounding import require_same_logits
+from tests.tiny import save_pair
+
+LAYERS = {"target_modules": ["q_proj", "up_proj", "down_proj"]}
+TOKENS = IDS[0, :3].tolist()
+ADAPTERS = {
+    "LoRA": LoraConfig(r=4, **LAYERS),
+    "rsLoRA": LoraConfig(r=4, use_rslora=True, **LAYERS),
+    "LoRA, `bias: all`": LoraConfig(r=4, bias="all", **LAYERS),
+    "LoRA, `lora_bias`": LoraConfig(r=4, lora_bias=True, target_modules=["q_proj", "v_proj"]),
+    "LoRA, `modules_to_save`": LoraConfig(r=4, modules_to_save=["lm_head", "norm"], **LAYERS),
+    "LoRA, `trainable_token_indices`": LoraConfig(r=4, trainable_token_indices=TOKENS, **LAYERS),
+    "DoRA": LoraConfig(r=4, use_dora=True, **LAYERS),
+    "PiSSA": LoraConfig(r=4, init_lora_weights="pissa", **LAYERS),
+    "OLoRA": LoraConfig(r=4, init_lora_weights="olora", **LAYERS),
+    "MiCA": LoraConfig(r=4, init_lora_weights="mica", **LAYERS),
+    "LoRA, orthogonal start": LoraConfig(r=4, init_lora_weights="orthogonal", **LAYERS),
+    "LoHa": peft.LoHaConfig(r=4, **LAYERS),
+    "LoKr": peft.LoKrConfig(r=2, decompose_both=True, **LAYERS),
+    "VeRA": peft.VeraConfig(r=4, d_initial=1.0, target_modules=["q_proj", "o_proj"]),
+    "FourierFT": peft.FourierFTConfig(n_frequency=30, **LAYERS),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=8, **LAYERS),
+    "BOFT": peft.BOFTConfig(boft_block_size=8, **LAYERS),
+    "HRA": peft.HRAConfig(r=4, **LAYERS),
+    "IA³": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "C3A": peft.C3AConfig(block_size=8, **LAYERS),
+    "GraLoRA": peft.GraloraConfig(r=4, gralora_k=2, **LAYERS),
+    "RandLoRA": peft.RandLoraConfig(r=4, **LAYERS),
+    "WaveFT": peft.WaveFTConfig(n_frequency=30, **LAYERS),
+    "SHiRA": peft.ShiraConfig(r=2, **LAYERS),
+    "BEFT": peft.BeftConfig(target_modules=["q_proj", "v_proj"]),
+    "DeLoRA": peft.DeloraConfig(r=4, **LAYERS),
+    "HiRA": peft.HiraConfig(r=4, **LAYERS),
+    "MiSS": peft.MissConfig(r=4, **LAYERS),
+    "RoAd": peft.RoadConfig(group_size=8, **LAYERS),
+    "GLoRA": peft.GloraConfig(r=4, **LAYERS),
+    "VB-LoRA": peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=8, topk=2, **LAYERS),
+    "LayerNorm tuning": peft.LNTuningConfig(target_modules=["norm", "input_layernorm"]),
+    "trainable tokens": peft.TrainableTokensConfig(token_indices=TOKENS, target_modules=["embed_tokens"]),
+}
+# Of the largest element of a tensor: float32 products of up to 64 terms, each with a relative error of u √64, at most
+# four of them in a row (HRA's reflections), and the subtraction and the addition of the graft.
+EXACT = (4 * 8 + 2) * 2**-24
+
+
+NOT_ON_DISK = dict.fromkeys(("PiSSA", "OLoRA", "MiCA"), "whose file lacks the residual")
+# Steps by which the logits change enough; of the others 0.1.
+STEP = {"HiRA": 1.0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"), "qwen2", tied=False)
+
+
+def adapter_of(kind):
+    warnings.simplefilter("ignore")
+    adapter = copy.deepcopy(ADAPTERS[kind])
+    require_graftable(adapter)
+    return adapter
+
+
+def truth(folders, merged):
+    """An Instruct in float64 with the update of merged weights, and its own logits."""
+    base, instruct = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float64) for f in folders)
+    before, start = instruct(IDS).logits.detach(), dict(base.named_parameters())
+    with torch.no_grad():
+        for name, parameter in instruct.named_parameters():
+            parameter.add_(merged[name] - start[name])
+    return instruct, before
+
+
+def error(found, expected):
+    """The largest error of any tensor in ``found``, relative to the tensor's largest element."""
+    errors = {n: (found[n].double() - p).abs().max() / p.abs().max() for n, p in expected.named_parameters()}
+    return max(errors.values()).item()
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_graft_is_peft_s_merge_of_the_base_less_the_base(folders, kind):
+    model = load(folders[0], adapter_of(kind))
+    graft = open_graft(model, folders, select="all")
+    assert graft.on_base
+    train_a_bit(model, size=STEP.get(kind, 0.1))
+    before, tuned = {name: p.detach().clone() for name, p in model.named_parameters()}, logits(model)
+    expected, untouched = truth(folders, effective_weights(model))
+    exported = dict(graft.grafted_tensors())
+    assert error(exported, expected) < EXACT
+    wanted = expected(IDS).logits
+    with graft.applied(grafted(1.0)):
+        require_same_logits(logits(model), wanted, wanted - untouched)
+        assert all(torch.equal(host.parameter, exported[host.name]) for host in graft._hosts)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(logits(model), tuned)
+    changed = {n for n, p in expected.named_parameters() if not torch.equal(p.float(), graft._by_name[n].instruct)}
+    assert changed == {host.name for host in graft._hosts if host.trained} - set(unchanged(kind, graft))
+
+
+def unchanged(kind, graft):
+    """Weights that an adapter of biases alone leaves as they are."""
+    return [name for name in graft._by_name if kind == "BEFT" and name.endswith("weight")]
+
+
+def sharded(folders):
+    """For each kind what one of two ranks under FSDP2 grafts, and the logits before and within the graft."""
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+    for kind in ADAPTERS:
+        model = load(folders[0], adapter_of(kind), mesh=mesh)
+        train_a_bit(model, size=STEP.get(kind, 0.1))
+        model(input_ids=IDS).logits.sum().backward()
+        tuned, graft = logits(model), open_graft(model, folders, select="all")
+        with graft.applied(grafted(1.0)):
+            inside = logits(model)
+        found[kind] = dict(graft.grafted_tensors()), tuned, inside
+    return found
+
+
+def test_shards_hold_the_graft_of_the_whole(folders):
+    ranks = run_ranks(sharded, 2, folders)
+    for kind in ADAPTERS:
+        model = load(folders[0], adapter_of(kind))
+        train_a_bit(model, size=STEP.get(kind, 0.1))
+        expected, untouched = truth(folders, effective_weights(model))
+        wanted = expected(IDS).logits
+        for found in ranks:
+            exported, tuned, inside = found[kind]
+            assert error(exported, expected) < EXACT, kind
+            require_same_logits(inside, wanted, wanted - untouched)
+            torch.testing.assert_close(tuned, logits(model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", PEFT_TYPE_TO_CONFIG_MAPPING)
+def test_every_type_of_peft_is_proven_or_refused(kind):
+    proven = {type_of(adapter) for adapter in ADAPTERS.values()}
+    try:
+        require_graftable(PEFT_TYPE_TO_CONFIG_MAPPING[kind].__new__(PEFT_TYPE_TO_CONFIG_MAPPING[kind]))
+    except (GraftError, AttributeError):
+        assert str(kind) not in proven
+    else:
+        assert str(kind) in proven
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_s_folder_holds_the_update(tmp_path, folders, kind):
+    model = load(folders[0], adapter_of(kind))
+    train_a_bit(model, size=STEP.get(kind, 0.1))
+    expected, _ = truth(folders, effective_weights(model))
+    model.save_pretrained(tmp_path / "adapter")
+    try:
+        write_graft(folders[0], tmp_path / "adapter", folders[1], tmp_path / "out", select="all")
+    except GraftError as refused:
+        assert kind in NOT_ON_DISK, refused
+        assert NOT_ON_DISK[kind] in str(refused)
+    else:
+        found = CheckpointReader(tmp_path / "out")
+        assert kind not in NOT_ON_DISK
+        assert error({name: found.read(name) for name in found.tensors}, expected) < EXACT
