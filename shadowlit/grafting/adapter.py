@@ -24,12 +24,9 @@ from shadowlit.pair.folders import is_tied
 
 # peft's types of adapters that have one update of the weights, which `merge` of their layers computes, as
 # tests/grafting/test_adapters.py proves for each: those whose update is the same on any weights, and the others.
-_ADDITIVE = frozenset(
-    ["LORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "C3A", "GRALORA", "RANDLORA", "WAVEFT", "SHIRA", "BEFT"]
-)
-_DEPENDENT = frozenset(
-    ["OFT", "BOFT", "IA3", "HRA", "HIRA", "DELORA", "ROAD", "GLORA", "VBLORA", "LN_TUNING", "TRAINABLE_TOKENS", "MISS"]
-)
+_ADDITIVE = {"LORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "C3A", "GRALORA", "RANDLORA", "WAVEFT", "SHIRA", "BEFT"}
+_OTHER_LAYERS = {"LN_TUNING", "TRAINABLE_TOKENS"}  # not linear ones
+_DEPENDENT = {"OFT", "BOFT", "IA3", "HRA", "HIRA", "DELORA", "ROAD", "GLORA", "VBLORA", "MISS", *_OTHER_LAYERS}
 _MERGEABLE = _ADDITIVE | _DEPENDENT
 
 # Settings of peft.LoraConfig under which there is no one update of the weights, or under which the factors change
@@ -88,7 +85,7 @@ def require_graftable(adapter: PeftConfig | None) -> None:
 def adapt_all_linear(adapter: PeftConfig) -> None:
     """Let an adapter without targets adapt all linear layers, unless its type is for other layers."""
     targets = [getattr(adapter, name, None) for name in ("target_modules", "target_parameters")]
-    if targets == [None, None] and type_of(adapter) not in ("LN_TUNING", "TRAINABLE_TOKENS"):
+    if targets == [None, None] and type_of(adapter) not in _OTHER_LAYERS:
         adapter.target_modules = "all-linear"  # type: ignore[attr-defined]
 
 

@@ -38,7 +38,6 @@ from shadowlit.grafting.adapter import (
     is_plain,
     require_graftable,
     starts_from_weights,
-    type_of,
 )
 from shadowlit.grafting.lora_files import LoraUpdate
 from shadowlit.grafting.update import UNGATHERED, FromBase, Rows, Update, no_elements
@@ -168,7 +167,7 @@ class MergedUpdate(FromBase):
         """The adapted layers, by the Base's names of the tensors that they change."""
         config, root = copy.deepcopy(config), nn.Module()
         settings: dict[str, Any] = dict.fromkeys(_OF_OTHER_MODULES)
-        aside = set() if type_of(config) == "TRAINABLE_TOKENS" else tokens
+        aside = tokens if getattr(config, "trainable_token_indices", None) else set()
         settings["target_modules"] = [module for module in modules if module not in aside]
         if indices := getattr(config, "trainable_token_indices", None):
             flat = isinstance(indices, list)
