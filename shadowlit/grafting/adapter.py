@@ -105,7 +105,7 @@ def dependence(adapter: PeftConfig) -> str:
 def stored_values(adapter: PeftConfig) -> str:
     """The settings by which an adapter stores values of its host next to its update; empty if it stores none."""
     found = {name: getattr(adapter, name, None) for name in ("modules_to_save", "trainable_token_indices")}
-    found["bias"] = value if (value := getattr(adapter, "bias", "none")) in ("all", "lora_only") else None
+    found["bias"] = None if (value := getattr(adapter, "bias", None)) == "none" else value
     return " and ".join(f"{name}={value!r}" for name, value in found.items() if value)
 
 

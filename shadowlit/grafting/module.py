@@ -226,8 +226,8 @@ class ModuleGraft:
                 tensor = whole(local(parameter), parameter).cpu()
                 folded = is_linear_factor(name)
                 tensors[f"{prefix}.{name}"] = tensor * scales[module] if folded else tensor.clone()
-        shared = {name: buffer for name, buffer in self.model.named_buffers() if is_adapter_name(name)}
-        return {**tensors, **{name: buffer.cpu().clone() for name, buffer in shared.items()}}
+        buffers = self.model.named_buffers(remove_duplicate=False)  # the adapter's own, which layers share (VeRA)
+        return {**tensors, **{name: buffer.cpu().clone() for name, buffer in buffers if is_adapter_name(name)}}
 
     def _host(
         self, name: str, parameter: nn.Parameter, layer: AdaptedLayer | None, base: TensorReader, instruct: TensorReader
