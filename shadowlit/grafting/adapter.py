@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from shadowlit.checkpoint.names import canonical_name, changes_bias, is_linear_factor
 from shadowlit.distributed import local_slices
@@ -125,9 +125,35 @@ def is_plain(adapter: PeftConfig, start: bool = True) -> bool:
     return type_of(adapter) == "LORA" and not others and simple
 
 
+def why_not_movable(adapter: PeftConfig | None, transformed: bool) -> str | None:
+    """Why an adapter's factors don't give the graft on the Instruct; None where they do."""
+    if adapter is None:
+        return "Every weight is trained."
+    if settings := dependence(adapter) or stored_values(adapter):
+        return f"With {settings} it means another update on the Instruct than on the Base."
+    if transformed:
+        return (
+            "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "
+            "export.parts=[delta] and 'delta lora' make an adapter of it."
+        )
+    return None
+
+
 def leaves_residual(model: nn.Module) -> bool:
     """Whether the frozen weights under the adapter of ``model`` are a residual instead of the host's own."""
     return any(starts_from_weights(adapter) for adapter in getattr(model, "peft_config", {}).values())
+
+
+class _Product(nn.Module):
+    """An adapter's update as a module, to which other factors than its layer's own can be given."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, adapter: str) -> Tensor:
+        """The scaled product of an adapter's factors."""
+        return self.layer.get_delta_weight(adapter)
 
 
 @dataclass
@@ -155,12 +181,12 @@ class AdaptedLayer:
         if self.additive and isinstance(layer, LoraLayer) and self.parameter != "bias":
             acting = layer.scaling[self.adapter]  # peft multiplies by it, and a graft may have set it to zero
             layer.scaling[self.adapter] = self.scaling
-            update: Tensor = layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
+            # A product of sharded factors would be added up in another order, with other last bits.
+            product = _Product(layer)
+            own = {name: p for name, p in product.named_parameters() if name.startswith("layer.lora_")}
+            update = functional_call(product, {name: tuned(p) for name, p in own.items()}, (self.adapter,))
             layer.scaling[self.adapter] = acting
-            if isinstance(host, DTensor):
-                # A product of sharded factors is placed as it was cheapest to compute: by columns, or as partial sums.
-                update = update.redistribute(host.device_mesh, host.placements).to_local()  # type: ignore[attr-defined]
-            return update.float()
+            return update.detach().float()[local_slices(host)]
         start = tuned(host).float()
         merged = self._merged(tuned)
         return (merged if self.additive else merged - start)[local_slices(host)]

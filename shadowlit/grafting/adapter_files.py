@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from shadowlit.checkpoint.names import (
     canonical_key,
     host_key,
     is_adapter_name,
+    is_linear_factor,
     module_of,
     peft_key,
     repeated_keys,
@@ -110,6 +111,7 @@ class MergedUpdate(FromBase):
         self._whole = {names.get(canonical_key(name), name): stored for name, stored in stored_whole.items()}
         hosts = {module: weight_of(module) for module in map(adapted_module, own) if module}
         modules = {module: names.get(canonical_key(host), host) for module, host in hosts.items()}
+        self._modules = modules
         adapted = {*modules.values(), *self._whole}
         self._set_without({name: "only in the adapter" for name in adapted if name not in base.tensors}, strict=True)
         tokens = {module for stored in own if _TOKENS in stored and (module := adapted_module(stored))}
@@ -140,6 +142,12 @@ class MergedUpdate(FromBase):
         names = list(names)
         super().require_weights(names)
         self._reader.require_weights(self._whole[name] for name in names if name in self._whole)
+
+    def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, Tensor]:
+        """The adapter's tensors by their names in peft's files, with ``scale_of(tensor)`` folded into the update."""
+        state = {peft_key(stored): self._reader.read(stored) for stored in self._reader.tensors}
+        hosts = {key: self._modules.get(adapted_module(key) or "") for key in state if is_linear_factor(key)}
+        return {key: t * scale_of(host) if (host := hosts.get(key)) else t for key, t in state.items()}
 
     def _problem(self, names: list[str]) -> GraftError:
         found = "; ".join(f"{name}: {self.without[name]}" for name in names[:3])

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shadowlit.distributed import local, reshard_all
+from shadowlit.checkpoint.layout import in_layout_of_module
+from shadowlit.checkpoint.reader import TensorReader
+from shadowlit.distributed import from_first_rank, local, reshard_all
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta
 from shadowlit.grafting.module import ModuleGraft, Squares, sums_of_squares
 from shadowlit.grafting.pairing import HostParameter
-from shadowlit.grafting.subject import BASE, TUNED, Subject
+from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.grafting.swap import windows
 
 _Found = TypeVar("_Found")
@@ -26,11 +29,11 @@ class LiveGraft(ModuleGraft):
     """Loads the weights of a subject into the module that is being trained, and swaps the trained ones back.
 
     Every operation is elementwise on this rank's shards, and the frozen shards are placed as the parameters are: only
-    the product of an adapter's sharded factors is gathered, one layer at a time. Trained parameters and those under an
-    adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned`` includes the adapter's update,
-    rounded once to the dtype of the export, and restored from a copy; the adapter itself is switched off. So the module
-    holds the very weights that an export writes. With ``transforms`` it is ``instruct + scale * T(tuned - base)``.
-    Other parameters become the Instruct's own.
+    an adapted layer's sharded tensors are gathered, and merged as one process would, one layer at a time. Trained
+    parameters and those under an adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned``
+    includes the adapter's update, rounded once to the dtype of the export, and restored from a copy; the adapter itself
+    is switched off. So the module holds the very weights that an export writes. With ``transforms`` it is ``instruct +
+    scale * T(tuned - base)``. Other parameters become the Instruct's own.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -74,6 +77,26 @@ class LiveGraft(ModuleGraft):
         except BaseException:
             self.restore()
             raise
+
+    @contextmanager
+    def loaded(self, files: TensorReader | None) -> Iterator[None]:
+        """Load the tensors of a written graft within the context, and afterwards the trained weights again.
+
+        Rank 0 reads ``files``, one whole tensor at a time, and the others, who give ``None``, get their parts from it:
+        a collective.
+        """
+        shapes = {host.name: tuple(host.parameter.shape) for host in self._hosts}
+        reader = None
+        if files is not None:
+            files.tied = self._instruct_reader.tied
+            reader = in_layout_of_module(files, shapes)
+        with self.applied(INSTRUCT):
+            for host in self._hosts:
+                dtype = self._infos[host.name].converted(self.dtype).dtype
+                # No variable keeps a tensor while the next one is read.
+                read = None if reader is None else partial(reader.read, host.name)
+                local(host.parameter).copy_(from_first_rank(read, dtype, host.parameter))
+            yield
 
     def measure(self, subject: Subject, function: Callable[[], _Found], squares: Squares | None = None) -> _Found:
         """Call ``function`` with the weights of ``subject`` loaded, and return its result.
@@ -155,6 +178,8 @@ class LiveGraft(ModuleGraft):
                 host.swap.apply()
             return
         tuned = live if host.saved is None else host.saved
+        if subject == BASE and host.base is None and host.saved is None:  # it holds the Base's, under an adapter
+            return
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:

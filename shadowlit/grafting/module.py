@@ -178,7 +178,8 @@ class ModuleGraft:
     def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
-        One whole tensor at a time, float32, on the CPU. Every rank must iterate to the end; all ranks get them.
+        One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
+        end; all ranks get them.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -191,12 +192,9 @@ class ModuleGraft:
         infos = described({name: info.shape for name, info in self._infos.items()})
         in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
-        for name in trained:
-            if name not in apart:
-                yield name, update(name)
-        for name, parts in self._parts.items():
-            if trained.keys() >= {part.name for part in parts}:
-                yield name, in_files.read(name)
+        cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
+        for name in sorted(cut | (trained.keys() - apart)):
+            yield name, in_files.read(name) if name in cut else update(name)
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:

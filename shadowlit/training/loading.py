@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def load_for_training(
-    reader: TensorReader,
+    reader: TensorReader | None,
     config: PreTrainedConfig,
     *,
     adapter: PeftConfig | None,
@@ -65,7 +65,8 @@ def load_for_training(
     process holds the whole model in float32 on its CPU until it is sharded.
 
     Args:
-        reader: Reader of the Base's checkpoint, in the shape of its Instruct.
+        reader: Reader of the Base's checkpoint, in the shape of its Instruct; None for a model without values, on the
+            meta device, which completes the adapter's settings.
         config: The model's configuration.
         adapter: Settings of an adapter of peft's; ``None`` for full fine-tuning.
         device: Device of the parameters.
@@ -86,7 +87,7 @@ def load_for_training(
             embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    stored = _stored_dtype(reader)
+    stored = torch.float32 if reader is None else _stored_dtype(reader)
     by_peft = adapter is not None and not is_plain(adapter)
     # Peft takes starts and norms from the weights, in their precision, and may replace them by a residual.
     dtype = torch.float32 if adapter is None or by_peft else frozen_dtype or stored
@@ -108,7 +109,7 @@ def load_for_training(
         adapter.exclude_modules = _modules_of(model, frozen)  # type: ignore[attr-defined]
     if adapter is not None:
         _try_patterns(model, adapter)
-    if adapter is not None and by_peft:
+    if adapter is not None and by_peft and reader is not None:
         _require_modules(model, adapter)
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
@@ -127,6 +128,8 @@ def load_for_training(
             if any(isinstance(module, ParamWrapper) for module in model.modules()):
                 model = model.float()
         require_untied(model)
+    if reader is None:
+        return model
     parallelize(model)
     _fill(model, reader, device, seed, adapter)
     return model.train()
