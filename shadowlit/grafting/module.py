@@ -49,6 +49,7 @@ class ModuleGraft:
         self.subject: Subject = TUNED  # whose weights are loaded
         self._instruct_reader = instruct
         require_untied(model)
+        reshard_all(model)
         parameters = host_parameters(model)
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
@@ -60,7 +61,6 @@ class ModuleGraft:
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
         self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = self._layers = adapted_layers(model)
-        reshard_all(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
         ]
