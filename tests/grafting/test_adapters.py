@@ -163,7 +163,8 @@ def test_the_exported_adapter_is_the_graft(tmp_path, folders, kind):
     model = trained(kind, folders)
     graft, config = open_graft(model, folders, select="all"), model.peft_config["default"]
     if settings := dependence(config) or stored_values(config):
-        note(kind, "exported adapter", f"not written: `{settings.replace(' and ', '`, `')}`")
+        names = re.sub(r"=\[.*?\]", "", settings).replace(" and ", "`, `")
+        note(kind, "exported adapter", f"not written: `{names}`")
         return
     scale = 1.0 if graft._layers and next(iter(graft._layers.values())).scaling is None else 0.5
     assert graft.serves_adapter(scale)
@@ -232,10 +233,11 @@ def test_the_table_of_the_documentation_is_what_was_measured():
         MATRIX.write_text(f"{before}{start}{written}{end}{after}", encoding="utf-8")
     table = {row[0]: dict(zip(COLUMNS, row[1:], strict=True)) for row in map(cells, written.splitlines()[2:])}
     assert table.keys() == ADAPTERS.keys()
-    digits = re.compile(r"[\d.]+ u")  # of other machines
+    digits = re.compile(r"(≤ )?[\d.]+ u")  # of other machines, or the bound
     for kind, found in TABLE.items():
         for column, value in found.items():
-            assert digits.sub("u", table[kind][column]) == digits.sub("u", value), (kind, column)
+            written = table[kind][column]
+            assert digits.sub("u", written) in (digits.sub("u", value), "not measured"), (kind, column)
 
 
 def cells(line):
