@@ -175,7 +175,7 @@ def factor_key(module: str, factor: str) -> str:
 
 def is_peft_key(name: str) -> bool:
     """Whether peft would load a tensor of this name; what it would not, it ignores."""
-    return name.startswith(_PEFT_ROOT) and ".default." not in name
+    return name.startswith("base_model.") and ".default." not in name
 
 
 def peft_key(name: str) -> str:

@@ -16,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from shadowlit.checkpoint.names import canonical_name, changes_bias, is_linear_factor
+from shadowlit.checkpoint.names import canonical_name, changes_bias, is_adapter_name, is_linear_factor
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.parameters import host_of
@@ -183,8 +183,10 @@ class AdaptedLayer:
             layer.scaling[self.adapter] = self.scaling
             # A product of sharded factors would be added up in another order, with other last bits.
             product = _Product(layer)
-            own = {name: p for name, p in product.named_parameters() if name.startswith("layer.lora_")}
-            update = functional_call(product, {name: tuned(p) for name, p in own.items()}, (self.adapter,))
+            # Not those of a layer that this one is wrapped around.
+            own = {name: p for name, p in layer.named_parameters() if is_adapter_name(name.partition(".")[0])}
+            factors = {f"layer.{name}": tuned(p) for name, p in own.items()}
+            update = functional_call(product, factors, (self.adapter,))
             layer.scaling[self.adapter] = acting
             return update.detach().float()[local_slices(host)]
         start = tuned(host).float()
