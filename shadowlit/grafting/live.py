@@ -14,11 +14,12 @@ from torch import Tensor
 
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.checkpoint.reader import TensorReader
-from shadowlit.distributed import from_first_rank, local, reshard_all
+from shadowlit.distributed import from_first_rank, local, local_slices, reshard_all, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta
 from shadowlit.grafting.module import ModuleGraft, Squares, sums_of_squares
 from shadowlit.grafting.pairing import HostParameter
+from shadowlit.grafting.quantised import four_bits
 from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.grafting.swap import windows
 
@@ -33,7 +34,8 @@ class LiveGraft(ModuleGraft):
     parameters and those under an adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned``
     includes the adapter's update, rounded once to the dtype of the export, and restored from a copy; the adapter itself
     is switched off. So the module holds the very weights that an export writes. With ``transforms`` it is ``instruct +
-    scale * T(tuned - base)``. Other parameters become the Instruct's own.
+    scale * T(tuned - base)``. Other parameters become the Instruct's own. A weight in 4 bits stays, and its layer
+    computes with another.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -95,7 +97,7 @@ class LiveGraft(ModuleGraft):
                 dtype = self._infos[host.name].converted(self.dtype).dtype
                 # No variable keeps a tensor while the next one is read.
                 read = None if reader is None else partial(reader.read, host.name)
-                local(host.parameter).copy_(from_first_rank(read, dtype, host.parameter))
+                self._overwrite(host, from_first_rank(read, dtype, host.parameter))
             yield
 
     def measure(self, subject: Subject, function: Callable[[], _Found], squares: Squares | None = None) -> _Found:
@@ -142,7 +144,9 @@ class LiveGraft(ModuleGraft):
         self._busy = True
         reshard_all(self.model)
         for host in self._hosts:
-            if host.swap is not None:
+            if host.quantised is not None:
+                host.quantised.load(None)
+            elif host.swap is not None:
                 host.swap.undo()
             elif host.saved is not None:
                 local(host.parameter).copy_(host.saved, non_blocking=True)
@@ -177,23 +181,47 @@ class LiveGraft(ModuleGraft):
             else:
                 host.swap.apply()
             return
-        tuned = live if host.saved is None else host.saved
+        if host.quantised is not None:
+            host.quantised.load(None if subject == BASE else self._replacement(host, subject, squares))
+            return
         if subject == BASE and host.base is None and host.saved is None:  # it holds the Base's, under an adapter
             return
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:
             live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
-            return
+        else:
+            self._write(live, host, subject, squares)
+
+    def _overwrite(self, host: HostParameter, values: Tensor) -> None:
+        live = local(host.parameter)
+        if host.quantised is not None:
+            host.quantised.load(self._to_storage(values, live))
+        else:
+            live.copy_(values)
+
+    def _replacement(self, host: HostParameter, subject: Subject, squares: Squares | None) -> Tensor:
+        """What the layer computes with instead of its weight in 4 bits."""
+        assert host.quantised is not None
+        host.parameter = host.quantised.logical_weight()  # where the module is now
+        live = local(host.parameter)
+        values = live.contiguous()
+        self._write(values, host, subject, squares)
+        if subject.kind == "grafted_4bit":  # of whole matrices, since some of the scales are
+            values = four_bits(whole(values, host.parameter))[local_slices(host.parameter)]
+        return self._to_storage(values, live)
+
+    def _write(self, live: Tensor, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
+        """Overwrite ``live`` with the Instruct or a graft."""
         scale = subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
-            rounding = self._rounding(host) if subject.kind == "grafted" else host.instruct.dtype
+            rounding = self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
             live.copy_(host.instruct.to(rounding), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
-        out, sides = live.view(-1), [host.instruct, tuned, host.base]
         # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
         whole_update = self._update(host).reshape(-1) if self._transforms or host.adapted else None
+        out, sides = live.view(-1), [host.instruct, *([host.tuned(), host.base] if whole_update is None else [])]
         for part in windows(out):
             goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
             update = delta(*ends) if whole_update is None else whole_update[part]

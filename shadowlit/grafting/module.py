@@ -20,6 +20,7 @@ from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_resi
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.pairing import HostParameter, aliases_of, parts_of, require_pairing, select_parameters
 from shadowlit.grafting.parameters import host_parameters, linear_names
+from shadowlit.grafting.quantised import quantised_layers
 from shadowlit.grafting.selection import coverage
 from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
@@ -61,6 +62,7 @@ class ModuleGraft:
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
         self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = self._layers = adapted_layers(model)
+        self._quantised = quantised_layers(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
         ]
@@ -228,7 +230,7 @@ class ModuleGraft:
         return {**tensors, **{name: buffer.cpu().clone() for name, buffer in buffers if is_adapter_name(name)}}
 
     def _host(
-        self, name: str, parameter: nn.Parameter, layer: AdaptedLayer | None, base: TensorReader, instruct: TensorReader
+        self, name: str, parameter: Tensor, layer: AdaptedLayer | None, base: TensorReader, instruct: TensorReader
     ) -> HostParameter:
         live = local(parameter)
         slices = local_slices(parameter)
@@ -241,7 +243,9 @@ class ModuleGraft:
                     "or download this model again."
                 )
         selected = name in self.selected
-        frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
+        four_bit = self._quantised.get(name)
+        same = four_bit.holds(base.read(name)) if four_bit else torch.equal(live, start.to(live.device, live.dtype))
+        frozen = not parameter.requires_grad and same
         if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
             raise GraftError(
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
@@ -250,15 +254,15 @@ class ModuleGraft:
         # A selected adapter's update is added to the weights that it sits on.
         rounding = self.dtype or target.dtype
         narrower = torch.promote_types(rounding, target.dtype) != rounding
-        swapped = frozen and not (layer is not None and selected) and not narrower  # rounded only in the graft
+        added_to = four_bit is not None or (layer is not None and selected)
+        swapped = frozen and not added_to and not narrower  # rounded only in the graft
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
         held = self._to_storage(target, live)
         before = None if frozen else self._to_storage(start, live)
-        return HostParameter(
-            name, parameter, held, before, selected, Swap(live, held) if swapped else None, adapted=layer
-        )
+        swap = Swap(live, held) if swapped else None
+        return HostParameter(name, parameter, held, before, selected, swap, adapted=layer, quantised=four_bit)
 
     def _to_storage(self, tensor: Tensor, live: Tensor) -> Tensor:
         tensor = tensor.contiguous()

@@ -15,6 +15,7 @@ from shadowlit.distributed import local
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import AdaptedLayer
 from shadowlit.grafting.parameters import host_parameters
+from shadowlit.grafting.quantised import FourBitLinear
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.swap import Swap
 
@@ -24,13 +25,14 @@ class HostParameter:
     """A parameter of the host model and its frozen shards; all of one local shape."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     instruct: Tensor
     base: Tensor | None  # None where the parameter is frozen at the Base's own value
     selected: bool
     swap: Swap | None  # where `base` is None
     saved: Tensor | None = None  # the tuned values while others are loaded
     adapted: AdaptedLayer | None = None
+    quantised: FourBitLinear | None = None  # the layer, where `parameter` stands for its weight in 4 bits
     instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was computed
 
     @property
@@ -80,7 +82,7 @@ def select_parameters(
     return frozenset(by_file & set(names) | touched | by_parameter)
 
 
-def require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, instruct: TensorReader) -> None:
+def require_pairing(parameters: dict[str, Tensor], base: TensorReader, instruct: TensorReader) -> None:
     """Raise a GraftError unless both checkpoints hold every parameter, in its shape."""
     problems = []
     for title, reader in (("Base", base), ("Instruct", instruct)):
@@ -102,8 +104,9 @@ def require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, ins
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
     """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
-    first = {id(parameter): name for name, parameter in host_parameters(model).items()}
-    return {
+    parameters = host_parameters(model)
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    return {name: name for name in parameters} | {
         canonical_name(name): first[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first
