@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shadowlit.checkpoint.names import canonical_name
+from shadowlit.checkpoint.names import canonical_name, weight_of
 from shadowlit.distributed import local, local_slices, whole
 
 
@@ -121,7 +121,7 @@ class _Product(torch.autograd.Function):
 def quantised_layers(model: nn.Module) -> dict[str, FourBitLinear]:
     """The 4-bit layers of ``model``, by the checkpoint names of their weights."""
     return {
-        canonical_name(f"{prefix}.weight"): module
+        canonical_name(weight_of(prefix)): module
         for prefix, module in model.named_modules()
         if isinstance(module, FourBitLinear)
     }

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from peft import PeftConfig
 from torch import nn
 
-from shadowlit.checkpoint.names import is_of_experts, tower_of
+from shadowlit.checkpoint.names import is_of_experts, tower_of, weight_of
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import is_plain
 from shadowlit.grafting.quantised import FourBitLinear
@@ -51,5 +51,5 @@ def quantise_layers(model: nn.Module) -> None:
     for prefix, module in list(model.named_modules()):
         for name, layer in module.named_children():
             path = f"{prefix}.{name}" if prefix else name
-            if type(layer) is nn.Linear and layer is not head and tower_of(f"{path}.weight") == "language":
+            if type(layer) is nn.Linear and layer is not head and tower_of(weight_of(path)) == "language":
                 setattr(module, name, FourBitLinear(layer))

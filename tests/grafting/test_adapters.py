@@ -195,9 +195,8 @@ def sharded(folders, kinds):
     return found
 
 
-@pytest.mark.parametrize(
-    "kinds", [["DoRA", "PiSSA", "LoHa", "VeRA", "OFT"], pytest.param(list(ADAPTERS), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kinds", [["DoRA", "PiSSA", "LoHa", "VeRA", "OFT"], list(ADAPTERS)])
 def test_shards_hold_the_graft_of_the_whole(folders, kinds):
     ranks = run_ranks(sharded, 2, folders, kinds)
     for kind in kinds:
