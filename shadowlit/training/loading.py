@@ -65,7 +65,7 @@ def load_for_training(
     of experts, or of other bare parameters, makes the weights float32 too, since peft adds its product to them and
     bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on the meta device and filled by
     rows from the safetensors files. Adapters whose start is peft's own (all but plain LoRA) are an exception: every
-    process holds the whole model in float32 on its CPU until it is sharded.
+    process holds the whole model in float32 on its CPU first.
 
     Args:
         reader: Reader of the Base's checkpoint, in the shape of its Instruct; None for a model without values, on the
@@ -88,8 +88,8 @@ def load_for_training(
     Raises:
         ShadowlitError: No parameter belongs to one of ``towers``.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
-        GraftError: The adapter is not plain LoRA and would adapt fused experts; or it changes one side of a tied
-            embedding.
+        GraftError: The adapter is not plain LoRA, and the model is sharded or has fused experts to adapt; or it changes
+            one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     stored = torch.float32 if reader is None else _stored_dtype(reader)
@@ -118,6 +118,11 @@ def load_for_training(
         _try_patterns(model, adapter)
     if adapter is not None and by_peft and reader is not None:
         _require_modules(model, adapter)
+        if mesh is not None:
+            raise GraftError(
+                f"model.adapter with {_kind(adapter)} starts from whole weight matrices or by peft's own code, and its "
+                "graft is not proven exact under FSDP2. Use plain LoRA, one device, or DDP."
+            )
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

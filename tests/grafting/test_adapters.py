@@ -186,7 +186,11 @@ def sharded(folders, kinds):
     """For each kind what one of two ranks under FSDP2 grafts, and the logits before and within the graft."""
     mesh, found = init_device_mesh("cpu", (2,)), {}
     for kind in kinds:
-        model = trained(kind, folders, mesh=mesh)
+        try:
+            model = trained(kind, folders, mesh=mesh)
+        except GraftError as refused:
+            found[kind] = str(refused)
+            continue
         model(input_ids=IDS).logits.sum().backward()
         tuned, graft = logits(model), open_graft(model, folders, select="all")
         with graft.applied(grafted(1.0)):
@@ -200,6 +204,10 @@ def sharded(folders, kinds):
 def test_shards_hold_the_graft_of_the_whole(folders, kinds):
     ranks = run_ranks(sharded, 2, folders, kinds)
     for kind in kinds:
+        if isinstance(ranks[0][kind], str):
+            assert "not proven exact under FSDP2" in ranks[0][kind]
+            note(kind, "FSDP2, two ranks", "refused: not proven")
+            continue
         model = trained(kind, folders)
         expected, untouched = truth(folders, effective_weights(model))
         wanted = expected(IDS).logits
