@@ -118,7 +118,7 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
     causes = ((path, _cause(path, beside, takes.base, names)) for path, beside in specs)
     path, cause = next((each for each in causes if each[1]), ("", ""))
     if not cause and (options := _OPTION.findall(details)):
-        unknown, has = options[-1]  # the type of a union that leaves most to its options comes last
+        unknown, has = max(options, key=lambda option: len(option[1]))  # of the types of a union
         near = difflib.get_close_matches(unknown, has.split(", "), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         shown = MASK if any(map(is_secret, near)) else shown

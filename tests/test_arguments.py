@@ -67,7 +67,7 @@ def test_what_has_its_type_is_passed_on_as_it_is():
      "has no option instrct. Did you mean instruct?\nKnown: base, instruct, "),
     (lambda: ShadowModule(PAIR, {"rank": 4}), "model.adapter is {'rank': 4}, but the class has no option rank."),
     (lambda: ShadowModule(PAIR, {"r": "x"}), "model.adapter is {'r': 'x'}, but r is x; expected int."),
-    (lambda: ShadowModule(PAIR, "lora"), "model.adapter is lora; expected LoraConfig, null."),
+    (lambda: ShadowModule(PAIR, "lora"), "model.adapter is lora; expected LoraConfig, PeftConfig, null."),
     (lambda: ShadowModule(PAIR, objective="DPX"), "model.objective is DPX; expected Objective, null."),
     (lambda: ShadowModule(PAIR, lr=None), "model.lr is None; expected float."),
     (lambda: ShadowModule(PAIR, optimizer="adamx"), "model.optimizer is adamx; expected adamw, adamw_8bit, Callable"),

@@ -429,7 +429,7 @@ class GraftCallback(Callback):
         """The model that is measured for what rounding costs: the adapter on the Instruct, or the graft unrounded."""
         graft, scale = self.build(module), self.scales[0]
         wanted = self.exports_adapter or survival < LEAST_SURVIVAL if self.adapter is None else self.adapter
-        if graft.serves_adapter and wanted:
+        if graft.serves_adapter(scale) and wanted:
             return Subject("adapter", scale)
         return Subject("unrounded", scale) if survival < LEAST_SURVIVAL and graft.holds_float32 else None
 

@@ -20,11 +20,22 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 # wrapper's name tells their factors apart, so a base_layer that leads to a factor stays.
 _PEFT = re.compile(
     r"^base_model\.model\.|\bbase_layer\.(?!(?:base_layer\.)*lora_)|\bmodules_to_save\.[^.]+\.|\boriginal_module\."
+    r"|\btoken_adapter\."
 )
-_ADAPTER = re.compile(r"\blora_[A-Za-z]")
+# The names of peft's layers and parameters, which begin with their type of adapter.
+_ADAPTER = re.compile(
+    r"\b(?:lora_[A-Za-z]|(?:adamss|beft|b?oft|c3a|delora|fourierft|glora|gralora|hada|hira|hra|ia3|ln_tuning|lokr|miss"
+    r"|randlora|road|shira|trainable_tokens|vblora|vera|waveft)_\w)"
+)
+# A factor in which an update is linear that is the same whatever weights its adapter is on.
+_LINEAR_FACTOR = re.compile(
+    r"\b(?:lora_B|lora_embedding_A|hada_w1_a|lokr_w1(?:_a)?|vera_lambda_b|fourierft_spectrum|c3a_kernel|gralora_B"
+    r"|randlora_lambda|waveft_spectrum|shira_weight|beft_bias)\b"
+)
+_CHANGES_BIAS = re.compile(r"\b(?:beft|glora|ia3|road)_")
 _UNMERGED = re.compile(rf"{_ADAPTER.pattern}|\.base_layer\.|\.modules_to_save\.|\.original_module\.")
 _FACTOR = re.compile(r"\blora_((?:embedding_)?[AB])\b")
-_FACTOR_IN_MODULE = re.compile(rf"({_FACTOR.pattern})\.[^.]+")
+_FACTOR_IN_MODULE = re.compile(rf"({_ADAPTER.pattern}\w*)\.default\b")
 _WHOLE = re.compile(r"\.(original_module|modules_to_save)\.")
 _PEFT_ROOT = "base_model.model."
 _DOWN_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+?)\.lora_(embedding_)?A(?:\.weight)?")
@@ -122,6 +133,16 @@ def is_adapter_name(name: str) -> bool:
     return _ADAPTER.search(name) is not None
 
 
+def is_linear_factor(name: str) -> bool:
+    """Whether ``name`` is a factor by which a scale can be folded into the update of its adapter."""
+    return _LINEAR_FACTOR.search(name) is not None
+
+
+def changes_bias(name: str) -> bool:
+    """Whether a parameter of an adapter belongs to a type that changes the bias of its layer too."""
+    return _CHANGES_BIAS.search(name) is not None
+
+
 def is_original_name(name: str) -> bool:
     """Whether ``name`` is a frozen original of which peft trains a copy (``modules_to_save``)."""
     return ".original_module." in name
@@ -154,17 +175,25 @@ def factor_key(module: str, factor: str) -> str:
 
 def is_peft_key(name: str) -> bool:
     """Whether peft would load a tensor of this name; what it would not, it ignores."""
-    return name.startswith(_PEFT_ROOT) and ".default." not in name
+    return name.startswith("base_model.") and ".default." not in name
 
 
 def peft_key(name: str) -> str:
     """Return the name in peft's files of what :func:`saved_name` returns for a factor."""
-    return name if name.startswith(_PEFT_ROOT) else f"{_PEFT_ROOT}{name}"
+    return name if name.startswith("base_model.") else f"{_PEFT_ROOT}{name}"
 
 
 def host_key(key: str) -> str:
     """Return the name in the host's checkpoint of a tensor that peft's files hold whole, next to the factors."""
     return key.removeprefix(_PEFT_ROOT).replace(".base_layer.", ".")
+
+
+def adapted_module(key: str) -> str | None:
+    """Return the host's module that a tensor of an adapter in peft's form belongs to; ``None`` if it is of all."""
+    found = _ADAPTER.search(key)
+    assert found is not None
+    module = host_key(f"{key[: found.start()]}.").replace(".token_adapter.", ".").strip(".")
+    return None if module in ("", "base_model") else module
 
 
 def factor_pair(key: str) -> tuple[str, str, bool] | None:
@@ -245,6 +274,11 @@ def is_weight(name: str) -> bool:
 def weight_of(module: str) -> str:
     """Return the name of a module's weight."""
     return f"{module}.weight"
+
+
+def bias_of(module: str) -> str:
+    """Return the name of a module's bias."""
+    return f"{module}.bias"
 
 
 def module_of(name: str) -> str:

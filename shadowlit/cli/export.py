@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 
 from shadowlit.checkpoint.folder import require_room
 from shadowlit.checkpoint.names import is_adapter_name, tower_of
@@ -17,11 +17,12 @@ from shadowlit.delta.checkpoints import TrainedReader, adapter_of, config_above,
 from shadowlit.delta.delta import Delta, write_delta
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import ExportError, GraftError
-from shadowlit.grafting.adapter import starts_from_weights, why_not_movable
+from shadowlit.grafting.adapter import adapt_all_linear, dependence, starts_from_weights, why_not_movable
+from shadowlit.grafting.adapter_files import MergedUpdate
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, LOADED, export_adapter
+from shadowlit.grafting.lora_files import LoraUpdate
 from shadowlit.grafting.manifest import build_manifest
-from shadowlit.grafting.update import AdapterUpdate
 from shadowlit.grafting.verification import require_loadable
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
@@ -88,7 +89,7 @@ def export(
             metrics=stage.graft["metrics"] if scored else {}, transforms=transforms.specs,
         )  # fmt: skip
         if "adapter" in wanted:
-            assert adapter is not None and isinstance(learned, AdapterUpdate)
+            assert adapter is not None and isinstance(learned, LoraUpdate | MergedUpdate)
             _complete(adapter, pair, towers)
             factors = learned.scaled_factors(lambda name: factor if name in plan.selected else 0.0)
             export_adapter(target / "adapter", pair, adapter, factors, manifest)
@@ -103,7 +104,7 @@ def export(
         make_console().print(f"export: {part}: {LOADED[part].format(str(target / part))}")
 
 
-def _require_exportable(stage: TrainedReader, pair: ModelPair, adapter: LoraConfig | None, home: Path) -> None:
+def _require_exportable(stage: TrainedReader, pair: ModelPair, adapter: PeftConfig | None, home: Path) -> None:
     """Raise where a checkpoint's update can't be computed from disk."""
     for who, fingerprint in pair.fingerprints().items():
         if stage.fingerprints.get(who, fingerprint) != fingerprint:
@@ -115,16 +116,15 @@ def _require_exportable(stage: TrainedReader, pair: ModelPair, adapter: LoraConf
         raise ExportError(f"{stage.folder} is of step 0: the graft would be the untouched Instruct. Give a later one.")
     if adapter is not None and starts_from_weights(adapter):
         raise ExportError(
-            f"{stage.folder} lacks the residual that an adapter with init_lora_weights={adapter.init_lora_weights!r} "
+            f"{stage.folder} lacks the residual that an adapter with {dependence(adapter)} "
             "leaves in the weights, so its update can't be computed from disk. Let the run export it, without another "
             f"step: fit --config {home / 'config.yaml'} --ckpt_path {stage.folder} --trainer.max_steps {stage.step}"
         )
 
 
-def _complete(adapter: LoraConfig, pair: ModelPair, towers: list[str]) -> None:
+def _complete(adapter: PeftConfig, pair: ModelPair, towers: list[str]) -> None:
     """Name in the adapter's settings the layers that it adapts, as a training does."""
-    if adapter.target_modules is None and adapter.target_parameters is None:
-        adapter.target_modules = "all-linear"
+    adapt_all_linear(adapter)
     load_for_training(
         None, pair.base_config(), adapter=adapter, device=torch.device("meta"), mesh=None, parallelize=lambda _: None,
         towers=towers, trust_remote_code=pair.trust_remote_code,

@@ -22,13 +22,14 @@ from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import AdapterUpdate, FullUpdate, Update
+from shadowlit.grafting.update import FullUpdate, Update
 from shadowlit.limits import load_yaml
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
+from shadowlit.plugins import import_object
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def stages(run: str | Path, most: int | None = None) -> list[TrainedReader]:
 def open_stage(
     stage: TrainedReader,
     pair: ModelPair | None = None,
-    adapter: LoraConfig | None = None,
+    adapter: PeftConfig | None = None,
     select: str | list[str] | None = None,
 ) -> Delta:
     """The update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
@@ -135,7 +136,7 @@ def open_stage(
     return delta.only(chosen)
 
 
-def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: LoraConfig | None = None) -> Update:
+def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: PeftConfig | None = None) -> Update:
     """The whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
     home, config = config_above(stage.folder)
     pair = pair or pair_of(config, home)
@@ -143,7 +144,9 @@ def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: Lora
     # The run holds experts as its module does, the update shall hold them as the files.
     aligned = AlignedReader(base, instruct)
     if any(map(is_adapter_name, stage.tensors)):
-        return AdapterUpdate(aligned, stage.folder, adapter or adapter_of(config, home), stage, strict=False)
+        from shadowlit.grafting.adapter_files import adapter_update  # late: peft takes seconds
+
+        return adapter_update(aligned, stage.folder, adapter or adapter_of(config, home), stage, strict=False)
     return FullUpdate(aligned, stage, strict=False)
 
 
@@ -211,10 +214,8 @@ def config_above(path: Path) -> tuple[Path, dict[str, Any]]:
     return home, read_config(home)
 
 
-def adapter_of(config: Mapping[str, Any], home: Path) -> LoraConfig:
+def adapter_of(config: Mapping[str, Any], home: Path) -> PeftConfig:
     """The settings of a run's adapter, from the configuration found in ``home``; a DataError if it has none."""
-    from peft import LoraConfig
-
     section = (config.get("model") or {}).get("adapter")
     if not section:
         raise DataError(
@@ -222,8 +223,9 @@ def adapter_of(config: Mapping[str, Any], home: Path) -> LoraConfig:
             "depends. Give the adapter's settings."
         )
     settings = section.get("init_args", section)
-    known = inspect.signature(LoraConfig).parameters.keys() - {"runtime_config", "loftq_config"}
-    return LoraConfig(**{name: value for name, value in settings.items() if name in known and value is not None})
+    made = import_object(section.get("class_path", "peft.LoraConfig"), "model.adapter.class_path", "a class")
+    known = inspect.signature(made).parameters.keys() - {"runtime_config", "loftq_config"}
+    return made(**{name: value for name, value in settings.items() if name in known and value is not None})
 
 
 _Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor], Mapping[str, Any]]

@@ -302,12 +302,11 @@ def _check_tensor(
 
 def _require_movable(peft_config: PeftConfig) -> None:
     """Refuse adapters whose update depends on the weights they adapt."""
-    start = getattr(peft_config, "init_lora_weights", True)
-    reasons = ["use_dora=True"] if getattr(peft_config, "use_dora", False) else []
-    reasons += [f"init_lora_weights={start!r}"] if start not in (True, False, "gaussian") else []
-    if reasons:
+    from shadowlit.grafting.adapter import dependence  # late: peft takes seconds
+
+    if settings := dependence(peft_config):
         raise ExportError(
-            f"An adapter with {' and '.join(reasons)} means another update on the Instruct than on the Base "
+            f"An adapter with {settings} means another update on the Instruct than on the Base "
             "it was trained on. Export the grafted model instead; a plain LoRA or rsLoRA adapter can be "
             "exported as it is."
         )

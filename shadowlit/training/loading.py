@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,7 +32,7 @@ from shadowlit.checkpoint.names import (
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
-from shadowlit.grafting.adapter import require_untied, starts_from_weights
+from shadowlit.grafting.adapter import is_plain, require_untied, starts_from_weights, type_of
 from shadowlit.grafting.parameters import host_of, host_parameters
 from shadowlit.grafting.quantised import quantised_layers
 from shadowlit.limits import bounded_matching
@@ -46,7 +46,7 @@ def load_for_training(
     reader: TensorReader | None,
     config: PreTrainedConfig,
     *,
-    adapter: LoraConfig | None,
+    adapter: PeftConfig | None,
     device: torch.device,
     mesh: DeviceMesh | None,
     parallelize: Callable[[nn.Module], None],
@@ -64,13 +64,14 @@ def load_for_training(
     towers stay frozen, without masters. With an adapter the weights stay frozen and the factors are float32. An adapter
     of experts, or of other bare parameters, makes the weights float32 too, since peft adds its product to them and
     bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on the meta device and filled by
-    rows from the safetensors files.
+    rows from the safetensors files. Adapters whose start is peft's own (all but plain LoRA) are an exception: every
+    process holds the whole model in float32 on its CPU first.
 
     Args:
         reader: Reader of the Base's checkpoint, in the shape of its Instruct; None for a model without values, on the
             meta device, which completes the adapter's settings.
         config: The model's configuration.
-        adapter: LoRA settings; ``None`` for full fine-tuning.
+        adapter: Settings of an adapter of peft's; ``None`` for full fine-tuning.
         device: Device of the parameters.
         mesh: Data-parallel mesh of FSDP2, or ``None``.
         parallelize: Function that is applied between building and filling; see
@@ -87,14 +88,14 @@ def load_for_training(
     Raises:
         ShadowlitError: No parameter belongs to one of ``towers``.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
-        GraftError: The adapter starts from the weights themselves (PiSSA, OLoRA …) and the model is sharded or has
-            fused experts to adapt; or it changes one side of a tied embedding.
+        GraftError: The adapter is not plain LoRA, and the model is sharded or has fused experts to adapt; or it changes
+            one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     stored = torch.float32 if reader is None else _stored_dtype(reader)
-    from_weights = adapter is not None and starts_from_weights(adapter)
-    # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
-    dtype = torch.float32 if adapter is None or from_weights else frozen_dtype or stored
+    by_peft = adapter is not None and not is_plain(adapter)
+    # Peft takes starts and norms from the weights, in their precision, and may replace them by a residual.
+    dtype = torch.float32 if adapter is None or by_peft else frozen_dtype or stored
     auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(
@@ -110,23 +111,26 @@ def load_for_training(
             if name in frozen:
                 parameter.requires_grad_(False)
                 parameter.data = parameter.data.to(frozen_dtype or stored)
-    elif frozen and adapter.exclude_modules is None:
+    elif frozen and getattr(adapter, "exclude_modules", None) is None:
         # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
-        adapter.exclude_modules = _modules_of(model, frozen)
+        adapter.exclude_modules = _modules_of(model, frozen)  # type: ignore[attr-defined]
     if adapter is not None:
         _try_patterns(model, adapter)
-    if adapter is not None and from_weights:
+    if adapter is not None and by_peft and reader is not None:
         _require_modules(model, adapter)
         if mesh is not None:
             raise GraftError(
-                f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices or from "
-                "data, but FSDP2 holds only shards. Use init_lora_weights=true or 'gaussian', one device, or DDP."
+                f"model.adapter with {_kind(adapter)} starts from whole weight matrices or by peft's own code, and its "
+                "graft is not proven exact under FSDP2. Use plain LoRA, one device, or DDP."
             )
-        assert reader is not None
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = get_peft_model(model, adapter)
+        if not starts_from_weights(adapter):
+            for name, parameter in model.named_parameters():
+                if not (parameter.requires_grad or is_adapter_name(name)):
+                    parameter.data = parameter.data.to(frozen_dtype or stored)
         require_untied(model)
         parallelize(model)
         return model.to(device).train()
@@ -149,7 +153,7 @@ def _fill(
     reader: TensorReader,
     device: torch.device,
     seed: int,
-    adapter: LoraConfig | None = None,
+    adapter: PeftConfig | None = None,
 ) -> None:
     host = host_of(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in host_parameters(model).items()}
@@ -167,7 +171,7 @@ def _fill(
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
-            assert adapter is not None
+            assert isinstance(adapter, LoraConfig)
             start = _adapter_start(name, parameter, adapter, seed, ranks.get(id(parameter), 1))
             local(parameter).copy_(start[local_slices(parameter)])
             continue
@@ -186,26 +190,33 @@ def _fill(
     host.initialize_weights()
 
 
-def _try_patterns(model: nn.Module, adapter: LoraConfig) -> None:
+def _try_patterns(model: nn.Module, adapter: PeftConfig) -> None:
     """Match the adapter's regular expressions as peft will, which has no limit of time; peft reports wrong ones."""
-    wholes = {name: getattr(adapter, name) for name in ("target_modules", "exclude_modules")}
+    wholes = {name: getattr(adapter, name, None) for name in ("target_modules", "exclude_modules")}
     patterns = [(name, value) for name, value in wholes.items() if isinstance(value, str)]
-    patterns += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(adapter, name) or {}]
+    patterns += [(name, key) for name in ("rank_pattern", "alpha_pattern") for key in getattr(adapter, name, {}) or {}]
     for name, pattern in patterns:
         with contextlib.suppress(re.error), bounded_matching(f"model.adapter.{name} has {pattern!r}"):
             for module, _ in model.named_modules():
                 re.fullmatch(pattern if name in wholes else rf"(.*\.)?({pattern})", module)
 
 
-def _require_modules(model: nn.Module, adapter: LoraConfig) -> None:
-    """Raise for an adapter that starts from the weights of modules but would adapt bare parameters."""
+def _require_modules(model: nn.Module, adapter: PeftConfig) -> None:
+    """Raise for an adapter of modules alone that would adapt bare parameters."""
     experts = any(is_of_experts(name) and p.dim() == 3 for name, p in model.named_parameters())
-    if adapter.target_parameters or (experts and adapter.target_modules == "all-linear"):
+    if getattr(adapter, "target_parameters", None) or (
+        experts and getattr(adapter, "target_modules", None) == "all-linear"
+    ):
         raise GraftError(
-            f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from the weights of modules, but experts "
-            "are bare parameters. Use init_lora_weights=true, or set adapter.target_modules to modules other than "
-            "experts, e.g. [q_proj, k_proj, v_proj, o_proj]."
+            f"adapter with {_kind(adapter)} adapts modules, but experts are bare parameters. Use plain LoRA "
+            "(init_lora_weights=true), or set adapter.target_modules to modules other than experts, e.g. [q_proj, "
+            "k_proj, v_proj, o_proj]."
         )
+
+
+def _kind(adapter: PeftConfig) -> str:
+    start = getattr(adapter, "init_lora_weights", True)
+    return f"init_lora_weights={start!r}" if starts_from_weights(adapter) else f"peft_type={type_of(adapter)}"
 
 
 def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -23,7 +23,7 @@ from shadowlit.arguments import takes_plain_values
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError, as_usage
-from shadowlit.grafting.adapter import require_graftable
+from shadowlit.grafting.adapter import adapt_all_linear, require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
@@ -76,8 +76,9 @@ class ShadowModule(ScoringModule):
 
     Args:
         pair: The Base that is trained and the Instruct that gets the update.
-        adapter: Arguments of ``peft.LoraConfig``; null for full fine-tuning. Without ``target_modules`` all linear
-            layers except the output head are adapted.
+        adapter: Arguments of ``peft.LoraConfig``, or any adapter of peft's that merges into the weights by class_path
+            and init_args, e.g. peft.LoHaConfig; null for full fine-tuning. Without ``target_modules`` all linear layers
+            except the output head are adapted.
         objective: Objective that is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT or a class of your own, with
             its options; null for SFT.
         lr: Peak learning rate of AdamW, and of any other optimizer whose init_args don't set one.
@@ -136,7 +137,7 @@ class ShadowModule(ScoringModule):
     def __init__(
         self,
         pair: ModelPair,
-        adapter: LoraConfig | None = None,
+        adapter: LoraConfig | PeftConfig | None = None,
         objective: Objective | None = None,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
@@ -176,8 +177,8 @@ class ShadowModule(ScoringModule):
             require_quantisable(adapter, compile_layers)
         self.quantization = quantization
         self.adapter = adapter
-        if adapter is not None and adapter.target_modules is None and adapter.target_parameters is None:
-            adapter.target_modules = "all-linear"
+        if adapter is not None:
+            adapt_all_linear(adapter)
         self.lr, self.weight_decay, self.betas, self.eps = lr, weight_decay, betas, eps
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.lr_scheduler, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from peft import LoraConfig
+from peft import PeftConfig
 from torch import nn
 
 from shadowlit.checkpoint.names import is_of_experts, tower_of, weight_of
 from shadowlit.errors import GraftError
-from shadowlit.grafting.adapter import starts_from_weights
+from shadowlit.grafting.adapter import is_plain
 from shadowlit.grafting.quantised import FourBitLinear
 
 
-def require_quantisable(adapter: LoraConfig | None, compiled: bool) -> None:
+def require_quantisable(adapter: PeftConfig | None, compiled: bool) -> None:
     """Raise a GraftError unless a Base in 4 bits can be trained with this adapter, in layers compiled or not."""
     if adapter is None:
-        raise _refused("in full tuning, but weights in 4 bits can't be trained. Set model.adapter, e.g. {r: 16}")
-    settings = {
-        "with adapter.use_dora": adapter.use_dora,
-        "with adapter.target_parameters": adapter.target_parameters,
-        "with adapter.modules_to_save": adapter.modules_to_save,
-        "with adapter.init_lora_weights": starts_from_weights(adapter) and adapter.init_lora_weights,
-    }
-    for name, value in settings.items():
-        if value:
-            raise _refused(
-                f"{name}={value!r}, which needs or trains whole weights. Use LoRA or rsLoRA of linear layers, from its "
-                "usual start"
-            )
-    if compiled:
-        raise _refused("with model.compile_layers=true, which is not proven for it. Set compile_layers=false")
-    if find_spec("bitsandbytes") is None:
-        raise _refused("but its package is not installed. Run 'pip install bitsandbytes' (or install shadowlit[qlora])")
-
-
-def _refused(reason: str) -> GraftError:
-    return GraftError(f"model.quantization is 'nf4' {reason}, or set model.quantization=null.")
+        reason = "in full tuning, but weights in 4 bits can't be trained. Set model.adapter, e.g. {r: 16}"
+    elif not is_plain(adapter) or any(getattr(adapter, n, None) for n in ("target_parameters", "modules_to_save")):
+        names = ("use_dora", "target_parameters", "modules_to_save", "trainable_token_indices", "init_lora_weights")
+        name = next((name for name in names if getattr(adapter, name, None)), "peft_type")
+        reason = (
+            f"with adapter.{name}={getattr(adapter, name)!r}, which needs or trains whole weights. Use LoRA or rsLoRA "
+            "of linear layers, from its usual start"
+        )
+    elif compiled:
+        reason = "with model.compile_layers=true, which is not proven for it. Set compile_layers=false"
+    elif find_spec("bitsandbytes") is None:
+        reason = "but its package is not installed. Run 'pip install bitsandbytes' (the extra shadowlit[qlora])"
+    else:
+        return
+    raise GraftError(f"model.quantization is 'nf4' {reason}, or set model.quantization=null.")
 
 
 def quantise_layers(model: nn.Module) -> None:

@@ -33,6 +33,9 @@ ALLOWED = {
     },  # rows of a plot
     "cli.delta": {"norm"},  # headings of tables
     "cli.similarity": {"experts"},
+    "grafting.adapter": {"modules_to_save"},  # a setting of peft's
+    "grafting.adapter_files": {"modules_to_save"},
+    "training.quantisation": {"modules_to_save"},
 }
 
 

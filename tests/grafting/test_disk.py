@@ -115,7 +115,7 @@ def test_adapters_are_exact(tmp_path, options):
     ("options", "reason"),
     [
         ({"init_lora_weights": "pissa"}, "whose file lacks the residual"),
-        ({"use_dora": True}, "use_dora=True can't be grafted exactly"),
+        ({"use_qalora": True}, "use_qalora=True can't be grafted exactly"),
     ],
 )
 def test_adapters_that_can_not_be_exact_are_refused(tmp_path, options, reason, capsys):

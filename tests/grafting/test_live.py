@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,22 +13,24 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.distributed import local, local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.training.loading import load_for_training
+from shadowlit.training.parallel import parallelize
 from tests.rounding import require_same_logits
 from tests.tiny import ARCHITECTURES, save_model, save_pair
 
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(7))
 
 
-def load(folder, adapter=None, device="cpu"):
+def load(folder, adapter=None, device="cpu", mesh=None):
     return load_for_training(
         AlignedReader.open(folder, folder),
-        AutoConfig.from_pretrained(folder), adapter=adapter, device=torch.device(device), mesh=None,
-        parallelize=lambda model: None,
+        AutoConfig.from_pretrained(folder), adapter=adapter, device=torch.device(device), mesh=mesh,
+        parallelize=partial(parallelize, mesh=mesh),
     )  # fmt: skip
 
 
@@ -41,7 +44,8 @@ def train_a_bit(model, size=0.02, seed=3):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+                step = torch.randn(parameter.shape, generator=generator) * size
+                local(parameter).add_(step[local_slices(parameter)])
 
 
 def grafted(scale):
@@ -339,9 +343,9 @@ def test_adapter_export_folds_scale_and_selection(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "use_dora=True can't be grafted exactly: its column norms depend on the weights"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"lora_bias": True}, "lora_bias=True can't be grafted exactly"),
+        ({"use_qalora": True}, "use_qalora=True can't be grafted exactly: its factors act on pooled inputs"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens.* some positions only"),
+        ({"init_lora_weights": "eva"}, "init_lora_weights='eva' is computed from activations"),
         ({"layer_replication": [(0, 2)]}, "layer_replication"),
     ],
 )

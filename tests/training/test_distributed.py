@@ -492,14 +492,3 @@ def test_a_strategy_that_shards_nothing_is_refused(tmp_path):
     message = run_ranks(wrong_mesh, 2, save_pair(tmp_path, "qwen3"))[0]
     assert "would split tensors, and shard nothing" in message
     assert "data_parallel_size=2 and tensor_parallel_size=1" in message
-
-
-def pissa(folders):
-    module = ShadowModule(ModelPair(*map(str, folders)), LoraConfig(r=4, init_lora_weights="pissa"))
-    with pytest.raises(ShadowlitError) as caught:
-        make_trainer("fsdp2", 2, []).fit(module, RandomData(8))
-    return str(caught.value)
-
-
-def test_an_adapter_that_needs_whole_matrices_is_refused_under_fsdp(tmp_path):
-    assert "starts from whole weight matrices" in run_ranks(pissa, 2, save_pair(tmp_path, "qwen3"))[0]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -241,8 +241,10 @@ def test_other_precisions_are_refused_with_the_reason(pair, precision):
 
 
 def test_an_adapter_that_can_not_be_grafted_is_refused_at_once(pair):
-    with pytest.raises(GraftError, match="use_dora"):
-        ShadowModule(pair, LoraConfig(use_dora=True))
+    with pytest.raises(GraftError, match="use_qalora"):
+        ShadowModule(pair, LoraConfig(use_qalora=True))
+    with pytest.raises(GraftError, match=r"PromptTuningConfig.*adds to the prompt"):
+        ShadowModule(pair, PromptTuningConfig())
 
 
 @pytest.mark.parametrize(("options", "message"), [({"lr": 0}, "model.lr is 0"), ({"warmup_ratio": 3}, "warmup_ratio")])

@@ -1,0 +1,317 @@
+"""What a module that trains has learned: its parameters next to the pair's, their updates, and the graft they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shadowlit.checkpoint.folder import is_finite
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.layout import in_layout_of_module
+from shadowlit.checkpoint.names import canonical_key, is_adapter_name, is_linear_factor, layer_label
+from shadowlit.checkpoint.reader import TensorReader, described
+from shadowlit.distributed import local, local_slices, reshard_all, whole
+from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
+from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
+from shadowlit.grafting.pairing import HostParameter, aliases_of, parts_of, require_pairing, select_parameters
+from shadowlit.grafting.parameters import host_parameters, linear_names
+from shadowlit.grafting.quantised import quantised_layers
+from shadowlit.grafting.selection import coverage
+from shadowlit.grafting.subject import TUNED, Subject
+from shadowlit.grafting.swap import Swap, windows
+from shadowlit.grafting.transformed import ParameterTransforms, Transforms, laid_out
+
+Squares = dict[str, Tensor]  # by name: sums of squares of an update and of its rounding error, float64 [2]
+
+
+class ModuleGraft:
+    """The graft that the parameters of a module make, and frozen shards of the pair to compute it with.
+
+    Arguments and errors are those of :class:`shadowlit.grafting.live.LiveGraft`, which swaps it in and out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: TensorReader,
+        instruct: TensorReader,
+        *,
+        select: str | list[str] = "linear",
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
+        transforms: Transforms | None = None,
+    ) -> None:
+        self.model, self.dtype, self.offload = model, dtype, offload
+        self.subject: Subject = TUNED  # whose weights are loaded
+        self._instruct_reader = instruct
+        require_untied(model)
+        reshard_all(model)
+        parameters = host_parameters(model)
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
+        require_pairing(parameters, base, by_module)
+        # For each tensor of the Instruct's files that is no parameter by itself, the parts of parameters it is made of.
+        self._parts = {} if by_module is instruct else parts_of(shapes, instruct)
+        self._infos = {name: by_module.info(name) for name in shapes}
+        model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
+        self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
+        layers = self._layers = adapted_layers(model)
+        self._quantised = quantised_layers(model)
+        self._hosts = [
+            self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
+        ]
+        self._by_name = {host.name: host for host in self._hosts}
+        self._by_parameter = {id(host.parameter): host for host in self._hosts}
+        trained = frozenset(host.name for host in self._hosts if host.trained)
+        if not self.selected & trained:
+            raise GraftError(
+                f"graft.select={select!r} chooses nothing that is trained: it chooses "
+                f"{some_of(sorted(self.selected))}, and trained are {some_of(sorted(trained))}. Change one of the two."
+            )
+        sizes = {host.name: host.parameter.numel() for host in self._hosts}
+        self.coverage = coverage(self.selected & trained, trained, sizes)
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Bytes of frozen shards that this rank holds between validations."""
+        held = [t for host in self._hosts for t in (host.instruct, host.base) if t is not None]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def num_local_parameters(self) -> int:
+        """Elements of the host's parameters on this rank."""
+        return sum(local(host.parameter).numel() for host in self._hosts)
+
+    def serves_adapter(self, scale: float) -> bool:
+        """Whether the adapter on the untouched Instruct computes the graft at this scale, except for rounding."""
+        adapted = [host.adapted for host in self._hosts if host.adapted is not None]
+        means_the_same = all(layer.additive and (scale == 1 or layer.scaling is not None) for layer in adapted)
+        return bool(adapted) and means_the_same and not self._transforms and all(h.base is None for h in self._hosts)
+
+    @property
+    def holds_float32(self) -> bool:
+        """Whether every parameter that is grafted can hold the graft before it is rounded to the export's dtype."""
+        grafted = (host for host in self._hosts if host.selected and host.trained)
+        return all(local(host.parameter).dtype == torch.float32 for host in grafted)
+
+    @property
+    def on_base(self) -> bool:
+        """Whether every trained parameter on this rank still has the Base's value."""
+        reshard_all(self.model)
+        residual = leaves_residual(self.model)  # with the factors it is the Base, up to rounding
+        hosts = (host for host in self._hosts if not (residual and host.adapted))
+        return all(host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned())) for host in hosts)
+
+    @torch.no_grad()
+    def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
+        """Norms of the update, and the fraction that survives rounding to the exported dtype; a collective if sharded.
+
+        ``squares`` is what :meth:`apply` collected for this scale, if the weights have not changed since.
+
+        Returns:
+            ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
+            Instruct's), ``survival`` (1: all of the update survives rounding, 0: nothing useful does; absent if it is
+            zero), and ``delta_norm/<layer>`` for every decoder layer. With transforms, all describe the transformed
+            update.
+        """
+        assert self.subject == TUNED
+        reshard_all(self.model)
+        known = squares or {}
+        layers: dict[str, Tensor] = {}
+        for host in self._hosts:
+            if not (host.selected and host.trained):
+                continue
+            found = known[host.name] if host.name in known else self._squares(host, scale)
+            if host.instruct_square is None:
+                parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
+                host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
+            key = layer_label(host.name)
+            layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
+        table = torch.stack(list(layers.values()))
+        sharded = next((h.parameter for h in self._hosts if isinstance(h.parameter, DTensor)), None)
+        if sharded is not None:
+            dist.all_reduce(table, group=sharded.device_mesh.get_group())
+        update_square, lost_square, instruct_square = table.sum(0).tolist()
+        scaled_square = scale**2 * update_square
+        return {
+            "delta_norm": update_square**0.5,
+            "relative_delta": (update_square / instruct_square) ** 0.5 if instruct_square else 0.0,
+            **({"survival": 1 - (lost_square / scaled_square) ** 0.5} if scaled_square else {}),
+            **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(layers, table.tolist(), strict=True)},
+        }
+
+    @torch.no_grad()
+    def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
+
+        One whole tensor at a time, on the CPU, computed in float32 and rounded once; of experts that the files hold
+        one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
+        has no parameter for keeps the Instruct's values.
+        """
+        assert self.subject == TUNED
+        reshard_all(self.model)
+        aliases = aliases_of(self.model)
+        by_key = {canonical_key(alias): first for alias, first in aliases.items()}
+
+        def grafted(name: str, dtype: torch.dtype) -> Tensor:
+            host = self._by_name[name]
+            part = self._grafted(host, scale).to(dtype)
+            return whole(part.to(host.parameter.device), host.parameter).cpu()
+
+        infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
+        files = self._instruct_reader
+        in_files = laid_out(infos, files, lambda n: grafted(n, infos[n].dtype)) if self._parts else files
+        for name, info in files.tensors.items():
+            dtype = info.converted(self.dtype).dtype
+            if name in self._parts:
+                yield name, in_files.read(name)
+            elif (host := self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
+                yield name, grafted(host.name, dtype)
+            else:
+                yield name, files.read(name).to(dtype)
+
+    @torch.no_grad()
+    def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
+
+        One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
+        end; all ranks get them.
+        """
+        assert self.subject == TUNED
+        reshard_all(self.model)
+        trained = {host.name: host for host in self._hosts if host.selected and host.trained}
+
+        def update(name: str) -> Tensor:
+            host = trained[name]
+            return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+
+        infos = described({name: info.shape for name, info in self._infos.items()})
+        in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
+        apart = {part.name for parts in self._parts.values() for part in parts}
+        cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
+        for name in sorted(cut | (trained.keys() - apart)):
+            yield name, in_files.read(name) if name in cut else update(name)
+
+    @torch.no_grad()
+    def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """The adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
+
+        ``scale`` (0 outside the selection) is folded into a factor in which the update is linear, so that the adapter
+        on the Instruct is the graft.
+
+        Raises:
+            GraftError: The update is transformed, so that the factors don't give it.
+        """
+        assert self.subject == TUNED
+        if self._transforms is not None:
+            raise GraftError(
+                "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
+                "delta; 'python -m shadowlit delta lora' makes an adapter of a delta."
+            )
+        reshard_all(self.model)
+        scales = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
+        tensors = {}
+        for prefix, module in self.model.named_modules():
+            if module not in scales:
+                continue
+            for name, parameter in module.named_parameters():
+                if not is_adapter_name(name.partition(".")[0]):  # also those of a layer that this one is wrapped around
+                    continue
+                tensor = whole(local(parameter), parameter).cpu()
+                folded = is_linear_factor(name)
+                tensors[f"{prefix}.{name}"] = tensor * scales[module] if folded else tensor.clone()
+        buffers = self.model.named_buffers(remove_duplicate=False)  # the adapter's own, which layers share (VeRA)
+        return {**tensors, **{name: buffer.cpu().clone() for name, buffer in buffers if is_adapter_name(name)}}
+
+    def _host(
+        self, name: str, parameter: Tensor, layer: AdaptedLayer | None, base: TensorReader, instruct: TensorReader
+    ) -> HostParameter:
+        live = local(parameter)
+        slices = local_slices(parameter)
+        start = base.read_slice(name, slices)
+        target = instruct.read_slice(name, slices)
+        for values, reader in ((start, base), (target, instruct)):
+            if not is_finite(values):  # found before the training, and not by the export after it
+                raise CheckpointError(
+                    f"tensor '{name}' of {reader.folder} holds NaN or infinities, and so would the grafted model. Save "
+                    "or download this model again."
+                )
+        selected = name in self.selected
+        four_bit = self._quantised.get(name)
+        same = four_bit.holds(base.read(name)) if four_bit else torch.equal(live, start.to(live.device, live.dtype))
+        frozen = not parameter.requires_grad and same
+        if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
+            raise GraftError(
+                f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
+                f"{base.folder}. Check pair.base, and that no other callback changes weights."
+            )
+        # A selected adapter's update is added to the weights that it sits on.
+        rounding = self.dtype or target.dtype
+        narrower = torch.promote_types(rounding, target.dtype) != rounding
+        added_to = four_bit is not None or (layer is not None and selected)
+        swapped = frozen and not added_to and not narrower  # rounded only in the graft
+        if swapped:
+            # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
+            target = target.to(live.dtype)
+        held = self._to_storage(target, live)
+        before = None if frozen else self._to_storage(start, live)
+        swap = Swap(live, held) if swapped else None
+        return HostParameter(name, parameter, held, before, selected, swap, adapted=layer, quantised=four_bit)
+
+    def _to_storage(self, tensor: Tensor, live: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        if self.offload or live.device.type == "cpu":
+            return tensor.pin_memory() if live.is_cuda else tensor
+        return tensor.to(live.device)
+
+    def _rounding(self, host: HostParameter) -> torch.dtype:
+        return self.dtype or host.instruct.dtype
+
+    def _update(self, host: HostParameter) -> Tensor:
+        """This rank's part of an update, transformed if there are transforms."""
+        if self._transforms is None or not host.trained:
+            return self._learned(host)
+        return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
+
+    def _learned(self, host: HostParameter) -> Tensor:
+        device = local(host.parameter).device
+        total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
+        if host.adapted is not None:
+            learned = host.adapted.delta_weight(host.parameter, self._whole_tuned)
+            total = learned if total is None else total + learned
+        return torch.zeros(host.instruct.shape, device=device) if total is None else total
+
+    def _whole_tuned(self, parameter: Tensor) -> Tensor:
+        """The whole of the trained values of a parameter of the host or of an adapter, whichever are loaded."""
+        host = self._by_parameter.get(id(parameter))
+        part = local(parameter) if host is None else host.tuned().to(parameter.device)
+        return whole(part, parameter)
+
+    def _grafted(self, host: HostParameter, scale: float) -> Tensor:
+        instruct = host.instruct.to(local(host.parameter).device)
+        if not host.selected:
+            return instruct.clone()  # the frozen weights themselves are swapped with the Base's in place
+        if host.adapted is None and host.base is not None and self._transforms is None:
+            return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
+        return add_delta(instruct, self._update(host), scale)
+
+    def _squares(self, host: HostParameter, scale: float) -> Tensor:
+        """Sums of squares of an update and of its rounding error, float64 ``[2]``."""
+        update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+        sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
+        for part in windows(update):
+            exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
+            sums += sums_of_squares(update[part], exact, exact.to(self._rounding(host)))
+        return sums
+
+
+def sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
+    """Of a window's update and of its rounding error: products in float32, at which BLAS is fast; ``[2]``."""
+    lost = rounded.to(exact.dtype) - exact
+    return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
