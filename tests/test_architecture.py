@@ -28,7 +28,7 @@ FLOORS = [
     {"training"},
     {"evaluation", "harness"},
     {"callbacks"},
-    {"analysis"},
+    {"analysis", "planning"},
     {"lightning_cli"},
     {"studies", "demo"},
     {"cli"},

@@ -400,10 +400,7 @@ class LiveGraft:
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
-        # A selected adapter's update is added to the weights that it sits on.
-        rounding = self.dtype or target.dtype
-        narrower = torch.promote_types(rounding, target.dtype) != rounding
-        swapped = frozen and not (layer is not None and selected) and not narrower  # rounded only in the graft
+        swapped = is_swapped(frozen, layer is not None and selected, self.dtype, target.dtype)
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
@@ -504,6 +501,16 @@ class LiveGraft:
         if host.adapted is None and host.base is not None and self._transforms is None:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
         return add_delta(instruct, self._update(host), scale)
+
+
+def is_swapped(frozen: bool, grafted: bool, dtype: torch.dtype | None, stored: torch.dtype) -> bool:
+    """Whether a parameter is exchanged with the Instruct's values in place, without a copy of its own values.
+
+    Not under a selected adapter, whose update is added to the weights that it sits on; and not where the graft alone
+    rounds to a narrower dtype than that of the files.
+    """
+    rounding = dtype or stored
+    return frozen and not grafted and torch.promote_types(rounding, stored) == rounding
 
 
 def _parts(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.checkpoint.names import (
     TOWERS,
@@ -67,7 +69,7 @@ def load_for_training(
         reader: Reader of the Base's checkpoint, in the shape of its Instruct.
         config: The model's configuration.
         adapter: LoRA settings; ``None`` for full fine-tuning.
-        device: Device of the parameters.
+        device: Device of the parameters; ``meta`` for a model without weights, of which nothing is read but headers.
         mesh: Data-parallel mesh of FSDP2, or ``None``.
         parallelize: Function that is applied between building and filling; see
             :func:`shadowlit.training.parallel.parallelize`.
@@ -85,8 +87,9 @@ def load_for_training(
             fused experts to adapt; or it changes one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    stored = _stored_dtype(reader)
+    stored = stored_dtype(reader.tensors)
     from_weights = adapter is not None and starts_from_weights(adapter)
+    without_weights = device.type == "meta"
     # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
     dtype = torch.float32 if adapter is None or from_weights else frozen_dtype or stored
     auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
@@ -107,7 +110,10 @@ def load_for_training(
         adapter.exclude_modules = _modules_of(model, frozen)
     if adapter is not None:
         _try_patterns(model, adapter)
-    if adapter is not None and from_weights:
+    if adapter is not None and from_weights and without_weights:
+        adapter = copy.copy(adapter)  # whose factors have the same shapes
+        adapter.init_lora_weights = True
+    elif adapter is not None and from_weights:
         _require_modules(model, adapter)
         if mesh is not None:
             raise GraftError(
@@ -128,7 +134,8 @@ def load_for_training(
                 model = model.float()
         require_untied(model)
     parallelize(model)
-    _fill(model, reader, device, seed, adapter)
+    if not without_weights:
+        _fill(model, reader, device, seed, adapter)
     return model.train()
 
 
@@ -245,9 +252,9 @@ def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int,
     return start
 
 
-def _stored_dtype(reader: TensorReader) -> torch.dtype:
+def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """The dtype of most elements of a checkpoint."""
     sizes: Counter[torch.dtype] = Counter()
-    for info in reader.tensors.values():
+    for info in tensors.values():
         sizes[info.dtype] += info.num_elements
     return sizes.most_common(1)[0][0]

@@ -226,40 +226,54 @@ class ShadowModule(LightningModule):
         """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""
         if self.model is not None:
             return
+        mesh = self._data_parallel_mesh()
+        packs = run_data(self.trainer).packing is not None
+        self.model = load_for_training(
+            self.pair.readers()[0],
+            device=self.trainer.strategy.root_device,
+            mesh=mesh,
+            seed=self.seed,
+            **self.architecture(self.trainer.precision, packs, all(self.pair.ties()), mesh),
+        )
+
+    def architecture(self, precision: str, packs: bool, tied: bool, mesh: Any = None) -> dict[str, Any]:
+        """What the model is built of: arguments of ``load_for_training`` and ``build_for_training``.
+
+        Args:
+            precision: ``trainer.precision``.
+            packs: Whether training samples share rows.
+            tied: Whether both models tie the output head to the embedding, if their configs do.
+            mesh: Data-parallel mesh of FSDP2, or ``None``.
+        """
         config = self.pair.base_config()
         config.use_cache = False
         config.get_text_config().vocab_size = self.pair.config().get_text_config().vocab_size
-        if not all(self.pair.ties()):  # whatever config.json says; one of the two has a head of its own
+        if not tied:  # whatever config.json says; one of the two has a head of its own
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        self.kernel = self._kernel(config)
+        self.kernel = self._kernel(config, packs)
         if is_image_text(config) and self.kernel == VARLEN:
             raise ShadowlitError(
                 f"model.attn_implementation is {VARLEN!r}, which is causal in every layer, but '{config.model_type}' "
                 "has a vision tower, in which patches see each other. Use sdpa or flash_attention_2."
             )
-        mesh = self._data_parallel_mesh()
-        compute_dtype = _compute_dtype(self.trainer.precision)
-        self.model = load_for_training(
-            self.pair.readers()[0],
-            config,
-            adapter=self.adapter,
-            device=self.trainer.strategy.root_device,
-            mesh=mesh,
-            parallelize=partial(
+        compute_dtype = _compute_dtype(precision)
+        return {
+            "config": config,
+            "adapter": self.adapter,
+            "parallelize": partial(
                 parallelize,
                 mesh=mesh,
                 activation_checkpointing=self.activation_checkpointing,
                 compile_layers=self.compile_layers,
                 compute_dtype=compute_dtype,
             ),
-            attn_implementation=self.kernel,
-            experts_implementation=self.experts_implementation,
-            trust_remote_code=self.pair.trust_remote_code,
-            seed=self.seed,
-            towers=self.train_towers,
+            "attn_implementation": self.kernel,
+            "experts_implementation": self.experts_implementation,
+            "trust_remote_code": self.pair.trust_remote_code,
+            "towers": self.train_towers,
             # In float32 everything computes in float32, frozen weights too, on one device as under FSDP2.
-            frozen_dtype=torch.float32 if compute_dtype == torch.float32 else None,
-        )
+            "frozen_dtype": torch.float32 if compute_dtype == torch.float32 else None,
+        }
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` ``[B, T]``.
@@ -345,7 +359,7 @@ class ShadowModule(LightningModule):
         if self.trainer.accumulate_grad_batches > 1:
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-            reduce_gradients(self.model, steps or not self._accumulates_whole)
+            reduce_gradients(self.model, steps or not self.accumulates_whole)
         outputs = self._outputs(batch, BASE, "train")
         with calls(self.objective, "model.objective", "Correct its step."):
             loss = self._add(self.objective.step(outputs))
@@ -525,19 +539,19 @@ class ShadowModule(LightningModule):
                 f"model.warmup_ratio={self.warmup_ratio:g}. Set trainer.max_steps, or model.schedule=constant and "
                 "model.warmup_ratio=0; trainer.max_time ends either."
             )
-        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps))
+        return self.optimizer_of(trained, 0 if math.isinf(steps) else int(steps))
 
     def _try_optimizer(self) -> None:
         """Create the optimizer and its schedule for a few numbers, so that a wrong option is found early."""
         sizes = [(2, 2)] if self.adapter else [(2, 2), (2,)]
         try:
-            self._optimizer([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total=1000)
+            self.optimizer_of([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total=1000)
         except ShadowlitError as error:
             # Of a schedule, a list may need a value for each group of parameters, of which there may be more.
             if str(error).startswith("model.optimizer") or not isinstance(error.__cause__, ValueError):
                 raise
 
-    def _optimizer(self, trained: list[tuple[str, nn.Parameter]], total: int) -> OptimizerLRSchedulerConfig:
+    def optimizer_of(self, trained: list[tuple[str, nn.Parameter]], total: int) -> OptimizerLRSchedulerConfig:
         """Both for parameters by name and a number of optimizer steps."""
         optimizer = make_optimizer(
             self.optimizer,
@@ -577,16 +591,16 @@ class ShadowModule(LightningModule):
             )
         return {"scheduler": scheduler, "interval": "step"}
 
-    def _kernel(self, config: PreTrainedConfig) -> str:
+    def _kernel(self, config: PreTrainedConfig, packs: bool) -> str:
         """The attention kernel's name, with auto decided."""
         if self.attn_implementation != "auto":
             return self.attn_implementation
-        packs = run_data(self.trainer).packing is not None
         knows = not self.compile_layers and not is_image_text(config) and knows_attention_of(config)
         return VARLEN if packs and knows else "sdpa"
 
     @property
-    def _accumulates_whole(self) -> bool:
+    def accumulates_whole(self) -> bool:
+        """Whether FSDP2's ranks hold whole gradients until the last micro-batch of a step."""
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
 
     def _outputs(self, batch: Batch, who: Subject, name: str) -> Outputs:
