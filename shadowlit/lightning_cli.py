@@ -50,9 +50,10 @@ from shadowlit.parser import Known, ShortErrors
 from shadowlit.planning.plan import Plan, parse_bytes
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
 from shadowlit.signals import StopSignals, end_with_parent
-from shadowlit.training.module import ScheduleName, ShadowModule
+from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import OBJECTIVES, Objective, samples_of
 from shadowlit.training.optimizer import OptimizerChoice
+from shadowlit.training.schedules import ScheduleName
 
 # jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
 warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")

@@ -6,7 +6,7 @@ import math
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 
@@ -58,9 +58,9 @@ def init(
     target = Path(out)
     if target.exists():
         raise ShadowlitError(f"out is {out!r}, which exists. Choose another file; nothing is overwritten.")
-    if tuning not in get_args(Tuning):
-        raise ShadowlitError(f"tuning is {tuning!r}; expected {' or '.join(get_args(Tuning))}.")
-    if (pair is None) == (base is None or instruct is None):
+    if devices < 1:
+        raise ShadowlitError(f"devices is {devices}; expected at least 1.")
+    if (pair is None) != (base is not None and instruct is not None) or (pair and (base or instruct)):
         raise ShadowlitError("Give the name of a known pair ('pairs' lists them), or both --base and --instruct.")
     if pair is not None:
         known = find_pair(pair)

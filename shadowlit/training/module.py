@@ -6,66 +6,50 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 from torchmetrics import Metric
-from transformers import PreTrainedConfig, get_scheduler
 
 from shadowlit.arguments import takes_plain_values
 from shadowlit.checkpoint.names import factor_of
-from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
-from shadowlit.errors import DataError, ShadowlitError, as_usage, first_line, wrong_names
+from shadowlit.errors import ShadowlitError, as_usage
 from shadowlit.grafting.adapter import require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
-from shadowlit.grafting.subject import BASE, TUNED, Subject
-from shadowlit.pair.folders import is_image_text
-from shadowlit.pair.pair import ModelPair, PairWithoutWeights
+from shadowlit.grafting.subject import BASE
+from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.divergence import LossWatch
-from shadowlit.training.generation import generate, greedy_config
-from shadowlit.training.head import HeadLoss, Way, evaluating
+from shadowlit.training.head import Way
 from shadowlit.training.loading import load_for_training
-from shadowlit.training.metrics import Scores, TokenScores, name_clash
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
 from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
-from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
-from shadowlit.training.parallel import parallelize, reduce_gradients
-from shadowlit.training.rehearsal import rehearse
+from shadowlit.training.outputs import Batch
+from shadowlit.training.parallel import compute_dtype_of, data_parallel_mesh, parallelize, reduce_gradients
+from shadowlit.training.rehearsal import try_optimizer
+from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, require_no_end
+from shadowlit.training.scoring import ScoringModule
 from shadowlit.training.separation import require_separation
-from shadowlit.training.varlen import NAME as VARLEN
-from shadowlit.training.varlen import borders_of, knows_attention_of, takes_borders
+from shadowlit.training.varlen import borders_of, kernel_of, takes_borders
 
 log = logging.getLogger(__name__)
 
-# Values that are logged here have already been reduced over the ranks, once and exactly.
-warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test|graft)/.*sync_dist=True")
 # Ours adds to a batch of any data module.
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
-
-# transformers' schedules that need no metric.
-ScheduleName = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-]  # fmt: skip
 
 
 @runtime_checkable
@@ -84,7 +68,7 @@ class UnlimitedProgressBar(RichProgressBar):
 
 
 @takes_plain_values("model")
-class ShadowModule(LightningModule):
+class ShadowModule(ScoringModule):
     """Trains the Base of a pair, and scores the weights that the model holds.
 
     The loss of an effective batch (all micro-batches and ranks of a step) is a sum divided once by its count, for
@@ -166,7 +150,7 @@ class ShadowModule(LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        schedule: Shape = "cosine",
         warmup_ratio: float = 0.1,
         optimizer: OptimizerChoice = "adamw",
         offload_optimizer: bool = False,
@@ -185,14 +169,14 @@ class ShadowModule(LightningModule):
         loraplus_lr_ratio: float = 1.0,
         on_nan: Literal["stop", "warn"] = "stop",
     ) -> None:
-        super().__init__()
+        super().__init__(
+            pair, SFT() if objective is None else objective, head_loss, max_new_tokens, dict(metrics or {})
+        )
         if not 0 <= warmup_ratio <= 1:
             raise ShadowlitError(f"model.warmup_ratio is {warmup_ratio}; expected a share between 0 and 1.")
         if lr <= 0:
             raise ShadowlitError(f"model.lr is {lr}; expected a positive learning rate, e.g. 2e-4 for LoRA.")
         require_graftable(adapter)
-        self.pair = pair
-        self.objective = SFT() if objective is None else objective
         self.adapter = adapter
         if adapter is not None and adapter.target_modules is None and adapter.target_parameters is None:
             adapter.target_modules = "all-linear"
@@ -203,22 +187,12 @@ class ShadowModule(LightningModule):
         self.optimizer, self.offload_optimizer = optimizer, offload_optimizer
         self.reduce_gradients = reduce_gradients
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
-        self.head_loss = head_loss
         self.attn_implementation = self.kernel = attn_implementation
         self.experts_implementation = experts_implementation
-        self.max_new_tokens = max_new_tokens
         self.seed = seed
         self.train_towers = list(train_towers)
-        self.metrics = dict(metrics or {})
-        if wrong := wrong_names("model.metrics", self.metrics):
-            raise ShadowlitError(wrong[0])
         self.losses = LossWatch(on_nan)  # of the running or last fit
-        self.callback_metrics: dict[str, float] = {}  # by callbacks in the running validation, logged with the scores
-        self.model: nn.Module | None = None
-        self._head_loss: HeadLoss | None = None
-        self._scores: dict[tuple[Subject, str], Scores] = {}  # by subject and set; the set "" is all of them
         self._sums: tuple[tuple[str, ...], Tensor] | None = None  # the objective's, by name, of the effective batch
-        self._references = References()
         # An adapter's checkpoint holds the factors only.
         self.strict_loading = adapter is None
 
@@ -226,7 +200,7 @@ class ShadowModule(LightningModule):
         """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""
         if self.model is not None:
             return
-        mesh = self._data_parallel_mesh()
+        mesh = data_parallel_mesh(self.trainer.strategy, self.device_mesh)
         packs = run_data(self.trainer).packing is not None
         self.model = load_for_training(
             self.pair.readers()[0],
@@ -237,12 +211,12 @@ class ShadowModule(LightningModule):
         )
 
     def architecture(self, precision: str, packs: bool, tied: bool, mesh: Any = None) -> dict[str, Any]:
-        """What the model is built of: arguments of ``load_for_training`` and ``build_for_training``.
+        """Describe the model that is built: arguments of ``load_for_training``, which a plan has without a trainer.
 
         Args:
             precision: ``trainer.precision``.
             packs: Whether training samples share rows.
-            tied: Whether both models tie the output head to the embedding, if their configs do.
+            tied: Whether the heads of both models are tied, if their configs say so.
             mesh: Data-parallel mesh of FSDP2, or ``None``.
         """
         config = self.pair.base_config()
@@ -250,13 +224,8 @@ class ShadowModule(LightningModule):
         config.get_text_config().vocab_size = self.pair.config().get_text_config().vocab_size
         if not tied:  # whatever config.json says; one of the two has a head of its own
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        self.kernel = self._kernel(config, packs)
-        if is_image_text(config) and self.kernel == VARLEN:
-            raise ShadowlitError(
-                f"model.attn_implementation is {VARLEN!r}, which is causal in every layer, but '{config.model_type}' "
-                "has a vision tower, in which patches see each other. Use sdpa or flash_attention_2."
-            )
-        compute_dtype = _compute_dtype(precision)
+        self.kernel = kernel_of(self.attn_implementation, config, packs=packs, compiled=self.compile_layers)
+        compute_dtype = compute_dtype_of(precision)
         return {
             "config": config,
             "adapter": self.adapter,
@@ -274,16 +243,6 @@ class ShadowModule(LightningModule):
             # In float32 everything computes in float32, frozen weights too, on one device as under FSDP2.
             "frozen_dtype": torch.float32 if compute_dtype == torch.float32 else None,
         }
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the logits ``[B, T, V]`` of a batch with ``input_ids`` ``[B, T]``.
-
-        What else the batch has of ``attention_mask`` and ``position_ids``, both ``[B, T]``, reaches the model, and so
-        does what a processor makes of images (:data:`shadowlit.data.images.IMAGE_INPUTS`). Rows packed from several
-        conversations come with ``position_ids`` that restart at each, and without a mask.
-        """
-        assert self.model is not None
-        return self.model(**model_inputs(batch), use_cache=False).logits
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
@@ -306,7 +265,7 @@ class ShadowModule(LightningModule):
             self.score_names()
         if self.trainer.state.fn == TrainerFn.FITTING:
             with as_usage():
-                self._try_optimizer()
+                try_optimizer(self._optimizer, adapted=self.adapter is not None)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksBeforeData):
                 callback.before_data(self.trainer, self)
@@ -314,18 +273,6 @@ class ShadowModule(LightningModule):
         if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
             return []
         return [UnlimitedProgressBar(int(bar.refresh_rate), theme=bar.theme)]
-
-    def score_names(self) -> set[str]:
-        """The names of the metrics that every validation set is scored with, found by scoring random logits.
-
-        Raises:
-            ShadowlitError: The objective returns something else than sums; a metric can't be updated, gives something
-                that is not a number, or has another's name.
-        """
-        # Of a model on the hub no weights are downloaded for this.
-        vocabulary = PairWithoutWeights(**asdict(self.pair)).config().get_text_config().vocab_size
-        with as_usage():
-            return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
 
     def on_fit_start(self) -> None:
         """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
@@ -396,113 +343,6 @@ class ShadowModule(LightningModule):
 
     on_validation_start = on_train_end
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0, subject: Subject = TUNED) -> None:
-        """Add a batch to the scores of ``subject``, whose weights are loaded. An override passes it on to ``super``."""
-        data = run_data(self.trainer)
-        names = data.test_names if self.trainer.testing else data.validation_names
-        self._score(batch, names[dataloader_idx] if names else str(dataloader_idx), subject)
-
-    test_step = validation_step
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answer the prompts of a left-padded batch greedily, with the weights that are loaded.
-
-        Returns:
-            One ``{"index": row in the file, "answer": text}`` per prompt.
-        """
-        assert self.model is not None
-        tokenizer = self.pair.tokenizer()
-        config = greedy_config(self.pair.template_folder(), tokenizer, self.max_new_tokens)
-        images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
-        prompts = batch["input_ids"], batch["attention_mask"], images
-        answers = generate(self.model, tokenizer, config, *prompts, synced_gpus=self.trainer.world_size > 1)
-        return [
-            {"index": index, "answer": answer.text}
-            for index, answer in zip(batch["index"].tolist(), answers, strict=True)
-            if index >= 0
-        ]
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the scores of every subject, and what callbacks measured."""
-        self._log_scores("test" if self.trainer.testing else "val")
-
-    on_test_epoch_end = on_validation_epoch_end
-
-    def configure_scores(self) -> Metric:
-        """The metric that each set is scored with, for every subject. ``model.metrics`` adds others to it.
-
-        Its ``compute()`` returns a dict from metric names to numbers. A :class:`TokenScores`, or a subclass that
-        doesn't override ``update``, gets the sums of a batch through ``add``, without materialising the full logits.
-        Any other metric, and a subclass that overrides ``update(logits, labels)``, gets ``[B, T, V]`` and ``[B, T]``
-        tensors. With an objective of preferences, ``update`` gets :class:`shadowlit.training.outputs.Answers` instead.
-        """
-        return self.objective.configure_scores()
-
-    def lacking_references(self, who: Subject) -> list[str]:
-        """The preference sets that the objective needs ``who``'s log-probabilities of and that are not measured yet."""
-        if not self.objective.has_reference:
-            return []
-        sets = run_data(self.trainer).preference_sets
-        # The training data only ever meet the model that is trained.
-        return self._references.lacking(who, {n: one for n, one in sets.items() if who == BASE or n != "train"})
-
-    @torch.no_grad()
-    def measure_references(self, who: Subject, names: list[str]) -> None:
-        """Measure the answers of preference sets with the weights of the untouched model ``who``, which are loaded.
-
-        A collective: every rank does its share of each set.
-        """
-        assert self.model is not None
-        data = run_data(self.trainer)
-        for name in names:
-            dataset = data.preference_sets[name]
-            logps = torch.zeros(len(dataset), 2, dtype=accumulation_dtype(self.device), device=self.device)
-            with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
-                for batch in data.scoring_loader(name):
-                    batch = self.trainer.strategy.batch_to_device(batch)
-                    found = Outputs(self.head_losses(), batch).answers(with_reference=False)
-                    logps[batch["sample"].index_select(0, batch["valid"])] = found.logps
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(logps)
-            self._references.keep(who, name, dataset, logps)
-
-    def head_losses(self) -> HeadLoss:
-        """The implementation of the model's losses, chosen on first use, when its weights are loaded."""
-        assert self.model is not None
-        if self._head_loss is None or self._head_loss.model is not self.model:
-            self._head_loss = HeadLoss(self.model, self.head_loss)
-        return self._head_loss
-
-    def has_scores(self, subject: Subject) -> bool:
-        """Whether batches were scored for ``subject`` in the running validation."""
-        return any(who == subject for who, _ in self._scores)
-
-    def scores(self, subject: Subject) -> dict[str, float]:
-        """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
-
-        Reduced over all ranks; every rank must call it.
-        """
-        return {
-            f"{name}/{what}" if name else what: value
-            for (who, name), metric in self._scores.items()
-            if who == subject
-            for what, value in metric.compute().items()
-        }
-
-    def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
-        """Loss and number of supervised tokens of each sample in the running validation, ``[N, 2]`` by set.
-
-        The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
-        """
-        owns = {name: one.own for (who, name), one in self._scores.items() if who == subject}
-        return {name: own.by_sample() for name, own in owns.items() if isinstance(own, TokenScores) and own.takes_sums}
-
-    def take_scores(self, subject: Subject) -> dict[str, float]:
-        """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""
-        taken = self.scores(subject)
-        self._scores = {key: metric for key, metric in self._scores.items() if key[0] != subject}
-        return taken
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The module's state; with an adapter only the trained parameters, since the rest is in the Base's files."""
         state = super().state_dict(*args, **kwargs)
@@ -530,28 +370,11 @@ class ShadowModule(LightningModule):
         """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         steps = self.trainer.estimated_stepping_batches
-        needs_none = self.lr_scheduler is None and self.schedule == "constant" and not self.warmup_ratio
-        if math.isinf(steps) and not (needs_none or callable(self.lr_scheduler)):
-            schedule = self.lr_scheduler or self.schedule
-            raise ShadowlitError(
-                f"trainer.max_epochs is {self.trainer.max_epochs} and trainer.max_steps is {self.trainer.max_steps}, "
-                f"so the number of steps is unknown, over which the rate follows the schedule {schedule!r} with "
-                f"model.warmup_ratio={self.warmup_ratio:g}. Set trainer.max_steps, or model.schedule=constant and "
-                "model.warmup_ratio=0; trainer.max_time ends either."
-            )
-        return self.optimizer_of(trained, 0 if math.isinf(steps) else int(steps))
+        if math.isinf(steps):
+            require_no_end(self.trainer, self.lr_scheduler, self.schedule, self.warmup_ratio)
+        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps))
 
-    def _try_optimizer(self) -> None:
-        """Create the optimizer and its schedule for a few numbers, so that a wrong option is found early."""
-        sizes = [(2, 2)] if self.adapter else [(2, 2), (2,)]
-        try:
-            self.optimizer_of([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total=1000)
-        except ShadowlitError as error:
-            # Of a schedule, a list may need a value for each group of parameters, of which there may be more.
-            if str(error).startswith("model.optimizer") or not isinstance(error.__cause__, ValueError):
-                raise
-
-    def optimizer_of(self, trained: list[tuple[str, nn.Parameter]], total: int) -> OptimizerLRSchedulerConfig:
+    def _optimizer(self, trained: list[tuple[str, nn.Parameter]], total: int) -> OptimizerLRSchedulerConfig:
         """Both for parameters by name and a number of optimizer steps."""
         optimizer = make_optimizer(
             self.optimizer,
@@ -564,48 +387,14 @@ class ShadowModule(LightningModule):
             lora_b=[p for name, p in trained if factor_of(name) == "B"],
             loraplus_lr_ratio=self.loraplus_lr_ratio,
         )
-        return {"optimizer": optimizer, "lr_scheduler": self._schedule(optimizer, total)}
-
-    def _schedule(self, optimizer: Optimizer, total: int) -> LRSchedulerConfigType:
         warmup = math.ceil(self.warmup_ratio * total)
-        scheduler: Any
-        try:
-            if isinstance(self.lr_scheduler, str):
-                scheduler = get_scheduler(self.lr_scheduler, optimizer, warmup, total, self.lr_scheduler_kwargs)
-            elif self.lr_scheduler is None:
-                rate = partial(_rate, total=total, warmup=warmup, schedule=self.schedule)
-                scheduler = LambdaLR(optimizer, rate)
-            else:
-                scheduler = self.lr_scheduler(optimizer)
-        except Exception as error:
-            raise ShadowlitError(
-                f"model.lr_scheduler{'_kwargs' if isinstance(self.lr_scheduler, str) else ''} can't make a schedule "
-                f"({first_line(error)}). Correct its options."
-            ) from error
-        if isinstance(scheduler, ReduceLROnPlateau):
-            return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
-        if isinstance(scheduler, TorchReduceLROnPlateau):
-            raise ShadowlitError(
-                "model.lr_scheduler is torch's ReduceLROnPlateau, which can't name a metric. Use class_path "
-                "lightning.pytorch.cli.ReduceLROnPlateau with monitor, e.g. val/grafted/loss."
-            )
-        return {"scheduler": scheduler, "interval": "step"}
-
-    def _kernel(self, config: PreTrainedConfig, packs: bool) -> str:
-        """The attention kernel's name, with auto decided."""
-        if self.attn_implementation != "auto":
-            return self.attn_implementation
-        knows = not self.compile_layers and not is_image_text(config) and knows_attention_of(config)
-        return VARLEN if packs and knows else "sdpa"
+        schedule = self.lr_scheduler, self.lr_scheduler_kwargs, self.schedule
+        return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, *schedule, warmup, total)}
 
     @property
     def accumulates_whole(self) -> bool:
         """Whether FSDP2's ranks hold whole gradients until the last micro-batch of a step."""
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
-
-    def _outputs(self, batch: Batch, who: Subject, name: str) -> Outputs:
-        """The model's outputs for a batch of the set ``name``, with the references of ``who``."""
-        return Outputs(self.head_losses(), batch, partial(self._references.look_up, who, name))
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> Tensor:
         """Add a micro-batch's sums to those of the effective batch; return the loss."""
@@ -617,63 +406,7 @@ class ShadowModule(LightningModule):
         self._sums = tuple(sums), values if self._sums is None else self._sums[1] + values
         return cast("Tensor", sums["loss"])
 
-    def _score(self, batch: Batch, set_name: str, subject: Subject) -> None:
-        loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
-        several = isinstance(loaders, list) and len(loaders) > 1
-        # A single set is all sets together.
-        keys = [(subject, name) for name in (("", set_name) if several else ("",))]
-        for key in keys:
-            if key not in self._scores:
-                self._scores[key] = Scores(self.configure_scores(), self.metrics, self.device)
-        stage = "test" if self.trainer.testing else "val"
-        outputs = self._outputs(batch, subject.start, f"{stage}/{set_name}")
-        self.objective.score(outputs, [self._scores[key] for key in keys])
-
-    def _log_scores(self, stage: str) -> None:
-        added, self.callback_metrics = self.callback_metrics, {}
-        for subject in dict.fromkeys(who for who, _ in self._scores):
-            scores, prefix = self.scores(subject), f"{stage}/{subject.name}/"
-            if twice := [prefix + name for name in scores if prefix + name in added]:
-                raise DataError(name_clash(twice))
-            for name, value in scores.items():
-                self.log(prefix + name, value, prog_bar=name == "loss")
-        for name, value in added.items():
-            self.log(name, value, prog_bar=name in ("graft/gain", "graft/survival"))
-        self._scores.clear()
-
     def _seed_dropout(self) -> None:
         """Make this batch's random numbers a function of the seed, the batch's number and the rank."""
         number = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(hash((self.seed, number, self.trainer.global_rank)) % 2**63)
-
-    def _data_parallel_mesh(self) -> Any:
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, ModelParallelStrategy):
-            return None
-        assert self.device_mesh is not None
-        sizes = dict(zip(self.device_mesh.mesh_dim_names or (), self.device_mesh.shape, strict=True))
-        if sizes["tensor_parallel"] != 1:
-            raise ShadowlitError(
-                f"ModelParallelStrategy has a mesh of {sizes}: it would split tensors, and shard nothing. Set its "
-                f"data_parallel_size={self.trainer.world_size} and tensor_parallel_size=1."
-            )
-        return self.device_mesh["data_parallel"]
-
-
-def _rate(step: int, *, total: int, warmup: int, schedule: str) -> float:
-    """The learning rate of ``step`` as a share of its peak."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}[schedule]
-
-
-def _compute_dtype(precision: str) -> torch.dtype:
-    if precision == "32-true":
-        return torch.float32
-    if precision == "bf16-mixed":
-        return torch.bfloat16
-    raise ShadowlitError(
-        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. Trainable parameters are float32, "
-        "since a small update does not survive in half precision ('bf16-true' would also round the rotary frequencies)."
-    )

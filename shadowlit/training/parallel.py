@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shadowlit.checkpoint.names import tower_of
+from shadowlit.errors import ShadowlitError
 
 _T = TypeVar("_T")
 
@@ -60,6 +62,36 @@ def parallelize(
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.within_forward = _call  # type: ignore[assignment]
     register_fsdp_forward_method(model, "within_forward")
+
+
+def data_parallel_mesh(strategy: Strategy, mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The part of Lightning's mesh that parameters are sharded over; ``None`` for a strategy that keeps them whole.
+
+    Raises:
+        ShadowlitError: The mesh would split tensors.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    assert mesh is not None
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    if sizes["tensor_parallel"] != 1:
+        raise ShadowlitError(
+            f"ModelParallelStrategy has a mesh of {sizes}: it would split tensors, and shard nothing. Set its "
+            f"data_parallel_size={strategy.world_size} and tensor_parallel_size=1."
+        )
+    return mesh["data_parallel"]
+
+
+def compute_dtype_of(precision: str) -> torch.dtype:
+    """The dtype that products are computed in, by ``trainer.precision``; a ShadowlitError for any other precision."""
+    if precision == "32-true":
+        return torch.float32
+    if precision == "bf16-mixed":
+        return torch.bfloat16
+    raise ShadowlitError(
+        f"trainer.precision is {precision!r}; expected '32-true' or 'bf16-mixed'. Trainable parameters are float32, "
+        "since a small update does not survive in half precision ('bf16-true' would also round the rotary frequencies)."
+    )
 
 
 def _keeps(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

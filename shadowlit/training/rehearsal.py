@@ -1,4 +1,4 @@
-"""Tries a run's objective and metrics on random logits, so that one that does not fit is found before the training."""
+"""Tries a run's objective, metrics and optimizer, so that one that does not fit is found before the training."""
 
 from __future__ import annotations
 
@@ -70,6 +70,21 @@ def rehearse(
                         f"update({takes}) and a compute() that returns numbers; see model.metrics in --help."
                     ) from error
             return names_of(metrics)
+
+
+def try_optimizer(make: Callable[[list[tuple[str, nn.Parameter]], int], Any], *, adapted: bool) -> None:
+    """Create an optimizer and its schedule for a few numbers; ``make`` takes parameters by name and a number of steps.
+
+    Raises:
+        ShadowlitError: One of their options doesn't fit.
+    """
+    sizes = [(2, 2)] if adapted else [(2, 2), (2,)]
+    try:
+        make([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], 1000)
+    except ShadowlitError as error:
+        # Of a schedule, a list may need a value for each group of parameters, of which there may be more.
+        if str(error).startswith("model.optimizer") or not isinstance(error.__cause__, ValueError):
+            raise
 
 
 def _copy_of(objective: Objective) -> Objective:

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from shadowlit.errors import ShadowlitError
+from shadowlit.pair.folders import is_image_text
 
 NAME = "varlen"
 _TAKES_BORDERS = (NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -51,6 +52,22 @@ def knows_attention_of(config: PreTrainedConfig) -> bool:
     """Whether a model's attention is what :func:`varlen_attention` computes: no caps of scores, no sinks."""
     text = config.get_text_config()
     return getattr(text, "attn_logit_softcapping", None) is None and text.model_type != "gpt_oss"
+
+
+def kernel_of(name: str, config: PreTrainedConfig, *, packs: bool, compiled: bool) -> str:
+    """The name of a model's attention kernel in transformers, with ``auto`` decided: varlen for packed rows, else sdpa.
+
+    Raises:
+        ShadowlitError: The model has a vision tower, and the kernel is causal in every layer.
+    """
+    if name == NAME and is_image_text(config):
+        raise ShadowlitError(
+            f"model.attn_implementation is {NAME!r}, which is causal in every layer, but '{config.model_type}' "
+            "has a vision tower, in which patches see each other. Use sdpa or flash_attention_2."
+        )
+    if name != "auto":
+        return name
+    return NAME if packs and not compiled and not is_image_text(config) and knows_attention_of(config) else "sdpa"
 
 
 def varlen_attention(

@@ -19,10 +19,11 @@ from shadowlit.data.module import ShadowData
 from shadowlit.errors import GraftError, ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.metrics import TokenScores
-from shadowlit.training.module import ShadowModule, _rate
+from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import token_sums
 from shadowlit.training.objectives import SFT, Objective, TokenObjective
 from shadowlit.training.parallel import parallelize
+from shadowlit.training.schedules import rate
 from tests.distributed import Forked
 from tests.rounding import require_same_update
 from tests.synthetic import RandomData, random_samples
@@ -290,11 +291,11 @@ def test_what_checkpointing_computes_again():
 
 
 def test_schedule():
-    rates = [_rate(step, total=10, warmup=2, schedule="cosine") for step in range(11)]
+    rates = [rate(step, total=10, warmup=2, schedule="cosine") for step in range(11)]
     assert rates[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
     assert rates[6] == pytest.approx(0.5) and rates[10] == pytest.approx(0)
-    assert _rate(6, total=10, warmup=2, schedule="linear") == pytest.approx(0.5)
-    assert _rate(9, total=10, warmup=2, schedule="constant") == 1.0
+    assert rate(6, total=10, warmup=2, schedule="linear") == pytest.approx(0.5)
+    assert rate(9, total=10, warmup=2, schedule="constant") == 1.0
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Attention by sample is attention under a mask, whatever tells the borders."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,10 +7,8 @@ from transformers import AutoConfig
 
 from shadowlit.data.collate import PackCollate as Packed
 from shadowlit.errors import ShadowlitError
-from shadowlit.pair.pair import ModelPair
-from shadowlit.training.module import ShadowModule
 from shadowlit.training.separation import require_separation
-from shadowlit.training.varlen import NAME, borders_of, takes_borders, varlen_attention
+from shadowlit.training.varlen import NAME, borders_of, kernel_of, takes_borders, varlen_attention
 from tests.data.test_packing import MODELS, SAMPLES, assert_same, make_model, outcome, packed, separate
 from tests.rounding import require_same_logits
 
@@ -111,7 +107,5 @@ def test_models_that_cap_their_scores_are_refused():
     ],
 )
 def test_auto_is_varlen_where_rows_are_packed_and_it_can_be(packing, arch, options, expected):
-    module = ShadowModule(ModelPair("base", "instruct"), **options)
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(packing=packing))
-    module.trainer = trainer
-    assert module._kernel(AutoConfig.for_model(arch)) == expected
+    name, compiled = options.get("attn_implementation", "auto"), options.get("compile_layers", False)
+    assert kernel_of(name, AutoConfig.for_model(arch), packs=packing is not None, compiled=compiled) == expected

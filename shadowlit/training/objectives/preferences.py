@@ -1,24 +1,11 @@
-"""Training objectives, ``model.objective`` of the configuration.
-
-An objective takes what it needs from the model's outputs (:class:`shadowlit.training.outputs.Outputs`) and returns
-sums; ``ShadowModule`` adds them over the micro-batches and ranks of a step and divides the gradients by the sum called
-``count``. The loss of an effective batch is thus the same however its samples are spread.
-
-An objective of your own is a subclass, chosen by ``model.objective.class_path``:
-
-- :class:`TokenObjective` for a loss per supervised token of conversations,
-- :class:`PreferenceObjective` for a loss per pair or labelled answer,
-- :class:`Objective` for anything else.
-
-The constructors raise a ShadowlitError for an option that is out of its range.
-"""
+"""Objectives with a loss per pair of answers, or per labelled answer."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,120 +13,13 @@ from torchmetrics import Metric
 
 from shadowlit.data.formats import Samples
 from shadowlit.errors import ShadowlitError
-from shadowlit.plugins import described, path_of
+from shadowlit.plugins import path_of
 from shadowlit.training import preference
-from shadowlit.training.linear_loss import cross_entropies
-from shadowlit.training.metrics import PreferenceScores, Scores, TokenScores
-from shadowlit.training.outputs import Answers, Outputs, is_number, require_shape
+from shadowlit.training.metrics import PreferenceScores, Scores
+from shadowlit.training.objectives.base import Objective, Sums
+from shadowlit.training.outputs import Answers, Outputs, require_shape
 
 NAMES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
-Sums = dict[str, Tensor]
-
-
-class Objective(ABC):
-    """Base class of training objectives.
-
-    Attributes:
-        samples: Kind of the samples: conversations, pairs, or labels (answers that are desirable or not).
-        has_reference: Whether answers are compared with their log-probabilities under the weights at the start.
-    """
-
-    samples: Samples = "conversations"
-    has_reference: bool = False
-
-    @abstractmethod
-    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
-        """Return sums over a micro-batch: scalar tensors or numbers, of the same names in every batch.
-
-        ``loss`` is the summed loss with its gradient, and ``count`` what the loss of the whole effective batch is
-        divided by, usually samples or, of tokens, :meth:`Outputs.total_weight`. A term must be a sum over samples that
-        depends on nothing of the rest of the batch, or the loss changes with the size of the micro-batches.
-        """
-
-    def finish_step(self, sums: Sums) -> Sums:
-        """Return what is logged as ``train/<name>`` besides the loss; by default means of the other sums.
-
-        Args:
-            sums: Those of :meth:`step` over the effective batch, that is all micro-batches and ranks, in float64.
-        """
-        return {name: one / sums["count"] for name, one in sums.items() if name not in ("loss", "count")}
-
-    def configure_scores(self) -> Metric:
-        """The metric of validation sets: by default loss (cross entropy), perplexity and accuracies."""
-        return TokenScores()
-
-    def score(self, outputs: Outputs, scores: Sequence[Scores]) -> None:
-        """Add a validation batch to the scores of every set that it belongs to."""
-        others = [metric for one in scores for metric in one.others.values()]
-
-        def watch(logits: Tensor, labels: Tensor) -> None:
-            for metric in others if len(labels) else []:
-                metric.update(logits, labels)
-
-        if all(isinstance(one.own, TokenScores) and one.own.takes_sums for one in scores):
-            sums = outputs.token_sums(watch if others else None)
-            for one in scores:
-                one.own.add(sums)  # type: ignore[operator]
-            return
-        logits = outputs.logits()
-        for one in scores:
-            one.own.update(logits, outputs.batch["labels"])
-        watch(logits.flatten(0, 1).index_select(0, outputs.positions).float(), outputs.targets)
-
-    def reset(self) -> None:  # noqa: B027 - few need it
-        """Forget what an earlier fit has left. Called when a fit begins, before a checkpoint is loaded."""
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
-        """Add to a checkpoint what the next step depends on; nothing by default."""
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:  # noqa: B027
-        """Take it back."""
-
-
-class TokenObjective(Objective):
-    """A loss per supervised token of conversations, of which the mean over the effective batch is minimised.
-
-    Validation logs cross entropy as ``loss``, which compares models whatever they were trained for. A focal loss
-    (arXiv 1708.02002)::
-
-        class Focal(TokenObjective):
-            def __init__(self, gamma: float = 2.0) -> None:
-                self.gamma = gamma
-
-            def token_losses(self, logits, targets):
-                losses = F.cross_entropy(logits, targets, reduction="none")
-                return (1 - torch.exp(-losses)) ** self.gamma * losses
-    """
-
-    @abstractmethod
-    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The losses ``[n]`` of a chunk of supervised tokens; must have no side effects, since it may run twice.
-
-        Args:
-            logits: ``[n, V]`` float32, with a gradient.
-            targets: ``[n]`` int64, the tokens that they predict.
-        """
-
-    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
-        """The weighted sum of the losses, the sum of the weights, and the number of supervised tokens."""
-        loss = outputs.weighted_sum(outputs.map_logits(self.token_losses))
-        return {"loss": loss, "count": outputs.total_weight(), "tokens": len(outputs.targets)}
-
-    def finish_step(self, sums: Sums) -> Sums:
-        """The number of supervised tokens."""
-        return {"tokens": sums.get("tokens", sums["count"])}
-
-
-class SFT(TokenObjective):
-    """Supervised fine-tuning: the cross entropy of the assistant's tokens, a mean over the effective batch."""
-
-    def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropies in nats."""
-        return cross_entropies(logits, targets)
-
-    def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
-        """As of any loss per token, with the gradient of the head computed together with the loss."""
-        return {"loss": outputs.loss(), "count": outputs.total_weight(), "tokens": len(outputs.targets)}
 
 
 class PreferenceObjective(Objective):
@@ -378,9 +258,6 @@ class ASFT(_ByMeans):
         return -chosen + self.weight * preference.absolute_likelihood(chosen, rejected)
 
 
-OBJECTIVES = tuple(one.__name__ for one in (SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT))
-
-
 def preference_sums(objective: PreferenceObjective, answers: Answers) -> Sums:
     """The loss of a batch, a float64 scalar with a gradient, and the other sums of :func:`preference_metrics`."""
     own = path_of(objective)
@@ -439,44 +316,6 @@ def preference_metrics(sums: Sums, samples: Samples) -> Sums:
     if samples == "labels":
         return {**metrics, "kl": (sums["shifts"] / count).clamp(min=0)}
     return {**metrics, **{name: sums[name] / count for name in ("likelier", "likelier_per_token")}}
-
-
-def samples_of(objective: Objective | None) -> Samples:
-    """Kind of samples that the objective learns from, by default conversations; a ShadowlitError for no kind."""
-    samples = "conversations" if objective is None else objective.samples
-    if samples not in get_args(Samples):
-        raise ShadowlitError(
-            f"model.objective is {path_of(objective)}, whose samples are {samples!r}; expected one of "
-            f"{', '.join(get_args(Samples))}. Correct the class."
-        )
-    return samples
-
-
-def require_sums(objective: Objective, sums: Any, known: Sequence[str] | None = None) -> None:
-    """Raise unless these are what :meth:`Objective.step` should return, with the names of an earlier batch."""
-    named = isinstance(sums, Mapping)
-    wrong = [name for name, value in sums.items() if not is_number(value)] if named else []
-    names = tuple(sums) if named else ()
-    if names and not wrong and "count" in names and isinstance(sums.get("loss"), Tensor) and known in (None, names):
-        return
-    found = f"the sums {', '.join(names)}" if named else described(sums)
-    bad = "".join(f"; {name} is {described(sums[name])}" for name in wrong)
-    before = "" if known is None else f" (before: {', '.join(known)})"
-    raise ShadowlitError(
-        f"model.objective is {path_of(objective)}, whose step returns {found}{bad}; expected a tensor loss and a "
-        f"count, each a single number, and the same names in every batch{before}. Return e.g. "
-        '{"loss": losses.sum(), "count": len(losses)}.'
-    )
-
-
-def require_weighed(objective: Objective, outputs: Outputs) -> None:
-    """Raise if the tokens of a batch have weights, and the step of an objective has not asked for their sum."""
-    if outputs.ignores_weights:
-        raise ShadowlitError(
-            f"the data have turns with a weight, but model.objective is {path_of(objective)}, whose step ignores it. "
-            "Remove 'weight' from the data, or multiply the losses by outputs.weights (outputs.weighted_sum does) and "
-            "return outputs.total_weight() as count."
-        )
 
 
 def _require(objective: str, **options: float) -> None:
