@@ -120,35 +120,34 @@ class Plan:
         if not all(local):
             pair = self.module.pair = PairWithoutWeights(**asdict(pair))
         folder = pair.instruct_folder()
-        self.headers = (
-            CheckpointReader(folder).tensors if local[1] else read_hub_headers(pair.instruct, commit_of(folder))
-        )
+        here = CheckpointReader(folder).tensors if local[1] else None
+        self.headers = read_hub_headers(pair.instruct, commit_of(folder)) if here is None else here
         self.tied = all(pair.ties()) if all(local) else True
 
     def memory(self) -> Memory:
         """Estimate the memory of a rank."""
         return estimate(self.module, self.data, self.graft, self.trainer, self.headers, self.tied)
 
+    def phases(self, memory: Memory) -> dict[str, float]:
+        """The peaks on the device, in bytes: on a CPU with Python and its libraries, and that of the export too."""
+        verified = self.on_cpu and self.export.enabled and self.export.verify
+        return {name: n + self.process for name, n in memory.phases.items() if name != "export" or verified}
+
     def peak(self, memory: Memory) -> float:
-        """The peak on the device, in bytes: on a CPU with Python and its libraries, and with the export."""
-        phases = memory.phases
-        if not (self.on_cpu and self.export.enabled and self.export.verify):
-            del phases["export"]
-        return max(phases.values()) + self.process
+        """The largest of them; NaN if one is."""
+        return max(self.phases(memory).values(), key=lambda n: (math.isnan(n), n))
 
     def limit(self) -> float | None:
         """Memory of this machine's device, of a CPU the share of a rank; None where there is none."""
         if not self.on_cpu:
             return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-        return (
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.num_devices
-            if hasattr(os, "sysconf")
-            else None
-        )
+        if not hasattr(os, "sysconf"):  # Windows
+            return None
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.num_devices
 
     def fits(self, memory: Memory, limit: float) -> bool:
         """Whether it fits into a device; of a GPU, a tenth is left to its context and to gaps between tensors."""
-        return self.peak(memory) <= limit * (1.0 if self.on_cpu else 1 - _RESERVE)
+        return not self.peak(memory) > limit * (1.0 if self.on_cpu else 1 - _RESERVE)
 
     def remedies(self, limit: float, most_ranks: int = 64) -> Iterator[tuple[str, Memory]]:
         """Change one setting after the other until the training fits, and yield each with the estimate."""
@@ -204,7 +203,9 @@ class Plan:
         self._print_disk(console, memory)
         errors = [counted(n, "error")] if (n := sum(line.startswith("error") for line in problems)) else []
         needed = size(self.peak(memory))
-        if limit is None:
+        if math.isnan(self.peak(memory)):
+            console.print("memory: whether it fits is not known")
+        elif limit is None:
             console.print(f"memory: {needed}; this machine has no such device. Give its size, e.g. --memory=24GiB.")
         elif self.fits(memory, limit):
             console.print(f"memory: it fits, {needed} of {size(limit)}")
@@ -218,30 +219,23 @@ class Plan:
             raise ShadowlitError(f"the training can't run as it is configured: {', '.join(errors)}; see above.")
 
     def _table(self, memory: Memory) -> Table:
-        sharing = {
-            "none": "",
-            "ddp": f", {self.trainer['ranks']} ranks under DDP",
-            "fsdp": f", {self.trainer['ranks']} ranks under FSDP2",
-        }
-        title = f"estimated memory of a {'process' if self.on_cpu else 'GPU'}{sharing[self.trainer['sharing']]}: "
-        table = make_table(
-            "", *memory.phases, title=f"{title}{memory.rows} × {memory.length:,} tokens", title_justify="left"
-        )
-        first = dict.fromkeys(memory.phases, size(self.process) if self.on_cpu else "")
+        phases, ranks = self.phases(memory), self.trainer["ranks"]
+        shared = {"none": "", "ddp": f", {ranks} ranks under DDP", "fsdp": f", {ranks} ranks under FSDP2"}
+        title = f"estimated memory of a {'process' if self.on_cpu else 'GPU'}{shared[self.trainer['sharing']]}: "
+        title += f"{memory.rows} × {memory.length:,} tokens"
+        table = make_table("", *phases, title=title, title_justify="left")
         if self.on_cpu:
-            table.add_row("Python, its libraries and the data", *first.values())
-        begin = _HELD
-        for i, (name, title) in enumerate(_PARTS.items()):
+            table.add_row("Python, its libraries and the data", *[size(self.process)] * len(phases))
+        for i, (name, what) in enumerate(_PARTS.items()):
             owner = next(phase for phase, end in _PHASES.items() if i < end)
-            shown = size(getattr(memory, name))
-            if shown:
-                table.add_row(title, *(shown if i < begin or phase == owner else "" for phase in memory.phases))
+            cells = [size(getattr(memory, name)) if i < _HELD or phase == owner else "" for phase in phases]
+            if any(cells):
+                table.add_row(what, *cells)
         table.add_section()
-        table.add_row("all", *(size(total + self.process) for total in memory.phases.values()))
+        table.add_row("all", *map(size, phases.values()))
         if not self.on_cpu:
-            table.caption = (
-                f"the export is compared on the CPU, where {size(memory.offloaded)} of offloaded tensors are"
-            )
+            table.caption = f"on the CPU: {size(memory.reloaded)} at the end, for the comparison of the export"
+            table.caption += f", and {size(memory.offloaded)} of offloaded tensors" if memory.offloaded else ""
         return table
 
     def _print_disk(self, console: Console, memory: Memory) -> None:
