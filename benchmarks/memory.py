@@ -5,7 +5,8 @@
 The Instruct is the given folder, and the Base a copy with noise of a thousandth of its weights. Each setting trains
 two steps in processes of its own, with one validation and an export; the first step fills the optimizer's moments, so
 that the second has everything in memory. The peak of a phase is the largest resident size of the process in it (Linux
-forgets the earlier ones when 5 is written to ``/proc/self/clear_refs``). Prints a Markdown table.
+forgets the earlier ones when 5 is written to ``/proc/self/clear_refs``). Prints a Markdown table: estimated / measured,
+in MB.
 """
 
 from __future__ import annotations
@@ -102,12 +103,22 @@ def run(args: list[str]) -> None:
     os.write(1, f"\nPEAKS {json.dumps([cli.trainer.global_rank, peaks])}\n".encode())
 
 
-def measure(root: Path, args: list[str]) -> dict[str, float]:
-    """The largest peaks of any rank of a training in processes of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", *args]
+def plan(args: list[str]) -> None:
+    """Estimate in this process and print the peaks as JSON."""
+    sys.path.insert(0, str(ROOT))
+    from shadowlit.lightning_cli import main
+
+    planned = main(["plan", *args, "--measure_steps=0"]).planned
+    peaks = {phase: size / 1e6 for phase, size in planned.phases(planned.memory()).items()}
+    os.write(1, f"\nPEAKS {json.dumps([0, peaks])}\n".encode())
+
+
+def peaks_of(mode: str, folder: Path, args: list[str]) -> dict[str, float]:
+    """The largest peaks of any rank, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), mode, *args]
     # glibc's heap keeps what was freed and can't reuse all of it: large tensors are mapped instead, one by one.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     found = [json.loads(line[6:])[1] for line in done.stdout.splitlines() if line.startswith("PEAKS ")]
     if done.returncode or not found:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-4000:])
@@ -115,20 +126,25 @@ def measure(root: Path, args: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--run"]:
-        run(sys.argv[2:])
+    if sys.argv[1:2] in (["--run"], ["--plan"]):
+        {"--run": run, "--plan": plan}[sys.argv[1]](sys.argv[2:])
         sys.exit()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", required=True, type=Path)
+    parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS))
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        (folder / "instruct").symlink_to(Path(options.model).resolve())
-        make_base(Path(options.model), folder / "base")
+        (folder / "instruct").symlink_to(options.model.resolve())
+        make_base(options.model, folder / "base")
+        print("| setting | training | validation | export |\n|---|---|---|---|")
         for name in options.settings:
-            given = arguments(folder, name, str(Path(options.data).resolve()), options.rows, options.length)
-            print(name, json.dumps(measure(folder, given)), flush=True)
+            given = arguments(folder, name, str(options.data.resolve()), options.rows, options.length)
+            estimated, measured = (peaks_of(mode, folder, given) for mode in ("--plan", "--run"))
+            cells = [
+                f"{estimated[p]:,.0f} / {measured[p]:,.0f} ({estimated[p] / measured[p] - 1:+.0%})" for p in estimated
+            ]
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -244,19 +244,15 @@ class Plan:
         shards = self.trainer["ranks"] if self.trainer["sharing"] == "fsdp" else 1
         moments = memory.moments * shards if memory.moments else memory.offloaded
         checkpoint = 4 * memory.num_trained + moments
-        savers = [
-            each.get("init_args") or {}
-            for each in self.options["callbacks"] or []
-            if "ModelCheckpoint" in each["class_path"]
-        ]
+        callbacks = self.options["callbacks"] or []
+        savers = [each.get("init_args") or {} for each in callbacks if "ModelCheckpoint" in each["class_path"]]
         savers = savers or [{}] * (self.options["enable_checkpointing"] is not False)
         tops = [one.get("save_top_k", 1) for one in savers]
         kept = sum(tops) + sum(bool(one.get("save_last")) for one in savers)
-        num_elements = sum(info.num_elements for info in self.headers.values())
         sizes = {
             "model": model_bytes(module.pair.instruct_folder(), self.headers, self.graft.dtype, export.max_shard_bytes),
             "adapter": 4 * memory.num_trained if module.adapter is not None else 0,
-            "delta": shard_bytes(2 * num_elements, export.max_shard_bytes),
+            "delta": shard_bytes(2 * sum(x.num_elements for x in self.headers.values()), export.max_shard_bytes),
         }
         sizes = {part: sizes[part] for part in export.parts if export.enabled and sizes[part]}
         folder = Path(export.folder or self.options["default_root_dir"] or ".").absolute()
@@ -274,10 +270,8 @@ class Plan:
         if steps < 1 or "train" not in self.data.reports:
             return "not measured"
         with tempfile.TemporaryDirectory() as folder:
-            logger = {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": folder, "name": "", "version": ""},
-            }
+            options = {"save_dir": folder, "name": "", "version": ""}
+            logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options}
             ends: dict[str, Any] = {
                 "logger": logger, "max_steps": steps + 1, "log_every_n_steps": 1, "limit_val_batches": 0,
                 "num_sanity_val_steps": 0, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [],
