@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format notebooks clean
+.PHONY: demo test test-all chaos lint format notebooks clean
 
 demo: $(STAMP)
 	$(BIN)/python -m shadowlit demo
@@ -14,7 +14,11 @@ test: $(STAMP)
 
 # With the rest of those families of tests of which `make test` runs one.
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not hub"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu and not hub and not chaos"
+
+# Commands are killed some 200 times; CHAOS='--chaos-seed=7' for other moments. A table of figures comes last.
+chaos: $(STAMP)
+	$(BIN)/python -m pytest -q tests/chaos -m chaos $(CHAOS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

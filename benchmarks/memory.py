@@ -1,9 +1,9 @@
-"""What ``shadowlit plan`` estimates, next to the peaks that are measured: memory per rank, in three phases of a run.
+"""What ``shadowlit plan`` estimates, next to the peaks that are measured: memory per rank, in two phases of a run.
 
     python benchmarks/memory.py --model SmolLM2-135M-Instruct --data alpaca_en_demo.json [--settings lora_32 ...]
 
 The Instruct is the given folder, and the Base a copy with noise of a thousandth of its weights. Each setting trains
-two steps in processes of its own, with one validation and an export; the first step fills the optimizer's moments, so
+two steps in processes of its own, with one validation; the first step fills the optimizer's moments, so
 that the second has everything in memory. The peak of a phase is the largest resident size of the process in it (Linux
 forgets the earlier ones when 5 is written to ``/proc/self/clear_refs``). Prints a Markdown table: estimated / measured,
 in MB.
@@ -64,7 +64,7 @@ def arguments(root: Path, setting: str, data: str, rows: int, length: int) -> li
         f"--data.max_length={length}", f"--data.batch_size={rows}", "--data.cache=false", "--trainer.accelerator=cpu",
         "--trainer.devices=1", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
         "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=2",
-        "--trainer.enable_checkpointing=false", f"--trainer.default_root_dir={folder}", f"--export.folder={folder}",
+        "--trainer.enable_checkpointing=false", f"--run.root={folder}", "--export.enabled=false",
         "--model.schedule=constant", "--model.warmup_ratio=0", *SETTINGS[setting],
     ]  # fmt: skip
 
@@ -98,7 +98,6 @@ def run(args: list[str]) -> None:
             peaks["validation"] = resident(reset=True)
 
     cli = main(["fit", *args], callbacks=[Peaks()])
-    peaks["export"] = resident()
     # In one write, for the ranks share the output.
     os.write(1, f"\nPEAKS {json.dumps([cli.trainer.global_rank, peaks])}\n".encode())
 
@@ -140,7 +139,7 @@ if __name__ == "__main__":
         folder = Path(made)
         (folder / "instruct").symlink_to(options.model.resolve())
         make_base(options.model, folder / "base")
-        print("| setting | training | validation | export |\n|---|---|---|---|")
+        print("| setting | training | validation |\n|---|---|---|")
         for name in options.settings:
             given = arguments(folder, name, str(options.data.resolve()), options.rows, options.length)
             estimated, measured = (peaks_of(mode, folder, given) for mode in ("--plan", "--run"))

@@ -51,7 +51,7 @@ gpu_tests() {
 command_line() {
     timeout -k 5 "$1" "$python" -m shadowlit fit --config configs/demo_lora.yaml --trainer.accelerator="$2" \
         --trainer.precision="$3" --trainer.max_epochs=1 --trainer.val_check_interval=1.0 \
-        --trainer.enable_progress_bar=false --trainer.logger.init_args.save_dir="$(mktemp -d)" >"$out/fit.log" 2>&1
+        --trainer.enable_progress_bar=false --run.root="$(mktemp -d)" >"$out/fit.log" 2>&1
     say "shadowlit fit: exit $?"
 }
 

@@ -26,7 +26,7 @@ SHORT = (
     "--trainer.enable_progress_bar=false"
 )
 LIMITS = " ".join(f"--evaluation.evaluators.{name}.init_args.limit=8" for name in ("new", "old", "format", "refusal"))
-LOG, PAIR = "--trainer.logger.init_args.save_dir={out}", "shadowlit/demo/pair"
+LOG, PAIR = "--run.root={out}", "shadowlit/demo/pair"
 EXPORTS = {kind: f"{{out}}/{kind}/demo_{kind}/version_0/export/model" for kind in ("lora", "full")}
 METHODS = {"magnitude": {"density": 0.1}, "dare": {"density": 0.5, "seed": 0}, "svd": {"rank": 2}}
 COMMANDS = {

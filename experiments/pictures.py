@@ -288,7 +288,7 @@ def main() -> None:
     command = [
         sys.executable, "-m", "shadowlit", "fit", "--config", str(ROOT / "configs/pictures.yaml"),
         f"--pair.base={out / 'base'}", f"--pair.instruct={out / 'instruct'}", f"--data.train={out / 'train.jsonl'}",
-        f"--data.validation={sets}", f"--trainer.logger.init_args.save_dir={out}", *more,
+        f"--data.validation={sets}", f"--run.root={out}", *more,
     ]  # fmt: skip
     subprocess.run(command, check=True, cwd=ROOT)
     run = max((out / "pictures").glob("version_*"), key=lambda path: path.stat().st_mtime)

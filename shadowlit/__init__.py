@@ -7,6 +7,7 @@ from shadowlit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from shadowlit.analysis.similarity import similarity as similarity
+    from shadowlit.callbacks.checkpoint import CheckpointCallback as CheckpointCallback
     from shadowlit.callbacks.evaluation import EvaluationCallback as EvaluationCallback
     from shadowlit.callbacks.export import ExportCallback as ExportCallback
     from shadowlit.callbacks.graft import GraftCallback as GraftCallback

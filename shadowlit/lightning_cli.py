@@ -9,54 +9,50 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from inspect import isabstract
+from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin
+from typing import Any, NoReturn
 
-import torch
-import torchmetrics
-import yaml
-from jsonargparse import Namespace
-from jsonargparse import Path as ConfigPath
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks, strategies
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim import lr_scheduler
 
+from shadowlit.callbacks.checkpoint import CheckpointCallback
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
-from shadowlit.callbacks.folder import run_folder, unused
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.stopping import leave, take_over
 from shadowlit.callbacks.throughput import ThroughputCallback
-from shadowlit.checkpoint.saved import find_whole, read_rest
-from shadowlit.data.custom_formats import format_names
+from shadowlit.checkpoint.saved import read_rest
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
-from shadowlit.delta.registry import transform_names
 from shadowlit.errors import Interrupted, ShadowlitError, as_usage, first_line
-from shadowlit.evaluation import forgetting, generated, multiple_choice
-from shadowlit.evaluation.evaluator import Evaluator
 from shadowlit.files import require_writable
-from shadowlit.limits import load_yaml
-from shadowlit.masking import MASK, is_secret, masked, masks_in
 from shadowlit.pair.pair import ModelPair
-from shadowlit.parser import Known, ShortErrors
 from shadowlit.planning.plan import Plan, parse_bytes
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
+from shadowlit.run_parser import (
+    ShadowParser,
+    classes_of,
+    given_class,
+    import_model_class,
+    require_own,
+    require_secrets,
+    whole_numbers_first,
+)
+from shadowlit.runs import Run, RunOptions, SaveConfig
 from shadowlit.signals import StopSignals, end_with_parent
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.objectives import OBJECTIVES, Objective, samples_of
-from shadowlit.training.optimizer import OptimizerChoice
-from shadowlit.training.schedules import ScheduleName
+from shadowlit.training.objectives import samples_of
 
 # jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
 warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
+# That of a run which resumes; our own message says so.
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 
 class ShadowTrainer(Trainer):
@@ -100,85 +96,6 @@ class ShadowTrainer(Trainer):
         raise NotImplementedError  # ShadowCLI has what it takes
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the configuration in the run's folder, which is the logger's: without a logger nothing is saved.
-
-    Secrets are masked, in what the export repeats of it too.
-    """
-
-    def __init__(
-        self, parser: LightningArgumentParser, config: Namespace, class_path: str | None = None, **kwargs: Any
-    ) -> None:
-        config = _without_secrets(config)
-        if class_path is not None:
-            config["model.class_path"] = class_path
-        super().__init__(parser, config, **kwargs)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it; next to that of an earlier run where a logger such as WandbLogger lets two share a folder."""
-        if trainer.loggers:
-            if not isinstance(trainer.loggers[0], CSVLogger | TensorBoardLogger):
-                self.config_filename = unused(run_folder(trainer) / "config.yaml").name
-            super().setup(trainer, pl_module, stage)
-
-
-def _without_secrets(value: Any, secret: bool = False) -> Any:
-    """A copy of a parsed configuration in which secrets are masked."""
-    if isinstance(value, Namespace):
-        parts = {name: _without_secrets(each, secret or is_secret(name)) for name, each in vars(value).items()}
-        return Namespace(**parts)
-    if isinstance(value, list):
-        return [_without_secrets(each, secret) for each in value]
-    return masked(value, secret)
-
-
-def _require_secrets(config: Any) -> None:
-    """Raise if a configuration is one that was written, in which secrets are masked."""
-    if masks := masks_in(config):
-        with as_usage():
-            raise ShadowlitError(
-                f"{', '.join(masks)} is {MASK}, which is written instead of a secret; expected the secret. Give it on "
-                "the command line, or leave the key out if the service reads an environment variable."
-            )
-
-
-def _classes(base: type, *modules: ModuleType, names: Sequence[str] = (), what: str = "a class") -> Known:
-    """One of the names, or a class derived from ``base``, of which the modules offer some."""
-
-    def known() -> list[str]:
-        found = ((module, name, value) for module in modules for name, value in sorted(vars(module).items()))
-        classes = ((m, name, value) for m, name, value in found if isinstance(value, type) and issubclass(value, base))
-        own = (f"{m.__name__}.{name}" for m, name, value in classes if value is not base and not isabstract(value))
-        return [*names, *own]
-
-    path = f"{base.__module__}.{base.__qualname__}"
-    return Known(
-        f"{'a name, or ' if names else ''}{what} derived from {path}, by class_path and init_args", known, base
-    )
-
-
-class ShadowParser(ShortErrors, LightningArgumentParser):
-    """Lightning's parser with short errors."""
-
-    known: ClassVar = {
-        "model.objective": _classes(Objective, names=OBJECTIVES),
-        "model.metrics": _classes(torchmetrics.Metric, torchmetrics, what="names, and for each a class"),
-        "model.optimizer": _classes(torch.optim.Optimizer, torch.optim, names=get_args(get_args(OptimizerChoice)[0])),
-        "model.lr_scheduler": _classes(lr_scheduler.LRScheduler, lr_scheduler, names=get_args(ScheduleName)),
-        "evaluation.evaluators": _classes(
-            Evaluator, forgetting, generated, multiple_choice, what="names, and for each a class"
-        ),
-        "graft.transforms": Known(
-            'a list of names with their parameters, e.g. [{"name": "dare", "density": 0.2}]', transform_names
-        ),
-        "data.format": Known("a name, or the import path of a function that turns a row into messages", format_names),
-        "trainer.strategy": _classes(
-            strategies.Strategy, strategies, names=["auto", *strategies.StrategyRegistry.available_strategies()]
-        ),
-        "trainer.callbacks": _classes(Callback, callbacks, what="a list of classes"),
-    }
-
-
 class ShadowCLI(LightningCLI):
     """Parses a run's configuration; the pair is given once and passed to both the module and the data."""
 
@@ -193,7 +110,7 @@ class ShadowCLI(LightningCLI):
         super().add_core_arguments_to_parser(parser)
         for action in parser._actions:
             if hasattr(action, "_typehint"):
-                action._typehint = _whole_numbers_first(action._typehint)
+                action._typehint = whole_numbers_first(action._typehint)
                 if action.dest.startswith("data."):  # a file of rows isn't the configuration of a source
                     action._enable_path = False  # type: ignore[attr-defined]
         parser.add_argument(
@@ -212,10 +129,10 @@ class ShadowCLI(LightningCLI):
             raise
         except SystemExit as stop:
             with as_usage():
-                _require_own(stop)
+                require_own(stop)
             raise
         config = self.config[self.config["subcommand"]]
-        _require_secrets(config.as_dict())
+        require_secrets(config.as_dict())
         strategy = config["trainer"]["strategy"]
         if isinstance(strategy, str) and strategy not in ShadowParser.known["trainer.strategy"].names():
             self._subcommand_parsers[self.config["subcommand"]].error(
@@ -237,9 +154,14 @@ class ShadowCLI(LightningCLI):
                     f"model.class_path is {path_of(self.model_class)}, whose __init__ doesn't take "
                     f"{', '.join(sorted(missing))}. Pass *args and **kwargs on to super().__init__()."
                 )
+        parser.add_class_arguments(RunOptions, "run")
+        (resume,) = (action for action in parser._actions if action.dest == "run.resume")
+        resume.option_strings = [*resume.option_strings, "--resume"]
+        parser._option_string_actions["--resume"] = resume
         parser.add_class_arguments(ModelPair, "pair")
         parser.add_lightning_class_args(GraftCallback, "graft")
         parser.add_lightning_class_args(EvaluationCallback, "evaluation")
+        parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
         parser.add_lightning_class_args(ExportCallback, "export")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_lightning_class_args(ThroughputCallback, "throughput")
@@ -248,10 +170,6 @@ class ShadowCLI(LightningCLI):
         parser.link_arguments("model.objective", "data.samples", samples_of, apply_on="instantiate")
         parser.set_defaults(
             {
-                "trainer.logger": {
-                    "class_path": "lightning.pytorch.loggers.CSVLogger",
-                    "init_args": {"save_dir": "runs", "name": "shadowlit"},
-                },
                 # Our loaders shard without duplicates; Lightning's sampler shuffles unasked and pads.
                 "trainer.use_distributed_sampler": False,
                 # Under inference mode FSDP2 leaves tensors behind that training can't write to.
@@ -283,16 +201,30 @@ class ShadowCLI(LightningCLI):
                 raise ShadowlitError(f"model.class_path is {path_of(self.model)}, but {WITHOUT_SUPER}.")
             self._check_checkpoint()
 
+    def before_instantiate_classes(self) -> None:
+        """Find the run that the command works on; end if it must not be continued, or is complete."""
+        config = self.config[self.subcommand]
+        file = next(iter(config.get("config") or ()), "shadowlit")
+        options = {} if config["trainer"]["fast_dev_run"] else config["run"].as_dict()
+        with as_usage():
+            self.run = Run(RunOptions(**options), str(self.subcommand), Path(str(file)).stem)
+            self.save_config_kwargs["run"] = self.run
+            if self.run.folder is not None:
+                saved = SaveConfig(self._parser(self.subcommand), config, **self.save_config_kwargs)
+                self.run.require_continuable(saved.text)
+
     def _check_checkpoint(self) -> None:
-        """Verify ``ckpt_path`` before anything is loaded; of several processes each looks at names and sizes alone."""
+        """Verify what is loaded before anything is; of several processes each looks at names and sizes alone."""
         options = self.config_init[self.subcommand]
-        path = options.get("ckpt_path")
-        if path is None or path in ("best", "last", "hpc"):
-            return
-        resumes, alone = self.subcommand == "fit", self.trainer.world_size == 1
-        path = find_whole(path, resumes=resumes, contents=alone)
-        options["ckpt_path"] = str(path)
-        if "hyper_parameters" in read_rest(path):
+        dirpath = next((c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+        if dirpath and self.run.fits and self.run.folder:
+            raise ShadowlitError(
+                f"dirpath of ModelCheckpoint is {dirpath}, but a run with a name (or of a SLURM job) resumes from its "
+                f"own folder, {self.run.folder}/checkpoints. Leave dirpath out, and choose the folder by run.root."
+            )
+        path = self.run.find_checkpoint(options.get("ckpt_path"), contents=self.trainer.world_size == 1)
+        options["ckpt_path"] = path and str(path)
+        if path is not None and "hyper_parameters" in read_rest(path):
             rank_zero_warn(f"{path} holds hyper_parameters, which are not used: the configuration decides.")
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -300,14 +232,16 @@ class ShadowCLI(LightningCLI):
         if subcommand == "plan":
             self._plan()
             return
-        if subcommand != "preview":
-            with as_usage():
-                self._require_writable()
-        try:
-            super()._run_subcommand(subcommand)
-        except (MisconfigurationException, ValueError) as error:
-            self._raise_of_trainer(error)
-            raise
+        with contextlib.ExitStack() as stack:
+            if subcommand != "preview":
+                with as_usage():
+                    self._require_writable()
+                    stack.enter_context(self.run.held())
+            try:
+                super()._run_subcommand(subcommand)
+            except (MisconfigurationException, ValueError) as error:
+                self._raise_of_trainer(error)
+                raise
 
     def _plan(self) -> None:
         options, classes, words = self.config["plan"], self.config_init["plan"], self._words[1:]
@@ -321,10 +255,10 @@ class ShadowCLI(LightningCLI):
         self.planned.print(limit, options["measure_steps"], words, self._refused)
 
     def _require_writable(self) -> None:
-        """Try the folders that loggers and checkpoints are written to, before models are loaded."""
-        loggers = [logger.save_dir for logger in self.trainer.loggers if logger.save_dir]
-        key = "trainer.logger's save_dir" if loggers else "trainer.default_root_dir"
-        for folder in loggers or [self.trainer.default_root_dir]:
+        """Try the folders that the run and the loggers write to, before models are loaded."""
+        folders = {"run.root": self.run.options.root}
+        folders |= {f"save_dir of {path_of(each)}": each.save_dir for each in self.trainer.loggers[1:] if each.save_dir}
+        for key, folder in folders.items():
             try:
                 if "://" not in folder:  # of another file system
                     require_writable(Path(folder))
@@ -353,7 +287,7 @@ class ShadowCLI(LightningCLI):
             self._raise_named(error.__cause__)  # of an error about a union of types, or about a linked value
         kinds = {type(frame.f_locals.get("self")) for frame in frames if frame.f_code.co_name == "__init__"}
         named: dict[str, Any] = {}
-        for key, path in _classes_of(self.config[self.subcommand]):
+        for key, path in classes_of(self.config[self.subcommand]):
             with contextlib.suppress(ShadowlitError):  # a class within a class, for example
                 named[key] = import_object(path, key, "a class")
         if self.model_class is not ShadowModule and not isinstance(error, ShadowlitError):
@@ -380,8 +314,10 @@ class ShadowCLI(LightningCLI):
         here = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
         if self.subcommand == "preview":
             return ShadowTrainer(**here)
+        options = self._get(self.config_init, "trainer")
+        loggers = False if options["barebones"] else self.run.loggers(options["logger"])
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(logger=loggers, **kwargs)
         except (MisconfigurationException, ValueError) as error:
             if self.subcommand != "plan":
                 raise
@@ -389,77 +325,6 @@ class ShadowCLI(LightningCLI):
             return ShadowTrainer(**here)
         take_over(trainer)
         return trainer
-
-
-def _whole_numbers_first(kind: Any) -> Any:
-    """A union in which int comes before float, so that 1 is not read as 1.0: one batch, not all of them.
-
-    Python takes unions of the same types in another order for equal and may return one that it has made before.
-    """
-    if get_origin(kind) is not Union or not {int, float} <= {*get_args(kind)}:
-        return kind
-    return Union[tuple([int, *(each for each in get_args(kind) if each is not int)])]  # noqa: UP007 - computed
-
-
-def _require_own(stop: SystemExit) -> None:
-    """Raise a ShadowlitError if it is not the parser that ends the command, but a module that it has imported."""
-    frames = [frame for frame, _ in traceback.walk_tb(stop.__traceback__)]
-    modules = [frame.f_globals["__name__"] for frame in frames if frame.f_code.co_name == "<module>"]
-    keys = [frame.f_locals["self"].dest for frame in frames if frame.f_code.co_name == "_check_type"]
-    if modules and keys:
-        raise ShadowlitError(
-            f"{keys[0]} names a class of {modules[-1]}, which ends the program when it is imported "
-            f"({first_line(stop)}). Remove the call, or put it under if __name__ == '__main__'."
-        ) from stop
-
-
-def _classes_of(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Keys of a configuration that hold a class and its options, and the import path of each."""
-    if isinstance(config, Mapping | Namespace):
-        if "class_path" in config:
-            yield key, config["class_path"]
-        for name in vars(config) if isinstance(config, Namespace) else config:
-            yield from _classes_of(config[name], f"{key}.{name}" if key else name)
-    for i, value in enumerate(config if isinstance(config, list) else ()):
-        yield from _classes_of(value, f"{key}[{i}]")
-
-
-def import_model_class(path: str) -> type[ShadowModule]:
-    """Import the class that ``model.class_path`` names.
-
-    Raises:
-        ShadowlitError: There is none, or it is no subclass of ShadowModule.
-    """
-    base = "a subclass of shadowlit.training.module.ShadowModule"
-    found = import_object(path, "model.class_path", f"the import path of {base}")
-    if not (isinstance(found, type) and issubclass(found, ShadowModule)):
-        raise ShadowlitError(f"model.class_path is {path!r}, which is {found!r}; expected the import path of {base}.")
-    return found
-
-
-def _given_class(args: ArgsType) -> str | None:
-    """``model.class_path``, wherever it is given; it must be known before the parser is built."""
-    if args is not None and not isinstance(args, list):
-        return _class_in(args)
-    arguments = sys.argv[1:] if args is None else args
-    found = None
-    for argument, after in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, equals, value = argument.partition("=")
-        value = value if equals else after
-        if name == "--model.class_path":
-            found = value
-        elif name in ("-c", "--config"):
-            with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
-                text = ConfigPath(value, mode="fsr").get_content()
-                config = load_yaml(text, value)
-                _require_secrets(config)  # before jsonargparse, to which it is a broken alias of YAML
-                found = _class_in(config) or found
-    return found
-
-
-def _class_in(config: Any) -> str | None:
-    keys = ("model", *(f"{name}.model" for name in ShadowCLI.subcommands()))
-    return next((path for key, path in _classes_of(config) if key in keys), None)
 
 
 def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
@@ -498,6 +363,9 @@ class _Parsing(ShadowCLI):
     def _set_seed(self) -> None:
         """Leave the caller's random numbers alone."""
 
+    def before_instantiate_classes(self) -> None:
+        """Look at no folder."""
+
     def instantiate_classes(self) -> None:
         """Instantiate nothing."""
 
@@ -506,7 +374,7 @@ class _Parsing(ShadowCLI):
 
 
 def _of(cli: type[ShadowCLI], args: ArgsType, callbacks: Sequence[Callback] = ()) -> ShadowCLI:
-    path = _given_class(args)
+    path = given_class(args)
     with as_usage():
         model_class = ShadowModule if path is None else import_model_class(path)
     return cli(

@@ -93,7 +93,7 @@ def run_ranks(
     processes = [
         _context.Process(
             target=_rank,
-            args=(_Streams(), function, _environment(rank, world_size, port, slurm), results, args),
+            args=(_Streams(), function, environment(rank, world_size, port, slurm), results, args),
             daemon=True,
         )
         for rank in range(world_size)
@@ -113,7 +113,8 @@ def run_ranks(
     return [answers[rank] for rank in range(world_size)]
 
 
-def _environment(rank: int, world_size: int, port: int, slurm: bool) -> dict[str, str]:
+def environment(rank: int, world_size: int, port: int, slurm: bool = False) -> dict[str, str]:
+    """The variables by which a process knows its rank, as torchrun sets them or SLURM."""
     if slurm:
         return {
             "SLURM_JOB_ID": "4711",
@@ -161,7 +162,7 @@ class Forked:
     """A command in a process of its own, as ``subprocess.Popen`` has it, but without the seconds of its imports.
 
     Like a fresh interpreter's process it has its own server for what it starts itself, a SIGINT that interrupts, and
-    the working folder and variables of the test.
+    the working folder and variables of the test. It leads a session, to which all that it starts belongs.
 
     Args:
         function: Function to call, importable by name; its result is the exit status.
@@ -200,6 +201,7 @@ class Forked:
 def _command(
     function: Callable[..., Any], args: tuple, files: tuple[str, str], environment: dict[str, str], folder: str
 ) -> None:
+    os.setsid()
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     _reopen()

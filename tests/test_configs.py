@@ -144,7 +144,7 @@ def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
         "fit", f"--config={path}", "--trainer.accelerator=cpu", f"--trainer.devices={size}", "--trainer.max_steps=2",
         "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.accumulate_grad_batches=1",
         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-        f"--trainer.logger.init_args.save_dir={tmp_path}",
+        f"--run.root={tmp_path}",
     ]  # fmt: skip
     if sharded:
         args.append(f"--trainer.strategy.init_args.data_parallel_size={size}")

@@ -21,8 +21,8 @@ from shadowlit.version import __version__
 from tests.analysis.test_run import a_run
 
 NAMES = {
-    "Delta", "Divergence", "EvaluationCallback", "ExportCallback", "Generation", "GraftCallback", "ModelPair",
-    "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "similarity",
+    "CheckpointCallback", "Delta", "Divergence", "EvaluationCallback", "ExportCallback", "Generation", "GraftCallback",
+    "ModelPair", "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "similarity",
 }  # fmt: skip
 ANALYSIS = shadowlit.analysis.__all__
 HEAVY = ("torch", "numpy", "lightning", "transformers", "peft", "matplotlib", "rich", "safetensors")

@@ -11,8 +11,9 @@ from lightning.pytorch.loggers import CSVLogger
 from shadowlit.cli.main import main
 from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.manifest import read_manifest, write_json
-from shadowlit.lightning_cli import SaveConfig, check
+from shadowlit.lightning_cli import check
 from shadowlit.masking import MASK, is_secret, mask_text, masked, masks_in
+from shadowlit.runs import SaveConfig
 from shadowlit.studies.sweep.definition import Definition
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.trials.folder import changes

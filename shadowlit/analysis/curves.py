@@ -27,7 +27,7 @@ def read_metrics(file: Path) -> dict[str, list[tuple[int, float]]]:
         DataError: There is no such file, or it has no steps.
     """
     if not file.is_file():
-        raise DataError(f"there is no {file}. Expected the metrics.csv that CSVLogger writes into a run's folder.")
+        raise DataError(f"there is no {file}. Expected the metrics.csv in a run's folder.")
     series: dict[str, list[tuple[int, float]]] = {}
     text = file.read_text(encoding="utf-8")
     # A run in progress may have written only a part of its last line, and of the last number in it.

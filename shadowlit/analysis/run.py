@@ -96,8 +96,8 @@ def read_run(folder: str | Path) -> Run:
     """Read the metrics that a run has logged so far; it may still be running. Example: ``run = read_run("runs/lora")``.
 
     Args:
-        folder: Folder with the ``metrics.csv`` of CSVLogger, e.g. ``runs/demo_lora/version_0``; or one above it, in
-            which case the run that was written last is read.
+        folder: Folder with a ``metrics.csv``, e.g. ``runs/demo_lora/version_0``; or one above it, in which case the
+            run that was written last is read.
 
     Raises:
         DataError: There is none.
@@ -107,8 +107,8 @@ def read_run(folder: str | Path) -> Run:
         found = sorted(home.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
         if not found:
             raise DataError(
-                f"{home} holds no metrics.csv, in no folder below it either. Give the folder of a run with a "
-                "CSVLogger, e.g. runs/demo_lora/version_0; it writes the file with the first metrics."
+                f"{home} holds no metrics.csv, in no folder below it either. Give the folder of a run, "
+                "e.g. runs/demo_lora/version_0; it writes the file with the first metrics."
             )
         home = found[-1].parent
     file = home / "metrics.csv"

@@ -7,6 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,33 +21,23 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.callbacks.folder import on_first_rank, run_folder
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
+from shadowlit.distributed import on_first_rank
 from shadowlit.errors import ExportError
-from shadowlit.grafting.adapter import starts_from_weights
-from shadowlit.grafting.export import (
-    export_adapter,
-    export_folder,
-    logit_difference,
-    model_bytes,
-    reload_logits,
-    require_copyable,
-)
+from shadowlit.grafting.adapter import why_not_movable
+from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.verification import digested, logit_difference, require_loadable, require_written
+from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
 
-_LEAST_AGREEMENT = 0.95  # share of positions; bfloat16 arithmetic alone changes the arg max of a few
-_LOADED = {  # by part, how it is used
-    "model": "AutoModelForCausalLM.from_pretrained({!r})",
-    "adapter": "PeftModel.from_pretrained(instruct, {!r})",
-    "delta": "shadowlit.Delta({!r})",
-}
-_PROBE_ROWS = 4  # rows of validation data that the logits of graft and export are compared on
+_PROBE = slice(4), slice(64)  # rows of validation data, and their tokens, whose logits are compared
 
 
 @takes_plain_values("export")
@@ -54,15 +45,16 @@ class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
     The weights are those of the best checkpoint by the monitored metric (say ``val/grafted/loss``), or the last ones
-    when nothing is monitored; they stay in the module. The parts are written atomically: ``<folder>/model`` (the
-    Instruct's folder with the grafted weights and ``shadowlit.json``, which states where they come from and how far the
-    logits of the reloaded folder are from the validated ones), with LoRA ``<folder>/adapter`` (for the Instruct, in
-    PEFT's format), and on request ``<folder>/delta`` (the update itself, in bfloat16, in the format of ``shadowlit
-    delta``). Nothing is exported if no step was taken or the training diverged. Needs a GraftCallback.
+    when nothing is monitored; they stay in the module. The parts are written atomically: with LoRA ``<folder>/adapter``
+    (for the Instruct, in PEFT's format), on request ``<folder>/delta`` (the update itself, in bfloat16, as ``shadowlit
+    delta`` stores it), and after them ``<folder>/model`` (the Instruct's folder with the grafted weights and
+    ``shadowlit.json``, which states where they come from and how far the logits of the written weights are from the
+    validated ones), which is then verified. Nothing is exported if no step was taken or the training diverged. Needs a
+    GraftCallback.
 
     What would make the export fail is found before the training: a target that exists or can't be written, a file of
-    the Instruct's folder that can't be copied, and a disk without room for the parts. Checkpoints that the training
-    writes to the same disk aren't counted.
+    the Instruct's folder that can't be copied, a disk without room for the parts and the checkpoints together, and a
+    rank that doesn't see the folder of the checkpoints, of which it would load the best.
 
     Example::
 
@@ -74,8 +66,8 @@ class ExportCallback(Callback):
         parts: What to write: model, adapter (where there is one that can be moved), delta.
         folder: The target; null for ``export`` in the run's own folder.
         max_shard_bytes: The largest size of one safetensors file, in bytes.
-        verify: Reload the exported folder on the CPU, in float32, and compare its logits with those of the validated
-            graft. Needs four bytes of memory per parameter.
+        verify: Read the exported model back, one tensor at a time, compare it with the graft bit for bit, and compare
+            the logits of a few rows that its weights give in the trained module with the validated ones.
     """
 
     def __init__(
@@ -111,15 +103,20 @@ class ExportCallback(Callback):
         (self._graft,) = found
         self._graft.exports_adapter = "adapter" in self.parts and self._no_adapter(pl_module) is None
         target = self._target(trainer)
-        on_first_rank(trainer, lambda: self._require_target(target, pl_module))
+        on_first_rank(lambda: self._require_target(target, pl_module))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise before the first step if the disk has no room for what will be written."""
+        """Raise before the first step if a rank could not load the best checkpoint at the end."""
+        if self.enabled and getattr(trainer.checkpoint_callback, "monitor", None):
+            require_shared(trainer, "each loads the best checkpoint for the export")
+
+    def needs_room(self, trainer: Trainer, pl_module: LightningModule) -> list[Needed]:
+        """The room that the export will take at most."""
         if not self.enabled:
-            return
+            return []
         assert isinstance(pl_module, ShadowModule)
         target, files = self._target(trainer), pl_module.pair.instruct_folder()
-        sizes = {}  # at most, in bytes
+        sizes = {}
         if "model" in self.parts:
             with CheckpointReader(files) as reader:
                 sizes["model"] = model_bytes(files, reader.tensors, self._graft.dtype, self.max_shard_bytes)
@@ -129,7 +126,8 @@ class ExportCallback(Callback):
         if "delta" in self.parts:
             num_elements = self._graft.build(pl_module).coverage.num_selected_parameters
             sizes["delta"] = shard_bytes(2 * num_elements, self.max_shard_bytes)
-        on_first_rank(trainer, lambda: _require_room(target, sizes))
+        parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
+        return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Load the best weights, write the export, compare it with the graft.
@@ -168,8 +166,7 @@ class ExportCallback(Callback):
         _warn_of_loss(self._graft.finished.metrics)
         target = self._target(trainer)
         manifest = self._manifest(trainer, pl_module, statistics)
-        if "model" in self.parts:
-            self._export_model(trainer, pl_module, target / "model", manifest)
+        # What is small comes first, and is there whatever happens to the model.
         if "adapter" in self.parts and pl_module.adapter is not None:
             self._export_adapter(trainer, pl_module, target / "adapter", manifest)
         if "delta" in self.parts:
@@ -178,10 +175,12 @@ class ExportCallback(Callback):
                 write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
             else:
                 deque(tensors, maxlen=0)  # a collective
+        if "model" in self.parts:
+            self._export_model(trainer, pl_module, target / "model", manifest)
         trainer.strategy.barrier("export")
         written = [part for part in self.parts if (target / part).is_dir()]
         rank_zero_info(f"export: {', '.join(written)} of the grafted Instruct: in {target}")
-        self._graft.exported = [f"{part}: {_LOADED[part].format(str(target / part))}" for part in written]
+        self._graft.exported = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
 
     def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:
         callback = self._graft
@@ -199,26 +198,35 @@ class ExportCallback(Callback):
         )
 
     def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
-        callback = self._graft
-        probe = _first_batch(trainer)
-        with isolate_rng(), callback.grafted(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
-            module.eval()
-            reference = module(trainer.strategy.batch_to_device(probe)).float().cpu()
-            module.train()
+        callback, folder = self._graft, module.pair.instruct_folder()
+        digests: dict[str, str] = {}  # of what is written, by name
         tensors = callback.build(module).grafted_tensors(callback.scales[0])
-        if not trainer.is_global_zero:
+        if trainer.is_global_zero:
+            self.exported = export_folder(
+                target,
+                folder,
+                digested(tensors, digests) if self.verify else tensors,
+                dtype=callback.dtype,
+                max_shard_bytes=self.max_shard_bytes,
+                manifest=manifest,
+            )
+        else:
             deque(tensors, maxlen=0)
+        if not self.verify:
             return
-        self.exported = export_folder(
-            target,
-            module.pair.instruct_folder(),
-            tensors,
-            dtype=callback.dtype,
-            max_shard_bytes=self.max_shard_bytes,
-            manifest=manifest,
-        )
-        if self.verify:
-            _verify(target, probe, reference, module.pair.trust_remote_code)
+
+        def check() -> None:
+            require_written(target, folder, digests, callback.dtype)
+            require_loadable(target, module.pair.trust_remote_code)
+
+        on_first_rank(check)
+        files = CheckpointReader(target) if trainer.is_global_zero else None
+        probe = _first_batch(trainer)
+        validated = _logits(trainer, module, probe, callback.grafted(module))
+        written = _logits(trainer, module, probe, callback.build(module).loaded(files))
+        if files is not None:
+            files.close()
+            _report(target, logit_difference(validated, written, probe["attention_mask"]))
 
     def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
         assert module.adapter is not None and module.model is not None
@@ -231,24 +239,10 @@ class ExportCallback(Callback):
             export_adapter(target, module.pair, module.adapter, state, manifest)
 
     def _no_adapter(self, module: LightningModule) -> str | None:
-        """Why the adapter's factors don't give the graft; None where they do."""
-        adapter = getattr(module, "adapter", None)
-        if adapter is None:
-            return "Every weight is trained."
-        if starts_from_weights(adapter) or adapter.modules_to_save or adapter.bias != "none":
-            return (
-                "One that starts from the weights, or trains biases or whole modules besides its factors, means "
-                "another update on the Instruct than on the Base."
-            )
-        if self._graft.transforms:
-            return (
-                "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "
-                "export.parts=[delta] and 'delta lora' make an adapter of it."
-            )
-        return None
+        return why_not_movable(getattr(module, "adapter", None), bool(self._graft.transforms))
 
     def _require_target(self, target: Path, module: LightningModule) -> None:
-        if any(os.path.lexists(target / part) for part in ("model", "adapter", "delta")):
+        if any(os.path.lexists(target / part) for part in LOADED):
             raise ExportError(
                 f"{target} holds an export already. Set export.folder to a new folder, or remove that one; nothing is "
                 "overwritten."
@@ -259,12 +253,6 @@ class ExportCallback(Callback):
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder) if self.folder else run_folder(trainer) / "export"
-
-
-def _require_room(target: Path, sizes: Mapping[str, int]) -> None:
-    """Refuse a disk without room for the parts of these sizes, in bytes."""
-    parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
-    require_room(target / "model", sum(sizes.values()), f"the export to {target} ({parts})")
 
 
 def _require_finite(problem: str | None, delta_norm: float) -> None:
@@ -289,22 +277,30 @@ def _warn_of_loss(metrics: Mapping[str, float]) -> None:
         )
 
 
-def _verify(folder: Path, probe: dict[str, Tensor], reference: Tensor, trust_remote_code: bool) -> None:
-    ids, mask = probe["input_ids"].cpu(), probe["attention_mask"].cpu()
-    images = {name: probe[name] for name in IMAGE_INPUTS if name in probe}
-    # In float32, so that the weights are compared and not the CPU's arithmetic in half precision.
-    reloaded = reload_logits(folder, ids, mask, dtype=torch.float32, trust_remote_code=trust_remote_code, images=images)
-    difference = logit_difference(reference, reloaded, mask)
+def _logits(
+    trainer: Trainer, module: ShadowModule, batch: Mapping[str, Tensor], weights: AbstractContextManager[None]
+) -> Tensor:
+    """The logits of a batch within ``weights``, a context in which the module holds some; float32, on the CPU."""
+    with isolate_rng(), weights, torch.no_grad(), trainer.precision_plugin.val_step_context():
+        module.eval()
+        logits = module(trainer.strategy.batch_to_device(batch)).float().cpu()
+        module.train()
+    return logits
+
+
+def _report(folder: Path, difference: Mapping[str, float]) -> None:
+    """Report how far the logits of the written weights are from those of the validated ones."""
     add_to_manifest(folder, {"logits_against_validated": difference})
     rank_zero_info(
-        f"export: reloaded, its logits differ from the validated graft's by at most {difference['max_abs']:.2g} "
-        f"(rms {difference['rms']:.2g}); the most probable token is the same in {difference['top1_agreement']:.1%}"
+        f"export: read back bit for bit; its logits differ from the validated graft's by at most "
+        f"{difference['max_abs']:.2g}"
     )
-    if difference["top1_agreement"] < _LEAST_AGREEMENT:
+    if difference["max_abs"]:  # the same module has computed both
         rank_zero_warn(
-            f"export: {folder} is not what was validated: it prefers another token in "
-            f"{1 - difference['top1_agreement']:.1%} of the positions, more than rounding explains. Don't use it "
-            "before you know why; with a small graft/survival, export float32 (graft.dtype)."
+            f"export: {folder} is not what was validated: its logits differ by up to {difference['max_abs']:.2g} (rms "
+            f"{difference['rms']:.2g}), and in {1 - difference['top1_agreement']:.1%} of the positions it prefers "
+            "another token. Don't use it before you know why: only kernels whose sums have no fixed order may differ, "
+            "and by little."
         )
 
 
@@ -327,7 +323,7 @@ def _first_batch(trainer: Trainer) -> dict[str, Tensor]:
         batch = next(iter(loaders[0] if isinstance(loaders, list) else loaders))
     rows = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     if not any(name in rows for name in IMAGE_INPUTS):  # whose pixels belong to all rows together
-        rows = {name: value[:_PROBE_ROWS] for name, value in rows.items()}
+        rows = {name: value[_PROBE[: value.ndim]] for name, value in rows.items()}
     if "attention_mask" not in rows:  # packed rows of the training data: the first sample of the first
         begins = (rows["position_ids"][0] == 0).nonzero().flatten().tolist()
         first = rows["input_ids"][:1, : begins[1] if len(begins) > 1 else None]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain, count
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-from shadowlit.errors import ShadowlitError
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -25,27 +22,6 @@ def run_folder(trainer: Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = Path(logger.save_dir or folder, str(logger.name), version)
     return Path(trainer.strategy.broadcast(str(folder)))  # other ranks may know neither name nor version
-
-
-def runs_folder(trainer: Trainer) -> Path:
-    """The folder that holds the run's folder and those of other runs of the same command; may be called on any rank."""
-    logger = trainer.logger
-    if isinstance(logger, CSVLogger | TensorBoardLogger):
-        return Path(logger.root_dir)
-    return Path(trainer.default_root_dir) if logger is None else Path(logger.save_dir or "", str(logger.name))
-
-
-def on_first_rank(trainer: Trainer, check: Callable[[], object]) -> None:
-    """Call ``check`` on rank zero alone, as for its disks; an error of it is raised on all ranks. A collective."""
-    problem: ShadowlitError | None = None
-    if trainer.is_global_zero:
-        try:
-            check()
-        except ShadowlitError as error:
-            problem = error
-    problem = trainer.strategy.broadcast(problem)
-    if problem is not None:
-        raise problem
 
 
 def unused(file: Path) -> Path:

@@ -206,6 +206,12 @@ class GraftCallback(Callback):
             )
         self._measure_references(pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Predict the batch with the reference of an objective that compares tokens, before the module trains on it."""
+        assert isinstance(pl_module, ShadowModule)
+        if (subject := pl_module.token_reference) is not None:
+            self.build(pl_module).measure(subject, partial(pl_module.measure_predictions, subject, batch))
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if a callback monitors a metric that isn't logged."""
         assert isinstance(pl_module, ShadowModule)

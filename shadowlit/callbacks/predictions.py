@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from shadowlit.callbacks.folder import on_first_rank, run_folder
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.checkpoint.folder import require_replaceable
-from shadowlit.distributed import of_all_ranks
+from shadowlit.distributed import of_all_ranks, on_first_rank
 from shadowlit.errors import ExportError
 from shadowlit.files import replace_text, require_writable
 
@@ -37,7 +37,7 @@ class PredictionWriter(BasePredictionWriter):
         if stage == "predict":
             target = self._target(trainer)
             prompts = getattr(getattr(trainer, "datamodule", None), "predict_source", None)
-            on_first_rank(trainer, lambda: _require_target(target, [prompts.path] if prompts is not None else []))
+            on_first_rank(lambda: _require_target(target, [prompts.path] if prompts is not None else []))
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]

@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +21,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.callbacks.folder import run_folder, runs_folder, unused
+from shadowlit.callbacks.folder import run_folder, unused
 from shadowlit.errors import Interrupted
-from shadowlit.files import replace_text
 from shadowlit.signals import StopSignals, running
+from shadowlit.training.checkpoints import wait_for
 
 log = logging.getLogger(__name__)
 
@@ -101,21 +100,22 @@ class Boundaries(_SignalConnector):
                 "trainer.enable_checkpointing is false."
             )
             return
-        path = Path(owner.dirpath or run_folder(trainer) / "checkpoints") / "last.ckpt"
-        if str(path) not in (owner.last_model_path, str(trainer.ckpt_path)):
+        own = run_folder(trainer) / "checkpoints"
+        path = Path(owner.dirpath or own) / "last.ckpt"
+        if path.parent.resolve() != own.resolve() and str(path) != owner.last_model_path:
             path = unused(path)  # one of another run stays
         path = Path(trainer.strategy.broadcast(str(path)))
         if owner.save_last:
             owner.last_model_path = str(path)
         with _resumable(trainer):
             trainer.save_checkpoint(path)
+            wait_for(trainer)
+        again = "the same command" if getattr(trainer.logger, "is_named", False) else f"--ckpt_path={path}"
         rank_zero_info(
-            f"{name}: the training stops at step {trainer.global_step}; nothing is exported. It resumes with "
-            f"--ckpt_path={path}"
+            f"{name}: the training stops at step {trainer.global_step}; nothing is exported. It resumes with {again}"
         )
         environment = self._requeues()
         if environment and number == environment.requeue_signal and trainer.is_global_zero:
-            replace_text(_note(trainer), str(path.absolute()))
             _requeue()
 
     def _requeues(self) -> SLURMEnvironment | None:
@@ -125,24 +125,35 @@ class Boundaries(_SignalConnector):
 
 
 class OwnCheckpoints(_CheckpointConnector):
-    """Resumes a job that SLURM has requeued, from the checkpoint that the job itself has written.
+    """Lets a run that resumes in its own folder keep the best score, and remove the checkpoints that it has written.
 
-    Lightning loads any ``hpc_ckpt_*.ckpt`` that lies in the working folder, whichever run has left it there.
+    Lightning forgets both if the folder was moved or its path is written in another way, and never removes the
+    checkpoint that it has resumed from. Under SLURM it would load any ``hpc_ckpt_*.ckpt`` in the working folder.
     """
 
-    _asked = False
+    _hpc_resume_path = None
 
-    def _parse_ckpt_path(self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool) -> Any:
-        if ckpt_path is None and state_fn == TrainerFn.FITTING and SLURMEnvironment.detect():
-            note = _note(self.trainer)
-            found = note.read_text(encoding="utf-8") if note.is_file() else ""
-            ckpt_path = found if found and Path(found).exists() else None
-        self._asked = ckpt_path == "hpc"
-        return super()._parse_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+    def restore_callbacks(self) -> None:
+        """Restore their states; those of ModelCheckpoint get the folder's path as it is written now."""
+        for callback in self._owners():
+            if state := self._loaded_checkpoint.get("callbacks", {}).get(callback.state_key):
+                old, new = str(state["dirpath"]), str(callback.dirpath)
+                for key in ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath"):
+                    state[key] = state[key].replace(old, new, 1)
+                state["best_k_models"] = {path.replace(old, new, 1): v for path, v in state["best_k_models"].items()}
+        super().restore_callbacks()
 
-    @property
-    def _hpc_resume_path(self) -> str | None:
-        return super()._hpc_resume_path if self._asked else None
+    def resume_end(self) -> None:
+        """Forget which checkpoint a training has resumed from, if it is one of its own."""
+        super().resume_end()
+        if self.trainer.state.fn == TrainerFn.FITTING and self._owners():
+            self._ckpt_path = None
+
+    def _owners(self) -> list[ModelCheckpoint]:
+        """The callbacks in whose folder the loaded checkpoint is."""
+        found = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        parents = Path(self._ckpt_path or "/").resolve().parents
+        return [each for each in found if each.dirpath and Path(each.dirpath).resolve() in parents]
 
 
 def take_over(trainer: Trainer) -> None:
@@ -176,6 +187,8 @@ def _resumable(trainer: Trainer) -> Iterator[None]:
     trains, fetcher = not trainer.validating, fit._data_fetcher
     epoch = int(trains and 0 < epochs.current.ready == epochs.current.completed)
     step = int(trains and fetcher is not None and loop._should_check_val_fx(fetcher))
+    if epoch and not fit._iteration_based_training():
+        step = 0  # it resumes with the next epoch
     if trainer.validating:
         loop.val_loop.batch_progress = begun = _BatchProgress()
         begun.increment_ready()
@@ -195,11 +208,6 @@ def _resumable(trainer: Trainer) -> Iterator[None]:
 def _job() -> str:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID", "unknown")
-
-
-def _note(trainer: Trainer) -> Path:
-    """The file that names the checkpoint from which this job resumes when SLURM has requeued it."""
-    return runs_folder(trainer) / f"requeued-{_job()}.txt"
 
 
 def _requeue() -> None:

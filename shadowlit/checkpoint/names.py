@@ -141,6 +141,12 @@ def factor_of(name: str) -> str | None:
     return found[1] if found else None
 
 
+def host_of_factor(name: str) -> str:
+    """Return the name of the weight that an adapter's factor belongs to; the name itself for any other tensor."""
+    found = _ADAPTER.search(name)
+    return name if found is None else weight_of(name[: found.start() - 1])
+
+
 def factor_key(module: str, factor: str) -> str:
     """Return the name of a LoRA factor in peft's files: ``base_model.model.q_proj.lora_A.weight``."""
     return f"{_PEFT_ROOT}{module}.lora_{factor}.weight"
@@ -149,6 +155,11 @@ def factor_key(module: str, factor: str) -> str:
 def is_peft_key(name: str) -> bool:
     """Whether peft would load a tensor of this name; what it would not, it ignores."""
     return name.startswith(_PEFT_ROOT) and ".default." not in name
+
+
+def peft_key(name: str) -> str:
+    """Return the name in peft's files of what :func:`saved_name` returns for a factor."""
+    return name if name.startswith(_PEFT_ROOT) else f"{_PEFT_ROOT}{name}"
 
 
 def host_key(key: str) -> str:

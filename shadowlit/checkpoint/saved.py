@@ -8,7 +8,7 @@ their target, flushed and renamed, so that under the name of a checkpoint there 
 from __future__ import annotations
 
 import json
-import os
+import math
 import struct
 import zipfile
 import zlib
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.headers import some_of
@@ -51,13 +52,23 @@ def writing(path: Path) -> Iterator[Path]:
     """
     partial = partial_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        put_in_place(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise write_error(path, error) from error
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            put_in_place(partial, path)
     finally:
         remove(partial)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise what keeps a checkpoint from being written as a CheckpointError."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise write_error(path, next(iter(error.failures.values()))[0]) from error
+    except (OSError, RuntimeError) as error:
+        raise write_error(path, error) from error
 
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:
@@ -80,8 +91,6 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
     """
     with writing(path) as partial, partial.open("wb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -141,6 +150,28 @@ def find_whole(path: str | Path, *, resumes: bool, contents: bool = True) -> Pat
         )
         raise DamagedError(f"{problem} {cure}.")
     raise problem
+
+
+def newest_whole(folder: Path, *, resumes: bool, contents: bool = True) -> Path | None:
+    """Return the newest complete checkpoint in ``folder``, or None if there is none at all; a collective.
+
+    Newer ones that are damaged are passed over, with a warning. For the arguments see :func:`find_whole`.
+
+    Raises:
+        CheckpointError: There are checkpoints, but none is complete, or none can be resumed from.
+    """
+    problems: list[CheckpointError] = []
+    for path in of_all_ranks([_checkpoints_in(folder)])[0]:  # as rank 0 sees them
+        problem = _agreed_problem(path, resumes, contents)
+        if problem is None:
+            for each in problems:
+                rank_zero_warn(f"{each} It is passed over.")
+            return path
+        if path.suffix == ".ckpt":
+            problems.append(problem)
+    if problems:
+        raise CheckpointError(f"{problems[0]} {folder} holds no other. Remove it to begin again.")
+    return None
 
 
 def step_of(path: Path) -> int:
@@ -282,15 +313,22 @@ def _damaged(path: Path, what: str) -> DamagedError:
 
 
 def _others(path: Path) -> list[Path]:
-    """The other checkpoints in the folder, complete ones that were not renamed yet included; the newest first."""
-    found = []
-    for other in path.parent.iterdir() if path.parent.is_dir() else []:
-        if other != path and (other.suffix == ".ckpt" or (other.suffix == ".partial" and ".ckpt." in other.name)):
+    return [other for other in _checkpoints_in(path.parent) if other != path]
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first: unreadable ones, then by step. Parts of others come last.
+
+    Complete ones that were not renamed yet are included.
+    """
+    found: list[tuple[float, float, Path]] = []
+    for path in folder.rglob("*.ckpt*") if folder.is_dir() else []:
+        if path.suffix == ".ckpt" or path.suffix == ".partial":
             try:
-                found.append((step_of(other), other.stat().st_mtime, other))
-            except (CheckpointError, OSError):  # damaged too, or removed meanwhile
-                continue
-    return [other for *_, other in sorted(found, reverse=True)]
+                found.append((step_of(path), path.stat().st_mtime, path))
+            except (CheckpointError, OSError):
+                found.append((math.inf if path.suffix == ".ckpt" else -1.0, 0.0, path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def _has_size(file: Path, size: int) -> bool:

@@ -257,7 +257,7 @@ def apply(
             "config": {"scale": scale, "delta": delta},
             "versions": versions(),
         }
-        write(plan, lambda: manifest, out, shard_size, files_from, dry_run)
+        write(plan, lambda: manifest, out, parse_bytes(shard_size), files_from, dry_run)
 
 
 COMMANDS = {"make": make, "show": show, "sum": sum_, "compress": compress, "lora": lora, "apply": apply}

@@ -34,7 +34,8 @@ def graft(
 ) -> None:
     r"""Write the Instruct with the update that a tuned Base has learned: instruct + scale * (tuned - base).
 
-    Streams: a few rows of each tensor are in memory at a time, with --transforms a few copies of one whole tensor.
+    Streams: a few rows of each tensor are in memory at a time, of an adapter the update of one layer, and with
+    --transforms a few copies of one whole tensor.
     Computed in float32, rounded once.
 
     Args:
@@ -63,13 +64,13 @@ def graft(
         base, tuned, instruct, scale=scale, select=select, dtype=wanted, allow_pickle=allow_pickle,
         transforms=transforms, key="--transforms", allow_zero=allow_zero,
     ) as (plan, manifest):  # fmt: skip
-        write(plan, manifest, out, shard_size, files_from, dry_run)
+        write(plan, manifest, out, parse_bytes(shard_size), files_from, dry_run)
     if not dry_run:
         make_console().print(f"graft: written in {time.perf_counter() - start:.1f} s")
 
 
 def write(
-    plan: DiskGraft, manifest: MakeManifest, out: str, shard_size: str, files_from: str | None, dry_run: bool
+    plan: DiskGraft, manifest: MakeManifest, out: str, max_shard_bytes: int, files_from: str | None, dry_run: bool
 ) -> None:
     """Report what a planned graft covers; unless it is a dry run, write it and report what survives of the update."""
     console = make_console()
@@ -78,9 +79,8 @@ def write(
     console.print(f"graft: the result has {decimal(plan.num_bytes, precision=2)}")
     if dry_run:
         return
-    max_bytes = parse_bytes(shard_size)
     with progress_bar("grafting", plan.num_bytes, DownloadColumn(), TransferSpeedColumn()) as advance:
-        write_graft(plan, manifest, out, max_shard_bytes=max_bytes, files_from=files_from, advance=advance)
+        write_graft(plan, manifest, out, max_shard_bytes=max_shard_bytes, files_from=files_from, advance=advance)
     survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
     console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
     if plan.shares:

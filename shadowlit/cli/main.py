@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import sys
 
 LIGHTNING = "shadowlit.lightning_cli"
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 # What each command does, and its module: typed functions, or the LightningCLI for the subcommands of fit.
 COMMANDS = {
     "demo": (
@@ -22,6 +24,7 @@ COMMANDS = {
     "compare": ("train the arms of a pair on the same data, and report what the data support", "shadowlit.cli.compare"),
     "sweep": ("vary any key of fit over a grid or by search, on one machine or many", "shadowlit.cli.sweep"),
     "graft": ("graft the update of a Base tuned elsewhere, from folder to folder", "shadowlit.cli.graft"),
+    "export": ("write the grafted Instruct from a checkpoint of fit, without training", "shadowlit.cli.export"),
     "evaluate": ("run benchmarks on models after training", "shadowlit.cli.evaluate"),
     "delta": ("store, show, combine, compress and apply updates", "shadowlit.cli.delta"),
     "similarity": ("measure how similar two models are, and what that means for a graft", "shadowlit.cli.similarity"),
@@ -72,6 +75,12 @@ def main(args: list[str] | None = None) -> int:
     except ShadowlitError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = f"{error.filename or 'a file'} can't be written"
+        print(f"error: {where} ({error.strerror}). Free disk space, and start the same command again.", file=sys.stderr)
+        return 1
     return 0
 
 

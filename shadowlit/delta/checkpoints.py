@@ -39,8 +39,8 @@ _CACHED = 2  # whole tensors of a sharded checkpoint
 class TrainedReader(ComputedReader):
     """Reads what a Lightning checkpoint holds of the model, by the names of model folders and of peft's files.
 
-    ``step`` is the number of optimizer steps done by then, ``folder`` the path of the checkpoint, and ``fingerprints``
-    are those of the pair that was trained, if the checkpoint holds any.
+    ``step`` is the number of optimizer steps done by then, ``folder`` the path of the checkpoint, ``graft`` the state
+    of the run's GraftCallback, empty if it had none, and ``fingerprints`` those of the pair that was trained.
 
     A file is mapped, so that optimizer states are never read, and stays readable when the run removes it. Sharded
     checkpoints (FSDP2) are read tensor by tensor; the last two are kept.
@@ -56,9 +56,8 @@ class TrainedReader(ComputedReader):
         stored, load, rest = _open_sharded(path) if path.is_dir() else _open_file(path)
         self.step = int(rest["global_step"])
         states = [state for state in rest.get("callbacks", {}).values() if isinstance(state, Mapping)]
-        self.fingerprints: Mapping[str, str] = next(
-            (state["fingerprints"] for state in states if state.get("fingerprints")), {}
-        )
+        self.graft: Mapping[str, Any] = next((state for state in states if state.get("fingerprints")), {})
+        self.fingerprints: Mapping[str, str] = self.graft.get("fingerprints", {})
         names = {saved_name(name): name for name in stored if not is_original_name(name)}
         infos = {
             name: TensorInfo(name, _code(path, at, stored[at][1]), stored[at][0], path.name)
@@ -128,7 +127,7 @@ def open_stage(
     """
     update = update_of(stage, pair, adapter)
     delta = Delta.from_update(update)
-    wanted = select or (_config_above(stage.folder)[1].get("graft") or {}).get("select") or "linear"
+    wanted = select or (config_above(stage.folder)[1].get("graft") or {}).get("select") or "linear"
     # What has no update counts as a matrix: an error if it is selected.
     infos = described({name: update.shapes.get(name, (0, 0)) for name in [*delta.shapes, *update.without]})
     chosen = resolve(wanted, infos, linear_on_disk(infos), "of the update")
@@ -138,13 +137,13 @@ def open_stage(
 
 def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: LoraConfig | None = None) -> Update:
     """The whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
-    home, config = _config_above(stage.folder)
+    home, config = config_above(stage.folder)
     pair = pair or pair_of(config, home)
     base, instruct = (open_model(folder).learned() for folder in (pair.base_folder(), pair.instruct_folder()))
     # The run holds experts as its module does, the update shall hold them as the files.
     aligned = AlignedReader(base, instruct)
     if any(map(is_adapter_name, stage.tensors)):
-        return AdapterUpdate(aligned, stage.folder, adapter or _adapter(config, home), stage, strict=False)
+        return AdapterUpdate(aligned, stage.folder, adapter or adapter_of(config, home), stage, strict=False)
     return FullUpdate(aligned, stage, strict=False)
 
 
@@ -206,13 +205,14 @@ def _none(folder: Path) -> DataError:
     )
 
 
-def _config_above(path: Path) -> tuple[Path, dict[str, Any]]:
+def config_above(path: Path) -> tuple[Path, dict[str, Any]]:
     """The nearest folder above a checkpoint with a ``config.yaml``, and that."""
     home = next((parent for parent in path.parents if (parent / "config.yaml").is_file()), path.parent)
     return home, read_config(home)
 
 
-def _adapter(config: Mapping[str, Any], home: Path) -> LoraConfig:
+def adapter_of(config: Mapping[str, Any], home: Path) -> LoraConfig:
+    """The settings of a run's adapter, from the configuration found in ``home``; a DataError if it has none."""
     from peft import LoraConfig
 
     section = (config.get("model") or {}).get("adapter")

@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> None:
     console = make_console()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
+        config = Path(folder) / Path(options.config).name
         # Its paths are those of the repository.
         text = Path(options.config).read_text(encoding="utf-8")
         config.write_text(text.replace(" shadowlit/demo/", f" {PAIR.parent}/"), encoding="utf-8")

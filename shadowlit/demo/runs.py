@@ -139,10 +139,8 @@ def fit(folder: Path, plan: Mapping[str, object]) -> Path:
         "trainer.log_every_n_steps": 4,
         "trainer.val_check_interval": _STEPS,
         "trainer.check_val_every_n_epoch": "null",
-        "trainer.logger": {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(folder), "name": "", "version": ""},
-        },
+        "run.root": folder.parent,
+        "run.name": folder.name,
         "trainer.callbacks": [
             {
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -11,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from shadowlit.checkpoint.names import canonical_name
+from shadowlit.distributed import local, local_slices, whole
 from shadowlit.errors import GraftError
 from shadowlit.grafting.parameters import host_of
 from shadowlit.pair.folders import is_tied
@@ -58,6 +61,18 @@ def require_graftable(adapter: LoraConfig | None) -> None:
         )
 
 
+class _Product(nn.Module):
+    """An adapter's update as a module, to which other factors than its layer's own can be given."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, adapter: str) -> Tensor:
+        """The scaled product of an adapter's factors."""
+        return self.layer.get_delta_weight(adapter)
+
+
 @dataclass
 class AdaptedLayer:
     """A layer of the host with the LoRA factors of one adapter, and the scale they act with."""
@@ -67,15 +82,19 @@ class AdaptedLayer:
     scaling: float  # peft's own: alpha / rank, or alpha / sqrt(rank) for rsLoRA
 
     def delta_weight(self, host: Tensor) -> Tensor:
-        """The update of the host's weight as the factors train it, in the host's shape and placement."""
+        """This rank's part of the update of the host's weight, as the factors train it; a collective if sharded."""
         acting = self.layer.scaling[self.adapter]  # peft multiplies by it, and a graft may have set it to zero
         self.layer.scaling[self.adapter] = self.scaling
-        update = self.layer.get_delta_weight(self.adapter)  # type: ignore[attr-defined]
+        # A product of sharded factors would be added up in another order, with other last bits.
+        product = _Product(self.layer)
+        factors = {
+            name: whole(local(parameter), parameter)
+            for name, parameter in product.named_parameters()
+            if name.startswith("layer.lora_")
+        }
+        update = functional_call(product, factors, (self.adapter,))
         self.layer.scaling[self.adapter] = acting
-        if isinstance(host, DTensor):
-            # A product of sharded factors is placed as it was cheapest to compute: by columns, or as partial sums.
-            update = update.redistribute(host.device_mesh, host.placements)
-        return update
+        return update[local_slices(host)] if isinstance(host, DTensor) else update
 
     def set_scale(self, scale: float) -> None:
         """Let the factors act with ``scale`` times their own scaling: 1 as they train; 0 switches the adapter off.
@@ -119,6 +138,23 @@ def require_untied(model: nn.Module) -> None:
 def starts_from_weights(adapter: LoraConfig) -> bool:
     """Whether peft takes the start of the factors out of the host's weights, and leaves a residual (PiSSA, OLoRA …)."""
     return adapter.init_lora_weights not in (True, False, "gaussian")
+
+
+def why_not_movable(adapter: LoraConfig | None, transformed: bool) -> str | None:
+    """Why an adapter's factors don't give the graft on the Instruct; None where they do."""
+    if adapter is None:
+        return "Every weight is trained."
+    if starts_from_weights(adapter) or adapter.modules_to_save or adapter.bias != "none":
+        return (
+            "One that starts from the weights, or trains biases or whole modules besides its factors, means another "
+            "update on the Instruct than on the Base."
+        )
+    if transformed:
+        return (
+            "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "
+            "export.parts=[delta] and 'delta lora' make an adapter of it."
+        )
+    return None
 
 
 def leaves_residual(model: nn.Module) -> bool:

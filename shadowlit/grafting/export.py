@@ -31,7 +31,7 @@ from shadowlit.checkpoint.names import is_peft_key
 from shadowlit.errors import ExportError
 from shadowlit.grafting.manifest import MANIFEST_FILE, plain, provenance, write_json
 from shadowlit.pair.buffers import computed_buffers
-from shadowlit.pair.folders import is_image_text, load_config, read_json
+from shadowlit.pair.folders import read_json
 from shadowlit.pair.pair import ModelPair
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+LOADED = {
+    "model": "AutoModelForCausalLM.from_pretrained({!r})",
+    "adapter": "PeftModel.from_pretrained(instruct, {!r})",
+    "delta": "shadowlit.Delta.open({!r})",
+}
+"""How each part of an export is used."""
 
 # Weights in any form, and archives of them. A suffix that is missing here costs disk space, not correctness:
 # transformers takes model.safetensors before all others.
@@ -189,77 +195,6 @@ def export_adapter(
         write_json(folder / MANIFEST_FILE, plain(manifest or {}))
     log.info("Exported the adapter for %s to %s", pair.instruct, target)
     return target
-
-
-def reload_logits(
-    folder: Path,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    dtype: torch.dtype | None = None,
-    trust_remote_code: bool = False,
-    images: Mapping[str, torch.Tensor] | None = None,
-) -> torch.Tensor:
-    """The logits [B, T, V] of an exported folder, float32, loaded on the CPU as any user would load it.
-
-    Token ids and attention mask are [B, T]; ``images`` are processed ones, by the names of the model's arguments.
-    ``dtype`` is that of loading and computing, None for the folder's own.
-
-    Raises:
-        ExportError: Transformers cannot load the folder, or finds tensors missing or left over in it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    try:
-        config = load_config("instruct", folder, trust_remote_code)
-        auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
-        loaded: Any = auto.from_pretrained(
-            folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(
-            f"{folder} does not load: {error}. Do not use it; export again, and report it if it fails again."
-        ) from error
-    model, report = loaded
-    odd = {what: sorted(map(str, names)) for what, names in report.items() if names}
-    if odd:
-        told = "; ".join(f"{what.replace('_', ' ')}: {some_of(names)}" for what, names in odd.items())
-        raise ExportError(
-            f"{folder} loads incompletely: {told}. Do not use it; the weights do not belong to its config.json."
-        )
-    with torch.no_grad():
-        seen = {name: value.cpu() for name, value in (images or {}).items()}
-        return model.eval()(input_ids=input_ids.cpu(), attention_mask=attention_mask.cpu(), **seen).logits.float()
-
-
-def logit_difference(a: torch.Tensor, b: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, float]:
-    """The difference of two models' logits [B, T, V] for the same tokens; padding by the mask [B, T] is left out.
-
-    Returns:
-        ``max_abs`` and ``rms`` of the difference, in logits, and ``top1_agreement``, the fraction of positions at which
-        both have the same most likely token.
-
-    Raises:
-        ExportError: The shapes differ, or no position is left.
-    """
-    import torch
-
-    if a.shape != b.shape:
-        raise ExportError(
-            f"Logits of shapes {list(a.shape)} and {list(b.shape)} cannot be compared. Give both models the "
-            "same tokens, and models with equal vocabularies."
-        )
-    mask = torch.ones(a.shape[:2]) if attention_mask is None else attention_mask
-    keep = mask.bool().cpu()
-    if not bool(keep.any()):
-        raise ExportError("No position is left to compare: attention_mask is all zero. Give one token.")
-    one, other = a.detach().cpu()[keep].float(), b.detach().cpu()[keep].float()
-    difference = one - other
-    return {
-        "max_abs": float(difference.abs().max()),
-        "rms": float(difference.double().square().mean().sqrt()),
-        "top1_agreement": float((one.argmax(-1) == other.argmax(-1)).double().mean()),
-    }
 
 
 def _copy_files(source: Path, folder: Path, chosen: Callable[[Path], bool] = lambda _: True) -> None:

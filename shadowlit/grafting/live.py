@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -26,13 +27,13 @@ from shadowlit.checkpoint.names import (
     split_selection,
 )
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
-from shadowlit.distributed import local, local_slices, reshard_all, whole
+from shadowlit.distributed import from_first_rank, local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.selection import coverage, resolve
-from shadowlit.grafting.subject import BASE, TUNED, Subject
+from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
 from shadowlit.grafting.transformed import ParameterTransforms, Transforms, laid_out
 
@@ -68,11 +69,11 @@ class LiveGraft:
     """Loads the weights of a subject into the module that is being trained, and swaps the trained ones back.
 
     Every operation is elementwise on this rank's shards, and the frozen shards are placed as the parameters are: only
-    the product of an adapter's sharded factors is gathered, one layer at a time. Trained parameters and those under an
-    adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned`` includes the adapter's update,
-    rounded once to the dtype of the export, and restored from a copy; the adapter itself is switched off. So the module
-    holds the very weights that an export writes. With ``transforms`` it is ``instruct + scale * T(tuned - base)``.
-    Other parameters become the Instruct's own.
+    an adapter's sharded factors are gathered, and multiplied as one process would, one layer at a time. Trained
+    parameters and those under an adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned``
+    includes the adapter's update, rounded once to the dtype of the export, and restored from a copy; the adapter itself
+    is switched off. So the module holds the very weights that an export writes. With ``transforms`` it is ``instruct +
+    scale * T(tuned - base)``. Other parameters become the Instruct's own.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -330,7 +331,8 @@ class LiveGraft:
     def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
-        One whole tensor at a time, float32, on the CPU. Every rank must iterate to the end; all ranks get them.
+        One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
+        end; all ranks get them.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -343,12 +345,9 @@ class LiveGraft:
         infos = described({name: info.shape for name, info in self._infos.items()})
         in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
-        for name in trained:
-            if name not in apart:
-                yield name, update(name)
-        for name, parts in self._parts.items():
-            if trained.keys() >= {part.name for part in parts}:
-                yield name, in_files.read(name)
+        cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
+        for name in sorted(cut | (trained.keys() - apart)):
+            yield name, in_files.read(name) if name in cut else update(name)
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
@@ -379,6 +378,26 @@ class LiveGraft:
                 folded = factor_of(name) in ("B", "embedding_A")
                 tensors[f"{prefix}.{name}"] = tensor * scales[module] if folded else tensor.clone()
         return tensors
+
+    @contextmanager
+    def loaded(self, files: TensorReader | None) -> Iterator[None]:
+        """Load the tensors of a written graft within the context, and afterwards the trained weights again.
+
+        Rank 0 reads ``files``, one whole tensor at a time, and the others, who give ``None``, get their parts from it:
+        a collective.
+        """
+        shapes = {host.name: tuple(host.parameter.shape) for host in self._hosts}
+        reader = None
+        if files is not None:
+            files.tied = self._instruct_reader.tied
+            reader = in_layout_of_module(files, shapes)
+        with self.applied(INSTRUCT):
+            for host in self._hosts:
+                dtype = self._infos[host.name].converted(self.dtype).dtype
+                # No variable keeps a tensor while the next one is read.
+                read = None if reader is None else partial(reader.read, host.name)
+                local(host.parameter).copy_(from_first_rank(read, dtype, host.parameter))
+            yield
 
     def _host(
         self, name: str, parameter: nn.Parameter, layer: tuple | None, base: TensorReader, instruct: TensorReader
@@ -427,6 +446,8 @@ class LiveGraft:
                 host.swap.apply()
             return
         tuned = live if host.saved is None else host.saved
+        if subject == BASE and host.base is None and host.saved is None:  # it holds the Base's, under an adapter
+            return
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:
@@ -490,7 +511,7 @@ class LiveGraft:
         device = local(host.parameter).device
         total = delta(host.tuned(), host.base.to(device)) if host.base is not None else None
         if host.adapted is not None:
-            learned = local(host.adapted.delta_weight(host.parameter)).float()
+            learned = host.adapted.delta_weight(host.parameter).detach().float()
             total = learned if total is None else total + learned
         return torch.zeros(host.instruct.shape, device=device) if total is None else total
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,17 +36,19 @@ from shadowlit.checkpoint.names import (
     is_experts,
     layer_of,
     leaf_of,
+    peft_key,
     repeated_keys,
     weight_of,
 )
 from shadowlit.checkpoint.numeric import require_finite
 from shadowlit.checkpoint.pickled import open_checkpoint
-from shadowlit.checkpoint.reader import TensorReader, described
+from shadowlit.checkpoint.reader import TensorReader, described, keeping
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, first_line
 from shadowlit.pair.buffers import open_model
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
 
 _UNGATHERED = (0,)  # shape in which DeepSpeed ZeRO-3 leaves a parameter of which a process holds no shard
@@ -302,10 +303,7 @@ class AdapterUpdate(_FromBase):
             raise _empty(folder, empty)
         is_tied = head_and_embedding(base.tensors)[0] is None or bool(repeats_embedding(base))
         self._base = base = self._with_own_head(base)
-        # A part needs some rows of one factor and all of the other, as do all other parts of the same tensor.
-        self._whole_factor = lru_cache(maxsize=4)(
-            lambda stored: self._reader.rows(stored, 0, self._reader.info(stored).shape[0])
-        )
+        self._product = keeping(self._multiplied, count=1)
         self._factors: dict[str, _Factors] = {}
         self._whole: dict[str, str] = {}
         names, fused = canonical_keys(base), fused_experts(base)
@@ -363,15 +361,29 @@ class AdapterUpdate(_FromBase):
             total = self._reader.rows(self._whole[name], start, stop) - self._base.rows(name, start, stop)
         if name not in self._factors:
             return total
-        factors = self._factors[name]
-        down = self._whole_factor(factors.down)
-        if factors.part is not None:
-            product = _product_of_experts(down, self._whole_factor(factors.up), factors, start, stop)
-        elif factors.of_embedding:
-            product = (self._whole_factor(factors.up) @ down[:, start:stop]).T
-        else:
-            product = self._reader.rows(factors.up, start, stop) @ down
-        return total + np.float32(self._scalings[name]) * product
+        product, part = self._product(self._factors[name].down), self._factors[name].part
+        if part is not None and part.expert is not None:
+            product = product[part.expert, part.first_row :]
+        return total + np.float32(self._scalings[name]) * product[start:stop].numpy()
+
+    def _multiplied(self, down: str) -> torch.Tensor:
+        """The product of two factors, by the name of the one, to the last bit what peft computes in a training."""
+        import torch
+
+        factors = next(factors for factors in self._factors.values() if factors.down == down)
+        a, b = (torch.from_numpy(self._reader.rows(n, 0, self._reader.info(n).shape[0])) for n in (down, factors.up))
+        if factors.part is None:
+            return (b @ a).T if factors.of_embedding else b @ a
+        a, b = a.reshape(factors.experts, -1, a.shape[1]), b.reshape(len(b), -1, factors.experts)
+        return torch.einsum("o r e, e r i -> e o i", b, a)
+
+    def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, torch.Tensor]:
+        """The factors by their names in peft's files; ``scale_of(tensor)`` is folded into those that start at zero."""
+        tensors = {}
+        for name, factors in self._factors.items():
+            tensors[peft_key(factors.down)] = self._reader.read(factors.down)
+            tensors[peft_key(factors.up)] = self._reader.read(factors.up) * scale_of(name)
+        return tensors
 
     def _of_experts(
         self, factors: _Factors, fused: Mapping[str, tuple[tuple[int, ...], list[ExpertRows]]]
@@ -462,17 +474,6 @@ class AdapterUpdate(_FromBase):
             f"alpha_pattern={reprlib.repr(config.alpha_pattern)}, by which {factors.module} gets {problem}. Save the "
             "adapter again."
         )
-
-
-def _product_of_experts(down: Rows, up: Rows, factors: _Factors, start: int, stop: int) -> Rows:
-    """Rows ``start`` to ``stop`` of a stored tensor of experts: of one expert's matrix, or whole experts."""
-    assert factors.part is not None
-    downs = down.reshape(factors.experts, -1, down.shape[1])  # [experts, rank, inputs]
-    ups = up.reshape(len(up), -1, factors.experts)  # [outputs, rank, experts]
-    if factors.part.expert is None:
-        return np.stack([ups[:, :, e] @ downs[e] for e in range(start, stop)]) if stop > start else downs[:0, :0]
-    first = factors.part.first_row
-    return ups[first + start : first + stop, :, factors.part.expert] @ downs[factors.part.expert]
 
 
 def _is_resized(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:

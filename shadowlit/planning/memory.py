@@ -39,7 +39,6 @@ from shadowlit.training.varlen import NAME as VARLEN
 log = logging.getLogger(__name__)
 
 _MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes per trained parameter
-_PROBE_ROWS = 4  # of the batch on which an export is compared with the graft
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,6 @@ class Memory:
         head: What the loss adds, from the last hidden states on.
         swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest tensor.
         scoring: What a simulated batch of a validation has alive.
-        reloaded: The exported model on the CPU, in float32, its mapped files, and three times the logits that are
-            compared.
         offloaded: Moments and frozen values that are kept on the CPU instead of a GPU.
     """
 
@@ -79,17 +76,15 @@ class Memory:
     head: float
     swapped: float
     scoring: float
-    reloaded: float
     offloaded: float
 
     @property
     def phases(self) -> dict[str, float]:
-        """The peaks of a step, of a grafted validation without the answers of evaluators, and of an export on a CPU."""
+        """The peaks of a step, and of a grafted validation without the answers of evaluators."""
         held = self.weights + self.gradients + self.moments + self.frozen
         return {
             "training": held + self.buffers + self.activations + self.head,
             "validation": held + self.swapped + self.scoring,
-            "export": held + self.reloaded,
         }
 
 
@@ -130,15 +125,13 @@ def estimate(
     rows = data.batch_size * (1 if data.samples == "conversations" or data.packing == "best_fit" else 2)
     scored = max((each.longest for name, each in data.reports.items() if name.startswith("val/")), default=length)
     batches = (rows, length), (data.eval_rows, scored)
-    logits = 3 * 4 * min(_PROBE_ROWS, data.eval_rows) * scored * module.pair.config().get_text_config().vocab_size
-    files_bytes = sum(info.converted(graft.dtype).num_bytes for info in headers.values())
     share = report.supervised_share if report else 1.0
     peaks = _simulate(module, model, batches, share, data.packing is not None, precision, trainer["device"])
     away = on_gpu and module.offload_optimizer, on_gpu and graft.offload
     return Memory(
         rows, length, num_trained,
         weights / shards, 4 * num_trained / shards, moments * (not away[0]), frozen * (not away[1]), buffers,
-        *peaks[:2], saved + 8 * max(sizes) / shards, peaks[2], 4 * sum(sizes) + files_bytes + logits,
+        *peaks[:2], saved + 8 * max(sizes) / shards, peaks[2],
         moments * away[0] + frozen * away[1],
     )  # fmt: skip
 

@@ -42,9 +42,9 @@ _PARTS = {
     "weights": "weights", "gradients": "gradients", "moments": "moments of the optimizer",
     "frozen": "frozen weights of the pair", "buffers": "what the ranks gather and reduce", "activations": "activations",
     "head": "output head and loss", "swapped": "copy of the tuned weights while a graft is scored",
-    "scoring": "activations and logits of a scored batch", "reloaded": "exported model, reloaded to compare it",
+    "scoring": "activations and logits of a scored batch",
 }  # fmt: skip
-_PHASES = {"training": 7, "validation": 9, "export": 10}  # of each, where its own parts end
+_PHASES = {"training": 7, "validation": 9}  # of each, where its own parts end
 _HELD = 4  # the first parts are there in all phases
 
 
@@ -129,9 +129,8 @@ class Plan:
         return estimate(self.module, self.data, self.graft, self.trainer, self.headers, self.tied)
 
     def phases(self, memory: Memory) -> dict[str, float]:
-        """The peaks on the device, in bytes: on a CPU with Python and its libraries, and that of the export too."""
-        verified = self.on_cpu and self.export.enabled and self.export.verify
-        return {name: n + self.process for name, n in memory.phases.items() if name != "export" or verified}
+        """The peaks on the device, in bytes; on a CPU with Python and its libraries."""
+        return {name: size + self.process for name, size in memory.phases.items()}
 
     def peak(self, memory: Memory) -> float:
         """The largest of them; NaN if one is."""
@@ -233,9 +232,8 @@ class Plan:
                 table.add_row(what, *cells)
         table.add_section()
         table.add_row("all", *map(size, phases.values()))
-        if not self.on_cpu:
-            table.caption = f"on the CPU: {size(memory.reloaded)} at the end, for the comparison of the export"
-            table.caption += f", and {size(memory.offloaded)} of offloaded tensors" if memory.offloaded else ""
+        if memory.offloaded:
+            table.caption = f"on the CPU: {size(memory.offloaded)} of offloaded tensors"
         return table
 
     def _print_disk(self, console: Console, memory: Memory) -> None:
@@ -270,18 +268,17 @@ class Plan:
         if steps < 1 or "train" not in self.data.reports:
             return "not measured"
         with tempfile.TemporaryDirectory() as folder:
-            options = {"save_dir": folder, "name": "", "version": ""}
-            logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": options}
             ends: dict[str, Any] = {
-                "logger": logger, "max_steps": steps + 1, "log_every_n_steps": 1, "limit_val_batches": 0,
+                "logger": False, "max_steps": steps + 1, "log_every_n_steps": 1, "limit_val_batches": 0,
                 "num_sanity_val_steps": 0, "enable_checkpointing": False, "enable_progress_bar": False, "callbacks": [],
             }  # fmt: skip
             given = [f"--trainer.{key}={json.dumps(value)}" for key, value in ends.items()]
-            command = [sys.executable, "-m", "shadowlit", "fit", *words, *given, "--export.enabled=false"]
+            given += ["--export.enabled=false", f"--run.root={folder}", "--run.name=measured"]
+            command = [sys.executable, "-m", "shadowlit", "fit", *words, *given]
             done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
             if done.returncode:
                 return f"not measured: {done.stderr.strip().rpartition(chr(10))[2]}"
-            with (Path(folder) / "metrics.csv").open() as file:
+            with (Path(folder) / "measured/metrics.csv").open() as file:
                 speeds = [float(x) for row in csv.DictReader(file) if (x := row.get("train/tokens_per_s"))][1:]
         speed = sum(speeds) / len(speeds)
         seconds = self.data.reports["train"].tokens_per_epoch / speed

@@ -6,17 +6,20 @@ rank takes its part of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemWriter, save
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -24,17 +27,18 @@ from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.saved import (
     REST,
     checksums,
+    explained,
     find_whole,
     read_rest,
     require_finite,
-    write_error,
     write_file,
     write_manifest,
 )
 from shadowlit.checkpoint.sharded import INDEX, read_nested
-from shadowlit.distributed import local, of_all_ranks, place, reshard_all, whole
+from shadowlit.distributed import local, of_all_ranks, on_all_ranks, place, reshard_all, whole
 from shadowlit.errors import CheckpointError
 from shadowlit.files import partial_path, put_in_place, remove, sync
+from shadowlit.training.background import Background
 from shadowlit.training.optimizer import by_name, keep_names
 
 
@@ -65,10 +69,14 @@ class Checkpoints(TorchCheckpointIO):
     """Checkpoints as one file, written atomically; reads sharded ones too, as whole tensors.
 
     Addresses (``s3://``) are written to and removed as Lightning does it.
+
+    Attributes:
+        background: What writes checkpoints while the training goes on; None if it waits for them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self.background: Background | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``, which holds the complete earlier one until then.
@@ -78,9 +86,14 @@ class Checkpoints(TorchCheckpointIO):
         """
         if storage_options is not None or "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        # A launcher passes bare weights between processes this way.
-        ranks = {"world_size": self._trainer.world_size} if "global_step" in checkpoint else {}
-        return write_file(Path(path), {**checkpoint, **ranks})
+        if "global_step" not in checkpoint:  # bare weights, which a launcher passes between processes
+            return write_file(Path(path), checkpoint)
+        content = {**checkpoint, "world_size": self._trainer.world_size}
+        if self.background is None:
+            return write_file(Path(path), content)
+        self.background.begin(checkpoint["global_step"])  # no wait where the strategy has called it
+        copied = self.background.copied(content)
+        return self.background.submit(Path(path), lambda: write_file(Path(path), copied), exists=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Verify a checkpoint and read it, without running code from it.
@@ -97,7 +110,35 @@ class Checkpoints(TorchCheckpointIO):
         """Remove a checkpoint; a folder loses its name before its files."""
         if "://" in str(path):
             return super().remove_checkpoint(path)
+        if self.background is not None and self.background.step is not None:
+            return self.background.submit(Path(path), lambda: remove(Path(path)), exists=False)
         return remove(Path(path))
+
+    def teardown(self) -> None:
+        """Wait for what is being written, and warn of an error that another one hides."""
+        if self.background is not None:
+            self.background.close()
+            if self._trainer.interrupted and self.background.step is not None and self.background.problem is not None:
+                rank_zero_warn(str(self.background.problem))
+            self.background = None
+
+
+def wait_for(trainer: Trainer) -> None:
+    """Wait until the checkpoints of a trainer are written; a collective.
+
+    Raises:
+        CheckpointError: One can't be written.
+    """
+    if background := _background(trainer.strategy):
+        background.wait()
+
+
+def _background(strategy: Strategy, step: int | None = None) -> Background | None:
+    """What writes checkpoints while the training goes on, ready for one of ``step``; with a step, a collective."""
+    background: Background | None = getattr(strategy.checkpoint_io, "background", None)
+    if background is not None and step is not None:
+        background.begin(step)
+    return background
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -109,7 +150,9 @@ class ReplicatedStrategy(DDPStrategy):
         Raises:
             CheckpointError: It can't be written; on every rank.
         """
-        _on_all_ranks(Path(filepath), lambda: Strategy.save_checkpoint(self, checkpoint, filepath, storage_options))
+        _background(self, checkpoint.get("global_step"))
+        save = partial(Strategy.save_checkpoint, self, checkpoint, filepath, storage_options)
+        on_all_ranks(explained(Path(filepath))(save))
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -145,11 +188,15 @@ class ShardedStrategy(ModelParallelStrategy):
         if storage_options is not None:
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         path = Path(self.broadcast(filepath))
-        if self._save_distributed_checkpoint:
-            self._save_shards(checkpoint, path)
-        else:
-            _on_all_ranks(path, lambda: Strategy.save_checkpoint(self, checkpoint, path))
-        return None
+        background = _background(self, checkpoint.get("global_step"))
+        if not self._save_distributed_checkpoint:
+            on_all_ranks(explained(path)(lambda: Strategy.save_checkpoint(self, checkpoint, path)))
+            return None
+        beside = Path(self.broadcast(str(partial_path(path))))
+        if background is None:
+            return self._save_shards(checkpoint, path, beside)
+        write = partial(self._save_shards, background.copied(checkpoint), path, beside, background.group)
+        return background.submit(path, write, exists=True)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state: by the names of parameters, sharded; or whole, on rank 0, as other strategies have it.
@@ -196,34 +243,35 @@ class ShardedStrategy(ModelParallelStrategy):
         """Load this rank's part of the optimizer's state."""
         Strategy.load_optimizer_state_dict(self, checkpoint)
 
-    def _save_shards(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def _save_shards(
+        self, checkpoint: dict[str, Any], path: Path, beside: Path, group: dist.ProcessGroup | None = None
+    ) -> None:
         """Write shards and all else next to the target, on all ranks; then rank 0 writes the manifest and renames."""
         state = {"state_dict": checkpoint.pop("state_dict")}
         state |= {f"optimizer_{i}": one for i, one in enumerate(checkpoint.pop("optimizer_states", []))}
-        partial = Path(self.broadcast(str(partial_path(path))))
         files: dict[str, Any] = {}
 
         def write() -> None:
-            save(state, storage_writer=FileSystemWriter(partial))
-            own = [file.name for file in partial.glob(f"__{self.global_rank}_*")]
+            save(state, storage_writer=FileSystemWriter(beside), process_group=group)
+            own = [file.name for file in beside.glob(f"__{self.global_rank}_*")]
             if self.is_global_zero:
-                torch.save(checkpoint, partial / REST)
-                sync(partial / REST)
+                torch.save(checkpoint, beside / REST)
+                sync(beside / REST)
                 own += [INDEX, REST]
-            files.update(checksums(partial, own))
+            files.update(checksums(beside, own))
 
         def finish() -> None:
             if self.is_global_zero:
-                write_manifest(partial, checkpoint["global_step"], self.world_size, dict(every))
-                put_in_place(partial, path)
+                write_manifest(beside, checkpoint["global_step"], self.world_size, dict(every))
+                put_in_place(beside, path)
 
         try:
-            _on_all_ranks(path, write)
-            every = of_all_ranks(list(files.items()))
-            _on_all_ranks(path, finish)
+            on_all_ranks(explained(path)(write), group)
+            every = of_all_ranks(list(files.items()), group)
+            on_all_ranks(explained(path)(finish), group)
         finally:
             if self.is_global_zero:
-                remove(partial)
+                remove(beside)
 
 
 def find_for(trainer: Trainer, path: Any, weights_only: bool | None) -> Path:
@@ -233,6 +281,7 @@ def find_for(trainer: Trainer, path: Any, weights_only: bool | None) -> Path:
             f"weights_only is false, which would run code from {path}; expected true or null. Store what your classes "
             "need as tensors and plain values (on_save_checkpoint), and leave weights_only unset."
         )
+    wait_for(trainer)
     resumes = trainer.state.fn == TrainerFn.FITTING and str(path) == str(trainer.ckpt_path)
     return find_whole(path, resumes=resumes)
 
@@ -258,21 +307,6 @@ def require_same_parameters(path: Any, found: Mapping[str, Any], expected: Mappi
         )
 
 
-def _on_all_ranks(path: Path, function: Callable[[], Any]) -> None:
-    """Call a function on every rank; if it fails on one of them, raise on all, so that none waits for another."""
-    problem: CheckpointError | None = None
-    cause: BaseException | None = None
-    try:
-        function()
-    except CheckpointError as error:
-        problem = error
-    except (OSError, RuntimeError, CheckpointException) as error:
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        problem = write_error(path, cause)
-    if found := of_all_ranks([] if problem is None else [str(problem)]):
-        raise CheckpointError(found[0]) from cause
-
-
 def _read_folder(trainer: Trainer, path: Path, likes: Mapping[str, Tensor], *, alone: bool) -> dict[str, Any]:
     """Read a sharded checkpoint as the content of a file; sharded where ``likes``, tensors by name, are."""
 
@@ -290,7 +324,7 @@ def _read_folder(trainer: Trainer, path: Path, likes: Mapping[str, Tensor], *, a
 
     prefixes = ("state_dict.", "optimizer_") if trainer.state.fn == TrainerFn.FITTING else ("state_dict.",)
     content = read_nested(path, prefixes, make, alone=alone)
-    _on_all_ranks(path, lambda: require_finite(path, content["state_dict"]))
+    on_all_ranks(lambda: require_finite(path, content["state_dict"]))
     states = [content.pop(key) for key in sorted(content, key=_number) if key != "state_dict"]
     return {**read_rest(path), **content, "optimizer_states": states}
 

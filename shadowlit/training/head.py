@@ -5,6 +5,7 @@ Only where this is proven on the model itself to be what the model computes.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,7 +37,8 @@ log = logging.getLogger(__name__)
 
 Way = Literal["auto", "chunked", "recomputed", "torch", "liger", "logits"]
 Inputs = Mapping[str, Tensor]
-LogitsFunction = Callable[[Tensor, Tensor], Tensor]  # from logits [n, V] and targets [n] to one number per token [n]
+# From logits [n, V], targets [n], and a reference's logits [n, V] where there is one, to one number per token [n].
+LogitsFunction = Callable[..., Tensor]
 Watch = Callable[[Tensor, Tensor], None]  # is called with logits [n, V] and targets [n]
 _T = TypeVar("_T")
 
@@ -69,6 +71,19 @@ class Head:
         """From the head's output to the model's logits."""
         logits = output * self.scale if self.scale != 1 else output
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a reference predicts at the supervised positions of a batch, without the logits of all of them.
+
+    Attributes:
+        states: ``[N, H]``, the last hidden states; the logits ``[N, V]`` of a model whose head is unknown.
+        logits_of: Function from states ``[n, H]`` to float32 logits ``[n, V]``, the reference's head.
+    """
+
+    states: Tensor
+    logits_of: Callable[[Tensor], Tensor]
 
 
 class HeadLoss:
@@ -115,13 +130,37 @@ class HeadLoss:
         # Not as an argument: FSDP2 would cast it to the dtype of the parameters.
         return self._at(partial(self._loss, factors=factors), inputs, positions, targets)
 
-    def map_logits(self, inputs: Inputs, positions: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
-        """``function(logits, targets)`` ``[N]`` of all tokens, with a gradient; arguments as of :meth:`loss`.
+    def map_logits(
+        self,
+        inputs: Inputs,
+        positions: Tensor,
+        targets: Tensor,
+        function: LogitsFunction,
+        reference: Predictions | None = None,
+    ) -> Tensor:
+        """``function(logits, targets)`` of all tokens, with a gradient; arguments as of :meth:`loss`.
 
-        ``function`` turns float32 logits ``[n, V]`` and the targets ``[n]`` of a chunk into one number per token; it is
-        called again in the backward pass, where the logits are computed again.
+        ``function`` turns float32 logits ``[n, V]`` and the targets ``[n]`` of a chunk into one number per token
+        ``[n]``, or several ``[n, K]``; it is called again in the backward pass, where the logits are computed again.
+        With a ``reference``, it gets the reference's logits ``[n, V]``, without a gradient, as third argument.
         """
-        return self._at(self._map_logits, inputs, positions, targets, function)
+        return self._at(partial(self._map_logits, reference=reference), inputs, positions, targets, function)
+
+    @torch.no_grad()
+    def predict(self, inputs: Inputs, positions: Tensor, known: Predictions | None, live: bool) -> Predictions:
+        """The predictions of the weights that are loaded, which outlast them.
+
+        The head is copied, unless ``known`` holds a copy already, or it is frozen and ``live``: loaded whenever the
+        predictions are used.
+        """
+        heads = [] if known is None else [known.logits_of]
+
+        def keep(states: Tensor) -> Tensor:
+            if not heads:
+                heads.append(self._kept_head(live))
+            return states
+
+        return Predictions(self._at(keep, inputs, positions), heads[0])
 
     @torch.no_grad()
     def token_losses(
@@ -153,6 +192,13 @@ class HeadLoss:
 
     def _logits(self, states: Tensor) -> Tensor:
         return widen(states if self.head is None else self.head.finish(self.head.module(states)))
+
+    def _kept_head(self, live: bool) -> Callable[[Tensor], Tensor]:
+        if self.head is None:
+            return widen
+        kept = live and not any(p.requires_grad for p in self.head.module.parameters())
+        module, finish = self.head.module if kept else copy.deepcopy(self.head.module), self.head.finish
+        return lambda states: widen(finish(module(states)))
 
     def _chunk_size(self, states: Tensor) -> int:
         """Positions whose logits are computed at a time; all where the model has computed them already."""
@@ -199,8 +245,18 @@ class HeadLoss:
             states, weight, targets, bias=bias, reduction="sum", softcap=head.cap, accum_dtype=torch.float32
         ).float()
 
-    def _map_logits(self, states: Tensor, targets: Tensor, function: LogitsFunction) -> Tensor:
-        return recomputed_token_losses(self._logits, states, targets, self._chunk_size(states), function)
+    def _map_logits(
+        self, states: Tensor, targets: Tensor, function: LogitsFunction, reference: Predictions | None = None
+    ) -> Tensor:
+        size = self._chunk_size(states)
+        if reference is None:
+            return recomputed_token_losses(self._logits, states, targets, size, function)
+        logits_of = torch.no_grad()(reference.logits_of)
+
+        def compare(logits: Tensor, tokens: Tensor, others: Tensor) -> Tensor:
+            return function(logits, tokens, logits_of(others))
+
+        return recomputed_token_losses(self._logits, states, targets, size, compare, reference.states)
 
     def _token_losses(self, states: Tensor, targets: Tensor, watch: Watch | None) -> tuple[Tensor, Tensor]:
         head = self.head

@@ -113,15 +113,17 @@ def recomputed_token_losses(
     hidden: Tensor,
     targets: Tensor,
     chunk_size: int,
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropies,
+    loss: Callable[..., Tensor] = cross_entropies,
+    *others: Tensor,
 ) -> Tensor:
     """Losses ``[N]`` of single tokens with a gradient, by default cross entropies in nats.
 
     The factor of each token's loss is only known in the backward pass, where the logits of a chunk are computed again.
     ``logits_of`` turns hidden states ``[n, H]`` into logits ``[n, V]``, and ``loss`` float32 logits (float64 where they
-    are) and int64 targets ``[n]`` into losses ``[n]``.
+    are) and int64 targets ``[n]`` into losses ``[n]``, or several numbers a token; its further arguments are the
+    chunk's rows of ``others``, ``[N, ...]`` each.
     """
-    return torch.cat(_recomputed(logits_of, hidden, targets, chunk_size, loss))
+    return torch.cat(_recomputed(logits_of, hidden, targets, chunk_size, loss, *others))
 
 
 def _recomputed(
@@ -129,16 +131,17 @@ def _recomputed(
     hidden: Tensor,
     targets: Tensor,
     chunk_size: int,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
+    *others: Tensor,
 ) -> list[Tensor]:
-    """``loss(logits, targets)`` of every chunk; a single one is kept, and not computed again."""
+    """``loss(logits, targets, *others)`` of every chunk; a single one is kept, and not computed again."""
 
-    def of_chunk(part: Tensor, tokens: Tensor) -> Tensor:
-        return loss(widen(logits_of(part)), tokens)
+    def of_chunk(part: Tensor, *rest: Tensor) -> Tensor:
+        return loss(widen(logits_of(part)), *rest)
 
     if len(targets) <= chunk_size:
-        return [of_chunk(hidden, targets)]
-    parts = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+        return [of_chunk(hidden, targets, *others)]
+    parts = zip(*(one.split(chunk_size) for one in (hidden, targets, *others)), strict=True)
     return [checkpoint(of_chunk, *part, use_reentrant=False) for part in parts]
 
 

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def load_for_training(
-    reader: TensorReader,
+    reader: TensorReader | None,
     config: PreTrainedConfig,
     *,
     adapter: LoraConfig | None,
@@ -66,7 +66,8 @@ def load_for_training(
     rows from the safetensors files.
 
     Args:
-        reader: Reader of the Base's checkpoint, in the shape of its Instruct.
+        reader: Reader of the Base's checkpoint, in the shape of its Instruct; None for a model without values, on the
+            meta device, which completes the adapter's settings.
         config: The model's configuration.
         adapter: LoRA settings; ``None`` for full fine-tuning.
         device: Device of the parameters; ``meta`` for a model without weights, of which nothing is read but headers.
@@ -87,7 +88,7 @@ def load_for_training(
             fused experts to adapt; or it changes one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    stored = stored_dtype(reader.tensors)
+    stored = torch.float32 if reader is None else stored_dtype(reader.tensors)
     from_weights = adapter is not None and starts_from_weights(adapter)
     without_weights = device.type == "meta"
     # An adapter that starts from the weights replaces them by a residual, which must not be rounded.
@@ -120,6 +121,7 @@ def load_for_training(
                 f"adapter.init_lora_weights={adapter.init_lora_weights!r} starts from whole weight matrices or from "
                 "data, but FSDP2 holds only shards. Use init_lora_weights=true or 'gaussian', one device, or DDP."
             )
+        assert reader is not None
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -133,6 +135,8 @@ def load_for_training(
             if any(isinstance(module, ParamWrapper) for module in model.modules()):
                 model = model.float()
         require_untied(model)
+    if reader is None:
+        return model
     parallelize(model)
     if not without_weights:
         _fill(model, reader, device, seed, adapter)

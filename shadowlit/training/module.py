@@ -7,12 +7,11 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -22,7 +21,6 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from shadowlit.arguments import takes_plain_values
-from shadowlit.checkpoint.names import factor_of
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError, as_usage
@@ -31,16 +29,20 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
+from shadowlit.training import resuming
+from shadowlit.training.bar import unlimited_bars
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
+from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
+from shadowlit.training.groups import ParameterGroup, read_multipliers
 from shadowlit.training.head import Way
 from shadowlit.training.loading import load_for_training
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
-from shadowlit.training.optimizer import OptimizerChoice, make_optimizer, plain_tensors, whole_tensors
+from shadowlit.training.optimizer import OptimizerChoice, begin_step, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch
 from shadowlit.training.parallel import compute_dtype_of, data_parallel_mesh, parallelize, reduce_gradients
-from shadowlit.training.rehearsal import try_optimizer
+from shadowlit.training.rehearsal import ChecksBeforeData, try_optimizer
 from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, require_no_end
 from shadowlit.training.scoring import ScoringModule
 from shadowlit.training.separation import require_separation
@@ -50,21 +52,6 @@ log = logging.getLogger(__name__)
 
 # Ours adds to a batch of any data module.
 warnings.filterwarnings("ignore", message=r"You have overridden `on_before_batch_transfer` in `LightningModule`")
-
-
-@runtime_checkable
-class ChecksBeforeData(Protocol):
-    """A callback that checks something before a command reads its data, which may take an hour."""
-
-    def before_data(self, trainer: Trainer, pl_module: ShadowModule) -> None:
-        """Raise if the command would fail; called on every rank, before the ranks know each other."""
-
-
-class UnlimitedProgressBar(RichProgressBar):
-    """Lightning's progress bar where the number of epochs is not limited: without ``/-2`` after the epoch."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "   ")
 
 
 @takes_plain_values("model")
@@ -136,6 +123,10 @@ class ShadowModule(ScoringModule):
         lr_scheduler_kwargs: Options of a schedule of transformers, e.g. ``{min_lr_rate: 0.1}`` for cosine_with_min_lr.
         loraplus_lr_ratio: Learning rate of LoRA's factors B divided by ``lr``: 1 for LoRA, e.g. 16 for LoRA+ (arXiv
             2402.12354).
+        parameter_groups: Settings of trained parameters by pattern, e.g. ``[{match: embed_tokens, lr_scale: 0.1}]``;
+            the first group that matches a name counts, and each must match one.
+        lr_multipliers: JSON file of factors of the learning rate by the names of tensors in the Base's files; those of
+            a matrix apply to its LoRA. Tensors that it doesn't name have the factor 1.
         on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
             checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
             ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
@@ -167,6 +158,8 @@ class ShadowModule(ScoringModule):
         lr_scheduler: ScheduleName | LRSchedulerCallable | None = None,
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         loraplus_lr_ratio: float = 1.0,
+        parameter_groups: list[ParameterGroup] = [],  # noqa: B006
+        lr_multipliers: str | None = None,
         on_nan: Literal["stop", "warn"] = "stop",
     ) -> None:
         super().__init__(
@@ -184,6 +177,8 @@ class ShadowModule(ScoringModule):
         self.schedule, self.warmup_ratio = schedule, warmup_ratio
         self.lr_scheduler, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs
         self.loraplus_lr_ratio = loraplus_lr_ratio
+        self.parameter_groups, self.lr_multipliers = list(parameter_groups), lr_multipliers
+        self._multipliers: dict[str, float] | None = None
         self.optimizer, self.offload_optimizer = optimizer, offload_optimizer
         self.reduce_gradients = reduce_gradients
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
@@ -247,7 +242,8 @@ class ShadowModule(ScoringModule):
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
-        self._sums = None
+        resuming.take_over(self.trainer)
+        self._sums = self._references.predictions = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
         if stage == "fit":
@@ -265,17 +261,17 @@ class ShadowModule(ScoringModule):
             self.score_names()
         if self.trainer.state.fn == TrainerFn.FITTING:
             with as_usage():
-                try_optimizer(self._optimizer, adapted=self.adapter is not None)
+                try_optimizer(self._optimizer, adapted=self.adapter is not None, total=self.trainer.max_steps)
+                if self.lr_multipliers is not None:
+                    with self.pair.readers()[0] as base:
+                        self._multipliers = read_multipliers(self.lr_multipliers, base.tensors)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksBeforeData):
                 callback.before_data(self.trainer, self)
-        bar = self.trainer.progress_bar_callback
-        if type(bar) is not RichProgressBar or self.trainer.max_epochs != -1:
-            return []
-        return [UnlimitedProgressBar(int(bar.refresh_rate), theme=bar.theme)]
+        return unlimited_bars(self.trainer)
 
     def on_fit_start(self) -> None:
-        """Refuse data of another kind than the objective needs; name the parameters in the optimizer's state."""
+        """Refuse data of another kind than the objective needs, or disks that won't do; name the optimizer's states."""
         if not isinstance(self.trainer.strategy, ShardedStrategy):  # which does it itself
             name_states(self.trainer.optimizers, self)
         samples = run_data(self.trainer).samples
@@ -284,6 +280,7 @@ class ShadowModule(ScoringModule):
                 f"model.objective is {type(self.objective).__name__}, which needs {self.objective.samples}, but the "
                 f"data module gives {samples}. Set samples={self.objective.samples!r} of ShadowData."
             )
+        require_disks(self.trainer)
 
     def on_train_start(self) -> None:
         """Refuse packed rows with a model in which one sample sees another."""
@@ -299,6 +296,10 @@ class ShadowModule(ScoringModule):
             borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
             return {**batch, **borders, "supervised": supervised_positions(batch["labels"], positions)}
         return batch
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Load the weights that gradients are taken at."""
+        begin_step(self.trainer.optimizers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
@@ -354,6 +355,7 @@ class ShadowModule(ScoringModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store an 8-bit optimizer's states as plain tensors, and the objective's state; raise if the run diverged."""
         self.losses.check()
+        resuming.amend(self.trainer, checkpoint["loops"])
         self.objective.on_save_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [plain_tensors(state) for state in checkpoint["optimizer_states"]]
@@ -372,20 +374,23 @@ class ShadowModule(ScoringModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             require_no_end(self.trainer, self.lr_scheduler, self.schedule, self.warmup_ratio)
-        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps))
+        grouping = {"groups": self.parameter_groups, "multipliers": self._multipliers}
+        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps), **grouping)
 
-    def _optimizer(self, trained: list[tuple[str, nn.Parameter]], total: int) -> OptimizerLRSchedulerConfig:
+    def _optimizer(
+        self, trained: list[tuple[str, nn.Parameter]], total: int, **grouping: Any
+    ) -> OptimizerLRSchedulerConfig:
         """Both for parameters by name and a number of optimizer steps."""
         optimizer = make_optimizer(
             self.optimizer,
-            (p for _, p in trained),
+            trained,
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
             weight_decay=self.weight_decay,
             offload=self.offload_optimizer,
-            lora_b=[p for name, p in trained if factor_of(name) == "B"],
             loraplus_lr_ratio=self.loraplus_lr_ratio,
+            **grouping,
         )
         warmup = math.ceil(self.warmup_ratio * total)
         schedule = self.lr_scheduler, self.lr_scheduler_kwargs, self.schedule

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Muon, Optimizer
 
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.distributed import place
+from shadowlit.distributed import local, place
 from shadowlit.errors import CheckpointError, ShadowlitError, first_line
 from shadowlit.plugins import WITHOUT_SUPER
+from shadowlit.training.groups import group_parameters
 
 # Without lr among its options a class is called with the module's; the parser tells the two apart.
 OptimizerFactory = Callable[[Iterable, float], Optimizer] | Callable[[Iterable], Optimizer]
@@ -23,36 +25,30 @@ OptimizerChoice = Literal["adamw", "adamw_8bit"] | OptimizerFactory
 
 def make_optimizer(
     choice: OptimizerChoice,
-    trained: Iterable[Tensor],
+    named: Iterable[tuple[str, Tensor]],
     *,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     offload: bool = False,
-    lora_b: Collection[Tensor] = (),
-    loraplus_lr_ratio: float = 1.0,
+    **grouping: Any,
 ) -> Optimizer:
-    """An optimizer of the float32 parameters ``trained``; weight decay on matrices only.
+    """An optimizer of float32 parameters by name; weight decay on matrices only.
 
     ``adamw`` is torch's AdamW (arXiv 1711.05101), as one kernel over all elements where there is one (CPU and CUDA).
     ``adamw_8bit`` keeps both moments in blocks of 8 bits (arXiv 2110.02861): 2 bytes per trained parameter instead of
     8. It is torchao's, which also shards, or else that of bitsandbytes. A class or function gets parameter groups and
-    ``lr``. Options as of :class:`shadowlit.training.module.ShadowModule`; ``lora_b`` are the factors B of LoRA.
+    ``lr``. Options as of :class:`shadowlit.training.module.ShadowModule`; ``grouping`` as of :func:`group_parameters`.
 
     Raises:
         ShadowlitError: A class can't take the parameters, a setting is AdamW's alone, neither library of 8-bit moments
             is installed, or bitsandbytes alone and the parameters are sharded.
     """
-    trained = list(trained)
-    faster = {id(p) for p in lora_b} if loraplus_lr_ratio != 1 else set()
-    own = {"weight_decay": weight_decay} if isinstance(choice, str) else {}  # a class has its own
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.dim() >= 2 and id(p) not in faster], **own},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-        {"params": [p for p in trained if id(p) in faster], **own, "lr": loraplus_lr_ratio * lr},
-    ]
-    groups = [group for group in groups if group["params"]]
+    rate = getattr(choice, "keywords", {}).get("lr", lr)
+    decay = weight_decay if isinstance(choice, str) else None  # a class has its own
+    groups = group_parameters(named, lr=rate, weight_decay=decay, **grouping)
+    trained = [p for group in groups for p in group["params"]]
     if not isinstance(choice, str):
         if offload or weight_decay:
             raise ShadowlitError(
@@ -76,11 +72,16 @@ def make_optimizer(
 
 def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimizer:
     # The options of the configuration are bound in a functools.partial.
-    rate = {} if "lr" in getattr(factory, "keywords", {}) else {"lr": lr}
+    bound = getattr(factory, "keywords", {})
+    rate = {} if "lr" in bound else {"lr": lr}
+    if getattr(factory, "func", factory) is Muon and any(isinstance(p, DTensor) for g in groups for p in g["params"]):
+        factory = partial(ShardedMuon, **bound)
     try:
         optimizer = _clippable(factory(groups, **rate))
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(WITHOUT_SUPER)
+        if hasattr(optimizer, "eval"):
+            optimizer.register_step_post_hook(lambda averaging, *_: averaging.eval())
         return optimizer
     except Exception as error:  # a class from outside the package may raise anything
         hint = "Correct its options."
@@ -91,11 +92,54 @@ def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimize
         ) from error
 
 
+def begin_step(optimizers: Iterable[Any]) -> None:
+    """Load the weights that gradients are taken at, where an optimizer holds averages in their place between steps.
+
+    Schedule-free ones do (arXiv 2405.15682). After its step each loads the averages again, which are what is validated,
+    grafted and saved.
+    """
+    for optimizer in optimizers:
+        if hasattr(optimizer, "eval"):
+            optimizer.train()
+
+
 def _clippable(optimizer: Optimizer) -> Optimizer:
     # Lightning takes a fused optimizer for one that a scaler of gradients works in, and refuses to clip; bfloat16
     # needs no scaler.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     return optimizer
+
+
+class ShardedMuon(Muon):
+    """Muon of sharded matrices: each rank gathers one matrix after the other and keeps its part of the update.
+
+    The products of shards would be rounded to bfloat16 before they are added, which changes an update by percents. The
+    results are those of one device bit for bit. State and parameters stay sharded.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step, matrix after matrix; a collective."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        continue
+                    whole = parameter.full_tensor().requires_grad_()
+                    whole.grad = parameter.grad.full_tensor()
+                    state, self.param_groups = self.state[parameter], [{**group, "params": [whole]}]
+                    self.state[whole] = {name: moment.full_tensor() for name, moment in state.items()}
+                    super().step()
+                    state.update({name: place(moment, parameter) for name, moment in self.state.pop(whole).items()})
+                    local(parameter).copy_(local(place(whole.detach(), parameter)))
+        finally:
+            self.param_groups = groups
+        return loss
 
 
 class OffloadedAdamW(AdamW):

@@ -15,7 +15,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import Subject
 from shadowlit.plugins import described
-from shadowlit.training.head import HeadLoss, LogitsFunction, Watch
+from shadowlit.training.head import HeadLoss, LogitsFunction, Predictions, Watch
 from shadowlit.training.linear_loss import cross_entropies
 from shadowlit.training.objective import TokenSums, sum_tokens, supervised_positions
 
@@ -72,10 +72,17 @@ class Outputs:
         weights: ``[N]``, float32, factors of the supervised tokens' losses in training; None where all of them are 1.
     """
 
-    def __init__(self, head: HeadLoss, batch: Batch, reference: Callable[[Tensor], Tensor] | None = None) -> None:
-        # The reference gives the log-probabilities [N, 2] of the answers of samples [N].
+    def __init__(
+        self,
+        head: HeadLoss,
+        batch: Batch,
+        reference: Callable[[Tensor], Tensor] | None = None,
+        predictions: Predictions | None = None,
+    ) -> None:
+        # The reference gives the log-probabilities [N, 2] of the answers of samples [N]; predictions are a reference's
+        # for the supervised tokens of this batch.
         self.batch = batch
-        self._head, self._reference = head, reference
+        self._head, self._reference, self._predictions = head, reference, predictions
         positions = batch.get("supervised")
         if positions is None:
             positions = supervised_positions(batch["labels"], batch.get("position_ids"))
@@ -109,22 +116,31 @@ class Outputs:
         """The log-probabilities of the supervised tokens in nats, float32 ``[N]``."""
         return -self.map_logits(cross_entropies)
 
-    def map_logits(self, function: LogitsFunction) -> Tensor:
-        """``function(logits, targets)`` of all supervised tokens, ``[N]``.
+    def map_logits(self, function: LogitsFunction, columns: int | None = None) -> Tensor:
+        """``function(logits, targets)`` of all supervised tokens, ``[N]``, or ``[N, columns]``.
 
         Args:
             function: Function from float32 logits ``[n, V]`` and int64 targets ``[n]`` of a chunk to one number per
                 token, ``[n]``. It is called again in the backward pass, so it must depend on nothing else that changes.
+                In a training step of an objective with a ``token_reference``, its third argument is the reference's
+                float32 logits ``[n, V]``, without a gradient.
+            columns: Numbers per token, where the function returns several, ``[n, columns]``.
 
         Raises:
             ShadowlitError: The function returns something else.
         """
         name = getattr(function, "__qualname__", function)
 
-        def checked(logits: Tensor, targets: Tensor) -> Tensor:
-            return require_shape(function(logits, targets), targets.shape, name)
+        def checked(logits: Tensor, targets: Tensor, *reference: Tensor) -> Tensor:
+            shape = targets.shape if columns is None else torch.Size((len(targets), columns))
+            return require_shape(function(logits, targets, *reference), shape, name)
 
-        return self._head.map_logits(model_inputs(self.batch), self.positions, self.targets, checked)
+        inputs = model_inputs(self.batch)
+        return self._head.map_logits(inputs, self.positions, self.targets, checked, self._predictions)
+
+    def predictions(self, known: Predictions | None, live: bool) -> Predictions:
+        """What the model predicts for the supervised tokens; arguments as of :meth:`HeadLoss.predict`."""
+        return self._head.predict(model_inputs(self.batch), self.positions, known, live)
 
     def logits(self) -> Tensor:
         """The logits of all positions, ``[B, T, V]``; the label at ``t`` is predicted at ``t - 1``."""
@@ -179,9 +195,12 @@ def model_inputs(batch: Batch) -> dict[str, Tensor]:
 
 
 class References:
-    """Log-probabilities of answers under the untouched models by data set, on the device: 16 bytes a sample."""
+    """What the untouched models predict: for preferences, the log-probabilities of answers by data set, on the device
+    (16 bytes a sample); for a comparison of tokens, :attr:`predictions` for the micro-batch that is trained on next.
+    """
 
     def __init__(self) -> None:
+        self.predictions: Predictions | None = None
         self._known: dict[tuple[Subject, str], tuple[Any, Tensor]] = {}
 
     def lacking(self, who: Subject, sets: dict[str, Any]) -> list[str]:

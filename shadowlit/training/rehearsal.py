@@ -5,21 +5,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from shadowlit.errors import ShadowlitError, first_line
 from shadowlit.plugins import calls, described, path_of
-from shadowlit.training.head import HeadLoss
+from shadowlit.training.head import HeadLoss, Predictions
 from shadowlit.training.metrics import Scores
 from shadowlit.training.objectives import Objective, PreferenceObjective, require_sums
 from shadowlit.training.outputs import Outputs, is_number
 
 _ROWS, _LENGTH = 4, 6
+
+
+@runtime_checkable
+class ChecksBeforeData(Protocol):
+    """A callback that checks something before a command reads its data, which may take an hour."""
+
+    def before_data(self, trainer: Trainer, pl_module: Any) -> None:
+        """Raise if the command would fail; called on every rank, before the ranks know each other."""
 
 
 def rehearse(
@@ -40,7 +49,9 @@ def rehearse(
 
     def outputs() -> Outputs:
         losses = HeadLoss(model, "logits")  # type: ignore[arg-type]
-        return Outputs(losses, _batch(vocabulary), lambda samples: torch.zeros(len(samples), 2, dtype=torch.float64))
+        batch, compares = _batch(vocabulary), objective.token_reference is not None
+        others = Predictions(torch.randn(_ROWS * (_LENGTH - 2), vocabulary), torch.clone) if compares else None
+        return Outputs(losses, batch, lambda samples: torch.zeros(len(samples), 2, dtype=torch.float64), others)
 
     def names_of(others: Mapping[str, Metric]) -> set[str]:
         scores = Scores(configure_scores(), others, torch.device("cpu"))
@@ -72,18 +83,21 @@ def rehearse(
             return names_of(metrics)
 
 
-def try_optimizer(make: Callable[[list[tuple[str, nn.Parameter]], int], Any], *, adapted: bool) -> None:
+def try_optimizer(make: Callable[[list[tuple[str, nn.Parameter]], int], Any], *, adapted: bool, total: int) -> None:
     """Create an optimizer and its schedule for a few numbers; ``make`` takes parameters by name and a number of steps.
+
+    ``total`` is this number, or below 0 if it depends on the data.
 
     Raises:
         ShadowlitError: One of their options doesn't fit.
     """
     sizes = [(2, 2)] if adapted else [(2, 2), (2,)]
     try:
-        make([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], 1000)
+        make([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total if total >= 0 else 10**9)
     except ShadowlitError as error:
         # Of a schedule, a list may need a value for each group of parameters, of which there may be more.
-        if str(error).startswith("model.optimizer") or not isinstance(error.__cause__, ValueError):
+        early = str(error).startswith(("model.optimizer", "model.lr_scheduler_kwargs"))
+        if early or not isinstance(error.__cause__, ValueError):
             raise
 
 

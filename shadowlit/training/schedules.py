@@ -46,6 +46,11 @@ def make_schedule(
         ShadowlitError: The options don't fit, or the schedule needs a metric and can't name one.
     """
     scheduler: Any
+    if options and (not isinstance(choice, str) or choice.startswith("constant")):
+        raise ShadowlitError(
+            f"model.lr_scheduler_kwargs is {options}, but model.lr_scheduler is {choice!r}, which takes none. Remove "
+            "them, or name a schedule of transformers that takes them, e.g. cosine_with_min_lr."
+        )
     try:
         if isinstance(choice, str):
             scheduler = get_scheduler(choice, optimizer, warmup, total, options)
@@ -58,6 +63,11 @@ def make_schedule(
             f"model.lr_scheduler{'_kwargs' if isinstance(choice, str) else ''} can't make a schedule "
             f"({first_line(error)}). Correct its options."
         ) from error
+    if choice == "warmup_stable_decay" and warmup + (options or {})["num_decay_steps"] > total:
+        raise ShadowlitError(
+            f"model.lr_scheduler_kwargs has num_decay_steps={(options or {})['num_decay_steps']}, which with {warmup} "
+            f"steps of warm-up is more than the {total} steps of the training. Set it to fewer steps."
+        )
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
     if isinstance(scheduler, TorchReduceLROnPlateau):

@@ -17,8 +17,9 @@ from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.errors import DataError, ShadowlitError, as_usage, wrong_names
 from shadowlit.grafting.arithmetic import accumulation_dtype
-from shadowlit.grafting.subject import BASE, TUNED, Subject
+from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.pair.pair import ModelPair, PairWithoutWeights
+from shadowlit.plugins import path_of
 from shadowlit.training.generation import generate, greedy_config
 from shadowlit.training.head import HeadLoss, Way, evaluating
 from shadowlit.training.metrics import Scores, TokenScores, name_clash
@@ -147,6 +148,24 @@ class ScoringModule(LightningModule):
                 dist.all_reduce(logps)
             self._references.keep(who, name, dataset, logps)
 
+    @property
+    def token_reference(self) -> Subject | None:
+        """The untouched model whose predictions of single tokens the objective compares with, if it does."""
+        known = {None: None, "start": BASE, "instruct": INSTRUCT}
+        if self.objective.token_reference not in known:
+            raise ShadowlitError(
+                f"model.objective is {path_of(self.objective)}, whose token_reference is "
+                f"{self.objective.token_reference!r}; expected 'start', 'instruct' or None. Correct the class."
+            )
+        return known[self.objective.token_reference]
+
+    def measure_predictions(self, who: Subject, batch: Batch) -> None:
+        """Keep what ``who``, whose weights are loaded, predicts in a batch, for the training step on it."""
+        assert self.model is not None
+        outputs = Outputs(self.head_losses(), batch)
+        with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
+            self._references.predictions = outputs.predictions(self._references.predictions, live=who == BASE)
+
     def head_losses(self) -> HeadLoss:
         """The implementation of the model's losses, chosen on first use, when its weights are loaded."""
         assert self.model is not None
@@ -186,7 +205,16 @@ class ScoringModule(LightningModule):
 
     def _outputs(self, batch: Batch, who: Subject, name: str) -> Outputs:
         """The model's outputs for a batch of the set ``name``, with the references of ``who``."""
-        return Outputs(self.head_losses(), batch, partial(self._references.look_up, who, name))
+        predictions = None
+        if name == "train" and self.token_reference is not None:
+            predictions = self._references.predictions
+            if predictions is None:
+                raise ShadowlitError(
+                    f"model.objective is {type(self.objective).__name__} with a distance from the "
+                    f"{self.token_reference.name}, whose predictions are unknown. Expected a GraftCallback, which "
+                    "measures them, among the trainer's callbacks; add one, or leave the distance out (kl_weight=0)."
+                )
+        return Outputs(self.head_losses(), batch, partial(self._references.look_up, who, name), predictions)
 
     def _score(self, batch: Batch, set_name: str, subject: Subject) -> None:
         loaders = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders

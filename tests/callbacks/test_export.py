@@ -3,7 +3,8 @@
 import math
 import re
 import shutil
-from types import SimpleNamespace
+import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
+from shadowlit.callbacks import export as export_module
 from shadowlit.callbacks.export import ExportCallback
-from shadowlit.callbacks.folder import on_first_rank
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.names import is_token_tensor
@@ -23,7 +24,16 @@ from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.subject import BASE, Subject
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.module import ShadowModule
-from tests.callbacks.test_graft import KINDS, fit, make_module, make_trainer, metrics, score_by_hand
+from tests.callbacks.test_graft import (
+    KINDS,
+    assert_same,
+    fit,
+    make_module,
+    make_trainer,
+    metrics,
+    score_by_hand,
+    weights,
+)
 from tests.synthetic import RandomData
 from tests.tiny import save_pair, store_head
 
@@ -84,10 +94,74 @@ def test_heads_are_tied_as_transformers_ties_them(tmp_path, base, instruct, kind
         by_hand = pytest.approx(score_by_hand(AutoModelForCausalLM.from_pretrained(folder).eval(), [(4, 2)]), rel=1e-6)
         assert fitted[f"val/{who}/right/loss"] == by_hand
         assert who == "grafted" or validated[f"val/{who}/right/loss"] == by_hand
-    assert read_manifest(target / "model")["logits_against_validated"]["max_abs"] < 1e-5
+    assert read_manifest(target / "model")["logits_against_validated"]["max_abs"] == 0
     before, after = load_file(folders[1] / "model.safetensors"), load_file(target / "model/model.safetensors")
     assert [name for name in before if is_token_tensor(name) and not torch.equal(before[name], after[name])] == []
     assert (target / "model/config.json").read_bytes() == (folders[1] / "config.json").read_bytes()
+
+
+def test_a_failed_verification_loses_nothing(tmp_path, monkeypatch):
+    """Adapter and delta are written before the model, and the model stays for whoever wants to know what is wrong."""
+    folders, target, times = save_pair(tmp_path, "qwen3"), tmp_path / "export", []
+
+    def fail(folder, *_):
+        times.extend(path.name for path in sorted(target.iterdir(), key=lambda path: path.stat().st_ctime_ns))
+        raise ExportError("does not load")
+
+    monkeypatch.setattr(export_module, "require_loadable", fail)
+    callbacks = [GraftCallback(), ExportCallback(parts=["model", "adapter", "delta"], folder=str(target))]
+    with pytest.raises(ExportError, match="does not load"):
+        fit(tmp_path, folders, "lora", callbacks)
+    assert times == ["adapter", "delta", "model"]
+    assert Delta.open(target / "delta").norm() > 0 and (target / "adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_changes_on_the_disk_is_refused(tmp_path, monkeypatch, kind):
+    folders, target = save_pair(tmp_path, "qwen3"), tmp_path / "export"
+    write = export_module.export_folder
+
+    def damaged(folder, *args, **options):
+        write(folder, *args, **options)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 4] += 1e-3
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    monkeypatch.setattr(export_module, "export_folder", damaged)
+    export = ExportCallback(parts=["model"], folder=str(target))
+    with pytest.raises(ExportError, match=r"written: model\.layers\.0\.mlp\.up_proj\.weight\. Check the disk"):
+        fit(tmp_path, folders, kind, [GraftCallback(), export])
+    shutil.rmtree(target)
+    export.verify = False
+    fit(tmp_path, folders, kind, [GraftCallback(), export])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_written_weights_are_loaded_one_tensor_at_a_time(tmp_path, kind):
+    """And the trained and the frozen ones are back afterwards, bit for bit."""
+    folders = save_pair(tmp_path, "qwen3")
+    callback = GraftCallback()
+    module, _ = fit(tmp_path, folders, kind, [callback], max_steps=2)
+    graft, alive, peak = callback.build(module), Counter(), []
+
+    class Watched(CheckpointReader):
+        def read(self, name):
+            tensor = super().read(name)
+            alive[name] = tensor.nbytes
+            weakref.finalize(tensor, alive.pop, name)
+            peak.append(sum(alive.values()))
+            return tensor
+
+    before, held = weights(module), [host.instruct.clone() for host in graft._hosts]
+    files = Watched(folders[0])  # other weights than those of the graft
+    with graft.loaded(files):
+        found = {n.replace("base_model.model.", "").replace("base_layer.", ""): p for n, p in weights(module).items()}
+        assert [n for n in files.tensors if not torch.equal(found[n], CheckpointReader.read(files, n))] == []
+    assert len(peak) == len(files.tensors) and max(peak) == max(info.num_bytes for info in files.tensors.values())
+    assert_same(weights(module), before)
+    trained = [host.swap is None for host in graft._hosts]
+    assert all(torch.equal(h.instruct, t) for h, t, own in zip(graft._hosts, held, trained, strict=True) if own)
 
 
 def test_only_the_delta_can_be_written(tmp_path):
@@ -185,22 +259,6 @@ def test_a_disk_without_room_for_what_will_be_written_is_found_before_the_first_
     written = {part: sum(f.stat().st_size for f in (tmp_path / "export" / part).iterdir()) for part in parts}
     small = sum((tmp_path / "export" / part / "shadowlit.json").stat().st_size for part in parts)
     assert expected == pytest.approx(sum(written.values()) - small, rel=0.02) and min(written.values()) > 30_000
-
-
-def test_what_the_first_rank_finds_every_rank_raises():
-    found = ExportError("full")
-
-    def trainer_of(rank):
-        strategy = SimpleNamespace(broadcast=lambda mine: mine if rank == 0 else found)
-        return SimpleNamespace(is_global_zero=rank == 0, strategy=strategy)
-
-    def check():
-        raise found
-
-    for rank in (0, 1):
-        with pytest.raises(ExportError, match="full"):
-            on_first_rank(trainer_of(rank), check if rank == 0 else pytest.fail)
-    on_first_rank(trainer_of(0), lambda: None)
 
 
 class ReadsLate(ShadowModule):

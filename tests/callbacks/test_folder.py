@@ -1,4 +1,4 @@
-"""The folder of a run, with loggers whose runs share theirs, as W&B's share the working folder."""
+"""The folder of a run of a Trainer of one's own, with loggers whose runs share theirs, as W&B's do."""
 
 import json
 import os
@@ -14,12 +14,15 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
+from shadowlit.callbacks.metrics_file import MetricsFile
 from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.record import ValidationRecord
 from shadowlit.data.module import ShadowData
 from shadowlit.errors import ExportError
-from shadowlit.lightning_cli import SaveConfig, ShadowParser, ShadowTrainer
+from shadowlit.lightning_cli import ShadowTrainer
 from shadowlit.pair.pair import ModelPair
+from shadowlit.run_parser import ShadowParser
+from shadowlit.runs import SaveConfig
 
 
 class Shared(DummyLogger):
@@ -59,22 +62,16 @@ def test_the_folder_is_where_the_checkpoints_are(tmp_path, monkeypatch):
         EvaluationCallback()._write(trainer, ValidationRecord())
 
 
-def test_no_config_is_overwritten_and_none_is_missing(tmp_path, monkeypatch):
+def test_no_config_is_lost(tmp_path, monkeypatch):
+    """The last one is config.yaml; earlier ones that differ are kept."""
     monkeypatch.chdir(tmp_path)
     parser = ShadowParser()
     parser.add_argument("--lr", type=float)
-
-    def save(lr, logger):
+    for lr in (1.0, 2.0, 2.0, 3.0):
+        logger = MetricsFile("runs", "a", is_new=False)
         SaveConfig(parser, parser.parse_args([f"--lr={lr}"])).setup(make(logger), None, "fit")
-
-    for lr, version in ((1.0, "x7"), (2.0, "x8"), (3.0, "x7"), (4.0, "x7")):  # x7 is resumed, as W&B does by its id
-        save(lr, Shared(version))
-    found = {str(file.relative_to(tmp_path / "project")): yaml.safe_load(file.read_text())["lr"]
-             for file in tmp_path.rglob("*.yaml")}  # fmt: skip
-    assert found == {"x7/config.yaml": 1.0, "x8/config.yaml": 2.0, "x7/config-v1.yaml": 3.0, "x7/config-v2.yaml": 4.0}
-    save(1.0, CSVLogger("runs", "csv", "named"))
-    with pytest.raises(RuntimeError, match=r"expected runs/csv/named/config\.yaml to NOT exist"):  # with its metrics
-        save(2.0, CSVLogger("runs", "csv", "named"))
+    found = {file.name: yaml.safe_load(file.read_text())["lr"] for file in (tmp_path / "runs/a").iterdir()}
+    assert found == {"config.yaml": 3.0, "config-v1.yaml": 1.0, "config-v2.yaml": 2.0}
 
 
 def test_every_rank_asks_for_the_folder_of_the_predictions(tmp_path):

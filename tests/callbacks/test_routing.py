@@ -109,7 +109,7 @@ def test_a_run_logs_what_the_exported_model_does(tmp_path, folders, kind):
     assert len(during.seen) == 2 and during.recorded == {"base", "instruct"}
     assert not any(m._forward_hooks for m in routers_of(module.model).values())
     manifest = json.loads((tmp_path / "out/model/shadowlit.json").read_text())
-    assert manifest["logits_against_validated"]["max_abs"] < 1e-5
+    assert manifest["logits_against_validated"]["max_abs"] == 0
     assert manifest["coverage"]["num_selected_routers"] == 2
 
 

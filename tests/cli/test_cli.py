@@ -31,6 +31,7 @@ def root(tmp_path_factory):
             lines.append(json.dumps({"messages": turns}) + "\n")
         (root / f"{name}.jsonl").write_text("".join(lines))
     config = {
+        "run": {"root": str(root / "runs")},
         "pair": {"base": str(base), "instruct": str(instruct)},
         "model": {"lr": 1e-3, "max_new_tokens": 4},
         "data": {
@@ -41,10 +42,6 @@ def root(tmp_path_factory):
         "trainer": {
             "accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": False,
             "enable_model_summary": False,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.CSVLogger",
-                "init_args": {"save_dir": str(root / "runs"), "name": "tiny"},
-            },
             "callbacks": [{
                 "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
                 "init_args": {"monitor": "val/grafted/loss", "save_last": True},
@@ -57,9 +54,9 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(root):
-    arguments = ["fit", "--config", str(root / "run.yaml"), "--trainer.logger.init_args.name=fitted"]
+    arguments = ["fit", "--config", str(root / "run.yaml"), "--run.name=fitted"]
     assert main(arguments) == 0
-    return root / "runs/fitted/version_0"
+    return root / "runs/fitted"
 
 
 def test_without_a_command_the_commands_are_shown_at_once():
@@ -90,8 +87,8 @@ def test_a_fit_leaves_config_metrics_checkpoint_and_export(fitted):
 
 def test_the_saved_config_runs_again_and_overwrites_nothing(root, fitted):
     before = (fitted / "config.yaml").read_bytes()
-    assert main(["fit", "--config", str(fitted / "config.yaml"), "--trainer.max_steps=1"]) == 0
-    again = yaml.safe_load((root / "runs/fitted/version_1/config.yaml").read_text())
+    assert main(["fit", "--config", str(fitted / "config.yaml"), "--trainer.max_steps=1", "--run.name=again"]) == 0
+    again = yaml.safe_load((root / "runs/again/config.yaml").read_text())
     assert again["trainer"]["max_steps"] == 1
     assert (fitted / "config.yaml").read_bytes() == before
 

@@ -63,9 +63,9 @@ CASES = [
     ("model.lr_scheduler", {"class_path": "torch.optim.SGD"}, "torch.optim.SGD is no subclass of", SCHEDULER,
      r"Known: linear, cosine, .*; torch\.optim\.lr_scheduler: "),
     ("model.lr_scheduler", 3, "", SCHEDULER, "Known: linear, cosine, "),
-    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT\."),
-    ("model.objective", {"class_path": "nowhere.DPO"}, "nowhere.DPO can't be imported", OBJECTIVE, "Known: SFT, DPO"),
-    ("model.objective", 3, "", OBJECTIVE, "Known: SFT, DPO"),
+    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DFT, EAFT, DPO, KTO, .*, ASFT\."),
+    ("model.objective", {"class_path": "nowhere.DPO"}, "nowhere.DPO can't be imported", OBJECTIVE, "Known: SFT, DFT"),
+    ("model.objective", 3, "", OBJECTIVE, "Known: SFT, DFT"),
     ("model.lr", "abc", "", "float", ""),
     ("graft.transforms", ["ties"], "", TRANSFORMS, r"Known: dare, magnitude, svd, ties\."),
     ("graft.transforms", 3, "", TRANSFORMS, r"Known: dare, magnitude, svd, ties\."),
@@ -93,7 +93,7 @@ def configuration(tmp_path, key, value):
     *sections, name = key.split(".")
     section = config
     for each in sections:
-        section = section[each]
+        section = section.setdefault(each, {})
     section[name] = value
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config))
     return str(tmp_path / "wrong.yaml")
@@ -175,14 +175,14 @@ def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, va
 
 @pytest.mark.parametrize(("key", "value", "first", "rest"), [
     ("model.objective", {"class_path": "breaking.Abstract"}, "breaking.Abstract is abstract, since it lacks "
-     "losses, rewards; expected", "Known: SFT, DPO"),
+     "losses, rewards; expected", "Known: SFT, DFT"),
     ("model.objective", {"class_path": "breaking.Crashing", "gamma": 2}, "breaking.Crashing is given gamma "
      "next to class_path, which belongs under init_args; expected", "Known: SFT"),
     ("model.objective", {"class_path": "unreadable.Mine"}, "unreadable.Mine can't be imported "
-     "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DPO"),
+     "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DFT"),
     ("model.objective", "unreadable.Mine", "unreadable.Mine can't be imported (SyntaxError: ", "Known"),
     ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is no "
-     "subclass of Objective; expected", "Known: SFT, DPO"),
+     "subclass of Objective; expected", "Known: SFT, DFT"),
     ("model.objective", {"class_path": "DPO", "init_args": {"bta": 1}}, "the class has no option bta. Did you "
      "mean beta?", "Known: beta, loss, label_smoothing, sft_weight."),
     ("model.optimizer", {"class_path": "torch.optim.SGD", "init_args": {"momentumm": 1}}, "the class has no option "
@@ -233,9 +233,8 @@ def test_an_unknown_form_of_message_is_kept():
     ("trainer.devices", "9", "trainer.accelerator is gpu, trainer.devices is 9: No supported gpu backend found! Set "),
     ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 0.5: `val_check_interval` should be "
      "an integer or a time-based duration "),
-    ("trainer.logger.init_args.save_dir", "{file}/runs", "trainer.logger's save_dir is '{file}/runs', which can't be "
-     "written ([Errno 20] Not a directory: "),
-    ("trainer.default_root_dir", "{file}", "trainer.default_root_dir is '{file}', which can't be written ([Errno 20] "),
+    ("run.root", "{file}/runs", "run.root is '{file}/runs', which can't be written ([Errno 20] Not a directory: "),
+    ("trainer.logger", "{file}", "save_dir of lightning.pytorch.loggers.csv_logs.CSVLogger is '{file}', which can't "),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 def test_what_lightning_refuses(tmp_path, monkeypatch, capsys, key, value, message):
@@ -244,8 +243,10 @@ def test_what_lightning_refuses(tmp_path, monkeypatch, capsys, key, value, messa
     file = tmp_path / "file"
     file.write_text("")
     value = value and value.replace("{file}", str(file))
-    more = {"trainer.devices": ["--trainer.accelerator=gpu"], "trainer.default_root_dir": ["--trainer.logger=false"]}
-    words = ["fit", "--config", configuration(tmp_path, key, value), *more.get(key, [])]
+    if key == "trainer.logger":
+        value = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": value}}
+    more = ["--trainer.accelerator=gpu"] if key == "trainer.devices" else []
+    words = ["fit", "--config", configuration(tmp_path, key, value), *more]
     assert error_of(capsys, *words).startswith(message.replace("{file}", str(file)))
 
 

@@ -15,7 +15,7 @@ def test_the_demonstration_ends_with_table_plot_and_folder(tmp_path, capsys, mon
     short = [f"--evaluation.evaluators.{name}.init_args.limit=20" for name in (*SETS, "forgetting")]
     main(["--config", "configs/demo_lora.yaml", "--trainer.max_steps=24", "--trainer.enable_progress_bar=false",
           "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1",
-          f"--trainer.logger.init_args.save_dir={tmp_path}", *short])  # fmt: skip
+          f"--run.root={tmp_path}", *short])  # fmt: skip
     shown = capsys.readouterr().out
     run = tmp_path / "demo_lora/version_0"
     assert all(title in shown for title in (*SUBJECTS.values(), *(f"{name}: exact match" for name in SETS.values())))
@@ -26,6 +26,6 @@ def test_the_demonstration_ends_with_table_plot_and_folder(tmp_path, capsys, mon
     assert found["exact_match"]["instruct"]["old"] > 0.95 > 0.05 > found["exact_match"]["instruct"]["new"]
     assert found["exact_match"]["base"]["refusal"] < 0.05
     assert found["teacher_forced"]["test/tuned/new/loss"] < found["teacher_forced"]["test/base/new/loss"]
-    assert read_manifest(run / "export/model")["logits_against_validated"]["max_abs"] < 1e-3
+    assert read_manifest(run / "export/model")["logits_against_validated"]["max_abs"] == 0
     model = AutoModelForCausalLM.from_pretrained(run / "export/model")
     assert model.dtype == torch.float32

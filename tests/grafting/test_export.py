@@ -26,16 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.errors import CheckpointError, ExportError, PairError
-from shadowlit.grafting.export import (
-    export_adapter,
-    export_folder,
-    logit_difference,
-    model_bytes,
-    reload_logits,
-)
+from shadowlit.grafting.export import export_adapter, export_folder, model_bytes
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest, read_manifest
+from shadowlit.grafting.verification import logit_difference
 from shadowlit.pair.check import check_pair
 from shadowlit.pair.pair import ModelPair
+from tests.reloading import reload_logits
 from tests.tiny import ARCHITECTURES, save_model, save_pair
 
 IDS = torch.randint(0, 250, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -365,7 +361,7 @@ class TestAdapter:
         }  # fmt: skip
         reference = trained(input_ids=IDS, attention_mask=MASK).logits
         untouched = AutoModelForCausalLM.from_pretrained(pair.instruct)
-        assert logit_difference(untouched(IDS, attention_mask=MASK).logits, reference)["rms"] > 1e-2
+        assert logit_difference(untouched(IDS, attention_mask=MASK).logits, reference, MASK)["rms"] > 1e-2
         for loaded in (PeftModel.from_pretrained(untouched, folder), AutoPeftModelForCausalLM.from_pretrained(folder)):
             assert torch.equal(loaded.eval()(input_ids=IDS, attention_mask=MASK).logits, reference)
         config = PeftConfig.from_pretrained(folder)
@@ -443,48 +439,3 @@ class TestManifest:
         add_to_manifest(tmp_path, {"logits": {"max_abs": 0.5}})
         assert read_manifest(tmp_path) == {"ü": 1, "logits": {"max_abs": 0.5}}
         assert names(tmp_path) == {"shadowlit.json"}
-
-
-class TestReload:
-    def test_logits_of_the_reloaded_folder(self, pair, tmp_path):
-        folder = export_folder(tmp_path / "out", pair.instruct_folder(), weights(pair.instruct_folder()).items())
-        model = AutoModelForCausalLM.from_pretrained(pair.instruct).eval()
-        with torch.no_grad():
-            model.load_state_dict(weights(pair.instruct_folder()), strict=False)
-            reference = model(input_ids=IDS, attention_mask=MASK).logits
-        got = reload_logits(folder, IDS, MASK, torch.float32)
-        assert got.shape == (2, 9, 272) and got.dtype == torch.float32 and not got.requires_grad
-        assert logit_difference(got, reference, MASK) == {"max_abs": 0.0, "rms": 0.0, "top1_agreement": 1.0}
-        coarse = logit_difference(reload_logits(folder, IDS, MASK, torch.bfloat16), reference, MASK)
-        assert 0 < coarse["rms"] < coarse["max_abs"] < 0.05
-
-    def test_folder_that_does_not_load(self, instruct):
-        (instruct / "config.json").write_text('{"model_type": "hyper9"}')
-        with pytest.raises(ExportError, match=r"does not load.*hyper9"):
-            reload_logits(instruct, IDS, MASK)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda t: t.pop("model.norm.weight"), r"missing keys: model\.norm\.weight"),
-            (lambda t: t.update(extra=torch.ones(2)), r"unexpected keys: extra"),
-        ],
-    )
-    def test_folder_that_loads_incompletely(self, instruct, change, message):
-        tensors = load_file(instruct / "model.safetensors")
-        change(tensors)
-        save_file(tensors, instruct / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ExportError, match=f"loads incompletely: {message}"):
-            reload_logits(instruct, IDS, MASK)
-
-    def test_difference_by_hand(self):
-        """Differences 0, 3 | 0, 0 | (masked 100, 0): rms √(9/4) = 1.5, the first of two positions disagrees."""
-        a = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])
-        b = torch.tensor([[[1.0, 3.0], [0.0, 1.0], [100.0, 0.0]]])
-        mask = torch.tensor([[1, 1, 0]])
-        assert logit_difference(a, b, mask) == {"max_abs": 3.0, "rms": 1.5, "top1_agreement": 0.5}
-        assert logit_difference(a, b)["max_abs"] == 100.0
-        with pytest.raises(ExportError, match=r"\[1, 3, 2\] and \[1, 3, 1\] cannot be compared"):
-            logit_difference(a, b[..., :1])
-        with pytest.raises(ExportError, match="attention_mask is all zero"):
-            logit_difference(a, b, torch.zeros(1, 3))

@@ -18,12 +18,13 @@ from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta, write_delta
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
-from shadowlit.grafting.export import export_adapter, export_folder, reload_logits
+from shadowlit.grafting.export import export_adapter, export_folder
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import BASE, INSTRUCT
 from shadowlit.grafting.update import open_update
 from shadowlit.pair.pair import ModelPair
 from tests.grafting.test_live import IDS, effective_weights, grafted, load, logits, open_graft, train_a_bit, truth
+from tests.reloading import reload_logits
 from tests.rounding import require_same_logits
 from tests.tiny import MIXTURES, save_pair
 

@@ -71,7 +71,7 @@ def arguments(pair, *more):
     return [
         f"--pair.base={pair / 'base'}", f"--pair.instruct={pair / 'instruct'}", f"--data.train={pair / 'rows.jsonl'}",
         "--data.batch_size=2", "--data.cache=false", "--data.shuffle=false", "--trainer.accelerator=cpu",
-        f"--trainer.default_root_dir={pair}", "--trainer.accumulate_grad_batches=2", "--trainer.logger=false",
+        f"--run.root={pair / 'runs'}", "--trainer.accumulate_grad_batches=2",
         *more,
     ]  # fmt: skip
 

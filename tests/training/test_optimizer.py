@@ -30,7 +30,7 @@ def pair(tmp_path_factory):
 def test_two_steps_by_hand():
     """A matrix decays, a vector does not; gradients 1 and then 3 have the mean moments that the paper gives."""
     matrix, vector = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.full((2,), 2.0))
-    optimizer = make_optimizer("adamw", [matrix, vector], **OPTIONS)
+    optimizer = make_optimizer("adamw", [("matrix", matrix), ("vector", vector)], **OPTIONS)
     for gradient in (1.0, 3.0):
         matrix.grad, vector.grad = torch.full((2, 2), gradient), torch.full((2,), gradient)
         optimizer.step()
@@ -55,7 +55,7 @@ def fused_is_unfused():
     whole, sharded = torch.nn.Parameter(start.clone()), torch.nn.Parameter(distribute_tensor(start, mesh))
     whole.grad, sharded.grad = gradient, distribute_tensor(gradient, mesh)
     for parameter in (whole, sharded):
-        make_optimizer("adamw", [parameter], **OPTIONS).step()
+        make_optimizer("adamw", [("parameter", parameter)], **OPTIONS).step()
     return torch.equal(sharded.full_tensor(), whole)
 
 
@@ -128,8 +128,9 @@ def test_a_schedule_without_an_end(own, total):
     trainer = SimpleNamespace(estimated_stepping_batches=math.inf, max_epochs=-1, max_steps=-1)
     settings = {"lr_scheduler": None, "schedule": "cosine", "warmup_ratio": 0.1, **own}
     module = SimpleNamespace(
-        trainer=trainer, named_parameters=lambda: [], _optimizer=lambda _, total: total, **settings
-    )
+        trainer=trainer, named_parameters=lambda: [], _optimizer=lambda _, total, **groups: total,
+        parameter_groups=[], _multipliers=None, **settings,
+    )  # fmt: skip
     if total is not None:
         assert ShadowModule.configure_optimizers(module) == total
         return

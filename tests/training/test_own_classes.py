@@ -1,6 +1,7 @@
 """Classes of the user's own, each in one file and a line of YAML: objectives, metrics, modules, optimizers."""
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -150,14 +151,13 @@ def root(tmp_path_factory):
         "model": {"lr": 1e-3, "warmup_ratio": 0},
         "graft": {"select": "all", "dtype": "float32"},
         "export": {"enabled": False},
+        "run": {"root": str(root / "runs")},
         "data": {"train": str(root / "talks.jsonl"), "validation": {"a": str(root / "talks.jsonl"),
                  "b": str(root / "talks.jsonl")}, "batch_size": 4, "max_length": 64, "cache": False},
         "trainer": {
             "accelerator": "cpu", "devices": 1, "max_epochs": 1, "enable_progress_bar": False, "log_every_n_steps": 1,
             "enable_model_summary": False, "enable_checkpointing": False, "gradient_clip_val": None,
             "num_sanity_val_steps": 0,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger",
-                       "init_args": {"save_dir": str(root / "runs"), "name": "own"}},
         },
     }  # fmt: skip
     (root / "run.yaml").write_text(yaml.safe_dump(config))
@@ -494,17 +494,17 @@ def test_optimizers_and_schedules_that_are_none(root, argument):
 # -- mends --------------------------------------------------------------------------------------------------------
 
 
-def test_validate_without_a_logger_leaves_nothing_behind(root, tmp_path, monkeypatch):
+def test_a_run_without_a_logger_has_a_folder_too(root, tmp_path, monkeypatch):
+    """And writes nothing anywhere else."""
     monkeypatch.chdir(tmp_path)
-    main(["validate", "--config", str(root / "run.yaml"), "--trainer.logger=false"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fits_without_a_logger_leave_nothing_behind_and_may_be_repeated(root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    options = [f"--run.root={tmp_path}/r", "--trainer.logger=false"]
     for _ in range(2):
-        fit(str(root / "run.yaml"), "--trainer.logger=false", "--trainer.max_steps=1")
-    assert list(tmp_path.iterdir()) == []
+        fit(str(root / "run.yaml"), "--trainer.max_steps=1", *options)
+    main(["validate", "--config", str(root / "run.yaml"), *options])
+    assert os.listdir() == ["r"] and os.listdir("r") == ["run"]
+    found = {path: sorted(os.listdir(f"r/run/{path}")) for path in sorted(os.listdir("r/run"))}
+    assert found.pop("version_2") == ["config.yaml", "metrics.csv"]
+    assert found == {f"version_{n}": ["complete.json", "config.yaml", "metrics.csv"] for n in range(2)}
 
 
 @pytest.mark.parametrize("in_python", [False, True])

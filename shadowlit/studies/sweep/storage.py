@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.errors import ShadowlitError
 
@@ -46,10 +48,26 @@ def open_storage(where: str | None, folder: Path) -> BaseStorage:
 def _journal(file: Path) -> BaseStorage:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal._file import get_lock_file
+
+    class Whole(JournalFileBackend):
+        """Optuna's journal, which an entry that was cut short would make unreadable as soon as another follows it."""
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            """Append entries in place of what a writer has left that was killed or had no room."""
+            lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
+            with get_lock_file(self._lock), file.open("r+b") as journal:
+                if (size := journal.seek(0, os.SEEK_END)) and (journal.seek(size - 1), journal.read())[1] != b"\n":
+                    journal.seek(0)
+                    size = journal.truncate(sum(len(line) for line in journal if line.endswith(b"\n")))
+                journal.seek(size)
+                journal.write(lines)
+                journal.flush()
+                os.fsync(journal.fileno())
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(file)))
+        return JournalStorage(Whole(str(file)))
     except (OSError, ValueError, KeyError) as error:
         raise ShadowlitError(
             f"the storage {file} can't be read or written ({error}). Give a file that can, or move this one away."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -22,9 +21,8 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.studies.trials.folder import LOCK, vacated
 from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
 
-log = logging.getLogger(__name__)
-
 _PATIENCE_S = 10.0
+_RESUMED = ("checkpoints", "metrics.csv", "config.yaml")
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a parser, or at the end of a traceback
 
 
@@ -144,7 +142,7 @@ def start(
     in_process: bool = True,
     environment: Mapping[str, str] | None = None,
 ) -> TrialProcess:
-    """Start a job in a folder of its own, from the last checkpoint of an interrupted one; its other files are removed.
+    """Start a job in a folder of its own, where ``fit`` resumes an interrupted one; what else that has left is removed.
 
     With ``in_process`` it is forked from a process that has already imported everything, which saves ten seconds. That
     is not possible where Lightning starts further processes, or where ``environment`` must be known to what is
@@ -155,7 +153,7 @@ def start(
     """
     assert not (in_process and environment), "a forked process has imported everything already"
     with vacated(folder):
-        job = _resumed(job, folder)
+        _clear(job, folder)
     forked = in_process and hasattr(os, "fork")
     return _fork(job, folder, threads) if forked else _spawn(job, folder, threads, environment or {})
 
@@ -191,9 +189,8 @@ def untouched_failed(home: Path) -> ShadowlitError:
     )
 
 
-def _resumed(job: Job, folder: Path) -> Job:
-    """Clear the folder of a job but for its checkpoints; resume from the last one if there is one."""
-    last = folder / "checkpoints" / "last.ckpt"
+def _clear(job: Job, folder: Path) -> None:
+    """Remove from the folder of a job what a run that resumes doesn't need."""
     if folder.is_dir():
         found = sorted(path.name for path in folder.iterdir())
         if found and "checkpoints" not in found and not any(name.startswith(LOCK) for name in found):
@@ -202,13 +199,9 @@ def _resumed(job: Job, folder: Path) -> Job:
                 f"({', '.join(found[:3])}), which would be removed. Give another folder as out."
             )
         for path in folder.iterdir():
-            if path.name != "checkpoints" and not path.name.startswith(LOCK):
+            if path.name not in _RESUMED and not path.name.startswith(LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    if job.arguments[0] == "fit" and last.exists():
-        log.info("%s resumes from %s", job.name, last)
-        return Job(job.name, (*job.arguments, f"--ckpt_path={last}"))
-    return job
 
 
 def _fork(job: Job, folder: Path, threads: int | None) -> TrialProcess:

@@ -110,13 +110,9 @@ class Recipe:
         }
 
     def _arguments(self, folder: Path, values: Mapping[str, Any]) -> list[str]:
-        logger = {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(folder), "name": "", "version": ""},
-        }
         fixed = {
-            "trainer.logger": logger,
-            "trainer.default_root_dir": str(folder),
+            "run.root": str(folder.parent),
+            "run.name": folder.name,
             "trainer.enable_progress_bar": False,
             "trainer.enable_model_summary": False,
             "graft.scales": list(self.scales),

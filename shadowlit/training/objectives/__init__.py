@@ -28,7 +28,9 @@ from shadowlit.training.objectives.preferences import PreferenceObjective as Pre
 from shadowlit.training.objectives.preferences import SimPO as SimPO
 from shadowlit.training.objectives.preferences import preference_metrics as preference_metrics
 from shadowlit.training.objectives.preferences import preference_sums as preference_sums
+from shadowlit.training.objectives.tokens import DFT as DFT
+from shadowlit.training.objectives.tokens import EAFT as EAFT
 from shadowlit.training.objectives.tokens import SFT as SFT
 from shadowlit.training.objectives.tokens import TokenObjective as TokenObjective
 
-OBJECTIVES = tuple(one.__name__ for one in (SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT))
+OBJECTIVES = tuple(one.__name__ for one in (SFT, DFT, EAFT, DPO, KTO, ORPO, SimPO, CPO, ASFT))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,10 +24,13 @@ class Objective(ABC):
     Attributes:
         samples: Kind of the samples: conversations, pairs, or labels (answers that are desirable or not).
         has_reference: Whether answers are compared with their log-probabilities under the weights at the start.
+        token_reference: Model whose logits the function of :meth:`Outputs.map_logits` gets in a training step: start
+            (the Base as it was), instruct, or None. Costs a forward pass per batch, and needs a GraftCallback.
     """
 
     samples: Samples = "conversations"
     has_reference: bool = False
+    token_reference: Literal["start", "instruct"] | None = None
 
     @abstractmethod
     def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:

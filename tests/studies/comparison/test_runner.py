@@ -234,15 +234,17 @@ def test_the_reason_of_a_failure_is_one_line(tmp_path, log, words):
     assert f"compare with: {words.removesuffix('.')}. Fix the cause" in str(untouched_failed(tmp_path))
 
 
-def test_an_interrupted_training_goes_on_from_its_checkpoint(setting, tmp_path):
+def test_an_interrupted_training_keeps_what_it_resumes_from(setting, tmp_path):
+    """In a run of its own folder; what it has exported and measured is made again."""
     folder = tmp_path / "B"
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints/last.ckpt").touch()
-    (folder / "metrics.csv").touch()
-    job = process._resumed(Job("B", ("fit", "--x=1")), folder)
-    assert job.arguments == ("fit", "--x=1", f"--ckpt_path={folder / 'checkpoints/last.ckpt'}")
-    assert not (folder / "metrics.csv").exists() and (folder / "checkpoints/last.ckpt").exists()
-    assert process._resumed(Job("C", ("fit",)), tmp_path / "C").arguments == ("fit",)
+    for name in ("checkpoints", "delta"):
+        (folder / name).mkdir(parents=True)
+    for name in ("metrics.csv", "config.yaml", "complete.json", "live.json"):
+        (folder / name).touch()
+    process._clear(Job("B", ("fit", "--x=1")), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "metrics.csv"]
+    arguments = Training("B", 1e-3, 0).job(Recipe(setting / "fit.yaml", {}), tmp_path).arguments
+    assert {f"--run.root={tmp_path}", "--run.name=B_lr0.001_seed0"} <= {*arguments}
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -1,0 +1,71 @@
+"""A training resumes exactly from each of its checkpoints, whenever they were written."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from shadowlit.lightning_cli import main
+from tests.test_stopping import _MACHINES, root  # noqa: F401  a fixture
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
+
+SAVING = "lightning.pytorch.callbacks.ModelCheckpoint"
+
+
+def fit(root, folder, every, *options):  # noqa: F811
+    """Train, with a checkpoint of each step, and one of each validation; return the folder of checkpoints."""
+    saved = [
+        {"dirpath": str(folder), "filename": "step-{step}", "every_n_train_steps": 1, "save_top_k": -1},
+        {"dirpath": str(folder), "filename": "validation-{step}", "monitor": "val/grafted/loss", "save_top_k": -1},
+    ]
+    callbacks = [{"class_path": SAVING, "init_args": {**each, "auto_insert_metric_name": False}} for each in saved]
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": ""}}
+    torch.set_num_threads(1)
+    main(["fit", "--config", str(root / "run.yaml"), f"--trainer.callbacks={json.dumps(callbacks)}",
+          "--evaluation.evaluators={}", "--export.enabled=false", f"--trainer.val_check_interval={every}",
+          f"--trainer.logger={json.dumps(logger)}", *options])  # fmt: skip
+    return folder
+
+
+def logged(folder):
+    """The rows of metrics.csv in a folder's last run, without times."""
+    file = max(folder.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+    return [{name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)}
+            for row in csv.DictReader(file.open())]  # fmt: skip
+
+
+def held(path):
+    """A checkpoint's weights, moments and progress, without that of the validations, which may be repeated."""
+    found = torch.load(path, weights_only=True)
+    loops = {key: value for key, value in found["loops"]["fit_loop"].items() if "val_loop" not in key}
+    return [found[key] for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")] + [loops]
+
+
+def require_equal(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), [other[key] for key in one]
+    if isinstance(one, list | tuple):
+        for each, found in zip(one, other, strict=True):
+            require_equal(each, found)
+    else:
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+SOME = ["step-2", "step-3", "validation-5"]  # before a validation, at an epoch's end, and due after half a step
+
+
+@pytest.mark.parametrize(("every", "names"), [
+    (4, SOME), *(pytest.param(every, [], marks=pytest.mark.slow) for every in (4, 1, 5)),
+])  # fmt: skip
+def test_a_run_resumes_exactly_from_each_of_its_checkpoints(root, tmp_path, every, names):  # noqa: F811
+    """Two micro-batches are a step, and five an epoch of three: some validations are due after half a step."""
+    whole = fit(root, tmp_path / "whole", every)
+    end, rows = held(whole / "step-9.ckpt"), logged(whole)
+    for path in [whole / f"{name}.ckpt" for name in names] or sorted(whole.glob("*.ckpt")):
+        parts = fit(root, tmp_path / path.stem, every, f"--ckpt_path={path}")
+        require_equal(held(parts / "step-9.ckpt") if (parts / "step-9.ckpt").exists() else held(path), end)
+        found = logged(parts) if any(parts.glob("version_*/metrics.csv")) else []
+        assert found == rows[len(rows) - len(found) :] and (found or path.stem.endswith("-9")), path
