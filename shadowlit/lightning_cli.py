@@ -1,4 +1,4 @@
-"""The LightningCLI: ``fit``, ``validate``, ``test``, ``predict`` and ``preview`` from one configuration."""
+"""The LightningCLI: ``fit``, ``validate``, ``test``, ``predict``, ``preview`` and ``plan`` from one configuration."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ class ShadowCLI(LightningCLI):
             places = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
             for i in reversed(places):
                 del words[i : i + 1 + ("=" not in words[i])]
-        trainer = options["trainer"].as_dict()
+        trainer = {**options["trainer"].as_dict(), "default_root_dir": options["run"]["root"]}
         self.planned = Plan(self.model, self.datamodule, classes["graft"], classes["export"], trainer)
         self.planned.print(limit, options["measure_steps"], words, self._refused)
 
@@ -311,7 +311,7 @@ class ShadowCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As configured; a preview and a plan need none of the devices that a configuration asks for."""
-        here = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+        here: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
         if self.subcommand == "preview":
             return ShadowTrainer(**here)
         options = self._get(self.config_init, "trainer")

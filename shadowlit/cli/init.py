@@ -106,8 +106,7 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
     plan = Plan(ShadowModule(models, adapter), data, GraftCallback(), ExportCallback(), options)
     try:
         plan.read_headers()
-        limit = parse_bytes(memory) if memory else plan.limit()
-        assert limit is not None
+        limit = parse_bytes(memory) if memory else plan.limit() or math.inf
         found = [plan.memory(), *(memory for _, memory in plan.remedies(limit, devices))][-1]
         reason = f"estimated to need {size(plan.peak(found))} of {size(limit)}"
         if not plan.fits(found, limit):

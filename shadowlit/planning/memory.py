@@ -149,8 +149,8 @@ class Alive(TorchDispatchMode):
         known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
                 self._seen.add(storage)
@@ -223,8 +223,9 @@ def _run(
     ids = torch.empty(shape, dtype=torch.int64)
     positions = torch.empty(max(1, round(ids.numel() * share)), dtype=torch.int64)
     inputs = {"input_ids": ids} if packs and training else {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
+    computing: Any = nullcontext() if precision == "32-true" else torch.autocast("cpu", torch.bfloat16)
     with alive:
-        with nullcontext() if precision == "32-true" else torch.autocast("cpu", torch.bfloat16):
+        with computing:
             function = head.loss if training else head.token_losses
             result: Any = function(inputs, positions, torch.empty_like(positions))
         begins = at_head[0] if at_head else alive.now
