@@ -34,9 +34,9 @@ COMPLETE = "complete.json"
 _PATIENCE_S = 10.0  # data workers of a killed process hold its lock for a moment
 # What may change when a run resumes, since it trains on the same data in the same way.
 _HARMLESS = (
-    "run", "config", "ckpt_path", "weights_only", "export", "predictions", "throughput", "data.test", "data.predict",
-    "data.num_workers", "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time", "trainer.profiler",
-    "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "run", "config", "ckpt_path", "weights_only", "checkpoint", "export", "predictions", "throughput", "data.test",
+    "data.predict", "data.num_workers", "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time",
+    "trainer.profiler", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.default_root_dir",
 )  # fmt: skip
 
@@ -236,15 +236,25 @@ class SaveConfig(SaveConfigCallback):
             )
         file = run_folder(trainer) / CONFIG
         if trainer.is_global_zero and not self.already_saved:
-            if file.is_file() and file.read_text(encoding="utf-8") != self.text:
+            text = self.text
+            if file.is_file() and file.read_text(encoding="utf-8") != text:
                 file.rename(unused(file))
-            replace_text(file, self.text)
+            replace_text(file, text)
             (file.parent / COMPLETE).unlink(missing_ok=True)
         self.already_saved = True
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Let rows have the right step: Lightning's count is one too high after some checkpoints at an epoch's end."""
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Write a step's row before its checkpoint: Lightning logs it after that, when the run may have been killed."""
+        loggers, connector = trainer.loggers, trainer._logger_connector
+        in_step = trainer.training and isinstance(connector._first_loop_iter, bool)
+        if in_step and loggers and isinstance(loggers[0], MetricsFile):
+            trainer.loggers = loggers[:1]
+            connector.update_train_step_metrics()
+            trainer.loggers = loggers
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Mark the run as complete."""

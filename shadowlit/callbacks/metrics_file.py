@@ -47,11 +47,15 @@ class _Writer(ExperimentWriter):
     def __init__(self, log_dir: str, step: int) -> None:
         self._step = step
         self._known: list[set[str]] = []  # names in the rows of the last step, which a resumed validation repeats
+        self._last: int | None = step - 1  # of the rows
         super().__init__(log_dir)
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Record a row, unless the run has resumed and the row is there already."""
-        if step != self._step - 1 or {*metrics_dict, "step"} not in self._known:
+        """Record a row, unless it is there already: of a resumed run, or since a checkpoint followed it."""
+        if step != self._last:
+            self._last, self._known = step, []
+        if (names := {*metrics_dict, "step"}) not in self._known:
+            self._known.append(names)
             super().log_metrics(metrics_dict, step)
 
     def _check_log_dir_exists(self) -> None:

@@ -74,6 +74,7 @@ class Chaos:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.runs = self.folder  # where the command's folders are
         self._number = 0
         Forked(int, out=self.folder / "told-0.txt").wait(_TIMEOUT_S)  # the server has imported everything by then
 
@@ -101,7 +102,7 @@ class Chaos:
         round_number, waiting = 0, list(kills)
         late = 2 * len(waiting)
         while waiting:
-            folder = self.folder / f"{case.name}-{round_number}"
+            folder = self.runs / f"{case.name}-{round_number}"
             kill = waiting.pop(0)
             killed = self._kill(case, folder, kill)
             if killed and not finish_each:
@@ -111,7 +112,7 @@ class Chaos:
             if not killed and late:
                 late -= 1
                 waiting.append(replace(kill, delay_s=0.6 * kill.delay_s))
-        if not finish_each and (folder := self.folder / f"{case.name}-{round_number}").exists():
+        if not finish_each and (folder := self.runs / f"{case.name}-{round_number}").exists():
             self._finish(case, folder, run=True)
 
     def measure(self, case: Case, folder: Path, aim: Aim) -> tuple[float, list[str]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
+import tempfile
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
@@ -20,6 +22,7 @@ from tests.chaos.harness import Kill
 from tests.chaos.strikes import Aim
 from tests.tiny import save_pair
 
+RUN = "run"
 _STATE = ("global_step", "state_dict", "optimizer", "lr_schedulers")
 _MACHINES = ("seconds", "time", "per_s", "memory", "tokens")
 _SAVED = (  # one is replaced and removed, one comes with each step
@@ -61,14 +64,10 @@ def unlike(one: dict, other: dict, keys=None) -> list[str]:
     return [name for name in names if not same(one.get(name), other.get(name))]
 
 
-def logged(folder: Path) -> dict[str, dict[str, str]]:
-    """By step what metrics.csv has in all runs of a folder, without times; what a resumed run repeats counts once."""
-    steps: dict[str, dict[str, str]] = {}
-    for file in sorted(folder.glob("version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])):
-        for row in csv.DictReader(file.open()):
-            found = {name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)}
-            steps.setdefault(row["step"], {}).update(found)
-    return steps
+def logged(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, without times."""
+    return [{name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)}
+            for row in csv.DictReader((folder / RUN / "metrics.csv").open())]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +94,31 @@ def root(tmp_path_factory):
     return root
 
 
+def exported(folder: Path) -> dict[str, bytes]:
+    """The files of an export but for the manifests, which hold paths and times."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name != "shadowlit.json"}  # fmt: skip
+
+
 def _of(path: str, **arguments) -> dict:
     return {"class_path": path, "init_args": arguments}
 
 
 FULL = {"model.adapter": None}
 SHARDED = _of("lightning.pytorch.strategies.ModelParallelStrategy", data_parallel_size=2, tensor_parallel_size=1)
+SHORT = {"trainer.max_steps": 2, "trainer.val_check_interval": 4}
 OPTIONS = {
     "lora": {},
     "full": FULL,
     "sharded": {**FULL, "trainer.devices": 2, "trainer.strategy": SHARDED, "trainer.accumulate_grad_batches": 1},
+    "two_disks": {},
+    "asynchronous": {"checkpoint.asynchronous": True},
+    "export": SHORT,
 }
 
 
 class Fit:
-    """A training, which resumes from the newest checkpoint."""
+    """A training with a name: the same command continues it."""
 
     prepare = None
     cache: Path | None = None
@@ -124,22 +133,21 @@ class Fit:
         return {found["global_step"]: found for found in map(content, self.whole.rglob("step=*.ckpt"))}
 
     def arguments(self, folder: Path) -> list[str]:
-        logger, saving = "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.callbacks.ModelCheckpoint"
+        saving = "lightning.pytorch.callbacks.ModelCheckpoint"
         options = {
             "config": f"{self.root}/run.yaml",
-            "trainer.logger": _of(logger, save_dir=str(folder), name=""),
-            "trainer.callbacks": [_of(saving, dirpath=f"{folder}/checkpoints", **each) for each in _SAVED],
+            "run.root": str(folder),
+            "run.name": RUN,
+            "trainer.callbacks": [_of(saving, **each) for each in _SAVED],
             "data.cache_dir": str(self.cache or folder / "cache"),
             **OPTIONS[self.name],
         }
-        newest = sorted(folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime_ns)[-1:]
-        words = [f"--{key}={each if isinstance(each, str) else json.dumps(each)}" for key, each in options.items()]
-        return ["fit", *words, *(f"--ckpt_path={path}" for path in newest)]
+        return ["fit", *(f"--{name}={x if isinstance(x, str) else json.dumps(x)}" for name, x in options.items())]
 
     def torn(self, folder: Path, kill: Kill) -> list[str]:
         """Under the name of a checkpoint is a complete one; whatever loads is the uninterrupted run's of that step."""
         found = []
-        for path in folder.glob("checkpoints/*"):
+        for path in folder.glob(f"{RUN}/checkpoints/*"):
             partial = path.suffix == ".partial"
             try:
                 find_whole(path, resumes=False)
@@ -149,6 +157,10 @@ class Fit:
                 continue
             if wrong := unlike(held, self.steps[held["global_step"]], _STATE):
                 found.append(f"{path.name} loads, but its {wrong} are not those of step {held['global_step']}")
+        whole = exported(self.whole / RUN / "export")
+        for name, data in exported(folder / RUN / "export").items():
+            if not name.startswith(".") and data != whole.get(name):
+                found.append(f"export/{name}")
         return found
 
     def is_done(self, folder: Path) -> bool:
@@ -158,16 +170,12 @@ class Fit:
         wrong = unlike(content(_last(folder)), content(_last(self.whole)))
         if logged(folder) != logged(self.whole):
             wrong.append("metrics.csv")
-        for part in ("model/model", "adapter/adapter_model"):
-            files = [sorted(each.glob(f"version_*/export/{part}.safetensors"))[-1:] for each in (folder, self.whole)]
-            ours, theirs = ([path.read_bytes() for path in found] for found in files)
-            if ours != theirs or len(theirs) != (self.name == "lora" or part.startswith("model")):
-                wrong.append(f"export/{part}")
-        return wrong
+        exports = [exported(each / RUN / "export") for each in (folder, self.whole)]
+        return wrong + (["export"] if exports[0] != exports[1] or not exports[1] else [])
 
 
 def _last(folder: Path) -> Path:
-    return max(folder.glob("checkpoints/step=*.ckpt"), key=lambda path: int(path.stem[5:]))
+    return max(folder.glob(f"{RUN}/checkpoints/step=*.ckpt"), key=lambda path: int(path.stem[5:]))
 
 
 def aims(chaos, changes: list[str], ranks: int):
@@ -179,9 +187,24 @@ def aims(chaos, changes: list[str], ranks: int):
         yield Aim(".ckpt", at, number, group, room if number == signal.SIGKILL else None, rank=rank)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.chaos)])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_fit(chaos, root, name, kills):
-    case = Fit(root, name, chaos.folder / "whole")
+@pytest.fixture
+def shared_memory():
+    """A folder on another disk than that of temporary files."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        if os.stat(folder).st_dev == os.stat(tempfile.gettempdir()).st_dev:
+            pytest.skip("there is no second file system")
+        yield Path(folder)
+
+
+LONG = [pytest.param(name, 15, marks=pytest.mark.chaos) for name in OPTIONS if name != "export"]
+
+
+@pytest.mark.parametrize(("name", "kills"), [("lora", 3), *LONG])
+def test_fit(chaos, root, request, name, kills):
+    if name == "two_disks":
+        chaos.runs = request.getfixturevalue("shared_memory")
+    case = Fit(root, name, chaos.runs / "whole")
     seconds, changes = chaos.measure(case, case.whole, Aim(".ckpt"))
     chaos.attack(case, chaos.plan(kills, seconds, aims(chaos, changes, case.ranks)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from shadowlit.lightning_cli import main
+from shadowlit.training import checkpoints
 from tests.test_stopping import _MACHINES, root  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -21,17 +22,16 @@ def fit(root, folder, every, *options):  # noqa: F811
         {"dirpath": str(folder), "filename": "validation-{step}", "monitor": "val/grafted/loss", "save_top_k": -1},
     ]
     callbacks = [{"class_path": SAVING, "init_args": {**each, "auto_insert_metric_name": False}} for each in saved]
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": ""}}
     torch.set_num_threads(1)
     main(["fit", "--config", str(root / "run.yaml"), f"--trainer.callbacks={json.dumps(callbacks)}",
           "--evaluation.evaluators={}", "--export.enabled=false", f"--trainer.val_check_interval={every}",
-          f"--trainer.logger={json.dumps(logger)}", *options])  # fmt: skip
+          f"--run.root={folder}", *options])  # fmt: skip
     return folder
 
 
 def logged(folder):
     """The rows of metrics.csv in a folder's last run, without times."""
-    file = max(folder.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+    file = max(folder.glob("run/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
     return [{name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)}
             for row in csv.DictReader(file.open())]  # fmt: skip
 
@@ -67,5 +67,21 @@ def test_a_run_resumes_exactly_from_each_of_its_checkpoints(root, tmp_path, ever
     for path in [whole / f"{name}.ckpt" for name in names] or sorted(whole.glob("*.ckpt")):
         parts = fit(root, tmp_path / path.stem, every, f"--ckpt_path={path}")
         require_equal(held(parts / "step-9.ckpt") if (parts / "step-9.ckpt").exists() else held(path), end)
-        found = logged(parts) if any(parts.glob("version_*/metrics.csv")) else []
+        found = logged(parts) if any(parts.glob("run/version_*/metrics.csv")) else []
         assert found == rows[len(rows) - len(found) :] and (found or path.stem.endswith("-9")), path
+
+
+def test_a_step_s_row_is_written_before_its_checkpoint(root, tmp_path, monkeypatch):  # noqa: F811
+    """And not again after it: a run that is killed in between resumes after the step."""
+    write, seen = checkpoints.write_file, []
+
+    def look(path, content):
+        rows = list(csv.DictReader((tmp_path / "one/metrics.csv").open())) if (tmp_path / "one").exists() else []
+        seen.append((content["global_step"], [int(row["step"]) + 1 for row in rows if row["train/loss"]]))
+        write(path, content)
+
+    monkeypatch.setattr(checkpoints, "write_file", look)
+    saved = [{"class_path": SAVING, "init_args": {"every_n_train_steps": 1}}]
+    main(["fit", "--config", str(root / "run.yaml"), f"--run.root={tmp_path}", "--run.name=one",
+          "--export.enabled=false", f"--trainer.callbacks={json.dumps(saved)}", "--trainer.max_steps=3"])  # fmt: skip
+    assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]
