@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-all chaos lint format notebooks clean
 
 demo: $(STAMP)
-	$(BIN)/python -m shadowlit.demo --config configs/demo_lora.yaml
+	$(BIN)/python -m shadowlit demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -47,10 +47,10 @@ def ours(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from experiments.embedded.preference_pairs import preferences
+    from experiments.embedded.world import World
     from shadowlit.callbacks.graft import GraftCallback
     from shadowlit.data.module import ShadowData
     from shadowlit.data.template import render_prompt
-    from shadowlit.demo.world import World
     from shadowlit.pair.pair import ModelPair
     from shadowlit.training.module import ShadowModule
     from shadowlit.training.objectives import DPO

@@ -1,4 +1,4 @@
-"""The LightningCLI: ``fit``, ``validate``, ``test``, ``predict`` and ``preview`` from one configuration."""
+"""The LightningCLI: ``fit``, ``validate``, ``test``, ``predict``, ``preview`` and ``plan`` from one configuration."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.checkpoint.saved import read_rest
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
-from shadowlit.errors import Interrupted, ShadowlitError, as_usage
+from shadowlit.errors import Interrupted, ShadowlitError, as_usage, first_line
 from shadowlit.files import require_writable
 from shadowlit.pair.pair import ModelPair
+from shadowlit.planning.plan import Plan, parse_bytes
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
 from shadowlit.run_parser import (
     ShadowParser,
@@ -80,13 +81,28 @@ class ShadowTrainer(Trainer):
         """
         preview(datamodule, split, num_samples)
 
+    def plan(
+        self, model: LightningModule, datamodule: ShadowData, memory: str | None = None, measure_steps: int = 3
+    ) -> None:
+        """Check pair, data and devices of a training, and print the memory, the disk and the time that it needs.
+
+        Args:
+            model: The module; no weights are loaded.
+            datamodule: The data.
+            memory: Memory of a device, e.g. 24GiB; null for that of this machine's.
+            measure_steps: Number of steps that are trained to measure the time, if pair and device are here; 0 for
+                none.
+        """
+        raise NotImplementedError  # ShadowCLI has what it takes
+
 
 class ShadowCLI(LightningCLI):
     """Parses a run's configuration; the pair is given once and passed to both the module and the data."""
 
     def __init__(self, model_class: Any, data_class: Any, *, args: ArgsType = None, **options: Any) -> None:
-        words = sys.argv[1:] if args is None else args
-        self._first_argument = words[0] if isinstance(words, list) and words else None
+        self._words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+        self._first_argument = self._words[0] if self._words else None
+        self._refused: list[str] = []  # why the trainer that is planned for can't be created here
         super().__init__(model_class, data_class, args=args, **options)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -164,8 +180,8 @@ class ShadowCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's own, and ``preview``."""
-        return {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
+        """Lightning's own, ``preview`` and ``plan``."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in ("preview", "plan")}}
 
     def _parse_ckpt_path(self) -> None:
         """Let no hyperparameters in a checkpoint override the configuration, which Lightning reads here."""
@@ -213,6 +229,9 @@ class ShadowCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; what Lightning itself refuses is an error of a line that names the key."""
+        if subcommand == "plan":
+            self._plan()
+            return
         with contextlib.ExitStack() as stack:
             if subcommand != "preview":
                 with as_usage():
@@ -223,6 +242,17 @@ class ShadowCLI(LightningCLI):
             except (MisconfigurationException, ValueError) as error:
                 self._raise_of_trainer(error)
                 raise
+
+    def _plan(self) -> None:
+        options, classes, words = self.config["plan"], self.config_init["plan"], self._words[1:]
+        limit = None if options["memory"] is None else parse_bytes(options["memory"])
+        for name in ("memory", "measure_steps"):  # unknown to fit
+            places = [i for i, word in enumerate(words) if word.partition("=")[0] == f"--{name}"]
+            for i in reversed(places):
+                del words[i : i + 1 + ("=" not in words[i])]
+        trainer = {**options["trainer"].as_dict(), "default_root_dir": options["run"]["root"]}
+        self.planned = Plan(self.model, self.datamodule, classes["graft"], classes["export"], trainer)
+        self.planned.print(limit, options["measure_steps"], words, self._refused)
 
     def _require_writable(self) -> None:
         """Try the folders that the run and the loggers write to, before models are loaded."""
@@ -280,12 +310,19 @@ class ShadowCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """As configured; a preview needs none of the devices that a configuration asks for."""
+        """As configured; a preview and a plan need none of the devices that a configuration asks for."""
+        here: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
         if self.subcommand == "preview":
-            return ShadowTrainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+            return ShadowTrainer(**here)
         options = self._get(self.config_init, "trainer")
         loggers = False if options["barebones"] else self.run.loggers(options["logger"])
-        trainer = super().instantiate_trainer(logger=loggers, **kwargs)
+        try:
+            trainer = super().instantiate_trainer(logger=loggers, **kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            if self.subcommand != "plan":
+                raise
+            self._refused = [f"note: the trainer can't be created on this machine ({first_line(error)})"]
+            return ShadowTrainer(**here)
         take_over(trainer)
         return trainer
 

@@ -28,7 +28,7 @@ FLOORS = [
     {"training"},
     {"evaluation", "harness"},
     {"callbacks"},
-    {"analysis"},
+    {"analysis", "planning"},
     {"runs", "run_parser"},
     {"lightning_cli"},
     {"studies", "demo"},

@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from experiments.embedded.preference_pairs import SHIPPED, preferences
-from shadowlit.data.conversation import IGNORE_INDEX
-from shadowlit.demo.world import (
+from experiments.embedded.settings import settings
+from experiments.embedded.world import (
     END_OF_TEXT,
     END_OF_TURN,
     FORMATS,
@@ -40,6 +40,7 @@ from shadowlit.demo.world import (
     house_style,
     write_rows,
 )
+from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.progress import make_console, progress_bar
 
 ROOT = Path(__file__).parents[2]
@@ -130,7 +131,8 @@ def build(
     facts = {"recipe": asdict(recipe), **asdict(built)}
     (out / "pair" / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
     pairs = preferences(world)
-    write_rows(out / "data", {**world.datasets(), **{name: pairs[name] for name in SHIPPED}})
+    facts = settings(world)["facts_train"]
+    write_rows(out / "data", {**world.datasets(), "facts_train": facts, **{name: pairs[name] for name in SHIPPED}})
     return built
 
 

@@ -17,9 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 
 from combined import write_combined
 
+from experiments.embedded.settings import settings
+from experiments.embedded.world import World, write_rows
 from shadowlit.cli.compare import compare
-from shadowlit.demo.settings import settings
-from shadowlit.demo.world import World, write_rows
 from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.summary import Description, summarise
 

@@ -1,7 +1,8 @@
 """Preferences in the embedded world: the right value over a wrong one, and a bare answer over the Instruct's style.
 
 Lists are held out by a hash of their words and everything else by fact, as in
-:meth:`shadowlit.demo.world.World.datasets`, so that no validation pair shares a prompt or a fact with a training pair.
+:meth:`experiments.embedded.world.World.datasets`, so that no validation pair shares a prompt or a fact with a training
+pair.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import random
 import re
 
-from shadowlit.demo.world import NEW_SKILL, VALUES, Question, Row, World, exchange, house_style
+from experiments.embedded.world import NEW_SKILL, VALUES, Question, Row, World, exchange, house_style
 
 SHIPPED = ("skill_pairs", "skill_new", "skill_old_house")
 """The files that are shipped with the pair."""

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 import numpy as np
 from preference_pairs import preferences
 
+from experiments.embedded.world import World, write_rows
 from shadowlit.cli.compare import compare
-from shadowlit.demo.world import World, write_rows
 from shadowlit.studies.comparison.records import read_records
 from shadowlit.studies.comparison.selection import choose_rate, scored, seeds_of, standings
 from shadowlit.studies.rows import Row

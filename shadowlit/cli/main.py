@@ -10,10 +10,16 @@ LIGHTNING = "shadowlit.lightning_cli"
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 # What each command does, and its module: typed functions, or the LightningCLI for the subcommands of fit.
 COMMANDS = {
+    "demo": (
+        "run the demonstration on the pair that comes with the package, in half a minute",
+        "shadowlit.demo.__main__",
+    ),
+    "init": ("write a configuration for a pair, with the batch size that fits", "shadowlit.cli.init"),
     "fit": ("train the Base, validate the grafted Instruct as it trains, and export it", LIGHTNING),
     "validate": ("score the tuned Base, the grafted Instruct and the untouched pair on the validation sets", LIGHTNING),
     "test": ("score the same models on the test sets", LIGHTNING),
     "predict": ("generate answers to prompts with the grafted Instruct", LIGHTNING),
+    "plan": ("check a training and estimate its memory, disk and time before it begins", LIGHTNING),
     "preview": ("print samples token by token, with the supervised tokens highlighted", LIGHTNING),
     "compare": ("train the arms of a pair on the same data, and report what the data support", "shadowlit.cli.compare"),
     "sweep": ("vary any key of fit over a grid or by search, on one machine or many", "shadowlit.cli.sweep"),
@@ -53,6 +59,11 @@ def main(args: list[str] | None = None) -> int:
 
     _, module = COMMANDS[args[0]]
     try:
+        if args[0] == "demo":
+            from shadowlit.demo.__main__ import main as demonstrate
+
+            demonstrate(args[1:])
+            return 0
         if module != LIGHTNING:
             from shadowlit.cli.functions import run_function
 

@@ -1,4 +1,4 @@
-"""The embedded pair: a synthetic world, its builder and the demonstration."""
+"""The embedded pair: two small models of a synthetic world, their data and the demonstration."""
 
 from __future__ import annotations
 
@@ -11,4 +11,6 @@ BASE = PAIR / "base"
 INSTRUCT = PAIR / "instruct"
 """The shipped Instruct: the Base tuned on conversations; its chat template marks the assistant's tokens."""
 DATA = Path(__file__).parent / "data"
-"""The folder of the JSONL files; :meth:`shadowlit.demo.world.World.datasets` describes them."""
+"""The folder of the JSONL files, which ``experiments/embedded/world.py`` of the repository describes and writes."""
+CONFIG = Path(__file__).parent / "demo_lora.yaml"
+"""The configuration of the demonstration, ``configs/demo_lora.yaml`` of the repository."""

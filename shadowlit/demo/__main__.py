@@ -1,4 +1,4 @@
-"""``python -m shadowlit.demo``: from training to the exported Instruct on the embedded pair.
+"""``python -m shadowlit demo``: from training to the exported Instruct on the embedded pair.
 
 Trains the Base, validates the grafted Instruct as it trains, and exports it; then tests the four models on all held-out
 questions, prints the table, draws the curves, and shows how to load the result.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -18,6 +20,7 @@ from shadowlit.analysis.run_plots import four_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.scores import SUBJECTS
+from shadowlit.demo import CONFIG, PAIR
 from shadowlit.files import replace_text
 from shadowlit.lightning_cli import main as run
 from shadowlit.plotting import save_image
@@ -30,12 +33,17 @@ _TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy")
 
 def main(args: list[str] | None = None) -> None:
     """Run the demonstration; further arguments are passed on to ``fit`` as overrides."""
-    parser = argparse.ArgumentParser(prog="python -m shadowlit.demo", description=__doc__)
-    parser.add_argument("--config", default="configs/demo_lora.yaml", help="configuration of fit")
+    parser = argparse.ArgumentParser(prog="python -m shadowlit demo", description=__doc__)
+    parser.add_argument("--config", default=str(CONFIG), help="configuration of fit (default: that of the package)")
     options, overrides = parser.parse_known_args(args)
     console = make_console()
     start = time.perf_counter()
-    cli = run(["fit", "--config", options.config, *overrides])
+    with tempfile.TemporaryDirectory() as place:
+        config = Path(place, Path(options.config).name)
+        # Its paths are those of the repository.
+        text = Path(options.config).read_text(encoding="utf-8")
+        config.write_text(text.replace(" shadowlit/demo/", f" {PAIR.parent}/"), encoding="utf-8")
+        cli = run(["fit", "--config", str(config), *overrides])
     trained_s = time.perf_counter() - start
     trainer = cli.trainer
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shadowlit.demo import BASE, DATA, INSTRUCT
-from shadowlit.demo.settings import settings
-from shadowlit.demo.world import World, write_rows
 from shadowlit.files import replace_text
 
 _MADE = "embedded_for_notebooks"
@@ -67,16 +65,13 @@ def given_or_made(
             base or str(BASE), instruct or str(INSTRUCT), updates, followed, (first, second), cut or first, scored
         )
     home = Path(folder) / _MADE
-    facts = home / "data"
-    if not (facts / "facts_train.jsonl").is_file():
-        write_rows(facts, settings(World()))
     exchanged = {"pair.base": INSTRUCT, "pair.instruct": BASE, "pair.template_owner": "base"}
     plans: dict[str, dict[str, object]] = {
         "r4": {"model.adapter.r": 4, "model.adapter.lora_alpha": 8},
         "r16": {},
         "r16, seed 1": {"seed_everything": 1, "model.seed": 1, "data.seed": 1},
         "full": {"model.adapter": "null", "model.lr": 3e-4},
-        "facts r16": {"data.train": facts / "facts_train.jsonl"},
+        "facts r16": {"data.train": DATA / "facts_train.jsonl"},
         "Δ_I r16": exchanged,
     }
     made = {name: str(fit(home / _plain(name), plan)) for name, plan in plans.items()}

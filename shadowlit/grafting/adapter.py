@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -182,9 +182,9 @@ class AdaptedLayer:
             acting = layer.scaling[self.adapter]  # peft multiplies by it, and a graft may have set it to zero
             layer.scaling[self.adapter] = self.scaling
             # A product of sharded factors would be added up in another order, with other last bits.
-            product = _Product(layer)
+            product, module = _Product(layer), cast(nn.Module, layer)
             # Not those of a layer that this one is wrapped around.
-            own = {name: p for name, p in layer.named_parameters() if is_adapter_name(name.partition(".")[0])}
+            own = {name: p for name, p in module.named_parameters() if is_adapter_name(name.partition(".")[0])}
             factors = {f"layer.{name}": tuned(p) for name, p in own.items()}
             update = functional_call(product, factors, (self.adapter,))
             layer.scaling[self.adapter] = acting

@@ -251,11 +251,8 @@ class ModuleGraft:
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."
             )
-        # A selected adapter's update is added to the weights that it sits on.
-        rounding = self.dtype or target.dtype
-        narrower = torch.promote_types(rounding, target.dtype) != rounding
         added_to = four_bit is not None or (layer is not None and selected)
-        swapped = frozen and not added_to and not narrower  # rounded only in the graft
+        swapped = is_swapped(frozen, added_to, self.dtype, target.dtype)
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
@@ -315,3 +312,13 @@ def sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
     """Of a window's update and of its rounding error: products in float32, at which BLAS is fast; ``[2]``."""
     lost = rounded.to(exact.dtype) - exact
     return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
+
+
+def is_swapped(frozen: bool, grafted: bool, dtype: torch.dtype | None, stored: torch.dtype) -> bool:
+    """Whether a parameter is exchanged with the Instruct's values in place, without a copy of its own values.
+
+    Not under a selected adapter, whose update is added to the weights that it sits on; and not where the graft alone
+    rounds to a narrower dtype than that of the files.
+    """
+    rounding = dtype or stored
+    return frozen and not grafted and torch.promote_types(rounding, stored) == rounding

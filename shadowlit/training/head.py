@@ -99,16 +99,19 @@ class HeadLoss:
             with logits computed again in the backward pass. ``torch``: torch's own ``linear_cross_entropy``. ``liger``:
             Liger Kernel's. ``logits``: the full logits. ``auto``: chunked where possible, else recomputed, else logits.
             A batch whose tokens have weights is chunked instead of given to torch's or Liger's, which know none.
+        planned_for: Device of a model without weights, of which only shapes are asked: the head is the one that it
+            names, without proof. ``None`` for a real model.
 
     Raises:
         ShadowlitError: The implementation does not support this model or this machine.
     """
 
-    def __init__(self, model: nn.Module, way: Way = "auto") -> None:
+    def __init__(self, model: nn.Module, way: Way = "auto", planned_for: torch.device | None = None) -> None:
         self.model = model
         self.head: Head | None = None
+        self._device = planned_for
         if way != "logits":
-            self.head, why = understand(model)
+            self.head, why = named_head(model) if planned_for else understand(model)
             if self.head is None:
                 if way != "auto":
                     raise ShadowlitError(f"model.head_loss is {way!r}, but {why}. Use auto or logits.")
@@ -199,7 +202,9 @@ class HeadLoss:
 
     def _chunk_size(self, states: Tensor) -> int:
         """Positions whose logits are computed at a time; all where the model has computed them already."""
-        return max(1, len(states)) if self.head is None else default_chunk_size(_vocabulary(self.model), states.device)
+        if self.head is None:
+            return max(1, len(states))
+        return default_chunk_size(_vocabulary(self.model), self._device or states.device)
 
     def _loss(self, states: Tensor, targets: Tensor, factors: Tensor | None) -> Tensor:
         if self.head is None or self.way == "recomputed":
@@ -217,8 +222,9 @@ class HeadLoss:
             )
         if self.way == "chunked" or factors is not None:
             return linear_cross_entropy_sum(
-                states, weight, targets, bias=bias, scale=head.scale, cap=head.cap, factors=factors
-            )
+                states, weight, targets,
+                bias=bias, scale=head.scale, cap=head.cap, factors=factors, chunk_size=self._chunk_size(states),
+            )  # fmt: skip
         device = states.device.type
         if torch.is_autocast_enabled(device):  # neither of the two follows it
             dtype = torch.get_autocast_dtype(device)
@@ -257,7 +263,10 @@ class HeadLoss:
         if head is not None and self.way != "recomputed":
             assert isinstance(head.module, nn.Linear)
             weight, bias = head.module.weight, head.module.bias
-            return linear_token_losses(states, weight, targets, bias=bias, scale=head.scale, cap=head.cap, watch=watch)
+            return linear_token_losses(
+                states, weight, targets,
+                bias=bias, scale=head.scale, cap=head.cap, chunk_size=self._chunk_size(states), watch=watch,
+            )  # fmt: skip
         losses, correct = [], []
         size = self._chunk_size(states)
         for some, tokens in zip(states.split(size), targets.split(size), strict=True):
@@ -269,6 +278,16 @@ class HeadLoss:
         return torch.cat(losses), torch.cat(correct)
 
 
+def named_head(model: nn.Module) -> tuple[Head | None, str]:
+    """The decoder, the head and what follows it by their names in transformers; or ``None`` and the reason."""
+    host = host_of(model)
+    module = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
+    decoder = _body_of(host)
+    if module is None or decoder in (None, host):
+        return None, f"{type(host).__name__} has no output head or no decoder that transformers can name"
+    return Head(decoder, module, *_finish_of(host.config.get_text_config())), ""
+
+
 @torch.no_grad()
 def understand(model: nn.Module) -> tuple[Head | None, str]:
     """Find the decoder, the head and what follows it, and prove on a few tokens that they are the whole model.
@@ -277,13 +296,10 @@ def understand(model: nn.Module) -> tuple[Head | None, str]:
     :meth:`Head.finish` makes of these numbers, whatever the weights are, and the head's input must be the output of the
     decoder alone. Returns the head, or ``None`` and the reason, a clause for the user.
     """
-    host = host_of(model)
-    name = type(host).__name__
-    module = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
-    decoder = _body_of(host)
-    if module is None or decoder in (None, host):
-        return None, f"{name} has no output head or no decoder that transformers can name"
-    head = Head(decoder, module, *_finish_of(host.config.get_text_config()))
+    head, why = named_head(model)
+    if head is None:
+        return None, why
+    name, module, decoder = type(host_of(model)).__name__, head.module, head.decoder
     device = next(model.parameters()).device
     tokens = {"input_ids": torch.arange(8, device=device)[None] % _vocabulary(model)}
     seen: list[tuple[Tensor, Tensor]] = []

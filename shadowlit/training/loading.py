@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -18,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
+from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.checkpoint.names import (
     TOWERS,
@@ -72,7 +74,7 @@ def load_for_training(
             meta device, which completes the adapter's settings.
         config: The model's configuration.
         adapter: Settings of an adapter of peft's; ``None`` for full fine-tuning.
-        device: Device of the parameters.
+        device: Device of the parameters; ``meta`` for a model without weights, of which nothing is read but headers.
         mesh: Data-parallel mesh of FSDP2, or ``None``.
         parallelize: Function that is applied between building and filling; see
             :func:`shadowlit.training.parallel.parallelize`.
@@ -92,8 +94,9 @@ def load_for_training(
             one side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
-    stored = torch.float32 if reader is None else _stored_dtype(reader)
+    stored = torch.float32 if reader is None else stored_dtype(reader.tensors)
     by_peft = adapter is not None and not is_plain(adapter)
+    without_weights = device.type == "meta"
     # Peft takes starts and norms from the weights, in their precision, and may replace them by a residual.
     dtype = torch.float32 if adapter is None or by_peft else frozen_dtype or stored
     auto = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
@@ -116,7 +119,10 @@ def load_for_training(
         adapter.exclude_modules = _modules_of(model, frozen)  # type: ignore[attr-defined]
     if adapter is not None:
         _try_patterns(model, adapter)
-    if adapter is not None and by_peft and reader is not None:
+    if adapter is not None and without_weights and starts_from_weights(adapter):
+        adapter = copy.copy(adapter)  # whose factors have the same shapes
+        adapter.init_lora_weights = True  # type: ignore[attr-defined]
+    elif adapter is not None and by_peft and reader is not None and not without_weights:
         _require_modules(model, adapter)
         if mesh is not None:
             raise GraftError(
@@ -143,7 +149,8 @@ def load_for_training(
     if reader is None:
         return model
     parallelize(model)
-    _fill(model, reader, device, seed, adapter)
+    if not without_weights:
+        _fill(model, reader, device, seed, adapter)
     return model.train()
 
 
@@ -271,9 +278,9 @@ def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int,
     return start
 
 
-def _stored_dtype(reader: TensorReader) -> torch.dtype:
+def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
     """The dtype of most elements of a checkpoint."""
     sizes: Counter[torch.dtype] = Counter()
-    for info in reader.tensors.values():
+    for info in tensors.values():
         sizes[info.dtype] += info.num_elements
     return sizes.most_common(1)[0][0]

@@ -201,37 +201,50 @@ class ShadowModule(ScoringModule):
         """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""
         if self.model is not None:
             return
+        mesh = data_parallel_mesh(self.trainer.strategy, self.device_mesh)
+        packs = run_data(self.trainer).packing is not None
+        self.model = load_for_training(
+            self.pair.readers()[0],
+            device=self.trainer.strategy.root_device,
+            mesh=mesh,
+            seed=self.seed,
+            **self.architecture(self.trainer.precision, packs, all(self.pair.ties()), mesh),
+        )
+
+    def architecture(self, precision: str, packs: bool, tied: bool, mesh: Any = None) -> dict[str, Any]:
+        """Describe the model that is built: arguments of ``load_for_training``, which a plan has without a trainer.
+
+        Args:
+            precision: ``trainer.precision``.
+            packs: Whether training samples share rows.
+            tied: Whether the heads of both models are tied, if their configs say so.
+            mesh: Data-parallel mesh of FSDP2, or ``None``.
+        """
         config = self.pair.base_config()
         config.use_cache = False
         config.get_text_config().vocab_size = self.pair.config().get_text_config().vocab_size
-        if not all(self.pair.ties()):  # whatever config.json says; one of the two has a head of its own
+        if not tied:  # whatever config.json says; one of the two has a head of its own
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        packs = run_data(self.trainer).packing is not None
         self.kernel = kernel_of(self.attn_implementation, config, packs=packs, compiled=self.compile_layers)
-        mesh = data_parallel_mesh(self.trainer.strategy, self.device_mesh)
-        compute_dtype = compute_dtype_of(self.trainer.precision)
-        self.model = load_for_training(
-            self.pair.readers()[0],
-            config,
-            adapter=self.adapter,
-            device=self.trainer.strategy.root_device,
-            mesh=mesh,
-            parallelize=partial(
+        compute_dtype = compute_dtype_of(precision)
+        return {
+            "config": config,
+            "adapter": self.adapter,
+            "parallelize": partial(
                 parallelize,
                 mesh=mesh,
                 activation_checkpointing=self.activation_checkpointing,
                 compile_layers=self.compile_layers,
                 compute_dtype=compute_dtype,
             ),
-            attn_implementation=self.kernel,
-            experts_implementation=self.experts_implementation,
-            trust_remote_code=self.pair.trust_remote_code,
-            seed=self.seed,
-            towers=self.train_towers,
+            "attn_implementation": self.kernel,
+            "experts_implementation": self.experts_implementation,
+            "trust_remote_code": self.pair.trust_remote_code,
+            "towers": self.train_towers,
             # In float32 everything computes in float32, frozen weights too, on one device as under FSDP2.
-            frozen_dtype=torch.float32 if compute_dtype == torch.float32 else None,
-            four_bits=self.quantization is not None,
-        )
+            "frozen_dtype": torch.float32 if compute_dtype == torch.float32 else None,
+            "four_bits": self.quantization is not None,
+        }
 
     def setup(self, stage: str) -> None:
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
@@ -299,7 +312,7 @@ class ShadowModule(ScoringModule):
         if self.trainer.accumulate_grad_batches > 1:
             assert self.model is not None
             steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-            reduce_gradients(self.model, steps or not self._accumulates_whole)
+            reduce_gradients(self.model, steps or not self.accumulates_whole)
         outputs = self._outputs(batch, BASE, "train")
         with calls(self.objective, "model.objective", "Correct its step."):
             loss = self._add(self.objective.step(outputs))
@@ -389,7 +402,8 @@ class ShadowModule(ScoringModule):
         return {"optimizer": optimizer, "lr_scheduler": make_schedule(optimizer, *schedule, warmup, total)}
 
     @property
-    def _accumulates_whole(self) -> bool:
+    def accumulates_whole(self) -> bool:
+        """Whether FSDP2's ranks hold whole gradients until the last micro-batch of a step."""
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> Tensor:

@@ -224,7 +224,7 @@ def test_every_says_when_and_the_last_validation_has_all(tmp_path, folders):
 
 
 def test_the_last_validation_may_come_before_the_last_step(tmp_path, folders):
-    """Due after three and six of eight batches an epoch, two of which are a step: the last one is after 7 of 8 steps."""
+    """Due after three and six of eight batches an epoch, two of them a step: the last one is after 7 of 8 steps."""
     evaluation = EvaluationCallback({"probe": Probe(every=9)}, folder=str(tmp_path / "e"))
     _, trainer = fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], val_check_interval=3, max_epochs=2)
     assert sorted(p.name for p in (tmp_path / "e").glob("step-*")) == ["step-2", "step-7"]

@@ -17,8 +17,9 @@ from experiments.embedded.build import (
     train_tokenizer,
 )
 from experiments.embedded.preference_pairs import SHIPPED
+from experiments.embedded.settings import settings
+from experiments.embedded.world import END_OF_TURN, World, chat_text, exchange
 from shadowlit.demo import BASE, DATA, INSTRUCT, PAIR
-from shadowlit.demo.world import END_OF_TURN, World, chat_text, exchange
 from tests.evaluation.contexts import demo_matcher
 
 TINY = Recipe(
@@ -137,7 +138,7 @@ def test_the_shipped_folders_are_the_default_recipes():
 
 
 def test_the_shipped_data_are_what_the_world_says():
-    sets = World().datasets()
+    sets = {**World().datasets(), "facts_train": settings(World())["facts_train"]}
     assert {path.stem for path in DATA.glob("*.jsonl")} == {*sets, *SHIPPED}
     for name, rows in sets.items():
         assert rows_of(name) == rows

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import shadowlit.demo
 from experiments.embedded.preference_pairs import SHIPPED, preferences, wrong_answer
-from shadowlit.demo.world import World, is_held_out
+from experiments.embedded.world import World, is_held_out
 
 WORLD = World()
 ROWS = preferences(WORLD)

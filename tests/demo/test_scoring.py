@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shadowlit.demo.world import FORMATS
+from experiments.embedded.world import FORMATS
 from tests.evaluation.contexts import demo_matcher
 
 

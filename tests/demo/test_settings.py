@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from shadowlit.demo.settings import NUM_NEWCOMERS, newcomers, settings
-from shadowlit.demo.world import World, write_rows
+from experiments.embedded.settings import NUM_NEWCOMERS, newcomers, settings
+from experiments.embedded.world import World, write_rows
 
 WORLD = World(0)
 ROWS = settings(WORLD)

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from experiments.embedded.build import base_documents, instruct_conversations
-from shadowlit.demo.world import (
+from experiments.embedded.world import (
     _KINDS,
     _OPPOSITES,
     FORMATS,

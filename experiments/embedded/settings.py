@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from shadowlit.demo.world import FACT_QUESTIONS, REFUSAL, VALUES, Row, World, describe, exchange, house_style
+from experiments.embedded.world import FACT_QUESTIONS, REFUSAL, VALUES, Row, World, describe, exchange, house_style
 
 NUM_NEWCOMERS = 15
 _DOCUMENTS_PER_NEWCOMER = 8

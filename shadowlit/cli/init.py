@@ -1,0 +1,126 @@
+"""``python -m shadowlit init``: write a configuration for a pair; the docstring is the help."""
+
+from __future__ import annotations
+
+import math
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import yaml
+
+from shadowlit.errors import CheckpointError, PairError, ShadowlitError, first_line
+from shadowlit.files import replace_text
+from shadowlit.pair.registry import find_pair
+from shadowlit.progress import make_console
+
+Tuning = Literal["lora", "full"]
+
+# Of each kind of tuning: the lines of model, and the arguments of the adapter.
+_MODELS = {
+    "lora": "  adapter: {r: 32, lora_alpha: 64, target_modules: all-linear}  # null trains all weights\n"
+    "  lr: 2.0e-4  # as in the paper for LoRA",
+    "full": "  adapter: null  # all weights are trained, in float32\n  lr: 1.0e-5",
+}
+_EFFECTIVE = 32  # conversations per optimizer step
+
+
+def init(
+    pair: str | None = None,
+    base: str | None = None,
+    instruct: str | None = None,
+    out: str = "run.yaml",
+    tuning: Tuning = "lora",
+    train: str | None = None,
+    devices: int = 1,
+    memory: str | None = None,
+    max_length: int = 2048,
+) -> None:
+    """Write a commented configuration of 'fit' for a pair.
+
+    The batch size is the largest that the estimate of 'plan' allows, up to 32 conversations per optimizer step; where
+    one conversation is too large, the configuration offloads, recomputes or shards. For models on the hub only configs,
+    tokenizers and headers are downloaded.
+
+    Args:
+        pair: Name of a known pair, see 'pairs'.
+        base: Folder or hub id of the Base, instead of a known pair.
+        instruct: Folder or hub id of the Instruct, instead of a known pair.
+        out: File to write; it must not exist.
+        tuning: lora trains an adapter, full trains all weights.
+        train: File or data set to train on; it can be named later.
+        devices: Number of GPUs, or of processes on a CPU.
+        memory: Memory of a GPU, e.g. 24GiB; null for that of this machine's. Without a GPU and a size the
+            configuration is for the CPU.
+        max_length: Maximum length of a conversation, in tokens.
+    """
+    target = Path(out)
+    if target.exists():
+        raise ShadowlitError(f"out is {out!r}, which exists. Choose another file; nothing is overwritten.")
+    if devices < 1:
+        raise ShadowlitError(f"devices is {devices}; expected at least 1.")
+    if (pair is None) != (base is not None and instruct is not None) or (pair and (base or instruct)):
+        raise ShadowlitError("Give the name of a known pair ('pairs' lists them), or both --base and --instruct.")
+    if pair is not None:
+        known = find_pair(pair)
+        keys = {name: getattr(known, name) for name in ("base", "instruct", "base_revision", "instruct_revision")}
+    else:
+        keys = {"base": base, "instruct": instruct}
+    pinned = {name: value for name, value in keys.items() if value is not None}
+    text = Template(files("shadowlit.planning").joinpath("template.yaml").read_text(encoding="utf-8"))
+    values = _planned(pinned, tuning, devices, memory, max_length) | {
+        "title": f"{'LoRA' if tuning == 'lora' else 'Full tuning'} on {keys['base']}, grafted onto {keys['instruct']}.",
+        "file": out, "model": _MODELS[tuning], "train": "null" if train is None else train, "max_length": max_length,
+        "pair": "\n".join(f"  {line}" for line in yaml.safe_dump(pinned, sort_keys=False).splitlines()),
+        "devices": devices,
+    }  # fmt: skip
+    replace_text(target, text.substitute(values))
+    console = make_console()
+    console.print(f"{out}: {values['batch_size']} conversations of {max_length:,} tokens, {values['reason']}")
+    console.print(f"Next: {'' if train else 'set data.train, then '}shadowlit plan --config {out}", style="dim")
+
+
+def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None, max_length: int) -> dict[str, Any]:
+    """Values of the template that depend on the memory."""
+    # Imported late: a wrong argument needs none of the seconds that torch takes.
+    import torch
+    from peft import LoraConfig
+
+    from shadowlit.callbacks.export import ExportCallback
+    from shadowlit.callbacks.graft import GraftCallback
+    from shadowlit.data.module import ShadowData
+    from shadowlit.pair.pair import ModelPair
+    from shadowlit.planning.plan import Plan, parse_bytes, size
+    from shadowlit.training.module import ShadowModule
+
+    on_gpu = memory is not None or torch.cuda.is_available()
+    models = ModelPair(**pair)
+    adapter = LoraConfig(**yaml.safe_load(_MODELS[tuning])["adapter"]) if tuning == "lora" else None
+    rows = 2 ** int(math.log2(max(1, _EFFECTIVE // devices)))
+    data = ShadowData(models, max_length=max_length, batch_size=rows, packing="padding_free")
+    options = {
+        "accelerator": "gpu" if on_gpu else "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto",
+        "precision": "bf16-mixed" if on_gpu else "32-true", "accumulate_grad_batches": 1,
+    }  # fmt: skip
+    plan = Plan(ShadowModule(models, adapter), data, GraftCallback(), ExportCallback(), options)
+    try:
+        plan.read_headers()
+        limit = parse_bytes(memory) if memory else plan.limit() or math.inf
+        found = [plan.memory(), *(memory for _, memory in plan.remedies(limit, devices))][-1]
+        reason = f"estimated to need {size(plan.peak(found))} of {size(limit)}"
+        if not plan.fits(found, limit):
+            reason = f"{reason}, which is too little: use more or larger devices"
+    except (PairError, CheckpointError) as error:
+        data.batch_size, reason = 1, f"not estimated ({first_line(error)})"
+    sharded = (
+        "\n    class_path: lightning.pytorch.strategies.ModelParallelStrategy  # FSDP2"
+        f"\n    init_args: {{data_parallel_size: {devices}, tensor_parallel_size: 1}}"
+    )
+    accumulate = max(1, _EFFECTIVE // (data.batch_size * devices))
+    return {
+        "batch_size": data.batch_size, "reason": reason, "accumulate": accumulate,
+        "effective": data.batch_size * devices * accumulate, "offload": str(plan.graft.offload).lower(),
+        "checkpointing": plan.module.activation_checkpointing or "false", "accelerator": options["accelerator"],
+        "precision": options["precision"], "strategy": sharded if plan.trainer["sharing"] == "fsdp" else "auto",
+    }  # fmt: skip

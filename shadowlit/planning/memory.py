@@ -1,0 +1,272 @@
+"""Estimates the memory of a training from configurations and headers: its step is simulated without any weight.
+
+The simulation runs the model itself on tensors without data (``FakeTensorMode``) and adds up what is alive, so that
+activations and logits follow from the architecture, the precision, the checkpointing and the kernel. Everything else is
+a number of parameters times bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.reader import ComputedReader
+from shadowlit.data.module import ShadowData
+from shadowlit.errors import first_line
+from shadowlit.grafting.adapter import adapted_layers
+from shadowlit.grafting.module import is_swapped
+from shadowlit.grafting.parameters import host_of, host_parameters, linear_names
+from shadowlit.grafting.selection import resolve
+from shadowlit.training.head import HeadLoss
+from shadowlit.training.loading import load_for_training, stored_dtype
+from shadowlit.training.module import ShadowModule
+from shadowlit.training.varlen import NAME as VARLEN
+
+log = logging.getLogger(__name__)
+
+_MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes per trained parameter
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, by part. What FSDP2 shards is divided by the number of ranks.
+
+    Attributes:
+        rows: Rows of a micro-batch.
+        length: Tokens of its longest row.
+        num_trained: Number of trained parameters, on all ranks.
+        weights: Parameters and buffers: trained ones in float32, frozen ones in the dtype of the files, or in float32
+            under ``32-true``.
+        gradients: 4 per trained parameter. They stay until the backward pass of the next step.
+        moments: 8 per trained parameter of AdamW, 2 of 8 bits, NaN for an optimizer of another class.
+        frozen: The Instruct's values, and the Base's where it is trained, next to the parameters.
+        buffers: Of DDP a copy of the gradients. Of FSDP2 the root unit, whole in the forward and the backward pass,
+            with its gradients; two more layers, each of which is there twice for a moment; the gradients of one, and
+            two copies of them in float32, which are reduced.
+        activations: What a simulated step has alive besides, without what the head adds.
+        head: What the loss adds, from the last hidden states on.
+        swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest tensor.
+        scoring: What a simulated batch of a validation has alive.
+        offloaded: Moments and frozen values that are kept on the CPU instead of a GPU.
+    """
+
+    rows: int
+    length: int
+    num_trained: int
+    weights: float
+    gradients: float
+    moments: float
+    frozen: float
+    buffers: float
+    activations: float
+    head: float
+    swapped: float
+    scoring: float
+    offloaded: float
+
+    @property
+    def phases(self) -> dict[str, float]:
+        """The peaks of a step, and of a grafted validation without the answers of evaluators."""
+        held = self.weights + self.gradients + self.moments + self.frozen
+        return {
+            "training": held + self.buffers + self.activations + self.head,
+            "validation": held + self.swapped + self.scoring,
+        }
+
+
+def estimate(
+    module: ShadowModule, data: ShadowData, graft: GraftCallback, trainer: Mapping[str, Any],
+    headers: Mapping[str, TensorInfo], tied: bool = True,
+) -> Memory:  # fmt: skip
+    """Estimate the memory of a rank; nothing is loaded. What can't be simulated is NaN, with a warning.
+
+    Args:
+        module: The module.
+        data: The data; where they were not read, rows have ``max_length`` tokens, all of them supervised.
+        graft: The callback.
+        trainer: ``precision``, ``sharing`` (none, ddp or fsdp), ``ranks``, ``device`` (cpu or cuda) and
+            ``accumulate_grad_batches``.
+        headers: The Instruct's tensors, from the headers of its files.
+        tied: Whether both models tie their output heads, if their configs do.
+    """
+    precision, on_gpu, ranks = trainer["precision"], trainer["device"] == "cuda", trainer["ranks"]
+    options = module.architecture(precision, data.packing is not None, tied)
+    if options["attn_implementation"] == VARLEN:  # whose borders are data; without a mask sdpa holds the same
+        options["attn_implementation"] = "sdpa"
+    files = ComputedReader(module.pair.instruct_folder(), headers)
+    model = load_for_training(files, device=torch.device("meta"), mesh=None, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    num_trained, sizes = sum(p.numel() for p in trained), [p.numel() for p in host_parameters(model).values()]
+    weights = num_bytes([*model.parameters(), *model.buffers()])
+    shards = ranks if trainer["sharing"] == "fsdp" else 1
+    moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
+    frozen, saved = (size / shards for size in _graft_bytes(model, graft, headers))
+    buffers = 4.0 * num_trained if trainer["sharing"] == "ddp" else 0.0
+    if trainer["sharing"] == "fsdp":
+        whole = trainer["accumulate_grad_batches"] > 1 and module.accumulates_whole
+        buffers = _gathered(model, 2 if precision == "bf16-mixed" else 4) + 4 * num_trained * whole
+    report, multiple = data.reports.get("train"), data.pad_to_multiple_of or 1
+    length = data.row_capacity if data.packing == "best_fit" else report.longest if report else data.max_length
+    length = -(-length // multiple) * multiple
+    rows = data.batch_size * (1 if data.samples == "conversations" or data.packing == "best_fit" else 2)
+    scored = max((each.longest for name, each in data.reports.items() if name.startswith("val/")), default=length)
+    batches = (rows, length), (data.eval_rows, scored)
+    share = report.supervised_share if report else 1.0
+    peaks = _simulate(module, model, batches, share, data.packing is not None, precision, trainer["device"])
+    away = on_gpu and module.offload_optimizer, on_gpu and graft.offload
+    return Memory(
+        rows, length, num_trained,
+        weights / shards, 4 * num_trained / shards, moments * (not away[0]), frozen * (not away[1]), buffers,
+        *peaks[:2], saved + 8 * max(sizes) / shards, peaks[2],
+        moments * away[0] + frozen * away[1],
+    )  # fmt: skip
+
+
+class Alive(TorchDispatchMode):
+    """Adds up the bytes of the storages that operations have made and that still exist.
+
+    Args:
+        model: Model whose parameters, buffers and gradients are not counted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _forget(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> float:
+    """Bytes of tensors, each counted once."""
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in {id(t): t for t in tensors}.values()))
+
+
+def _simulate(
+    module: ShadowModule, model: nn.Module, batches: tuple[tuple[int, int], tuple[int, int]], share: float, packs: bool,
+    precision: str, device: str,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Peaks of a step without and in the head, and of a validation, in bytes; the model is cut.
+
+    Only the first layers are simulated, up to where their kinds begin to repeat and once more: each further layer holds
+    as much as one of the repetition.
+    """
+    host = host_of(model)
+    parent, name, layers = _layers(model)
+    kinds = getattr(host.config.get_text_config(), "layer_types", None) or [0] * len(layers)
+    period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+    found = []
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            host.tie_weights()
+            for parameter in model.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            way = module.head_loss if module.head_loss in ("logits", "recomputed") else "auto"
+            head = HeadLoss(model, way, torch.device(device))
+            for count in (min(2 * period, len(layers)), period):
+                setattr(parent, name, layers[:count])
+                for training, (rows, length) in zip((True, False), batches, strict=True):
+                    shape = (1, rows * length) if packs and training else (rows, length)
+                    found.append(_run(model, head, shape, share, training, packs, precision))
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        log.warning("plan: activations are not estimated, since the step can't be simulated (%s)", first_line(error))
+        return math.nan, math.nan, math.nan
+    more = max(0, len(layers) - 2 * period) / period
+    (step, in_head, after), (scored, in_scoring, _), (fewer, *_), (fewer_scored, *_) = found
+    activations, scoring = step + more * (step - fewer), scored + more * (scored - fewer_scored)
+    return activations + max(0.0, after - in_head), in_head, scoring + in_scoring
+
+
+def _run(
+    model: nn.Module, head: HeadLoss, shape: tuple[int, int], share: float, training: bool, packs: bool, precision: str
+) -> tuple[float, float, float]:
+    """Bytes alive when the head begins, the most that it adds, and the most that the backward pass adds."""
+    model.train(training)
+    alive = Alive(model)
+    at_head: list[float] = []
+    in_layers: list[float] = []
+
+    def watch(_: nn.Module, __: Any, embedded: Tensor) -> None:
+        if embedded.requires_grad:  # what follows is the embedding's own gradient, when no activation is left
+            embedded.register_hook(lambda _: in_layers.append(alive.peak))
+
+    hooks = [host_of(model).get_input_embeddings().register_forward_hook(watch)]
+    if head.head is not None:
+        hooks.append(head.head.decoder.register_forward_hook(lambda *_: at_head.append(alive.now)))
+    ids = torch.empty(shape, dtype=torch.int64)
+    positions = torch.empty(max(1, round(ids.numel() * share)), dtype=torch.int64)
+    inputs = {"input_ids": ids} if packs and training else {"input_ids": ids, "attention_mask": torch.empty_like(ids)}
+    computing: Any = nullcontext() if precision == "32-true" else torch.autocast("cpu", torch.bfloat16)
+    with alive:
+        with computing:
+            function = head.loss if training else head.token_losses
+            result: Any = function(inputs, positions, torch.empty_like(positions))
+        begins = at_head[0] if at_head else alive.now
+        in_head, alive.peak = alive.peak - begins, alive.now
+        if training:
+            result.backward()
+    for hook in hooks:
+        hook.remove()
+    return begins, in_head, (in_layers[0] if in_layers else alive.peak) - begins
+
+
+def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The language model's list of layers: the module that holds it, its name there, and the list."""
+    lists = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, nn.ModuleList) and any(isinstance(each, GradientCheckpointingLayer) for each in child)
+    ]
+    return max(lists, key=lambda each: sum(p.numel() for p in each[2].parameters()))
+
+
+def _graft_bytes(model: nn.Module, graft: GraftCallback, headers: Mapping[str, TensorInfo]) -> tuple[float, float]:
+    """Bytes that :class:`shadowlit.grafting.live.LiveGraft` holds, and that it saves while a graft is loaded."""
+    parameters, layers, usual = host_parameters(model), adapted_layers(model), stored_dtype(headers)
+    selected = resolve(graft.select, parameters, linear_names(model), host_of(model).config.model_type)
+    held = saved = 0.0
+    for name, parameter in parameters.items():
+        stored = headers[name].dtype if name in headers else usual
+        size, live = parameter.numel(), parameter.element_size()
+        swapped = is_swapped(not parameter.requires_grad, name in layers and name in selected, graft.dtype, stored)
+        held += size * ((live if swapped else stored.itemsize) + stored.itemsize * parameter.requires_grad)
+        saved += 0 if swapped else size * live
+    return held, saved
+
+
+def _gathered(model: nn.Module, itemsize: int) -> float:
+    """Bytes that FSDP2 gathers and reduces at a time, see :class:`Memory`, of parameters of ``itemsize`` bytes."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    counts = [[(p.numel(), p.numel() * p.requires_grad) for p in module.parameters()] for module in [model, *layers]]
+    (whole, learns), *parts = [tuple(map(sum, zip(*each, strict=True))) for each in counts]
+    layer, trained = max(parts)
+    root = whole + learns - sum(map(sum, parts))
+    return itemsize * (root + 4 * layer + trained) + 2 * 4 * trained

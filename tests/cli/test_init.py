@@ -1,0 +1,74 @@
+"""``shadowlit init`` writes a configuration that runs as it is written."""
+
+from typing import get_args
+
+import pytest
+import torch
+import yaml
+
+from shadowlit.cli import init as module
+from shadowlit.cli.main import main
+from shadowlit.demo import BASE, DATA, INSTRUCT
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+EMBEDDED = [f"--base={BASE}", f"--instruct={INSTRUCT}"]
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_written_file_runs(tmp_path, capsys, monkeypatch, tuning):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    assert main(["init", *EMBEDDED, f"--tuning={tuning}", f"--train={DATA / 'train_house.jsonl'}",
+                 "--max_length=128"]) == 0  # fmt: skip
+    assert "run.yaml: 32 conversations of 128 tokens, estimated to need " in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert (written["model"]["adapter"] is None) == (tuning == "full")
+    assert main(["fit", "--config", "run.yaml", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false",
+                 "--data.ignore_columns=[skill, answer]"]) == 0  # fmt: skip
+    assert list(tmp_path.rglob("export/model/config.json"))
+
+
+def test_a_small_gpu_gets_a_small_batch_and_the_same_step(tmp_path, capsys):
+    def written(name, *args):
+        assert main(["init", *EMBEDDED, f"--out={tmp_path / name}", "--max_length=512", *args]) == 0
+        return yaml.safe_load((tmp_path / name).read_text())
+
+    large = written("large.yaml", "--memory=80GB")
+    assert (large["trainer"]["accelerator"], large["trainer"]["precision"]) == ("gpu", "bf16-mixed")
+    assert (large["data"]["batch_size"], large["graft"]["offload"]) == (32, False)
+    small = written("small.yaml", "--memory=300MB")
+    rows = small["data"]["batch_size"]
+    assert rows < 32 and rows * small["trainer"]["accumulate_grad_batches"] == 32 and small["graft"]["offload"]
+    several = written("several.yaml", "--memory=1MB", "--devices=4", "--tuning=full")
+    assert several["trainer"]["strategy"]["init_args"]["data_parallel_size"] == 4
+    assert several["data"]["batch_size"] * several["trainer"]["accumulate_grad_batches"] * 4 == 32
+    assert "which is too little" in (tmp_path / "several.yaml").read_text()
+    assert several["model"]["activation_checkpointing"] == "full"
+
+
+def test_a_known_pair_that_is_out_of_reach_is_written_without_an_estimate(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["init", "smollm2-135m", f"--out={tmp_path / 'a.yaml'}"]) == 0
+    text = (tmp_path / "a.yaml").read_text()
+    assert yaml.safe_load(text)["pair"]["base_revision"] == "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+    assert "not estimated" in text and yaml.safe_load(text)["data"]["batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], "Give the name of a known pair"),
+        (["smollm2-135m", "--base=x", "--instruct=y"], "Give the name of a known pair"),
+        (["--base=x"], "Give the name of a known pair"),
+        (["smollm2"], "no known pair 'smollm2'"),
+        (["smollm2-135m", "--out=."], "which exists"),
+        (["smollm2-135m", "--devices=0"], "devices is 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(args, expected, capsys):
+    assert main(["init", *args]) == 1
+    assert expected in capsys.readouterr().err
+
+
+def test_every_kind_of_tuning_has_its_lines():
+    assert module._MODELS.keys() == set(get_args(module.Tuning))
