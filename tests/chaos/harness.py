@@ -74,6 +74,7 @@ class Chaos:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.limit: int | None = None  # of kills
         self.runs = self.folder  # where the command's folders are
         self._number = 0
         Forked(int, out=self.folder / "told-0.txt").wait(_TIMEOUT_S)  # the server has imported everything by then
@@ -82,6 +83,7 @@ class Chaos:
         self, count: int, duration_s: float, aims: Iterator[Aim], *, aimed: float = 1 / 3, first_s: float = 0.0
     ) -> list[Kill]:
         """Kills in an order of the seed: a share from the inside, the others by each signal at any moment."""
+        count = min(count, self.limit or count)
         inside = [Kill(aim.signal, aim=aim) for _, aim in zip(range(round(count * aimed)), aims, strict=False)]
         outside = [
             Kill(SIGNALS[-1 - i % 3], self.random.uniform(first_s, duration_s), self.random.random() < 0.3)
