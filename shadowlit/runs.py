@@ -34,9 +34,9 @@ COMPLETE = "complete.json"
 _PATIENCE_S = 10.0  # data workers of a killed process hold its lock for a moment
 # What may change when a run resumes, since it trains on the same data in the same way.
 _HARMLESS = (
-    "run", "config", "ckpt_path", "weights_only", "export", "predictions", "throughput", "data.test", "data.predict",
-    "data.num_workers", "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time", "trainer.profiler",
-    "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "run", "config", "ckpt_path", "weights_only", "checkpoint", "export", "predictions", "throughput", "data.test",
+    "data.predict", "data.num_workers", "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time",
+    "trainer.profiler", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.default_root_dir",
 )  # fmt: skip
 
@@ -236,9 +236,10 @@ class SaveConfig(SaveConfigCallback):
             )
         file = run_folder(trainer) / CONFIG
         if trainer.is_global_zero and not self.already_saved:
-            if file.is_file() and file.read_text(encoding="utf-8") != self.text:
+            text = self.text
+            if file.is_file() and file.read_text(encoding="utf-8") != text:
                 file.rename(unused(file))
-            replace_text(file, self.text)
+            replace_text(file, text)
             (file.parent / COMPLETE).unlink(missing_ok=True)
         self.already_saved = True
 

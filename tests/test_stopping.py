@@ -196,7 +196,7 @@ def test_ranks_stop_at_the_same_boundary(root, tmp_path, strategy):
     (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@" >> calls.txt\n')
     (tmp_path / "scontrol").chmod(0o755)
     (tmp_path / "hpc_ckpt_1.ckpt").write_text("of another job")
-    assert run_ranks(stop_ranks, 2, root, tmp_path, strategy, slurm=True, timeout_s=60) == [[138, 143]] * 2
+    assert run_ranks(stop_ranks, 2, root, tmp_path, strategy, slurm=True) == [[138, 143]] * 2
     assert (tmp_path / "calls.txt").read_text() == "requeue 4711\n"
     assert os.listdir(tmp_path / "run") == ["job_4711"]
     assert os.listdir(tmp_path / "run/job_4711/export") == ["adapter"]

@@ -63,6 +63,11 @@ class GraftCallback(Callback):
     adapter is exported (``val/adapter/*``: the adapter on the Instruct, as a server computes that loads it) and where
     less than half of the update survives (``val/unrounded/*``); ``graft/gain_unrounded`` is its gain.
 
+    With ``model.quantization`` the Base is trained in 4 bits, and ``val/base`` and ``val/tuned`` are measured so. The
+    update is the adapter's alone, and the graft is added to the Instruct's weights as they are in its files;
+    ``val/grafted_4bit/*`` is the graft with its linear layers quantised after the export, as by a server that loads it
+    in 4 bits.
+
     Also logged: ``graft/delta_norm``, ``graft/relative_delta``, ``graft/delta_norm/<layer>``, ``graft/seconds`` and
     ``graft/time_share`` (of the run so far, in all of the callback's passes), ``graft/swap_seconds`` (in the swaps
     alone).
@@ -402,6 +407,8 @@ class GraftCallback(Callback):
         unrounded = self._unrounded(module, statistics.get("survival", 1.0))
         if unrounded:
             self._pass(trainer, module, unrounded)
+        if module.quantization is not None:
+            self._pass(trainer, module, Subject("grafted_4bit", main.scale))
         untouched = self._measure_untouched(trainer, module)
         for subject, metrics in untouched.items():
             record.metrics |= {f"{record.stage}/{subject.name}/{name}": value for name, value in metrics.items()}
@@ -486,7 +493,7 @@ class GraftCallback(Callback):
                     f"batches are scored under its name. Pass the subject on: super().{step.rpartition('.')[2]}(batch, "
                     "batch_idx, dataloader_idx, subject)."
                 )
-            if subject.kind not in ("adapter", "unrounded"):
+            if subject.kind not in ("adapter", "unrounded", "grafted_4bit"):
                 self._ask_others(trainer, module, subject)
 
         self.build(module).measure(subject, run, squares)

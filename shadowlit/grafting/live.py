@@ -32,6 +32,7 @@ from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
 from shadowlit.grafting.parameters import host_parameters, linear_names
+from shadowlit.grafting.quantised import FourBitLinear, four_bits, quantised_layers
 from shadowlit.grafting.selection import coverage, resolve
 from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
 from shadowlit.grafting.swap import Swap, windows
@@ -46,13 +47,14 @@ class HostParameter:
     """A parameter of the host model and its frozen shards; all of one local shape."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     instruct: Tensor
     base: Tensor | None  # None where the parameter is frozen at the Base's own value
     selected: bool
     swap: Swap | None  # where `base` is None
     saved: Tensor | None = None  # the tuned values while others are loaded
     adapted: AdaptedLayer | None = None
+    quantised: FourBitLinear | None = None  # the layer, where `parameter` stands for its weight in 4 bits
     instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was computed
 
     @property
@@ -73,7 +75,8 @@ class LiveGraft:
     parameters and those under an adapter are overwritten with ``instruct + scale * (tuned - base)``, where ``tuned``
     includes the adapter's update, rounded once to the dtype of the export, and restored from a copy; the adapter itself
     is switched off. So the module holds the very weights that an export writes. With ``transforms`` it is ``instruct +
-    scale * T(tuned - base)``. Other parameters become the Instruct's own.
+    scale * T(tuned - base)``. Other parameters become the Instruct's own. A weight in 4 bits stays, and its layer
+    computes with another.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -125,6 +128,7 @@ class LiveGraft:
         self.selected = _select(select, list(parameters), self._parts, linear_names(model), model_type)
         self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
         layers = adapted_layers(model)
+        self._quantised = quantised_layers(model)
         reshard_all(model)
         self._hosts = [
             self._host(name, parameter, layers.get(name), base, by_module) for name, parameter in parameters.items()
@@ -232,7 +236,9 @@ class LiveGraft:
         self._busy = True
         reshard_all(self.model)
         for host in self._hosts:
-            if host.swap is not None:
+            if host.quantised is not None:
+                host.quantised.load(None)
+            elif host.swap is not None:
                 host.swap.undo()
             elif host.saved is not None:
                 local(host.parameter).copy_(host.saved, non_blocking=True)
@@ -396,11 +402,11 @@ class LiveGraft:
                 dtype = self._infos[host.name].converted(self.dtype).dtype
                 # No variable keeps a tensor while the next one is read.
                 read = None if reader is None else partial(reader.read, host.name)
-                local(host.parameter).copy_(from_first_rank(read, dtype, host.parameter))
+                self._overwrite(host, from_first_rank(read, dtype, host.parameter))
             yield
 
     def _host(
-        self, name: str, parameter: nn.Parameter, layer: tuple | None, base: TensorReader, instruct: TensorReader
+        self, name: str, parameter: Tensor, layer: tuple | None, base: TensorReader, instruct: TensorReader
     ) -> HostParameter:
         live = local(parameter)
         slices = local_slices(parameter)
@@ -413,7 +419,9 @@ class LiveGraft:
                     "or download this model again."
                 )
         selected = name in self.selected
-        frozen = not parameter.requires_grad and torch.equal(live, start.to(live.device, live.dtype))
+        four_bit = self._quantised.get(name)
+        same = four_bit.holds(base.read(name)) if four_bit else torch.equal(live, start.to(live.device, live.dtype))
+        frozen = not parameter.requires_grad and same
         if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
             raise GraftError(
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
@@ -422,13 +430,15 @@ class LiveGraft:
         # A selected adapter's update is added to the weights that it sits on.
         rounding = self.dtype or target.dtype
         narrower = torch.promote_types(rounding, target.dtype) != rounding
-        swapped = frozen and not (layer is not None and selected) and not narrower  # rounded only in the graft
+        added_to = four_bit is not None or (layer is not None and selected)
+        swapped = frozen and not added_to and not narrower  # rounded only in the graft
         if swapped:
             # What is swapped with the parameter must be of its dtype. The pair check warns when they differ.
             target = target.to(live.dtype)
         held = self._to_storage(target, live)
         before = None if frozen else self._to_storage(start, live)
-        host = HostParameter(name, parameter, held, before, selected, Swap(live, held) if swapped else None)
+        swap = Swap(live, held) if swapped else None
+        host = HostParameter(name, parameter, held, before, selected, swap, quantised=four_bit)
         if layer is not None:
             adapted, adapter = layer
             host.adapted = AdaptedLayer(adapted, adapter, adapted.scaling[adapter])
@@ -448,23 +458,47 @@ class LiveGraft:
             else:
                 host.swap.apply()
             return
-        tuned = live if host.saved is None else host.saved
+        if host.quantised is not None:
+            host.quantised.load(None if subject == BASE else self._replacement(host, subject, squares))
+            return
         if subject == BASE and host.base is None and host.saved is None:  # it holds the Base's, under an adapter
             return
         if host.saved is None:
             host.saved = self._copy(live)
         if subject == BASE:
             live.copy_(host.saved if host.base is None else host.base, non_blocking=True)
-            return
+        else:
+            self._write(live, host, subject, squares)
+
+    def _overwrite(self, host: HostParameter, values: Tensor) -> None:
+        live = local(host.parameter)
+        if host.quantised is not None:
+            host.quantised.load(self._to_storage(values, live))
+        else:
+            live.copy_(values)
+
+    def _replacement(self, host: HostParameter, subject: Subject, squares: Squares | None) -> Tensor:
+        """What the layer computes with instead of its weight in 4 bits."""
+        assert host.quantised is not None
+        host.parameter = host.quantised.logical_weight()  # where the module is now
+        live = local(host.parameter)
+        values = live.contiguous()
+        self._write(values, host, subject, squares)
+        if subject.kind == "grafted_4bit":  # of whole matrices, since some of the scales are
+            values = four_bits(whole(values, host.parameter))[local_slices(host.parameter)]
+        return self._to_storage(values, live)
+
+    def _write(self, live: Tensor, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
+        """Overwrite ``live`` with the Instruct or a graft."""
         scale = subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
-            rounding = self._rounding(host) if subject.kind == "grafted" else host.instruct.dtype
+            rounding = self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
             live.copy_(host.instruct.to(rounding), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
-        out, sides = live.view(-1), [host.instruct, tuned, host.base]
         # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
         whole_update = self._update(host).reshape(-1) if self._transforms or host.adapted else None
+        out, sides = live.view(-1), [host.instruct, *([host.tuned(), host.base] if whole_update is None else [])]
         for part in windows(out):
             goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
             update = delta(*ends) if whole_update is None else whole_update[part]
@@ -570,7 +604,7 @@ def _sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
     return torch.stack([torch.dot(update, update), torch.dot(lost, lost)])
 
 
-def _require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, instruct: TensorReader) -> None:
+def _require_pairing(parameters: dict[str, Tensor], base: TensorReader, instruct: TensorReader) -> None:
     problems = []
     for title, reader in (("Base", base), ("Instruct", instruct)):
         missing = [name for name in parameters if name not in reader.tensors]
@@ -591,8 +625,9 @@ def _require_pairing(parameters: dict[str, nn.Parameter], base: TensorReader, in
 
 def _aliases(model: nn.Module) -> dict[str, str]:
     """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
-    first = {id(parameter): name for name, parameter in host_parameters(model).items()}
-    return {
+    parameters = host_parameters(model)
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    return {name: name for name in parameters} | {
         canonical_name(name): first[id(parameter)]
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if id(parameter) in first

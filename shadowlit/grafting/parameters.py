@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from shadowlit.checkpoint.names import canonical_name, is_adapter_name, is_of_experts, is_original_name, routers
+from shadowlit.grafting.quantised import quantised_layers
 
 
-def host_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def host_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of ``model`` that stand for tensors of the checkpoint, by their checkpoint names.
 
     Adapter factors are left out, and so is the frozen original of a copy that peft trains
-    (``modules_to_save``): the copy is the one that the forward pass uses. Shared storage appears once.
+    (``modules_to_save``): the copy is the one that the forward pass uses. Shared storage appears once. For a weight in
+    4 bits stands a tensor of its shape, without memory.
     """
-    return {
+    parameters: dict[str, Tensor] = {
         canonical_name(name): parameter
         for name, parameter in model.named_parameters()
         if not is_adapter_name(name) and not is_original_name(name)
     }
+    return parameters | {name: layer.logical_weight() for name, layer in quantised_layers(model).items()}
 
 
 def host_of(model: nn.Module) -> Any:

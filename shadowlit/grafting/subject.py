@@ -14,13 +14,14 @@ class Subject:
     Attributes:
         kind: ``tuned`` is the trained Base, ``grafted`` the Instruct with the update as it is exported, ``base`` and
             ``instruct`` are the untouched models. ``unrounded`` is the graft before it is rounded to the export's
-            dtype, and ``adapter`` the Instruct with the adapter on it, as a server computes that loads an adapter.
+            dtype, ``adapter`` the Instruct with the adapter on it, as a server computes that loads an adapter, and
+            ``grafted_4bit`` the graft with its linear layers quantised, as a server computes that loads it in 4 bits.
         scale: Scale λ of the update that a graft adds; 0 for models without a graft.
         main: Whether this graft is the main one, called ``grafted``; any other has its scale in its name,
             ``grafted@0.5``.
     """
 
-    kind: Literal["tuned", "grafted", "unrounded", "adapter", "base", "instruct"]
+    kind: Literal["tuned", "grafted", "grafted_4bit", "unrounded", "adapter", "base", "instruct"]
     scale: float = 0.0
     main: bool = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shadowlit.checkpoint.headers import TensorInfo
@@ -49,7 +49,7 @@ class ParameterTransforms:
     def __init__(
         self,
         transforms: Transforms,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         instruct: TensorReader,
         parts: Mapping[str, list[Range]],
     ) -> None:

@@ -97,12 +97,13 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
                 stored = sorted({dtype_of(info.code) for info in coarse})
                 names = some_of(info.name for info in coarse)
                 found.append(f"{len(coarse)} tensors are stored as {', '.join(stored)} ({names})")
+            in_training = " (model.quantization=nf4 trains it in 4 bits)" if side.who == "base" else ""
             yield Problem.error(
                 f"{side.who} quantised",
                 " and ".join(found),
                 "weights in bfloat16, float16 or float32",
-                f"set pair.{side.who} to the unquantised original; or load it, call model.dequantize() and save it in "
-                "bfloat16.",
+                f"set pair.{side.who} to the unquantised original{in_training}; or load it, call model.dequantize() "
+                "and save it in bfloat16.",
             )
 
 

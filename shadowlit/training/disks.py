@@ -59,7 +59,7 @@ def require_shared(trainer: Trainer, why: str) -> None:
     Raises:
         CheckpointError: With the folder, and the ranks and hosts that don't see it.
     """
-    for folder in _folders(trainer) if trainer.world_size > 1 else ():
+    for folder in sorted({folder for folder, _ in _savers(trainer)}) if trainer.world_size > 1 else ():
         probe: list[Path] = []
 
         def write(folder: Path = folder, probe: list[Path] = probe) -> None:
@@ -79,8 +79,8 @@ def require_shared(trainer: Trainer, why: str) -> None:
                 file.unlink(missing_ok=True)
         if blind:
             raise CheckpointError(
-                f"what rank 0 writes to {folder} can't be seen by rank {some_of(blind)}, but {why}. Set "
-                "trainer.default_root_dir, the logger's save_dir or ModelCheckpoint's dirpath to a folder that all "
+                f"what rank 0 writes to {folder} can't be seen by rank {some_of(blind)}, but {why}. Set run.root (in "
+                "Python default_root_dir or the logger's save_dir) or ModelCheckpoint's dirpath to a folder that all "
                 "nodes share, or train on one node."
             )
 
@@ -93,11 +93,11 @@ def _sees(file: Path) -> bool:
         return False
 
 
-def _folders(trainer: Trainer) -> dict[Path, ModelCheckpoint]:
-    """The local folders of a trainer's checkpoints."""
+def _savers(trainer: Trainer) -> list[tuple[Path, ModelCheckpoint]]:
+    """What saves a trainer's checkpoints, each with its folder on this machine."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     never = trainer.fast_dev_run  # type: ignore[attr-defined]
-    return {Path(s.dirpath): s for s in savers if s.dirpath and "://" not in str(s.dirpath) and not never}
+    return [(Path(s.dirpath), s) for s in savers if s.dirpath and "://" not in str(s.dirpath) and not never]
 
 
 def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
@@ -106,7 +106,7 @@ def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
     weights = sum({local(tensor).data_ptr(): tensor.nbytes for tensor in tensors}.values())  # tied ones once
     groups = [group for each in trainer.optimizers if isinstance(each, Adam) for group in each.param_groups]
     moments = 2 * sum(parameter.nbytes for group in groups for parameter in group["params"])
-    for folder, saver in _folders(trainer).items():
+    for folder, saver in _savers(trainer):
         every = saver._every_n_train_steps
         times = trainer.estimated_stepping_batches / every if every else math.inf
         kept = min(saver.save_top_k if saver.save_top_k >= 0 else times, times)

@@ -78,7 +78,8 @@ class Work:
                 continue
             if parameter.dim() >= 2 or is_adapter_name(name):
                 share = active if is_of_experts(canonical_name(name)) else 1.0
-                per_token += (6 if parameter.requires_grad else 4) * parameter.numel() * share
+                in_byte = 2 if parameter.dtype == torch.uint8 else 1  # weights in 4 bits
+                per_token += (6 if parameter.requires_grad else 4) * parameter.numel() * in_byte * share
         per_supervised = sum((6 if p.requires_grad else 4) * p.numel() for p in head.parameters()) if head else 0.0
         num_layers = int(config.num_hidden_layers)
         heads = int(config.num_attention_heads)

@@ -34,8 +34,10 @@ from shadowlit.distributed import local, local_slices
 from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
 from shadowlit.grafting.adapter import require_untied, starts_from_weights
 from shadowlit.grafting.parameters import host_of, host_parameters
+from shadowlit.grafting.quantised import quantised_layers
 from shadowlit.limits import bounded_matching
 from shadowlit.pair.folders import is_image_text
+from shadowlit.training.quantisation import quantise_layers
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ def load_for_training(
     seed: int = 0,
     towers: Sequence[str] = ("language",),
     frozen_dtype: torch.dtype | None = None,
+    four_bits: bool = False,
 ) -> nn.Module:
     """Build the model of a checkpoint for training, with float32 masters of all trainable parameters.
 
@@ -78,6 +81,8 @@ def load_for_training(
         seed: Seed of the adapter's initialisation, which is the same on any number of ranks.
         towers: Trainable parts, see ``train_towers`` of :class:`shadowlit.training.module.ShadowModule`.
         frozen_dtype: Dtype of what stays frozen, under an adapter or in towers; ``None`` for that of the files.
+        four_bits: Store the frozen weights of linear layers in 4 bits; see
+            :class:`shadowlit.grafting.quantised.FourBitLinear`.
 
     Raises:
         ShadowlitError: No parameter belongs to one of ``towers``.
@@ -95,6 +100,8 @@ def load_for_training(
         model = auto.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **options
         )
+    if four_bits:
+        quantise_layers(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
         log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/moe.md")
     frozen = _outside(model, towers)
@@ -156,6 +163,7 @@ def _fill(
     }
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         host.tie_weights()  # to_empty gives every module its own storage; FSDP2 ties the weights again
+    quantised = quantised_layers(model)
     for name, parameter in model.named_parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         if is_adapter_name(name):
@@ -169,7 +177,10 @@ def _fill(
                 f"{reader.folder} has no tensor {stored_name!r}, which the model of its config.json needs. "
                 "Expected one tensor per parameter. Download the checkpoint again, or convert it with transformers."
             )
-        local(parameter).copy_(reader.read_slice(stored_name, local_slices(parameter)))
+        if stored_name in quantised:
+            quantised[stored_name].quantise(reader.read(stored_name))
+        else:
+            local(parameter).copy_(reader.read_slice(stored_name, local_slices(parameter)))
     # Buffers that no checkpoint holds (rotary frequencies, embedding scales). transformers' own initialisation skips
     # every parameter marked above.
     host.initialize_weights()

@@ -42,6 +42,7 @@ from shadowlit.training.objectives import SFT, Objective, require_sums, require_
 from shadowlit.training.optimizer import OptimizerChoice, begin_step, make_optimizer, plain_tensors, whole_tensors
 from shadowlit.training.outputs import Batch
 from shadowlit.training.parallel import compute_dtype_of, data_parallel_mesh, parallelize, reduce_gradients
+from shadowlit.training.quantisation import require_quantisable
 from shadowlit.training.rehearsal import ChecksBeforeData, try_optimizer
 from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, require_no_end
 from shadowlit.training.scoring import ScoringModule
@@ -127,6 +128,9 @@ class ShadowModule(ScoringModule):
             the first group that matches a name counts, and each must match one.
         lr_multipliers: JSON file of factors of the learning rate by the names of tensors in the Base's files; those of
             a matrix apply to its LoRA. Tensors that it doesn't name have the factor 1.
+        quantization: How the frozen weights of linear layers are stored, all but the output head: nf4, in 4 bits with
+            double quantisation (QLoRA, needs bitsandbytes), or null, as in the files. They are computed with in the
+            dtype of trainer.precision. Needs an adapter; the graft is added to the Instruct's own weights.
         on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
             checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
             ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
@@ -161,6 +165,7 @@ class ShadowModule(ScoringModule):
         parameter_groups: list[ParameterGroup] = [],  # noqa: B006
         lr_multipliers: str | None = None,
         on_nan: Literal["stop", "warn"] = "stop",
+        quantization: Literal["nf4"] | None = None,
     ) -> None:
         super().__init__(
             pair, SFT() if objective is None else objective, head_loss, max_new_tokens, dict(metrics or {})
@@ -170,6 +175,9 @@ class ShadowModule(ScoringModule):
         if lr <= 0:
             raise ShadowlitError(f"model.lr is {lr}; expected a positive learning rate, e.g. 2e-4 for LoRA.")
         require_graftable(adapter)
+        if quantization is not None:
+            require_quantisable(adapter, compile_layers)
+        self.quantization = quantization
         self.adapter = adapter
         if adapter is not None and adapter.target_modules is None and adapter.target_parameters is None:
             adapter.target_modules = "all-linear"
@@ -224,6 +232,7 @@ class ShadowModule(ScoringModule):
             towers=self.train_towers,
             # In float32 everything computes in float32, frozen weights too, on one device as under FSDP2.
             frozen_dtype=torch.float32 if compute_dtype == torch.float32 else None,
+            four_bits=self.quantization is not None,
         )
 
     def setup(self, stage: str) -> None:

@@ -22,6 +22,7 @@ from tests.callbacks.test_graft import make_trainer
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
+from tests.vision.tiny import save_pair as save_vision_pair
 
 PARTS = ["model", "adapter", "delta"]
 ADAPTERS = {
@@ -73,6 +74,7 @@ def require_equal_export(home, capsys, *options):
     assert manifests[0]["coverage"]["num_selected_parameters"] == manifests[1]["coverage"]["num_selected_parameters"]
 
 
+SLOW = pytest.mark.slow
 DARE = [{"name": "dare", "density": 0.5}]
 
 
@@ -82,24 +84,26 @@ DARE = [{"name": "dare", "density": 0.5}]
         ("qwen3", "full", {"select": "all", "scales": [0.7], "transforms": DARE}),
         ("qwen3", "lora", {"dtype": "float32"}),
         ("qwen3", "rslora", {"select": ["q_proj", "up_proj"], "scales": [0.7, 1.0]}),
-        ("qwen3", "lora", {"transforms": [{"name": "svd", "rank": 2}]}),
-        ("qwen2", "biases", {}),
-        ("llama", "whole", {"select": "all"}),
-        ("qwen3_moe", "full", {}),
         ("qwen3_moe", "experts", {}),
-        ("gemma3_text", "lora", {"dtype": "bfloat16"}),
+        ("qwen3_vl", "full", {"select": "all"}),  # the frozen vision tower is in the checkpoint
+        pytest.param("qwen3", "lora", {"transforms": [{"name": "svd", "rank": 2}]}, marks=SLOW),
+        pytest.param("qwen2", "biases", {}, marks=SLOW),
+        pytest.param("llama", "whole", {"select": "all"}, marks=SLOW),
+        pytest.param("qwen3_moe", "full", {}, marks=SLOW),
+        pytest.param("gemma3_text", "lora", {"dtype": "bfloat16"}, marks=SLOW),
     ],
 )
 def test_the_files_are_those_of_fit(tmp_path, capsys, arch, kind, graft):
     # In larger products numpy and torch round differently.
     size = {"hidden": 256} if graft == {"dtype": "float32"} else {}
     dtype = torch.bfloat16 if arch == "llama" else torch.float32
-    folders = save_pair(tmp_path, arch, tied=arch == "qwen3", dtype=dtype, **size)
+    save = save_vision_pair if arch == "qwen3_vl" else save_pair
+    folders = save(tmp_path, arch, tied=arch == "qwen3", dtype=dtype, **size)
     fit(tmp_path / "run", folders, kind, graft)
     require_equal_export(tmp_path / "run", capsys)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=SLOW)])
 def test_the_files_of_a_sharded_checkpoint_are_those_of_fit(tmp_path, capsys, kind):
     folders = save_pair(tmp_path, "qwen3")
     run_ranks(fit, 2, tmp_path / "run", folders, kind, {}, 2)

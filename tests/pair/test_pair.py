@@ -229,7 +229,7 @@ class TestTensors:
         edit_weights(tied.base, lambda t: t.update({name: t[name].to(dtype)}))
         problem = check_pair(tied)[0]
         assert (problem.severity, problem.subject) == ("error", "base quantised")
-        assert name in problem.found and "unquantised original" in problem.remedy
+        assert name in problem.found and "unquantised original (model.quantization=nf4 trains" in problem.remedy
 
     def test_a_matrix_of_indices_is_not_quantised(self, tied):
         index = {"model.layers.0.self_attn.relative_position_index": torch.ones(2, 2, dtype=torch.int32)}

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -68,25 +69,28 @@ def test_what_follows_an_error_is_neither_written_nor_removed(tmp_path):
 
 
 class Goes(Callback):
-    """Lets a checkpoint be written only when the training has gone on, to its next batch or to its end."""
+    """Lets a checkpoint be written only when the next one is asked for, or at the training's end."""
 
     def __init__(self):
-        self.on, self.steps = threading.Event(), 0
-
-    def on_train_batch_start(self, trainer, *_):
-        self.on.set()
+        self.condition, self.asked, self.steps = threading.Condition(), 0.0, 0
 
     def on_train_batch_end(self, trainer, *_):
         self.steps = trainer.global_step
 
-    def on_train_end(self, *_):
-        self.on.set()
+    def on_save_checkpoint(self, trainer, *_):
+        self.ask(trainer.global_step)
 
-    def on_save_checkpoint(self, *_):
-        self.on.clear()
+    def on_train_end(self, *_):
+        self.ask(math.inf)
+
+    def ask(self, step):
+        with self.condition:
+            self.asked = step
+            self.condition.notify_all()
 
     def write(self, path, content):
-        assert self.on.wait(60)
+        with self.condition:
+            assert self.condition.wait_for(lambda: self.asked > content["global_step"], 60)
         write_file(path, content)
 
 

@@ -81,7 +81,7 @@ def test_ranks_that_share_no_disk_are_found_before_the_first_step(tmp_path):
     assert other == (one[0], [], left) and len(late) == 2 and rest == [Begun] * 4
     assert [name for name in left if "probe" in name or name.endswith(".ckpt")] == []
     message = r"what rank 0 writes to /proc/self/cwd/checkpoints can't be seen by rank 1 \(.+\), but each "
-    assert re.match(f"{message}writes its shards of a checkpoint to it. Set trainer.default_root_dir", sharded)
+    assert re.match(f"{message}writes its shards of a checkpoint to it. Set run.root ", sharded)
     assert re.match(f"{message}loads the best checkpoint for the export. Set", best)
 
 
@@ -109,6 +109,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
         trainer.callbacks = [ModelCheckpoint(tmp_path / "new", **options)]
         needed = [num_bytes for _, num_bytes, _ in disks._checkpoints(trainer)]
         assert needed == ([number * size] if number else []), options
+    trainer.callbacks = [ModelCheckpoint(tmp_path / "new", every_n_train_steps=n, filename=f"{n}") for n in (1, 2)]
+    assert [num_bytes for _, num_bytes, _ in disks._checkpoints(trainer)] == [2 * size, 2 * size]  # in one folder
     trainer.callbacks = [saver]  # of a run that is resumed: its two are replaced, one after the other
     assert [num_bytes for _, num_bytes, _ in disks._checkpoints(trainer)] == [size]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))

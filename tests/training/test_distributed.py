@@ -58,11 +58,15 @@ def make_trainer(strategy, world_size, callbacks, **options):
 def make_module(folders, kind, **options):
     adapters = {
         "lora": {},
+        "qlora": {},
         "dropout": {"lora_dropout": 0.5},
         "attention": {"target_modules": ["q_proj", "v_proj"]},
         "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
     }
     adapter = LoraConfig(r=4, **adapters[kind]) if kind in adapters else None
+    if kind == "qlora":
+        pytest.importorskip("bitsandbytes")
+        options["quantization"] = "nf4"
     return ShadowModule(ModelPair(*map(str, folders)), adapter, lr=1e-2 if adapter else 1e-3, **options)
 
 
@@ -104,6 +108,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(("tied", "kind"), [
     (True, "lora"), (False, "full"), pytest.param(True, "full", marks=SLOW), pytest.param(False, "lora", marks=SLOW),
+    (False, "qlora"),
 ])  # fmt: skip
 def test_two_processes_are_one(tmp_path, kind, tied):
     """Same losses, weights and exported tensors; every rank holds half of everything under FSDP2."""
@@ -298,7 +303,7 @@ def train_and_resume(folders, kind, out, distributed, from_one):
     other = kind if kind == "full" else "dropout"
     whole_stream = fit_rows(folders, other, out, strategy(), 2, callbacks=[saver("stream")], **stream)[0]
     require_rest(fit_rows(folders, other, out, strategy(), 2, out / "stream/step=2.ckpt", **stream)[0], whole_stream, 2)
-    if kind == "lora":
+    if kind != "full":
         return whole_run, loaded
 
     def full(*_):
@@ -320,6 +325,7 @@ def train_and_resume(folders, kind, out, distributed, from_one):
 @pytest.mark.parametrize(("kind", "distributed"), [
     ("full", True), ("lora", False),
     pytest.param("full", False, marks=SLOW), pytest.param("lora", True, marks=SLOW),
+    pytest.param("qlora", True, marks=SLOW),
 ])  # fmt: skip
 def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     """With real data, exactly; and between one process and two, each tensor by its name, at the same sample."""

@@ -22,17 +22,16 @@ def fit(root, folder, every, *options):  # noqa: F811
         {"dirpath": str(folder), "filename": "validation-{step}", "monitor": "val/grafted/loss", "save_top_k": -1},
     ]
     callbacks = [{"class_path": SAVING, "init_args": {**each, "auto_insert_metric_name": False}} for each in saved]
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": ""}}
     torch.set_num_threads(1)
     main(["fit", "--config", str(root / "run.yaml"), f"--trainer.callbacks={json.dumps(callbacks)}",
           "--evaluation.evaluators={}", "--export.enabled=false", f"--trainer.val_check_interval={every}",
-          f"--trainer.logger={json.dumps(logger)}", *options])  # fmt: skip
+          f"--run.root={folder}", *options])  # fmt: skip
     return folder
 
 
 def logged(folder):
     """The rows of metrics.csv in a folder's last run, without times."""
-    file = max(folder.glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
+    file = max(folder.glob("run/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns)
     return [{name: value for name, value in row.items() if value and not any(m in name for m in _MACHINES)}
             for row in csv.DictReader(file.open())]  # fmt: skip
 
@@ -68,7 +67,7 @@ def test_a_run_resumes_exactly_from_each_of_its_checkpoints(root, tmp_path, ever
     for path in [whole / f"{name}.ckpt" for name in names] or sorted(whole.glob("*.ckpt")):
         parts = fit(root, tmp_path / path.stem, every, f"--ckpt_path={path}")
         require_equal(held(parts / "step-9.ckpt") if (parts / "step-9.ckpt").exists() else held(path), end)
-        found = logged(parts) if any(parts.glob("version_*/metrics.csv")) else []
+        found = logged(parts) if any(parts.glob("run/version_*/metrics.csv")) else []
         assert found == rows[len(rows) - len(found) :] and (found or path.stem.endswith("-9")), path
 
 
