@@ -28,6 +28,7 @@ if "HF_DATASETS_CACHE" not in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--random-order-seed", type=int, help="run the tests of each process in an order of this seed")
+    parser.addoption("--chaos-kills", type=int, help="the largest number of kills in each test of tests/chaos")
     parser.addoption("--chaos-seed", type=int, default=0, help="the moments at which the tests in tests/chaos kill")
 
 

@@ -8,6 +8,8 @@ wrong, or loses the gradients of the part of a step that was computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -36,10 +38,21 @@ class StepLoop(_TrainingEpochLoop):
 
 
 def take_over(trainer: Trainer) -> None:
-    """Let a trainer validate after whole steps; a loop that the user has set is kept."""
+    """Let a trainer validate and write checkpoints after whole steps; a loop that the user has set is kept.
+
+    ModelCheckpoint would write one after the first micro-batch of a resumed run, or by the clock at any time.
+    """
     loop = trainer.fit_loop.epoch_loop
     if type(loop) is _TrainingEpochLoop:
         loop.__class__ = StepLoop
+    for each in trainer.checkpoint_callbacks:
+        if "on_train_batch_end" not in vars(each):
+            each.on_train_batch_end = partial(_after_step, each.on_train_batch_end)  # type: ignore[method-assign]
+
+
+def _after_step(hook: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    if not trainer.fit_loop.epoch_loop._should_accumulate():
+        hook(trainer, *args, **kwargs)
 
 
 def amend(trainer: Trainer, loops: dict[str, Any]) -> None:

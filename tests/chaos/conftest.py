@@ -19,6 +19,7 @@ def chaos(request, tmp_path):
     """A campaign of the seed ``--chaos-seed``; it fails at its end if it has found a fault."""
     seed = request.config.getoption("--chaos-seed")
     found = Chaos(tmp_path, f"{seed} {request.node.name}")
+    found.limit = request.config.getoption("--chaos-kills")
     yield found
     request.node.user_properties.append((_NAME, json.dumps(found.counts)))
     repeat = f"python -m pytest -m '' --chaos-seed={seed} '{request.node.nodeid}'"

@@ -74,14 +74,16 @@ class Chaos:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
+        self.limit: int | None = None  # of kills
         self.runs = self.folder  # where the command's folders are
         self._number = 0
         Forked(int, out=self.folder / "told-0.txt").wait(_TIMEOUT_S)  # the server has imported everything by then
 
     def plan(
-        self, count: int, duration_s: float, aims: Iterator[Aim], *, aimed: float = 1 / 3, first_s: float = 0.0
+        self, count: int, duration_s: float, aims: Iterator[Aim], *, aimed: float = 1 / 3, first_s: float = 0.1
     ) -> list[Kill]:
         """Kills in an order of the seed: a share from the inside, the others by each signal at any moment."""
+        count = min(count, self.limit or count)
         inside = [Kill(aim.signal, aim=aim) for _, aim in zip(range(round(count * aimed)), aims, strict=False)]
         outside = [
             Kill(SIGNALS[-1 - i % 3], self.random.uniform(first_s, duration_s), self.random.random() < 0.3)
@@ -158,7 +160,7 @@ class Chaos:
         ] += 1
         self.counts["aimed"] += kill.aim is not None
         expected = -kill.number if kill.number == signal.SIGKILL else 128 + kill.number
-        if case.ranks == 1 and status not in (expected, -signal.SIGXFSZ):
+        if case.ranks == 1 and status not in (expected, -kill.number, -signal.SIGXFSZ):
             self._fault(f"exit status {status} after {struck}", told)
         self._count_orphans(process, struck)
         for each in case.torn(folder, kill):

@@ -122,6 +122,7 @@ def command(aim: Aim | None, record: Path, ranks: int, prepare: Callable[[], Non
 
 
 def _run(aim: Aim | None, record: Path, rank: int, prepare: Callable[[], None] | None, args: tuple[str, ...]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command handles it
     if prepare is not None:
         prepare()
     if aim is not None and aim.rank == rank:

@@ -201,7 +201,7 @@ def shared_memory():
 LONG = [pytest.param(name, 15, marks=pytest.mark.chaos) for name in OPTIONS if name != "export"]
 
 
-@pytest.mark.parametrize(("name", "kills"), [("lora", 3), *LONG])
+@pytest.mark.parametrize(("name", "kills"), [("lora", 2), *LONG])
 def test_fit(chaos, root, request, name, kills):
     if name == "two_disks":
         chaos.runs = request.getfixturevalue("shared_memory")

@@ -84,7 +84,7 @@ LONG = pytest.mark.chaos
 
 
 @pytest.mark.parametrize(("name", "kills"), [
-    ("processes", 6), pytest.param("processes", 20, marks=LONG), pytest.param("threads", 20, marks=LONG),
+    ("processes", 4), pytest.param("processes", 20, marks=LONG), pytest.param("threads", 20, marks=LONG),
 ])  # fmt: skip
 def test_graft(chaos, models, name, kills):  # noqa: F811
     case = Graft(models, name, chaos.folder / "whole" / OUT)

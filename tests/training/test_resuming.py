@@ -67,6 +67,8 @@ def test_a_run_resumes_exactly_from_each_of_its_checkpoints(root, tmp_path, ever
     for path in [whole / f"{name}.ckpt" for name in names] or sorted(whole.glob("*.ckpt")):
         parts = fit(root, tmp_path / path.stem, every, f"--ckpt_path={path}")
         require_equal(held(parts / "step-9.ckpt") if (parts / "step-9.ckpt").exists() else held(path), end)
+        again = parts / f"step-{torch.load(path, weights_only=True)['global_step']}.ckpt"
+        assert not again.exists(), "after half a step"
         found = logged(parts) if any(parts.glob("run/version_*/metrics.csv")) else []
         assert found == rows[len(rows) - len(found) :] and (found or path.stem.endswith("-9")), path
 
