@@ -140,7 +140,7 @@ def given_class(args: ArgsType) -> str | None:
             found = value
         elif name in ("-c", "--config"):
             with contextlib.suppress(OSError, TypeError, yaml.YAMLError):  # the parser reports them
-                text = ConfigPath(value, mode="fsr").get_content()
+                text = ConfigPath(value, mode="fsr").read_text()
                 config = load_yaml(text, value)
                 require_secrets(config)  # before jsonargparse, to which it is a broken alias of YAML
                 found = _class_in(config) or found
