@@ -47,7 +47,7 @@ def take_over(trainer: Trainer) -> None:
         loop.__class__ = StepLoop
     for each in trainer.checkpoint_callbacks:
         if "on_train_batch_end" not in vars(each):
-            each.on_train_batch_end = partial(_after_step, each.on_train_batch_end)  # type: ignore[method-assign]
+            vars(each)["on_train_batch_end"] = partial(_after_step, each.on_train_batch_end)
 
 
 def _after_step(hook: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
