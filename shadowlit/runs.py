@@ -250,8 +250,9 @@ class SaveConfig(SaveConfigCallback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write a step's row before its checkpoint: Lightning logs it after that, when the run may have been killed."""
         loggers, connector = trainer.loggers, trainer._logger_connector
+        counted = trainer.fit_loop.epoch_loop._batches_that_stepped == trainer.global_step  # and the row is written
         in_step = trainer.training and isinstance(connector._first_loop_iter, bool)
-        if in_step and loggers and isinstance(loggers[0], MetricsFile):
+        if in_step and not counted and loggers and isinstance(loggers[0], MetricsFile):
             trainer.loggers = loggers[:1]
             connector.update_train_step_metrics()
             trainer.loggers = loggers

@@ -22,7 +22,7 @@ from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 from shadowlit.pair import buffers
 from shadowlit.pair.folders import model_folder
 

@@ -38,7 +38,8 @@ from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import Update, open_update
+from shadowlit.grafting.tuned import open_update
+from shadowlit.grafting.update import Update
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.side import stated_sides
@@ -143,7 +144,7 @@ class Delta(Update):
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """The update of a tuned checkpoint; see :func:`shadowlit.grafting.update.open_update`."""
+        """The update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
         shapes = {name: shape for name, shape in update.shapes.items() if name in update.weights}
         return cls(shapes, _as_tensors(update.rows), source=update)
 

@@ -15,7 +15,8 @@ from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
 from shadowlit.grafting.manifest import MANIFEST_FILE, add_to_manifest, build_manifest, read_manifest
-from shadowlit.grafting.update import Update, open_update
+from shadowlit.grafting.tuned import open_update
+from shadowlit.grafting.update import Update
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair

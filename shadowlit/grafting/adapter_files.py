@@ -118,7 +118,9 @@ class MergedUpdate(FromBase):
         self._require_untied(adapted, {modules[module] for module in tokens})
         try:
             self._layers = self._built(config, modules, own, tokens)
-        except (ValueError, RuntimeError, KeyError) as error:
+        except GraftError:
+            raise
+        except Exception as error:  # of peft's many types
             raise GraftError(
                 f"{folder} does not fit {base.folder} ({first_line(error)}). Give the Base that the adapter was "
                 "trained on, or merge the adapter into it (merge_and_unload) and give that."
@@ -226,10 +228,11 @@ class MergedUpdate(FromBase):
         return parameter.detach() if name is None else self._base.read(name)
 
 
-# Settings by which peft chooses modules, and what it trains besides the adapter, which the files tell.
+# Settings by which peft chooses modules, what it trains besides the adapter, and what it asks of the whole model: the
+# files tell the former, and only layers are built.
 _OF_OTHER_MODULES = (
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
-    "trainable_token_indices", "base_model_name_or_path",
+    "trainable_token_indices", "base_model_name_or_path", "task_type",
 )  # fmt: skip
 
 

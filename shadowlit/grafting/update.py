@@ -26,7 +26,6 @@ from shadowlit.checkpoint.numeric import require_finite
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError
-from shadowlit.pair.buffers import open_model
 
 if TYPE_CHECKING:
     pass
@@ -239,15 +238,3 @@ def zero_update(found: str) -> GraftError:
         "Base (an adapter whose lora_B are all zero has learned nothing), that select chooses what was trained, and "
         "that the scale is not 0. With --allow-zero (allow_zero=True) it is no error."
     )
-
-
-def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False, strict: bool = True) -> Update:
-    """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form.
-
-    ``strict`` is that of :class:`FullUpdate`.
-    """
-    if (tuned / "adapter_config.json").is_file():
-        from shadowlit.grafting.adapter_files import adapter_update  # late: peft takes seconds
-
-        return adapter_update(base, tuned, strict=strict, allow_pickle=allow_pickle)
-    return FullUpdate(base, open_model(tuned, allow_pickle).learned(), strict)

@@ -27,7 +27,7 @@ from safetensors.torch import save, save_file
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.errors import CheckpointError, ShadowlitError
 from shadowlit.grafting.export import export_folder
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 
 EXAMPLES = int(os.environ.get("SHADOWLIT_FUZZ_EXAMPLES", "0"))
 

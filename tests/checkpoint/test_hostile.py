@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
 from shadowlit.errors import GraftError
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 from tests.tiny import save_model, save_pair
 
 NAME = "model.layers.0.mlp.up_proj.weight"

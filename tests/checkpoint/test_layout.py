@@ -20,7 +20,7 @@ from shadowlit.delta.folders import base_of
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.parameters import linear_names
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 from tests.tiny import save_model, save_pair, store_head
 
 SIDES = ("base", "tuned", "instruct")

@@ -20,7 +20,7 @@ from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.parameters import linear_names
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 from tests.tiny import ARCHITECTURES, make_config, save_model, save_pair
 
 

@@ -21,7 +21,7 @@ from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
 from shadowlit.grafting.export import export_adapter, export_folder
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import BASE, INSTRUCT
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 from shadowlit.pair.pair import ModelPair
 from tests.grafting.test_live import IDS, effective_weights, grafted, load, logits, open_graft, train_a_bit, truth
 from tests.reloading import reload_logits
@@ -335,7 +335,7 @@ def test_experts_that_the_instruct_lacks_are_an_error(tmp_path):
 def test_starts_from_weights_that_are_no_modules_are_refused(tmp_path, start):
     base, _ = pair_in(tmp_path, "qwen3_moe", "single")
     for options in ({"target_modules": "all-linear"}, ADAPTERS["experts"]):
-        with pytest.raises(GraftError, match=r"experts are bare parameters\. Use init_lora_weights=true"):
+        with pytest.raises(GraftError, match=r"experts are bare parameters\. Use plain LoRA"):
             load(base, LoraConfig(r=4, init_lora_weights=start, **options))
 
 

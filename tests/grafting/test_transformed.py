@@ -21,7 +21,7 @@ from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import export_folder
 from shadowlit.grafting.manifest import read_manifest
 from shadowlit.grafting.subject import BASE, INSTRUCT
-from shadowlit.grafting.update import open_update
+from shadowlit.grafting.tuned import open_update
 from tests.grafting.test_live import grafted, load, logits, open_graft, train_a_bit
 from tests.grafting.test_mixtures import pair_in
 from tests.tiny import save_pair
