@@ -146,6 +146,7 @@ def test_the_graft_is_peft_s_merge_of_the_base_less_the_base(folders, kind):
 def test_an_adapter_s_folder_holds_the_update(tmp_path, folders, kind):
     model = trained(kind, folders)
     expected, _ = truth(folders, effective_weights(model))
+    model.peft_config["default"].task_type = "CAUSAL_LM"  # as most adapters have it
     model.save_pretrained(tmp_path / "adapter")
     if kind in NOT_ON_DISK:
         note(kind, "on disk", "refused: its file lacks the residual")
