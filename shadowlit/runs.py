@@ -25,7 +25,7 @@ from shadowlit.callbacks.metrics_file import MetricsFile
 from shadowlit.checkpoint.saved import find_whole, newest_whole, read_rest, step_of
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import ShadowlitError
-from shadowlit.files import replace_text
+from shadowlit.files import replace_text, require_writable
 from shadowlit.limits import load_yaml
 from shadowlit.masking import is_secret, masked
 
@@ -91,6 +91,7 @@ class Run:
         self.metrics = MetricsFile(options.root, place, is_new=not (name and self.fits))
         self.metrics.is_named = self.fits and options.name is not None
         self.start: Path | None = None
+        self._seen: object = None
 
     def loggers(self, configured: Any) -> list[Logger]:
         """The run's own logger, and after it those of ``trainer.logger``, except for one that writes the same file."""
@@ -109,7 +110,16 @@ class Run:
             ShadowlitError: Continuing it is not allowed, or the configuration has changed.
             SystemExit: The run is complete; the status is 0.
         """
-        if self.folder is None or not self.fits or not (file := self.folder / CONFIG).is_file():
+        if self.folder is None or not self.fits:
+            return
+        try:
+            require_writable(self.folder)
+        except OSError as error:
+            raise ShadowlitError(
+                f"run.name is {self.options.name!r}, but {self.folder} can't be written ({error.strerror}). Give "
+                "another run.name or run.root."
+            ) from error
+        if not (file := self.folder / CONFIG).is_file():
             return
         if self.options.resume == "never":
             raise ShadowlitError(f"run.resume is never, but {self.folder} holds a run. Give another run.name.")
@@ -148,9 +158,9 @@ class Run:
                 f"ckpt_path is {given}, but the run has no name, so it is unknown of which run. Give run.name, or the "
                 "path of a checkpoint."
             )
-        path = None if given is None or special else find_whole(given, resumes=self.fits, contents=contents)
         if self.folder is None or not (self.fits or special):
-            return path
+            return None if given is None else find_whole(given, resumes=self.fits, contents=contents)
+        self._seen = self._state()
         own = newest_whole(self.folder / "checkpoints", resumes=self.fits, contents=contents)
         if own is None and (special or self.options.resume == "must"):
             raise ShadowlitError(
@@ -158,12 +168,13 @@ class Run:
                 "run.name, or give the path of a checkpoint as ckpt_path."
             )
         if own is None:
-            return path
+            return None if given is None else find_whole(given, resumes=True, contents=contents)
         best = _best(own) if given == "best" else None
         if not self.fits:
             return find_whole(best, resumes=False, contents=contents) if best else own
-        older = best or path  # of this run, or else what it began from
-        if older and self.folder.resolve() in older.resolve().parents and step_of(older) < step_of(own):
+        older = best or (None if given is None or special else Path(given))
+        is_own = older and self.folder.resolve() in older.resolve().parents  # or what it began from, if it still exists
+        if older and is_own and step_of(find_whole(older, resumes=True, contents=contents)) < step_of(own):
             raise ShadowlitError(
                 f"ckpt_path is {older}, but the newest checkpoint of the run is {own}. Leave ckpt_path out, or give "
                 "another run.name and this path."
@@ -171,6 +182,15 @@ class Run:
         self.start, self.metrics.step = own, step_of(own)
         rank_zero_info(f"{self.folder} resumes from step {self.metrics.step}: {own}")
         return own
+
+    def _state(self) -> tuple[bool, int]:
+        """What another process that trains the run changes: whether it is complete, and its checkpoints.
+
+        The latter is when their folder was last changed.
+        """
+        assert self.folder is not None
+        folder = self.folder / "checkpoints"
+        return (self.folder / COMPLETE).is_file(), folder.stat().st_mtime_ns if folder.is_dir() else 0
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -180,7 +200,10 @@ class Run:
             ShadowlitError: Another command holds it.
         """
         if self.folder is None or not self.fits or rank_zero_only.rank != 0:  # type: ignore[attr-defined]
-            yield
+            try:
+                yield
+            finally:
+                self.metrics.leave()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".run.lock")
@@ -191,6 +214,12 @@ class Run:
                 raise ShadowlitError(
                     f"another process is training {self.folder}. Wait until it has ended, or give another run.name."
                 ) from None
+        if self._seen not in (None, self._state()):
+            lock.release()
+            raise ShadowlitError(
+                f"another process has trained {self.folder} since this one looked for its newest checkpoint. Start the "
+                "same command again."
+            )
         if (self.folder / CONFIG).is_file() and not (self.folder / COMPLETE).is_file():
             with suppress(FileNotFoundError):  # one that was interrupted, and isn't verified
                 (self.folder / "export").rename(unused(self.folder / "export"))

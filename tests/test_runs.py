@@ -258,6 +258,33 @@ def test_a_run_that_another_process_works_on_is_left_alone(root, run, monkeypatc
     assert files(run) == before
 
 
+def test_a_run_that_another_process_has_trained_meanwhile_is_looked_at_again(run):
+    """It may have written what this command would resume from, and rows that are to be dropped."""
+    found = Run(RunOptions("a"), "fit", "tiny")
+    found.find_checkpoint(None, contents=True)
+    os.rename(run / "checkpoints/last.ckpt", run / "checkpoints/newer.ckpt")
+    with pytest.raises(ShadowlitError, match=r"another process has trained runs/a since .* the same command again"):
+        found.held().__enter__()
+    found.find_checkpoint(None, contents=True)
+    with found.held():
+        assert found.start == found.folder / "checkpoints/newer.ckpt"
+
+
+def test_commands_that_start_at_once_have_folders_of_their_own():
+    one, other = (Run(RunOptions(), "fit", "tiny").metrics for _ in range(2))
+    assert [one.log_dir, other.log_dir, one.log_dir] == [f"runs/tiny/version_{i}" for i in (0, 1, 0)]
+    other.leave()
+    assert os.listdir("runs/tiny") == ["version_0"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file"])
+def test_a_name_that_can_be_no_folder_s(name, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/file").touch()
+    with pytest.raises(ShadowlitError, match=rf"run\.name is '{name}', but runs/{name} can't be written \(.*\)\. Give"):
+        Run(RunOptions(name), "fit", "tiny").require_continuable("x: 1")
+
+
 # -- ckpt_path --------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +326,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_alone(root, run):
     for steps in (["2"], ["2", "3"]):  # from where it was stopped
         assert fit(root, "--run.name=b", f"--ckpt_path={first}", callbacks=[Strike("batch", 1)]) == 143
         assert [row["step"] for row in logged(run.parent / "b")[1]] == steps
+        first.unlink(missing_ok=True)  # what it began from may be gone when it is started again
 
 
 def test_the_newest_complete_one_is_taken_whatever_its_name(run):

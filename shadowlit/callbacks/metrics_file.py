@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,25 @@ class MetricsFile(CSVLogger):
     def __init__(self, root: str, name: str, is_new: bool) -> None:
         super().__init__(root, name, None if is_new else "")
         self.is_named, self.step = False, 0
+        self._made: Path | None = None
+
+    @property
+    def version(self) -> int | str:
+        """Number of a new folder, which is made when it is first asked for, so that no other process takes it."""
+        if self._version is None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            for number in count(int(self._get_next_version())):
+                with suppress(FileExistsError):
+                    self._made = Path(self.root_dir, f"version_{number}")
+                    self._made.mkdir(parents=True)
+                    self._version = number
+                    break
+        return super().version
+
+    def leave(self) -> None:
+        """Remove the new folder if it is still empty, as after an error in the data."""
+        if self._made is not None:
+            with suppress(OSError):
+                self._made.rmdir()
 
     @property
     def experiment(self) -> Any:

@@ -118,7 +118,8 @@ def _require_exportable(stage: TrainedReader, pair: ModelPair, adapter: PeftConf
         raise ExportError(
             f"{stage.folder} lacks the residual that an adapter with {dependence(adapter)} "
             "leaves in the weights, so its update can't be computed from disk. Let the run export it, without another "
-            f"step: fit --config {home / 'config.yaml'} --ckpt_path {stage.folder} --trainer.max_steps {stage.step}"
+            f"step: fit --config {home / 'config.yaml'} --run.name null --ckpt_path {stage.folder} "
+            f"--trainer.max_steps {stage.step}"
         )
 
 

@@ -354,7 +354,7 @@ class ShadowData(DataSettings, LightningDataModule):
     def _order_of(self, loader: ResumableLoader | StreamLoader) -> dict[str, Any]:
         if isinstance(loader, StreamLoader):
             return describe_stream(self, self._ranks()[0])
-        return describe_epochs(self, loader.batch_sampler, self._mixture)
+        return describe_epochs(self, loader.batch_sampler, self._sets["train"], self._mixture)
 
     def _report_padding(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
         """Put the number of positions of the first epoch into the report, and log the share that padding takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,8 @@ from shadowlit.data.preference import PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grouped_order
 from shadowlit.data.settings import DataSettings, Source
 from shadowlit.errors import DataError
+
+_CONTENT = "checksum of the samples"  # not in checkpoints of earlier versions
 
 
 def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
@@ -126,10 +129,14 @@ def count_positions(
 
 
 def describe_epochs(
-    settings: DataSettings, sampler: ShardedBatchSampler, mixture: Mixture | None = None
+    settings: DataSettings,
+    sampler: ShardedBatchSampler,
+    dataset: TokenDataset | PreferenceDataset,
+    mixture: Mixture | None = None,
 ) -> dict[str, Any]:
-    """Everything that the order of an epoch depends on; not the number of ranks, but the size of the global batch."""
+    """The samples, and what their order depends on; not the number of ranks, but the size of the global batch."""
     order: dict[str, Any] = {
+        _CONTENT: f"{zlib.crc32(dataset.hashes().tobytes()):08x}",
         "num_samples": sampler.num_samples,
         "global_batch_size": sampler.global_batch_size,
         "seed": sampler.seed,
@@ -194,7 +201,7 @@ def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[st
     changed = [
         f"{key} {before.get(key)} → {order.get(key)}"
         for key in dict.fromkeys((*before, *order))
-        if before.get(key) != order.get(key)
+        if before.get(key) != order.get(key) and not (key == _CONTENT and key not in before)
     ]
     if not changed:
         return

@@ -1,6 +1,8 @@
 """Interrupted and resumed by Lightning, a run sees exactly the batches that it would have seen."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from shadowlit.data.module import ShadowData
+from shadowlit.data.order import check_order
 from shadowlit.errors import DataError
 from tests.data.templates import talk
 from tests.distributed import run_ranks
@@ -145,6 +148,22 @@ def test_no_resume_in_the_middle_of_other_packs(path, tmp_path):
     fit(data(path, batch_size=2, packing="padding_free"), ckpt_path=middle)  # the same order
     with pytest.warns(UserWarning, match="resumes with other data or batches than before: group_by_length None → True"):
         fit(data(path, batch_size=2, group_by_length=True), ckpt_path=end)
+
+
+def test_no_resume_with_other_rows_under_the_same_path(path, tmp_path):
+    """As many of them; between epochs it is a warning."""
+    file, rows = tmp_path / "train.jsonl", Path(path).read_text()
+    file.write_text(rows)
+    shutil.copy(Path(path).with_stem("val"), tmp_path)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    fit(data(str(file), batch_size=2), callbacks=[saver], max_epochs=1)
+    file.write_text(rows.replace('"a"', '"z"'))
+    with pytest.raises(DataError, match=r"these data don't give: checksum of the samples \w+ → \w+\. Resume with"):
+        fit(data(str(file), batch_size=2), ckpt_path=tmp_path / "step=2.ckpt")
+    with pytest.warns(UserWarning, match="other data or batches than before: checksum of the samples"):
+        fit(data(str(file), batch_size=2), ckpt_path=tmp_path / "step=5.ckpt")
+    before = {"num_samples": 10}  # of an earlier version
+    check_order(before, {**before, "checksum of the samples": "0"}, {"batch": 2})
 
 
 def test_saved_after_the_end_of_max_steps(path, whole, tmp_path):
