@@ -14,6 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -87,6 +88,10 @@ class Run:
         self.options, self.fits = options, command == "fit"
         name = options.name or (_job_name(config) if self.fits else None)
         self.folder = Path(options.root, name) if name else None
+        if self.folder is not None and Path(options.root).resolve().is_relative_to(self.folder.resolve()):
+            raise ShadowlitError(
+                f"run.name is {name!r}, whose folder {self.folder} holds run.root; expected a name, e.g. {config}_1."
+            )
         place = config if name is None else name if self.fits else f"{name}/{command}"
         self.metrics = MetricsFile(options.root, place, is_new=not (name and self.fits))
         self.metrics.is_named = self.fits and options.name is not None
@@ -123,7 +128,8 @@ class Run:
             return
         if self.options.resume == "never":
             raise ShadowlitError(f"run.resume is never, but {self.folder} holds a run. Give another run.name.")
-        changed = _changes(load_yaml(file.read_text(encoding="utf-8"), str(file)), yaml.safe_load(saved))
+        old, new = load_yaml(file.read_text(encoding="utf-8"), str(file)), yaml.safe_load(saved)
+        changed = _changes(old, new)
         if changed and not self.options.allow_changes:
             raise ShadowlitError(
                 f"the configuration of {self.folder} has changed: {changed}. Undo the changes, give another run.name, "
@@ -135,6 +141,12 @@ class Run:
             found = json.loads(complete.read_text(encoding="utf-8"))
             export = found["export"] and self.folder / found["export"]
             if export is None or export.is_dir():
+                if exports := _changes(*({"of": {"export": each.get("export")}} for each in (old, new))):
+                    raise ShadowlitError(
+                        f"{self.folder} is complete, and nothing is trained, but the export has changed: "
+                        f"{exports.replace('of.', '')}. Write another export with 'python -m shadowlit export --ckpt "
+                        f"{self.folder / 'checkpoints'}/…', or undo the changes."
+                    )
                 rank_zero_info(
                     f"{self.folder} is complete (step {found['step']}), and nothing is done. Its export: {export}. To "
                     "train on, give another run.name, and one of its checkpoints as ckpt_path."
@@ -220,8 +232,8 @@ class Run:
                 f"another process has trained {self.folder} since this one looked for its newest checkpoint. Start the "
                 "same command again."
             )
-        if (self.folder / CONFIG).is_file() and not (self.folder / COMPLETE).is_file():
-            with suppress(FileNotFoundError):  # one that was interrupted, and isn't verified
+        if (self.folder / CONFIG).is_file():
+            with suppress(FileNotFoundError):  # of fewer steps, or one that was interrupted and isn't verified
                 (self.folder / "export").rename(unused(self.folder / "export"))
         try:
             yield
@@ -287,10 +299,11 @@ class SaveConfig(SaveConfigCallback):
             trainer.loggers = loggers
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the run as complete."""
+        """Mark the run as complete, unless its time was up."""
         folder = run_folder(trainer)
-        if trainer.is_global_zero and trainer.global_step:
-            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        left = [each.time_remaining() for each in callbacks if isinstance(each, Timer)]
+        if trainer.is_global_zero and trainer.global_step and all(seconds is None or seconds > 0 for seconds in left):
             exports = [each.folder for each in callbacks if isinstance(each, ExportCallback) and each.enabled]
             export = exports and (os.path.abspath(exports[0]) if exports[0] else "export")
             replace_text(folder / COMPLETE, json.dumps({"step": trainer.global_step, "export": export or None}))

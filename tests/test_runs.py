@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -201,9 +202,38 @@ def test_a_removed_export_is_made_again(tmp_path):
     run = Run(RunOptions("a"), "fit", "tiny")
     with pytest.raises(SystemExit):
         run.require_continuable("x: 1")
+    with pytest.raises(ShadowlitError, match=r"complete, .* export has changed: export\.parts null → \['delta'\]\. Wr"):
+        run.require_continuable("x: 1\nexport: {parts: [delta]}")
     os.rmdir("runs/a/export")
     run.require_continuable("x: 1")
     Run(RunOptions("a"), "validate", "tiny").require_continuable("x: 2")
+
+
+@pytest.mark.parametrize("name", [".", "..", "../..", "a/.."])
+def test_a_run_has_a_folder_below_the_others(name):
+    with pytest.raises(ShadowlitError, match=r"run\.name is '.*', whose folder \S+ holds run\.root"):
+        Run(RunOptions(name), "fit", "tiny")
+
+
+class TimeIsUp(Timer):
+    """Stops after the first step."""
+
+    def on_fit_start(self, *_):
+        """Don't stop yet."""
+
+    def time_elapsed(self, stage=None):
+        return 1.0
+
+
+def test_a_run_whose_time_is_up_is_not_complete(root, tmp_path):
+    """It goes on with more time or as another training, and its export of fewer steps is set aside."""
+    fit(root, "--run.name=a", "--trainer.max_time=00:01:00:00", callbacks=[TimeIsUp("00:00:00:00")])
+    assert not (tmp_path / "runs/a/complete.json").exists() and (tmp_path / "runs/a/export").is_dir()
+    allowed = ["--run.allow_changes=true", "--trainer.max_steps=3"]
+    fit(root, "--run.name=a", *allowed)
+    assert json.loads((tmp_path / "runs/a/complete.json").read_text())["step"] == 3
+    fit(root, "--run.name=a", "--run.allow_changes=true", "--trainer.max_steps=4")
+    assert {"export", "export-v1", "export-v2"} <= {*os.listdir(tmp_path / "runs/a")}
 
 
 def test_a_changed_configuration_is_listed_and_refused_unless_it_is_allowed(root, run):
