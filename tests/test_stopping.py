@@ -137,6 +137,23 @@ def test_a_run_that_is_stopped_everywhere_is_the_uninterrupted_one(root, tmp_pat
     require_same(whole, end, [tmp_path / "whole", folder])
 
 
+class StrikeAtTheEnd(Strike):
+    """In the validation after the last of five steps."""
+
+    def on_subject(self, trainer, module, subject, record):
+        if trainer.global_step == 5:
+            self.count("subject")
+
+
+def test_a_validation_after_the_last_step_is_repeated(root, tmp_path):
+    """One that was stopped: its scores are logged, and the best checkpoint is chosen by them."""
+    whole, folder = fit(root, str(tmp_path / "whole"), "--trainer.max_steps=5"), tmp_path / "parts"
+    assert fit(root, str(folder), "--trainer.max_steps=5", callbacks=[StrikeAtTheEnd("subject", 1)]) == 143
+    end = fit(root, str(folder), "--trainer.max_steps=5")
+    assert end.trainer.global_step == 5
+    require_same(whole, end, [tmp_path / "whole", folder])
+
+
 def test_other_parts_end_at_once(root):
     """A validation, and what follows a training; SIGINT is not swallowed."""
     strike = Strike("validation", 1, signal.SIGINT)

@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.progress import _BatchProgress, _ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
@@ -24,6 +25,12 @@ class StepLoop(_TrainingEpochLoop):
     A validation that is due after a part of the micro-batches of a step follows the step. Checkpoints of validations
     hold no gradients, and those of the part would be lost.
     """
+
+    def advance(self, data_fetcher: _DataFetcher) -> None:
+        """Train a micro-batch, or leave it to the validation that is repeated; the last step is the last."""
+        if self._is_training_done and not self._should_check_val_fx(data_fetcher):
+            raise StopIteration
+        super().advance(data_fetcher)
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         trainer, every = self.trainer, self.trainer.val_check_batch
@@ -37,6 +44,19 @@ class StepLoop(_TrainingEpochLoop):
         return done // every > (done - own) // every
 
 
+class TrainingLoop(_FitLoop):
+    """Lightning's loop over the epochs, which repeats a validation that was interrupted after the last step."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all is trained and validated."""
+        total = self.epoch_loop.val_loop.batch_progress.total
+        interrupted = total.started == total.ready == total.processed + 1 and total.completed == total.processed
+        if self.restarting and interrupted and self.trainer.enable_validation and self.max_batches:
+            return False
+        return super().done
+
+
 def take_over(trainer: Trainer) -> None:
     """Let a trainer validate and write checkpoints after whole steps; a loop that the user has set is kept.
 
@@ -45,6 +65,7 @@ def take_over(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     if type(loop) is _TrainingEpochLoop:
         loop.__class__ = StepLoop
+        trainer.fit_loop.__class__ = TrainingLoop
     for each in trainer.checkpoint_callbacks:
         if "on_train_batch_end" not in vars(each):
             vars(each)["on_train_batch_end"] = partial(_after_step, each.on_train_batch_end)
