@@ -51,6 +51,7 @@ class TrainingLoop(_FitLoop):
     def done(self) -> bool:
         """Whether all is trained and validated."""
         total = self.epoch_loop.val_loop.batch_progress.total
+        assert isinstance(total, _ProcessedTracker)
         interrupted = total.started == total.ready == total.processed + 1 and total.completed == total.processed
         if self.restarting and interrupted and self.trainer.enable_validation and self.max_batches:
             return False
