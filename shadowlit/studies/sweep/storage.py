@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import Interrupted, ShadowlitError
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -54,6 +54,16 @@ def _journal(file: Path) -> BaseStorage:
         """Optuna's journal, which an entry that was cut short would make unreadable as soon as another follows it."""
 
         def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            """Append entries; a signal while the lock is awaited is raised as such, which Optuna's lock replaces."""
+            try:
+                self._append(logs)
+            except RuntimeError as error:
+                cause: BaseException | None = error
+                while cause is not None and not isinstance(cause, Interrupted):
+                    cause = cause.__context__
+                raise (cause or error) from None
+
+        def _append(self, logs: list[dict[str, Any]]) -> None:
             """Append entries in place of what a writer has left that was killed or had no room."""
             lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs).encode()
             with get_lock_file(self._lock), file.open("r+b") as journal:

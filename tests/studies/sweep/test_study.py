@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import Interrupted, ShadowlitError
 from shadowlit.studies.sweep import study as module
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy, state_of, stored_definition
@@ -237,3 +237,17 @@ def test_a_journal_that_is_none(tmp_path):
     (tmp_path / "x.journal").write_text("these are no trials\nat all\n")
     with pytest.raises(ShadowlitError, match=r"x\.journal can't be read or written"):
         opened(str(tmp_path / "x.journal"), tmp_path)
+
+
+def test_a_signal_in_the_lock_of_the_journal_is_a_signal(tmp_path, monkeypatch):
+    """Optuna would give the lock back that it doesn't have yet, and raise an error of that instead."""
+    storage = open_storage(None, tmp_path)
+
+    def stopped(*_):
+        raise Interrupted(143)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "symlink", stopped)
+        with pytest.raises(Interrupted):
+            storage.create_new_study([], "sweep")
+    assert storage.create_new_study([], "sweep") == 0
