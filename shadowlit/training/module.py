@@ -369,8 +369,6 @@ class ShadowModule(ScoringModule):
         """Convert them back; refuse a checkpoint of other parameters."""
         if self.adapter is not None or self.strict_loading:
             require_same_parameters(self.trainer.ckpt_path, checkpoint["state_dict"], self.state_dict())
-        if self.trainer.training:
-            resuming.skip_validation(self.trainer, checkpoint["loops"])
         self.objective.on_load_checkpoint(checkpoint)
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]

@@ -110,69 +110,68 @@ def _clippable(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-class ShardedMuon(Muon):
+class _OneByOne:
+    """An optimizer's step, taken for one parameter after the other."""
+
+    param_groups: list[dict[str, Any]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; parameters without a gradient are left out."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.step_alone(parameter, group)
+        finally:
+            self.param_groups = groups
+        return loss
+
+    def step_alone(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter of a group; may replace :attr:`param_groups` meanwhile."""
+        raise NotImplementedError
+
+
+class ShardedMuon(_OneByOne, Muon):
     """Muon of sharded matrices: each rank gathers one matrix after the other and keeps its part of the update.
 
     The products of shards would be rounded to bfloat16 before they are added, which changes an update by percents. The
     results are those of one device bit for bit. State and parameters stay sharded.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step, matrix after matrix; a collective."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
-        try:
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        continue
-                    whole = parameter.full_tensor().requires_grad_()
-                    whole.grad = parameter.grad.full_tensor()
-                    state, self.param_groups = self.state[parameter], [{**group, "params": [whole]}]
-                    self.state[whole] = {name: moment.full_tensor() for name, moment in state.items()}
-                    super().step()
-                    state.update({name: place(moment, parameter) for name, moment in self.state.pop(whole).items()})
-                    local(parameter).copy_(local(place(whole.detach(), parameter)))
-        finally:
-            self.param_groups = groups
-        return loss
+    def step_alone(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """The step of one matrix; a collective."""
+        whole = parameter.full_tensor().requires_grad_()  # type: ignore[attr-defined]
+        whole.grad = parameter.grad.full_tensor()  # type: ignore[union-attr]
+        state, self.param_groups = self.state[parameter], [{**group, "params": [whole]}]
+        self.state[whole] = {name: moment.full_tensor() for name, moment in state.items()}
+        Muon.step(self)
+        state.update({name: place(moment, parameter) for name, moment in self.state.pop(whole).items()})
+        local(parameter).copy_(local(place(whole.detach(), parameter)))
 
 
-class OffloadedAdamW(AdamW):
+class OffloadedAdamW(_OneByOne, AdamW):
     """AdamW whose moments are kept in the CPU's memory and moved to the device for one parameter at a time.
 
     Saves 8 bytes per trained parameter on the device, and moves 16 in every step. The results are the same bit for bit.
     Sharded parameters have sharded moments. While a checkpoint is loaded, all moments are on the device.
     """
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step, parameter after parameter."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        groups = self.param_groups
-        try:
-            for group in groups:
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        continue
-                    self.param_groups = [{**group, "params": [parameter]}]
-                    state = self.state[parameter]
-                    at_home = {name: state[name] for name in _MOMENTS if name in state}
-                    for name, moment in at_home.items():
-                        state[name] = moment.to(parameter.device, non_blocking=True)
-                    super().step()
-                    for name in _MOMENTS:
-                        state[name] = _to_cpu(state[name], at_home.get(name))
-        finally:
-            self.param_groups = groups
-        return loss
+    def step_alone(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """The step of one parameter, with its moments on its device."""
+        self.param_groups = [{**group, "params": [parameter]}]
+        state = self.state[parameter]
+        at_home = {name: state[name] for name in _MOMENTS if name in state}
+        for name, moment in at_home.items():
+            state[name] = moment.to(parameter.device, non_blocking=True)
+        AdamW.step(self)
+        for name in _MOMENTS:
+            state[name] = _to_cpu(state[name], at_home.get(name))
 
     def state_dict(self) -> dict[str, Any]:
         """As AdamW's, when what is on its way to the CPU has arrived."""

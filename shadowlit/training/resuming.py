@@ -108,20 +108,6 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
         state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
 
 
-def skip_validation(trainer: Trainer, loops: dict[str, Any]) -> None:
-    """Change loaded progress from a validation at an epoch's end to the epoch's end, if the trainer validates nothing.
-
-    Lightning would begin the epoch again and train one batch too many.
-    """
-    state = loops["fit_loop"]
-    batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
-    in_validation = batches["current"]["completed"] == batches["current"]["ready"] and batches["is_last_batch"]
-    if in_validation and not trainer.enable_validation and epochs["current"]["processed"] < epochs["current"]["ready"]:
-        _count(epochs, "processed")
-        state["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
-        state["epoch_loop.val_loop.batch_progress"] = _BatchProgress().state_dict()
-
-
 def _count(progress: dict[str, Any], name: str) -> None:
     for span in ("total", "current"):
         progress[span] = {**progress[span], name: progress[span][name] + 1}
