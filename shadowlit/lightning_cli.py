@@ -335,7 +335,7 @@ def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI
         callbacks: Callbacks that are added to the configured ones.
 
     Raises:
-        Interrupted: With the exit status 128 + signal after SIGINT, SIGTERM or SIGUSR1; see docs/stopping.md.
+        Interrupted: With the exit status 128 + signal after SIGINT, SIGTERM or SIGUSR1; see docs/reference/stopping.md.
     """
     signals = StopSignals()
     with signals.caught():

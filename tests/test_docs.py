@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TESTS = {
     name
     for path in (ROOT / "tests").rglob("test_*.py")
@@ -14,7 +14,7 @@ TESTS = {
 }
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_cited_exists(path):
     text = path.read_text(encoding="utf-8")
     cited = set(re.findall(r"`(test_\w+)`", text))
@@ -27,7 +27,7 @@ def test_what_is_cited_exists(path):
 
 def test_every_test_is_cited_with_its_file():
     """In the footguns a file's name stands before its tests."""
-    text = (ROOT / "docs/footguns.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/explanation/hazards.md").read_text(encoding="utf-8")
     found = re.findall(r"`((?:\w+/)?test_\w+\.py)`:((?: `test_\w+`,?)+)", text)
     assert len(found) > 20
     for file, names in found:

@@ -1,4 +1,4 @@
-"""Every example of docs/extending.md, as it is printed there, and the Python of the README."""
+"""Every example of docs/how-to/extend.md, as it is printed there, and the Python of the README."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from shadowlit.lightning_cli import main
 from tests.tiny import save_model, save_pair
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+TEXT = (ROOT / "docs/how-to/extend.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r"```python\n# file: (\w+\.py)\n(.*?)```", TEXT, re.S))
 

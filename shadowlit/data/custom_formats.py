@@ -12,7 +12,7 @@ labels             ``(messages, label)``: a conversation that ends with the answ
 =================  ===================================================================================================
 
 Messages have the form of the built-in format ``messages`` and are checked in the same way. Prompts (``data.predict``)
-may lack the answer. ``auto`` detects built-in formats only. ``docs/formats.md`` has an example.
+may lack the answer. ``auto`` detects built-in formats only. ``docs/how-to/data-format.md`` has an example.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The hazards of a graft inside training, each with its test (see docs/footguns.md)."""
+"""The hazards of a graft inside training, each with its test (see docs/explanation/hazards.md)."""
 
 import contextlib
 import copy

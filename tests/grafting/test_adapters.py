@@ -1,6 +1,6 @@
 """Every adapter that peft merges, against the equation in float64 with peft's own merge.
 
-What is measured is the table of docs/support-matrix.md, which ``SHADOWLIT_WRITE_DOCS=1 pytest -m ""`` of this file
+What is measured is the table of docs/reference/support-matrix.md, which ``SHADOWLIT_WRITE_DOCS=1 pytest -m ""`` of this file
 writes.
 """
 
@@ -105,7 +105,7 @@ def error(found, expected):
     return max(errors.values()).item()
 
 
-MATRIX = Path(__file__).parents[2] / "docs/support-matrix.md"
+MATRIX = Path(__file__).parents[2] / "docs/reference/support-matrix.md"
 COLUMNS = ("live", "on disk", "FSDP2, two ranks", "exported model", "exported adapter")
 TABLE = {}  # by kind, what the tests of this run have found for each column
 
