@@ -73,7 +73,7 @@ class EvaluationCallback(Callback):
         baselines: Measure the untouched Base and Instruct.
         samples: How many rows of each generating evaluator are shown side by side.
         folder: Folder of the samples; null for ``evaluation`` in the run's own folder.
-        reference: Which untouched model a divergence is measured from: base where the pair's roles are exchanged.
+        reference: Which untouched model a divergence is measured from: base where the pair's roles are swapped.
 
     Attributes:
         due: Names of the evaluators that run in the running validation, or else ran in the last one.

@@ -184,7 +184,7 @@ def step_of(path: Path) -> int:
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without running code from it: of a file everything, mapped; of a folder all but shards.
+    """What a checkpoint holds, without running code from it: of a file everything, mapped; of a folder everything except the shards.
 
     Raises:
         CheckpointError: It holds anything but tensors and plain values.

@@ -80,7 +80,7 @@ class Generation(PromptEvaluator[_Item]):
         temperature: 0 for greedy; else the logits are divided by it and tokens are drawn.
         top_p: Draw only from the most probable tokens that have this share of the probability together.
         seed: Other answers when tokens are drawn.
-        stop: Strings that end an answer, beside the Instruct's own end of turn; they aren't part of it.
+        stop: Strings that end an answer, in addition to the Instruct's own end of turn; they aren't part of it.
         chat: Ask through the Instruct's chat template, with its generation prompt; false for plain text.
         system: A system turn for conversations that have none.
         max_length: Longest prompt with its answer, in tokens; null for the model's own context.

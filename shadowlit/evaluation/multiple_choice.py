@@ -68,7 +68,7 @@ class MultipleChoice(PromptEvaluator[_Item]):
         choices: The field with the list of texts to choose from.
         label: The field with the right one: its number from 0, its text, or its letter from A.
         chat: Ask through the Instruct's chat template, with its generation prompt; false for plain text.
-        delimiter: What stands between question and choice in plain text.
+        delimiter: Text between question and choice in plain text.
         system: A system turn for questions that have none.
         max_length: Longest prompt with a choice, in tokens; null for the model's own context.
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.

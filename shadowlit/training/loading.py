@@ -66,7 +66,7 @@ def load_for_training(
     towers stay frozen, without masters. With an adapter the weights stay frozen and the factors are float32. An adapter
     of experts, or of other bare parameters, makes the weights float32 too, since peft adds its product to them and
     bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on the meta device and filled by
-    rows from the safetensors files. Adapters whose start is peft's own (all but plain LoRA) are an exception: every
+    rows from the safetensors files. Adapters whose start is peft's own (all except plain LoRA) are an exception: every
     process holds the whole model in float32 on its CPU first.
 
     Args:
@@ -107,7 +107,9 @@ def load_for_training(
     if four_bits:
         quantise_layers(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
-        log.info("config.json asks for the routers' auxiliary loss, which is not part of the loss: docs/reference/moe.md")
+        log.info(
+            "config.json asks for the routers' auxiliary loss, which is not part of the loss: docs/reference/moe.md"
+        )
     frozen = _outside(model, towers)
     if adapter is None:
         for name, parameter in model.named_parameters():
