@@ -101,7 +101,7 @@ def test_heads_are_tied_as_transformers_ties_them(tmp_path, base, instruct, kind
 
 
 def test_a_failed_verification_loses_nothing(tmp_path, monkeypatch):
-    """Adapter and delta are written before the model, and the model stays for whoever wants to know what is wrong."""
+    """Adapter and delta are written before the model, and nothing that failed has the name of a model."""
     folders, target, times = save_pair(tmp_path, "qwen3"), tmp_path / "export", []
 
     def fail(folder, *_):
@@ -110,9 +110,10 @@ def test_a_failed_verification_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module, "require_loadable", fail)
     callbacks = [GraftCallback(), ExportCallback(parts=["model", "adapter", "delta"], folder=str(target))]
-    with pytest.raises(ExportError, match="does not load"):
+    with pytest.raises(ExportError, match=r"does not load.* is now .*model-rejected, and not to be used"):
         fit(tmp_path, folders, "lora", callbacks)
     assert times == ["adapter", "delta", "model"]
+    assert sorted(path.name for path in target.iterdir()) == ["adapter", "delta", "model-rejected"]
     assert Delta.open(target / "delta").norm() > 0 and (target / "adapter/adapter_model.safetensors").is_file()
 
 
