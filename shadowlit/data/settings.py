@@ -78,7 +78,8 @@ class DataSettings:
         train: Training source, or a list of sources. A source, here and below, is a path, or a mapping of ``path`` and
             any of ``format``, ``columns``, ``ignore_columns``, ``max_rows`` and, in a list of training sources,
             ``weight``. Sources without weights are concatenated. With weights, an epoch has samples of each source in
-            proportion to its weight, and ends when the first source has been used up once; see ``docs/reference/data.md``.
+            proportion to its weight, and ends when the first source has been used up once; see
+            ``docs/reference/data.md``.
         validation: Validation sources by name. The names appear in the metrics. A single source is named ``val``.
         test: Test sources by name, for the command test. A single source is named ``test``.
         predict: Source of the prompts for the command predict. Its rows need no answer; an assistant turn at the end

@@ -107,7 +107,10 @@ def load_for_training(
     if four_bits:
         quantise_layers(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
-        log.info("config.json asks for the routers' auxiliary loss; it is not part of the loss here, see docs/reference/moe.md")
+        log.info(
+            "config.json asks for the routers' auxiliary loss; it is not part of the loss here, see "
+            "docs/reference/moe.md"
+        )
     frozen = _outside(model, towers)
     if adapter is None:
         for name, parameter in model.named_parameters():

@@ -62,8 +62,8 @@ class ShadowModule(ScoringModule):
     ``trainer.precision: bf16-mixed`` computes in bfloat16. The dropout masks of a batch depend on the seed and the
     batch's number only, so that a resumed run repeats them.
 
-    Objectives with a reference (docs/reference/preference.md) compare answers with their log-probabilities under the weights at
-    the start, which :class:`GraftCallback` measures.
+    Objectives with a reference (docs/reference/preference.md) compare answers with their log-probabilities under the
+    weights at the start, which :class:`GraftCallback` measures.
 
     Validation logs ``val/<subject>/<metric>``: for the ``tuned`` model, and for the models that callbacks swap in. The
     metrics are over all validation sets together; where there are several, ``val/<subject>/<set>/<metric>`` is logged
