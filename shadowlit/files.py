@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -126,3 +127,9 @@ def _remove_abandoned(file: Path, own: Path) -> None:
                 remove(other)
         except FileNotFoundError:  # its writer has renamed it meanwhile
             continue
+
+
+def unused(file: Path) -> Path:
+    """The file if there is none yet, else the first of ``<stem>-v1``, ``<stem>-v2`` and so on, as of checkpoints."""
+    numbered = (file.with_stem(f"{file.stem}-v{number}") for number in count(1))
+    return next(one for one in chain([file], numbered) if not one.exists())

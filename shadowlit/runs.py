@@ -21,13 +21,13 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from shadowlit.callbacks.export import ExportCallback
-from shadowlit.callbacks.folder import run_folder, unused
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.metrics_file import MetricsFile
 from shadowlit.checkpoint.saved import find_whole, newest_whole, read_rest, step_of
+from shadowlit.delta.checkpoints import read_config
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import ShadowlitError
-from shadowlit.files import replace_text, require_writable
-from shadowlit.limits import load_yaml
+from shadowlit.files import replace_text, require_writable, unused
 from shadowlit.masking import is_secret, masked
 
 CONFIG = "config.yaml"
@@ -80,13 +80,13 @@ class Run:
     """
 
     def __init__(self, options: RunOptions, command: str, config: str) -> None:
-        if not options.name and (options.name == "" or options.resume == "must"):
+        self.options, self.fits = options, command == "fit"
+        name = options.name or (_job_name(config) if self.fits else None)
+        if options.name == "" or (name is None and options.resume == "must"):
             raise ShadowlitError(
                 f"run.name is {options.name!r}, and run.resume {options.resume}; expected the name of the run, e.g. "
                 f"run.name={config}_1. Without one (null), every start has a new folder, and nothing to resume."
             )
-        self.options, self.fits = options, command == "fit"
-        name = options.name or (_job_name(config) if self.fits else None)
         self.folder = Path(options.root, name) if name else None
         if self.folder is not None and Path(options.root).resolve().is_relative_to(self.folder.resolve()):
             raise ShadowlitError(
@@ -124,11 +124,11 @@ class Run:
                 f"run.name is {self.options.name!r}, but {self.folder} can't be written ({error.strerror}). Give "
                 "another run.name or run.root."
             ) from error
-        if not (file := self.folder / CONFIG).is_file():
+        if not (self.folder / CONFIG).is_file():
             return
         if self.options.resume == "never":
             raise ShadowlitError(f"run.resume is never, but {self.folder} holds a run. Give another run.name.")
-        old, new = load_yaml(file.read_text(encoding="utf-8"), str(file)), yaml.safe_load(saved)
+        old, new = read_config(self.folder), yaml.safe_load(saved)
         changed = _changes(old, new)
         if changed and not self.options.allow_changes:
             raise ShadowlitError(
@@ -138,8 +138,7 @@ class Run:
         if changed:
             rank_zero_warn(f"{self.folder} continues with another configuration: {changed}.")
         elif (complete := self.folder / COMPLETE).is_file():
-            found = json.loads(complete.read_text(encoding="utf-8"))
-            export = found["export"] and self.folder / found["export"]
+            step, export = _completed(complete)
             if export is None or export.is_dir():
                 if exports := _changes(*({"of": {"export": each.get("export")}} for each in (old, new))):
                     raise ShadowlitError(
@@ -148,7 +147,7 @@ class Run:
                         f"{self.folder / 'checkpoints'}/…', or undo the changes."
                     )
                 rank_zero_info(
-                    f"{self.folder} is complete (step {found['step']}), and nothing is done. Its export: {export}. To "
+                    f"{self.folder} is complete (step {step}), and nothing is done. Its export: {export}. To "
                     "train on, give another run.name, and one of its checkpoints as ckpt_path."
                 )
                 raise SystemExit(0)
@@ -307,6 +306,18 @@ class SaveConfig(SaveConfigCallback):
             exports = [each.folder for each in callbacks if isinstance(each, ExportCallback) and each.enabled]
             export = exports and (os.path.abspath(exports[0]) if exports[0] else "export")
             replace_text(folder / COMPLETE, json.dumps({"step": trainer.global_step, "export": export or None}))
+
+
+def _completed(file: Path) -> tuple[int, Path | None]:
+    """The last step of a complete run, and the folder of its export."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return int(found["step"]), found["export"] and file.parent / found["export"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShadowlitError(
+            f"{file} is damaged ({type(error).__name__}: {error}). Remove it; the same command then resumes the run "
+            "from its newest checkpoint."
+        ) from error
 
 
 def _job_name(config: str) -> str | None:

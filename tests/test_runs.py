@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,6 +208,34 @@ def test_a_removed_export_is_made_again(tmp_path):
     os.rmdir("runs/a/export")
     run.require_continuable("x: 1")
     Run(RunOptions("a"), "validate", "tiny").require_continuable("x: 2")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.yaml", "x: [1", r"config\.yaml is not readable YAML \(.*\)\. Restore it"),
+        ("config.yaml", "no keys", r"config\.yaml holds str, not the keys of a configuration\. Restore it"),
+        ("complete.json", '{"step"', r"complete\.json is damaged \(JSONDecodeError: .*\)\. Remove it; the same"),
+        ("complete.json", '{"export": "export"}', r"complete\.json is damaged \(KeyError: 'step'\)\. Remove it"),
+        ("complete.json", "[]", r"complete\.json is damaged \(TypeError: "),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(file, text, message):
+    os.makedirs("runs/a")
+    for name, content in {"config.yaml": "x: 1\n", "complete.json": '{"step": 1, "export": null}', file: text}.items():
+        Path("runs/a", name).write_text(content)
+    with pytest.raises(ShadowlitError, match=message):
+        Run(RunOptions("a"), "fit", "tiny").require_continuable("x: 1")
+
+
+def test_the_number_of_a_job_is_a_name(monkeypatch):
+    """A job that is requeued must resume, and may say so without a name of its own."""
+    monkeypatch.setattr(runs.SLURMEnvironment, "detect", staticmethod(lambda: True))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    run = Run(RunOptions(resume="must"), "fit", "tiny")
+    assert run.folder == Path("runs/tiny/job_7")
+    with pytest.raises(ShadowlitError, match=r"runs/tiny/job_7 has no checkpoint to resume from"):
+        run.find_checkpoint(None, contents=True)
 
 
 @pytest.mark.parametrize("name", [".", "..", "../..", "a/.."])

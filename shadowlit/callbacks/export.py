@@ -31,7 +31,7 @@ from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
-from shadowlit.grafting.verification import digested, logit_difference, require_loadable, require_written
+from shadowlit.grafting.verification import digested, logit_difference, rejecting, require_loadable, require_written
 from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
@@ -216,8 +216,9 @@ class ExportCallback(Callback):
             return
 
         def check() -> None:
-            require_written(target, folder, digests, callback.dtype)
-            require_loadable(target, module.pair.trust_remote_code)
+            with rejecting(target):
+                require_written(target, folder, digests, callback.dtype)
+                require_loadable(target, module.pair.trust_remote_code)
 
         on_first_rank(check)
         files = CheckpointReader(target) if trainer.is_global_zero else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import chain, count
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -22,9 +21,3 @@ def run_folder(trainer: Trainer) -> Path:
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         folder = Path(logger.save_dir or folder, str(logger.name), version)
     return Path(trainer.strategy.broadcast(str(folder)))  # other ranks may know neither name nor version
-
-
-def unused(file: Path) -> Path:
-    """The file if there is none yet, else the first of ``<stem>-v1``, ``<stem>-v2`` and so on, as of checkpoints."""
-    numbered = (file.with_stem(f"{file.stem}-v{number}") for number in count(1))
-    return next(one for one in chain([file], numbered) if not one.exists())

@@ -342,7 +342,7 @@ class GraftCallback(Callback):
             raise GraftError(
                 f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
                 "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was "
-                "trained with, pinned by revision, or start again without ckpt_path."
+                "trained with, pinned by revision, or start a new run (no ckpt_path, another run.name)."
             )
         self.fingerprints = saved
         if constants := state_dict.get("constants"):  # of a checkpoint from before the key "untouched"

@@ -21,8 +21,9 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from shadowlit.callbacks.folder import run_folder, unused
+from shadowlit.callbacks.folder import run_folder
 from shadowlit.errors import Interrupted
+from shadowlit.files import unused
 from shadowlit.signals import StopSignals, running
 from shadowlit.training.checkpoints import wait_for
 

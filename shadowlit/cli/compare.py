@@ -129,7 +129,7 @@ def _evaluators(recipe: Recipe) -> list[str]:
     found = recipe.get("evaluation.evaluators")
     if not found:
         raise ShadowlitError(
-            f"{recipe.config} has no evaluation.evaluators to compare the arms by. Add some, see "
+            f"{recipe.config} has no evaluation.evaluators to compare the arms by. Add some: "
             "docs/reference/evaluation.md."
         )
     return list(found)

@@ -23,7 +23,7 @@ from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, LOADED, export_adapter
 from shadowlit.grafting.lora_files import LoraUpdate
 from shadowlit.grafting.manifest import build_manifest
-from shadowlit.grafting.verification import require_loadable
+from shadowlit.grafting.verification import rejecting, require_loadable
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
 from shadowlit.progress import make_console
@@ -49,6 +49,8 @@ def export(
         scale: Scale of the graft; by default the first of graft.scales of the run.
         run: Folder with the config.yaml of the run; by default the nearest one above the checkpoint.
     """
+    if scale == 0:
+        raise ExportError("scale is 0, with which the graft would be the untouched Instruct. Give another one.")
     path = find_whole(ckpt, resumes=False)
     home, config = config_above(path) if run is None else (Path(run), read_config(Path(run)))
     if not config:
@@ -99,7 +101,8 @@ def export(
             write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=max_shard_bytes)
         if "model" in wanted:
             write(plan, lambda: manifest, str(target / "model"), max_shard_bytes, None, False)
-            require_loadable(target / "model", pair.trust_remote_code)
+            with rejecting(target / "model"):
+                require_loadable(target / "model", pair.trust_remote_code)
     for part in wanted:
         make_console().print(f"export: {part}: {LOADED[part].format(str(target / part))}")
 

@@ -196,7 +196,8 @@ def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[st
         was, now = str(is_stream).lower(), str(not is_stream).lower()
         raise DataError(
             f"the checkpoint was taken with data.streaming={was}, and this run has {now}: a position in a stream is "
-            f"none in a whole data set. Set data.streaming={was} to resume, or start again without ckpt_path."
+            f"none in a whole data set. Set data.streaming={was} to resume, or start a new run (no ckpt_path, another "
+            "run.name)."
         )
     changed = [
         f"{key} {before.get(key)} → {order.get(key)}"

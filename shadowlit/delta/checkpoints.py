@@ -154,15 +154,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
 
     Raises:
-        DataError: It isn't YAML.
+        DataError: It isn't a YAML mapping.
     """
     file = folder / "config.yaml"
     if not file.is_file():
         return {}
     try:
-        return load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
-    except yaml.YAMLError as error:
+        found = load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file} holds {type(found).__name__}, not the keys of a configuration. Restore it.")
+    return found
 
 
 def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,22 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.streaming import row_windows
-from shadowlit.errors import ExportError
+from shadowlit.errors import ExportError, ShadowlitError
+from shadowlit.files import unused
 from shadowlit.pair.folders import is_image_text, load_config
 
-_REMEDY = "Do not use it; remove it, and export a checkpoint of the run (python -m shadowlit export --ckpt)."
+_REMEDY = "Export a checkpoint of the run again (python -m shadowlit export --ckpt)."
+
+
+@contextmanager
+def rejecting(folder: Path) -> Iterator[None]:
+    """Rename a folder to ``<folder>-rejected`` if a check of it fails, so that nobody takes it for a model."""
+    try:
+        yield
+    except ShadowlitError as error:
+        rejected = unused(folder.with_name(f"{folder.name}-rejected"))
+        folder.rename(rejected)
+        raise ExportError(f"{error} It is now {rejected}, and not to be used.") from error
 
 
 def digested(tensors: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

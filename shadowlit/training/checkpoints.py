@@ -303,7 +303,7 @@ def require_same_parameters(path: Any, found: Mapping[str, Any], expected: Mappi
     if problems:
         raise CheckpointError(
             f"{path} holds other trained parameters than this run: {some_of(problems, 3)}. Resume with the "
-            "model.adapter and the pair of its run, or start again without ckpt_path."
+            "model.adapter and the pair of its run, or start a new run (no ckpt_path, another run.name)."
         )
 
 

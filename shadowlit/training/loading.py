@@ -108,7 +108,8 @@ def load_for_training(
         quantise_layers(model)
     if getattr(config.get_text_config(), "output_router_logits", False):
         log.info(
-            "config.json asks for the routers' auxiliary loss, which is not part of the loss: docs/reference/moe.md"
+            "config.json asks for the routers' auxiliary loss; it is not part of the loss here, see "
+            "docs/reference/moe.md"
         )
     frozen = _outside(model, towers)
     if adapter is None:

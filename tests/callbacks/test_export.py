@@ -101,7 +101,7 @@ def test_heads_are_tied_as_transformers_ties_them(tmp_path, base, instruct, kind
 
 
 def test_a_failed_verification_loses_nothing(tmp_path, monkeypatch):
-    """Adapter and delta are written before the model, and the model stays for whoever wants to know what is wrong."""
+    """Adapter and delta are written before the model, and nothing that failed has the name of a model."""
     folders, target, times = save_pair(tmp_path, "qwen3"), tmp_path / "export", []
 
     def fail(folder, *_):
@@ -110,9 +110,10 @@ def test_a_failed_verification_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module, "require_loadable", fail)
     callbacks = [GraftCallback(), ExportCallback(parts=["model", "adapter", "delta"], folder=str(target))]
-    with pytest.raises(ExportError, match="does not load"):
+    with pytest.raises(ExportError, match=r"does not load.* is now .*model-rejected, and not to be used"):
         fit(tmp_path, folders, "lora", callbacks)
     assert times == ["adapter", "delta", "model"]
+    assert sorted(path.name for path in target.iterdir()) == ["adapter", "delta", "model-rejected"]
     assert Delta.open(target / "delta").norm() > 0 and (target / "adapter/adapter_model.safetensors").is_file()
 
 
@@ -223,7 +224,7 @@ def refuse_export(tmp_path, folders, message, error=ExportError, **options):
 def test_an_export_that_will_fail_is_found_before_the_first_step(tmp_path):
     folders = save_pair(tmp_path, "qwen3")
     (tmp_path / "file").touch()
-    refuse_export(tmp_path, folders, rf"Cannot write next to {tmp_path}/file/x/model: ", folder=str(tmp_path / "file/x"))
+    refuse_export(tmp_path, folders, rf"Cannot write next to {tmp_path}/file/x/model", folder=str(tmp_path / "file/x"))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/adapter").symlink_to("nowhere")
     refuse_export(tmp_path, folders, "linked holds an export already", folder=str(tmp_path / "linked"))

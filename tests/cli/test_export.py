@@ -157,6 +157,7 @@ def test_what_is_wrong_is_told_in_a_line(run, tmp_path, capsys):
     assert "x/delta exists and is a file. Nothing was written." in refused(
         capsys, last, "--out", tmp_path / "x", "--parts=[adapter,delta]"
     )
+    assert "scale is 0, with which the graft would be the untouched Instruct" in refused(capsys, last, "--scale=0")
     whole = copy.read_bytes()
     copy.write_bytes(whole[: len(whole) // 2])
     assert "copy.ckpt is damaged: it was cut short" in refused(capsys, copy, "--run", run)

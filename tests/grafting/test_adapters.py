@@ -1,7 +1,7 @@
 """Every adapter that peft merges, against the equation in float64 with peft's own merge.
 
-What is measured is the table of docs/reference/support-matrix.md, which ``SHADOWLIT_WRITE_DOCS=1 pytest -m ""`` of
-this file writes.
+What is measured is the table of docs/reference/support-matrix.md, which ``SHADOWLIT_WRITE_DOCS=1 pytest -m ""`` of this
+file writes.
 """
 
 import copy

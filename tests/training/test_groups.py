@@ -113,7 +113,7 @@ def test_multipliers_of_what_is_frozen_are_refused(pair, tmp_path):
 
 
 def test_the_documented_file(pair, tmp_path):
-    """The example of docs/reference/optimizers.md, whose file a training takes: the mean is 1 where nothing is cut."""
+    """The example in the documentation, whose file a training takes: the mean is 1 where nothing is cut off."""
     text = (Path(__file__).parents[2] / "docs/reference/optimizers.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     names = {}

@@ -140,8 +140,8 @@ def test_a_difference_is_paired_by_row_and_seed():
         ),
         (
             "B2I", "Instruct", Interval(0.0, 0.0, 0.0, 3, 9),
-            "No difference between B2I and the untouched Instruct could be shown on the mean of new and old: 0.0 points "
-            "(95 % CI 0.0 to 0.0, 3 seeds, 9 rows).",
+            "No difference between B2I and the untouched Instruct could be shown on the mean of new and old: "
+            "0.0 points (95 % CI 0.0 to 0.0, 3 seeds, 9 rows).",
         ),
     ],
 )  # fmt: skip
