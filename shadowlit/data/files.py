@@ -107,7 +107,8 @@ def _rows_of_table(source: str, path: Path) -> Iterator[Row]:
     else:
         raise DataError(
             f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}, except for "
-            f".parquet also compressed ({', '.join(COMPRESSIONS)}). Convert the file, or rename it if it is one of these."
+            f".parquet also compressed ({', '.join(COMPRESSIONS)}). Convert the file, or rename it if it is one of "
+            "these."
         )
 
 
