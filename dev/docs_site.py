@@ -61,6 +61,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return markdown if path is None else relinked(markdown, path)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Read the reStructuredText of docstrings that Markdown leaves as it is."""
+    return re.sub(r":(?:class|func|meth|data|attr):(?=<code>)", "", html.replace("Example::</p>", "Example:</p>"))
+
+
 def repository_path(uri: str) -> Path | None:
     """Return the file of the repository that a page is made of; None for a generated one."""
     if uri.startswith("reference/commands/"):

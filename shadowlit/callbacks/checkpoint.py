@@ -28,7 +28,8 @@ class CheckpointCallback(Callback):
         Trainer(callbacks=[ModelCheckpoint(), CheckpointCallback(asynchronous=True)])
 
     Args:
-        asynchronous: Write in a thread. Needs as much of the CPU's memory as a checkpoint takes on the disk.
+        asynchronous: Whether checkpoints are written in a thread. Needs as much of the CPU's memory as
+            a checkpoint takes on the disk.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
