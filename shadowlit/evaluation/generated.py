@@ -50,8 +50,8 @@ class Generation(PromptEvaluator[_Item]):
     size, up to roundings of the forward pass, and take nothing from the training's random numbers.
 
     Metrics: ``score``, the fraction of correct answers; ``stderr``, its standard error; ``num_samples``, of which
-    ``num_too_long`` have a prompt that leaves no room for ``max_new_tokens`` in ``max_length`` (these score 0 and are never cut);
-    ``num_unfinished``, the answers that were cut at ``max_new_tokens`` (they are scored as they are), and
+    ``num_too_long`` have a prompt that leaves no room for ``max_new_tokens`` in ``max_length`` (these score 0 and are
+    never cut); ``num_unfinished``, the answers that were cut at ``max_new_tokens`` (they are scored as they are), and
     ``unfinished``, their fraction of all answers; ``answer_tokens``, the mean length of an answer.
 
     Samples: ``index``, ``score``, ``prompt`` as the model reads it, ``answer``, ``reference`` (a list where there are
