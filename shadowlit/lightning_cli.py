@@ -38,6 +38,7 @@ from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
 from shadowlit.run_parser import (
     ShadowParser,
     classes_of,
+    correct_help,
     given_class,
     import_model_class,
     require_own,
@@ -53,14 +54,6 @@ from shadowlit.training.objectives import samples_of
 warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
 # That of a run which resumes; our own message says so.
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-
-# Lightning's own texts name what is refused here.
-_HELP = {
-    "ckpt_path": "Checkpoint to resume from, or to measure: a file, or a folder of shards; for validate, test and predict "
-    "of a run with a name also last or best.",
-    "weights_only": "Checkpoints are always read as tensors and plain values; false is an error.",
-    "seed_everything": "Seed of Python, NumPy and torch; true draws one.",
-}
 
 
 class ShadowTrainer(Trainer):
@@ -317,8 +310,7 @@ class ShadowCLI(LightningCLI):
             self.subcommands = lambda: {asked: known[asked]}  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
         for each in self._subcommand_parsers.values():
-            for action in each._actions:
-                action.help = _HELP.get(action.dest, action.help)
+            correct_help(each)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As configured; a preview and a plan need none of the devices that a configuration asks for."""
