@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grou
 from shadowlit.data.settings import DataSettings, Source
 from shadowlit.errors import DataError
 
-_CONTENT = "checksum of the samples"  # not in checkpoints of earlier versions
+_CONTENT, _SIZES = "checksum of the samples", "bytes of the files"  # not in checkpoints of earlier versions
 
 
 def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
@@ -163,9 +164,18 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
         "global_batch_size": world_size * settings.batch_size,
         "pack_length": settings.row_capacity,
         **{name: getattr(settings, name) for name in same},
+        _SIZES: [_num_bytes(source.path) for source in settings.train_sources],
         **({} if settings.on_bad_row == "error" else {"on_bad_row": settings.on_bad_row}),
         **_trained_turns(settings),
     }
+
+
+def _num_bytes(path: str) -> int | None:
+    """The size of a source's files, by which a replaced one is noticed without reading it; None for the hub."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        return None
+    return sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file())
 
 
 def _place(source: Source) -> str | dict[str, Any]:
@@ -202,7 +212,7 @@ def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[st
     changed = [
         f"{key} {before.get(key)} → {order.get(key)}"
         for key in dict.fromkeys((*before, *order))
-        if before.get(key) != order.get(key) and not (key == _CONTENT and key not in before)
+        if before.get(key) != order.get(key) and not (key in (_CONTENT, _SIZES) and key not in before)
     ]
     if not changed:
         return
