@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from shadowlit.data.context_batches import ContextDataset
 from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.mixing import MixedPacks, Mixture
 from shadowlit.data.packing import PackedOrder
@@ -31,7 +32,7 @@ def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
         )
 
 
-def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> Mixture | None:
+def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset | ContextDataset) -> Mixture | None:
     """The mixture of the training sources, or None without weights; raises if it has none of a source."""
     if not settings.is_mixed:
         return None
@@ -39,7 +40,7 @@ def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> Mi
 
 
 def pack(
-    settings: DataSettings, dataset: TokenDataset | PreferenceDataset, mixture: Mixture | None = None
+    settings: DataSettings, dataset: TokenDataset | PreferenceDataset | ContextDataset, mixture: Mixture | None = None
 ) -> PackedOrder | None:
     """The packs of all training samples, or None without best_fit; raises if a preference sample is too long."""
     if settings.packing != "best_fit":
@@ -111,7 +112,7 @@ def require_enough(settings: DataSettings, num_samples: int, packs: PackedOrder 
 
 def count_positions(
     settings: DataSettings,
-    dataset: TokenDataset | PreferenceDataset,
+    dataset: TokenDataset | PreferenceDataset | ContextDataset,
     packs: PackedOrder | None,
     sampler: ShardedBatchSampler,
 ) -> int:
@@ -132,7 +133,7 @@ def count_positions(
 def describe_epochs(
     settings: DataSettings,
     sampler: ShardedBatchSampler,
-    dataset: TokenDataset | PreferenceDataset,
+    dataset: TokenDataset | PreferenceDataset | ContextDataset,
     mixture: Mixture | None = None,
 ) -> dict[str, Any]:
     """The samples, and what their order depends on; not the number of ranks, but the size of the global batch."""

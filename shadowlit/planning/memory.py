@@ -26,6 +26,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.reader import ComputedReader
 from shadowlit.data.module import ShadowData
+from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.errors import first_line
 from shadowlit.grafting.adapter import adapted_layers
 from shadowlit.grafting.module import is_swapped
@@ -122,7 +123,7 @@ def estimate(
     report, multiple = data.reports.get("train"), data.pad_to_multiple_of or 1
     length = data.row_capacity if data.packing == "best_fit" else report.longest if report else data.max_length
     length = -(-length // multiple) * multiple
-    rows = data.batch_size * (1 if data.samples == "conversations" or data.packing == "best_fit" else 2)
+    rows = data.batch_size * (2 if data.samples in PREFERENCES and data.packing != "best_fit" else 1)
     scored = max((each.longest for name, each in data.reports.items() if name.startswith("val/")), default=length)
     batches = (rows, length), (data.eval_rows, scored)
     share = report.supervised_share if report else 1.0

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.data.context_batches import teachers_batch, with_teachers
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError, as_usage
@@ -297,9 +298,8 @@ class ShadowModule(ScoringModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Find supervised tokens and samples' borders on the CPU, where nothing has to wait for a GPU."""
         if isinstance(batch, Mapping) and "labels" in batch and "supervised" not in batch:
-            positions = batch.get("position_ids")
-            borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
-            return {**batch, **borders, "supervised": supervised_positions(batch["labels"], positions)}
+            teachers = teachers_batch(batch)
+            return with_teachers({**batch, **self._places(batch)}, teachers and self._places(teachers))
         return batch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -415,6 +415,12 @@ class ShadowModule(ScoringModule):
         )
         self._sums = tuple(sums), values if self._sums is None else self._sums[1] + values
         return cast("Tensor", sums["loss"])
+
+    def _places(self, batch: Batch) -> dict[str, Any]:
+        """The supervised tokens of a batch, and samples' borders where the attention takes them."""
+        positions = batch.get("position_ids")
+        borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
+        return {**borders, "supervised": supervised_positions(batch["labels"], positions)}
 
     def _seed_dropout(self) -> None:
         """Make this batch's random numbers a function of the seed, the batch's number and the rank."""
