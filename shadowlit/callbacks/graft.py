@@ -204,6 +204,7 @@ class GraftCallback(Callback):
             f"{'CPU' if graft.offload else 'device'}, {graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} "
             "bytes per parameter"
         )
+        assert isinstance(pl_module, ShadowModule)
         starts = trainer.global_step == 0 and not trainer.ckpt_path and pl_module.start.weights is None
         if starts and not graft.on_base:
             raise GraftError(

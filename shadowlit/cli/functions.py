@@ -18,9 +18,10 @@ from shadowlit.checkpoint.streaming import keep_freed_memory
 from shadowlit.errors import Interrupted, ShadowlitError
 from shadowlit.parser import Known, ShortErrors
 
-# Changes of a configuration by dotted key, as they are written. In values of `dict[str, Any]` jsonargparse would create
-# the objects that `class_path` and `init_args` describe.
-Changes: TypeAlias = dict  # type: ignore[type-arg]
+# Changes of a configuration by dotted key, and lists of values, as they are written. In those of type Any jsonargparse
+# would create the objects that `class_path` and `init_args` describe.
+Changes: TypeAlias = dict
+Values: TypeAlias = list
 
 
 def _transforms() -> list[str]:

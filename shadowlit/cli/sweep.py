@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from shadowlit.cli.functions import Changes
+from shadowlit.cli.functions import Changes, Values
 from shadowlit.errors import ShadowlitError
 from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
@@ -27,7 +27,7 @@ _HOME = Path("runs/sweeps")
 def run(
     name: str,
     fit: str,
-    grid: dict[str, list[Any]] = {},  # noqa: B006 - read only, and shown by --help
+    grid: dict[str, Values] = {},  # noqa: B006 - read only, and shown by --help
     variants: dict[str, dict[str, Changes]] = {},  # noqa: B006
     ranges: dict[str, dict[str, Any]] = {},  # noqa: B006
     drop: list[Changes] = [],  # noqa: B006

@@ -1,8 +1,12 @@
 """``model.start_from``: training from an adapter or a tuned Base, with the update counted from the pair's Base."""
 
+import csv
 import json
 import math
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +33,7 @@ from tests.synthetic import RandomData
 from tests.tiny import save_model, save_pair
 from tests.training.test_preference_training import write_rows
 
+ROOT = Path(__file__).parents[2]
 ADAPTERS = {
     "full": None,
     "lora": LoraConfig(r=4, lora_alpha=6),
@@ -183,11 +188,11 @@ def preferences(home, kind, start, steps, folder, objective=None, ckpt=None):
     )  # fmt: skip
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer = make_trainer(
-        folder, GraftCallback(select="all", dtype="float32"), saving, Losses(), max_steps=steps, max_epochs=4,
+        folder, GraftCallback(select="all", dtype="float32"), saving, losses := Losses(), max_steps=steps, max_epochs=4,
         accumulate_grad_batches=1, val_check_interval=None,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=ckpt)
-    return trainer.callbacks[-1].losses if ckpt is None else metrics(trainer), module, metrics(trainer)
+    return losses.losses, module, metrics(trainer)
 
 
 class Losses(Callback):
@@ -276,13 +281,35 @@ def test_what_does_not_fit_is_told_before_the_data_are_read(tmp_path, home):
     save_model(tmp_path / "llama", "llama", tied=False)
     assert "llama" in told("lora", tmp_path / "llama")
     save_model(tmp_path / "deep", "qwen3", tied=False, layers=3)
-    assert "was not tuned from" in told("lora", tmp_path / "deep")
+    assert "layer_types is ['full_attention', 'full_attention'] in" in told("lora", tmp_path / "deep")
     save_model(tmp_path / "vocabulary", "qwen3", tied=False, vocab_size=280)
     assert "its vocabulary was resized" in told("lora", tmp_path / "vocabulary")
     assert "is a graft onto this Instruct already" in told("lora", tmp_path / "run/export/model")
     assert "holds whole weights, but with model.quantization" in told("lora", home / "tuned", quantization="nf4")
     (tmp_path / "empty").mkdir()
     assert "empty" in told("lora", tmp_path / "empty")
+
+
+def test_the_documented_stages(tmp_path, monkeypatch, capsys):
+    """The two commands in the documentation, cut short: DPO begins at the reference, which is what SFT has trained."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/reference/preference.md").read_text(encoding="utf-8").partition("## Two stages")[2]
+    commands = re.search(r"```bash\n(.*?)```", text, flags=re.DOTALL)[1].strip().splitlines()
+    short = [
+        "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1",
+        "--trainer.num_sanity_val_steps=0", "--trainer.log_every_n_steps=1", "--evaluation.evaluators={}",
+        "--data.cache=false", "--model.warmup_ratio=0", "--export.parts=[adapter]", f"--run.root={tmp_path / 'runs'}",
+    ]  # fmt: skip
+    for command in commands:
+        words = shlex.split(command.replace("runs/", f"{tmp_path}/runs/"))
+        assert words[:3] == ["python", "-m", "shadowlit"]
+        assert main([*words[3:], *short]) == 0, capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / "runs/dpo/metrics.csv").open()))
+    losses = [float(row["train/loss"]) for row in rows if row.get("train/loss")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6) and losses[1] != losses[0]
+    sft, dpo = (load_file(tmp_path / f"runs/{run}/export/adapter/adapter_model.safetensors") for run in ("sft", "dpo"))
+    name = next(name for name in sft if "lora_B" in name)
+    assert 0 < (dpo[name] - sft[name]).norm() < sft[name].norm()  # it continues; B started at 0
 
 
 def test_other_weights_at_the_start_are_not_resumed(tmp_path, home):

@@ -66,8 +66,8 @@ class Recipe:
         start = values.get("model.start_from", self.get("model.start_from"))
         if source == "I" and start is not None:
             raise DataError(
-                f"model.start_from is {start!r}, an update of the Base, from which the Instruct can't be trained. Leave "
-                "out the arms I2I and I2B, or set model.start_from to null."
+                f"model.start_from is {start!r}, an update of the Base, from which the Instruct can't be trained. "
+                "Leave out the arms I2I and I2B, or set model.start_from to null."
             )
         swapped = self._swapped() if source == "I" else {}
         seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}

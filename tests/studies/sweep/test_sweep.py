@@ -288,7 +288,7 @@ def test_values_may_be_classes(tmp_path, capsys):
     (file := tmp_path / "classes.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
     command = ["sweep", f"--config={file}", f"--out={tmp_path / 'out'}", "--threads=1"]
     assert main([*command, "--limit=1"]) == 0, capsys.readouterr().err
-    (result,) = (tmp_path / "out").glob("*/result.json")
+    (result,) = (tmp_path / "out").glob("optimizer=*/result.json")
     model = yaml.safe_load((result.parent / "config.yaml").read_text())["model"]
     assert (model["adapter"]["class_path"].endswith("LoHaConfig"), model["adapter"]["init_args"]["r"]) == (True, 2)
     assert model["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": model["optimizer"]["init_args"]}
