@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import in_layout_of_module
-from shadowlit.checkpoint.names import canonical_key, canonical_name, is_adapter_name, saved_name
+from shadowlit.checkpoint.names import adapter_key, canonical_name, is_adapter_name, saved_name
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.delta.checkpoints import Start, open_start
 from shadowlit.distributed import local, local_slices
@@ -120,7 +120,7 @@ def _require_same_adapter(start: Start, adapter: PeftConfig | None, architecture
     wanted = adapter.to_dict()
     differing = [name for name in wanted.keys() & stored.keys() - _HARMLESS if wanted[name] != stored[name]]
     problems = [f"{name} is {stored[name]!r}, not {wanted[name]!r}" for name in sorted(differing)]
-    found = {_key(name): info.shape for name, info in start.reader.tensors.items()}
+    found = {adapter_key(name): info.shape for name, info in start.reader.tensors.items()}
     expected, buffers = _expected(adapter, architecture)
     problems += [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not trained" for name in found if name not in expected and name not in buffers]
@@ -150,20 +150,15 @@ def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [one for one in model.named_buffers(remove_duplicate=False) if is_adapter_name(one[0])]
 
 
-def _key(name: str) -> str:
-    """One spelling for the names of an adapter's tensors in modules, checkpoints and peft's files."""
-    return canonical_key(canonical_name(name)).removesuffix(".weight")
-
-
 def _key_of(name: str) -> str:
     """That of a tensor of a module."""
-    return _key(saved_name(f"model.{name}"))
+    return adapter_key(saved_name(f"model.{name}"))
 
 
 @torch.no_grad()
 def _load_adapter(model: nn.Module, stored: TensorReader) -> None:
     """Load a stored adapter into the adapter of ``model``, of which every rank reads its rows."""
-    names = {_key(name): name for name in stored.tensors}
+    names = {adapter_key(name): name for name in stored.tensors}
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for name, part in [*trained, *_buffers(model)]:
         if (key := _key_of(name)) in names:
