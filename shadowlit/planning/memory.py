@@ -115,7 +115,7 @@ def estimate(
     weights = num_bytes([*model.parameters(), *model.buffers()])
     shards = ranks if trainer["sharing"] == "fsdp" else 1
     moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
-    frozen, saved = (size / shards for size in _graft_bytes(model, graft, headers))
+    frozen, saved = (size / shards for size in _graft_bytes(model, graft, headers, module.start.weights is not None))
     buffers = 4.0 * num_trained if trainer["sharing"] == "ddp" else 0.0
     if trainer["sharing"] == "fsdp":
         whole = trainer["accumulate_grad_batches"] > 1 and module.accumulates_whole
@@ -249,7 +249,9 @@ def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     return max(lists, key=lambda each: sum(p.numel() for p in each[2].parameters()))
 
 
-def _graft_bytes(model: nn.Module, graft: GraftCallback, headers: Mapping[str, TensorInfo]) -> tuple[float, float]:
+def _graft_bytes(
+    model: nn.Module, graft: GraftCallback, headers: Mapping[str, TensorInfo], on_tuned: bool
+) -> tuple[float, float]:
     """Bytes that :class:`shadowlit.grafting.live.LiveGraft` holds, and that it saves while a graft is loaded."""
     parameters, layers, usual = host_parameters(model), adapted_layers(model), stored_dtype(headers)
     selected = resolve(graft.select, parameters, linear_names(model), host_of(model).config.model_type)
@@ -257,8 +259,9 @@ def _graft_bytes(model: nn.Module, graft: GraftCallback, headers: Mapping[str, T
     for name, parameter in parameters.items():
         stored = headers[name].dtype if name in headers else usual
         size, live = parameter.numel(), parameter.element_size()
-        swapped = is_swapped(not parameter.requires_grad, name in layers and name in selected, graft.dtype, stored)
-        held += size * ((live if swapped else stored.itemsize) + stored.itemsize * parameter.requires_grad)
+        moves = parameter.requires_grad or on_tuned  # away from the Base, whose values are held then
+        swapped = is_swapped(not moves, name in layers and name in selected, graft.dtype, stored)
+        held += size * ((live if swapped else stored.itemsize) + stored.itemsize * moves)
         saved += 0 if swapped else size * live
     return held, saved
 
