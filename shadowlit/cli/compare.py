@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console
@@ -28,7 +29,7 @@ def compare(
     gain: list[str] | str | None = None,
     keep: list[str] | str | None = None,
     line: str = "loss",
-    overrides: dict[str, Any] | None = None,
+    overrides: Changes | None = None,
     title: str | None = None,
     out: str | None = None,
     workers: int = 1,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
+from shadowlit.cli.functions import Changes, Values
 from shadowlit.errors import ShadowlitError
 from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
@@ -26,11 +27,11 @@ _HOME = Path("runs/sweeps")
 def run(
     name: str,
     fit: str,
-    grid: dict[str, list[Any]] = {},  # noqa: B006 - read only, and shown by --help
-    variants: dict[str, dict[str, dict[str, Any]]] = {},  # noqa: B006
+    grid: dict[str, Values] = {},  # noqa: B006 - read only, and shown by --help
+    variants: dict[str, dict[str, Changes]] = {},  # noqa: B006
     ranges: dict[str, dict[str, Any]] = {},  # noqa: B006
-    drop: list[dict[str, Any]] = [],  # noqa: B006
-    overrides: dict[str, Any] = {},  # noqa: B006
+    drop: list[Changes] = [],  # noqa: B006
+    overrides: Changes = {},  # noqa: B006
     arms: list[str] = ["B2I"],  # noqa: B006
     seeds: list[int] = [0],  # noqa: B006
     scales: list[float] = [1.0],  # noqa: B006
