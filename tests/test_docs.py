@@ -21,7 +21,7 @@ from jsonargparse import auto_parser, capture_parser
 
 import shadowlit
 from shadowlit.cli import functions
-from shadowlit.cli.main import main
+from shadowlit.cli.main import COMMANDS, LIGHTNING, main
 from shadowlit.cli.sweep import run as sweep
 from shadowlit.demo import DATA, PAIR
 from shadowlit.lightning_cli import ShadowCLI
@@ -152,10 +152,17 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in DOCUMENTS if any(any(commands(block)) for block in blocks(path, "bash"))],
-    ids=lambda path: str(path.relative_to(ROOT)),
-)  # fmt: skip
+def pages_with_commands():
+    """The first pages that a user reads and those without commands of LightningCLI always, the rest as slow tests."""
+    for path in DOCUMENTS:
+        names = {words[0] for block in blocks(path, "bash") for words in commands(block)}
+        first = path.name == "README.md" or path.parent.name == "tutorials"
+        heavy = not first and names & {name for name, (_, module) in COMMANDS.items() if module == LIGHTNING}
+        if names:
+            yield pytest.param(path, marks=[pytest.mark.slow] if heavy else [], id=str(path.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("path", pages_with_commands())
 def test_every_command_is_accepted(path, workplace, monkeypatch):
     """By the parser that the user meets, up to where the command would begin to work."""
 
