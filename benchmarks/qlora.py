@@ -1,12 +1,13 @@
-"""LoRA, QLoRA and full tuning of one pair: losses, the graft next to a plain loop, time and memory.
+"""LoRA, QLoRA, DoRA and full tuning of one pair: losses, the graft next to a plain loop, time and memory.
 
-    python benchmarks/qlora.py --instruct FOLDER --rows alpaca_en_demo.json [--kinds lora qlora full] [--steps 8]
+    python benchmarks/qlora.py --instruct FOLDER --rows alpaca_en_demo.json [--kinds lora qlora dora full] [--steps 8]
     python benchmarks/qlora.py --llama
 
 The Base is a copy of the Instruct plus noise of standard deviation 1e-3. Each kind trains in a process of its own, on 3
 rows a step in float32, with a validation at the end, and exports. A plain loop of transformers then scores the exported
-folder, and the same in 4 bits, on the same rows, one by one. Times are the CPU's of training steps alone, the first one
-left out; memory is the process's resident peak up to the end of the last step, and what its tensors take.
+folder, and of QLoRA the same in 4 bits, on the same rows, one by one. Times are the CPU's of training steps alone, the
+first one left out; tokens are those of the rows, padding left out. Memory is the process's resident peak up to the end
+of the last step, with freed tensors given back at once (``MALLOC_MMAP_THRESHOLD_``), and what the model's tensors take.
 
 ``--llama`` computes the memory of QLoRA on a model of Llama-3.1-8B's shapes: the operations of two training steps run
 on fake tensors, which have sizes and no data, and what is alive is counted after each.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import tempfile
@@ -58,10 +60,12 @@ def train(kind: str, root: Path, steps: int) -> dict[str, Any]:
     class Clock(Callback):
         def __init__(self) -> None:
             self.steps: list[float] = []
+            self.tokens: list[int] = []
             self.losses: list[float] = []
             self.peak = 0.0
 
-        def on_train_batch_start(self, *_: Any) -> None:
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+            self.tokens.append(int(batch["attention_mask"].sum()))
             self.start = time.process_time()
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -72,7 +76,7 @@ def train(kind: str, root: Path, steps: int) -> dict[str, Any]:
     pair = ModelPair(str(root / "base"), str(root / "instruct"))
     module = ShadowModule(
         pair,
-        None if kind == "full" else LoraConfig(**LORA),
+        None if kind == "full" else LoraConfig(**LORA, use_dora=kind == "dora"),
         lr=2e-5 if kind == "full" else 2e-4,
         quantization="nf4" if kind == "qlora" else None,
     )
@@ -89,9 +93,12 @@ def train(kind: str, root: Path, steps: int) -> dict[str, Any]:
     return {
         "losses": clock.losses,
         "step_s": sum(clock.steps[1:]) / (len(clock.steps) - 1),
+        "tokens_per_s": sum(clock.tokens[1:]) / sum(clock.steps[1:]),
+        "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "peak_gb": clock.peak,
         "weights_gb": sum(held.values()) / 1e9,
-        "logged": {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith(("val/", "graft/"))},
+        "survival": trainer.callback_metrics["graft/survival"].item(),
+        "logged": {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val/") and "loss" in n},
     }
 
 
@@ -197,13 +204,14 @@ def main() -> None:
     parser.add_argument("--llama", action="store_true")
     parser.add_argument("--instruct", type=Path)
     parser.add_argument("--rows", type=Path)
-    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora", "full"])
+    parser.add_argument("--kinds", nargs="+", default=["lora", "qlora", "dora", "full"])
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
     if options.llama:
         print(json.dumps(peak_of_llama()))
         return
     rows = [row for row in json.loads(options.rows.read_text()) if len(row["output"]) < 400]
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # of the processes that are started
     spawned = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -215,10 +223,12 @@ def main() -> None:
             with spawned.Pool(1) as pool:
                 found = pool.apply(train, (kind, root, options.steps))
             with spawned.Pool(1) as pool:
-                found["plain"] = pool.apply(plain_loss, (root / kind / "model", root))
+                plain = {"grafted": pool.apply(plain_loss, (root / kind / "model", root))}
                 if kind == "qlora":
-                    found["plain_4bit"] = pool.apply(plain_loss, (root / kind / "model", root, True))
-                    found["plain_base_4bit"] = pool.apply(plain_loss, (root / "base", root, True))
+                    plain["grafted_4bit"] = pool.apply(plain_loss, (root / kind / "model", root, True))
+                    plain["base"] = pool.apply(plain_loss, (root / "base", root, True))
+            found["plain"] = plain
+            found["differences"] = {name: found["logged"][f"val/{name}/loss"] - loss for name, loss in plain.items()}
             print(json.dumps({"kind": kind, **found}), flush=True)
 
 

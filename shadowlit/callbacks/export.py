@@ -240,7 +240,8 @@ class ExportCallback(Callback):
             export_adapter(target, module.pair, module.adapter, state, manifest)
 
     def _no_adapter(self, module: LightningModule) -> str | None:
-        return why_not_movable(getattr(module, "adapter", None), bool(self._graft.transforms))
+        on_tuned = isinstance(module, ShadowModule) and module.start.weights is not None
+        return why_not_movable(getattr(module, "adapter", None), bool(self._graft.transforms), on_tuned)
 
     def _require_target(self, target: Path, module: LightningModule) -> None:
         if any(os.path.lexists(target / part) for part in LOADED):

@@ -33,7 +33,7 @@ from shadowlit.errors import GraftError
 from shadowlit.evaluation.routing import Routing, routers_of
 from shadowlit.grafting.disk import LEAST_SURVIVAL
 from shadowlit.grafting.live import LiveGraft, Squares
-from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject, grafts
+from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, UNTOUCHED, Subject, grafts
 from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
 from shadowlit.progress import make_console
@@ -190,7 +190,7 @@ class GraftCallback(Callback):
             self.before_data(trainer, pl_module)
         self._fits = False  # of the next command it isn't known
         self._run = RunTotals()  # not that of an earlier fit, which may have ended by an exception
-        fingerprints = pl_module.pair.fingerprints()
+        fingerprints = {**pl_module.pair.fingerprints(), **pl_module.start.fingerprints()}
         if fingerprints != self.fingerprints:  # what was measured of another pair
             self.fingerprints, self._untouched = fingerprints, UntouchedMetrics()
         if stage == "fit":
@@ -205,7 +205,9 @@ class GraftCallback(Callback):
             f"{'CPU' if graft.offload else 'device'}, {graft.frozen_bytes / max(1, graft.num_local_parameters):.1f} "
             "bytes per parameter"
         )
-        if trainer.global_step == 0 and not trainer.ckpt_path and not graft.on_base:
+        assert isinstance(pl_module, ShadowModule)
+        starts = trainer.global_step == 0 and not trainer.ckpt_path and pl_module.start.weights is None
+        if starts and not graft.on_base:
             raise GraftError(
                 "the module does not start at the Base: its weights differ before the first step. Expected those of "
                 "pair.base. To resume from a checkpoint, pass it as ckpt_path."
@@ -216,7 +218,7 @@ class GraftCallback(Callback):
         """Predict the batch with the reference of an objective that compares tokens, before the module trains on it."""
         assert isinstance(pl_module, ShadowModule)
         if (subject := pl_module.token_reference) is not None:
-            self.build(pl_module).measure(subject, partial(pl_module.measure_predictions, subject, batch))
+            self._measure_reference(pl_module, subject, partial(pl_module.measure_predictions, subject, batch))
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise if a callback monitors a metric that isn't logged."""
@@ -303,7 +305,7 @@ class GraftCallback(Callback):
             base, instruct = pl_module.pair.readers()
             self.graft = LiveGraft(
                 pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload,
-                transforms=self.transforms,
+                transforms=self.transforms, on_tuned=pl_module.start.weights is not None,
             )  # fmt: skip
             base.close()
             # So that the module's state always holds the trained weights: for checkpoint callbacks in any order, and
@@ -340,9 +342,11 @@ class GraftCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the scores over; refuse a checkpoint of another pair."""
         saved = state_dict["fingerprints"]
-        if changed := [who for who, value in self.fingerprints.items() if saved.get(who) != value]:
+        now = self.fingerprints or saved
+        if changed := [who for who in {**now, **saved} if saved.get(who) != now.get(who)]:
+            key = "model.start_from" if changed[0] == "start" else f"pair.{changed[0]}"
             raise GraftError(
-                f"the checkpoint was written with another {' and '.join(changed)} than pair.{changed[0]} is now (the "
+                f"the checkpoint was written with another {' and '.join(changed)} than {key} is now (the "
                 "fingerprints of the files differ), so its update belongs to other weights. Use the pair that it was "
                 "trained with, pinned by revision, or start a new run (no ckpt_path, another run.name)."
             )
@@ -386,13 +390,23 @@ class GraftCallback(Callback):
         assert isinstance(module, ShadowModule)  # whose own weights are trained already after a resume
         for subject in UNTOUCHED:
             if names := module.lacking_references(subject):
-                graft, start = self.build(module), time.perf_counter()
+                start = time.perf_counter()
                 with isolate_rng():
-                    graft.measure(subject, partial(module.measure_references, subject, names))
+                    self._measure_reference(module, subject, partial(module.measure_references, subject, names))
                 rank_zero_info(
                     f"graft: the untouched {subject.name.capitalize()}'s log-probabilities of {', '.join(names)} were "
                     f"measured in {time.perf_counter() - start:.1f} s"
                 )
+
+    def _measure_reference(self, module: ShadowModule, subject: Subject, function: Callable[[], None]) -> None:
+        """Measure with the Instruct's weights, or with the Base's, or with what the training started from instead."""
+        graft = self.build(module)
+        assert module.model is not None
+        values = module.start.values(module.model) if subject == BASE else None
+        if values is None:
+            return graft.measure(subject, function)
+        with graft.trained_as(values):
+            return function()
 
     def _measure(self, trainer: Trainer, module: ShadowModule) -> None:
         """Run the passes of one validation and add what they measure to its record."""

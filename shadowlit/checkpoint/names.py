@@ -214,6 +214,11 @@ def saved_name(name: str) -> str:
     return _FACTOR_IN_MODULE.sub(r"\1", canonical_name(name.removeprefix("model.")))
 
 
+def adapter_key(name: str) -> str:
+    """Return the one spelling of what :func:`saved_name` and peft's files call a tensor of an adapter."""
+    return canonical_key(canonical_name(name)).removesuffix(".weight")
+
+
 def is_unmerged_name(name: str) -> bool:
     """Whether ``name`` shows that a stored model still has an adapter that was not merged into its weights."""
     return _UNMERGED.search(name) is not None

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console
@@ -23,7 +24,7 @@ def compare(
     gain: list[str] | str | None = None,
     keep: list[str] | str | None = None,
     line: str = "loss",
-    overrides: dict[str, Any] | None = None,
+    overrides: Changes | None = None,
     title: str | None = None,
     out: str | None = None,
     workers: int = 1,

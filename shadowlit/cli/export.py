@@ -64,7 +64,8 @@ def export(
     _require_exportable(stage, pair, adapter, home)
     transforms = Transforms(settings["graft"].get("transforms") or [], "graft.transforms")
     wanted = parts or settings["export"].get("parts") or ["model", "adapter"]
-    if reason := why_not_movable(adapter, bool(transforms)):
+    started = "start" in stage.fingerprints
+    if reason := why_not_movable(adapter, bool(transforms), started):
         if "adapter" in parts:
             raise ExportError(f"parts has 'adapter', which can't be written. {reason} Leave it out.")
         wanted = [part for part in wanted if part != "adapter"]
@@ -79,7 +80,8 @@ def export(
     max_shard_bytes = settings["export"].get("max_shard_bytes", DEFAULT_SHARD_BYTES)
     towers = settings["model"].get("train_towers", ["language"])
     update = learned = update_of(stage, pair, adapter)
-    trained = [n for n in update.shapes if adapter or any(tower_of(n) == t or re.search(t, n) for t in towers)]
+    whole = adapter or started  # a tuned Base may have learned in every tower
+    trained = [n for n in update.shapes if whole or any(tower_of(n) == t or re.search(t, n) for t in towers)]
     if len(trained) < len(update.shapes):  # of a vision-language model, whose checkpoint holds the frozen towers too
         update = Delta.from_update(update).only(trained)
     if transforms:

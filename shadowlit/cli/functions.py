@@ -10,13 +10,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, ClassVar, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeAlias, get_origin, get_type_hints
 
 from jsonargparse import auto_cli
 
 from shadowlit.checkpoint.streaming import keep_freed_memory
 from shadowlit.errors import Interrupted, ShadowlitError
 from shadowlit.parser import Known, ShortErrors
+
+# Changes of a configuration by dotted key, and lists of values, as they are written. In those of type Any jsonargparse
+# would create the objects that `class_path` and `init_args` describe.
+Changes: TypeAlias = dict
+Values: TypeAlias = list
 
 
 def _transforms() -> list[str]:

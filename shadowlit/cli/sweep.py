@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+from shadowlit.cli.functions import Changes, Values
 from shadowlit.errors import ShadowlitError
 from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
@@ -17,11 +18,11 @@ _HOME = Path("runs/sweeps")
 def run(
     name: str,
     fit: str,
-    grid: dict[str, list[Any]] = {},  # noqa: B006 - read only, and shown by --help
-    variants: dict[str, dict[str, dict[str, Any]]] = {},  # noqa: B006
+    grid: dict[str, Values] = {},  # noqa: B006 - read only, and shown by --help
+    variants: dict[str, dict[str, Changes]] = {},  # noqa: B006
     ranges: dict[str, dict[str, Any]] = {},  # noqa: B006
-    drop: list[dict[str, Any]] = [],  # noqa: B006
-    overrides: dict[str, Any] = {},  # noqa: B006
+    drop: list[Changes] = [],  # noqa: B006
+    overrides: Changes = {},  # noqa: B006
     arms: list[str] = ["B2I"],  # noqa: B006
     seeds: list[int] = [0],  # noqa: B006
     scales: list[float] = [1.0],  # noqa: B006

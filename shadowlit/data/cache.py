@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 _CODE = (
-    "blocks", "conversation", "coverage", "custom_formats", "dataset", "files", "formats", "images",
+    "blocks", "contexts", "conversation", "coverage", "custom_formats", "dataset", "files", "formats", "images",
     "preference_formats", "prepare", "rendering", "sampler", "sources", "tables", "template", "tokenise", "tokens",
     "turns",
 )  # fmt: skip

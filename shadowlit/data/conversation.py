@@ -35,6 +35,7 @@ class Conversation:
         other: The conversation with the second answer of a preference sample, else None.
         desirable: The label of a labelled answer, else None.
         source_index: Number of the source among those of its set, which may have the same name twice.
+        context: Turns before ``messages`` that a teacher alone sees, else None.
     """
 
     messages: list[Message]
@@ -45,6 +46,7 @@ class Conversation:
     other: list[Message] | None = None
     desirable: bool | None = None
     source_index: int = 0
+    context: list[Message] | None = None
 
     def __str__(self) -> str:
         """``sample 17 of train.jsonl (line 18)``."""

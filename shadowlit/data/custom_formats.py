@@ -7,6 +7,7 @@ The function is named by its import path (``package.module.function``) or by an 
 ``data.samples``   result
 =================  ===================================================================================================
 conversations      the messages, ``[{"role": "user", "content": "…"}, …]``, or a text, which is a document to train on
+contexts           ``(messages, teacher_context)``: a conversation, and a text or messages that its teacher sees first
 pairs              ``(chosen, rejected)``: two conversations, each a list of messages, that begin with the same prompt
 labels             ``(messages, label)``: a conversation that ends with the answer, and whether that is desirable
 =================  ===================================================================================================
@@ -33,7 +34,11 @@ from shadowlit.plugins import find_function, known_names
 GROUP = "shadowlit.formats"
 """The group of entry points that name formats."""
 
-_RESULTS = {"pairs": ("chosen", "rejected"), "labels": ("messages", "label")}
+_RESULTS = {
+    "contexts": ("messages", "teacher_context"),
+    "pairs": ("chosen", "rejected"),
+    "labels": ("messages", "label"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class CustomFormat:
         with located(f"as read by data.format={self.name}"):
             return convert_row({format: made}, format, prompts_only=prompts_only)
 
-    def preference_row(self, row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
-        """Turn a row into one of a built-in format of preferences; ``samples`` is pairs or labels.
+    def row_of_two(self, row: Mapping[str, Any], samples: Samples) -> dict[str, Any]:
+        """Turn a row into one of a built-in format of preferences or contexts; ``samples`` isn't conversations.
 
         Raises:
             DataError: The function fails, or doesn't return a tuple of two.

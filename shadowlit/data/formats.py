@@ -46,8 +46,8 @@ from shadowlit.data.turns import (
 )
 from shadowlit.errors import DataError, counted
 
-Samples = Literal["conversations", "pairs", "labels"]
-"""Kind of sample: a conversation, a chosen and a rejected answer, or an answer that is desirable or not."""
+Samples = Literal["conversations", "contexts", "pairs", "labels"]
+"""Kind of sample: a conversation, one with a context for a teacher, two answers, or one that is desirable or not."""
 
 PLACEHOLDER = "<image>"
 """Marks the place in a text of an image from the column ``images``."""

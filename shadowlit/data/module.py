@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowlit.checkpoint.workers import num_cores
 from shadowlit.data.collate import Collate, PackCollate, PromptCollate
+from shadowlit.data.context_batches import ContextCollate, ContextDataset
 from shadowlit.data.conversation import gathered, raise_all, some_of
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.images import ImageCollate
@@ -35,6 +36,7 @@ from shadowlit.data.order import (
 )
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
+from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import ShardedBatchSampler, evaluation_order
 from shadowlit.data.settings import DataSettings
@@ -84,7 +86,7 @@ class ShadowData(DataSettings, LightningDataModule):
         self.reports: dict[str, DataReport] = {}
         self.prompts: PromptDataset | None = None
         self._preparation = Preparation(self)
-        self._sets: dict[str, TokenDataset | PreferenceDataset] = {}
+        self._sets: dict[str, TokenDataset | PreferenceDataset | ContextDataset] = {}
         self._packs: PackedOrder | None = None
         self._mixture: Mixture | None = None
         self._resume: dict[str, Any] | None = None
@@ -149,7 +151,7 @@ class ShadowData(DataSettings, LightningDataModule):
         if stage in ("fit", None) and "train" in self._sets:
             self._warn_of_overlap()
 
-    def dataset(self, split: str) -> TokenDataset | PreferenceDataset:
+    def dataset(self, split: str) -> TokenDataset | PreferenceDataset | ContextDataset:
         """Return a tokenised set; of a stream its first samples.
 
         Args:
@@ -262,10 +264,14 @@ class ShadowData(DataSettings, LightningDataModule):
             require_packable(self, dataset)
         if self.samples != "conversations" and dataset.has_images:
             raise DataError(
-                f"{name} has images, but model.objective learns from preferences, which are read as text alone. Train "
-                "on conversations (objective: SFT), or give preferences without images."
+                f"{name} has images, but model.objective learns from {self.samples}, which are read as text alone. "
+                "Train on conversations (objective: SFT), or give rows without images."
             )
-        whole = dataset if self.samples == "conversations" else PreferenceDataset(dataset)
+        whole: TokenDataset | PreferenceDataset | ContextDataset = dataset
+        if self.samples in PREFERENCES:
+            whole = PreferenceDataset(dataset)
+        elif self.samples == "contexts" and name == "train":
+            whole = ContextDataset(dataset)
         mixture = mix(self, whole) if name == "train" else None
         if mixture is not None:
             report.drawn, report.drawn_tokens = len(mixture), int(whole.lengths[mixture(0, self.shuffle)].sum())
@@ -307,22 +313,28 @@ class ShadowData(DataSettings, LightningDataModule):
                 replace_text(folder / "skipped_rows.txt", "".join(lines))
 
     def _warn_of_overlap(self) -> None:
+        trained = self._sets["train"]
+        known = (trained.sequences if isinstance(trained, ContextDataset) else trained).hashes()
         for name in self.validation_names:
             dataset = self._sets[f"val/{name}"]
-            shared = int(np.isin(dataset.hashes(), self._sets["train"].hashes()).sum())
+            shared = int(np.isin(dataset.hashes(), known).sum())
             if shared:
                 rank_zero_warn(
                     f"data: {shared} of {len(dataset)} samples of val/{name} are in the training data too, token for "
                     "token. Its scores measure what was memorised; remove them from one of the two."
                 )
 
-    def _training_collate(self, has_images: bool) -> Collate | PackCollate | ImageCollate | PreferenceCollate:
+    def _training_collate(
+        self, has_images: bool
+    ) -> Collate | PackCollate | ImageCollate | PreferenceCollate | ContextCollate:
         options = self.pad_token_id, self.pad_to_multiple_of
-        if self.samples != "conversations":
+        if self.samples in PREFERENCES:
             return PreferenceCollate(*options, self.packing)
-        if self.packing is not None:
-            return PackCollate(*options, flatten=self.packing == "padding_free")
-        return self._with_images(Collate(*options)) if has_images else Collate(*options)
+        padded = Collate(*options)
+        collate = padded if self.packing is None else PackCollate(*options, flatten=self.packing == "padding_free")
+        if self.samples == "contexts":
+            return ContextCollate(collate)
+        return self._with_images(padded) if has_images and self.packing is None else collate
 
     def _with_images(self, collate: Collate | PromptCollate | PreferenceCollate) -> ImageCollate:
         assert self._preparation.images is not None
@@ -356,7 +368,9 @@ class ShadowData(DataSettings, LightningDataModule):
             return describe_stream(self, self._ranks()[0])
         return describe_epochs(self, loader.batch_sampler, self._sets["train"], self._mixture)
 
-    def _report_padding(self, dataset: TokenDataset | PreferenceDataset, sampler: ShardedBatchSampler) -> None:
+    def _report_padding(
+        self, dataset: TokenDataset | PreferenceDataset | ContextDataset, sampler: ShardedBatchSampler
+    ) -> None:
         """Put the number of positions of the first epoch into the report, and log the share that padding takes."""
         report, num_slots = self.reports["train"], count_positions(self, dataset, self._packs, sampler)
         if report.num_slots == num_slots:
@@ -388,7 +402,7 @@ class ShadowData(DataSettings, LightningDataModule):
 
     def _shard(
         self,
-        dataset: TokenDataset | PromptDataset | PreferenceDataset,
+        dataset: TokenDataset | PromptDataset | PreferenceDataset | ContextDataset,
         collate: Collate | PromptCollate | PreferenceCollate,
         order: np.ndarray | None = None,
     ) -> DataLoader:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zlib
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from shadowlit.data.context_batches import ContextDataset
 from shadowlit.data.dataset import TokenDataset
 from shadowlit.data.mixing import MixedPacks, Mixture
 from shadowlit.data.packing import PackedOrder
@@ -17,7 +19,7 @@ from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grou
 from shadowlit.data.settings import DataSettings, Source
 from shadowlit.errors import DataError
 
-_CONTENT = "checksum of the samples"  # not in checkpoints of earlier versions
+_CONTENT, _SIZES = "checksum of the samples", "bytes of the files"  # not in checkpoints of earlier versions
 
 
 def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
@@ -30,7 +32,7 @@ def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
         )
 
 
-def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> Mixture | None:
+def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset | ContextDataset) -> Mixture | None:
     """The mixture of the training sources, or None without weights; raises if it has none of a source."""
     if not settings.is_mixed:
         return None
@@ -38,7 +40,7 @@ def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset) -> Mi
 
 
 def pack(
-    settings: DataSettings, dataset: TokenDataset | PreferenceDataset, mixture: Mixture | None = None
+    settings: DataSettings, dataset: TokenDataset | PreferenceDataset | ContextDataset, mixture: Mixture | None = None
 ) -> PackedOrder | None:
     """The packs of all training samples, or None without best_fit; raises if a preference sample is too long."""
     if settings.packing != "best_fit":
@@ -110,7 +112,7 @@ def require_enough(settings: DataSettings, num_samples: int, packs: PackedOrder 
 
 def count_positions(
     settings: DataSettings,
-    dataset: TokenDataset | PreferenceDataset,
+    dataset: TokenDataset | PreferenceDataset | ContextDataset,
     packs: PackedOrder | None,
     sampler: ShardedBatchSampler,
 ) -> int:
@@ -131,7 +133,7 @@ def count_positions(
 def describe_epochs(
     settings: DataSettings,
     sampler: ShardedBatchSampler,
-    dataset: TokenDataset | PreferenceDataset,
+    dataset: TokenDataset | PreferenceDataset | ContextDataset,
     mixture: Mixture | None = None,
 ) -> dict[str, Any]:
     """The samples, and what their order depends on; not the number of ranks, but the size of the global batch."""
@@ -163,9 +165,18 @@ def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
         "global_batch_size": world_size * settings.batch_size,
         "pack_length": settings.row_capacity,
         **{name: getattr(settings, name) for name in same},
+        _SIZES: [_num_bytes(source.path) for source in settings.train_sources],
         **({} if settings.on_bad_row == "error" else {"on_bad_row": settings.on_bad_row}),
         **_trained_turns(settings),
     }
+
+
+def _num_bytes(path: str) -> int | None:
+    """The size of a source's files, by which a replaced one is noticed without reading it; None for the hub."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        return None
+    return sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*")) if file.is_file())
 
 
 def _place(source: Source) -> str | dict[str, Any]:
@@ -202,7 +213,7 @@ def check_order(before: dict[str, Any], order: dict[str, Any], position: dict[st
     changed = [
         f"{key} {before.get(key)} → {order.get(key)}"
         for key in dict.fromkeys((*before, *order))
-        if before.get(key) != order.get(key) and not (key == _CONTENT and key not in before)
+        if before.get(key) != order.get(key) and not (key in (_CONTENT, _SIZES) and key not in before)
     ]
     if not changed:
         return

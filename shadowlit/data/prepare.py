@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowlit.data.blocks import Block, read_blocks, write_blocks
 from shadowlit.data.cache import cache_key, default_folder
+from shadowlit.data.contexts import with_context
 from shadowlit.data.conversation import Conversation, some_of
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
@@ -206,7 +207,7 @@ class Preparation:
             # The tokens don't depend on how sources are mixed.
             sources=[[vars(replace(one, weight=None)), *both] for one, both in zip(sources, digests, strict=True)],
             on_bad_row=settings.on_bad_row,
-            samples=settings.samples,
+            samples=[settings.samples, settings.samples == "contexts" and use],  # which training data alone have
             max_length=settings.max_length,
             overlong=settings.overlong,
             drop_unsupervised=settings.drop_unsupervised,
@@ -257,10 +258,14 @@ class Preparation:
 
         def encode_row(conversation: Conversation) -> Any:
             messages = conversation.messages
+            if messages[0]["role"] == DOCUMENT and conversation.context is not None:
+                raise DataError("is plain text, before which a teacher's context has no place. Give conversations.")
             if messages[0]["role"] == DOCUMENT:
                 return encode_document(tokenizer, messages[0]["content"], self._end_of_text, max_length)
             if system and messages[0]["role"] not in ("system", "developer"):
                 messages = [{"role": "system", "content": system}, *messages]
+            if conversation.context is not None:
+                messages = with_context(messages, conversation.context)
             return encode(tokenizer, messages, images, **{"tools": conversation.tools, **template_kwargs})
 
         return encode_row

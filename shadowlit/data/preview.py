@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from shadowlit.data.context_batches import ContextDataset
 from shadowlit.data.conversation import IGNORE_INDEX, some_of
 from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
@@ -52,6 +53,8 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
             (pair,) = dataset[index]
             names = ("chosen", "rejected") if data.samples == "pairs" else _LABELS[pair["desirable"]]
             sequences = dict(zip(names, pair["answers"], strict=True))
+        elif isinstance(dataset, ContextDataset):
+            sequences = {"student": dataset[index], "teacher": dataset[index]["teacher"]}
         else:
             sequences = {"": dataset[index]}
         for what, sample in sequences.items():

@@ -15,6 +15,7 @@ from shadowlit.data.conversation import raise_all
 from shadowlit.data.custom_formats import find_format
 from shadowlit.data.formats import Samples
 from shadowlit.data.packing import Packing
+from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.data.template import LossOn
 from shadowlit.data.tokenise import Overlong
 from shadowlit.errors import DataError, wrong_names
@@ -98,8 +99,9 @@ class DataSettings:
             error.
         on_bad_row: Treatment of rows that are malformed or can't be used: error stops, after all rows have been looked
             at, and lists them; skip leaves them out, counts them in the report and lists them.
-        samples: Kind of sample that a row holds: conversations, pairs (a chosen and a rejected answer) or labels
-            (answers that are desirable or not). The command line takes it from ``model.objective``.
+        samples: Kind of sample that a row holds: conversations, contexts (conversations with a context for a teacher),
+            pairs (a chosen and a rejected answer) or labels (answers that are desirable or not). The command line takes
+            it from ``model.objective``.
         max_length: Maximum length of a sample, in tokens.
         overlong: Treatment of samples that are longer: truncate keeps their beginning, drop leaves them out, error
             stops. Documents are split into pieces instead. Prompts of ``predict`` are never truncated; one that is
@@ -199,7 +201,7 @@ class DataSettings:
         self.test_sets = {name: self._source(one, f"data.test.{name}") for name, one in self.test.items()}
         self.predict_source = None if self.predict is None else self._source(self.predict, "data.predict")
         if self.pack_length is None:
-            self.pack_length = self.max_length * (1 if self.samples == "conversations" else 2)
+            self.pack_length = self.max_length * (2 if self.samples in PREFERENCES else 1)
         if self.eval_batch_size is None:
             self.eval_batch_size = self.batch_size
         self.row_capacity, self.eval_rows = self.pack_length, self.eval_batch_size
@@ -249,12 +251,22 @@ class DataSettings:
                 f"data.train[{unweighted[0]}] ({self.train_sources[unweighted[0]]}) has no weight, but others have "
                 "one. Give each training source a weight, or none."
             )
-        if self.streaming and self.samples != "conversations":
+        if self.streaming and self.samples == "contexts":
+            yield (
+                "data.streaming is true, but model.objective needs the contexts of a teacher, which are read as a "
+                "whole. Set data.streaming=false."
+            )
+        if self.streaming and self.samples in PREFERENCES:
             yield (
                 "data.streaming is true, but model.objective learns from preferences, which the untouched model scores "
                 "before the training, so that they are read as a whole. Set data.streaming=false."
             )
-        if self.loss_on == "all" and self.samples != "conversations":
+        if self.loss_on == "all" and self.samples == "contexts":
+            yield (
+                "data.loss_on is all, but the teacher of model.objective sees a context that the student doesn't, so "
+                "only answers can be compared. Set data.loss_on=assistant."
+            )
+        if self.loss_on == "all" and self.samples in PREFERENCES:
             yield (
                 "data.loss_on is all, but model.objective learns from preferences, whose prompts are not trained on. "
                 "Set data.loss_on=assistant."

@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from shadowlit.data.contexts import COLUMN, context_of
 from shadowlit.data.conversation import Conversation, Skip, collect, each, located
 from shadowlit.data.custom_formats import CustomFormat, find_format
 from shadowlit.data.files import Row, is_file_of_rows, read_file, stream_file
@@ -31,6 +32,7 @@ from shadowlit.data.formats import (
 )
 from shadowlit.data.images import locate
 from shadowlit.data.preference_formats import (
+    PREFERENCES,
     add_next_answers,
     convert_labelled,
     convert_pair,
@@ -78,7 +80,7 @@ def read_conversations(
         use: ``train``, ``validation`` or ``test``: the split of a folder or hub data set where none is named.
         prompts_only: Accept rows without an answer.
         samples: Kind of sample in a row: a conversation, or a pair or labelled answer, whose built-in format is
-            always detected.
+            always detected. A conversation's context is read from training data only, and no matter elsewhere.
         strict: Raise if a column has text that reaches no turn, instead of logging it.
         max_rows: Number of rows that are read, from the beginning; None for all.
         skip: Function that receives the message of each malformed row, which is then left out; None raises them.
@@ -93,7 +95,7 @@ def read_conversations(
     if not rows and not wrong:
         raise DataError(f"{source} has no rows. Give a file with at least one sample.")
     names = {name for row in rows if isinstance(row.content, dict) for name in row.content}
-    reader = _Reader(source, format, dict(columns or {}), ignore, prompts_only, samples)
+    reader = _Reader(source, format, dict(columns or {}), ignore, prompts_only, samples, use == "train")
     _prepare(reader, rows, names, log, skip)
     found = collect(reader.convert, rows, skip and wrong.append)
     if skip is not None:
@@ -168,6 +170,7 @@ class _Reader:
     ignore: Sequence[str]
     prompts_only: bool = False
     samples: Samples = "conversations"
+    trains: bool = True
     unread: dict[str, str] = field(default_factory=dict)  # an example of each
 
     def prepare(self, first: Mapping[str, Any], names: set[str], log: Log) -> None:
@@ -182,7 +185,7 @@ class _Reader:
         self._read: set[str] = set(first)
         if self._custom is not None:
             return
-        if self.samples != "conversations" and not self.prompts_only:
+        if self.samples in PREFERENCES and not self.prompts_only:
             require_columns(first, self.samples, self.source)
             return
         if self.format == "auto":
@@ -196,6 +199,8 @@ class _Reader:
             check_columns(first, self.format, source=self.source, prompts_only=self.prompts_only)
         # The answers to a prompt aren't shown to the model, whatever they are.
         self._read = FORMATS[self.format].columns | (_ANSWERS if self.prompts_only else set())
+        if self.samples == "contexts":
+            self._read.add(COLUMN)
         unused = sorted(set(first) - self._read)
         if unused:
             log(f"data: {self.source} is read as {self.format}; columns not used: {', '.join(unused)}", False)
@@ -207,15 +212,19 @@ class _Reader:
             DataError: The row is malformed. The message doesn't say which row it is.
         """
         columns = rename(without_ignored(row.columns, self.ignore) if self.ignore else row.columns, self.columns)
-        if self.samples != "conversations" and not self.prompts_only:
+        if self.samples in PREFERENCES and not self.prompts_only:
             return self._preference(row, columns)
-        if self._custom is not None:
+        if self._custom is not None and self.samples == "contexts" and not self.prompts_only:
+            columns = self._custom.row_of_two(columns, self.samples)
+            messages = convert_row(columns, "messages")
+        elif self._custom is not None:
             messages = self._custom.convert(columns, prompts_only=self.prompts_only)
         else:
             messages = convert_row(columns, self.format, prompts_only=self.prompts_only)
             self._note_unread(row, columns, self._read, messages)
         messages, tools = self._finish(columns if self._custom is None else {}, locate(messages, self._folder))
-        return Conversation(messages, row.source, row.index, row.line, tools)
+        context = context_of(columns) if self.samples == "contexts" and self.trains else None
+        return Conversation(messages, row.source, row.index, row.line, tools, context=context)
 
     def _finish(self, columns: Mapping[str, Any], messages: list[Message]) -> tuple[list[Message], list[Any] | None]:
         """The messages as the chat template sees them, and the tools."""
@@ -236,7 +245,7 @@ class _Reader:
 
     def _preference(self, row: Row, columns: dict[str, Any]) -> Conversation:
         if self._custom is not None:
-            columns = self._custom.preference_row(columns, self.samples)
+            columns = self._custom.row_of_two(columns, self.samples)
         if self.samples == "pairs":
             messages, other = convert_pair(columns)
             label = None

@@ -11,6 +11,7 @@ from typing import Literal
 
 from shadowlit.checkpoint.workers import by_processes
 from shadowlit.data.blocks import Block, BlockBuilder, joined, require_storable
+from shadowlit.data.contexts import both_views
 from shadowlit.data.conversation import IGNORE_INDEX, Conversation, FatalDataError, collect, located, raise_all
 from shadowlit.data.dataset import DataReport, PromptDataset, TokenDataset
 from shadowlit.data.template import Encoded
@@ -67,8 +68,12 @@ class _Tokeniser:
 
     def _groups(self, conversation: Conversation) -> list[tuple[list[Encoded], list[Encoded] | None]]:
         """The sequences of each sample of a row, and what is kept of them."""
-        samples = self.encode(conversation) or [Encoded([], [])]  # none where no turn is supervised
+        student = replace(conversation, context=None)
+        samples = self.encode(student) or [Encoded([], [])]  # none where no turn is supervised
         groups = [[sample] for sample in samples]
+        if conversation.context is not None:
+            longest = self.max_length if self.overlong == "truncate" else None
+            groups = both_views(samples, self.encode(conversation) or [Encoded([], [])], longest)
         if conversation.other is not None:
             groups = [_both(samples, self.encode(replace(conversation, messages=conversation.other)))]
         is_labelled = conversation.desirable is not None
@@ -94,6 +99,8 @@ class _Tokeniser:
         report.num_samples += 1
         for sample in fitted:
             builder.add(sample, conversation)
+        # Of two views of the same tokens, the longer one.
+        for sample in fitted if conversation.context is None else [max(fitted, key=lambda one: len(one.input_ids))]:
             report.num_tokens += len(sample.input_ids)
             report.num_supervised_tokens += _num_supervised(sample)
             report.longest = max(report.longest, len(sample.input_ids))

@@ -6,6 +6,7 @@ import inspect
 import logging
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,23 @@ from torch import Tensor
 
 from shadowlit.checkpoint.alignment import AlignedReader
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code
+from shadowlit.checkpoint.layout import LayoutReader
 from shadowlit.checkpoint.names import is_adapter_name, is_original_name, saved_name
-from shadowlit.checkpoint.reader import ComputedReader, described, rows_of
+from shadowlit.checkpoint.pickled import open_checkpoint
+from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
 from shadowlit.delta.delta import Delta
-from shadowlit.errors import CheckpointError, DataError
+from shadowlit.errors import CheckpointError, DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest
 from shadowlit.grafting.selection import resolve
-from shadowlit.grafting.update import FullUpdate, Update
+from shadowlit.grafting.tuned import is_run, require_no_graft
+from shadowlit.grafting.update import FullUpdate, SummedUpdate, Update
 from shadowlit.limits import load_yaml
 from shadowlit.pair.buffers import open_model
+from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
+from shadowlit.pair.side import stated_sides
+from shadowlit.pair.weights import require_one_architecture
 from shadowlit.plugins import import_object
 
 if TYPE_CHECKING:
@@ -140,14 +148,125 @@ def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: Peft
     """The whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
     home, config = config_above(stage.folder)
     pair = pair or pair_of(config, home)
-    base, instruct = (open_model(folder).learned() for folder in (pair.base_folder(), pair.instruct_folder()))
-    # The run holds experts as its module does, the update shall hold them as the files.
-    aligned = AlignedReader(base, instruct)
-    if any(map(is_adapter_name, stage.tensors)):
-        from shadowlit.grafting.adapter_files import adapter_update  # late: peft takes seconds
+    aligned, _ = _learned(pair)  # the run holds experts as its module does, the update shall hold them as the files
+    if not any(map(is_adapter_name, stage.tensors)):
+        return FullUpdate(aligned, stage, strict=False)
+    from shadowlit.grafting.adapter_files import adapter_update  # late: peft takes seconds
 
-        return adapter_update(aligned, stage.folder, adapter or adapter_of(config, home), stage, strict=False)
-    return FullUpdate(aligned, stage, strict=False)
+    settings = adapter or adapter_of(config, home)
+    if (start := _start_of(stage, config, home, pair)) is None:
+        return adapter_update(aligned, stage.folder, settings, stage, strict=False)
+    return SummedUpdate(start.update, adapter_update(start.reader, stage.folder, settings, stage, strict=False))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from instead of the Base: the weights of a tuned Base, or an adapter of the Base.
+
+    Attributes:
+        reader: Reader of the weights, by the Base's names and in the shapes of the Instruct; or of the adapter's
+            tensors, by the names in peft's files.
+        update: What was learned, ``tuned - base``.
+        adapter: Settings of the adapter; None for weights.
+    """
+
+    reader: TensorReader
+    update: Update
+    adapter: PeftConfig | None = None
+
+
+def open_start(source: str, pair: ModelPair) -> Start:
+    """Open ``model.start_from`` and check from its headers that it is an update of the pair's Base.
+
+    Args:
+        source: Folder or hub id of an adapter or of a tuned Base, or a run of ``fit``: its folder, of which the newest
+            checkpoint counts, or a ``*.ckpt``.
+        pair: Pair that is trained.
+
+    Raises:
+        PairError: There is no such folder, or it holds a model of another architecture.
+        GraftError: It does not fit the Base, or it is no start.
+    """
+    try:
+        return _open_run(Path(source), pair) if is_run(Path(source)) else _open_folder(source, pair)
+    except (GraftError, CheckpointError, DataError) as error:
+        raise GraftError(f"model.start_from is {source!r}: {error}") from error
+
+
+def _open_folder(source: str, pair: ModelPair) -> Start:
+    folder = model_folder("start_from", source, key="model.start_from")
+    if not (folder / "adapter_config.json").is_file():
+        require_one_architecture(*stated_sides(("base", pair.base_folder()), ("model.start_from", folder)))
+        require_no_graft(folder, *(open_model(one) for one in (pair.base_folder(), pair.instruct_folder())))
+        return _weights(open_model(folder).learned(), pair)
+    from shadowlit.grafting.adapter_files import adapter_update, read_adapter_config  # late: peft takes seconds
+
+    made = read_manifest(folder) if (folder / MANIFEST_FILE).is_file() else {}
+    if (made.get("base") or {}).get("fingerprint") not in (None, pair.fingerprints()["base"]):
+        raise GraftError(
+            f"it was trained on another Base than {pair.base} (the fingerprint in its {MANIFEST_FILE} differs). Give "
+            "an adapter of pair.base, or set pair.base to the one that it was trained on."
+        )
+    config, reader = read_adapter_config(folder), open_checkpoint(folder, adapter=True)
+    return Start(reader, adapter_update(_learned(pair)[0], folder, config), config)
+
+
+def _open_run(path: Path, pair: ModelPair) -> Start:
+    stage = latest(path)
+    home, config = config_above(stage.folder)
+    if stage.fingerprints.get("base", (found := pair.fingerprints()["base"])) != found:
+        raise GraftError(
+            f"{stage.folder} was trained from another Base than {pair.base} (the fingerprints of the files differ). "
+            "Set pair.base to that Base."
+        )
+    if not any(map(is_adapter_name, stage.tensors)):
+        return _weights(stage, pair)
+    if _start_of(stage, config, home, pair) is not None:
+        raise GraftError(
+            f"the adapter in {stage.folder} was trained on the tuned weights of that run's own model.start_from, and "
+            f"is no update of the Base by itself. Merge both: 'python -m shadowlit graft {pair.base} {path} "
+            f"{pair.base} MERGED --select all --dtype float32', and set model.start_from=MERGED."
+        )
+    return Start(stage, update_of(stage, pair), adapter_of(config, home))
+
+
+def _weights(tuned: TensorReader, pair: ModelPair) -> Start:
+    """The start at a tuned Base's weights, of which its vocabulary may be the Base's or the Instruct's."""
+    aligned, instruct = _learned(pair)
+    files = open_model(pair.base_folder()).learned()
+    if not FullUpdate(files, tuned, strict=False).without:
+        tuned = AlignedReader(tuned, instruct)
+    update = FullUpdate(aligned, tuned)
+    reader = LayoutReader(tuned, aligned)
+    reader.tied = pair.ties()[0]
+    return Start(reader, update)
+
+
+def _start_of(stage: TrainedReader, config: Mapping[str, Any], home: Path, pair: ModelPair) -> Start | None:
+    """The tuned weights under the adapter in a checkpoint; None if these are the Base's."""
+    source, known = (config.get("model") or {}).get("start_from"), stage.fingerprints.get("start")
+    if known is None and (stage.fingerprints or source is None):
+        return None
+    if source is None:
+        raise GraftError(
+            f"{stage.folder} was trained on the tuned weights of model.start_from, but {home} holds no config.yaml "
+            "that names them. Restore it: the update can't be computed without these weights."
+        )
+    start = open_start(located(source, home), pair)
+    if start.adapter is not None:
+        return None
+    if known not in (None, start.reader.fingerprint()):
+        raise GraftError(
+            f"{stage.folder} was trained on other weights than model.start_from, {source!r}, holds now (the "
+            "fingerprints differ). Restore these weights: they are a part of the update."
+        )
+    return start
+
+
+def _learned(pair: ModelPair) -> tuple[AlignedReader, TensorReader]:
+    """The learned tensors of the Base, in the shapes of its Instruct, and of the Instruct."""
+    base, instruct = (open_model(folder).learned() for folder in (pair.base_folder(), pair.instruct_folder()))
+    return AlignedReader(base, instruct), instruct
 
 
 def read_config(folder: Path) -> dict[str, Any]:

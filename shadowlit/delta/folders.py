@@ -14,8 +14,8 @@ from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.errors import GraftError, as_usage
 from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, export_folder
-from shadowlit.grafting.manifest import MANIFEST_FILE, add_to_manifest, build_manifest, read_manifest
-from shadowlit.grafting.tuned import open_update
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.tuned import is_run, open_update, require_no_graft
 from shadowlit.grafting.update import Update
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
@@ -137,7 +137,7 @@ def plan_graft(
         else:
             folder = model_folder("tuned", str(tuned))
             require_one_architecture(*stated_sides(("base", base_reader.folder), ("tuned model", folder)))
-            _require_no_graft(folder, base_reader, instruct_reader)
+            require_no_graft(folder, base_reader, instruct_reader)
             update = open_update(in_place, folder, allow_pickle, strict=False)
         scales = Scale.parse(str(scale))
         if chosen:
@@ -173,27 +173,6 @@ def write_graft(
     )
     left_out = {"left_out": graft.shares} if graft.shares else {}
     add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **left_out}})
-
-
-def is_run(tuned: Path) -> bool:
-    """Whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
-    itself = any((tuned / name).exists() for name in ("config.json", "adapter_config.json"))
-    return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))
-
-
-def _require_no_graft(tuned: Path, base: TensorReader, instruct: TensorReader) -> None:
-    """Raise if a whole model is the result of a graft onto this Instruct, and holds the Instruct's weights."""
-    if not (tuned / MANIFEST_FILE).is_file() or (tuned / "adapter_config.json").is_file():
-        return
-    manifest = read_manifest(tuned)
-    made, given = ((manifest.get(who) or {}).get("fingerprint") for who in ("base", "instruct")), (base, instruct)
-    prints = [reader.fingerprint() for reader in given]
-    if list(made) == prints and prints[0] != prints[1]:
-        raise GraftError(
-            f"{tuned} is a graft onto this Instruct already ({MANIFEST_FILE}), and no tuned Base: grafted once more, "
-            "it would hold the difference of Instruct and Base twice. Give the tuned Base: of a run of fit its folder, "
-            "in which the checkpoints are, or a *.ckpt."
-        )
 
 
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:

@@ -125,10 +125,18 @@ def is_plain(adapter: PeftConfig, start: bool = True) -> bool:
     return type_of(adapter) == "LORA" and not others and simple
 
 
-def why_not_movable(adapter: PeftConfig | None, transformed: bool) -> str | None:
-    """Why an adapter's factors don't give the graft on the Instruct; None where they do."""
+def why_not_movable(adapter: PeftConfig | None, transformed: bool, on_tuned: bool = False) -> str | None:
+    """Why an adapter's factors don't give the graft on the Instruct; None where they do.
+
+    ``transformed``: the graft transforms the update; ``on_tuned``: the adapter was trained on a tuned Base.
+    """
     if adapter is None:
         return "Every weight is trained."
+    if on_tuned:
+        return (
+            "It was trained on the tuned weights of model.start_from, whose own update it lacks; export.parts=[delta] "
+            "and 'delta lora' make an adapter of the whole update."
+        )
     if settings := dependence(adapter) or stored_values(adapter):
         return f"With {settings} it means another update on the Instruct than on the Base."
     if transformed:

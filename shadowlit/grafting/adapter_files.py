@@ -67,13 +67,7 @@ def adapter_update(
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
     """
-    try:
-        config = config or PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # of json, of peft's many configs: many types, one remedy
-        raise GraftError(
-            f"{folder / 'adapter_config.json'} is not an adapter's config that peft reads ({first_line(error)}). "
-            "Save or download the adapter again."
-        ) from error
+    config = config or read_adapter_config(folder)
     require_graftable(config)
     if starts_from_weights(config):
         raise GraftError(
@@ -92,6 +86,17 @@ def adapter_update(
     if by_rows and isinstance(config, LoraConfig):
         return LoraUpdate(base, folder, config, reader, strict)
     return MergedUpdate(base, folder, config, reader, strict)
+
+
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """The settings of the adapter in a folder; raise a GraftError if peft can't read them."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # of json, of peft's many configs: many types, one remedy
+        raise GraftError(
+            f"{folder / 'adapter_config.json'} is not an adapter's config that peft reads ({first_line(error)}). "
+            "Save or download the adapter again."
+        ) from error
 
 
 class MergedUpdate(FromBase):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -51,6 +51,8 @@ class LiveGraft(ModuleGraft):
         dtype: Dtype that the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
         offload: Keep the frozen shards and the copy of the tuned ones on the CPU.
         transforms: Functions of the update, applied before it is scaled; only elementwise ones if it is sharded.
+        on_tuned: Whether the training started at the weights of a tuned Base, so that frozen ones may not be the
+            Base's; the update is counted from the Base.
 
     Raises:
         GraftError: A name, a shape or an adapter can't be paired or grafted, the selection is empty, or a
@@ -99,6 +101,29 @@ class LiveGraft(ModuleGraft):
                 read = None if reader is None else partial(reader.read, host.name)
                 self._overwrite(host, from_first_rank(read, dtype, host.parameter))
             yield
+
+    @contextmanager
+    def trained_as(self, values: Iterable[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Load other values of trained parameters within the context: pairs of a parameter and this rank's part.
+
+        No checkpoint can be saved meanwhile.
+        """
+        self.restore()
+        reshard_all(self.model)
+        kept: list[tuple[Tensor, Tensor]] = []
+        self._busy = True
+        try:
+            with torch.no_grad():
+                for parameter, value in values:
+                    kept.append((local(parameter), self._copy(local(parameter))))
+                    local(parameter).copy_(value)
+            yield
+        finally:
+            reshard_all(self.model)
+            with torch.no_grad():
+                for live, before in kept:
+                    live.copy_(before)
+            self._busy = False
 
     def measure(self, subject: Subject, function: Callable[[], _Found], squares: Squares | None = None) -> _Found:
         """Call ``function`` with the weights of ``subject`` loaded, and return its result.

@@ -45,8 +45,9 @@ class ModuleGraft:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         transforms: Transforms | None = None,
+        on_tuned: bool = False,
     ) -> None:
-        self.model, self.dtype, self.offload = model, dtype, offload
+        self.model, self.dtype, self.offload, self._on_tuned = model, dtype, offload, on_tuned
         self.subject: Subject = TUNED  # whose weights are loaded
         self._instruct_reader = instruct
         require_untied(model)
@@ -246,7 +247,8 @@ class ModuleGraft:
         four_bit = self._quantised.get(name)
         same = four_bit.holds(base.read(name)) if four_bit else torch.equal(live, start.to(live.device, live.dtype))
         frozen = not parameter.requires_grad and same
-        if not (frozen or parameter.requires_grad or (layer and leaves_residual(self.model))):
+        moved = self._on_tuned or (layer and leaves_residual(self.model))
+        if not (frozen or parameter.requires_grad or moved):
             raise GraftError(
                 f"{name} is frozen in the trained module, but is not the Base's. Expected the weights of "
                 f"{base.folder}. Check pair.base, and that no other callback changes weights."

@@ -207,6 +207,35 @@ class FullUpdate(FromBase):
         return self._base.raw_rows(name, start, stop), self._tuned.raw_rows(name, start, stop)
 
 
+class SummedUpdate(Update):
+    """The update of a tuned checkpoint plus that of an adapter that was trained on it, added in float32."""
+
+    def __init__(self, tuned: Update, adapter: Update) -> None:
+        self._parts, self.tied = (tuned, adapter), tuned.tied
+        self.shapes: Mapping[str, tuple[int, ...]] = {**tuned.shapes, **adapter.shapes}
+        self.without = {**tuned.without, **adapter.without}
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """See :class:`Update`."""
+        return self._parts[0].weights | self._parts[1].weights
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        """See :class:`Update`."""
+        found = [part.rows(name, start, stop) for part in self._parts if name in part.shapes]
+        return found[0] if len(found) == 1 else found[0] + found[1]
+
+    def require_weights(self, names: Iterable[str]) -> None:
+        """See :class:`Update`."""
+        names = list(names)
+        for part in self._parts:
+            part.require_weights(name for name in names if name in part.shapes or name in part.without)
+
+    def require_finite_base(self, name: str, start: int, stop: int) -> None:
+        """See :class:`Update`."""
+        self._parts[0].require_finite_base(name, start, stop)
+
+
 def is_resized(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
     """Whether two matrices differ in their numbers of rows alone."""
     return len(base) == len(tuned) == 2 and base[0] != tuned[0] and base[1] == tuned[1]

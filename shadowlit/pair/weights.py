@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from shadowlit.checkpoint.headers import dtype_of, some_of, weights_in
+from shadowlit.checkpoint.headers import TensorInfo, dtype_of, some_of, weights_in
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
 from shadowlit.errors import PairError
 from shadowlit.limits import bounded_matching
@@ -86,8 +86,7 @@ def _meaning(value: Any) -> Any:
 def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
     """Weights that cannot be added: quantised ones, and those without a fraction."""
     for side in (base, instruct):
-        method = side.get("quantization_config")
-        coarse = [info for info in weights_in(side.tensors).values() if info.is_packed]
+        method, coarse = _quantisation(side)
         if method or coarse:
             found = []
             if method:
@@ -107,9 +106,19 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
             )
 
 
+def _quantisation(side: Side) -> tuple[Any, list[TensorInfo]]:
+    """The ``quantization_config`` of a model, and its packed tensors."""
+    return side.get("quantization_config"), [info for info in weights_in(side.tensors).values() if info.is_packed]
+
+
+def _is_any_quantised(*sides: Side) -> bool:
+    """Whether the names and shapes of tensors are those of a quantised model, which compares with no other."""
+    return any(any(_quantisation(side)) for side in sides)
+
+
 def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
     """Every tensor of one model is in the other; :func:`_check_ties` compares embeddings and lm_head."""
-    if base.headers is None or instruct.headers is None:
+    if base.headers is None or instruct.headers is None or _is_any_quantised(base, instruct):
         return
     remedy = "set pair.base to the Base of this Instruct; if only prefixes differ, load both with the same "
     remedy += "AutoModelForCausalLM and save them again."
@@ -127,6 +136,8 @@ def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem
 
 def _check_shapes(base: Side, instruct: Side, select: Select) -> Iterator[Problem]:
     """Tensors of the same name have the same shape; unequal numbers of token rows are reported as such."""
+    if _is_any_quantised(base, instruct):
+        return
     rows = base.vocabulary().keys() & instruct.vocabulary().keys()
     common = [name for name in base.tensors if name in instruct.tensors]
     odd = [name for name in common if base.tensors[name].shape != instruct.tensors[name].shape]

@@ -26,6 +26,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.reader import ComputedReader
 from shadowlit.data.module import ShadowData
+from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.errors import first_line
 from shadowlit.grafting.adapter import adapted_layers
 from shadowlit.grafting.module import is_swapped
@@ -114,7 +115,7 @@ def estimate(
     weights = num_bytes([*model.parameters(), *model.buffers()])
     shards = ranks if trainer["sharing"] == "fsdp" else 1
     moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
-    frozen, saved = (size / shards for size in _graft_bytes(model, graft, headers))
+    frozen, saved = (size / shards for size in _graft_bytes(model, graft, headers, module.start.weights is not None))
     buffers = 4.0 * num_trained if trainer["sharing"] == "ddp" else 0.0
     if trainer["sharing"] == "fsdp":
         whole = trainer["accumulate_grad_batches"] > 1 and module.accumulates_whole
@@ -122,7 +123,7 @@ def estimate(
     report, multiple = data.reports.get("train"), data.pad_to_multiple_of or 1
     length = data.row_capacity if data.packing == "best_fit" else report.longest if report else data.max_length
     length = -(-length // multiple) * multiple
-    rows = data.batch_size * (1 if data.samples == "conversations" or data.packing == "best_fit" else 2)
+    rows = data.batch_size * (2 if data.samples in PREFERENCES and data.packing != "best_fit" else 1)
     scored = max((each.longest for name, each in data.reports.items() if name.startswith("val/")), default=length)
     batches = (rows, length), (data.eval_rows, scored)
     share = report.supervised_share if report else 1.0
@@ -248,7 +249,9 @@ def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
     return max(lists, key=lambda each: sum(p.numel() for p in each[2].parameters()))
 
 
-def _graft_bytes(model: nn.Module, graft: GraftCallback, headers: Mapping[str, TensorInfo]) -> tuple[float, float]:
+def _graft_bytes(
+    model: nn.Module, graft: GraftCallback, headers: Mapping[str, TensorInfo], on_tuned: bool
+) -> tuple[float, float]:
     """Bytes that :class:`shadowlit.grafting.live.LiveGraft` holds, and that it saves while a graft is loaded."""
     parameters, layers, usual = host_parameters(model), adapted_layers(model), stored_dtype(headers)
     selected = resolve(graft.select, parameters, linear_names(model), host_of(model).config.model_type)
@@ -256,8 +259,9 @@ def _graft_bytes(model: nn.Module, graft: GraftCallback, headers: Mapping[str, T
     for name, parameter in parameters.items():
         stored = headers[name].dtype if name in headers else usual
         size, live = parameter.numel(), parameter.element_size()
-        swapped = is_swapped(not parameter.requires_grad, name in layers and name in selected, graft.dtype, stored)
-        held += size * ((live if swapped else stored.itemsize) + stored.itemsize * parameter.requires_grad)
+        moves = parameter.requires_grad or on_tuned  # away from the Base, whose values are held then
+        swapped = is_swapped(not moves, name in layers and name in selected, graft.dtype, stored)
+        held += size * ((live if swapped else stored.itemsize) + stored.itemsize * moves)
         saved += 0 if swapped else size * live
     return held, saved
 

@@ -27,7 +27,7 @@ from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.data.module import ShadowData
 from shadowlit.data.rendering import load_template
-from shadowlit.errors import DataError, PairError, ShadowlitError, counted
+from shadowlit.errors import DataError, GraftError, PairError, ShadowlitError, counted
 from shadowlit.grafting.export import model_bytes
 from shadowlit.pair.check import check_pair
 from shadowlit.pair.folders import commit_of
@@ -104,10 +104,12 @@ class Plan:
         problems = [f"{problem.severity}: {problem}" for problem in found]
         self.read_headers()
         try:
+            if not isinstance(self.module.pair, PairWithoutWeights):
+                self.module.open_start(self.trainer["precision"])
             if not data.train:
                 raise DataError("data.train is not set. Give the file to train on.")
             data.setup("fit")
-        except (DataError, PairError) as error:
+        except (DataError, GraftError, PairError) as error:
             problems.insert(0, f"error: {error}")
         if self.on_cpu:  # the libraries' own memory, as large in this process as in a training
             self.process = peak_memory_bytes(torch.device("cpu"))

@@ -128,10 +128,7 @@ def load_for_training(
     elif adapter is not None and by_peft and reader is not None and not without_weights:
         _require_modules(model, adapter)
         if mesh is not None:
-            raise GraftError(
-                f"model.adapter with {_kind(adapter)} starts from whole weight matrices or by peft's own code, and its "
-                "graft is not proven exact under FSDP2. Use plain LoRA, one device, or DDP."
-            )
+            require_unsharded(adapter)
         _fill(model, reader, torch.device("cpu"), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -209,6 +206,15 @@ def _try_patterns(model: nn.Module, adapter: PeftConfig) -> None:
         with contextlib.suppress(re.error), bounded_matching(f"model.adapter.{name} has {pattern!r}"):
             for module, _ in model.named_modules():
                 re.fullmatch(pattern if name in wholes else rf"(.*\.)?({pattern})", module)
+
+
+def require_unsharded(adapter: PeftConfig | None) -> None:
+    """Raise a GraftError for an adapter that FSDP2 can't shard."""
+    if adapter is not None and not is_plain(adapter):
+        raise GraftError(
+            f"model.adapter with {_kind(adapter)} starts from whole weight matrices or by peft's own code, and its "
+            "graft is not proven exact under FSDP2. Use plain LoRA, one device, or DDP."
+        )
 
 
 def _require_modules(model: nn.Module, adapter: PeftConfig) -> None:

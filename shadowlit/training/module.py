@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.data.context_batches import teachers_batch, with_teachers
 from shadowlit.data.protocol import run_data
 from shadowlit.distributed import local
 from shadowlit.errors import ShadowlitError, as_usage
@@ -37,7 +39,7 @@ from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.groups import ParameterGroup, read_multipliers
 from shadowlit.training.head import Way
-from shadowlit.training.loading import load_for_training
+from shadowlit.training.loading import load_for_training, require_unsharded
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
 from shadowlit.training.optimizer import OptimizerChoice, begin_step, make_optimizer, plain_tensors, whole_tensors
@@ -48,6 +50,7 @@ from shadowlit.training.rehearsal import ChecksBeforeData, try_optimizer
 from shadowlit.training.schedules import ScheduleName, Shape, make_schedule, require_no_end
 from shadowlit.training.scoring import ScoringModule
 from shadowlit.training.separation import require_separation
+from shadowlit.training.start import StartFrom
 from shadowlit.training.varlen import borders_of, kernel_of, takes_borders
 
 # Ours adds to a batch of any data module.
@@ -131,6 +134,9 @@ class ShadowModule(ScoringModule):
         quantization: How the frozen weights of linear layers are stored, all but the output head: nf4, in 4 bits with
             double quantisation (QLoRA, needs bitsandbytes), or null, as in the files. They are computed with in the
             dtype of trainer.precision. Needs an adapter; the graft is added to the Instruct's own weights.
+        start_from: What training starts from instead of the Base: a folder or hub id of a tuned Base or of an adapter
+            in peft's form, or a run of fit (its folder, or a *.ckpt). An adapter is trained further, with the settings
+            that it was made with; a tuned Base gets a new one. The update is still counted from pair.base.
         on_nan: What happens when the training loss is not finite. stop: the training ends with an error, and writes no
             checkpoint after that step. warn: it continues, but exports nothing. A GPU's losses are read every
             ``trainer.log_every_n_steps`` steps, before a validation, before a checkpoint, and at the end.
@@ -166,6 +172,7 @@ class ShadowModule(ScoringModule):
         lr_multipliers: str | None = None,
         on_nan: Literal["stop", "warn"] = "stop",
         quantization: Literal["nf4"] | None = None,
+        start_from: str | None = None,
     ) -> None:
         super().__init__(
             pair, SFT() if objective is None else objective, head_loss, max_new_tokens, dict(metrics or {})
@@ -177,7 +184,7 @@ class ShadowModule(ScoringModule):
         require_graftable(adapter)
         if quantization is not None:
             require_quantisable(adapter, compile_layers)
-        self.quantization = quantization
+        self.quantization, self.start = quantization, StartFrom(start_from)
         self.adapter = adapter
         if adapter is not None:
             adapt_all_linear(adapter)
@@ -206,12 +213,14 @@ class ShadowModule(ScoringModule):
         mesh = data_parallel_mesh(self.trainer.strategy, self.device_mesh)
         packs = run_data(self.trainer).packing is not None
         self.model = load_for_training(
-            self.pair.readers()[0],
+            self.start.weights or self.pair.readers()[0],
             device=self.trainer.strategy.root_device,
             mesh=mesh,
             seed=self.seed,
             **self.architecture(self.trainer.precision, packs, all(self.pair.ties()), mesh),
         )
+        compares = self.objective.has_reference or self.token_reference is not None
+        self.start.load(self.model, keep=compares and self.adapter is not None)
 
     def architecture(self, precision: str, packs: bool, tied: bool, mesh: Any = None) -> dict[str, Any]:
         """Describe the model that is built: arguments of ``load_for_training``, which a plan has without a trainer.
@@ -272,11 +281,22 @@ class ShadowModule(ScoringModule):
             with as_usage():
                 try_optimizer(self._optimizer, adapted=self.adapter is not None, total=self.trainer.max_steps)
                 self._multipliers = read_multipliers(self.lr_multipliers, self.pair)
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            with as_usage():
+                require_unsharded(self.adapter)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksBeforeData):
                 callback.before_data(self.trainer, self)
+        with as_usage():
+            self.open_start(str(self.trainer.precision))
         replace_bar(self.trainer)
         return []
+
+    def open_start(self, precision: str) -> None:
+        """Open ``start_from``, from headers alone; raise a ShadowlitError where training can't start there."""
+        if self.start.source is not None:
+            options = self.architecture(precision, False, all(self.pair.ties()))
+            self.start.open(self.pair, self.adapter, options, self.objective.token_reference == "start")
 
     def on_fit_start(self) -> None:
         """Refuse data of another kind than the objective needs, or disks that won't do; name the optimizer's states."""
@@ -302,9 +322,8 @@ class ShadowModule(ScoringModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Find supervised tokens and samples' borders on the CPU, where nothing has to wait for a GPU."""
         if isinstance(batch, Mapping) and "labels" in batch and "supervised" not in batch:
-            positions = batch.get("position_ids")
-            borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
-            return {**batch, **borders, "supervised": supervised_positions(batch["labels"], positions)}
+            teachers = teachers_batch(batch)
+            return with_teachers({**batch, **self._places(batch)}, teachers and self._places(teachers))
         return batch
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -420,6 +439,12 @@ class ShadowModule(ScoringModule):
         )
         self._sums = tuple(sums), values if self._sums is None else self._sums[1] + values
         return cast("Tensor", sums["loss"])
+
+    def _places(self, batch: Batch) -> dict[str, Any]:
+        """The supervised tokens of a batch, and samples' borders where the attention takes them."""
+        positions = batch.get("position_ids")
+        borders = borders_of(positions) if positions is not None and takes_borders(self.kernel) else {}
+        return {**borders, "supervised": supervised_positions(batch["labels"], positions)}
 
     def _seed_dropout(self) -> None:
         """Make this batch's random numbers a function of the seed, the batch's number and the rank."""

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 
 from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.names import is_token_tensor, saved_name
 from shadowlit.distributed import local, place
 from shadowlit.errors import CheckpointError, ShadowlitError, first_line
 from shadowlit.plugins import WITHOUT_SUPER
@@ -45,6 +46,7 @@ def make_optimizer(
         ShadowlitError: A class can't take the parameters, a setting is AdamW's alone, neither library of 8-bit moments
             is installed, or bitsandbytes alone and the parameters are sharded.
     """
+    named = list(named)
     rate = getattr(choice, "keywords", {}).get("lr", lr)
     decay = weight_decay if isinstance(choice, str) else None  # a class has its own
     groups = group_parameters(named, lr=rate, weight_decay=decay, **grouping)
@@ -56,6 +58,9 @@ def make_optimizer(
                 f"{weight_decay} belong to adamw. Unset them, and give the class its options in "
                 "model.optimizer.init_args, e.g. weight_decay."
             )
+        if getattr(choice, "func", choice) is Muon:
+            by_adamw = {id(p) for name, p in named if p.dim() != 2 or is_token_tensor(saved_name(name))}
+            choice = partial(_muon, choice, by_adamw, {"betas": tuple(betas), "eps": eps}, rate)
         return _of_class(choice, groups, lr)
     options: dict[str, Any] = {"lr": lr, "betas": tuple(betas), "eps": eps}
     if choice == "adamw_8bit":
@@ -74,8 +79,6 @@ def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimize
     # The options of the configuration are bound in a functools.partial.
     bound = getattr(factory, "keywords", {})
     rate = {} if "lr" in bound else {"lr": lr}
-    if getattr(factory, "func", factory) is Muon and any(isinstance(p, DTensor) for g in groups for p in g["params"]):
-        factory = partial(ShardedMuon, **bound)
     try:
         optimizer = _clippable(factory(groups, **rate))
         if not hasattr(optimizer, "param_groups"):
@@ -86,10 +89,28 @@ def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimize
     except Exception as error:  # a class from outside the package may raise anything
         hint = "Correct its options."
         if any(p.dim() != 2 for group in groups for p in group["params"]):
-            hint = "Some of them, norms and biases, are no matrices: train an adapter."
+            hint = "Some of them, norms and biases, are no matrices; correct its options, or train an adapter."
         raise ShadowlitError(
             f"model.optimizer can't take the trained parameters ({first_line(error)}). {hint}"
         ) from error
+
+
+def _muon(
+    factory: Any, by_adamw: set[int], adamw: dict[str, Any], rate: float, groups: list[dict[str, Any]], lr: float
+) -> Optimizer:
+    """Muon of matrices in layers; AdamW, with Muon's rate and decay, of the parameters with the ids ``by_adamw``."""
+    bound = {"lr": lr, **getattr(factory, "keywords", {})}
+    parts: tuple[list[dict[str, Any]], ...] = ([], [])
+    for group in groups:
+        for other, part in enumerate(parts):
+            if chosen := [p for p in group["params"] if (id(p) in by_adamw) == other]:
+                part.append({**group, "params": chosen})
+    sharded = any(isinstance(p, DTensor) for group in parts[0] for p in group["params"])
+    muon = (ShardedMuon if sharded else Muon)(parts[0], **bound)
+    if not parts[1]:
+        return muon
+    decay = muon.defaults["weight_decay"]
+    return MuonAndAdamW(muon, AdamW(parts[1], lr=rate, weight_decay=decay, fused=True, **adamw))
 
 
 def begin_step(optimizers: Iterable[Any]) -> None:
@@ -153,6 +174,27 @@ class ShardedMuon(_OneByOne, Muon):
         Muon.step(self)
         state.update({name: place(moment, parameter) for name, moment in self.state.pop(whole).items()})
         local(parameter).copy_(local(place(whole.detach(), parameter)))
+
+
+class MuonAndAdamW(Optimizer):
+    """Two optimizers as one: Muon of the layers' matrices, AdamW of norms, biases, embedding and output head."""
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        self._parts, self._num_groups = (muon, adamw), len(muon.param_groups)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups[: self._num_groups], self.param_groups[self._num_groups :]
+        for part, own in zip(self._parts, groups, strict=True):
+            part.param_groups, part.state = own, self.state  # a checkpoint replaces both
+            part.step()
+        return loss
 
 
 class OffloadedAdamW(_OneByOne, AdamW):

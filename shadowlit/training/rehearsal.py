@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.errors import ShadowlitError, first_line
 from shadowlit.plugins import calls, described, path_of
 from shadowlit.training.head import HeadLoss, Predictions
@@ -75,7 +76,7 @@ def rehearse(
                     raise
                 except Exception as error:  # a user's own metric may raise anything
                     what = f"model.metrics.{name}" if name else "the metric of configure_scores"
-                    takes = "logits, labels" if objective.samples == "conversations" else "answers"
+                    takes = "answers" if objective.samples in PREFERENCES else "logits, labels"
                     raise ShadowlitError(
                         f"{what} failed on a random batch of {objective.samples} ({first_line(error)}). Expected "
                         f"update({takes}) and a compute() that returns numbers; see model.metrics in --help."

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from shadowlit.data.context_batches import teachers_batch
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.data.protocol import run_data
 from shadowlit.errors import DataError, ShadowlitError, as_usage, wrong_names
@@ -168,7 +169,7 @@ class ScoringModule(LightningModule):
     def measure_predictions(self, who: Subject, batch: Batch) -> None:
         """Keep what ``who``, whose weights are loaded, predicts in a batch, for the training step on it."""
         assert self.model is not None
-        outputs = Outputs(self.head_losses(), batch)
+        outputs = Outputs(self.head_losses(), teachers_batch(batch) or batch)
         with evaluating(self.model), self.trainer.precision_plugin.val_step_context():
             self._references.predictions = outputs.predictions(self._references.predictions, live=who == BASE)
 

@@ -67,7 +67,7 @@ class Study:
 
     def differences(self, folder: Path) -> list[str]:
         wrong = [] if numbers(folder) == numbers(self.whole) else ["the numbers"]
-        return wrong + [name for name in ("REPORT.md", "table.csv") if not (folder / name).is_file()]
+        return wrong + [name for name in ("REPORT.md", "table.csv") if not any(folder.glob(f"**/{name}"))]
 
 
 def aims(chaos: Chaos, changes: list[str]):

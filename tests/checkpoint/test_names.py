@@ -36,6 +36,7 @@ ALLOWED = {
     "grafting.adapter": {"modules_to_save"},  # a setting of peft's
     "grafting.adapter_files": {"modules_to_save"},
     "training.quantisation": {"modules_to_save"},
+    "training.start": {"modules_to_save"},
 }
 
 

@@ -1,6 +1,7 @@
 """A stream gives the batches of a whole data set, without holding it; and goes on where it was."""
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,7 @@ def fit(data, root, max_steps, ckpt_path=None, **options):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_resumes_with_the_next_batch(path, tmp_path, num_workers):
+    path = shutil.copy(path, tmp_path)
     options = {"num_workers": num_workers}
     whole, trainer = fit(data(path, **options), tmp_path / "whole", 9)
     assert [number for number, _ in whole] == list(range(9)) and trainer.current_epoch == 1
@@ -123,6 +125,11 @@ def test_resumes_with_the_next_batch(path, tmp_path, num_workers):
         assert trainer.datamodule.trained_tokens(1.0) > 9 * 20
     with pytest.raises(DataError, match=r"in window 1 of a stream.*stream_window 4 → 5"):
         fit(data(path, stream_window=5), tmp_path / "other", 9, tmp_path / "begun" / "step=3.ckpt")
+    size = Path(path).stat().st_size
+    with Path(path).open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=rf"in window 1 of a stream.*bytes of the files \[{size}\] → \[{size + 1}\]"):
+        fit(data(path), tmp_path / "other", 9, tmp_path / "begun" / "step=3.ckpt")
 
 
 def test_counts_the_tokens_of_the_training(path, tmp_path):

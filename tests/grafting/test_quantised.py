@@ -1,6 +1,8 @@
 """A Base in 4 bits: what it computes, and grafts that are exact on the Instruct's own weights."""
 
 import copy
+import shutil
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -15,6 +17,7 @@ from shadowlit.grafting import live
 from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.quantised import FourBitLinear, quantised_layers
 from shadowlit.grafting.subject import BASE, INSTRUCT, Subject
+from shadowlit.pair.check import check_pair
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training import quantisation
 from shadowlit.training.loading import load_for_training
@@ -75,6 +78,21 @@ def test_the_base_is_what_transformers_computes_in_4_bits(folders):
         for i in range(2)
         for name in (*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down")))
     }
+
+
+@needs_package
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_quantised_base_is_one_error(folders, tmp_path, monkeypatch, installed):
+    """As transformers saves it, whose tensors have other names and shapes; with and without the package."""
+    quantised = shutil.copytree(folders[0], tmp_path / "quantised")
+    served_in_4_bits(folders[0]).save_pretrained(quantised)
+    if not installed:
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for pair, who in (((quantised, folders[1]), "base"), ((folders[0], quantised), "instruct")):
+        errors = [one for one in check_pair(ModelPair(*map(str, pair))) if one.severity == "error"]
+        assert [one.subject for one in errors] == [f"{who} quantised"]
+        assert "quantization_config (bitsandbytes)" in errors[0].found
+        assert f"set pair.{who} to the unquantised original" in errors[0].remedy
 
 
 @needs_package

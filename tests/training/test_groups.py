@@ -1,5 +1,6 @@
 """Parameter groups by pattern and by a file of multipliers, Muon on shards, optimizers that average, schedules."""
 
+import copy
 import json
 import re
 from functools import partial
@@ -17,7 +18,7 @@ from shadowlit.errors import ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.groups import ParameterGroup, group_parameters, read_multipliers
 from shadowlit.training.module import ShadowModule
-from shadowlit.training.optimizer import ShardedMuon
+from shadowlit.training.optimizer import ShardedMuon, make_optimizer
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData
 from tests.tiny import save_pair
@@ -149,6 +150,101 @@ def sharded_muon_is_whole():
 def test_muon_of_shards_is_muon_of_the_whole():
     """Bit for bit: weights and momentum of matrices that divide evenly, unevenly, and have fewer rows than ranks."""
     assert run_ranks(sharded_muon_is_whole, 2) == [[True] * 6] * 2
+
+
+def named_parameters(mesh=None):
+    """A matrix, a norm, an embedding and a matrix with a rate of its own, the same on every call."""
+    torch.manual_seed(0)
+    shapes = {UP: (8, 6), NORM: (6,), "model.embed_tokens.weight": (10, 6), "model.layers.1.mlp.up_proj.weight": (7, 6)}
+    values = {f"model.{name}": torch.randn(3, *shape) for name, shape in shapes.items()}
+    placed = (lambda x: x) if mesh is None else (lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+    return {n: (torch.nn.Parameter(placed(v[0].clone())), *map(placed, v[1:])) for n, v in values.items()}
+
+
+def muon_of(named):
+    groups = [ParameterGroup(r"layers\.1", lr_scale=0.5), ParameterGroup("embed", weight_decay=0.3)]
+    choice = partial(torch.optim.Muon, momentum=0.9, weight_decay=0.2)
+    return make_optimizer(
+        choice, [(n, p) for n, (p, *_) in named.items()], lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0,
+        groups=groups,
+    )  # fmt: skip
+
+
+def stepped(named, optimizers, start=0):
+    for number in range(start, 2):
+        for parameter, *gradients in named.values():
+            parameter.grad = gradients[number].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p, *_ in named.values()]
+
+
+def test_muon_of_all_weights_is_adamw_of_what_is_no_matrix_of_a_layer():
+    """Each weight as its own optimizer alone steps it; a state that is loaded goes on bit for bit."""
+    one, other, third = named_parameters(), named_parameters(), named_parameters()
+    whole = stepped(one, [muon_of(one)])
+    up, norm, embedding, second = (p for p, *_ in other.values())
+    adamw = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    alone = [
+        torch.optim.Muon([up], 0.1, momentum=0.9, weight_decay=0.2),
+        torch.optim.AdamW([norm], weight_decay=0.0, **adamw),
+        torch.optim.AdamW([embedding], weight_decay=0.3, **adamw),
+        torch.optim.Muon([second], 0.05, momentum=0.9, weight_decay=0.2),
+    ]
+    for found, expected in zip(whole, stepped(other, alone), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # AdamW's kernels differ in their last bits
+
+    first = muon_of(third)
+    for parameter, gradient, _ in third.values():
+        parameter.grad = gradient.clone()
+    first.step()
+    again = muon_of(third)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(stepped(third, [again], start=1), whole, strict=True))
+
+
+def sharded_full_muon():
+    mesh = init_device_mesh("cpu", (2,))
+    one, two = named_parameters(), named_parameters(mesh)
+    return [torch.equal(a, b) for a, b in zip(stepped(one, [muon_of(one)]), stepped(two, [muon_of(two)]), strict=True)]
+
+
+def test_muon_of_all_weights_on_shards():
+    assert run_ranks(sharded_full_muon, 2) == [[True] * 4] * 2
+
+
+def test_full_tuning_with_muon(pair):
+    options = {"optimizer": partial(torch.optim.Muon, lr=1e-2), "warmup_ratio": 0}
+    first = train(ShadowModule(pair, **options), max_steps=1)
+    last = train(ShadowModule(pair, **options), max_epochs=4)
+    assert last.callback_metrics["train/loss"] < first.callback_metrics["train/loss"] - 0.1
+    assert type(last.optimizers[0]).__name__ == "MuonAndAdamW"
+
+
+# -- optimizers of other packages ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("path", "kind"), [
+    ("bitsandbytes.optim.AdEMAMix", "lora"), ("bitsandbytes.optim.AdamW8bit", "full"),
+    ("bitsandbytes.optim.Lion", "full"), ("torchao.optim.AdamW8bit", "lora"), ("torchao.optim.AdamW4bit", "full"),
+])  # fmt: skip
+def test_optimizers_of_other_packages_train(pair, path, kind):
+    """The first step of each has the size of its rate: lr * sign(gradient), where the gradient is not small."""
+    package, _, name = path.partition(".optim.")
+    factory = getattr(pytest.importorskip(f"{package}.optim"), name)
+    module = Recording(
+        pair, LoraConfig(r=2) if kind == "lora" else None, optimizer=partial(factory, lr=1e-3),
+        schedule="constant", warmup_ratio=0,
+    )  # fmt: skip
+    train(module, max_steps=1)
+    moved = 0
+    for name, parameter in module.model.named_parameters():
+        if parameter.requires_grad and (large := parameter.grad.abs() > 1e-5).any():
+            step = (parameter.detach() - module.before[name])[large]
+            decayed = 1e-3 * 0.01 * module.before[name][large]  # torchao's decay by default, and bitsandbytes'
+            assert ((step + 1e-3 * parameter.grad[large].sign()).abs() <= 3e-5 + decayed.abs()).all(), name
+            moved += 1
+    assert moved > 5
 
 
 # -- optimizers that average --------------------------------------------------------------------------------------

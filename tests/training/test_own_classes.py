@@ -432,7 +432,7 @@ def test_muon_trains_an_adapter(root):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"optimizer": {"class_path": "torch.optim.Muon"}}, r"Muon only supports 2D.*, norms and biases, are no m"),
+    ({"optimizer": {"class_path": "torch.optim.Muon", "init_args": {"adjust_lr_fn": "x"}}}, "optimizer can't take .*x"),
     ({"optimizer": own("Bare")}, r"optimizer can't take .*TypeError: its __init__ doesn't call super\(\).__init__\(\)"),
     ({"lr_scheduler": {"class_path": "ConstantLR", "init_args": {"factor": 2.0}}}, ""),
     ({"lr_scheduler": own("Broken")}, r"model\.lr_scheduler can't make a schedule \(KeyError: 'warmup'\)"),

@@ -54,10 +54,10 @@ def _journal(file: Path) -> BaseStorage:
         """Optuna's journal, which an entry that was cut short would make unreadable as soon as another follows it."""
 
         def append_logs(self, logs: list[dict[str, Any]]) -> None:
-            """Append entries; a signal while the lock is awaited is raised as such, which Optuna's lock replaces."""
+            """Append entries; a signal in Optuna's lock, which replaces it by an error, is raised as a signal."""
             try:
                 self._append(logs)
-            except RuntimeError as error:
+            except (RuntimeError, OSError) as error:
                 cause: BaseException | None = error
                 while cause is not None and not isinstance(cause, Interrupted):
                     cause = cause.__context__

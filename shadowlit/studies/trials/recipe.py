@@ -59,7 +59,16 @@ class Recipe:
         """The command line of ``fit`` with this configuration and what is changed in it, after the word itself.
 
         The model that is trained is ``B``, the Base, or ``I``, the Instruct, whose update is grafted onto the Base.
+
+        Raises:
+            DataError: The Instruct would start from an update of the Base.
         """
+        start = values.get("model.start_from", self.get("model.start_from"))
+        if source == "I" and start is not None:
+            raise DataError(
+                f"model.start_from is {start!r}, an update of the Base, from which the Instruct can't be trained. "
+                "Leave out the arms I2I and I2B, or set model.start_from to null."
+            )
         swapped = self._swapped() if source == "I" else {}
         seeds = {"seed_everything": seed, "model.seed": seed, "data.seed": seed}
         return self._arguments(folder, {**values, **swapped, **seeds})

@@ -31,6 +31,7 @@ from shadowlit.training.objectives.preferences import preference_sums as prefere
 from shadowlit.training.objectives.tokens import DFT as DFT
 from shadowlit.training.objectives.tokens import EAFT as EAFT
 from shadowlit.training.objectives.tokens import SFT as SFT
+from shadowlit.training.objectives.tokens import ContextDistillation as ContextDistillation
 from shadowlit.training.objectives.tokens import TokenObjective as TokenObjective
 
-OBJECTIVES = tuple(one.__name__ for one in (SFT, DFT, EAFT, DPO, KTO, ORPO, SimPO, CPO, ASFT))
+OBJECTIVES = tuple(one.__name__ for one in (SFT, DFT, EAFT, ContextDistillation, DPO, KTO, ORPO, SimPO, CPO, ASFT))

@@ -22,7 +22,8 @@ class Objective(ABC):
     """Base class of training objectives.
 
     Attributes:
-        samples: Kind of the samples: conversations, pairs, or labels (answers that are desirable or not).
+        samples: Kind of the samples: conversations, contexts (conversations with a context for the reference alone),
+            pairs, or labels (answers that are desirable or not).
         has_reference: Whether answers are compared with their log-probabilities under the weights at the start.
         token_reference: Model whose logits the function of :meth:`Outputs.map_logits` gets in a training step: start
             (the Base as it was), instruct, or None. Costs a forward pass per batch, and needs a GraftCallback.

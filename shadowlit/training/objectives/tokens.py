@@ -165,6 +165,42 @@ class EAFT(SFT):
         return (entropies(logits.topk(most).values) / math.log(most)) ** self.alpha
 
 
+class ContextDistillation(SFT):
+    """Context distillation: the model learns to predict without a context what a teacher predicts with it.
+
+    The loss of a token is the divergence ``KL_t`` of SFT, between the teacher's prediction after the row's
+    ``teacher_context`` and the model's without it, plus a weighted cross entropy; arXiv 2112.00861, 2209.15189.
+
+    Args:
+        kl: Direction of the divergence, as of SFT.
+        kl_to: Weights of the teacher: start (the Base as it was) or instruct (the untouched Instruct).
+        cross_entropy_weight: Weight of the cross entropy of the answers; 0 for the divergence alone.
+
+    Raises:
+        ShadowlitError: The weight is out of its range.
+    """
+
+    samples = "contexts"
+
+    def __init__(
+        self,
+        kl: Literal["forward", "reverse", "both"] = "forward",
+        kl_to: Literal["start", "instruct"] = "start",
+        cross_entropy_weight: float = 0.0,
+    ) -> None:
+        super().__init__(1.0, kl, kl_to)
+        if not 0 <= cross_entropy_weight < math.inf:
+            raise ShadowlitError(
+                f"ContextDistillation's cross_entropy_weight is {cross_entropy_weight}; expected a number of at least "
+                "0."
+            )
+        self.cross_entropy_weight = cross_entropy_weight
+
+    def token_factors(self, logits: Tensor, losses: Tensor) -> Tensor:
+        """The weight of the cross entropies."""
+        return torch.full_like(losses, self.cross_entropy_weight)
+
+
 def entropies(logits: Tensor) -> Tensor:
     """The entropies ``[n]`` of the distributions that logits ``[n, V]`` give, in nats."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)

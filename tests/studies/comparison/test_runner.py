@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from shadowlit.cli.compare import compare
+from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.studies.comparison.plan import Training
@@ -61,6 +62,27 @@ def run_compare(setting, out, **options):
         task_scales=[0.5], **{**given, **options},
     )  # fmt: skip
     return read_records(out / "records.json")
+
+
+def test_changes_may_be_classes(setting, capsys, monkeypatch):
+    """As the command line reads them."""
+    jobs = []
+
+    def kept(found, *_, **__):
+        jobs.extend(found)
+        raise ShadowlitError("enough")
+
+    monkeypatch.setattr("shadowlit.studies.comparison.runner.run", kept)
+    loha = {"class_path": "peft.LoHaConfig", "init_args": {"r": 2}}
+    command = ["compare", f"--fit={setting / 'fit.yaml'}", "--seeds=0", f"--out={setting / 'classes'}"]
+    assert main([*command, "--overrides", json.dumps({"model.adapter": loha})]) == 1
+    assert len(jobs) == 3 and all(f"--model.adapter={json.dumps(loha)}" in job.arguments for job in jobs)
+
+
+def test_the_instruct_does_not_start_from_an_update_of_the_base(setting, capsys):
+    command = ["compare", f"--fit={setting / 'fit.yaml'}", "--seeds=0", f"--out={setting / 'start'}"]
+    assert main([*command, "--overrides", json.dumps({"model.start_from": "runs/sft"})]) == 1
+    assert "model.start_from is 'runs/sft', an update of the Base" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.fixture(scope="module")

@@ -239,15 +239,20 @@ def test_a_journal_that_is_none(tmp_path):
         opened(str(tmp_path / "x.journal"), tmp_path)
 
 
-def test_a_signal_in_the_lock_of_the_journal_is_a_signal(tmp_path, monkeypatch):
-    """Optuna would give the lock back that it doesn't have yet, and raise an error of that instead."""
-    storage = open_storage(None, tmp_path)
+@pytest.mark.parametrize("call", ["symlink", "rename", "unlink"])
+def test_a_signal_in_the_lock_of_the_journal_is_a_signal(tmp_path, monkeypatch, call):
+    """Optuna would give a lock back that it doesn't have, yet or any more, and raise an error of that instead."""
+    storage, real = open_storage(None, tmp_path), getattr(os, call)
 
-    def stopped(*_):
+    def stopped(*args):
+        if call != "symlink":
+            real(*args)
+        patched.setattr(os, call, real)
         raise Interrupted(143)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "symlink", stopped)
+        patched.setattr(os, call, stopped)
         with pytest.raises(Interrupted):
             storage.create_new_study([], "sweep")
-    assert storage.create_new_study([], "sweep") == 0
+    assert not list(tmp_path.glob("*.lock*"))
+    assert storage.create_new_study([], "another") == (call != "symlink")

@@ -273,6 +273,28 @@ def test_what_cannot_run_is_told_before_the_first_trial(tmp_path, options, messa
     assert not list(tmp_path.glob("out/*seed*"))
 
 
+def test_values_may_be_classes(tmp_path, capsys):
+    """They reach the trainings as they are written, in variants, grids and overrides of a sweep's file."""
+    from shadowlit.cli.main import main
+
+    loha = {"class_path": "peft.LoHaConfig", "init_args": {"r": 2, "target_modules": ["q_proj"]}}
+    objective = {"class_path": "shadowlit.training.objectives.EAFT", "init_args": {"top_k": 7}}
+    definition = {
+        "name": "classes", "fit": "configs/demo_lora.yaml",
+        "variants": {"adapter": {"loha": {"model.adapter": loha}, "lora": {"model.adapter.r": 2}}},
+        "grid": {"model.optimizer": [{"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.5}}, "adamw"]},
+        "overrides": {**SHORT, "model.objective": objective},
+    }  # fmt: skip
+    (file := tmp_path / "classes.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
+    command = ["sweep", f"--config={file}", f"--out={tmp_path / 'out'}", "--threads=1"]
+    assert main([*command, "--limit=1"]) == 0, capsys.readouterr().err
+    (result,) = (tmp_path / "out").glob("optimizer=*/result.json")
+    model = yaml.safe_load((result.parent / "config.yaml").read_text())["model"]
+    assert (model["adapter"]["class_path"].endswith("LoHaConfig"), model["adapter"]["init_args"]["r"]) == (True, 2)
+    assert model["optimizer"] == {"class_path": "torch.optim.SGD", "init_args": model["optimizer"]["init_args"]}
+    assert (model["optimizer"]["init_args"]["momentum"], model["objective"]["init_args"]["top_k"]) == (0.5, 7)
+
+
 def test_a_folder_has_one_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "start", lambda job, folder, **_: _Stub(job, folder))
     given = {"fit": "configs/demo_lora.yaml", "grid": {"model.lr": [1e-3]}, "threads": 1, "overrides": SHORT}
