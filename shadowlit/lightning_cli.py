@@ -248,7 +248,7 @@ class ShadowCLI(LightningCLI):
         graft = next((c for c in self.trainer.callbacks if isinstance(c, GraftCallback)), None)  # type: ignore[attr-defined]
         if self.subcommand in ("validate", "test") and graft is not None and self.trainer.is_global_zero:
             record = graft.record
-            make_console().print(score_table(record.metrics, record.errors, record.step, record.stage))
+            make_console().print(score_table(record.metrics, record.errors, stage=record.stage))
 
     def _plan(self) -> None:
         options, classes, words = self.config["plan"], self.config_init["plan"], self._words[1:]

@@ -18,6 +18,7 @@ _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _MESSAGES = (
     r".*does not have many workers",
     r".*`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
+    r"The dirpath has changed from",  # of a checkpoint of another run, whose list of best ones doesn't matter
     r".*Checkpoint directory .* exists and is not empty",  # of a run that resumes; our own message says so
 )
 
