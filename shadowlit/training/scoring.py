@@ -29,7 +29,9 @@ from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.rehearsal import rehearse
 
 # Values that are logged here have already been reduced over the ranks, once and exactly.
-warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test|graft|evaluation|time)/.*sync_dist=True")
+warnings.filterwarnings(
+    "ignore", message=r"It is recommended to use `self.log\('(val|test|graft|evaluation|time)/.*sync_dist=True"
+)
 
 
 class ScoringModule(LightningModule):

@@ -14,8 +14,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 EMBEDDED = [f"--base={BASE}", f"--instruct={INSTRUCT}"]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", "qlora", "full"])
 def test_the_written_file_runs(tmp_path, capsys, monkeypatch, tuning):
+    if tuning == "qlora":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     assert main(["init", *EMBEDDED, f"--tuning={tuning}", f"--train={DATA / 'train_house.jsonl'}",
@@ -23,6 +25,7 @@ def test_the_written_file_runs(tmp_path, capsys, monkeypatch, tuning):
     assert "run.yaml: 32 conversations of 128 tokens, estimated to need " in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert (written["model"]["adapter"] is None) == (tuning == "full")
+    assert written["model"].get("quantization") == {"qlora": "nf4"}.get(tuning)
     assert main(["fit", "--config", "run.yaml", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false",
                  "--data.ignore_columns=[skill, answer]"]) == 0  # fmt: skip
     assert list(tmp_path.rglob("export/model/config.json"))
