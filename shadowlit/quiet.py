@@ -17,6 +17,7 @@ _NOTES = re.compile(
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _MESSAGES = (
     r".*does not have many workers",
+    r"LightningCLI's args parameter is intended",  # of our own call
     r".*`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
     r"The dirpath has changed from",  # of a checkpoint of another run, whose list of best ones doesn't matter
     r".*Checkpoint directory .* exists and is not empty",  # of a run that resumes; our own message says so
