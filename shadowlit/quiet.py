@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import warnings
+from typing import Any
 
 # Notes of Lightning's, by their beginnings. Errors, and warnings that name a setting, are shown.
 _NOTES = re.compile(
@@ -25,8 +26,12 @@ _MESSAGES = (
 
 
 def quieten() -> None:
-    """Hide other libraries' deprecations and notes, for a command; ``python -W`` shows the deprecations."""
+    """Hide other libraries' deprecations and notes, for a command, and show a warning without its line of code.
+
+    ``python -W`` shows the deprecations, and where warnings come from.
+    """
     if not sys.warnoptions:
+        warnings.formatwarning = _message_alone
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category)
         for message in _MESSAGES:
@@ -39,3 +44,7 @@ def quieten() -> None:
 
 def _is_shown(record: logging.LogRecord) -> bool:
     return record.levelno > logging.INFO or not _NOTES.match(record.getMessage())
+
+
+def _message_alone(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"warning: {message}\n"

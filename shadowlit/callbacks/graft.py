@@ -271,8 +271,7 @@ class GraftCallback(Callback):
             names = ("graft/gain", f"{self.record.stage}/grafted/loss", "graft/survival")
             gain, loss, survival = (self.record.metrics.get(name, math.nan) for name in names)
             rank_zero_info(
-                f"graft: step {trainer.global_step}: gain {gain:+.4f}, grafted loss {loss:.4f}, survival of the update "
-                f"{survival:.1%}"
+                f"graft: step {trainer.global_step}: gain {gain:+.4f}, grafted loss {loss:.4f}, survival {survival:.1%}"
             )
 
     # A test is a validation on other sets.

@@ -231,7 +231,7 @@ def test_an_unknown_form_of_message_is_kept():
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("trainer.devices", "9", "trainer.accelerator is gpu, trainer.devices is 9: No supported gpu backend found! Set "),
-    ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 0.5: `val_check_interval` should be "
+    ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 1.0: `val_check_interval` should be "
      "an integer or a time-based duration "),
     ("run.root", "{file}/runs", "run.root is '{file}/runs', which can't be written ([Errno 20] Not a directory: "),
     ("trainer.logger", "{file}", "save_dir of lightning.pytorch.loggers.csv_logs.CSVLogger is '{file}', which can't "),
