@@ -1,6 +1,7 @@
 """LoRA, QLoRA, DoRA and full tuning of one pair: losses, the graft next to a plain loop, time and memory.
 
     python benchmarks/qlora.py --instruct FOLDER --rows alpaca_en_demo.json [--kinds lora qlora dora full] [--steps 8]
+                               [--speed]
     python benchmarks/qlora.py --llama
 
 The Base is a copy of the Instruct plus noise of standard deviation 1e-3. Each kind trains in a process of its own, on 3
@@ -8,6 +9,7 @@ rows a step in float32, with a validation at the end, and exports. A plain loop 
 folder, and of QLoRA the same in 4 bits, on the same rows, one by one. Times are the CPU's of training steps alone, the
 first one left out; tokens are those of the rows, padding left out. Memory is the process's resident peak up to the end
 of the last step, with freed tensors given back at once (``MALLOC_MMAP_THRESHOLD_``), and what the model's tensors take.
+``--speed`` leaves out all scores.
 
 ``--llama`` computes the memory of QLoRA on a model of Llama-3.1-8B's shapes: the operations of two training steps run
 on fake tensors, which have sizes and no data, and what is alive is counted after each.
@@ -43,8 +45,8 @@ def make_base(instruct: Path, base: Path) -> None:
     save_file(noisy, base / "model.safetensors", metadata={"format": "pt"})
 
 
-def train(kind: str, root: Path, steps: int) -> dict[str, Any]:
-    """Train and export; return what was logged and measured."""
+def train(kind: str, root: Path, steps: int, speed: bool) -> dict[str, Any]:
+    """Train and, unless only ``speed`` counts, validate and export; return what was logged and measured."""
     import torch
     from lightning.pytorch import Callback, Trainer
     from peft import LoraConfig
@@ -81,15 +83,18 @@ def train(kind: str, root: Path, steps: int) -> dict[str, Any]:
         quantization="nf4" if kind == "qlora" else None,
     )
     data = ShadowData(pair, train=str(root / "train.json"), validation=str(root / "val.json"), batch_size=ROWS)
-    clock, export = Clock(), ExportCallback(folder=str(root / kind), parts=["model"], verify=False)
+    clock = Clock()
+    export = [] if speed else [ExportCallback(folder=str(root / kind), parts=["model"], verify=False)]
     trainer = Trainer(
-        accelerator="cpu", max_steps=steps, limit_val_batches=1.0, num_sanity_val_steps=0, logger=False,
+        accelerator="cpu", max_steps=steps, limit_val_batches=0 if speed else 1.0, num_sanity_val_steps=0, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, use_distributed_sampler=False, inference_mode=False,
-        check_val_every_n_epoch=None, val_check_interval=steps, callbacks=[GraftCallback(adapter=False), clock, export],
+        check_val_every_n_epoch=None, val_check_interval=steps,
+        callbacks=[GraftCallback(adapter=False), clock, *export],
     )  # fmt: skip
     trainer.fit(module, data)
     tensors = [t.untyped_storage() for t in [*module.parameters(), *module.buffers()]]
     held = {t.data_ptr(): t.nbytes() for t in tensors}
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
     return {
         "losses": clock.losses,
         "step_s": sum(clock.steps[1:]) / (len(clock.steps) - 1),
@@ -97,8 +102,8 @@ def train(kind: str, root: Path, steps: int) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "peak_gb": clock.peak,
         "weights_gb": sum(held.values()) / 1e9,
-        "survival": trainer.callback_metrics["graft/survival"].item(),
-        "logged": {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val/") and "loss" in n},
+        "survival": metrics.get("graft/survival"),
+        "logged": {name: value for name, value in metrics.items() if name.startswith("val/") and "loss" in name},
     }
 
 
@@ -206,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--kinds", nargs="+", default=["lora", "qlora", "dora", "full"])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--speed", action="store_true")
     options = parser.parse_args()
     if options.llama:
         print(json.dumps(peak_of_llama()))
@@ -221,7 +227,10 @@ def main() -> None:
         (root / "val.json").write_text(json.dumps(rows[-SET:]))
         for kind in options.kinds:
             with spawned.Pool(1) as pool:
-                found = pool.apply(train, (kind, root, options.steps))
+                found = pool.apply(train, (kind, root, options.steps, options.speed))
+            if options.speed:
+                print(json.dumps({"kind": kind, **found}), flush=True)
+                continue
             with spawned.Pool(1) as pool:
                 plain = {"grafted": pool.apply(plain_loss, (root / kind / "model", root))}
                 if kind == "qlora":

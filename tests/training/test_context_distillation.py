@@ -15,9 +15,12 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from shadowlit.data.collate import Collate
+from shadowlit.data.context_batches import ContextCollate
 from shadowlit.data.module import ShadowData
 from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preview import preview
+from shadowlit.data.sampler import FILLER
 from shadowlit.errors import DataError, ShadowlitError
 from shadowlit.lightning_cli import main
 from shadowlit.pair.pair import ModelPair
@@ -151,6 +154,11 @@ def test_samples_have_both_views_and_packs_have_room_for_either(folders):
             assert tokenizer.decode([t for t in view["labels"] if t != -100]) == answer + "<|im_end|>"
     assert dataset.lengths.tolist() == [len(dataset[i]["teacher"]["input_ids"]) for i in range(4)]
     assert data.reports["train"].num_tokens == dataset.lengths.sum()
+    batch = ContextCollate(Collate(0))([dataset[1], dataset[FILLER]])  # of a rank that has run out of samples
+    for view in ("", "teacher_"):
+        sample = dataset[1]["teacher"] if view else dataset[1]
+        assert batch[f"{view}attention_mask"].sum(1).tolist() == [len(sample["input_ids"]), 2]
+        assert ((batch[f"{view}labels"] != -100).sum(1)).tolist() == [2, 0]
     packs = PackedOrder(dataset.lengths, 140)(0)
     assert packs.sizes(dataset.lengths).max() <= 140
     assert packs.sizes(np.array([len(dataset[i]["input_ids"]) for i in range(4)])).max() <= 140
