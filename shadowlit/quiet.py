@@ -12,7 +12,8 @@ from typing import Any
 _NOTES = re.compile(
     r"\W*(?:\[rank: \d+\] )?(Tip: |GPU available: |TPU available: |HPU available: |Initializing distributed: "
     r"|-{20,}\s*distributed_backend"
-    r"|`Trainer\.fit` stopped: |LOCAL_RANK: |Seed set to |Loading `train_dataloader` to estimate"
+    r"|`Trainer\.fit` stopped: |`Trainer\(\w+=[\d.]+\)` was configured so "
+    r"|LOCAL_RANK: |Seed set to |Loading `train_dataloader` to estimate"
     r"|Restored all states from |Restoring states from |Loaded model weights from )"
 )
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
