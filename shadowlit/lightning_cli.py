@@ -247,8 +247,8 @@ class ShadowCLI(LightningCLI):
         """Print the table of a validate or test, in which Lightning would list every metric with all its digits."""
         graft = next((c for c in self.trainer.callbacks if isinstance(c, GraftCallback)), None)  # type: ignore[attr-defined]
         if self.subcommand in ("validate", "test") and graft is not None and self.trainer.is_global_zero:
-            record = graft.record
-            make_console().print(score_table(record.metrics, record.errors, stage=record.stage))
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            make_console().print(score_table(metrics, graft.record.errors, stage=graft.record.stage))
 
     def _plan(self) -> None:
         options, classes, words = self.config["plan"], self.config_init["plan"], self._words[1:]
