@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,7 +30,6 @@ from shadowlit.data.module import ShadowData
 from shadowlit.delta.delta import Delta
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, DataError, ShadowlitError
-from shadowlit.grafting.manifest import read_manifest
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training import checkpoints
 from shadowlit.training.module import ShadowModule
@@ -108,33 +106,6 @@ def train(folders, kind, strategy, world_size, out, checkpointing=False):
 
 
 SLOW = pytest.mark.slow
-OF_PEFT = {
-    "dora": LoraConfig(r=4, use_dora=True),
-    "loha": peft.LoHaConfig(r=4, target_modules=["q_proj", "up_proj"]),
-    "vera": peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
-    "oft": peft.OFTConfig(r=0, oft_block_size=8, target_modules=["q_proj", "up_proj"]),
-    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-}
-
-
-def train_in_bfloat16(folders, kind, strategy, world_size, out):
-    module = ShadowModule(ModelPair(*map(str, folders)), OF_PEFT[kind], lr=1e-2)
-    callbacks = [GraftCallback(), ExportCallback(parts=["model"], folder=str(out))]
-    trainer = make_trainer(strategy, world_size, callbacks, precision="bf16-mixed")
-    trainer.fit(module, RandomData(8))
-    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
-
-
-@SLOW
-@pytest.mark.parametrize("kind", OF_PEFT)
-def test_adapters_of_peft_train_on_shards_in_bfloat16(tmp_path, kind):
-    """As in one process up to bfloat16's rounding; the export is what was validated."""
-    folders = save_pair(tmp_path, "qwen3", tied=False, dtype=torch.bfloat16)
-    (one,) = run_ranks(train_in_bfloat16, 1, folders, kind, "auto", 1, tmp_path / "one")
-    for two in run_ranks(train_in_bfloat16, 2, folders, kind, "fsdp2", 2, tmp_path / "two"):
-        assert two == pytest.approx(one, rel=5e-3, abs=1e-2)
-        assert abs(two["val/tuned/loss"] - two["val/base/loss"]) > 1e-3
-    assert read_manifest(tmp_path / "two/model")["logits_against_validated"]["max_abs"] == 0
 
 
 @pytest.mark.parametrize(("tied", "kind"), [

@@ -158,8 +158,7 @@ def test_the_update_is_counted_from_the_base(tmp_path, home, capsys, kind, start
 
 
 @pytest.mark.parametrize(("kind", "start"), [
-    ("lora", "tuned"), ("lora", "run"), ("full", "tuned"), pytest.param("dora", "run", marks=SLOW),
-    pytest.param("dora", "tuned", marks=SLOW),
+    ("lora", "tuned"), ("lora", "run"), ("full", "tuned"),
 ])  # fmt: skip
 def test_shards_start_there_too(tmp_path, home, capsys, kind, start):
     source = home / start
