@@ -157,7 +157,9 @@ def test_the_update_is_counted_from_the_base(tmp_path, home, capsys, kind, start
         assert "can't be written. It was trained on the tuned weights of model.start_from, whose own update" in told
 
 
-@pytest.mark.parametrize(("kind", "start"), [("lora", "tuned"), ("lora", "run"), ("full", "tuned")])
+@pytest.mark.parametrize(("kind", "start"), [
+    ("lora", "tuned"), ("lora", "run"), ("full", "tuned"),
+])  # fmt: skip
 def test_shards_start_there_too(tmp_path, home, capsys, kind, start):
     source = home / start
     if start == "run":
