@@ -25,6 +25,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.predictions import PredictionWriter
+from shadowlit.callbacks.scores import score_table
 from shadowlit.callbacks.stopping import leave, take_over
 from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.checkpoint.saved import read_rest
@@ -35,6 +36,8 @@ from shadowlit.files import require_writable
 from shadowlit.pair.pair import ModelPair
 from shadowlit.planning.plan import Plan, parse_bytes
 from shadowlit.plugins import WITHOUT_SUPER, import_object, path_of, reason
+from shadowlit.progress import make_console
+from shadowlit.quiet import quieten
 from shadowlit.run_parser import (
     ShadowParser,
     classes_of,
@@ -49,11 +52,6 @@ from shadowlit.runs import Run, RunOptions, SaveConfig
 from shadowlit.signals import StopSignals, end_with_parent
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import samples_of
-
-# jsonargparse spells out every default of LoraConfig, of which peft then says that it ignores one.
-warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored")
-# That of a run which resumes; our own message says so.
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 
 class ShadowTrainer(Trainer):
@@ -176,6 +174,7 @@ class ShadowCLI(LightningCLI):
                 # Under inference mode FSDP2 leaves tensors behind that training can't write to.
                 "trainer.inference_mode": False,
                 "trainer.gradient_clip_val": 1.0,
+                "trainer.enable_model_summary": False,  # one row for the whole model
             }
         )
 
@@ -243,6 +242,14 @@ class ShadowCLI(LightningCLI):
             except (MisconfigurationException, ValueError) as error:
                 self._raise_of_trainer(error)
                 raise
+            self._print_scores()
+
+    def _print_scores(self) -> None:
+        """Print the table of a validate or test, in which Lightning would list every metric with all its digits."""
+        graft = next((c for c in self.trainer.callbacks if isinstance(c, GraftCallback)), None)  # type: ignore[attr-defined]
+        if self.subcommand in ("validate", "test") and graft is not None and self.trainer.is_global_zero:
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            make_console().print(score_table(metrics, graft.record.errors, stage=graft.record.stage))
 
     def _plan(self) -> None:
         options, classes, words = self.config["plan"], self.config_init["plan"], self._words[1:]
@@ -311,6 +318,8 @@ class ShadowCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         for each in self._subcommand_parsers.values():
             correct_help(each)
+        for name in {"validate", "test"} & self._subcommand_parsers.keys():
+            self._subcommand_parsers[name].set_defaults({"verbose": False})  # of Lightning's table of all metrics
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As configured; a preview and a plan need none of the devices that a configuration asks for."""
@@ -340,6 +349,7 @@ def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI
     Raises:
         Interrupted: With the exit status 128 + signal after SIGINT, SIGTERM or SIGUSR1; see docs/reference/stopping.md.
     """
+    quieten()
     signals = StopSignals()
     with signals.caught():
         signals.is_part = end_with_parent()

@@ -36,7 +36,7 @@ class _Table(Table):
         yield self.title or ""
         for row in zip(*(column.cells for column in self.columns), strict=True):
             for i, (column, cell) in enumerate(zip(self.columns, row, strict=True)):
-                yield "  " * (i > 0) + ": ".join(filter(None, (str(column.header), str(cell))))
+                yield "  " * (i > 0) + ": ".join(filter(None, (" ".join(str(column.header).split()), str(cell))))
 
 
 def make_table(*headings: str, left: int = 1, **options: Any) -> Table:

@@ -8,6 +8,7 @@ import importlib
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -55,3 +56,13 @@ def pytest_runtestloop() -> None:
     gc.set_threshold(20_000, 20, 20)
     if "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].start_server()
+
+
+@pytest.fixture(autouse=True)
+def _handlers_of_signals():
+    """Put back the handlers that a Trainer leaves behind when a callback fails while it handles an exception."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)

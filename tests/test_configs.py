@@ -142,7 +142,8 @@ def fit(args):
 
 # tests/training/test_distributed.py runs the sharded demonstration too, as Lightning launches it.
 @pytest.mark.parametrize("path", [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "demo_fsdp" else []) for path in CONFIGS
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("demo_fsdp", "demo_full") else [])
+    for path in CONFIGS
 ])  # fmt: skip
 def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
     """As written but for the pair, the data, the devices and the length; sharded ones on two processes."""

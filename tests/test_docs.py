@@ -222,7 +222,7 @@ def test_every_python_block_compiles_and_its_imports_exist(path):
 # --- the tutorials, one after the other in one folder ---
 
 SHORT = [
-    "--trainer.max_steps=2", "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1",
+    "--trainer.max_steps=2", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1",
     "--evaluation.evaluators.task.init_args.limit=4",
 ]  # fmt: skip
 

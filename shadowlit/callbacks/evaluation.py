@@ -33,6 +33,7 @@ from shadowlit.grafting.live import LiveGraft
 from shadowlit.grafting.subject import INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import WITHOUT_SUPER, calls, path_of
+from shadowlit.training.bar import show
 from shadowlit.training.metrics import name_clash
 from shadowlit.training.module import ShadowModule
 
@@ -221,6 +222,7 @@ class EvaluationCallback(Callback):
         context = self._context(trainer, module)
         for name in names:
             evaluator = self.evaluators[name]
+            show(trainer, f"{name} of {subject.name}")
             with self.record.timed(f"evaluation/{name}"), isolate_rng(), _calls(name, evaluator) as key:
                 self._found[subject, name] = require_result(evaluator.run(context), key, evaluator)
             module.eval()  # for those that follow, whatever this one left

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -37,6 +37,7 @@ from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
 from shadowlit.progress import make_console
+from shadowlit.training.bar import show, stage_of
 from shadowlit.training.module import ShadowModule
 
 log = logging.getLogger(__name__)
@@ -267,10 +268,10 @@ class GraftCallback(Callback):
         if not trainer.sanity_checking:
             self.record.close(trainer)
             self.finished = self.record
-            told = {name: self.record.metrics.get(name, math.nan) for name in ("graft/gain", "graft/survival")}
+            names = ("graft/gain", f"{self.record.stage}/grafted/loss", "graft/survival")
+            gain, loss, survival = (self.record.metrics.get(name, math.nan) for name in names)
             rank_zero_info(
-                f"graft: step {trainer.global_step}: gain {told['graft/gain']:+.4f}, survival of the update "
-                f"{told['graft/survival']:.1%}"
+                f"graft: step {trainer.global_step}: gain {gain:+.4f}, grafted loss {loss:.4f}, survival {survival:.1%}"
             )
 
     # A test is a validation on other sets.
@@ -517,17 +518,16 @@ class GraftCallback(Callback):
         loaders, limits = _batches(trainer)
         if routing := self._recording(trainer):
             routing.begin(subject.name)
-        with _progress(trainer, subject, sum(map(int, limits))) as advance:
-            for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
-                for number, batch in enumerate(islice(loader, int(limit))):
-                    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-                    if routing:
-                        routing.watch()
-                    step(trainer.precision_plugin.convert_input(batch), number, index, subject)
-                    if routing:
-                        routing.take(subject.name, batch)
-                    advance()
-                    reach_boundary(trainer)
+        for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
+            for number, batch in enumerate(islice(loader, int(limit))):
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                if routing:
+                    routing.watch()
+                step(trainer.precision_plugin.convert_input(batch), number, index, subject)
+                if routing:
+                    routing.take(subject.name, batch)
+                show(trainer, f"{stage_of(trainer)} of {subject.name} {number + 1}/{int(limit)}")
+                reach_boundary(trainer)
 
     def _ask_others(self, trainer: Trainer, module: ShadowModule, subject: Subject) -> None:
         """Let the other callbacks measure ``subject``, whose weights are loaded."""
@@ -562,21 +562,6 @@ class GraftCallback(Callback):
             agreement = self._routing.agreement(subject.name, subject.start.name, module.device)
             self.record.metrics |= {f"{self.record.stage}/{subject.name}/{what}": v for what, v in agreement.items()}
             self._routing.forget(subject.name)
-
-
-@contextmanager
-def _progress(trainer: Trainer, subject: Subject, total: int) -> Iterator[Callable[[], None]]:
-    """Show the pass as a line of the running rich progress bar, if there is one."""
-    bar = trainer.progress_bar_callback
-    display = bar.progress if isinstance(bar, RichProgressBar) and bar.is_enabled else None
-    if display is None:
-        yield lambda: None
-        return
-    task = display.add_task(f"[white]{subject.name}", total=total)
-    try:
-        yield lambda: display.advance(task)
-    finally:
-        display.remove_task(task)
 
 
 def _batches(trainer: Trainer) -> tuple[list[Any], list[float]]:

@@ -21,7 +21,8 @@ from shadowlit.files import replace_text, require_writable
 class PredictionWriter(BasePredictionWriter):
     """Gathers the answers of all ranks and writes ``predictions.jsonl`` into the run's folder.
 
-    One line ``{"index": row of the prompts' file, "answer": text}`` per prompt, sorted by row.
+    One line ``{"index": row of the prompts' file, "prompt": text, "answer": text, "reference": text or null}`` per
+    prompt, sorted by row. The prompt is the rendered one, with special tokens; the reference is the row's own answer.
 
     Args:
         file: The target; null for ``predictions.jsonl`` in the run's own folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -60,7 +61,14 @@ def survival_line(metrics: Mapping[str, float]) -> str:
     return line
 
 
-def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], step: int | None = None) -> Table:
+def subject_headings() -> list[str]:
+    """The titles of the four models as headings of columns, in two lines where they have two words."""
+    return [title.replace(" ", "\n") for title in SUBJECTS.values()]
+
+
+def score_table(
+    metrics: Mapping[str, float], errors: Mapping[str, float], step: int | None = None, stage: str = "val"
+) -> Table:
     """The scores of the four models, one row per set and evaluator.
 
     Args:
@@ -68,13 +76,15 @@ def score_table(metrics: Mapping[str, float], errors: Mapping[str, float], step:
         errors: Standard errors of gains by the name of what is compared, such as ``loss``, ``<set>/loss`` and
             ``<evaluator>/score``.
         step: Optimizer step at which they were measured, for the title.
+        stage: Prefix of the metrics: val or test.
     """
     title = "Scores" if step is None else f"Scores at step {step}"
-    drawn = make_table("", *SUBJECTS.values(), "gain ± standard error", title=title)
-    prefix = "val/grafted/"
+    headings = ("", *subject_headings(), "gain ±\nstandard error")
+    drawn = make_table(*headings, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    prefix = f"{stage}/grafted/"
     names = [name.removeprefix(prefix) for name in metrics if name.startswith(prefix)]
     for name in (name for what in ("loss", "score") for name in names if name.rpartition("/")[2] == what):
-        values = {who: metrics.get(f"val/{who}/{name}", math.nan) for who in SUBJECTS}
+        values = {who: metrics.get(f"{stage}/{who}/{name}", math.nan) for who in SUBJECTS}
         gain = values["grafted"] - values["instruct"]
         if name.endswith("loss"):
             gain = -gain

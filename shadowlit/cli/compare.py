@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
@@ -84,14 +79,15 @@ def compare(
     from shadowlit.studies.comparison.report import write
     from shadowlit.studies.comparison.runner import own_folder, run
     from shadowlit.studies.comparison.summary import Description, summarise
+    from shadowlit.studies.progress import StudyProgress
     from shadowlit.studies.rows import UNTOUCHED_TRIAL
     from shadowlit.studies.trials.process import last_words, untouched_failed
 
     with own_folder(folder, recipe):
         found = [recipe.untouched_job(folder), *(training.job(recipe, folder) for training in trainings)]
-        with _progress(console, len(found)) as done:
+        with StudyProgress("trainings", len(found), "grafted loss") as shown:
             failed = run(
-                found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), done=done
+                found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), shown=shown
             )
         if UNTOUCHED_TRIAL in failed:
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
@@ -148,17 +144,3 @@ def _known(option: str, names: list[str], evaluators: list[str]) -> list[str]:
 def _command(fit: str, arms: list[str], seeds: Any, rates: dict[str, list[float]]) -> str:
     listed = ",".join(map(str, _listed(seeds)))
     return f"python -m shadowlit compare {fit} --arms {','.join(arms)} --seeds {listed} --rates '{json.dumps(rates)}'"
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Any]:
-    columns = (TextColumn("trainings"), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-
-        def done(name: str, ok: bool) -> None:
-            bar.advance(task)
-            if not ok:
-                console.print(f"{name} failed")
-
-        yield done

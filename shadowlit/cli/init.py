@@ -15,14 +15,19 @@ from shadowlit.files import replace_text
 from shadowlit.pair.registry import find_pair
 from shadowlit.progress import make_console
 
-Tuning = Literal["lora", "full"]
+Tuning = Literal["lora", "qlora", "full"]
 
 # Of each kind of tuning: the lines of model, and the arguments of the adapter.
+_LORA = (
+    "  adapter: {r: 32, lora_alpha: 64, target_modules: all-linear}  # null trains all weights\n"
+    "  lr: 2.0e-4  # as in the paper for LoRA"
+)
 _MODELS = {
-    "lora": "  adapter: {r: 32, lora_alpha: 64, target_modules: all-linear}  # null trains all weights\n"
-    "  lr: 2.0e-4  # as in the paper for LoRA",
+    "lora": _LORA,
+    "qlora": f"{_LORA}\n  quantization: nf4  # the frozen weights of linear layers are stored in 4 bits",
     "full": "  adapter: null  # all weights are trained, in float32\n  lr: 1.0e-5",
 }
+_TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "Full tuning"}
 _EFFECTIVE = 32  # conversations per optimizer step
 
 
@@ -48,7 +53,7 @@ def init(
         base: Folder or hub id of the Base, instead of a known pair.
         instruct: Folder or hub id of the Instruct, instead of a known pair.
         out: File to write; it must not exist.
-        tuning: lora trains an adapter, full trains all weights.
+        tuning: lora trains an adapter, qlora one on weights in 4 bits, full trains all weights.
         train: File or data set to train on; it can be named later.
         devices: Number of GPUs, or of processes on a CPU.
         memory: Memory of a GPU, e.g. 24GiB; null for that of this machine's. Without a GPU and a size the
@@ -70,7 +75,7 @@ def init(
     pinned = {name: value for name, value in keys.items() if value is not None}
     text = Template(files("shadowlit.planning").joinpath("template.yaml").read_text(encoding="utf-8"))
     values = _planned(pinned, tuning, devices, memory, max_length) | {
-        "title": f"{'LoRA' if tuning == 'lora' else 'Full tuning'} on {keys['base']}, grafted onto {keys['instruct']}.",
+        "title": f"{_TITLES[tuning]} on {keys['base']}, grafted onto {keys['instruct']}.",
         "file": out, "model": _MODELS[tuning], "train": "null" if train is None else train, "max_length": max_length,
         "pair": "\n".join(f"  {line}" for line in yaml.safe_dump(pinned, sort_keys=False).splitlines()),
         "devices": devices,
@@ -96,14 +101,16 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
 
     on_gpu = memory is not None or torch.cuda.is_available()
     models = ModelPair(**pair)
-    adapter = LoraConfig(**yaml.safe_load(_MODELS[tuning])["adapter"]) if tuning == "lora" else None
+    keys = yaml.safe_load(_MODELS[tuning])
+    adapter = LoraConfig(**keys["adapter"]) if keys["adapter"] else None
     rows = 2 ** int(math.log2(max(1, _EFFECTIVE // devices)))
     data = ShadowData(models, max_length=max_length, batch_size=rows, packing="padding_free")
     options = {
         "accelerator": "gpu" if on_gpu else "cpu", "devices": devices, "num_nodes": 1, "strategy": "auto",
         "precision": "bf16-mixed" if on_gpu else "32-true", "accumulate_grad_batches": 1,
     }  # fmt: skip
-    plan = Plan(ShadowModule(models, adapter), data, GraftCallback(), ExportCallback(), options)
+    module = ShadowModule(models, adapter, quantization=keys.get("quantization"))
+    plan = Plan(module, data, GraftCallback(), ExportCallback(), options)
     try:
         plan.read_headers()
         limit = parse_bytes(memory) if memory else plan.limit() or math.inf

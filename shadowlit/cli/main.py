@@ -56,7 +56,9 @@ def main(args: list[str] | None = None) -> int:
         return 2
     # Imported late: the overview and its errors need none of the seconds that torch takes.
     from shadowlit.errors import ShadowlitError
+    from shadowlit.quiet import quieten
 
+    quieten()
     _, module = COMMANDS[args[0]]
     try:
         if args[0] == "demo":

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from rich.console import Console
+from typing import Any, Literal
 
 from shadowlit.cli.functions import Changes, Values
 from shadowlit.errors import ShadowlitError
 from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
-
-if TYPE_CHECKING:
-    from shadowlit.studies.sweep.study import SweepStudy
-    from shadowlit.studies.trials.process import Running
 
 _HOME = Path("runs/sweeps")
 
@@ -110,6 +101,7 @@ def run(
         drawn = f"{definition.num_planned} trials, of settings that are drawn" if definition.draws else ""
         console.print(f"{drawn or f'{len(planned)} trials'} in {folder}")
         return
+    from shadowlit.studies.progress import StudyProgress
     from shadowlit.studies.sweep.report import write_report
     from shadowlit.studies.sweep.scheduler import Scheduler, gpus_of_slots, keep_definition, visible_gpus
     from shadowlit.studies.sweep.storage import open_storage
@@ -121,9 +113,10 @@ def run(
     share = threads if threads is not None or gpus else max(1, (os.cpu_count() or 1) // slots)
     study = SweepStudy(definition, open_storage(storage, folder))
     keep_definition(folder, definition)
-    with _progress(console, study) as (end, poll):
+    total = len(planned) or definition.num_planned
+    with StudyProgress("trials", total, definition.judged) as shown:
         scheduler = Scheduler(
-            study, folder, workers=slots, threads=share, gpus=gpus, limit=limit, on_end=end, on_poll=poll
+            study, folder, workers=slots, threads=share, gpus=gpus, limit=limit, on_end=shown.end, on_poll=shown.poll
         )
         try:
             scheduler.run()
@@ -184,34 +177,3 @@ def _check(definition: Definition, folder: Path) -> None:
         setting = tuple((axis.name, label) for axis, label in zip(definition.axes, chosen, strict=True))
         for source in definition.sources[:: 1 if number == 0 else 2]:
             check(list(definition.arguments(TrialKey(setting, source, definition.seeds[0]), folder / "check")))
-
-
-@contextmanager
-def _progress(console: Console, study: SweepStudy) -> Iterator[tuple[Any, Any]]:
-    """Show how many trials have ended, and the metrics of those that run; without a terminal, only what has ended."""
-    from rich.live import Live
-    from rich.table import Table
-
-    total = len(study.definition.planned()) or study.definition.num_planned
-    begun, ended = time.monotonic(), Counter[str]()
-
-    def end(name: str, state: str, reason: str) -> None:
-        ended[state] += 1
-        console.print(f"{name} {state}" + (f": {reason}" if reason else ""))
-
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-
-        def poll(running: Sequence[Running]) -> None:
-            if not console.is_terminal:
-                return
-            now = time.monotonic()
-            table = Table(box=None, title=f"{sum(ended.values())} ended here, {total} planned, {now - begun:.0f} s",
-                          title_justify="left", padding=(0, 2))  # fmt: skip
-            for heading in ("running", "step", study.definition.judged, "s"):
-                table.add_column(heading, justify="left" if heading == "running" else "right")
-            for each in running:
-                value = "" if each.value is None else f"{each.value:.4f}"
-                table.add_row(each.name, str(each.step or 0), value, f"{now - each.begun:.0f}")
-            live.update(table, refresh=True)
-
-        yield end, poll

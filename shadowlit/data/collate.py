@@ -86,14 +86,18 @@ class PromptCollate:
 
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, and ``index``, int64 ``[B]``."""
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Return ``input_ids`` and ``attention_mask``, int64 ``[B, T]``, ``index``, int64 ``[B]``, and ``reference``.
+
+        ``reference`` is a list of the texts of the rows' own answers, None where there is none.
+        """
         length = max(len(sample["input_ids"]) for sample in samples)
         rows = [sample["input_ids"] for sample in samples]
         return {
             "input_ids": torch.tensor([[self.pad_token_id] * (length - len(row)) + row for row in rows]),
             "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
             "index": torch.tensor([sample["index"] for sample in samples]),
+            "reference": [sample.get("reference") for sample in samples],
         }
 
 

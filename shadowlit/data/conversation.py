@@ -53,6 +53,15 @@ class Conversation:
         return place(self.source, self.row, self.line)
 
 
+def answer_text(messages: Sequence[Message]) -> str | None:
+    """The text of the final answer; None if the last turn is not the assistant's, or has no text."""
+    last = messages[-1] if messages else {}
+    content = last.get("content") if last.get("role") == "assistant" else None
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return content
+
+
 Skip = Callable[[str], None]
 """Receives the message of a row that is left out."""
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from shadowlit.data.blocks import Block, read_blocks
-from shadowlit.data.conversation import IGNORE_INDEX, Conversation, place
+from shadowlit.data.conversation import IGNORE_INDEX, Conversation, answer_text, place
 from shadowlit.data.images import ImageSource
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
@@ -214,7 +214,10 @@ class TokenDataset(Dataset):
 
 
 class PromptDataset(Dataset):
-    """Prompts ``{"input_ids": list[int], "index": int}``, where ``index`` is the row, or -1 for the filler."""
+    """Prompts ``{"input_ids": list[int], "index": int, "reference": str | None}``.
+
+    ``index`` is the row, or -1 for the filler, and ``reference`` the text of the row's own answer, if it has one.
+    """
 
     def __init__(self, prompts: list[Encoded], origins: list[Conversation], filler_token: int) -> None:
         self._prompts, self._origins, self._filler_token = prompts, origins, filler_token
@@ -226,9 +229,10 @@ class PromptDataset(Dataset):
     def __getitem__(self, index: int | Filler) -> dict[str, Any]:
         """Prompt ``index``, or the filler."""
         if index is FILLER:
-            return {"input_ids": [self._filler_token] * 2, "index": FILLER_ROW}
+            return {"input_ids": [self._filler_token] * 2, "index": FILLER_ROW, "reference": None}
         prompt, origin = self._prompts[index], self._origins[index]
-        sample: dict[str, Any] = {"input_ids": prompt.input_ids, "index": origin.row}
+        reference = answer_text(origin.messages)
+        sample: dict[str, Any] = {"input_ids": prompt.input_ids, "index": origin.row, "reference": reference}
         return {**sample, "images": prompt.images, "origin": str(origin)} if prompt.images else sample
 
     @property

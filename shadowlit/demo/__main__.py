@@ -19,7 +19,7 @@ from shadowlit.analysis.run import read_run
 from shadowlit.analysis.run_plots import four_curves
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
-from shadowlit.callbacks.scores import SUBJECTS
+from shadowlit.callbacks.scores import SUBJECTS, subject_headings
 from shadowlit.demo import CONFIG, PAIR
 from shadowlit.files import replace_text
 from shadowlit.lightning_cli import main as run
@@ -85,7 +85,7 @@ _CAPTION = (
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """The table of the four models: loss and token accuracy by set, and the fraction of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
-    drawn = make_table("", *SUBJECTS.values(), title="On held-out questions")
+    drawn = make_table("", *subject_headings(), title="On held-out questions")
     for name, title in TEACHER_FORCED.items():
         losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in SUBJECTS)
         drawn.add_row(f"{title}: loss", *losses)

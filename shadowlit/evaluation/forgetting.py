@@ -51,23 +51,31 @@ class Divergence(Evaluator):
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.
         limit: Number of rows to use, evenly spread over the file; null for all.
         batch_size: Rows per process and forward pass.
+        ignore_columns: Columns of the rows that are not for the model, as in data.ignore_columns.
     """
 
     needs_reference = True
     metric_names = ("score", "agreement", "kl", "stderr", "num_tokens", "num_samples")
 
     def __init__(
-        self, data: str, max_length: int = 4096, every: int = 1, limit: int | None = None, batch_size: int = 16
+        self,
+        data: str,
+        max_length: int = 4096,
+        every: int = 1,
+        limit: int | None = None,
+        batch_size: int = 16,
+        ignore_columns: list[str] = [],  # noqa: B006 - read only, and shown by --help
     ) -> None:
         super().__init__(every, limit, batch_size)
-        self.data, self.max_length = data, max_length
+        self.data, self.max_length, self.ignore_columns = data, max_length, list(ignore_columns)
         self._rows: list[tuple[int, list[Encoded]]] | None = None
         self._pad = 0
 
     def read(self, pair: ModelPair, template_kwargs: dict[str, Any]) -> None:
         """Read and tokenise the rows; refuse malformed ones, too long ones, and ones without supervised tokens."""
         tokenizer, end = pair.tokenizer(), pair.other_tokenizer().eos_token_id
-        chosen = spread(read_conversations(self.data, use="validation", strict=False), self.limit)
+        found = read_conversations(self.data, use="validation", strict=False, ignore=self.ignore_columns)
+        chosen = spread(found, self.limit)
 
         def encode(conversation: Conversation) -> tuple[int, list[Encoded]]:
             first = conversation.messages[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
@@ -79,15 +80,28 @@ def require_loadable(folder: Path, trust_remote_code: bool = False) -> None:
     try:
         config = load_config("instruct", folder, trust_remote_code)
         auto: Any = AutoModelForImageTextToText if is_image_text(config) else AutoModelForCausalLM
-        _, report = auto.from_pretrained(
-            folder, device_map="meta", dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
-        )
+        with _no_progress_bar():
+            _, report = auto.from_pretrained(
+                folder, device_map="meta", dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ExportError(f"{folder} does not load: {error}. {_REMEDY}") from error
     odd = {what: sorted(map(str, names)) for what, names in report.items() if names}
     if odd:
         told = "; ".join(f"{what.replace('_', ' ')}: {some_of(names)}" for what, names in odd.items())
         raise ExportError(f"{folder} loads incompletely: {told}. The weights do not belong to its config.json.")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Hide transformers' bar, which would count tensors that aren't read."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def logit_difference(one: Tensor, other: Tensor, attention_mask: Tensor) -> dict[str, float]:

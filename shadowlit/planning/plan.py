@@ -35,6 +35,7 @@ from shadowlit.pair.hub import read_hub_headers
 from shadowlit.pair.pair import PairWithoutWeights
 from shadowlit.planning.memory import Memory, estimate
 from shadowlit.progress import make_console, make_table
+from shadowlit.status import StatusLine
 from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is left to its context and to gaps between tensors
@@ -277,7 +278,13 @@ class Plan:
             given = [f"--trainer.{key}={json.dumps(value)}" for key, value in ends.items()]
             given += ["--export.enabled=false", f"--run.root={folder}", "--run.name=measured"]
             command = [sys.executable, "-m", "shadowlit", "fit", *words, *given]
-            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            line = StatusLine(lambda _: None)
+            line.start()
+            try:
+                line.show(lambda: [f"time: measuring {counted(steps, 'step')} of training"], now=True)
+                done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            finally:
+                line.stop()
             if done.returncode:
                 return f"not measured: {done.stderr.strip().rpartition(chr(10))[2]}"
             with (Path(folder) / "measured/metrics.csv").open() as file:

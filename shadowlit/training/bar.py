@@ -1,21 +1,172 @@
-"""Lightning's progress bar where the number of epochs is not limited."""
+"""The progress of a training: one status line, in place of the bars of Lightning."""
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from shadowlit.status import EVERY_S, StatusLine, count, duration, number
+
+# Titles of the metrics that are shown, and shorter ones for a terminal of 80 columns.
+_TITLES = {"train/loss": "loss", "val/grafted/loss": "grafted loss", "graft/gain": "gain"}
+_SHORT = _TITLES | {"val/grafted/loss": "grafted"}
 
 
-class UnlimitedProgressBar(RichProgressBar):
-    """Lightning's progress bar without ``/-2`` after the epoch."""
+class ProgressLine(ProgressBar):
+    """Shows step, loss, loss and gain of the graft, tokens per second and the time left, in one line.
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "   ")
+    On a terminal the line is redrawn in place; otherwise it is logged every ``every_s`` seconds. It replaces the
+    progress bar that Lightning adds by itself.
+
+    Args:
+        every_s: Seconds between two lines where stderr is not a terminal.
+    """
+
+    def __init__(self, every_s: float = EVERY_S) -> None:
+        super().__init__()
+        self.enabled = True
+        self._line = StatusLine(rank_zero_info, every_s)
+        self._values: dict[str, float] = {}
+        self._begun, self._first, self._total = 0.0, 0, math.inf
+
+    def disable(self) -> None:
+        """Show nothing."""
+        self.enabled = False
+
+    def enable(self) -> None:
+        """Show the line again."""
+        self.enabled = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the terminal's last line; on other ranks than the first, show nothing."""
+        super().setup(trainer, pl_module, stage)
+        if self.enabled:
+            self._values = {}
+            self._line.start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the terminal's last line back."""
+        self._line.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the terminal's last line back before the error is shown."""
+        self._line.stop()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count the time that is left."""
+        if self.enabled:
+            self._begun, self._first = time.monotonic(), trainer.global_step
+            self._total = trainer.estimated_stepping_batches
+            self.show("starting", now=self._line.live)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the step."""
+        self.show()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that what follows is no training."""
+        self.show("finishing", now=self._line.live)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the scores."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self.show(now=self._line.live)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Show how far the first pass of a validation is."""
+        limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self.show(f"{stage_of(trainer)} of tuned {batch_idx + 1}/{limits[dataloader_idx]}")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Show how far the first pass of a test is."""
+        self.show(f"{stage_of(trainer)} of tuned {batch_idx + 1}/{trainer.num_test_batches[dataloader_idx]}")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        """Show how many batches of prompts are answered."""
+        self.show(f"answers {batch_idx + 1}/{trainer.num_predict_batches[dataloader_idx]}")
+
+    def show(self, doing: str = "", now: bool = False) -> None:
+        """Show the line if it is due, or ``now``; metrics are read only then, since a GPU has to be waited for.
+
+        Args:
+            doing: What is being done, unless it is a training step.
+            now: Show it even if it is not due.
+        """
+        if self.enabled:
+            self._line.show(lambda: self._parts(doing), now)
+
+    def _parts(self, doing: str) -> list[str]:
+        trainer, step = self.trainer, self.trainer.global_step
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return [doing]
+        self._values |= _read(trainer.callback_metrics)
+        values = self._values
+        parts = [f"step {step:,}/{self._total:,.0f}" if self._total < math.inf else f"step {step:,}"]
+        parts += [doing] if doing else []
+        titles, digits = (_SHORT, 3) if self._line.live else (_TITLES, 4)
+        for name, title in titles.items():
+            if name in values:
+                parts.append(f"{title} {number(values[name], name == 'graft/gain', digits)}")
+        if 0 < self._total - step < math.inf and step > self._first:
+            spent = (time.monotonic() - self._begun) / (step - self._first)
+            parts.append(f"{duration(spent * (self._total - step))} left")
+        if "train/tokens_per_s" in values:
+            parts.append(f"{count(values['train/tokens_per_s'])} tokens/s")
+        return parts
 
 
-def unlimited_bars(trainer: Trainer) -> list[Callback]:
-    """A progress bar in place of Lightning's own if the number of epochs is not limited; else nothing."""
-    bar = trainer.progress_bar_callback
-    if type(bar) is not RichProgressBar or trainer.max_epochs != -1:
-        return []
-    return [UnlimitedProgressBar(int(bar.refresh_rate), theme=bar.theme)]
+def stage_of(trainer: Trainer) -> str:
+    """The kind of pass over held-out data that is running, for the progress line."""
+    return "check" if trainer.sanity_checking else "test" if trainer.testing else "validation"
+
+
+def _read(metrics: Mapping[str, Any]) -> dict[str, float]:
+    names = (*_TITLES, "train/tokens_per_s")
+    return {name: float(metrics[name]) for name in names if name in metrics}
+
+
+def replace_bar(trainer: Trainer) -> None:
+    """Replace the progress bar that Lightning adds by default with a :class:`ProgressLine`."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for i, each in enumerate(callbacks):
+        if type(each) is RichProgressBar and each.refresh_rate == 100 and each.theme == RichProgressBarTheme():
+            callbacks[i] = ProgressLine()
+
+
+def show(trainer: Trainer, doing: str) -> None:
+    """Show in the progress line, if there is one, what is being measured."""
+    if isinstance(bar := trainer.progress_bar_callback, ProgressLine):
+        bar.show(doing)

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
@@ -30,8 +31,9 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
+from shadowlit.status import count
 from shadowlit.training import resuming
-from shadowlit.training.bar import unlimited_bars
+from shadowlit.training.bar import replace_bar
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
@@ -271,7 +273,7 @@ class ShadowModule(ScoringModule):
         Of all hooks this one runs first: ``prepare_data`` and ``setup`` of the data module come before a callback's
         ``setup``.
 
-        Returns a progress bar in place of Lightning's own if the number of epochs is not limited.
+        A progress line replaces Lightning's own bar.
         """
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.score_names()
@@ -287,7 +289,8 @@ class ShadowModule(ScoringModule):
                 callback.before_data(self.trainer, self)
         with as_usage():
             self.open_start(str(self.trainer.precision))
-        return unlimited_bars(self.trainer)
+        replace_bar(self.trainer)
+        return []
 
     def open_start(self, precision: str) -> None:
         """Open ``start_from``, from headers alone; raise a ShadowlitError where training can't start there."""
@@ -306,6 +309,8 @@ class ShadowModule(ScoringModule):
                 f"data module gives {samples}. Set samples={self.objective.samples!r} of ShadowData."
             )
         require_disks(self.trainer)
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        rank_zero_info(f"model: {count(trained)} trained parameters")
 
     def on_train_start(self) -> None:
         """Refuse packed rows with a model in which one sample sees another."""

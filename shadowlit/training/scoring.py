@@ -29,7 +29,9 @@ from shadowlit.training.outputs import Batch, Outputs, References, model_inputs
 from shadowlit.training.rehearsal import rehearse
 
 # Values that are logged here have already been reduced over the ranks, once and exactly.
-warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|test|graft)/.*sync_dist=True")
+warnings.filterwarnings(
+    "ignore", message=r"It is recommended to use `self.log\('(val|test|graft|evaluation|time)/.*sync_dist=True"
+)
 
 
 class ScoringModule(LightningModule):
@@ -79,7 +81,8 @@ class ScoringModule(LightningModule):
         """Answer the prompts of a left-padded batch greedily, with the weights that are loaded.
 
         Returns:
-            One ``{"index": row in the file, "answer": text}`` per prompt.
+            One ``{"index": row in the file, "prompt": text, "answer": text, "reference": text or None}`` per prompt.
+            The prompt is what the model has read, with its special tokens and without padding.
         """
         assert self.model is not None
         tokenizer = self.pair.tokenizer()
@@ -87,9 +90,14 @@ class ScoringModule(LightningModule):
         images = {name: batch[name] for name in IMAGE_INPUTS if name in batch}
         prompts = batch["input_ids"], batch["attention_mask"], images
         answers = generate(self.model, tokenizer, config, *prompts, synced_gpus=self.trainer.world_size > 1)
+        texts = [
+            tokenizer.decode(ids[mask.bool()].tolist())
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        rows = zip(batch["index"].tolist(), texts, answers, batch["reference"], strict=True)
         return [
-            {"index": index, "answer": answer.text}
-            for index, answer in zip(batch["index"].tolist(), answers, strict=True)
+            {"index": index, "prompt": text, "answer": answer.text, "reference": reference}
+            for index, text, answer, reference in rows
             if index >= 0
         ]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.run import read_run
@@ -100,13 +101,16 @@ def test_validate_and_test_a_checkpoint(root, fitted, capsys):
     assert content["world_size"] == 1
     named = root / "named.ckpt"
     torch.save({**content, "hyper_parameters": {"lr": 0.77, "_class_path": "antigravity.Module"}}, named)
+    logged = read_metrics(fitted / "metrics.csv")
     for command, path in (("validate", named), ("test", checkpoint)):
         arguments = [command, "--config", str(root / "run.yaml"), f"--ckpt_path={path}"]
         assert main(arguments) == 0
         assert "antigravity" not in sys.modules
-        stage = {"validate": "val", "test": "test"}[command]
         shown = capsys.readouterr().out
-        assert all(f"{stage}/{who}/loss" in shown for who in ("tuned", "grafted", "base", "instruct"))
+        row = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["loss"])
+        place = "" if command == "validate" else "left/"  # the test set is one of the validation sets
+        values = [logged[f"val/{who}/{place}loss"][-1][1] for who in ("base", "instruct", "tuned", "grafted")]
+        assert row[1:5] == [f"{value:.4f}" for value in values]
 
 
 @pytest.mark.parametrize(("path", "message"), [
@@ -127,11 +131,17 @@ def test_predict_writes_the_grafted_answers_in_order(root, fitted):
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     assert [answer["index"] for answer in answers] == [0, 1, 2]
     assert answers[0]["answer"] == greedy(fitted / "export/model", root / "right.jsonl")
+    rows = [json.loads(line)["messages"] for line in (root / "right.jsonl").read_text().splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(fitted / "export/model")
+    for answer, messages in zip(answers, rows, strict=True):
+        *prompt, last = messages if messages[-1]["role"] == "assistant" else [*messages, {"content": None}]
+        assert answer["reference"] == last["content"]
+        assert answer["prompt"] == tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
 
 
 def greedy(folder, prompts):
     """The first prompt's answer, by transformers alone."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     messages = json.loads(prompts.read_text().splitlines()[0])["messages"][:-1]

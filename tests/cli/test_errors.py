@@ -63,7 +63,7 @@ CASES = [
     ("model.lr_scheduler", {"class_path": "torch.optim.SGD"}, "torch.optim.SGD is no subclass of", SCHEDULER,
      r"Known: linear, cosine, .*; torch\.optim\.lr_scheduler: "),
     ("model.lr_scheduler", 3, "", SCHEDULER, "Known: linear, cosine, "),
-    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DFT, EAFT, DPO, KTO, .*, ASFT\."),
+    ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DFT, EAFT, Context.*, DPO, .*, ASFT\."),
     ("model.objective", {"class_path": "nowhere.DPO"}, "nowhere.DPO can't be imported", OBJECTIVE, "Known: SFT, DFT"),
     ("model.objective", 3, "", OBJECTIVE, "Known: SFT, DFT"),
     ("model.lr", "abc", "", "float", ""),
@@ -157,7 +157,7 @@ def test_choices_are_read_from_the_registries(monkeypatch):
     ("model.objective", {"class_path": "breaking.Crashing"}, "model.objective is breaking.Crashing, which "
      "can't be created (KeyError: 'gamma'; breaking.py, line "),
     ("model.objective", "breaking.Triples", "model.objective is breaking.Triples, whose samples are "
-     "'triples'; expected one of conversations, pairs, labels"),
+     "'triples'; expected one of conversations, contexts, pairs, labels"),
     ("model.objective", "exiting.Mine", "model.objective names a class of exiting, which ends the "
      "program when it is imported (SystemExit: 7)"),
     ("trainer.callbacks", [{"class_path": "ModelSummary"}, {"class_path": "breaking.Exiting"}],
@@ -231,7 +231,7 @@ def test_an_unknown_form_of_message_is_kept():
 
 @pytest.mark.parametrize(("key", "value", "message"), [
     ("trainer.devices", "9", "trainer.accelerator is gpu, trainer.devices is 9: No supported gpu backend found! Set "),
-    ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 0.5: `val_check_interval` should be "
+    ("trainer.check_val_every_n_epoch", None, "trainer.val_check_interval is 1.0: `val_check_interval` should be "
      "an integer or a time-based duration "),
     ("run.root", "{file}/runs", "run.root is '{file}/runs', which can't be written ([Errno 20] Not a directory: "),
     ("trainer.logger", "{file}", "save_dir of lightning.pytorch.loggers.csv_logs.CSVLogger is '{file}', which can't "),

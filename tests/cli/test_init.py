@@ -14,8 +14,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 EMBEDDED = [f"--base={BASE}", f"--instruct={INSTRUCT}"]
 
 
-@pytest.mark.parametrize("tuning", ["lora", "full"])
+@pytest.mark.parametrize("tuning", ["lora", "qlora", "full"])
 def test_the_written_file_runs(tmp_path, capsys, monkeypatch, tuning):
+    if tuning == "qlora":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     assert main(["init", *EMBEDDED, f"--tuning={tuning}", f"--train={DATA / 'train_house.jsonl'}",
@@ -23,23 +25,29 @@ def test_the_written_file_runs(tmp_path, capsys, monkeypatch, tuning):
     assert "run.yaml: 32 conversations of 128 tokens, estimated to need " in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert (written["model"]["adapter"] is None) == (tuning == "full")
+    assert written["model"].get("quantization") == {"qlora": "nf4"}.get(tuning)
     assert main(["fit", "--config", "run.yaml", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false",
                  "--data.ignore_columns=[skill, answer]"]) == 0  # fmt: skip
     assert list(tmp_path.rglob("export/model/config.json"))
 
 
-def test_a_small_gpu_gets_a_small_batch_and_the_same_step(tmp_path, capsys):
-    def written(name, *args):
-        assert main(["init", *EMBEDDED, f"--out={tmp_path / name}", "--max_length=512", *args]) == 0
-        return yaml.safe_load((tmp_path / name).read_text())
+def written(file, *args):
+    assert main(["init", *EMBEDDED, f"--out={file}", "--max_length=512", *args]) == 0
+    return yaml.safe_load(file.read_text())
 
-    large = written("large.yaml", "--memory=80GB")
+
+def test_a_small_gpu_gets_a_small_batch_and_the_same_step(tmp_path):
+    large = written(tmp_path / "large.yaml", "--memory=80GB")
     assert (large["trainer"]["accelerator"], large["trainer"]["precision"]) == ("gpu", "bf16-mixed")
     assert (large["data"]["batch_size"], large["graft"]["offload"]) == (32, False)
-    small = written("small.yaml", "--memory=300MB")
+    small = written(tmp_path / "small.yaml", "--memory=300MB")
     rows = small["data"]["batch_size"]
     assert rows < 32 and rows * small["trainer"]["accumulate_grad_batches"] == 32 and small["graft"]["offload"]
-    several = written("several.yaml", "--memory=1MB", "--devices=4", "--tuning=full")
+
+
+@pytest.mark.slow
+def test_several_gpus_that_are_too_small(tmp_path):
+    several = written(tmp_path / "several.yaml", "--memory=1MB", "--devices=4", "--tuning=full")
     assert several["trainer"]["strategy"]["init_args"]["data_parallel_size"] == 4
     assert several["data"]["batch_size"] * several["trainer"]["accumulate_grad_batches"] * 4 == 32
     assert "which is too little" in (tmp_path / "several.yaml").read_text()

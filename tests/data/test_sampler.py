@@ -164,8 +164,9 @@ def test_right_padding_by_hand():
 
 
 def test_left_padding_by_hand():
-    samples = [{"input_ids": [1, 2, 3], "index": 7}, {"input_ids": [4], "index": -1}]
+    samples = [{"input_ids": [1, 2, 3], "index": 7, "reference": "x"}, {"input_ids": [4], "index": -1}]
     batch = pickle.loads(pickle.dumps(PromptCollate(9)))(samples)
+    assert batch.pop("reference") == ["x", None]
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[1, 2, 3], [9, 9, 4]],
         "attention_mask": [[1, 1, 1], [0, 0, 1]],

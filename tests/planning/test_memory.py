@@ -76,7 +76,9 @@ def arguments(pair, *more):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=[] if case in ("LoRA, bfloat16", "recomputed") else [pytest.mark.slow]) for case in CASES
+])  # fmt: skip
 def test_the_estimate_is_what_a_step_holds(pair, case):
     watch, args = Watch(), arguments(pair, *CASES[case])
     found = main(["plan", *args, "--measure_steps=0"]).planned.memory()

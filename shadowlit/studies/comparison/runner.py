@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from shadowlit.errors import DataError
 from shadowlit.files import replace_text
+from shadowlit.studies.progress import StudyProgress
 from shadowlit.studies.trials.folder import LOCK, changes
-from shadowlit.studies.trials.process import Job, Pool, is_finished
+from shadowlit.studies.trials.process import Job, Pool, Running, is_finished, last_words, read_live
 from shadowlit.studies.trials.recipe import Recipe
 
 _IDENTITY = "comparison.json"
@@ -54,17 +55,18 @@ def run(
     workers: int = 1,
     threads: int | None = None,
     in_process: bool = True,
-    done: Callable[[str, bool], None] = lambda name, ok: None,
+    shown: StudyProgress | None = None,
 ) -> list[str]:
     """Run jobs in the folder of a comparison, ``workers`` at a time and in order; finished ones are not run again.
 
     After an interruption the running ones are stopped. A failed job does not end the others; the names of those are
-    returned. ``done`` is called with every job's name, and whether it left its result.
+    returned. ``shown`` displays what runs and what has ended.
     """
+    shown = shown or StudyProgress("trainings", len(found), "grafted loss")
     waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:
         if job not in waiting:
-            done(job.name, True)
+            shown.end(job.name, "is complete already")
     failed: list[str] = []
     pool = Pool(folder, workers, threads=threads, in_process=in_process)
     try:
@@ -73,8 +75,15 @@ def run(
                 pool.begin(waiting.pop(0), slot)
             for each, ok in pool.ended():
                 failed += [] if ok else [each.name]
-                done(each.name, ok)
+                shown.end(each.name, "complete" if ok else "failed", "" if ok else last_words(folder / each.name))
+            shown.poll(pool.running, lambda each: _refresh(each, folder / each.name))
             time.sleep(_POLL_S)
     finally:
         pool.stop()
     return failed
+
+
+def _refresh(each: Running, folder: Path) -> None:
+    """Read what a training's last validation reported."""
+    if live := read_live(folder):
+        each.step, each.value = live["step"], live["metrics"].get("val/grafted/loss")

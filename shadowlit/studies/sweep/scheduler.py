@@ -27,10 +27,10 @@ from shadowlit.studies.trials.process import (
     drop_checkpoints,
     is_finished,
     last_words,
+    read_live,
     read_result,
     untouched_failed,
 )
-from shadowlit.studies.trials.trial import LIVE
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +152,7 @@ class Scheduler:
 
     def _report(self, each: Running, claim: Claim) -> bool:
         """Report what a trial has measured; False if it is over: pruned, or taken over by another worker."""
-        file = self.folder / each.name / LIVE
-        live = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        live = read_live(self.folder / each.name)
         if live:
             with contextlib.suppress(KeyError):  # some evaluators don't run in every validation
                 each.value = self.study.definition.judge(live["metrics"], claim.key.source)

@@ -19,7 +19,7 @@ from typing import Any
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.trials.folder import LOCK, vacated
-from shadowlit.studies.trials.trial import LOG, RESULT, run_logged
+from shadowlit.studies.trials.trial import LIVE, LOG, RESULT, run_logged
 
 _PATIENCE_S = 10.0
 _RESUMED = ("checkpoints", "metrics.csv", "config.yaml")
@@ -166,6 +166,12 @@ def is_finished(folder: Path) -> bool:
 def read_result(folder: Path) -> dict[str, Any]:
     """What a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
     return json.loads((folder / RESULT).read_text(encoding="utf-8"))
+
+
+def read_live(folder: Path) -> dict[str, Any] | None:
+    """What the last validation of a running job has measured: ``step`` and ``metrics``; None before the first."""
+    file = folder / LIVE
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def drop_checkpoints(folder: Path) -> None:

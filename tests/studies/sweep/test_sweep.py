@@ -309,7 +309,10 @@ def test_a_folder_has_one_sweep(tmp_path, monkeypatch):
         report()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [
+    pytest.param(file, id=file.stem, marks=[] if file.stem == "search" else [pytest.mark.slow])
+    for file in sorted((ROOT / "experiments").glob("*.yaml"))
+])  # fmt: skip
 def test_the_experiments_can_run(file, capsys, monkeypatch):
     from shadowlit.cli.main import main
 
@@ -324,7 +327,10 @@ def test_the_experiments_can_run(file, capsys, monkeypatch):
     assert f"--config experiments/{file.name}" in text
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments/on").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [
+    pytest.param(file, id=file.stem, marks=[] if "qwen3" in file.stem else [pytest.mark.slow])
+    for file in sorted((ROOT / "experiments/on").glob("*.yaml"))
+])  # fmt: skip
 def test_by_one_more_file_an_experiment_runs_on_a_real_pair(file, capsys):
     from shadowlit.cli.main import main
 

@@ -1,0 +1,45 @@
+"""What commands keep from the terminal, and what they don't."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from shadowlit.quiet import _is_shown
+
+CODE = """
+import warnings
+from shadowlit.quiet import quieten
+quieten()
+for category in (DeprecationWarning, FutureWarning, UserWarning):
+    warnings.warn(f"a {category.__name__}", category)
+"""
+
+
+@pytest.mark.parametrize(
+    ("message", "level", "shown"),
+    [
+        ("💡 Tip: For seamless cloud logging", logging.INFO, False),
+        ("GPU available: False, used: False", logging.INFO, False),
+        ("[rank: 1] Seed set to 0", logging.INFO, False),
+        (f"{'-' * 100}\ndistributed_backend=gloo\nAll distributed processes registered.", logging.INFO, False),
+        ("`Trainer.fit` stopped: `max_steps=2` reached.", logging.INFO, False),
+        ("`Trainer(limit_val_batches=1)` was configured so 1 batch will be used.", logging.INFO, False),
+        ("GPU available: True, but not used", logging.WARNING, True),
+        ("export: Seed set to 0", logging.INFO, True),
+    ],
+)
+def test_notes_of_lightning(message, level, shown):
+    assert _is_shown(logging.LogRecord("lightning", level, "", 0, message, (), None)) is shown
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], "warning: a UserWarning\n"), (["-W", "default"], "<string>:6: FutureWarning: a FutureWarning\n")],
+)
+def test_warnings_are_one_line_and_deprecations_are_shown_on_request(options, expected):
+    done = subprocess.run([sys.executable, *options, "-c", CODE], capture_output=True, text=True, check=True)
+    assert (
+        (done.stderr == expected) if not options else (expected in done.stderr and len(done.stderr.splitlines()) == 3)
+    )
