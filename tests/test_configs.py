@@ -153,7 +153,7 @@ def test_two_steps_on_a_small_pair(path, tiny, tmp_path, monkeypatch):
     size = 2 if sharded else 1
     args = [
         "fit", f"--config={path}", "--trainer.accelerator=cpu", f"--trainer.devices={size}", "--trainer.max_steps=2",
-        "--trainer.limit_train_batches=4", "--trainer.limit_val_batches=1", "--trainer.accumulate_grad_batches=1",
+        "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.accumulate_grad_batches=1",
         "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
         f"--run.root={tmp_path}",
     ]  # fmt: skip
