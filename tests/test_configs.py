@@ -16,7 +16,7 @@ from tests.vision import tiny as vision
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: path.name)
 # Defaults that are stated nevertheless: what a reader looks for first.
-STATED = {".data.max_length", ".model.adapter", ".model.train_towers", ".trainer.precision"}
+STATED = {".data.max_length", ".model.adapter", ".model.lr", ".model.train_towers", ".trainer.precision"}
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
 every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

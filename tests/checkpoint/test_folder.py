@@ -240,7 +240,7 @@ class TestBrokenFolders:
             save_file({"a": torch.ones(2)}, tmp_path / file)
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(
-            CheckpointError, match=r"index\.json is not readable JSON \(the key '(a|weight_map)' stands twi"
+            CheckpointError, match=r"index\.json is not readable JSON \(the key '(a|weight_map)' occurs twi"
         ):
             CheckpointReader(tmp_path)
 
