@@ -52,9 +52,10 @@ class Memory:
         num_trained: Number of trained parameters, on all ranks.
         weights: Parameters and buffers: trained ones in float32, frozen ones in the dtype of the files, or in float32
             under ``32-true``.
-        gradients: 4 per trained parameter. They stay until the backward pass of the next step.
         moments: 8 per trained parameter of AdamW, 2 of 8 bits, NaN for an optimizer of another class.
         frozen: The Instruct's values, and the Base's where it is trained, next to the parameters.
+        gradients: 4 per trained parameter. They stay until the backward pass of the next step, or until Lightning frees
+            them before a validation.
         buffers: Of DDP a copy of the gradients. Of FSDP2 the root unit, whole in the forward and the backward pass,
             with its gradients; two more layers, each of which is there twice for a moment; the gradients of one, and
             two copies of them in float32, which are reduced.
@@ -69,9 +70,9 @@ class Memory:
     length: int
     num_trained: int
     weights: float
-    gradients: float
     moments: float
     frozen: float
+    gradients: float
     buffers: float
     activations: float
     head: float
@@ -82,9 +83,9 @@ class Memory:
     @property
     def phases(self) -> dict[str, float]:
         """The peaks of a step, and of a grafted validation without the answers of evaluators."""
-        held = self.weights + self.gradients + self.moments + self.frozen
+        held = self.weights + self.moments + self.frozen
         return {
-            "training": held + self.buffers + self.activations + self.head,
+            "training": held + self.gradients + self.buffers + self.activations + self.head,
             "validation": held + self.swapped + self.scoring,
         }
 
@@ -131,7 +132,7 @@ def estimate(
     away = on_gpu and module.offload_optimizer, on_gpu and graft.offload
     return Memory(
         rows, length, num_trained,
-        weights / shards, 4 * num_trained / shards, moments * (not away[0]), frozen * (not away[1]), buffers,
+        weights / shards, moments * (not away[0]), frozen * (not away[1]), 4 * num_trained / shards, buffers,
         *peaks[:2], saved + 8 * max(sizes) / shards, peaks[2],
         moments * away[0] + frozen * away[1],
     )  # fmt: skip
