@@ -3,11 +3,11 @@
     python benchmarks/memory.py --model SmolLM2-135M-Instruct --data alpaca_en_demo.json [--settings lora_32 ...]
 
 The Instruct is the given folder, and the Base a copy with noise of a hundredth of its weights. The data are the 16
-longest rows, so that every batch is as long as the longest, which the estimate assumes. Each setting trains
-three steps in processes of its own, with a validation after the second; the first step fills the
-optimizer's moments and leaves gradients, so that the second has everything in memory. The peak of a phase is the largest resident size of the process in it (Linux
-forgets the earlier ones when 5 is written to ``/proc/self/clear_refs``). Prints a Markdown table: estimated / measured,
-in MB.
+longest rows, so that every batch is as long as the longest one, which the estimate assumes. Each setting trains two
+steps in processes of its own, with a validation after them; the first step fills the optimizer's moments and leaves
+gradients, so that the second has everything in memory. The peak of a phase is the largest resident size of the process
+in it (Linux forgets the earlier ones when 5 is written to ``/proc/self/clear_refs``). Prints a Markdown table:
+estimated / measured, in MB.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def arguments(root: Path, setting: str, data: str, rows: int, length: int) -> li
         f"--pair.base={root / 'base'}", f"--pair.instruct={root / 'instruct'}", f"--data.train={data}",
         f"--data.validation={{task: {{path: {data}, max_rows: 4}}}}", "--data.limit_train_samples=16",
         f"--data.max_length={length}", f"--data.batch_size={rows}", "--data.cache=false", "--trainer.accelerator=cpu",
-        "--trainer.devices=1", "--trainer.max_steps=3", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
+        "--trainer.devices=1", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false",
         "--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=null", "--trainer.val_check_interval=2",
         "--trainer.enable_checkpointing=false", f"--run.root={folder}", "--export.enabled=false",
         "--model.schedule=constant", "--model.warmup_ratio=0", *SETTINGS[setting],
