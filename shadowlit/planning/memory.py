@@ -61,7 +61,8 @@ class Memory:
             two copies of them in float32, which are reduced.
         activations: What a simulated step has alive besides, without what the head adds.
         head: What the loss adds, from the last hidden states on.
-        swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest tensor.
+        swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest update that is
+            computed as a whole: of an adapter, or with transforms.
         scoring: What a simulated batch of a validation has alive.
         offloaded: Moments and frozen values that are kept on the CPU instead of a GPU.
     """
@@ -112,7 +113,10 @@ def estimate(
     files = ComputedReader(module.pair.instruct_folder(), headers)
     model = load_for_training(files, device=torch.device("meta"), mesh=None, **options)
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_trained, sizes = sum(p.numel() for p in trained), [p.numel() for p in host_parameters(model).values()]
+    num_trained = sum(p.numel() for p in trained)
+    # The update of an adapter, or one that is transformed, exists as a whole, one tensor at a time.
+    at_once = host_parameters(model) if graft.transforms else adapted_layers(model)
+    largest = max((p.numel() for name, p in host_parameters(model).items() if name in at_once), default=0)
     weights = num_bytes([*model.parameters(), *model.buffers()])
     shards = ranks if trainer["sharing"] == "fsdp" else 1
     moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
@@ -133,7 +137,7 @@ def estimate(
     return Memory(
         rows, length, num_trained,
         weights / shards, moments * (not away[0]), frozen * (not away[1]), 4 * num_trained / shards, buffers,
-        *peaks[:2], saved + 8 * max(sizes) / shards, peaks[2],
+        *peaks[:2], saved + 8 * largest / shards, peaks[2],
         moments * away[0] + frozen * away[1],
     )  # fmt: skip
 
