@@ -90,8 +90,8 @@ def load_for_training(
     Raises:
         ShadowlitError: No parameter belongs to one of ``towers``.
         CheckpointError: The checkpoint lacks a tensor that the model needs.
-        GraftError: The adapter is not plain LoRA, and the model is sharded or has fused experts to adapt; or it changes
-            one side of a tied embedding.
+        GraftError: The adapter is not plain LoRA and has fused experts to adapt; it can't be sharded; or it changes one
+            side of a tied embedding.
     """
     options = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     stored = torch.float32 if reader is None else stored_dtype(reader.tensors)
@@ -210,10 +210,10 @@ def _try_patterns(model: nn.Module, adapter: PeftConfig) -> None:
 
 def require_unsharded(adapter: PeftConfig | None) -> None:
     """Raise a GraftError for an adapter that FSDP2 can't shard."""
-    if adapter is not None and not is_plain(adapter):
+    if adapter is not None and type_of(adapter) == "VBLORA":
         raise GraftError(
-            f"model.adapter with {_kind(adapter)} starts from whole weight matrices or by peft's own code, and its "
-            "graft is not proven exact under FSDP2. Use plain LoRA, one device, or DDP."
+            "model.adapter is a VBLoRAConfig, whose layers share one bank of vectors, which FSDP2 can't shard with "
+            "each of them. Use one device or DDP, or another adapter."
         )
 
 

@@ -59,6 +59,8 @@ def make_module(folders, kind, **options):
     adapters = {
         "lora": {},
         "qlora": {},
+        "dora": {"use_dora": True},
+        "pissa": {"init_lora_weights": "pissa"},
         "dropout": {"lora_dropout": 0.5},
         "attention": {"target_modules": ["q_proj", "v_proj"]},
         "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]},
@@ -108,7 +110,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize(("tied", "kind"), [
     (True, "lora"), (False, "full"), pytest.param(True, "full", marks=SLOW), pytest.param(False, "lora", marks=SLOW),
-    (False, "qlora"),
+    (False, "qlora"), (False, "dora"), pytest.param(False, "pissa", marks=SLOW),
 ])  # fmt: skip
 def test_two_processes_are_one(tmp_path, kind, tied):
     """Same losses, weights and exported tensors; every rank holds half of everything under FSDP2."""
@@ -325,7 +327,7 @@ def train_and_resume(folders, kind, out, distributed, from_one):
 @pytest.mark.parametrize(("kind", "distributed"), [
     ("full", True), ("lora", False),
     pytest.param("full", False, marks=SLOW), pytest.param("lora", True, marks=SLOW),
-    pytest.param("qlora", True, marks=SLOW),
+    pytest.param("qlora", True, marks=SLOW), pytest.param("dora", True, marks=SLOW),
 ])  # fmt: skip
 def test_sharded_checkpoints_resume(tmp_path, kind, distributed):
     """With real data, exactly; and between one process and two, each tensor by its name, at the same sample."""

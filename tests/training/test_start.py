@@ -151,13 +151,21 @@ def test_the_update_is_counted_from_the_base(tmp_path, home, capsys, kind, start
         moved += not torch.equal(exported[name], instruct[name])
     assert moved == len(exported)  # norms and embedding too, in which the adapter has no part
     require_equal_export(tmp_path / "run", capsys)
+    names = [str(path) for path in (home / "base", tmp_path / "run", home / "base", tmp_path / "merged")]
+    assert main(["graft", *names, "--select", "all", "--dtype", "float32"]) == 0  # as the errors advise
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for name, weights in adapted.state_dict().items():
+        assert (merged[name].double() - weights.double()).abs().max() <= 8 * 2**-24 * weights.abs().max().double()
     if kind != "full":
         assert main(["export", str(tmp_path / "run/checkpoints/step=2.ckpt"), "--parts", "adapter"]) == 1
         told = " ".join(capsys.readouterr().err.split())
         assert "can't be written. It was trained on the tuned weights of model.start_from, whose own update" in told
 
 
-@pytest.mark.parametrize(("kind", "start"), [("lora", "tuned"), ("lora", "run"), ("full", "tuned")])
+@pytest.mark.parametrize(("kind", "start"), [
+    ("lora", "tuned"), ("lora", "run"), ("full", "tuned"), pytest.param("dora", "run", marks=SLOW),
+    pytest.param("dora", "tuned", marks=SLOW),
+])  # fmt: skip
 def test_shards_start_there_too(tmp_path, home, capsys, kind, start):
     source = home / start
     if start == "run":
