@@ -84,8 +84,8 @@ class ShadowModule(ScoringModule):
         adapter: Arguments of ``peft.LoraConfig``, or any adapter of peft's that merges into the weights by class_path
             and init_args, e.g. peft.LoHaConfig; null for full fine-tuning. Without ``target_modules`` all linear layers
             except the output head are adapted.
-        objective: Objective that is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT or a class of your own, with
-            its options; null for SFT.
+        objective: Objective that is trained for: SFT, DFT, EAFT, ContextDistillation, DPO, KTO, ORPO, SimPO, CPO, ASFT
+            or a class of your own, with its options; null for SFT.
         lr: Peak learning rate of AdamW, and of any other optimizer whose init_args don't set one.
         weight_decay: Decoupled weight decay of AdamW, on matrices only, not on norms and biases.
         betas: Decay rates of AdamW's two moments.
