@@ -93,8 +93,8 @@ def from_first_rank(read: Callable[[], Tensor] | None, dtype: torch.dtype, like:
 def reshard_all(model: nn.Module) -> None:
     """Make every FSDP unit hold its shards again.
 
-    Must stand before every read or write of local shards: after a forward pass the root unit keeps its parameters
-    gathered, and what is written to them then is lost at the next reshard without a word.
+    Must precede every read or write of local shards: after a forward pass the root unit keeps its parameters
+    gathered, and what is written to them then is lost silently at the next reshard.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -40,6 +40,7 @@ from shadowlit.progress import make_console
 from shadowlit.quiet import quieten
 from shadowlit.run_parser import (
     ShadowParser,
+    adapt_subcommands,
     classes_of,
     given_class,
     import_model_class,
@@ -315,8 +316,7 @@ class ShadowCLI(LightningCLI):
         if asked in known:
             self.subcommands = lambda: {asked: known[asked]}  # type: ignore[method-assign]
         super()._add_subcommands(parser, **kwargs)
-        for name in {"validate", "test"} & self._subcommand_parsers.keys():
-            self._subcommand_parsers[name].set_defaults({"verbose": False})  # of Lightning's table of all metrics
+        adapt_subcommands(self._subcommand_parsers)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """As configured; a preview and a plan need none of the devices that a configuration asks for."""

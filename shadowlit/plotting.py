@@ -26,11 +26,11 @@ OKABE_ITO = {
     "vermillion": "#D55E00",
     "purple": "#CC79A7",
 }
-"""Okabe and Ito's palette, whose colours can be told apart with any kind of colour vision."""
+"""Okabe and Ito's palette, whose colours can be distinguished with any kind of colour vision."""
 SERIES = tuple(OKABE_ITO[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "black"))
 """Colours of lines that have no meaning of their own, in order; yellow is too pale for lines on white."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-"""Markers in the order of :data:`SERIES`, so that lines can be told apart in grey too."""
+"""Markers in the order of :data:`SERIES`, so that lines can be distinguished in grey too."""
 SUBJECTS: dict[str, dict[str, Any]] = {
     "grafted": {"color": OKABE_ITO["vermillion"], "linestyle": "-", "marker": "o", "label": "grafted Instruct"},
     "tuned": {"color": OKABE_ITO["blue"], "linestyle": "-", "marker": "s", "label": "tuned Base"},

@@ -71,6 +71,21 @@ class ShadowParser(ShortErrors, LightningArgumentParser):
     }
 
 
+def adapt_subcommands(parsers: Mapping[str, LightningArgumentParser]) -> None:
+    """Describe the keys for which Lightning's own text names what is refused here, and set defaults of our own."""
+    texts = {
+        "ckpt_path": "Checkpoint to resume from, or to measure: a file, or a folder of shards. For validate, test and "
+        "predict of a run with a name also last or best.",
+        "weights_only": "Checkpoints are always read as tensors and plain values; false is an error.",
+        "seed_everything": "Seed of Python, NumPy and torch; true draws one.",
+    }
+    for name, parser in parsers.items():
+        for action in parser._actions:
+            action.help = texts.get(action.dest, action.help)
+        if name in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # of Lightning's table of all metrics
+
+
 def require_secrets(config: Any) -> None:
     """Raise if a configuration is one that was written, in which secrets are masked."""
     if masks := masks_in(config):

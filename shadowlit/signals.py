@@ -16,7 +16,7 @@ from types import FrameType
 from shadowlit.errors import Interrupted, ShadowlitError
 
 PATIENCE_S = 600.0
-"""Seconds without a boundary after which a command that was told to stop is ended."""
+"""Seconds without a boundary after which a command that received a signal is ended."""
 _REPEATED_S = 1.0  # torchrun passes on a signal that the terminal has sent to all processes
 _POLL_S = 1.0
 _PARENT = "SHADOWLIT_PARENT"  # whose process id is the value: Lightning starts the other ranks from it
@@ -44,7 +44,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[StopSignals]:
-        """Handle the signals in the block, of which only the main thread is told.
+        """Handle the signals in the block, which only the main thread receives.
 
         A signal that the process ignores, as a background job ignores SIGINT, or that another handler takes, is left
         alone. The block ends with Interrupted if a signal has arrived, even if something in it has swallowed that.

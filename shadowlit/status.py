@@ -19,7 +19,7 @@ EVERY_S = 30.0
 
 
 class StatusLine:
-    """Shows what is going on in one line.
+    """Shows what is happening in one line.
 
     On a terminal the line is redrawn in place. It has at most 79 characters, and fewer where the terminal is narrower,
     so that no resize from 80 columns on leaves copies of it. Whatever is written meanwhile to stdout, stderr or by a

@@ -115,7 +115,7 @@ def _over_all(reports: Mapping[str, Report], index: int) -> str:
 
     text = (
         f"{a} is better than {b} in {len(groups[1])} of {counted(len(compared), 'setting')}{told(groups[1])}, worse in "
-        f"{len(groups[-1])}{told(groups[-1])}; no difference can be told in {len(groups[0])}{told(groups[0])}."
+        f"{len(groups[-1])}{told(groups[-1])}; no difference could be shown in {len(groups[0])}{told(groups[0])}."
     )
     if absent:
         text += f" Not comparable in {len(absent)}{told(absent)}."

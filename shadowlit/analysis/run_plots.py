@@ -171,6 +171,6 @@ def _log_if_wide(axis: Axes) -> None:
 
 def _nothing(run: Run, what: str) -> Figure:
     return message(
-        f"{run.folder} has not logged {what} up to step {run.step}. If the run goes on, wait for its next validation; "
-        "else its configuration doesn't measure it."
+        f"{run.folder} has not logged {what} up to step {run.step}. If the run is still going, wait for its next "
+        "validation; else its configuration doesn't measure it."
     )

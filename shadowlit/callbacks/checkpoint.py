@@ -17,9 +17,9 @@ from shadowlit.training.checkpoints import Checkpoints, ReplicatedStrategy, Shar
 
 @takes_plain_values("checkpoint")
 class CheckpointCallback(Callback):
-    """Writes checkpoints while the training goes on, if that is wanted.
+    """Writes checkpoints while training continues, if asked to.
 
-    Everything is copied to the CPU's memory, and a thread writes it. A checkpoint still appears whole or not at all,
+    Everything is copied to the CPU's memory, and a thread writes it. A checkpoint is still written atomically,
     and the one that it replaces is removed afterwards. The next save, a load, a signal and the end of the training wait
     for it. An error is raised after the next batch, on all ranks. The training computes the same numbers.
 
@@ -28,7 +28,8 @@ class CheckpointCallback(Callback):
         Trainer(callbacks=[ModelCheckpoint(), CheckpointCallback(asynchronous=True)])
 
     Args:
-        asynchronous: Write in a thread. Needs as much of the CPU's memory as a checkpoint takes on the disk.
+        asynchronous: Whether checkpoints are written in a thread. Needs as much of the CPU's memory as
+            a checkpoint takes on the disk.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:

@@ -69,12 +69,12 @@ class EvaluationCallback(Callback):
         Trainer(callbacks=[GraftCallback(), EvaluationCallback({"math": math})])
 
     Args:
-        evaluators: What to measure, by name; the names appear in the metrics.
-        scales: Those of graft.scales, beyond the first, that are measured too.
-        baselines: Measure the untouched Base and Instruct.
-        samples: How many rows of each generating evaluator are shown side by side.
+        evaluators: Evaluators by name; the names appear in the metrics.
+        scales: Scales of graft.scales, in addition to the first, at which the evaluators run.
+        baselines: Whether the untouched Base and Instruct are measured.
+        samples: Number of rows of each generating evaluator that are shown side by side.
         folder: Folder of the samples; null for ``evaluation`` in the run's own folder.
-        reference: Which untouched model a divergence is measured from: base where the pair's roles are exchanged.
+        reference: Which untouched model a divergence is measured from: base where the pair's roles are swapped.
 
     Attributes:
         due: Names of the evaluators that run in the running validation, or else ran in the last one.

@@ -44,7 +44,7 @@ _PROBE = slice(4), slice(64)  # rows of validation data, and their tokens, whose
 class ExportCallback(Callback):
     """Writes the grafted Instruct when the training ends.
 
-    The weights are those of the best checkpoint by the monitored metric (say ``val/grafted/loss``), or the last ones
+    The weights are those of the best checkpoint by the monitored metric (e.g. ``val/grafted/loss``), or the last ones
     when nothing is monitored; they stay in the module. The parts are written atomically: with LoRA ``<folder>/adapter``
     (for the Instruct, in PEFT's format), on request ``<folder>/delta`` (the update itself, in bfloat16, as ``shadowlit
     delta`` stores it), and after them ``<folder>/model`` (the Instruct's folder with the grafted weights and
@@ -62,12 +62,12 @@ class ExportCallback(Callback):
         Trainer(callbacks=[GraftCallback(), best, ExportCallback(folder="export")])
 
     Args:
-        enabled: Whether to export at all.
-        parts: What to write: model, adapter (where there is one that can be moved), delta.
-        folder: The target; null for ``export`` in the run's own folder.
-        max_shard_bytes: The largest size of one safetensors file, in bytes.
-        verify: Read the exported model back, one tensor at a time, compare it with the graft bit for bit, and compare
-            the logits of a few rows that its weights give in the trained module with the validated ones.
+        enabled: Whether anything is exported.
+        parts: Parts to write: model, adapter (if it means the same update on the Instruct), delta.
+        folder: Folder to write; null for ``export`` in the run's own folder.
+        max_shard_bytes: Size of the largest safetensors file, in bytes.
+        verify: Whether to read the exported model back, one tensor at a time, compare it with the graft bit for bit,
+            and compare the logits of a few rows that its weights give in the trained module with the validated ones.
     """
 
     def __init__(

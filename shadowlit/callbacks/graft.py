@@ -89,16 +89,16 @@ class GraftCallback(Callback):
         Trainer(callbacks=[GraftCallback(scales=[1.0, 0.5]), ModelCheckpoint(monitor="val/grafted/loss")])
 
     Args:
-        select: Which tensors get the update: linear (every linear layer but the output head, as the paper's code),
+        select: Tensors that get the update: linear (every linear layer except the output head, as in the paper's code),
             all, or regular expressions searched in the tensors' names. In a list of several, the towers of a
             vision-language model (language, vision, projector) restrict the rest: [language, linear].
         scales: Scales of the graft to validate. The first is the main one, logged as ``val/grafted/*``; a further
-            one, say 0.5, is logged as ``val/grafted@0.5/*``.
+            one, e.g. 0.5, is logged as ``val/grafted@0.5/*``.
         dtype: The dtype that the graft is rounded to, in validation and in the export. auto: that of the Instruct's
             file.
-        offload: Keep the frozen weights of the pair on the CPU.
-        baselines: Measure the untouched Base and Instruct once, in the first full validation.
-        statistics: Log norms and survival of the update at every validation.
+        offload: Whether the frozen weights of the pair are kept in the CPU's memory.
+        baselines: Whether the untouched Base and Instruct are measured once, in the first full validation.
+        statistics: Whether norms and survival of the update are logged at every validation.
         adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft; null for where the adapter is
             exported.
         routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not

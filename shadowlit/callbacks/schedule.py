@@ -31,7 +31,7 @@ def is_last_validation(trainer: Trainer) -> bool:
     def steps(num: float) -> float:
         return whole if num >= size else num // trainer.accumulate_grad_batches
 
-    # It takes place if its last batch is trained on, so what counts is what stands before that batch.
+    # It takes place if its last batch is trained on, so what counts is what precedes that batch.
     before = trainer.global_step + epochs * whole + steps(batches - 1) - steps(done)
     limits = ((before, trainer.max_steps), (trainer.current_epoch + epochs, trainer.max_epochs or 0))
     return trainer.should_stop or any(limit != -1 and reached >= limit for reached, limit in limits)

@@ -47,7 +47,7 @@ class ThroughputCallback(Callback):
     May be listed anywhere among the trainer's callbacks, and changes no bit of the training.
 
     Args:
-        enabled: Whether to measure and log.
+        enabled: Whether speed and memory are measured and logged.
 
     Attributes:
         summary: Summary of the finished run: the metrics above without their prefixes, ``seconds`` and ``startup_s``.

@@ -446,7 +446,7 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ExportError(f"Cannot write beside {path}: {error}. Choose a target in a folder you can write.") from error
+        raise ExportError(f"Cannot write next to {path}: {error}. Choose a folder you can write.") from error
 
 
 def shard_bytes(num_bytes: int, max_shard_bytes: int) -> int:

@@ -310,7 +310,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key '{shown(key)}' stands twice")
+            raise ValueError(f"the key '{shown(key)}' occurs twice")
         found[key] = value
     return found
 

@@ -184,7 +184,7 @@ def step_of(path: Path) -> int:
 
 
 def read_rest(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without running code from it: of a file everything, mapped; of a folder all but shards.
+    """Read what a checkpoint holds without running code from it: all of a file, mapped; a folder without its shards.
 
     Raises:
         CheckpointError: It holds anything but tensors and plain values.

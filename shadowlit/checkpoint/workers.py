@@ -152,7 +152,7 @@ class _Worker:
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         raise ShadowlitError(
-            f"a process that computes a part of the work was {how}; expected it to go on to the end. The system "
+            f"a process that computes a part of the work was {how}; expected it to finish. The system "
             "kills one where memory runs out: free some, and run this again."
         )
 

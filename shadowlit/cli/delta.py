@@ -46,12 +46,12 @@ def make(
 
     Args:
         base: Folder or hub id of the model that the tuning started from.
-        tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
+        tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's format.
         out: Folder to create. It is written atomically.
-        select: all, linear (every linear layer but the output head), or regular expressions for tensor names.
+        select: all, linear (every linear layer except the output head), or regular expressions for tensor names.
         dtype: Dtype that the delta is stored in; bfloat16 loses about 0.2 % of its norm.
         shard_size: Size of the largest file, e.g. 5GB or 500MB.
-        allow_zero: Whether an update that is zero is no error.
+        allow_zero: Whether an update of zero is allowed.
         allow_pickle: Also read pytorch_model.bin and adapter_model.bin in local folders, as tensors alone: nothing in
             them is run.
     """
@@ -150,7 +150,7 @@ def compress(
             path of a function.
         density: Fraction of the elements to keep, in (0, 1] (magnitude, dare, ties).
         rank: Number of singular values to keep (svd).
-        explained_variance: Or: the fewest that hold this fraction of the squared norm, in (0, 1] (svd).
+        explained_variance: Instead of rank: the fewest that hold this fraction of the squared norm, in (0, 1] (svd).
         seed: Seed of the mask, 0 by default (dare).
         parameters: Parameters of other transforms, e.g. '{"size": 1e-4}'.
         dtype: Dtype that the result is stored in.
@@ -196,7 +196,8 @@ def lora(
         instruct: Folder or hub id of the Instruct that the adapter is for.
         out: Folder to create. It is written atomically.
         rank: Rank of every layer.
-        explained_variance: Or: the smallest rank, layer by layer, that holds this fraction of the squared norm.
+        explained_variance: Instead of rank: the smallest rank, layer by layer, that holds this fraction of the squared
+            norm.
         dtype: Dtype of the factors.
     """
     opened = Delta.open(delta)
@@ -231,14 +232,14 @@ def apply(
         instruct: Folder or hub id of the model that gets the delta; it must have the delta's architecture.
         out: Folder to create. It is written atomically.
         scale: Scale of the delta, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
-        select: Tensors of the delta that are added: linear (every linear layer but the output head), all, or regular
+        select: Tensors of the delta that are added: linear (every linear layer except the output head), all, or regular
             expressions. Tensors that the delta doesn't hold stay as they are.
         dtype: Dtype of the result; auto for the Instruct's own.
         shard_size: Size of the largest file, e.g. 5GB or 500MB.
         dry_run: Only report what would be changed and how large the result is.
         files_from: Folder or hub id whose config, tokenizer, template and generation settings are taken instead of the
             Instruct's.
-        allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
+        allow_zero: Whether an update of zero is allowed, which leaves the Instruct unchanged.
     """
     opened, scales = Delta.open(delta), Scale.parse(scale)
     folder = model_folder("instruct", instruct, None, False)

@@ -55,8 +55,8 @@ def evaluate(
         model: Folders or hub ids. The first is the reference that the others are compared with.
         suite: Benchmarks: math7, code3, reasoning9 (the groups of the Shadow-FT paper), paper (all three), ifeval;
             names of the harness' tasks, groups and tags; or paths of YAML files.
-        adapter: Folder or hub id of an adapter in peft's form, which is added to the last model. Give a model twice to
-            see what the adapter changes.
+        adapter: Folder or hub id of an adapter in peft's format, which is added to the last model. Give a model twice
+            to see what the adapter changes.
         tasks_folder: Folder with your own tasks, as YAML files in the harness' format. Python functions that they name
             are executed.
         chat: Apply the chat template; by default if the tokenizer has one.

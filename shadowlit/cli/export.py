@@ -45,7 +45,7 @@ def export(
     Args:
         ckpt: Checkpoint of any step: a file, or a folder of shards.
         out: Folder for the parts; by default export-step-N in the run's folder. Nothing is overwritten.
-        parts: What to write: model, adapter, delta; if empty, export.parts of the run.
+        parts: Parts to write: model, adapter, delta; if empty, export.parts of the run.
         scale: Scale of the graft; by default the first of graft.scales of the run.
         run: Folder with the config.yaml of the run; by default the nearest one above the checkpoint.
     """

@@ -40,12 +40,12 @@ def graft(
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.
-        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's form; or a run
+        tuned: Folder or hub id of the tuned Base: a whole model, or a LoRA or rsLoRA adapter in peft's format; or a run
             of fit, its folder (the newest checkpoint counts) or a *.ckpt.
         instruct: Folder or hub id of the Instruct that gets the update.
         out: Folder to create. It is written atomically; an existing one is never overwritten.
         scale: Scale of the update, and other scales by pattern: a number, or '1;layers\.(0|1)\.=0.5'.
-        select: Tensors that get the update: linear (every linear layer but the output head), all, or regular
+        select: Tensors that get the update: linear (every linear layer except the output head), all, or regular
             expressions.
         dtype: Dtype of the result; auto for the Instruct's own.
         shard_size: Size of the largest file, e.g. 5GB or 500MB.
@@ -56,7 +56,7 @@ def graft(
             them is run.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             '[{"name": "dare", "density": 0.2}]': magnitude, dare, svd, ties, or the import path of a function.
-        allow_zero: Whether an update that is zero, so that the result is the Instruct unchanged, is no error.
+        allow_zero: Whether an update of zero is allowed, which leaves the Instruct unchanged.
     """
     start = time.perf_counter()
     wanted = None if dtype == "auto" else dtype

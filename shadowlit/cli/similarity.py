@@ -32,7 +32,7 @@ _BAR = 8  # characters
 def similarity(
     models: list[str], out: str | None = None, heat_map: str | None = None, effective_rank: bool = False
 ) -> None:
-    """Measure how similar models of one architecture are, and say what that means for a graft.
+    """Measure how similar models of one architecture are, and report what that means for a graft.
 
     Only a few rows of each tensor are in memory at a time.
 

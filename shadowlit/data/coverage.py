@@ -27,7 +27,7 @@ from shadowlit.errors import DataError
 
 _LONG = 16  # characters of a text that isn't found by accident
 _MOST_NAMED = 3  # fields in an error
-_TAG_OR_BREAK = re.compile(r"(<[^<>\s]*>|\n)")  # templates split texts there, e.g. at </think>, and write them anew
+_TAG_OR_BREAK = re.compile(r"(<[^<>\s]*>|\n)")  # templates split texts there, e.g. at </think>, and write them again
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of the same thing; the template sees it under all
 # How calls, parts and schemas are read, as opposed to what they say; required arguments have names of their own.
 _STRUCTURE = frozenset({"id", "index", "type", "required", "strict", "additionalProperties", "$schema"})

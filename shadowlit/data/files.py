@@ -106,8 +106,9 @@ def _rows_of_table(source: str, path: Path) -> Iterator[Row]:
             yield Row(source, index, None, columns)
     else:
         raise DataError(
-            f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}, all but .parquet "
-            f"also compressed ({', '.join(COMPRESSIONS)}). Convert the file, or rename it if it is one of these."
+            f"{source} has the extension '{path.suffix}'; expected one of {', '.join(EXTENSIONS)}, except for "
+            f".parquet also compressed ({', '.join(COMPRESSIONS)}). Convert the file, or rename it if it is one of "
+            "these."
         )
 
 

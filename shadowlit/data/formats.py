@@ -12,7 +12,7 @@
 ``prompt`` and ``response``, are read as ``prompt`` and ``completion``. Any row of turns may have ``tools``, the
 definitions of the tools that the assistant may call. :mod:`shadowlit.data.turns` has the fields of a turn.
 
-No text of a row is dropped without a word: a column that no format reads is an error, unless its text is that of a
+No text of a row is dropped silently: a column that no format reads is an error, unless its text is that of a
 turn, or the column is declared in ``data.ignore_columns``.
 
 Images are parts of a message's content, ``[{"type": "image", "path": "red.png"}, {"type": "text", "text": "…"}]``;

@@ -129,7 +129,7 @@ def _opened(source: ImageSource) -> Iterator[Pillow.Image]:
 
 
 def image_source(value: Any, folder: Path) -> ImageSource:
-    """The image that a value in a row stands for.
+    """The image that a value in a row describes.
 
     Args:
         value: Path, bytes, ``data:`` URL, ``{"bytes", "path"}`` as in ``datasets``, or Pillow image.

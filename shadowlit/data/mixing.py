@@ -4,7 +4,7 @@ Sources take turns in a fixed order in which each is never a whole row away from
 chairman assignment problem*). Weights 2 and 1 give ``0 1 0 0 1 0 …``.
 
 An epoch is the longest in which no source gives more samples than it has: it ends when the first source has been used
-up once. The other sources go on where they stopped in the next epoch, so no sample is left out for good, and none is
+up once. The other sources continue where they stopped in the next epoch, so no sample is left out for good, and none is
 used again before all samples of its source have been used. ``datasets.interleave_datasets`` ends an epoch at the same
 place, but draws the sources at random and takes the same beginning of the larger ones every time.
 """

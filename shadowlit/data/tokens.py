@@ -62,7 +62,7 @@ def tokenise_asked(
     ``starts`` are the ends of the prompts. White space at the beginning of an answer may merge with the end of its
     prompt into one token (``assistant⏎`` and ``⏎Hello``). But generation starts from the tokens of the prompt alone, so
     the model would be trained on a prompt that never occurs. Then the two are tokenised separately. In a conversation
-    that goes on, the merged token is the right one, since it is what the next prompt has; hence one sample per turn.
+    that continues, the merged token is the right one, since it is what the next prompt has; hence one sample per turn.
     """
     input_ids, places = tokenise_rendered(tokenizer, text)
     merged = [start for start in starts if not _continues(tokenizer, text, start, input_ids, places)]

@@ -110,7 +110,7 @@ class Delta(Update):
         Args:
             base: Folder or hub id of the model that the tuning started from.
             tuned: Folder or hub id of the tuned one: a whole model, or a LoRA or rsLoRA adapter in peft's form.
-            select: ``all``, ``linear`` (every linear layer but the output head), or regular expressions.
+            select: ``all``, ``linear`` (every linear layer except the output head), or regular expressions.
             allow_pickle: Also read ``pytorch_model.bin`` and ``adapter_model.bin`` in local folders, as tensors alone.
 
         Raises:

@@ -56,7 +56,7 @@ def graft(
         instruct: Folder or hub id of the Instruct that gets the update.
         out: Folder to create. It is written atomically; an existing one is never overwritten.
         scale: Scale of the update, and other scales by pattern: a number, or ``1;layers\.(0|1)\.=0.5``.
-        select: Tensors that get the update: ``linear`` (every linear layer but the output head), ``all``, or regular
+        select: Tensors that get the update: ``linear`` (every linear layer except the output head), ``all``, or regular
             expressions.
         dtype: Dtype of the result, e.g. ``bfloat16``; None for the Instruct's own.
         max_shard_bytes: Size of the largest file, in bytes.

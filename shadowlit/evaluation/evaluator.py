@@ -33,7 +33,7 @@ class EvalContext:
         reference: The context in which ``model`` has the weights of the reference (the untouched Instruct).
         template_kwargs: Arguments of the chat template.
         num_rows: Number of rows to measure in the sanity check, in which answers may end early too; None for all.
-        reach_boundary: Called on all ranks between batches; raises if the command was told to stop.
+        reach_boundary: Called on all ranks between batches; raises if the command received a signal to stop.
     """
 
     model: nn.Module

@@ -49,8 +49,8 @@ class Divergence(Evaluator):
         data: Conversations or plain text, as for training.
         max_length: Longest row, in tokens; a longer conversation is an error, a longer text is cut into pieces.
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.
-        limit: Use only so many rows, evenly spread over the file; null for all.
-        batch_size: Rows per process and forward.
+        limit: Number of rows to use, evenly spread over the file; null for all.
+        batch_size: Rows per process and forward pass.
         ignore_columns: Columns of the rows that are not for the model, as in data.ignore_columns.
     """
 

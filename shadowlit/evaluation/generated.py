@@ -43,16 +43,16 @@ class _Item(Question):
 
 @takes_plain_values("evaluator")
 class Generation(PromptEvaluator[_Item]):
-    r"""Lets the model answer, until it ends its turn, and compares the answers with references.
+    r"""Generates an answer to every question, and compares it with a reference.
 
     Greedy unless ``temperature`` is positive. Sampled answers follow from ``seed`` and the row's number in the file:
     they are the same in every validation whose weights are the same, on any number of processes and with any batch
     size, up to roundings of the forward pass, and take nothing from the training's random numbers.
 
-    Metrics: ``score``, the share of right answers; ``stderr`` of it; ``num_samples``, of which ``num_too_long`` have a
-    prompt that leaves no room for ``max_new_tokens`` in ``max_length`` (these score 0 and are never cut);
-    ``num_unfinished``, the answers that were cut at ``max_new_tokens`` (they are scored as they are), and
-    ``unfinished``, their share of all answers; ``answer_tokens``, an answer's mean length.
+    Metrics: ``score``, the fraction of correct answers; ``stderr``, its standard error; ``num_samples``, of which
+    ``num_too_long`` have a prompt that leaves no room for ``max_new_tokens`` in ``max_length`` (these score 0 and are
+    never cut); ``num_unfinished``, the answers that were cut at ``max_new_tokens`` (they are scored as they are), and
+    ``unfinished``, their fraction of all answers; ``answer_tokens``, the mean length of an answer.
 
     Samples: ``index``, ``score``, ``prompt`` as the model reads it, ``answer``, ``reference`` (a list where there are
     several), ``finished``; ``too_long`` for prompts that weren't asked.
@@ -65,7 +65,7 @@ class Generation(PromptEvaluator[_Item]):
         data: File with the rows: JSONL, JSON or Parquet.
         prompt: The field with the question. A row without it is asked by its ``messages``, whose last turn isn't shown
             to the model if it is the assistant's.
-        answer: The field with the reference: a text or number, or a list of which any is right. Null for the
+        answer: The field with the reference: a text or number, or a list of which any is correct. Null for the
             assistant's turn at the end of ``messages``.
         match: How answers are compared. ``exact``: the same text; ``numeric``: the same last number; ``contains``: the
             reference is part of the answer; ``regex``: ``pattern`` is found in the answer. White space around an answer
@@ -74,19 +74,19 @@ class Generation(PromptEvaluator[_Item]):
             Without it, no reference is needed, e.g. ``'(?i)^sorry\b'``.
         extract: A regular expression whose last match (its first group) is compared in the answer's place; an answer
             without a match is wrong. Null for the whole answer.
-        ignore_case: Upper and lower case are the same.
-        ignore_punctuation: ASCII punctuation is left out of answer and reference.
+        ignore_case: Whether upper and lower case are treated alike.
+        ignore_punctuation: Whether ASCII punctuation is removed from answer and reference.
         max_new_tokens: Longest answer, in tokens.
-        temperature: 0 for greedy; else the logits are divided by it and tokens are drawn.
-        top_p: Draw only from the most probable tokens that have this share of the probability together.
-        seed: Other answers when tokens are drawn.
-        stop: Strings that end an answer, beside the Instruct's own end of turn; they aren't part of it.
+        temperature: 0 for greedy decoding; otherwise the logits are divided by it, and tokens are sampled.
+        top_p: Total probability of the most probable tokens from which one is sampled.
+        seed: Seed for sampled answers.
+        stop: Strings that end an answer, in addition to the Instruct's own end of turn; they aren't part of it.
         chat: Ask through the Instruct's chat template, with its generation prompt; false for plain text.
         system: A system turn for conversations that have none.
         max_length: Longest prompt with its answer, in tokens; null for the model's own context.
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.
-        limit: Use only so many rows, evenly spread over the file; null for all.
-        batch_size: Rows per process and forward.
+        limit: Number of rows to use, evenly spread over the file; null for all.
+        batch_size: Rows per process and forward pass.
     """
 
     metric_names = (

@@ -50,9 +50,9 @@ class MultipleChoice(PromptEvaluator[_Item]):
     ``chat``): prompt and choice are tokenised together, and white space at the prompt's end counts as the choice's.
     Choices that differ in their last token only are scored by one forward pass.
 
-    Metrics: ``score`` = ``accuracy``, the share of rows whose right choice has the highest log-likelihood;
+    Metrics: ``score`` = ``accuracy``, the fraction of rows whose correct choice has the highest log-likelihood;
     ``accuracy_norm``, the same with log-likelihoods divided by the choice's length in characters (the harness'
-    ``acc_norm``); ``loss``, the mean of −log p(right choice) in nats per row; ``stderr`` of the score;
+    ``acc_norm``); ``loss``, the mean of −log p(correct choice) in nats per row; ``stderr`` of the score;
     ``num_samples``, of which ``num_too_long`` don't fit into ``max_length``: these score 0 and are never cut.
 
     Samples: ``index``, ``score``, ``prediction`` and ``label`` (numbers of choices, from 0), ``loglikelihoods``; no
@@ -66,14 +66,14 @@ class MultipleChoice(PromptEvaluator[_Item]):
         data: File with the rows: JSONL, JSON or Parquet.
         prompt: The field with the question. A row without it is asked by its ``messages``.
         choices: The field with the list of texts to choose from.
-        label: The field with the right one: its number from 0, its text, or its letter from A.
+        label: The field with the correct choice: its number from 0, its text, or its letter from A.
         chat: Ask through the Instruct's chat template, with its generation prompt; false for plain text.
-        delimiter: What stands between question and choice in plain text.
+        delimiter: Text between question and choice in plain text.
         system: A system turn for questions that have none.
         max_length: Longest prompt with a choice, in tokens; null for the model's own context.
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.
-        limit: Use only so many rows, evenly spread over the file; null for all.
-        batch_size: Rows per process and forward.
+        limit: Number of rows to use, evenly spread over the file; null for all.
+        batch_size: Rows per process and forward pass.
     """
 
     metric_names = ("score", "accuracy", "accuracy_norm", "loss", "stderr", "num_samples", "num_too_long")

@@ -49,7 +49,7 @@ class Routing:
         self._routers = routers_of(model)
         if not self._routers:
             raise ShadowlitError(
-                f"{type(model).__name__} has no router: no module called gate or router beside one called "
+                f"{type(model).__name__} has no router: no module called gate or router next to one called "
                 "experts. Give a mixture of experts."
             )
         self._handles: list[RemovableHandle] = []

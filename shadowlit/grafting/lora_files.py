@@ -251,7 +251,7 @@ class LoraUpdate(FromBase):
             scaling = alpha / (rank**0.5 if config.use_rslora else rank)
             if abs(scaling) < _MAX_SCALING:
                 return scaling
-            problem = f"a strength of {scaling}"
+            problem = f"a scale of {scaling}"
         except (AttributeError, TypeError, OverflowError, re.error) as error:
             problem = first_line(error)
         raise GraftError(

@@ -317,7 +317,7 @@ def sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
 
 
 def is_swapped(frozen: bool, grafted: bool, dtype: torch.dtype | None, stored: torch.dtype) -> bool:
-    """Whether a parameter is exchanged with the Instruct's values in place, without a copy of its own values.
+    """Whether a parameter is swapped with the Instruct's values in place, without a copy of its own values.
 
     Not under a selected adapter, whose update is added to the weights that it sits on; and not where the graft alone
     rounds to a narrower dtype than that of the files.

@@ -64,7 +64,7 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     """Return the names that ``select`` chooses.
 
     Args:
-        select: ``linear`` (every linear layer but the output head, as in the paper), ``all``, or one or several
+        select: ``linear`` (every linear layer except the output head), ``all``, or one or several
             regular expressions, searched in the names. A list may hold several of these, and the names of towers of a
             vision-language model (``language``, ``vision``, ``projector``), to which all else is restricted:
             ``[language, projector, linear]``. Towers alone select all of their tensors.

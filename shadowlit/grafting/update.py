@@ -47,7 +47,7 @@ class Update:
 
     @property
     def weights(self) -> frozenset[str]:
-        """Names of the updates that are numbers to add: all but those of integers and truth values."""
+        """Names of the updates that are numbers to add: all except those of integers and truth values."""
         return frozenset(self.shapes)
 
     def rows(self, name: str, start: int, stop: int) -> Any:

@@ -52,15 +52,17 @@ class Memory:
         num_trained: Number of trained parameters, on all ranks.
         weights: Parameters and buffers: trained ones in float32, frozen ones in the dtype of the files, or in float32
             under ``32-true``.
-        gradients: 4 per trained parameter. They stay until the backward pass of the next step.
         moments: 8 per trained parameter of AdamW, 2 of 8 bits, NaN for an optimizer of another class.
         frozen: The Instruct's values, and the Base's where it is trained, next to the parameters.
+        gradients: 4 per trained parameter. They stay until the backward pass of the next step, or until Lightning frees
+            them before a validation.
         buffers: Of DDP a copy of the gradients. Of FSDP2 the root unit, whole in the forward and the backward pass,
             with its gradients; two more layers, each of which is there twice for a moment; the gradients of one, and
             two copies of them in float32, which are reduced.
         activations: What a simulated step has alive besides, without what the head adds.
         head: What the loss adds, from the last hidden states on.
-        swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest tensor.
+        swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest update that is
+            computed as a whole: of an adapter, or with transforms.
         scoring: What a simulated batch of a validation has alive.
         offloaded: Moments and frozen values that are kept on the CPU instead of a GPU.
     """
@@ -69,9 +71,9 @@ class Memory:
     length: int
     num_trained: int
     weights: float
-    gradients: float
     moments: float
     frozen: float
+    gradients: float
     buffers: float
     activations: float
     head: float
@@ -82,9 +84,9 @@ class Memory:
     @property
     def phases(self) -> dict[str, float]:
         """The peaks of a step, and of a grafted validation without the answers of evaluators."""
-        held = self.weights + self.gradients + self.moments + self.frozen
+        held = self.weights + self.moments + self.frozen
         return {
-            "training": held + self.buffers + self.activations + self.head,
+            "training": held + self.gradients + self.buffers + self.activations + self.head,
             "validation": held + self.swapped + self.scoring,
         }
 
@@ -111,7 +113,10 @@ def estimate(
     files = ComputedReader(module.pair.instruct_folder(), headers)
     model = load_for_training(files, device=torch.device("meta"), mesh=None, **options)
     trained = [p for p in model.parameters() if p.requires_grad]
-    num_trained, sizes = sum(p.numel() for p in trained), [p.numel() for p in host_parameters(model).values()]
+    num_trained = sum(p.numel() for p in trained)
+    # The update of an adapter, or one that is transformed, exists as a whole, one tensor at a time.
+    at_once = host_parameters(model) if graft.transforms else adapted_layers(model)
+    largest = max((p.numel() for name, p in host_parameters(model).items() if name in at_once), default=0)
     weights = num_bytes([*model.parameters(), *model.buffers()])
     shards = ranks if trainer["sharing"] == "fsdp" else 1
     moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
@@ -131,8 +136,8 @@ def estimate(
     away = on_gpu and module.offload_optimizer, on_gpu and graft.offload
     return Memory(
         rows, length, num_trained,
-        weights / shards, 4 * num_trained / shards, moments * (not away[0]), frozen * (not away[1]), buffers,
-        *peaks[:2], saved + 8 * max(sizes) / shards, peaks[2],
+        weights / shards, moments * (not away[0]), frozen * (not away[1]), 4 * num_trained / shards, buffers,
+        *peaks[:2], saved + 8 * largest / shards, peaks[2],
         moments * away[0] + frozen * away[1],
     )  # fmt: skip
 

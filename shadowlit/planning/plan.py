@@ -40,13 +40,13 @@ from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is left to its context and to gaps between tensors
 _PARTS = {
-    "weights": "weights", "gradients": "gradients", "moments": "moments of the optimizer",
-    "frozen": "frozen weights of the pair", "buffers": "what the ranks gather and reduce", "activations": "activations",
+    "weights": "weights", "moments": "moments of the optimizer", "frozen": "frozen weights of the pair",
+    "gradients": "gradients", "buffers": "what the ranks gather and reduce", "activations": "activations",
     "head": "output head and loss", "swapped": "copy of the tuned weights while a graft is scored",
     "scoring": "activations and logits of a scored batch",
 }  # fmt: skip
 _PHASES = {"training": 7, "validation": 9}  # of each, where its own parts end
-_HELD = 4  # the first parts are there in all phases
+_HELD = 3  # the first parts are there in all phases
 
 
 def parse_bytes(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Checkpoints that are written in a thread while the training goes on.
+"""Checkpoints that are written in a thread while training continues.
 
 Lightning's ``AsyncCheckpointIO`` removes the old checkpoint before the new one is written, raises on rank 0 alone, and
 knows no shards; torch's ``async_save`` ends before the checksums, the manifest and the renaming.

@@ -71,7 +71,7 @@ class Checkpoints(TorchCheckpointIO):
     Addresses (``s3://``) are written to and removed as Lightning does it.
 
     Attributes:
-        background: What writes checkpoints while the training goes on; None if it waits for them.
+        background: What writes checkpoints while training continues; None if it waits for them.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -134,7 +134,7 @@ def wait_for(trainer: Trainer) -> None:
 
 
 def _background(strategy: Strategy, step: int | None = None) -> Background | None:
-    """What writes checkpoints while the training goes on, ready for one of ``step``; with a step, a collective."""
+    """What writes checkpoints while training continues, ready for one of ``step``; with a step, a collective."""
     background: Background | None = getattr(strategy.checkpoint_io, "background", None)
     if background is not None and step is not None:
         background.begin(step)

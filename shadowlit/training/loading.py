@@ -66,7 +66,7 @@ def load_for_training(
     towers stay frozen, without masters. With an adapter the weights stay frozen and the factors are float32. An adapter
     of experts, or of other bare parameters, makes the weights float32 too, since peft adds its product to them and
     bfloat16 would lose most of it. No rank ever holds the whole model: it is sharded on the meta device and filled by
-    rows from the safetensors files. Adapters whose start is peft's own (all but plain LoRA) are an exception: every
+    rows from the safetensors files. Adapters whose start is peft's own (all except plain LoRA) are an exception: every
     process holds the whole model in float32 on its CPU first.
 
     Args:

@@ -131,7 +131,7 @@ class ShadowModule(ScoringModule):
             the first group that matches a name counts, and each must match one.
         lr_multipliers: JSON file of factors of the learning rate by the names of tensors in the Base's files; those of
             a matrix apply to its LoRA. Tensors that it doesn't name have the factor 1.
-        quantization: How the frozen weights of linear layers are stored, all but the output head: nf4, in 4 bits with
+        quantization: How the frozen weights of linear layers are stored, except the output head: nf4, in 4 bits with
             double quantisation (QLoRA, needs bitsandbytes), or null, as in the files. They are computed with in the
             dtype of trainer.precision. Needs an adapter; the graft is added to the Instruct's own weights.
         start_from: What training starts from instead of the Base: a folder or hub id of a tuned Base or of an adapter

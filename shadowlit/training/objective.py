@@ -18,7 +18,7 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 
 @dataclass(frozen=True)
 class TokenSums:
-    """Sums over the supervised tokens of a batch, on its device; all but ``by_sample`` are scalar tensors."""
+    """Sums over the supervised tokens of a batch, on its device; all except ``by_sample`` are scalar tensors."""
 
     loss: Tensor  # of the cross entropies, in nats
     num_tokens: Tensor

@@ -61,9 +61,9 @@ class Answers:
 class Outputs:
     """The model's outputs for one batch of ``input_ids`` and ``labels``, int64 ``[B, T]``, computed on demand.
 
-    Each method runs the model once, so call one of them per batch. All but :meth:`logits` compute the logits of a chunk
-    of supervised tokens at a time where the model's head allows it (:class:`shadowlit.training.head.HeadLoss`), so that
-    those of a whole batch never exist. With gradients enabled the results have a gradient.
+    Each method runs the model once, so call one of them per batch. All except :meth:`logits` compute the logits of
+    a chunk of supervised tokens at a time where the model's head allows it (:class:`shadowlit.training.head.HeadLoss`),
+    so that those of a whole batch never exist. With gradients enabled the results have a gradient.
 
     Attributes:
         batch: The batch.

@@ -34,7 +34,7 @@ def require_quantisable(adapter: PeftConfig | None, compiled: bool) -> None:
 
 
 def quantise_layers(model: nn.Module) -> None:
-    """Replace the linear layers of a language model on the meta device, all but the output head, by 4-bit ones.
+    """Replace the linear layers of a language model on the meta device, except the output head, by 4-bit ones.
 
     Of a vision-language model the other towers stay as they are.
 

@@ -17,7 +17,7 @@ def require_separation(model: nn.Module) -> None:
     """Refuse a causal language model in which a sample of a packed row sees the one before it.
 
     Two rows end with the same sample and begin with different ones. Where restarting positions are borders, the logits
-    of the second sample are the same in both, bit for bit on all but mixtures of experts; otherwise they differ about
+    of the second sample are the same in both, bit for bit except on mixtures of experts; otherwise they differ about
     as much as without borders. Convolutions and recurrent states mix neighbours too weakly to be distinguished from
     rounding in half precision, so a model that has them is refused.
 

@@ -104,7 +104,7 @@ def test_other_plots_of_a_run(run):
 def test_a_run_that_has_just_begun(tmp_path):
     run = read_run(a_run(tmp_path / "new", ["0,2.5" + "," * 11]))
     for draw in (gains, survival, forgetting, score_curves):
-        assert re.search(r"has not logged .* up to step 1. If the run goes on, wait", told_in(draw(run)))
+        assert re.search(r"has not logged .* up to step 1. If the run is still going, wait", told_in(draw(run)))
     assert len(training(run).axes[0].get_lines()) == 1
 
 

@@ -224,7 +224,7 @@ def refuse_export(tmp_path, folders, message, error=ExportError, **options):
 def test_an_export_that_will_fail_is_found_before_the_first_step(tmp_path):
     folders = save_pair(tmp_path, "qwen3")
     (tmp_path / "file").touch()
-    refuse_export(tmp_path, folders, rf"Cannot write beside {tmp_path}/file/x/model: ", folder=str(tmp_path / "file/x"))
+    refuse_export(tmp_path, folders, rf"Cannot write next to {tmp_path}/file/x/model", folder=str(tmp_path / "file/x"))
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/adapter").symlink_to("nowhere")
     refuse_export(tmp_path, folders, "linked holds an export already", folder=str(tmp_path / "linked"))

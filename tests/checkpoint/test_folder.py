@@ -240,7 +240,7 @@ class TestBrokenFolders:
             save_file({"a": torch.ones(2)}, tmp_path / file)
         (tmp_path / "model.safetensors.index.json").write_text(text)
         with pytest.raises(
-            CheckpointError, match=r"index\.json is not readable JSON \(the key '(a|weight_map)' stands twi"
+            CheckpointError, match=r"index\.json is not readable JSON \(the key '(a|weight_map)' occurs twi"
         ):
             CheckpointReader(tmp_path)
 
@@ -301,8 +301,8 @@ class TestBrokenFolders:
             (b'{"\\ud800": 1}', b"", r"a tensor named '\\ud800', expected 1 to 1000 printable"),
             (b'{"a": NaN}', b"", "header cannot be read: NaN is not JSON"),
             (b'{"a": -Infinity}', b"", "header cannot be read: -Infinity is not JSON"),
-            (b'{"a": 1, "a": 2}', b"", "the key 'a' stands twice"),
-            (b'{"a": {"dtype": "F32", "dtype": "F32"}}', b"", "the key 'dtype' stands twice"),
+            (b'{"a": 1, "a": 2}', b"", "the key 'a' occurs twice"),
+            (b'{"a": {"dtype": "F32", "dtype": "F32"}}', b"", "the key 'dtype' occurs twice"),
             ({"__metadata__": None}, b"", "__metadata__ None are not a map of strings"),
             ({"__metadata__": {"format": 1}}, b"", "__metadata__ .* are not a map of strings"),
             ({"a": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}, b"0000", "is not dtype, shape and data_offs"),
@@ -574,5 +574,5 @@ class TestAtomicFolder:
 
     def test_parent_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("x")
-        with pytest.raises(ExportError, match="Cannot write beside"), atomic_folder(tmp_path / "file" / "out"):
+        with pytest.raises(ExportError, match="Cannot write next to"), atomic_folder(tmp_path / "file" / "out"):
             pytest.fail("must not be entered")

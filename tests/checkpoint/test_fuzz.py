@@ -35,7 +35,7 @@ EXAMPLES = int(os.environ.get("SHADOWLIT_FUZZ_EXAMPLES", "0"))
 # message or a terminal; (3) more dimensions than any weight has; (4) empty tensors of absurd shape, which no loop over
 # rows survives; (5) "__metadata__": null, which no writer writes; (6) dtypes that torch cannot compute with.
 STRICTER = re.compile(
-    r"stands twice|printable characters|dimensions, expected at most 16|but no elements|__metadata__ None|known are F64"
+    r"occurs twice|printable characters|dimensions, expected at most 16|but no elements|__metadata__ None|known are F64"
 )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils._pytree import tree_leaves
 
 from shadowlit.callbacks.graft import GraftCallback
@@ -90,6 +91,22 @@ def test_the_estimate_is_what_a_step_holds(pair, case):
     assert {name: getattr(found, name) for name in watch.held} == watch.held
     # A real batch also has a few integers by token, and its own share of supervised tokens.
     assert found.activations + found.head == pytest.approx(watch.peak, rel=0.02)
+
+
+def test_gradients_do_not_count_in_a_validation_before_which_they_are_freed(pair):
+    freed = []
+    watch = LambdaCallback(on_validation_start=lambda _, m: freed.append(all(p.grad is None for p in m.parameters())))
+    given = arguments(pair, f"--data.validation={pair / 'rows.jsonl'}")
+    main([
+        "fit", *given, "--trainer.max_steps=1", "--trainer.val_check_interval=2", "--trainer.num_sanity_val_steps=0",
+        "--trainer.enable_checkpointing=false", "--export.enabled=false", "--trainer.limit_val_batches=1",
+        "--trainer.enable_progress_bar=false",
+    ], callbacks=[watch])  # fmt: skip
+    assert freed == [True]
+    found = main(["plan", *given, "--measure_steps=0"]).planned.memory()
+    held = found.weights + found.moments + found.frozen
+    assert found.phases["validation"] == held + found.swapped + found.scoring
+    assert found.phases["training"] == held + found.gradients + found.activations + found.head
 
 
 def test_fsdp_divides_what_is_held_and_gathers_a_layer(pair):

@@ -65,7 +65,7 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_every_way_through_the_experts_has_the_same_gradients(folder, kind):
+def test_every_implementation_of_the_experts_has_the_same_gradients(folder, kind):
     batch, found = padded(random_samples(4, seed=0)), {}
     for way in WAYS:
         options = ADAPTERS[kind]

@@ -84,8 +84,8 @@ def sentence(comparison: Comparison, interval: Interval | None, evaluators: Sequ
     extent = f"(95 % CI {_points(told.low)} to {_points(told.high)}, {seeds}, {counted(interval.num_rows, 'row')})"
     alone = " With one seed, this says nothing of other trainings." if interval.num_seeds == 1 else ""
     if interval.sign == 0:
-        told_apart = f"No difference between {a} and {b} can be told on {where}"
-        return f"{told_apart}: {_points(told.difference, signed=True)} points {extent}.{alone}"
+        no_difference = f"No difference between {a} and {b} could be shown on {where}"
+        return f"{no_difference}: {_points(told.difference, signed=True)} points {extent}.{alone}"
     better, worse = (a, b) if interval.sign > 0 else (b, a)
     better = better[0].upper() + better[1:]
     return f"{better} is better than {worse} on {where} by {_points(told.difference)} points {extent}.{alone}"

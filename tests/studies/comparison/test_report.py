@@ -130,7 +130,7 @@ def test_a_difference_is_paired_by_row_and_seed():
         ),
         (
             "B2I", "I2I", Interval(-0.004, -0.018, 0.010, 2, 250),
-            "No difference between B2I and I2I can be told on the mean of new and old: −0.4 points (95 % CI −1.8 to "
+            "No difference between B2I and I2I could be shown on the mean of new and old: −0.4 points (95 % CI −1.8 to "
             "1.0, 2 of 3 seeds, 250 rows).",
         ),
         (
@@ -140,8 +140,8 @@ def test_a_difference_is_paired_by_row_and_seed():
         ),
         (
             "B2I", "Instruct", Interval(0.0, 0.0, 0.0, 3, 9),
-            "No difference between B2I and the untouched Instruct can be told on the mean of new and old: 0.0 points "
-            "(95 % CI 0.0 to 0.0, 3 seeds, 9 rows).",
+            "No difference between B2I and the untouched Instruct could be shown on the mean of new and old: "
+            "0.0 points (95 % CI 0.0 to 0.0, 3 seeds, 9 rows).",
         ),
     ],
 )  # fmt: skip
