@@ -330,6 +330,24 @@ def test_never_and_must(root, run):
             fit(root, *options)
 
 
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_a_run_whose_configuration_is_gone_is_not_resumed_unless_it_is_allowed(run, resume):
+    (run / "config.yaml").unlink()
+    with pytest.raises(ShadowlitError, match=r"runs/a holds checkpoints, but no config\.yaml, so .* Restore that file"):
+        Run(RunOptions("a", resume=resume), "fit", "tiny").find_checkpoint(None, contents=True)
+    allowed = Run(RunOptions("a", resume=resume, allow_changes=True), "fit", "tiny")
+    assert allowed.find_checkpoint(None, contents=True)
+
+
+def test_a_number_of_batches_is_no_share_of_them():
+    assert runs._changes({"trainer": {"limit_val_batches": 1}}, {"trainer": {"limit_val_batches": 1.0}})
+
+
+def test_a_run_that_begins_from_another_s_checkpoint_lists_what_it_changes(root, run, tmp_path):
+    with pytest.warns(UserWarning, match=r"last\.ckpt was trained with another configuration: model\.lr 0\.01 → 0\.02"):
+        fit(root, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--model.lr=0.02", f"--run.root={tmp_path / 'other'}")
+
+
 def test_a_run_that_another_process_works_on_is_left_alone(root, run, monkeypatch):
     monkeypatch.setattr(runs, "_PATIENCE_S", 0.1)
     before = files(run)
