@@ -23,6 +23,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from shadowlit.checkpoint.headers import require_regular
+from shadowlit.checkpoint.structure import require_index
 from shadowlit.errors import CheckpointError, first_line
 
 INDEX = ".metadata"  # written by torch, after the shards
@@ -44,17 +46,18 @@ def read_index(folder: Path) -> metadata.Metadata:
     Raises:
         CheckpointError: There is none, it is damaged, or it holds anything else.
     """
+    require_regular(folder / INDEX)
     try:
         with (folder / INDEX).open("rb") as file:
             index = _Unpickler(file).load()
-        places = [place.relative_path for place in index.storage_data.values()]
-        if not isinstance(index, metadata.Metadata) or any(Path(name).name != name for name in places):
-            raise pickle.UnpicklingError("it places tensors outside the folder")
+        if not isinstance(index, metadata.Metadata):
+            raise pickle.UnpicklingError(f"it is a {type(index).__name__}")
     except Exception as error:  # of pickle and whatever a damaged file makes of it
         raise CheckpointError(
             f"{folder / INDEX} can't be read as the index of a sharded checkpoint ({first_line(error)}); nothing in it "
             "was run. Give a checkpoint that 'fit' has written, or an earlier one."
         ) from error
+    require_index(folder, index)
     return index
 
 
@@ -115,6 +118,7 @@ def load_plain(file: Path) -> Any:
     Raises:
         CheckpointError: It can't be read, or holds anything but tensors and plain values.
     """
+    require_regular(file)
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of pickle, zipfile or torch: many types, one meaning
