@@ -55,9 +55,6 @@ def write(home, state, step, name=None):
     path.parent.mkdir(exist_ok=True)
     state = {f"model.{n}": t for n, t in state.items()}
     torch.save({"state_dict": state, "global_step": step, "loops": {"fit_loop": {}}}, path)
-        {"state_dict": {f"model.{n}": t for n, t in state.items()}, "global_step": step, "loops": {"fit_loop": {}}},
-        path,
-    )
     return path
 
 
