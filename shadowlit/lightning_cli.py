@@ -209,7 +209,7 @@ class ShadowCLI(LightningCLI):
         with as_usage():
             self.run = Run(RunOptions(**options), str(self.subcommand), Path(str(file)).stem)
             self.save_config_kwargs["run"] = self.run
-            if self.run.folder is not None:
+            if self.run.folder is not None or config.get("ckpt_path"):
                 saved = SaveConfig(self._parser(self.subcommand), config, **self.save_config_kwargs)
                 self.run.require_continuable(saved.text)
 

@@ -24,7 +24,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.metrics_file import MetricsFile
 from shadowlit.checkpoint.saved import find_whole, newest_whole, read_rest, step_of
-from shadowlit.delta.checkpoints import read_config
+from shadowlit.delta.checkpoints import config_above, read_config
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text, require_writable, unused
@@ -97,6 +97,7 @@ class Run:
         self.metrics.is_named = self.fits and options.name is not None
         self.start: Path | None = None
         self._seen: object = None
+        self._saved: Any = None  # this command's configuration
 
     def loggers(self, configured: Any) -> list[Logger]:
         """The run's own logger, and after it those of ``trainer.logger``, except for one that writes the same file."""
@@ -115,6 +116,7 @@ class Run:
             ShadowlitError: Continuing it is not allowed, or the configuration has changed.
             SystemExit: The run is complete; the status is 0.
         """
+        self._saved = yaml.safe_load(saved)
         if self.folder is None or not self.fits:
             return
         try:
@@ -128,7 +130,7 @@ class Run:
             return
         if self.options.resume == "never":
             raise ShadowlitError(f"run.resume is never, but {self.folder} holds a run. Give another run.name.")
-        old, new = read_config(self.folder), yaml.safe_load(saved)
+        old, new = read_config(self.folder), self._saved
         changed = _changes(old, new)
         if changed and not self.options.allow_changes:
             raise ShadowlitError(
@@ -170,7 +172,7 @@ class Run:
                 "path of a checkpoint."
             )
         if self.folder is None or not (self.fits or special):
-            return None if given is None else find_whole(given, resumes=self.fits, contents=contents)
+            return self._begin_from(given, contents)
         self._seen = self._state()
         own = newest_whole(self.folder / "checkpoints", resumes=self.fits, contents=contents)
         if own is None and (special or self.options.resume == "must"):
@@ -179,7 +181,12 @@ class Run:
                 "run.name, or give the path of a checkpoint as ckpt_path."
             )
         if own is None:
-            return None if given is None else find_whole(given, resumes=True, contents=contents)
+            return self._begin_from(given, contents)
+        if self.fits and not (self.folder / CONFIG).is_file() and not self.options.allow_changes:
+            raise ShadowlitError(
+                f"{self.folder} holds checkpoints, but no {CONFIG}, so it is unknown whether the configuration has "
+                "changed. Restore that file, give another run.name, or set run.allow_changes=true."
+            )
         best = _best(own) if given == "best" else None
         if not self.fits:
             return find_whole(best, resumes=False, contents=contents) if best else own
@@ -193,6 +200,16 @@ class Run:
         self.start, self.metrics.step = own, step_of(own)
         rank_zero_info(f"{self.folder} resumes from step {self.metrics.step}: {own}")
         return own
+
+    def _begin_from(self, given: str | None, contents: bool) -> Path | None:
+        """Return a given checkpoint, verified; list what this run changes in the configuration it was trained with."""
+        if given is None:
+            return None
+        path = find_whole(given, resumes=self.fits, contents=contents)
+        _, old = config_above(path.absolute())
+        if self.fits and old and (changed := _changes(old, self._saved)):
+            rank_zero_warn(f"{path} was trained with another configuration: {changed}.")
+        return path
 
     def _state(self) -> tuple[bool, int]:
         """What another process that trains the run changes: whether it is complete, and its checkpoints.
@@ -351,9 +368,14 @@ def _without_secrets(value: Any, secret: bool = False) -> Any:
 def _changes(old: Any, new: Any) -> str:
     """What differs between two configurations, key by key; empty if nothing that matters does."""
     before, after = dict(_leaves(masked(old))), dict(_leaves(new))
-    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    keys = [key for key in {**before, **after} if _differ(before.get(key), after.get(key))]
     matters = [key for key in keys if not f"{key}.".startswith(tuple(f"{each}." for each in _HARMLESS))]
     return "; ".join(f"{key} {_shown(before.get(key))} → {_shown(after.get(key))}" for key in matters)
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values differ, such as ``1``, a number of batches, and ``1.0``, all of them."""
+    return one != other or type(one) is not type(other)
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:

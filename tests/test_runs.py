@@ -23,6 +23,7 @@ from shadowlit.errors import CheckpointError, Interrupted, ShadowlitError
 from shadowlit.lightning_cli import main
 from shadowlit.masking import MASK
 from shadowlit.runs import Run, RunOptions
+from tests.checkpoint.test_saved import write_folder
 from tests.distributed import Forked, shadowlit
 from tests.test_stopping import Strike, logged
 from tests.tiny import save_pair
@@ -182,6 +183,26 @@ def test_the_checkpoint_it_resumes_from_is_removed_like_any_other(root, tmp_path
     assert files(tmp_path / "runs/a/checkpoints") == ["epoch=3-step=8.ckpt"]
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_checkpoint_names_nothing_to_remove_outside_the_run_s_own_folder(root, run, tmp_path, name):
+    """As the newest of the run itself, and as what another run begins from; Lightning removes the whole folder."""
+    source = run / "checkpoints/last.ckpt"
+    saved = torch.load(source, weights_only=True)
+    (state,) = (each for key, each in saved["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    victim = write_folder(tmp_path / "victim/weights.ckpt", 1).parent
+    state["dirpath"] = f"runs/{name}/checkpoints"
+    path = f"{state['dirpath']}/../../../victim/weights.ckpt"
+    assert Path(path).resolve() == victim / "weights.ckpt"
+    state |= {"best_model_path": path, "kth_best_model_path": path, "last_model_path": path,
+              "best_k_models": {path: torch.tensor(-2.0), f"{path}/.": torch.tensor(-1.0)}}  # fmt: skip
+    torch.save(saved, source)
+    last = json.dumps([{**BEST, "init_args": {**BEST["init_args"], "save_last": True}}])
+    options = [] if name == "a" else [f"--ckpt_path={source}"]
+    cli = fit(root, f"--run.name={name}", "--run.allow_changes=true", f"--trainer.callbacks={last}", *options)
+    assert cli.trainer.global_step == 8 and (victim / "weights.ckpt/.metadata").exists()
+    assert cli.trainer.checkpoint_callback.best_model_path.startswith(f"runs/{name}/checkpoints/")
+
+
 def test_a_complete_run_is_left_alone(root, run, tmp_path, caplog):
     fit(root, "--run.name=a")
     before = {path: (tmp_path / path).stat().st_mtime_ns for path in files(tmp_path)}
@@ -307,6 +328,24 @@ def test_never_and_must(root, run):
     ):
         with pytest.raises(ShadowlitError, match=message):
             fit(root, *options)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never", "must"])
+def test_a_run_whose_configuration_is_gone_is_not_resumed_unless_it_is_allowed(run, resume):
+    (run / "config.yaml").unlink()
+    with pytest.raises(ShadowlitError, match=r"runs/a holds checkpoints, but no config\.yaml, so .* Restore that file"):
+        Run(RunOptions("a", resume=resume), "fit", "tiny").find_checkpoint(None, contents=True)
+    allowed = Run(RunOptions("a", resume=resume, allow_changes=True), "fit", "tiny")
+    assert allowed.find_checkpoint(None, contents=True)
+
+
+def test_a_number_of_batches_is_no_share_of_them():
+    assert runs._changes({"trainer": {"limit_val_batches": 1}}, {"trainer": {"limit_val_batches": 1.0}})
+
+
+def test_a_run_that_begins_from_another_s_checkpoint_lists_what_it_changes(root, run, tmp_path):
+    with pytest.warns(UserWarning, match=r"last\.ckpt was trained with another configuration: model\.lr 0\.01 → 0\.02"):
+        fit(root, f"--ckpt_path={run / 'checkpoints/last.ckpt'}", "--model.lr=0.02", f"--run.root={tmp_path / 'other'}")
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(root, run, monkeypatch):

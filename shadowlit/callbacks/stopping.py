@@ -25,9 +25,11 @@ from shadowlit.callbacks.folder import run_folder
 from shadowlit.errors import Interrupted
 from shadowlit.files import unused
 from shadowlit.signals import StopSignals, running
-from shadowlit.training.checkpoints import wait_for
+from shadowlit.training.checkpoints import is_below, wait_for
 
 log = logging.getLogger(__name__)
+
+_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")  # in the state of a ModelCheckpoint
 
 
 class Boundaries(_SignalConnector):
@@ -129,19 +131,29 @@ class OwnCheckpoints(_CheckpointConnector):
     """Lets a run that resumes in its own folder keep the best score, and remove the checkpoints that it has written.
 
     Lightning forgets both if the folder was moved or its path is written in another way, and never removes the
-    checkpoint that it has resumed from. Under SLURM it would load any ``hpc_ckpt_*.ckpt`` in the working folder.
+    checkpoint that it has resumed from. It would remove whatever a loaded state names, ``checkpoints/../../x`` too.
+    Under SLURM it would load any ``hpc_ckpt_*.ckpt`` in the working folder.
     """
 
     _hpc_resume_path = None
 
     def restore_callbacks(self) -> None:
-        """Restore their states; those of ModelCheckpoint get the folder's path as it is written now."""
-        for callback in self._owners():
-            if state := self._loaded_checkpoint.get("callbacks", {}).get(callback.state_key):
+        """Restore their states; those of ModelCheckpoint get the folder's path as it is written now.
+
+        A state that names a path outside that folder loses its paths and scores.
+        """
+        owners = self._owners()
+        for callback in self._savers():
+            if not (state := self._loaded_checkpoint.get("callbacks", {}).get(callback.state_key)):
+                continue
+            if callback in owners:
                 old, new = str(state["dirpath"]), str(callback.dirpath)
-                for key in ("best_model_path", "kth_best_model_path", "last_model_path", "dirpath"):
+                for key in (*_PATHS, "dirpath"):
                     state[key] = state[key].replace(old, new, 1)
                 state["best_k_models"] = {path.replace(old, new, 1): v for path, v in state["best_k_models"].items()}
+            paths = [*(state.get(key) for key in _PATHS), *state.get("best_k_models", {})]
+            if not all(is_below(path, callback.dirpath) for path in paths if path):
+                state |= {**dict.fromkeys(_PATHS, ""), "best_k_models": {}, "best_model_score": None}
         super().restore_callbacks()
 
     def resume_end(self) -> None:
@@ -152,9 +164,10 @@ class OwnCheckpoints(_CheckpointConnector):
 
     def _owners(self) -> list[ModelCheckpoint]:
         """The callbacks in whose folder the loaded checkpoint is."""
-        found = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-        parents = Path(self._ckpt_path or "/").resolve().parents
-        return [each for each in found if each.dirpath and Path(each.dirpath).resolve() in parents]
+        return [each for each in self._savers() if is_below(self._ckpt_path or "/", each.dirpath)]
+
+    def _savers(self) -> list[ModelCheckpoint]:
+        return [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
 
 
 def take_over(trainer: Trainer) -> None:

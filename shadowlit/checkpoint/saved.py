@@ -171,6 +171,14 @@ def newest_whole(folder: Path, *, resumes: bool, contents: bool = True) -> Path 
     return None
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path has the name of a checkpoint, and is no folder of anything else."""
+    path = Path(path)
+    if path.suffix != ".ckpt":
+        return False
+    return not path.is_dir() or any((path / name).exists() for name in (sharded.INDEX, REST))
+
+
 def step_of(path: Path) -> int:
     """Number of optimizer steps of a checkpoint.
 

@@ -8,7 +8,6 @@ from a stranger could run code. Here the index may name the classes of an index 
 from __future__ import annotations
 
 import io
-import pathlib
 import pickle
 import re
 import warnings
@@ -28,16 +27,7 @@ from shadowlit.checkpoint.structure import require_index
 from shadowlit.errors import CheckpointError, first_line
 
 INDEX = ".metadata"  # written by torch, after the shards
-_CLASSES = {
-    ("torch.distributed.checkpoint.metadata", name)
-    for name in (
-        "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
-        "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )
-} | {
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
-    ("torch", "Size"), ("collections", "OrderedDict"),
-}  # fmt: skip
+_METADATA = "torch.distributed.checkpoint.metadata"
 
 
 def read_index(folder: Path) -> metadata.Metadata:
@@ -49,9 +39,7 @@ def read_index(folder: Path) -> metadata.Metadata:
     require_regular(folder / INDEX)
     try:
         with (folder / INDEX).open("rb") as file:
-            index = _Unpickler(file).load()
-        if not isinstance(index, metadata.Metadata):
-            raise pickle.UnpicklingError(f"it is a {type(index).__name__}")
+            index = _metadata(_Unpickler(file).load())
     except Exception as error:  # of pickle and whatever a damaged file makes of it
         raise CheckpointError(
             f"{folder / INDEX} can't be read as the index of a sharded checkpoint ({first_line(error)}); nothing in it "
@@ -134,17 +122,123 @@ def _unreadable(path: Path, error: BaseException) -> CheckpointError:
     )
 
 
+class _Part:
+    """What an index holds of an object. No class of torch's is handed to pickle, which can set attributes of classes.
+
+    That of a state is for instances alone: on the class, ``__setstate__`` lacks an argument.
+    """
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Value(_Part):
+    """What is stored by its arguments, of which the first counts."""
+
+    def __new__(cls, value: Any = (), *_: Any) -> Any:
+        """Return the argument."""
+        return value
+
+
+class _Metadata(_Part): ...
+
+
+class _Place(_Part): ...
+
+
+class _Stored(_Part): ...
+
+
+class _Tensor(_Part): ...
+
+
+class _Bytes(_Part): ...
+
+
+_KINDS: dict[tuple[str, str], type[_Part]] = {
+    (_METADATA, "Metadata"): _Metadata, (_METADATA, "MetadataIndex"): _Place, (_METADATA, "StorageMeta"): _Part,
+    (_METADATA, "TensorStorageMetadata"): _Tensor, (_METADATA, "BytesStorageMetadata"): _Bytes,
+    (_METADATA, "TensorProperties"): _Part, (_METADATA, "ChunkStorageMetadata"): _Part,
+    (_METADATA, "_MEM_FORMAT_ENCODING"): _Value, ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _Stored,
+    ("torch.serialization", "_get_layout"): _Value, ("torch", "Size"): _Value,
+}  # fmt: skip
+
+
 class _Unpickler(pickle.Unpickler):
-    """Knows the classes of an index, and nothing else."""
+    """Knows the classes of an index, and nothing else; returns their parts."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _CLASSES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(value := getattr(torch, name, None), torch.dtype):
-            return value
+        if (module, name) in _KINDS:
+            return _KINDS[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return name
         if module in ("pathlib", "pathlib._local") and name.endswith("Path"):  # where it was saved
-            return getattr(pathlib, f"Pure{name.removeprefix('Pure')}")
+            return _Value
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _metadata(found: Any) -> metadata.Metadata:
+    """The index that its parts make.
+
+    Raises:
+        Exception: Of whatever type, if a part is another than torch writes.
+    """
+    index = _state(found, _Metadata)
+    return metadata.Metadata(
+        {_plain(name, str): _entry(entry) for name, entry in index["state_dict_metadata"].items()},
+        {_plain(name, str): _path(path) for name, path in index["planner_data"].items()},
+        {_place(place): _stored(stored) for place, stored in index["storage_data"].items()},
+    )
+
+
+def _entry(found: Any) -> metadata.TensorStorageMetadata | metadata.BytesStorageMetadata:
+    if type(found) is _Bytes:
+        return metadata.BytesStorageMetadata()
+    entry = _state(found, _Tensor)
+    chunks = [_state(chunk, _Part) for chunk in _plain(entry["chunks"], list)]
+    return metadata.TensorStorageMetadata(
+        metadata.TensorProperties(getattr(torch, _plain(entry["properties"].state[0], str))),
+        _size(entry["size"]),
+        [metadata.ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])) for chunk in chunks],
+    )
+
+
+def _place(found: Any) -> metadata.MetadataIndex:
+    place = _state(found, _Place)
+    offset, index = place.get("offset"), place.get("index")
+    return metadata.MetadataIndex(
+        _plain(place["fqn"], str), None if offset is None else _size(offset), index and _plain(index, int)
+    )
+
+
+def _stored(found: Any) -> filesystem._StorageInfo:
+    stored = _state(found, _Stored)
+    if Path(name := _plain(stored["relative_path"], str)).name != name or name == "..":
+        raise pickle.UnpicklingError("it places tensors outside the folder")
+    return filesystem._StorageInfo(name, *_size((stored["offset"], stored["length"])))
+
+
+def _path(found: Any) -> tuple[str | int, ...]:
+    return tuple(_plain(part, str if isinstance(part, str) else int) for part in _plain(found, tuple))
+
+
+def _size(found: Any) -> torch.Size:
+    if any(_plain(number, int) < 0 for number in _plain(found, tuple)):
+        raise pickle.UnpicklingError(f"it holds the size or place {found}")
+    return torch.Size(found)
+
+
+def _state(found: Any, kind: type[_Part]) -> dict[str, Any]:
+    state: dict[str, Any] = _plain(_plain(found, kind).state, dict)
+    return state
+
+
+def _plain(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise pickle.UnpicklingError(f"it holds a {type(value).__name__} where a {kind.__name__} belongs")
+    return value
 
 
 class _Reader(filesystem.FileSystemReader):

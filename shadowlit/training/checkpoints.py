@@ -29,6 +29,7 @@ from shadowlit.checkpoint.saved import (
     checksums,
     explained,
     find_whole,
+    is_checkpoint,
     read_rest,
     require_finite,
     write_file,
@@ -107,7 +108,15 @@ class Checkpoints(TorchCheckpointIO):
         return _read_folder(self._trainer, path, {}, alone=True)
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint; a folder loses its name before its files."""
+        """Remove a checkpoint; a folder loses its name before its files.
+
+        What is no checkpoint below a folder of the trainer's callbacks stays, with a warning: its path may come from a
+        checkpoint that was loaded.
+        """
+        folders = [getattr(each, "dirpath", None) for each in self._trainer.checkpoint_callbacks]
+        if not any(is_below(path, folder) for folder in folders) or not is_checkpoint(path):
+            rank_zero_warn(f"{path} is not removed: it is no checkpoint in the folder of one of this run's callbacks.")
+            return None
         if "://" in str(path):
             return super().remove_checkpoint(path)
         if self.background is not None and self.background.step is not None:
@@ -121,6 +130,14 @@ class Checkpoints(TorchCheckpointIO):
             if self._trainer.interrupted and self.background.step is not None and self.background.problem is not None:
                 rank_zero_warn(str(self.background.problem))
             self.background = None
+
+
+def is_below(path: Any, folder: Any) -> bool:
+    """Whether a path, or an address, is below a folder when ``..`` and links are resolved."""
+    path, folder = str(path), str(folder or "")
+    if not folder or "://" in path or "://" in folder:
+        return bool(folder) and path.startswith(f"{folder.rstrip('/')}/") and ".." not in path.split("/")
+    return Path(folder).resolve() in Path(path).resolve().parents
 
 
 def wait_for(trainer: Trainer) -> None:

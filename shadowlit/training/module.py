@@ -84,8 +84,8 @@ class ShadowModule(ScoringModule):
         adapter: Arguments of ``peft.LoraConfig``, or any adapter of peft's that merges into the weights by class_path
             and init_args, e.g. peft.LoHaConfig; null for full fine-tuning. Without ``target_modules`` all linear layers
             except the output head are adapted.
-        objective: Objective that is trained for: SFT, DPO, KTO, ORPO, SimPO, CPO, ASFT or a class of your own, with
-            its options; null for SFT.
+        objective: Objective that is trained for: SFT, DFT, EAFT, ContextDistillation, DPO, KTO, ORPO, SimPO, CPO, ASFT
+            or a class of your own, with its options; null for SFT.
         lr: Peak learning rate of AdamW, and of any other optimizer whose init_args don't set one.
         weight_decay: Decoupled weight decay of AdamW, on matrices only, not on norms and biases.
         betas: Decay rates of AdamW's two moments.
@@ -194,6 +194,7 @@ class ShadowModule(ScoringModule):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.parameter_groups, self.lr_multipliers = list(parameter_groups), lr_multipliers
         self._multipliers: dict[str, float] | None = None
+        self._settings: resuming.Settings | None = None  # of the optimizer and the schedule
         self.optimizer, self.offload_optimizer = optimizer, offload_optimizer
         self.reduce_gradients = reduce_gradients
         self.activation_checkpointing, self.compile_layers = activation_checkpointing, compile_layers
@@ -313,7 +314,9 @@ class ShadowModule(ScoringModule):
         rank_zero_info(f"model: {count(trained)} trained parameters")
 
     def on_train_start(self) -> None:
-        """Refuse packed rows with a model in which one sample sees another."""
+        """Let the configured settings replace restored ones; refuse packed rows if one sample sees another."""
+        if self._settings is not None:
+            self._settings.put_back()
         if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
@@ -404,7 +407,9 @@ class ShadowModule(ScoringModule):
         if math.isinf(steps):
             require_no_end(self.trainer, self.lr_scheduler, self.schedule, self.warmup_ratio)
         grouping = {"groups": self.parameter_groups, "multipliers": self._multipliers}
-        return self._optimizer(trained, 0 if math.isinf(steps) else int(steps), **grouping)
+        found: Any = self._optimizer(trained, 0 if math.isinf(steps) else int(steps), **grouping)
+        self._settings = resuming.Settings(found["optimizer"], found["lr_scheduler"]["scheduler"])
+        return found
 
     def _optimizer(
         self, trained: list[tuple[str, nn.Parameter]], total: int, **grouping: Any

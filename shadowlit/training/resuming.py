@@ -1,4 +1,4 @@
-"""What Lightning's loops save and when they validate, so that a training resumes exactly from each of its checkpoints.
+"""What a training saves, when it validates and what it takes from a checkpoint, so that it resumes exactly from each.
 
 Lightning resumes exactly from a checkpoint that was written in a validation, at the end of an epoch, or after a step
 that neither ends the epoch nor is followed by a validation. From others it skips the validation, counts the epochs
@@ -7,8 +7,9 @@ wrong, or loses the gradients of the part of a step that was computed.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.progress import _BatchProgress, _ProcessedTracker
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class StepLoop(_TrainingEpochLoop):
@@ -111,3 +114,58 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
 def _count(progress: dict[str, Any], name: str) -> None:
     for span in ("total", "current"):
         progress[span] = {**progress[span], name: progress[span][name] + 1}
+
+
+class Settings:
+    """The settings of an optimizer and of its schedule, which are the configuration's when a training resumes.
+
+    Torch restores those of the checkpoint with the states, whatever is configured. Settings are the arguments of the
+    classes; everything else, such as moments and counts of steps, is state and comes from the checkpoint.
+
+    Args:
+        optimizer: The optimizer, before anything is restored.
+        schedule: Its schedule.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: Any) -> None:
+        names = _arguments(optimizer, Optimizer) - {"params"}
+        self._optimizer = optimizer
+        self._groups = [
+            {name: value for name, value in group.items() if name in {*names, "initial_lr"}}
+            for group in optimizer.param_groups
+        ]
+        self._schedules = [
+            (each, {name: value for name, value in vars(each).items() if name in _SCHEDULE | _arguments(each, object)})
+            for each in _flat(schedule)
+        ]
+
+    def put_back(self) -> None:
+        """Replace the settings that were restored; a rate that a schedule has set is scaled by its new peak."""
+        groups = self._optimizer.param_groups
+        for group, own in zip(groups, self._groups, strict=True):
+            before, peak, rate = group.get("initial_lr"), own.get("initial_lr"), group["lr"]
+            group.update(own)
+            if before and peak is not None:
+                group["lr"] = rate if before == peak else rate * (peak / before)
+        for schedule, own in self._schedules:
+            vars(schedule).update(own)
+            if isinstance(schedule, LambdaLR):
+                for group, peak, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                    group["lr"] = peak * factor(schedule.last_epoch)
+
+
+_SCHEDULE = frozenset({"base_lrs", "lr_lambdas", "_milestones"})
+
+
+def _flat(schedule: Any) -> Iterator[Any]:
+    """A schedule and those that it consists of."""
+    yield schedule
+    for each in getattr(schedule, "_schedulers", ()):
+        yield from _flat(each)
+
+
+def _arguments(of: Any, root: type) -> set[str]:
+    """Names of the arguments of an object's class and of those that it derives from, up to ``root``."""
+    classes = type(of).__mro__[: type(of).__mro__.index(root)]
+    names = {name for each in classes for name in inspect.signature(each.__init__).parameters}  # type: ignore[misc]
+    return names - {"self", "args", "kwargs", "optimizer", "last_epoch", "verbose"}

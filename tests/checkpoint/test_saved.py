@@ -1,10 +1,12 @@
 """Checkpoints of a training: complete or not there, verified before they are used, and never a program."""
 
 import errno
+import importlib
 import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,53 @@ def test_no_code_from_a_checkpoint_runs(tmp_path, where):
         dcp.load({"state_dict": {"model.b": torch.ones(7), **({"extra": 0} if where == "value" else {})}},
                  checkpoint_id=path, no_dist=True)  # fmt: skip
         assert trace.exists()
+
+
+def text(value):
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+@pytest.mark.parametrize("known", ["pathlib PurePosixPath", "pathlib PosixPath", "torch Size", "torch float32",
+                                   "torch.serialization _get_layout", "torch.distributed.checkpoint.filesystem "
+                                   "_StorageInfo", *(f"torch.distributed.checkpoint.metadata {name}" for name in (
+                                       "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+                                       "_MEM_FORMAT_ENCODING"))])  # fmt: skip
+@pytest.mark.parametrize("value", [b"(N}" + text("name") + text("x") + b"st", b"}" + text("name") + text("x") + b"s"])
+def test_an_index_changes_no_class(tmp_path, known, value):
+    """BUILD on a class that the index may name; it once set PurePosixPath.name, by which places are checked."""
+    path, (module, name) = write_folder(tmp_path / "a.ckpt", 1, False), known.split()
+    owner = getattr(importlib.import_module(module), name)
+    before, index = dir(owner), (path / sharded.INDEX).read_bytes()
+    code = b"\x80\x04" + b"c" + module.encode() + b"\n" + name.encode() + b"\n" + value + b"b0"
+    (path / sharded.INDEX).write_bytes(code + index[2:])
+    stand_ins = [dir(each) for each in (sharded._Part, *sharded._Part.__subclasses__())]
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        sharded.read_index(path)
+    assert dir(owner) == before and Path("/a/b").name == "b"
+    assert [dir(each) for each in (sharded._Part, *sharded._Part.__subclasses__())] == stand_ins
+
+
+def test_an_index_is_read_as_torch_reads_it(tmp_path):
+    path = write_folder(tmp_path / "a.ckpt", 1, False, {**WEIGHTS, "half": torch.ones(2, dtype=torch.bfloat16)})
+    expected = pickle.loads((path / sharded.INDEX).read_bytes())
+    found = sharded.read_index(path)
+    for part in ("state_dict_metadata", "planner_data", "storage_data"):
+        assert getattr(found, part) == getattr(expected, part) and getattr(found, part)
+    assert [place.index for place in found.storage_data] == [place.index for place in expected.storage_data]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("relative_path", "../a.distcp"), ("relative_path", "/etc/passwd"), ("relative_path", ".."), ("relative_path", 3),
+    ("offset", -1), ("length", 1.5), ("length", True),
+])  # fmt: skip
+def test_an_index_with_wrong_places_is_refused(tmp_path, key, value):
+    path = write_folder(tmp_path / "a.ckpt", 1, False)
+    index = pickle.loads((path / sharded.INDEX).read_bytes())
+    for place in index.storage_data.values():
+        setattr(place, key, value)
+    (path / sharded.INDEX).write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        find_whole(path, resumes=True)
 
 
 def test_a_full_disk_names_the_path_and_keeps_the_old_one(last, monkeypatch):

@@ -11,6 +11,7 @@ import pickle
 import pytest
 import torch
 from torch.distributed.checkpoint import metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.saved import DamagedError, find_whole, newest_whole, step_of, write_file
@@ -100,7 +101,9 @@ def test_an_index_that_does_not_place_each_element_once_is_damaged(tmp_path, wha
     if manifest:
         (path / "manifest.json").write_text('{"files": {}}')
     for read in (lambda: find_whole(path, resumes=True), lambda: TrainedReader(path)):
-        with pytest.raises(DamagedError, match=r"a.ckpt is damaged: it (has an index|lacks __0_\d.distcp, or)"):
+        with pytest.raises(
+            CheckpointError, match=r"it (has an index|lacks __0_\d.distcp, or)|can't be read as the index"
+        ):
             read()
 
 
@@ -124,18 +127,8 @@ def test_chunks_cover_a_tensor_exactly_once(size, boxes, covers):
         metadata.TensorProperties(torch.float32), torch.Size(size),
         [metadata.ChunkStorageMetadata(torch.Size(start), torch.Size(sizes)) for start, sizes in boxes],
     )  # fmt: skip
-    places = {metadata.MetadataIndex("a", torch.Size(start)): place_like(10**6) for start, _ in boxes}
-    try:
-        found = _covers("a", entry, places)
-    except ValueError:  # another number of dimensions; require_index reports it
-        found = False
-    assert found == covers
-
-
-def place_like(length):
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-
-    return _StorageInfo("f", 0, length)
+    places = {metadata.MetadataIndex("a", torch.Size(start)): _StorageInfo("f", 0, 10**6) for start, _ in boxes}
+    assert _covers("a", entry, places) == covers
 
 
 @pytest.mark.parametrize("text", ['{"files":{"a":{"bytes":1e999,"crc32":"0"}}}', "[" * 100_000, '{"files":3}'])

@@ -4,13 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.optim import AdamW
 
 from shadowlit.errors import CheckpointError
-from shadowlit.training.checkpoints import find_for, require_same_parameters
+from shadowlit.training.checkpoints import Checkpoints, find_for, require_same_parameters
 from shadowlit.training.optimizer import by_name, keep_names
+from tests.checkpoint.test_saved import write_folder
 
 
 def trained(names, groups):
@@ -76,3 +79,22 @@ def test_reading_with_pickles_is_refused(tmp_path):
         CheckpointError, match=r"weights_only is false, which would run code from .*a.ckpt; expected true"
     ):
         find_for(trainer, tmp_path / "a.ckpt", False)
+
+
+@pytest.mark.parametrize("path", ["notes", "notes.ckpt", "../outside.ckpt", "../own/../outside.ckpt", "..", "link.ckpt",
+                                  "s3://bucket/x.ckpt", "s3::x/../../outside.ckpt"])  # fmt: skip
+def test_only_checkpoints_in_a_callback_s_folder_are_removed(tmp_path, path):
+    for name in ("own/notes", "own/notes.ckpt", "outside.ckpt"):
+        write_folder(tmp_path / name, 1) if name == "outside.ckpt" else (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "own/link.ckpt").symlink_to("../outside.ckpt")
+    (tmp_path / "own/file.ckpt").touch()
+    write_folder(tmp_path / "own/deeper/shards.ckpt", 1)
+    before = sorted(tmp_path.rglob("*"))
+    own = ModelCheckpoint(tmp_path / "own")
+    disk = Checkpoints(Trainer(callbacks=[own], accelerator="cpu", logger=False))
+    with pytest.warns(UserWarning, match="is not removed: it is no checkpoint in the folder of one of this run's"):
+        disk.remove_checkpoint(path if "://" in path else f"{tmp_path}/own/{path}")
+    assert sorted(tmp_path.rglob("*")) == before
+    for name in ("file.ckpt", "deeper/shards.ckpt"):
+        disk.remove_checkpoint(f"{tmp_path}/own/{name}")
+        assert not (tmp_path / "own" / name).exists()

@@ -87,3 +87,23 @@ def test_a_step_s_row_is_written_before_its_checkpoint(root, tmp_path, monkeypat
     main(["fit", "--config", str(root / "run.yaml"), f"--run.root={tmp_path}", "--run.name=one",
           "--export.enabled=false", f"--trainer.callbacks={json.dumps(saved)}", "--trainer.max_steps=3"])  # fmt: skip
     assert seen == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]
+
+
+def test_the_configured_settings_count_and_not_those_of_the_checkpoint(root, tmp_path):  # noqa: F811
+    """A changed rate is trained with, over the whole schedule; a forged one in a checkpoint is not."""
+    short, new = "--trainer.max_steps=5", ["--model.lr=3e-3", "--model.weight_decay=0.5", "--model.betas=[0.8,0.9]"]
+    one, other = (fit(root, tmp_path / name, 4, short, *options) for name, options in (("one", []), ("other", new)))
+    ends = []
+    mixed = fit(root, tmp_path / "mixed", 4, short, *new, f"--ckpt_path={one / 'step-2.ckpt'}")
+    for folder in (one, other, mixed):
+        optimizer, schedule = held(folder / "step-5.ckpt")[2:4]
+        ends.append([{k: v for k, v in group.items() if k != "params"} for group in optimizer[0]["param_groups"]])
+        ends[-1].append(schedule)
+    assert ends[2] == ends[1] != ends[0]
+    forged = torch.load(one / "step-2.ckpt", weights_only=True)
+    for group in forged["optimizer_states"][0]["param_groups"]:
+        group.update(lr=0.77, initial_lr=0.77, betas=(0.1, 0.1), eps=1.0, weight_decay=0.9)
+    forged["lr_schedulers"][0]["base_lrs"] = [0.77 for _ in forged["lr_schedulers"][0]["base_lrs"]]
+    torch.save(forged, tmp_path / "forged.ckpt")
+    parts = fit(root, tmp_path / "parts", 4, short, f"--ckpt_path={tmp_path / 'forged.ckpt'}")
+    require_equal(held(parts / "step-5.ckpt"), held(one / "step-5.ckpt"))
