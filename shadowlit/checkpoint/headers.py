@@ -144,7 +144,7 @@ def read_folder(folder: Path, single_file: str) -> tuple[dict[str, TensorInfo], 
 
 def read_weight_map(path: Path) -> dict[str, str]:
     """The index's map from tensor to file; every file exists and lies in the folder."""
-    size = _regular(path).st_size
+    size = require_regular(path).st_size
     if size > _MAX_INDEX_BYTES:
         raise CheckpointError(
             f"{path} has {size} bytes, expected at most {_MAX_INDEX_BYTES}. Download or save the model again."
@@ -185,7 +185,7 @@ def _require_distinct(path: Path, files: list[str]) -> None:
     """No file goes by two names: links to one file, or two spellings where the file system knows no case."""
     seen: dict[tuple[int, int], str] = {}
     for file in files:
-        found = _regular(path.parent / file)
+        found = require_regular(path.parent / file)
         first = seen.setdefault((found.st_dev, found.st_ino), file)
         if first != file:
             raise CheckpointError(
@@ -210,7 +210,7 @@ def match_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[str,
 def _read_header(folder: Path, file: str) -> tuple[dict[str, TensorInfo], FileState]:
     """The checked header of one safetensors file, and the file's state when it was read."""
     path = folder / file
-    _regular(path)
+    require_regular(path)
     try:
         with path.open("rb") as stream:
             state = file_state(os.fstat(stream.fileno()))
@@ -275,7 +275,7 @@ def _read_entry(path: Path, name: str, value: Any, data_start: int) -> TensorInf
     return info
 
 
-def _regular(path: Path) -> os.stat_result:
+def require_regular(path: Path) -> os.stat_result:
     """Return the status of a regular file; checked before opening it, since opening a pipe would block."""
     try:
         found = os.stat(path)

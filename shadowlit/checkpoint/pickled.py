@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import SINGLE_FILE as SAFETENSORS_FILE
-from shadowlit.checkpoint.headers import TensorInfo, dtype_code, match_index, read_weight_map, some_of
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, match_index, read_weight_map, require_regular, some_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, rows_of
 from shadowlit.errors import CheckpointError
 
@@ -81,6 +81,7 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file, mapped."""
     import torch
 
+    require_regular(path)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is not a zip archive, the form that torch has saved since version 1.6, and can't be mapped: it is "

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from shadowlit.checkpoint import sharded
 from shadowlit.checkpoint.headers import some_of
+from shadowlit.checkpoint.structure import DamagedError, damaged, require_parts
 from shadowlit.distributed import local, of_all_ranks
 from shadowlit.errors import CheckpointError, first_line
 from shadowlit.files import partial_path, put_in_place, remove, sync
@@ -37,10 +38,6 @@ _FULL = ("optimizer_states", "lr_schedulers")  # of a checkpoint that a training
 _READ = 2**22  # bytes that are read at a time
 _BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, struct.error, OSError)
 _EXPECTED = "Expected a *.ckpt, file or folder, that 'fit' has written"
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint that was cut short, or has changed since it was written."""
 
 
 @contextmanager
@@ -188,7 +185,8 @@ def step_of(path: Path) -> int:
     Raises:
         CheckpointError: It can't be read.
     """
-    return int(read_rest(path)["global_step"])
+    step: int = read_rest(path)["global_step"]
+    return step
 
 
 def read_rest(path: Path) -> dict[str, Any]:
@@ -203,6 +201,7 @@ def read_rest(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or (missing := [key for key in needed if key not in content]):
         found = f"lacks {', '.join(missing)}" if isinstance(content, dict) else f"holds a {type(content).__name__}"
         raise CheckpointError(f"{file} is no checkpoint of a training: it {found}. {_EXPECTED}.")
+    require_parts(path, content)
     return content
 
 
@@ -239,8 +238,10 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def _require_exists(path: Path) -> None:
-    if path.exists():
+    if path.is_file() or path.is_dir():
         return
+    if path.exists():
+        raise CheckpointError(f"{path} is a pipe, socket or device. {_EXPECTED}.")
     if any(path.parent.glob(f"{path.name}.*.partial")):
         raise DamagedError(f"{path} doesn't exist: the run was stopped while it was being written or replaced.")
     there = sorted(file.name for file in path.parent.glob("*.ckpt"))
@@ -271,7 +272,7 @@ def _verify_file(path: Path, share: tuple[int, int] | None) -> None:
         raise CheckpointError(f"{path} is a safetensors file, which holds weights of a model alone. {_EXPECTED}.")
     if not zipfile.is_zipfile(path):
         if not head.strip(b"\0") or head[:2] == b"PK":
-            raise _damaged(path, f"was cut short at {path.stat().st_size} bytes")
+            raise damaged(path, f"was cut short at {path.stat().st_size} bytes")
         raise CheckpointError(f"{path} is no checkpoint: it is no archive of torch.save. {_EXPECTED}.")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -281,7 +282,7 @@ def _verify_file(path: Path, share: tuple[int, int] | None) -> None:
                         while stream.read(_READ):
                             pass
     except _BROKEN as error:
-        raise _damaged(path, f"has changed since it was written ({first_line(error)})") from error
+        raise damaged(path, f"has changed since it was written ({first_line(error)})") from error
 
 
 def _verify_folder(path: Path, share: tuple[int, int] | None) -> None:
@@ -291,33 +292,29 @@ def _verify_folder(path: Path, share: tuple[int, int] | None) -> None:
         advice = f"Give one of its checkpoints, {some_of(inside)}" if inside else _EXPECTED
         raise CheckpointError(f"{path} is a folder, but no sharded checkpoint: it has no {sharded.INDEX}. {advice}.")
     if missing := [name for name in (sharded.INDEX, REST) if name not in names]:
-        raise _damaged(path, f"lacks {', '.join(missing)}: it was cut short")
+        raise damaged(path, f"lacks {', '.join(missing)}: it was cut short")
+    if special := [name for name in names if (path / name).exists() and not (path / name).is_file()]:
+        raise damaged(path, f"holds {some_of(sorted(special))}, expected files alone")
     if MANIFEST in names:
         try:
             files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"]
             entries = [(name, int(entry["bytes"]), str(entry["crc32"])) for name, entry in files.items()]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise _damaged(path, f"has a {MANIFEST} that can't be read ({first_line(error)})") from error
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            raise damaged(path, f"has a {MANIFEST} that can't be read ({first_line(error)})") from error
         entries = [entry for entry in entries if Path(entry[0]).name == entry[0]]
     else:  # of an earlier version, or of Lightning alone
-        ends: dict[str, int] = {}
-        for place in sharded.read_index(path).storage_data.values():
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
-        entries = [(name, end, "") for name, end in ends.items()]
+        entries = []
     if wrong := [name for name, size, _ in entries if not _has_size(path / name, size)]:
-        raise _damaged(path, f"lacks {some_of(wrong)}, or a part of it")
+        raise damaged(path, f"lacks {some_of(wrong)}, or a part of it")
     for number, (name, _, crc32) in enumerate(entries):
         mine = _is_mine(number, share) or name in (sharded.INDEX, REST)  # which every rank reads
         if mine and crc32 and _crc32(path / name) != crc32:
-            raise _damaged(path, f"has changed since it was written: the CRC-32 of {name} is not that of {MANIFEST}")
+            raise damaged(path, f"has changed since it was written: the CRC-32 of {name} is not that of {MANIFEST}")
+    sharded.read_index(path)
 
 
 def _is_mine(number: int, share: tuple[int, int] | None) -> bool:
     return share is not None and number % share[1] == share[0]
-
-
-def _damaged(path: Path, what: str) -> DamagedError:
-    return DamagedError(f"{path} is damaged: it {what}.")
 
 
 def _others(path: Path) -> list[Path]:

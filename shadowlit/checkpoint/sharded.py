@@ -22,6 +22,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from shadowlit.checkpoint.headers import require_regular
+from shadowlit.checkpoint.structure import require_index
 from shadowlit.errors import CheckpointError, first_line
 
 INDEX = ".metadata"  # written by torch, after the shards
@@ -34,6 +36,7 @@ def read_index(folder: Path) -> metadata.Metadata:
     Raises:
         CheckpointError: There is none, it is damaged, or it holds anything else.
     """
+    require_regular(folder / INDEX)
     try:
         with (folder / INDEX).open("rb") as file:
             index = _metadata(_Unpickler(file).load())
@@ -42,6 +45,7 @@ def read_index(folder: Path) -> metadata.Metadata:
             f"{folder / INDEX} can't be read as the index of a sharded checkpoint ({first_line(error)}); nothing in it "
             "was run. Give a checkpoint that 'fit' has written, or an earlier one."
         ) from error
+    require_index(folder, index)
     return index
 
 
@@ -102,6 +106,7 @@ def load_plain(file: Path) -> Any:
     Raises:
         CheckpointError: It can't be read, or holds anything but tensors and plain values.
     """
+    require_regular(file)
     try:
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # of pickle, zipfile or torch: many types, one meaning

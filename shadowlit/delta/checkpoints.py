@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from shadowlit.checkpoint.alignment import AlignedReader
-from shadowlit.checkpoint.headers import TensorInfo, dtype_code
+from shadowlit.checkpoint.headers import TensorInfo, dtype_code, require_regular
 from shadowlit.checkpoint.layout import LayoutReader
 from shadowlit.checkpoint.names import is_adapter_name, is_original_name, saved_name
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
+from shadowlit.checkpoint.structure import require_parts
 from shadowlit.delta.configured import adapter_of, config_above, located, pair_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError, GraftError
@@ -60,8 +61,8 @@ class TrainedReader(ComputedReader):
 
     def __init__(self, path: Path) -> None:
         stored, load, rest = _open_sharded(path) if path.is_dir() else _open_file(path)
-        self.step = int(rest["global_step"])
-        states = [state for state in rest.get("callbacks", {}).values() if isinstance(state, Mapping)]
+        self.step: int = rest["global_step"]
+        states = rest.get("callbacks", {}).values()
         self.graft: Mapping[str, Any] = next((state for state in states if state.get("fingerprints")), {})
         self.fingerprints: Mapping[str, str] = self.graft.get("fingerprints", {})
         names = {saved_name(name): name for name in stored if not is_original_name(name)}
@@ -292,16 +293,19 @@ _Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], 
 
 
 def _open_file(path: Path) -> _Opened:
+    require_regular(path)
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path} is no complete checkpoint: it is being written, or was cut short.")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        state, _ = content["state_dict"], int(content["global_step"])
+        state, _ = content["state_dict"], content["global_step"]
     except Exception as error:  # of pickle, zipfile, torch or a missing key: many types, one meaning
         raise CheckpointError(
             f"{path} can't be read as a Lightning checkpoint ({type(error).__name__}: {str(error).splitlines()[:1]})."
         ) from error
-    return {name: (tuple(t.shape), t.dtype) for name, t in state.items()}, state.__getitem__, content
+    require_parts(path, content)
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}, state.__getitem__, content
 
 
 def _open_sharded(path: Path) -> _Opened:
@@ -317,7 +321,11 @@ def _open_sharded(path: Path) -> _Opened:
         sharded.read_tensors(path, {f"state_dict.{name}": tensor}, alone=True)
         return tensor
 
-    return found, load, sharded.load_plain(path / _REST)
+    rest = sharded.load_plain(path / _REST)
+    if not isinstance(rest, Mapping) or "global_step" not in rest:
+        raise CheckpointError(f"{path / _REST} is no part of a checkpoint: it lacks global_step.")
+    require_parts(path, rest)
+    return found, load, rest
 
 
 def _code(path: Path, name: str, dtype: torch.dtype) -> str:

@@ -32,7 +32,8 @@ class Evil:
 
 
 def content(step, **more):
-    rest = {"epoch": 0, "loops": {}, "pytorch-lightning_version": "2.6.0", "lr_schedulers": [], "global_step": step}
+    rest = {"epoch": 0, "loops": {"fit_loop": {}}, "pytorch-lightning_version": "2.6.0", "lr_schedulers": [{}],
+            "global_step": step}  # fmt: skip
     return {**rest, "state_dict": WEIGHTS, "optimizer_states": [{"state": {}, "param_groups": []}], **more}
 
 
@@ -224,7 +225,7 @@ def test_no_code_from_a_checkpoint_runs(tmp_path, where):
     for read in (resume, lambda: TrainedReader(path).read("a")):
         if where == "value" and read is not resume:
             continue  # it reads weights alone
-        with pytest.raises(CheckpointError, match=r"nothing in it was run|UnpicklingError"):
+        with pytest.raises(CheckpointError, match=r"nothing in it was run|UnpicklingError|tensors outside the folder"):
             read()
     assert not trace.exists()
     if where in ("index", "value"):

@@ -53,7 +53,8 @@ def write(home, state, step, name=None):
     """As Lightning does it: the module's parameters stand under ``model.``."""
     path = home / "checkpoints" / (name or f"step-{step}.ckpt")
     path.parent.mkdir(exist_ok=True)
-    torch.save({"state_dict": {f"model.{n}": t for n, t in state.items()}, "global_step": step, "loops": {}}, path)
+    state = {f"model.{n}": t for n, t in state.items()}
+    torch.save({"state_dict": state, "global_step": step, "loops": {"fit_loop": {}}}, path)
     return path
 
 
