@@ -10,8 +10,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
-from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.checkpoint.names import (
     TOWERS,
@@ -33,8 +35,8 @@ from shadowlit.checkpoint.names import (
 )
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.distributed import local, local_slices
-from shadowlit.errors import CheckpointError, GraftError, ShadowlitError
-from shadowlit.grafting.adapter import is_plain, require_untied, starts_from_weights, type_of
+from shadowlit.errors import CheckpointError, GraftError, ShadowlitError, first_line
+from shadowlit.grafting.adapter import adapted_layers, is_plain, require_untied, starts_from_weights, type_of
 from shadowlit.grafting.parameters import host_of, host_parameters
 from shadowlit.grafting.quantised import quantised_layers
 from shadowlit.limits import bounded_matching
@@ -142,7 +144,7 @@ def load_for_training(
         return model.to(device).train()
     if adapter is not None:
         with torch.device("meta"):
-            model = get_peft_model(model, adapter, low_cpu_mem_usage=True)
+            model = _adapted(model, adapter)
             if any(isinstance(module, ParamWrapper) for module in model.modules()):
                 model = model.float()
         require_untied(model)
@@ -195,6 +197,49 @@ def _fill(
     # Buffers that no checkpoint holds (rotary frequencies, embedding scales). transformers' own initialisation skips
     # every parameter marked above.
     host.initialize_weights()
+
+
+def require_fitting(architecture: Mapping[str, Any]) -> None:
+    """Raise a GraftError if the adapter doesn't fit the model; nothing is read, and no setting changes.
+
+    Args:
+        architecture: Arguments of :func:`load_for_training` that describe the model.
+    """
+    options = {"adapter": copy.deepcopy(architecture["adapter"]), "parallelize": lambda _: None, "four_bits": False}
+    with isolate_rng(include_cuda=False):
+        adapted_layers(load_for_training(None, device=torch.device("meta"), mesh=None, **{**architecture, **options}))
+
+
+def _adapted(model: nn.Module, adapter: PeftConfig) -> nn.Module:
+    """Peft's model around one on the meta device; a GraftError in place of whatever peft raises."""
+    names = [name for name, _ in model.named_modules()]
+    for key in getattr(adapter, "modules_to_save", None) or ():
+        if not any(name.endswith(key) for name in names):
+            ends = sorted({end for name in names if not (end := name.rpartition(".")[2]).isdigit()} - {""})
+            raise GraftError(
+                f"model.adapter.modules_to_save has {key!r}, which is no module of {type(model).__name__}. Expected "
+                f"names such as {some_of(ends, 3)}. Correct or remove it."
+            )
+    for setting in ("trainable_token_indices", "token_indices"):
+        if not (chosen := getattr(adapter, setting, None)):
+            continue
+        rows = cast(Any, model).get_input_embeddings().weight.shape[0]
+        tokens = [token for each in (chosen.values() if isinstance(chosen, Mapping) else [chosen]) for token in each]
+        if outside := [token for token in tokens if not 0 <= token < rows]:
+            raise GraftError(
+                f"model.adapter.{setting} has {some_of(outside, 3)}; expected numbers from 0 to {rows - 1}, which are "
+                "the rows of the embedding. Correct or remove them."
+            )
+    try:
+        return get_peft_model(model, adapter, low_cpu_mem_usage=True)
+    except ShadowlitError:
+        raise
+    except Exception as error:  # peft's types check their settings in their own ways, or not at all
+        raise GraftError(
+            f"model.adapter, a {type(adapter).__name__}, doesn't fit {type(model).__name__} ({first_line(error)}). "
+            "Correct its options: target_modules names modules of the model, and ranks and sizes of blocks fit their "
+            "shapes."
+        ) from error
 
 
 def _try_patterns(model: nn.Module, adapter: PeftConfig) -> None:

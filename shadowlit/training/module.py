@@ -39,7 +39,7 @@ from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
 from shadowlit.training.groups import ParameterGroup, read_multipliers
 from shadowlit.training.head import Way
-from shadowlit.training.loading import load_for_training, require_unsharded
+from shadowlit.training.loading import load_for_training, require_fitting, require_unsharded
 from shadowlit.training.objective import supervised_positions
 from shadowlit.training.objectives import SFT, Objective, require_sums, require_weighed
 from shadowlit.training.optimizer import OptimizerChoice, begin_step, make_optimizer, plain_tensors, whole_tensors
@@ -294,9 +294,13 @@ class ShadowModule(ScoringModule):
         return []
 
     def open_start(self, precision: str) -> None:
-        """Open ``start_from``, from headers alone; raise a ShadowlitError where training can't start there."""
+        """Try the adapter, and open ``start_from``, from headers alone; raise a ShadowlitError if one doesn't fit."""
+        if self.adapter is None and self.start.source is None:
+            return
+        options = self.architecture(precision, False, all(self.pair.ties()))
+        if self.adapter is not None:
+            require_fitting(options)
         if self.start.source is not None:
-            options = self.architecture(precision, False, all(self.pair.ties()))
             self.start.open(self.pair, self.adapter, options, self.objective.token_reference == "start")
 
     def on_fit_start(self) -> None:

@@ -1,0 +1,52 @@
+"""Settings of the adapter and of the training that can't work: one line of error before the data are read."""
+
+import json
+import re
+
+import pytest
+
+from shadowlit.cli.main import main
+from tests.test_configs import ROOT
+
+
+def error_of(capsys, monkeypatch, tmp_path, *arguments):
+    """The one line of error of a fit whose data don't exist, so that it can't be found after they are read."""
+    monkeypatch.chdir(ROOT)
+    fit = ["fit", "--config", "configs/demo_lora.yaml", "--run.root", str(tmp_path), "--evaluation.evaluators={}"]
+    status = main([*fit, "--data.train=missing.jsonl", *arguments])
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    return status, line.removeprefix("error: ")
+
+
+def adapter(name, **options):
+    return {"class_path": f"peft.{name}", "init_args": options}
+
+
+ADAPTERS = [
+    ({"r": 4, "target_modules": ["nope"]}, r"model\.adapter, a LoraConfig, doesn't fit Qwen3ForCausalLM \(No.*'nope'"),
+    ({"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [99]}, r"model\.adapter, a Lora.*\[99\]"),
+    ({"r": 0}, r"model\.adapter, a LoraConfig, .*\(ValueError: .*r.* positive .* 0\)\. Correct its options"),
+    (adapter("LoHaConfig", r=4, target_modules=["embed_tokens"]), r"model\.adapter, a LoHaConfig, .*Embedding"),
+    (adapter("C3AConfig", block_size=7), r"model\.adapter, a C3AConfig, .*block size is 7"),
+    ({"r": 4, "trainable_token_indices": [1, 999999]}, r"model\.adapter\.trainable_token_indices has 999999; .* 0 to"),
+    ({"r": 4, "modules_to_save": ["lm_head"]}, "the adapter changes the output head, but .* one tensor"),
+    ({"r": 4, "modules_to_save": ["nope"]}, r"model\.adapter\.modules_to_save has 'nope', which is no module"),
+    ({"r": 4, "lora_bias": True}, r"adapter\.lora_bias=true adds a bias to"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.parametrize(("value", "message"), ADAPTERS, ids=lambda _: "")
+def test_an_adapter_that_does_not_fit_the_model(capsys, monkeypatch, tmp_path, value, message):
+    status, line = error_of(capsys, monkeypatch, tmp_path, f"--model.adapter={json.dumps(value)}")
+    assert status == 2 and re.match(message, line), line
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_what_fits_gets_as_far_as_the_data(capsys, monkeypatch, tmp_path):
+    """The control of the other tests: they would pass too if the data came first and the adapter were never tried."""
+    arguments = ['--model.adapter={"r": 4, "modules_to_save": ["norm"], "trainable_token_indices": [999]}']
+    status, line = error_of(capsys, monkeypatch, tmp_path, *arguments)
+    assert status == 1 and "missing.jsonl does not exist" in line
