@@ -128,7 +128,8 @@ class Settings:
     """
 
     def __init__(self, optimizer: Optimizer, schedule: Any) -> None:
-        names = _arguments(optimizer, Optimizer) - {"params"}
+        parts = getattr(optimizer, "parts", [optimizer])  # of several in one
+        names = {name for part in parts for name in _arguments(part, Optimizer)} - {"params"}
         self._optimizer = optimizer
         self._groups = [
             {name: value for name, value in group.items() if name in {*names, "initial_lr"}}

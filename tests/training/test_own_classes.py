@@ -432,6 +432,17 @@ def test_muon_trains_an_adapter(root):
     assert third["train/loss"] == again["train/loss"] and groups(saved) == groups(cli)
 
 
+@pytest.mark.parametrize("init_args", [{}, {"momentum": 0.9}])
+def test_muon_on_the_command_line_trains_all_weights(root, init_args):
+    """The parser wraps the class, and schedules of transformers look at the optimizer's rate."""
+    muon = {"class_path": "torch.optim.Muon", "init_args": init_args}
+    schedule = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
+    cli, _ = fit(write(root, "muon", model={"optimizer": muon, "adapter": None, **schedule}), "--trainer.max_steps=1")
+    optimizer = cli.trainer.optimizers[0]
+    assert type(optimizer) is MuonAndAdamW and [group["lr"] for group in optimizer.param_groups] > [0]
+    assert optimizer.parts[0].defaults["momentum"] == init_args.get("momentum", 0.95)
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"optimizer": {"class_path": "torch.optim.Muon", "init_args": {"adjust_lr_fn": "x"}}}, "optimizer can't take .*x"),
     ({"optimizer": own("Bare")}, r"optimizer can't take .*TypeError: its __init__ doesn't call super\(\).__init__\(\)"),

@@ -126,7 +126,9 @@ def test_an_evaluator_that_breaks_its_contract(result, message, monkeypatch):
     callback.record = ValidationRecord()
     monkeypatch.setattr(callback, "_context", lambda *_: None)
     if not message:
-        return callback._run(SimpleNamespace(progress_bar_callback=None), SimpleNamespace(eval=lambda: None), TUNED, ["mine"])
+        return callback._run(
+            SimpleNamespace(progress_bar_callback=None), SimpleNamespace(eval=lambda: None), TUNED, ["mine"]
+        )
     with pytest.raises(ShadowlitError, match=rf"^evaluation\.evaluators\.mine is .*\.Fine, {message}"):
         callback._run(SimpleNamespace(progress_bar_callback=None), SimpleNamespace(eval=lambda: None), TUNED, ["mine"])
 
