@@ -24,7 +24,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.metrics_file import MetricsFile
 from shadowlit.checkpoint.saved import find_whole, newest_whole, read_rest, step_of
-from shadowlit.delta.checkpoints import config_above, read_config
+from shadowlit.delta.configured import config_above, read_config
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text, require_writable, unused
@@ -361,7 +361,7 @@ def _without_secrets(value: Any, secret: bool = False) -> Any:
         parts = {name: _without_secrets(each, secret or is_secret(name)) for name, each in vars(value).items()}
         return Namespace(**parts)
     if isinstance(value, list):
-        return [_without_secrets(each, secret) for each in value]
+        return masked([_without_secrets(each, secret) for each in value], secret)
     return masked(value, secret)
 
 

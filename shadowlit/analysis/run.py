@@ -12,7 +12,7 @@ from typing import Any
 
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.tables import Markdown, Table
-from shadowlit.delta.checkpoints import read_config
+from shadowlit.delta.configured import read_config
 from shadowlit.errors import DataError
 from shadowlit.evaluation.samples import read_samples, side_by_side
 from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest

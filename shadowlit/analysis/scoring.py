@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 from shadowlit.analysis.deltas import reader_of
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.layout import in_layout_of_module
+from shadowlit.data.custom_formats import format_names
 from shadowlit.data.module import ShadowData
 from shadowlit.data.settings import sets_by_name
-from shadowlit.delta.checkpoints import located
+from shadowlit.delta.configured import located, require_known
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError
 from shadowlit.grafting.arithmetic import add_delta
@@ -34,6 +35,7 @@ class Scorer:
         folder: Folder of the run, from which relative paths are looked up.
         batches: Number of batches of each validation set; None for all.
         device: Device that computes.
+        trust_config: Whether formats that are given by import path are imported and called.
 
     Raises:
         DataError: The validation data are missing or broken.
@@ -46,8 +48,9 @@ class Scorer:
         folder: Path,
         batches: int | None = None,
         device: str | torch.device = "cpu",
+        trust_config: bool = False,
     ) -> None:
-        data = _data(pair, config, folder)
+        data = _data(pair, config, folder, trust_config)
         self._batches = [batch for loader in data.val_dataloader() for batch in islice(loader, batches)]
         self._device = torch.device(device)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -91,7 +94,7 @@ class Scorer:
         return scores.compute()["loss"]
 
 
-def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path) -> ShadowData:
+def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path, trusted: bool) -> ShadowData:
     section = config.get("data") or {}
     validation = section.get("validation") or {}
     if not validation:
@@ -106,6 +109,9 @@ def _data(pair: ModelPair, config: Mapping[str, Any], folder: Path) -> ShadowDat
         else located(str(source), folder)
         for name, source in sets_by_name(validation, "val").items()
     }
+    if not trusted:
+        formats = [each.get("format") for each in (section, *sources.values()) if isinstance(each, dict)]
+        require_known(filter(None, formats), format_names(), "data.format", folder)
     data = ShadowData(pair, validation=sources, **settings)
     data.setup("validate")
     return data

@@ -16,7 +16,7 @@ from torch import Tensor
 from shadowlit.analysis.deltas import trimmed
 from shadowlit.analysis.subspaces import Spectrum
 from shadowlit.checkpoint.names import kind_of
-from shadowlit.delta.checkpoints import pair_of, read_config
+from shadowlit.delta.configured import pair_of, read_config
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, GraftError
 
@@ -128,6 +128,7 @@ def losses(
     scale: float = 1.0,
     batches: int | None = None,
     device: str = "cpu",
+    trust_config: bool = False,
 ) -> Losses | None:
     """Graft an update whole and cut onto the Instruct, and score each on the validation data of a run.
 
@@ -142,6 +143,8 @@ def losses(
         scale: Scale λ of the graft.
         batches: Number of batches of each validation set; None for all.
         device: Device that computes.
+        trust_config: Whether to run code that ``config.yaml`` names: a ``data.format`` by import path, and that of the
+            models if it sets ``pair.trust_remote_code``.
 
     Raises:
         DataError: The folder holds no configuration, or no validation data.
@@ -154,7 +157,7 @@ def losses(
     config = read_config(home)
     if not config:
         raise DataError(f"{home} holds no config.yaml, which names the validation data. Give the folder of a run.")
-    scorer = Scorer(pair_of(config, home), config, home, batches, device)
+    scorer = Scorer(pair_of(config, home, trust_config), config, home, batches, device, trust_config)
     return Losses(
         untouched=scorer.loss(None),
         whole=scorer.loss(delta * scale),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +14,10 @@ from shadowlit.checkpoint.folder import require_room
 from shadowlit.checkpoint.names import is_adapter_name, tower_of
 from shadowlit.checkpoint.saved import find_whole
 from shadowlit.cli.graft import write
-from shadowlit.delta.checkpoints import TrainedReader, adapter_of, config_above, pair_of, read_config, update_of
+from shadowlit.delta.checkpoints import TrainedReader, update_of
+from shadowlit.delta.configured import adapter_of, config_above, pair_of, read_config, require_known
 from shadowlit.delta.delta import Delta, write_delta
+from shadowlit.delta.registry import transform_names
 from shadowlit.delta.transforms import Transforms
 from shadowlit.errors import ExportError, GraftError
 from shadowlit.grafting.adapter import adapt_all_linear, dependence, starts_from_weights, why_not_movable
@@ -36,6 +39,7 @@ def export(
     parts: list[Literal["model", "adapter", "delta"]] = [],  # noqa: B006 - read only, and shown by --help
     scale: float | None = None,
     run: str | None = None,
+    trust_config: bool = False,
 ) -> None:
     """Write the grafted Instruct, the adapter and the delta from a checkpoint of fit, without training.
 
@@ -48,6 +52,8 @@ def export(
         parts: Parts to write: model, adapter, delta; if empty, export.parts of the run.
         scale: Scale of the graft; by default the first of graft.scales of the run.
         run: Folder with the config.yaml of the run; by default the nearest one above the checkpoint.
+        trust_config: Whether to run code that config.yaml names: graft.transforms by import path, and that of the
+            models if it sets pair.trust_remote_code.
     """
     if scale == 0:
         raise ExportError("scale is 0, with which the graft would be the untouched Instruct. Give another one.")
@@ -59,10 +65,14 @@ def export(
             "pair, the selection and the adapter of a run. Give the folder of the run as --run."
         )
     settings = {key: config.get(key) or {} for key in ("graft", "export", "model")}
-    stage, pair = TrainedReader(path), pair_of(config, home)
+    stage, pair = TrainedReader(path), pair_of(config, home, trust_config)
     adapter = adapter_of(config, home) if any(map(is_adapter_name, stage.tensors)) else None
     _require_exportable(stage, pair, adapter, home)
-    transforms = Transforms(settings["graft"].get("transforms") or [], "graft.transforms")
+    given = settings["graft"].get("transforms") or []
+    if not trust_config:
+        names = [each.get("name") for each in given if isinstance(each, Mapping)]
+        require_known(names, transform_names(), "graft.transforms", home)
+    transforms = Transforms(given, "graft.transforms")
     wanted = parts or settings["export"].get("parts") or ["model", "adapter"]
     started = "start" in stage.fingerprints
     if reason := why_not_movable(adapter, bool(transforms), started):

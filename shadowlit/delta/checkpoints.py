@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from shadowlit.checkpoint.alignment import AlignedReader
@@ -22,6 +20,7 @@ from shadowlit.checkpoint.names import is_adapter_name, is_original_name, saved_
 from shadowlit.checkpoint.pickled import open_checkpoint
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described, rows_of
 from shadowlit.checkpoint.structure import require_parts
+from shadowlit.delta.configured import adapter_of, config_above, located, pair_of
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import CheckpointError, DataError, GraftError
 from shadowlit.grafting.disk import linear_on_disk
@@ -29,13 +28,11 @@ from shadowlit.grafting.manifest import MANIFEST_FILE, read_manifest
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.tuned import is_run, require_no_graft
 from shadowlit.grafting.update import FullUpdate, SummedUpdate, Update
-from shadowlit.limits import load_yaml
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.side import stated_sides
 from shadowlit.pair.weights import require_one_architecture
-from shadowlit.plugins import import_object
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -270,45 +267,6 @@ def _learned(pair: ModelPair) -> tuple[AlignedReader, TensorReader]:
     return AlignedReader(base, instruct), instruct
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
-
-    Raises:
-        DataError: It isn't a YAML mapping.
-    """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        return {}
-    try:
-        found = load_yaml(file.read_text(encoding="utf-8"), str(file)) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"{file} is not readable YAML ({str(error).splitlines()[0]}). Restore it.") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{file} holds {type(found).__name__}, not the keys of a configuration. Restore it.")
-    return found
-
-
-def pair_of(config: Mapping[str, Any], folder: Path) -> ModelPair:
-    """The pair of a run, whose paths may be relative to the folder that it was started from; see :func:`located`.
-
-    Raises:
-        DataError: The configuration names no pair.
-    """
-    section = config.get("pair") or {}
-    if not section.get("base") or not section.get("instruct"):
-        raise DataError(
-            f"{folder} holds no config.yaml that names a pair. Expected the one that 'python -m shadowlit fit' leaves "
-            "there; for another run, give the base."
-        )
-    return ModelPair(**{**section, **{who: located(section[who], folder) for who in ("base", "instruct")}})
-
-
-def located(source: str, folder: Path) -> str:
-    """A path of a run's configuration, looked for from here and from every folder above the run's; else as it is."""
-    above = [Path(), *folder.resolve().parents]
-    return next((str(parent / source) for parent in above if (parent / source).exists()), source)
-
-
 def _opened(path: Path) -> TrainedReader | None:
     try:
         return TrainedReader(path)
@@ -329,26 +287,6 @@ def _none(folder: Path) -> DataError:
         f"{folder} holds no complete *.ckpt. Give the folder of a run with a ModelCheckpoint callback; "
         "every_n_train_steps and save_top_k=-1 keep the checkpoints of its whole course."
     )
-
-
-def config_above(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The nearest folder above a checkpoint with a ``config.yaml``, and that."""
-    home = next((parent for parent in path.parents if (parent / "config.yaml").is_file()), path.parent)
-    return home, read_config(home)
-
-
-def adapter_of(config: Mapping[str, Any], home: Path) -> PeftConfig:
-    """The settings of a run's adapter, from the configuration found in ``home``; a DataError if it has none."""
-    section = (config.get("model") or {}).get("adapter")
-    if not section:
-        raise DataError(
-            f"{home} holds no config.yaml with the settings of its adapter, on which the scale of its update "
-            "depends. Give the adapter's settings."
-        )
-    settings = section.get("init_args", section)
-    made = import_object(section.get("class_path", "peft.LoraConfig"), "model.adapter.class_path", "a class")
-    known = inspect.signature(made).parameters.keys() - {"runtime_config", "loftq_config"}
-    return made(**{name: value for name, value in settings.items() if name in known and value is not None})
 
 
 _Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], Tensor], Mapping[str, Any]]

@@ -300,7 +300,11 @@ class ShadowModule(ScoringModule):
             self.start.open(self.pair, self.adapter, options, self.objective.token_reference == "start")
 
     def on_fit_start(self) -> None:
-        """Refuse data of another kind than the objective needs, or disks that won't do; name the optimizer's states."""
+        """Refuse a checkpoint without the optimizer's states, data of another kind than the objective needs, or disks.
+
+        The optimizer's states get the names of their parameters.
+        """
+        resuming.require_states(self.trainer)
         if not isinstance(self.trainer.strategy, ShardedStrategy):  # which does it itself
             name_states(self.trainer.optimizers, self)
         samples = run_data(self.trainer).samples

@@ -21,6 +21,9 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.errors import CheckpointError
+
 
 class StepLoop(_TrainingEpochLoop):
     """Lightning's loop over an epoch, which validates after whole optimizer steps.
@@ -114,6 +117,37 @@ def amend(trainer: Trainer, loops: dict[str, Any]) -> None:
 def _count(progress: dict[str, Any], name: str) -> None:
     for span in ("total", "current"):
         progress[span] = {**progress[span], name: progress[span][name] + 1}
+
+
+def require_states(trainer: Trainer) -> None:
+    """Raise unless a checkpoint that is about to be restored has a state for each optimizer and schedule.
+
+    Lightning restores as many as there are, and the others begin again without a word.
+
+    Raises:
+        CheckpointError: It lacks one, or was written with another optimizer.
+    """
+    content, path = trainer._checkpoint_connector._loaded_checkpoint, trainer.ckpt_path
+    if not content:
+        return
+    cure = "Give another checkpoint as ckpt_path, or start a new run (no ckpt_path, another run.name)."
+    for key, own in (("optimizer_states", trainer.optimizers), ("lr_schedulers", trainer.lr_scheduler_configs)):
+        if len(found := content[key]) != len(own):
+            raise CheckpointError(
+                f"{path} holds {len(found)} {key}, but the run has {len(own)}, so it can't resume exactly. {cure}"
+            )
+    for state, optimizer in zip(content["optimizer_states"], trainer.optimizers, strict=True):
+        saved = {key for group in state["param_groups"] for key in group} - {"params", "param_names", "initial_lr"}
+        keys = {key for group in optimizer.param_groups for key in group} - {"params", "param_names", "initial_lr"}
+        if (added := saved - keys) and (missing := keys - saved):
+            raise CheckpointError(
+                f"model.optimizer is {type(optimizer).__name__}, but {path} was written with another optimizer: it has "
+                f"{some_of(sorted(added))} and lacks {some_of(sorted(missing))}. Resume with the optimizer of its run, "
+                "or start a new run (no ckpt_path, another run.name)."
+            )
+        moments = any("betas" in group or group.get("momentum") for group in state["param_groups"])
+        if moments and content["global_step"] and not state["state"]:
+            raise CheckpointError(f"{path} holds no moments of its optimizer, so the run can't resume exactly. {cure}")
 
 
 class Settings:

@@ -7,7 +7,7 @@ import yaml
 
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.run import answers, changes, overview, read_run, scores
-from shadowlit.delta.checkpoints import located, pair_of, read_config
+from shadowlit.delta.configured import located, pair_of, read_config
 from shadowlit.errors import DataError
 
 HEAD = (

@@ -190,3 +190,27 @@ def test_a_residual_is_not_in_the_checkpoint_and_the_run_itself_can_export_it(tm
     trainer = make_trainer(tmp_path, GraftCallback(), export, max_steps=2, val_check_interval=2)
     trainer.fit(module, RandomData(), ckpt_path=last)
     assert files(tmp_path / "again/model") == files(tmp_path / "run/export/model")
+
+
+def signs(update: torch.Tensor) -> torch.Tensor:
+    return update.sign() * 1e-3
+
+
+def test_the_configuration_next_to_a_checkpoint_runs_no_code(tmp_path, capsys):
+    home, checkpoint = tmp_path / "run", str(tmp_path / "run/checkpoints/step=2.ckpt")
+    fit(home, save_pair(tmp_path), "lora", {"select": "all"})
+    config = yaml.safe_load((home / "config.yaml").read_text())
+
+    def export(section, **values):
+        (home / "config.yaml").write_text(yaml.safe_dump({**config, section: {**config[section], **values}}))
+        return ["export", "--ckpt", checkpoint, "--parts", "[delta]", "--out", str(tmp_path / "out")]
+
+    called = {"class_path": "subprocess.getoutput", "init_args": {"cmd": f"touch {tmp_path}/called"}}
+    assert main(export("model", adapter=called)) == 1
+    assert "model.adapter.class_path 'subprocess.getoutput'; expected a class of peft's" in capsys.readouterr().err
+    given = export("graft", transforms=[{"name": "tests.cli.test_export.signs"}])
+    assert main(given) == 1
+    assert "graft.transforms 'tests.cli.test_export.signs', a function" in capsys.readouterr().err
+    assert not (tmp_path / "called").exists() and not (tmp_path / "out").exists()
+    assert main([*given, "--trust_config", "true"]) == 0
+    assert read_manifest(tmp_path / "out/delta")["transforms"] == [{"name": "tests.cli.test_export.signs"}]

@@ -2,12 +2,16 @@
 
 import csv
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from shadowlit.errors import CheckpointError
 from shadowlit.lightning_cli import main
 from shadowlit.training import checkpoints
+from shadowlit.training.resuming import require_states
 from tests.test_stopping import _MACHINES, root  # noqa: F401  a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -107,3 +111,34 @@ def test_the_configured_settings_count_and_not_those_of_the_checkpoint(root, tmp
     torch.save(forged, tmp_path / "forged.ckpt")
     parts = fit(root, tmp_path / "parts", 4, short, f"--ckpt_path={tmp_path / 'forged.ckpt'}")
     require_equal(held(parts / "step-5.ckpt"), held(one / "step-5.ckpt"))
+
+
+OPTIMIZERS = {"adam": torch.optim.AdamW, "sgd": torch.optim.SGD}
+NO_STATES = {
+    "optimizer_states": ("adam", {"optimizer_states": []}, "a.ckpt holds 0 optimizer_states, but the run has 1"),
+    "lr_schedulers": ("adam", {"lr_schedulers": []}, "a.ckpt holds 0 lr_schedulers, but the run has 1"),
+    "another": (
+        "sgd",
+        {},
+        "is SGD, but a.ckpt was written with another .* betas.* and lacks .*momentum",
+    ),
+    "moments": ("adam", {"no": "moments"}, "a.ckpt holds no moments of its optimizer"),
+    "all": ("adam", {}, None),
+    "not begun": ("adam", {"no": "moments", "global_step": 0}, None),
+}
+
+
+@pytest.mark.parametrize("what", NO_STATES)
+def test_a_checkpoint_without_states_is_refused(what):
+    """Lightning pairs states and optimizers with zip: without the check the moments would begin at zero."""
+    kind, changes, message = NO_STATES[what]
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    saved, own = (OPTIMIZERS[each](parameters, lr=0.1) for each in ("adam", kind))
+    parameters[0].grad = torch.ones(2)
+    if "no" not in changes:
+        saved.step()
+    content = {"global_step": 3, "optimizer_states": [saved.state_dict()], "lr_schedulers": [{}], **changes}
+    trainer = SimpleNamespace(_checkpoint_connector=SimpleNamespace(_loaded_checkpoint=content), ckpt_path="a.ckpt",
+                              optimizers=[own], lr_scheduler_configs=[1])  # fmt: skip
+    with nullcontext() if message is None else pytest.raises(CheckpointError, match=message):
+        require_states(trainer)
