@@ -20,6 +20,7 @@ from shadowlit.lightning_cli import check, main
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.bar import ProgressLine
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.optimizer import MuonAndAdamW
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
