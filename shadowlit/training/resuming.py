@@ -122,7 +122,7 @@ def _count(progress: dict[str, Any], name: str) -> None:
 def require_states(trainer: Trainer) -> None:
     """Raise unless a checkpoint that is about to be restored has a state for each optimizer and schedule.
 
-    Lightning restores as many as there are, and the others begin again without a word.
+    Lightning restores as many as there are, and starts the others from scratch.
 
     Raises:
         CheckpointError: It lacks one, or was written with another optimizer.
