@@ -25,9 +25,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, in build/site: strict, without a network. Its search needs a server: python -m http.server -d build/site.
+# The site, in build/site: strict (--quiet would drop the warnings that --strict counts), without a network. Its search needs a server: python -m http.server -d build/site.
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 notebooks: $(STAMP)
 	$(BIN)/jupyter nbconvert --to html --execute --output-dir notebooks/html notebooks/*.ipynb

@@ -194,7 +194,7 @@ class ShadowCLI(LightningCLI):
             except Interrupted:
                 raise
             except (Exception, SystemExit) as error:
-                if isinstance(error, MisconfigurationException | ValueError):
+                if isinstance(error, MisconfigurationException | ValueError | ModuleNotFoundError):
                     self._raise_of_trainer(error)
                 self._raise_named(error)
             if "callback_metrics" not in vars(self.model):
@@ -283,6 +283,7 @@ class ShadowCLI(LightningCLI):
         options, message = self.config[self.subcommand]["trainer"], " ".join(str(error).split())
         if options["overfit_batches"]:  # which sets all three
             message = re.sub(r"\blimit_(train|val|test)_batches", "overfit_batches", message)
+        message = message.replace("Timer(duration", "Timer(max_time")
         keys = [word for word in re.findall(r"\w+", message) if word in options][:1] or ["accelerator", "devices"]
         hint = "" if len(keys) == 1 else " Set what this machine has, e.g. trainer.accelerator=cpu."
         named = ", ".join(f"trainer.{key} is {options[key]}" for key in keys)

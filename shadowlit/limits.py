@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, first_line
 
 _Result = TypeVar("_Result")
 
@@ -111,11 +111,24 @@ def load_yaml(text: str, where: str) -> Any:
         where: File or setting that has it, for the message.
 
     Raises:
-        ShadowlitError: Its aliases stand for too many values.
+        ShadowlitError: Its aliases stand for too many values, it is nested too deeply, or a number has too many digits.
         yaml.YAMLError: It is no YAML.
     """
     require_few_values(text, where)
-    return yaml.safe_load(text)
+    return readable(lambda: yaml.safe_load(text), where)
+
+
+def readable(load: Callable[[], _Result], where: str) -> _Result:
+    """What ``load`` returns for a text; YAML's errors that are none of its own become a ShadowlitError."""
+    try:
+        return load()
+    except RecursionError:
+        problem = "is nested too deeply; expected a few levels. Write it flatter"
+    except yaml.YAMLError:
+        raise
+    except ValueError as error:  # of Python's int or date
+        problem = f"holds a number or date that can't be read ({first_line(error)}). Write another, or quote it"
+    raise ShadowlitError(f"{where} {problem}.")
 
 
 def require_few_values(text: str, where: str) -> None:
@@ -127,7 +140,7 @@ def require_few_values(text: str, where: str) -> None:
     if "&" not in text or "*" not in text:
         return
     try:
-        number = _num_values(yaml.compose(text, Loader=yaml.SafeLoader), {})
+        number = readable(lambda: _num_values(yaml.compose(text, Loader=yaml.SafeLoader), {}), where)
     except yaml.YAMLError:  # whoever loads it reports it
         return
     if number > _MAX_VALUES:

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import get_loader, set_loader
 
 from shadowlit.errors import ShadowlitError, first_line
-from shadowlit.limits import require_few_values
+from shadowlit.limits import readable, require_few_values
 from shadowlit.masking import MASK, is_secret, mask_text
 from shadowlit.plugins import import_object
 
@@ -34,8 +34,9 @@ _load_yaml = get_loader("yaml")
 
 
 def _load_value(text: str) -> Any:
-    require_few_values(text, "the configuration, or a value on the command line,")
-    return _load_yaml(text)
+    where = "the configuration, or a value on the command line,"
+    require_few_values(text, where)
+    return readable(lambda: _load_yaml(text), where)
 
 
 set_loader("yaml", _load_value, (yaml.YAMLError,))  # for every configuration and value that jsonargparse reads

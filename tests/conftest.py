@@ -21,6 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One thread: results don't depend on the machine, and several test processes don't wait for each other's threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job ignores SIGINT, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tokenised data of tests are kept for their time only.
 if "HF_DATASETS_CACHE" not in os.environ:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="shadowlit-tests-")

@@ -100,3 +100,13 @@ def test_a_broken_text_is_left_to_whoever_loads_it():
 def test_the_limit_leaves_what_is_matched_in_time():
     with bounded_matching("x"):
         assert resolve("q_proj", ["a.q_proj.weight", "b"], frozenset(), "x") == {"a.q_proj.weight"}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("a: " + "[" * 3000 + "]" * 3000, "^f is nested too deeply"),
+    ("a: " + "9" * 6000, "^f holds a number or date that can't"),
+])  # fmt: skip
+def test_what_yaml_cannot_read_is_an_error_of_a_line(text, message):
+    with pytest.raises(ShadowlitError, match=message) as caught:
+        load_yaml(text, "f")
+    assert "\n" not in str(caught.value)

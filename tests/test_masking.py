@@ -1,6 +1,8 @@
 """Secrets are masked in every file and message; what only sounds like one is not."""
 
+import ast
 import json
+import re
 
 import pytest
 import yaml
@@ -21,9 +23,12 @@ from shadowlit.studies.trials.recipe import Recipe
 from tests.cli.test_errors import DEMO, configuration
 
 SECRETS = """api_key apikey apiKey WANDB_API_KEY x.y.token hf_token HF_TOKEN accessToken password db_password passwd
-    secret client_secret private_key aws_secret_access_key Authorization credentials api-key deploy_token"""
-OTHERS = """pad_token_id pad_token eos_token image_token max_tokens num_tokens tokens token_ids tokenizer key keys
-    cache_key sort_key password_file secretary author keyboard every_n_tokens"""
+    secret client_secret private_key aws_secret_access_key Authorization credentials api-key deploy_token private_token
+    slack_token bot_token write_token jwt_token tokens passwords db_pass ssh_key user_token PERSONAL_ACCESS_TOKEN
+    authToken x-api-key api_keys secrets basic_auth session_cookie apitoken botToken"""
+OTHERS = """pad_token_id pad_token eos_token image_token max_tokens num_tokens max_new_tokens supervised_tokens
+    nats_per_token token_id special_tokens author_id passes first_pass monkey tokens_per_s image_token_id token_ids
+    tokenizer key keys cache_key sort_key password_file secretary author keyboard every_n_tokens"""
 
 
 def test_the_names_of_secrets():
@@ -40,6 +45,15 @@ def test_the_names_of_secrets():
     ("--a.api_key=abc --b=1 --password abc --c", "--a.api_key=* --b=1 --password * --c"),
     ("Authorization: Bearer abc", "Authorization: *"),
     ("host=x password=pw dbname=y", "host=x password=* dbname=y"),
+    ("https://a.blob/c?sv=1&sig=abc%3D&x=2", "https://a.blob/c?sv=1&sig=*&x=2"),
+    ("see https://s3/x?X-Amz-Date=1&X-Amz-Signature=ab12&key=k&max_tokens=7", "see https://s3/x?X-Amz-Date=1&X-Amz-"
+     "Signature=*&key=*&max_tokens=7"),
+    ("postgresql://u:a/b@h and x", "postgresql://u:*@h and x"),
+    ("the header Bearer a1b2c3 is wrong", "the header Bearer * is wrong"),
+    ("init_args.api_key is ['abc']; expected str", "init_args.api_key is *; expected str"),
+    ("{'api_key': ['abc', 'd'], 'x': [1]} password=b'abc'", "{'api_key': *, 'x': [1]} password=*"),
+    ("tokens=abc max_tokens=7, tokens: 512, slack_token: x", "tokens=* max_tokens=7, tokens: 512, slack_token: *"),
+    ("credentials: {'user': {'a': 'b'}, 'c': 'd'}, e: f", "credentials: *, e: f"),
     ("a.password is wrong; expected a word", "a.password is wrong; expected a word"),
     ("the token: <pad> is unknown, pad_token: x, api_key=None", "the token: <pad> is unknown, pad_token: x, "
      "api_key=None"),
@@ -57,6 +71,9 @@ CONFIG = {
     "as_text": '{"class_path": "W", "init_args": {"api_key": "abc"}}',
     "credentials": {"user": "me", "keys": ["a", ""]},
     "pad_token": "<pad>",
+    "tokens": 5,
+    "counts": {"tokens": [5, 6], "key": 3},
+    "transforms": [{"name": "dare", "value": 0.5}],
     "system": "The token: x. Ask me:x@home for the password: no.",
     "lr": 1e-3,
     "max_tokens": 7,
@@ -76,6 +93,42 @@ def test_what_is_masked_in_a_configuration():
     assert masked(CONFIG) == expected and masked(expected) == expected
     assert masks_in(masked(CONFIG))[:2] == ["logger[0].init_args.api_key", "logger[0].init_args.password"]
     assert masks_in(CONFIG) == []
+
+
+@pytest.mark.parametrize(("value", "expected"), [
+    ({"name": "api_key", "value": "abc"}, {"name": "api_key", "value": MASK}),
+    ([{"key": "Authorization", "value": 7}], [{"key": "Authorization", "value": MASK}]),
+    (["run", "--token", "abc", "--pad_token", "x"], ["run", "--token", MASK, "--pad_token", "x"]),
+    ("Authorization: Bearer abc", f"Authorization: Bearer {MASK}"),
+    ({"pin_password": 1.5, "secrets": (b"x", 3)}, {"pin_password": MASK, "secrets": (MASK, MASK)}),
+    ({"tokens": ["abc"], "slack_token": "x"}, {"tokens": [MASK], "slack_token": MASK}),
+])  # fmt: skip
+def test_what_else_is_masked(value, expected):
+    assert masked(value) == expected and masked(expected) == expected
+
+
+def keys(value):
+    if isinstance(value, dict):
+        return {*map(str, value), *(key for each in value.values() for key in keys(each))}
+    return {key for each in value for key in keys(each)} if isinstance(value, list) else set()
+
+
+def test_no_key_of_our_own_is_taken_for_a_secret():
+    """Of all configurations, commands, models' files and columns of metrics in the repository."""
+    root = DEMO.parents[1]
+    found = set()
+    for file in [file for name in ("configs", "experiments", "shadowlit") for file in (root / name).rglob("*.yaml")]:
+        for document in yaml.safe_load_all(re.sub(r"^\s*\$.*$", "", file.read_text(), flags=re.M)):
+            found |= keys(document)
+    for file in (root / "shadowlit/demo/pair").rglob("*.json"):
+        found |= keys(json.loads(file.read_text())) if "tokenizer.json" not in file.name else set()
+    for module in (root / "shadowlit").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(module.read_text())))
+        found |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        found |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                  and node.value.replace("/", "_").isidentifier()}  # fmt: skip
+    found -= {"secret", "token", "tokens"}  # of masking.py, and words of texts
+    assert len(found) > 500 and [name for name in sorted(found) if is_secret(name.rpartition("/")[2])] == []
 
 
 def test_manifests_are_masked(tmp_path):

@@ -397,16 +397,29 @@ def require_replaceable(target: Path, key: str, inputs: Iterable[str | Path]) ->
         inputs: Files and folders that the command reads; what isn't there, such as a hub id, is passed over.
 
     Raises:
-        ExportError: It exists, and is one of them.
+        ExportError: It is in such a folder.
     """
-    if not target.exists():
-        return
     place = target.resolve()
-    read = [source for source in inputs if place.is_relative_to(Path(source).resolve())]
-    of_models = ("config.json", "adapter_config.json", "*.safetensors")
-    if read or any(any(folder.glob(name)) for folder in (target.parent, place.parent) for name in of_models):
+    read = [source for source in inputs if Path(source).exists() and place.is_relative_to(Path(source).resolve())]
+    if read or any(map(_holds_model, (target.parent, place.parent))):
         whose = f"belongs to {read[0]}, which is read" if read else f"is in the folder of a model, {target.parent}"
-        raise ExportError(f"{key} is '{target}', which exists and {whose}. Give another file; nothing was written.")
+        exists = "exists and " if target.exists() else ""
+        raise ExportError(f"{key} is '{target}', which {exists}{whose}. Give another file; nothing was written.")
+
+
+def _holds_model(folder: Path) -> bool:
+    """Whether files of a model or an adapter are directly in a folder."""
+    return any(any(folder.glob(name)) for name in ("config.json", "adapter_config.json", "*.safetensors"))
+
+
+def require_no_model(folder: Path, key: str) -> None:
+    """Raise if new folders would be made in the folder of a model.
+
+    Raises:
+        ExportError: It holds one.
+    """
+    if _holds_model(folder):
+        raise ExportError(f"{key} is '{folder}', the folder of a model. Give another folder; nothing was written.")
 
 
 def require_room(target: str | Path, num_bytes: int = 0, what: str | None = None) -> None:

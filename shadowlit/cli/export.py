@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from peft import PeftConfig
 
-from shadowlit.checkpoint.folder import require_room
+from shadowlit.checkpoint.folder import require_no_model, require_room
 from shadowlit.checkpoint.names import is_adapter_name, tower_of
 from shadowlit.checkpoint.saved import find_whole
 from shadowlit.cli.graft import write
@@ -80,6 +80,7 @@ def export(
             raise ExportError(f"parts has 'adapter', which can't be written. {reason} Leave it out.")
         wanted = [part for part in wanted if part != "adapter"]
     target = Path(out) if out else home / f"export-step-{stage.step}"
+    require_no_model(target, "out")
     for part in wanted:
         require_room(target / part)
 

@@ -11,7 +11,7 @@ _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 # What each command does, and its module: typed functions, or the LightningCLI for the subcommands of fit.
 COMMANDS = {
     "demo": (
-        "run the demonstration on the pair that comes with the package, in half a minute",
+        "run the demonstration on the pair that comes with the package, in one to three minutes",
         "shadowlit.demo.__main__",
     ),
     "init": ("write a configuration for a pair, with the batch size that fits", "shadowlit.cli.init"),

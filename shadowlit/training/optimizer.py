@@ -58,7 +58,7 @@ def make_optimizer(
                 f"{weight_decay} belong to adamw. Unset them, and give the class its options in "
                 "model.optimizer.init_args, e.g. weight_decay."
             )
-        if getattr(choice, "func", choice) is Muon:
+        if _class_of(choice) is Muon:
             by_adamw = {id(p) for name, p in named if p.dim() != 2 or is_token_tensor(saved_name(name))}
             choice = partial(_muon, choice, by_adamw, {"betas": tuple(betas), "eps": eps}, rate)
         return _of_class(choice, groups, lr)
@@ -73,6 +73,12 @@ def make_optimizer(
     fused = all(p.device.type in ("cpu", "cuda") for p in trained)
     optimizer = (OffloadedAdamW if offload else AdamW)(groups, fused=fused, **options)
     return _clippable(optimizer)
+
+
+def _class_of(factory: Any) -> Any:
+    """The class that a factory makes: itself, or that of a functools.partial, in which the parser wraps it twice."""
+    parts = getattr(factory, "func", factory), *getattr(factory, "args", ())
+    return next((part for part in parts if isinstance(part, type)), factory)
 
 
 def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimizer:
@@ -105,6 +111,8 @@ def _muon(
         for other, part in enumerate(parts):
             if chosen := [p for p in group["params"] if (id(p) in by_adamw) == other]:
                 part.append({**group, "params": chosen})
+    if not parts[0]:
+        raise ValueError("Muon trains matrices of layers, and none is trained; use adamw")
     sharded = any(isinstance(p, DTensor) for group in parts[0] for p in group["params"])
     muon = (ShardedMuon if sharded else Muon)(parts[0], **bound)
     if not parts[1]:
@@ -180,8 +188,9 @@ class MuonAndAdamW(Optimizer):
     """Two optimizers as one: Muon of the layers' matrices, AdamW of norms, biases, embedding and output head."""
 
     def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self._parts, self._num_groups = (muon, adamw), len(muon.param_groups)
+        self.parts, self._num_groups = (muon, adamw), len(muon.param_groups)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self.defaults = muon.defaults  # which schedules look at
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -191,7 +200,7 @@ class MuonAndAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups[: self._num_groups], self.param_groups[self._num_groups :]
-        for part, own in zip(self._parts, groups, strict=True):
+        for part, own in zip(self.parts, groups, strict=True):
             part.param_groups, part.state = own, self.state  # a checkpoint replaces both
             part.step()
         return loss

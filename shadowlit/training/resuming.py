@@ -122,7 +122,7 @@ def _count(progress: dict[str, Any], name: str) -> None:
 def require_states(trainer: Trainer) -> None:
     """Raise unless a checkpoint that is about to be restored has a state for each optimizer and schedule.
 
-    Lightning restores as many as there are, and the others begin again without a word.
+    Lightning restores as many as there are, and starts the others from scratch.
 
     Raises:
         CheckpointError: It lacks one, or was written with another optimizer.
@@ -162,7 +162,8 @@ class Settings:
     """
 
     def __init__(self, optimizer: Optimizer, schedule: Any) -> None:
-        names = _arguments(optimizer, Optimizer) - {"params"}
+        parts = getattr(optimizer, "parts", [optimizer])  # of several in one
+        names = {name for part in parts for name in _arguments(part, Optimizer)} - {"params"}
         self._optimizer = optimizer
         self._groups = [
             {name: value for name, value in group.items() if name in {*names, "initial_lr"}}

@@ -94,7 +94,8 @@ class ScoringModule(LightningModule):
             tokenizer.decode(ids[mask.bool()].tolist())
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        rows = zip(batch["index"].tolist(), texts, answers, batch["reference"], strict=True)
+        references = batch.get("reference", [None] * len(texts))  # which only our own data have
+        rows = zip(batch["index"].tolist(), texts, answers, references, strict=True)
         return [
             {"index": index, "prompt": text, "answer": answer.text, "reference": reference}
             for index, text, answer, reference in rows

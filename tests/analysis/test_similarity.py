@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from shadowlit.analysis import sums
 from shadowlit.analysis.similarity import Group, Similarity, TensorSimilarity, compare, open_reader, with_ranks
 from shadowlit.analysis.sums import Sums
-from shadowlit.checkpoint.folder import CheckpointReader, require_replaceable
+from shadowlit.checkpoint.folder import CheckpointReader, require_no_model, require_replaceable
 from shadowlit.checkpoint.workers import in_order
 from shadowlit.cli.main import main
 from shadowlit.cli.similarity import _runs
 from shadowlit.demo import BASE, INSTRUCT
-from shadowlit.errors import CheckpointError, PairError
+from shadowlit.errors import CheckpointError, ExportError, PairError
 from tests.grafting.test_mixtures import fuse
 from tests.tiny import MIXTURES, save_model, save_pair
 
@@ -430,6 +430,14 @@ def test_no_file_of_a_model_is_overwritten(tmp_path, capsys, option):
         error = capsys.readouterr().err
         assert error.startswith(f"error: {option} is '{target}', which exists and ") and "nothing was written" in error
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for new in (model / f"new.{ending}", other / f"new.{ending}"):
+        with pytest.raises(
+            ExportError, match=r"new.*, which (belongs to|is in the folder of a model).*nothing was wri"
+        ):
+            require_replaceable(new, option, [str(model), "org/name"])
+    with pytest.raises(ExportError, match=r"^out is '.*other', the folder of a model\. Give another folder"):
+        require_no_model(other, "out")
+    require_no_model(tmp_path, "out")
     result = tmp_path / f"result.{ending}"
     result.write_text("of the last time")
     require_replaceable(result, option, [str(model), "org/name"])

@@ -137,7 +137,7 @@ def test_models_without_routers(tmp_path):
     base, _ = save_pair(tmp_path, "qwen3")
     model = AutoModelForCausalLM.from_pretrained(base)
     assert routers_of(model) == {}
-    with pytest.raises(ShadowlitError, match="Qwen3ForCausalLM has no router: no module called gate or router beside"):
+    with pytest.raises(ShadowlitError, match="Qwen3ForCausalLM has no router: no module called gate or router next to"):
         Routing(model)
 
 

@@ -182,7 +182,7 @@ def test_help_is_made_from_the_docstrings(capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Which tensors get the update" in shown
+    assert "Tensors that get the update" in shown
     assert "Peak learning rate of AdamW" in shown
 
 

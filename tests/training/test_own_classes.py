@@ -20,6 +20,7 @@ from shadowlit.lightning_cli import check, main
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.bar import ProgressLine
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.optimizer import MuonAndAdamW
 from tests.tiny import save_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
@@ -430,6 +431,17 @@ def test_muon_trains_an_adapter(root):
     assert again["train/loss"] != logged["train/loss"]
     saved, third = fit(cli.trainer.log_dir + "/config.yaml")
     assert third["train/loss"] == again["train/loss"] and groups(saved) == groups(cli)
+
+
+@pytest.mark.parametrize("init_args", [{}, {"momentum": 0.9}])
+def test_muon_on_the_command_line_trains_all_weights(root, init_args):
+    """The parser wraps the class, and schedules of transformers look at the optimizer's rate."""
+    muon = {"class_path": "torch.optim.Muon", "init_args": init_args}
+    schedule = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-5}}
+    cli, _ = fit(write(root, "muon", model={"optimizer": muon, "adapter": None, **schedule}), "--trainer.max_steps=1")
+    optimizer = cli.trainer.optimizers[0]
+    assert type(optimizer) is MuonAndAdamW and [group["lr"] for group in optimizer.param_groups] > [0]
+    assert optimizer.parts[0].defaults["momentum"] == init_args.get("momentum", 0.95)
 
 
 @pytest.mark.parametrize(("options", "message"), [

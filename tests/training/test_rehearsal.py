@@ -125,10 +125,11 @@ def test_an_evaluator_that_breaks_its_contract(result, message, monkeypatch):
     callback = EvaluationCallback({"mine": Fine(result)})
     callback.record = ValidationRecord()
     monkeypatch.setattr(callback, "_context", lambda *_: None)
+    trainer, module = SimpleNamespace(progress_bar_callback=None), SimpleNamespace(eval=lambda: None)
     if not message:
-        return callback._run(None, SimpleNamespace(eval=lambda: None), TUNED, ["mine"])
+        return callback._run(trainer, module, TUNED, ["mine"])
     with pytest.raises(ShadowlitError, match=rf"^evaluation\.evaluators\.mine is .*\.Fine, {message}"):
-        callback._run(None, SimpleNamespace(eval=lambda: None), TUNED, ["mine"])
+        callback._run(trainer, module, TUNED, ["mine"])
 
 
 def test_an_evaluator_whose_base_was_not_initialised():

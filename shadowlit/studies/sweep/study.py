@@ -9,6 +9,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,11 @@ class SweepStudy:
         for waiting in self._all(TrialState.WAITING):
             # What this worker's definition leaves out waits for a worker whose definition has it.
             key = _key_of(waiting)
-            if key is None or not self.definition.wants(key) or not self._pop(waiting):
+            if key is None or not self.definition.wants(key):
+                continue
+            with suppress(UpdateFinishedTrialError):  # named first: a worker that is killed after it took the trial
+                self.storage.set_trial_user_attr(waiting._trial_id, "worker", self._me)
+            if not self._pop(waiting):
                 continue
             if self._is_double(waiting.number, key):
                 self._give_up(waiting, "void", "planned twice")
