@@ -293,7 +293,10 @@ class ShadowCLI(LightningCLI):
         """Raise the error, with the key of the class whose ``__init__`` raised it, if there is one."""
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         if error.__cause__ is not None and frames[-1].f_globals["__name__"].startswith("jsonargparse"):
-            self._raise_named(error.__cause__)  # of an error about a union of types, or about a linked value
+            # An error about a linked value, or about a union, which holds one for each of its types: the class that is
+            # given is of one of them, whose error comes from elsewhere.
+            causes = frames[-1].f_locals.get("exceptions", [])
+            self._raise_named(next((each for each in causes if _is_of_class(each)), error.__cause__))
         kinds = {type(frame.f_locals.get("self")) for frame in frames if frame.f_code.co_name == "__init__"}
         named: dict[str, Any] = {}
         for key, path in classes_of(self.config[self.subcommand]):
@@ -335,6 +338,12 @@ class ShadowCLI(LightningCLI):
             return ShadowTrainer(**here)
         take_over(trainer)
         return trainer
+
+
+def _is_of_class(error: BaseException) -> bool:
+    """Whether an error comes from a class that jsonargparse has created, rather than from jsonargparse itself."""
+    *_, (last, _) = traceback.walk_tb((error.__cause__ or error).__traceback__)
+    return not last.f_globals["__name__"].startswith("jsonargparse")
 
 
 def main(args: ArgsType = None, callbacks: Sequence[Callback] = ()) -> ShadowCLI:

@@ -195,7 +195,14 @@ def _open_folder(source: str, pair: ModelPair) -> Start:
     folder = model_folder("start_from", source, key="model.start_from")
     if not (folder / "adapter_config.json").is_file():
         require_one_architecture(*stated_sides(("base", pair.base_folder()), ("model.start_from", folder)))
-        require_no_graft(folder, *(open_model(one) for one in (pair.base_folder(), pair.instruct_folder())))
+        base, instruct = (open_model(one) for one in (pair.base_folder(), pair.instruct_folder()))
+        require_no_graft(folder, base, instruct)
+        if open_model(folder).fingerprint() == instruct.fingerprint() != base.fingerprint():
+            raise GraftError(
+                "it holds the weights of pair.instruct, so the update would contain the Instruct's whole difference "
+                "from the Base, which the Instruct has already. Expected a tuned Base or an adapter. Leave it out, or "
+                "set pair.base to the Instruct too, to train the Instruct itself."
+            )
         return _weights(open_model(folder).learned(), pair)
     from shadowlit.grafting.adapter_files import adapter_update, read_adapter_config  # late: peft takes seconds
 

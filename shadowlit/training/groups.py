@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from torch import Tensor
 
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.names import factor_of, host_of_factor, saved_name
 from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.adapter import type_of
 from shadowlit.limits import bounded_matching
 from shadowlit.pair.pair import ModelPair
 
@@ -84,6 +86,18 @@ def read_multipliers(file: str | None, pair: ModelPair) -> dict[str, float] | No
                 f"model.lr_multipliers is {file}, in which {some_of(names, 3)} is {what}. Correct or remove it."
             )
     return found
+
+
+def require_loraplus(ratio: float, adapter: PeftConfig | None) -> None:
+    """Raise if ``model.loraplus_lr_ratio`` is no factor of a rate, or if nothing is trained that it applies to."""
+    if not 0 < ratio < math.inf:
+        raise ShadowlitError(f"model.loraplus_lr_ratio is {ratio:g}; expected a number above 0, e.g. 16 for LoRA+.")
+    if ratio != 1 and (adapter is None or type_of(adapter) != "LORA"):
+        trained = "null" if adapter is None else f"a {type(adapter).__name__}"
+        raise ShadowlitError(
+            f"model.loraplus_lr_ratio is {ratio:g}, but model.adapter is {trained}, which has no factors B. Train a "
+            "LoraConfig, or leave model.loraplus_lr_ratio out."
+        )
 
 
 def group_parameters(

@@ -37,7 +37,7 @@ from shadowlit.training.bar import replace_bar
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
-from shadowlit.training.groups import ParameterGroup, read_multipliers
+from shadowlit.training.groups import ParameterGroup, read_multipliers, require_loraplus
 from shadowlit.training.head import Way
 from shadowlit.training.loading import load_for_training, require_fitting, require_unsharded
 from shadowlit.training.objective import supervised_positions
@@ -182,6 +182,7 @@ class ShadowModule(ScoringModule):
         if lr <= 0:
             raise ShadowlitError(f"model.lr is {lr}; expected a positive learning rate, e.g. 2e-4 for LoRA.")
         require_graftable(adapter)
+        require_loraplus(loraplus_lr_ratio, adapter)
         if quantization is not None:
             require_quantisable(adapter, compile_layers)
         self.quantization, self.start = quantization, StartFrom(start_from)

@@ -34,6 +34,13 @@ ADAPTERS = [
     ({"r": 4, "modules_to_save": ["lm_head"]}, "the adapter changes the output head, but .* one tensor"),
     ({"r": 4, "modules_to_save": ["nope"]}, r"model\.adapter\.modules_to_save has 'nope', which is no module"),
     ({"r": 4, "lora_bias": True}, r"adapter\.lora_bias=true adds a bias to"),
+    (adapter("OFTConfig", r=8, oft_block_size=32), r"model\.adapter is .*OFTConfig, .*only specify either r \(8\) or"),
+]  # fmt: skip
+SETTINGS = [
+    (["--model.loraplus_lr_ratio=-1"], "model.loraplus_lr_ratio is -1; expected a number above 0"),
+    (["--model.loraplus_lr_ratio=16", "--model.adapter=null"], "model.loraplus_lr_ratio is 16, but .* is null, which"),
+    (["--model.loraplus_lr_ratio=16", "--model.adapter=peft.LoHaConfig"], "model.loraplus_.* is a LoHaConfig, which"),
+    (["--model.start_from=shadowlit/demo/pair/instruct"], "model.start_from is .*: it holds the weights of pair.instr"),
 ]  # fmt: skip
 
 
@@ -45,8 +52,24 @@ def test_an_adapter_that_does_not_fit_the_model(capsys, monkeypatch, tmp_path, v
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+@pytest.mark.parametrize(("arguments", "message"), SETTINGS, ids=lambda _: "")
+def test_a_setting_that_can_not_work(capsys, monkeypatch, tmp_path, arguments, message):
+    status, line = error_of(capsys, monkeypatch, tmp_path, *arguments)
+    assert status == 2 and re.match(message, line), line
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 def test_what_fits_gets_as_far_as_the_data(capsys, monkeypatch, tmp_path):
     """The control of the other tests: they would pass too if the data came first and the adapter were never tried."""
     arguments = ['--model.adapter={"r": 4, "modules_to_save": ["norm"], "trainable_token_indices": [999]}']
+    status, line = error_of(capsys, monkeypatch, tmp_path, *arguments)
+    assert status == 1 and "missing.jsonl does not exist" in line
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
+def test_the_instruct_may_start_its_own_training(capsys, monkeypatch, tmp_path):
+    """Where the Instruct is trained in the Base's place, nothing is counted twice."""
+    instruct = "shadowlit/demo/pair/instruct"
+    arguments = [f"--pair.base={instruct}", f"--model.start_from={instruct}", "--model.loraplus_lr_ratio=16"]
     status, line = error_of(capsys, monkeypatch, tmp_path, *arguments)
     assert status == 1 and "missing.jsonl does not exist" in line
