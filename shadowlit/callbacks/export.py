@@ -157,8 +157,8 @@ class ExportCallback(Callback):
         if scored != step:
             found = "there are no scores" if scored is None else f"the last scores are those of step {scored}"
             rank_zero_warn(
-                f"export: the exported weights are those of step {step}, but {found}. Let the training end with a validation (trainer.val_check_interval), or monitor one of its "
-                "metrics."
+                f"export: the exported weights are those of step {step}, but {found}. Let the training end with a "
+                "validation (trainer.val_check_interval), or monitor one of its metrics."
             )
         statistics = self._graft.build(pl_module).statistics(self._graft.scales[0])
         _require_finite(pl_module.losses.problem, statistics["delta_norm"])
