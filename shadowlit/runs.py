@@ -80,6 +80,10 @@ class Run:
     """
 
     def __init__(self, options: RunOptions, command: str, config: str) -> None:
+        if "://" in options.root:
+            raise ShadowlitError(
+                f"run.root is {options.root!r}; expected a folder of a mounted file system, e.g. runs."
+            )
         self.options, self.fits = options, command == "fit"
         name = options.name or (_job_name(config) if self.fits else None)
         if options.name == "" or (name is None and options.resume == "must"):

@@ -339,6 +339,11 @@ def test_a_run_whose_configuration_is_gone_is_not_resumed_unless_it_is_allowed(r
     assert allowed.find_checkpoint(None, contents=True)
 
 
+def test_a_root_is_no_address():
+    with pytest.raises(ShadowlitError, match=r"run\.root is 's3://x'; expected a folder of a mounted file system"):
+        Run(RunOptions("a", root="s3://x"), "fit", "tiny")
+
+
 def test_a_number_of_batches_is_no_share_of_them():
     assert runs._changes({"trainer": {"limit_val_batches": 1}}, {"trainer": {"limit_val_batches": 1.0}})
 

@@ -154,11 +154,11 @@ class ExportCallback(Callback):
     def _export(self, trainer: Trainer, pl_module: ShadowModule) -> None:
         step = _load_best(trainer, pl_module, self._graft)
         scored = self._graft.finished.step
-        if scored is not None and scored != step:
+        if scored != step:
+            found = "there are no scores" if scored is None else f"the last scores are those of step {scored}"
             rank_zero_warn(
-                f"export: the exported weights are those of step {step}, but the last scores are those of step "
-                f"{scored}. Let the training end with a validation (trainer.val_check_interval), or monitor one of its "
-                "metrics."
+                f"export: the exported weights are those of step {step}, but {found}. Let the training end with a "
+                "validation (trainer.val_check_interval), or monitor one of its metrics."
             )
         statistics = self._graft.build(pl_module).statistics(self._graft.scales[0])
         _require_finite(pl_module.losses.problem, statistics["delta_norm"])

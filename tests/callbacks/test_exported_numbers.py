@@ -262,6 +262,12 @@ def test_other_weights_than_those_scored_are_told(tmp_path, folders, caplog, rec
     assert any(record.message.startswith("graft: step 2: gain ") for record in caplog.records)
 
 
+def test_an_export_that_nobody_has_scored_is_told(tmp_path, folders):
+    export = ExportCallback(folder=str(tmp_path), parts=["delta"])
+    with pytest.warns(UserWarning, match="weights are those of step 1, but there are no scores"):
+        fit(folders, "full", callbacks=[export], max_steps=1, val_check_interval=2)
+
+
 def test_nothing_chosen_that_is_trained_is_an_error(folders, monkeypatch):
     monkeypatch.setitem(ADAPTERS, "q", {"r": 4, "target_modules": ["q_proj"]})
     with pytest.raises(GraftError, match=r"chooses nothing that is trained: .*v_proj.* and trained are .*q_proj"):
