@@ -123,6 +123,7 @@ def load_for_training(
         # Names of targets such as q_proj, and all-linear, would match layers of a vision tower too.
         adapter.exclude_modules = _modules_of(model, frozen)  # type: ignore[attr-defined]
     if adapter is not None:
+        _name_linear(model, adapter)
         _try_patterns(model, adapter)
     if adapter is not None and without_weights and starts_from_weights(adapter):
         adapter = copy.copy(adapter)  # whose factors have the same shapes
@@ -197,6 +198,22 @@ def _fill(
     # Buffers that no checkpoint holds (rotary frequencies, embedding scales). transformers' own initialisation skips
     # every parameter marked above.
     host.initialize_weights()
+
+
+def _name_linear(model: nn.Module, adapter: PeftConfig) -> None:
+    """Replace all-linear by the ends of names if some layers are chosen: peft ignores the choice for whole names."""
+    layers = getattr(adapter, "layers_to_transform", None)
+    if layers in (None, []) or getattr(adapter, "target_modules", None) != "all-linear":
+        return
+    if any(is_of_experts(name) and p.dim() == 3 for name, p in model.named_parameters()):
+        raise GraftError(
+            f"model.adapter.layers_to_transform is {layers} without target_modules, but peft can't choose layers of "
+            "experts, which are bare parameters. Name the modules, e.g. target_modules: [q_proj, k_proj, v_proj, "
+            "o_proj]."
+        )
+    head = cast(Any, model).get_output_embeddings()
+    names = [name for name, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
+    adapter.target_modules = {name.rpartition(".")[2] for name in names}  # type: ignore[attr-defined]
 
 
 def require_fitting(architecture: Mapping[str, Any]) -> None:

@@ -4,9 +4,19 @@ import json
 import re
 
 import pytest
+from peft import LoraConfig
 
+from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.cli.main import main
+from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.adapter import adapt_all_linear, adapted_layers
+from shadowlit.pair.pair import ModelPair
+from shadowlit.training.loading import require_fitting
+from shadowlit.training.module import ShadowModule
+from tests.callbacks.test_graft import make_trainer
+from tests.synthetic import RandomData
 from tests.test_configs import ROOT
+from tests.tiny import make_config, save_pair
 
 
 def error_of(capsys, monkeypatch, tmp_path, *arguments):
@@ -73,3 +83,22 @@ def test_the_instruct_may_start_its_own_training(capsys, monkeypatch, tmp_path):
     arguments = [f"--pair.base={instruct}", f"--model.start_from={instruct}", "--model.loraplus_lr_ratio=16"]
     status, line = error_of(capsys, monkeypatch, tmp_path, *arguments)
     assert status == 1 and "missing.jsonl does not exist" in line
+
+
+@pytest.mark.parametrize("layers", [1, [1]])
+def test_chosen_layers_alone_are_adapted(tmp_path, layers):
+    """Without targets, too, in a model with fewer linear layers than those from which on peft shortens their names."""
+    base, instruct = save_pair(tmp_path, "qwen3")
+    module = ShadowModule(ModelPair(str(base), str(instruct)), LoraConfig(r=2, layers_to_transform=layers), lr=1e-2)
+    make_trainer(tmp_path, GraftCallback(), max_steps=2).fit(module, RandomData())
+    moved = {name for name, p in module.named_parameters() if p.requires_grad and "lora_B" in name and p.any()}
+    assert len(moved) == 7 and all(".layers.1." in name for name in moved)
+    tuned = adapted_layers(module.model)
+    assert len(tuned) == 7 and all(".layers.1." in name for name in tuned)
+
+
+def test_layers_of_experts_can_not_be_chosen():
+    adapter = LoraConfig(r=2, layers_to_transform=[1])
+    adapt_all_linear(adapter)
+    with pytest.raises(ShadowlitError, match=r"layers_to_transform is \[1\] without target_modules, but .* experts"):
+        require_fitting({"config": make_config("qwen3_moe", tied=True), "adapter": adapter})
