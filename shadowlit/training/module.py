@@ -281,7 +281,8 @@ class ShadowModule(ScoringModule):
             self.score_names()
         if self.trainer.state.fn == TrainerFn.FITTING:
             with as_usage():
-                try_optimizer(self._optimizer, adapted=self.adapter is not None, total=self.trainer.max_steps)
+                adapted, total = self.adapter is not None, self.trainer.max_steps
+                try_optimizer(self._optimizer, adapted=adapted, total=total, schedule=self.lr_scheduler)
                 self._multipliers = read_multipliers(self.lr_multipliers, self.pair)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             with as_usage():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -84,10 +85,12 @@ def rehearse(
             return names_of(metrics)
 
 
-def try_optimizer(make: Callable[[list[tuple[str, nn.Parameter]], int], Any], *, adapted: bool, total: int) -> None:
+def try_optimizer(
+    make: Callable[[list[tuple[str, nn.Parameter]], int], Any], *, adapted: bool, total: int, schedule: Any = None
+) -> None:
     """Create an optimizer and its schedule for a few numbers; ``make`` takes parameters by name and a number of steps.
 
-    ``total`` is this number, or below 0 if it depends on the data.
+    ``total`` is this number, or below 0 if it depends on the data; ``schedule`` is ``model.lr_scheduler``.
 
     Raises:
         ShadowlitError: One of their options doesn't fit.
@@ -96,8 +99,11 @@ def try_optimizer(make: Callable[[list[tuple[str, nn.Parameter]], int], Any], *,
     try:
         make([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total if total >= 0 else 10**9)
     except ShadowlitError as error:
-        # Of a schedule, a list may need a value for each group of parameters, of which there may be more.
-        early = str(error).startswith(("model.optimizer", "model.lr_scheduler_kwargs"))
+        # Of a schedule, a list may need a value for each group of parameters, of which there may be more. A function
+        # that is no class with options may hold one too.
+        options = schedule.keywords.values() if isinstance(schedule, partial) else [[]]
+        lists = any(isinstance(value, list | tuple) for value in options)
+        early = not lists or str(error).startswith(("model.optimizer", "model.lr_scheduler_kwargs"))
         if early or not isinstance(error.__cause__, ValueError):
             raise
 

@@ -21,6 +21,7 @@ ScheduleName = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 ]  # fmt: skip
+_SHARES = ("min_lr_rate", "min_lr_ratio", "warmup_lr_rate")
 Shape = Literal["cosine", "linear", "constant"]
 
 
@@ -51,6 +52,7 @@ def make_schedule(
             f"model.lr_scheduler_kwargs is {options}, but model.lr_scheduler is {choice!r}, which takes none. Remove "
             "them, or name a schedule of transformers that takes them, e.g. cosine_with_min_lr."
         )
+    _require_numbers(options or {})
     try:
         if isinstance(choice, str):
             scheduler = get_scheduler(choice, optimizer, warmup, total, options)
@@ -76,6 +78,19 @@ def make_schedule(
             "lightning.pytorch.cli.ReduceLROnPlateau with monitor, e.g. val/grafted/loss."
         )
     return {"scheduler": scheduler, "interval": "step"}
+
+
+def _require_numbers(options: dict[str, Any]) -> None:
+    """Raise for an option of transformers' schedules out of its range, of which they would fail in a later step."""
+    for name, value in options.items():
+        if value is None or name in ("decay_type", "warmup_type", "last_epoch"):
+            continue
+        most = 1 if name in _SHARES else math.inf
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            expected = "a share between 0 and 1" if name in _SHARES else "a number of at least 0"
+            raise ShadowlitError(
+                f"model.lr_scheduler_kwargs has {name}={value!r}; expected {expected}. Correct it, without quotes."
+            )
 
 
 def require_no_end(trainer: Trainer, choice: Any, shape: Shape, warmup_ratio: float) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from shadowlit.callbacks.graft import GraftCallback
@@ -13,6 +14,7 @@ from shadowlit.grafting.adapter import adapt_all_linear, adapted_layers
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training.loading import require_fitting
 from shadowlit.training.module import ShadowModule
+from shadowlit.training.schedules import make_schedule
 from tests.callbacks.test_graft import make_trainer
 from tests.synthetic import RandomData
 from tests.test_configs import ROOT
@@ -46,7 +48,16 @@ ADAPTERS = [
     ({"r": 4, "lora_bias": True}, r"adapter\.lora_bias=true adds a bias to"),
     (adapter("OFTConfig", r=8, oft_block_size=32), r"model\.adapter is .*OFTConfig, .*only specify either r \(8\) or"),
 ]  # fmt: skip
+CLASSES = "--model.lr_scheduler=torch.optim.lr_scheduler."
+MIN_LR, KWARGS = "--model.lr_scheduler=cosine_with_min_lr", "--model.lr_scheduler_kwargs="
+STABLE = "--model.lr_scheduler=warmup_stable_decay"
 SETTINGS = [
+    ([f"{CLASSES}OneCycleLR", "--model.lr_scheduler.max_lr=0.1"], r"model\.lr_scheduler can't make .*total_steps"),
+    ([f"{CLASSES}CosineAnnealingWarmRestarts", "--model.lr_scheduler.T_0=-1"], "model.lr_scheduler can't .* got -1"),
+    (["--model.lr_scheduler=cosine_with_restarts", f"{KWARGS}{{num_cycles: two}}"], ".*num_cycles='two'; expected a n"),
+    ([MIN_LR, f"{KWARGS}{{min_lr_rate: tenth}}"], r"model\.lr_scheduler_kwargs has min_lr_rate='tenth'; expected a sh"),
+    ([MIN_LR, f"{KWARGS}{{min_lr_rate: 5}}"], r"model\.lr_scheduler_kwargs has min_lr_rate=5; expected a share"),
+    ([STABLE, f"{KWARGS}{{num_decay_steps: -5}}"], r"model\.lr_scheduler_kwargs has num_decay_steps=-5; expected a"),
     (["--model.loraplus_lr_ratio=-1"], "model.loraplus_lr_ratio is -1; expected a number above 0"),
     (["--model.loraplus_lr_ratio=16", "--model.adapter=null"], "model.loraplus_lr_ratio is 16, but .* is null, which"),
     (["--model.loraplus_lr_ratio=16", "--model.adapter=peft.LoHaConfig"], "model.loraplus_.* is a LoHaConfig, which"),
@@ -102,3 +113,11 @@ def test_layers_of_experts_can_not_be_chosen():
     adapt_all_linear(adapter)
     with pytest.raises(ShadowlitError, match=r"layers_to_transform is \[1\] without target_modules, but .* experts"):
         require_fitting({"config": make_config("qwen3_moe", tied=True), "adapter": adapter})
+
+
+def test_a_number_in_quotes_is_no_number():
+    """A parser reads it as one; in Python it failed after the warm-up."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    with pytest.raises(ShadowlitError, match=r"has min_lr_rate='0\.1'; expected a share between 0 and 1"):
+        make_schedule(optimizer, "cosine_with_min_lr", {"min_lr_rate": "0.1"}, "cosine", 2, 9)
+    make_schedule(optimizer, "cosine_with_min_lr", {"min_lr": None, "min_lr_rate": 0.1}, "cosine", 2, 9)

@@ -447,12 +447,13 @@ def test_muon_on_the_command_line_trains_all_weights(root, init_args):
 @pytest.mark.parametrize(("options", "message"), [
     ({"optimizer": {"class_path": "torch.optim.Muon", "init_args": {"adjust_lr_fn": "x"}}}, "optimizer can't take .*x"),
     ({"optimizer": own("Bare")}, r"optimizer can't take .*TypeError: its __init__ doesn't call super\(\).__init__\(\)"),
-    ({"lr_scheduler": {"class_path": "ConstantLR", "init_args": {"factor": 2.0}}}, ""),
+    ({"lr_scheduler": {"class_path": "ConstantLR", "init_args": {"factor": 2.0}}}, "Constant multiplicative factor"),
+    ({"lr_scheduler": {"class_path": "OneCycleLR", "init_args": {"max_lr": [0.1] * 5, "total_steps": 9}}}, ""),
     ({"lr_scheduler": own("Broken")}, r"model\.lr_scheduler can't make a schedule \(KeyError: 'warmup'\)"),
     ({"lr_scheduler": "linear", "lr_scheduler_kwargs": {"power": 2}}, r"model\.lr_scheduler_kwargs can't .*'power'"),
 ], ids=lambda _: "")  # fmt: skip
 def test_optimizers_and_schedules_that_can_not_be_made(root, options, message, nothing_is_opened):
-    """Found before anything is opened, but for what may depend on the number of parameter groups."""
+    """Found before anything is opened, but for lists, whose length may depend on the number of parameter groups."""
     with pytest.raises(
         ShadowlitError if message else pytest.fail.Exception, match=message or "came too late"
     ) as raised:
