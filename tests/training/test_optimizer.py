@@ -127,12 +127,20 @@ def test_a_schedule_without_an_end(own, total):
     """Of a run that only max_time ends: a constant rate needs no number of steps."""
     trainer = SimpleNamespace(estimated_stepping_batches=math.inf, max_epochs=-1, max_steps=-1)
     settings = {"lr_scheduler": None, "schedule": "cosine", "warmup_ratio": 0.1, **own}
+    asked = []
+
+    def made(_, total, **groups):
+        asked.append(total)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}}
+
     module = SimpleNamespace(
-        trainer=trainer, named_parameters=lambda: [], _optimizer=lambda _, total, **groups: total,
-        parameter_groups=[], _multipliers=None, **settings,
+        trainer=trainer, named_parameters=lambda: [], _optimizer=made, parameter_groups=[], _multipliers=None,
+        **settings,
     )  # fmt: skip
     if total is not None:
-        assert ShadowModule.configure_optimizers(module) == total
+        ShadowModule.configure_optimizers(module)
+        assert asked == [total]
         return
     with pytest.raises(
         ShadowlitError, match=r"^trainer.max_epochs is -1 and trainer.max_steps is -1, so .*Set trainer.m"
