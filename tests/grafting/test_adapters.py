@@ -22,7 +22,7 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.delta.folders import graft as write_graft
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import dependence, require_graftable, stored_values, type_of
-from shadowlit.grafting.export import export_adapter
+from shadowlit.grafting.export import export_adapter, export_folder
 from shadowlit.grafting.subject import Subject
 from shadowlit.pair.pair import ModelPair
 from tests.distributed import run_ranks
@@ -121,7 +121,7 @@ def trained(kind, folders, **options):
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_the_graft_is_peft_s_merge_of_the_base_less_the_base(folders, kind):
+def test_the_graft_is_peft_s_merge_of_the_base_less_the_base(tmp_path, folders, kind):
     assert open_graft(load(folders[0], adapter_of(kind)), folders, select="all").on_base
     model = trained(kind, folders)
     graft = open_graft(model, folders, select="all")
@@ -134,7 +134,10 @@ def test_the_graft_is_peft_s_merge_of_the_base_less_the_base(folders, kind):
     with graft.applied(grafted(1.0)):
         require_same_logits(logits(model), wanted, wanted - untouched)
         assert all(torch.equal(host.parameter, exported[host.name]) for host in graft._hosts)
-    note(kind, "exported model", "as validated, bit for bit")
+    export_folder(tmp_path / "model", folders[1], graft.grafted_tensors())
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert all(torch.equal(p, exported[name]) for name, p in served.named_parameters()), "not as validated"
+    note(kind, "exported model", error(dict(served.named_parameters()), expected))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert torch.equal(logits(model), tuned)
     changed = {n for n, p in expected.named_parameters() if not torch.equal(p.float(), graft._by_name[n].instruct)}
