@@ -35,6 +35,7 @@ ALLOWED = {
     "cli.similarity": {"experts"},
     "grafting.adapter": {"modules_to_save"},  # a setting of peft's
     "grafting.adapter_files": {"modules_to_save"},
+    "training.loading": {"modules_to_save"},
     "training.quantisation": {"modules_to_save"},
     "training.start": {"modules_to_save"},
 }
