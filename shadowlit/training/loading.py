@@ -216,15 +216,20 @@ def _name_linear(model: nn.Module, adapter: PeftConfig) -> None:
     adapter.target_modules = {name.rpartition(".")[2] for name in names}  # type: ignore[attr-defined]
 
 
-def require_fitting(architecture: Mapping[str, Any]) -> None:
-    """Raise a GraftError if the adapter doesn't fit the model; nothing is read, and no setting changes.
+def require_fitting(architecture: Mapping[str, Any]) -> nn.Module:
+    """Return the adapted model without weights, on the meta device; nothing is read, and no setting changes.
 
     Args:
         architecture: Arguments of :func:`load_for_training` that describe the model.
+
+    Raises:
+        GraftError: The adapter doesn't fit the model.
     """
     options = {"adapter": copy.deepcopy(architecture["adapter"]), "parallelize": lambda _: None, "four_bits": False}
     with isolate_rng(include_cuda=False):
-        adapted_layers(load_for_training(None, device=torch.device("meta"), mesh=None, **{**architecture, **options}))
+        model = load_for_training(None, device=torch.device("meta"), mesh=None, **{**architecture, **options})
+        adapted_layers(model)
+        return model
 
 
 def _adapted(model: nn.Module, adapter: PeftConfig) -> nn.Module:

@@ -299,11 +299,12 @@ class ShadowModule(ScoringModule):
         """Try the adapter, and open ``start_from``, from headers alone; raise a ShadowlitError if one doesn't fit."""
         if self.adapter is None and self.start.source is None:
             return
-        options = self.architecture(precision, False, all(self.pair.ties()))
+        model = None
         if self.adapter is not None:
-            require_fitting(options)
+            model = require_fitting(self.architecture(precision, False, all(self.pair.ties())))
         if self.start.source is not None:
-            self.start.open(self.pair, self.adapter, options, self.objective.token_reference == "start")
+            in_four_bits, compares = self.quantization is not None, self.objective.token_reference == "start"
+            self.start.open(self.pair, self.adapter, model, in_four_bits, compares)
 
     def on_fit_start(self) -> None:
         """Refuse a checkpoint without the optimizer's states, data of another kind than the objective needs, or disks.

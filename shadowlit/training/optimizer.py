@@ -139,6 +139,14 @@ def _clippable(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def _loss_of(closure: Any) -> Any:
+    """What the closure of a step returns, which computes the gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class _OneByOne:
     """An optimizer's step, taken for one parameter after the other."""
 
@@ -147,10 +155,7 @@ class _OneByOne:
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step; parameters without a gradient are left out."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         groups = self.param_groups
         try:
             for group in groups:
@@ -195,10 +200,7 @@ class MuonAndAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         groups = self.param_groups[: self._num_groups], self.param_groups[self._num_groups :]
         for part, own in zip(self.parts, groups, strict=True):
             part.param_groups, part.state = own, self.state  # a checkpoint replaces both

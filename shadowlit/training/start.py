@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from shadowlit.distributed import local, local_slices
 from shadowlit.errors import GraftError
 from shadowlit.grafting.adapter import starts_from_weights, type_of
 from shadowlit.pair.pair import ModelPair
-from shadowlit.training.loading import load_for_training
 
 # Settings of peft's configs that change neither what a stored adapter computes nor which tensors it has; the tensors'
 # names and shapes are compared by themselves.
@@ -54,14 +52,15 @@ class StartFrom:
         return {} if self.weights is None else {"start": self.weights.fingerprint()}
 
     def open(
-        self, pair: ModelPair, adapter: PeftConfig | None, architecture: Mapping[str, Any], compares: bool
+        self, pair: ModelPair, adapter: PeftConfig | None, model: nn.Module | None, in_four_bits: bool, compares: bool
     ) -> None:
         """Open the source, from its headers alone.
 
         Args:
             pair: The pair that is trained.
             adapter: ``model.adapter``.
-            architecture: Arguments of :func:`shadowlit.training.loading.load_for_training` that describe the model.
+            model: The model with this adapter and without weights; None for full tuning.
+            in_four_bits: Whether the frozen weights are stored in 4 bits.
             compares: Whether the objective compares every batch with the weights at the start.
 
         Raises:
@@ -72,8 +71,8 @@ class StartFrom:
             return
         self._start = open_start(self.source, pair)
         if self._start.adapter is not None:
-            _require_same_adapter(self._start, adapter, architecture)
-        elif architecture["four_bits"]:
+            _require_same_adapter(self._start, adapter, model)
+        elif in_four_bits:
             raise GraftError(
                 f"model.start_from, {self.source}, holds whole weights, but with model.quantization the update is that "
                 "of the adapter alone, without the change of the weights in 4 bits. Start from an adapter, or set "
@@ -102,8 +101,8 @@ class StartFrom:
         return ((p, self._kept[name]) for name, p in model.named_parameters() if name in self._kept)
 
 
-def _require_same_adapter(start: Start, adapter: PeftConfig | None, architecture: Mapping[str, Any]) -> None:
-    """Raise unless the adapter that is trained has the settings and the tensors of the stored one."""
+def _require_same_adapter(start: Start, adapter: PeftConfig | None, model: nn.Module | None) -> None:
+    """Raise unless the adapter that is trained, in ``model``, has the settings and the tensors of the stored one."""
     assert start.adapter is not None
     remedy = (
         "Set model.adapter to the settings of the stored adapter; for another adapter on top, merge it into the Base "
@@ -111,7 +110,7 @@ def _require_same_adapter(start: Start, adapter: PeftConfig | None, architecture
         "model.start_from=MERGED."
     )
     stored = start.adapter.to_dict()
-    if adapter is None:
+    if adapter is None or model is None:
         rank = f"{{r: {stored['r']}}}" if "r" in stored else type_of(start.adapter)
         raise GraftError(f"model.start_from holds an adapter ({rank}), but model.adapter is null. {remedy}")
     if type_of(adapter) != type_of(start.adapter) or starts_from_weights(adapter):
@@ -121,7 +120,8 @@ def _require_same_adapter(start: Start, adapter: PeftConfig | None, architecture
     differing = [name for name in wanted.keys() & stored.keys() - _HARMLESS if wanted[name] != stored[name]]
     problems = [f"{name} is {stored[name]!r}, not {wanted[name]!r}" for name in sorted(differing)]
     found = {adapter_key(name): info.shape for name, info in start.reader.tensors.items()}
-    expected, buffers = _expected(adapter, architecture)
+    expected = {_key_of(name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    buffers = {_key_of(name) for name, _ in _buffers(model)}
     problems += [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not trained" for name in found if name not in expected and name not in buffers]
     problems += [
@@ -133,16 +133,6 @@ def _require_same_adapter(start: Start, adapter: PeftConfig | None, architecture
 
 def _start(adapter: PeftConfig) -> Any:
     return getattr(adapter, "init_lora_weights", None)
-
-
-def _expected(
-    adapter: PeftConfig, architecture: Mapping[str, Any]
-) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-    """Names and shapes of what an adapter trains, and names of its buffers, from a model without weights."""
-    options = {"adapter": copy.deepcopy(adapter), "parallelize": lambda _: None, "four_bits": False}
-    model = load_for_training(None, device=torch.device("meta"), mesh=None, **{**architecture, **options})
-    shapes = {_key_of(name): tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    return shapes, frozenset(_key_of(name) for name, _ in _buffers(model))
 
 
 def _buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
