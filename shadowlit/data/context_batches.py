@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from shadowlit.data.collate import Collate, PackCollate, Sample
-from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.dataset import SequencePairs
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, Filler
 
@@ -28,19 +27,12 @@ def with_teachers(batch: Mapping[str, Any], teachers: Mapping[str, Any]) -> dict
     return {**batch, **{_PREFIX + name: value for name, value in teachers.items()}}
 
 
-class ContextDataset(Dataset):
+class ContextDataset(SequencePairs):
     """Samples of TokenDataset, those that the student sees, each with the teacher's view of it as ``teacher``.
 
     Args:
         sequences: Data set with the student's and the teacher's sequence of sample ``i`` at ``2 i`` and ``2 i + 1``.
     """
-
-    def __init__(self, sequences: TokenDataset) -> None:
-        self.sequences = sequences
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.sequences) // 2
 
     def __getitem__(self, index: int | Pack | Filler) -> Any:
         """A sample, the samples of a pack, or the filler."""
@@ -54,16 +46,7 @@ class ContextDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of the longer view of each sample, ``[len(self)]`` int64, so that either fits where these fit."""
-        return self.sequences.lengths.reshape(-1, 2).max(1)
-
-    @property
-    def source_of(self) -> np.ndarray:
-        """Number of the source of each sample, ``[len(self)]`` int64."""
-        return self.sequences.source_of[::2]
-
-    def origin(self, index: int) -> str:
-        """``sample 17 of train.jsonl (line 18)``."""
-        return self.sequences.origin(2 * index)
+        return self.longest
 
     def hashes(self) -> np.ndarray:
         """Hashes of both views of each sample, ``[len(self)]`` uint64."""

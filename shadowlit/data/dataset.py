@@ -213,6 +213,35 @@ class TokenDataset(Dataset):
         return self._blocks[number], sample - self._firsts[number]
 
 
+class SequencePairs(Dataset):
+    """Samples of two token sequences each, made of a data set of sequences.
+
+    Args:
+        sequences: Data set that has the two sequences of sample ``i`` at ``2 i`` and ``2 i + 1``.
+    """
+
+    def __init__(self, sequences: TokenDataset) -> None:
+        self.sequences = sequences
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.sequences) // 2
+
+    @property
+    def source_of(self) -> np.ndarray:
+        """Number of the source of each sample, ``[len(self)]`` int64."""
+        return self.sequences.source_of[::2]
+
+    @property
+    def longest(self) -> np.ndarray:
+        """Tokens of the longer sequence of each sample, ``[len(self)]`` int64."""
+        return self.sequences.lengths.reshape(-1, 2).max(1)
+
+    def origin(self, index: int) -> str:
+        """``sample 17 of train.jsonl (line 18)``."""
+        return self.sequences.origin(2 * index)
+
+
 class PromptDataset(Dataset):
     """Prompts ``{"input_ids": list[int], "index": int, "reference": str | None}``.
 

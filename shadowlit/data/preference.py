@@ -14,15 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from shadowlit.data.collate import Collate, PackCollate
-from shadowlit.data.dataset import TokenDataset
+from shadowlit.data.dataset import SequencePairs, TokenDataset
 from shadowlit.data.packing import Pack, Packing
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
 
 
-class PreferenceDataset(Dataset):
+class PreferenceDataset(SequencePairs):
     """Preference samples, made of a data set of sequences; an item is a list of samples.
 
     ``data[3]`` is a list of one sample, ``data[(3, 1)]`` a pack of two, ``data[FILLER]`` the filler. A sample is
@@ -33,12 +32,8 @@ class PreferenceDataset(Dataset):
     """
 
     def __init__(self, sequences: TokenDataset) -> None:
-        self.sequences = sequences
+        super().__init__(sequences)
         self._desirable = sequences.desirable[::2]
-
-    def __len__(self) -> int:
-        """Number of samples."""
-        return len(self.sequences) // 2
 
     def __getitem__(self, index: int | Pack | Filler) -> list[dict[str, Any]]:
         """The samples of a pack, or a single sample in a list."""
@@ -48,20 +43,6 @@ class PreferenceDataset(Dataset):
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, both of its sequences, ``[len(self)]`` int64."""
         return self.sequences.lengths.reshape(-1, 2).sum(1)
-
-    @property
-    def source_of(self) -> np.ndarray:
-        """Number of the source of each sample, ``[len(self)]`` int64."""
-        return self.sequences.source_of[::2]
-
-    @property
-    def longest(self) -> np.ndarray:
-        """Tokens of the longer sequence of each sample, ``[len(self)]`` int64."""
-        return self.sequences.lengths.reshape(-1, 2).max(1)
-
-    def origin(self, index: int) -> str:
-        """``sample 17 of train.jsonl (line 18)``."""
-        return self.sequences.origin(2 * index)
 
     def hashes(self) -> np.ndarray:
         """Hashes of the samples' tokens and labels, ``[len(self)]`` uint64."""
