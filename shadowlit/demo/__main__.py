@@ -28,7 +28,7 @@ from shadowlit.progress import make_console, make_table
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
-_TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy")
+_TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy", "first_token_loss")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -25,6 +25,8 @@ class TokenSums:
     num_correct: Tensor  # tokens that are the most probable one
     num_samples: Tensor  # rows with a supervised token; of packed rows, the conversations
     num_exact: Tensor  # samples all of whose tokens are the most probable ones
+    first_loss: Tensor  # of the cross entropies of the first supervised token of each answer, in nats
+    num_answers: Tensor  # runs of supervised tokens without an unsupervised one between them
     by_sample: Tensor  # [S, 2]: loss and number of supervised tokens of each sample, in the order of the batch
 
 
@@ -70,7 +72,19 @@ def sum_tokens(
     # Without packing each row is a sample, so that nothing waits for a GPU to find their number. A copy of theirs is
     # returned, since a view would keep the numbers of all tokens.
     by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
-    return TokenSums(losses.sum(), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum(), by_sample.T.clone())
+    # An answer opens where the token before it is unsupervised, or is the first of its conversation: that one is never
+    # predicted.
+    opens = ((labels == IGNORE_INDEX) | starts).flatten().index_select(0, positions)
+    return TokenSums(
+        losses.sum(),
+        counts[0].sum(),
+        counts[1].sum(),
+        rows.sum(),
+        exact.sum(),
+        (losses * opens).sum(),
+        opens.sum(),
+        by_sample.T.clone(),
+    )
 
 
 @torch.no_grad()
