@@ -146,8 +146,8 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """Return a row per update: size, relative size, kind of the largest share. Example:
-    ``norm_table(norms_of(deltas))``.
+    """Return a row per update: size, relative size, kind of the largest share.
+    Example: ``norm_table(norms_of(deltas))``.
     """
     rows = []
     for name, tensors in found.items():
@@ -218,8 +218,8 @@ class Matrix:
 
 
 def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
-    """Return a measure of every two updates, over all elements. Example: ``matrix(compare_deltas(deltas),
-    "sign_conflict")``.
+    """Return a measure of every two updates, over all elements.
+    Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
 
     Args:
         similarities: Results of :func:`compare_deltas`.
@@ -247,8 +247,8 @@ def pair_table(similarities: Sequence[Similarity]) -> Table:
 
 
 def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
-    """Return the comparison of two updates out of those of several. Example: ``only(compare_deltas(deltas), "lora",
-    "full")``.
+    """Return the comparison of two updates out of those of several.
+    Example: ``only(compare_deltas(deltas), "lora", "full")``.
 
     Raises:
         DataError: There is none of the two.

@@ -43,8 +43,8 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
 
 @styled
 def gains(run: Run) -> Figure:
-    """Plot how much better the grafted Instruct is than the untouched one, in loss and scores. Example:
-    ``gains(run)``.
+    """Plot how much better the grafted Instruct is than the untouched one, in loss and scores.
+    Example: ``gains(run)``.
     """
     losses = {
         name or "all sets": run.gain(f"{name}/loss" if name else "loss") for name in dict.fromkeys(["", *run.sets])

@@ -67,8 +67,8 @@ def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None)
 
 
 def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
-    """Return the mean effective rank by layer and kind, a map per update. Example:
-    ``rank_maps(spectra_of(deltas))``.
+    """Return the mean effective rank by layer and kind, a map per update.
+    Example: ``rank_maps(spectra_of(deltas))``.
     """
     maps = []
     for title, each in found.items():
