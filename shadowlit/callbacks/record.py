@@ -118,7 +118,9 @@ class ValidationRecord:
             self._nested_s = nested + spent
 
     def spent(self, part: str) -> float:
-        """Seconds spent on a part and on the parts within it, as ``evaluation/arithmetic`` is one of ``evaluation``."""
+        """Return the seconds spent on a part and on the parts within it, as ``evaluation/arithmetic`` is one of
+        ``evaluation``.
+        """
         return sum(seconds for name, seconds in self.seconds.items() if part in (name, _whole(name)))
 
     def add_cost(self, part: str) -> None:
@@ -152,7 +154,7 @@ def _too_late(names: str) -> GraftError:
 
 
 def record_of(trainer: Trainer) -> ValidationRecord | None:
-    """The record of the running validation, or else of the last one; None where no callback keeps one."""
+    """Return the record of the running validation, or else of the last one; None where no callback keeps one."""
     records = (getattr(callback, "record", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return next((record for record in records if isinstance(record, ValidationRecord)), None)
 

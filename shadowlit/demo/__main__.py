@@ -83,7 +83,7 @@ _CAPTION = (
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """The table of the four models: loss and token accuracy by set, and the fraction of right answers."""
+    """Return the table of the four models: loss and token accuracy by set, and the fraction of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
     drawn = make_table("", *subject_headings(), title="On held-out questions")
     for name, title in TEACHER_FORCED.items():

@@ -17,7 +17,7 @@ from shadowlit.training.outputs import Answers
 
 
 def name_clash(names: Iterable[str]) -> str:
-    """The message that metrics would be logged twice, of which Lightning would show the mean."""
+    """Return the message that metrics would be logged twice, of which Lightning would show the mean."""
     return (
         f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
         "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
@@ -32,7 +32,7 @@ class Scores:
         self.others = {name: on_device(metric.clone(), device) for name, metric in others.items()}
 
     def compute(self) -> dict[str, float]:
-        """The numbers by name, reduced over all ranks; every rank must call it.
+        """Return the numbers by name, reduced over all ranks; every rank must call it.
 
         Raises:
             ShadowlitError: A metric gives something that is not a number, or a name twice.
@@ -150,7 +150,9 @@ class TokenScores(Metric):
         self.rows.append(sums.by_sample)
 
     def by_sample(self) -> Tensor:
-        """Loss and number of supervised tokens of every sample on all ranks, ``[N, 2]`` on the CPU; a collective."""
+        """Return the loss and the number of supervised tokens of every sample on all ranks, ``[N, 2]`` on the CPU; a
+        collective.
+        """
         with self.sync_context():
             rows: Any = self.rows  # a tensor once it was gathered
             return (torch.cat(rows) if isinstance(rows, list) else rows).cpu()

@@ -31,7 +31,8 @@ class TokenSums:
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Indices ``[N]``, int64, of the hidden states that predict supervised tokens, among the ``B * T`` of a batch.
+    """Return the indices ``[N]``, int64, of the hidden states that predict supervised tokens, among the ``B * T`` of a
+    batch.
 
     The label at ``t`` is predicted at ``t - 1``. The first token of a row has no prediction, nor has the first of a
     conversation in a packed row.
@@ -50,7 +51,8 @@ def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> 
 def sum_tokens(
     losses: Tensor, correct: Tensor, positions: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> TokenSums:
-    """The sums, from the cross entropy of every supervised token and whether it is the most probable one, ``[N]`` each.
+    """Return the sums, from the cross entropy of every supervised token and whether it is the most probable one,
+    ``[N]`` each.
 
     ``positions`` ``[N]`` come from :func:`supervised_positions`, with the same ``labels`` and ``position_ids``.
     """
@@ -89,7 +91,9 @@ def sum_tokens(
 
 @torch.no_grad()
 def token_sums(logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> TokenSums:
-    """The sums of logits ``[B, T, V]`` of any floating dtype; other arguments as of :func:`supervised_positions`."""
+    """Return the sums of logits ``[B, T, V]`` of any floating dtype; other arguments as of
+    :func:`supervised_positions`.
+    """
     positions = supervised_positions(labels, position_ids)
     targets = labels.flatten()[positions + 1]
     chosen = logits.flatten(0, 1)[positions].float()
