@@ -375,7 +375,7 @@ def _open_folder(source: str, folder: Path, split: str | None, use: str, streami
             data = datasets.load_dataset(str(folder), streaming=streaming)
     except Exception as error:
         raise DataError(
-            f"the folder {source} is no data set that can be read ({first_line(error)}). Name a file, or a folder "
+            f"the folder {source} is not a data set that can be read ({first_line(error)}). Name a file, or a folder "
             "of Parquet or JSONL files."
         ) from error
     return _choose_split(source, data, split, use)

@@ -205,7 +205,7 @@ class ScoringModule(LightningModule):
         """Return the loss and the number of supervised tokens of each sample in the running validation, ``[N, 2]`` by
         set.
 
-        The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
+        The set "" is all of them. Empty for an objective whose scores are not losses of tokens. A collective.
         """
         owns = {name: one.own for (who, name), one in self._scores.items() if who == subject}
         return {name: own.by_sample() for name, own in owns.items() if isinstance(own, TokenScores) and own.takes_sums}
