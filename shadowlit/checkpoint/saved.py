@@ -206,7 +206,7 @@ def read_rest(path: Path) -> dict[str, Any]:
 
 
 def require_finite(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise if weights are not finite numbers; of sharded tensors this rank's part is looked at."""
+    """Raise if weights are not finite numbers; of sharded tensors, this rank checks its own part."""
     tensors = {name: local(t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise CheckpointError(

@@ -136,7 +136,7 @@ def stream_conversations(
 
 
 def _prepare(reader: _Reader, rows: Iterable[Row], names: set[str] | None, log: Log, skip: Skip | None) -> list[Row]:
-    """Prepare a reader by the first row with columns, and return the rows that were looked at.
+    """Prepare a reader by the first row with columns, and return the rows that were read for it.
 
     The columns of one row may be missing in another, which is that row's error and not the file's. So where such rows
     are left out, later rows are tried too. ``names`` are those of all columns; None takes those of the row.

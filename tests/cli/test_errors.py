@@ -181,7 +181,7 @@ def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, va
     ("model.objective", {"class_path": "unreadable.Mine"}, "unreadable.Mine can't be imported "
      "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DFT"),
     ("model.objective", "unreadable.Mine", "unreadable.Mine can't be imported (SyntaxError: ", "Known"),
-    ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is no "
+    ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is not a "
      "subclass of Objective; expected", "Known: SFT, DFT"),
     ("model.objective", {"class_path": "DPO", "init_args": {"bta": 1}}, "the class has no option bta. Did you "
      "mean beta?", "Known: beta, loss, label_smoothing, sft_weight."),

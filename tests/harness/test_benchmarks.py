@@ -461,7 +461,7 @@ def test_the_command_refuses_before_it_loads_a_model(options, message, tmp_path,
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("no/such/folder", "no folder"), ("EMPTY", "there is no"), ("org/none", "the hub does not give")],
+    [("no/such/folder", "not a folder"), ("EMPTY", "there is no"), ("org/none", "the hub does not give")],
 )
 def test_the_command_tells_a_model_that_is_not_there(model, message, tmp_path, folder, capsys):
     model = model.replace("EMPTY", str(tmp_path))
