@@ -143,7 +143,7 @@ class TokenScores(Metric):
         self.rows.append(sums.by_sample)
 
     def by_sample(self) -> Tensor:
-        """Loss and number of supervised tokens of every sample on all ranks, ``[N, 2]`` on the CPU; a collective."""
+        """Loss, supervised and correct tokens of every sample on all ranks, ``[N, 3]`` on the CPU; a collective."""
         with self.sync_context():
             rows: Any = self.rows  # a tensor once it was gathered
             return (torch.cat(rows) if isinstance(rows, list) else rows).cpu()

@@ -25,7 +25,7 @@ class TokenSums:
     num_correct: Tensor  # tokens that are the most probable one
     num_samples: Tensor  # rows with a supervised token; of packed rows, the conversations
     num_exact: Tensor  # samples all of whose tokens are the most probable ones
-    by_sample: Tensor  # [S, 2]: loss and number of supervised tokens of each sample, in the order of the batch
+    by_sample: Tensor  # [S, 3]: loss, supervised and correct tokens of each sample, in the order of the batch
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -65,7 +65,7 @@ def sum_tokens(
     exact = rows & (counts[0] == counts[1])
     losses = losses.to(accumulation_dtype(losses.device))
     by_token = torch.stack(
-        [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]]
+        [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0], counts[1]]
     )
     # Without packing each row is a sample, so that nothing waits for a GPU to find their number. A copy of theirs is
     # returned, since a view would keep the numbers of all tokens.

@@ -199,8 +199,8 @@ class ScoringModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
-    def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
-        """Loss and number of supervised tokens of each sample in the running validation, ``[N, 2]`` by set.
+    def sample_scores(self, subject: Subject) -> dict[str, Tensor]:
+        """Loss, supervised and correct tokens of each sample in the running validation, ``[N, 3]`` by set.
 
         The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
         """
