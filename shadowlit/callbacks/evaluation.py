@@ -200,7 +200,7 @@ class EvaluationCallback(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
-        """The untouched models' scores, and how many validations there were."""
+        """Return the untouched models' scores, and how many validations there were."""
         return {"constants": self._untouched.state, "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -297,7 +297,7 @@ class GraftCallback(Callback):
             yield
 
     def build(self, pl_module: LightningModule) -> LiveGraft:
-        """The graft of the module's model; the pair's weights are read at the first call of a command."""
+        """Return the graft of the module's model; the pair's weights are read at the first call of a command."""
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
         if self.graft is None or self.graft.model is not pl_module.model:
             self._release()
@@ -327,7 +327,9 @@ class GraftCallback(Callback):
                 console.print(line)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
+        """Return the pair's fingerprints, the untouched models' scores, and the metrics of the last complete
+        validation.
+        """
         return {
             "fingerprints": self.fingerprints,
             "settings": self.settings,

@@ -13,8 +13,9 @@ from shadowlit.errors import DataError
 from shadowlit.studies.arms import without_subject
 from shadowlit.studies.rows import Row
 
-NUM_TOKENS = "num_tokens"
-_LOWER: dict[str, Literal["nats", "number"]] = {"loss": "nats", "perplexity": "number"}
+_WEIGHTS = {"loss": "num_tokens", "accuracy": "num_tokens", "first_token_loss": "num_answers", "sequence_accuracy": ""}
+"""Metrics that are means over rows, and the sample of a row that is its weight; empty for 1."""
+_LOWER: dict[str, Literal["nats", "number"]] = {"loss": "nats", "first_token_loss": "nats", "perplexity": "number"}
 _FORGETTING = ("kl", "agreement", "routing_agreement", "routing_top1_changed")
 _WORDS = {"higher": True, "lower": False}
 
@@ -164,13 +165,11 @@ class Scoring:
         scores = scores_of(row, name, range(num_rows))
         if scores is None or len(row.samples[name]) != num_rows:
             return None
-        weights = np.ones(num_rows)
-        if name.rpartition("/")[2] != "sequence_accuracy":
-            prefix = f"{of}/" if (of := set_of(name)) else ""
-            found = scores_of(row, prefix + NUM_TOKENS, range(num_rows))
-            if found is None:
-                return None
-            weights = found
+        weights: np.ndarray | None = np.ones(num_rows)
+        if weight := _WEIGHTS[name.rpartition("/")[2]]:
+            weights = scores_of(row, _in_set(set_of(name), weight), range(num_rows))
+        if weights is None:
+            return None
         mean = float((scores * weights).sum() / weights.sum())
         logged = row.metrics.get(name, math.nan)
         return (scores, weights) if math.isclose(mean, logged, rel_tol=1e-5, abs_tol=1e-7) else None
@@ -185,23 +184,29 @@ def scores_of(row: Row, name: str, indices: Sequence[int]) -> np.ndarray | None:
 def samples_of_sets(
     sets: Mapping[str, Sequence[Sequence[float]]], wanted: Sequence[str]
 ) -> dict[str, dict[int, float]]:
-    """The score of each row for the wanted metrics, and the rows' numbers of tokens, from one subject's ``rows.json``.
+    """Return the score of each row for the wanted metrics, and its weight, from one subject's part of ``rows.json``.
 
-    ``loss`` and ``accuracy`` are per token of the row; the metric is their mean weighted by ``num_tokens``. Metrics
-    that aren't made of losses and correct tokens have no rows.
+    A metric is the mean of its rows' scores, weighted by their ``num_tokens`` or ``num_answers``. Metrics that are made
+    of something else have no rows.
     """
     found: dict[str, dict[int, float]] = {}
     for metric in wanted:
         of, what = set_of(metric), metric.rpartition("/")[2]
         rows = [row for row in sets.get(of, []) if row[1] > 0]
-        if not rows or what not in ("loss", "accuracy", "sequence_accuracy"):
+        if not rows or what not in _WEIGHTS:
             continue
-        prefix = f"{of}/" if of else ""
         values = {
-            "loss": [loss / tokens for loss, tokens, _ in rows],
-            "accuracy": [correct / tokens for _, tokens, correct in rows],
-            "sequence_accuracy": [float(correct == tokens) for _, tokens, correct in rows],
+            "loss": [loss / tokens for loss, tokens, *_ in rows],
+            "accuracy": [correct / tokens for _, tokens, correct, *_ in rows],
+            "sequence_accuracy": [float(correct == tokens) for _, tokens, correct, *_ in rows],
+            "first_token_loss": [first / answers for *_, first, answers in rows],
         }
+        weights = {"num_tokens": [row[1] for row in rows], "num_answers": [row[4] for row in rows]}
         found[metric] = dict(enumerate(values[what]))
-        found[prefix + NUM_TOKENS] = {i: float(row[1]) for i, row in enumerate(rows)}
+        if weight := _WEIGHTS[what]:
+            found[_in_set(of, weight)] = dict(enumerate(weights[weight]))
     return found
+
+
+def _in_set(name: str, what: str) -> str:
+    return f"{name}/{what}" if name else what

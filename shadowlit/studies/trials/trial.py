@@ -32,8 +32,8 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
     """Run ``fit`` or ``validate`` in a folder of its own, and write its numbers to ``result.json`` when it is finished.
 
     ``rows.json`` has the rows of the last validation by subject and set, each of them ``[loss, supervised tokens,
-    correct tokens]``. After each validation, ``live.json`` has ``{"step": optimizer steps so far, "metrics": {name:
-    number}}``.
+    correct tokens, loss of the answers' first tokens, answers]``. After each validation, ``live.json`` has ``{"step":
+    optimizer steps so far, "metrics": {name: number}}``.
     """
     import torch
     from lightning.pytorch.callbacks import LambdaCallback

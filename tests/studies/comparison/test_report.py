@@ -168,7 +168,7 @@ def by_loss(lr, choice, report, seed=0, arm="B2I", tokens=(1, 3), scale=1.0):
     """A training that logged two losses; those of the rows of the set "report" are around the logged one."""
     spread = 0.25 * lr * 1e3 * (1 + seed)
     losses = [report - spread * tokens[1], report + spread * tokens[0]] * 5
-    rows = [[loss * n, n, n] for loss, n in zip(losses, list(tokens) * 5, strict=True)]
+    rows = [[loss * n, n, n, loss, 1] for loss, n in zip(losses, list(tokens) * 5, strict=True)]
     metrics = {"choice/loss": choice, "report/loss": report, "loss": (choice + report) / 2, "forgetting/kl": 0.1}
     samples = samples_of_sets({"report": rows}, ["report/loss"])
     if arm == "Instruct":

@@ -145,14 +145,17 @@ def test_metrics_of_two_validation_sets_choose_and_are_reported(setting, tmp_pat
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     sets = {name: str(tmp_path / f"{name}.jsonl") for name in ("choice", "report")}
     records = run_compare(
-        setting, tmp_path / "out", arms="B2I,I2I", gain=None, score="report/loss,report/sequence_accuracy",
-        choose="val/grafted/choice/loss", task_scales=[],
+        setting, tmp_path / "out", arms="B2I,I2I", gain=None, choose="val/grafted/choice/loss", task_scales=[],
+        score="report/loss,report/sequence_accuracy,report/first_token_loss",
         overrides={"evaluation.evaluators": {}, "data.validation": sets},
     )  # fmt: skip
     by_arm = {(r.arm, r.scale): r for r in records}
     for row in by_arm.values():
         losses, tokens = row.samples["report/loss"], row.samples["report/num_tokens"]
         assert len(losses) == 5
+        first, answers = row.samples["report/first_token_loss"], row.samples["report/num_answers"]
+        mean = sum(first[i] * answers[i] for i in first) / sum(answers.values())
+        assert mean == pytest.approx(row.metrics["report/first_token_loss"], rel=1e-6)
         mean = sum(losses[i] * tokens[i] for i in losses) / sum(tokens.values())
         assert mean == pytest.approx(row.metrics["report/loss"], rel=1e-6)
     text = (tmp_path / "out/report/REPORT.md").read_text()
@@ -299,7 +302,7 @@ def test_an_interrupted_training_keeps_what_it_resumes_from(setting, tmp_path):
     ({"threads": 0}, "--threads is 0; expected at least 1"),
     ({"seeds": "0,x"}, "--seeds is '0,x'; expected whole numbers"),
     ({"overrides": {"evaluation.evaluators": {}}}, r"has no evaluation\.evaluators"),
-    ({"score": "other/loss"}, "--score names other/loss, which no validation logs; known are accuracy, loss, "),
+    ({"score": "other/loss"}, "--score names other/loss, which no validation logs; known are accuracy, "),
     ({"score": "loss", "choose": "loss,accuracy"}, "--choose names loss, accuracy, which have no common mean"),
     ({"gain": "forgetting"}, "no score says what is learned: forgetting measures the agreement"),
 ])  # fmt: skip

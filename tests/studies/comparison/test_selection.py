@@ -49,18 +49,22 @@ def test_metrics_that_can_not_score(given, message):
 
 
 def test_rows_of_a_set_give_its_metrics():
-    sets = {"report": [[1.0, 2.0, 2.0], [6.0, 4.0, 1.0], [0.0, 0.0, 0.0]]}
+    sets = {"report": [[1.0, 2.0, 2.0, 0.5, 1.0], [6.0, 4.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]]}
     names = ["report/loss", "report/accuracy", "report/sequence_accuracy", "report/perplexity", "other/loss"]
+    names += ["report/first_token_loss"]
     found = samples_of_sets(sets, names)
     assert found == {
         "report/loss": {0: 0.5, 1: 1.5}, "report/accuracy": {0: 1.0, 1: 0.25}, "report/num_tokens": {0: 2.0, 1: 4.0},
-        "report/sequence_accuracy": {0: 1.0, 1: 0.0},
+        "report/sequence_accuracy": {0: 1.0, 1: 0.0}, "report/first_token_loss": {0: 0.5, 1: 1.5},
+        "report/num_answers": {0: 1.0, 1: 2.0},
     }  # fmt: skip
     metrics = {"report/loss": 7 / 6, "report/accuracy": 0.5, "report/sequence_accuracy": 0.5}
+    metrics["report/first_token_loss"] = 3.5 / 3
     row = trained("B2I", 1e-3, 0, metrics=metrics, samples=found)
     scoring = Scoring(metrics=dict.fromkeys(names, Measure()))
     scores, weights = scoring.rows(row, "report/loss", 2)
     assert (scores @ weights) / weights.sum() == pytest.approx(7 / 6)
+    assert scoring.rows(row, "report/first_token_loss", 2)[1].tolist() == [1.0, 2.0]
     assert scoring.rows(row, "report/sequence_accuracy", 2)[1].tolist() == [1.0, 1.0]
     assert scoring.rows(row, "report/perplexity", 0) is None and scoring.rows(row, "report/loss", 3) is None
 
