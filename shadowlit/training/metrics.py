@@ -150,8 +150,9 @@ class TokenScores(Metric):
         self.rows.append(sums.by_sample)
 
     def by_sample(self) -> Tensor:
-        """Return the loss and the number of supervised tokens of every sample on all ranks, ``[N, 2]`` on the CPU; a
-        collective.
+        """Return the numbers of every sample on all ranks, ``[N, 5]`` on the CPU; a collective.
+
+        They are the columns of :attr:`shadowlit.training.objective.TokenSums.by_sample`.
         """
         with self.sync_context():
             rows: Any = self.rows  # a tensor once it was gathered

@@ -27,7 +27,9 @@ class TokenSums:
     num_exact: Tensor  # samples all of whose tokens are the most probable ones
     first_loss: Tensor  # of the cross entropies of the first supervised token of each answer, in nats
     num_answers: Tensor  # runs of supervised tokens without an unsupervised one between them
-    by_sample: Tensor  # [S, 2]: loss and number of supervised tokens of each sample, in the order of the batch
+    # [S, 5], of each sample in the order of the batch: loss, supervised tokens, correct tokens, loss of the answers'
+    # first tokens, and answers.
+    by_sample: Tensor
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -68,15 +70,17 @@ def sum_tokens(
     rows = counts[0] > 0
     exact = rows & (counts[0] == counts[1])
     losses = losses.to(accumulation_dtype(losses.device))
-    by_token = torch.stack(
-        [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]]
-    )
-    # Without packing each row is a sample, so that nothing waits for a GPU to find their number. A copy of theirs is
-    # returned, since a view would keep the numbers of all tokens.
-    by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
     # An answer opens where the token before it is unsupervised, or is the first of its conversation: that one is never
     # predicted.
     opens = ((labels == IGNORE_INDEX) | starts).flatten().index_select(0, positions)
+    none = torch.zeros(3, labels.numel(), dtype=losses.dtype, device=labels.device)
+    of_tokens, of_first, answers = none.index_add(
+        1, conversation, torch.stack([losses, losses * opens, opens.to(losses)])
+    )
+    by_token = torch.stack([of_tokens, counts[0], counts[1], of_first, answers])
+    # Without packing each row is a sample, so that nothing waits for a GPU to find their number. A copy of theirs is
+    # returned, since a view would keep the numbers of all tokens.
+    by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
     return TokenSums(
         losses.sum(),
         counts[0].sum(),

@@ -201,9 +201,10 @@ class ScoringModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
-    def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
-        """Return the loss and the number of supervised tokens of each sample in the running validation, ``[N, 2]`` by
-        set.
+    def sample_scores(self, subject: Subject) -> dict[str, Tensor]:
+        """Return the numbers of each sample in the running validation, ``[N, 5]`` by set.
+
+        They are those of :attr:`shadowlit.training.objective.TokenSums.by_sample`.
 
         The set "" is all of them. Empty for an objective whose scores are not losses of tokens. A collective.
         """
