@@ -30,7 +30,7 @@ from shadowlit.pair.folders import model_folder
 
 
 def open_model(source: str | Path, key: str = "source") -> TensorReader:
-    """The weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
+    """Return the weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
     return buffers.open_model(model_folder("the", str(source), key=key)).learned()
 
 
@@ -96,7 +96,7 @@ class TensorNorm:
 
 
 def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
-    """The size of every tensor of several updates, streamed. Example: ``norms_of(deltas, open_model(base))``.
+    """Return the size of every tensor of several updates, streamed. Example: ``norms_of(deltas, open_model(base))``.
 
     Args:
         deltas: Updates by name.
@@ -129,7 +129,8 @@ def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
 
 
 def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
-    """A map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in percent.
+    """Return a map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in
+    percent.
 
     Without the weights the root mean square of the update, ``‖Δ‖ / √n``. Example: ``norm_maps(norms_of(deltas))``.
     """
@@ -152,9 +153,10 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: size, relative size, kind of the largest share. Example: ``norm_table(norms_of(deltas))``.
+    """Return a row per update: size, relative size, kind of the largest share.
 
-    The relative size, ``‖Δ‖ / ‖W‖``, is over the matrices, if there are any; the rest is over all tensors.
+    Example: ``norm_table(norms_of(deltas))``. The relative size, ``‖Δ‖ / ‖W‖``, is over the matrices, if there are any;
+    the rest is over all tensors.
     """
     rows = []
     for name, tensors in found.items():
@@ -183,7 +185,7 @@ def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
 
 
 def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Similarity]:
-    """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
+    """Compare every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
 
     Example: ``compare_deltas(deltas)[0].total.sums.cosine``.
 
@@ -203,7 +205,9 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
 
 
 def trimmed(delta: Delta, density: float) -> Delta:
-    """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
+    """Return the update with only the largest elements of each tensor; see
+    :func:`shadowlit.delta.transforms.magnitude`.
+    """
     return delta.map([{"name": "magnitude", "density": density}])
 
 
@@ -224,7 +228,7 @@ class Matrix:
 
 
 def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
-    """A measure of every two updates, over all elements of their matrices.
+    """Return a measure of every two updates, over all elements of their matrices.
 
     Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
 
@@ -245,7 +249,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
 
 
 def pair_table(similarities: Sequence[Similarity]) -> Table:
-    """A row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
+    """Return a row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
     rows = []
     for found in similarities:
         total = found.total.sums
@@ -254,7 +258,8 @@ def pair_table(similarities: Sequence[Similarity]) -> Table:
 
 
 def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
-    """The comparison of two updates out of those of several. Example: ``only(compare_deltas(deltas), "lora", "full")``.
+    """Return the comparison of two updates out of those of several.
+    Example: ``only(compare_deltas(deltas), "lora", "full")``.
 
     Raises:
         DataError: There is none of the two.
@@ -267,7 +272,7 @@ def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
 
 
 def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the matrices of an update in these decoder layers, in the order of layers and names.
+    """Return the names of the matrices of an update in these decoder layers, in the order of layers and names.
 
     By default, there are up to four layers, evenly spread with both ends: singular values of large matrices take
     seconds each.

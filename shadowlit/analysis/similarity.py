@@ -87,7 +87,9 @@ class Group:
     tensors: tuple[TensorSimilarity, ...]
 
     def split(self, key: Callable[[TensorSimilarity], Any]) -> list[Group]:
-        """The tensors in groups of equal ``key``, in order of appearance; those whose key is None are left out."""
+        """Return the tensors in groups of equal ``key``, in order of appearance; those whose key is None
+        are left out.
+        """
         groups: dict[Any, list[TensorSimilarity]] = {}
         for tensor in self.tensors:
             if (value := key(tensor)) is not None:
@@ -110,7 +112,9 @@ class Group:
         return mean_of_defined(math.nan if t.effective_rank is None else t.effective_rank for t in self.tensors)
 
     def measure(self, name: str) -> float:
-        """One of ``MEASURES``, or ``effective_rank``: over all elements, but σ and ranks as means over the tensors."""
+        """Return one of ``MEASURES``, or ``effective_rank``: over all elements, but σ and ranks as means over the
+        tensors.
+        """
         return getattr(self if name in ("sigma", "effective_rank") else self.sums, name)
 
 
@@ -167,15 +171,15 @@ class Similarity:
         return Group(None, tuple(tensor for tensor in self.tensors if tensor.in_total))
 
     def by_component(self) -> list[Group]:
-        """A group for every component that there is, in the order of :data:`shadowlit.checkpoint.names.COMPONENTS`."""
+        """Return a group for every component that there is, in the order of :data:`shadowlit.checkpoint.names.COMPONENTS`."""
         return sorted(self.whole.split(lambda tensor: tensor.component), key=lambda group: COMPONENTS.index(group.key))
 
     def by_kind(self) -> list[Group]:
-        """A group for every kind of tensor, in order of appearance."""
+        """Return a group for every kind of tensor, in order of appearance."""
         return self.whole.split(lambda tensor: tensor.kind)
 
     def by_layer(self) -> list[Group]:
-        """A group for every decoder layer, in their order, of the tensors that totals are over."""
+        """Return a group for every decoder layer, in their order, of the tensors that totals are over."""
         return sorted(self.total.split(lambda tensor: tensor.layer), key=attrgetter("key"))
 
     def by_expert(self) -> dict[int, list[Group]]:
@@ -241,7 +245,9 @@ class Report:
     left_out: Mapping[str, tuple[str, ...]]
 
     def to_json(self) -> str:
-        """All numbers as JSON; ``null`` for what isn't defined, the cosine with a tensor of zeros for example."""
+        """Return all numbers as JSON; ``null`` for what isn't defined, the cosine with a tensor of zeros
+        for example.
+        """
         report = {
             "models": dict(self.models),
             "left_out": self.left_out,
@@ -250,7 +256,7 @@ class Report:
         return json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     def to_csv(self) -> str:
-        """A line per tensor and pair; empty where something isn't defined. Models go by their letters."""
+        """Return a line per tensor and pair; empty where something isn't defined. Models go by their letters."""
         text = io.StringIO()
         numbers = list(dict.fromkeys(name for names in MEASURES.values() for name in names))
         columns = ["a", "b", "of", "name", "layer", "kind", "component", "expert", "num_elements", *numbers, *_RANKS]
@@ -315,7 +321,7 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
 
 
 def open_reader(folder: Path) -> tuple[TensorReader, bool]:
-    """A reader of the model, without buffers, or the delta in a folder, and whether it is a delta.
+    """Return a reader of the model, without buffers, or the delta in a folder, and whether it is a delta.
 
     Raises:
         CheckpointError: There is neither, or its files are broken.
@@ -392,7 +398,8 @@ def compare(
 
 
 def shared_names(readers: Sequence[TensorReader], *, deltas: bool) -> list[str]:
-    """Names of the tensors to compare: weights that all models have, or any of several deltas has; their shapes fit.
+    """Return the names of the tensors to compare: weights that all models have, or any of several deltas has; their
+    shapes fit.
 
     Raises:
         PairError: There are none, or shapes differ.

@@ -111,7 +111,7 @@ class ExportCallback(Callback):
             require_shared(trainer, "each loads the best checkpoint for the export")
 
     def needs_room(self, trainer: Trainer, pl_module: LightningModule) -> list[Needed]:
-        """The room that the export will take at most."""
+        """Return the room that the export will take at most."""
         if not self.enabled:
             return []
         assert isinstance(pl_module, ShadowModule)

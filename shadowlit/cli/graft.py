@@ -97,7 +97,7 @@ def write(
 
 
 def parse_bytes(size: str) -> int:
-    """The number of bytes in a size such as ``5GB``; a GraftError if it isn't one."""
+    """Return the number of bytes in a size such as ``5GB``; a GraftError if it isn't one."""
     number, unit = size[:-2], size[-2:].upper()
     if unit not in _UNITS or not number.replace(".", "", 1).isdigit():
         raise GraftError(f"shard_size is {size!r}; expected a number and KB, MB or GB, e.g. 5GB.")

@@ -74,7 +74,7 @@ class Scale:
         return cls(default, tuple(pairs))
 
     def of(self, name: str) -> float:
-        """The scale of tensor ``name``."""
+        """Return the scale of tensor ``name``."""
         for pattern, value in self.by_pattern:
             with bounded_matching(f"scale has {pattern!r}"):
                 if re.search(pattern, name):
@@ -83,7 +83,7 @@ class Scale:
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
-    """Names of the linear layers' weights and biases, from a checkpoint's headers alone.
+    """Return the names of the linear layers' weights and biases, from a checkpoint's headers alone.
 
     Those are the matrices inside numbered layers, and their biases; embeddings and the output head are outside.
     Experts' matrices count, fused or single; their routers don't, as in the paper's code. The projector between towers,
@@ -104,7 +104,8 @@ def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
 
 
 def shares_of(squares: Mapping[str, float], rest: float) -> dict[str, float]:
-    """Shares of an update's norm by tensor, without those of zero, from squared norms, and that of what isn't named.
+    """Return the shares of an update's norm by tensor, without those of zero, from squared norms, and that of what
+    isn't named.
 
     A tensor with values that are not finite has a share of NaN, and counts for nothing in those of others.
     """
@@ -117,7 +118,7 @@ def shares_of(squares: Mapping[str, float], rest: float) -> dict[str, float]:
 
 
 def describe_shares(shares: Mapping[str, float]) -> str:
-    """Shares of a norm by kind of tensor, the largest first: ``embed_tokens 41.2%, norm (9) 1.3%``."""
+    """Return the shares of a norm by kind of tensor, the largest first: ``embed_tokens 41.2%, norm (9) 1.3%``."""
     kinds: dict[str, list[float]] = {}
     for name, share in shares.items():
         kinds.setdefault(kind_of(name), []).append(share)

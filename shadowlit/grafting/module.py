@@ -97,7 +97,9 @@ class ModuleGraft:
         return sum(local(host.parameter).numel() for host in self._hosts)
 
     def serves_adapter(self, scale: float) -> bool:
-        """Whether the adapter on the untouched Instruct computes the graft at this scale, except for rounding."""
+        """Return whether the adapter on the untouched Instruct computes the graft at this scale, except for
+        rounding.
+        """
         adapted = [host.adapted for host in self._hosts if host.adapted is not None]
         means_the_same = all(layer.additive and (scale == 1 or layer.scaling is not None) for layer in adapted)
         return bool(adapted) and means_the_same and not self._transforms and all(h.base is None for h in self._hosts)
@@ -214,7 +216,7 @@ class ModuleGraft:
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
-        """The adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
+        """Return the adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
 
         ``scale`` (0 outside the selection) is folded into a factor in which the update is linear, so that the adapter
         on the Instruct is the graft.
@@ -342,7 +344,7 @@ def sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:
 
 
 def is_swapped(frozen: bool, grafted: bool, dtype: torch.dtype | None, stored: torch.dtype) -> bool:
-    """Whether a parameter is swapped with the Instruct's values in place, without a copy of its own values.
+    """Return whether a parameter is swapped with the Instruct's values in place, without a copy of its own values.
 
     Not under a selected adapter, whose update is added to the weights that it sits on; and not where the graft alone
     rounds to a narrower dtype than that of the files.

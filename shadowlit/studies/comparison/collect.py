@@ -16,9 +16,11 @@ from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
+from shadowlit.studies.comparison.scoring import samples_of_sets
 from shadowlit.studies.rows import UNTOUCHED_TRIAL, Row
 from shadowlit.studies.trials.process import is_finished, read_result
 from shadowlit.studies.trials.recipe import Recipe
+from shadowlit.studies.trials.trial import ROWS
 
 
 def collect(
@@ -28,15 +30,21 @@ def collect(
     rates: Mapping[str, Sequence[float]],
     folder: Path,
     line: str = "loss",
+    score: Sequence[str] = (),
 ) -> list[Row]:
     """Collect a row for each arm of each finished training, at each scale, and those of the untouched models.
 
-    ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
+    ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss. The
+    rows of the validation that the metrics ``score`` are made of become samples.
     """
     home = folder / UNTOUCHED_TRIAL
     logged = read_result(home)["metrics"]
     found = [
-        Row(arm, metrics=metrics_of(logged, arm.lower()), samples=_samples(home / "evaluation" / arm.lower()))
+        Row(
+            arm,
+            metrics=metrics_of(logged, arm.lower()),
+            samples=_samples(home / "evaluation" / arm.lower()) | _rows_of_sets(home, arm.lower(), score),
+        )
         for arm in UNTOUCHED
     ]
     own = rates_of_arms(arms, rates)
@@ -60,7 +68,7 @@ def collect(
                     arm,
                     scale,
                     metrics=metrics[scale],
-                    samples=_samples(evaluated / subject),
+                    samples=_samples(evaluated / subject) | _rows_of_sets(home, subject, score),
                     cost=_cost(result),
                     facts=known,
                     line=dict(sorted(losses.items())) if scale == recipe.scales[0] else {},
@@ -75,6 +83,14 @@ def _samples(home: Path) -> dict[str, dict[int, float]]:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         found[file.stem] = {row["index"]: float(row["score"]) for row in rows}
     return found
+
+
+def _rows_of_sets(home: Path, subject: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
+    """The validation's rows that metrics are made of; none of trainings by earlier versions, which kept none."""
+    file = home / ROWS
+    if not metrics or not file.is_file():
+        return {}
+    return samples_of_sets(json.loads(file.read_text(encoding="utf-8")).get(subject, {}), metrics)
 
 
 def _cost(result: Mapping[str, Any]) -> dict[str, float]:
