@@ -171,7 +171,7 @@ class Similarity:
         return Group(None, tuple(tensor for tensor in self.tensors if tensor.in_total))
 
     def by_component(self) -> list[Group]:
-        """Return a group for every component that there is, in the order of :data:`shadowlit.checkpoint.names.COMPONENTS`."""
+        """Return a group for every component, in the order of :data:`shadowlit.checkpoint.names.COMPONENTS`."""
         return sorted(self.whole.split(lambda tensor: tensor.component), key=lambda group: COMPONENTS.index(group.key))
 
     def by_kind(self) -> list[Group]:

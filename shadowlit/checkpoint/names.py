@@ -288,8 +288,8 @@ def component_of(name: str, shape: Collection[int]) -> str:
 def in_totals(shapes: Mapping[str, Collection[int]]) -> frozenset[str]:
     """Return the tensors over which a number that compares weights is summed up: the matrices, if there are any.
 
-    Norms' weights may be so large (a norm of 22,666 in Gemma 3 270M, where it is 631 for all matrices) that a total over
-    everything would describe them alone. They and biases are reported as components of their own.
+    Norms' weights may be so large (a norm of 22,666 in Gemma 3 270M, where it is 631 for all matrices) that a total
+    over everything would describe them alone. They and biases are reported as components of their own.
     """
     return frozenset(name for name, shape in shapes.items() if len(shape) >= 2) or frozenset(shapes)
 
