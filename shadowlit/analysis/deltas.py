@@ -66,7 +66,10 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
-    """Several updates by name; see :func:`open_delta`. Example: ``deltas = open_deltas({"lora": "runs/lora"})``."""
+    """Open several updates by name; see :func:`open_delta`.
+
+    Example: ``deltas = open_deltas({"lora": "runs/lora"})``.
+    """
     return {name: open_delta(source, base) for name, source in sources.items()}
 
 
@@ -179,7 +182,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
-    """σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
+    """Compute σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
     (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 

@@ -1,7 +1,7 @@
 """Sharded checkpoints of ``torch.distributed.checkpoint``, read without running code from them.
 
-torch unpickles their index, ``.metadata``, and every value that is no tensor without restriction, so that a checkpoint
-from a stranger could run code. Here the index may name the classes of an index only, and values are read as
+torch unpickles their index, ``.metadata``, and every value that is not a tensor without restriction, so that a
+checkpoint from a stranger could run code. Here the index may name the classes of an index only, and values are read as
 ``torch.load(weights_only=True)`` reads them.
 """
 

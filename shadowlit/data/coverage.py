@@ -1,4 +1,4 @@
-"""Checks that a chat template writes every text of a conversation, so that nothing of a row is lost unnoticed.
+"""Checks that a chat template writes every text of a conversation, so that no part of a row is lost unnoticed.
 
 A template ignores what it doesn't know: tool calls, reasoning, tools, names. Whether it writes a text can't be read off
 the template, and finding the text in what is rendered proves it only for a long one: reasoning "4" is found in the

@@ -54,7 +54,7 @@ class Matcher:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise DataError(f"{name}={pattern!r} is no regular expression: {error}. Correct it.") from None
+                raise DataError(f"{name}={pattern!r} is not a regular expression: {error}. Correct it.") from None
 
     @property
     def needs_reference(self) -> bool:

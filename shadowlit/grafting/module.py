@@ -63,7 +63,7 @@ class ModuleGraft:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
         require_pairing(parameters, base, by_module)
-        # For each tensor of the Instruct's files that is no parameter by itself, the parts of parameters it is made of.
+        # For each tensor of the Instruct's files that is not a parameter by itself, its parts of parameters.
         self._parts = {} if by_module is instruct else parts_of(shapes, instruct)
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

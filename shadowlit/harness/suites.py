@@ -115,7 +115,7 @@ class SuiteScore:
 
     @property
     def mean(self) -> Score | None:
-        """The plain mean over the tasks; None for fewer than two tasks, and for tasks that are no suite."""
+        """The plain mean over the tasks; None for fewer than two tasks, and for tasks that are not a suite."""
         return mean_of([task.score for task in self.tasks]) if self.title and len(self.tasks) > 1 else None
 
 
@@ -139,7 +139,7 @@ def load_suites() -> dict[str, tuple[Suite, ...]]:
 
 
 def select_suites(names: Sequence[str]) -> list[Suite]:
-    """The suites of these names, each once, and last a suite without a title of all names that are no suite's."""
+    """The suites of these names, each once, and last a suite without a title of all names that no suite has."""
     known = load_suites()
     found = dict.fromkeys(suite.title for name in names for suite in known.get(name, ()))
     by_title = {suite.title: suite for suites in known.values() for suite in suites}

@@ -194,7 +194,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise EvaluationError(f"there is no {error.filename}, needed by {path}.") from error
     except Exception as error:  # of YAML, of a cycle of includes
-        raise EvaluationError(f"{path} is no task of the harness' form: {' '.join(str(error).split())}") from error
+        raise EvaluationError(f"{path} is not a task of the harness' form: {' '.join(str(error).split())}") from error
 
 
 def _local_manager(tasks_folder: str | Path | None) -> TaskManager:

@@ -104,7 +104,7 @@ def model_folder(
         return folder
     is_file = folder.is_file()
     if is_file or not _HUB_ID.fullmatch(source):
-        kind = "is a file" if is_file else "is no folder, and cannot be a hub id"
+        kind = "is a file" if is_file else "is not a folder, and cannot be a hub id"
         raise ProblemError(
             f"{who} model",
             f"'{source}' {kind}",

@@ -50,7 +50,7 @@ _HELD = 3  # the first parts are there in all phases
 
 
 def parse_bytes(text: str) -> float:
-    """``24GiB``, ``80 GB`` or ``512MiB`` in bytes; raises a ShadowlitError for what is no size."""
+    """``24GiB``, ``80 GB`` or ``512MiB`` in bytes; raises a ShadowlitError for what is not a size."""
     found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if found is None:
         raise ShadowlitError(f"memory is {text!r}; expected a size such as 24GiB or 80GB.")

@@ -293,7 +293,7 @@ class Definition:
         if self.draws and not self.trials:
             yield f"sampler is {self.sampler} but trials is not set; set how many settings it draws, e.g. trials: 20"
         if not self.draws and self.ranges:
-            yield f"ranges ({', '.join(self.ranges)}) are no grid; set sampler: random or tpe, or list the values"
+            yield f"ranges ({', '.join(self.ranges)}) are not a grid; set sampler: random or tpe, or list the values"
         if not self.draws and self.trials is not None:
             yield "trials is set, but a grid runs all of its combinations; set sampler: random or tpe, or leave it out"
         if self.num_planned > self.max_trials:

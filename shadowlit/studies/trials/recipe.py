@@ -45,7 +45,7 @@ class Recipe:
         """The configuration in the file, without overrides.
 
         Raises:
-            DataError: There is no such file, or it is no YAML mapping.
+            DataError: There is no such file, or it is not a YAML mapping.
         """
         try:
             found = load_yaml(self.config.read_text(encoding="utf-8"), str(self.config))

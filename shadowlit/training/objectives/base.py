@@ -39,7 +39,7 @@ class Objective(ABC):
 
         ``loss`` is the summed loss with its gradient, and ``count`` what the loss of the whole effective batch is
         divided by, usually samples or, of tokens, :meth:`Outputs.total_weight`. A term must be a sum over samples that
-        depends on nothing of the rest of the batch, or the loss changes with the size of the micro-batches.
+        does not depend on the rest of the batch, or the loss changes with the size of the micro-batches.
         """
 
     def finish_step(self, sums: Sums) -> Sums:
