@@ -73,7 +73,7 @@ def _parsed(key: str, value: Any, kind: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value has a type, with the values in it; an int is a float too, but no bool is a number."""
+    """Return whether a value has a type, with the values in it; an int is a float too, but no bool is a number."""
     if kind is Any:
         return True
     origin, inner = typing.get_origin(kind) or kind, typing.get_args(kind)

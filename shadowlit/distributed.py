@@ -18,12 +18,12 @@ _T = TypeVar("_T")
 
 
 def rank() -> int:
-    """The number of this process among the ranks; 0 without several."""
+    """Return the number of this process among the ranks; 0 without several."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def of_all_ranks(own: list[_T], group: dist.ProcessGroup | None = None) -> list[_T]:
-    """What every rank has, one after the other, on all of them; a collective. ``own`` without several ranks."""
+    """Return what every rank has, one after the other, on all of them; a collective. ``own`` without several ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return own
     parts: list[list[_T]] = [[] for _ in range(dist.get_world_size())]
@@ -52,12 +52,14 @@ def on_first_rank(function: Callable[[], object]) -> None:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """The part of ``parameter`` on this rank, detached and sharing its storage; all of it when it isn't sharded."""
+    """Return the part of ``parameter`` on this rank, detached and sharing its storage; all of it when it
+    isn't sharded.
+    """
     return parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part of ``parameter`` lies in the whole tensor: one slice per dimension."""
+    """Return where this rank's part of ``parameter`` lies in the whole tensor: one slice per dimension."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

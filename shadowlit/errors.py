@@ -63,12 +63,12 @@ def as_usage() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The error's type and what its first line says."""
+    """Return the error's type and what its first line says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def wrong_names(key: str, names: Iterable[str]) -> list[str]:
-    """Messages about the names in the setting ``key`` that could not be one part of a metric's name."""
+    """Return messages about the names in the setting ``key`` that could not be one part of a metric's name."""
     return [
         f"{key} has the name {name!r}; expected letters, digits, '_' and '-'. Rename it."
         for name in names

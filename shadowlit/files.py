@@ -40,7 +40,9 @@ def written_beside(file: Path) -> Iterator[Path]:
 
 
 def partial_path(target: Path) -> Path:
-    """A path of its own next to ``target``, and so on the same file system, to write to before :func:`install`."""
+    """Return a path of its own next to ``target``, and so on the same file system, to write to before
+    :func:`install`.
+    """
     return target.with_name(f"{target.name}.{secrets.token_hex(8)}{_PARTIAL}")
 
 
@@ -130,6 +132,8 @@ def _remove_abandoned(file: Path, own: Path) -> None:
 
 
 def unused(file: Path) -> Path:
-    """The file if there is none yet, else the first of ``<stem>-v1``, ``<stem>-v2`` and so on, as of checkpoints."""
+    """Return the file if there is none yet, else the first of ``<stem>-v1``, ``<stem>-v2`` and so on, as of
+    checkpoints.
+    """
     numbered = (file.with_stem(f"{file.stem}-v{number}") for number in count(1))
     return next(one for one in chain([file], numbered) if not one.exists())

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import re
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,7 +34,9 @@ from shadowlit.callbacks.throughput import ThroughputCallback
 from shadowlit.checkpoint.saved import read_rest
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
+from shadowlit.data.protocol import RunData
 from shadowlit.errors import Interrupted, ShadowlitError, as_usage
+from shadowlit.evaluation.evaluator import Evaluator
 from shadowlit.files import require_writable
 from shadowlit.pair.pair import ModelPair
 from shadowlit.planning.plan import Plan, parse_bytes
@@ -382,6 +386,36 @@ def check(args: list[str]) -> None:
         raise ShadowlitError(" ".join(shown.getvalue().partition("error: ")[2].split())) from None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a fit would measure.
+
+    Attributes:
+        sets: Names of the validation sets.
+        metrics: Names of the metrics that each of them is scored with.
+        evaluators: The evaluators by name.
+    """
+
+    sets: list[str]
+    metrics: set[str]
+    evaluators: dict[str, Evaluator]
+
+
+def check_measured(args: list[str]) -> Measured:
+    """Parse a command line of ``fit``, and read its data and the rows of its evaluators as the fit would.
+
+    Raises:
+        ShadowlitError: As :func:`check`, or all problems with the data, or with the evaluators.
+    """
+    quieten()
+    level = logging.root.manager.disable
+    logging.disable(logging.INFO)  # every training reports its data by itself
+    try:
+        return _of(_Reading, args).measured  # type: ignore[attr-defined]
+    finally:
+        logging.disable(level)
+
+
 class _Parsing(ShadowCLI):
     def _set_seed(self) -> None:
         """Leave the caller's random numbers alone."""
@@ -394,6 +428,25 @@ class _Parsing(ShadowCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
+
+
+class _Reading(_Parsing):
+    """Creates everything but the trainer, and reads the data and the evaluators' rows."""
+
+    measured: Measured
+
+    def instantiate_classes(self) -> None:
+        with as_usage():
+            try:
+                found = self.parser.instantiate_classes(self.config)[self.subcommand]
+            except Interrupted:
+                raise
+            except (Exception, SystemExit) as error:
+                self._raise_named(error)
+            module, data, evaluation = found["model"], found["data"], found["evaluation"]
+            data.setup("fit")
+            evaluation.read(module, RunData(data), found["graft"])
+            self.measured = Measured(list(data.validation_names), module.score_names(), evaluation.evaluators)
 
 
 def _of(cli: type[ShadowCLI], args: ArgsType, callbacks: Sequence[Callback] = ()) -> ShadowCLI:

@@ -119,7 +119,7 @@ def load_yaml(text: str, where: str) -> Any:
 
 
 def readable(load: Callable[[], _Result], where: str) -> _Result:
-    """What ``load`` returns for a text; YAML's errors that are none of its own become a ShadowlitError."""
+    """Return what ``load`` returns for a text; YAML's errors that are none of its own become a ShadowlitError."""
     try:
         return load()
     except RecursionError:

@@ -57,13 +57,15 @@ _NOTHING = {"null", "none", "true", "false", "''", '""', "[]", "{}", "()", MASK}
 
 
 def is_secret(key: str) -> bool:
-    """Whether the last part of a dotted key names a secret: ``api_key`` and ``slack_token``, but not ``pad_token``."""
+    """Return whether the last part of a dotted key names a secret: ``api_key`` and ``slack_token``, but not
+    ``pad_token``.
+    """
     name = _words(key)
     return bool(_NAME.search(name)) or (bool(_TOKEN.search(name)) and _OF_TEXT.isdisjoint(name.split("_")))
 
 
 def masked(value: Any, secret: bool = False) -> Any:
-    """A copy of a configuration of plain values in which secrets are masked, and nothing else is changed.
+    """Return a copy of a configuration of plain values in which secrets are masked, and nothing else is changed.
 
     Args:
         value: Mappings and lists of any depth, and what is in them.
@@ -88,7 +90,7 @@ def masked(value: Any, secret: bool = False) -> Any:
 
 
 def mask_text(text: str) -> str:
-    """A message, a command line or an address in which secrets are masked."""
+    """Return a message, a command line or an address in which secrets are masked."""
     text = _WITHOUT_SCHEME.sub(rf"\1{MASK}@", _mask_forms(text))
     kept, end = [], 0
     for found in _KEY.finditer(text):
@@ -129,7 +131,7 @@ def _words(key: str) -> str:
 
 
 def masks_in(value: Any, key: str = "") -> list[str]:
-    """The dotted keys of a configuration whose value is the mask of a secret, and not the secret itself."""
+    """Return the dotted keys of a configuration whose value is the mask of a secret, and not the secret itself."""
     if isinstance(value, Mapping):
         return [found for name, each in value.items() for found in masks_in(each, f"{key}.{name}" if key else name)]
     if isinstance(value, list | tuple):

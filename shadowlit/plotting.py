@@ -72,7 +72,7 @@ styled = matplotlib.rc_context(PAPER)
 def panels(
     count: int, columns: int, width: float, height: float, extra: float = 0.0, **options: Any
 ) -> tuple[Figure, list[Axes]]:
-    """A figure outside of pyplot, which would keep it, and the axes of its ``count`` panels, row by row.
+    """Return a figure outside of pyplot, which would keep it, and the axes of its ``count`` panels, row by row.
 
     It is ``width`` inches wide and ``height`` inches high for each row, and ``extra`` for all. ``options`` are further
     arguments of ``Figure.subplots``.

@@ -38,13 +38,13 @@ def import_object(path: Any, key: str, expected: str, error: type[ShadowlitError
 
 
 def path_of(owner: Any) -> str:
-    """The import path of a class, or of an object's class."""
+    """Return the import path of a class, or of an object's class."""
     kind = owner if isinstance(owner, type) else type(owner)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def described(value: Any) -> str:
-    """What a user's function has returned, in a few words: ``a Tensor of shape [3]``, ``a dict``, ``None``."""
+    """Return what a user's function has returned, in a few words: ``a Tensor of shape [3]``, ``a dict``, ``None``."""
     shape = getattr(value, "shape", None)
     return "None" if value is None else f"a {type(value).__name__}{'' if shape is None else f' of shape {[*shape]}'}"
 
@@ -67,7 +67,9 @@ def calls(owner: Any, key: str, expected: str) -> Iterator[str]:
 
 
 def reason(owner: Any, error: BaseException) -> str:
-    """The error in one line, with the last line that it has passed in the file of a class, or of an object's class."""
+    """Return the error in one line, with the last line that it has passed in the file of a class, or of an object's
+    class.
+    """
     kind = owner if isinstance(owner, type) else type(owner)
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == file]
@@ -75,14 +77,14 @@ def reason(owner: Any, error: BaseException) -> str:
 
 
 def known_names(group: str, built_in: Iterable[str]) -> list[str]:
-    """Names that are built in, and those of installed packages' entry points in the group, sorted."""
+    """Return the names that are built in, and those of installed packages' entry points in the group, sorted."""
     return sorted({*built_in, *(entry.name for entry in _offered(group, tuple(sys.path)))})
 
 
 def find_function(
     name: str, key: str, kind: str, group: str, built_in: Mapping[str, Any], error: type[ShadowlitError]
 ) -> Any:
-    """The built-in object or the function that a name stands for.
+    """Return the built-in object or the function that a name stands for.
 
     Args:
         name: Key of ``built_in``, name of an entry point, or import path of a function.

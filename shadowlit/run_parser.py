@@ -97,7 +97,7 @@ def require_secrets(config: Any) -> None:
 
 
 def whole_numbers_first(kind: Any) -> Any:
-    """A union in which int comes before float, so that 1 is not read as 1.0: one batch, not all of them.
+    """Return a union in which int comes before float, so that 1 is not read as 1.0: one batch, not all of them.
 
     Python takes unions of the same types in another order for equal and may return one that it has made before.
     """

@@ -104,7 +104,9 @@ class Run:
         self._saved: Any = None  # this command's configuration
 
     def loggers(self, configured: Any) -> list[Logger]:
-        """The run's own logger, and after it those of ``trainer.logger``, except for one that writes the same file."""
+        """Return the run's own logger, and after it those of ``trainer.logger``, except for one that writes the same
+        file.
+        """
         own = self.folder and self.folder.resolve()
         found = configured if isinstance(configured, list) else [configured]
         others = [each for each in found if isinstance(each, Logger)]

@@ -159,7 +159,7 @@ def end_by_parent(*_: object) -> None:
 
 
 def running() -> StopSignals | None:
-    """The signals of the running command; None outside of one."""
+    """Return the signals of the running command; None outside of one."""
     return _running[-1] if _running else None
 
 

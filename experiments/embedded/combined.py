@@ -19,8 +19,8 @@ from shadowlit.studies.comparison.report import (
     counted,
     interval_text,
     origin,
-    percent,
     render,
+    score_text,
     write,
 )
 from shadowlit.studies.comparison.summary import COMPARED, FACTS, Description, Report, correlate, in_words
@@ -96,7 +96,7 @@ def _pooled(reports: Mapping[str, Report]) -> str:
 def _overview(reports: Mapping[str, Report]) -> str:
     rows = []
     for name, report in reports.items():
-        means = {standing.arm: percent(standing["reported/mean"]) for standing in report.table}
+        means = {standing.arm: score_text(standing["reported/mean"]) for standing in report.table}
         differences = [interval_text(comparison.intervals.get("mean")) for comparison in report.comparisons]
         rows.append([name, *(means[arm] for arm in ARMS), *differences])
     return markdown_table(["setting", *ARMS, *(f"{a} − {b}" for a, b in COMPARED)], rows)

@@ -16,6 +16,7 @@ _UNITS = {
     "loss": "loss (nats per token)",
     "accuracy": "token accuracy",
     "sequence_accuracy": "answers right in every token",
+    "first_token_loss": "loss of an answer's first token (nats)",
 }
 _ORIGIN = {"grafted": "instruct", "tuned": "base"}  # what a model is at step 0
 

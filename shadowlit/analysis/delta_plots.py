@@ -24,7 +24,7 @@ _ANNOTATED = 8  # updates; numbers in more cells couldn't be read
 
 @styled
 def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
-    """Singular values relative to the largest, a panel per kind of matrix; a line per update and layer.
+    """Plot the singular values relative to the largest, a panel per kind of matrix; a line per update and layer.
 
     Example: ``draw_spectra(spectra_of(deltas))``.
 
@@ -127,7 +127,7 @@ def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
 
 @styled
 def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
-    """Sizes of updates by kind of tensor over the steps, a panel per run. Example: ``draw_kinds(grown)``."""
+    """Plot the sizes of updates by kind of tensor over the steps, a panel per run. Example: ``draw_kinds(grown)``."""
     if not found:
         return message(_NO_RUNS)
     columns = min(3, len(found))

@@ -15,7 +15,7 @@ from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.folder import DELTA_FILE
-from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
+from shadowlit.checkpoint.names import in_totals, is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.checkpoints import latest, open_stage, spread
 from shadowlit.delta.delta import Delta
@@ -30,7 +30,7 @@ from shadowlit.pair.folders import model_folder
 
 
 def open_model(source: str | Path, key: str = "source") -> TensorReader:
-    """The weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
+    """Return the weights of a model: a folder, or a hub id. Example: ``open_model(base)``."""
     return buffers.open_model(model_folder("the", str(source), key=key)).learned()
 
 
@@ -80,7 +80,11 @@ def reader_of(name: str, delta: Delta) -> TensorReader:
 
 @dataclass(frozen=True)
 class TensorNorm:
-    """The size of one tensor of an update: its squared Euclidean norm, and that of the weights, NaN if not given."""
+    """The size of one tensor of an update: its squared Euclidean norm, and that of the weights, NaN if not given.
+
+    ``in_total`` is whether it counts in the relative size of the whole; see
+    :func:`shadowlit.checkpoint.names.in_totals`.
+    """
 
     name: str
     layer: int | None
@@ -88,10 +92,11 @@ class TensorNorm:
     num_elements: int
     square: float
     weight_square: float
+    in_total: bool = True
 
 
 def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
-    """The size of every tensor of several updates, streamed. Example: ``norms_of(deltas, open_model(base))``.
+    """Return the size of every tensor of several updates, streamed. Example: ``norms_of(deltas, open_model(base))``.
 
     Args:
         deltas: Updates by name.
@@ -108,6 +113,7 @@ def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
         rows = weights.rows
         whole = Delta({n: delta.shapes[n] for n in names}, lambda n, i, j: torch.from_numpy(rows(n, i, j)))
         squares = {found.name: found.square for found in whole.statistics()}
+    total = in_totals(delta.shapes)
     return [
         TensorNorm(
             found.name,
@@ -116,13 +122,15 @@ def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
             math.prod(found.shape),
             found.square,
             squares.get(found.name, math.nan),
+            found.name in total,
         )
         for found in delta.statistics()
     ]
 
 
 def norm_maps(found: Mapping[str, Sequence[TensorNorm]]) -> list[HeatMap]:
-    """A map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in percent.
+    """Return a map for every update: ``‖Δ‖ / ‖W‖`` by layer and kind, over all elements of the weights in a cell; in
+    percent.
 
     Without the weights the root mean square of the update, ``‖Δ‖ / √n``. Example: ``norm_maps(norms_of(deltas))``.
     """
@@ -145,18 +153,23 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
-    """A row per update: size, relative size, kind of the largest share. Example: ``norm_table(norms_of(deltas))``."""
+    """Return a row per update: size, relative size, kind of the largest share.
+
+    Example: ``norm_table(norms_of(deltas))``. The relative size, ``‖Δ‖ / ‖W‖``, is over the matrices, if there are any;
+    the rest is over all tensors.
+    """
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)
-        weights = sum(one.weight_square for one in tensors)
+        counted = [one for one in tensors if one.in_total]
+        weights = sum(one.weight_square for one in counted)
         by_kind: dict[str, float] = {}
         for one in tensors:
             by_kind[one.kind] = by_kind.get(one.kind, 0.0) + one.square
         kind = max(by_kind, key=by_kind.__getitem__)
         share = f"{kind} ({by_kind[kind] / square:.0%})" if square else None
         elements = sum(one.num_elements for one in tensors)
-        relative = math.sqrt(square / weights) if weights else math.nan
+        relative = math.sqrt(sum(one.square for one in counted) / weights) if weights else math.nan
         rows.append((name, elements, math.sqrt(square), math.sqrt(square / max(1, elements)), relative, share))
     columns = ("update", "elements", "‖Δ‖", "root mean square", "‖Δ‖ / ‖W‖", "largest share of ‖Δ‖²")
     return Table(columns, rows)
@@ -172,9 +185,9 @@ def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
 
 
 def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Similarity]:
-    """Every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
+    """Compare every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
 
-    Example: ``compare_deltas(deltas)[0].whole.sums.cosine``.
+    Example: ``compare_deltas(deltas)[0].total.sums.cosine``.
 
     Args:
         deltas: Two to 26 updates by name; a tensor that one lacks is zero there.
@@ -192,7 +205,9 @@ def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Si
 
 
 def trimmed(delta: Delta, density: float) -> Delta:
-    """The update with only the largest elements of each tensor; see :func:`shadowlit.delta.transforms.magnitude`."""
+    """Return the update with only the largest elements of each tensor; see
+    :func:`shadowlit.delta.transforms.magnitude`.
+    """
     return delta.map([{"name": "magnitude", "density": density}])
 
 
@@ -213,7 +228,9 @@ class Matrix:
 
 
 def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
-    """A measure of every two updates, over all elements. Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
+    """Return a measure of every two updates, over all elements of their matrices.
+
+    Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
 
     Args:
         similarities: Results of :func:`compare_deltas`.
@@ -224,7 +241,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
     conflict = measure == "sign_conflict"
     values = torch.full((len(names), len(names)), 0.0 if conflict else 1.0, dtype=torch.float64)
     for found in similarities:
-        value = found.whole.measure("sign_agreement" if conflict else measure)
+        value = found.total.measure("sign_agreement" if conflict else measure)
         i, j = names.index(found.a), names.index(found.b)
         values[i, j] = values[j, i] = 1 - value if conflict else value
     labels = {"sign_conflict": "share of opposite signs", "sign_agreement": "share of equal signs"}
@@ -232,16 +249,17 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
 
 
 def pair_table(similarities: Sequence[Similarity]) -> Table:
-    """A row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
+    """Return a row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
     rows = []
     for found in similarities:
-        whole = found.whole.sums
-        rows.append((found.title, whole.cosine, 1 - whole.sign_agreement, whole.norm_ratio))
+        total = found.total.sums
+        rows.append((found.title, total.cosine, 1 - total.sign_agreement, total.norm_ratio))
     return Table(("updates", "cosine", "opposite signs", "‖b‖ / ‖a‖"), rows)
 
 
 def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
-    """The comparison of two updates out of those of several. Example: ``only(compare_deltas(deltas), "lora", "full")``.
+    """Return the comparison of two updates out of those of several.
+    Example: ``only(compare_deltas(deltas), "lora", "full")``.
 
     Raises:
         DataError: There is none of the two.
@@ -254,7 +272,7 @@ def only(similarities: Sequence[Similarity], a: str, b: str) -> Similarity:
 
 
 def matrices(delta: Delta, layers: Sequence[int] | None = None) -> list[str]:
-    """Names of the matrices of an update in these decoder layers, in the order of layers and names.
+    """Return the names of the matrices of an update in these decoder layers, in the order of layers and names.
 
     By default, there are up to four layers, evenly spread with both ends: singular values of large matrices take
     seconds each.

@@ -90,7 +90,7 @@ def of_deltas(steps: list[int], deltas: list[Delta]) -> Evolution:
 
 
 def evolution_table(found: Mapping[str, Evolution]) -> Table:
-    """A row per run and checkpoint. Example: ``evolution_table(grown)``."""
+    """Return a row per run and checkpoint. Example: ``evolution_table(grown)``."""
     columns = ("run", "step", "‖Δ‖", "cosine to the last", "moved since the one before", "cosine of that to it")
     rows = [
         (name, *row)

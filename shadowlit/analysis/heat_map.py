@@ -39,7 +39,8 @@ class HeatMap:
 
 
 def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap:
-    """A comparison by layer and kind: by one of its measures, or by its first, σ of models, the cosine of all others.
+    """Return a comparison by layer and kind: by one of its measures, or by its first, σ of models, the cosine of all
+    others.
 
     A cell is the value of all weights of that kind in that layer: the mean σ, or any other measure over all elements.
     Biases aren't shown. Example: ``of_similarity(compare_models(base, instruct))``.
@@ -52,13 +53,13 @@ def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap
         title = f"σ({similarity.title}): their mean is {similarity.sigma:.4f}"
     else:
         short = "cos" if measure == "cosine" else _LABELS[measure]
-        title = f"{short}({similarity.title}): {similarity.whole.measure(measure):.3f} over all tensors"
+        title = f"{short}({similarity.title}): {similarity.total.measure(measure):.3f} over the matrices"
     centre = {"cosine": 0.0, "sign_agreement": 0.5}.get(measure) if similarity.of != "weights" else None
     return HeatMap(title, cells, _LABELS[measure], centre)
 
 
 def in_order(kinds: Iterable[str]) -> list[str]:
-    """Kinds of tensors in the order in which a layer uses them, unknown ones behind by name."""
+    """Return the kinds of tensors in the order in which a layer uses them, unknown ones behind by name."""
     return sorted(set(kinds), key=lambda kind: (_ORDER.index(kind) if kind in _ORDER else len(_ORDER), kind))
 
 
@@ -101,6 +102,6 @@ def draw_heat_maps(maps: Sequence[HeatMap]) -> Figure:
 
 
 def limits(values: Iterable[float], centre: float | None) -> tuple[float, float]:
-    """The ends of the colours: from zero, or symmetric about a centre."""
+    """Return the ends of the colours: from zero, or symmetric about a centre."""
     reach = max((abs(value - (centre or 0.0)) for value in values if not math.isnan(value)), default=0.0) or 1.0
     return (0.0, reach) if centre is None else (centre - reach, centre + reach)

@@ -67,16 +67,16 @@ class Run:
         return sorted(name for name in self.series if name.startswith("graft/delta_norm/layer_"))
 
     def points(self, metric: str) -> Points:
-        """The values of a metric; empty if it was never logged."""
+        """Return the values of a metric; empty if it was never logged."""
         return self.series.get(metric, [])
 
     def last(self, metric: str) -> float:
-        """The last value of a metric; NaN if it was never logged."""
+        """Return the last value of a metric; NaN if it was never logged."""
         points = self.points(metric)
         return points[-1][1] if points else math.nan
 
     def gain(self, what: str = "loss") -> Points:
-        """How much better the grafted Instruct is than the untouched one, at every validation.
+        """Return how much better the grafted Instruct is than the untouched one, at every validation.
 
         The difference of losses or scores, signed so that the graft helps where it is above 0.
 
@@ -119,7 +119,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def overview(run: Run) -> Table:
-    """The settings of a run, its progress, and its last validation. Example: ``overview(run)``."""
+    """Return the settings of a run, its progress, and its last validation. Example: ``overview(run)``."""
     pair, model = run.config.get("pair") or {}, run.config.get("model") or {}
     adapter = model.get("adapter")
     settings = (adapter or {}).get("init_args", adapter or {})
@@ -149,7 +149,7 @@ def overview(run: Run) -> Table:
 
 
 def scores(run: Run) -> Table:
-    """The last score of every evaluator and model, with the gain of the graft. Example: ``scores(run)``."""
+    """Return the last score of every evaluator and model, with the gain of the graft. Example: ``scores(run)``."""
     rows = []
     for name in run.evaluators:
         values = [run.last(f"val/{who}/{name}/score") for who in SUBJECTS]
@@ -158,7 +158,8 @@ def scores(run: Run) -> Table:
 
 
 def changes(run: Run, step: int | None = None) -> Table:
-    """Which questions the graft wins and loses against the untouched Instruct, by evaluator, in the last validation.
+    """Return which questions the graft wins and loses against the untouched Instruct, by evaluator, in the last
+    validation.
 
     Equal means can hide that other questions are right than before. See also :func:`answers_folder`.
     Example: ``changes(run)``.
@@ -181,7 +182,7 @@ def changes(run: Run, step: int | None = None) -> Table:
 
 
 def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None = None, rows: int = 2) -> Markdown:
-    """The first answers of the four models to the same questions, side by side; see also :func:`answers_folder`.
+    """Return the first answers of the four models to the same questions, side by side; see also :func:`answers_folder`.
 
     Example: ``answers(run, rows=1)``.
 
@@ -205,7 +206,7 @@ def answers(run: Run, evaluators: Iterable[str] | None = None, step: int | None 
 
 
 def answers_folder(run: Run, step: int | None = None) -> Path | None:
-    """The folder with the answers of one validation; None if the run has none at all, or none yet.
+    """Return the folder with the answers of one validation; None if the run has none at all, or none yet.
 
     Raises:
         DataError: There are answers, but none of that step.

@@ -43,7 +43,9 @@ def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Seq
 
 @styled
 def gains(run: Run) -> Figure:
-    """How much better the grafted Instruct is than the untouched one, in loss and scores. Example: ``gains(run)``."""
+    """Plot how much better the grafted Instruct is than the untouched one, in loss and scores.
+    Example: ``gains(run)``.
+    """
     losses = {
         name or "all sets": run.gain(f"{name}/loss" if name else "loss") for name in dict.fromkeys(["", *run.sets])
     }
@@ -65,7 +67,7 @@ def gains(run: Run) -> Figure:
 
 @styled
 def survival(run: Run) -> Figure:
-    """The fraction of the update that survives rounding, and its size by layer. Example: ``survival(run)``."""
+    """Plot the fraction of the update that survives rounding, and its size by layer. Example: ``survival(run)``."""
     if not run.points("graft/survival"):
         return _nothing(run, "graft/survival (graft.statistics=true)")
     figure, axes = panels(3, 3, DOUBLE, 2.2)
@@ -118,7 +120,7 @@ def forgetting(run: Run) -> Figure:
 
 @styled
 def score_curves(run: Run) -> Figure:
-    """Scores of the evaluators with standard errors over the steps. Example: ``score_curves(run)``."""
+    """Plot the scores of the evaluators with standard errors over the steps. Example: ``score_curves(run)``."""
     names = [name for name in run.evaluators if name not in run.divergences]
     if not names:
         return _nothing(run, "val/…/<evaluator>/score (a section 'evaluation' with evaluators)")

@@ -63,7 +63,8 @@ class Scorer:
 
     @torch.no_grad()
     def loss(self, update: Delta | None) -> float:
-        """The mean over all supervised tokens of all sets, in nats, of the Instruct, untouched or with an update.
+        """Return the mean over all supervised tokens of all sets, in nats, of the Instruct, untouched or with an
+        update.
 
         The sum is rounded to the dtype of the Instruct's files, as an export is. The weights are the Instruct's again
         afterwards.

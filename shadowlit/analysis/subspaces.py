@@ -43,7 +43,7 @@ class Spectrum:
         return stable_rank(self.values)
 
     def rank_of_share(self, share: float) -> int:
-        """The fewest singular values that hold this share of the squared norm, in (0, 1]; 0 of a zero matrix."""
+        """Return the fewest singular values that hold this share of the squared norm, in (0, 1]; 0 of a zero matrix."""
         energy = self.values.square()
         if not energy.sum():
             return 0
@@ -52,7 +52,7 @@ class Spectrum:
 
 
 def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None) -> dict[str, list[Spectrum]]:
-    """The singular values of several updates' matrices in some layers; one matrix is in memory at a time.
+    """Return the singular values of several updates' matrices in some layers; one matrix is in memory at a time.
 
     Example: ``spectra_of(deltas, layers=[0])``.
 
@@ -67,7 +67,9 @@ def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None)
 
 
 def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
-    """Mean effective rank by layer and kind, a map per update. Example: ``rank_maps(spectra_of(deltas))``."""
+    """Return the mean effective rank by layer and kind, a map per update.
+    Example: ``rank_maps(spectra_of(deltas))``.
+    """
     maps = []
     for title, each in found.items():
         ranks: dict[tuple[str, int], list[float]] = {}
@@ -78,7 +80,7 @@ def rank_maps(found: Mapping[str, Sequence[Spectrum]]) -> list[HeatMap]:
 
 
 def rank_table(found: Mapping[str, Sequence[Spectrum]]) -> Table:
-    """A row per update: means over its matrices. Example: ``rank_table(spectra_of(deltas))``."""
+    """Return a row per update: means over its matrices. Example: ``rank_table(spectra_of(deltas))``."""
     rows = []
     for name, each in found.items():
         ranks = [(one.effective_rank, one.stable_rank, one.rank_of_share(0.9), len(one.values)) for one in each]
@@ -149,7 +151,8 @@ def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | Non
 
 @torch.no_grad()
 def leading_vectors(matrix: Tensor, rank: int, side: Side = "output") -> Tensor:
-    """Orthonormal leading singular vectors of a matrix [out, in], in float64: left ones [out, r] or right ones [in, r].
+    """Return the orthonormal leading singular vectors of a matrix [out, in], in float64: left ones [out, r] or right
+    ones [in, r].
 
     There are fewer than ``rank`` if the matrix has fewer singular values above 1e-6 of the largest. They come from the
     eigenvectors of the Gram matrix of the smaller side, mapped to the other side where that is the one wanted.

@@ -125,11 +125,11 @@ class Moments:
         return Moments(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def weights(self, b: int) -> Sums:
-        """The first checkpoint's tensor and that of checkpoint ``b``."""
+        """Return the first checkpoint's tensor and that of checkpoint ``b``."""
         return self._sums(0, b, offset=(len(self.sizes) - 1) // 2 + b)
 
     def differences(self, a: int, b: int) -> Sums:
-        """Two differences: deltas by their number, or offsets, of which the first is number 0."""
+        """Return two differences: deltas by their number, or offsets, of which the first is number 0."""
         first = len(self.sizes) - len(self.signs)
         both, signs = float(self.both[a, b]), float(self.signs[a, b])
         return self._sums(

@@ -51,7 +51,7 @@ def _texts(row: Sequence[object]) -> list[str]:
 
 
 def cell_text(value: object) -> str:
-    """A number with four digits, a dash where it is missing, anything else as it is."""
+    """Return a number with four digits, a dash where it is missing, anything else as it is."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

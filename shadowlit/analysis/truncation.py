@@ -39,7 +39,7 @@ class Cost:
 
 
 def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
-    """The relative error of the best approximation of every matrix by one of each lower rank.
+    """Return the relative error of the best approximation of every matrix by one of each lower rank.
 
     ``√(Σ_{i>r} s_i² / Σ s_i²)``, sums over all matrices together (Eckart and Young, 1936).
     Example: ``rank_cost(spectra_of(deltas)["lora"], [1, 2])``.
@@ -58,7 +58,7 @@ def rank_cost(spectra: Sequence[Spectrum], ranks: Sequence[int]) -> Cost:
 
 
 def density_cost(delta: Delta, densities: Sequence[float]) -> Cost:
-    """The relative error when only these shares of the elements of every tensor are kept, the largest.
+    """Return the relative error when only these shares of the elements of every tensor are kept, the largest.
 
     Han et al., arXiv 1506.02626; the trimming step of TIES, arXiv 2306.01708. One tensor is in memory at a time.
     Example: ``density_cost(deltas["lora"], [0.1, 0.5])``.
@@ -106,7 +106,7 @@ def _errors(squares: Mapping[str, tuple[str, Tensor]]) -> dict[str, tuple[float,
 
 
 def cut_to_rank(delta: Delta, rank: int) -> Delta:
-    """The update with every matrix cut to a rank; other tensors stay as they are."""
+    """Return the update with every matrix cut to a rank; other tensors stay as they are."""
     return delta.map([{"name": "svd", "rank": rank}])
 
 

@@ -23,7 +23,7 @@ from shadowlit.callbacks.scores import error_of_paired
 from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics
 from shadowlit.data.conversation import gathered, located, raise_all
-from shadowlit.data.protocol import run_data
+from shadowlit.data.protocol import RunData, run_data
 from shadowlit.distributed import of_all_ranks
 from shadowlit.errors import GraftError, wrong_names
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator, require_result
@@ -121,16 +121,32 @@ class EvaluationCallback(Callback):
         self._run_totals = RunTotals()
         self._graft = self._graft_callback(trainer)
         data = run_data(trainer)
-        self._pair = pl_module.pair
-        if data.chat_template is not None and data.tokenizer is not None:
-            self._pair = self._pair.with_tokenizer(data.tokenizer)
         # Which models are measured only matters for the untouched ones, and so where there is a graft.
         fingerprints = {} if self._graft is None else self._graft.fingerprints
         self._settings = f"{trainer.precision} {self.reference} {sorted(fingerprints.items())}"
         if stage == "fit":
             self._validations = 0  # those of an earlier fit; a checkpoint's are loaded after this
-        names = data.test_names if stage == "test" else data.validation_names
-        errors = [*self._problems(), *self._clashes(pl_module, names)]
+        self._read(pl_module, data, data.test_names if stage == "test" else data.validation_names)
+
+    def read(self, module: ShadowModule, data: RunData, graft: GraftCallback | None) -> None:
+        """Read and check the rows of all evaluators, as a fit would, without a trainer.
+
+        Args:
+            module: The module; its weights aren't needed.
+            data: Its data, which need not have been read.
+            graft: The callback that grafts, if there is one.
+
+        Raises:
+            ShadowlitError: All problems in one message.
+        """
+        self._graft = graft
+        self._read(module, data, data.validation_names)
+
+    def _read(self, module: ShadowModule, data: RunData, names: Sequence[str]) -> None:
+        self._pair = module.pair
+        if data.chat_template is not None and data.tokenizer is not None:
+            self._pair = self._pair.with_tokenizer(data.tokenizer)
+        errors = [*self._problems(), *self._clashes(module, names)]
         for name, evaluator in self.evaluators.items():
             with gathered(errors), located(f"evaluation.evaluators.{name}:"), _calls(name, evaluator):
                 evaluator.read(self._pair, data.template_kwargs)
@@ -184,7 +200,7 @@ class EvaluationCallback(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def state_dict(self) -> dict[str, Any]:
-        """The untouched models' scores, and how many validations there were."""
+        """Return the untouched models' scores, and how many validations there were."""
         return {"constants": self._untouched.state, "validations": self._validations}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's own folder, which also holds its checkpoints; must be called on all ranks.
+    """Return the run's own folder, which also holds its checkpoints; must be called on all ranks.
 
     Loggers such as WandbLogger share their ``save_dir``, by default the working folder, between runs: with these it is
     ``<save_dir>/<name>/<version>``, as for Lightning's ModelCheckpoint.

@@ -297,7 +297,7 @@ class GraftCallback(Callback):
             yield
 
     def build(self, pl_module: LightningModule) -> LiveGraft:
-        """The graft of the module's model; the pair's weights are read at the first call of a command."""
+        """Return the graft of the module's model; the pair's weights are read at the first call of a command."""
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
         if self.graft is None or self.graft.model is not pl_module.model:
             self._release()
@@ -327,7 +327,9 @@ class GraftCallback(Callback):
                 console.print(line)
 
     def state_dict(self) -> dict[str, Any]:
-        """The pair's fingerprints, the untouched models' scores, and the metrics of the last complete validation."""
+        """Return the pair's fingerprints, the untouched models' scores, and the metrics of the last complete
+        validation.
+        """
         return {
             "fingerprints": self.fingerprints,
             "settings": self.settings,
@@ -416,6 +418,7 @@ class GraftCallback(Callback):
         if trainer.sanity_checking:
             return
         graft.measure(TUNED, partial(self._ask_others, trainer, module, TUNED))
+        record.rows |= {subject.name: module.sample_scores(subject) for subject in [TUNED, *self.subjects]}
         statistics = graft.statistics(main.scale, squares) if self.statistics else {}
         self.warn_of_zero(trainer, statistics)
         record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
@@ -433,9 +436,9 @@ class GraftCallback(Callback):
             if unrounded:
                 record.metrics["graft/gain_unrounded"] = loss - module.scores(unrounded)["loss"]
             before = self._instruct_losses.get(record.stage, {})
-            for name, losses in module.sample_losses(main).items():
+            for name, rows in record.rows.get(main.name, {}).items():
                 if name in before:
-                    record.errors[f"{name}/loss" if name else "loss"] = error_of_gain(before[name], losses)
+                    record.errors[f"{name}/loss" if name else "loss"] = error_of_gain(before[name], rows[:, :2])
         self._compare_routing(module)
         if statistics.get("survival", 1.0) < LEAST_SURVIVAL:
             self._warn_of_rounding(record.metrics)
@@ -484,8 +487,9 @@ class GraftCallback(Callback):
 
         def measure(subject: Subject, _: list[str]) -> dict[str, Metrics]:
             self._pass(trainer, module, subject)
+            rows = self.record.rows[subject.name] = module.sample_scores(subject)
             if subject == INSTRUCT:
-                self._instruct_losses[stage] = module.sample_losses(subject)
+                self._instruct_losses[stage] = {name: scores[:, :2].clone() for name, scores in rows.items()}
             return {stage: module.take_scores(subject)}
 
         again = trainer.testing or (self._routing is not None and self._routing_on != signature)

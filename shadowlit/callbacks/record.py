@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from shadowlit.errors import GraftError
 from shadowlit.grafting.subject import Subject
@@ -84,6 +85,8 @@ class ValidationRecord:
         step: Optimizer step at which it was closed; None before.
         errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
+        rows: By subject and validation set, the numbers of each row, ``[N, 5]``; see
+            :meth:`ShadowModule.sample_scores`. Of the untouched models in the validation that measures them.
     """
 
     stage: str = "val"
@@ -93,6 +96,7 @@ class ValidationRecord:
     step: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rows: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _nested_s: float = 0.0
 
     @contextmanager
@@ -118,7 +122,9 @@ class ValidationRecord:
             self._nested_s = nested + spent
 
     def spent(self, part: str) -> float:
-        """Seconds spent on a part and on the parts within it, as ``evaluation/arithmetic`` is one of ``evaluation``."""
+        """Return the seconds spent on a part and on the parts within it, as ``evaluation/arithmetic`` is one of
+        ``evaluation``.
+        """
         return sum(seconds for name, seconds in self.seconds.items() if part in (name, _whole(name)))
 
     def add_cost(self, part: str) -> None:
@@ -152,7 +158,7 @@ def _too_late(names: str) -> GraftError:
 
 
 def record_of(trainer: Trainer) -> ValidationRecord | None:
-    """The record of the running validation, or else of the last one; None where no callback keeps one."""
+    """Return the record of the running validation, or else of the last one; None where no callback keeps one."""
     records = (getattr(callback, "record", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return next((record for record in records if isinstance(record, ValidationRecord)), None)
 

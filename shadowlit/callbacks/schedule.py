@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 
 
 def is_last_validation(trainer: Trainer) -> bool:
-    """Whether the fit ends before it would validate again; to be asked in a validation.
+    """Return whether the fit ends before it would validate again; to be asked in a validation.
 
     Follows from ``max_steps``, ``max_epochs`` and the rhythm of validations, or from a stop that was asked for already.
     What ends a run otherwise, as early stopping or ``max_time`` do, isn't foreseen.

@@ -17,7 +17,7 @@ SUBJECTS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "graf
 
 
 def error_of_gain(instruct: Tensor, grafted: Tensor) -> float:
-    """Standard error of the difference of two models' losses per token, over the samples of one set.
+    """Return the standard error of the difference of two models' losses per token, over the samples of one set.
 
     The samples are paired, and a loss per token is a ratio of sums, so this is the error of the mean of
     ``d_i - gain * n_i`` divided by the mean of ``n_i``, where ``d_i`` is the difference of a sample's losses and
@@ -40,14 +40,16 @@ def error_of_gain(instruct: Tensor, grafted: Tensor) -> float:
 
 
 def error_of_paired(first: Iterable[Mapping[str, float]], second: Iterable[Mapping[str, float]]) -> float:
-    """Standard error of the mean difference of two models' scores, paired by ``index``; NaN where there are too few."""
+    """Return the standard error of the mean difference of two models' scores, paired by ``index``; NaN where there are
+    too few.
+    """
     scores = {sample["index"]: sample["score"] for sample in first}
     pairs = [sample["score"] - scores[sample["index"]] for sample in second if sample["index"] in scores]
     return standard_error(sum(pairs), sum(x * x for x in pairs), len(pairs))
 
 
 def survival_line(metrics: Mapping[str, float]) -> str:
-    """How much of the update the exported weights hold, and what the rest is worth where that was measured."""
+    """Return how much of the update the exported weights hold, and what the rest is worth where that was measured."""
     norm, survival = metrics.get("graft/delta_norm", math.nan), metrics.get("graft/survival", math.nan)
     if norm == 0:
         return "survival: the update is zero"
@@ -62,14 +64,14 @@ def survival_line(metrics: Mapping[str, float]) -> str:
 
 
 def subject_headings() -> list[str]:
-    """The titles of the four models as headings of columns, in two lines where they have two words."""
+    """Return the titles of the four models as headings of columns, in two lines where they have two words."""
     return [title.replace(" ", "\n") for title in SUBJECTS.values()]
 
 
 def score_table(
     metrics: Mapping[str, float], errors: Mapping[str, float], step: int | None = None, stage: str = "val"
 ) -> Table:
-    """The scores of the four models, one row per set and evaluator.
+    """Return the scores of the four models, one row per set and evaluator.
 
     Args:
         metrics: Metrics of a validation by name.

@@ -208,7 +208,7 @@ class _Stopwatch:
 
 
 def peak_memory_bytes(device: torch.device) -> float:
-    """The largest memory so far: what was allocated on the GPU, or without one the process's; NaN on Windows."""
+    """Return the largest memory so far: what was allocated on the GPU, or without one the process's; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

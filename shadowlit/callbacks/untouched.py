@@ -25,7 +25,7 @@ class UntouchedMetrics:
         self.state: dict[str, dict[str, Any]] = {}
 
     def known(self, name: str, signature: str) -> dict[Subject, Metrics]:
-        """The metrics of both models; empty where they have not been measured with this signature."""
+        """Return the metrics of both models; empty where they have not been measured with this signature."""
         entry = self.state.get(name, {})
         return {subject: entry[subject.name] for subject in UNTOUCHED} if entry.get("signature") == signature else {}
 

@@ -333,7 +333,7 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Return whether no value is NaN or infinite."""
     import torch
 
     if not tensor.dtype.is_floating_point or not tensor.numel():
@@ -463,7 +463,9 @@ def _refused(path: Path) -> Iterator[None]:
 
 
 def shard_bytes(num_bytes: int, max_shard_bytes: int) -> int:
-    """The size of the files in which :class:`CheckpointWriter` keeps so many bytes of data, in about as many shards."""
+    """Return the size of the files in which :class:`CheckpointWriter` keeps so many bytes of data, in about as many
+    shards.
+    """
     return num_bytes + (num_bytes // max_shard_bytes + 1) * _HEADER_ROOM_BYTES
 
 

@@ -48,17 +48,17 @@ _MAX_EMPTY_SHAPE = 2**31
 
 
 def dtype_code(dtype: torch.dtype | str) -> str | None:
-    """The format's code of a torch dtype or its name, such as ``BF16``; ``None`` if it has none."""
+    """Return the format's code of a torch dtype or its name, such as ``BF16``; ``None`` if it has none."""
     return _CODES.get(dtype_name(dtype))
 
 
 def dtype_name(dtype: object) -> str:
-    """A torch dtype as configs spell it, ``bfloat16``; anything else as its text."""
+    """Return a torch dtype as configs spell it, ``bfloat16``; anything else as its text."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(code: str | None) -> str:
-    """The name of the torch dtype that a code of the format stands for."""
+    """Return the name of the torch dtype that a code of the format stands for."""
     return _DTYPES[code][0] if code in _DTYPES else "a dtype that safetensors lacks"
 
 
@@ -124,7 +124,9 @@ FileState = tuple[int, int]  # size in bytes, and time of the last change in nan
 
 
 def read_folder(folder: Path, single_file: str) -> tuple[dict[str, TensorInfo], dict[str, FileState]]:
-    """All tensors of a folder, sorted by name, checked against the index if there is one; and the files' states."""
+    """Return all tensors of a folder, sorted by name, checked against the index if there is one; and the
+    files' states.
+    """
     if not os.path.isdir(folder):
         raise CheckpointError(f"There is no folder {folder}. Give the folder that holds the model's safetensors files.")
     # Whatever has this name is meant as the model: a dangling link is an error and is not skipped.
@@ -143,7 +145,7 @@ def read_folder(folder: Path, single_file: str) -> tuple[dict[str, TensorInfo], 
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """The index's map from tensor to file; every file exists and lies in the folder."""
+    """Return the index's map from tensor to file; every file exists and lies in the folder."""
     size = require_regular(path).st_size
     if size > _MAX_INDEX_BYTES:
         raise CheckpointError(
@@ -291,7 +293,7 @@ def require_regular(path: Path) -> os.stat_result:
 
 
 def file_state(found: os.stat_result) -> FileState:
-    """The state of a file."""
+    """Return the state of a file."""
     return found.st_size, found.st_mtime_ns
 
 
@@ -382,20 +384,20 @@ def weights_in(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 
 
 def broken_file(path: Path, what: str) -> CheckpointError:
-    """The error for a file that is not a valid safetensors file."""
+    """Return the error for a file that is not a valid safetensors file."""
     return CheckpointError(
         f"{path} is not a valid safetensors file: {what}. It was cut short or changed; download or save it again."
     )
 
 
 def some_of(names: Iterable[Any], limit: int = 5) -> str:
-    """The first ``limit`` names of a collection and the number of the others, for messages."""
+    """Return the first ``limit`` names of a collection and the number of the others, for messages."""
     listed = [shown(str(name)) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
 
 
 def shown(name: str) -> str:
-    """A name from an untrusted file as a message may show it: without control characters, and cut."""
+    """Return a name from an untrusted file as a message may show it: without control characters, and cut."""
     cut = name if len(name) <= 200 else name[:200] + "…"
     return cut if cut.isprintable() else ascii(cut)[1:-1]

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 
 TOWERS = ("language", "vision", "projector")
 """The parts of a vision-language model that can be trained and grafted separately."""
+
+COMPONENTS = ("embeddings", "attention", "mlp", "head", "other", "norms", "vectors")
+"""What a tensor is in a transformer; ``vectors`` are biases and whatever else isn't a matrix, such as Mamba's ``D``."""
 
 # What torch.compile, FSDP, activation checkpointing and DDP insert into a parameter's name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
@@ -78,6 +81,11 @@ _QUANTISED = re.compile(
     r"|\.experts\.\w+_(blocks|scales))$"
 )
 
+_NORM = re.compile(r"(^|\.)ln_\w+\.")  # GPT-2's
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|feed_?forward|ffn|experts|\.moe\.|_moe\.|\.fc\d|dense_\w+_to_\w+|(gate|up|down)_proj")
+_EMBEDDING = re.compile(r"embed|wte|wpe")
+
 _LAYER = re.compile(r"\.(\d+)\.")
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
 # The experts of a mixture, one matrix per expert (with its number) or all in one tensor, and what routes among them.
@@ -129,22 +137,22 @@ def stored_names(names: Iterable[str], tensors: Iterable[str]) -> dict[str, str]
 
 
 def is_adapter_name(name: str) -> bool:
-    """Whether ``name`` is one of an adapter's own factors, which no checkpoint of the Base holds."""
+    """Return whether ``name`` is one of an adapter's own factors, which no checkpoint of the Base holds."""
     return _ADAPTER.search(name) is not None
 
 
 def is_linear_factor(name: str) -> bool:
-    """Whether ``name`` is a factor by which a scale can be folded into the update of its adapter."""
+    """Return whether ``name`` is a factor by which a scale can be folded into the update of its adapter."""
     return _LINEAR_FACTOR.search(name) is not None
 
 
 def changes_bias(name: str) -> bool:
-    """Whether a parameter of an adapter belongs to a type that changes the bias of its layer too."""
+    """Return whether a parameter of an adapter belongs to a type that changes the bias of its layer too."""
     return _CHANGES_BIAS.search(name) is not None
 
 
 def is_original_name(name: str) -> bool:
-    """Whether ``name`` is a frozen original of which peft trains a copy (``modules_to_save``)."""
+    """Return whether ``name`` is a frozen original of which peft trains a copy (``modules_to_save``)."""
     return ".original_module." in name
 
 
@@ -174,7 +182,7 @@ def factor_key(module: str, factor: str) -> str:
 
 
 def is_peft_key(name: str) -> bool:
-    """Whether peft would load a tensor of this name; what it would not, it ignores."""
+    """Return whether peft would load a tensor of this name; what it would not, it ignores."""
     return name.startswith("base_model.") and ".default." not in name
 
 
@@ -220,12 +228,12 @@ def adapter_key(name: str) -> str:
 
 
 def is_unmerged_name(name: str) -> bool:
-    """Whether ``name`` shows that a stored model still has an adapter that was not merged into its weights."""
+    """Return whether ``name`` shows that a stored model still has an adapter that was not merged into its weights."""
     return _UNMERGED.search(name) is not None
 
 
 def is_quantised_name(name: str) -> bool:
-    """Whether ``name`` is a part of a quantised weight: its scale, zero point or packed values."""
+    """Return whether ``name`` is a part of a quantised weight: its scale, zero point or packed values."""
     return _QUANTISED.search(name) is not None
 
 
@@ -246,7 +254,7 @@ def next_to_modules(names: Collection[str]) -> frozenset[str]:
 
 
 def is_usual_buffer(name: str) -> bool:
-    """Whether ``name`` is a usual name of a buffer that models compute for themselves."""
+    """Return whether ``name`` is a usual name of a buffer that models compute for themselves."""
     return _BUFFER.search(name) is not None
 
 
@@ -266,13 +274,33 @@ def kind_of(name: str) -> str:
     return parts[-2] if len(parts) > 1 else parts[0]
 
 
+def component_of(name: str, shape: Collection[int]) -> str:
+    """Return which of :data:`COMPONENTS` a tensor belongs to, by its name and shape."""
+    if len(shape) < 2:
+        return "norms" if is_norm(name) else "vectors"
+    if is_head(canonical_key(name)):
+        return "head"
+    if layer_of(name) is None and _EMBEDDING.search(name):
+        return "embeddings"
+    return "attention" if _ATTENTION.search(name) else "mlp" if _MLP.search(name) else "other"
+
+
+def in_totals(shapes: Mapping[str, Collection[int]]) -> frozenset[str]:
+    """Return the tensors over which a number that compares weights is summed up: the matrices, if there are any.
+
+    Norms' weights may be so large (a norm of 22,666 in Gemma 3 270M, where it is 631 for all matrices) that a total
+    over everything would describe them alone. They and biases are reported as components of their own.
+    """
+    return frozenset(name for name, shape in shapes.items() if len(shape) >= 2) or frozenset(shapes)
+
+
 def is_bias(name: str) -> bool:
-    """Whether ``name`` is a module's bias."""
+    """Return whether ``name`` is a module's bias."""
     return name.endswith(".bias")
 
 
 def is_weight(name: str) -> bool:
-    """Whether ``name`` is a module's weight; fused experts are bare parameters, whose names don't say so."""
+    """Return whether ``name`` is a module's weight; fused experts are bare parameters, whose names don't say so."""
     return name.endswith(".weight")
 
 
@@ -297,17 +325,17 @@ def leaf_of(module: str) -> str:
 
 
 def is_norm(name: str) -> bool:
-    """Whether a parameter belongs to a normalisation."""
-    return "norm" in name
+    """Return whether a parameter belongs to a normalisation."""
+    return "norm" in name or _NORM.search(name) is not None
 
 
 def is_token_tensor(name: str) -> bool:
-    """Whether ``name`` is a usual name of an embedding or output head, which have one row per token."""
+    """Return whether ``name`` is a usual name of an embedding or output head, which have one row per token."""
     return _VOCABULARY.search(name) is not None
 
 
 def is_head(name: str) -> bool:
-    """Whether ``name`` is a usual name of an output head, which a tie makes superfluous."""
+    """Return whether ``name`` is a usual name of an output head, which a tie makes superfluous."""
     return _HEAD.search(name) is not None
 
 
@@ -356,7 +384,7 @@ def expert_of(name: str) -> int | None:
 
 
 def is_of_experts(name: str) -> bool:
-    """Whether a parameter belongs to a mixture's experts, fused or single. Shared experts do not count."""
+    """Return whether a parameter belongs to a mixture's experts, fused or single. Shared experts do not count."""
     return _EXPERTS.match(name) is not None
 
 
@@ -368,7 +396,7 @@ def routers(names: Iterable[str]) -> frozenset[str]:
 
 
 def is_experts(module: str) -> bool:
-    """Whether a module holds all experts of a layer as bare parameters, as in transformers 5."""
+    """Return whether a module holds all experts of a layer as bare parameters, as in transformers 5."""
     return leaf_of(module) == "experts"
 
 

@@ -37,7 +37,9 @@ _of_thread = threading.local()
 
 
 def widen(raw: npt.NDArray[np.uint8], code: str) -> Array:
-    """The values of flat bytes of a dtype in :data:`FLOATS`: flat, float32 (float64 for ``F64``), maybe shared."""
+    """Return the values of flat bytes of a dtype in :data:`FLOATS`: flat, float32 (float64 for ``F64``),
+    maybe shared.
+    """
     if code == "BF16":
         bits = raw.view(np.uint16).astype(np.uint32)
         np.left_shift(bits, 16, out=bits)
@@ -165,7 +167,7 @@ def vectors(count: int, size: int) -> list[npt.NDArray[np.float32]]:
 
 
 def is_finite(stored: Raw, code: str) -> bool:
-    """Whether no element of a stored part is NaN or infinite; one pass over its bits."""
+    """Return whether no element of a stored part is NaN or infinite; one pass over its bits."""
     unsigned, exponent = _EXPONENTS[code]
     bits = stored.view(unsigned)
     return not bits.size or int((bits & unsigned(exponent)).max()) < exponent
@@ -183,7 +185,9 @@ def require_finite(name: str, stored: Raw, code: str, of: str = "") -> None:
 
 
 def not_finite(name: str, count: int, size: int, of: str = "") -> CheckpointError:
-    """The error for a tensor with NaN or infinities; ``of`` names the untrained model that holds them, if one does."""
+    """Return the error for a tensor with NaN or infinities; ``of`` names the untrained model that holds them, if one
+    does.
+    """
     found = f"Tensor '{name}' has {count} of {size} values that are NaN or infinite"
     if of:
         return CheckpointError(f"{found} in the {of}. Nothing was exported; download or save this model again.")

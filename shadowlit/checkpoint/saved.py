@@ -69,7 +69,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def write_error(path: Path, error: BaseException) -> CheckpointError:
-    """The error about a checkpoint that can't be written."""
+    """Return the error about a checkpoint that can't be written."""
     root: BaseException | None = error
     while root is not None and not isinstance(root, OSError):  # torch's archive complains after the disk
         root = root.__cause__ or root.__context__
@@ -91,7 +91,7 @@ def write_file(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def checksums(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and CRC-32 of files, as the manifest of a folder lists them."""
+    """Return the size and CRC-32 of files, as the manifest of a folder lists them."""
     return {name: {"bytes": (folder / name).stat().st_size, "crc32": _crc32(folder / name)} for name in names}
 
 
@@ -172,7 +172,7 @@ def newest_whole(folder: Path, *, resumes: bool, contents: bool = True) -> Path 
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path has the name of a checkpoint, and is no folder of anything else."""
+    """Return whether a path has the name of a checkpoint, and is no folder of anything else."""
     path = Path(path)
     if path.suffix != ".ckpt":
         return False
@@ -180,7 +180,7 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def step_of(path: Path) -> int:
-    """Number of optimizer steps of a checkpoint.
+    """Return the number of optimizer steps of a checkpoint.
 
     Raises:
         CheckpointError: It can't be read.

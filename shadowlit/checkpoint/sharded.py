@@ -31,7 +31,7 @@ _METADATA = "torch.distributed.checkpoint.metadata"
 
 
 def read_index(folder: Path) -> metadata.Metadata:
-    """The index of a sharded checkpoint: shape, dtype and place of every tensor.
+    """Return the index of a sharded checkpoint: shape, dtype and place of every tensor.
 
     Raises:
         CheckpointError: There is none, it is damaged, or it holds anything else.
@@ -50,7 +50,7 @@ def read_index(folder: Path) -> metadata.Metadata:
 
 
 def tensor_entries(index: metadata.Metadata, prefix: str = "") -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the tensors whose keys begin with ``prefix``, by what follows it."""
+    """Return the shape and dtype of the tensors whose keys begin with ``prefix``, by what follows it."""
     return {
         name.removeprefix(prefix): (tuple(entry.size), entry.properties.dtype)
         for name, entry in index.state_dict_metadata.items()
@@ -101,7 +101,7 @@ def read_nested(
 
 
 def load_plain(file: Path) -> Any:
-    """What a file of ``torch.save`` holds, its tensors mapped.
+    """Return what a file of ``torch.save`` holds, its tensors mapped.
 
     Raises:
         CheckpointError: It can't be read, or holds anything but tensors and plain values.

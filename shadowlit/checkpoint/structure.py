@@ -23,7 +23,7 @@ class DamagedError(CheckpointError):
 
 
 def damaged(path: Path, what: str) -> DamagedError:
-    """The error about a checkpoint, of which ``what`` says what is wrong: ``lacks meta.pt``."""
+    """Return the error about a checkpoint, of which ``what`` says what is wrong: ``lacks meta.pt``."""
     return DamagedError(f"{path} is damaged: it {what}.")
 
 

@@ -109,7 +109,7 @@ def by_processes(function: Callable[[_In], _Out], items: Sequence[_In], count: i
 
 
 def may_fork() -> bool:
-    """Whether a forked copy of this process could compute: only the calling thread continues in it.
+    """Return whether a forked copy of this process could compute: only the calling thread continues in it.
 
     Locks that another thread holds would stay locked, and torch's own threads would be missing. On systems other than
     Linux, even system libraries don't support it.
@@ -118,7 +118,7 @@ def may_fork() -> bool:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
+    """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console
 from shadowlit.studies.comparison.plan import plan
+from shadowlit.studies.comparison.scoring import Measure, read_measures
 from shadowlit.studies.trials.recipe import Recipe
+
+if TYPE_CHECKING:
+    from shadowlit.lightning_cli import Measured
 
 
 def compare(
@@ -23,6 +29,8 @@ def compare(
     task_scales: list[float] = [],  # noqa: B006
     gain: list[str] | str | None = None,
     keep: list[str] | str | None = None,
+    score: list[str] | str | None = None,
+    choose: list[str] | str | None = None,
     line: str = "loss",
     overrides: Changes | None = None,
     title: str | None = None,
@@ -36,19 +44,26 @@ def compare(
     An arm is named by the source of its delta and the target of the graft: B2I is Shadow-FT, I2I tunes the Instruct
     directly, B2B and I2B are the controls. Two trainings serve four arms: one of the Base and one of the Instruct, on
     the same data in the same order, with the same recipe. Finished trainings are skipped, so the same command resumes
-    after an interruption, and arms, rates and seeds can be added. One half of each evaluator's rows chooses an arm's
-    learning rate, and the other half is reported.
+    after an interruption, and arms, rates and seeds can be added. Arms are scored by evaluators, by metrics of the last
+    validation, or by both. One half of each evaluator's rows chooses an arm's learning rate, and the other half is
+    reported; metrics need two validation sets for that, one for choose and one for score.
 
     Args:
-        fit: Configuration of fit, with evaluators in its section evaluation.
+        fit: Configuration of fit, with evaluators in its section evaluation unless score is given.
         arms: Arms to compare, e.g. B2I,I2I,B2B,I2B.
         seeds: Seeds of data order, adapter and dropout, e.g. 0,1,2.
         rates: Learning rates of each arm, e.g. '{"B2I": [1e-4, 3e-4], "I2I": [3e-5, 1e-4]}'; an arm that is left out
             has the rates of the other arm of its source. Null for the configuration's own rate.
         scales: Scales λ of the graft at which the validation loss is measured; the first must be 1.0.
         task_scales: Scales, beyond the first, at which the evaluators measure too.
-        gain: Evaluators of what is to be learned; null for all.
+        gain: Evaluators of what is to be learned; null for all that aren't in keep and don't measure the agreement with
+            the Instruct, or for none if score is given.
         keep: Evaluators of what is to be kept: they and the divergence from the Instruct are the price.
+        score: Metrics of the last validation that say what was learned, each at the arm's own model, e.g.
+            sequence_accuracy, or report/loss of the validation set report. A loss or a perplexity is better if it is
+            lower, an accuracy if it is higher; of any other metric say so, as in margin:higher.
+        choose: Metrics whose mean chooses the learning rates, e.g. choice/loss of the validation set choice; null for
+            the scores themselves.
         line: Metric that is drawn along the line from the Instruct to the graft: loss, or <set>/loss.
         overrides: Further changes of the configuration, by dotted key.
         title: Title of the report; null for the configuration's name.
@@ -62,9 +77,15 @@ def compare(
     recipe = Recipe(Path(fit), dict(overrides or {}), tuple(scales), tuple(task_scales))
     own = rates or {arm: [_own_rate(recipe)] for arm in given}
     trainings = plan(given, own, _seeds(seeds))
-    evaluators = _evaluators(recipe)
-    gained = _known("gain", _listed(gain) if gain is not None else evaluators, evaluators)
-    kept = _known("keep", _listed(keep or []), evaluators)
+    scored, choosing = read_measures("score", _listed(score or [])), read_measures("choose", _listed(choose or []))
+    if len(set(choosing.values())) > 1:
+        raise ShadowlitError(
+            f"--choose names {', '.join(choosing)}, which have no common mean. Choose by losses, or by accuracies."
+        )
+    evaluators = _evaluators(recipe, needed=not scored)
+    gained, kept = None if gain is None else _listed(gain), _listed(keep or [])
+    _require_known("gain", gained or [], evaluators)
+    _require_known("keep", kept, evaluators)
     folder = Path(out) if out else Path("runs/compare") / Path(fit).stem
     if recipe.scales[:1] != (1.0,):
         raise ShadowlitError(f"--scales is {list(scales)}; the first must be 1.0, at which arms are compared.")
@@ -74,6 +95,7 @@ def compare(
     if dry_run:
         console.print(f"{len(trainings)} trainings in {folder}: " + ", ".join(t.name for t in trainings))
         return
+    from shadowlit.lightning_cli import check_measured
     from shadowlit.studies.comparison.collect import collect
     from shadowlit.studies.comparison.records import to_json
     from shadowlit.studies.comparison.report import write
@@ -83,18 +105,30 @@ def compare(
     from shadowlit.studies.rows import UNTOUCHED_TRIAL
     from shadowlit.studies.trials.process import last_words, untouched_failed
 
+    found = [recipe.untouched_job(folder), *(training.job(recipe, folder) for training in trainings)]
+    measured = check_measured(list(found[1].arguments))
+    scored, choosing = _logged("score", scored, measured), _logged("choose", choosing, measured)
+    if gained is None:  # an agreement with the Instruct is no sign that something was learned
+        able = [name for name, evaluator in measured.evaluators.items() if not evaluator.needs_reference]
+        gained = [] if scored else [name for name in able if name not in kept]
+    if not scored and all(measured.evaluators[name].needs_reference for name in (*gained, *kept)):
+        named = ", ".join((*gained, *kept)) or "each evaluator"
+        raise ShadowlitError(
+            f"no score says what is learned: {named} measures the agreement with the Instruct. Name another evaluator "
+            "under --gain, or metrics of the validation under --score."
+        )
     with own_folder(folder, recipe):
-        found = [recipe.untouched_job(folder), *(training.job(recipe, folder) for training in trainings)]
         with StudyProgress("trainings", len(found), "grafted loss") as shown:
             failed = run(
                 found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), shown=shown
             )
         if UNTOUCHED_TRIAL in failed:
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
-        rows = collect(recipe, trainings, given, own, folder, line)
+        rows = collect(recipe, trainings, given, own, folder, line, [*scored])
         replace_text(folder / "records.json", to_json(rows))
         described = Description(title=title or Path(fit).stem, config=fit, command=_command(fit, given, seeds, own))
-        report = write(summarise(rows, described, gain=gained, keep=kept), folder / "report")
+        summary = summarise(rows, described, gain=gained, keep=kept, score=scored, choose=choosing, arms=given)
+        report = write(summary, folder / "report")
     console.print(f"report    {report}")
     if failed:
         reasons = "; ".join(f"{name}: {last_words(folder / name).removesuffix('.')}" for name in failed)
@@ -102,6 +136,28 @@ def compare(
             f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {reasons}. Fix the cause, and "
             f"start the same command again; the logs are in {folder}."
         )
+
+
+def _logged(option: str, metrics: Mapping[str, Measure], measured: Measured) -> dict[str, Measure]:
+    """The metrics by the names under which they are logged: of a single set without its name.
+
+    Raises:
+        ShadowlitError: A metric is not logged by any validation.
+    """
+    sets, known = measured.sets, [*sorted(measured.metrics)]
+    if len(sets) > 1:
+        known += [f"{name}/{what}" for name in sets for what in sorted(measured.metrics)]
+    known += [f"{name}/{what}" for name, each in measured.evaluators.items() for what in each.metric_names]
+    found = {}
+    for given, measure in metrics.items():
+        of, _, what = given.rpartition("/")
+        name = what if sets == [of] else given
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? Known" if near else "known"
+            raise ShadowlitError(f"--{option} names {given}, which no validation logs; {hint} are {', '.join(known)}.")
+        found[name] = measure
+    return found
 
 
 def _listed(value: list[Any] | str) -> list[Any]:
@@ -122,23 +178,23 @@ def _own_rate(recipe: Recipe) -> float:
     return float(rate)
 
 
-def _evaluators(recipe: Recipe) -> list[str]:
+def _evaluators(recipe: Recipe, needed: bool) -> list[str]:
     found = recipe.get("evaluation.evaluators")
-    if not found:
+    if not found and needed:
         raise ShadowlitError(
-            f"{recipe.config} has no evaluation.evaluators to compare the arms by. Add some: "
-            "docs/reference/evaluation.md."
+            f"{recipe.config} has no evaluation.evaluators to compare the arms by, and --score is not given. Add "
+            "evaluators (docs/reference/evaluation.md), or score by metrics of the validation, e.g. --score loss."
         )
-    return list(found)
+    return list(found or ())
 
 
-def _known(option: str, names: list[str], evaluators: list[str]) -> list[str]:
+def _require_known(option: str, names: list[str], evaluators: list[str]) -> None:
     unknown = [name for name in names if name not in evaluators]
     if unknown:
         raise ShadowlitError(
-            f"--{option} names {', '.join(unknown)}; the configuration's evaluators are {', '.join(evaluators)}."
+            f"--{option} names {', '.join(unknown)}; the configuration's evaluators are "
+            f"{', '.join(evaluators) or 'none'}."
         )
-    return names
 
 
 def _command(fit: str, arms: list[str], seeds: Any, rates: dict[str, list[float]]) -> str:

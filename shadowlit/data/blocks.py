@@ -95,7 +95,7 @@ class BlockBuilder:
         return len(self._tokens) >= _MOST_TOKENS
 
     def take(self) -> Block:
-        """The samples that were added since the last call, as a block."""
+        """Return the samples that were added since the last call, as a block."""
         columns = {name: np.array(column) for name, column in zip(_COLUMNS, self._columns, strict=True)}
         supervised = np.frombuffer(bytes(self._supervised), np.uint8)
         lists = {name: _as_arrow(name, x) for name, x in self._lists.items() if any(x)}
@@ -120,7 +120,7 @@ def _different_weights(sample: Encoded) -> list[float]:
 
 
 def joined(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The samples of small blocks in blocks that are large enough to be written, and a smaller last one."""
+    """Yield the samples of small blocks in blocks that are large enough to be written, and a smaller last one."""
     together: list[Block] = []
     for block in blocks:
         together.append(block)

@@ -22,12 +22,14 @@ _PACKAGES = ("transformers", "tokenizers", "jinja2")
 
 
 def default_folder() -> Path:
-    """The folder ``shadowlit`` in the cache folder of ``datasets``: ``HF_DATASETS_CACHE``, or that of ``HF_HOME``."""
+    """Return the folder ``shadowlit`` in the cache folder of ``datasets``: ``HF_DATASETS_CACHE``, or that of
+    ``HF_HOME``.
+    """
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser() / "shadowlit"
 
 
 def cache_key(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
-    """A hexadecimal name for the tokens that the settings and the tokenizer produce.
+    """Return a hexadecimal name for the tokens that the settings and the tokenizer produce.
 
     It covers our own code and the versions of the packages that render and tokenise, so that tokens of an earlier
     version are never read. ``settings`` are everything else that the tokens depend on, as JSON can represent it.
@@ -42,7 +44,7 @@ def cache_key(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> str:
 
 
 def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of a fast tokenizer: its class, vocabulary, rules, special tokens and chat template."""
+    """Return a hash of a fast tokenizer: its class, vocabulary, rules, special tokens and chat template."""
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("padding", "truncation"):  # of the last call; ours set them again
         core.pop(state, None)

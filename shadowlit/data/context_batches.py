@@ -18,12 +18,12 @@ _PREFIX = "teacher_"  # of the teacher's tensors in a batch
 
 
 def teachers_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of the teacher's view of a batch; empty where it has none."""
+    """Return the tensors of the teacher's view of a batch; empty where it has none."""
     return {name.removeprefix(_PREFIX): value for name, value in batch.items() if name.startswith(_PREFIX)}
 
 
 def with_teachers(batch: Mapping[str, Any], teachers: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch with the tensors of its teacher's view."""
+    """Return a batch with the tensors of its teacher's view."""
     return {**batch, **{_PREFIX + name: value for name, value in teachers.items()}}
 
 
@@ -49,7 +49,7 @@ class ContextDataset(SequencePairs):
         return self.longest
 
     def hashes(self) -> np.ndarray:
-        """Hashes of both views of each sample, ``[len(self)]`` uint64."""
+        """Return the hashes of both views of each sample, ``[len(self)]`` uint64."""
         student, teacher = self.sequences.hashes().reshape(-1, 2).T
         return student * np.uint64(0x9E3779B97F4A7C15) + teacher
 

@@ -23,7 +23,7 @@ _SYSTEM = ("system", "developer")
 
 
 def context_of(row: Mapping[str, Any]) -> list[Message]:
-    """The turns of a row's context: a text is a system turn, a list of messages is taken as it is.
+    """Return the turns of a row's context: a text is a system turn, a list of messages is taken as it is.
 
     Raises:
         DataError: The row has none, or it is malformed. The message doesn't say which row it is.
@@ -40,7 +40,7 @@ def context_of(row: Mapping[str, Any]) -> list[Message]:
 
 
 def with_context(messages: Sequence[Message], context: Sequence[Message]) -> list[Message]:
-    """The conversation that the teacher sees.
+    """Return the conversation that the teacher sees.
 
     A system text of the conversation stays at the beginning: in one turn with the context's, after an empty line, or
     before other turns of the context.
@@ -54,7 +54,7 @@ def with_context(messages: Sequence[Message], context: Sequence[Message]) -> lis
 
 
 def both_views(student: Sequence[Encoded], teacher: Sequence[Encoded], longest: int | None) -> list[list[Encoded]]:
-    """The student's and the teacher's sequence of each sample of a row.
+    """Return the student's and the teacher's sequence of each sample of a row.
 
     Args:
         student: Samples without the context.

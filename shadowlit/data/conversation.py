@@ -67,7 +67,7 @@ class Conversation:
 
 
 def answer_text(messages: Sequence[Message]) -> str | None:
-    """The text of the final answer; None if the last turn is not the assistant's, or has no text."""
+    """Return the text of the final answer; None if the last turn is not the assistant's, or has no text."""
     last = messages[-1] if messages else {}
     content = last.get("content") if last.get("role") == "assistant" else None
     if isinstance(content, list):
@@ -105,7 +105,7 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], skip: Skip | None
 
 
 def collect(function: Callable[[Any], Any], items: Iterable[Any], skip: Skip | None = None) -> list[Any]:
-    """The results of :func:`each`, with the DataErrors of all items in one.
+    """Return the results of :func:`each`, with the DataErrors of all items in one.
 
     Raises:
         DataError: The only error, or up to five of several and their number; not with ``skip``.
@@ -131,7 +131,7 @@ def raise_all(errors: list[str]) -> None:
 
 
 def some_of(messages: Sequence[str]) -> str:
-    """Up to five of the messages as a numbered list, one in each line, and how many there are beyond these."""
+    """Return up to five of the messages as a numbered list, one in each line, and how many there are beyond these."""
     shown = "".join(f"\n  {i}. {message}" for i, message in enumerate(messages[:MAX_SHOWN], 1))
     return shown + (f"\n  … and {len(messages) - MAX_SHOWN} more" if len(messages) > MAX_SHOWN else "")
 

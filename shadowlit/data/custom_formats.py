@@ -74,7 +74,9 @@ class CustomFormat:
         return dict(zip(names, made, strict=True))
 
     def digest(self) -> str | None:
-        """A hash of the function's import path and of the file that defines it; None where there is no such file."""
+        """Return a hash of the function's import path and of the file that defines it; None where there is no such
+        file.
+        """
         function = inspect.unwrap(self.function)
         try:
             file = inspect.getsourcefile(function)
@@ -102,7 +104,8 @@ def format_names() -> list[str]:
 
 
 def find_format(name: str) -> CustomFormat | None:
-    """The format from outside the package that ``data.format`` names; None for ``auto`` and the built-in formats.
+    """Return the format from outside the package that ``data.format`` names; None for ``auto`` and the built-in
+    formats.
 
     Raises:
         DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.

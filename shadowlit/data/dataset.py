@@ -66,7 +66,7 @@ class DataReport:
 
     @classmethod
     def of_dict(cls, values: dict[str, Any]) -> DataReport:
-        """The report of which ``dataclasses.asdict`` made ``values``."""
+        """Return the report of which ``dataclasses.asdict`` made ``values``."""
         return cls(**{**values, "sources": [cls.of_dict(each) for each in values["sources"]]})
 
     def add(self, other: DataReport) -> None:
@@ -203,7 +203,7 @@ class TokenDataset(Dataset):
         return place(self._sources[block.source[i]], int(block.row[i]), line if line > 0 else None)
 
     def hashes(self) -> np.ndarray:
-        """Hashes of the samples' tokens and images, ``[len(self)]`` uint64, to find identical samples."""
+        """Return the hashes of the samples' tokens and images, ``[len(self)]`` uint64, to find identical samples."""
         return np.concatenate([np.zeros(0, np.uint64), *(block.digest for block in self._blocks)])
 
     def _find(self, index: int) -> tuple[Block, int]:

@@ -65,7 +65,7 @@ class Row:
 
 
 def is_file_of_rows(path: Path) -> bool:
-    """Whether this is a name of a file that can be read, existing or not."""
+    """Return whether this is a name of a file that can be read, existing or not."""
     return kind_of(path) in EXTENSIONS or path.suffix.lower() in COMPRESSIONS
 
 

@@ -106,7 +106,7 @@ def convert_row(row: Mapping[str, Any], format: str, *, prompts_only: bool = Fal
 
 
 def detect_format(columns: Iterable[str], *, source: str, prompts_only: bool = False) -> tuple[str, dict[str, str]]:
-    """The format that the columns of a source belong to; with ``prompts_only`` also those of a prompt alone.
+    """Return the format that the columns of a source belong to; with ``prompts_only`` also those of a prompt alone.
 
     Returns:
         The format, and the names of the source for the columns that the format reads, where they differ.
@@ -154,7 +154,7 @@ def check_columns(columns: Iterable[str], format: str, *, source: str, prompts_o
 
 
 def without_ignored(row: Mapping[str, Any], patterns: Sequence[str], path: str = "") -> dict[str, Any]:
-    """A row without the columns, and the fields of its turns, that match ``data.ignore_columns``.
+    """Return a row without the columns, and the fields of its turns, that match ``data.ignore_columns``.
 
     The path of a field is that of its column and its keys, without the numbers in lists: ``messages.timestamp``.
     """
@@ -172,7 +172,7 @@ def without_ignored(row: Mapping[str, Any], patterns: Sequence[str], path: str =
 
 
 def without_ignored_fields(messages: Sequence[Message], patterns: Sequence[str]) -> list[Message]:
-    """Messages without the fields that match ``data.ignore_columns`` as ``messages.<field>``.
+    """Return messages without the fields that match ``data.ignore_columns`` as ``messages.<field>``.
 
     So a field can be left out by the name that the chat template knows, whatever the row calls it: the tool calls of
     ShareGPT's turns, or reasoning in parts.
@@ -195,7 +195,7 @@ def without_ignored_fields(messages: Sequence[Message], patterns: Sequence[str])
 
 
 def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row with the names that formats read; ``columns`` has the name of the source for each of them.
+    """Return a row with the names that formats read; ``columns`` has the name of the source for each of them.
 
     Raises:
         DataError: A column has a name that another one is read by, and one of them would be lost.
@@ -214,7 +214,7 @@ def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
 def unread_text(
     row: Mapping[str, Any], read: Collection[str], messages: Sequence[Message], *, untyped: bool = False
 ) -> dict[str, str]:
-    """Columns with content that reaches no message, each with what it holds.
+    """Return the columns with content that reaches no message, each with what it holds.
 
     Columns of numbers don't count, and neither does a text that a turn has too: many data sets repeat the prompt.
 
@@ -238,7 +238,7 @@ def unread_text(
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The texts in a value, at every depth, that aren't blank; the roles of turns aren't among them."""
+    """Yield the texts in a value, at every depth, that aren't blank; the roles of turns aren't among them."""
     if isinstance(value, str):
         if value.strip():
             yield value
@@ -313,7 +313,7 @@ FORMATS: dict[str, Format] = {
 
 
 def with_system(row: Mapping[str, Any], turns: list[Message]) -> list[Message]:
-    """The turns, after the system text in the column of its own.
+    """Return the turns, after the system text in the column of its own.
 
     Raises:
         DataError: The turns begin with another one.

@@ -78,7 +78,7 @@ class ImageSource:
         return cls(path=content.decode(), size=size) if kind == b"path" else cls(data=content, size=size)
 
     def measured(self) -> ImageSource:
-        """The same image with its size, which is read from the header.
+        """Return the same image with its size, which is read from the header.
 
         Raises:
             DataError: There is no such file, or it contains no image.
@@ -90,7 +90,7 @@ class ImageSource:
             return replace(self, size=(height, width) if turned else (width, height))
 
     def load(self) -> Pillow.Image:
-        """The pixels, upright, in RGB.
+        """Return the pixels, upright, in RGB.
 
         Raises:
             DataError: It can't be read, or has another size than when it was measured.
@@ -129,7 +129,7 @@ def _opened(source: ImageSource) -> Iterator[Pillow.Image]:
 
 
 def image_source(value: Any, folder: Path) -> ImageSource:
-    """The image that a value in a row describes.
+    """Return the image that a value in a row describes.
 
     Args:
         value: Path, bytes, ``data:`` URL, ``{"bytes", "path"}`` as in ``datasets``, or Pillow image.
@@ -169,7 +169,8 @@ def image_source(value: Any, folder: Path) -> ImageSource:
 
 
 def locate(messages: list[Message], folder: Path) -> list[Message]:
-    """The messages with an :class:`ImageSource` in every part of type image; ``folder`` as for :func:`image_source`.
+    """Return the messages with an :class:`ImageSource` in every part of type image; ``folder`` as for
+    :func:`image_source`.
 
     Raises:
         DataError: As for :func:`image_source`.
@@ -189,7 +190,7 @@ def _has_parts(message: Message) -> bool:
 
 
 def images_in(messages: Sequence[Message]) -> list[ImageSource]:
-    """The images of a conversation, in order."""
+    """Return the images of a conversation, in order."""
     contents = (message["content"] for message in messages if _has_parts(message))
     return [part["image"] for parts in contents for part in parts if part["type"] == "image"]
 
@@ -237,7 +238,7 @@ class ImageProcessing:
         return token
 
     def digest(self) -> str:
-        """A hash of everything that determines how many tokens an image takes."""
+        """Return a hash of everything that determines how many tokens an image takes."""
         return hashlib.sha256(self.processor.to_json_string().encode()).hexdigest()
 
     def expand(
@@ -280,11 +281,11 @@ class ImageProcessing:
         return expanded, [(moved(a), moved(b)) for a, b in spans], places
 
     def find_tokens(self, input_ids: Sequence[int]) -> list[int]:
-        """The positions of image tokens."""
+        """Return the positions of image tokens."""
         return torch.isin(torch.tensor(input_ids), self._image_ids).nonzero().flatten().tolist()
 
     def inputs(self, input_ids: Tensor, images: list[list[Pillow.Image]]) -> dict[str, Tensor]:
-        """The arguments, apart from the tokens, by which a model gets the images of a batch.
+        """Return the arguments, apart from the tokens, by which a model gets the images of a batch.
 
         Args:
             input_ids: ``[B, T]``.
@@ -298,7 +299,7 @@ class ImageProcessing:
         return inputs
 
     def filler(self) -> tuple[list[int], Pillow.Image]:
-        """The tokens of a row that consists of an image alone, and the image."""
+        """Return the tokens of a row that consists of an image alone, and the image."""
         (text,) = self._texts_of((_BLANK,))
         return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]), _blank(_BLANK)
 

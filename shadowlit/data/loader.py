@@ -73,7 +73,7 @@ class ResumableLoader(DataLoader):
 
 
 def make_loader(dataset: Dataset, batch_sampler: ShardedBatchSampler, **options: Any) -> DataLoader:
-    """A plain loader for this rank's part of an evaluation set, in the order of the sampler.
+    """Return a plain loader for this rank's part of an evaluation set, in the order of the sampler.
 
     It has a sampler and a batch size instead of the batch sampler, which Lightning can't rebuild for ``predict``. All
     batches but the last are full, so splitting the flat list gives the same batches.

@@ -201,14 +201,14 @@ class ShadowData(DataSettings, LightningDataModule):
         return self._resumed(loader)
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader per validation set, in the order of :attr:`validation_names`; keys as in unpacked training.
+        """Return one loader per validation set, in the order of :attr:`validation_names`; keys as in unpacked training.
 
         Samples of similar length share a batch, unless ``trainer.limit_val_batches`` takes only some of them.
         """
         return [self._eval_loader(f"val/{name}", self._limit("val")) for name in self.validation_names]
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader per test set, in the order of :attr:`test_names`; otherwise as :meth:`val_dataloader`.
+        """Return one loader per test set, in the order of :attr:`test_names`; otherwise as :meth:`val_dataloader`.
 
         Raises:
             DataError: No test set is configured.
@@ -218,7 +218,8 @@ class ShadowData(DataSettings, LightningDataModule):
         return [self._eval_loader(f"test/{name}", self._limit("test")) for name in self.test_names]
 
     def predict_dataloader(self) -> DataLoader:
-        """Left-padded prompts: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``index`` ``[B]`` (-1 for a filler).
+        """Return left-padded prompts: ``input_ids`` and ``attention_mask`` ``[B, T]``, ``index`` ``[B]`` (-1 for a
+        filler).
 
         Raises:
             DataError: No prompts are configured.
@@ -237,7 +238,7 @@ class ShadowData(DataSettings, LightningDataModule):
         return self._eval_loader(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the training data, and a description of the order that it belongs to."""
+        """Return the position in the training data, and a description of the order that it belongs to."""
         loader = self.trainer.train_dataloader if self.trainer is not None else None
         if not isinstance(loader, ResumableLoader | StreamLoader):
             return {}

@@ -33,7 +33,7 @@ def require_packable(settings: DataSettings, dataset: TokenDataset) -> None:
 
 
 def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset | ContextDataset) -> Mixture | None:
-    """The mixture of the training sources, or None without weights; raises if it has none of a source."""
+    """Return the mixture of the training sources, or None without weights; raises if it has none of a source."""
     if not settings.is_mixed:
         return None
     return Mixture(dataset.source_of, [source.weight or 0.0 for source in settings.train_sources], settings.seed)
@@ -42,7 +42,7 @@ def mix(settings: DataSettings, dataset: TokenDataset | PreferenceDataset | Cont
 def pack(
     settings: DataSettings, dataset: TokenDataset | PreferenceDataset | ContextDataset, mixture: Mixture | None = None
 ) -> PackedOrder | None:
-    """The packs of all training samples, or None without best_fit; raises if a preference sample is too long."""
+    """Return the packs of all training samples, or None without best_fit; raises if a preference sample is too long."""
     if settings.packing != "best_fit":
         return None
     capacity = settings.row_capacity
@@ -67,7 +67,7 @@ def make_sampler(
     mixture: Mixture | None = None,
     overfits: bool = False,
 ) -> ShardedBatchSampler:
-    """A rank's training batches of the samples with these lengths, ``[N]`` int, or of their packs or mixture.
+    """Return a rank's training batches of the samples with these lengths, ``[N]`` int, or of their packs or mixture.
 
     With ``overfits``, every epoch is the first one, in the order of the data.
     """
@@ -116,7 +116,7 @@ def count_positions(
     packs: PackedOrder | None,
     sampler: ShardedBatchSampler,
 ) -> int:
-    """Number of positions, including padding, that all ranks compute in the first epoch."""
+    """Return the number of positions, including padding, that all ranks compute in the first epoch."""
     # A padded preference sample is two rows, both padded to the longest of the batch.
     rows = 2 if isinstance(dataset, PreferenceDataset) and settings.packing is None else 1
     lengths = dataset.longest if isinstance(dataset, PreferenceDataset) and rows == 2 else dataset.lengths
@@ -136,7 +136,9 @@ def describe_epochs(
     dataset: TokenDataset | PreferenceDataset | ContextDataset,
     mixture: Mixture | None = None,
 ) -> dict[str, Any]:
-    """The samples, and what their order depends on; not the number of ranks, but the size of the global batch."""
+    """Return the samples, and what their order depends on; not the number of ranks, but the size of the
+    global batch.
+    """
     order: dict[str, Any] = {
         _CONTENT: f"{zlib.crc32(dataset.hashes().tobytes()):08x}",
         "num_samples": sampler.num_samples,
@@ -155,7 +157,7 @@ def describe_epochs(
 
 
 def describe_stream(settings: DataSettings, world_size: int) -> dict[str, Any]:
-    """Everything that the order of a stream depends on."""
+    """Return everything that the order of a stream depends on."""
     same = (
         "stream_window", "seed", "shuffle", "drop_last", "packing", "group_by_length", "max_length", "overlong",
         "drop_unsupervised",

@@ -49,7 +49,7 @@ class PackedOrder:
         return Packs(by_length[self._ranks], random.permutation(len(self)), self._ends)
 
     def sizes(self, epoch: int) -> np.ndarray:
-        """Tokens of each pack of ``epoch``, ``[len(self)]`` int64."""
+        """Return the tokens of each pack of ``epoch``, ``[len(self)]`` int64."""
         return self(epoch).sizes(self._lengths)
 
 
@@ -66,7 +66,7 @@ class Packs(Sequence[Pack]):
         self._samples, self._packs, self._ends = samples, packs, ends
 
     def sizes(self, lengths: np.ndarray) -> np.ndarray:
-        """Tokens of each pack, ``[P]`` int64, by the ``lengths`` of all samples."""
+        """Return the tokens of each pack, ``[P]`` int64, by the ``lengths`` of all samples."""
         return np.add.reduceat(lengths[self._samples], self._ends[:-1])[self._packs]
 
     def __len__(self) -> int:
@@ -161,5 +161,5 @@ def pack_samples(samples: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]
 
 
 def loss_weights(sample: dict[str, list[Any]]) -> list[float]:
-    """The factors of a sample's losses; those of unsupervised tokens have no effect."""
+    """Return the factors of a sample's losses; those of unsupervised tokens have no effect."""
     return sample.get("loss_weights") or [1.0] * len(sample["input_ids"])

@@ -45,7 +45,7 @@ class PreferenceDataset(SequencePairs):
         return self.sequences.lengths.reshape(-1, 2).sum(1)
 
     def hashes(self) -> np.ndarray:
-        """Hashes of the samples' tokens and labels, ``[len(self)]`` uint64."""
+        """Return the hashes of the samples' tokens and labels, ``[len(self)]`` uint64."""
         first, second = self.sequences.hashes().reshape(-1, 2).T
         return first * np.uint64(0x9E3779B97F4A7C15) + second * np.uint64(3) + self._desirable.astype(np.uint64)
 

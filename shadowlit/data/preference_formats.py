@@ -44,7 +44,7 @@ class PreferenceFormat:
     hint: str  # for a source that has these columns where others are needed
 
     def fits(self, columns: Iterable[str]) -> bool:
-        """Whether a source with these columns is in this format."""
+        """Return whether a source with these columns is in this format."""
         return any(set(columns).issuperset(names) for names in self.columns)
 
 
@@ -118,7 +118,7 @@ def convert_labelled(row: Mapping[str, Any]) -> tuple[list[Message], list[Messag
 
 
 def read_columns(row: Mapping[str, Any], samples: Samples) -> set[str]:
-    """The columns of a row that are read."""
+    """Return the columns of a row that are read."""
     if samples == "labels":
         format = _format_of(row, "required")
         return {*_LABELS, *(FORMATS[format].columns if format else ())}

@@ -78,7 +78,7 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
 def render_sample(
     tokenizer: PreTrainedTokenizerBase, input_ids: list[int], labels: list[int], coloured: bool = True
 ) -> Text:
-    """A tokenised sample as text in which supervised tokens are coloured, or else enclosed in ⟦ ⟧.
+    """Return a tokenised sample as text in which supervised tokens are coloured, or else enclosed in ⟦ ⟧.
 
     ``input_ids`` and ``labels`` are ``[T]``, with -100 for unsupervised tokens.
     """
@@ -96,7 +96,7 @@ def render_sample(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, input_ids: list[int]) -> list[tuple[str, int]]:
-    """The text of every token; tokens that share a character, as those of an emoji do, are joined.
+    """Return the text of every token; tokens that share a character, as those of an emoji do, are joined.
 
     Returns:
         Pairs of a text and the index of the last token in it; the concatenated texts are the whole text.

@@ -63,5 +63,7 @@ class RunData:
 
 
 def run_data(trainer: Trainer) -> RunData:
-    """The data of the trainer's run: a :class:`~shadowlit.data.module.ShadowData`, another module, or plain loaders."""
+    """Return the data of the trainer's run: a :class:`~shadowlit.data.module.ShadowData`, another module, or plain
+    loaders.
+    """
     return RunData(getattr(trainer, "datamodule", None))

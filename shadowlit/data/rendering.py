@@ -46,7 +46,7 @@ class Chat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> Chat:
-        """The template that ``apply_chat_template`` would choose, which may be a special one for tools.
+        """Return the template that ``apply_chat_template`` would choose, which may be a special one for tools.
 
         Raises:
             DataError: The tokenizer has no chat template, only named ones, or isn't fast.
@@ -76,7 +76,7 @@ class Chat:
         return MARKS.search(self.source) is not None
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> str:
-        """The conversation as text, with the generation prompt if ``ask``.
+        """Return the conversation as text, with the generation prompt if ``ask``.
 
         Raises:
             DataError: The template refuses the conversation or fails.
@@ -85,7 +85,8 @@ class Chat:
         return self._render(messages, add_generation_prompt=ask)[0]
 
     def render_marked(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters between the template's marks; errors as for :meth:`render`.
+        """Return the conversation as text, and the characters between the template's marks; errors as for
+        :meth:`render`.
 
         ``return_assistant_tokens_mask`` of ``apply_chat_template`` would look up the token of a span's first character
         and leave out the whole span where there is none, e.g. for a space that the tokenizer's offsets trim
@@ -147,7 +148,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[
 
 
 def renders_date(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the template writes today's date, so that the tokens change from day to day (Llama 3.2)."""
+    """Return whether the template writes today's date, so that the tokens change from day to day (Llama 3.2)."""
     return "strftime_now" in Chat.of(tokenizer, {}).source and "date_string" not in template_kwargs
 
 
@@ -161,7 +162,9 @@ def _parse(template: str, name: str) -> jinja2.nodes.Template:
 
 
 def plain(messages: Sequence[Message]) -> list[Message]:
-    """Messages as a template expects them: without weights and nulls, with the place of each image, not the image."""
+    """Return messages as a template expects them: without weights and nulls, with the place of each image, not the
+    image.
+    """
     result = []
     for message in messages:
         content = message.get("content")
@@ -189,5 +192,5 @@ def _turns(messages: Sequence[Message]) -> str:
 
 
 def broken_template(name: str, error: jinja2.TemplateSyntaxError) -> DataError:
-    """The error of a text that isn't a jinja template."""
+    """Return the error of a text that isn't a jinja template."""
     return DataError(f"{name} is no jinja template: {error.message} in line {error.lineno}. Correct it.")

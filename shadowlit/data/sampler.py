@@ -104,7 +104,7 @@ class ShardedBatchSampler(Sampler[list[Any]]):
         return self.batches(self.epoch, self.start)
 
     def order(self, epoch: int) -> Sequence[Any] | np.ndarray:
-        """The items of ``epoch`` in order, over all ranks."""
+        """Return the items of ``epoch`` in order, over all ranks."""
         if self._order is not None:
             return self._order(epoch)
         return epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
@@ -121,14 +121,14 @@ class ShardedBatchSampler(Sampler[list[Any]]):
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int = 0, shuffle: bool = True) -> np.ndarray:
-    """The order of an epoch: ``[num_samples]`` int64 indices, a permutation drawn from ``(seed, epoch)``."""
+    """Return the order of an epoch: ``[num_samples]`` int64 indices, a permutation drawn from ``(seed, epoch)``."""
     if not shuffle:
         return np.arange(num_samples)
     return np.random.default_rng((seed, epoch)).permutation(num_samples)
 
 
 def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch: int = 0) -> np.ndarray:
-    """An order in which the samples of a global batch have similar lengths.
+    """Return an order in which the samples of a global batch have similar lengths.
 
     A permutation is split into chunks of 64 global batches, and each chunk is sorted by length. The resulting batches
     are shuffled over the whole epoch, so that there is no trend in their lengths. The incomplete last batch is a random
@@ -144,7 +144,7 @@ def grouped_order(lengths: np.ndarray, global_batch_size: int, seed: int, epoch:
 
 
 def evaluation_order(lengths: np.ndarray, global_batch_size: int) -> np.ndarray:
-    """A fixed order in which the lengths within a global batch are as similar as possible.
+    """Return a fixed order in which the lengths within a global batch are as similar as possible.
 
     Whole batches are ordered by the smallest index in each, so that the first batch has the first sample of the set
     rather than the longest samples. The shortest samples come last where they don't fill a batch. Arguments and result
@@ -159,7 +159,8 @@ def evaluation_order(lengths: np.ndarray, global_batch_size: int) -> np.ndarray:
 def count_slots(
     sizes: np.ndarray, batch_size: int, num_replicas: int = 1, multiple: int | None = None, flatten: bool = False
 ) -> int:
-    """Number of positions that all ranks compute in an epoch, where every batch is padded to its longest row.
+    """Return the number of positions that all ranks compute in an epoch, where every batch is padded to its longest
+    row.
 
     ``sizes`` are the tokens of each row in the order of the epoch, ``[N]`` int. The length of a batch is rounded up to
     a ``multiple``. With ``flatten``, the rows of a batch are concatenated into one.

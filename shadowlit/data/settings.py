@@ -302,7 +302,7 @@ class DataSettings:
 
 
 def sets_by_name(sets: Given | dict[str, Given] | None, name: str) -> dict[str, Given]:
-    """The sources that a user gave, by the names of their sets; a single one is named ``name``."""
+    """Return the sources that a user gave, by the names of their sets; a single one is named ``name``."""
     if sets is None:
         return {}
     if isinstance(sets, Mapping) and not ("path" in sets and sets.keys() <= set(_FIELDS)):

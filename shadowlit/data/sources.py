@@ -281,12 +281,12 @@ class _Reader:
 
 
 def folder_of(source: str) -> Path:
-    """The folder to which the paths in a source are relative: its own."""
+    """Return the folder to which the paths in a source are relative: its own."""
     return (_folder_of(source)[0] or Path(source).expanduser().parent).absolute()
 
 
 def digest_source(source: str, use: str) -> str | None:
-    """A hash of the content of a source, without reading its rows; None where there is none or it can't be read.
+    """Return a hash of the content of a source, without reading its rows; None where there is none or it can't be read.
 
     It is a hash of a file's bytes, or the fingerprint that ``datasets`` has for a folder or hub data set. ``source``
     and ``use`` are as in :func:`read_conversations`.
@@ -302,7 +302,7 @@ def digest_source(source: str, use: str) -> str | None:
 
 
 def is_remote(source: str) -> bool:
-    """Whether ``source`` has to be fetched from the hub."""
+    """Return whether ``source`` has to be fetched from the hub."""
     return not Path(source).expanduser().exists() and not _looks_local(source) and not _folder_of(source)[0]
 
 
@@ -382,7 +382,7 @@ def _open_folder(source: str, folder: Path, split: str | None, use: str, streami
 
 
 def open_hub(source: str, use: str, streaming: bool = False) -> Any:
-    """A hub data set, downloaded into the local cache unless it is streamed.
+    """Return a hub data set, downloaded into the local cache unless it is streamed.
 
     Raises:
         DataError: It can't be read, or has no such split.

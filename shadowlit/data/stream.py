@@ -60,7 +60,7 @@ class TokenStream(IterableDataset):
         self._listed: set[str] = set()  # rows that are left out, as far as they have been logged
 
     def first_samples(self) -> TokenDataset:
-        """Some of the first samples of a pass: enough to find general errors, or for a preview.
+        """Return some of the first samples of a pass: enough to find general errors, or for a preview.
 
         Raises:
             DataError: The first window has none, or a malformed row.
@@ -220,7 +220,7 @@ class StreamLoader(DataLoader):
         return self._length
 
     def state_dict(self) -> dict[str, Any]:
-        """The :class:`Position` of the next batch."""
+        """Return the :class:`Position` of the next batch."""
         return asdict(self._position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

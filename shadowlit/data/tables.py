@@ -21,7 +21,7 @@ _LONGEST_FIELD = 2**31 - 1  # characters; the default of 131,072 is shorter than
 
 
 def kind_of(path: Path) -> str:
-    """The extension of a file without that of its compression, in lower case: ``.jsonl`` of ``a.jsonl.gz``."""
+    """Return the extension of a file without that of its compression, in lower case: ``.jsonl`` of ``a.jsonl.gz``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -45,7 +45,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def is_text_table(path: Path) -> bool:
-    """Whether :func:`read_text_table` reads a file with this name."""
+    """Return whether :func:`read_text_table` reads a file with this name."""
     return kind_of(path) in (".txt", *_DELIMITERS)
 
 

@@ -194,7 +194,7 @@ def encode_document(
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], /, **template_kwargs: Any) -> str:
-    """The text of a prompt: the conversation without its final answer, and the generation prompt.
+    """Return the text of a prompt: the conversation without its final answer, and the generation prompt.
 
     An assistant turn at the very end is the answer. Earlier ones, and all turns of a conversation that ends with
     another role, belong to the prompt. Arguments are as for :func:`encode`.
@@ -229,7 +229,7 @@ def encode_question(
     /,
     **template_kwargs: Any,
 ) -> Encoded:
-    """The tokens of a prompt and its images, without labels; arguments as for :func:`encode`.
+    """Return the tokens of a prompt and its images, without labels; arguments as for :func:`encode`.
 
     Raises:
         DataError: As for :func:`render_prompt` and :func:`encode`.

@@ -18,7 +18,7 @@ _LONGEST_HEADER = 16  # tokens of an assistant's header that are remembered
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    """Tokens of a text; ``options`` are the tokenizer's.
+    """Return the tokens of a text; ``options`` are the tokenizer's.
 
     Raises:
         DataError: The text can't be tokenised, e.g. because of half a surrogate pair.
@@ -41,7 +41,7 @@ def _call(tokenizer: PreTrainedTokenizerBase, text: str, options: Mapping[str, A
 
 
 def tokenise_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
-    """Tokens of a rendered text and the span of characters of each, without gaps."""
+    """Return the tokens of a rendered text and the span of characters of each, without gaps."""
     # The template writes the begin-of-sequence token itself: the tokenizer must not add another.
     tokens = _call(tokenizer, text, {"add_special_tokens": False, "return_offsets_mapping": True})
     places, reached = [], 0
@@ -57,7 +57,7 @@ def tokenise_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[li
 def tokenise_asked(
     tokenizer: PreTrainedTokenizerBase, text: str, starts: Sequence[int]
 ) -> tuple[list[int], list[Span]]:
-    """Tokens and their characters, with the tokens of each prompt as they are when the model is asked.
+    """Return the tokens and their characters, with the tokens of each prompt as they are when the model is asked.
 
     ``starts`` are the ends of the prompts. White space at the beginning of an answer may merge with the end of its
     prompt into one token (``assistant⏎`` and ``⏎Hello``). But generation starts from the tokens of the prompt alone, so
@@ -115,7 +115,7 @@ def _header_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...
 def turn_end(
     tokenizer: PreTrainedTokenizerBase, input_ids: list[int], within: list[int], text: str, places: list[Span]
 ) -> int:
-    """The last token that the model has to generate in a turn found by prefixes.
+    """Return the last token that the model has to generate in a turn found by prefixes.
 
     Only special tokens and white space follow the answer (``<|im_end|>⏎``). The turn ends with the first of these
     tokens that stops generation; otherwise with the last special one, for tokenizers whose end of sequence isn't their
@@ -135,7 +135,7 @@ def turn_end(
 
 
 def include_stop(tokenizer: PreTrainedTokenizerBase, input_ids: list[int], last: int) -> int:
-    """The last token of a marked span, or the stopping token right after it, which some marks leave out."""
+    """Return the last token of a marked span, or the stopping token right after it, which some marks leave out."""
     stops = _stop_ids(tokenizer)
     follows = last + 1 < len(input_ids) and input_ids[last + 1] in stops
     return last + 1 if follows and input_ids[last] not in stops else last

@@ -55,7 +55,7 @@ _THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*(.*)", re.DOTALL)
 
 
 def read_turns(row: Mapping[str, Any], name: str, role: str) -> list[Message]:
-    """The messages in a column that holds a text of ``role`` or a list of turns.
+    """Return the messages in a column that holds a text of ``role`` or a list of turns.
 
     Raises:
         DataError: The column is missing or holds something else. The message doesn't say which row it is.
@@ -92,7 +92,7 @@ def from_sharegpt_turns(turns: Sequence[Any], name: str) -> list[Message]:
 
 
 def read_tools(row: Mapping[str, Any], messages: Sequence[Message]) -> tuple[list[Message], list[Any] | None]:
-    """The definitions of a row's tools, and the messages without those that a turn holds.
+    """Return the definitions of a row's tools, and the messages without those that a turn holds.
 
     They are in a column ``tools`` (or ``functions``), or in a field of that name of a turn: a list, or a list as JSON.
     A bare function is wrapped as ``{"type": "function", "function": …}``.
@@ -110,7 +110,7 @@ def read_tools(row: Mapping[str, Any], messages: Sequence[Message]) -> tuple[lis
 
 
 def unsupervised(turns: Sequence[Message]) -> list[Message]:
-    """The turns of a prompt, whose assistant turns are context."""
+    """Return the turns of a prompt, whose assistant turns are context."""
     return [{**turn, "weight": 0.0} if turn["role"] == "assistant" else turn for turn in turns]
 
 
@@ -143,14 +143,14 @@ def filled(text: str, name: str) -> str:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the null entries of its objects, at every depth; empty objects and lists are kept."""
+    """Return a value without the null entries of its objects, at every depth; empty objects and lists are kept."""
     if isinstance(value, Mapping):
         return {key: without_nulls(one) for key, one in value.items() if one is not None}
     return [without_nulls(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def shown(value: Any) -> str:
-    """A value in an error message: its first characters and its type."""
+    """Return a value in an error message: its first characters and its type."""
     if value is None:
         return "null"
     text = repr(value)

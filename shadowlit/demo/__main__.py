@@ -28,7 +28,7 @@ from shadowlit.progress import make_console, make_table
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
-_TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy")
+_TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy", "first_token_loss")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -83,7 +83,7 @@ _CAPTION = (
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """The table of the four models: loss and token accuracy by set, and the fraction of right answers."""
+    """Return the table of the four models: loss and token accuracy by set, and the fraction of right answers."""
     scores, exact = results["teacher_forced"], results["exact_match"]
     drawn = make_table("", *subject_headings(), title="On held-out questions")
     for name, title in TEACHER_FORCED.items():

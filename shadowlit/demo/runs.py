@@ -43,7 +43,7 @@ def given_or_made(
     scored: str | None,
     folder: str | Path,
 ) -> Material:
-    """What is given; or, if no updates are, the embedded pair and short runs on it, made once in ``folder``.
+    """Return what is given; or, if no updates are, the embedded pair and short runs on it, made once in ``folder``.
 
     The runs learn the new skill by LoRA of two ranks and two seeds and by full tuning, new facts by LoRA, and, as
     Δ_I, the new skill on the Instruct itself. They take about half a minute on one core.
@@ -80,7 +80,9 @@ def given_or_made(
 
 
 def run_or_made(run: str | None, folder: str | Path) -> str:
-    """The run that is given, or else a short one on the embedded pair with evaluators, made once in ``folder``."""
+    """Return the run that is given, or else a short one on the embedded pair with evaluators, made once in
+    ``folder``.
+    """
     if run is not None:
         return run
     generation = {"class_path": "shadowlit.evaluation.generated.Generation"}

@@ -95,7 +95,7 @@ def type_of(adapter: PeftConfig) -> str:
 
 
 def dependence(adapter: PeftConfig) -> str:
-    """The settings by which an adapter's update depends on the weights that it is on; empty if it does not."""
+    """Return the settings by which an adapter's update depends on the weights that it is on; empty if it does not."""
     found = [] if type_of(adapter) in _ADDITIVE else [f"peft_type={type_of(adapter)}"]
     found += ["use_dora=True"] if getattr(adapter, "use_dora", False) else []
     found += [f"init_lora_weights={_start_of(adapter)!r}"] if starts_from_weights(adapter) else []
@@ -103,7 +103,7 @@ def dependence(adapter: PeftConfig) -> str:
 
 
 def stored_values(adapter: PeftConfig) -> str:
-    """The settings by which an adapter stores values of its host next to its update; empty if it stores none."""
+    """Return the settings by which an adapter stores values of its host next to its update; empty if it stores none."""
     found = {name: getattr(adapter, name, None) for name in ("modules_to_save", "trainable_token_indices")}
     found["bias"] = None if (value := getattr(adapter, "bias", None)) == "none" else value
     return " and ".join(f"{name}={value!r}" for name, value in found.items() if value)
@@ -114,19 +114,23 @@ def _start_of(adapter: PeftConfig) -> bool | str:
 
 
 def starts_from_weights(adapter: PeftConfig) -> bool:
-    """Whether peft takes the start of the factors out of the host's weights, and leaves a residual (PiSSA, OLoRA …)."""
+    """Return whether peft takes the start of the factors out of the host's weights, and leaves a residual (PiSSA, OLoRA
+    …).
+    """
     return _start_of(adapter) not in (True, False, "gaussian", "orthogonal")
 
 
 def is_plain(adapter: PeftConfig, start: bool = True) -> bool:
-    """Whether this is LoRA without a variant; with ``start`` also whether its factors start without peft's own code."""
+    """Return whether this is LoRA without a variant; with ``start`` also whether its factors start without peft's own
+    code.
+    """
     others = any(getattr(adapter, name, None) for name in ("use_dora", "trainable_token_indices"))
     simple = not start or _start_of(adapter) in (True, False, "gaussian")
     return type_of(adapter) == "LORA" and not others and simple
 
 
 def why_not_movable(adapter: PeftConfig | None, transformed: bool, on_tuned: bool = False) -> str | None:
-    """Why an adapter's factors don't give the graft on the Instruct; None where they do.
+    """Return why an adapter's factors don't give the graft on the Instruct; None where they do.
 
     ``transformed``: the graft transforms the update; ``on_tuned``: the adapter was trained on a tuned Base.
     """
@@ -148,7 +152,7 @@ def why_not_movable(adapter: PeftConfig | None, transformed: bool, on_tuned: boo
 
 
 def leaves_residual(model: nn.Module) -> bool:
-    """Whether the frozen weights under the adapter of ``model`` are a residual instead of the host's own."""
+    """Return whether the frozen weights under the adapter of ``model`` are a residual instead of the host's own."""
     return any(starts_from_weights(adapter) for adapter in getattr(model, "peft_config", {}).values())
 
 
@@ -179,7 +183,7 @@ class AdaptedLayer:
         self.scaling: float | None = scalings.get(self.adapter) if isinstance(scalings, dict) else None
 
     def delta_weight(self, host: Tensor, tuned: Callable[[Tensor], Tensor]) -> Tensor:
-        """The float32 update of the host's parameter as the adapter trains it, in this rank's part of the host.
+        """Return the float32 update of the host's parameter as the adapter trains it, in this rank's part of the host.
 
         Args:
             host: The parameter.
@@ -231,7 +235,9 @@ class AdaptedLayer:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The adapted layers of ``model``, by the checkpoint names of the weights and biases that their adapters change."""
+    """Return the adapted layers of ``model``, by the checkpoint names of the weights and biases that their adapters
+    change.
+    """
     layers = {}
     for prefix, layer in model.named_modules():
         if not isinstance(layer, BaseTunerLayer):

@@ -54,7 +54,7 @@ def adapter_update(
     strict: bool = True,
     allow_pickle: bool = False,
 ) -> Update:
-    """The update of an adapter in peft's form; LoRA's is read by rows, any other is merged layer by layer.
+    """Return the update of an adapter in peft's form; LoRA's is read by rows, any other is merged layer by layer.
 
     Args:
         base: Checkpoint of the model that was adapted.
@@ -89,7 +89,7 @@ def adapter_update(
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:
-    """The settings of the adapter in a folder; raise a GraftError if peft can't read them."""
+    """Return the settings of the adapter in a folder; raise a GraftError if peft can't read them."""
     try:
         return PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # of json, of peft's many configs: many types, one remedy
@@ -151,7 +151,9 @@ class MergedUpdate(FromBase):
         self._reader.require_weights(self._whole[name] for name in names if name in self._whole)
 
     def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, Tensor]:
-        """The adapter's tensors by their names in peft's files, with ``scale_of(tensor)`` folded into the update."""
+        """Return the adapter's tensors by their names in peft's files, with ``scale_of(tensor)`` folded into the
+        update.
+        """
         state = {peft_key(stored): self._reader.read(stored) for stored in self._reader.tensors}
         hosts = {key: self._modules.get(adapted_module(key) or "") for key in state if is_linear_factor(key)}
         return {key: t * scale_of(host) if (host := hosts.get(key)) else t for key, t in state.items()}

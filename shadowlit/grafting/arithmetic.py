@@ -17,12 +17,12 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which long sums are taken on a device: float64, or float32 on MPS, which has no float64."""
+    """Return the dtype in which long sums are taken on a device: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def delta(tuned: Tensor, base: Tensor) -> Tensor:
-    """The update ``tuned - base`` that was learned from the Base."""
+    """Return the update ``tuned - base`` that was learned from the Base."""
     return widen(tuned) - widen(base)
 
 

@@ -127,7 +127,7 @@ def export_folder(
 def model_bytes(
     source: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dtype | str | None, max_shard_bytes: int
 ) -> int:
-    """Expected size of a model that :func:`export_folder` writes, with the files of the folder ``source``.
+    """Return the expected size of a model that :func:`export_folder` writes, with the files of the folder ``source``.
 
     Raises:
         ExportError: A file of ``source`` can't be copied, or the config.json is missing.

@@ -163,7 +163,9 @@ class LoraUpdate(FromBase):
         return torch.einsum("o r e, e r i -> e o i", b, a)
 
     def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, torch.Tensor]:
-        """The factors by their names in peft's files; ``scale_of(tensor)`` is folded into those that start at zero."""
+        """Return the factors by their names in peft's files; ``scale_of(tensor)`` is folded into those that start at
+        zero.
+        """
         tensors = {}
         for name, factors in self._factors.items():
             tensors[peft_key(factors.down)] = self._reader.read(factors.down)

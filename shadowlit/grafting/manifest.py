@@ -26,7 +26,9 @@ MANIFEST_FILE = "shadowlit.json"
 
 
 def describe_source(source: str, folder: Path, fingerprint: str, revision: str | None = None) -> dict[str, str | None]:
-    """Where a model comes from: the folder or hub id, and revision, that the user gave, and the commit of its files."""
+    """Return where a model comes from: the folder or hub id, and revision, that the user gave, and the commit of its
+    files.
+    """
     return {"id": source, "revision": revision, "commit": commit_of(folder), "fingerprint": fingerprint}
 
 
@@ -72,7 +74,7 @@ def build_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of an exported folder; raise an ExportError if there is none, or it is not readable JSON."""
+    """Return the manifest of an exported folder; raise an ExportError if there is none, or it is not readable JSON."""
     path = Path(folder) / MANIFEST_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -92,20 +94,20 @@ def add_to_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
 
 
 def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """The part of the manifest that every weight file's header repeats."""
+    """Return the part of the manifest that every weight file's header repeats."""
     keys = [key for key in ("base", "instruct", "scale", "select", "arm", "delta", "transforms") if key in manifest]
     return {f"shadowlit.{key}": json.dumps(manifest[key], sort_keys=True) for key in keys}
 
 
 def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
+    """Return the versions of what the numbers depend on."""
     packages = ("torch", "transformers", "peft", "lightning", "safetensors")
     installed = {package: metadata.version(package) for package in packages}
     return {"python": platform.python_version(), "shadowlit": __version__, **installed}
 
 
 def plain(value: Any) -> Any:
-    """The value in JSON's types; NaN and infinities, which JSON lacks, as strings."""
+    """Return the value in JSON's types; NaN and infinities, which JSON lacks, as strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):

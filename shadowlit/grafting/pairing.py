@@ -41,12 +41,14 @@ class HostParameter:
         return self.base is not None or self.adapted is not None
 
     def tuned(self) -> Tensor:
-        """The trained values, whichever are loaded."""
+        """Return the trained values, whichever are loaded."""
         return local(self.parameter) if self.saved is None else self.saved
 
 
 def parts_of(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
-    """The parts of parameters that make up each tensor of the Instruct's files that is no parameter by itself."""
+    """Return the parts of parameters that make up each tensor of the Instruct's files that is no parameter
+    by itself.
+    """
     layout = LayoutReader(ComputedReader(instruct.folder, described(shapes)), instruct, ties=False)
     return {name: layout.ranges[name] for name in instruct.tensors if name in layout.ranges and name not in shapes}
 
@@ -54,7 +56,7 @@ def parts_of(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> d
 def select_parameters(
     select: str | list[str], names: list[str], parts: dict[str, list[Range]], linear: frozenset[str], model_type: str
 ) -> frozenset[str]:
-    """The parameters that a selection chooses; a pattern means what it means for the files."""
+    """Return the parameters that a selection chooses; a pattern means what it means for the files."""
     if select in ("linear", "all") or not parts:
         return resolve(select, names, linear, model_type)
     towers, patterns = split_selection(select)
@@ -103,7 +105,7 @@ def require_pairing(parameters: dict[str, Tensor], base: TensorReader, instruct:
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:
-    """Checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
+    """Return the checkpoint names of shared storage, mapped to the name under which the parameter is listed first."""
     parameters = host_parameters(model)
     first = {id(parameter): name for name, parameter in parameters.items()}
     return {name: name for name in parameters} | {

@@ -11,7 +11,7 @@ from shadowlit.grafting.quantised import quantised_layers
 
 
 def host_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of ``model`` that stand for tensors of the checkpoint, by their checkpoint names.
+    """Return the parameters of ``model`` that stand for tensors of the checkpoint, by their checkpoint names.
 
     Adapter factors are left out, and so is the frozen original of a copy that peft trains
     (``modules_to_save``): the copy is the one that the forward pass uses. Shared storage appears once. For a weight in
@@ -26,13 +26,14 @@ def host_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def host_of(model: nn.Module) -> Any:
-    """The transformers model itself, taken out of peft's wrapper where there is one."""
+    """Return the transformers model itself, taken out of peft's wrapper where there is one."""
     unwrap = getattr(model, "get_base_model", None)
     return model if unwrap is None else unwrap()
 
 
 def linear_names(model: nn.Module) -> frozenset[str]:
-    """Checkpoint names of weights and biases of every ``nn.Linear`` of ``model`` but its output head, and of experts.
+    """Return the checkpoint names of weights and biases of every ``nn.Linear`` of ``model`` but its output head, and of
+    experts.
 
     The paper's code lists seven projections by name; the modules themselves know better, so architectures that
     call them ``wqkv`` or ``w1`` are covered too. The output head maps to the vocabulary and is no linear layer

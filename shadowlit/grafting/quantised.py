@@ -14,7 +14,7 @@ from shadowlit.distributed import local, local_slices, whole
 
 
 def four_bits(weight: Tensor) -> Tensor:
-    """What is left of a weight ``[out, in]`` that is stored in 4 bits, in its own dtype."""
+    """Return what is left of a weight ``[out, in]`` that is stored in 4 bits, in its own dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(*_quantise(weight))
@@ -55,7 +55,7 @@ class FourBitLinear(nn.Linear):
             local(getattr(self, name)).copy_(values)
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether this is what is stored of ``weight`` ``[out, in]``, which is whole on every rank."""
+        """Return whether this is what is stored of ``weight`` ``[out, in]``, which is whole on every rank."""
         return all(torch.equal(local(getattr(self, name)), values) for name, values in self._parts_of(weight).items())
 
     def load(self, weight: Tensor | None) -> None:
@@ -72,7 +72,7 @@ class FourBitLinear(nn.Linear):
         return DTensor.from_local(zeros, stored.device_mesh, stored.placements, shape=shape, stride=(shape[1], 1))
 
     def dequantised(self) -> Tensor:
-        """The stored weight ``[out, in]``; of a sharded model in a forward or backward pass only."""
+        """Return the stored weight ``[out, in]``; of a sharded model in a forward or backward pass only."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         double = QuantState(self.scales_of_scales, code=self.scales_table, blocksize=256, dtype=torch.float32)
@@ -119,7 +119,7 @@ class _Product(torch.autograd.Function):
 
 
 def quantised_layers(model: nn.Module) -> dict[str, FourBitLinear]:
-    """The 4-bit layers of ``model``, by the checkpoint names of their weights."""
+    """Return the 4-bit layers of ``model``, by the checkpoint names of their weights."""
     return {
         canonical_name(weight_of(prefix)): module
         for prefix, module in model.named_modules()

@@ -39,7 +39,7 @@ class Coverage:
         return self.describe()
 
     def describe(self, left_out: str = "trained but left out") -> str:
-        """The report in a line, in which ``left_out`` says what the tensors of that name are."""
+        """Return the report in a line, in which ``left_out`` says what the tensors of that name are."""
         text = (
             f"{self.num_selected} of {self.num_tensors} tensors, {_count(self.num_selected_parameters)} of "
             f"{_count(self.num_parameters)} parameters"

@@ -41,5 +41,5 @@ UNTOUCHED = (BASE, INSTRUCT)
 
 
 def grafts(scales: Sequence[float]) -> list[Subject]:
-    """The grafts at several scales; the first one is the main one."""
+    """Return the grafts at several scales; the first one is the main one."""
     return [Subject("grafted", scale, main=number == 0) for number, scale in enumerate(scales)]

@@ -26,10 +26,12 @@ class Transforms(Protocol):
         """The transformed update of the whole tensor ``name``."""
 
     def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of a tensor's update; ``noise`` gives that part's random numbers by their seed."""
+        """Return the transformed part of a tensor's update; ``noise`` gives that part's random numbers by
+        their seed.
+        """
 
     def noise(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """The random numbers of the whole tensor ``name``, on the CPU."""
+        """Return the random numbers of the whole tensor ``name``, on the CPU."""
 
 
 class ParameterTransforms:

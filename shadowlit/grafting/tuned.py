@@ -12,7 +12,7 @@ from shadowlit.pair.buffers import open_model
 
 
 def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False, strict: bool = True) -> Update:
-    """The update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form.
+    """Return the update in the folder ``tuned``, by the Base's names: a whole checkpoint, or an adapter in peft's form.
 
     ``strict`` is that of :class:`shadowlit.grafting.update.FullUpdate`.
     """
@@ -24,7 +24,7 @@ def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False, str
 
 
 def is_run(tuned: Path) -> bool:
-    """Whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
+    """Return whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
     itself = any((tuned / name).exists() for name in ("config.json", "adapter_config.json"))
     return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))
 

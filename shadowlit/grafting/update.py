@@ -51,15 +51,17 @@ class Update:
         return frozenset(self.shapes)
 
     def rows(self, name: str, start: int, stop: int) -> Any:
-        """Rows ``start`` to ``stop`` of ``tuned - base``, [stop - start, ...]: an array, or a tensor on the CPU."""
+        """Return the rows ``start`` to ``stop`` of ``tuned - base``, [stop - start, ...]: an array, or a tensor on the
+        CPU.
+        """
         raise NotImplementedError
 
     def learned_rows(self, name: str, start: int, stop: int) -> Any:
-        """The same rows before any transform."""
+        """Return the same rows before any transform."""
         return self.rows(name, start, stop)
 
     def changes(self, name: str) -> bool:
-        """Whether a value of the tensor ``name`` is not zero; reads no further than to the first one."""
+        """Return whether a value of the tensor ``name`` is not zero; reads no further than to the first one."""
         windows = row_windows(TensorInfo(name, "F32", self.shapes[name], ""))
         return any(np.any(np.asarray(self.rows(name, *window))) for window in windows)
 
@@ -70,7 +72,7 @@ class Update:
         """Raise a CheckpointError if the Base holds NaN or infinities in these rows, as far as it is known."""
 
     def bfloat16_rows(self, name: str, start: int, stop: int) -> tuple[Bytes, Bytes] | None:
-        """Rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
+        """Return the rows of the Base and of the tuned model as flat bytes, where both are stored in bfloat16."""
         return None
 
 
@@ -237,12 +239,12 @@ class SummedUpdate(Update):
 
 
 def is_resized(base: tuple[int, ...], tuned: tuple[int, ...]) -> bool:
-    """Whether two matrices differ in their numbers of rows alone."""
+    """Return whether two matrices differ in their numbers of rows alone."""
     return len(base) == len(tuned) == 2 and base[0] != tuned[0] and base[1] == tuned[1]
 
 
 def other_vocabulary(base: Path, tuned: Path, shapes: Mapping[str, tuple[tuple[int, ...], ...]]) -> GraftError:
-    """The error for embeddings or heads that have other numbers of rows in the tuned model."""
+    """Return the error for embeddings or heads that have other numbers of rows in the tuned model."""
     found = [f"{there[0]} rows of {name}, the Base {here[0]}" for name, (here, there) in shapes.items()]
     return GraftError(
         f"the tuned model has {some_of(found)}: its vocabulary was resized in {tuned}, so that no update of the "
@@ -252,7 +254,7 @@ def other_vocabulary(base: Path, tuned: Path, shapes: Mapping[str, tuple[tuple[i
 
 
 def no_elements(folder: Path, names: list[str]) -> GraftError:
-    """The error for tensors without elements."""
+    """Return the error for tensors without elements."""
     return GraftError(
         f"{folder} holds {len(names)} tensors without any elements ({some_of(names)}), which is what DeepSpeed ZeRO-3 "
         "saves if the shards are not gathered first. Gather them from the training's checkpoint with zero_to_fp32.py, "
@@ -261,7 +263,7 @@ def no_elements(folder: Path, names: list[str]) -> GraftError:
 
 
 def zero_update(found: str) -> GraftError:
-    """The error for an update in which nothing changes."""
+    """Return the error for an update in which nothing changes."""
     return GraftError(
         f"the update is zero ({found}), so nothing would change. Check that tuned is the trained model and not the "
         "Base (an adapter whose lora_B are all zero has learned nothing), that select chooses what was trained, and "

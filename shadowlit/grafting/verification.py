@@ -105,7 +105,7 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def logit_difference(one: Tensor, other: Tensor, attention_mask: Tensor) -> dict[str, float]:
-    """The difference of two models' logits [B, T, V] for the same tokens, without padding by the mask [B, T].
+    """Return the difference of two models' logits [B, T, V] for the same tokens, without padding by the mask [B, T].
 
     Returns:
         ``max_abs`` and ``rms`` of the difference, in logits, and ``top1_agreement``, the fraction of positions at which

@@ -27,7 +27,7 @@ def open_model(folder: Path, allow_pickle: bool = False, trust_remote_code: bool
 def computed_buffers(
     folder: Path, tensors: Mapping[str, TensorInfo], trust_remote_code: bool = False
 ) -> frozenset[str]:
-    """The names of those ``tensors`` of a folder that its model computes instead of loading them.
+    """Return the names of those ``tensors`` of a folder that its model computes instead of loading them.
 
     The architecture says which: the model is built on the meta device, and a tensor that it does not load is a buffer
     if the model has a non-persistent one of this name, names it among the keys to ignore, or had one of this usual

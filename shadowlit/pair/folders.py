@@ -52,17 +52,17 @@ class Problem:
 
     @classmethod
     def error(cls, subject: str, found: str, expected: str, remedy: str) -> Problem:
-        """A problem that stops a run."""
+        """Return a problem that stops a run."""
         return cls("error", subject, found, expected, remedy)
 
     @classmethod
     def warning(cls, subject: str, found: str, expected: str, remedy: str) -> Problem:
-        """A problem that is logged."""
+        """Return a problem that is logged."""
         return cls("warning", subject, found, expected, remedy)
 
     @classmethod
     def note(cls, subject: str, found: str, remedy: str) -> Problem:
-        """An explanation, with nothing else expected."""
+        """Return an explanation, with nothing else expected."""
         return cls("note", subject, found, "", remedy)
 
 
@@ -85,7 +85,7 @@ def model_folder(
     weights: bool = True,
     key: str = "",
 ) -> Path:
-    """The local folder of a model, downloaded first if ``source`` is a hub id.
+    """Return the local folder of a model, downloaded first if ``source`` is a hub id.
 
     Args:
         who: Role of the model, for messages: ``base``, ``instruct`` or ``tuned``.
@@ -134,7 +134,7 @@ def model_folder(
 
 
 def read_json(who: str, path: Path) -> dict[str, Any]:
-    """A JSON object from a file in a model's folder."""
+    """Return a JSON object from a file in a model's folder."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -157,7 +157,7 @@ def read_json(who: str, path: Path) -> dict[str, Any]:
 
 
 def load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The config in a folder, loaded by transformers."""
+    """Return the config in a folder, loaded by transformers."""
     from transformers import AutoConfig
 
     read_json(who, folder / "config.json")  # transformers' own error for a broken file does not say which
@@ -174,7 +174,7 @@ def load_config(who: str, folder: Path, trust_remote_code: bool) -> PretrainedCo
 
 
 def is_tied(config: PretrainedConfig, reader: TensorReader | None = None) -> bool:
-    """Whether transformers ties the output head to the embedding when it loads a folder with these weights.
+    """Return whether transformers ties the output head to the embedding when it loads a folder with these weights.
 
     It does so if the config says it, unless the files hold a head with other values than the embedding's.
     """
@@ -204,7 +204,7 @@ def _load_tokenizer(who: str, folder: Path, trust_remote_code: bool) -> PreTrain
 
 
 def is_image_text(config: PretrainedConfig) -> bool:
-    """Whether a config belongs to a model that reads images and writes text."""
+    """Return whether a config belongs to a model that reads images and writes text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
 
     return config.model_type in NAMES and getattr(config, "vision_config", None) is not None
@@ -273,5 +273,5 @@ def _processor_of_images(folder: Path, config: PretrainedConfig, trust_remote_co
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the hub's cache, where folders are named after it; None for other folders."""
+    """Return the commit of a folder in the hub's cache, where folders are named after it; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None

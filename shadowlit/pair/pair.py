@@ -80,45 +80,47 @@ class ModelPair:
 
     @_once
     def base_folder(self) -> Path:
-        """The local folder of the Base, downloaded first if ``base`` is a hub id."""
+        """Return the local folder of the Base, downloaded first if ``base`` is a hub id."""
         return self._folder("base", self.base, self.base_revision)
 
     @_once
     def instruct_folder(self) -> Path:
-        """The local folder of the Instruct, downloaded first if ``instruct`` is a hub id."""
+        """Return the local folder of the Instruct, downloaded first if ``instruct`` is a hub id."""
         return self._folder("instruct", self.instruct, self.instruct_revision)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that both models are used with, with its chat template: that of ``template_owner``."""
+        """Return the tokenizer that both models are used with, with its chat template: that of ``template_owner``."""
         return self.base_tokenizer() if self.template_owner == "base" else self.instruct_tokenizer()
 
     def other_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the model that doesn't own the template: a Base's ends documents as its pre-training did."""
+        """Return the tokenizer of the model that doesn't own the template: a Base's ends documents as its pre-training
+        did.
+        """
         return self.instruct_tokenizer() if self.template_owner == "base" else self.base_tokenizer()
 
     def with_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> ModelPair:
-        """The same pair, whose models are both used with ``tokenizer``, e.g. one with another chat template."""
+        """Return the same pair, whose models are both used with ``tokenizer``, e.g. one with another chat template."""
         pair = copy(self)
         vars(pair)[f"_{self.template_owner}_tokenizer"] = tokenizer
         return pair
 
     def template_folder(self) -> Path:
-        """The folder of ``template_owner``, whose generation config says where a turn ends."""
+        """Return the folder of ``template_owner``, whose generation config says where a turn ends."""
         return self.base_folder() if self.template_owner == "base" else self.instruct_folder()
 
     @_once
     def base_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Base's own tokenizer."""
+        """Return the Base's own tokenizer."""
         return _load_tokenizer("base", self.base_folder(), self.trust_remote_code)
 
     @_once
     def instruct_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The Instruct's own tokenizer."""
+        """Return the Instruct's own tokenizer."""
         return _load_tokenizer("instruct", self.instruct_folder(), self.trust_remote_code)
 
     @_once
     def processor(self) -> ProcessorMixin:
-        """The processor of a vision-language pair, with the tokenizer: that of ``template_owner``.
+        """Return the processor of a vision-language pair, with the tokenizer: that of ``template_owner``.
 
         Raises:
             PairError: The pair consists of text models, or its processor cannot be loaded.
@@ -132,16 +134,16 @@ class ModelPair:
         return is_image_text(self._template_config())
 
     def config(self) -> PretrainedConfig:
-        """The Instruct's config."""
+        """Return the Instruct's config."""
         return load_config("instruct", self.instruct_folder(), self.trust_remote_code)
 
     def base_config(self) -> PretrainedConfig:
-        """The Base's config."""
+        """Return the Base's config."""
         return load_config("base", self.base_folder(), self.trust_remote_code)
 
     @_once
     def ties(self) -> tuple[bool, bool]:
-        """Whether embedding and output head are tied in the Base and in the Instruct; see :func:`is_tied`."""
+        """Return whether embedding and output head are tied in the Base and in the Instruct; see :func:`is_tied`."""
         with CheckpointReader(self.base_folder()) as base, CheckpointReader(self.instruct_folder()) as instruct:
             return is_tied(self.base_config(), base), is_tied(self.config(), instruct)
 
@@ -162,7 +164,7 @@ class ModelPair:
         return {"base": _fingerprint(self.base_folder()), "instruct": _fingerprint(self.instruct_folder())}
 
     def revisions(self) -> dict[str, str | None]:
-        """The commit that each model was read at: the hub's, or None for a plain folder."""
+        """Return the commit that each model was read at: the hub's, or None for a plain folder."""
         return {"base": commit_of(self.base_folder()), "instruct": commit_of(self.instruct_folder())}
 
     def _folder(self, who: str, source: str, revision: str | None) -> Path:

@@ -64,7 +64,7 @@ class KnownPair:
     note: str | None = None
 
     def pair(self, trust_remote_code: bool = False) -> ModelPair:
-        """The two models at their known commits; nothing is read or downloaded.
+        """Return the two models at their known commits; nothing is read or downloaded.
 
         Args:
             trust_remote_code: Run Python code that comes with the models.
@@ -79,7 +79,7 @@ _KEYS = frozenset(key.name for key in fields(KnownPair))
 
 @cache
 def load_registry() -> Mapping[str, KnownPair]:
-    """All known pairs by name, in the order of ``pairs.yaml``.
+    """Return all known pairs by name, in the order of ``pairs.yaml``.
 
     Raises:
         PairError: An entry is malformed; see :func:`parse_registry`.
@@ -119,7 +119,7 @@ def parse_registry(text: str) -> Mapping[str, KnownPair]:
 
 
 def find_pair(name: str) -> KnownPair:
-    """The known pair of this name.
+    """Return the known pair of this name.
 
     Raises:
         PairError: There is none; the message suggests similar names.

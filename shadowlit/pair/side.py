@@ -66,15 +66,15 @@ class Side:
         return self.headers or {}
 
     def get(self, key: str) -> Any:
-        """A setting of the config; None where it is missing."""
+        """Return a setting of the config; None where it is missing."""
         return (self.config or {}).get(key)
 
     def has(self, file: str) -> bool:
-        """Whether the folder holds ``file``."""
+        """Return whether the folder holds ``file``."""
         return self.folder is not None and (self.folder / file).exists()
 
     def vocabulary(self) -> dict[str, TensorInfo]:
-        """The embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
+        """Return the embedding and, untied, the lm_head: tensors with one row per token, outside the layers."""
         return {name: info for name, info in self.tensors.items() if _has_token_rows(info, self.get("vocab_size"))}
 
     def close(self) -> None:

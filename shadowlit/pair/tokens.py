@@ -31,7 +31,7 @@ _SAMPLE_BLOCK_ROWS = 32
 
 
 def check_tokenizers(other: Side, owner: Side) -> Iterator[Problem]:
-    """An id must mean the same token to both models, since both get the ids of the template's owner."""
+    """Check that an id means the same token to both models, since both get the ids of the template's owner."""
     if other.tokenizer is None or owner.tokenizer is None:
         return
     if other.tokenizer.get_vocab() != owner.tokenizer.get_vocab():
@@ -134,7 +134,7 @@ def _written_tokens(
 def check_template(
     base: Side, instruct: Side, owner: Side, replaced: str | None, template_kwargs: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    """The chat template exists, can be rendered, and ends a turn with a token at which generation stops.
+    """Check that the chat template exists, can be rendered, and ends a turn with a token at which generation stops.
 
     It is the owner's, unless it is ``replaced`` by another text.
     """

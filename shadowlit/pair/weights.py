@@ -31,7 +31,7 @@ _ONE_VALUE = {"swish": "silu"}  # two names of one function in transformers' ACT
 
 
 def selects(select: Select, names: Iterable[str]) -> bool:
-    """Whether a selection touches one of these embedding or lm_head tensors."""
+    """Return whether a selection touches one of these embedding or lm_head tensors."""
     towers, patterns = split_selection(select)
     if towers:
         names, patterns = [name for name in names if tower_of(name) in towers], patterns or ["all"]
@@ -220,7 +220,7 @@ def _check_dtypes(base: Side, instruct: Side, select: Select) -> Iterator[Proble
 
 
 def same_type(base: Side, instruct: Side) -> bool:
-    """Whether the two configs can be compared key by key."""
+    """Return whether the two configs can be compared key by key."""
     return base.get("model_type") is not None and base.get("model_type") == instruct.get("model_type")
 
 

@@ -18,15 +18,20 @@ NONE = "–"
 
 
 def write_files(
-    folder: Path, text: str, rows: Sequence[Row], axes: Sequence[str], figures: Mapping[str, Figure]
+    folder: Path, text: str, rows: Sequence[Row], axes: Sequence[str], figures: Mapping[str, Figure | None]
 ) -> Path:
     """Write ``table.csv`` with a column per axis, the figures as PNG and PDF by their stems, and at last ``REPORT.md``.
 
-    Each file is written atomically; the path of ``REPORT.md`` is returned.
+    A figure that is None has nothing to show, and files of an earlier one are removed. Each file is written atomically;
+    the path of ``REPORT.md`` is returned.
     """
     replace_text(folder / TABLE, to_csv(rows, axes))
     for stem, figure in figures.items():
-        save_figure(figure, folder / stem)
+        if figure is None:
+            for ending in ("png", "pdf"):
+                (folder / f"{stem}.{ending}").unlink(missing_ok=True)
+        else:
+            save_figure(figure, folder / stem)
     return replace_text(folder / REPORT, text)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats
 from shadowlit.errors import DataError
 
 DRAWS = 10_000
+_NO_WIDTH = 1e-12
 _MANY_SEEDS = 11  # from here on, an interval takes about two standard errors to each side, as readers expect
 
 
@@ -72,27 +74,58 @@ def few_seeds(num_seeds: int) -> str:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference, the mean over seeds in the unit of the scores, with the ends of its bootstrap interval."""
+    """A difference, the mean over seeds in the unit of the scores, with the ends of its interval.
+
+    The ends are NaN where nothing is known of them. ``num_rows`` is 0 where the interval is over seeds alone. An
+    ``exact`` one is Clopper and Pearson's, since rows and seeds without any spread have no other.
+    """
 
     difference: float
     low: float
     high: float
     num_seeds: int
     num_rows: int
+    exact: bool = False
+
+    @property
+    def is_degenerate(self) -> bool:
+        """Whether it has no width, as of values that are all the same: it says nothing."""
+        return self.high - self.low < _NO_WIDTH
 
     @property
     def sign(self) -> int:
         """1 or -1 if the whole interval lies above or below zero, else 0."""
+        if self.is_degenerate:
+            return 0
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
     def __neg__(self) -> Interval:
-        return Interval(-self.difference, -self.high, -self.low, self.num_seeds, self.num_rows)
+        return replace(self, difference=-self.difference, low=-self.high, high=-self.low)
+
+
+def seeds_interval(differences: Sequence[float]) -> Interval:
+    """Interval of a difference that is known by seed alone, by Student's t; its ends are NaN for a single seed."""
+    return Interval(*mean_interval(differences), len(differences), 0)
+
+
+def exact_interval(difference: float, num_rows: int, level: float = 0.95) -> tuple[float, float]:
+    """Ends of the interval of a difference of two proportions that is -1, 0 or 1 on every one of ``num_rows`` rows.
+
+    It is that of the rate of rows on which the two differ. If none of ``N`` rows does, the rate lies below
+    ``1 - ((1 - level) / 2)^(1/N)``, and if all do, above ``((1 - level) / 2)^(1/N)`` (Clopper and Pearson, Biometrika
+    26, 1934).
+    """
+    end = ((1 - level) / 2) ** (1 / num_rows)
+    if difference == 0:
+        return end - 1, 1 - end
+    return (end, 1.0) if difference > 0 else (-1.0, -end)
 
 
 def paired_bootstrap(
     differences: Mapping[str, np.ndarray],
     groups: Sequence[Sequence[str]],
     *,
+    weights: Mapping[str, np.ndarray] = MappingProxyType({}),
     level: float = 0.95,
     draws: int = DRAWS,
     seed: int = 0,
@@ -117,6 +150,8 @@ def paired_bootstrap(
         differences: By evaluator ``[S, N]``: score of the one arm minus that of the other, by seed and row; all of them
             finite and of equally many seeds.
         groups: Evaluators whose means are averaged without weights; an interval is made of each group.
+        weights: By evaluator ``[N]``: weight of each row in the mean over rows, e.g. its number of tokens; 1 for those
+            that are left out.
         level: Probability that the interval is to have.
         draws: Number of bootstrap draws.
         seed: Seed of the random numbers.
@@ -137,14 +172,15 @@ def paired_bootstrap(
             raise DataError(f"{used[0]!r} and {name!r} differ in their seeds. Compare seeds that all evaluators have.")
     num_seeds = len(differences[used[0]])
     generator = np.random.default_rng(seed)
-    weights = np.full((1, num_seeds), 1 / num_seeds)
+    of_seeds = np.full((1, num_seeds), 1 / num_seeds)
     if seeds == "resampled":
-        weights = generator.multinomial(num_seeds, weights[0], size=draws) / num_seeds
+        of_seeds = generator.multinomial(num_seeds, of_seeds[0], size=draws) / num_seeds
+    of_rows = {name: weights.get(name, np.ones(differences[name].shape[1])) for name in used}
     noise = generator.standard_t(max(1, num_seeds - 1), size=draws) / math.sqrt(num_seeds)
-    drawn = {name: _draw_rows(differences[name], weights, draws, generator) for name in used}
+    drawn = {name: _draw_rows(differences[name], of_rows[name], of_seeds, draws, generator) for name in used}
     intervals = []
     for group in groups:
-        by_seed = np.mean([differences[name].mean(1) for name in group], axis=0)
+        by_seed = np.mean([np.average(differences[name], axis=1, weights=of_rows[name]) for name in group], axis=0)
         means = np.mean([drawn[name] for name in group], axis=0)
         if seeds == "student" and num_seeds > 1:
             means = means + by_seed.std(ddof=1) * noise
@@ -154,11 +190,14 @@ def paired_bootstrap(
     return intervals
 
 
-def _draw_rows(found: np.ndarray, weights: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
+def _draw_rows(
+    found: np.ndarray, weights: np.ndarray, of_seeds: np.ndarray, draws: int, generator: np.random.Generator
+) -> np.ndarray:
     """``[draws]`` means over resampled rows and weighted seeds; rows with equal differences are drawn as one kind."""
-    kinds, counts = np.unique(found, axis=1, return_counts=True)
+    kinds, counts = np.unique(np.vstack([found * weights, weights]), axis=1, return_counts=True)
     shares = generator.multinomial(counts.sum(), counts / counts.sum(), size=draws) / counts.sum()
-    return ((shares @ kinds.T) * weights).sum(1)
+    sums = shares @ kinds.T
+    return (sums[:, :-1] / sums[:, -1:] * of_seeds).sum(1)
 
 
 @dataclass(frozen=True)

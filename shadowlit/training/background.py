@@ -52,7 +52,9 @@ class Background:
         self.step = step
 
     def copied(self, content: Any) -> Any:
-        """A copy of a checkpoint on the CPU; tensors that an earlier one of the same step has too are kept once."""
+        """Return a copy of a checkpoint on the CPU; tensors that an earlier one of the same step has too
+        are kept once.
+        """
         copies: dict[Any, Tensor] = {}
         tied: dict[Any, Tensor] = {}
         memo: dict[int, Any] = {}

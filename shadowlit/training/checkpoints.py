@@ -133,7 +133,7 @@ class Checkpoints(TorchCheckpointIO):
 
 
 def is_below(path: Any, folder: Any) -> bool:
-    """Whether a path, or an address, is below a folder when ``..`` and links are resolved."""
+    """Return whether a path, or an address, is below a folder when ``..`` and links are resolved."""
     path, folder = str(path), str(folder or "")
     if not folder or "://" in path or "://" in folder:
         return bool(folder) and path.startswith(f"{folder.rstrip('/')}/") and ".." not in path.split("/")
@@ -216,7 +216,8 @@ class ShardedStrategy(ModelParallelStrategy):
         return background.submit(path, write, exists=True)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state: by the names of parameters, sharded; or whole, on rank 0, as other strategies have it.
+        """Return the optimizer's state: by the names of parameters, sharded; or whole, on rank 0, as other strategies
+        have it.
 
         A collective.
         """
@@ -292,7 +293,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def find_for(trainer: Trainer, path: Any, weights_only: bool | None) -> Path:
-    """The checkpoint that the trainer is to read, verified; a damaged one is replaced only for resuming."""
+    """Return the checkpoint that the trainer is to read, verified; a damaged one is replaced only for resuming."""
     if weights_only is False:
         raise CheckpointError(
             f"weights_only is false, which would run code from {path}; expected true or null. Store what your classes "

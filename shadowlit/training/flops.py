@@ -93,7 +93,8 @@ class Work:
 
 
 def count_pairs(batch: Mapping[str, Tensor], windows: set[int | None]) -> tuple[Tensor, dict[int | None, Tensor]]:
-    """Tokens of a batch that aren't padding, and pairs of a token and one that it sees, by window; on its device.
+    """Return the tokens of a batch that aren't padding, and pairs of a token and one that it sees, by window; on its
+    device.
 
     A token at position ``p`` of its conversation sees ``p + 1`` tokens, itself included, and at most the window.
     """

@@ -119,7 +119,7 @@ class HeadLoss:
         self.way: Way = _resolved(way, self.head)
 
     def loss(self, inputs: Inputs, positions: Tensor, targets: Tensor, factors: Tensor | None = None) -> Tensor:
-        """Summed cross entropy, a float32 scalar with a gradient (float64 for a model in it).
+        """Return the summed cross entropy, a float32 scalar with a gradient (float64 for a model in it).
 
         Args:
             inputs: Keyword arguments of the model: ``input_ids`` ``[B, T]`` and what belongs to it.
@@ -148,7 +148,7 @@ class HeadLoss:
 
     @torch.no_grad()
     def predict(self, inputs: Inputs, positions: Tensor, known: Predictions | None, live: bool) -> Predictions:
-        """The predictions of the weights that are loaded, which outlast them.
+        """Return the predictions of the weights that are loaded, which outlast them.
 
         The head is copied, unless ``known`` holds a copy already, or it is frozen and ``live``: loaded whenever the
         predictions are used.
@@ -174,7 +174,7 @@ class HeadLoss:
 
     @torch.no_grad()
     def logits_at(self, inputs: Inputs, positions: Tensor) -> Tensor:
-        """The model's logits at chosen positions only: ``[N, V]``, float32 (float64 for a model in it)."""
+        """Return the model's logits at chosen positions only: ``[N, V]``, float32 (float64 for a model in it)."""
         return self._at(self._logits, inputs, positions)
 
     def _at(self, function: Callable[..., _T], inputs: Inputs, positions: Tensor, *args: Any) -> _T:
@@ -279,7 +279,7 @@ class HeadLoss:
 
 
 def named_head(model: nn.Module) -> tuple[Head | None, str]:
-    """The decoder, the head and what follows it by their names in transformers; or ``None`` and the reason."""
+    """Return the decoder, the head and what follows it by their names in transformers; or ``None`` and the reason."""
     host = host_of(model)
     module = host.get_output_embeddings() if hasattr(host, "get_output_embeddings") else None
     decoder = _body_of(host)

@@ -35,7 +35,8 @@ def linear_cross_entropy_sum(
     factors: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Summed cross entropy of a linear head's predictions in nats, a float32 scalar (float64 for float64 inputs).
+    """Return the summed cross entropy of a linear head's predictions in nats, a float32 scalar (float64 for float64
+    inputs).
 
     ``Σ_n factors_n (logsumexp(z_n) - z_n[targets_n])`` with ``z = softcap(scale * (hidden @ weight.T + bias))`` and
     ``softcap(x) = cap * tanh(x / cap)``. Products are computed in the weight's dtype, or in autocast's where it is
@@ -90,7 +91,8 @@ def linear_token_losses(
 def recomputed_cross_entropy_sum(
     logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, chunk_size: int
 ) -> Tensor:
-    """Summed cross entropy of any head's predictions; the logits of each chunk are computed again for the gradient.
+    """Return the summed cross entropy of any head's predictions; the logits of each chunk are computed again for the
+    gradient.
 
     Four products instead of three, but the head may be anything: adapted, quantised, of several layers. Arguments as of
     :func:`recomputed_token_losses`.
@@ -104,7 +106,7 @@ def recomputed_cross_entropy_sum(
 
 
 def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
-    """The cross entropies ``[n]`` in nats of logits ``[n, V]`` and int64 targets ``[n]``."""
+    """Return the cross entropies ``[n]`` in nats of logits ``[n, V]`` and int64 targets ``[n]``."""
     return F.cross_entropy(logits, targets, reduction="none")
 
 
@@ -146,7 +148,7 @@ def _recomputed(
 
 
 def default_chunk_size(num_tokens: int, device: torch.device) -> int:
-    """Positions per chunk that suit a device, for a vocabulary of ``num_tokens``."""
+    """Return the number of positions per chunk that suit a device, for a vocabulary of ``num_tokens``."""
     return max(16, _CHUNK_ELEMENTS.get(device.type, 2**26) // num_tokens)
 
 

@@ -355,7 +355,7 @@ def _adapter_start(name: str, parameter: Tensor, adapter: LoraConfig, seed: int,
 
 
 def stored_dtype(tensors: Mapping[str, TensorInfo]) -> torch.dtype:
-    """The dtype of most elements of a checkpoint."""
+    """Return the dtype of most elements of a checkpoint."""
     sizes: Counter[torch.dtype] = Counter()
     for info in tensors.values():
         sizes[info.dtype] += info.num_elements

@@ -17,7 +17,7 @@ from shadowlit.training.outputs import Answers
 
 
 def name_clash(names: Iterable[str]) -> str:
-    """The message that metrics would be logged twice, of which Lightning would show the mean."""
+    """Return the message that metrics would be logged twice, of which Lightning would show the mean."""
     return (
         f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
         "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
@@ -32,7 +32,7 @@ class Scores:
         self.others = {name: on_device(metric.clone(), device) for name, metric in others.items()}
 
     def compute(self) -> dict[str, float]:
-        """The numbers by name, reduced over all ranks; every rank must call it.
+        """Return the numbers by name, reduced over all ranks; every rank must call it.
 
         Raises:
             ShadowlitError: A metric gives something that is not a number, or a name twice.
@@ -104,6 +104,8 @@ class TokenScores(Metric):
     - ``accuracy``: share of supervised tokens that are the most probable one, 0 to 1
     - ``sequence_accuracy``: share of rows whose every supervised token is the most probable one, 0 to 1. Greedy
       decoding would reproduce the answer of such a row token for token (up to ties of the arg max).
+    - ``first_token_loss``: cross entropy of the first supervised token of each answer, mean over answers, in nats. It
+      measures how the model opens its answers; a model whose format differs from the data's is wrong here first.
     """
 
     full_state_update = False
@@ -112,14 +114,17 @@ class TokenScores(Metric):
     num_correct: Tensor
     num_samples: Tensor
     num_exact: Tensor
+    first_loss: Tensor
+    num_answers: Tensor
     rows: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("rows", [], dist_reduce_fx="cat")
         # float64: a float32 sum of 10^7 losses would lose its last digits to the order of the batches.
-        self.add_state("loss", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("num_tokens", "num_correct", "num_samples", "num_exact"):
+        for name in ("loss", "first_loss"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("num_tokens", "num_correct", "num_samples", "num_exact", "num_answers"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
@@ -140,21 +145,27 @@ class TokenScores(Metric):
         self.num_correct += sums.num_correct
         self.num_samples += sums.num_samples
         self.num_exact += sums.num_exact
+        self.first_loss += sums.first_loss.to(self.first_loss.dtype)
+        self.num_answers += sums.num_answers
         self.rows.append(sums.by_sample)
 
     def by_sample(self) -> Tensor:
-        """Loss and number of supervised tokens of every sample on all ranks, ``[N, 2]`` on the CPU; a collective."""
+        """Return the numbers of every sample on all ranks, ``[N, 5]`` on the CPU; a collective.
+
+        They are the columns of :attr:`shadowlit.training.objective.TokenSums.by_sample`.
+        """
         with self.sync_context():
             rows: Any = self.rows  # a tensor once it was gathered
             return (torch.cat(rows) if isinstance(rows, list) else rows).cpu()
 
     def compute(self) -> dict[str, float]:
         """Return the metrics over everything added, on all ranks alike; NaN when nothing was supervised."""
-        tokens, samples = self.num_tokens.item(), self.num_samples.item()
+        tokens, samples, answers = self.num_tokens.item(), self.num_samples.item(), self.num_answers.item()
         loss = self.loss.item() / tokens if tokens else math.nan
         return {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "accuracy": self.num_correct.item() / tokens if tokens else math.nan,
             "sequence_accuracy": self.num_exact.item() / samples if samples else math.nan,
+            "first_token_loss": self.first_loss.item() / answers if answers else math.nan,
         }

@@ -388,7 +388,9 @@ class ShadowModule(ScoringModule):
     on_validation_start = on_train_end
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The module's state; with an adapter only the trained parameters, since the rest is in the Base's files."""
+        """Return the module's state; with an adapter only the trained parameters, since the rest is in the Base's
+        files.
+        """
         state = super().state_dict(*args, **kwargs)
         if self.adapter is None or self.model is None:
             return state
@@ -412,7 +414,7 @@ class ShadowModule(ScoringModule):
             checkpoint["optimizer_states"] = [whole_tensors(state) for state in checkpoint["optimizer_states"]]
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer of the trained parameters, and a schedule that counts optimizer steps."""
+        """Return the optimizer of the trained parameters, and a schedule that counts optimizer steps."""
         trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):

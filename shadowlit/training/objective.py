@@ -25,11 +25,16 @@ class TokenSums:
     num_correct: Tensor  # tokens that are the most probable one
     num_samples: Tensor  # rows with a supervised token; of packed rows, the conversations
     num_exact: Tensor  # samples all of whose tokens are the most probable ones
-    by_sample: Tensor  # [S, 2]: loss and number of supervised tokens of each sample, in the order of the batch
+    first_loss: Tensor  # of the cross entropies of the first supervised token of each answer, in nats
+    num_answers: Tensor  # runs of supervised tokens without an unsupervised one between them
+    # [S, 5], of each sample in the order of the batch: loss, supervised tokens, correct tokens, loss of the answers'
+    # first tokens, and answers.
+    by_sample: Tensor
 
 
 def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """Indices ``[N]``, int64, of the hidden states that predict supervised tokens, among the ``B * T`` of a batch.
+    """Return the indices ``[N]``, int64, of the hidden states that predict supervised tokens, among the ``B * T`` of a
+    batch.
 
     The label at ``t`` is predicted at ``t - 1``. The first token of a row has no prediction, nor has the first of a
     conversation in a packed row.
@@ -48,7 +53,8 @@ def supervised_positions(labels: Tensor, position_ids: Tensor | None = None) -> 
 def sum_tokens(
     losses: Tensor, correct: Tensor, positions: Tensor, labels: Tensor, position_ids: Tensor | None = None
 ) -> TokenSums:
-    """The sums, from the cross entropy of every supervised token and whether it is the most probable one, ``[N]`` each.
+    """Return the sums, from the cross entropy of every supervised token and whether it is the most probable one,
+    ``[N]`` each.
 
     ``positions`` ``[N]`` come from :func:`supervised_positions`, with the same ``labels`` and ``position_ids``.
     """
@@ -64,18 +70,34 @@ def sum_tokens(
     rows = counts[0] > 0
     exact = rows & (counts[0] == counts[1])
     losses = losses.to(accumulation_dtype(losses.device))
-    by_token = torch.stack(
-        [torch.zeros_like(counts[0], dtype=losses.dtype).index_add(0, conversation, losses), counts[0]]
+    # An answer opens where the token before it is unsupervised, or is the first of its conversation: that one is never
+    # predicted.
+    opens = ((labels == IGNORE_INDEX) | starts).flatten().index_select(0, positions)
+    none = torch.zeros(3, labels.numel(), dtype=losses.dtype, device=labels.device)
+    of_tokens, of_first, answers = none.index_add(
+        1, conversation, torch.stack([losses, losses * opens, opens.to(losses)])
     )
+    by_token = torch.stack([of_tokens, counts[0], counts[1], of_first, answers])
     # Without packing each row is a sample, so that nothing waits for a GPU to find their number. A copy of theirs is
     # returned, since a view would keep the numbers of all tokens.
     by_sample = by_token[:, starts.flatten()] if position_ids is not None else by_token[:, :: labels.shape[1]]
-    return TokenSums(losses.sum(), counts[0].sum(), counts[1].sum(), rows.sum(), exact.sum(), by_sample.T.clone())
+    return TokenSums(
+        losses.sum(),
+        counts[0].sum(),
+        counts[1].sum(),
+        rows.sum(),
+        exact.sum(),
+        (losses * opens).sum(),
+        opens.sum(),
+        by_sample.T.clone(),
+    )
 
 
 @torch.no_grad()
 def token_sums(logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> TokenSums:
-    """The sums of logits ``[B, T, V]`` of any floating dtype; other arguments as of :func:`supervised_positions`."""
+    """Return the sums of logits ``[B, T, V]`` of any floating dtype; other arguments as of
+    :func:`supervised_positions`.
+    """
     positions = supervised_positions(labels, position_ids)
     targets = labels.flatten()[positions + 1]
     chosen = logits.flatten(0, 1)[positions].float()

@@ -35,7 +35,7 @@ def make_optimizer(
     offload: bool = False,
     **grouping: Any,
 ) -> Optimizer:
-    """An optimizer of float32 parameters by name; weight decay on matrices only.
+    """Return an optimizer of float32 parameters by name; weight decay on matrices only.
 
     ``adamw`` is torch's AdamW (arXiv 1711.05101), as one kernel over all elements where there is one (CPU and CUDA).
     ``adamw_8bit`` keeps both moments in blocks of 8 bits (arXiv 2110.02861): 2 bytes per trained parameter instead of
@@ -199,7 +199,7 @@ class MuonAndAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of both."""
+        """Return one step of both."""
         loss = _loss_of(closure)
         groups = self.param_groups[: self._num_groups], self.param_groups[self._num_groups :]
         for part, own in zip(self.parts, groups, strict=True):
@@ -276,7 +276,7 @@ def keep_names(optimizer: Optimizer, named: Iterable[tuple[str, Tensor]]) -> Non
 
 
 def by_name(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of an optimizer that keeps names, with names instead of numbers."""
+    """Return the state of an optimizer that keeps names, with names instead of numbers."""
     numbers = {i: n for g in state["param_groups"] for i, n in zip(g["params"], g["param_names"], strict=True)}
     groups = [{k: v for k, v in g.items() if k != "param_names"} for g in state["param_groups"]]
     return {
@@ -320,7 +320,7 @@ def _in_order_of(own: list[list[tuple[str, Tensor]]], state: dict[str, Any]) -> 
 
 
 def plain_tensors(state: Any) -> Any:
-    """An optimizer's state with torchao's quantised tensors taken apart, for ``torch.load`` can't move them."""
+    """Return an optimizer's state with torchao's quantised tensors taken apart, for ``torch.load`` can't move them."""
     if isinstance(state, dict):
         return {key: plain_tensors(value) for key, value in state.items()}
     if not _is_quantised(state):
@@ -330,7 +330,7 @@ def plain_tensors(state: Any) -> Any:
 
 
 def whole_tensors(state: Any) -> Any:
-    """The inverse of :func:`plain_tensors`."""
+    """Return the inverse of :func:`plain_tensors`."""
     if not isinstance(state, dict):
         return state
     if _QUANTISED not in state:

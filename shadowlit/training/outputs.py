@@ -94,15 +94,17 @@ class Outputs:
         self._has_divisor = False
 
     def loss(self) -> Tensor:
-        """The weighted sum of the cross entropies of the supervised tokens in nats, a float32 scalar."""
+        """Return the weighted sum of the cross entropies of the supervised tokens in nats, a float32 scalar."""
         return self._head.loss(model_inputs(self.batch), self.positions, self.targets, self.weights)
 
     def weighted_sum(self, losses: Tensor) -> Tensor:
-        """The sum of losses ``[N]``, each multiplied by the weight of its token."""
+        """Return the sum of losses ``[N]``, each multiplied by the weight of its token."""
         return losses.sum() if self.weights is None else (self.weights * losses).sum()
 
     def total_weight(self) -> Tensor | int:
-        """The sum of the weights, by which the loss is divided: the number of supervised tokens if there are none."""
+        """Return the sum of the weights, by which the loss is divided: the number of supervised tokens if there are
+        none.
+        """
         self._has_divisor = True
         weights = self.weights
         return len(self.targets) if weights is None else weights.sum(dtype=accumulation_dtype(weights.device))
@@ -113,7 +115,7 @@ class Outputs:
         return self.weights is not None and not self._has_divisor
 
     def token_log_probs(self) -> Tensor:
-        """The log-probabilities of the supervised tokens in nats, float32 ``[N]``."""
+        """Return the log-probabilities of the supervised tokens in nats, float32 ``[N]``."""
         return -self.map_logits(cross_entropies)
 
     def map_logits(self, function: LogitsFunction, columns: int | None = None) -> Tensor:
@@ -139,20 +141,21 @@ class Outputs:
         return self._head.map_logits(inputs, self.positions, self.targets, checked, self._predictions)
 
     def predictions(self, known: Predictions | None, live: bool) -> Predictions:
-        """What the model predicts for the supervised tokens; arguments as of :meth:`HeadLoss.predict`."""
+        """Return what the model predicts for the supervised tokens; arguments as of :meth:`HeadLoss.predict`."""
         return self._head.predict(model_inputs(self.batch), self.positions, known, live)
 
     def logits(self) -> Tensor:
-        """The logits of all positions, ``[B, T, V]``; the label at ``t`` is predicted at ``t - 1``."""
+        """Return the logits of all positions, ``[B, T, V]``; the label at ``t`` is predicted at ``t - 1``."""
         return self._head.model(**model_inputs(self.batch), use_cache=False).logits
 
     def token_sums(self, watch: Watch | None = None) -> TokenSums:
-        """The sums of validation metrics, without a gradient; ``watch`` as of :meth:`HeadLoss.token_losses`."""
+        """Return the sums of validation metrics, without a gradient; ``watch`` as of :meth:`HeadLoss.token_losses`."""
         losses, correct = self._head.token_losses(model_inputs(self.batch), self.positions, self.targets, watch)
         return sum_tokens(losses, correct, self.positions, self.batch["labels"], self.batch.get("position_ids"))
 
     def answers(self, with_reference: bool) -> Answers:
-        """The log-probabilities of the answers of a batch of preferences, on request with those of the reference.
+        """Return the log-probabilities of the answers of a batch of preferences, on request with those of the
+        reference.
 
         Raises:
             ShadowlitError: The batch holds conversations, or the reference hasn't been measured.
@@ -175,12 +178,12 @@ class Outputs:
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a number, of Python or numpy, or a tensor of one."""
+    """Return whether this is a number, of Python or numpy, or a tensor of one."""
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def require_shape(value: Any, shape: torch.Size, function: Any) -> Tensor:
-    """What a function of ``model.objective`` has returned; a ShadowlitError if it is no tensor of this shape."""
+    """Return what a function of ``model.objective`` has returned; a ShadowlitError if it is no tensor of this shape."""
     if isinstance(value, Tensor) and value.shape == shape:
         return value
     raise ShadowlitError(
@@ -190,7 +193,7 @@ def require_shape(value: Any, shape: torch.Size, function: Any) -> Tensor:
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
-    """The entries of a batch that the model takes."""
+    """Return the entries of a batch that the model takes."""
     return {name: batch[name] for name in _INPUTS if name in batch}
 
 
@@ -204,7 +207,7 @@ class References:
         self._known: dict[tuple[Subject, str], tuple[Any, Tensor]] = {}
 
     def lacking(self, who: Subject, sets: dict[str, Any]) -> list[str]:
-        """The names of ``sets`` that haven't been measured with the weights of ``who``, or were read again."""
+        """Return the names of ``sets`` that haven't been measured with the weights of ``who``, or were read again."""
         known = self._known
         return [name for name, one in sets.items() if (who, name) not in known or known[who, name][0] is not one]
 
@@ -213,7 +216,7 @@ class References:
         self._known[who, name] = dataset, logps
 
     def look_up(self, who: Subject, name: str, samples: Tensor) -> Tensor:
-        """The log-probabilities of some samples of a set, ``[N, 2]`` for indices ``[N]``.
+        """Return the log-probabilities of some samples of a set, ``[N, 2]`` for indices ``[N]``.
 
         Raises:
             ShadowlitError: The set hasn't been measured.

@@ -65,7 +65,8 @@ def parallelize(
 
 
 def data_parallel_mesh(strategy: Strategy, mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The part of Lightning's mesh that parameters are sharded over; ``None`` for a strategy that keeps them whole.
+    """Return the part of Lightning's mesh that parameters are sharded over; ``None`` for a strategy that keeps them
+    whole.
 
     Raises:
         ShadowlitError: The mesh would split tensors.
@@ -83,7 +84,9 @@ def data_parallel_mesh(strategy: Strategy, mesh: DeviceMesh | None) -> DeviceMes
 
 
 def compute_dtype_of(precision: str) -> torch.dtype:
-    """The dtype that products are computed in, by ``trainer.precision``; a ShadowlitError for any other precision."""
+    """Return the dtype that products are computed in, by ``trainer.precision``; a ShadowlitError for any other
+    precision.
+    """
     if precision == "32-true":
         return torch.float32
     if precision == "bf16-mixed":

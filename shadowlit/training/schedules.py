@@ -106,7 +106,7 @@ def require_no_end(trainer: Trainer, choice: Any, shape: Shape, warmup_ratio: fl
 
 
 def rate(step: int, *, total: int, warmup: int, schedule: Shape) -> float:
-    """The learning rate of ``step`` as a share of its peak."""
+    """Return the learning rate of ``step`` as a share of its peak."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

@@ -109,7 +109,7 @@ class ScoringModule(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def configure_scores(self) -> Metric:
-        """The metric that each set is scored with, for every subject. ``model.metrics`` adds others to it.
+        """Return the metric that each set is scored with, for every subject. ``model.metrics`` adds others to it.
 
         Its ``compute()`` returns a dict from metric names to numbers. A :class:`TokenScores`, or a subclass that
         doesn't override ``update``, gets the sums of a batch through ``add``, without materialising the full logits.
@@ -119,7 +119,7 @@ class ScoringModule(LightningModule):
         return self.objective.configure_scores()
 
     def score_names(self) -> set[str]:
-        """The names of the metrics that every validation set is scored with, found by scoring random logits.
+        """Return the names of the metrics that every validation set is scored with, found by scoring random logits.
 
         Raises:
             ShadowlitError: The objective returns something else than sums; a metric can't be updated, gives something
@@ -131,7 +131,9 @@ class ScoringModule(LightningModule):
             return rehearse(self.objective, self.configure_scores, self.metrics, vocabulary)
 
     def lacking_references(self, who: Subject) -> list[str]:
-        """The preference sets that the objective needs ``who``'s log-probabilities of and that are not measured yet."""
+        """Return the preference sets that the objective needs ``who``'s log-probabilities of and that are not measured
+        yet.
+        """
         if not self.objective.has_reference:
             return []
         sets = run_data(self.trainer).preference_sets
@@ -177,18 +179,18 @@ class ScoringModule(LightningModule):
             self._references.predictions = outputs.predictions(self._references.predictions, live=who == BASE)
 
     def head_losses(self) -> HeadLoss:
-        """The implementation of the model's losses, chosen on first use, when its weights are loaded."""
+        """Return the implementation of the model's losses, chosen on first use, when its weights are loaded."""
         assert self.model is not None
         if self._head_loss is None or self._head_loss.model is not self.model:
             self._head_loss = HeadLoss(self.model, self.head_loss)
         return self._head_loss
 
     def has_scores(self, subject: Subject) -> bool:
-        """Whether batches were scored for ``subject`` in the running validation."""
+        """Return whether batches were scored for ``subject`` in the running validation."""
         return any(who == subject for who, _ in self._scores)
 
     def scores(self, subject: Subject) -> dict[str, float]:
-        """The metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
+        """Return the metrics of ``subject`` in the running validation, by ``<metric>`` and ``<set>/<metric>``.
 
         Reduced over all ranks; every rank must call it.
         """
@@ -199,8 +201,10 @@ class ScoringModule(LightningModule):
             for what, value in metric.compute().items()
         }
 
-    def sample_losses(self, subject: Subject) -> dict[str, Tensor]:
-        """Loss and number of supervised tokens of each sample in the running validation, ``[N, 2]`` by set.
+    def sample_scores(self, subject: Subject) -> dict[str, Tensor]:
+        """Return the numbers of each sample in the running validation, ``[N, 5]`` by set.
+
+        They are those of :attr:`shadowlit.training.objective.TokenSums.by_sample`.
 
         The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
         """

@@ -93,7 +93,9 @@ class StartFrom:
             self._kept = {name: local(p).clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def values(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]] | None:
-        """The trained parameters of a model and this rank's part of each at the start; None if that is the Base."""
+        """Return the trained parameters of a model and this rank's part of each at the start; None if that
+        is the Base.
+        """
         if self._start is None:
             return None
         if not self._kept:

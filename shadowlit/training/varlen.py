@@ -25,7 +25,7 @@ _TAKES_BORDERS = (NAME, "flash_attention_2", "flash_attention_3", "flash_attenti
 
 
 def borders_of(position_ids: Tensor) -> dict[str, Any]:
-    """Where the samples of packed rows begin, under the names by which transformers passes them to attention.
+    """Return where the samples of packed rows begin, under the names by which transformers passes them to attention.
 
     Best computed while a batch is on the CPU: the length of the longest sample is a Python number, for which every
     layer would have to wait for a GPU.
@@ -44,18 +44,19 @@ def borders_of(position_ids: Tensor) -> dict[str, Any]:
 
 
 def takes_borders(attn_implementation: str) -> bool:
-    """Whether attention of this name takes :func:`borders_of`; others get a mask from ``position_ids``."""
+    """Return whether attention of this name takes :func:`borders_of`; others get a mask from ``position_ids``."""
     return attn_implementation in _TAKES_BORDERS
 
 
 def knows_attention_of(config: PreTrainedConfig) -> bool:
-    """Whether a model's attention is what :func:`varlen_attention` computes: no caps of scores, no sinks."""
+    """Return whether a model's attention is what :func:`varlen_attention` computes: no caps of scores, no sinks."""
     text = config.get_text_config()
     return getattr(text, "attn_logit_softcapping", None) is None and text.model_type != "gpt_oss"
 
 
 def kernel_of(name: str, config: PreTrainedConfig, *, packs: bool, compiled: bool) -> str:
-    """The name of a model's attention kernel in transformers, with ``auto`` decided: varlen for packed rows, else sdpa.
+    """Return the name of a model's attention kernel in transformers, with ``auto`` decided: varlen for packed rows,
+    else sdpa.
 
     Raises:
         ShadowlitError: The model has a vision tower, and the kernel is causal in every layer.

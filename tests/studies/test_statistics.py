@@ -142,6 +142,18 @@ def test_rank_correlation_is_scipys():
     assert (found.count, found.low, found.high, found.caution) == (30, x.min(), x.max(), "")
 
 
+def test_weighted_rows_give_the_interval_of_a_ratio():
+    """Of sums over resampled rows, of which the one is a loss and the other its tokens; all seeds are alike."""
+    generator = np.random.default_rng(1)
+    weights, values = generator.integers(1, 20, 200).astype(float), generator.normal(0.3, 1.0, 200)
+    found = np.stack([values, values, values])
+    (interval,) = paired_bootstrap({"loss": found}, [["loss"]], weights={"loss": weights})
+    assert interval.difference == pytest.approx((values @ weights) / weights.sum(), rel=1e-12)
+    drawn = generator.multinomial(200, np.full(200, 1 / 200), size=10_000)
+    ratios = (drawn @ (values * weights)) / (drawn @ weights)
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.quantile(ratios, [0.025, 0.975])), abs=0.01)
+
+
 def test_rank_correlation_by_hand_and_its_cautions():
     # ranks 1 2 3 4 and 2 1 4 3: 1 - 6·4 / (4·15) = 0.6; the NaN is left out
     found = spearman([1.0, 2.0, 3.0, 4.0, 5.0], [20.0, 10.0, 40.0, 30.0, math.nan])

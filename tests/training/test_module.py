@@ -76,6 +76,24 @@ def test_token_sums_by_hand():
     assert (sums.num_tokens, sums.num_correct, sums.num_samples, sums.num_exact) == (4, 3, 2, 1)
 
 
+def test_the_first_token_of_every_answer_is_scored_apart():
+    """A row of two answers, a packed row of two conversations, and plain text, whose first token has no prediction."""
+    logits = torch.zeros(1, 7, 4)
+    logits[0, 1, 3], logits[0, 4, 1] = math.log(3), math.log(5)  # of token 3 at position 2, and of token 1 at 5
+    labels = torch.tensor([[-100, -100, 3, 2, -100, 1, 1]])
+    expected = [math.log(6 / 3), math.log(8 / 5)]  # 3/(3+3), 5/(5+3)
+    sums = token_sums(logits, labels)
+    assert sums.num_answers == 2 and sums.first_loss.item() == pytest.approx(sum(expected))
+    packed = torch.tensor([[-100, -100, 3, 2, 0, 1, 1]])  # the second conversation is text: [0, 1, 1]
+    sums = token_sums(logits, packed, torch.tensor([[0, 1, 2, 3, 0, 1, 2]]))
+    assert sums.num_answers == 2 and sums.first_loss.item() == pytest.approx(sum(expected))
+    scores = TokenScores()
+    scores.update(logits, labels)
+    scores.update(torch.zeros(1, 3, 4), torch.tensor([[-100, 1, 2]]))
+    assert scores.compute()["first_token_loss"] == pytest.approx((sum(expected) + math.log(4)) / 3)
+    assert math.isnan(TokenScores().compute()["first_token_loss"])
+
+
 def test_scores_are_no_mean_of_means():
     scores = TokenScores()
     logits = torch.zeros(1, 5, 4)

@@ -84,7 +84,7 @@ def test_a_trial_leaves_no_trace():
     objective = type("Mine", (TokenObjective,), {"token_losses": counting})()
     objective.calls, objective.teacher = [], teacher
     before = torch.get_rng_state()
-    assert rehearse(objective) == {"loss", "perplexity", "accuracy", "sequence_accuracy"}
+    assert rehearse(objective) == {"loss", "perplexity", "accuracy", "sequence_accuracy", "first_token_loss"}
     assert objective.calls == [] and seen == [teacher] and torch.equal(before, torch.get_rng_state())
     rehearse(stepping(lambda outputs: {"loss": outputs.batch["pixel_values"].sum(), "count": 1}))
 

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.analysis.similarity import compare, in_one_layout
+from shadowlit.checkpoint.names import in_totals
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
 from shadowlit.studies.arms import UNTOUCHED, is_grafted, metrics_of, subject_of
 from shadowlit.studies.comparison.plan import Training, rates_of_arms
+from shadowlit.studies.comparison.scoring import samples_of_sets
 from shadowlit.studies.rows import UNTOUCHED_TRIAL, Row
 from shadowlit.studies.trials.process import is_finished, read_result
 from shadowlit.studies.trials.recipe import Recipe
+from shadowlit.studies.trials.trial import ROWS
 
 
 def collect(
@@ -27,15 +30,21 @@ def collect(
     rates: Mapping[str, Sequence[float]],
     folder: Path,
     line: str = "loss",
+    score: Sequence[str] = (),
 ) -> list[Row]:
     """Collect a row for each arm of each finished training, at each scale, and those of the untouched models.
 
-    ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss.
+    ``line`` is the metric whose values along the line from the target to the graft are kept: loss, or <set>/loss. The
+    rows of the validation that the metrics ``score`` are made of become samples.
     """
     home = folder / UNTOUCHED_TRIAL
     logged = read_result(home)["metrics"]
     found = [
-        Row(arm, metrics=metrics_of(logged, arm.lower()), samples=_samples(home / "evaluation" / arm.lower()))
+        Row(
+            arm,
+            metrics=metrics_of(logged, arm.lower()),
+            samples=_samples(home / "evaluation" / arm.lower()) | _rows_of_sets(home, arm.lower(), score),
+        )
         for arm in UNTOUCHED
     ]
     own = rates_of_arms(arms, rates)
@@ -59,7 +68,7 @@ def collect(
                     arm,
                     scale,
                     metrics=metrics[scale],
-                    samples=_samples(evaluated / subject),
+                    samples=_samples(evaluated / subject) | _rows_of_sets(home, subject, score),
                     cost=_cost(result),
                     facts=known,
                     line=dict(sorted(losses.items())) if scale == recipe.scales[0] else {},
@@ -74,6 +83,14 @@ def _samples(home: Path) -> dict[str, dict[int, float]]:
         rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
         found[file.stem] = {row["index"]: float(row["score"]) for row in rows}
     return found
+
+
+def _rows_of_sets(home: Path, subject: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
+    """The validation's rows that metrics are made of; none of trainings by earlier versions, which kept none."""
+    file = home / ROWS
+    if not metrics or not file.is_file():
+        return {}
+    return samples_of_sets(json.loads(file.read_text(encoding="utf-8")).get(subject, {}), metrics)
 
 
 def _cost(result: Mapping[str, Any]) -> dict[str, float]:
@@ -116,11 +133,12 @@ class _Facts:
         facts = {"sigma": self._sigma, "delta_norm": delta.norm()}
         for name in ("relative_delta", "survival"):
             facts[name] = logged.get(f"graft/{name}", math.nan)
+        total = in_totals(delta.shapes)  # an Instruct's norms may have moved further than all of its matrices
         if self._offset is None and self._comparable:
             offset = Delta.from_update(FullUpdate(self._base, self._instruct))
-            self._offset = offset.only(delta.shapes).norm()
+            self._offset = offset.only(total).norm()
         if self._offset:
-            facts["delta_over_offset"] = facts["delta_norm"] / self._offset
+            facts["delta_over_offset"] = delta.only(total).norm() / self._offset
         other = self._other(training)
         if other is not None:
             pair = frozenset((training, other))

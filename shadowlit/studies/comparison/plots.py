@@ -13,29 +13,56 @@ from matplotlib.lines import Line2D
 
 from shadowlit.plotting import panels
 from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
+from shadowlit.studies.comparison.scoring import SHARE, Measure
 from shadowlit.studies.comparison.summary import FACTS, OVER_INSTRUCT, Report
 from shadowlit.studies.plots import COLOURS, MARKERS, arm_style, legend_of
 from shadowlit.studies.rows import Row, Standing
 from shadowlit.studies.statistics import Average
 
+_UNITS = {"share": "%", "nats": "nats per token", "number": "as it is"}
 _SIZES = (4.0, 11.0)  # of the markers of the lowest and the highest rate, in points
+
+
+def drawable(report: Report) -> list[str]:
+    """Stems of the plots that have at least two points to show."""
+    panels_of_facts = facts_shown({"": report.predictions})
+    found = {
+        "trade": len(_trade_points(report)) > 1,
+        "table": sum(math.isfinite(standing["reported/mean"].mean) for standing in report.table) > 1,
+        "predicting": bool(panels_of_facts or _lines_shown(report.lines, report.line_scales)),
+    }
+    return [stem for stem, is_shown in found.items() if is_shown]
+
+
+def _trade_points(report: Report) -> list[tuple[Standing, Average, Average]]:
+    """What is learned and what is kept, of each standing of which both are known."""
+    by_keep, divergence = _kept_by(report)
+    points = []
+    for standing in report.grid:
+        y = _scaled(standing["reported/keep"], SHARE) if by_keep else standing[divergence]
+        x = _scaled(standing["reported/gain"], report.scoring.measure_of("gain"))
+        if math.isfinite(x.mean) and math.isfinite(y.mean):
+            points.append((standing, x, y))
+    return points
+
+
+def _kept_by(report: Report) -> tuple[bool, str]:
+    """Whether evaluators say what is kept; otherwise the name of the divergence that does."""
+    divergence = next((name for name in report.shown if "kl" in name), "")
+    return bool(report.keep) or not divergence, divergence
 
 
 def plot_trade(report: Report) -> Figure:
     """What is learned against what is kept: a point for each arm, rate and scale, over seeds.
 
     A bigger marker is a higher rate; an open one is a scale other than 1; the chosen rate has a ring. If no evaluator
-    is named for what is kept, the divergence from the Instruct is drawn instead, downwards.
+    is named for what is kept, the divergence from the Instruct is drawn instead, downwards. A loss is drawn leftwards:
+    further to the right is better.
     """
     figure, (axis,) = panels(1, 1, 7.4, 5.0)
-    divergence = next((name for name in report.shown if "kl" in name), None)
-    by_keep = bool(report.keep) or divergence is None
+    by_keep, divergence = _kept_by(report)
     rates = sorted({standing.lr for standing in report.grid if standing.lr is not None})
-    for standing in report.grid:
-        x = _percent(standing["reported/gain"])
-        y = _percent(standing["reported/keep"]) if by_keep else standing[str(divergence)]
-        if not (math.isfinite(x.mean) and math.isfinite(y.mean)):
-            continue
+    for standing, x, y in _trade_points(report):
         size = _size(standing.lr, rates)
         style = {**arm_style(standing.arm), "markersize": size, "elinewidth": 0.8, "alpha": 0.85, "linestyle": "none"}
         if not standing.is_whole:
@@ -43,9 +70,11 @@ def plot_trade(report: Report) -> Figure:
         axis.errorbar(x.mean, y.mean, xerr=_error(x), yerr=_error(y), **style)
         if report.is_chosen(standing):
             axis.plot(x.mean, y.mean, "o", markersize=size + 7, markerfacecolor="none", color="0.35", markeredgewidth=1)
-    axis.set_xlabel(
-        f"learned: mean of {', '.join(report.gain)} (%)" if report.gain else "nothing to be learned is named"
-    )
+    measure, names = report.scoring.measure_of("gain"), report.scoring.groups.get("gain", ())
+    what = names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+    axis.set_xlabel(f"learned: {what} ({_UNITS[measure.unit]})" if names else "nothing to be learned is named")
+    if not measure.higher:
+        axis.invert_xaxis()
     if by_keep:
         axis.set_ylabel(
             f"kept: mean of {', '.join(report.keep)} (%)" if report.keep else "nothing to be kept is measured"
@@ -66,12 +95,31 @@ def plot_trade(report: Report) -> Figure:
 
 
 def plot_table(report: Report) -> Figure:
-    """The main table as dots with standard errors, by evaluator; the untouched models are lines."""
-    names = [*report.evaluators, "mean"]
-    figure, (axis,) = panels(1, 1, max(5.0, 1.6 + 1.25 * len(names)), 3.8)
+    """The main table as dots with standard errors, by score; the untouched models are lines. A panel for each unit."""
+    scoring = report.scoring
+    measures = list(dict.fromkeys(map(scoring.measure, report.scores)))
+    columns = {measure: [name for name in report.scores if scoring.measure(name) == measure] for measure in measures}
+    names = {measure: [f"{name}/score" for name in found] for measure, found in columns.items()}
+    names[scoring.whole].append("mean")
+    count = sum(map(len, names.values()))
+    figure, axes = panels(
+        len(measures), len(measures), max(5.0, 1.6 + 1.25 * count), 3.8, width_ratios=[len(n) for n in names.values()]
+    )
+    for axis, (measure, kinds) in zip(axes, names.items(), strict=True):
+        _draw_table(axis, report, measure, kinds)
+    handles = [_handle(arm) for arm in report.arms if arm in TUNED]
+    handles += [
+        Line2D([], [], color=COLOURS["Instruct"], linestyle="--", label="Instruct, untouched"),
+        Line2D([], [], color=COLOURS["Base"], linestyle=":", label="Base, untouched"),
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def _draw_table(axis: Axes, report: Report, measure: Measure, kinds: Sequence[str]) -> None:
+    """The scores of one unit; ``mean`` is the last of them where they are averaged."""
     for standing in report.table:
-        means = [standing[f"reported/{name}/score"] for name in report.evaluators] + [standing["reported/mean"]]
-        cells = [_percent(mean) for mean in means]
+        cells = [_scaled(standing[f"reported/{kind}"], measure) for kind in kinds]
         colour = COLOURS[standing.arm]
         for i, cell in enumerate(cells):
             if standing.arm in UNTOUCHED:
@@ -81,50 +129,66 @@ def plot_table(report: Report) -> Figure:
                 place = i + 0.17 * (TUNED.index(standing.arm) - 1.5)
                 marker = MARKERS[standing.arm]
                 axis.errorbar(place, cell.mean, yerr=_error(cell), fmt=marker, color=colour, markersize=6, capsize=2)
-    axis.set_xticks(range(len(names)), names)
-    axis.axvline(len(names) - 1.5, color="0.8", linewidth=0.8)
-    axis.set_ylabel("score on the reported half (%)")
-    axis.set_ylim(-3, 103)
+    axis.set_xticks(range(len(kinds)), [kind.removesuffix("/score") for kind in kinds])
+    if kinds[-1] == "mean":
+        axis.axvline(len(kinds) - 1.5, color="0.8", linewidth=0.8)
+    if measure.unit == "share":
+        where = "half" if report.scoring.evaluators == report.scores else "rows"
+        axis.set_ylabel(f"score on the reported {where} (%)")
+        axis.set_ylim(-3, 103)
+    else:
+        axis.set_ylabel(f"score ({_UNITS[measure.unit]}), {'more' if measure.higher else 'less'} is better")
     axis.grid(axis="y", alpha=0.25)
-    handles = [_handle(arm) for arm in TUNED]
-    handles += [
-        Line2D([], [], color=COLOURS["Instruct"], linestyle="--", label="Instruct, untouched"),
-        Line2D([], [], color=COLOURS["Base"], linestyle=":", label="Base, untouched"),
-    ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
-    return figure
+
+
+def facts_shown(predictions: Mapping[str, Sequence[Row]]) -> list[str]:
+    """The facts of which at least two graft's gains are known."""
+    rows = [row for found in predictions.values() for row in found]
+    return [fact for fact in FACTS if sum(len(_fact_points([row], fact)) for row in rows) > 1]
+
+
+def _fact_points(rows: Sequence[Row], fact: str, factor: float = 1.0) -> list[tuple[float, float]]:
+    points = [(row.facts.get(fact, math.nan), factor * row.metrics[OVER_INSTRUCT]) for row in rows]
+    return [point for point in points if all(map(math.isfinite, point))]
+
+
+def _lines_shown(lines: Sequence[Standing], scales: Sequence[float]) -> list[Standing]:
+    """The standings with losses at two scales at least."""
+    return [s for s in lines if sum(math.isfinite(s[f"line/{scale:g}"].mean) for scale in scales) > 1]
 
 
 def plot_predicting(
-    predictions: Mapping[str, Sequence[Row]], lines: Sequence[Standing] = (), scales: Sequence[float] = ()
+    predictions: Mapping[str, Sequence[Row]],
+    lines: Sequence[Standing] = (),
+    scales: Sequence[float] = (),
+    measure: Measure = SHARE,
 ) -> Figure:
     """Plot what was known about a graft against what it gained, by setting; a single setting has no legend.
 
-    Standings with losses at these scales, on the line to the graft, get a panel for each arm.
+    Standings with losses at these scales, on the line to the graft, get a panel for each arm. Facts of which fewer than
+    two points are known have no panel. ``measure`` is that of the gain.
     """
+    facts, lines = facts_shown(predictions), _lines_shown(lines, scales)
     arms = list(dict.fromkeys(line.arm for line in lines))
-    columns = 3 if arms else 2
-    figure, axes = panels(len(FACTS) + len(arms), columns, 3.7 * columns, 3.1)
+    columns = min(3 if arms else 2, len(facts) + len(arms))
+    figure, axes = panels(len(facts) + len(arms), columns, 3.7 * columns, 3.1)
     palette = list(COLOURS.values())
-    for axis, (fact, words) in zip(axes, FACTS.items(), strict=False):
+    factor, unit = (100, " (points)") if measure.unit == "share" else (1, "")
+    for axis, fact in zip(axes, facts, strict=False):
         for i, (setting, found) in enumerate(predictions.items()):
-            points = [(row.facts.get(fact, math.nan), 100 * row.metrics[OVER_INSTRUCT]) for row in found]
-            points = [point for point in points if all(map(math.isfinite, point))]
-            if points:
+            if points := _fact_points(found, fact, factor):
                 marker = list(MARKERS.values())[(i // len(palette)) % len(MARKERS)] if len(predictions) > 1 else "o"
                 colour = palette[i % len(palette)] if len(predictions) > 1 else COLOURS["B2I"]
                 known, gains = zip(*points, strict=True)
                 axis.scatter(known, gains, s=22, color=colour, marker=marker, alpha=0.8, label=setting)
-        if not axis.collections:
-            axis.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axis.transAxes, color="0.4")
         axis.axhline(0, color="0.6", linewidth=0.8)
-        axis.set_xlabel(words)
-        axis.set_ylabel("B2I − Instruct (points)")
+        axis.set_xlabel(FACTS[fact])
+        axis.set_ylabel(f"B2I − Instruct{unit}" if measure.higher else f"Instruct − B2I{unit}")
         axis.grid(alpha=0.25)
-    for axis, arm in zip(axes[len(FACTS) :], arms, strict=False):
+    for axis, arm in zip(axes[len(facts) :], arms, strict=False):
         _draw_lines(axis, [line for line in lines if line.arm == arm], scales)
     if len(predictions) > 1:
-        handles, labels = legend_of(axes[: len(FACTS)])
+        handles, labels = legend_of(axes[: len(facts)])
         figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
@@ -143,8 +207,10 @@ def _draw_lines(axis: Axes, lines: Sequence[Standing], scales: Sequence[float]) 
     axis.legend(fontsize="small", frameon=False)
 
 
-def _percent(found: Average) -> Average:
-    return Average(100 * found.mean, 100 * found.standard_error, found.count, found.expected)
+def _scaled(found: Average, measure: Measure) -> Average:
+    """In per cent, where it is a share."""
+    factor = 100 if measure.unit == "share" else 1
+    return Average(factor * found.mean, factor * found.standard_error, found.count, found.expected)
 
 
 def _error(found: Average) -> float | None:

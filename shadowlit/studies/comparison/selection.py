@@ -1,17 +1,19 @@
-"""Which rate an arm is reported at: chosen on one half of the rows, reported on the other."""
+"""Which rate an arm is reported at: chosen on some rows, reported on others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 from shadowlit.studies.arms import TUNED, UNTOUCHED
+from shadowlit.studies.comparison.scoring import SHARE, Measure, Scoring
 from shadowlit.studies.rows import Row, Standing, by_place, metric_names, standing_of
 
+HALVES: tuple[Literal["selection"], Literal["reported"]] = ("selection", "reported")
 _EQUAL = 1e-9  # scores are sums of fractions; their order of addition must not break a tie
 
 
@@ -25,44 +27,28 @@ def halves_of(rows: Iterable[Row], evaluator: str) -> tuple[list[int], list[int]
     return order[::2], order[1::2]
 
 
-def groups_of(gain: Sequence[str], keep: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The evaluators that each kind of score is a mean of: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``."""
-    groups = {f"{name}/score": (name,) for name in (*gain, *keep)}
-    means = {"mean": (*gain, *keep), "gain": tuple(gain), "keep": tuple(keep)}
-    return groups | {what: names for what, names in means.items() if names}
-
-
-def scores_of(row: Row, evaluator: str, indices: Sequence[int]) -> np.ndarray | None:
-    """``[N]`` scores of the samples; None if one of them is missing or not finite, or if there are none."""
-    found = np.array([row.samples.get(evaluator, {}).get(index, math.nan) for index in indices], dtype=np.float64)
-    return found if len(found) and np.isfinite(found).all() else None
-
-
-def mean_score(row: Row, indices: Mapping[str, Sequence[int]]) -> float:
-    """The unweighted mean over evaluators of the mean over these samples; NaN if any sample lacks a score."""
-    scores = [scores_of(row, evaluator, of_evaluator) for evaluator, of_evaluator in indices.items()]
-    return float(np.mean([math.nan if found is None else found.mean() for found in scores])) if scores else math.nan
-
-
 def seeds_of(rows: Iterable[Row]) -> list[int]:
     """All seeds that any tuned arm was trained with: the ones that every arm is expected to have."""
     return sorted({row.seed for row in rows if row.arm in TUNED and row.seed is not None})
 
 
-def scored(rows: Sequence[Row], gain: Sequence[str], keep: Sequence[str] = ()) -> list[Row]:
-    """The rows with the scores of their samples among their metrics, on both halves.
+def scored(rows: Sequence[Row], scoring: Scoring) -> list[Row]:
+    """The rows with their scores among their metrics: those that are reported, and those that choose.
 
-    These are ``selection/<evaluator>/score`` and the unweighted means over evaluators ``selection/mean``,
-    ``selection/gain`` and ``selection/keep``, likewise ``reported/…``; NaN where a sample lacks its score.
+    These are ``selection/<name>/score`` and the unweighted means over scores ``selection/mean``, ``selection/gain`` and
+    ``selection/keep``, likewise ``reported/…``; NaN where a score is missing. ``selection/mean`` is the mean of
+    ``scoring.choose`` where that is given.
     """
-    halves, groups = {name: halves_of(rows, name) for name in (*gain, *keep)}, groups_of(gain, keep)
+    groups = scoring.groups
     result = []
     for row in rows:
         scores = {
-            f"{half}/{what}": mean_score(row, {name: halves[name][number] for name in of_group})
-            for number, half in enumerate(("selection", "reported"))
-            for what, of_group in groups.items()
+            f"{half}/{what}": float(np.mean([scoring.value(row, name, half) for name in names]))
+            for half in (HALVES[1:] if scoring.choose else HALVES)
+            for what, names in groups.items()
         }
+        if scoring.choose:
+            scores["selection/mean"] = float(np.mean([row.metrics.get(name, math.nan) for name in scoring.choose]))
         result.append(replace(row, metrics={**row.metrics, **scores}))
     return result
 
@@ -98,13 +84,15 @@ class Choice:
         return f"{self.arm}: the best rate is the {self.edge} tried: the arm may be {may}."
 
 
-def choose_rate(grid: Sequence[Standing], arm: str) -> Choice | None:
+def choose_rate(grid: Sequence[Standing], arm: str, measure: Measure = SHARE) -> Choice | None:
     """As :func:`choose_rate_and_scale`, at scale 1."""
-    return choose_rate_and_scale([standing for standing in grid if standing.is_whole], arm)
+    return choose_rate_and_scale([standing for standing in grid if standing.is_whole], arm, measure)
 
 
-def choose_rate_and_scale(grid: Sequence[Standing], arm: str) -> Choice | None:
-    """Choose the rate and scale of an arm with the best mean score on the selection half; None if there is no score.
+def choose_rate_and_scale(grid: Sequence[Standing], arm: str, measure: Measure = SHARE) -> Choice | None:
+    """Choose the rate and scale of an arm with the best ``selection/mean``; None if there is no score.
+
+    ``measure`` says whether the highest or the lowest is best.
 
     A mean over fewer seeds never beats one over more: only those with the most scored seeds are candidates for the
     best. Of equal ones, the lowest rate and the scale nearest to 1 are taken.
@@ -114,8 +102,10 @@ def choose_rate_and_scale(grid: Sequence[Standing], arm: str) -> Choice | None:
     most = max((score.count for score in scores), default=0)
     if not most:
         return None
-    top = max(score.mean for score in scores if score.count == most)
-    equal = [s for s, score in zip(found, scores, strict=True) if score.count == most and score.mean > top - _EQUAL]
+    sign = measure.sign
+    top = max(sign * score.mean for score in scores if score.count == most)
+    able = [(s, sign * score.mean) for s, score in zip(found, scores, strict=True) if score.count == most]
+    equal = [standing for standing, mean in able if mean > top - _EQUAL]
     best = min(equal, key=lambda s: (s.lr, abs((1.0 if s.scale is None else s.scale) - 1)))
     rates = sorted({standing.lr for standing in found if standing.lr is not None})
     edge: Literal["smallest", "largest"] | None = None

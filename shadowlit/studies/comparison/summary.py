@@ -5,24 +5,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 
 from shadowlit.errors import DataError
 from shadowlit.studies.arms import ARMS, TUNED, UNTOUCHED
+from shadowlit.studies.comparison.scoring import Measure, Scoring
 from shadowlit.studies.comparison.selection import (
     Choice,
     choose_rate,
     choose_rate_and_scale,
-    groups_of,
     halves_of,
     scored,
-    scores_of,
     seeds_of,
     standings,
 )
 from shadowlit.studies.rows import Row, Standing, metric_names, standing_of
-from shadowlit.studies.statistics import Average, Correlation, Interval, average, few_seeds, paired_bootstrap, spearman
+from shadowlit.studies.statistics import (
+    Average,
+    Correlation,
+    Interval,
+    average,
+    exact_interval,
+    few_seeds,
+    paired_bootstrap,
+    seeds_interval,
+    spearman,
+)
 
 COMPARED = (("B2I", "I2I"), ("B2I", "Instruct"), ("I2I", "Instruct"))
 """The arms that are compared: the first minus the second."""
@@ -34,8 +44,7 @@ FACTS = {
 }
 """What might predict whether a graft pays, and how reports call it."""
 OVER_INSTRUCT = "reported/mean_over_instruct"
-"""Mean score over all evaluators minus that of the untouched Instruct, on the reported half."""
-Halves = Mapping[str, tuple[list[int], list[int]]]
+"""Mean score minus that of the untouched Instruct, on the reported rows; above 0, the arm is better."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,11 @@ class Description:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two arms, each at its chosen rate, compared sample by sample and seed by seed on the reported half.
+    """Two arms, each at its chosen rate, compared sample by sample and seed by seed on the reported rows.
 
-    Of ``a - b`` there is an interval by kind of score: ``<evaluator>/score``, ``mean``, ``gain`` and ``keep``; none if
-    the two can't be compared, for the reason given. ``num_expected`` is the number of seeds that there should be.
+    Of ``a - b`` there is an interval by kind of score: ``<name>/score``, ``mean``, ``gain`` and ``keep``; none if the
+    two can't be compared, for the reason given. Where rows have no scores of their own, it is over seeds alone.
+    ``num_expected`` is the number of seeds that there should be.
     """
 
     a: str
@@ -67,6 +77,8 @@ class Report:
     """All numbers of a comparison.
 
     Attributes:
+        scoring: What the arms are scored by.
+        arms: The arms that were asked for, and the untouched models.
         num_rows: Numbers of samples of each evaluator for the selection, and reported.
         rows: All rows, with their scores on both halves, facts and losses on the line among the metrics.
         table: Standing of every arm at its chosen rate and scale 1.
@@ -78,8 +90,8 @@ class Report:
     """
 
     description: Description
-    gain: tuple[str, ...]
-    keep: tuple[str, ...]
+    scoring: Scoring
+    arms: tuple[str, ...]
     num_rows: dict[str, tuple[int, int]]
     rows: tuple[Row, ...]
     table: tuple[Standing, ...]
@@ -97,9 +109,19 @@ class Report:
     missing: tuple[str, ...]
 
     @property
-    def evaluators(self) -> tuple[str, ...]:
-        """All evaluators."""
-        return self.gain + self.keep
+    def gain(self) -> tuple[str, ...]:
+        """Scores of what is learned."""
+        return self.scoring.gain
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """Scores of what is kept."""
+        return self.scoring.keep
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """All scores: evaluators, and metrics of validation sets."""
+        return self.scoring.names
 
     def is_chosen(self, standing: Standing) -> bool:
         """Whether it is that of its arm's chosen rate, at scale 1."""
@@ -107,52 +129,81 @@ class Report:
         return choice is not None and standing.lr == choice.best.lr and standing.is_whole
 
 
-def summarise(rows: Sequence[Row], description: Description, *, gain: Sequence[str], keep: Sequence[str]) -> Report:
-    """Compare the arms by evaluators of what is to be learned (``gain``) and of what is to be kept (``keep``).
+def summarise(
+    rows: Sequence[Row],
+    description: Description,
+    *,
+    gain: Sequence[str] = (),
+    keep: Sequence[str] = (),
+    score: Mapping[str, Measure] = MappingProxyType({}),
+    choose: Mapping[str, Measure] = MappingProxyType({}),
+    arms: Sequence[str] = TUNED,
+) -> Report:
+    """Compare the arms by what is to be learned and what is to be kept.
 
-    Evaluators without scores of samples, or with scores outside of 0 to 1, are in no mean; a note says so, and their
-    metrics are shown.
+    Evaluators without scores of samples, or with scores outside of 0 to 1, and metrics that were not logged are in no
+    mean; a note says so, and the evaluators' metrics are shown. The agreement with the Instruct chooses no rate.
+
+    Args:
+        rows: Rows of the comparison.
+        description: Subject of the report.
+        gain: Evaluators of what is to be learned.
+        keep: Evaluators of what is to be kept.
+        score: Metrics of the last validation, of what is to be learned.
+        choose: Metrics whose mean chooses the rates; empty for the scores themselves.
+        arms: Arms that were asked for; rows of others are left out.
 
     Raises:
-        DataError: Two rows are of the same arm, rate, seed and scale; an evaluator is named twice; no evaluator has
-            scores.
+        DataError: Two rows are of the same arm, rate, seed and scale; a score is named twice; nothing has scores.
     """
-    _require_distinct(rows, [*gain, *keep])
+    asked = (*UNTOUCHED, *(arm for arm in TUNED if arm in arms))
+    rows = [row for row in rows if row.arm in asked]
+    _require_distinct(rows, [*score, *gain, *keep])
     unscored = {name: why for name in (*gain, *keep) if (why := _why_unscored(rows, name))}
-    gain, keep = (tuple(name for name in names if name not in unscored) for names in (gain, keep))
-    if not gain + keep:
+    unscored |= {name: "it was not logged" for name in (*score, *choose) if not _is_logged(rows, name)}
+    gain, keep = (tuple(name for name in names if name not in unscored) for names in ((*score, *gain), keep))
+    scoring = Scoring(
+        gain,
+        keep,
+        {name: measure for name, measure in score.items() if name not in unscored},
+        {name: measure for name, measure in choose.items() if name not in unscored},
+        frozenset(name for name in (*gain, *keep) if any(f"{name}/agreement" in row.metrics for row in rows)),
+        {name: halves_of(rows, name) for name in (*gain, *keep) if name not in score},
+    )
+    if not scoring.mean:
         reasons = "; ".join(f"{name}: {why}" for name, why in unscored.items())
         raise DataError(
-            f"no evaluator can compare the arms ({reasons or 'none is named'}). Name one that scores its rows."
+            f"no evaluator can compare the arms ({reasons or 'none is named'}). Name one that scores its rows, or a "
+            "metric of the validation as score."
         )
-    halves = {name: halves_of(rows, name) for name in gain + keep}
-    shown = _shown_metrics(rows)
-    rows = sorted(_complete(scored(rows, gain, keep)), key=_order)
+    shown = _shown_metrics(rows, scoring)
+    rows = sorted(_complete(scored(rows, scoring), scoring.whole), key=_order)
     seeds, grid = seeds_of(rows), standings(rows)
-    choices = {arm: choice for arm in TUNED if (choice := choose_rate(grid, arm))}
+    choices = {arm: choice for arm in asked if (choice := choose_rate(grid, arm, scoring.choice))}
     chosen = {s.arm: s for s in grid if s.arm in UNTOUCHED} | {arm: choice.best for arm, choice in choices.items()}
     own, names = _chosen(rows, chosen), metric_names(rows)
     predictions = [row for row in rows if row.arm == "B2I" and row.scale == 1.0]
     scales = sorted({scale for row in rows for scale in row.line})
+    compared = [(a, b) for a, b in COMPARED if a in asked and b in asked]
     return Report(
         description,
-        gain,
-        keep,
-        {name: (len(selection), len(reported)) for name, (selection, reported) in halves.items()},
+        scoring,
+        asked,
+        {name: (len(selection), len(reported)) for name, (selection, reported) in scoring.halves.items()},
         tuple(rows),
-        table=tuple(chosen.get(arm) or standing_of(arm, [], names, len(seeds) if arm in TUNED else 1) for arm in ARMS),
+        table=tuple(chosen.get(arm) or standing_of(arm, [], names, len(seeds) if arm in TUNED else 1) for arm in asked),
         grid=tuple(grid),
         shown=shown,
         choices=choices,
-        best_scales=dict(_best_scales(grid)),
-        comparisons=tuple(_compare(a, b, own, halves, groups_of(gain, keep), len(seeds)) for a, b in COMPARED),
+        best_scales=dict(_best_scales(grid, scoring.choice)),
+        comparisons=tuple(_compare(a, b, own, scoring, len(seeds)) for a, b in compared),
         predictions=tuple(predictions),
         correlations=correlate(predictions),
         lines=tuple(standing for standing in grid if any(standing[f"line/{scale:g}"].count for scale in scales)),
         line_scales=tuple(scales),
         costs=_costs(rows),
-        notes=tuple(_notes(choices, seeds, unscored)),
-        missing=tuple(_missing(rows, halves, seeds)),
+        notes=tuple(_notes(choices, seeds, unscored, scoring)),
+        missing=tuple(_missing(rows, asked, scoring, seeds)),
     )
 
 
@@ -177,11 +228,11 @@ def barrier(line: Mapping[float, float]) -> float:
     return max(between) - max(line[0.0], line[1.0])
 
 
-def _complete(rows: Sequence[Row]) -> Iterator[Row]:
+def _complete(rows: Sequence[Row], measure: Measure) -> Iterator[Row]:
     """The rows with everything else among their metrics that standings, plots and ``table.csv`` show."""
     start = next((row.metrics["reported/mean"] for row in rows if row.arm == "Instruct"), math.nan)
     for row in rows:
-        more = {OVER_INSTRUCT: row.metrics["reported/mean"] - start, **row.facts}
+        more = {OVER_INSTRUCT: measure.sign * (row.metrics["reported/mean"] - start), **row.facts}
         if row.line:
             more |= {"barrier": barrier(row.line), **{f"line/{scale:g}": loss for scale, loss in row.line.items()}}
         yield replace(row, metrics={**row.metrics, **more})
@@ -198,7 +249,7 @@ def _require_distinct(rows: Sequence[Row], evaluators: Sequence[str]) -> None:
         raise DataError("there are two rows of {}, rate {}, seed {}, scale {}. Give one of each.".format(*twice))
     named = next((name for name in evaluators if evaluators.count(name) > 1), None)
     if named:
-        raise DataError(f"the evaluator {named!r} is named twice; name it under gain or under keep.")
+        raise DataError(f"the score {named!r} is named twice; name it once, under score, gain or keep.")
 
 
 def _why_unscored(rows: Sequence[Row], evaluator: str) -> str:
@@ -212,9 +263,13 @@ def _why_unscored(rows: Sequence[Row], evaluator: str) -> str:
     return ""
 
 
-def _shown_metrics(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Divergences, then losses; the overall ones first."""
-    names = metric_names(rows)
+def _is_logged(rows: Sequence[Row], metric: str) -> bool:
+    return any(math.isfinite(row.metrics.get(metric, math.nan)) for row in rows)
+
+
+def _shown_metrics(rows: Sequence[Row], scoring: Scoring) -> tuple[str, ...]:
+    """Divergences, then losses that are no scores; the overall ones first."""
+    names = [name for name in metric_names(rows) if name not in scoring.metrics]
     divergences = [name for name in names if name.rsplit("/", 1)[-1].startswith("kl")]
     losses = sorted((name for name in names if name.rsplit("/", 1)[-1] == "loss"), key=lambda n: ("/" in n, n))
     return (*divergences, *losses)
@@ -226,45 +281,58 @@ def _chosen(rows: Sequence[Row], chosen: Mapping[str, Standing]) -> dict[str, li
     return {arm: [row for row in rows if (row.arm, row.scale, row.setting) == place] for arm, place in places.items()}
 
 
-def _best_scales(grid: Sequence[Standing]) -> Iterator[tuple[str, Standing]]:
+def _best_scales(grid: Sequence[Standing], measure: Measure) -> Iterator[tuple[str, Standing]]:
     for arm in TUNED:
-        choice = choose_rate_and_scale(grid, arm)
+        choice = choose_rate_and_scale(grid, arm, measure)
         if choice and len({each.scale for each in choice.candidates if each["selection/mean"].count}) > 1:
             yield arm, choice.best
 
 
-def _compare(
-    a: str,
-    b: str,
-    chosen: Mapping[str, Sequence[Row]],
-    halves: Halves,
-    groups: Mapping[str, tuple[str, ...]],
-    num_expected: int,
-) -> Comparison:
-    def stacked(arm: str) -> dict[int | None, dict[str, np.ndarray]]:
-        """Scores of the seeds that have all of them."""
-        found = {}
-        for row in chosen.get(arm, []):
-            scores = {name: scores_of(row, name, reported) for name, (_, reported) in halves.items()}
-            known = {name: own for name, own in scores.items() if own is not None}
-            if len(known) == len(halves):
-                found[row.seed] = known
-        return found
+def _compare(a: str, b: str, chosen: Mapping[str, Sequence[Row]], scoring: Scoring, num_expected: int) -> Comparison:
+    def by_seed(arm: str) -> dict[int | None, Row]:
+        """The rows that have all scores."""
+        needed = [f"reported/{name}/score" for name in scoring.names]
+        return {row.seed: row for row in chosen.get(arm, []) if all(math.isfinite(row.metrics[n]) for n in needed)}
 
-    first, second = stacked(a), stacked(b)
+    first, second = by_seed(a), by_seed(b)
     absent = [in_words(arm) for arm, found in ((a, first), (b, second)) if not found]
     shared = sorted(seed for seed in first if seed is not None and (b in UNTOUCHED or seed in second))
     if absent or not shared:
         reason = f"no finished measurement of {' and of '.join(absent)}" if absent else "they have no seed in common"
         return Comparison(a, b, {}, num_expected, reason)
-    differences = {
-        name: np.stack([first[seed][name] - second[None if b in UNTOUCHED else seed][name] for seed in shared])
-        for name in halves
-    }
-    intervals = zip(groups, paired_bootstrap(differences, list(groups.values())), strict=True)
-    # Scores lie between 0 and 1, so that their differences can't leave -1 to 1.
-    possible = {what: replace(i, low=max(-1.0, i.low), high=min(1.0, i.high)) for what, i in intervals}
-    return Comparison(a, b, possible, num_expected)
+    pairs = [(first[seed], second[None if b in UNTOUCHED else seed]) for seed in shared]
+    return Comparison(a, b, _intervals(pairs, scoring), num_expected)
+
+
+def _intervals(pairs: Sequence[tuple[Row, Row]], scoring: Scoring) -> dict[str, Interval]:
+    """The interval of every kind of score, from the rows of two arms by seed."""
+    differences, weights, is_binary = {}, {}, {}
+    for name in scoring.names:
+        num_rows = len(pairs[0][0].samples.get(name, {}))
+        found = [scoring.rows(row, name, num_rows) for pair in pairs for row in pair]
+        known = [each for each in found if each is not None]
+        if len(known) == len(found) and all(np.array_equal(own, known[0][1]) for _, own in known):
+            scores = np.stack([scores for scores, _ in known])
+            differences[name], weights[name] = scores[::2] - scores[1::2], known[0][1]
+            is_binary[name] = bool(np.isin(scores, (0.0, 1.0)).all())
+    by_rows = {what: names for what, names in scoring.groups.items() if all(name in differences for name in names)}
+    intervals = {}
+    if by_rows:
+        drawn = paired_bootstrap(differences, list(by_rows.values()), weights=weights)
+        intervals = dict(zip(by_rows, drawn, strict=True))
+    for what, names in scoring.groups.items():
+        if what not in intervals:
+            key = f"reported/{what}"
+            intervals[what] = seeds_interval([one.metrics[key] - other.metrics[key] for one, other in pairs])
+        elif intervals[what].is_degenerate and all(is_binary[name] for name in names):
+            ends = [exact_interval(differences[name].flat[0], differences[name].shape[1]) for name in names]
+            low, high = np.mean(ends, axis=0).tolist()
+            intervals[what] = replace(intervals[what], low=low, high=high, exact=True)
+        if scoring.measure_of(what).unit == "share":  # whose differences can't leave -1 to 1
+            own = intervals[what]
+            low, high = (min(1.0, max(-1.0, end)) if math.isfinite(end) else end for end in (own.low, own.high))
+            intervals[what] = replace(own, low=low, high=high)
+    return {what: intervals[what] for what in scoring.groups}
 
 
 def in_words(arm: str) -> str:
@@ -282,22 +350,35 @@ def _costs(rows: Sequence[Row]) -> dict[str, dict[str, Average]]:
     return costs
 
 
-def _notes(choices: Mapping[str, Choice], seeds: Sequence[int], unscored: Mapping[str, str]) -> Iterator[str]:
+def _notes(
+    choices: Mapping[str, Choice], seeds: Sequence[int], unscored: Mapping[str, str], scoring: Scoring
+) -> Iterator[str]:
     yield few_seeds(len(seeds))
     yield from (choice.note for choice in choices.values() if choice.note)
     tried = {arm: len({candidate.lr for candidate in choice.candidates}) for arm, choice in choices.items()}
     if len(set(tried.values())) > 1:
         told = ", ".join(f"{arm} {count}" for arm, count in tried.items())
         yield f"The arms were tried at unequal numbers of rates ({told}): more rates are more chances."
-    yield (
-        "Rates are chosen on other rows than the reported ones, but on the same trainings: of many rates that do "
-        "equally well, the luckiest seeds are taken."
+    if scoring.sharing:
+        yield (
+            f"The rates are chosen on the same rows that {' and '.join(scoring.sharing)} report, which flatters the "
+            "arms, and those with more rates most: give a second validation set, and choose by it."
+        )
+    else:
+        yield (
+            "Rates are chosen on other rows than the reported ones, but on the same trainings: of many rates that do "
+            "equally well, the luckiest seeds are taken."
+        )
+    yield from (
+        f"{name} measures the agreement with the Instruct, so that it has no say in the choice and in the mean."
+        for name in scoring.names
+        if name in scoring.forgetting
     )
     yield from (f"{name} is in no mean: {why}." for name, why in unscored.items())
 
 
-def _missing(rows: Sequence[Row], halves: Halves, seeds: Sequence[int]) -> Iterator[str]:
-    for arm in ARMS:
+def _missing(rows: Sequence[Row], arms: Sequence[str], scoring: Scoring, seeds: Sequence[int]) -> Iterator[str]:
+    for arm in arms:
         own = [row for row in rows if row.arm == arm and row.is_whole]
         if not own:
             what = "no measurement" if arm in UNTOUCHED else "no finished training at scale 1"
@@ -308,8 +389,11 @@ def _missing(rows: Sequence[Row], halves: Halves, seeds: Sequence[int]) -> Itera
                 yield f"{arm} at {lr:g}: no finished training of seed {', '.join(map(str, absent))}"
         for row in own:
             where = arm if row.lr is None else f"{arm} at {row.lr:g}, seed {row.seed}"
-            for name, of_halves in halves.items():
+            for name, of_halves in scoring.halves.items():
                 scores, wanted = row.samples.get(name, {}), [index for half in of_halves for index in half]
                 count = sum(math.isfinite(scores.get(index, math.nan)) for index in wanted)
                 if count < len(wanted):
                     yield f"{where}: {name} has scores of {count} of {len(wanted)} rows"
+            for name in dict.fromkeys((*scoring.metrics, *scoring.choose)):
+                if not math.isfinite(row.metrics.get(name, math.nan)):
+                    yield f"{where}: {name} is missing or not finite"

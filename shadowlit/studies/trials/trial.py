@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 RESULT = "result.json"
+ROWS = "rows.json"
 LIVE = "live.json"
 LOG = "log.txt"
 
@@ -30,7 +31,9 @@ LOG = "log.txt"
 def main(folder: Path, arguments: list[str], threads: int | None = None) -> None:
     """Run ``fit`` or ``validate`` in a folder of its own, and write its numbers to ``result.json`` when it is finished.
 
-    After each validation, ``live.json`` has ``{"step": optimizer steps so far, "metrics": {name: number}}``.
+    ``rows.json`` has the rows of the last validation by subject and set, each of them ``[loss, supervised tokens,
+    correct tokens, loss of the answers' first tokens, answers]``. After each validation, ``live.json`` has ``{"step":
+    optimizer steps so far, "metrics": {name: number}}``.
     """
     import torch
     from lightning.pytorch.callbacks import LambdaCallback
@@ -40,6 +43,7 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
     from shadowlit.lightning_cli import main as run
 
     steps: list[int] = []  # of the validations in which all evaluators ran
+    rows: dict[str, Any] = {}
 
     def keep_metrics(trainer: Trainer, _: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -48,8 +52,9 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
         if len(found[EvaluationCallback].due) == len(found[EvaluationCallback].evaluators):
             steps.append(trainer.global_step)
         if trainer.is_global_zero:
-            live = {"step": trainer.global_step, "metrics": found[GraftCallback].record.metrics}
-            replace_text(folder / LIVE, json.dumps(live))
+            record = found[GraftCallback].record
+            replace_text(folder / LIVE, json.dumps({"step": trainer.global_step, "metrics": record.metrics}))
+            rows.update(record.rows)
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -58,6 +63,8 @@ def main(folder: Path, arguments: list[str], threads: int | None = None) -> None
     if arguments[0] == "fit" and cli.trainer.global_step not in steps:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
     if cli.trainer.is_global_zero:
+        by_set = {who: {name: scores.tolist() for name, scores in sets.items()} for who, sets in rows.items()}
+        replace_text(folder / ROWS, json.dumps(by_set))
         result = {**_measured(cli, time.perf_counter() - start), "step": cli.trainer.global_step}
         replace_text(folder / RESULT, json.dumps(result, indent=1))
 

@@ -51,7 +51,7 @@ class Objective(ABC):
         return {name: one / sums["count"] for name, one in sums.items() if name not in ("loss", "count")}
 
     def configure_scores(self) -> Metric:
-        """The metric of validation sets: by default loss (cross entropy), perplexity and accuracies."""
+        """Return the metric of validation sets: by default loss (cross entropy), perplexity and accuracies."""
         return TokenScores()
 
     def score(self, outputs: Outputs, scores: Sequence[Scores]) -> None:

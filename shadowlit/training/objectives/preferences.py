@@ -35,24 +35,24 @@ class PreferenceObjective(Objective):
 
     @abstractmethod
     def losses(self, answers: Answers) -> Tensor:
-        """The loss of every sample, ``[N]``, with a gradient."""
+        """Return the loss of every sample, ``[N]``, with a gradient."""
 
     @abstractmethod
     def rewards(self, answers: Answers) -> Tensor:
-        """The implicit reward of every answer, ``[N, 2]``, of which margins and accuracy are logged."""
+        """Return the implicit reward of every answer, ``[N, 2]``, of which margins and accuracy are logged."""
 
     def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
-        """The summed losses, and what :func:`preference_metrics` is made of."""
+        """Return the summed losses, and what :func:`preference_metrics` is made of."""
         return preference_sums(self, replace(outputs.answers(self.has_reference), kl=self.kl))
 
     def finish_step(self, sums: Sums) -> Sums:
-        """The tokens of the answers and :func:`preference_metrics`; remembers the distance for the next step."""
+        """Return the tokens of the answers and :func:`preference_metrics`; remembers the distance for the next step."""
         metrics = preference_metrics(sums, self.samples)
         self.kl = metrics.get("kl", self.kl)
         return {"tokens": sums["tokens"], **{name: value for name, value in metrics.items() if name != "loss"}}
 
     def configure_scores(self) -> Metric:
-        """The metrics of :func:`preference_metrics` over a validation set."""
+        """Return the metrics of :func:`preference_metrics` over a validation set."""
         return PreferenceScores(self._measure)
 
     def score(self, outputs: Outputs, scores: Sequence[Scores]) -> None:
@@ -259,7 +259,9 @@ class ASFT(_ByMeans):
 
 
 def preference_sums(objective: PreferenceObjective, answers: Answers) -> Sums:
-    """The loss of a batch, a float64 scalar with a gradient, and the other sums of :func:`preference_metrics`."""
+    """Return the loss of a batch, a float64 scalar with a gradient, and the other sums of
+    :func:`preference_metrics`.
+    """
     own = path_of(objective)
     losses = require_shape(objective.losses(answers), answers.logps.shape[:1], f"{own}.losses")
     total = losses.sum()

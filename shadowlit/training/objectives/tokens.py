@@ -33,7 +33,7 @@ class TokenObjective(Objective):
 
     @abstractmethod
     def token_losses(self, logits: Tensor, targets: Tensor, *reference: Tensor) -> Tensor:
-        """The losses ``[n]`` of a chunk of supervised tokens; must have no side effects, since it may run twice.
+        """Return the losses ``[n]`` of a chunk of supervised tokens; must have no side effects, since it may run twice.
 
         Args:
             logits: ``[n, V]`` float32, with a gradient.
@@ -42,12 +42,12 @@ class TokenObjective(Objective):
         """
 
     def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
-        """The weighted sum of the losses, the sum of the weights, and the number of supervised tokens."""
+        """Return the weighted sum of the losses, the sum of the weights, and the number of supervised tokens."""
         loss = outputs.weighted_sum(outputs.map_logits(self.token_losses))
         return {"loss": loss, "count": outputs.total_weight(), "tokens": len(outputs.targets)}
 
     def finish_step(self, sums: Sums) -> Sums:
-        """The number of supervised tokens."""
+        """Return the number of supervised tokens."""
         return {"tokens": sums.get("tokens", sums["count"])}
 
 
@@ -89,7 +89,9 @@ class SFT(TokenObjective):
         self.token_reference = kl_to if kl_weight else None
 
     def token_factors(self, logits: Tensor, losses: Tensor) -> Tensor | None:
-        """What the cross entropies ``[n]`` are multiplied by, from these and the logits, without gradient; or None."""
+        """Return what the cross entropies ``[n]`` are multiplied by, from these and the logits, without gradient; or
+        None.
+        """
         return None
 
     def token_losses(self, logits: Tensor, targets: Tensor, *reference: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class SFT(TokenObjective):
         return sums | {name: outputs.weighted_sum(one) for name, one in zip(names, columns, strict=True)}
 
     def finish_step(self, sums: Sums) -> Sums:
-        """The number of supervised tokens, and means of what is logged besides the loss."""
+        """Return the number of supervised tokens, and means of what is logged besides the loss."""
         return super().finish_step(sums) | {
             name: sums[name] / sums["count"] for name in ("cross_entropy", "entropy", "kl") if name in sums
         }
@@ -133,7 +135,7 @@ class DFT(SFT):
     """
 
     def token_factors(self, logits: Tensor, losses: Tensor) -> Tensor:
-        """The probabilities of the tokens."""
+        """Return the probabilities of the tokens."""
         return torch.exp(-losses)
 
 
@@ -197,12 +199,12 @@ class ContextDistillation(SFT):
         self.cross_entropy_weight = cross_entropy_weight
 
     def token_factors(self, logits: Tensor, losses: Tensor) -> Tensor:
-        """The weight of the cross entropies."""
+        """Return the weight of the cross entropies."""
         return torch.full_like(losses, self.cross_entropy_weight)
 
 
 def entropies(logits: Tensor) -> Tensor:
-    """The entropies ``[n]`` of the distributions that logits ``[n, V]`` give, in nats."""
+    """Return the entropies ``[n]`` of the distributions that logits ``[n, V]`` give, in nats."""
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 

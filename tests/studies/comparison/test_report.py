@@ -10,6 +10,7 @@ from PIL import Image
 from experiments.embedded.combined import combine, write_combined
 from shadowlit.errors import DataError
 from shadowlit.studies.comparison.report import render, sentence, write
+from shadowlit.studies.comparison.scoring import Measure, samples_of_sets
 from shadowlit.studies.comparison.summary import OVER_INSTRUCT, Comparison, Description, barrier, summarise
 from shadowlit.studies.rows import LR, Row, to_csv
 from shadowlit.studies.statistics import Interval
@@ -141,13 +142,150 @@ def test_a_difference_is_paired_by_row_and_seed():
         (
             "B2I", "Instruct", Interval(0.0, 0.0, 0.0, 3, 9),
             "No difference between B2I and the untouched Instruct could be shown on the mean of new and old: "
-            "0.0 points (95 % CI 0.0 to 0.0, 3 seeds, 9 rows).",
+            "0.0 points (no interval: no spread between seeds or rows, 3 seeds, 9 rows).",
+        ),
+        (
+            "B2I", "I2I", Interval(0.1, math.nan, math.nan, 1, 0),
+            "No difference between B2I and I2I could be shown on the mean of new and old: +10.0 points (no interval: "
+            "nothing is known of rows, 1 of 3 seeds). With one seed, this says nothing of other trainings.",
+        ),
+        (
+            "B2I", "I2I", Interval(1.0, 0.4, 1.0, 3, 4, exact=True),
+            "B2I is better than I2I on the mean of new and old by 100.0 points (exact 95 % CI 40.0 to 100.0, 3 seeds, "
+            "4 rows).",
         ),
     ],
 )  # fmt: skip
 def test_sentences_claim_what_the_interval_holds(a, b, interval, told):
     comparison = Comparison(a, b, {"mean": interval}, 3)
     assert sentence(comparison, interval, ["new", "old"]) == told
+
+
+LOSS = Measure(higher=False, unit="nats")
+
+
+def by_loss(lr, choice, report, seed=0, arm="B2I", tokens=(1, 3), scale=1.0):
+    """A training that logged two losses; those of the rows of the set "report" are around the logged one."""
+    spread = 0.25 * lr * 1e3 * (1 + seed)
+    losses = [report - spread * tokens[1], report + spread * tokens[0]] * 5
+    rows = [[loss * n, n, n, loss, 1] for loss, n in zip(losses, list(tokens) * 5, strict=True)]
+    metrics = {"choice/loss": choice, "report/loss": report, "loss": (choice + report) / 2, "forgetting/kl": 0.1}
+    samples = samples_of_sets({"report": rows}, ["report/loss"])
+    if arm == "Instruct":
+        return Row(arm, metrics=metrics, samples=samples)
+    return trained(arm, lr, seed, scale, metrics=metrics, samples=samples)
+
+
+def losses_of_two_arms(**options):
+    found = [by_loss(0, 4.0, 4.5, arm="Instruct", **options)]
+    for seed in (0, 1, 2):
+        found += [by_loss(1e-4, 2.0 + seed / 10, 3.0, seed, **options)]
+        found += [by_loss(1e-3, 2.5, 1.0 + seed / 10, seed, **options)]
+        found += [by_loss(1e-4, 3.0, 2.5, seed, arm="I2I", **options)]
+    return found
+
+
+def test_a_loss_on_one_set_chooses_the_rate_and_on_another_is_reported():
+    found = losses_of_two_arms()
+    report = summarise(found, WHAT, score={"report/loss": LOSS}, choose={"choice/loss": LOSS}, arms=["B2I", "I2I"])
+    assert report.choices["B2I"].best.lr == 1e-4  # though the other rate is better on the reported rows
+    first, second, _ = report.comparisons
+    interval = first.intervals["mean"]
+    assert (interval.difference, interval.num_rows, interval.num_seeds) == (pytest.approx(0.5), 10, 3)
+    assert interval.low < 0.5 < interval.high
+    assert sentence(second, second.intervals["mean"], ["report/loss"], LOSS).startswith(
+        "B2I is better than the untouched Instruct on report/loss by 1.5000 nats (95 % CI "
+    )
+    assert report.predictions[0].metrics[OVER_INSTRUCT] == pytest.approx(1.5)  # above 0 is better
+    text = render(report)
+    assert "one with the lowest choice/loss, over seeds" in text and "report/loss (lower is better)" in text
+    assert row(section(text, "Each arm at its chosen rate"), "B2I")[1:3] == ["1e-4", "3.0000 ± 0.0000"]
+    assert "share rows" not in text and "chosen on other rows" in section(text, "To be kept in mind")
+    assert row(section(text, "All rates"), "B2I")[:4] == ["B2I", "1e-4", "2.1000 ± 0.0577", "3.0000 ± 0.0000"]
+
+
+@pytest.mark.parametrize("metric", ["loss", "report/loss"])
+def test_a_choice_on_the_reported_rows_is_told(metric):
+    report = summarise(losses_of_two_arms(), WHAT, score={metric: LOSS}, arms=["B2I", "I2I"])
+    assert report.choices["B2I"].best.lr == 1e-3
+    text = render(report)
+    assert f"The choice and {metric} share rows: the reported scores flatter the arms." in text
+    assert "give a second validation set" in section(text, "To be kept in mind")
+
+
+def test_without_rows_the_interval_is_over_seeds():
+    found = [replace(r, samples={}) for r in losses_of_two_arms()]
+    found = [replace(r, metrics={**r.metrics, "report/loss": r.metrics["choice/loss"]}) for r in found]
+    (comparison, *_) = summarise(found, WHAT, score={"report/loss": LOSS}, arms=["B2I", "I2I"]).comparisons
+    interval = comparison.intervals["mean"]
+    # differences -1.0, -0.9, -0.8: s = 0.1, t(0.975, 2) = 4.303
+    assert (interval.difference, interval.num_rows) == (pytest.approx(-0.9), 0)
+    assert interval.high + 0.9 == pytest.approx(4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert "3 seeds)." in sentence(comparison, interval, ["report/loss"], LOSS)
+
+
+def test_rows_that_a_metric_is_not_made_of_are_not_used():
+    """As of a metric of one's own with the name of another."""
+    found = [
+        replace(r, metrics={**r.metrics, "report/loss": r.metrics["report/loss"] + 1}) for r in losses_of_two_arms()
+    ]
+    (comparison, *_) = summarise(found, WHAT, score={"report/loss": LOSS}, arms=["B2I", "I2I"]).comparisons
+    assert comparison.intervals["mean"].num_rows == 0
+
+
+def test_metrics_of_several_units_are_not_averaged(tmp_path):
+    found = [
+        replace(r, metrics={**r.metrics, "report/sequence_accuracy": r.metrics["report/loss"] / 10}, samples={})
+        for r in losses_of_two_arms()
+    ]
+    scores = {"report/sequence_accuracy": Measure(), "report/loss": LOSS}
+    report = summarise(found, WHAT, score=scores, choose={"choice/loss": LOSS}, arms=["B2I", "I2I"])
+    text = write(report, tmp_path).read_text()
+    cells = row(section(text, "Each arm at its chosen rate"), "B2I")
+    assert cells[2:] == ["30.0 ± 0.0", "3.0000 ± 0.0000", "30.0 ± 0.0"]
+    assert "| mean of report/sequence_accuracy |" in text
+    assert "  - report/loss: " in section(text, "What the data say")
+
+
+def test_the_agreement_with_the_instruct_chooses_no_rate():
+    """It is highest where least was learned."""
+    found = []
+    for r in records():
+        agreement = {0: 1.0, 1: 1.0} if r.lr == 1e-4 else {0: 0.0, 1: 0.0}
+        metrics = {**r.metrics, "forgetting/agreement": agreement[0]}
+        found.append(replace(r, metrics=metrics, samples={**r.samples, "forgetting": agreement}))
+    report = told_of(found, keep=["forgetting"])
+    assert {arm: choice.best.lr for arm, choice in report.choices.items()} == dict.fromkeys(report.choices, 1e-3)
+    standing = next(s for s in report.table if s.arm == "B2I")
+    assert standing["reported/mean"].mean == standing["reported/new/score"].mean
+    assert standing["reported/keep"].mean == 0
+    assert "forgetting measures the agreement" in section(render(report), "To be kept in mind")
+
+
+def test_an_arm_that_was_not_asked_for_is_nowhere():
+    text = render(summarise(records(), WHAT, gain=GAIN, keep=KEEP, arms=["I2I"]))
+    tables = [line for line in text.splitlines() if line.startswith(("|", "- "))]
+    assert not [line for line in tables if "B2" in line or "I2B" in line]
+    assert "I2I − Instruct" in text and section(text, "Missing").strip() == "Nothing."
+
+
+def test_a_plot_without_two_points_is_neither_drawn_nor_linked(tmp_path):
+    found = [r for r in records() if r.arm == "B2I" and r.seed == 0 and r.lr == 1e-3 and r.scale == 1.0]
+    found = [replace(r, facts={}, line={}, metrics={"loss": 1.0}) for r in found]
+    write(told_of(records()), tmp_path)
+    text = write(told_of(found), tmp_path).read_text()
+    assert {file.name for file in tmp_path.iterdir()} == {"REPORT.md", "table.csv"} and "](" not in text
+
+
+def test_rows_that_are_all_alike_have_an_exact_interval():
+    found = [Row("Instruct", samples={"new": dict.fromkeys(range(20), 0.0)})]
+    found += [trained("B2I", 1e-4, seed, samples={"new": dict.fromkeys(range(20), 1.0)}) for seed in range(3)]
+    found += [trained("I2I", 1e-4, seed, samples={"new": dict.fromkeys(range(20), 1.0)}) for seed in range(3)]
+    equal, better, _ = (each.intervals["mean"] for each in told_of(found, keep=[]).comparisons)
+    # Clopper and Pearson of 0 of 10 and of 10 of 10 rows
+    assert (equal.low, equal.high) == (pytest.approx(-0.30850, abs=1e-5), pytest.approx(0.30850, abs=1e-5))
+    assert (better.low, better.high) == (pytest.approx(0.69150, abs=1e-5), 1.0)
+    assert (equal.sign, better.sign, equal.exact, better.exact) == (0, 1, True, True)
 
 
 def test_an_arm_without_a_finished_training_is_missing_everywhere():
@@ -196,7 +334,7 @@ def test_arms_without_a_common_seed_are_not_compared():
 def test_an_evaluator_that_cannot_be_averaged_is_left_out_and_told():
     found = [replace(r, samples=r.samples | {"kl": {0: 3.5, 1: 0.1}, "one": {0: 1.0}}) for r in records()]
     report = told_of(found, keep=["old", "kl", "one", "loss"])
-    assert report.evaluators == ("new", "old")
+    assert report.scores == ("new", "old")
     text = section(render(report), "To be kept in mind")
     assert "kl is in no mean: its scores leave the range from 0 to 1." in text
     assert "one is in no mean: it has a single row" in text and "loss is in no mean: it has no scores of rows" in text

@@ -57,10 +57,8 @@ def setting(tmp_path_factory):
 
 def run_compare(setting, out, **options):
     given = {"rates": {"B2I": [1e-3], "I2I": [2e-3]}, "seeds": [0], "arms": "B2I,I2I,B2B,I2B"}
-    compare(
-        str(setting / "fit.yaml"), out=str(out), gain=["said"], threads=1, workers=2, scales=[1.0, 0.5],
-        task_scales=[0.5], **{**given, **options},
-    )  # fmt: skip
+    given |= {"gain": ["said"], "task_scales": [0.5], **options}
+    compare(str(setting / "fit.yaml"), out=str(out), threads=1, workers=2, scales=[1.0, 0.5], **given)
     return read_records(out / "records.json")
 
 
@@ -138,6 +136,33 @@ def loss_by_hand(model, setting):
         total -= sum(log_probs[t - 1, ids[0, t]].item() for t in places)
         count += len(places)
     return total / count
+
+
+def test_metrics_of_two_validation_sets_choose_and_are_reported(setting, tmp_path):
+    """Without any evaluator; and the intervals are over the rows, since these make the metric that was logged."""
+    lines = (setting / "rows.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("choice", lines[:3]), ("report", lines[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sets = {name: str(tmp_path / f"{name}.jsonl") for name in ("choice", "report")}
+    records = run_compare(
+        setting, tmp_path / "out", arms="B2I,I2I", gain=None, choose="val/grafted/choice/loss", task_scales=[],
+        score="report/loss,report/sequence_accuracy,report/first_token_loss",
+        overrides={"evaluation.evaluators": {}, "data.validation": sets},
+    )  # fmt: skip
+    by_arm = {(r.arm, r.scale): r for r in records}
+    for row in by_arm.values():
+        losses, tokens = row.samples["report/loss"], row.samples["report/num_tokens"]
+        assert len(losses) == 5
+        first, answers = row.samples["report/first_token_loss"], row.samples["report/num_answers"]
+        mean = sum(first[i] * answers[i] for i in first) / sum(answers.values())
+        assert mean == pytest.approx(row.metrics["report/first_token_loss"], rel=1e-6)
+        mean = sum(losses[i] * tokens[i] for i in losses) / sum(tokens.values())
+        assert mean == pytest.approx(row.metrics["report/loss"], rel=1e-6)
+    text = (tmp_path / "out/report/REPORT.md").read_text()
+    assert "lowest choice/loss" in text and "5 rows" in text and "share rows" not in text
+    difference = by_arm["B2I", 1.0].metrics["report/loss"] - by_arm["I2I", None].metrics["report/loss"]
+    assert f"{abs(difference):.4f}" in text.split("## Paired differences")[1]
+    assert "B2B" not in text.split("## Each arm at its chosen rate")[1].split("## Cost")[0]
 
 
 def test_facts_cost_and_line(compared):
@@ -277,6 +302,9 @@ def test_an_interrupted_training_keeps_what_it_resumes_from(setting, tmp_path):
     ({"threads": 0}, "--threads is 0; expected at least 1"),
     ({"seeds": "0,x"}, "--seeds is '0,x'; expected whole numbers"),
     ({"overrides": {"evaluation.evaluators": {}}}, r"has no evaluation\.evaluators"),
+    ({"score": "other/loss"}, "--score names other/loss, which no validation logs; known are accuracy, "),
+    ({"score": "loss", "choose": "loss,accuracy"}, "--choose names loss, accuracy, which have no common mean"),
+    ({"gain": "forgetting"}, "no score says what is learned: forgetting measures the agreement"),
 ])  # fmt: skip
 def test_what_cannot_be_compared_is_told_at_once(setting, tmp_path, options, message):
     with pytest.raises(ShadowlitError, match=message):

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 
+from shadowlit.errors import DataError
+from shadowlit.studies.comparison.scoring import Measure, Scoring, read_measures, samples_of_sets, scores_of
 from shadowlit.studies.comparison.selection import (
     choose_rate,
     choose_rate_and_scale,
     halves_of,
-    mean_score,
     scored,
-    scores_of,
     standings,
 )
 from shadowlit.studies.rows import Row
@@ -22,11 +22,51 @@ def record(lr: float, selection: float, *, seed: int = 0, scale: float = 1.0, re
 
 
 def choose(records, arm, evaluators, by=choose_rate):
-    return by(standings(scored(records, evaluators)), arm)
+    scoring = Scoring(tuple(evaluators), halves={name: halves_of(records, name) for name in evaluators})
+    return by(standings(scored(records, scoring)), arm)
 
 
 def score(standing):
     return standing["selection/mean"].mean
+
+
+def test_directions_of_metrics():
+    assert read_measures("score", ["val/grafted/loss", "report/perplexity", "a/sequence_accuracy", "margin:lower"]) == {
+        "loss": Measure(False, "nats"), "report/perplexity": Measure(False, "number"),
+        "a/sequence_accuracy": Measure(True, "share"), "margin": Measure(False, "number"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ("margin", "isn't known whether higher is better. Write margin:higher or margin:lower"),
+    ("loss:down", "'loss:down'; expected loss:higher or loss:lower"),
+    ("a/agreement", "--score names a/agreement, which measures how much of the Instruct is forgotten"),
+    ("forgetting/kl:lower", "measures how much of the Instruct is forgotten"),
+])  # fmt: skip
+def test_metrics_that_can_not_score(given, message):
+    with pytest.raises(DataError, match=message):
+        read_measures("score", [given])
+
+
+def test_rows_of_a_set_give_its_metrics():
+    sets = {"report": [[1.0, 2.0, 2.0, 0.5, 1.0], [6.0, 4.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0]]}
+    names = ["report/loss", "report/accuracy", "report/sequence_accuracy", "report/perplexity", "other/loss"]
+    names += ["report/first_token_loss"]
+    found = samples_of_sets(sets, names)
+    assert found == {
+        "report/loss": {0: 0.5, 1: 1.5}, "report/accuracy": {0: 1.0, 1: 0.25}, "report/num_tokens": {0: 2.0, 1: 4.0},
+        "report/sequence_accuracy": {0: 1.0, 1: 0.0}, "report/first_token_loss": {0: 0.5, 1: 1.5},
+        "report/num_answers": {0: 1.0, 1: 2.0},
+    }  # fmt: skip
+    metrics = {"report/loss": 7 / 6, "report/accuracy": 0.5, "report/sequence_accuracy": 0.5}
+    metrics["report/first_token_loss"] = 3.5 / 3
+    row = trained("B2I", 1e-3, 0, metrics=metrics, samples=found)
+    scoring = Scoring(metrics=dict.fromkeys(names, Measure()))
+    scores, weights = scoring.rows(row, "report/loss", 2)
+    assert (scores @ weights) / weights.sum() == pytest.approx(7 / 6)
+    assert scoring.rows(row, "report/first_token_loss", 2)[1].tolist() == [1.0, 2.0]
+    assert scoring.rows(row, "report/sequence_accuracy", 2)[1].tolist() == [1.0, 1.0]
+    assert scoring.rows(row, "report/perplexity", 0) is None and scoring.rows(row, "report/loss", 3) is None
 
 
 def test_rows_are_halved_by_their_place_in_the_order_of_indices():
@@ -83,7 +123,6 @@ def test_a_record_without_all_rows_has_no_score():
     choice = choose([whole, part], "B2I", ["new"])
     assert choice.best.lr == 1e-4 and math.isnan(score(choice.candidates[1]))
     assert scores_of(part, "new", [0, 2]) is None and scores_of(part, "new", []) is None
-    assert math.isnan(mean_score(part, {"new": [0, 2]})) and math.isnan(mean_score(part, {}))
 
 
 def test_an_arm_without_scores_has_no_rate():
