@@ -37,6 +37,8 @@ def quieten() -> None:
             warnings.filterwarnings("ignore", category=category)
         for message in _MESSAGES:
             warnings.filterwarnings("ignore", message=message)
+    # On CPUs with bfloat16 instructions, its import misses an optional package, with models in 4 bits or without.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in _LOGGERS:
         for handler in logging.getLogger(name).handlers:
             if _is_shown not in handler.filters:

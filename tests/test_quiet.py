@@ -43,3 +43,14 @@ def test_warnings_are_one_line_and_deprecations_are_shown_on_request(options, ex
     assert (
         (done.stderr == expected) if not options else (expected in done.stderr and len(done.stderr.splitlines()) == 3)
     )
+
+
+def test_a_kernel_of_bitsandbytes_that_nobody_asked_for_is_not_missed():
+    """Its import warns on CPUs with bfloat16 instructions; the import is simulated, so that every CPU sees it."""
+    code = (
+        "import logging, shadowlit.quiet as quiet; quiet.quieten(); "
+        "logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load CPU gemm_4bit_forward'); "
+        "logging.getLogger('bitsandbytes.other').warning('shown')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "shown\n"

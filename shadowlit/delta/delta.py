@@ -28,7 +28,7 @@ from shadowlit.checkpoint.folder import (
 )
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.layout import head_and_embedding
-from shadowlit.checkpoint.names import count_layers
+from shadowlit.checkpoint.names import count_layers, in_totals
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
@@ -230,7 +230,7 @@ class Delta(Update):
         return effective_rank(self.tensor(name))
 
     def cosine(self, other: Delta) -> float:
-        """``⟨a, b⟩ / (‖a‖ ‖b‖)`` over all tensors."""
+        """``⟨a, b⟩ / (‖a‖ ‖b‖)`` over the tensors that :func:`overlap` compares."""
         return overlap(self, other).cosine
 
     def sign_agreement(self, other: Delta) -> float:
@@ -363,8 +363,13 @@ class Overlap:
 
 
 def overlap(a: Delta, b: Delta) -> Overlap:
-    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there."""
-    shapes = _union([a, b], [1.0, 1.0])
+    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there.
+
+    Over their matrices, if they have any; see :func:`shadowlit.checkpoint.names.in_totals`.
+    """
+    every = _union([a, b], [1.0, 1.0])
+    compared = in_totals(every)
+    shapes = {name: shape for name, shape in every.items() if name in compared}
 
     def one(window: tuple[str, int, int]) -> Tensor:
         rows = [found.rows(*window) if window[0] in found.shapes else None for found in (a, b)]
