@@ -103,7 +103,7 @@ def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -
 
     Args:
         deltas: Updates by name.
-        weights: Those that they are updates of, for relative norms. Where these lack a tensor or have another shape
+        weights: Weights that they are updates of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
     return {name: _norms(delta, weights) for name, delta in deltas.items()}
