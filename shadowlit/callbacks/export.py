@@ -190,7 +190,7 @@ class ExportCallback(Callback):
             select=callback.select,
             dtype=callback.dtype,
             coverage=callback.build(module).coverage,
-            survival={name: statistics[name] for name in ("survival", "delta_norm") if name in statistics},
+            survival=_summary(statistics),
             metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
             transforms=callback.transforms.specs,
@@ -255,6 +255,17 @@ class ExportCallback(Callback):
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder) if self.folder else run_folder(trainer) / "export"
+
+
+def _summary(statistics: Mapping[str, float]) -> dict[str, Any]:
+    """The update's size and what is left of it, in total and by component."""
+    found: dict[str, Any] = {
+        name: statistics[name] for name in ("survival", "delta_norm", "relative_delta") if name in statistics
+    }
+    for name in ("survival", "relative_delta"):
+        parts = {key.partition("/")[2]: value for key, value in statistics.items() if key.startswith(f"{name}/")}
+        found |= {f"{name}_by_component": parts} if parts else {}
+    return found
 
 
 def _require_finite(problem: str | None, delta_norm: float) -> None:

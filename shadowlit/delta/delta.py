@@ -28,7 +28,7 @@ from shadowlit.checkpoint.folder import (
 )
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.layout import head_and_embedding
-from shadowlit.checkpoint.names import count_layers
+from shadowlit.checkpoint.names import count_layers, in_totals
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
 from shadowlit.delta.spectrum import effective_rank
@@ -144,23 +144,23 @@ class Delta(Update):
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """The update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
+        """Return the update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
         shapes = {name: shape for name, shape in update.shapes.items() if name in update.weights}
         return cls(shapes, _as_tensors(update.rows), source=update)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
-        """A delta of tensors in memory."""
+        """Return a delta of tensors in memory."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         rows = rows_of(tensors.__getitem__)
         return cls(shapes, lambda *window: widen(rows(*window)))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
+        """Return the rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
         return self._rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in float32.
+        """Return a whole tensor, in float32.
 
         Raises:
             GraftError: There is none of this name.
@@ -190,7 +190,7 @@ class Delta(Update):
         return self * -1.0
 
     def only(self, names: Iterable[str]) -> Delta:
-        """The part of the delta on these tensors."""
+        """Return the part of the delta on these tensors."""
         kept = frozenset(names)
         return Delta({n: shape for n, shape in self.shapes.items() if n in kept}, self._rows, self.manifest)
 
@@ -222,7 +222,7 @@ class Delta(Update):
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def norm(self) -> float:
-        """The Euclidean norm over all tensors."""
+        """Return the Euclidean norm over all tensors."""
         return math.sqrt(sum(tensor.square for tensor in self.statistics()))
 
     def effective_rank(self, name: str) -> float:
@@ -230,15 +230,15 @@ class Delta(Update):
         return effective_rank(self.tensor(name))
 
     def cosine(self, other: Delta) -> float:
-        """``⟨a, b⟩ / (‖a‖ ‖b‖)`` over all tensors."""
+        """``⟨a, b⟩ / (‖a‖ ‖b‖)`` over the tensors that :func:`overlap` compares."""
         return overlap(self, other).cosine
 
     def sign_agreement(self, other: Delta) -> float:
-        """The share of equal signs among the elements that are not zero in either."""
+        """Return the share of equal signs among the elements that are not zero in either."""
         return overlap(self, other).sign_agreement
 
     def statistics(self) -> list[TensorStatistics]:
-        """Size and zeros of every tensor, streamed."""
+        """Return the size and zeros of every tensor, streamed."""
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in self.shapes}
         peaks = {name: torch.zeros(()) for name in self.shapes}
 
@@ -363,8 +363,13 @@ class Overlap:
 
 
 def overlap(a: Delta, b: Delta) -> Overlap:
-    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there."""
-    shapes = _union([a, b], [1.0, 1.0])
+    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there.
+
+    Over their matrices, if they have any; see :func:`shadowlit.checkpoint.names.in_totals`.
+    """
+    every = _union([a, b], [1.0, 1.0])
+    compared = in_totals(every)
+    shapes = {name: shape for name, shape in every.items() if name in compared}
 
     def one(window: tuple[str, int, int]) -> Tensor:
         rows = [found.rows(*window) if window[0] in found.shapes else None for found in (a, b)]

@@ -268,7 +268,7 @@ class Transforms:
 
     @torch.no_grad()
     def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of an update; of the whole tensor where a transform is not elementwise.
+        """Return the transformed part of an update; of the whole tensor where a transform is not elementwise.
 
         Args:
             name: Name of the tensor.
@@ -293,7 +293,9 @@ class Transforms:
 
     @staticmethod
     def noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and device."""
+        """Return uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and
+        device.
+        """
         # The CPU's generator looks at 32 bits of its seed only, so that both must be in them.
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode(), seed))
         return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -71,7 +71,7 @@ class LoraUpdate(FromBase):
         folder: Folder of the adapter.
         config: Its settings.
         reader: Reader of the factors, by the names in peft's files.
-        strict: As of :class:`shadowlit.grafting.update.FullUpdate`.
+        strict: See :class:`shadowlit.grafting.update.FullUpdate`.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.

@@ -187,7 +187,10 @@ def test_a_zero_update_is_warned_of_once_and_has_no_survival(tmp_path, recwarn):
     (told,) = [str(w.message) for w in recwarn if "the update is zero" in str(w.message)]
     assert "zero after 2 steps: no weight that graft.select chooses has changed" in told and "(now linear)" in told
     assert trainer.callback_metrics["graft/delta_norm"] == 0 and "graft/survival" not in trainer.callback_metrics
-    assert read_manifest(tmp_path / "export/delta")["survival"] == {"delta_norm": 0.0}
+    zero = {"attention": 0.0, "mlp": 0.0}
+    assert read_manifest(tmp_path / "export/delta")["survival"] == {
+        "delta_norm": 0.0, "relative_delta": 0.0, "relative_delta_by_component": zero,
+    }  # fmt: skip
 
 
 def test_one_that_is_worse_than_the_instruct_is_exported_with_a_warning(tmp_path, recwarn):

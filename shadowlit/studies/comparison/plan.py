@@ -28,7 +28,9 @@ class Training:
         return f"{self.source}_lr{self.lr:g}_seed{self.seed}"
 
     def row(self, arm: str, scale: float | None, **measured: Any) -> Row:
-        """One of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned arm."""
+        """Return one of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned
+        arm.
+        """
         return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)
 
     def job(self, recipe: Recipe, folder: Path, arms: Sequence[str] = TUNED) -> Job:
@@ -90,7 +92,7 @@ def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Seque
 
 
 def rates_of_arms(arms: Sequence[str], rates: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
-    """The learning rates of each compared arm, in ascending order.
+    """Return the learning rates of each compared arm, in ascending order.
 
     Raises:
         DataError: An arm has none, or one that isn't positive.
