@@ -166,7 +166,7 @@ def _cause(path: str, beside: list[str], base: type, names: Iterable[str]) -> st
     except ShadowlitError as error:
         return f"can't be imported ({first_line(error.__cause__ or error).removeprefix('AttributeError: ')})"
     if not (isinstance(found, type) and issubclass(found, base)):
-        return f"is no subclass of {base.__name__}"
+        return f"is not a subclass of {base.__name__}"
     left = getattr(found, "__abstractmethods__", ())
     return f"is abstract, since it lacks {', '.join(sorted(left))}" if left else ""
 

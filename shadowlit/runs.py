@@ -50,7 +50,7 @@ class RunOptions:
         name: Name of the run, whose folder is ``<root>/<name>``. The same command with the same name continues it. null
             for a new folder ``<root>/<name of the configuration file>/version_<n>`` at every start.
         root: Folder of all runs.
-        resume: What ``fit`` does with the name of an earlier run: auto resumes it from its newest complete checkpoint,
+        resume: Treatment of the name of an earlier run by ``fit``: auto resumes it from its newest complete checkpoint,
             never is an error, and must is an error where there is nothing to resume.
         allow_changes: Whether to resume a run whose configuration has changed. The changes are listed.
     """

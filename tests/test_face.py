@@ -216,7 +216,7 @@ def test_a_missing_model_is_named_by_the_users_argument(models):
         ("source", lambda: open_model(missing)),
         (r"pair\.instruct", lambda: shadowlit.ModelPair(there, missing).instruct_folder()),
     ):
-        with pytest.raises(PairError, match=rf"'{missing}' is no folder.* set {key} to the folder"):
+        with pytest.raises(PairError, match=rf"'{missing}' is not a folder.* set {key} to the folder"):
             call()
 
 

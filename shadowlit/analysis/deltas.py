@@ -66,7 +66,10 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
-    """Several updates by name; see :func:`open_delta`. Example: ``deltas = open_deltas({"lora": "runs/lora"})``."""
+    """Open several updates by name; see :func:`open_delta`.
+
+    Example: ``deltas = open_deltas({"lora": "runs/lora"})``.
+    """
     return {name: open_delta(source, base) for name, source in sources.items()}
 
 
@@ -100,7 +103,7 @@ def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -
 
     Args:
         deltas: Updates by name.
-        weights: Those that they are updates of, for relative norms. Where these lack a tensor or have another shape
+        weights: Weights that they are updates of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
     return {name: _norms(delta, weights) for name, delta in deltas.items()}
@@ -179,7 +182,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
-    """σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
+    """Compute σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
     (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 

@@ -145,7 +145,7 @@ def subspace_overlap(
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
-    """:func:`subspace_overlap` of what the updates write, and read. Example: ``overlaps(deltas, rank=2)``."""
+    """Compute :func:`subspace_overlap` of what the updates write, and read. Example: ``overlaps(deltas, rank=2)``."""
     return [subspace_overlap(deltas, rank, "output", layers), subspace_overlap(deltas, rank, "input", layers)]
 
 

@@ -52,7 +52,7 @@ class EvaluationCallback(Callback):
 
     An evaluator with ``every=n`` runs in the first full validation of a fit, in every *n*-th validation after it, and
     in the last one that ``max_steps`` or ``max_epochs`` allow; in ``validate`` and ``test`` it always runs. Where it
-    does not run, nothing of it is logged, and Lightning shows callbacks the values from before: monitor metrics of
+    does not run, no metric of it is logged, and Lightning shows callbacks the values from before: monitor metrics of
     evaluators with ``every=1``. The sanity check before the first step runs two rows of every evaluator on every
     subject and discards the results, so that an evaluator that fails does so at once.
 

@@ -99,10 +99,10 @@ class GraftCallback(Callback):
         offload: Whether the frozen weights of the pair are kept in the CPU's memory.
         baselines: Whether the untouched Base and Instruct are measured once, in the first full validation.
         statistics: Whether norms and survival of the update are logged at every validation.
-        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft; null for where the adapter is
-            exported.
-        routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
-            measured in compiled layers.
+        adapter: Whether to score the adapter on the Instruct, val/adapter/*, next to the graft; null for
+            where the adapter is exported.
+        routing: Whether to log how many choices of experts the graft changes, for a mixture of experts. Needs
+            baselines; not measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, or the import path of a function. Metrics, norms,
             survival and exports are those of the transformed update.

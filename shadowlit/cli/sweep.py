@@ -167,7 +167,7 @@ def _check(definition: Definition, folder: Path) -> None:
     from shadowlit.lightning_cli import check
 
     if not Path(definition.fit).is_file():
-        raise ShadowlitError(f"fit is {definition.fit!r}, which is no file; expected a configuration of fit.")
+        raise ShadowlitError(f"fit is {definition.fit!r}, which is not a file; expected a configuration of fit.")
     levels = [
         [limits["low"], limits["high"]] if (limits := axis.range) is not None else list(axis.levels)
         for axis in definition.axes

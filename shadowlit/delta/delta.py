@@ -32,12 +32,12 @@ from shadowlit.checkpoint.layout import head_and_embedding
 from shadowlit.checkpoint.names import count_layers, in_totals, stored_factors
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
-from shadowlit.delta.factors import Factors, joined
 from shadowlit.delta.spectrum import effective_rank, singular_values
 from shadowlit.delta.transforms import Transforms, ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.factors import Factors, joined
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.tuned import open_update
@@ -160,23 +160,23 @@ class Delta(Update):
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """The update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
+        """Return the update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
         shapes = {name: shape for name, shape in update.shapes.items() if name in update.weights}
         return cls(shapes, _as_tensors(update.rows), source=update, factored=update.factored)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
-        """A delta of tensors in memory."""
+        """Return a delta of tensors in memory."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         rows = rows_of(tensors.__getitem__)
         return cls(shapes, lambda *window: widen(rows(*window)))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
+        """Return the rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
         return self._rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in float32.
+        """Return a whole tensor, in float32.
 
         Raises:
             GraftError: There is none of this name.
@@ -206,7 +206,7 @@ class Delta(Update):
         return self * -1.0
 
     def only(self, names: Iterable[str]) -> Delta:
-        """The part of the delta on these tensors."""
+        """Return the part of the delta on these tensors."""
         kept = frozenset(names)
         shapes = {n: shape for n, shape in self.shapes.items() if n in kept}
         return Delta(shapes, self._rows, self.manifest, factored=self.factored)
@@ -240,7 +240,7 @@ class Delta(Update):
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def norm(self) -> float:
-        """The Euclidean norm over all tensors."""
+        """Return the Euclidean norm over all tensors."""
         return math.sqrt(sum(self.squares().values()))
 
     def squares(self) -> dict[str, float]:
@@ -267,11 +267,11 @@ class Delta(Update):
         return cosine(self, other)
 
     def sign_agreement(self, other: Delta) -> float:
-        """The share of equal signs among the elements that are not zero in either."""
+        """Return the share of equal signs among the elements that are not zero in either."""
         return overlap(self, other).sign_agreement
 
     def statistics(self) -> list[TensorStatistics]:
-        """Size and zeros of every tensor, streamed."""
+        """Return the size and zeros of every tensor, streamed."""
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in self.shapes}
         peaks = {name: torch.zeros(()) for name in self.shapes}
 

@@ -14,11 +14,11 @@ from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.names import factor_key, is_weight, kind_of, leaf_of, module_of
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.factors import Factors, joined
 from shadowlit.delta.transforms import truncated_svd
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.export import export_adapter
+from shadowlit.grafting.factors import Factors, joined
 from shadowlit.grafting.manifest import versions
 from shadowlit.pair.pair import ModelPair
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowlit.delta.factors import Factors
 from shadowlit.delta.registry import NOISE, SEED, Transform, Where, checked, find, transform
 from shadowlit.delta.spectrum import gram
 from shadowlit.errors import GraftError, ShadowlitError, first_line
 from shadowlit.grafting.arithmetic import widen
+from shadowlit.grafting.factors import Factors
 
 _TRIAL = 256  # rows and columns of the matrix on which a chosen transform is tried before anything is loaded
 _Step = tuple[Transform, dict[str, Any]]
@@ -264,7 +264,7 @@ class Transforms:
 
     @torch.no_grad()
     def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of an update; of the whole tensor where a transform is not elementwise.
+        """Return the transformed part of an update; of the whole tensor where a transform is not elementwise.
 
         Args:
             name: Name of the tensor.
@@ -289,7 +289,9 @@ class Transforms:
 
     @staticmethod
     def noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and device."""
+        """Return uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and
+        device.
+        """
         # The CPU's generator looks at 32 bits of its seed only, so that both must be in them.
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode(), seed))
         return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)

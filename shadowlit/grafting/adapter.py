@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from shadowlit.checkpoint.names import canonical_name, changes_bias, is_adapter_name, is_linear_factor
-from shadowlit.delta.factors import Factors
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.parameters import host_of
 from shadowlit.pair.folders import is_tied
 

@@ -37,8 +37,8 @@ from shadowlit.checkpoint.names import (
 )
 from shadowlit.checkpoint.reader import TensorReader, described, keeping
 from shadowlit.checkpoint.streaming import row_windows
-from shadowlit.delta.factors import Factors
 from shadowlit.errors import GraftError, first_line
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.update import FromBase, Rows, is_resized, other_vocabulary
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class LoraUpdate(FromBase):
         folder: Folder of the adapter.
         config: Its settings.
         reader: Reader of the factors, by the names in peft's files.
-        strict: As of :class:`shadowlit.grafting.update.FullUpdate`.
+        strict: See :class:`shadowlit.grafting.update.FullUpdate`.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.

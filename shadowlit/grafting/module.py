@@ -21,11 +21,11 @@ from shadowlit.checkpoint.names import (
     layer_label,
 )
 from shadowlit.checkpoint.reader import TensorReader, described
-from shadowlit.delta.factors import Factors
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.pairing import HostParameter, aliases_of, parts_of, require_pairing, select_parameters
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.quantised import quantised_layers
@@ -64,7 +64,7 @@ class ModuleGraft:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
         require_pairing(parameters, base, by_module)
-        # For each tensor of the Instruct's files that is no parameter by itself, the parts of parameters it is made of.
+        # For each tensor of the Instruct's files that is not a parameter by itself, its parts of parameters.
         self._parts = {} if by_module is instruct else parts_of(shapes, instruct)
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

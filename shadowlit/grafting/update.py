@@ -28,7 +28,7 @@ from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError
 
 if TYPE_CHECKING:
-    from shadowlit.delta.factors import Factors
+    from shadowlit.grafting.factors import Factors
 
 UNGATHERED = (0,)  # shape in which DeepSpeed ZeRO-3 leaves a parameter of which a process holds no shard
 

@@ -26,6 +26,7 @@ from shadowlit.callbacks.throughput import peak_memory_bytes
 from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.checkpoint.names import is_of_experts
+from shadowlit.data.conversation import DataErrors
 from shadowlit.data.module import ShadowData
 from shadowlit.data.rendering import load_template
 from shadowlit.errors import DataError, GraftError, PairError, ShadowlitError, counted
@@ -37,7 +38,7 @@ from shadowlit.pair.hub import read_hub_headers
 from shadowlit.pair.pair import PairWithoutWeights
 from shadowlit.planning.memory import Memory, estimate
 from shadowlit.progress import make_console, make_table
-from shadowlit.status import StatusLine
+from shadowlit.status import StatusLine, number
 from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is left to its context and to gaps between tensors
@@ -52,7 +53,7 @@ _HELD = 3  # the first parts are there in all phases
 
 
 def parse_bytes(text: str) -> float:
-    """``24GiB``, ``80 GB`` or ``512MiB`` in bytes; raises a ShadowlitError for what is no size."""
+    """``24GiB``, ``80 GB`` or ``512MiB`` in bytes; raises a ShadowlitError for what is not a size."""
     found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if found is None:
         raise ShadowlitError(f"memory is {text!r}; expected a size such as 24GiB or 80GB.")
@@ -98,13 +99,15 @@ class Plan:
             "sharing": "fsdp" if sharded else "ddp" if ranks > 1 else "none",
         }
         self.process = 0.0
+        self.num_errors = 0
 
     def read(self) -> list[str]:
-        """Check the pair and read headers and data; return problems, errors first."""
+        """Check the pair and read headers and data; return problems, errors first, and count the errors."""
         pair, data = self.module.pair, self.data
         template = None if data.chat_template is None else load_template(data.chat_template)
         found = check_pair(pair, self.graft.select, False, template, data.template_kwargs)
         problems = [f"{problem.severity}: {problem}" for problem in found]
+        self.num_errors = sum(problem.severity == "error" for problem in found)
         self.read_headers()
         try:
             if not isinstance(self.module.pair, PairWithoutWeights):
@@ -114,6 +117,7 @@ class Plan:
             data.setup("fit")
         except (DataError, GraftError, PairError) as error:
             problems.insert(0, f"error: {error}")
+            self.num_errors += len(error.messages) if isinstance(error, DataErrors) else 1
         if self.on_cpu:  # the libraries' own memory, as large in this process as in a training
             self.process = peak_memory_bytes(torch.device("cpu"))
         return problems
@@ -187,30 +191,34 @@ class Plan:
                 self, "trainer", {**self.trainer, "ranks": ranks, "sharing": "fsdp"}, f"{ranks} devices under FSDP2"
             )
 
-    def print(self, limit: float | None, measure_steps: int, words: Sequence[str], problems: Sequence[str]) -> None:
+    def print(self, limit: float | None, measure_steps: int, words: Sequence[str], refused: str = "") -> None:
         """Print problems, memory, disk and time.
 
         Args:
-            limit: Bytes of a device; None for this machine's.
+            limit: Bytes of a device, which may be another machine's; None for this machine's.
             measure_steps: Steps to measure; 0 for none.
             words: Arguments of fit with which they are trained.
-            problems: What was found before.
+            refused: Why this machine can't run the training: an error, unless a size says that another will.
 
         Raises:
             ShadowlitError: There are errors, or the training doesn't fit.
         """
-        console, problems = make_console(), [*problems, *self.read()]
-        for line in problems:
+        console, elsewhere = make_console(), limit is not None
+        for line in self.read():
             console.print(line)
+        if refused:
+            self.num_errors += not elsewhere
+            hint = "" if elsewhere else " To plan for another machine, give its devices' memory, e.g. --memory=24GiB."
+            console.print(f"{'note' if elsewhere else 'error'}: this machine can't run the training: {refused}{hint}")
         memory, limit = self.memory(), limit or self.limit()
         console.print(self._table(memory))
         self._print_disk(console, memory)
-        errors = [counted(n, "error")] if (n := sum(line.startswith("error") for line in problems)) else []
+        errors = [counted(self.num_errors, "error")] if self.num_errors else []
         needed = size(self.peak(memory))
         if math.isnan(self.peak(memory)):
             console.print("memory: whether it fits is not known")
         elif limit is None:
-            console.print(f"memory: {needed}; this machine has no such device. Give its size, e.g. --memory=24GiB.")
+            console.print(f"memory: {needed}; whether it fits is not known, since this machine has no such device")
         elif self.fits(memory, limit):
             console.print(f"memory: it fits, {needed} of {size(limit)}")
         else:
@@ -218,7 +226,7 @@ class Plan:
             console.print(f"memory: {errors[-1]}. Set, one after the other:")
             for setting, changed in self.remedies(limit):
                 console.print(f"  {setting}: {size(self.peak(changed))}")
-        console.print(f"time: {self._measured(0 if errors else measure_steps, words)}")
+        console.print(f"time: {self._measured(0 if errors or refused else measure_steps, words)}")
         if errors:
             raise ShadowlitError(f"the training can't run as it is configured: {', '.join(errors)}; see above.")
 
@@ -304,4 +312,4 @@ def size(num_bytes: float) -> str:
     if math.isnan(num_bytes):
         return "not known"
     unit, power = next(((u, p) for u, p in (("TB", 1e12), ("GB", 1e9)) if num_bytes >= p), ("MB", 1e6))
-    return f"{num_bytes / power:.3g} {unit}" if num_bytes else ""
+    return f"{number(num_bytes / power, digits=3)} {unit}" if num_bytes else ""

@@ -73,7 +73,7 @@ class ProgressLine(ProgressBar):
         self.show()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that what follows is no training."""
+        """Say that what follows is not a training."""
         self.show("finishing", now=self._line.live)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -206,7 +206,7 @@ class ScoringModule(LightningModule):
 
         They are those of :attr:`shadowlit.training.objective.TokenSums.by_sample`.
 
-        The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
+        The set "" is all of them. Empty for an objective whose scores are not losses of tokens. A collective.
         """
         owns = {name: one.own for (who, name), one in self._scores.items() if who == subject}
         return {name: own.by_sample() for name, own in owns.items() if isinstance(own, TokenScores) and own.takes_sums}

@@ -16,10 +16,10 @@ from shadowlit.checkpoint.factored import FactoredReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
 from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum, write_delta
-from shadowlit.delta.factors import Factors
 from shadowlit.delta.transforms import ties, truncated_svd
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.manifest import read_manifest
 from tests.tiny import save_model, save_pair
 

@@ -322,7 +322,7 @@ def test_broken_data_are_told_with_the_task(tmp_path, folder):
 
 def test_a_broken_yaml_file_is_told_although_the_harness_passes_over_it(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: [")
-    with pytest.raises(EvaluationError, match=r"broken\.yaml is no task of the harness' form"):
+    with pytest.raises(EvaluationError, match=r"broken\.yaml is not a task of the harness' form"):
         load_benchmarks(["broken"], tasks_folder=tmp_path)
     (tmp_path / "broken.yaml").write_text("include: nowhere.yaml\ntask: broken")
     with pytest.raises(EvaluationError, match=r"there is no .*nowhere\.yaml, needed by .*broken\.yaml"):
@@ -461,7 +461,7 @@ def test_the_command_refuses_before_it_loads_a_model(options, message, tmp_path,
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("no/such/folder", "no folder"), ("EMPTY", "there is no"), ("org/none", "the hub does not give")],
+    [("no/such/folder", "not a folder"), ("EMPTY", "there is no"), ("org/none", "the hub does not give")],
 )
 def test_the_command_tells_a_model_that_is_not_there(model, message, tmp_path, folder, capsys):
     model = model.replace("EMPTY", str(tmp_path))

@@ -28,11 +28,13 @@ class Training:
         return f"{self.source}_lr{self.lr:g}_seed{self.seed}"
 
     def row(self, arm: str, scale: float | None, **measured: Any) -> Row:
-        """One of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned arm."""
+        """Return one of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned
+        arm.
+        """
         return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)
 
     def job(self, recipe: Recipe, folder: Path) -> Job:
-        """The job that runs it in a folder of its own in the comparison's ``folder``."""
+        """Return the job that runs it in a folder of its own in the comparison's ``folder``."""
         home = folder / self.name
         own = {
             "model.lr": self.lr,
@@ -72,7 +74,7 @@ def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Seque
 
 
 def rates_of_arms(arms: Sequence[str], rates: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
-    """The learning rates of each compared arm, in ascending order.
+    """Return the learning rates of each compared arm, in ascending order.
 
     Raises:
         DataError: An arm has none, or one that isn't positive.

@@ -30,7 +30,7 @@ def write_report(study: SweepStudy, folder: Path) -> Path:
     table = build_table(study)
     write_curves(study, folder)
     failed = {
-        trial.user_attrs["name"]: str(trial.user_attrs.get("reason", "its metric was no number"))
+        trial.user_attrs["name"]: str(trial.user_attrs.get("reason", "its metric was not a number"))
         for trial in study.trials
         if trial.state.name == "FAIL" and "name" in trial.user_attrs
     }

@@ -159,17 +159,19 @@ def start(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a job has left its result."""
+    """Return whether a job has left its result."""
     return (folder / RESULT).is_file()
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
+    """Return what a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
     return json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
 def read_live(folder: Path) -> dict[str, Any] | None:
-    """What the last validation of a running job has measured: ``step`` and ``metrics``; None before the first."""
+    """Return what the last validation of a running job has measured: ``step`` and ``metrics``; None before
+    the first.
+    """
     file = folder / LIVE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -180,14 +182,16 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def last_words(folder: Path) -> str:
-    """The last line of a failed job's log that names an error; its last line if none does."""
+    """Return the last line of a failed job's log that names an error; its last line if none does."""
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return ([line for line in lines if _ERROR.match(line)] or lines or ["it left no log"])[-1]
 
 
 def untouched_failed(home: Path) -> ShadowlitError:
-    """The error that ends a study without reference models, which the job in the folder ``home`` should have left."""
+    """Return the error that ends a study without reference models, which the job in the folder ``home`` should have
+    left.
+    """
     return ShadowlitError(
         f"the untouched models could not be measured, so there is nothing to compare with: "
         f"{last_words(home).removesuffix('.')}. Fix the cause, and start the same command again; the log is "

@@ -234,7 +234,7 @@ def test_a_storage_that_cannot_be_reached(tmp_path, address, message):
 
 
 def test_a_journal_that_is_none(tmp_path):
-    (tmp_path / "x.journal").write_text("these are no trials\nat all\n")
+    (tmp_path / "x.journal").write_text("these are not trials\nat all\n")
     with pytest.raises(ShadowlitError, match=r"x\.journal can't be read or written"):
         opened(str(tmp_path / "x.journal"), tmp_path)
 

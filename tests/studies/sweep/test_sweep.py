@@ -260,7 +260,7 @@ def test_a_worker_of_an_array_runs_as_many_as_it_is_told(tmp_path, monkeypatch):
     ({"grid": {"model.lr": ["fast"]}}, 'model.lr is fast; expected float.'),
     ({"grid": {"model.adapter.r": [4, "x"]}}, 'model.adapter.r is x; expected int.'),
     ({"variants": {"v": {"a": {"model.lr": 1e-3}, "b": {"graft.selct": "all"}}}, "grid": {}}, "graft.selct"),
-    ({"fit": "configs/none.yaml"}, "fit is 'configs/none.yaml', which is no file"),
+    ({"fit": "configs/none.yaml"}, "fit is 'configs/none.yaml', which is not a file"),
     ({"workers": 0}, "workers is 0; expected at least 1"),
     ({"limit": 0}, "limit is 0; expected at least 1"),
     ({"grid": {"model.lr": []}}, "grid.model.lr is"),
