@@ -28,10 +28,14 @@ _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a pars
 
 @dataclass(frozen=True)
 class Job:
-    """A training, or a measurement of untrained models: its folder's name, and the command line of ``shadowlit``."""
+    """A training, or a measurement of untrained models: its folder's name, and the command line of ``shadowlit``.
+
+    Its result has metrics whose names begin with each of ``measures``.
+    """
 
     name: str
     arguments: tuple[str, ...]
+    measures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,6 +165,24 @@ def start(
 def is_finished(folder: Path) -> bool:
     """Return whether a job has left its result."""
     return (folder / RESULT).is_file()
+
+
+def is_measured(job: Job, folder: Path) -> bool:
+    """Return whether a finished job has measured everything that is asked of it; one of fewer arms has not."""
+    logged = read_result(folder)["metrics"]
+    return all(any(name.startswith(prefix) for name in logged) for prefix in job.measures)
+
+
+def discard(folder: Path) -> None:
+    """Remove what a job has left, so that it runs again from its beginning.
+
+    Raises:
+        ShadowlitError: Another process has not left the folder within a minute.
+    """
+    with vacated(folder):
+        for path in folder.iterdir():
+            if not path.name.startswith(LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_result(folder: Path) -> dict[str, Any]:

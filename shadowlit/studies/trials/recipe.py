@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,6 +99,25 @@ class Recipe:
         """Return the keys of the section ``pair`` that are set."""
         names = ("base", "instruct", "base_revision", "instruct_revision", "trust_remote_code", "template_owner")
         return {name: value for name in names if (value := self.get(f"pair.{name}")) is not None}
+
+    def monitored(self) -> set[str]:
+        """Return the metrics that callbacks and schedules of the configuration monitor."""
+
+        def found(value: Any) -> Iterator[str]:
+            if isinstance(value, Mapping):
+                yield from (
+                    each for key, each in value.items() if str(key).endswith("monitor") and isinstance(each, str)
+                )
+                yield from (name for each in value.values() for name in found(each))
+            for each in value if isinstance(value, list | tuple) else ():
+                yield from found(each)
+
+        kept = {key: self.content[key] for key in self.content if key not in self.overrides}
+        for key in ("trainer.callbacks", "model.lr_scheduler"):  # what overrides replace is not there
+            section, name = key.split(".")
+            if key in self.overrides and isinstance(kept.get(section), Mapping):
+                kept[section] = {part: value for part, value in kept[section].items() if part != name}
+        return {*found(kept), *found(self.overrides)}
 
     def is_distributed(self) -> bool:
         """Return whether Lightning would start more processes than one."""
