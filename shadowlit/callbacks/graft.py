@@ -420,7 +420,7 @@ class GraftCallback(Callback):
     def _measure(self, trainer: Trainer, module: ShadowModule) -> None:
         """Run the passes of one validation and add what they measure to its record."""
         graft, record, main = self.build(module), self.record, self.subjects[0]
-        self.twins = self._find_twins(trainer, graft)
+        self.twins = self._find_twins(trainer, module, graft)
         squares: Squares | None = {} if self.statistics else None  # the main graft's, found while it is swapped in
         for subject in self._validated:
             self._pass(trainer, module, subject, squares if subject == main else None)
@@ -456,11 +456,14 @@ class GraftCallback(Callback):
     def _validated(self) -> list[Subject]:
         return self.subjects if self.validate else []
 
-    def _find_twins(self, trainer: Trainer, graft: LiveGraft) -> dict[Subject, Subject]:
-        """Find out which subjects have the weights of another; that choices of experts are recorded for each rules it
-        out.
+    def _find_twins(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> dict[Subject, Subject]:
+        """Find out which subjects have the weights of another before the first step.
+
+        None where each needs its own pass: if choices of experts are recorded, or a subclass has a step of its own.
         """
-        if trainer.sanity_checking or trainer.global_step or self._routing is not None:
+        step = "test_step" if trainer.testing else "validation_step"
+        own_step = getattr(type(module), step) is not getattr(ShadowModule, step)
+        if trainer.sanity_checking or trainer.global_step or self._routing is not None or own_step:
             return {}
         is_base, are_instruct = graft.unchanged()
         twins = {BASE: TUNED} if is_base else {}

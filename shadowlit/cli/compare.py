@@ -104,6 +104,7 @@ def compare(
     from shadowlit.studies.progress import StudyProgress
     from shadowlit.studies.rows import UNTOUCHED_TRIAL
     from shadowlit.studies.trials.process import last_words, untouched_failed
+    from shadowlit.studies.trials.trial import LOG
 
     of_arms = rates_of_arms(given, own)
     found = [recipe.untouched_job(folder)]
@@ -121,9 +122,10 @@ def compare(
             "under --gain, or metrics of the validation under --score."
         )
     with own_folder(folder, recipe):
-        with StudyProgress("trainings", len(found), "grafted loss") as shown:
+        metric, in_process = next(iter(scored), "loss"), not recipe.is_distributed()
+        with StudyProgress("trainings", len(found), metric) as shown:
             failed = run(
-                found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), shown=shown
+                found, folder, workers=workers, threads=threads, in_process=in_process, metric=metric, shown=shown
             )
         if UNTOUCHED_TRIAL in failed:
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
@@ -134,10 +136,14 @@ def compare(
         report = write(summary, folder / "report")
     console.print(f"report    {report}")
     if failed:
-        reasons = "; ".join(f"{name}: {last_words(folder / name).removesuffix('.')}" for name in failed)
+        reasons: dict[str, list[str]] = {}
+        for name in failed:
+            reasons.setdefault(last_words(folder / name).removesuffix("."), []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        logs = ", ".join(str(folder / name / LOG) for name in failed)
         raise ShadowlitError(
-            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {reasons}. Fix the cause, and "
-            f"start the same command again; the logs are in {folder}."
+            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {told}. Fix the cause, and "
+            f"start the same command again. Logs: {logs}"
         )
 
 

@@ -187,7 +187,7 @@ class SweepStudy:
         changed = changes(self._identity_of(study), identity)
         if changed:
             raise ShadowlitError(
-                f"the storage holds another sweep named {self.definition.study!r}: {changed} differ. Give "
+                f"the storage holds another sweep named {self.definition.study!r}; different: {changed}. Give "
                 "this one another name, or remove that one; values, seeds and arms may be added, nothing else may "
                 "change."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from shadowlit.studies.trials.trial import LIVE, LOG, RESULT, run_logged
 
 _PATIENCE_S = 10.0
 _RESUMED = ("checkpoints", "metrics.csv", "config.yaml")
+_NO_ERROR = ("tip:", "Usage:", "usage:")
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a parser, or at the end of a traceback
 
 
@@ -204,10 +206,20 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def last_words(folder: Path) -> str:
-    """Return the last line of a failed job's log that names an error; its last line if none does."""
+    """Return the last message of a failed job's log that names an error, as one line; its last line if none does."""
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).is_file() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ([line for line in lines if _ERROR.match(line)] or lines or ["it left no log"])[-1]
+    lines = [line.strip() for line in text.splitlines()]
+    begun = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+    if not begun:
+        return ([line for line in lines if line] or ["it left no log"])[-1]
+    # A message that lists several problems has several lines; it ends at an empty one, or where something else begins.
+    message = itertools.takewhile(lambda line: line and not line.startswith(_NO_ERROR), lines[begun[-1] :])
+    return " ".join(message)
+
+
+def failure(folder: Path) -> str:
+    """Return why a job has failed, and where its log is."""
+    return f"{last_words(folder).removesuffix('.')}; the log is {folder / LOG}"
 
 
 def untouched_failed(home: Path) -> ShadowlitError:

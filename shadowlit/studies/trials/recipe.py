@@ -83,11 +83,12 @@ class Recipe:
         """Return everything but the pair that must not change within a study; it is written, so secrets are masked."""
         found = {
             "config": hashlib.sha256(self.config.read_bytes()).hexdigest(),
+            "content": masked(self.content),
             "overrides": masked(self.overrides),
             "scales": list(self.scales),
             "task_scales": list(self.task_scales),
         }
-        return json.loads(json.dumps(found))
+        return json.loads(json.dumps(found, default=str))
 
     def fingerprints(self) -> Mapping[str, Any]:
         """Return the fingerprints of the two models of the pair."""

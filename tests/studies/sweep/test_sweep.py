@@ -299,9 +299,11 @@ def test_a_folder_has_one_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "start", lambda job, folder, **_: _Stub(job, folder))
     given = {"fit": "configs/demo_lora.yaml", "grid": {"model.lr": [1e-3]}, "threads": 1, "overrides": SHORT}
     run("a", out=str(tmp_path / "out"), **given)
-    with pytest.raises(ShadowlitError, match=r"another sweep: metric differ\. Give this one another name or folder"):
+    with pytest.raises(
+        ShadowlitError, match=r"another sweep; different: metric .* Give this one another name or folder"
+    ):
         run("a", out=str(tmp_path / "out"), storage=str(tmp_path / "y.journal"), metric="accuracy", **given)
-    with pytest.raises(ShadowlitError, match=r"holds another sweep named 'a-demo_lora': metric differ"):
+    with pytest.raises(ShadowlitError, match=r"holds another sweep named 'a-demo_lora'; different: metric"):
         run("a", out=str(tmp_path / "out"), metric="accuracy", **given)
     with pytest.raises(ShadowlitError, match=r"there is no .*study\.journal"):
         report(str(tmp_path / "none"))
