@@ -33,7 +33,7 @@ SERIES = {f"docs/tutorials/{name}.md" for name in ("first-graft", "reading-a-run
 # What the demo pair on a CPU can't run: a pattern of the command, and why.
 ELSEWHERE = {
     r"^demo$": "tests/demo runs it",
-    r"qwen3_4b_full_fsdp\.yaml": "needs eight GPUs; tests/training trains sharded on two processes",
+    r"^fit.*qwen3_4b_full_fsdp": "needs eight GPUs; tests/training trains sharded on two processes",
     r"--backend vllm": "needs vLLM and a GPU",
     r"postgresql://": "needs a database server; tests/studies starts one",
     r"my_transforms\.": "tests/test_extending.py runs it",
@@ -84,9 +84,11 @@ def write_data(folder):
     write(folder / "held_out_pairs.jsonl", pairs[32:64])
     asked = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in rows_of("new")]
     questions = [{"question": question, "answer": answer} for question, answer in asked]
-    for name in ("questions", "my_task", "examples"):
+    sums = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(16)]
+    write(folder / "questions.jsonl", sums)
+    for name in ("my_task", "examples"):
         write(folder / f"{name}.jsonl", questions[:16])
-    choices = [{"question": q, "choices": [a, "oak"], "solution": 0, "label": 0} for q, a in asked[:16]]
+    choices = [{"question": q, "choices": [a, "oak"], "solution": 0, "answer": 0} for q, a in asked[:16]]
     write(folder / "choices.jsonl", choices)
     write(folder / "quiz.jsonl", [{key: row[key] for key in ("question", "choices", "solution")} for row in choices])
     for name in ("problems", "held_out"):
@@ -188,7 +190,7 @@ def shortened(words):
     name, few = words[0], [f"--{key}={value}" for key, value in FEW.items()]
     if name == "fit":
         return [*words, *few, "--trainer.enable_progress_bar=false"]
-    if name in ("plan", "preview"):
+    if name == "preview" or (name == "plan" and value_of(words, "--memory") is None):  # else it plans for a GPU
         return [*words, *few[:2]]
     if name == "compare":
         rates = {arm: each[:1] for arm, each in json.loads(value_of(words, "--rates")).items()}

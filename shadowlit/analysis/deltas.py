@@ -103,7 +103,7 @@ def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -
 
     Args:
         deltas: Updates by name.
-        weights: Those that they are updates of, for relative norms. Where these lack a tensor or have another shape
+        weights: Weights that they are updates of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
     return {name: _norms(delta, weights) for name, delta in deltas.items()}
@@ -115,19 +115,19 @@ def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
         names = [n for n, s in delta.shapes.items() if n in weights.tensors and weights.tensors[n].shape == s]
         rows = weights.rows
         whole = Delta({n: delta.shapes[n] for n in names}, lambda n, i, j: torch.from_numpy(rows(n, i, j)))
-        squares = {found.name: found.square for found in whole.statistics()}
+        squares = whole.squares()
     total = in_totals(delta.shapes)
     return [
         TensorNorm(
-            found.name,
-            layer_of(found.name),
-            kind_of(found.name),
-            math.prod(found.shape),
-            found.square,
-            squares.get(found.name, math.nan),
-            found.name in total,
+            name,
+            layer_of(name),
+            kind_of(name),
+            math.prod(delta.shapes[name]),
+            square,
+            squares.get(name, math.nan),
+            name in total,
         )
-        for found in delta.statistics()
+        for name, square in delta.squares().items()
     ]
 
 

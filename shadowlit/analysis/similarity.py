@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.analysis.sums import Moments, Sums, mean_of_defined, stream_moments
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
+from shadowlit.checkpoint.factored import open_stored_delta
+from shadowlit.checkpoint.folder import DELTA_FILE
 from shadowlit.checkpoint.headers import some_of, weights_in
 from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
 from shadowlit.checkpoint.names import (
@@ -327,7 +328,7 @@ def open_reader(folder: Path) -> tuple[TensorReader, bool]:
         CheckpointError: There is neither, or its files are broken.
     """
     is_delta = any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json"))
-    return (CheckpointReader(folder, DELTA_FILE) if is_delta else open_model(folder).learned()), is_delta
+    return (open_stored_delta(folder) if is_delta else open_model(folder).learned()), is_delta
 
 
 def _require_one_architecture(readers: Sequence[TensorReader]) -> None:

@@ -125,8 +125,7 @@ class ExportCallback(Callback):
             factors = sum(4 * p.numel() for p in pl_module.parameters() if p.requires_grad)
             sizes["adapter"] = factors + require_copyable(files)
         if "delta" in self.parts:
-            num_elements = self._graft.build(pl_module).coverage.num_selected_parameters
-            sizes["delta"] = shard_bytes(2 * num_elements, self.max_shard_bytes)
+            sizes["delta"] = shard_bytes(self._graft.build(pl_module).delta_bytes(), self.max_shard_bytes)
         parts = ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in sizes.items())
         return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
@@ -171,7 +170,7 @@ class ExportCallback(Callback):
         if "adapter" in self.parts and pl_module.adapter is not None:
             self._export_adapter(trainer, pl_module, target / "adapter", manifest)
         if "delta" in self.parts:
-            tensors = self._graft.build(pl_module).delta_tensors()
+            tensors = self._graft.build(pl_module).delta_tensors(factored=True)
             if trainer.is_global_zero:
                 write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
             else:

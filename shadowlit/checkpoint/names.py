@@ -181,6 +181,17 @@ def factor_key(module: str, factor: str) -> str:
     return f"{_PEFT_ROOT}{module}.lora_{factor}.weight"
 
 
+def stored_factors(name: str) -> tuple[str, str]:
+    """Return the names in a stored delta of the factors [out, r] and [r, in] whose product a matrix is."""
+    return f"{name}.lora_B", f"{name}.lora_A"
+
+
+def whole_of_factor(name: str) -> str | None:
+    """Return the name of the matrix of which a tensor of a stored delta is a factor; ``None`` if it is none."""
+    whole, _, factor = name.rpartition(".")
+    return whole if whole and factor in ("lora_A", "lora_B") else None
+
+
 def is_peft_key(name: str) -> bool:
     """Return whether peft would load a tensor of this name; what it would not, it ignores."""
     return name.startswith("base_model.") and ".default." not in name

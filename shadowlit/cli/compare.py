@@ -12,7 +12,7 @@ from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console
-from shadowlit.studies.comparison.plan import plan
+from shadowlit.studies.comparison.plan import plan, rates_of_arms
 from shadowlit.studies.comparison.scoring import Measure, read_measures
 from shadowlit.studies.trials.recipe import Recipe
 
@@ -105,7 +105,10 @@ def compare(
     from shadowlit.studies.rows import UNTOUCHED_TRIAL
     from shadowlit.studies.trials.process import last_words, untouched_failed
 
-    found = [recipe.untouched_job(folder), *(training.job(recipe, folder) for training in trainings)]
+    of_arms = rates_of_arms(given, own)
+    found = [recipe.untouched_job(folder)]
+    for training in trainings:
+        found.append(training.job(recipe, folder, [arm for arm, lrs in of_arms.items() if training.lr in lrs]))
     measured = check_measured(list(found[1].arguments))
     scored, choosing = _logged("score", scored, measured), _logged("choose", choosing, measured)
     if gained is None:  # an agreement with the Instruct is no sign that something was learned

@@ -63,7 +63,7 @@ def require_written(
     Args:
         chat: Template, and tools among its arguments.
         messages: Messages that were rendered.
-        text: What the template wrote.
+        text: Text that the template wrote.
         ask: Whether ``text`` has the generation prompt.
         trained: Turns that are supervised in ``text``; they must be complete in it, while other turns of the assistant
             may be shortened when later ones follow.

@@ -76,7 +76,7 @@ class TrainedReader(ComputedReader):
 
 
 def latest(run: str | Path) -> TrainedReader:
-    """The newest complete checkpoint below a run's folder, or the checkpoint itself.
+    """Return the newest complete checkpoint below a run's folder, or the checkpoint itself.
 
     Raises:
         DataError: There is none.
@@ -90,7 +90,7 @@ def latest(run: str | Path) -> TrainedReader:
 
 
 def stages(run: str | Path, most: int | None = None) -> list[TrainedReader]:
-    """The checkpoints below a run's folder, one per optimizer step, in order.
+    """Return the checkpoints below a run's folder, one per optimizer step, in order.
 
     One that is being written, or that the run removes in the meantime, is left out with a warning.
 
@@ -120,7 +120,7 @@ def open_stage(
     adapter: PeftConfig | None = None,
     select: str | list[str] | None = None,
 ) -> Delta:
-    """The update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
+    """Return the update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
 
     Args:
         stage: One of :func:`stages`.
@@ -143,7 +143,7 @@ def open_stage(
 
 
 def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: PeftConfig | None = None) -> Update:
-    """The whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
+    """Return the whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
     home, config = config_above(stage.folder)
     pair = pair or pair_of(config, home)
     aligned, _ = _learned(pair)  # the run holds experts as its module does, the update shall hold them as the files

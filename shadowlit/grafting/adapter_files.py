@@ -61,7 +61,7 @@ def adapter_update(
         folder: Folder of the adapter.
         config: Its settings, in place of ``adapter_config.json``.
         reader: Reader of its tensors, by the names in peft's files, in place of ``adapter_model.safetensors``.
-        strict: As of :class:`shadowlit.grafting.update.FullUpdate`.
+        strict: See :class:`shadowlit.grafting.update.FullUpdate`.
         allow_pickle: Also read ``adapter_model.bin``.
 
     Raises:

@@ -25,6 +25,7 @@ from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.pairing import HostParameter, aliases_of, parts_of, require_pairing, select_parameters
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.quantised import quantised_layers
@@ -193,11 +194,11 @@ class ModuleGraft:
                 yield name, files.read(name).to(dtype)
 
     @torch.no_grad()
-    def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def delta_tensors(self, factored: bool = False) -> Iterator[tuple[str, Tensor | Factors]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
         One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
-        end; all ranks get them.
+        end; all ranks get them. With ``factored``, what an adapter has learned as a product of two matrices comes so.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -212,7 +213,27 @@ class ModuleGraft:
         apart = {part.name for parts in self._parts.values() for part in parts}
         cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
         for name in sorted(cut | (trained.keys() - apart)):
-            yield name, in_files.read(name) if name in cut else update(name)
+            factors = self._factors(trained[name]) if factored and name not in cut else None
+            yield name, factors or (in_files.read(name) if name in cut else update(name))
+
+    @torch.no_grad()
+    def delta_bytes(self) -> int:
+        """Return the bytes of the update as it is stored, in bfloat16 or as factors; a collective if sharded."""
+        reshard_all(self.model)
+        total = 0
+        for host in self._hosts:
+            if host.selected and host.trained:
+                dense = 2 * host.parameter.numel()
+                factors = self._factors(host)
+                total += dense if factors is None else min(dense, factors.num_bytes)
+        return total
+
+    def _factors(self, host: HostParameter) -> Factors | None:
+        """The whole update of a parameter as factors on the CPU; None if it isn't an adapter's product alone."""
+        if self._transforms is not None or host.adapted is None or host.base is not None:
+            return None
+        found = host.adapted.factors(self._whole_tuned)
+        return None if found is None else Factors(found.up.cpu(), found.down.cpu())
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:

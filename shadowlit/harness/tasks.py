@@ -79,7 +79,7 @@ class Settings:
             )
 
     def batch_size_on(self, device_type: str) -> str:
-        """The batch size as the harness takes it, on this type of device."""
+        """Return the batch size as the harness takes it, on this type of device."""
         automatic = self.batch_size.startswith("auto")
         return str(_CPU_BATCH_SIZE) if automatic and device_type == "cpu" else self.batch_size
 
@@ -161,7 +161,7 @@ def load_benchmarks(
 
 
 def harness_version() -> str:
-    """The installed version of the harness."""
+    """Return the installed version of the harness."""
     return metadata.version("lm_eval")
 
 
@@ -413,7 +413,7 @@ def _set_answer_tokens(task: Task, number: int | None) -> None:
 
 
 def answer_tokens(task: Task) -> int:
-    """The longest answer that a task asks for, in tokens; 0 if it generates none."""
+    """Return the longest answer that a task asks for, in tokens; 0 if it generates none."""
     if task.get_config("output_type") != "generate_until":
         return 0
     given = task.get_config("generation_kwargs") or {}

@@ -25,10 +25,12 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.throughput import peak_memory_bytes
 from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
 from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.names import is_of_experts
 from shadowlit.data.conversation import DataErrors
 from shadowlit.data.module import ShadowData
 from shadowlit.data.rendering import load_template
 from shadowlit.errors import DataError, GraftError, PairError, ShadowlitError, counted
+from shadowlit.grafting.adapter import is_plain
 from shadowlit.grafting.export import model_bytes
 from shadowlit.pair.check import check_pair
 from shadowlit.pair.folders import commit_of
@@ -259,10 +261,12 @@ class Plan:
         savers = savers or [{}] * (self.options["enable_checkpointing"] is not False)
         tops = [one.get("save_top_k", 1) for one in savers]
         kept = sum(tops) + sum(bool(one.get("save_last")) for one in savers)
+        dense, experts = 2 * sum(x.num_elements for x in self.headers.values()), any(map(is_of_experts, self.headers))
+        factored = module.adapter is not None and is_plain(module.adapter, start=False) and not experts
         sizes = {
             "model": model_bytes(module.pair.instruct_folder(), self.headers, self.graft.dtype, export.max_shard_bytes),
             "adapter": 4 * memory.num_trained if module.adapter is not None else 0,
-            "delta": shard_bytes(2 * sum(x.num_elements for x in self.headers.values()), export.max_shard_bytes),
+            "delta": shard_bytes(min(dense, 4 * memory.num_trained) if factored else dense, export.max_shard_bytes),
         }
         sizes = {part: sizes[part] for part in export.parts if export.enabled and sizes[part]}
         folder = Path(export.folder or self.options["default_root_dir"] or ".").absolute()

@@ -97,9 +97,9 @@ class ShadowModule(ScoringModule):
             takes ``lr`` unless its init_args set one; betas, eps and weight_decay are options of AdamW alone.
         offload_optimizer: Whether AdamW's moments are kept in the CPU's memory between steps. Saves 8 bytes per trained
             parameter on a GPU, but every step waits for 16 bytes to be moved. Works on one device, under DDP and FSDP2.
-        reduce_gradients: When FSDP2's ranks add their gradients: after every micro-batch, which keeps them sharded, or
-            once per step, which holds 4 more bytes per trained parameter on every rank meanwhile. auto: once per step
-            for an adapter. DDP always adds them once per step.
+        reduce_gradients: Time at which FSDP2's ranks add their gradients: after every micro-batch, which keeps them
+            sharded, or once per step, which holds 4 more bytes per trained parameter on every rank meanwhile.
+            auto: once per step for an adapter. DDP always adds them once per step.
         activation_checkpointing: Activations that each decoder layer recomputes in the backward pass instead of storing
             them. false or none: nothing. true or full: everything, which needs least memory and about a third more
             time. selective: what is cheap for the memory that it takes; attention and products that don't widen are

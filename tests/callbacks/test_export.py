@@ -54,7 +54,11 @@ def test_the_exported_delta_is_what_the_exported_model_has_more_than_the_instruc
     for name in changed:
         gained = grafted.read(name).double() - instruct.read(name).double()
         torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)
-    assert 0 < delta.manifest["stored_error"] < 2**-8 and delta.manifest["kind"] == "delta"
+    assert delta.manifest["kind"] == "delta"
+    if kind == "full":
+        assert 0 < delta.manifest["stored_error"] < 2**-8 and not delta.factored
+    else:  # as factors, in float32
+        assert delta.manifest["stored_error"] == 0 and set(delta.factored) == set(changed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -262,7 +266,7 @@ def test_a_disk_without_room_for_what_will_be_written_is_found_before_the_first_
     fit(tmp_path, folders, "lora", [GraftCallback(), ExportCallback(parts=parts, folder=str(tmp_path / "export"))])
     written = {part: sum(f.stat().st_size for f in (tmp_path / "export" / part).iterdir()) for part in parts}
     small = sum((tmp_path / "export" / part / "shadowlit.json").stat().st_size for part in parts)
-    assert expected == pytest.approx(sum(written.values()) - small, rel=0.02) and min(written.values()) > 30_000
+    assert expected == pytest.approx(sum(written.values()) - small, rel=0.02) and min(written.values()) > 20_000
 
 
 class ReadsLate(ShadowModule):

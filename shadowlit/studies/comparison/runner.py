@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,11 +15,21 @@ from shadowlit.errors import DataError
 from shadowlit.files import replace_text
 from shadowlit.studies.progress import StudyProgress
 from shadowlit.studies.trials.folder import LOCK, changes
-from shadowlit.studies.trials.process import Job, Pool, Running, is_finished, last_words, read_live
+from shadowlit.studies.trials.process import (
+    Job,
+    Pool,
+    Running,
+    discard,
+    is_finished,
+    is_measured,
+    last_words,
+    read_live,
+)
 from shadowlit.studies.trials.recipe import Recipe
 
 _IDENTITY = "comparison.json"
 _POLL_S = 0.1
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -63,6 +74,10 @@ def run(
     returned. ``shown`` displays what runs and what has ended.
     """
     shown = shown or StudyProgress("trainings", len(found), "grafted loss")
+    for job in found:
+        if is_finished(folder / job.name) and not is_measured(job, folder / job.name):
+            log.warning("%s runs again: an arm that is asked for now was not measured then", job.name)
+            discard(folder / job.name)
     waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:
         if job not in waiting:

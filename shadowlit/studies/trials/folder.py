@@ -53,6 +53,8 @@ def _wait_for(file: Path) -> AbstractContextManager[BaseFileLock]:
 
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The names of what differs between the identities of two studies, separated by commas; empty if nothing does."""
+    """Return the names of what differs between the identities of two studies, separated by commas; empty if nothing
+    does.
+    """
     found = masked(found)  # earlier versions wrote secrets
     return ", ".join(sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)))

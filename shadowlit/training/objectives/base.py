@@ -46,7 +46,7 @@ class Objective(ABC):
         """Return what is logged as ``train/<name>`` besides the loss; by default means of the other sums.
 
         Args:
-            sums: Those of :meth:`step` over the effective batch, that is all micro-batches and ranks, in float64.
+            sums: Sums of :meth:`step` over the effective batch, that is all micro-batches and ranks, in float64.
         """
         return {name: one / sums["count"] for name, one in sums.items() if name not in ("loss", "count")}
 

@@ -194,6 +194,25 @@ def test_what_is_finished_is_skipped_and_more_can_be_added(compared, setting):
     assert one["val/tuned/loss"] != two["val/tuned/loss"]
 
 
+def test_only_what_is_asked_for_is_measured_and_an_arm_that_is_added_runs_again(setting, tmp_path, caplog):
+    out = tmp_path / "out"
+    run_compare(setting, out, arms="I2I", rates={"I2I": [2e-3]})
+    home = out / "I_lr0.002_seed0"
+    logged = json.loads((home / "result.json").read_text())["metrics"]
+    assert not [name for name in logged if name.startswith(("val/grafted", "val/base", "val/instruct"))]
+    assert [path.name for path in home.glob("evaluation/step-*/*") if path.is_dir()] == ["tuned"]
+    untouched = json.loads((out / "untouched/result.json").read_text())["metrics"]
+    assert untouched["val/grafted@0.5/said/score"] == untouched["val/instruct/said/score"]
+    records = run_compare(setting, out, arms="I2I,I2B", rates={"I2I": [2e-3]})
+    assert "I_lr0.002_seed0 runs again: an arm that is asked for now was not measured then" in caplog.text
+    assert {(r.arm, r.scale) for r in records if r.seed == 0} == {("I2I", None), ("I2B", 1.0), ("I2B", 0.5)}
+    assert all("said" in r.samples for r in records)
+    again = json.loads((home / "result.json").read_text())["metrics"]
+    assert {name: again[name] for name in logged if "/tuned/" in name} == {
+        n: logged[n] for n in logged if "/tuned/" in n
+    }
+
+
 def test_another_recipe_needs_another_folder(compared, setting):
     out, _ = compared
     with pytest.raises(DataError, match=r"trainings of another recipe: overrides changed since"):
