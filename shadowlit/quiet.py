@@ -36,6 +36,14 @@ def quieten() -> None:
     Commands call it. A program of your own calls it once, before it creates a Trainer, whose first notes come earlier
     than any callback: importing shadowlit changes nothing about a program's warnings and logs. ``python -W`` shows the
     deprecations, and where warnings come from.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from shadowlit import quieten
+
+        quieten()
+        trainer = Trainer(max_epochs=1)
     """
     if not sys.warnoptions:
         warnings.formatwarning = _message_alone
