@@ -22,7 +22,7 @@ from tests.analysis.test_run import a_run
 
 NAMES = {
     "CheckpointCallback", "Delta", "Divergence", "EvaluationCallback", "ExportCallback", "Generation", "GraftCallback",
-    "ModelPair", "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "similarity",
+    "ModelPair", "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "quieten", "similarity",
 }  # fmt: skip
 ANALYSIS = shadowlit.analysis.__all__
 HEAVY = ("torch", "numpy", "lightning", "transformers", "peft", "matplotlib", "rich", "safetensors")

@@ -32,6 +32,7 @@ from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.verification import digested, logit_difference, rejecting, require_loadable, require_written
+from shadowlit.text import size
 from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
@@ -125,7 +126,7 @@ class ExportCallback(Callback):
             sizes["adapter"] = factors + require_copyable(files)
         if "delta" in self.parts:
             sizes["delta"] = shard_bytes(self._graft.build(pl_module).delta_bytes(), self.max_shard_bytes)
-        parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
+        parts = ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in sizes.items())
         return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,7 +179,7 @@ class ExportCallback(Callback):
             self._export_model(trainer, pl_module, target / "model", manifest)
         trainer.strategy.barrier("export")
         written = [part for part in self.parts if (target / part).is_dir()]
-        rank_zero_info(f"export: {', '.join(written)} of the grafted Instruct: in {target}")
+        rank_zero_info(f"export: wrote the grafted Instruct ({', '.join(written)}) to {target}")
         self._graft.exported = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
 
     def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
+from shadowlit import text
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
@@ -279,7 +280,8 @@ class GraftCallback(Callback):
             if not self.validate:
                 return
             rank_zero_info(
-                f"graft: step {trainer.global_step}: gain {gain:+.4f}, grafted loss {loss:.4f}, survival {survival:.1%}"
+                f"graft: step {trainer.global_step:,}: gain {text.number(gain, signed=True)}, "
+                f"grafted loss {text.number(loss)}, survival {survival:.1%}"
             )
 
     # A test is a validation on other sets.

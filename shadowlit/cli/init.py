@@ -103,7 +103,8 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
     from shadowlit.data.module import ShadowData
     from shadowlit.pair.folders import ProblemError
     from shadowlit.pair.pair import ModelPair
-    from shadowlit.planning.plan import Plan, parse_bytes, size
+    from shadowlit.planning.plan import Plan, parse_bytes
+    from shadowlit.text import size
     from shadowlit.training.module import ShadowModule
 
     on_gpu = memory is not None or torch.cuda.is_available()

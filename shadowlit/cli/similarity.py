@@ -19,6 +19,7 @@ from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console, make_table
+from shadowlit.text import number
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
@@ -180,7 +181,7 @@ def _bar(value: float, top: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    return "–" if math.isnan(value) else number(value)
 
 
 def _require_ending(name: str, path: str | None, endings: Sequence[str]) -> None:

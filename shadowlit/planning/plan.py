@@ -38,7 +38,8 @@ from shadowlit.pair.hub import read_hub_headers
 from shadowlit.pair.pair import PairWithoutWeights
 from shadowlit.planning.memory import Memory, estimate
 from shadowlit.progress import make_console, make_table
-from shadowlit.status import StatusLine, number
+from shadowlit.status import StatusLine
+from shadowlit.text import count, number, size
 from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is left to its context and to gaps between tensors
@@ -240,7 +241,7 @@ class Plan:
             table.add_row("Python, its libraries and the data", *[size(self.process)] * len(phases))
         for i, (name, what) in enumerate(_PARTS.items()):
             owner = next(phase for phase, end in _PHASES.items() if i < end)
-            cells = [size(getattr(memory, name)) if i < _HELD or phase == owner else "" for phase in phases]
+            cells = [_cell(getattr(memory, name)) if i < _HELD or phase == owner else "" for phase in phases]
             if any(cells):
                 table.add_row(what, *cells)
         table.add_section()
@@ -303,13 +304,9 @@ class Plan:
                 speeds = [float(x) for row in csv.DictReader(file) if (x := row.get("train/tokens_per_s"))][1:]
         speed = sum(speeds) / len(speeds)
         seconds = self.data.reports["train"].tokens_per_epoch / speed
-        lasts = f"{seconds / 3600:.2f} h" if seconds > 600 else f"{seconds:.0f} s"
-        return f"{lasts} per epoch without validations, from {speed:,.0f} tokens/s in {counted(steps, 'step')}"
+        lasts = f"{number(seconds / 3600, digits=3)} h" if seconds > 600 else f"{number(seconds, digits=3)} s"
+        return f"{lasts} per epoch without validations, from {count(speed)} tokens/s in {counted(steps, 'step')}"
 
 
-def size(num_bytes: float) -> str:
-    """A size with three digits."""
-    if math.isnan(num_bytes):
-        return "not known"
-    unit, power = next(((u, p) for u, p in (("TB", 1e12), ("GB", 1e9)) if num_bytes >= p), ("MB", 1e6))
-    return f"{number(num_bytes / power, digits=3)} {unit}" if num_bytes else ""
+def _cell(num_bytes: float) -> str:
+    return size(num_bytes) if num_bytes else ""

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from shadowlit.progress import make_console
-from shadowlit.status import StatusLine, duration, number
+from shadowlit.status import StatusLine
 from shadowlit.studies.trials.process import Running
+from shadowlit.text import duration, number
 
 SKIPPED = "is complete already"
 

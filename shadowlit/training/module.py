@@ -31,9 +31,9 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
-from shadowlit.status import count
+from shadowlit.text import count
 from shadowlit.training import resuming
-from shadowlit.training.bar import replace_bar
+from shadowlit.training.bar import replace_displays
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
@@ -275,7 +275,7 @@ class ShadowModule(ScoringModule):
         Of all hooks this one runs first: ``prepare_data`` and ``setup`` of the data module come before a callback's
         ``setup``.
 
-        A progress line replaces Lightning's own bar.
+        A progress line replaces Lightning's own bar and summary.
         """
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.score_names()
@@ -292,7 +292,7 @@ class ShadowModule(ScoringModule):
                 callback.before_data(self.trainer, self)
         with as_usage():
             self.open_start(str(self.trainer.precision))
-        replace_bar(self.trainer)
+        replace_displays(self.trainer)
         return []
 
     def open_start(self, precision: str) -> None:

@@ -256,7 +256,7 @@ def test_a_disk_without_room_for_what_will_be_written_is_found_before_the_first_
     free = 0
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, free))
     message = (
-        r"^the export to \S+export \(model 0\.\d+ GB, adapter 0\.\d+ GB, delta 0\.\d+ GB\) will take ([\d,]+) bytes, "
+        r"^the export to \S+export \(model [\d.]+ kB, adapter [\d.]+ kB, delta [\d.]+ kB\) will take ([\d,]+) bytes, "
     )
     export = ExportCallback(parts=parts, folder=str(tmp_path / "export"))
     with pytest.raises(ExportError, match=message) as error:

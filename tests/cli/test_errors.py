@@ -218,6 +218,12 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
     (["sweep", "run", "--gird.model.lr=[1]"], "unrecognized arguments: --gird.model.lr=[1]\nDid you mean grid?"),
     (["graft", "a"], "the following arguments are required: tuned, instruct, out"),
     (["fit", "--config", str(DEMO), "--model.lrr=1"], "unrecognized arguments: --model.lrr=1\nDid you mean model.lr?"),
+    (["fit", "--config", str(DEMO), "--run.folder=x"],
+     "unrecognized arguments: --run.folder=x\nKnown: run.every_n_s"),
+    (["fit", "--config", str(DEMO), "--data.batchsize=1"],
+     "unrecognized arguments: --data.batchsize=1\nDid you mean data.batch_size?"),
+    (["fit", "--config", str(DEMO), "--trainer.folder=x"],
+     "unrecognized arguments: --trainer.folder=x\nDid you mean export.folder?"),
     (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
