@@ -8,12 +8,13 @@ import pytest
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.rows import to_csv
+from shadowlit.studies.sweep import report
 from shadowlit.studies.sweep.plots import draw_interaction, main_effects, trial_curves
 from shadowlit.studies.sweep.report import write_report
 from shadowlit.studies.sweep.scheduler import keep_definition
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy
-from shadowlit.studies.sweep.table import Table, build_table, read_curves, read_table, write_curves
+from shadowlit.studies.sweep.table import Level, Table, build_table, read_curves, read_table, write_curves
 from tests.studies.sweep.test_definition import define
 
 ROOT = Path(__file__).parents[3]
@@ -175,3 +176,9 @@ def test_plots_draw_what_the_table_says(tmp_path):
     assert np.asarray(heat) == pytest.approx(np.array([[2.0, 4.0], [5.0, 7.0]]))
     curves = trial_curves({"lr=0.001_r=1_seed=0": [(1, 3.0), (2, 2.0)]}, table).axes[0]
     assert curves.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+
+
+def test_an_interval_without_width_is_told():
+    assert report._level(Level("a", 0.5, 0.5, 0.5, 3, 1)) == "0.5 (no spread between seeds)"
+    assert report._level(Level("a", 0.5, 0.25, 0.75, 3, 1)) == "0.5 (0.25 to 0.75)"
+    assert report._level(Level("a", 0.5, math.nan, math.nan, 1, 1)) == "0.5"
