@@ -150,7 +150,7 @@ def test_the_report_says_what_was_measured(tmp_path):
     text = write_report(study, tmp_path).read_text()
     assert "| Instruct | untouched |  | 7 | 0.25 |" in text
     assert "| B2I | lr=0.001, r=1 | 3 | 2.1 ± 0.058 | 0.5 ± 0 |" in text
-    assert "| B2I | 0.002 | 2 | 4.6 (4.352 to 4.848) | 0.5 (0.5 to 0.5) |" in text
+    assert "| B2I | 0.002 | 2 | 4.6 (4.352 to 4.848) | 0.5 (no spread between seeds) |" in text
     assert "which flatters the best" in text and "interaction_B2I.png" in text
     assert {file.name for file in tmp_path.glob("*.png")} == {"main_effects.png", "interaction_B2I.png", "trials.png"}
     assert {file.stem for file in tmp_path.glob("*.pdf")} == {"main_effects", "interaction_B2I", "trials"}
