@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.errors import EvaluationError
+from shadowlit.harness.perturbed import Perturbed, perturbed_tasks, require_kinds
 from shadowlit.harness.suites import Suite, SuiteTask, load_suites, select_suites
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Settings:
             where none fails, ``auto`` means 8.
         seed: Seed for the choice of examples and for all random generators.
         execute_code: Whether programs that the model wrote may be run.
+        perturb: Perturbations of which every task also gets a copy; see :mod:`shadowlit.harness.perturbations`.
+        perturb_field: Column with the question; None for the first of
+            :data:`shadowlit.harness.perturbed.QUESTION_FIELDS` that a task has.
 
     Raises:
         EvaluationError: A value is out of range.
@@ -62,6 +66,8 @@ class Settings:
     seed: int = 1234
     execute_code: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    perturb: Sequence[str] = ()
+    perturb_field: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -72,6 +78,9 @@ class Settings:
         ):
             if value is not None and value < least:
                 raise EvaluationError(f"{name} is {value}; expected at least {least}.")
+        require_kinds(self.perturb)
+        if self.perturb_field is not None and not self.perturb:
+            raise EvaluationError("perturb_field is given without perturb. Leave it out, or say what to perturb.")
         number = self.batch_size.removeprefix("auto:")
         if self.batch_size != "auto" and not (number.isdigit() and int(number) > 0):
             raise EvaluationError(
@@ -86,12 +95,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Tasks that are loaded with their data, for any number of models; the harness' tasks and groups by name."""
+    """Tasks that are loaded with their data, for any number of models; the harness' tasks and groups by name.
+
+    The copies of perturbed tasks are among them, in a suite of their own.
+    """
 
     suites: tuple[Suite, ...]
     settings: Settings
     tasks: Mapping[str, Task | Group] = field(repr=False)
     manager: TaskManager = field(repr=False)
+    perturbed: tuple[Perturbed, ...] = field(default=(), repr=False)
 
     @property
     def leaves(self) -> list[Task]:
@@ -157,7 +170,12 @@ def load_benchmarks(
             for task in _tasks_of(tasks[str(entry.task)]):
                 _set_fewshot(task, entry.num_fewshot if settings.fewshot is None else settings.fewshot)
                 _set_answer_tokens(task, settings.max_new_tokens or suite.max_new_tokens)
-    return Benchmarks(tuple(suites), settings, tasks, manager)
+    if not settings.perturb:
+        return Benchmarks(tuple(suites), settings, tasks, manager)
+    found, copies, twins = perturbed_tasks(
+        suites, tasks, settings.perturb, settings.perturb_field, settings.seed, settings.limit
+    )
+    return Benchmarks((*suites, *copies), settings, {**tasks, **twins}, manager, tuple(found))
 
 
 def harness_version() -> str:
