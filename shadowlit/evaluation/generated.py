@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from shadowlit.arguments import takes_plain_values
 from shadowlit.data.collate import PromptCollate
+from shadowlit.data.formats import convert_row
 from shadowlit.errors import DataError
 from shadowlit.evaluation.evaluator import EvalContext
 from shadowlit.evaluation.matching import Match, Matcher
@@ -87,6 +88,11 @@ class Generation(PromptEvaluator[_Item]):
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.
         limit: Number of rows to use, evenly spread over the file; null for all.
         batch_size: Rows per process and forward pass.
+        few_shot: Number of examples before every question: turns of the conversation, or plain text with an empty line
+            after each. All questions have the same examples, in the same order.
+        few_shot_data: File with the examples, in the form of ``data``, e.g. the training data. Rows whose question is
+            in ``data`` are never taken.
+        few_shot_seed: Seed for the choice of examples.
     """
 
     metric_names = (
@@ -119,8 +125,13 @@ class Generation(PromptEvaluator[_Item]):
         every: int = 1,
         limit: int | None = None,
         batch_size: int = 16,
+        few_shot: int = 0,
+        few_shot_data: str | None = None,
+        few_shot_seed: int = 0,
     ) -> None:
-        super().__init__(data, prompt, chat, system, max_length, every, limit, batch_size)
+        super().__init__(
+            data, prompt, chat, system, max_length, every, limit, batch_size, few_shot, few_shot_data, few_shot_seed
+        )
         self.answer = answer
         self.matcher = Matcher(match, pattern, extract, ignore_case, ignore_punctuation)
         self.max_new_tokens = max_new_tokens
@@ -152,6 +163,14 @@ class Generation(PromptEvaluator[_Item]):
         references = own if self.answer is None else _references(columns, self.answer)
         self.matcher.check(references)
         return _Item(index, prompt, tuple(self._tokens(prompt, tokenizer)), references)
+
+    def _example_answer(self, columns: Columns) -> str:
+        if self.answer is not None:
+            return _references(columns, self.answer)[0]
+        turns = convert_row(columns, "messages", prompts_only=True)
+        if turns[-1]["role"] != "assistant":
+            raise DataError("ends without an answer of the assistant, which an example needs. Add one, or name answer.")
+        return turns[-1]["content"]
 
     def _longest(self, pair: ModelPair) -> int | None:
         context = super()._longest(pair)

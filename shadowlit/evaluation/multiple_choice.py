@@ -74,6 +74,11 @@ class MultipleChoice(PromptEvaluator[_Item]):
         every: Run in the first validation, in every *n*-th validation after it, and in the last one.
         limit: Number of rows to use, evenly spread over the file; null for all.
         batch_size: Rows per process and forward pass.
+        few_shot: Number of examples before every question: turns of the conversation, or plain text with an empty line
+            after each. All questions have the same examples, in the same order.
+        few_shot_data: File with the examples, in the form of ``data``, e.g. the training data. Rows whose question is
+            in ``data`` are never taken.
+        few_shot_seed: Seed for the choice of examples.
     """
 
     metric_names = ("score", "accuracy", "accuracy_norm", "loss", "stderr", "num_samples", "num_too_long")
@@ -96,8 +101,13 @@ class MultipleChoice(PromptEvaluator[_Item]):
         every: int = 1,
         limit: int | None = None,
         batch_size: int = 16,
+        few_shot: int = 0,
+        few_shot_data: str | None = None,
+        few_shot_seed: int = 0,
     ) -> None:
-        super().__init__(data, prompt, chat, system, max_length, every, limit, batch_size)
+        super().__init__(
+            data, prompt, chat, system, max_length, every, limit, batch_size, few_shot, few_shot_data, few_shot_seed
+        )
         self.choices, self.label = choices, label
         self.delimiter = "" if chat else delimiter
 
@@ -124,6 +134,14 @@ class MultipleChoice(PromptEvaluator[_Item]):
             source = inputs.setdefault(tuple(tokens[:-1]), len(inputs))
             choices.append(_Choice(source, num_prompt - 1, targets, len(text)))
         return _Item(index, label, tuple(inputs), tuple(choices))
+
+    @property
+    def _gap(self) -> str:
+        return self.delimiter
+
+    def _example_answer(self, columns: Columns) -> str:
+        texts = read_choices(columns, self.choices)
+        return texts[read_label(columns, self.label, texts)]
 
     def _asks(self, context: EvalContext) -> Callable[[list[_Item]], list[list[float]]]:
         assert self._items is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -54,11 +55,21 @@ class PromptEvaluator(Evaluator, Generic[Item]):
         every: int,
         limit: int | None,
         batch_size: int,
+        few_shot: int = 0,
+        few_shot_data: str | None = None,
+        few_shot_seed: int = 0,
     ) -> None:
         super().__init__(every, limit, batch_size)
         if system is not None and not chat:
             raise DataError(f"system={system!r} is set with chat=false, which has no turns. Leave one out.")
         self.data, self.prompt, self.chat, self.system, self.max_length = data, prompt, chat, system, max_length
+        if few_shot < 0 or bool(few_shot) != (few_shot_data is not None):
+            raise DataError(
+                f"few_shot is {few_shot} and few_shot_data is {few_shot_data!r}; expected a number of examples and the "
+                "file that they are taken from, e.g. the training data, or neither."
+            )
+        self.few_shot, self.few_shot_data, self.few_shot_seed = few_shot, few_shot_data, few_shot_seed
+        self._examples: tuple[tuple[str, str], ...] = ()  # questions and answers
         self._items: list[Item] | None = None
         self._limit_tokens: int | None = None
 
@@ -70,6 +81,7 @@ class PromptEvaluator(Evaluator, Generic[Item]):
                 in one message; or no prompt could be short enough.
         """
         self._limit_tokens = self._longest(pair)
+        self._examples = self._chosen_examples()
         items = read_items(
             self.data, self.limit, partial(self._item, tokenizer=pair.tokenizer(), template_kwargs=template_kwargs)
         )
@@ -110,7 +122,8 @@ class PromptEvaluator(Evaluator, Generic[Item]):
     ) -> tuple[str, str | None]:
         """The prompt of a row, and the assistant's turn at the end of its messages, which the model isn't shown."""
         if not self.chat:
-            return read_text(columns, self.prompt), None
+            shown = [f"{question}{self._gap}{answer}\n\n" for question, answer in self._examples]
+            return "".join([*shown, read_text(columns, self.prompt)]), None
         tools = None
         if columns.get(self.prompt) is None and columns.get("messages") is not None:
             turns, tools = read_tools(columns, convert_row(columns, "messages", prompts_only=True))
@@ -118,8 +131,48 @@ class PromptEvaluator(Evaluator, Generic[Item]):
             turns = [{"role": "user", "content": read_text(columns, self.prompt)}]
         if self.system is not None and turns[0]["role"] not in ("system", "developer"):
             turns = [{"role": "system", "content": self.system}, *turns]
+        first = int(turns[0]["role"] in ("system", "developer"))
+        shown = [
+            {"role": role, "content": text}
+            for example in self._examples
+            for role, text in zip(("user", "assistant"), example, strict=True)
+        ]
+        turns = [*turns[:first], *shown, *turns[first:]]
         answer = turns[-1]["content"] if turns[-1]["role"] == "assistant" else None
         return render_prompt(tokenizer, turns, **{"tools": tools, **template_kwargs}), answer
+
+    @property
+    def _gap(self) -> str:
+        """Text between an example's question and its answer in plain text."""
+        return " "
+
+    def _chosen_examples(self) -> tuple[tuple[str, str], ...]:
+        """Draw the examples: the same ones for every question and model, none of them a question that is asked."""
+        if self.few_shot_data is None:
+            return ()
+        asked = set(read_items(self.data, None, lambda _, columns: self._question(columns)))
+        pool = read_items(
+            self.few_shot_data, None, lambda _, columns: (self._question(columns), self._example_answer(columns))
+        )
+        others = [example for example in dict.fromkeys(pool) if example[0] not in asked]
+        if len(others) < self.few_shot:
+            raise DataError(
+                f"few_shot is {self.few_shot}, but {self.few_shot_data} has {len(others)} rows whose questions are not "
+                f"in {self.data}; examples may not be questions that are asked. Lower few_shot, or give another file."
+            )
+        return tuple(random.Random(self.few_shot_seed).sample(others, self.few_shot))
+
+    def _question(self, columns: Columns) -> str:
+        """The text of a row's question: its field, or the last turn of the user in its messages."""
+        if columns.get(self.prompt) is None and columns.get("messages") is not None:
+            turns = [turn for turn in convert_row(columns, "messages", prompts_only=True) if turn["role"] == "user"]
+            if turns:
+                return turns[-1]["content"]
+        return read_text(columns, self.prompt)
+
+    @abstractmethod
+    def _example_answer(self, columns: Columns) -> str:
+        """The right answer to the question in a row, as an example shows it."""
 
     def _tokens(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens of a text that begins with a prompt; a chat template writes the begin-of-sequence token itself."""
