@@ -122,8 +122,8 @@ class PromptEvaluator(Evaluator, Generic[Item]):
     ) -> tuple[str, str | None]:
         """The prompt of a row, and the assistant's turn at the end of its messages, which the model isn't shown."""
         if not self.chat:
-            shown = [f"{question}{self._gap}{answer}\n\n" for question, answer in self._examples]
-            return "".join([*shown, read_text(columns, self.prompt)]), None
+            texts = [f"{question}{self._gap}{answer}\n\n" for question, answer in self._examples]
+            return "".join([*texts, read_text(columns, self.prompt)]), None
         tools = None
         if columns.get(self.prompt) is None and columns.get("messages") is not None:
             turns, tools = read_tools(columns, convert_row(columns, "messages", prompts_only=True))
@@ -132,7 +132,7 @@ class PromptEvaluator(Evaluator, Generic[Item]):
         if self.system is not None and turns[0]["role"] not in ("system", "developer"):
             turns = [{"role": "system", "content": self.system}, *turns]
         first = int(turns[0]["role"] in ("system", "developer"))
-        shown = [
+        shown: list[dict[str, Any]] = [
             {"role": role, "content": text}
             for example in self._examples
             for role, text in zip(("user", "assistant"), example, strict=True)
