@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all chaos lint format docs notebooks clean
+.PHONY: demo test test-all chaos lint format docs notebooks wheel clean
 
 demo: $(STAMP)
 	$(BIN)/python -m shadowlit demo
@@ -28,6 +28,10 @@ lint: $(STAMP)
 # The site, in build/site: strict (--quiet would drop the warnings that --strict counts), without a network. Its search needs a server: python -m http.server -d build/site.
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The wheel in an empty environment and an empty folder: demo, init, plan and fit. Needs a package index.
+wheel: $(STAMP)
+	$(BIN)/python dev/wheel.py
 
 notebooks: $(STAMP)
 	$(BIN)/jupyter nbconvert --to html --execute --output-dir notebooks/html notebooks/*.ipynb

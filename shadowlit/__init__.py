@@ -1,5 +1,6 @@
 """shadowlit: adapt Instruct language models through their Base (Shadow-FT, arXiv 2505.12716)."""
 
+import logging
 from typing import TYPE_CHECKING
 
 from shadowlit.lazy import lazy_exports
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from shadowlit.evaluation.multiple_choice import MultipleChoice as MultipleChoice
     from shadowlit.pair.check import check_pair as check_pair
     from shadowlit.pair.pair import ModelPair as ModelPair
+    from shadowlit.quiet import quieten as quieten
     from shadowlit.training.module import ShadowModule as ShadowModule
+
+# The only note of another library that an import of ours would show: on CPUs with bfloat16 instructions bitsandbytes
+# misses an optional package, with models in 4 bits or without. Everything else waits for quieten().
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from shadowlit.allocator import return_freed_memory
 from shadowlit.callbacks.checkpoint import CheckpointCallback
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.export import ExportCallback
@@ -34,7 +35,7 @@ from shadowlit.checkpoint.saved import read_rest
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
 from shadowlit.data.protocol import RunData
-from shadowlit.errors import Interrupted, ShadowlitError, as_usage, first_line
+from shadowlit.errors import Interrupted, ShadowlitError, as_usage
 from shadowlit.evaluation.evaluator import Evaluator
 from shadowlit.files import require_writable
 from shadowlit.pair.pair import ModelPair
@@ -105,7 +106,7 @@ class ShadowCLI(LightningCLI):
     def __init__(self, model_class: Any, data_class: Any, *, args: ArgsType = None, **options: Any) -> None:
         self._words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         self._first_argument = self._words[0] if self._words else None
-        self._refused: list[str] = []  # why the trainer that is planned for can't be created here
+        self._refused = ""  # why the trainer that is planned for can't be created here
         super().__init__(model_class, data_class, args=args, **options)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -338,9 +339,11 @@ class ShadowCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             if self.subcommand != "plan":
                 raise
-            self._refused = [f"note: the trainer can't be created on this machine ({first_line(error)})"]
+            self._refused = str(error).strip().partition("\n")[0]
             return ShadowTrainer(**here)
         take_over(trainer)
+        if trainer.strategy.root_device.type == "cpu":
+            return_freed_memory()
         return trainer
 
 

@@ -112,7 +112,7 @@ def load_yaml(text: str, where: str) -> Any:
 
     Raises:
         ShadowlitError: Its aliases stand for too many values, it is nested too deeply, or a number has too many digits.
-        yaml.YAMLError: It is no YAML.
+        yaml.YAMLError: It is not YAML.
     """
     require_few_values(text, where)
     return readable(lambda: yaml.safe_load(text), where)

@@ -20,7 +20,7 @@ _NAME = re.compile(
     re.VERBOSE,
 )
 _TOKEN = re.compile(r"(?:^|_)tokens?$")
-# Of tokenizers, templates and metrics: words of keys whose tokens are no secrets.
+# Of tokenizers, templates and metrics: words of keys whose tokens are not secrets.
 _OF_TEXT = {
     "alora", "base", "control", "filler", "grafted", "instruct", "invocation", "trainable", "tuned",
     "added", "all", "answer", "assistant", "audio", "average", "begin", "boa", "boi", "bos", "boundary", "cls",

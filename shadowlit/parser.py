@@ -6,7 +6,8 @@ import argparse
 import ast
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, ClassVar, NamedTuple, NoReturn
 
 import jsonargparse
@@ -17,6 +18,7 @@ from shadowlit.errors import ShadowlitError, first_line
 from shadowlit.limits import readable, require_few_values
 from shadowlit.masking import MASK, is_secret, mask_text
 from shadowlit.plugins import import_object
+from shadowlit.text import fitted
 
 _KEY = re.compile(r'Parser key "([^"]+)":?\s*')
 _UNKNOWN = re.compile(r"(?:unrecognized arguments: --|does not accept option ')([\w.-]+)")
@@ -75,15 +77,35 @@ class ShortErrors(jsonargparse.ArgumentParser):
             message = shorten(message, self.known)
             if unknown := _UNKNOWN.search(message):
                 keys, first = _keys(self), unknown[1].partition(".")[0]  # it knows no keys within a mapping
-                near = difflib.get_close_matches(unknown[1], keys, n=1) or difflib.get_close_matches(first, keys, n=1)
+                near, siblings = _nearest(unknown[1], keys)
+                near = near or ([] if siblings else difflib.get_close_matches(first, keys, n=1))
                 if any(map(is_secret, near)):
                     message = re.sub(rf"({re.escape(unknown[1])}[= ])\S+", rf"\1{MASK}", message)
-                message += f"\nDid you mean {near[0]}?" if near else ""
-            message = mask_text(message)
+                message += (
+                    f"\nDid you mean {near[0]}?" if near else f"\nKnown: {', '.join(siblings)}." if siblings else ""
+                )
+            message = fitted(mask_text(message), sys.stderr, taken=len("error: "))
         super().error(message, ex)
 
     def print_usage(self, file: IO[str] | None = None) -> None:  # type: ignore[override]
         """Print nothing: a list of all options would hide the error, and the tip says where it is."""
+
+
+def _nearest(key: str, keys: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The key that was probably meant, and, if there is none, the few keys that the parent has.
+
+    ``run.folder`` is nearer to ``export.folder`` by its letters, but whoever writes ``run.`` means a key of the run.
+    """
+    parent, _, name = key.rpartition(".")
+    siblings = sorted(
+        {each for each in keys if parent and each.startswith(f"{parent}.") and not each.endswith(".help")}
+    )
+    near = difflib.get_close_matches(name, [each[len(parent) + 1 :] for each in siblings], n=1)
+    if near:
+        return [f"{parent}.{near[0]}"], []
+    if 0 < len(siblings) <= _MAX_NAMES:
+        return [], siblings
+    return difflib.get_close_matches(key, keys, n=1), []
 
 
 def _keys(parser: argparse.ArgumentParser) -> list[str]:
@@ -166,7 +188,7 @@ def _cause(path: str, beside: list[str], base: type, names: Iterable[str]) -> st
     except ShadowlitError as error:
         return f"can't be imported ({first_line(error.__cause__ or error).removeprefix('AttributeError: ')})"
     if not (isinstance(found, type) and issubclass(found, base)):
-        return f"is no subclass of {base.__name__}"
+        return f"is not a subclass of {base.__name__}"
     left = getattr(found, "__abstractmethods__", ())
     return f"is abstract, since it lacks {', '.join(sorted(left))}" if left else ""
 

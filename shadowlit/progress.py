@@ -12,6 +12,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.table import Column, Table
 
+from shadowlit.text import fitted
+
 if TYPE_CHECKING:
     from rich.progress import ProgressColumn
 
@@ -21,9 +23,17 @@ _PLAIN_WIDTH = 220
 
 
 def make_console() -> Console:
-    """Create a console that breaks no line of text and prints brackets as they are; only tables adapt to its width."""
+    """Create a console that breaks text between words alone and prints brackets as they are; tables adapt too."""
     width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
+    return _Console(highlight=False, markup=False, soft_wrap=True, width=width)
+
+
+class _Console(Console):
+    """A console that breaks text between words, and nothing that is to be copied."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print strings in lines that fit, and everything else as it is."""
+        super().print(*(fitted(each, self.file) if isinstance(each, str) else each for each in objects), **options)
 
 
 class _Table(Table):

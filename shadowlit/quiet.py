@@ -1,4 +1,4 @@
-"""What commands keep from the terminal: notes of other libraries that the user of a command can do nothing about."""
+"""What is kept from the terminal: notes of other libraries that the user can do nothing about."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import sys
 import warnings
 from typing import Any
+
+from shadowlit.text import fitted
 
 # Notes of Lightning's, by their beginnings. Errors, and warnings that name a setting, are shown.
 _NOTES = re.compile(
@@ -19,6 +21,8 @@ _NOTES = re.compile(
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _MESSAGES = (
     r".*does not have many workers",
+    r"Starting from v1\.9\.0, `tensorboardX`",  # metrics.csv is what is wanted
+    r"Total length of `list` across ranks is zero",  # no validation sets
     r"LightningCLI's args parameter is intended",  # of our own call
     r".*`loftq_config` specified but will be ignored",  # jsonargparse spells out every default of LoraConfig
     r"The dirpath has changed from",  # of a checkpoint of another run, whose list of best ones doesn't matter
@@ -27,9 +31,19 @@ _MESSAGES = (
 
 
 def quieten() -> None:
-    """Hide other libraries' deprecations and notes, for a command, and show a warning without its line of code.
+    """Hide other libraries' deprecations and notes, and show a warning without its line of code.
 
-    ``python -W`` shows the deprecations, and where warnings come from.
+    Commands call it. A program of your own calls it once, before it creates a Trainer, whose first notes come earlier
+    than any callback: importing shadowlit changes nothing about a program's warnings and logs. ``python -W`` shows the
+    deprecations, and where warnings come from.
+
+    Example::
+
+        from lightning.pytorch import Trainer
+        from shadowlit import quieten
+
+        quieten()
+        trainer = Trainer(max_epochs=1)
     """
     if not sys.warnoptions:
         warnings.formatwarning = _message_alone
@@ -37,12 +51,25 @@ def quieten() -> None:
             warnings.filterwarnings("ignore", category=category)
         for message in _MESSAGES:
             warnings.filterwarnings("ignore", message=message)
-    # On CPUs with bfloat16 instructions, its import misses an optional package, with models in 4 bits or without.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     for name in _LOGGERS:
         for handler in logging.getLogger(name).handlers:
             if _is_shown not in handler.filters:
                 handler.addFilter(_is_shown)
+                handler.setFormatter(_Fitted(handler))
+    if logging.lastResort is not None:  # of loggers without a handler, such as ours
+        logging.lastResort.setFormatter(_Fitted(logging.lastResort))
+
+
+class _Fitted(logging.Formatter):
+    """The message alone, in lines that are broken between words where the handler writes to a terminal."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._handler = handler
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message's lines."""
+        return fitted(super().format(record), getattr(self._handler, "stream", sys.stderr))
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
@@ -50,4 +77,4 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def _message_alone(message: Warning | str, *_: Any, **__: Any) -> str:
-    return f"warning: {message}\n"
+    return fitted(f"warning: {message}", sys.stderr) + "\n"

@@ -133,7 +133,7 @@ def import_model_class(path: str) -> type[ShadowModule]:
     """Import the class that ``model.class_path`` names.
 
     Raises:
-        ShadowlitError: There is none, or it is no subclass of ShadowModule.
+        ShadowlitError: There is none, or it is not a subclass of ShadowModule.
     """
     base = "a subclass of shadowlit.training.module.ShadowModule"
     found = import_object(path, "model.class_path", f"the import path of {base}")

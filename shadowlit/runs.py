@@ -36,8 +36,9 @@ _PATIENCE_S = 10.0  # data workers of a killed process hold its lock for a momen
 # What may change when a run resumes, since it trains on the same data in the same way.
 _HARMLESS = (
     "run", "config", "ckpt_path", "weights_only", "checkpoint", "export", "predictions", "throughput", "data.test",
-    "data.predict", "data.num_workers", "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time",
-    "trainer.profiler", "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
+    "graft.validate", "evaluation.subjects", "evaluation.last_only", "data.predict", "data.num_workers",
+    "data.prefetch", "data.cache", "trainer.logger", "trainer.max_time", "trainer.profiler",
+    "trainer.log_every_n_steps", "trainer.enable_progress_bar", "trainer.enable_model_summary",
     "trainer.default_root_dir",
 )  # fmt: skip
 
@@ -50,7 +51,7 @@ class RunOptions:
         name: Name of the run, whose folder is ``<root>/<name>``. The same command with the same name continues it. null
             for a new folder ``<root>/<name of the configuration file>/version_<n>`` at every start.
         root: Folder of all runs.
-        resume: What ``fit`` does with the name of an earlier run: auto resumes it from its newest complete checkpoint,
+        resume: Treatment of the name of an earlier run by ``fit``: auto resumes it from its newest complete checkpoint,
             never is an error, and must is an error where there is nothing to resume.
         allow_changes: Whether to resume a run whose configuration has changed. The changes are listed.
     """

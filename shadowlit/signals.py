@@ -27,8 +27,8 @@ class StopSignals:
 
     The first signal raises :class:`Interrupted`, unless the command is in a part that it can only leave at a boundary.
     A second signal, more than a second after the first, ends the process at once, whatever it is doing: a thread
-    watches for it, since Python's handlers wait while the main thread is in a collective. SIGTERM after SIGUSR1 is no
-    second signal, since SIGUSR1 is a scheduler's warning that SIGTERM will come.
+    watches for it, since Python's handlers wait while the main thread is in a collective. SIGTERM after SIGUSR1 is not
+    a second signal, since SIGUSR1 is a scheduler's warning that SIGTERM will come.
 
     Attributes:
         number: The signal that ends the command: the first one, or the one that the ranks have agreed on.

@@ -65,8 +65,8 @@ class StatusLine:
         """Show the line if it is due, or ``now``.
 
         Args:
-            parts: Returns the parts of the line in the order of their importance: if the terminal is too narrow, the
-                last ones are left out.
+            parts: Returns the parts of the line in the order of their importance: those for which the terminal is too
+                narrow are left out.
             now: Show it even if it is not due.
         """
         if not (now or self.is_due()):
@@ -155,34 +155,9 @@ def _handlers() -> list[Any]:
 
 
 def _fitted(parts: Sequence[str], width: int) -> str:
-    """As many parts as the width holds, the first of them cut if even it is too long."""
+    """The parts that the width holds, the more important ones first; the first is cut if even it is too long."""
     text = ""
     for part in parts:
         longer = f"{text}  {part}" if text else part
-        if len(longer) > width:
-            break
-        text = longer
+        text = longer if len(longer) <= width else text
     return text or parts[0][: max(0, width - 1)] + "…"
-
-
-def number(value: float, signed: bool = False, digits: int = 4) -> str:
-    """A number with four digits, ``0.4120`` or ``1,234``, and with its sign if asked for."""
-    sign = "+" if signed else ""
-    if 1000 <= abs(value) < 100_000:
-        return f"{value:{sign},.0f}"
-    return f"{value:{sign}#.{digits}g}".rstrip(".")
-
-
-def count(value: float) -> str:
-    """A large number with three to four digits: ``987``, ``4,120``, ``12.3k``, ``1.25M``."""
-    for power, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= 10 * 1e3 and value >= 0.9995 * power:
-            return f"{value / power:#.3g}".rstrip(".") + unit
-    return f"{value:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """A time as ``0:07``, ``12:05`` or ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

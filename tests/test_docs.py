@@ -7,13 +7,9 @@ that of docs/reference/optimizers.md by tests/training/test_groups.py.
 import ast
 import inspect
 import re
-import shlex
 import shutil
-import textwrap
 import unicodedata
 from importlib import import_module
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import yaml
@@ -26,12 +22,9 @@ from shadowlit.cli.sweep import run as sweep
 from shadowlit.demo import DATA, PAIR
 from shadowlit.lightning_cli import ShadowCLI
 from shadowlit.lightning_cli import main as lightning
+from tests.documents import BLOCK, DOCUMENTS, ROOT, blocks, commands, name_of
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments/README.md"]
-DOCUMENTS += sorted((ROOT / "docs").rglob("*.md"))
 TUTORIALS = [ROOT / "docs/tutorials" / f"{name}.md" for name in ("first-graft", "reading-a-run", "sweep")]
-BLOCK = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 TESTS = {
     name
     for path in (ROOT / "tests").rglob("test_*.py")
@@ -39,31 +32,7 @@ TESTS = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")  # sys.argv is pytest's own
-every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-
-
-class Block(NamedTuple):
-    """A fenced block: its language, the file that its title names, and its lines."""
-
-    language: str
-    title: str
-    text: str
-
-
-def blocks(path, *languages):
-    """The blocks of a document in these languages."""
-    found = BLOCK.finditer(path.read_text(encoding="utf-8"))
-    each = (Block(m[2], "".join(re.findall('title="(.+?)"', m[3])), textwrap.dedent(m[4])) for m in found)
-    return [block for block in each if block.language in languages]
-
-
-def commands(block):
-    """The commands of shadowlit in a block, as words without ``shadowlit``, however they are launched."""
-    for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        at = words.index("shadowlit") if "shadowlit" in words else -1
-        if at == 0 or (at > 0 and words[at - 1] == "-m"):
-            yield words[at + 1 :]
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 
 
 # --- what is cited ---
@@ -159,10 +128,10 @@ def pages_with_commands():
         first = path.name == "README.md" or path.parent.name == "tutorials"
         heavy = not first and names & {name for name, (_, module) in COMMANDS.items() if module == LIGHTNING}
         if names:
-            yield pytest.param(path, marks=[pytest.mark.slow] if heavy else [], id=str(path.relative_to(ROOT)))
+            yield pytest.param(path, marks=[pytest.mark.slow] if heavy else [], id=name_of(path))
 
 
-@pytest.mark.parametrize("path", pages_with_commands())
+@pytest.mark.parametrize("path", [*pages_with_commands()])
 def test_every_command_is_accepted(path, workplace, monkeypatch):
     """By the parser that the user meets, up to where the command would begin to work."""
 

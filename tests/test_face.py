@@ -22,7 +22,7 @@ from tests.analysis.test_run import a_run
 
 NAMES = {
     "CheckpointCallback", "Delta", "Divergence", "EvaluationCallback", "ExportCallback", "Generation", "GraftCallback",
-    "ModelPair", "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "similarity",
+    "ModelPair", "MultipleChoice", "ShadowData", "ShadowModule", "check_pair", "graft", "quieten", "similarity",
 }  # fmt: skip
 ANALYSIS = shadowlit.analysis.__all__
 HEAVY = ("torch", "numpy", "lightning", "transformers", "peft", "matplotlib", "rich", "safetensors")
@@ -216,7 +216,7 @@ def test_a_missing_model_is_named_by_the_users_argument(models):
         ("source", lambda: open_model(missing)),
         (r"pair\.instruct", lambda: shadowlit.ModelPair(there, missing).instruct_folder()),
     ):
-        with pytest.raises(PairError, match=rf"'{missing}' is no folder.* set {key} to the folder"):
+        with pytest.raises(PairError, match=rf"'{missing}' is not a folder.* set {key} to the folder"):
             call()
 
 

@@ -36,6 +36,9 @@ INSTEAD = {
     r"as said|(is|are|was|were) said": "is reported",
     r"without a word": "silently",
     r"unasked": "automatically",
+    r"looked at": "checked, examined, compared",
+    r"mend(s|ed|ing)?": "correct, fix",
+    r"(?<!here )(is|was) no (checkpoint|file|folder|function|matrix|object|subclass|table|tensor)": "is not a",
 }
 DIALECT = re.compile(rf"\b(?:{'|'.join(f'(?P<w{i}>{word})' for i, word in enumerate(INSTEAD))})\b", re.IGNORECASE)
 

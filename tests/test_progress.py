@@ -15,7 +15,8 @@ ARGUMENTS = [
     "--data.limit_train_samples=128", "--evaluation.evaluators.forgetting.init_args.limit=2", *EVALUATORS,
 ]  # fmt: skip
 LINE = re.compile(
-    r"step (\d)/4(  [a-z]+ of [a-z]+( \d+/\d+)?)?(  loss \d\.\d+)?(  grafted \d\.\d+)?(  gain [+-]\d\.\d+)?"
+    r"step (\d)/4(  [a-z]+ of [a-z]+( \d+/\d+)?|  \w+)?(  \d:\d\d left)?(  [\d,.k]+ tokens/s)?(  loss \d\.\d+)?"
+    r"(  gain [+-]\d\.\d+)?(  grafted \d\.\d+)?"
 )
 # Of other libraries. The notes are filtered in the handlers, and so only on the screen.
 NOTES = ("GPU available", "Tip", "Seed set", "stopped:")
@@ -32,6 +33,8 @@ def test_a_fit_in_a_terminal_that_is_resized(columns, tmp_path):
     shown = {lines[-1] for lines in session.snapshots if lines and lines[-1].startswith("step ")}
     assert all(LINE.match(line) and len(line) <= 79 for line in shown)
     assert any("grafted" in line and "gain" in line and "tokens/s" in line and "left" in line for line in shown)
+    validation = [line for line in shown if re.match("step [234]/4  validation of ", line)]
+    assert validation and all(" left  " in line and " tokens/s" in line for line in validation)
     assert all(sum("step " in line and "/4" in line for line in lines) <= 1 for lines in session.snapshots)
     whole = "".join(line.ljust(80) for line in session.lines)
     exported = tmp_path / "demo_lora/version_0/export/model"
@@ -49,8 +52,10 @@ def test_without_a_terminal_the_log_has_a_line_every_few_seconds(tmp_path, caplo
     messages = [record.message for record in caplog.records]
     assert not [word for word in FOREIGN if word in "\n".join(messages)]
     number = r"([+-]?[\d.]+)"
-    shape = rf"step 3/4, loss {number}, grafted loss {number}, gain {number}, \d:\d\d left, [\d,.k]+ tokens/s"
-    (line,) = filter(None, (re.fullmatch(shape, message) for message in messages))
+    shape = rf"\d:\d\d left, [\d,.k]+ tokens/s, loss {number}, grafted loss {number}, gain {number}"
+    (line,) = filter(None, (re.fullmatch(rf"step 3/4, {shape}", message) for message in messages))
+    validation = [message for message in messages if message.startswith("step 4/4, validation of ")]
+    assert validation and all(re.fullmatch(rf"[^,]+, [^,]+, {shape}", message) for message in validation)
     scored = rf"graft: step 2: gain {number}, grafted loss {number}, "
     (scores,) = filter(None, (re.match(scored, message) for message in messages))
     gain, loss = map(float, scores.groups())

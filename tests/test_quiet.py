@@ -1,13 +1,16 @@
 """What commands keep from the terminal, and what they don't."""
 
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from shadowlit.quiet import _is_shown
 
+ROOT = Path(__file__).parents[1]
 CODE = """
 import warnings
 from shadowlit.quiet import quieten
@@ -54,3 +57,35 @@ def test_a_kernel_of_bitsandbytes_that_nobody_asked_for_is_not_missed():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == "shown\n"
+
+
+# The README's Python, cut short; its own test (tests/test_extending.py) trains it whole.
+PLAIN = """
+from pathlib import Path
+from lightning.pytorch import Trainer
+from shadowlit import GraftCallback, ModelPair, ShadowData, ShadowModule{imported}
+from shadowlit.demo import BASE, DATA, INSTRUCT
+{called}
+pair = ModelPair(str(BASE), str(INSTRUCT))
+rows = str(DATA / "train_house.jsonl")
+data = ShadowData(pair, train=rows, limit_train_samples=8, ignore_columns=["skill", "answer"])
+options = {{"use_distributed_sampler": False, "inference_mode": False, "log_every_n_steps": 1}}
+trainer = Trainer(max_steps=1, callbacks=[GraftCallback()], **options)
+trainer.fit(ShadowModule(pair, lr=1e-5), datamodule=data)
+"""
+FOREIGN = (
+    "Tip:", "tensorboardX", "LeafSpec", "Deprecat", "GPU available", "FLOPs", "kernels", "num_workers", "stopped:",
+    "Total length", "log_every_n_steps",
+)  # fmt: skip
+
+
+def test_plain_python_is_as_quiet_as_a_command_after_one_call(tmp_path):
+    shown = {}
+    for called in ("quieten()", ""):
+        code = PLAIN.format(imported=", quieten" if called else "", called=called)
+        given = {"capture_output": True, "text": True, "check": True, "cwd": tmp_path}
+        done = subprocess.run([sys.executable, "-c", code], **given, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        shown[called] = done.stdout + done.stderr
+    assert not [word for word in FOREIGN if word in shown["quieten()"]], shown["quieten()"]
+    assert "GPU available" in shown[""]  # an import alone changes nothing else
+    assert "FLOPs" not in shown[""] and "kernels" not in shown[""]

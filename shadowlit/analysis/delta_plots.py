@@ -59,7 +59,7 @@ def draw_spectra(found: Mapping[str, Sequence[Spectrum]]) -> Figure:
 
 @styled
 def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure:
-    """Numbers for every two updates, matrices side by side; the diagonal carries no information and is blank.
+    """Plot numbers for every two updates, matrices side by side; the diagonal carries no information and is blank.
 
     Example: ``draw_matrices([matrix(compare_deltas(deltas))])``.
 
@@ -91,14 +91,17 @@ def draw_matrices(found: Sequence[Matrix], titles: Sequence[str] = ()) -> Figure
 
 
 def draw_overlaps(found: Sequence[Overlap]) -> Figure:
-    """Overlap of the leading directions of every two updates. Example: ``draw_overlaps(overlaps(deltas, rank=2))``."""
+    """Plot the overlap of the leading directions of every two updates.
+
+    Example: ``draw_overlaps(overlaps(deltas, rank=2))``.
+    """
     titles = [f"{one.side} side; {one.chance:.2g} by chance" for one in found]
     return draw_matrices([one.matrix for one in found], titles)
 
 
 @styled
 def draw_evolution(found: Mapping[str, Evolution]) -> Figure:
-    """Size, direction against the last checkpoint, and turns of updates over the steps of their runs.
+    """Plot size, direction relative to the last checkpoint, and turns of updates over the steps of their runs.
 
     Example: ``draw_evolution(grown)``.
 
@@ -147,7 +150,7 @@ def draw_kinds(found: Mapping[str, Evolution]) -> Figure:
 
 @styled
 def draw_costs(found: Sequence[Cost], losses: Losses | None = None) -> Figure:
-    """Relative error of a cut update, by kind and over all; below it, where they are known, validation losses.
+    """Plot the relative error of a cut update, by kind and over all; below it, where they are known, validation losses.
 
     Example: ``draw_costs([rank_cost(spectra_of(deltas)["lora"], [1, 2])])``.
 

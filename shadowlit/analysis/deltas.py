@@ -15,7 +15,7 @@ from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.folder import DELTA_FILE
-from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
+from shadowlit.checkpoint.names import in_totals, is_bias, kind_of, layer_of
 from shadowlit.checkpoint.reader import ComputedReader, TensorReader, described
 from shadowlit.delta.checkpoints import latest, open_stage, spread
 from shadowlit.delta.delta import Delta
@@ -66,7 +66,10 @@ def open_delta(source: str | Path, base: str | Path | None = None, select: str |
 
 
 def open_deltas(sources: Mapping[str, str | Path], base: str | Path | None = None) -> dict[str, Delta]:
-    """Several updates by name; see :func:`open_delta`. Example: ``deltas = open_deltas({"lora": "runs/lora"})``."""
+    """Open several updates by name; see :func:`open_delta`.
+
+    Example: ``deltas = open_deltas({"lora": "runs/lora"})``.
+    """
     return {name: open_delta(source, base) for name, source in sources.items()}
 
 
@@ -80,7 +83,11 @@ def reader_of(name: str, delta: Delta) -> TensorReader:
 
 @dataclass(frozen=True)
 class TensorNorm:
-    """The size of one tensor of an update: its squared Euclidean norm, and that of the weights, NaN if not given."""
+    """The size of one tensor of an update: its squared Euclidean norm, and that of the weights, NaN if not given.
+
+    ``in_total`` is whether it counts in the relative size of the whole; see
+    :func:`shadowlit.checkpoint.names.in_totals`.
+    """
 
     name: str
     layer: int | None
@@ -88,6 +95,7 @@ class TensorNorm:
     num_elements: int
     square: float
     weight_square: float
+    in_total: bool = True
 
 
 def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -> dict[str, list[TensorNorm]]:
@@ -95,7 +103,7 @@ def norms_of(deltas: Mapping[str, Delta], weights: TensorReader | None = None) -
 
     Args:
         deltas: Updates by name.
-        weights: Those that they are updates of, for relative norms. Where these lack a tensor or have another shape
+        weights: Weights that they are updates of, for relative norms. Where these lack a tensor or have another shape
             (a vocabulary of another size), the relative norm is NaN.
     """
     return {name: _norms(delta, weights) for name, delta in deltas.items()}
@@ -107,17 +115,19 @@ def _norms(delta: Delta, weights: TensorReader | None) -> list[TensorNorm]:
         names = [n for n, s in delta.shapes.items() if n in weights.tensors and weights.tensors[n].shape == s]
         rows = weights.rows
         whole = Delta({n: delta.shapes[n] for n in names}, lambda n, i, j: torch.from_numpy(rows(n, i, j)))
-        squares = {found.name: found.square for found in whole.statistics()}
+        squares = whole.squares()
+    total = in_totals(delta.shapes)
     return [
         TensorNorm(
-            found.name,
-            layer_of(found.name),
-            kind_of(found.name),
-            math.prod(found.shape),
-            found.square,
-            squares.get(found.name, math.nan),
+            name,
+            layer_of(name),
+            kind_of(name),
+            math.prod(delta.shapes[name]),
+            square,
+            squares.get(name, math.nan),
+            name in total,
         )
-        for found in delta.statistics()
+        for name, square in delta.squares().items()
     ]
 
 
@@ -147,19 +157,22 @@ def _norm_map(title: str, found: Sequence[TensorNorm]) -> HeatMap:
 
 def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
     """Return a row per update: size, relative size, kind of the largest share.
-    Example: ``norm_table(norms_of(deltas))``.
+
+    Example: ``norm_table(norms_of(deltas))``. The relative size, ``‖Δ‖ / ‖W‖``, is over the matrices, if there are any;
+    the rest is over all tensors.
     """
     rows = []
     for name, tensors in found.items():
         square = sum(one.square for one in tensors)
-        weights = sum(one.weight_square for one in tensors)
+        counted = [one for one in tensors if one.in_total]
+        weights = sum(one.weight_square for one in counted)
         by_kind: dict[str, float] = {}
         for one in tensors:
             by_kind[one.kind] = by_kind.get(one.kind, 0.0) + one.square
         kind = max(by_kind, key=by_kind.__getitem__)
         share = f"{kind} ({by_kind[kind] / square:.0%})" if square else None
         elements = sum(one.num_elements for one in tensors)
-        relative = math.sqrt(square / weights) if weights else math.nan
+        relative = math.sqrt(sum(one.square for one in counted) / weights) if weights else math.nan
         rows.append((name, elements, math.sqrt(square), math.sqrt(square / max(1, elements)), relative, share))
     columns = ("update", "elements", "‖Δ‖", "root mean square", "‖Δ‖ / ‖W‖", "largest share of ‖Δ‖²")
     return Table(columns, rows)
@@ -169,7 +182,7 @@ def norm_table(found: Mapping[str, Sequence[TensorNorm]]) -> Table:
 
 
 def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
-    """σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
+    """Compute σ, cosine and relative norm of a pair. Example: ``compare_models(base, instruct).sigma``."""
     (found,) = similarity(base, instruct).similarities
     return replace(found, a="Base", b="Instruct")
 
@@ -177,7 +190,7 @@ def compare_models(base: str | Path, instruct: str | Path) -> Similarity:
 def compare_deltas(deltas: Mapping[str, Delta], density: float = 1.0) -> list[Similarity]:
     """Compare every two of several updates: cosine, equal signs, ratio of norms, by tensor. Streamed in one pass.
 
-    Example: ``compare_deltas(deltas)[0].whole.sums.cosine``.
+    Example: ``compare_deltas(deltas)[0].total.sums.cosine``.
 
     Args:
         deltas: Two to 26 updates by name; a tensor that one lacks is zero there.
@@ -218,7 +231,8 @@ class Matrix:
 
 
 def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matrix:
-    """Return a measure of every two updates, over all elements.
+    """Return a measure of every two updates, over all elements of their matrices.
+
     Example: ``matrix(compare_deltas(deltas), "sign_conflict")``.
 
     Args:
@@ -230,7 +244,7 @@ def matrix(similarities: Sequence[Similarity], measure: str = "cosine") -> Matri
     conflict = measure == "sign_conflict"
     values = torch.full((len(names), len(names)), 0.0 if conflict else 1.0, dtype=torch.float64)
     for found in similarities:
-        value = found.whole.measure("sign_agreement" if conflict else measure)
+        value = found.total.measure("sign_agreement" if conflict else measure)
         i, j = names.index(found.a), names.index(found.b)
         values[i, j] = values[j, i] = 1 - value if conflict else value
     labels = {"sign_conflict": "share of opposite signs", "sign_agreement": "share of equal signs"}
@@ -241,8 +255,8 @@ def pair_table(similarities: Sequence[Similarity]) -> Table:
     """Return a row for every two: cosine, opposite signs, norms. Example: ``pair_table(compare_deltas(deltas))``."""
     rows = []
     for found in similarities:
-        whole = found.whole.sums
-        rows.append((found.title, whole.cosine, 1 - whole.sign_agreement, whole.norm_ratio))
+        total = found.total.sums
+        rows.append((found.title, total.cosine, 1 - total.sign_agreement, total.norm_ratio))
     return Table(("updates", "cosine", "opposite signs", "‖b‖ / ‖a‖"), rows)
 
 

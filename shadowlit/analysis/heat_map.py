@@ -53,7 +53,7 @@ def of_similarity(similarity: Similarity, measure: str | None = None) -> HeatMap
         title = f"σ({similarity.title}): their mean is {similarity.sigma:.4f}"
     else:
         short = "cos" if measure == "cosine" else _LABELS[measure]
-        title = f"{short}({similarity.title}): {similarity.whole.measure(measure):.3f} over all tensors"
+        title = f"{short}({similarity.title}): {similarity.total.measure(measure):.3f} over the matrices"
     centre = {"cosine": 0.0, "sign_agreement": 0.5}.get(measure) if similarity.of != "weights" else None
     return HeatMap(title, cells, _LABELS[measure], centre)
 

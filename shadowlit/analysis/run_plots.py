@@ -21,7 +21,7 @@ _WIDE = 20
 
 @styled
 def four_curves(run: Run, whats: Sequence[str] = ("loss", "accuracy"), sets: Sequence[str] | None = None) -> Figure:
-    """Validation metrics of the tuned Base and the grafted Instruct over the steps, the untouched models as lines.
+    """Plot validation metrics of the tuned Base and the grafted Instruct over the steps, the untouched models as lines.
 
     Example: ``four_curves(run, ["loss"])``.
 
@@ -102,7 +102,10 @@ def survival(run: Run) -> Figure:
 
 @styled
 def forgetting(run: Run) -> Figure:
-    """KL from the untouched Instruct on what it knew, in nats per token. Example: ``forgetting(run)``."""
+    """Plot the KL divergence from the untouched Instruct on what it knew, in nats per token.
+
+    Example: ``forgetting(run)``.
+    """
     if not run.divergences:
         return _nothing(run, "val/grafted/…/kl (an evaluator shadowlit.evaluation.forgetting.Divergence)")
     names = run.divergences
@@ -139,7 +142,7 @@ def score_curves(run: Run) -> Figure:
 
 @styled
 def training(run: Run) -> Figure:
-    """Training loss and learning rate of each effective batch. Example: ``training(run)``."""
+    """Plot training loss and learning rate of each effective batch. Example: ``training(run)``."""
     if not run.points("train/loss"):
         return _nothing(run, "train/loss")
     figure, axes = panels(2, 2, DOUBLE, 2.1)

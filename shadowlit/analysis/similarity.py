@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.analysis.sums import Moments, Sums, mean_of_defined, stream_moments
-from shadowlit.checkpoint.folder import DELTA_FILE, CheckpointReader
+from shadowlit.checkpoint.factored import open_stored_delta
+from shadowlit.checkpoint.folder import DELTA_FILE
 from shadowlit.checkpoint.headers import some_of, weights_in
 from shadowlit.checkpoint.layout import in_layout_of, in_layout_of_module, single_experts
-from shadowlit.checkpoint.names import count_layers, expert_of, kind_of, layer_of
+from shadowlit.checkpoint.names import (
+    COMPONENTS,
+    component_of,
+    count_layers,
+    expert_of,
+    in_totals,
+    kind_of,
+    layer_of,
+)
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import PairError, ShadowlitError
@@ -43,6 +52,7 @@ MEASURES = {
     "offsets": ("cosine", "sign_agreement", "norm_ratio"),
 }
 """Measures of two models, of two updates, and of two offsets from one model; see ``Sums``."""
+_MATERIAL = 0.2  # relative difference of the two σ from which on both are reported
 _RANKS = ("effective_rank", "stable_rank")
 _MAX_MODELS = 26
 
@@ -51,13 +61,16 @@ _MAX_MODELS = 26
 class TensorSimilarity:
     """Two tensors of one name, the sums that their measures follow from, and the ranks of the offset b - a if wanted.
 
-    Decoder layers are counted from 0; outside of them it is ``None``.
+    Decoder layers are counted from 0; outside of them it is ``None``. ``component`` is one of
+    :data:`shadowlit.checkpoint.names.COMPONENTS`; ``in_total`` is whether it counts in totals.
     """
 
     name: str
     layer: int | None
     kind: str
     sums: Sums
+    component: str = "other"
+    in_total: bool = True
     effective_rank: float | None = None
     stable_rank: float | None = None
 
@@ -135,22 +148,40 @@ class Similarity:
     def sigma(self) -> float:
         """The paper's model-level σ: the plain mean over the tensors inside the decoder layers.
 
-        Embeddings, the final norm and the output head are left out.
+        Embeddings, the final norm and the output head are left out; the layers' norms and biases count as much as its
+        matrices. See :attr:`sigma_of_matrices`.
         """
         return mean_of_defined(tensor.sums.sigma for tensor in self.tensors if tensor.layer is not None)
+
+    @property
+    def sigma_of_matrices(self) -> float:
+        """σ without the norms and biases: the plain mean over the matrices inside the decoder layers.
+
+        In Gemma 3, six of a layer's thirteen tensors are norms.
+        """
+        return mean_of_defined(tensor.sums.sigma for tensor in self.total.tensors if tensor.layer is not None)
 
     @property
     def whole(self) -> Group:
         """All tensors."""
         return Group(None, self.tensors)
 
+    @property
+    def total(self) -> Group:
+        """The tensors that totals are over, the matrices; see :func:`shadowlit.checkpoint.names.in_totals`."""
+        return Group(None, tuple(tensor for tensor in self.tensors if tensor.in_total))
+
+    def by_component(self) -> list[Group]:
+        """Return a group for every component, in the order of :data:`shadowlit.checkpoint.names.COMPONENTS`."""
+        return sorted(self.whole.split(lambda tensor: tensor.component), key=lambda group: COMPONENTS.index(group.key))
+
     def by_kind(self) -> list[Group]:
         """Return a group for every kind of tensor, in order of appearance."""
         return self.whole.split(lambda tensor: tensor.kind)
 
     def by_layer(self) -> list[Group]:
-        """Return a group for every decoder layer, in their order; the tensors outside are left out."""
-        return sorted(self.whole.split(lambda tensor: tensor.layer), key=attrgetter("key"))
+        """Return a group for every decoder layer, in their order, of the tensors that totals are over."""
+        return sorted(self.total.split(lambda tensor: tensor.layer), key=attrgetter("key"))
 
     def by_expert(self) -> dict[int, list[Group]]:
         """For every decoder layer that is a mixture of experts a group for every expert, both in their order."""
@@ -164,6 +195,9 @@ class Similarity:
 
     def _of_weights(self) -> str:
         low, high = PAPER_RANGE
+        told, matrices = f"σ is {self.sigma:.4f}", self.sigma_of_matrices
+        if abs(matrices - self.sigma) > _MATERIAL * self.sigma:
+            told += f" ({matrices:.4f} over the matrices alone, without norms and biases)"
         if math.isnan(self.sigma):
             return "No tensor lies inside a decoder layer, so that the paper's σ isn't defined here."
         if self.sigma == 0:
@@ -171,16 +205,16 @@ class Similarity:
         if self.sigma <= high:
             within = "within" if self.sigma >= low else "below"
             return (
-                f"σ is {self.sigma:.4f}, {within} the range of the paper's pairs ({low}–{high}): close enough for a "
+                f"{told}, {within} the range of the paper's pairs ({low}–{high}): close enough for a "
                 "graft. It does not predict how good."
             )
         return (
-            f"σ is {self.sigma:.4f}, above the range of the paper's pairs ({low}–{high}): the graft may work, but "
+            f"{told}, above the range of the paper's pairs ({low}–{high}): the graft may work, but "
             "nothing known says so; watch graft/gain."
         )
 
     def _of_updates(self) -> str:
-        cosine = self.whole.sums.cosine
+        cosine = self.total.sums.cosine
         told = f"cos({self.a}, {self.b}) is {cosine:.3f}"
         if math.isnan(cosine):
             return f"One of {self.a} and {self.b} is zero, so that there is no angle between them."
@@ -226,7 +260,7 @@ class Report:
         """Return a line per tensor and pair; empty where something isn't defined. Models go by their letters."""
         text = io.StringIO()
         numbers = list(dict.fromkeys(name for names in MEASURES.values() for name in names))
-        columns = ["a", "b", "of", "name", "layer", "kind", "expert", "num_elements", *numbers, *_RANKS]
+        columns = ["a", "b", "of", "name", "layer", "kind", "component", "expert", "num_elements", *numbers, *_RANKS]
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for similarity in self.similarities:
@@ -294,7 +328,7 @@ def open_reader(folder: Path) -> tuple[TensorReader, bool]:
         CheckpointError: There is neither, or its files are broken.
     """
     is_delta = any((folder / name).is_file() for name in (DELTA_FILE, f"{DELTA_FILE}.index.json"))
-    return (CheckpointReader(folder, DELTA_FILE) if is_delta else open_model(folder).learned()), is_delta
+    return (open_stored_delta(folder) if is_delta else open_model(folder).learned()), is_delta
 
 
 def _require_one_architecture(readers: Sequence[TensorReader]) -> None:
@@ -346,9 +380,13 @@ def compare(
     names = shared_names(readers, deltas=deltas)
     pairs = list(_pairs(letters, deltas))
     found: list[list[TensorSimilarity]] = [[] for _ in pairs]
+    shapes = {name: next(r.tensors[name].shape for r in readers if name in r.tensors) for name in names}
+    total = in_totals(shapes)
     for name, moments in stream_moments(readers, names, deltas=deltas, advance=advance):
+        component, counts = component_of(name, shapes[name]), name in total
         for tensors, (_, sums_of) in zip(found, pairs, strict=True):
-            tensors.append(TensorSimilarity(name, layer_of(name), kind_of(name), sums=sums_of(moments)))
+            sums = sums_of(moments)
+            tensors.append(TensorSimilarity(name, layer_of(name), kind_of(name), sums, component, counts))
     compared = frozenset(names)
     left_out = {x: tuple(n for n in r.tensors if n not in compared) for x, r in zip(letters, readers, strict=True)}
     return Report(
@@ -446,9 +484,15 @@ def _as_dict(similarity: Similarity) -> dict[str, Any]:
         "a": similarity.a,
         "b": similarity.b,
         "of": similarity.of,
-        **measured(similarity.whole),
-        **({"sigma": _or_none(similarity.sigma)} if similarity.of == "weights" else {}),
+        **measured(similarity.total),
+        **(
+            {"sigma": _or_none(similarity.sigma), "sigma_of_matrices": _or_none(similarity.sigma_of_matrices)}
+            if similarity.of == "weights"
+            else {}
+        ),
+        "over": f"{len(similarity.total.tensors)} of {len(similarity.tensors)} tensors",
         "verdict": similarity.verdict,
+        "by_component": {group.key: measured(group) for group in similarity.by_component()},
         "by_kind": {str(group.key): measured(group) for group in similarity.by_kind()},
         "by_layer": {str(group.key): measured(group) for group in similarity.by_layer()},
         "by_expert": {
@@ -465,6 +509,7 @@ def _of_tensor(tensor: TensorSimilarity, of: str) -> dict[str, Any]:
         "name": tensor.name,
         "layer": tensor.layer,
         "kind": tensor.kind,
+        "component": tensor.component,
         "expert": tensor.expert,
         "num_elements": tensor.sums.num_elements,
         **{name: _or_none(getattr(tensor.sums, name)) for name in MEASURES[of]},

@@ -16,7 +16,7 @@ from shadowlit.analysis.sums import mean_of_defined
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.names import kind_of, layer_of
 from shadowlit.delta.delta import Delta
-from shadowlit.delta.spectrum import effective_rank, gram, singular_values, stable_rank
+from shadowlit.delta.spectrum import effective_rank, gram, stable_rank
 from shadowlit.errors import GraftError
 
 Side = Literal["output", "input"]
@@ -61,7 +61,7 @@ def spectra_of(deltas: Mapping[str, Delta], layers: Sequence[int] | None = None)
     """
 
     def spectrum(delta: Delta, name: str) -> Spectrum:
-        return Spectrum(name, layer_of(name) or 0, kind_of(name), singular_values(delta.tensor(name)).cpu())
+        return Spectrum(name, layer_of(name) or 0, kind_of(name), delta.singular_values(name))
 
     return {title: [spectrum(delta, n) for n in matrices(delta, layers)] for title, delta in deltas.items()}
 
@@ -145,7 +145,7 @@ def subspace_overlap(
 
 
 def overlaps(deltas: Mapping[str, Delta], rank: int, layers: Sequence[int] | None = None) -> list[Overlap]:
-    """:func:`subspace_overlap` of what the updates write, and read. Example: ``overlaps(deltas, rank=2)``."""
+    """Compute :func:`subspace_overlap` of what the updates write, and read. Example: ``overlaps(deltas, rank=2)``."""
     return [subspace_overlap(deltas, rank, "output", layers), subspace_overlap(deltas, rank, "input", layers)]
 
 

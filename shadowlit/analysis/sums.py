@@ -50,7 +50,7 @@ class Sums:
         square_difference: ``‖b − a‖²``; only for weights.
         dot: ``⟨a, b⟩``.
         num_both: Elements that are zero in neither; only for updates and offsets.
-        num_same_sign: Those of them with the same sign.
+        num_same_sign: Number of these with the same sign.
     """
 
     num_elements: int = 0

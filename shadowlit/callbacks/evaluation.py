@@ -52,7 +52,7 @@ class EvaluationCallback(Callback):
 
     An evaluator with ``every=n`` runs in the first full validation of a fit, in every *n*-th validation after it, and
     in the last one that ``max_steps`` or ``max_epochs`` allow; in ``validate`` and ``test`` it always runs. Where it
-    does not run, nothing of it is logged, and Lightning shows callbacks the values from before: monitor metrics of
+    does not run, no metric of it is logged, and Lightning shows callbacks the values from before: monitor metrics of
     evaluators with ``every=1``. The sanity check before the first step runs two rows of every evaluator on every
     subject and discards the results, so that an evaluator that fails does so at once.
 
@@ -75,6 +75,8 @@ class EvaluationCallback(Callback):
         samples: Number of rows of each generating evaluator that are shown side by side.
         folder: Folder of the samples; null for ``evaluation`` in the run's own folder.
         reference: Which untouched model a divergence is measured from: base where the pair's roles are swapped.
+        subjects: Models that the evaluators measure besides the untouched ones; without a graft only tuned.
+        last_only: Whether the evaluators run only in the last validation of a fit, whatever their ``every``.
 
     Attributes:
         due: Names of the evaluators that run in the running validation, or else ran in the last one.
@@ -88,6 +90,8 @@ class EvaluationCallback(Callback):
         samples: int = 4,
         folder: str | None = None,
         reference: Literal["instruct", "base"] = "instruct",
+        subjects: list[Literal["tuned", "grafted"]] = ["tuned", "grafted"],  # noqa: B006
+        last_only: bool = False,
     ) -> None:
         self.evaluators = dict(evaluators or {})
         if wrong := wrong_names("evaluation.evaluators", self.evaluators):
@@ -100,6 +104,7 @@ class EvaluationCallback(Callback):
         self.samples = samples
         self.folder = folder
         self.reference = reference
+        self.subjects, self.last_only = list(subjects), last_only
         self.record: ValidationRecord | None = None  # GraftCallback's, where there is one
         self._run_totals = RunTotals()
         self._untouched = UntouchedMetrics()
@@ -171,14 +176,16 @@ class EvaluationCallback(Callback):
             due = []
         elif trainer.state.fn != TrainerFn.FITTING or is_last_validation(trainer):
             due = list(self.evaluators)
+        elif self.last_only:
+            due = []
         else:
             due = [name for name, evaluator in self.evaluators.items() if self._validations % evaluator.every == 0]
         self.due, self._found = due, {}
 
     def on_subject(self, trainer: Trainer, module: ShadowModule, subject: Subject, record: ValidationRecord) -> None:
         """Run the due evaluators on the tuned and the grafted models; the untouched ones are measured later, once."""
-        if self.due and subject not in UNTOUCHED and (subject.main or subject.scale in self.scales):
-            self._run(trainer, module, subject, self.due)
+        if self.due and self._is_measured(subject):
+            self._measure(trainer, module, subject, self.due)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure what GraftCallback has not had measured, and log everything; in the sanity check try everything."""
@@ -243,13 +250,28 @@ class EvaluationCallback(Callback):
                 self._found[subject, name] = require_result(evaluator.run(context), key, evaluator)
             module.eval()  # for those that follow, whatever this one left
 
+    def _is_measured(self, subject: Subject) -> bool:
+        """Whether the evaluators run on a model that is no untouched one."""
+        is_graft = subject.kind == "grafted"
+        if is_graft and self._graft is not None and not self._graft.validate:
+            return False
+        own = subject == TUNED if not is_graft else subject.main or subject.scale in self.scales
+        return own and (subject.kind in self.subjects or self._graft is None)
+
+    def _measure(self, trainer: Trainer, module: ShadowModule, subject: Subject, names: Sequence[str]) -> None:
+        """Run evaluators on a subject, or take over what they found on another one with the same weights."""
+        twin = None if self._graft is None else self._graft.twins.get(subject)
+        known = {name: self._found[twin, name] for name in names if twin is not None and (twin, name) in self._found}
+        self._found |= {(subject, name): found for name, found in known.items()}
+        self._run(trainer, module, subject, [name for name in names if name not in known])
+
     def _try_all(self, trainer: Trainer, module: ShadowModule) -> None:
         """Run every evaluator on every subject and discard the results; a collective."""
         if self._graft is None:
             self._run(trainer, module, TUNED, list(self.evaluators))
             return
-        grafts = [subject for subject in self._graft.subjects if subject.main or subject.scale in self.scales]
-        for subject in [TUNED, *grafts, *(UNTOUCHED if self.baselines else ())]:
+        own = [subject for subject in [TUNED, *self._graft.subjects] if self._is_measured(subject)]
+        for subject in [*own, *(UNTOUCHED if self.baselines else ())]:
             run = partial(self._run, trainer, module, subject, list(self.evaluators))
             self._graft.build(module).measure(subject, run)
 
@@ -272,7 +294,7 @@ class EvaluationCallback(Callback):
 
     def _measure_untouched(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> None:
         def measure(subject: Subject, names: list[str]) -> dict[str, Metrics]:
-            graft.measure(subject, partial(self._run, trainer, module, subject, names))
+            graft.measure(subject, partial(self._measure, trainer, module, subject, names))
             return {name: self._found[subject, name].metrics for name in names}
 
         self._untouched.measure(self._signatures(), measure)

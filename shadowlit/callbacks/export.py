@@ -32,6 +32,7 @@ from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
 from shadowlit.grafting.verification import digested, logit_difference, rejecting, require_loadable, require_written
+from shadowlit.text import size
 from shadowlit.training.disks import Needed, require_shared
 from shadowlit.training.module import ShadowModule
 
@@ -124,9 +125,8 @@ class ExportCallback(Callback):
             factors = sum(4 * p.numel() for p in pl_module.parameters() if p.requires_grad)
             sizes["adapter"] = factors + require_copyable(files)
         if "delta" in self.parts:
-            num_elements = self._graft.build(pl_module).coverage.num_selected_parameters
-            sizes["delta"] = shard_bytes(2 * num_elements, self.max_shard_bytes)
-        parts = ", ".join(f"{part} {size / 1e9:.3f} GB" for part, size in sizes.items())
+            sizes["delta"] = shard_bytes(self._graft.build(pl_module).delta_bytes(), self.max_shard_bytes)
+        parts = ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in sizes.items())
         return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,7 +170,7 @@ class ExportCallback(Callback):
         if "adapter" in self.parts and pl_module.adapter is not None:
             self._export_adapter(trainer, pl_module, target / "adapter", manifest)
         if "delta" in self.parts:
-            tensors = self._graft.build(pl_module).delta_tensors()
+            tensors = self._graft.build(pl_module).delta_tensors(factored=True)
             if trainer.is_global_zero:
                 write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
             else:
@@ -179,7 +179,7 @@ class ExportCallback(Callback):
             self._export_model(trainer, pl_module, target / "model", manifest)
         trainer.strategy.barrier("export")
         written = [part for part in self.parts if (target / part).is_dir()]
-        rank_zero_info(f"export: {', '.join(written)} of the grafted Instruct: in {target}")
+        rank_zero_info(f"export: wrote the grafted Instruct ({', '.join(written)}) to {target}")
         self._graft.exported = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
 
     def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class ExportCallback(Callback):
             select=callback.select,
             dtype=callback.dtype,
             coverage=callback.build(module).coverage,
-            survival={name: statistics[name] for name in ("survival", "delta_norm") if name in statistics},
+            survival=_summary(statistics),
             metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
             transforms=callback.transforms.specs,
@@ -255,6 +255,17 @@ class ExportCallback(Callback):
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.folder) if self.folder else run_folder(trainer) / "export"
+
+
+def _summary(statistics: Mapping[str, float]) -> dict[str, Any]:
+    """The update's size and what is left of it, in total and by component."""
+    found: dict[str, Any] = {
+        name: statistics[name] for name in ("survival", "delta_norm", "relative_delta") if name in statistics
+    }
+    for name in ("survival", "relative_delta"):
+        parts = {key.partition("/")[2]: value for key, value in statistics.items() if key.startswith(f"{name}/")}
+        found |= {f"{name}_by_component": parts} if parts else {}
+    return found
 
 
 def _require_finite(problem: str | None, delta_norm: float) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.hooks import RemovableHandle
 
+from shadowlit import text
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
@@ -99,13 +100,14 @@ class GraftCallback(Callback):
         offload: Whether the frozen weights of the pair are kept in the CPU's memory.
         baselines: Whether the untouched Base and Instruct are measured once, in the first full validation.
         statistics: Whether norms and survival of the update are logged at every validation.
-        adapter: Score the adapter on the Instruct, val/adapter/*, next to the graft; null for where the adapter is
-            exported.
-        routing: For a mixture of experts, log how many choices of experts the graft changes. Needs baselines; not
-            measured in compiled layers.
+        adapter: Whether to score the adapter on the Instruct, val/adapter/*, next to the graft; null for
+            where the adapter is exported.
+        routing: Whether to log how many choices of experts the graft changes, for a mixture of experts. Needs
+            baselines; not measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, or the import path of a function. Metrics, norms,
             survival and exports are those of the transformed update.
+        validate: Whether the grafted models are validated; false if only the tuned model and the update matter.
 
     Attributes:
         subjects: The grafts that are validated, the main one first.
@@ -114,6 +116,8 @@ class GraftCallback(Callback):
         exported: What the export of this fit wrote and how it is loaded, line by line.
         exports_adapter: Whether the run exports the adapter, so that it is scored by default.
         graft: The graft of the module's model, from its first use in a command to the command's end.
+        twins: In the running validation, subjects that have the weights of another one, which is measured before:
+            ahead of the first step the tuned model is the Base, and every graft the Instruct.
         fingerprints: Fingerprints of the files of ``base`` and ``instruct``, from the command's setup on.
         settings: Settings that a checkpoint's metrics depend on.
     """
@@ -129,6 +133,7 @@ class GraftCallback(Callback):
         adapter: bool | None = None,
         routing: bool = True,
         transforms: list[dict[str, Any]] = [],  # noqa: B006
+        validate: bool = True,
     ) -> None:
         named = {f"{scale:g}" for scale in scales} if all(isinstance(s, int | float) for s in scales) else set()
         if not scales or len(named) < len(scales) or not all(map(math.isfinite, scales)):
@@ -148,6 +153,8 @@ class GraftCallback(Callback):
         self.exports_adapter = False
         self.exported: list[str] = []
         self.routing = routing
+        self.validate = validate
+        self.twins: dict[Subject, Subject] = {}
         self.settings = {
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
         }  # fmt: skip
@@ -270,8 +277,11 @@ class GraftCallback(Callback):
             self.finished = self.record
             names = ("graft/gain", f"{self.record.stage}/grafted/loss", "graft/survival")
             gain, loss, survival = (self.record.metrics.get(name, math.nan) for name in names)
+            if not self.validate:
+                return
             rank_zero_info(
-                f"graft: step {trainer.global_step}: gain {gain:+.4f}, grafted loss {loss:.4f}, survival {survival:.1%}"
+                f"graft: step {trainer.global_step:,}: gain {text.number(gain, signed=True)}, "
+                f"grafted loss {text.number(loss)}, survival {survival:.1%}"
             )
 
     # A test is a validation on other sets.
@@ -412,25 +422,26 @@ class GraftCallback(Callback):
     def _measure(self, trainer: Trainer, module: ShadowModule) -> None:
         """Run the passes of one validation and add what they measure to its record."""
         graft, record, main = self.build(module), self.record, self.subjects[0]
+        self.twins = self._find_twins(trainer, module, graft)
         squares: Squares | None = {} if self.statistics else None  # the main graft's, found while it is swapped in
-        for subject in self.subjects:
+        for subject in self._validated:
             self._pass(trainer, module, subject, squares if subject == main else None)
         if trainer.sanity_checking:
             return
         graft.measure(TUNED, partial(self._ask_others, trainer, module, TUNED))
-        record.rows |= {subject.name: module.sample_scores(subject) for subject in [TUNED, *self.subjects]}
+        record.rows |= {subject.name: module.sample_scores(subject) for subject in [TUNED, *self._validated]}
         statistics = graft.statistics(main.scale, squares) if self.statistics else {}
         self.warn_of_zero(trainer, statistics)
         record.metrics |= {f"graft/{name}": value for name, value in statistics.items()}
-        unrounded = self._unrounded(module, statistics.get("survival", 1.0))
+        unrounded = self._unrounded(module, statistics.get("survival", 1.0)) if self.validate else None
         if unrounded:
             self._pass(trainer, module, unrounded)
-        if module.quantization is not None:
+        if module.quantization is not None and self.validate:
             self._pass(trainer, module, Subject("grafted_4bit", main.scale))
         untouched = self._measure_untouched(trainer, module)
         for subject, metrics in untouched.items():
             record.metrics |= {f"{record.stage}/{subject.name}/{name}": value for name, value in metrics.items()}
-        if untouched:
+        if untouched and self.validate:
             loss = untouched[INSTRUCT]["loss"]
             record.metrics["graft/gain"] = loss - module.scores(main)["loss"]
             if unrounded:
@@ -442,6 +453,25 @@ class GraftCallback(Callback):
         self._compare_routing(module)
         if statistics.get("survival", 1.0) < LEAST_SURVIVAL:
             self._warn_of_rounding(record.metrics)
+
+    @property
+    def _validated(self) -> list[Subject]:
+        return self.subjects if self.validate else []
+
+    def _find_twins(self, trainer: Trainer, module: ShadowModule, graft: LiveGraft) -> dict[Subject, Subject]:
+        """Find out which subjects have the weights of another before the first step.
+
+        None where each needs its own pass: if choices of experts are recorded, or a subclass has a step of its own.
+        """
+        step = "test_step" if trainer.testing else "validation_step"
+        own_step = getattr(type(module), step) is not getattr(ShadowModule, step)
+        if trainer.sanity_checking or trainer.global_step or self._routing is not None or own_step:
+            return {}
+        is_base, are_instruct = graft.unchanged()
+        twins = {BASE: TUNED} if is_base else {}
+        if are_instruct and self.validate:
+            twins |= dict.fromkeys((*self.subjects[1:], INSTRUCT), self.subjects[0])
+        return twins
 
     def _unrounded(self, module: ShadowModule, survival: float) -> Subject | None:
         """The model that is measured for what rounding costs: the adapter on the Instruct, or the graft unrounded."""
@@ -502,9 +532,12 @@ class GraftCallback(Callback):
 
         def run() -> None:
             module.take_scores(subject)  # those of a pass that is repeated
-            # Iterating a loader draws a seed from the global generator: the training must not notice.
-            with isolate_rng():
-                self._run_batches(trainer, subject)
+            if subject in self.twins:
+                module.share_scores(self.twins[subject], subject)
+            else:
+                # Iterating a loader draws a seed from the global generator: the training must not notice.
+                with isolate_rng():
+                    self._run_batches(trainer, subject)
             if not module.has_scores(subject):
                 step = f"{type(module).__name__}.{'test' if trainer.testing else 'validation'}_step"
                 raise GraftError(
@@ -562,7 +595,7 @@ class GraftCallback(Callback):
     def _compare_routing(self, module: ShadowModule) -> None:
         if self._routing is None:
             return
-        for subject in [*self.subjects, TUNED]:
+        for subject in [*self._validated, TUNED]:
             agreement = self._routing.agreement(subject.name, subject.start.name, module.device)
             self.record.metrics |= {f"{self.record.stage}/{subject.name}/{what}": v for what, v in agreement.items()}
             self._routing.forget(subject.name)

@@ -22,10 +22,10 @@ class RunTotals:
     """What the validations of one fit share.
 
     Attributes:
-        started: When the fit started, by time.perf_counter; None outside of a fit.
+        started: Time at which the fit started, by time.perf_counter; None outside of a fit.
         seconds: Seconds by part.
         names: Names of all metrics that were added so far.
-        warned: What was warned of.
+        warned: Warnings that were given.
     """
 
     started: float | None = None
@@ -85,7 +85,7 @@ class ValidationRecord:
         step: Optimizer step at which it was closed; None before.
         errors: Standard errors of gains, by what is compared: ``loss``, ``<set>/loss``, ``<evaluator>/score``.
         seconds: Seconds by part, for example ``graft`` or ``evaluation/arithmetic``.
-        rows: By subject and validation set, the numbers of each row, ``[N, 5]``; see
+        rows: The numbers of each row, by subject and validation set, ``[N, 5]``; see
             :meth:`ShadowModule.sample_scores`. Of the untouched models in the validation that measures them.
     """
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shadowlit.evaluation.sums import standard_error
 from shadowlit.progress import make_table
+from shadowlit.text import number
 
 SUBJECTS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
 """Titles of the four models, by the names of their metrics."""
@@ -58,7 +59,8 @@ def survival_line(metrics: Mapping[str, float]) -> str:
     line = f"survival: {survival:.1%} of the update is left after rounding to the export's dtype"
     if "graft/gain_unrounded" in metrics:
         line += (
-            f"; the gain is {metrics['graft/gain']:+.4f}, and without rounding {metrics['graft/gain_unrounded']:+.4f}"
+            f"; the gain is {number(metrics['graft/gain'], signed=True)}, and without rounding "
+            f"{number(metrics['graft/gain_unrounded'], signed=True)}"
         )
     return line
 
@@ -80,7 +82,7 @@ def score_table(
         step: Optimizer step at which they were measured, for the title.
         stage: Prefix of the metrics: val or test.
     """
-    title = "Scores" if step is None else f"Scores at step {step}"
+    title = "Scores" if step is None else f"Scores at step {step:,}"
     headings = ("", *subject_headings(), "gain ±\nstandard error")
     drawn = make_table(*headings, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     prefix = f"{stage}/grafted/"
@@ -91,13 +93,13 @@ def score_table(
         if name.endswith("loss"):
             gain = -gain
         error = errors.get(name, math.nan)
-        shown = "–" if math.isnan(gain) else f"{round(gain, 4) + 0.0:+.4f}"  # never -0.0000
+        shown = "–" if math.isnan(gain) else number(gain, signed=True)
         if not math.isnan(gain + error):
-            shown += f" ± {error:.4f}"
+            shown += f" ± {number(error, digits=3)}"
         place, _, what = name.rpartition("/")
         drawn.add_row(
             f"{place}: {what}" if place else what,
-            *("–" if math.isnan(v) else f"{v:.4f}" for v in values.values()),
+            *("–" if math.isnan(v) else number(v) for v in values.values()),
             shown,
         )
     return drawn

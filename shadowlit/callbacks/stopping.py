@@ -178,7 +178,7 @@ def take_over(trainer: Trainer) -> None:
 
 
 def leave(trainer: Trainer) -> None:
-    """The last boundary of a command, before what is no part of its loops; to be called on all ranks alike."""
+    """The last boundary of a command, before what is not a part of its loops; to be called on all ranks alike."""
     if isinstance(trainer._signal_connector, Boundaries):
         trainer._signal_connector.leave()
 

@@ -18,6 +18,7 @@ from shadowlit.callbacks.record import record_of
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.distributed import of_all_ranks
 from shadowlit.grafting.arithmetic import accumulation_dtype
+from shadowlit.text import count, size
 from shadowlit.training.flops import Work, count_pairs, peak_flops
 from shadowlit.training.module import ShadowModule
 
@@ -221,10 +222,10 @@ def peak_memory_bytes(device: torch.device) -> float:
 def _table(summary: dict[str, float]) -> str:
     rows = [
         ("start-up", f"{summary['startup_s']:.1f} s"),
-        ("tokens per second", f"{summary['tokens_per_s']:,.0f}"),
-        ("supervised tokens per second", f"{summary['supervised_tokens_per_s']:,.0f}"),
+        ("tokens per second", count(summary["tokens_per_s"])),
+        ("supervised tokens per second", count(summary["supervised_tokens_per_s"])),
         *([("MFU", f"{summary['mfu']:.1%}")] if "mfu" in summary else []),
-        ("peak memory", f"{summary['peak_memory_gb']:.2f} GB"),
+        ("peak memory", size(1e9 * summary["peak_memory_gb"])),
         *((part.replace("_", " and "), f"{summary[part]:.1%} of {summary['seconds']:.1f} s") for part in _PARTS),
     ]
     width = max(len(name) for name, _ in rows)

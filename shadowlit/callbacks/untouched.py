@@ -17,7 +17,7 @@ class UntouchedMetrics:
     """Remembers what was measured of the untouched models, by name, for as long as its signature stays the same.
 
     Attributes:
-        state: For each name the ``signature`` of data and settings, and the metrics by the subject's name. Checkpoints
+        state: The ``signature`` of data and settings by name, and the metrics by the subject's name. Checkpoints
             hold it as it is.
     """
 

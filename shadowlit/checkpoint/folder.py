@@ -37,6 +37,7 @@ from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import reserve, start_write_back
 from shadowlit.errors import CheckpointError, ExportError
 from shadowlit.files import require_writable, sync
+from shadowlit.text import size
 
 if TYPE_CHECKING:
     import torch
@@ -439,7 +440,7 @@ def require_room(target: str | Path, num_bytes: int = 0, what: str | None = None
         room = shutil.disk_usage(require_writable(path.parent))
     if num_bytes > room.free and room.total:  # some network file systems don't know their size
         raise ExportError(
-            f"{what or path} will take {_size(num_bytes)}, but only {_size(room.free)} are free on the disk of "
+            f"{what or path} will take {_exact(num_bytes)}, but only {_exact(room.free)} are free on the disk of "
             f"{path.parent}. Free space, or choose another target."
         )
 
@@ -469,18 +470,18 @@ def shard_bytes(num_bytes: int, max_shard_bytes: int) -> int:
     return num_bytes + (num_bytes // max_shard_bytes + 1) * _HEADER_ROOM_BYTES
 
 
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3f} GB" if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
+def _exact(num_bytes: int) -> str:
+    return size(num_bytes) if num_bytes >= 1e6 else f"{num_bytes:,} bytes"
 
 
 def _warn_of_leftovers(path: Path) -> None:
     """Log the unfinished folders that killed runs left next to ``path``, with their sizes."""
     for left in sorted(path.parent.glob(f".{glob.escape(path.name)}.partial-*")):
         with contextlib.suppress(OSError):  # its writer may just be finishing
-            size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+            num_bytes = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
             log.warning(
-                "%s (%.3f GB) was left unfinished by a killed run, or another one is writing it; "
-                "delete it if none is running.", left, size / 1e9,
+                "%s (%s) was left unfinished by a killed run, or another one is writing it; "
+                "delete it if none is running.", left, size(num_bytes),
             )  # fmt: skip
 
 

@@ -374,7 +374,7 @@ def _no_safetensors(folder: Path, single_file: str) -> CheckpointError:
 
 
 def weights_in(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors that hold weights, in any dtype, and are no buffers of integers or truth values."""
+    """Return the tensors that hold weights, in any dtype, and are not buffers of integers or truth values."""
     buffers = next_to_modules(tensors)
     return {
         name: info

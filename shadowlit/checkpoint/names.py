@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 
 TOWERS = ("language", "vision", "projector")
 """The parts of a vision-language model that can be trained and grafted separately."""
+
+COMPONENTS = ("embeddings", "attention", "mlp", "head", "other", "norms", "vectors")
+"""What a tensor is in a transformer; ``vectors`` are biases and whatever else isn't a matrix, such as Mamba's ``D``."""
 
 # What torch.compile, FSDP, activation checkpointing and DDP insert into a parameter's name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\.")
@@ -77,6 +80,11 @@ _QUANTISED = re.compile(
     r"(\.weight_(scale|packed|zero_point)|_scale_inv|\.qweight|\.qzeros|\.SCB|\babsmax|\.quant_map|\.quant_state\..+"
     r"|\.experts\.\w+_(blocks|scales))$"
 )
+
+_NORM = re.compile(r"(^|\.)ln_\w+\.")  # GPT-2's
+_ATTENTION = re.compile(r"attn|attention")
+_MLP = re.compile(r"mlp|feed_?forward|ffn|experts|\.moe\.|_moe\.|\.fc\d|dense_\w+_to_\w+|(gate|up|down)_proj")
+_EMBEDDING = re.compile(r"embed|wte|wpe")
 
 _LAYER = re.compile(r"\.(\d+)\.")
 _DECODER_LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -173,6 +181,17 @@ def factor_key(module: str, factor: str) -> str:
     return f"{_PEFT_ROOT}{module}.lora_{factor}.weight"
 
 
+def stored_factors(name: str) -> tuple[str, str]:
+    """Return the names in a stored delta of the factors [out, r] and [r, in] whose product a matrix is."""
+    return f"{name}.lora_B", f"{name}.lora_A"
+
+
+def whole_of_factor(name: str) -> str | None:
+    """Return the name of the matrix of which a tensor of a stored delta is a factor; ``None`` if it is none."""
+    whole, _, factor = name.rpartition(".")
+    return whole if whole and factor in ("lora_A", "lora_B") else None
+
+
 def is_peft_key(name: str) -> bool:
     """Return whether peft would load a tensor of this name; what it would not, it ignores."""
     return name.startswith("base_model.") and ".default." not in name
@@ -266,6 +285,26 @@ def kind_of(name: str) -> str:
     return parts[-2] if len(parts) > 1 else parts[0]
 
 
+def component_of(name: str, shape: Collection[int]) -> str:
+    """Return which of :data:`COMPONENTS` a tensor belongs to, by its name and shape."""
+    if len(shape) < 2:
+        return "norms" if is_norm(name) else "vectors"
+    if is_head(canonical_key(name)):
+        return "head"
+    if layer_of(name) is None and _EMBEDDING.search(name):
+        return "embeddings"
+    return "attention" if _ATTENTION.search(name) else "mlp" if _MLP.search(name) else "other"
+
+
+def in_totals(shapes: Mapping[str, Collection[int]]) -> frozenset[str]:
+    """Return the tensors over which a number that compares weights is summed up: the matrices, if there are any.
+
+    Norms' weights may be so large (a norm of 22,666 in Gemma 3 270M, where it is 631 for all matrices) that a total
+    over everything would describe them alone. They and biases are reported as components of their own.
+    """
+    return frozenset(name for name, shape in shapes.items() if len(shape) >= 2) or frozenset(shapes)
+
+
 def is_bias(name: str) -> bool:
     """Return whether ``name`` is a module's bias."""
     return name.endswith(".bias")
@@ -298,7 +337,7 @@ def leaf_of(module: str) -> str:
 
 def is_norm(name: str) -> bool:
     """Return whether a parameter belongs to a normalisation."""
-    return "norm" in name
+    return "norm" in name or _NORM.search(name) is not None
 
 
 def is_token_tensor(name: str) -> bool:

@@ -12,7 +12,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+_Tensor = TypeVar("_Tensor")
 _SAMPLE_BYTES = 16 * 1024
 _SAMPLE_READS = 2048
 
@@ -197,12 +198,12 @@ def rows_of(tensor_of: Callable[[str], torch.Tensor]) -> Callable[[str, int, int
     return rows
 
 
-def keeping(tensor_of: Callable[[str], torch.Tensor], count: int = 2) -> Callable[[str], torch.Tensor]:
+def keeping(tensor_of: Callable[[str], _Tensor], count: int = 2) -> Callable[[str], _Tensor]:
     """Keep the last ``count`` tensors that a function returns by name; threads do not compute one twice."""
-    kept: dict[str, torch.Tensor] = {}
+    kept: dict[str, _Tensor] = {}
     lock = threading.Lock()
 
-    def tensor(name: str) -> torch.Tensor:
+    def tensor(name: str) -> _Tensor:
         with lock:
             if name not in kept:
                 while len(kept) >= count:  # first, so that no more are in memory while the next one is computed

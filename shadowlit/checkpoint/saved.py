@@ -172,7 +172,7 @@ def newest_whole(folder: Path, *, resumes: bool, contents: bool = True) -> Path 
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Return whether a path has the name of a checkpoint, and is no folder of anything else."""
+    """Return whether a path has the name of a checkpoint, and is not a folder of anything else."""
     path = Path(path)
     if path.suffix != ".ckpt":
         return False
@@ -200,13 +200,13 @@ def read_rest(path: Path) -> dict[str, Any]:
     needed = [key for key in _KEYS if not (path.is_dir() and key == "state_dict")]
     if not isinstance(content, dict) or (missing := [key for key in needed if key not in content]):
         found = f"lacks {', '.join(missing)}" if isinstance(content, dict) else f"holds a {type(content).__name__}"
-        raise CheckpointError(f"{file} is no checkpoint of a training: it {found}. {_EXPECTED}.")
+        raise CheckpointError(f"{file} is not a checkpoint of a training: it {found}. {_EXPECTED}.")
     require_parts(path, content)
     return content
 
 
 def require_finite(path: Path, state: Mapping[str, Any]) -> None:
-    """Raise if weights are not finite numbers; of sharded tensors this rank's part is looked at."""
+    """Raise if weights are not finite numbers; of sharded tensors, this rank checks its own part."""
     tensors = {name: local(t) for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise CheckpointError(
@@ -273,7 +273,7 @@ def _verify_file(path: Path, share: tuple[int, int] | None) -> None:
     if not zipfile.is_zipfile(path):
         if not head.strip(b"\0") or head[:2] == b"PK":
             raise damaged(path, f"was cut short at {path.stat().st_size} bytes")
-        raise CheckpointError(f"{path} is no checkpoint: it is no archive of torch.save. {_EXPECTED}.")
+        raise CheckpointError(f"{path} is not a checkpoint: it is not an archive of torch.save. {_EXPECTED}.")
     try:
         with zipfile.ZipFile(path) as archive:
             for number, part in enumerate(archive.infolist()):

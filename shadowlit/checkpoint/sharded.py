@@ -1,7 +1,7 @@
 """Sharded checkpoints of ``torch.distributed.checkpoint``, read without running code from them.
 
-torch unpickles their index, ``.metadata``, and every value that is no tensor without restriction, so that a checkpoint
-from a stranger could run code. Here the index may name the classes of an index only, and values are read as
+torch unpickles their index, ``.metadata``, and every value that is not a tensor without restriction, so that a
+checkpoint from a stranger could run code. Here the index may name the classes of an index only, and values are read as
 ``torch.load(weights_only=True)`` reads them.
 """
 
@@ -63,7 +63,7 @@ def read_tensors(folder: Path, tensors: dict[str, Any], *, alone: bool) -> None:
 
     Args:
         folder: Folder of the checkpoint.
-        tensors: Where to read to.
+        tensors: Tensors to read into.
         alone: Whether this process reads for itself; otherwise this is a collective of all ranks.
 
     Raises:
@@ -89,9 +89,9 @@ def read_nested(
 
     Args:
         folder: Folder of the checkpoint.
-        prefixes: What the keys of these parts begin with.
+        prefixes: Beginnings of the keys of these parts.
         make: Function that returns the tensor to fill for a key, a shape and a dtype.
-        alone: As of :func:`read_tensors`.
+        alone: See :func:`read_tensors`.
     """
     index = read_index(folder)
     values: dict[str, Any] = {name: None for name in index.state_dict_metadata if name.startswith(prefixes)}

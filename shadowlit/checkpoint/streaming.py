@@ -20,24 +20,11 @@ PART_ELEMENTS = 2**19
 """Rows are read, computed and written in parts of about this many elements."""
 AHEAD = 4
 """Number of results that wait at most, besides the one that was taken."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _SYNC_FILE_RANGE_WRITE = 2  # of fcntl.h
 _FALLOC_FL_KEEP_SIZE = 1  # of linux/falloc.h
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator keep the memory that one part frees for the next part, instead of returning it to the system.
-
-    Costs no more memory than the parts in flight, and saves three quarters of the system time. Only glibc has the
-    switch; elsewhere nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows: TypeError
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 2**30)
-        mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 def start_write_back(descriptor: int, offset: int, count: int) -> None:

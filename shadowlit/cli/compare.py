@@ -12,7 +12,7 @@ from shadowlit.cli.functions import Changes
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console
-from shadowlit.studies.comparison.plan import plan
+from shadowlit.studies.comparison.plan import plan, rates_of_arms
 from shadowlit.studies.comparison.scoring import Measure, read_measures
 from shadowlit.studies.trials.recipe import Recipe
 
@@ -104,8 +104,12 @@ def compare(
     from shadowlit.studies.progress import StudyProgress
     from shadowlit.studies.rows import UNTOUCHED_TRIAL
     from shadowlit.studies.trials.process import last_words, untouched_failed
+    from shadowlit.studies.trials.trial import LOG
 
-    found = [recipe.untouched_job(folder), *(training.job(recipe, folder) for training in trainings)]
+    of_arms = rates_of_arms(given, own)
+    found = [recipe.untouched_job(folder)]
+    for training in trainings:
+        found.append(training.job(recipe, folder, [arm for arm, lrs in of_arms.items() if training.lr in lrs]))
     measured = check_measured(list(found[1].arguments))
     scored, choosing = _logged("score", scored, measured), _logged("choose", choosing, measured)
     if gained is None:  # an agreement with the Instruct is no sign that something was learned
@@ -118,9 +122,10 @@ def compare(
             "under --gain, or metrics of the validation under --score."
         )
     with own_folder(folder, recipe):
-        with StudyProgress("trainings", len(found), "grafted loss") as shown:
+        metric, in_process = next(iter(scored), "loss"), not recipe.is_distributed()
+        with StudyProgress("trainings", len(found), metric) as shown:
             failed = run(
-                found, folder, workers=workers, threads=threads, in_process=not recipe.is_distributed(), shown=shown
+                found, folder, workers=workers, threads=threads, in_process=in_process, metric=metric, shown=shown
             )
         if UNTOUCHED_TRIAL in failed:
             raise untouched_failed(folder / UNTOUCHED_TRIAL)
@@ -131,10 +136,14 @@ def compare(
         report = write(summary, folder / "report")
     console.print(f"report    {report}")
     if failed:
-        reasons = "; ".join(f"{name}: {last_words(folder / name).removesuffix('.')}" for name in failed)
+        reasons: dict[str, list[str]] = {}
+        for name in failed:
+            reasons.setdefault(last_words(folder / name).removesuffix("."), []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        logs = ", ".join(str(folder / name / LOG) for name in failed)
         raise ShadowlitError(
-            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {reasons}. Fix the cause, and "
-            f"start the same command again; the logs are in {folder}."
+            f"{len(failed)} of {len(found)} jobs failed, and are missing in the report: {told}. Fix the cause, and "
+            f"start the same command again. Logs: {logs}"
         )
 
 

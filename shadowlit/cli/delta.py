@@ -67,10 +67,8 @@ def make(
     _save(found, out, dtype, shard_size, found.manifest)
     for name, why in found.without.items():
         make_console().print(f"delta: left out for want of an update: {name} ({why})")
-    if found.left_out is not None:
-        rest = {part.name: part.square for part in found.left_out.statistics()}
-        if shares := shares_of(rest, found.norm() ** 2):
-            make_console().print(f"delta: left out of the update's norm: {describe_shares(shares)}")
+    if found.left_out is not None and (shares := shares_of(found.left_out.squares(), found.norm() ** 2)):
+        make_console().print(f"delta: left out of the update's norm: {describe_shares(shares)}")
 
 
 def show(deltas: list[str], effective_rank: bool = False) -> None:
@@ -269,7 +267,9 @@ def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mappi
     with progress_bar("writing", found.num_elements) as advance:
         lost = found.save(Path(out), getattr(torch, dtype), manifest, max_bytes, advance)
     console = make_console()
-    console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}")
+    factored = sum(found.is_stored_as_factors(name, getattr(torch, dtype)) for name in found.shapes)
+    told = f", {factored} of them as factors in float32" if factored else ""
+    console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}{told}")
     console.print(f"delta: storing it changes it by {lost:.2%} of its norm")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,9 @@ from shadowlit.checkpoint.folder import atomic_folder
 from shadowlit.errors import EvaluationError, ExportError
 from shadowlit.grafting.manifest import plain, versions, write_json
 from shadowlit.harness.models import Evaluation
-from shadowlit.harness.report import Report, make_report
+from shadowlit.harness.perturbations import Perturbation
+from shadowlit.harness.perturbed import Perturbed, change
+from shadowlit.harness.report import PERTURBED_HEADINGS, Report, make_report
 from shadowlit.harness.subjects import Subject, local_folder
 from shadowlit.harness.tasks import Settings, harness_version, load_benchmarks, require_harness
 from shadowlit.pair.folders import read_json
@@ -45,6 +47,8 @@ def evaluate(
     seed: int = 1234,
     execute_code: bool = False,
     template_kwargs: dict[str, Any] | None = None,
+    perturb: list[Perturbation] = [],  # noqa: B006 - read only, and shown by --help
+    perturb_field: str | None = None,
     out: str | None = None,
 ) -> None:
     """Run benchmarks of lm-evaluation-harness on models, and compare the models sample by sample.
@@ -72,13 +76,18 @@ def evaluate(
         seed: Seed for the choice of examples, and for sampling in tasks that sample.
         execute_code: Run programs that the models wrote, with your permissions. HumanEval and similar tasks need it.
         template_kwargs: Arguments of the chat template, e.g. '{"enable_thinking": false}'.
+        perturb: Also evaluate on copies of the rows, and report each difference with an interval over rows: names
+            (other first names), numbers (other numbers, where a solution as in GSM8K gives the new answer), words
+            (numbers in words), distractors (a sentence that doesn't matter). Several are allowed.
+        perturb_field: Column with the question; by default question, problem, prompt, query, instruction or input.
         out: Folder to create, with results.json, report.md and every sample. It is written atomically; an existing one
             is never overwritten.
     """
     require_harness(backend)
     settings = Settings(
         chat=chat, system=system, fewshot=fewshot, limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size,
-        seed=seed, execute_code=execute_code, template_kwargs=template_kwargs or {},
+        seed=seed, execute_code=execute_code, template_kwargs=template_kwargs or {}, perturb=tuple(perturb),
+        perturb_field=perturb_field,
     )  # fmt: skip
     if not _DEVICE.fullmatch(device):
         raise EvaluationError(f"device is {device!r}; expected auto, all, cpu, mps, cuda or cuda:N.")
@@ -100,11 +109,11 @@ def evaluate(
     for subject in subjects:
         console.print(f"evaluate: {subject.name}")
         evaluations.append(subject.evaluate(benchmarks, backend, dtype, device))
-    report = make_report(evaluations)
+    report = make_report(evaluations, benchmarks.perturbed)
     _print(report, console)
     if out is not None:
         config = {"suite": suite, "tasks_folder": tasks_folder, "dtype": dtype, "device": device, "backend": backend}
-        _write(Path(out), subjects, evaluations, report, {**config, **asdict(settings)})
+        _write(Path(out), subjects, evaluations, report, {**config, **asdict(settings)}, benchmarks.perturbed)
         console.print(f"evaluate: {out} is complete")
     console.print(f"evaluate: done in {time.perf_counter() - start:.1f} s")
 
@@ -118,6 +127,11 @@ def _print(report: Report, console: Console) -> None:
             table.add_row(*(Text(cell) for cell in row))
         table.add_section()
     console.print(table)
+    if report.perturbed:
+        changes = make_table(*PERTURBED_HEADINGS, left=3, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for cells in report.perturbed:
+            changes.add_row(*map(Text, cells))
+        console.print(changes)
     for note in report.notes:
         console.print(Text(f"- {note}"))
 
@@ -128,7 +142,12 @@ def _require_free(out: Path) -> None:
 
 
 def _write(
-    out: Path, subjects: Sequence[Subject], evaluations: Sequence[Evaluation], report: Report, config: dict[str, Any]
+    out: Path,
+    subjects: Sequence[Subject],
+    evaluations: Sequence[Evaluation],
+    report: Report,
+    config: dict[str, Any],
+    perturbed: Sequence[Perturbed],
 ) -> None:
     """Write the folder atomically."""
     with atomic_folder(out) as folder:
@@ -137,14 +156,39 @@ def _write(
             models[letter] = {"name": found.model, "chat": found.chat, **subject.describe(), "suites": _scores(found),
                               "harness": found.harness}  # fmt: skip
             for task, samples in found.samples.items():
-                path = folder / "samples" / letter / f"{_UNSAFE.sub('_', task)}.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = (json.dumps(plain(sample), ensure_ascii=False) + "\n" for sample in samples)
-                path.write_text("".join(lines), encoding="utf-8")
-        results = {"config": config, "versions": {**versions(), "lm_eval": harness_version()}, "models": models,
-                "notes": report.notes}  # fmt: skip
+                _write_lines(folder / "samples" / letter / f"{_UNSAFE.sub('_', task)}.jsonl", samples)
+        results: dict[str, Any] = {
+            "config": config,
+            "versions": {**versions(), "lm_eval": harness_version()},
+            "models": models,
+            "notes": report.notes,
+        }
+        if perturbed:
+            letters = [letter for letter, _ in report.models]
+            results["perturbed"] = [_changes(one, letters, evaluations) for one in perturbed]
+        for one in perturbed:
+            pairs = zip(one.indices, one.rows, strict=True)
+            rows = ({"index": index, "original": old, "perturbed": new} for index, (old, new) in pairs)
+            _write_lines(folder / "perturbed" / f"{_UNSAFE.sub('_', one.name)}.jsonl", rows)
         write_json(folder / "results.json", plain(results))
         (folder / "report.md").write_text(str(report), encoding="utf-8")
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _changes(one: Perturbed, letters: Sequence[str], evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """A perturbation and what it changes, for programs to read."""
+    models = {}
+    for letter, found in zip(letters, evaluations, strict=True):
+        changed = change(one, [score for suite in found.suites for score in suite.tasks])
+        models[letter] = None if changed is None else {**asdict(changed), "interval": changed.interval}
+    return {
+        "task": one.task, "kind": one.kind, "question": one.question, "num_rows": one.num_rows,
+        "num_perturbed": len(one.indices), "models": models,
+    }  # fmt: skip
 
 
 def _scores(found: Evaluation) -> list[dict[str, Any]]:

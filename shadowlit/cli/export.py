@@ -110,7 +110,7 @@ def export(
             export_adapter(target / "adapter", pair, adapter, factors, manifest)
         if "delta" in wanted:
             delta = Delta.from_update(update)
-            tensors = ((name, delta.tensor(name)) for name in sorted(plan.selected))
+            tensors = ((name, delta.stored(name)) for name in sorted(plan.selected))
             write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=max_shard_bytes)
         if "model" in wanted:
             write(plan, lambda: manifest, str(target / "model"), max_shard_bytes, None, False)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeAlias, get_origin, get_type_hints
 
 from jsonargparse import auto_cli
 
-from shadowlit.checkpoint.streaming import keep_freed_memory
+from shadowlit.allocator import keep_freed_memory
 from shadowlit.errors import Interrupted, ShadowlitError
 from shadowlit.parser import Known, ShortErrors
 

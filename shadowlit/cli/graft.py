@@ -83,6 +83,9 @@ def write(
         write_graft(plan, manifest, out, max_shard_bytes=max_shard_bytes, files_from=files_from, advance=advance)
     survives = f"{plan.survival:.1%} of the update survives rounding to the result's dtype"
     console.print(f"graft: {'the update is zero' if math.isnan(plan.survival) else survives}")
+    parts = plan.survival_by_component
+    if lost := [f"{survival:.1%} of that of {part}" for part, survival in parts.items() if survival < LEAST_SURVIVAL]:
+        console.print(f"graft: by component, {', '.join(lost)} survives")
     if plan.shares:
         console.print(f"graft: left out of the update's norm: {describe_shares(plan.shares)}")
     if plan.survival < LEAST_SURVIVAL:

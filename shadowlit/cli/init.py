@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from shadowlit.errors import CheckpointError, PairError, ShadowlitError, first_line
+from shadowlit.errors import CheckpointError, PairError, ShadowlitError, counted
 from shadowlit.files import replace_text
 from shadowlit.pair.registry import find_pair
 from shadowlit.progress import make_console
@@ -41,28 +41,32 @@ def init(
     devices: int = 1,
     memory: str | None = None,
     max_length: int = 2048,
+    overwrite: bool = False,
 ) -> None:
     """Write a commented configuration of 'fit' for a pair.
 
     The batch size is the largest that the estimate of 'plan' allows, up to 32 conversations per optimizer step; where
     one conversation is too large, the configuration offloads, recomputes or shards. For models on the hub only configs,
-    tokenizers and headers are downloaded.
+    tokenizers and headers are downloaded. If a model can't be read, e.g. without a network, the batch size is 1, and
+    'plan' estimates it later.
 
     Args:
         pair: Name of a known pair, see 'pairs'.
         base: Folder or hub id of the Base, instead of a known pair.
         instruct: Folder or hub id of the Instruct, instead of a known pair.
-        out: File to write; it must not exist.
+        out: File to write.
         tuning: lora trains an adapter, qlora one on weights in 4 bits, full trains all weights.
         train: File or data set to train on; it can be named later.
         devices: Number of GPUs, or of processes on a CPU.
         memory: Memory of a GPU, e.g. 24GiB; null for that of this machine's. Without a GPU and a size the
             configuration is for the CPU.
         max_length: Maximum length of a conversation, in tokens.
+        overwrite: Replace the file if it exists.
     """
     target = Path(out)
-    if target.exists():
-        raise ShadowlitError(f"out is {out!r}, which exists. Choose another file; nothing is overwritten.")
+    if target.is_dir() or (target.exists() and not overwrite):
+        remedy = "Name a file" if target.is_dir() else "Add --overwrite to replace it, or name another file"
+        raise ShadowlitError(f"out is {out!r}, which exists. {remedy} with --out.")
     if devices < 1:
         raise ShadowlitError(f"devices is {devices}; expected at least 1.")
     if (pair is None) != (base is not None and instruct is not None) or (pair and (base or instruct)):
@@ -82,7 +86,9 @@ def init(
     }  # fmt: skip
     replace_text(target, text.substitute(values))
     console = make_console()
-    console.print(f"{out}: {values['batch_size']} conversations of {max_length:,} tokens, {values['reason']}")
+    rows = counted(values["batch_size"], "conversation")
+    how = f"without an estimate of the memory: {values['unread']}" if values["unread"] else values["reason"]
+    console.print(f"{out}: {rows} of {max_length:,} tokens per micro-batch, {how}")
     console.print(f"Next: {'' if train else 'set data.train, then '}shadowlit plan --config {out}", style="dim")
 
 
@@ -95,8 +101,10 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
     from shadowlit.callbacks.export import ExportCallback
     from shadowlit.callbacks.graft import GraftCallback
     from shadowlit.data.module import ShadowData
+    from shadowlit.pair.folders import ProblemError
     from shadowlit.pair.pair import ModelPair
-    from shadowlit.planning.plan import Plan, parse_bytes, size
+    from shadowlit.planning.plan import Plan, parse_bytes
+    from shadowlit.text import size
     from shadowlit.training.module import ShadowModule
 
     on_gpu = memory is not None or torch.cuda.is_available()
@@ -111,6 +119,7 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
     }  # fmt: skip
     module = ShadowModule(models, adapter, quantization=keys.get("quantization"))
     plan = Plan(module, data, GraftCallback(), ExportCallback(), options)
+    unread = ""
     try:
         plan.read_headers()
         limit = parse_bytes(memory) if memory else plan.limit() or math.inf
@@ -119,14 +128,15 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
         if not plan.fits(found, limit):
             reason = f"{reason}, which is too little: use more or larger devices"
     except (PairError, CheckpointError) as error:
-        data.batch_size, reason = 1, f"not estimated ({first_line(error)})"
+        unread = error.problem.found if isinstance(error, ProblemError) else str(error)
+        data.batch_size, reason = 1, "not estimated; 'shadowlit plan' estimates what it needs"
     sharded = (
         "\n    class_path: lightning.pytorch.strategies.ModelParallelStrategy  # FSDP2"
         f"\n    init_args: {{data_parallel_size: {devices}, tensor_parallel_size: 1}}"
     )
     accumulate = max(1, _EFFECTIVE // (data.batch_size * devices))
     return {
-        "batch_size": data.batch_size, "reason": reason, "accumulate": accumulate,
+        "batch_size": data.batch_size, "reason": reason, "unread": unread, "accumulate": accumulate,
         "effective": data.batch_size * devices * accumulate, "offload": str(plan.graft.offload).lower(),
         "checkpointing": plan.module.activation_checkpointing or "false", "accelerator": options["accelerator"],
         "precision": options["precision"], "strategy": sharded if plan.trainer["sharing"] == "fsdp" else "auto",

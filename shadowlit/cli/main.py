@@ -57,6 +57,7 @@ def main(args: list[str] | None = None) -> int:
     # Imported late: the overview and its errors need none of the seconds that torch takes.
     from shadowlit.errors import ShadowlitError
     from shadowlit.quiet import quieten
+    from shadowlit.text import fitted
 
     quieten()
     _, module = COMMANDS[args[0]]
@@ -75,7 +76,7 @@ def main(args: list[str] | None = None) -> int:
 
         run(given)  # None: Lightning reads the command line itself, and its launcher starts the other ranks with it
     except ShadowlitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(fitted(f"error: {error}", sys.stderr), file=sys.stderr)
         return error.status
     except OSError as error:
         if error.errno not in _FULL:

@@ -19,6 +19,7 @@ from shadowlit.checkpoint.headers import some_of
 from shadowlit.errors import ShadowlitError
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console, make_table
+from shadowlit.text import number
 
 _TITLES = {
     "sigma": "σ", "cosine": "cosine", "relative_norm": "rel. norm", "sign_agreement": "same sign",
@@ -81,6 +82,7 @@ def _print(report: Report, console: Console) -> None:
         console.print(f"{letter} = {model}")
     for _, members in groupby(report.similarities, key=lambda similarity: similarity.of):
         family = list(members)
+        console.print(_by_group("component", family, [similarity.by_component() for similarity in family]))
         console.print(_by_group("kind", family, [similarity.by_kind() for similarity in family]))
         if family[0].by_layer():
             console.print(_by_group("layer", family, [_runs(similarity.by_layer()) for similarity in family]))
@@ -134,14 +136,18 @@ def _by_expert(similarity: Similarity, experts: Mapping[int, Sequence[Group]]) -
 
 
 def _model_level(family: Sequence[Similarity]) -> Table:
-    """One row per pair. σ is the paper's mean over the tensors in decoder layers; the rest is over all elements."""
+    """One row per pair. σ is the paper's mean over the tensors in decoder layers; the rest is over the matrices."""
     weights = family[0].of == "weights"
-    titles = _TITLES | {"sigma": "σ (paper)"}
-    table = _table("whole model", "pair", *(titles[name] for name in family[0].measures))
+    titles = [_TITLES[name] for name in family[0].measures]
+    if weights:
+        titles[:1] = ["σ (paper)", "σ of matrices"]
+    count = len(family[0].total.tensors)
+    over = f"over the {count} matrices" if count < len(family[0].tensors) else f"over all {count} tensors"
+    table = _table(f"whole model, {over}{', but the paper’s σ' if weights else ''}", "pair", *titles)
     for similarity in family:
-        values = [similarity.whole.measure(name) for name in similarity.measures]
+        values = [similarity.total.measure(name) for name in similarity.measures]
         if weights:
-            values[0] = similarity.sigma
+            values[:1] = [similarity.sigma, similarity.sigma_of_matrices]
         table.add_row(similarity.title, *map(_number, values))
     return table
 
@@ -175,7 +181,7 @@ def _bar(value: float, top: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+    return "–" if math.isnan(value) else number(value)
 
 
 def _require_ending(name: str, path: str | None, endings: Sequence[str]) -> None:

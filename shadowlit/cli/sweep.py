@@ -114,7 +114,8 @@ def run(
     study = SweepStudy(definition, open_storage(storage, folder))
     keep_definition(folder, definition)
     total = len(planned) or definition.num_planned
-    with StudyProgress("trials", total, definition.judged) as shown:
+    done = sum(state_of(trial) in ("complete", "pruned", "diverged") for trial in study.trials)
+    with StudyProgress("trials", total, definition.judged, done) as shown:
         scheduler = Scheduler(
             study, folder, workers=slots, threads=share, gpus=gpus, limit=limit, on_end=shown.end, on_poll=shown.poll
         )
@@ -164,10 +165,10 @@ DEFAULT = "run"
 
 def _check(definition: Definition, folder: Path) -> None:
     """Let the parser of fit check every value that is varied, a few at a time; it names the key of what is wrong."""
-    from shadowlit.lightning_cli import check
+    from shadowlit.lightning_cli import check, check_measured
 
     if not Path(definition.fit).is_file():
-        raise ShadowlitError(f"fit is {definition.fit!r}, which is no file; expected a configuration of fit.")
+        raise ShadowlitError(f"fit is {definition.fit!r}, which is not a file; expected a configuration of fit.")
     levels = [
         [limits["low"], limits["high"]] if (limits := axis.range) is not None else list(axis.levels)
         for axis in definition.axes
@@ -176,4 +177,6 @@ def _check(definition: Definition, folder: Path) -> None:
         chosen = [each[number % len(each)] for each in levels]
         setting = tuple((axis.name, label) for axis, label in zip(definition.axes, chosen, strict=True))
         for source in definition.sources[:: 1 if number == 0 else 2]:
-            check(list(definition.arguments(TrialKey(setting, source, definition.seeds[0]), folder / "check")))
+            # The first trial's data and evaluators are read too, and everyone's if these are varied.
+            look = check_measured if number == 0 or definition.measures_each else check
+            look(list(definition.arguments(TrialKey(setting, source, definition.seeds[0]), folder / "check")))

@@ -49,7 +49,7 @@ class PackCollate:
 
     Attributes:
         pad_token_id: Token that fills ``input_ids`` after a shorter row, like one more, unsupervised sample.
-        pad_to_multiple_of: As in :class:`Collate`.
+        pad_to_multiple_of: See :class:`Collate`.
         flatten: Concatenate all samples of the batch into one row, which needs no padding (``padding_free``).
             Otherwise each item is a row.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 from shadowlit.data.formats import Message
 from shadowlit.errors import DataError
+from shadowlit.masking import mask_text
 
 IGNORE_INDEX = -100
 """The label of an unsupervised token, as in transformers and ``torch.nn.functional.cross_entropy``."""
@@ -19,6 +20,18 @@ MAX_SHOWN = 5
 
 class FatalDataError(DataError):
     """An error that would recur in every row and take its time in each, so that it is raised at once."""
+
+
+class DataErrors(DataError):
+    """Several errors in one.
+
+    Attributes:
+        messages: The message of each.
+    """
+
+    def __init__(self, text: str, messages: Sequence[str] = ()) -> None:
+        super().__init__(text)
+        self.messages = [mask_text(message) for message in messages] or [str(self)]
 
 
 @dataclass(frozen=True)
@@ -114,7 +127,7 @@ def raise_all(errors: list[str]) -> None:
     errors = list(dict.fromkeys(errors))  # a tokenizer without a template would be reported once per set
     if len(errors) == 1:
         raise DataError(errors[0])
-    raise DataError(f"{len(errors)} problems with the data:{some_of(errors)}")
+    raise DataErrors(f"{len(errors)} problems with the data:{some_of(errors)}", errors)
 
 
 def some_of(messages: Sequence[str]) -> str:
@@ -131,7 +144,7 @@ def gathered(errors: list[str]) -> Iterator[None]:
     except FatalDataError:
         raise
     except DataError as error:
-        errors.append(str(error))
+        errors += error.messages if isinstance(error, DataErrors) else [str(error)]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Checks that a chat template writes every text of a conversation, so that nothing of a row is lost unnoticed.
+"""Checks that a chat template writes every text of a conversation, so that no part of a row is lost unnoticed.
 
 A template ignores what it doesn't know: tool calls, reasoning, tools, names. Whether it writes a text can't be read off
 the template, and finding the text in what is rendered proves it only for a long one: reasoning "4" is found in the
@@ -63,7 +63,7 @@ def require_written(
     Args:
         chat: Template, and tools among its arguments.
         messages: Messages that were rendered.
-        text: What the template wrote.
+        text: Text that the template wrote.
         ask: Whether ``text`` has the generation prompt.
         trained: Turns that are supervised in ``text``; they must be complete in it, while other turns of the assistant
             may be shortened when later ones follow.

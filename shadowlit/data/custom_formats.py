@@ -108,7 +108,7 @@ def find_format(name: str) -> CustomFormat | None:
     formats.
 
     Raises:
-        DataError: There is no such format, it can't be imported, it is no function, or the name has several meanings.
+        DataError: There is no such format, it can't be imported or is not a function, or the name has several meanings.
     """
     if not isinstance(name, str):  # a function, which neither a configuration nor a cache could name
         raise DataError(

@@ -57,10 +57,10 @@ class Row:
         """The columns by name.
 
         Raises:
-            DataError: The row is no object.
+            DataError: The row is not an object.
         """
         if not isinstance(self.content, dict):
-            raise DataError(f"is no object but {type(self.content).__name__}. Write it as {{...}} or remove it.")
+            raise DataError(f"is not an object but {type(self.content).__name__}. Write it as {{...}} or remove it.")
         return self.content
 
 
@@ -260,7 +260,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Why a text is no JSON that can be read."""
+    """Why a text is not JSON that can be read."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     return str(error) if isinstance(error, _TwiceError) else first_line(error)
@@ -279,4 +279,4 @@ def _read_parquet(source: str, path: Path) -> Iterator[dict[str, Any]]:
             is_json = stream.read(1) in (b"{", b"[")
         kind, remedy = _content_of(path) or (("JSON", "Rename it to *.jsonl.") if is_json else ("", "Write it again."))
         told = f" but {kind}" if kind else ""
-        raise DataError(f"{source} is no readable Parquet file{told} ({first_line(error)}). {remedy}") from None
+        raise DataError(f"{source} is not a readable Parquet file{told} ({first_line(error)}). {remedy}") from None

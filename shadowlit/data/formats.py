@@ -221,7 +221,7 @@ def unread_text(
     Args:
         row: Row, by the names of the source.
         read: Columns that are read.
-        messages: What the row became.
+        messages: Messages that the row became.
         untyped: Whether all values are texts, as those of a table, so that a number is a text of one.
     """
     unread: dict[str, str] = {}

@@ -158,7 +158,7 @@ def image_source(value: Any, folder: Path) -> ImageSource:
         try:
             return ImageSource(data=base64.b64decode(value.partition(",")[2], validate=True))
         except binascii.Error as error:
-            raise DataError(f"has an image as a data: URL that is no base64 ({error}). Correct it.") from None
+            raise DataError(f"has an image as a data: URL that is not base64 ({error}). Correct it.") from None
     if re.match(r"[a-z]+://", value) and not value.startswith("file://"):
         raise DataError(
             f"names the image {value!r:.100}, an address in the net; expected a local file. Download it, and give its "

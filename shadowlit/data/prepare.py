@@ -278,7 +278,7 @@ class Preparation:
 
 
 def _require_samples(report: DataReport) -> DataReport:
-    """The report of a set; raise if nothing of the set is left."""
+    """Return the report of a set; raise if no sample of the set is left."""
     if not report.num_samples:
         remedy = "Raise data.max_length, or give data with an answer to learn."
         if report.skipped:

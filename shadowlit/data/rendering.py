@@ -118,7 +118,7 @@ def load_template(path: str) -> str:
     """Read a chat template from a jinja file.
 
     Raises:
-        DataError: There is no such file, or it is no jinja template.
+        DataError: There is no such file, or it is not a jinja template.
     """
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8")
@@ -193,4 +193,4 @@ def _turns(messages: Sequence[Message]) -> str:
 
 def broken_template(name: str, error: jinja2.TemplateSyntaxError) -> DataError:
     """Return the error of a text that isn't a jinja template."""
-    return DataError(f"{name} is no jinja template: {error.message} in line {error.lineno}. Correct it.")
+    return DataError(f"{name} is not a jinja template: {error.message} in line {error.lineno}. Correct it.")

@@ -97,8 +97,8 @@ class DataSettings:
         ignore_columns: Columns and fields of turns that are deliberately left out, as shell patterns, e.g.
             ``[id, "meta_*", messages.timestamp]``. Anything else that has content and doesn't reach the model is an
             error.
-        on_bad_row: Treatment of rows that are malformed or can't be used: error stops, after all rows have been looked
-            at, and lists them; skip leaves them out, counts them in the report and lists them.
+        on_bad_row: Treatment of rows that are malformed or can't be used: error stops, after all rows have been
+            checked, and lists them; skip leaves them out, counts them in the report and lists them.
         samples: Kind of sample that a row holds: conversations, contexts (conversations with a context for a teacher),
             pairs (a chosen and a rejected answer) or labels (answers that are desirable or not). The command line takes
             it from ``model.objective``.

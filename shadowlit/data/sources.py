@@ -136,7 +136,7 @@ def stream_conversations(
 
 
 def _prepare(reader: _Reader, rows: Iterable[Row], names: set[str] | None, log: Log, skip: Skip | None) -> list[Row]:
-    """Prepare a reader by the first row with columns, and return the rows that were looked at.
+    """Prepare a reader by the first row with columns, and return the rows that were read for it.
 
     The columns of one row may be missing in another, which is that row's error and not the file's. So where such rows
     are left out, later rows are tried too. ``names`` are those of all columns; None takes those of the row.
@@ -375,7 +375,7 @@ def _open_folder(source: str, folder: Path, split: str | None, use: str, streami
             data = datasets.load_dataset(str(folder), streaming=streaming)
     except Exception as error:
         raise DataError(
-            f"the folder {source} is no data set that can be read ({first_line(error)}). Name a file, or a folder "
+            f"the folder {source} is not a data set that can be read ({first_line(error)}). Name a file, or a folder "
             "of Parquet or JSONL files."
         ) from error
     return _choose_split(source, data, split, use)

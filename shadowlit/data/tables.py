@@ -82,7 +82,7 @@ def _separated(source: str, stream: Any, delimiter: str) -> Iterator[tuple[int, 
         yield from _rows(source, reader, delimiter)
     except csv.Error as error:
         raise DataError(
-            f"{source} is no table in line {reader.line_num}: {error}. A field that begins with a double quote ends "
+            f"{source} is not a table in line {reader.line_num}: {error}. A field that begins with a double quote ends "
             "with one, and the quotes within it are doubled. Correct the row."
         ) from None
 

@@ -128,7 +128,7 @@ def tokenise(
         conversations: Conversations that were read.
         encode: Function that turns a conversation into samples.
         max_length: Maximum length of a sample, in tokens.
-        filler_token: As in :class:`TokenDataset`.
+        filler_token: See :class:`TokenDataset`.
         overlong: Treatment of longer samples: an error, truncation, or dropping.
         drop_unsupervised: Drop samples without a supervised token instead of raising.
         sources: Names of the sources, by their numbers in the conversations; empty to take them from there.

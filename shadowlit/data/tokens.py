@@ -35,7 +35,7 @@ def _call(tokenizer: PreTrainedTokenizerBase, text: str, options: Mapping[str, A
             raise DataError(f"can't be tokenised ({first_line(error)}). Correct or remove the row.") from None
         near = text[max(0, found.start() - 20) : found.end() + 10]
         raise DataError(
-            f"has {found[0]!r}, half of a surrogate pair, in {near!r}; it is no character, e.g. half of a cut emoji. "
+            f"has {found[0]!r}, half of a surrogate pair, in {near!r}; it may be half of an emoji. "
             "Correct the text or remove the row."
         ) from None
 

@@ -305,7 +305,7 @@ def _parsed(value: Any, what: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"has {what} that is no JSON ({error.msg}): {shown(value)}. Correct or remove the row."
+            f"has {what} that is not JSON ({error.msg}): {shown(value)}. Correct or remove the row."
         ) from None
 
 

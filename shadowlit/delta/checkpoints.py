@@ -76,7 +76,7 @@ class TrainedReader(ComputedReader):
 
 
 def latest(run: str | Path) -> TrainedReader:
-    """The newest complete checkpoint below a run's folder, or the checkpoint itself.
+    """Return the newest complete checkpoint below a run's folder, or the checkpoint itself.
 
     Raises:
         DataError: There is none.
@@ -90,7 +90,7 @@ def latest(run: str | Path) -> TrainedReader:
 
 
 def stages(run: str | Path, most: int | None = None) -> list[TrainedReader]:
-    """The checkpoints below a run's folder, one per optimizer step, in order.
+    """Return the checkpoints below a run's folder, one per optimizer step, in order.
 
     One that is being written, or that the run removes in the meantime, is left out with a warning.
 
@@ -120,7 +120,7 @@ def open_stage(
     adapter: PeftConfig | None = None,
     select: str | list[str] | None = None,
 ) -> Delta:
-    """The update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
+    """Return the update that a checkpoint holds, ``tuned − base``; nothing is read before its rows are asked for.
 
     Args:
         stage: One of :func:`stages`.
@@ -143,7 +143,7 @@ def open_stage(
 
 
 def update_of(stage: TrainedReader, pair: ModelPair | None = None, adapter: PeftConfig | None = None) -> Update:
-    """The whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
+    """Return the whole update that a checkpoint holds; arguments and errors are those of :func:`open_stage`."""
     home, config = config_above(stage.folder)
     pair = pair or pair_of(config, home)
     aligned, _ = _learned(pair)  # the run holds experts as its module does, the update shall hold them as the files
@@ -183,7 +183,7 @@ def open_start(source: str, pair: ModelPair) -> Start:
 
     Raises:
         PairError: There is no such folder, or it holds a model of another architecture.
-        GraftError: It does not fit the Base, or it is no start.
+        GraftError: It does not fit the Base, or it is not a start.
     """
     try:
         return _open_run(Path(source), pair) if is_run(Path(source)) else _open_folder(source, pair)
@@ -229,7 +229,7 @@ def _open_run(path: Path, pair: ModelPair) -> Start:
     if _start_of(stage, config, home, pair) is not None:
         raise GraftError(
             f"the adapter in {stage.folder} was trained on the tuned weights of that run's own model.start_from, and "
-            f"is no update of the Base by itself. Merge both: 'python -m shadowlit graft {pair.base} {path} "
+            f"is not an update of the Base by itself. Merge both: 'python -m shadowlit graft {pair.base} {path} "
             f"{pair.base} MERGED --select all --dtype float32', and set model.start_from=MERGED."
         )
     return Start(stage, update_of(stage, pair), adapter_of(config, home))
@@ -302,7 +302,7 @@ _Opened = tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], Callable[[str], 
 def _open_file(path: Path) -> _Opened:
     require_regular(path)
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is no complete checkpoint: it is being written, or was cut short.")
+        raise CheckpointError(f"{path} is not a complete checkpoint: it is being written, or was cut short.")
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         state, _ = content["state_dict"], content["global_step"]
@@ -319,7 +319,7 @@ def _open_sharded(path: Path) -> _Opened:
     from shadowlit.checkpoint import sharded
 
     if not (path / sharded.INDEX).is_file() or not zipfile.is_zipfile(path / _REST):
-        raise CheckpointError(f"{path} is no complete sharded checkpoint: it is being written, or was cut short.")
+        raise CheckpointError(f"{path} is not a complete sharded checkpoint: it is being written, or was cut short.")
     found = sharded.tensor_entries(sharded.read_index(path), "state_dict.")
 
     @lru_cache(maxsize=_CACHED)
@@ -330,7 +330,7 @@ def _open_sharded(path: Path) -> _Opened:
 
     rest = sharded.load_plain(path / _REST)
     if not isinstance(rest, Mapping) or "global_step" not in rest:
-        raise CheckpointError(f"{path / _REST} is no part of a checkpoint: it lacks global_step.")
+        raise CheckpointError(f"{path / _REST} is not a part of a checkpoint: it lacks global_step.")
     require_parts(path, rest)
     return found, load, rest
 

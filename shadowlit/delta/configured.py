@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
+    """Return the resolved configuration that ``fit`` leaves in a run's folder; empty if there is none.
 
     Raises:
         DataError: It isn't a YAML mapping.
@@ -40,7 +40,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def pair_of(config: Mapping[str, Any], folder: Path, trusted: bool = False) -> ModelPair:
-    """The pair of a run, whose paths may be relative to the folder that it was started from; see :func:`located`.
+    """Return the pair of a run, whose paths may be relative to the folder that it was started from; see
+    :func:`located`.
 
     Code of its models runs only if the file is ``trusted``.
 
@@ -77,19 +78,21 @@ def require_known(names: Iterable[Any], known: Iterable[str], key: str, home: Pa
 
 
 def located(source: str, folder: Path) -> str:
-    """A path of a run's configuration, looked for from here and from every folder above the run's; else as it is."""
+    """Return a path of a run's configuration, looked for from here and from every folder above the run's; else as it
+    is.
+    """
     above = [Path(), *folder.resolve().parents]
     return next((str(parent / source) for parent in above if (parent / source).exists()), source)
 
 
 def config_above(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The nearest folder above a checkpoint with a ``config.yaml``, and that."""
+    """Return the nearest folder above a checkpoint with a ``config.yaml``, and that."""
     home = next((parent for parent in path.parents if (parent / "config.yaml").is_file()), path.parent)
     return home, read_config(home)
 
 
 def adapter_of(config: Mapping[str, Any], home: Path) -> PeftConfig:
-    """The settings of a run's adapter, from the configuration found in ``home``; a DataError if it has none."""
+    """Return the settings of a run's adapter, from the configuration found in ``home``; a DataError if it has none."""
     section = (config.get("model") or {}).get("adapter")
     if not section:
         raise DataError(

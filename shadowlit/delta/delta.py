@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from shadowlit.checkpoint.factored import FactoredReader, open_stored_delta
 from shadowlit.checkpoint.folder import (
     DELTA_FILE,
-    CheckpointReader,
     CheckpointWriter,
     Streamed,
     atomic_folder,
@@ -28,14 +29,15 @@ from shadowlit.checkpoint.folder import (
 )
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of
 from shadowlit.checkpoint.layout import head_and_embedding
-from shadowlit.checkpoint.names import count_layers
+from shadowlit.checkpoint.names import count_layers, in_totals, stored_factors
 from shadowlit.checkpoint.reader import keeping, rows_of
 from shadowlit.checkpoint.streaming import THREADS, ordered, row_windows
-from shadowlit.delta.spectrum import effective_rank
+from shadowlit.delta.spectrum import effective_rank, singular_values
 from shadowlit.delta.transforms import Transforms, ties
 from shadowlit.errors import GraftError
 from shadowlit.grafting.arithmetic import widen
 from shadowlit.grafting.disk import linear_on_disk
+from shadowlit.grafting.factors import Factors, joined
 from shadowlit.grafting.manifest import MANIFEST_FILE, describe_source, plain, read_manifest, versions, write_json
 from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.tuned import open_update
@@ -67,6 +69,8 @@ class Delta(Update):
         rows: Function that returns rows ``start`` to ``stop`` of a tensor in float32; a scalar has one row.
         manifest: Where the update comes from.
         source: Update that it is made of, by which weights are checked and changed tensors found.
+        factored: Matrices that are products of two small ones, by functions that return these; their sizes, angles and
+            spectra are computed without the products, and they are stored as factors where that is smaller.
     """
 
     left_out: Delta | None = None  # what a selection has left out of the update that it was made of
@@ -77,6 +81,7 @@ class Delta(Update):
         rows: Rows,
         manifest: Mapping[str, Any] | None = None,
         source: Update | None = None,
+        factored: Mapping[str, Callable[[], Factors]] | None = None,
     ) -> None:
         self.tied = bool((manifest or {}).get("tied", head_and_embedding(shapes)[0] is None))
         if source is not None:
@@ -88,6 +93,12 @@ class Delta(Update):
         self.shapes: Mapping[str, tuple[int, ...]] = dict(shapes)
         self.manifest: dict[str, Any] = dict(manifest or {})
         self._rows = rows
+        self._factored = {name: read for name, read in (factored or {}).items() if name in self.shapes}
+
+    @property
+    def factored(self) -> Mapping[str, Callable[[], Factors]]:
+        """See :class:`shadowlit.grafting.update.Update`."""
+        return self._factored
 
     @classmethod
     def open(cls, folder: str | Path) -> Delta:
@@ -97,9 +108,14 @@ class Delta(Update):
             CheckpointError: There is none, or its files are broken.
             ExportError: Its manifest is missing or broken.
         """
-        reader = CheckpointReader(folder, single_file=DELTA_FILE)
+        reader = open_stored_delta(folder)
         shapes = {name: info.shape for name, info in reader.tensors.items()}
-        return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)))
+        factored = (
+            {name: partial(_read_factors, reader, name) for name in reader.factored}
+            if isinstance(reader, FactoredReader)
+            else {}
+        )
+        return cls(shapes, _as_tensors(reader.rows), read_manifest(Path(folder)), factored=factored)
 
     @classmethod
     def make(
@@ -136,7 +152,7 @@ class Delta(Update):
         names = [*update.weights, *update.without]
         chosen = resolve(select, names, linear_on_disk(learned.tensors), "of the update")
         update.require_weights(sorted(chosen))
-        whole = cls(update.shapes, _as_tensors(update.rows), manifest)
+        whole = cls(update.shapes, _as_tensors(update.rows), manifest, factored=update.factored)
         made, rest = whole.only(chosen), update.weights - chosen
         made.require_finite_base = update.require_finite_base  # type: ignore[method-assign]
         made.without, made.left_out = update.without, whole.only(rest) if rest else None
@@ -144,23 +160,23 @@ class Delta(Update):
 
     @classmethod
     def from_update(cls, update: Update) -> Delta:
-        """The update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
+        """Return the update of a tuned checkpoint; see :func:`shadowlit.grafting.tuned.open_update`."""
         shapes = {name: shape for name, shape in update.shapes.items() if name in update.weights}
-        return cls(shapes, _as_tensors(update.rows), source=update)
+        return cls(shapes, _as_tensors(update.rows), source=update, factored=update.factored)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Delta:
-        """A delta of tensors in memory."""
+        """Return a delta of tensors in memory."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         rows = rows_of(tensors.__getitem__)
         return cls(shapes, lambda *window: widen(rows(*window)))
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
+        """Return the rows ``start`` to ``stop`` of a tensor, in float32; a scalar has one row."""
         return self._rows(name, start, stop)
 
     def tensor(self, name: str) -> Tensor:
-        """A whole tensor, in float32.
+        """Return a whole tensor, in float32.
 
         Raises:
             GraftError: There is none of this name.
@@ -190,9 +206,10 @@ class Delta(Update):
         return self * -1.0
 
     def only(self, names: Iterable[str]) -> Delta:
-        """The part of the delta on these tensors."""
+        """Return the part of the delta on these tensors."""
         kept = frozenset(names)
-        return Delta({n: shape for n, shape in self.shapes.items() if n in kept}, self._rows, self.manifest)
+        shapes = {n: shape for n, shape in self.shapes.items() if n in kept}
+        return Delta(shapes, self._rows, self.manifest, factored=self.factored)
 
     def _with_head(self, head: str, embedding: str) -> Delta:
         """The delta of a tied model with its output head too, which is its embedding."""
@@ -201,6 +218,7 @@ class Delta(Update):
             shapes,
             lambda name, *window: self._rows(embedding if name == head else name, *window),
             {**self.manifest, "tied": False},
+            factored={**self.factored, **({head: self.factored[embedding]} if embedding in self.factored else {})},
         )
 
     def map(self, function: Callable[[str, Tensor], Tensor] | Sequence[Mapping[str, Any]]) -> Delta:
@@ -222,23 +240,38 @@ class Delta(Update):
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def norm(self) -> float:
-        """The Euclidean norm over all tensors."""
-        return math.sqrt(sum(tensor.square for tensor in self.statistics()))
+        """Return the Euclidean norm over all tensors."""
+        return math.sqrt(sum(self.squares().values()))
+
+    def squares(self) -> dict[str, float]:
+        """Return the squared Euclidean norm of every tensor, streamed; of factors without their product."""
+        found = dict.fromkeys(self.shapes, 0.0)
+        found |= {name: read().square for name, read in self.factored.items()}
+        dense = {name: shape for name, shape in self.shapes.items() if name not in self.factored}
+        for (name, _, _), square in _streamed(lambda window: _square(self.rows(*window)), dense):
+            found[name] += float(square)
+        return found
+
+    def singular_values(self, name: str) -> Tensor:
+        """Return all singular values of a matrix in descending order, float64; of factors without their product."""
+        if name in self.factored:
+            return self.factored[name]().singular_values()
+        return singular_values(self.tensor(name)).cpu()
 
     def effective_rank(self, name: str) -> float:
         """``exp(H)`` of the normalised singular values of a matrix (Roy and Vetterli, 2007); all of it is in memory."""
-        return effective_rank(self.tensor(name))
+        return effective_rank(self.singular_values(name))
 
     def cosine(self, other: Delta) -> float:
-        """``⟨a, b⟩ / (‖a‖ ‖b‖)`` over all tensors."""
-        return overlap(self, other).cosine
+        """``⟨a, b⟩ / (‖a‖ ‖b‖)`` over the tensors that :func:`overlap` compares."""
+        return cosine(self, other)
 
     def sign_agreement(self, other: Delta) -> float:
-        """The share of equal signs among the elements that are not zero in either."""
+        """Return the share of equal signs among the elements that are not zero in either."""
         return overlap(self, other).sign_agreement
 
     def statistics(self) -> list[TensorStatistics]:
-        """Size and zeros of every tensor, streamed."""
+        """Return the size and zeros of every tensor, streamed."""
         sums = {name: torch.zeros(2, dtype=torch.float64) for name in self.shapes}
         peaks = {name: torch.zeros(()) for name in self.shapes}
 
@@ -294,20 +327,36 @@ class Delta(Update):
             _writer(folder, given, max_shard_bytes, num_bytes) as (writer, squares),
         ):
             for name, shape in self.shapes.items():
-                writer.add(name, Streamed(code, shape, parts(name, shape)))
+                if self.is_stored_as_factors(name, dtype):
+                    squares.add_(_add_factors(writer, name, self.factored[name]()))
+                    advance(math.prod(shape))
+                else:
+                    writer.add(name, Streamed(code, shape, parts(name, shape)))
         return _lost(squares)
+
+    def is_stored_as_factors(self, name: str, dtype: torch.dtype = torch.bfloat16) -> bool:
+        """Return whether a matrix is a product whose factors, in float32, are smaller than itself in ``dtype``."""
+        return name in self.factored and _are_smaller(self.factored[name](), dtype)
+
+    def stored(self, name: str) -> Tensor | Factors:
+        """Return a tensor as :func:`write_delta` takes it: its factors, if it has any, or the whole of it."""
+        return self.factored[name]() if name in self.factored else self.tensor(name)
 
 
 def write_delta(
     folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | Factors]],
     dtype: torch.dtype = torch.bfloat16,
     manifest: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write an update that comes as whole tensors (float32, on the CPU), as :meth:`Delta.save` writes one."""
     with _writer(folder, manifest or {}, max_shard_bytes) as (writer, squares):
-        for name, exact in tensors:
+        for name, found in tensors:
+            if isinstance(found, Factors) and _are_smaller(found, dtype):
+                squares += _add_factors(writer, name, found)
+                continue
+            exact = found.matrix if isinstance(found, Factors) else found
             stored, sums = _stored(exact, dtype)
             squares += sums
             writer.add(name, stored)
@@ -324,6 +373,21 @@ def _writer(
         with CheckpointWriter(partial, max_shard_bytes, stem=STEM) as writer:
             yield writer, squares
         write_json(partial / MANIFEST_FILE, {**plain(manifest), "kind": STEM, "stored_error": _lost(squares)})
+
+
+def _are_smaller(factors: Factors, dtype: torch.dtype) -> bool:
+    return factors.num_bytes < math.prod(factors.shape) * dtype.itemsize
+
+
+def _add_factors(writer: CheckpointWriter, name: str, factors: Factors) -> Tensor:
+    """Write a matrix as its factors, which lose nothing in float32; its sums as those of :func:`_stored`."""
+    for key, factor in zip(stored_factors(name), (factors.up, factors.down), strict=True):
+        writer.add(key, factor.float().contiguous())
+    return torch.tensor([factors.square, 0.0], dtype=torch.float64)
+
+
+def _read_factors(reader: FactoredReader, name: str) -> Factors:
+    return Factors(*map(torch.from_numpy, reader.factors(name)))
 
 
 def _stored(exact: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -363,8 +427,11 @@ class Overlap:
 
 
 def overlap(a: Delta, b: Delta) -> Overlap:
-    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there."""
-    shapes = _union([a, b], [1.0, 1.0])
+    """Compare two deltas of one architecture, streamed; a tensor that one lacks is zero there.
+
+    Over their matrices, if they have any; see :func:`shadowlit.checkpoint.names.in_totals`.
+    """
+    shapes = _compared(a, b)
 
     def one(window: tuple[str, int, int]) -> Tensor:
         rows = [found.rows(*window) if window[0] in found.shapes else None for found in (a, b)]
@@ -385,6 +452,34 @@ def overlap(a: Delta, b: Delta) -> Overlap:
     )
 
 
+def cosine(a: Delta, b: Delta) -> float:
+    """Return the cosine of :func:`overlap` alone, for which no product of factors is needed; NaN if one is zero."""
+    shapes = _compared(a, b)
+    alone = [{n for n in shapes if n not in x.shapes or n in x.factored} for x in (a, b)]
+    total = torch.zeros(3, dtype=torch.float64)
+    for name in alone[0] & alone[1]:
+        left, right = (x.factored[name]() if name in x.shapes else None for x in (a, b))
+        squares = [0.0 if one is None else one.square for one in (left, right)]
+        total += torch.tensor([left.dot(right) if left and right else 0.0, *squares], dtype=torch.float64)
+
+    def one(window: tuple[str, int, int]) -> Tensor:
+        left, right = (x.rows(*window) if window[0] in x.shapes else torch.zeros(()) for x in (a, b))
+        return torch.stack([(left * right).sum(dtype=torch.float64), _square(left), _square(right)])
+
+    dense = {name: shape for name, shape in shapes.items() if name not in alone[0] & alone[1]}
+    for _, sums in _streamed(one, dense):
+        total += sums
+    dot, square_a, square_b = total.tolist()
+    return dot / math.sqrt(square_a * square_b) if square_a and square_b else math.nan
+
+
+def _compared(a: Delta, b: Delta) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that two deltas are compared by."""
+    every = _union([a, b], [1.0, 1.0])
+    chosen = in_totals(every)
+    return {name: shape for name, shape in every.items() if name in chosen}
+
+
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
     """``Σ w_k Δ_k``: task arithmetic, arXiv 2212.04089.
 
@@ -402,7 +497,12 @@ def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
         ]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
-    return Delta(shapes, rows, _common_manifest(deltas))
+    def factors(name: str) -> Factors:
+        own = [(d.factored[name](), weight) for d, weight in zip(deltas, weights, strict=True) if name in d.shapes]
+        return joined(*zip(*own, strict=True))
+
+    factored = {n: partial(factors, n) for n in shapes if all(n in d.factored for d in deltas if n in d.shapes)}
+    return Delta(shapes, rows, _common_manifest(deltas), factored=factored)
 
 
 def ties_sum(deltas: Sequence[Delta], density: float, weights: Sequence[float]) -> Delta:

@@ -172,7 +172,8 @@ def write_graft(
         stored=graft.instruct.tensors,
     )
     left_out = {"left_out": graft.shares} if graft.shares else {}
-    add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **left_out}})
+    by_component = {"survival_by_component": parts} if (parts := graft.survival_by_component) else {}
+    add_to_manifest(Path(out), {"survival": {"survival": graft.survival, **by_component, **left_out}})
 
 
 def base_of(instruct: TensorReader, base: TensorReader) -> TensorReader:

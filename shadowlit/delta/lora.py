@@ -18,6 +18,7 @@ from shadowlit.delta.transforms import truncated_svd
 from shadowlit.errors import GraftError
 from shadowlit.grafting.disk import linear_on_disk
 from shadowlit.grafting.export import export_adapter
+from shadowlit.grafting.factors import Factors, joined
 from shadowlit.grafting.manifest import versions
 from shadowlit.pair.pair import ModelPair
 
@@ -77,9 +78,10 @@ def export_svd_adapter(
     lost, sizes = {True: 0.0, False: 0.0}, {True: 0.0, False: 0.0}  # squared norms of what is adapted, and of the rest
     left_out: Counter[str] = Counter()
     for name in delta.shapes:
-        update = delta.tensor(name)
-        size = float(update.double().square().sum())
         adapted = name in chosen
+        factors = delta.factored[name]() if adapted and name in delta.factored else None
+        update = factors or delta.tensor(name)
+        size = update.square if isinstance(update, Factors) else float(update.double().square().sum())
         sizes[adapted] += size
         if adapted and size:
             cut = truncated_svd(update, rank, explained_variance)
@@ -88,8 +90,11 @@ def export_svd_adapter(
             ranks[module] = cut.rank
             state[factor_key(module, "A")] = down
             state[factor_key(module, "B")] = up
-            error = up.float() @ down.float() - update
-            lost[adapted] += float(error.double().square().sum())
+            stored = Factors(up.float(), down.float())
+            if isinstance(update, Factors):
+                lost[adapted] += joined([stored, update], [1.0, -1.0]).square
+            else:
+                lost[adapted] += float((stored.matrix - update).double().square().sum())
         elif size:
             left_out[kind_of(name)] += 1
             lost[adapted] += size

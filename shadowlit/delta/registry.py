@@ -92,12 +92,12 @@ def transform(name: str, *, elementwise: bool = False) -> Callable[[_Function], 
 
 
 def transform_names() -> list[str]:
-    """Names of the registered transforms and of those that installed packages offer."""
+    """Return the names of the registered transforms and of those that installed packages offer."""
     return known_names(GROUP, _registered)
 
 
 def find(name: str, key: str = "name") -> Transform:
-    """The transform of a name: a registered one, an entry point's, or the function at an import path.
+    """Return the transform of a name: a registered one, an entry point's, or the function at an import path.
 
     Raises:
         GraftError: There is none, there are several, or what the name stands for is not a function. The message calls
@@ -127,7 +127,7 @@ def _path(function: Any) -> str:
 
 
 def checked(found: Transform, given: Mapping[str, Any], where: Where) -> dict[str, Any]:
-    """The parameters of a transform: the given ones, and defaults for the rest.
+    """Return the parameters of a transform: the given ones, and defaults for the rest.
 
     Raises:
         GraftError: A parameter is unknown, missing or of another type; ``where`` gives its name in the message.

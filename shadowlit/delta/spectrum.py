@@ -13,7 +13,7 @@ _BLOCK = 4096  # rows or columns that are in float64 at a time
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """The Gram matrix ``AᵀA`` of a matrix [m, n], computed some rows at a time: [n, n], float64, on its device.
+    """Return the Gram matrix ``AᵀA`` of a matrix [m, n], computed some rows at a time: [n, n], float64, on its device.
 
     Its eigenvalues are the squared singular values.
     """
@@ -25,7 +25,7 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """The singular values of a finite matrix [m, n], in descending order: [min(m, n)], float64, on its device.
+    """Return the singular values of a finite matrix [m, n], in descending order: [min(m, n)], float64, on its device.
 
     From the eigenvalues of the Gram matrix of the smaller side, in float64: several times faster than an SVD, and
     without a second copy of the matrix. Squaring costs half of float64's digits: singular values below

@@ -24,6 +24,7 @@ from shadowlit.delta.registry import NOISE, SEED, Transform, Where, checked, fin
 from shadowlit.delta.spectrum import gram
 from shadowlit.errors import GraftError, ShadowlitError, first_line
 from shadowlit.grafting.arithmetic import widen
+from shadowlit.grafting.factors import Factors
 
 _TRIAL = 256  # rows and columns of the matrix on which a chosen transform is tried before anything is loaded
 _Step = tuple[Transform, dict[str, Any]]
@@ -135,26 +136,16 @@ def ties(updates: Sequence[Tensor], density: float, weights: Sequence[float] | N
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Factors):
     """The best approximation of a matrix by one of lower rank, as a product."""
 
-    up: Tensor  # [out, r]
-    down: Tensor  # [r, in]
     explained: float  # fraction of the squared norm that is kept, Σ_{i≤r} s_i² / Σ s_i² (1 for a zero matrix)
-
-    @property
-    def rank(self) -> int:
-        """The number of columns of ``up``."""
-        return self.down.shape[0]
-
-    @property
-    def matrix(self) -> Tensor:
-        """``up @ down``, [out, in]."""
-        return self.up @ self.down
 
 
 @torch.no_grad()
-def truncated_svd(update: Tensor, rank: int | None = None, explained_variance: float | None = None) -> LowRank:
+def truncated_svd(
+    update: Tensor | Factors, rank: int | None = None, explained_variance: float | None = None
+) -> LowRank:
     """Cut the singular value decomposition of an update, by rank or by explained variance.
 
     Eckart and Young (1936); by explained variance as in LoRE-Adapt, arXiv 2405.15007. The projector on the leading
@@ -162,7 +153,7 @@ def truncated_svd(update: Tensor, rank: int | None = None, explained_variance: f
     cost is one product and one symmetric decomposition of that side, and no division by a singular value is needed.
 
     Args:
-        update: Matrix, [out, in].
+        update: Matrix, [out, in], or its factors, which are not multiplied out.
         rank: Number of singular values to keep; more than there are keeps all.
         explained_variance: Or: the fewest that hold this fraction of the squared norm, in (0, 1].
 
@@ -173,6 +164,11 @@ def truncated_svd(update: Tensor, rank: int | None = None, explained_variance: f
         GraftError: The update is not a matrix, or not exactly one of ``rank`` and ``explained_variance`` is given, or
             it is out of range.
     """
+    if isinstance(update, Factors):
+        left, core, right = update.core()
+        cut = truncated_svd(core, rank, explained_variance)
+        up, down = (left @ cut.up).to(update.up), (cut.down @ right.T).to(update.down)
+        return LowRank(up.contiguous(), down.contiguous(), cut.explained)
     if update.ndim != 2:
         raise GraftError(f"truncated_svd was given a tensor of shape {tuple(update.shape)}; expected a matrix.")
     if (rank is None) == (explained_variance is None):
@@ -268,7 +264,7 @@ class Transforms:
 
     @torch.no_grad()
     def on_part(self, name: str, update: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
-        """The transformed part of an update; of the whole tensor where a transform is not elementwise.
+        """Return the transformed part of an update; of the whole tensor where a transform is not elementwise.
 
         Args:
             name: Name of the tensor.
@@ -293,7 +289,9 @@ class Transforms:
 
     @staticmethod
     def noise(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-        """Uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and device."""
+        """Return uniform random numbers in [0, 1) for a tensor, float32, on the CPU: the same on every machine and
+        device.
+        """
         # The CPU's generator looks at 32 bits of its seed only, so that both must be in them.
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(name.encode(), seed))
         return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -25,6 +25,7 @@ from shadowlit.files import replace_text
 from shadowlit.lightning_cli import main as run
 from shadowlit.plotting import save_image
 from shadowlit.progress import make_console, make_table
+from shadowlit.text import number
 
 SETS = {"new": "new task", "old": "old skills", "format": "formats", "refusal": "refusals"}
 TEACHER_FORCED = {"new": "new task, bare", "new_house": "new task, styled", "old": "old skills"}
@@ -87,7 +88,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     scores, exact = results["teacher_forced"], results["exact_match"]
     drawn = make_table("", *subject_headings(), title="On held-out questions")
     for name, title in TEACHER_FORCED.items():
-        losses = (f"{scores[f'test/{who}/{name}/loss']:.3f}" for who in SUBJECTS)
+        losses = (number(scores[f"test/{who}/{name}/loss"]) for who in SUBJECTS)
         drawn.add_row(f"{title}: loss", *losses)
         accuracies = (f"{scores[f'test/{who}/{name}/accuracy']:.1%}" for who in SUBJECTS)
         drawn.add_row(f"{title}: accuracy", *accuracies)
@@ -95,7 +96,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for name, title in SETS.items():
         drawn.add_row(f"{title}: exact match", *(f"{exact[who][name]:.1%}" for who in SUBJECTS))
     drawn.add_section()
-    drawn.add_row("KL from the Instruct", *(f"{results['forgetting'][who]:.3f}" for who in SUBJECTS))
+    drawn.add_row("KL from the Instruct", *(number(results["forgetting"][who]) for who in SUBJECTS))
     return drawn
 
 

@@ -46,7 +46,8 @@ def given_or_made(
     """Return what is given; or, if no updates are, the embedded pair and short runs on it, made once in ``folder``.
 
     The runs learn the new skill by LoRA of two ranks and two seeds and by full tuning, new facts by LoRA, and, as
-    Δ_I, the new skill on the Instruct itself. They take about half a minute on one core.
+    Δ_I, the new skill on the Instruct itself. They take about 10 seconds of processor time, and
+    up to a minute where other processes share the core.
 
     Args:
         base: Folder or hub id of the Base.

@@ -49,7 +49,7 @@ class EvalContext:
     reach_boundary: Callable[[], None] = lambda: None
 
     def logits_at(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits ``[N, V]`` of ``[B, T]`` tokens at ``[N]`` of their ``B * T`` positions.
+        """Return the logits ``[N, V]`` of ``[B, T]`` tokens at ``[N]`` of their ``B * T`` positions.
 
         Every rank must call it equally often; N may be 0.
         """
@@ -79,7 +79,9 @@ class EvalResult:
 
 
 def require_result(found: Any, key: str, evaluator: Evaluator) -> EvalResult:
-    """What ``run`` has returned; a ShadowlitError if it isn't numbers with a score, and samples with both too."""
+    """Return what ``run`` has returned; a ShadowlitError if it isn't numbers with a score, and samples with
+    both too.
+    """
     numbers = isinstance(found, EvalResult) and "score" in found.metrics and all(map(is_number, found.metrics.values()))
     if numbers and all("index" in sample and is_number(sample.get("score")) for sample in found.samples):
         return found

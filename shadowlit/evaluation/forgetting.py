@@ -129,7 +129,7 @@ class Divergence(Evaluator):
         )
 
     def signature(self) -> str:
-        """A hash of the tokenised rows."""
+        """Return a hash of the tokenised rows."""
         assert self._rows is not None, "read() comes before signature()"
         return fingerprint(type(self).__name__, self._rows)
 

@@ -138,7 +138,7 @@ class Generation(PromptEvaluator[_Item]):
             raise DataError("stop holds an empty string, which would end every answer at once. Remove it.")
 
     def signature(self) -> str:
-        """A hash of the tokenised rows and of all settings that change an answer or its score."""
+        """Return a hash of the tokenised rows and of all settings that change an answer or its score."""
         assert self._items is not None, "read() comes before signature()"
         sampling = (self.temperature, self.top_p, self.seed) if self.temperature else "greedy"
         settings = (self.matcher, self.max_new_tokens, self._limit_tokens, self.stop, sampling)

@@ -54,7 +54,7 @@ class Matcher:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise DataError(f"{name}={pattern!r} is no regular expression: {error}. Correct it.") from None
+                raise DataError(f"{name}={pattern!r} is not a regular expression: {error}. Correct it.") from None
 
     @property
     def needs_reference(self) -> bool:
@@ -78,14 +78,16 @@ class Matcher:
                 raise DataError(f"has no number in the reference {reference!r}. Correct it, or set match=exact.")
 
     def compared(self, text: str) -> str | None:
-        """The part of ``text`` that is compared: all of it, or the last match of ``extract``; None without a match."""
+        """Return the part of ``text`` that is compared: all of it, or the last match of ``extract``; None without a
+        match.
+        """
         if self.extract is None:
             return text.strip()
         with bounded_matching(f"extract is {self.extract!r}"):
             return last_match(self.extract, text)
 
     def is_match(self, text: str, references: Sequence[str]) -> bool:
-        """Whether ``text`` gives one of ``references``."""
+        """Return whether ``text`` gives one of ``references``."""
         found = self.compared(text)
         if found is None:
             return False
@@ -111,7 +113,8 @@ class Matcher:
 
 
 def last_match(pattern: str, text: str) -> str | None:
-    """The last match of ``pattern`` in ``text``, stripped: its first group that isn't empty, all of it without groups.
+    """Return the last match of ``pattern`` in ``text``, stripped: its first group that isn't empty, all of it without
+    groups.
 
     None where nothing matches, or where all groups of the last match are empty.
     """
@@ -125,7 +128,9 @@ def last_match(pattern: str, text: str) -> str | None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in ``text``, exactly; thousands separators, currency signs and a percent sign don't count."""
+    """Return the last number in ``text``, exactly; thousands separators, currency signs and a percent sign
+    don't count.
+    """
     matches = list(_NUMBER.finditer(text))
     if not matches:
         return None

@@ -102,7 +102,7 @@ class MultipleChoice(PromptEvaluator[_Item]):
         self.delimiter = "" if chat else delimiter
 
     def signature(self) -> str:
-        """A hash of the tokenised rows, and of how long they may be."""
+        """Return a hash of the tokenised rows, and of how long they may be."""
         assert self._items is not None, "read() comes before signature()"
         return fingerprint(type(self).__name__, self._items, self._limit_tokens)
 

@@ -153,7 +153,8 @@ class PromptEvaluator(Evaluator, Generic[Item]):
 
 
 def context_length(pair: ModelPair, max_length: int | None) -> int | None:
-    """Longest sequence in tokens: ``max_length``, else the smaller limit of Base and Instruct, None without one.
+    """Return the longest sequence in tokens: ``max_length``, else the smaller limit of Base and Instruct, None without
+    one.
 
     Raises:
         DataError: ``max_length`` isn't positive.

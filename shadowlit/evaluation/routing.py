@@ -25,7 +25,7 @@ Batch = Mapping[str, Tensor]
 
 
 def routers_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that choose among experts, by their names, in the order of the layers.
+    """Return the modules that choose among experts, by their names, in the order of the layers.
 
     They are called ``gate`` or ``router``, next to ``experts``, and return the numbers of the chosen experts,
     ``[tokens, k]``, the best first, as transformers' mixtures do (Qwen2-, Qwen3-MoE, Mixtral, OLMoE …).
@@ -124,7 +124,8 @@ class Routing:
 
 
 def agreement_of(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> dict[str, float]:
-    """How many choices of experts two models share, from their choices ``[N, layers, k]`` in each batch, best first.
+    """Return how many choices of experts two models share, from their choices ``[N, layers, k]`` in each batch, best
+    first.
 
     Returns:
         ``routing_agreement``, the share of the k chosen experts that both chose, in any order (1: all, k / experts: by

@@ -46,7 +46,7 @@ def read_field(columns: Columns, name: str) -> Any:
 
 
 def read_text(columns: Columns, name: str) -> str:
-    """The text in field ``name``; a DataError where it is missing, no text or empty."""
+    """Return the text in field ``name``; a DataError where it is missing, no text or empty."""
     value = read_field(columns, name)
     if not isinstance(value, str) or not value.strip():
         raise DataError(
@@ -56,7 +56,9 @@ def read_text(columns: Columns, name: str) -> str:
 
 
 def read_choices(columns: Columns, name: str) -> list[str]:
-    """The choices in field ``name``; a DataError where it is missing or no list of at least two different texts."""
+    """Return the choices in field ``name``; a DataError where it is missing or no list of at least two
+    different texts.
+    """
     choices = read_field(columns, name)
     if not isinstance(choices, list) or not all(isinstance(choice, str) and choice.strip() for choice in choices):
         raise DataError(
@@ -71,7 +73,7 @@ def read_choices(columns: Columns, name: str) -> list[str]:
 
 
 def read_label(columns: Columns, name: str, choices: Sequence[str]) -> int:
-    """The right choice, from 0: field ``name`` holds its number from 0, its text, or its letter from A.
+    """Return the right choice, from 0: field ``name`` holds its number from 0, its text, or its letter from A.
 
     A text that is itself one of the choices is read as that choice, not as a letter. A DataError where the field is
     missing or names none of the choices.

@@ -31,7 +31,7 @@ def side_by_side(found: Mapping[tuple[str, str], Samples], root: Path, evaluator
 
 
 def read_samples(file: Path) -> Samples:
-    """The samples of a model that were written before, one object a line; none without their file."""
+    """Return the samples of a model that were written before, one object a line; none without their file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 

@@ -38,7 +38,8 @@ def mean(total: float, count: float) -> float:
 
 
 def standard_error(total: float, squares: float, count: float) -> float:
-    """Standard error of a mean from the sums of the values and of their squares, NaN of fewer than two values.
+    """Return the standard error of a mean from the sums of the values and of their squares, NaN of fewer than two
+    values.
 
     ``sqrt(Σ(x − x̄)² / (n − 1) / n)``, as lm-evaluation-harness reports it.
     """

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from shadowlit.checkpoint.names import canonical_name, changes_bias, is_adapter_name, is_linear_factor
 from shadowlit.distributed import local_slices
 from shadowlit.errors import GraftError
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.parameters import host_of
 from shadowlit.pair.folders import is_tied
 
@@ -204,6 +205,26 @@ class AdaptedLayer:
         start = tuned(host).float()
         merged = self._merged(tuned)
         return (merged if self.additive else merged - start)[local_slices(host)]
+
+    @torch.no_grad()
+    def factors(self, tuned: Callable[[Tensor], Tensor]) -> Factors | None:
+        """Return the two factors whose product :meth:`delta_weight` is, whole; None where it is no plain product.
+
+        A product are the updates of LoRA and rsLoRA of linear layers and embeddings, but not those of fused experts,
+        of a bias, of DoRA, or of any other type. Arguments are those of :meth:`delta_weight`; a collective if sharded.
+        """
+        if not (self.additive and isinstance(self.layer, LoraLayer) and self.parameter == "weight" and self.scaling):
+            return None
+        layer: Any = self.layer
+        if isinstance(layer, ParamWrapper) or getattr(layer, "fan_in_fan_out", False):
+            return None
+        if self.adapter in layer.lora_embedding_A:
+            down, up = (tuned(side[self.adapter]) for side in (layer.lora_embedding_A, layer.lora_embedding_B))
+            return Factors(down.detach().float().T * self.scaling, up.detach().float().T)
+        if self.adapter not in layer.lora_A or not isinstance(layer.lora_A[self.adapter], nn.Linear):
+            return None
+        up, down = (tuned(side[self.adapter].weight) for side in (layer.lora_B, layer.lora_A))
+        return Factors(up.detach().float() * self.scaling, down.detach().float())
 
     def _merged(self, tuned: Callable[[Tensor], Tensor]) -> Tensor:
         """The host's parameter with the adapter merged into it by peft, in float32; into zeros for an additive one."""

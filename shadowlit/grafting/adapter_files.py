@@ -61,7 +61,7 @@ def adapter_update(
         folder: Folder of the adapter.
         config: Its settings, in place of ``adapter_config.json``.
         reader: Reader of its tensors, by the names in peft's files, in place of ``adapter_model.safetensors``.
-        strict: As of :class:`shadowlit.grafting.update.FullUpdate`.
+        strict: See :class:`shadowlit.grafting.update.FullUpdate`.
         allow_pickle: Also read ``adapter_model.bin``.
 
     Raises:
@@ -214,7 +214,7 @@ class MergedUpdate(FromBase):
         """A layer with the shape of the Base's tensor ``name`` and untouched memory."""
         shape, bias = self._base.tensors[name].shape, bias_of(module_of(name)) in self._base.tensors
         if len(shape) > 2:
-            raise GraftError(f"{self._folder} adapts {name} {shape}, which is no matrix. Merge it first.")
+            raise GraftError(f"{self._folder} adapts {name} {shape}, which is not a matrix. Merge it first.")
         with torch.device("meta"):
             if len(shape) == 1:
                 layer: nn.Module = nn.LayerNorm(shape, bias=bias)

@@ -21,7 +21,18 @@ from shadowlit.checkpoint import numeric
 from shadowlit.checkpoint.folder import Streamed
 from shadowlit.checkpoint.headers import TensorInfo, dtype_code, some_of, weights_in
 from shadowlit.checkpoint.layout import head_and_embedding
-from shadowlit.checkpoint.names import is_bias, is_norm, is_weight, kind_of, layer_of, module_of, routers, tower_of
+from shadowlit.checkpoint.names import (
+    component_of,
+    in_totals,
+    is_bias,
+    is_norm,
+    is_weight,
+    kind_of,
+    layer_of,
+    module_of,
+    routers,
+    tower_of,
+)
 from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
@@ -185,8 +196,8 @@ class DiskGraft:
         )
         self._of_instruct = f"Instruct {instruct.folder}"
         self.num_bytes = sum(info.converted(dtype).num_bytes for info in instruct.tensors.values())
-        # Of the scaled update, of what rounding takes from it, and of the update itself.
-        self._squares = [0.0, 0.0, 0.0]
+        # By tensor: of the scaled update, of what rounding takes from it, and of the update itself.
+        self._squares = {name: [0.0, 0.0, 0.0] for name in self.selected}
         self._left_out: dict[str, float] = {}  # squared norms of the updates that are left out
 
     @cached_property
@@ -212,16 +223,34 @@ class DiskGraft:
 
         The update counts as it was learned, before it is transformed and scaled.
         """
-        return shares_of(self._left_out, self._squares[2])
+        return shares_of(self._left_out, sum(squares[2] for squares in self._squares.values()))
 
     @property
     def survival(self) -> float:
         """The fraction of the update that survived rounding in the tensors streamed so far.
 
         ``1 - ‖lost‖ / ‖scale * update‖`` with ``lost = round(grafted) - grafted``: 1 if all of it did, NaN if the
-        update is zero.
+        update is zero. Over :func:`shadowlit.checkpoint.names.in_totals`: norms and biases count in
+        :attr:`survival_by_component` alone.
         """
-        return 1 - (self._squares[1] / self._squares[0]) ** 0.5 if self._squares[0] else math.nan
+        return self._survival(in_totals(self._shapes))
+
+    @property
+    def survival_by_component(self) -> dict[str, float]:
+        """:attr:`survival` of each of :data:`shadowlit.checkpoint.names.COMPONENTS` whose update isn't zero."""
+        parts: dict[str, set[str]] = {}
+        for name, shape in self._shapes.items():
+            parts.setdefault(component_of(name, shape), set()).add(name)
+        found = {part: self._survival(names) for part, names in sorted(parts.items())}
+        return {part: value for part, value in found.items() if not math.isnan(value)}
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: self.instruct.tensors[name].shape for name in self.selected}
+
+    def _survival(self, names: Iterable[str]) -> float:
+        scaled, lost, _ = (sum(sums) for sums in zip(*(self._squares[name] for name in names), strict=True))
+        return 1 - (lost / scaled) ** 0.5 if scaled else math.nan
 
     def tensors(self, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Streamed]]:
         """Yield every tensor of the Instruct, grafted where selected, in parts that are computed ahead.
@@ -247,18 +276,18 @@ class DiskGraft:
         with closing(parts):  # a signal that arrives while it is collected instead would be lost
             for name, info in self.instruct.tensors.items():
                 own = islice(parts, sum(1 for _ in row_windows(info)))
-                yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(own, advance))
+                yield name, Streamed(info.converted(self.dtype).code, info.shape, self._counted(name, own, advance))
             for (info, *_), ((*_, square), _) in zip(measured, parts, strict=True):
                 self._left_out[info.name] = self._left_out.get(info.name, 0.0) + square
-        if not (self._squares[0] or self._allow_zero):
+        if not (self._allow_zero or any(squares[0] for squares in self._squares.values())):
             raise zero_update(str(self.coverage))
 
     def _counted(
-        self, parts: Iterable[tuple[tuple[int, float, float, float], Room]], advance: Callable[[int], None]
+        self, name: str, parts: Iterable[tuple[tuple[int, float, float, float], Room]], advance: Callable[[int], None]
     ) -> Iterator[numeric.Raw]:
         for (num_bytes, *squares), room in parts:
-            for i, square in enumerate(squares):
-                self._squares[i] += square
+            if name in self._squares:
+                self._squares[name] = [sum(pair) for pair in zip(self._squares[name], squares, strict=True)]
             advance(num_bytes)
             yield room[:num_bytes]
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from shadowlit.checkpoint.layout import in_layout_of_module
 from shadowlit.checkpoint.reader import TensorReader
-from shadowlit.distributed import from_first_rank, local, local_slices, reshard_all, whole
+from shadowlit.distributed import from_first_rank, local, local_slices, of_all_ranks, reshard_all, whole
 from shadowlit.errors import GraftError
+from shadowlit.grafting.adapter import leaves_residual
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta
 from shadowlit.grafting.module import ModuleGraft, Squares, sums_of_squares
 from shadowlit.grafting.pairing import HostParameter
@@ -182,6 +183,23 @@ class LiveGraft(ModuleGraft):
         self.subject = TUNED
         self._busy = False
         self.apply_s += time.perf_counter() - start
+
+    @torch.no_grad()
+    def unchanged(self) -> tuple[bool, bool]:
+        """Return whether the tuned weights compute what the Base does, and whether every graft holds the Instruct's
+        weights, bit for bit; a collective.
+
+        Both hold before the first step, unless the adapter or the rounding to the export's dtype changes something.
+        """
+        reshard_all(self.model)
+        trained = [host for host in self._hosts if host.trained]
+        is_zero = {host.name: not self._learned(host).any().item() for host in trained}  # of all: some are gathered
+        additive = all(host.adapted is None or host.adapted.additive for host in trained)
+        computes_base = additive and not leaves_residual(self.model) and all(is_zero.values())
+        rounds = any(self._rounding(host) != host.instruct.dtype for host in self._hosts)
+        kept = all(is_zero[host.name] for host in trained if host.selected)
+        flags = of_all_ranks([(computes_base, kept and not rounds and self._transforms is None)])
+        return all(flag for flag, _ in flags), all(flag for _, flag in flags)
 
     def close(self) -> None:
         """Swap the trained weights back and close the Instruct's files."""

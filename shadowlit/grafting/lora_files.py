@@ -6,6 +6,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ from shadowlit.checkpoint.names import (
 from shadowlit.checkpoint.reader import TensorReader, described, keeping
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError, first_line
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.update import FromBase, Rows, is_resized, other_vocabulary
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class LoraUpdate(FromBase):
         folder: Folder of the adapter.
         config: Its settings.
         reader: Reader of the factors, by the names in peft's files.
-        strict: As of :class:`shadowlit.grafting.update.FullUpdate`.
+        strict: See :class:`shadowlit.grafting.update.FullUpdate`.
 
     Raises:
         GraftError: The adapter's files do not give its exact update, or it does not fit the Base.
@@ -161,6 +163,21 @@ class LoraUpdate(FromBase):
             return (b @ a).T if factors.of_embedding else b @ a
         a, b = a.reshape(factors.experts, -1, a.shape[1]), b.reshape(len(b), -1, factors.experts)
         return torch.einsum("o r e, e r i -> e o i", b, a)
+
+    @property
+    def factored(self) -> Mapping[str, Callable[[], Factors]]:
+        """See :class:`Update`; experts' factors are not among them, nor what the adapter also stores whole."""
+        plain = (n for n, found in self._factors.items() if found.part is None and n not in self._whole)
+        return {name: partial(self._read_factors, name) for name in plain if name in self.shapes}
+
+    def _read_factors(self, name: str) -> Factors:
+        found = self._factors[name]
+        down, up = (
+            torch.from_numpy(self._reader.rows(one, 0, self._reader.info(one).shape[0])).float()
+            for one in (found.down, found.up)
+        )
+        scaling = self._scalings[name]
+        return Factors(down.T * scaling, up.T.contiguous()) if found.of_embedding else Factors(up * scaling, down)
 
     def scaled_factors(self, scale_of: Callable[[str], float]) -> dict[str, torch.Tensor]:
         """Return the factors by their names in peft's files; ``scale_of(tensor)`` is folded into those that start at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,20 @@ from torch.distributed.tensor import DTensor
 from shadowlit.checkpoint.folder import is_finite
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.layout import in_layout_of_module
-from shadowlit.checkpoint.names import canonical_key, is_adapter_name, is_linear_factor, layer_label
+from shadowlit.checkpoint.names import (
+    canonical_key,
+    component_of,
+    in_totals,
+    is_adapter_name,
+    is_linear_factor,
+    layer_label,
+)
 from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.adapter import AdaptedLayer, adapted_layers, leaves_residual, require_untied
 from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta, graft
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.pairing import HostParameter, aliases_of, parts_of, require_pairing, select_parameters
 from shadowlit.grafting.parameters import host_parameters, linear_names
 from shadowlit.grafting.quantised import quantised_layers
@@ -56,7 +64,7 @@ class ModuleGraft:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         base, by_module = in_layout_of_module(base, shapes), in_layout_of_module(instruct, shapes)
         require_pairing(parameters, base, by_module)
-        # For each tensor of the Instruct's files that is no parameter by itself, the parts of parameters it is made of.
+        # For each tensor of the Instruct's files that is not a parameter by itself, its parts of parameters.
         self._parts = {} if by_module is instruct else parts_of(shapes, instruct)
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -118,35 +126,41 @@ class ModuleGraft:
         ``squares`` is what :meth:`apply` collected for this scale, if the weights have not changed since.
 
         Returns:
-            ``delta_norm`` (Frobenius, over the selected tensors), ``relative_delta`` (its ratio to the norm of the
-            Instruct's), ``survival`` (1: all of the update survives rounding, 0: nothing useful does; absent if it is
-            zero), and ``delta_norm/<layer>`` for every decoder layer. With transforms, all describe the transformed
-            update.
+            Of the selected tensors that are trained: ``delta_norm`` (Frobenius) and ``delta_norm/<layer>``;
+            ``relative_delta``, the update's norm divided by that of the Instruct's weights, and ``survival`` (1: all of
+            the update survives rounding, 0: nothing useful does; absent if it is zero), both over
+            :func:`~shadowlit.checkpoint.names.in_totals`, the matrices; and the two by component,
+            ``relative_delta/norms``. With transforms, all describe the transformed update.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
         known = squares or {}
-        layers: dict[str, Tensor] = {}
-        for host in self._hosts:
-            if not (host.selected and host.trained):
-                continue
+        grafted = [host for host in self._hosts if host.selected and host.trained]
+        rows = []
+        for host in grafted:
             found = known[host.name] if host.name in known else self._squares(host, scale)
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
                 host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
-            key = layer_label(host.name)
-            layers[key] = layers.get(key, 0) + torch.stack([*found, host.instruct_square])
-        table = torch.stack(list(layers.values()))
+            rows.append(torch.stack([*found, host.instruct_square]))
+        table = torch.stack(rows)
         sharded = next((h.parameter for h in self._hosts if isinstance(h.parameter, DTensor)), None)
         if sharded is not None:
             dist.all_reduce(table, group=sharded.device_mesh.get_group())
-        update_square, lost_square, instruct_square = table.sum(0).tolist()
-        scaled_square = scale**2 * update_square
+        shapes = {host.name: self._infos[host.name].shape for host in grafted}
+        total = in_totals(shapes)
+        layers: dict[str, list[list[float]]] = {}
+        components: dict[str, list[list[float]]] = {}
+        for (name, shape), row in zip(shapes.items(), table.tolist(), strict=True):
+            layers.setdefault(layer_label(name), []).append(row)
+            components.setdefault(component_of(name, shape), []).append(row)
+        every = dict(zip(shapes, table.tolist(), strict=True))
+        by_component = {part: _relative(rows, scale) for part, rows in components.items()}
         return {
-            "delta_norm": update_square**0.5,
-            "relative_delta": (update_square / instruct_square) ** 0.5 if instruct_square else 0.0,
-            **({"survival": 1 - (lost_square / scaled_square) ** 0.5} if scaled_square else {}),
-            **{f"delta_norm/{key}": row[0] ** 0.5 for key, row in zip(layers, table.tolist(), strict=True)},
+            "delta_norm": _norm(every.values()),
+            **_relative([row for name, row in every.items() if name in total], scale),
+            **{f"delta_norm/{label}": _norm(rows) for label, rows in layers.items()},
+            **{f"{key}/{part}": value for part, found in by_component.items() for key, value in found.items()},
         }
 
     @torch.no_grad()
@@ -180,11 +194,11 @@ class ModuleGraft:
                 yield name, files.read(name).to(dtype)
 
     @torch.no_grad()
-    def delta_tensors(self) -> Iterator[tuple[str, Tensor]]:
+    def delta_tensors(self, factored: bool = False) -> Iterator[tuple[str, Tensor | Factors]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
         One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
-        end; all ranks get them.
+        end; all ranks get them. With ``factored``, what an adapter has learned as a product of two matrices comes so.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -199,7 +213,27 @@ class ModuleGraft:
         apart = {part.name for parts in self._parts.values() for part in parts}
         cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
         for name in sorted(cut | (trained.keys() - apart)):
-            yield name, in_files.read(name) if name in cut else update(name)
+            factors = self._factors(trained[name]) if factored and name not in cut else None
+            yield name, factors or (in_files.read(name) if name in cut else update(name))
+
+    @torch.no_grad()
+    def delta_bytes(self) -> int:
+        """Return the bytes of the update as it is stored, in bfloat16 or as factors; a collective if sharded."""
+        reshard_all(self.model)
+        total = 0
+        for host in self._hosts:
+            if host.selected and host.trained:
+                dense = 2 * host.parameter.numel()
+                factors = self._factors(host)
+                total += dense if factors is None else min(dense, factors.num_bytes)
+        return total
+
+    def _factors(self, host: HostParameter) -> Factors | None:
+        """The whole update of a parameter as factors on the CPU; None if it isn't an adapter's product alone."""
+        if self._transforms is not None or host.adapted is None or host.base is not None:
+            return None
+        found = host.adapted.factors(self._whole_tuned)
+        return None if found is None else Factors(found.up.cpu(), found.down.cpu())
 
     @torch.no_grad()
     def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
@@ -310,6 +344,18 @@ class ModuleGraft:
             exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
             sums += sums_of_squares(update[part], exact, exact.to(self._rounding(host)))
         return sums
+
+
+def _norm(rows: Iterable[Sequence[float]]) -> float:
+    """The norm of an update, from the squared ones of its tensors, which come first in their rows."""
+    return sum(row[0] for row in rows) ** 0.5
+
+
+def _relative(rows: Iterable[Sequence[float]], scale: float) -> dict[str, float]:
+    """``relative_delta`` and ``survival``, from the squared norms of updates, of what is lost, and of weights."""
+    update, lost, weights = map(sum, zip(*rows, strict=True))
+    relative = {"relative_delta": (update / weights) ** 0.5 if weights else 0.0}
+    return relative | ({"survival": 1 - (lost / (scale**2 * update)) ** 0.5} if scale**2 * update else {})
 
 
 def sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class HostParameter:
 
 
 def parts_of(shapes: Mapping[str, tuple[int, ...]], instruct: TensorReader) -> dict[str, list[Range]]:
-    """Return the parts of parameters that make up each tensor of the Instruct's files that is no parameter
+    """Return the parts of parameters that make up each tensor of the Instruct's files that is not a parameter
     by itself.
     """
     layout = LayoutReader(ComputedReader(instruct.folder, described(shapes)), instruct, ties=False)

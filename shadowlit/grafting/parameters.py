@@ -36,7 +36,7 @@ def linear_names(model: nn.Module) -> frozenset[str]:
     experts.
 
     The paper's code lists seven projections by name; the modules themselves know better, so architectures that
-    call them ``wqkv`` or ``w1`` are covered too. The output head maps to the vocabulary and is no linear layer
+    call them ``wqkv`` or ``w1`` are covered too. The output head maps to the vocabulary and is not a linear layer
     in the sense of the paper. Experts count, which transformers 5 holds in one bare parameter per layer and kind; the
     routers that choose among them don't, as in the paper's code.
     """

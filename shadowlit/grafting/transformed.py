@@ -42,7 +42,7 @@ class ParameterTransforms:
     parameters stay sharded: elementwise transforms get the shard, and the random numbers that belong to it.
 
     ``parameters`` are the module's by the names in checkpoints; ``parts`` are the parts of parameters that make up each
-    tensor of the Instruct's files that is no parameter by itself.
+    tensor of the Instruct's files that is not a parameter by itself.
 
     Raises:
         GraftError: A transform needs whole tensors and the parameters are sharded.

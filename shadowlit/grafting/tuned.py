@@ -24,7 +24,7 @@ def open_update(base: TensorReader, tuned: Path, allow_pickle: bool = False, str
 
 
 def is_run(tuned: Path) -> bool:
-    """Return whether this is a checkpoint of a run, or a folder that holds some and is no model or adapter itself."""
+    """Return whether this is a checkpoint of a run, or a folder of some that is not a model or adapter itself."""
     itself = any((tuned / name).exists() for name in ("config.json", "adapter_config.json"))
     return tuned.exists() and (tuned.suffix == ".ckpt" or (not itself and any(tuned.rglob("*.ckpt"))))
 

@@ -5,7 +5,7 @@ No transformers import: start-up is part of the speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.errors import GraftError
 
 if TYPE_CHECKING:
-    pass
+    from shadowlit.grafting.factors import Factors
 
 UNGATHERED = (0,)  # shape in which DeepSpeed ZeRO-3 leaves a parameter of which a process holds no shard
 
@@ -44,6 +44,11 @@ class Update:
     tied = False  # whether the update of the embedding is that of the output head too, if there is none of a head
 
     transformed = False  # whether `rows` may differ from `learned_rows`
+
+    @property
+    def factored(self) -> Mapping[str, Callable[[], Factors]]:
+        """The matrices that are products of two small ones, by functions that read these, in float32."""
+        return {}
 
     @property
     def weights(self) -> frozenset[str]:

@@ -122,7 +122,7 @@ def run(name: str, lm: LM, benchmarks: Benchmarks, chat: bool) -> Evaluation:
 
 
 def use_chat(name: str, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> bool:
-    """Whether the chat template is applied.
+    """Return whether the chat template is applied.
 
     Raises:
         EvaluationError: The settings ask for it, and there is none.

@@ -8,6 +8,7 @@ from string import ascii_uppercase
 
 from shadowlit.errors import EvaluationError
 from shadowlit.harness.models import Evaluation
+from shadowlit.harness.perturbed import Perturbed, change
 from shadowlit.harness.suites import Score, SuiteScore, TaskScore, difference, load_suites, mean_of, suite_difference
 from shadowlit.harness.tasks import harness_version
 
@@ -21,23 +22,34 @@ class Report:
         headings: Headings of the columns.
         sections: Rows of every suite, of which the last one is its mean.
         notes: Notes on the numbers.
+        perturbed: Rows of the table of perturbed questions, under :data:`PERTURBED_HEADINGS`.
     """
 
     models: tuple[tuple[str, str], ...]
     headings: tuple[str, ...]
     sections: tuple[tuple[tuple[str, ...], ...], ...]
     notes: tuple[str, ...]
+    perturbed: tuple[tuple[str, ...], ...] = ()
 
     def __str__(self) -> str:
         """Markdown."""
         lines = [f"- {letter} = {name}" for letter, name in self.models]
         lines += ["", _markdown_row(self.headings), _markdown_row(["---", "---", *["--:"] * (len(self.headings) - 2)])]
         lines += [_markdown_row(row) for section in self.sections for row in section]
+        if self.perturbed:
+            rule = ["---"] * 3 + ["--:"] * (len(PERTURBED_HEADINGS) - 3)
+            lines += ["", *map(_markdown_row, (PERTURBED_HEADINGS, rule, *self.perturbed))]
         return "\n".join([*lines, "", *(f"- {note}" for note in self.notes)]).rstrip() + "\n"
 
 
-def make_report(evaluations: Sequence[Evaluation]) -> Report:
-    """Compare models with the first one, sample by sample.
+PERTURBED_HEADINGS = (
+    "task", "perturbation", "model", "rows", "as they are", "perturbed", "difference", "95 % interval",
+)  # fmt: skip
+"""Headings of the table of perturbed questions."""
+
+
+def make_report(evaluations: Sequence[Evaluation], perturbed: Sequence[Perturbed] = ()) -> Report:
+    """Compare models with the first one, sample by sample; and of each, rows as they are and ``perturbed``.
 
     Raises:
         EvaluationError: The models were evaluated in different tasks.
@@ -56,7 +68,28 @@ def make_report(evaluations: Sequence[Evaluation]) -> Report:
     means = [family for family in suites if family[0].mean is not None]
     if len(means) > 1:
         sections.append((_overall(means),))
-    return Report(models, headings, tuple(sections), tuple(_notes(evaluations)))
+    notes = tuple(_notes(evaluations))
+    if perturbed:
+        notes += ("perturbed questions: the difference is paired row by row; rows that can't be perturbed don't count",)
+    changes = tuple(
+        _change(one, letter, e) for one in perturbed for letter, e in zip(letters, evaluations, strict=True)
+    )
+    return Report(models, headings, tuple(sections), notes, changes)
+
+
+def _change(one: Perturbed, letter: str, found: Evaluation) -> tuple[str, ...]:
+    """A row of the table of perturbed questions."""
+    count = f"{len(one.indices)} of {one.num_rows}"
+    changed = change(one, [score for suite in found.suites for score in suite.tasks])
+    if changed is None:
+        return (one.task, one.kind, letter, count, "–", "–", "–", "–")
+    interval = "–"
+    if changed.interval is not None:
+        interval = f"{changed.interval[0]:+.4f} to {changed.interval[1]:+.4f}".replace("-", "−")
+    return (
+        one.task, one.kind, letter, count, f"{changed.before:.4f}", f"{changed.after:.4f}",
+        _signed(changed.difference), interval,
+    )  # fmt: skip
 
 
 def _section(family: Sequence[SuiteScore]) -> tuple[tuple[str, ...], ...]:

@@ -73,7 +73,7 @@ class Subject:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """The model's source and fingerprints of its weights, which are empty where they aren't safetensors."""
+        """Return the model's source and fingerprints of its weights, which are empty where they aren't safetensors."""
         folder = local_folder(self.source)
         try:
             with CheckpointReader(folder) as reader:
@@ -91,7 +91,7 @@ class Subject:
 
 
 def local_folder(source: str, weights: bool = True) -> Path:
-    """The folder of a model or adapter; for a hub id it is downloaded, with or without the weights.
+    """Return the folder of a model or adapter; for a hub id it is downloaded, with or without the weights.
 
     Raises:
         EvaluationError: There is no such folder, and the hub doesn't offer it.

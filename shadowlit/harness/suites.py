@@ -115,13 +115,13 @@ class SuiteScore:
 
     @property
     def mean(self) -> Score | None:
-        """The plain mean over the tasks; None for fewer than two tasks, and for tasks that are no suite."""
+        """The plain mean over the tasks; None for fewer than two tasks, and for tasks that are not a suite."""
         return mean_of([task.score for task in self.tasks]) if self.title and len(self.tasks) > 1 else None
 
 
 @cache
 def load_suites() -> dict[str, tuple[Suite, ...]]:
-    """All suites by name; a name such as ``paper`` stands for several."""
+    """Return all suites by name; a name such as ``paper`` stands for several."""
     entries = yaml.safe_load((files("shadowlit.harness") / "suites.yaml").read_text(encoding="utf-8"))
     single = {
         name: Suite(
@@ -139,7 +139,7 @@ def load_suites() -> dict[str, tuple[Suite, ...]]:
 
 
 def select_suites(names: Sequence[str]) -> list[Suite]:
-    """The suites of these names, each once, and last a suite without a title of all names that are no suite's."""
+    """Return the suites of these names, each once, and last a suite without a title of all names that no suite has."""
     known = load_suites()
     found = dict.fromkeys(suite.title for name in names for suite in known.get(name, ()))
     by_title = {suite.title: suite for suites in known.values() for suite in suites}
@@ -150,7 +150,7 @@ def select_suites(names: Sequence[str]) -> list[Suite]:
 
 
 def mean_of(scores: Sequence[Score]) -> Score:
-    """The plain mean of independent scores, with the error ``sqrt(Σ se²) / k`` if all of them have one."""
+    """Return the plain mean of independent scores, with the error ``sqrt(Σ se²) / k`` if all of them have one."""
     value = statistics.fmean(score.value for score in scores)
     errors = [score.stderr for score in scores if score.stderr is not None]
     complete = len(errors) == len(scores)
@@ -158,7 +158,7 @@ def mean_of(scores: Sequence[Score]) -> Score:
 
 
 def mean_difference(values: Sequence[float], reference: Sequence[float]) -> Score:
-    """The mean of ``values - reference``, sample by sample, and its standard error; none for a single sample.
+    """Return the mean of ``values - reference``, sample by sample, and its standard error; none for a single sample.
 
     Samples that both models get right, or both wrong, add nothing to the error: it is smaller than that of two
     independent scores (Miller 2024, arXiv 2411.00640).
@@ -169,7 +169,7 @@ def mean_difference(values: Sequence[float], reference: Sequence[float]) -> Scor
 
 
 def difference(score: TaskScore, reference: TaskScore) -> Score:
-    """A model's score minus a reference's in the same task; no standard error where samples can't be paired."""
+    """Return a model's score minus a reference's in the same task; no standard error where samples can't be paired."""
     ours, theirs = score.values, reference.values
     if ours is None or theirs is None or any(ours[name].keys() != theirs.get(name, {}).keys() for name in ours):
         return Score(score.score.value - reference.score.value)
@@ -180,7 +180,7 @@ def difference(score: TaskScore, reference: TaskScore) -> Score:
 
 
 def suite_difference(score: SuiteScore, reference: SuiteScore) -> Score | None:
-    """The difference of two means over the same tasks; None where there is no mean."""
+    """Return the difference of two means over the same tasks; None where there is no mean."""
     if score.mean is None:
         return None
     return mean_of([difference(a, b) for a, b in zip(score.tasks, reference.tasks, strict=True)])

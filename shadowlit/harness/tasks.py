@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.errors import EvaluationError
+from shadowlit.harness.perturbed import Perturbed, perturbed_tasks, require_kinds
 from shadowlit.harness.suites import Suite, SuiteTask, load_suites, select_suites
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Settings:
             where none fails, ``auto`` means 8.
         seed: Seed for the choice of examples and for all random generators.
         execute_code: Whether programs that the model wrote may be run.
+        perturb: Perturbations of which every task also gets a copy; see :mod:`shadowlit.harness.perturbations`.
+        perturb_field: Column with the question; None for the first of
+            :data:`shadowlit.harness.perturbed.QUESTION_FIELDS` that a task has.
 
     Raises:
         EvaluationError: A value is out of range.
@@ -62,6 +66,8 @@ class Settings:
     seed: int = 1234
     execute_code: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    perturb: Sequence[str] = ()
+    perturb_field: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -72,6 +78,9 @@ class Settings:
         ):
             if value is not None and value < least:
                 raise EvaluationError(f"{name} is {value}; expected at least {least}.")
+        require_kinds(self.perturb)
+        if self.perturb_field is not None and not self.perturb:
+            raise EvaluationError("perturb_field is given without perturb. Leave it out, or say what to perturb.")
         number = self.batch_size.removeprefix("auto:")
         if self.batch_size != "auto" and not (number.isdigit() and int(number) > 0):
             raise EvaluationError(
@@ -79,19 +88,23 @@ class Settings:
             )
 
     def batch_size_on(self, device_type: str) -> str:
-        """The batch size as the harness takes it, on this type of device."""
+        """Return the batch size as the harness takes it, on this type of device."""
         automatic = self.batch_size.startswith("auto")
         return str(_CPU_BATCH_SIZE) if automatic and device_type == "cpu" else self.batch_size
 
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Tasks that are loaded with their data, for any number of models; the harness' tasks and groups by name."""
+    """Tasks that are loaded with their data, for any number of models; the harness' tasks and groups by name.
+
+    The copies of perturbed tasks are among them, in a suite of their own.
+    """
 
     suites: tuple[Suite, ...]
     settings: Settings
     tasks: Mapping[str, Task | Group] = field(repr=False)
     manager: TaskManager = field(repr=False)
+    perturbed: tuple[Perturbed, ...] = field(default=(), repr=False)
 
     @property
     def leaves(self) -> list[Task]:
@@ -157,11 +170,16 @@ def load_benchmarks(
             for task in _tasks_of(tasks[str(entry.task)]):
                 _set_fewshot(task, entry.num_fewshot if settings.fewshot is None else settings.fewshot)
                 _set_answer_tokens(task, settings.max_new_tokens or suite.max_new_tokens)
-    return Benchmarks(tuple(suites), settings, tasks, manager)
+    if not settings.perturb:
+        return Benchmarks(tuple(suites), settings, tasks, manager)
+    found, copies, twins = perturbed_tasks(
+        suites, tasks, settings.perturb, settings.perturb_field, settings.seed, settings.limit
+    )
+    return Benchmarks((*suites, *copies), settings, {**tasks, **twins}, manager, tuple(found))
 
 
 def harness_version() -> str:
-    """The installed version of the harness."""
+    """Return the installed version of the harness."""
     return metadata.version("lm_eval")
 
 
@@ -194,7 +212,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise EvaluationError(f"there is no {error.filename}, needed by {path}.") from error
     except Exception as error:  # of YAML, of a cycle of includes
-        raise EvaluationError(f"{path} is no task of the harness' form: {' '.join(str(error).split())}") from error
+        raise EvaluationError(f"{path} is not a task of the harness' form: {' '.join(str(error).split())}") from error
 
 
 def _local_manager(tasks_folder: str | Path | None) -> TaskManager:
@@ -413,7 +431,7 @@ def _set_answer_tokens(task: Task, number: int | None) -> None:
 
 
 def answer_tokens(task: Task) -> int:
-    """The longest answer that a task asks for, in tokens; 0 if it generates none."""
+    """Return the longest answer that a task asks for, in tokens; 0 if it generates none."""
     if task.get_config("output_type") != "generate_until":
         return 0
     given = task.get_config("generation_kwargs") or {}

@@ -104,7 +104,7 @@ def model_folder(
         return folder
     is_file = folder.is_file()
     if is_file or not _HUB_ID.fullmatch(source):
-        kind = "is a file" if is_file else "is no folder, and cannot be a hub id"
+        kind = "is a file" if is_file else "is not a folder, and cannot be a hub id"
         raise ProblemError(
             f"{who} model",
             f"'{source}' {kind}",
@@ -113,16 +113,20 @@ def model_folder(
         )
     from huggingface_hub import snapshot_download
 
+    from shadowlit.pair.hub import unreachable
+
     patterns = [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS
     ignored = _HUB_IGNORED if weights else [*_HUB_IGNORED, "*.safetensors"]
+    options: dict[str, Any] = {"revision": revision, "allow_patterns": patterns, "ignore_patterns": ignored}
+    reason = unreachable()
     try:
         # Safe for several ranks at once: the hub's cache locks every file.
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+        return Path(snapshot_download(source, **options, local_files_only=reason is not None))
     except Exception as error:  # of the hub, of httpx, of the disk: many types, one remedy
         at = f" at revision '{revision}'" if revision else ""
         raise ProblemError(
             f"{who} model",
-            f"there is no folder '{source}', and the hub does not give '{source}'{at} ({first_line(error)})",
+            f"there is no folder '{source}', and the hub does not give '{source}'{at} ({reason or first_line(error)})",
             "a model's folder or a reachable hub id",
             f"check the spelling of {key}; for a gated model accept its licence and log in with "
             "'hf auth login'; without a network download it elsewhere and give the folder.",

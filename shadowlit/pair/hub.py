@@ -1,9 +1,31 @@
-"""The tensors of a model on the Hugging Face hub, from the headers alone: no weights are downloaded."""
+"""The Hugging Face hub: whether it can be reached, and a model's tensors from the headers alone, without weights."""
 
 from __future__ import annotations
 
+from functools import cache
+
 from shadowlit.checkpoint.headers import TensorInfo
 from shadowlit.errors import CheckpointError, first_line
+
+_TIMEOUT_S = 5.0
+
+
+@cache
+def unreachable() -> str | None:
+    """Why the hub can't be reached, or None if it can; asked once per process.
+
+    The hub's client repeats a request five times over half a minute, with a line for each, which without a network is
+    time lost. What an earlier download left in the cache can still be used.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_TIMEOUT_S)
+    except Exception as error:  # of the client, which is another library in each version of the hub's
+        return f"the hub can't be reached: {first_line(error)}"
+    return None
 
 
 def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo]:
@@ -16,6 +38,8 @@ def read_hub_headers(repo_id: str, revision: str | None) -> dict[str, TensorInfo
     from huggingface_hub import get_safetensors_metadata
 
     try:
+        if reason := unreachable():
+            raise ConnectionError(reason)
         metadata = get_safetensors_metadata(repo_id, revision=revision)
     except Exception as error:  # of the hub, of httpx, of a broken header: many types, one remedy
         raise CheckpointError(

@@ -189,4 +189,4 @@ def _official(entry: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _wrong(name: str | None, found: str, expected: str) -> PairError:
-    return PairError(f"Entry '{name}' of the registry of pairs: {found}. Expected: {expected}. Mend pairs.yaml.")
+    return PairError(f"Entry '{name}' of the registry of pairs: {found}. Expected: {expected}. Correct pairs.yaml.")

@@ -155,7 +155,7 @@ def check_template(
             f"the {owner.title}'s tokenizer has none",
             "the template it was trained with",
             f"put its chat_template.jinja into the {owner.title}'s folder, set data.chat_template to the file, or use "
-            "the other model's by setting pair.template_owner; if the model is no chat model, it is not an Instruct.",
+            "the other model's by setting pair.template_owner; a model without chat is not an Instruct.",
         )
         return
     elif isinstance(own, dict) and "default" not in own:

@@ -25,9 +25,12 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.throughput import peak_memory_bytes
 from shadowlit.checkpoint.folder import CheckpointReader, shard_bytes
 from shadowlit.checkpoint.headers import TensorInfo
+from shadowlit.checkpoint.names import is_of_experts
+from shadowlit.data.conversation import DataErrors
 from shadowlit.data.module import ShadowData
 from shadowlit.data.rendering import load_template
 from shadowlit.errors import DataError, GraftError, PairError, ShadowlitError, counted
+from shadowlit.grafting.adapter import is_plain
 from shadowlit.grafting.export import model_bytes
 from shadowlit.pair.check import check_pair
 from shadowlit.pair.folders import commit_of
@@ -36,6 +39,7 @@ from shadowlit.pair.pair import PairWithoutWeights
 from shadowlit.planning.memory import Memory, estimate
 from shadowlit.progress import make_console, make_table
 from shadowlit.status import StatusLine
+from shadowlit.text import count, number, size
 from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is left to its context and to gaps between tensors
@@ -50,7 +54,7 @@ _HELD = 3  # the first parts are there in all phases
 
 
 def parse_bytes(text: str) -> float:
-    """``24GiB``, ``80 GB`` or ``512MiB`` in bytes; raises a ShadowlitError for what is no size."""
+    """``24GiB``, ``80 GB`` or ``512MiB`` in bytes; raises a ShadowlitError for what is not a size."""
     found = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if found is None:
         raise ShadowlitError(f"memory is {text!r}; expected a size such as 24GiB or 80GB.")
@@ -96,13 +100,15 @@ class Plan:
             "sharing": "fsdp" if sharded else "ddp" if ranks > 1 else "none",
         }
         self.process = 0.0
+        self.num_errors = 0
 
     def read(self) -> list[str]:
-        """Check the pair and read headers and data; return problems, errors first."""
+        """Check the pair and read headers and data; return problems, errors first, and count the errors."""
         pair, data = self.module.pair, self.data
         template = None if data.chat_template is None else load_template(data.chat_template)
         found = check_pair(pair, self.graft.select, False, template, data.template_kwargs)
         problems = [f"{problem.severity}: {problem}" for problem in found]
+        self.num_errors = sum(problem.severity == "error" for problem in found)
         self.read_headers()
         try:
             if not isinstance(self.module.pair, PairWithoutWeights):
@@ -112,6 +118,7 @@ class Plan:
             data.setup("fit")
         except (DataError, GraftError, PairError) as error:
             problems.insert(0, f"error: {error}")
+            self.num_errors += len(error.messages) if isinstance(error, DataErrors) else 1
         if self.on_cpu:  # the libraries' own memory, as large in this process as in a training
             self.process = peak_memory_bytes(torch.device("cpu"))
         return problems
@@ -185,30 +192,34 @@ class Plan:
                 self, "trainer", {**self.trainer, "ranks": ranks, "sharing": "fsdp"}, f"{ranks} devices under FSDP2"
             )
 
-    def print(self, limit: float | None, measure_steps: int, words: Sequence[str], problems: Sequence[str]) -> None:
+    def print(self, limit: float | None, measure_steps: int, words: Sequence[str], refused: str = "") -> None:
         """Print problems, memory, disk and time.
 
         Args:
-            limit: Bytes of a device; None for this machine's.
+            limit: Bytes of a device, which may be another machine's; None for this machine's.
             measure_steps: Steps to measure; 0 for none.
             words: Arguments of fit with which they are trained.
-            problems: What was found before.
+            refused: Why this machine can't run the training: an error, unless a size says that another will.
 
         Raises:
             ShadowlitError: There are errors, or the training doesn't fit.
         """
-        console, problems = make_console(), [*problems, *self.read()]
-        for line in problems:
+        console, elsewhere = make_console(), limit is not None
+        for line in self.read():
             console.print(line)
+        if refused:
+            self.num_errors += not elsewhere
+            hint = "" if elsewhere else " To plan for another machine, give its devices' memory, e.g. --memory=24GiB."
+            console.print(f"{'note' if elsewhere else 'error'}: this machine can't run the training: {refused}{hint}")
         memory, limit = self.memory(), limit or self.limit()
         console.print(self._table(memory))
         self._print_disk(console, memory)
-        errors = [counted(n, "error")] if (n := sum(line.startswith("error") for line in problems)) else []
+        errors = [counted(self.num_errors, "error")] if self.num_errors else []
         needed = size(self.peak(memory))
         if math.isnan(self.peak(memory)):
             console.print("memory: whether it fits is not known")
         elif limit is None:
-            console.print(f"memory: {needed}; this machine has no such device. Give its size, e.g. --memory=24GiB.")
+            console.print(f"memory: {needed}; whether it fits is not known, since this machine has no such device")
         elif self.fits(memory, limit):
             console.print(f"memory: it fits, {needed} of {size(limit)}")
         else:
@@ -216,7 +227,7 @@ class Plan:
             console.print(f"memory: {errors[-1]}. Set, one after the other:")
             for setting, changed in self.remedies(limit):
                 console.print(f"  {setting}: {size(self.peak(changed))}")
-        console.print(f"time: {self._measured(0 if errors else measure_steps, words)}")
+        console.print(f"time: {self._measured(0 if errors or refused else measure_steps, words)}")
         if errors:
             raise ShadowlitError(f"the training can't run as it is configured: {', '.join(errors)}; see above.")
 
@@ -230,7 +241,7 @@ class Plan:
             table.add_row("Python, its libraries and the data", *[size(self.process)] * len(phases))
         for i, (name, what) in enumerate(_PARTS.items()):
             owner = next(phase for phase, end in _PHASES.items() if i < end)
-            cells = [size(getattr(memory, name)) if i < _HELD or phase == owner else "" for phase in phases]
+            cells = [_cell(getattr(memory, name)) if i < _HELD or phase == owner else "" for phase in phases]
             if any(cells):
                 table.add_row(what, *cells)
         table.add_section()
@@ -250,10 +261,12 @@ class Plan:
         savers = savers or [{}] * (self.options["enable_checkpointing"] is not False)
         tops = [one.get("save_top_k", 1) for one in savers]
         kept = sum(tops) + sum(bool(one.get("save_last")) for one in savers)
+        dense, experts = 2 * sum(x.num_elements for x in self.headers.values()), any(map(is_of_experts, self.headers))
+        factored = module.adapter is not None and is_plain(module.adapter, start=False) and not experts
         sizes = {
             "model": model_bytes(module.pair.instruct_folder(), self.headers, self.graft.dtype, export.max_shard_bytes),
             "adapter": 4 * memory.num_trained if module.adapter is not None else 0,
-            "delta": shard_bytes(2 * sum(x.num_elements for x in self.headers.values()), export.max_shard_bytes),
+            "delta": shard_bytes(min(dense, 4 * memory.num_trained) if factored else dense, export.max_shard_bytes),
         }
         sizes = {part: sizes[part] for part in export.parts if export.enabled and sizes[part]}
         folder = Path(export.folder or self.options["default_root_dir"] or ".").absolute()
@@ -291,13 +304,9 @@ class Plan:
                 speeds = [float(x) for row in csv.DictReader(file) if (x := row.get("train/tokens_per_s"))][1:]
         speed = sum(speeds) / len(speeds)
         seconds = self.data.reports["train"].tokens_per_epoch / speed
-        lasts = f"{seconds / 3600:.2f} h" if seconds > 600 else f"{seconds:.0f} s"
-        return f"{lasts} per epoch without validations, from {speed:,.0f} tokens/s in {counted(steps, 'step')}"
+        lasts = f"{number(seconds / 3600, digits=3)} h" if seconds > 600 else f"{number(seconds, digits=3)} s"
+        return f"{lasts} per epoch without validations, from {count(speed)} tokens/s in {counted(steps, 'step')}"
 
 
-def size(num_bytes: float) -> str:
-    """A size with three digits."""
-    if math.isnan(num_bytes):
-        return "not known"
-    unit, power = next(((u, p) for u, p in (("TB", 1e12), ("GB", 1e9)) if num_bytes >= p), ("MB", 1e6))
-    return f"{num_bytes / power:.3g} {unit}" if num_bytes else ""
+def _cell(num_bytes: float) -> str:
+    return size(num_bytes) if num_bytes else ""

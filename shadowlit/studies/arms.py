@@ -16,12 +16,12 @@ ARMS = UNTOUCHED + TUNED
 
 
 def is_grafted(arm: str) -> bool:
-    """Whether the arm is a delta on the other model, and not the model that was trained."""
+    """Return whether the arm is a delta on the other model, and not the model that was trained."""
     return arm in TUNED and arm[0] != arm[2]
 
 
 def subject_of(arm: str, scale: float | None, scales: Sequence[float]) -> str:
-    """The name of an arm's model in a training's metrics: ``tuned``, ``grafted``, ``grafted@0.5``, ``base``.
+    """Return the name of an arm's model in a training's metrics: ``tuned``, ``grafted``, ``grafted@0.5``, ``base``.
 
     The first of all scales of the training is the plain ``grafted``; where nothing is grafted, the scale is ignored.
     """
@@ -33,7 +33,7 @@ def subject_of(arm: str, scale: float | None, scales: Sequence[float]) -> str:
 
 
 def metrics_of(logged: Mapping[str, float | None], subject: str) -> dict[str, float]:
-    """The metrics of one model without their prefix ``val/<subject>/``; None becomes NaN."""
+    """Return the metrics of one model without their prefix ``val/<subject>/``; None becomes NaN."""
     prefix = f"val/{subject}/"
     return {
         name.removeprefix(prefix): math.nan if value is None else value

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Self
 
 from shadowlit.progress import make_console
-from shadowlit.status import StatusLine, duration, number
+from shadowlit.status import StatusLine
 from shadowlit.studies.trials.process import Running
+from shadowlit.text import duration, number
+
+SKIPPED = "is complete already"
 
 
 class StudyProgress:
@@ -18,13 +21,14 @@ class StudyProgress:
         what: What is counted, e.g. trials.
         total: How many are planned.
         metric: The metric that :attr:`Running.value` holds.
+        done: How many were complete before.
     """
 
-    def __init__(self, what: str, total: int, metric: str) -> None:
+    def __init__(self, what: str, total: int, metric: str, done: int = 0) -> None:
         self._what, self._total, self._metric = what, total, metric
         self._console = make_console()
         self._line = StatusLine(self._console.print)
-        self._ended, self._begun = 0, time.monotonic()
+        self._ended, self._failed, self._run, self._begun = done, 0, 0, time.monotonic()
 
     def __enter__(self) -> Self:
         self._line.start()
@@ -36,6 +40,8 @@ class StudyProgress:
     def end(self, name: str, state: str, reason: str = "") -> None:
         """Print how a training has ended."""
         self._ended += 1
+        self._failed += state == "failed"
+        self._run += state != SKIPPED
         make_console().print(f"{name} {state}" + (f": {reason}" if reason else ""))
 
     def poll(self, running: Sequence[Running], refresh: Callable[[Running], None] = lambda each: None) -> None:
@@ -44,8 +50,15 @@ class StudyProgress:
         def parts() -> list[str]:
             for each in running:
                 refresh(each)
-            taken = duration(time.monotonic() - self._begun)
-            return [f"{self._ended}/{self._total} {self._what}", taken, *map(self._described, running)]
+            taken = time.monotonic() - self._begun
+            counts = [
+                f"{self._ended}/{self._total} {self._what}",
+                *([f"{self._failed} failed"] if self._failed else []),
+            ]
+            # As long as those took that have run, side by side as they do now.
+            left = taken / self._run * max(0, self._total - self._ended) if self._run else None
+            times = [duration(taken), *([] if left is None else [f"{duration(left)} left"])]
+            return [*counts, *times, *map(self._described, running)]
 
         if running:
             self._line.show(parts)

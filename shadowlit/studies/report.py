@@ -41,13 +41,13 @@ def paragraphs(parts: Sequence[str]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown; None is an empty cell."""
+    """Return a table in Markdown; None is an empty cell."""
     cells = [["" if cell is None else str(cell).replace("|", "\\|") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells])
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list in Markdown."""
+    """Return a list in Markdown."""
     return "\n".join(f"- {line}" for line in lines)
 
 

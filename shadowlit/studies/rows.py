@@ -96,7 +96,7 @@ class Standing(Place):
 
 
 def standing_of(arm: str, rows: Sequence[Row], metrics: Iterable[str], expected: int | None = None) -> Standing:
-    """The standing of an arm from its rows, if any, which differ in their seeds alone.
+    """Return the standing of an arm from its rows, if any, which differ in their seeds alone.
 
     ``expected`` is the number of seeds that there should be; None for as many as there are.
     """
@@ -106,7 +106,7 @@ def standing_of(arm: str, rows: Sequence[Row], metrics: Iterable[str], expected:
 
 
 def by_place(rows: Iterable[Row]) -> list[list[Row]]:
-    """Rows in groups that differ in their seeds alone, in the order of their first ones."""
+    """Return the rows in groups that differ in their seeds alone, in the order of their first ones."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.scale, *row.setting.items()), []).append(row)
@@ -114,12 +114,12 @@ def by_place(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def metric_names(rows: Iterable[Row]) -> list[str]:
-    """Names of everything that was measured, in alphabetical order."""
+    """Return the names of everything that was measured, in alphabetical order."""
     return sorted({name for row in rows for name in row.metrics})
 
 
 def to_csv(rows: Sequence[Row], axes: Sequence[str]) -> str:
-    """The rows as ``table.csv`` has them, one a line; a number that is missing is an empty cell.
+    """Return the rows as ``table.csv`` has them, one a line; a number that is missing is an empty cell.
 
     The columns are trial, state, arm, scale, seed, the axes, the metrics in alphabetical order, and the cost.
     """
@@ -135,7 +135,7 @@ def to_csv(rows: Sequence[Row], axes: Sequence[str]) -> str:
 
 
 def from_csv(text: str, axes: Mapping[str, bool]) -> list[Row]:
-    """The rows from :func:`to_csv`; an axis that is true has numbers, one that is false has labels."""
+    """Return the rows from :func:`to_csv`; an axis that is true has numbers, one that is false has labels."""
     rows = []
     for cells in csv.DictReader(io.StringIO(text)):
         numbers = {name: value for name, value in cells.items() if value and name not in (*_FIXED, *axes)}
@@ -155,5 +155,5 @@ def from_csv(text: str, axes: Mapping[str, bool]) -> list[Row]:
 
 
 def cell(value: float | None) -> str:
-    """A number as a CSV file has it, exact; empty where it is missing or not finite."""
+    """Return a number as a CSV file has it, exact; empty where it is missing or not finite."""
     return "" if value is None or not math.isfinite(value) else repr(float(value))

@@ -32,7 +32,9 @@ class Average:
 
 
 def average(values: Sequence[float], expected: int | None = None) -> Average:
-    """Mean and standard error of the finite values; by default, as many values are expected as were given."""
+    """Return the mean and standard error of the finite values; by default, as many values are expected as
+    were given.
+    """
     found = np.array([value for value in values if math.isfinite(value)], dtype=np.float64)
     error = float(found.std(ddof=1)) / math.sqrt(len(found)) if len(found) > 1 else math.nan
     mean = float(found.mean()) if len(found) else math.nan
@@ -40,7 +42,8 @@ def average(values: Sequence[float], expected: int | None = None) -> Average:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over seeds, and the ends of its 95 % interval by Student's t: ``mean ± t(0.975, n - 1) · s / √n``.
+    """Return the mean over seeds, and the ends of its 95 % interval by Student's t: ``mean ± t(0.975, n - 1) · s /
+    √n``.
 
     The ends are NaN for a single seed, which says nothing about others.
     """
@@ -52,12 +55,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def student(num_seeds: int) -> float:
-    """The 97.5 % quantile of Student's t for a mean over two or more seeds."""
+    """Return the 97.5 % quantile of Student's t for a mean over two or more seeds."""
     return float(stats.t.ppf(0.975, num_seeds - 1))
 
 
 def few_seeds(num_seeds: int) -> str:
-    """A sentence on what can be concluded from this number of seeds."""
+    """Return a sentence on what can be concluded from this number of seeds."""
     if num_seeds <= 1:
         return (
             "There is one seed: there are no standard errors, the intervals stand for other rows of the same kind, and "

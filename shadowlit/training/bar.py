@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, RichModelSummary, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from shadowlit.status import EVERY_S, StatusLine, count, duration, number
+from shadowlit.status import EVERY_S, StatusLine
+from shadowlit.text import count, duration, number
 
-# Titles of the metrics that are shown, and shorter ones for a terminal of 80 columns.
+# Titles of the metrics that are shown, and shorter ones for a terminal of 80 columns, the most important first.
 _TITLES = {"train/loss": "loss", "val/grafted/loss": "grafted loss", "graft/gain": "gain"}
-_SHORT = _TITLES | {"val/grafted/loss": "grafted"}
+_SHORT = {"train/loss": "loss", "graft/gain": "gain", "val/grafted/loss": "grafted"}
 
 
 class ProgressLine(ProgressBar):
@@ -35,6 +36,8 @@ class ProgressLine(ProgressBar):
         self._line = StatusLine(rank_zero_info, every_s)
         self._values: dict[str, float] = {}
         self._begun, self._first, self._total = 0.0, 0, math.inf
+        self._validation_begun, self._validates = 0.0, False
+        self._lasted: float | None = None  # seconds of the validation before
 
     def disable(self) -> None:
         """Show nothing."""
@@ -73,13 +76,20 @@ class ProgressLine(ProgressBar):
         self.show()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that what follows is no training."""
+        """Say that what follows is not a training."""
         self.show("finishing", now=self._line.live)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the scores."""
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
+        if self.enabled and not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._lasted, self._validates = time.monotonic() - self._validation_begun, False
+            self._values |= _read(trainer.callback_metrics)  # until the next line is due Lightning may have reset them
             self.show(now=self._line.live)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count the time of the validation."""
+        if not trainer.sanity_checking:
+            self._validation_begun, self._validates = time.monotonic(), True
 
     def on_validation_batch_end(
         self,
@@ -136,16 +146,24 @@ class ProgressLine(ProgressBar):
         values = self._values
         parts = [f"step {step:,}/{self._total:,.0f}" if self._total < math.inf else f"step {step:,}"]
         parts += [doing] if doing else []
+        if (left := self._left(step)) is not None:
+            parts.append(f"{duration(left)} left")
+        if "train/tokens_per_s" in values:
+            parts.append(f"{count(values['train/tokens_per_s'])} tokens/s")
         titles, digits = (_SHORT, 3) if self._line.live else (_TITLES, 4)
         for name, title in titles.items():
             if name in values:
                 parts.append(f"{title} {number(values[name], name == 'graft/gain', digits)}")
-        if 0 < self._total - step < math.inf and step > self._first:
-            spent = (time.monotonic() - self._begun) / (step - self._first)
-            parts.append(f"{duration(spent * (self._total - step))} left")
-        if "train/tokens_per_s" in values:
-            parts.append(f"{count(values['train/tokens_per_s'])} tokens/s")
         return parts
+
+    def _left(self, step: int) -> float | None:
+        """Seconds until the end, of the last validation once it has begun; None if they can't be known yet."""
+        now, steps = time.monotonic(), self._total - step
+        if steps == 0 and self._validates:
+            return None if self._lasted is None else max(0.0, self._lasted - (now - self._validation_begun))
+        if 0 < steps < math.inf and step > self._first:
+            return (now - self._begun) / (step - self._first) * steps
+        return None
 
 
 def stage_of(trainer: Trainer) -> str:
@@ -158,9 +176,14 @@ def _read(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(metrics[name]) for name in names if name in metrics}
 
 
-def replace_bar(trainer: Trainer) -> None:
-    """Replace the progress bar that Lightning adds by default with a :class:`ProgressLine`."""
+def replace_displays(trainer: Trainer) -> None:
+    """Replace the progress bar that Lightning adds by default with a :class:`ProgressLine`, and remove its summary.
+
+    The default summary has one row, the language model as a whole, which is on no device yet. One whose ``max_depth``
+    is not the default stays.
+    """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [c for c in callbacks if not (type(c) in (ModelSummary, RichModelSummary) and c._max_depth == 1)]
     for i, each in enumerate(callbacks):
         if type(each) is RichProgressBar and each.refresh_rate == 100 and each.theme == RichProgressBarTheme():
             callbacks[i] = ProgressLine()

@@ -110,12 +110,12 @@ class Checkpoints(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint; a folder loses its name before its files.
 
-        What is no checkpoint below a folder of the trainer's callbacks stays, with a warning: its path may come from a
-        checkpoint that was loaded.
+        What is not a checkpoint below a folder of the trainer's callbacks stays, with a warning: its path may come from
+        a checkpoint that was loaded.
         """
         folders = [getattr(each, "dirpath", None) for each in self._trainer.checkpoint_callbacks]
         if not any(is_below(path, folder) for folder in folders) or not is_checkpoint(path):
-            rank_zero_warn(f"{path} is not removed: it is no checkpoint in the folder of one of this run's callbacks.")
+            rank_zero_warn(f"{path} is not removed: it is not a checkpoint in a folder of this run's callbacks.")
             return None
         if "://" in str(path):
             return super().remove_checkpoint(path)

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Adam
 
+from shadowlit import text
 from shadowlit.checkpoint.folder import require_room
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.saved import explained
@@ -114,4 +115,4 @@ def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
         number = max(0, kept - len(list(folder.glob("*.ckpt")))) + 1
         size = weights + (0 if saver.save_weights_only else moments)
         if kept:
-            yield folder, number * size, f"{number} checkpoint{'s' * (number > 1)} of {size / 1e9:.3f} GB in {folder}"
+            yield folder, number * size, f"{number} checkpoint{'s' * (number > 1)} of {text.size(size)} in {folder}"

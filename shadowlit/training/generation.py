@@ -43,7 +43,7 @@ class StopStrings(StoppingCriteria):
     """Ends a row as soon as its generated text, without the ``prompt_length`` tokens of the prompt, has a stop string.
 
     Attributes:
-        lengths: For each row the number of generated tokens at which it ended, None as long as it hasn't.
+        lengths: Number of generated tokens at which each row ended; None for rows that have not.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int, num_rows: int):

@@ -79,7 +79,7 @@ def read_multipliers(file: str | None, pair: ModelPair) -> dict[str, float] | No
         ) from None
     with pair.readers()[0] as base:
         unknown = sorted(found.keys() - base.tensors.keys())
-    problems = (wrong, "no positive number"), (unknown, "not a tensor of pair.base")
+    problems = (wrong, "not a positive number"), (unknown, "not a tensor of pair.base")
     for names, what in problems:
         if names:
             raise ShadowlitError(
@@ -89,7 +89,7 @@ def read_multipliers(file: str | None, pair: ModelPair) -> dict[str, float] | No
 
 
 def require_loraplus(ratio: float, adapter: PeftConfig | None) -> None:
-    """Raise if ``model.loraplus_lr_ratio`` is no factor of a rate, or if nothing is trained that it applies to."""
+    """Raise if ``model.loraplus_lr_ratio`` is not a factor of a rate, or if nothing is trained that it applies to."""
     if not 0 < ratio < math.inf:
         raise ShadowlitError(f"model.loraplus_lr_ratio is {ratio:g}; expected a number above 0, e.g. 16 for LoRA+.")
     if ratio != 1 and (adapter is None or type_of(adapter) != "LORA"):

@@ -239,7 +239,7 @@ def _adapted(model: nn.Module, adapter: PeftConfig) -> nn.Module:
         if not any(name.endswith(key) for name in names):
             ends = sorted({end for name in names if not (end := name.rpartition(".")[2]).isdigit()} - {""})
             raise GraftError(
-                f"model.adapter.modules_to_save has {key!r}, which is no module of {type(model).__name__}. Expected "
+                f"model.adapter.modules_to_save has {key!r}, which is not a module of {type(model).__name__}. Expected "
                 f"names such as {some_of(ends, 3)}. Correct or remove it."
             )
     for setting in ("trainable_token_indices", "token_indices"):

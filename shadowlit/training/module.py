@@ -31,9 +31,9 @@ from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
-from shadowlit.status import count
+from shadowlit.text import count
 from shadowlit.training import resuming
-from shadowlit.training.bar import replace_bar
+from shadowlit.training.bar import replace_displays
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.disks import require_disks
 from shadowlit.training.divergence import LossWatch
@@ -97,9 +97,9 @@ class ShadowModule(ScoringModule):
             takes ``lr`` unless its init_args set one; betas, eps and weight_decay are options of AdamW alone.
         offload_optimizer: Whether AdamW's moments are kept in the CPU's memory between steps. Saves 8 bytes per trained
             parameter on a GPU, but every step waits for 16 bytes to be moved. Works on one device, under DDP and FSDP2.
-        reduce_gradients: When FSDP2's ranks add their gradients: after every micro-batch, which keeps them sharded, or
-            once per step, which holds 4 more bytes per trained parameter on every rank meanwhile. auto: once per step
-            for an adapter. DDP always adds them once per step.
+        reduce_gradients: Time at which FSDP2's ranks add their gradients: after every micro-batch, which keeps them
+            sharded, or once per step, which holds 4 more bytes per trained parameter on every rank meanwhile.
+            auto: once per step for an adapter. DDP always adds them once per step.
         activation_checkpointing: Activations that each decoder layer recomputes in the backward pass instead of storing
             them. false or none: nothing. true or full: everything, which needs least memory and about a third more
             time. selective: what is cheap for the memory that it takes; attention and products that don't widen are
@@ -275,7 +275,7 @@ class ShadowModule(ScoringModule):
         Of all hooks this one runs first: ``prepare_data`` and ``setup`` of the data module come before a callback's
         ``setup``.
 
-        A progress line replaces Lightning's own bar.
+        A progress line replaces Lightning's own bar and summary.
         """
         if self.trainer.state.fn != TrainerFn.PREDICTING:
             self.score_names()
@@ -292,7 +292,7 @@ class ShadowModule(ScoringModule):
                 callback.before_data(self.trainer, self)
         with as_usage():
             self.open_start(str(self.trainer.precision))
-        replace_bar(self.trainer)
+        replace_displays(self.trainer)
         return []
 
     def open_start(self, precision: str) -> None:

@@ -95,7 +95,7 @@ def _of_class(factory: Any, groups: list[dict[str, Any]], lr: float) -> Optimize
     except Exception as error:  # a class from outside the package may raise anything
         hint = "Correct its options."
         if any(p.dim() != 2 for group in groups for p in group["params"]):
-            hint = "Some of them, norms and biases, are no matrices; correct its options, or train an adapter."
+            hint = "Some of them, norms and biases, are not matrices; correct its options, or train an adapter."
         raise ShadowlitError(
             f"model.optimizer can't take the trained parameters ({first_line(error)}). {hint}"
         ) from error

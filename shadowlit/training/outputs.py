@@ -183,7 +183,7 @@ def is_number(value: Any) -> bool:
 
 
 def require_shape(value: Any, shape: torch.Size, function: Any) -> Tensor:
-    """Return what a function of ``model.objective`` has returned; a ShadowlitError if it is no tensor of this shape."""
+    """Return ``value``, which a function of ``model.objective`` has returned, if it is a tensor of this shape."""
     if isinstance(value, Tensor) and value.shape == shape:
         return value
     raise ShadowlitError(

@@ -100,7 +100,7 @@ def try_optimizer(
         make([(str(size), nn.Parameter(torch.zeros(size))) for size in sizes], total if total >= 0 else 10**9)
     except ShadowlitError as error:
         # Of a schedule, a list may need a value for each group of parameters, of which there may be more. A function
-        # that is no class with options may hold one too.
+        # that is not a class with options may hold one too.
         options = schedule.keywords.values() if isinstance(schedule, partial) else [[]]
         lists = any(isinstance(value, list | tuple) for value in options)
         early = not lists or str(error).startswith(("model.optimizer", "model.lr_scheduler_kwargs"))

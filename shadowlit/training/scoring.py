@@ -206,10 +206,14 @@ class ScoringModule(LightningModule):
 
         They are those of :attr:`shadowlit.training.objective.TokenSums.by_sample`.
 
-        The set "" is all of them. Empty for an objective whose scores are no losses of tokens. A collective.
+        The set "" is all of them. Empty for an objective whose scores are not losses of tokens. A collective.
         """
         owns = {name: one.own for (who, name), one in self._scores.items() if who == subject}
         return {name: own.by_sample() for name, own in owns.items() if isinstance(own, TokenScores) and own.takes_sums}
+
+    def share_scores(self, subject: Subject, other: Subject) -> None:
+        """Let ``other``, whose weights are those of ``subject``, have its scores in the running validation."""
+        self._scores |= {(other, name): metric for (who, name), metric in self._scores.items() if who == subject}
 
     def take_scores(self, subject: Subject) -> dict[str, float]:
         """Return the metrics of ``subject`` and forget them, so that they are not logged at the validation's end."""

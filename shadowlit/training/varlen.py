@@ -90,7 +90,8 @@ def varlen_attention(
     ``query`` is ``[B, H, T, D]``, ``key`` and ``value`` are ``[B, H_kv, T, D]`` with H a multiple of H_kv, the result
     is ``[B, T, H, D]``. A token sees ``sliding_window`` tokens, itself included. Without ``cu_seq_lens_q`` (see
     :func:`borders_of`) the borders are found in ``position_ids`` ``[B or 1, T]``, and without these each row is one
-    sample. A batch with an ``attention_mask`` ``[B, 1, T, T]`` is padded, and left to ``sdpa``.
+    sample. A batch with an ``attention_mask`` ``[B, 1, T, T]`` is padded, and left to ``sdpa``; so are the tokens of an
+    answer, which see more keys, from the cache, than there are queries.
 
     Raises:
         ShadowlitError: The model caps its scores or has attention sinks (Gemma 2, GPT-OSS).
@@ -101,7 +102,7 @@ def varlen_attention(
                 f"model.attn_implementation is 'varlen', but {type(module).__name__} needs '{name}', which it doesn't "
                 "know. Set it to 'eager', or to 'flash_attention_2' where that is installed."
             )
-    if attention_mask is not None:
+    if attention_mask is not None or key.shape[2] != query.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -157,8 +158,9 @@ def _one_by_one(
 
 
 def _varlen_mask(**kwargs: Any) -> Tensor | None:
-    """No mask for packed rows and whole ones; that of ``sdpa`` for padded ones."""
-    return None if kwargs.get("attention_mask") is None else sdpa_mask(**kwargs)
+    """No mask for packed rows and whole ones; that of ``sdpa`` for padded ones, and where keys come from a cache."""
+    is_plain = kwargs.get("attention_mask") is None and kwargs["q_length"] == kwargs["kv_length"]
+    return None if is_plain else sdpa_mask(**kwargs)
 
 
 AttentionInterface.register(NAME, varlen_attention)

@@ -129,10 +129,43 @@ def test_a_pair_against_the_equations_in_float64(windows, tmp_path, request):
     kinds = {group.key: group.sigma for group in found.by_kind()}
     layers = {group.key: group.sigma for group in found.by_layer()}
     of_kind = [expected_weights(a[n], b[n])[0] for n in a if ".q_proj." in n]
-    of_layer = [expected_weights(a[n], b[n])[0] for n in a if ".layers.1." in n]
+    of_layer = [expected_weights(a[n], b[n])[0] for n in a if ".layers.1." in n and a[n].ndim == 2]
     assert kinds["q_proj"] == pytest.approx(sum(of_kind) / len(of_kind), rel=1e-6)
     assert layers[1] == pytest.approx(sum(of_layer) / len(of_layer), rel=1e-6)
     assert list(layers) == [0, 1]
+
+
+def test_norms_do_not_swamp_the_totals(tmp_path, capsys):
+    """As in Gemma 3: norms' weights of another size, which hardly differ. Totals are over the matrices."""
+    a = {
+        "model.embed_tokens.weight": noise(30, 8, seed=0),
+        "model.layers.0.self_attn.q_proj.weight": noise(8, 8, seed=1),
+        "model.layers.0.mlp.up_proj.weight": noise(16, 8, seed=2),
+        "model.layers.0.input_layernorm.weight": torch.full((8,), 1000.0),
+        "model.norm.weight": torch.full((8,), 1000.0),
+    }
+    b = {name: tensor + 0.1 * noise(*tensor.shape, seed=9) for name, tensor in a.items()}
+    report = compare(models_of(tmp_path, a, b))
+    (found,) = report.similarities
+    matrices = [name for name in a if a[name].ndim == 2]
+    alone = expected_weights(flat(a, matrices), flat(b, matrices))
+    assert weights_of(found.total.sums) == pytest.approx(alone, rel=1e-6)
+    assert found.total.sums.relative_norm > 0.09 > 100 * found.whole.sums.relative_norm
+    each = {name: expected_weights(a[name], b[name]) for name in a}
+    inside = [each[name][0] for name in matrices[1:]]
+    assert found.sigma_of_matrices == pytest.approx(sum(inside) / 2, rel=1e-6)
+    assert found.sigma == pytest.approx((sum(inside) + each["model.layers.0.input_layernorm.weight"][0]) / 3, rel=1e-6)
+    assert f"σ is {found.sigma:.4f} ({found.sigma_of_matrices:.4f} over the matrices alone" in found.verdict
+    parts = {group.key: group.sums.relative_norm for group in found.by_component()}
+    assert list(parts) == ["embeddings", "attention", "mlp", "norms"]
+    assert parts["attention"] == pytest.approx(each["model.layers.0.self_attn.q_proj.weight"][2], rel=1e-6)
+    (layer,) = found.by_layer()
+    assert {tensor.component for tensor in layer.tensors} == {"attention", "mlp"}
+    told = json.loads(report.to_json())["similarities"][0]
+    assert told["relative_norm"] == found.total.sums.relative_norm and told["over"] == "3 of 5 tensors"
+    assert told["by_component"]["norms"]["relative_norm"] == parts["norms"]
+    assert main(["similarity", str(tmp_path / "model0"), str(tmp_path / "model1")]) == 0
+    assert "whole model, over the 3 matrices, but the paper’s σ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("make", [

@@ -400,7 +400,70 @@ def test_without_a_graft_a_validation_after_the_run_has_no_share_of_its_time(tmp
     assert "evaluation/seconds" in metrics(again) and "evaluation/time_share" not in metrics(again)
 
 
-def test_the_untouched_are_measured_again_with_other_settings(tmp_path, folders):
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_that_are_the_same_before_training_are_measured_once(tmp_path, folders, files, monkeypatch, kind):
+    """The tuned Base is the Base and each graft the Instruct: two passes and two evaluations, with the same numbers."""
+
+    def measured(known):
+        probe, graft, passes = Probe(), GraftCallback(scales=[1.0, 0.5, -1.0]), []
+        if not known:
+            monkeypatch.setattr(graft, "_find_twins", lambda *_: {})
+        own = {"probe": probe, "forgetting": Divergence(files["talks"], batch_size=3)}
+        evaluation = EvaluationCallback(own, scales=[0.5], folder=str(tmp_path / f"{known}"))
+        module = make_module(folders, kind)
+        step = module.validation_step
+        monkeypatch.setattr(module, "validation_step", lambda *a, **k: passes.append(1) or step(*a, **k))
+        trainer = make_trainer(tmp_path, graft, evaluation)
+        trainer.validate(module, RandomData(), verbose=False)
+        samples = {
+            path.relative_to(tmp_path / f"{known}"): path.read_text() for path in tmp_path.glob(f"{known}/**/*.jsonl")
+        }
+        found = {name: value for name, value in metrics(trainer).items() if "second" not in name}
+        return found, samples, len(passes), probe.calls
+
+    once, files_once, passes_once, calls_once = measured(known=True)
+    every, files_every, passes_every, calls_every = measured(known=False)
+    assert once == every and files_once == files_every
+    assert (calls_once, calls_every) == (2, 5) and passes_every == 3 * passes_once
+    assert once["val/grafted@0.5/probe/score"] == once["val/instruct/probe/score"] != once["val/base/probe/score"]
+    assert once["graft/gain"] == 0 == once["graft/gain/probe"]
+
+
+def test_models_that_differ_before_training_are_measured_each(tmp_path, folders):
+    """A graft that is rounded is not the Instruct, and one that was trained is neither."""
+    graft = GraftCallback(dtype="bfloat16", scales=[1.0, 0.5])
+    make_trainer(tmp_path, graft).validate(make_module(folders), RandomData(), verbose=False)
+    assert {who.name: twin.name for who, twin in graft.twins.items()} == {"base": "tuned"}
+    module, _ = fit(tmp_path, folders, callbacks=[GraftCallback()])
+    graft = GraftCallback(scales=[1.0, 0.5])
+    make_trainer(tmp_path, graft).validate(module, RandomData(), verbose=False)
+    assert graft.twins == {}
+
+
+@pytest.mark.parametrize(("options", "validate", "expected"), [
+    ({"subjects": ["tuned"]}, True, {"tuned"}), ({"subjects": ["grafted"]}, True, {"grafted", "grafted@0.5"}),
+    ({}, False, {"tuned"}), ({}, True, {"tuned", "grafted", "grafted@0.5"}),
+])  # fmt: skip
+def test_evaluators_measure_the_models_that_are_asked_for(tmp_path, folders, options, validate, expected):
+    graft = GraftCallback(scales=[1.0, 0.5], baselines=False, validate=validate)
+    evaluation = EvaluationCallback({"probe": Probe()}, scales=[0.5], baselines=False, folder=str(tmp_path), **options)
+    _, trainer = fit(tmp_path, folders, callbacks=[graft, evaluation], num_sanity_val_steps=1)
+    found = metrics(trainer)
+    assert {
+        name.split("/")[1] for name in found if name.endswith("probe/score") and name.startswith("val/")
+    } == expected
+    assert ("val/grafted/loss" in found) == validate and found["graft/delta_norm"] > 0
+
+
+def test_evaluators_can_wait_for_the_last_validation(tmp_path, folders):
+    probe = Probe()
+    evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path), last_only=True)
+    fit(tmp_path, folders, callbacks=[GraftCallback(), evaluation], max_epochs=2)
+    assert probe.calls == 4  # tuned, grafted, Base, Instruct; there are several validations
+
+
+def test_the_untouched_are_measured_again_with_other_settings(tmp_path, folders, monkeypatch):
+    monkeypatch.setattr(GraftCallback, "_find_twins", lambda *_: {})  # as of a trained model
     graft, probe = GraftCallback(), Probe()
     evaluation = EvaluationCallback({"probe": probe}, folder=str(tmp_path / "e"))
     other = folders[0], save_model(tmp_path / "other", near=folders[1], seed=5)

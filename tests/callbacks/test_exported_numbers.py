@@ -14,6 +14,7 @@ from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table, survival_line
 from shadowlit.errors import GraftError
 from shadowlit.pair.pair import ModelPair
+from shadowlit.text import number
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objective import token_sums
 from tests.distributed import run_ranks
@@ -206,17 +207,17 @@ def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, fol
     shown = capsys.readouterr().out
     table = score_table(graft.finished.metrics, graft.finished.errors)
     assert [next(column.cells) for column in table.columns[1:5]] == [
-        f"{logged[f'val/{who}/loss']:.4f}" for who in ("base", "instruct", "tuned", "grafted")
+        number(logged[f"val/{who}/loss"]) for who in ("base", "instruct", "tuned", "grafted")
     ]
     for place in ("loss", "left: loss", "right: loss"):
         name = f"{place.partition(':')[0]}/" if ":" in place else ""
         gain = logged[f"val/instruct/{name}loss"] - logged[f"val/grafted/{name}loss"]
         error = graft.finished.errors[f"{name}loss"]
         (line,) = (line for line in shown.splitlines() if line.strip("│ ").startswith(place + " "))
-        assert f"{gain:+.4f} ± {error:.4f}" in line
+        assert f"{number(gain, signed=True)} ± {number(error, digits=3)}" in line
     assert f"survival: {logged['graft/survival']:.1%} of the update is left after rounding" in shown
-    unrounded = f"the gain is {logged['graft/gain']:+.4f}, and without rounding {logged['graft/gain_unrounded']:+.4f}"
-    assert unrounded in shown
+    gain, unrounded = (number(logged[name], signed=True) for name in ("graft/gain", "graft/gain_unrounded"))
+    assert f"the gain is {gain}, and without rounding {unrounded}" in shown
     assert f"AutoModelForCausalLM.from_pretrained('{tmp_path / 'model'}')" in shown
     assert f"PeftModel.from_pretrained(instruct, '{tmp_path / 'adapter'}')" in shown
 

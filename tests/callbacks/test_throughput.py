@@ -10,6 +10,7 @@ from peft import LoraConfig
 import shadowlit.callbacks.throughput as throughput
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.throughput import ThroughputCallback
+from shadowlit.text import count
 from shadowlit.training.flops import Work
 from tests.callbacks.test_graft import assert_same, folders, make_module, make_trainer, weights  # noqa: F401
 from tests.distributed import run_ranks
@@ -71,7 +72,7 @@ def test_shares_add_up_and_are_said(tmp_path, folders, caplog):  # noqa: F811
     assert callback.summary["validation"] > 0 and callback.summary["evaluation"] == 0
     assert callback.summary["peak_memory_gb"] > 0.05 and "mfu" not in callback.summary
     (said,) = [record.message for record in caplog.records if record.message.startswith("throughput:")]
-    assert f"tokens per second             {callback.summary['tokens_per_s']:,.0f}\n" in said
+    assert f"tokens per second             {count(callback.summary['tokens_per_s'])}\n" in said
     columns = (tmp_path / "logs/version_0/metrics.csv").read_text().splitlines()[0].split(",")
     wanted = {"train/tokens_per_s", "train/supervised_tokens_per_s", "train/peak_memory_gb", "time/graft"}
     assert wanted <= set(columns)

@@ -1,4 +1,4 @@
-"""Models and adapters that are no floating-point weights, or do not fit: told from the headers, never rounded away."""
+"""Models and adapters that are not floating-point weights, or do not fit: told from the headers, never rounded away."""
 
 from __future__ import annotations
 

@@ -179,6 +179,40 @@ def test_labels_of_layers(name, label):
     assert names.layer_label(name) == label
 
 
+@pytest.mark.parametrize(
+    ("name", "dims", "component"),
+    [
+        ("model.embed_tokens.weight", 2, "embeddings"),
+        ("transformer.wpe.weight", 2, "embeddings"),
+        ("gpt_neox.embed_in.weight", 2, "embeddings"),
+        ("embed_out.weight", 2, "head"),
+        ("lm_head.weight", 2, "head"),
+        ("model.layers.3.self_attn.q_proj.weight", 2, "attention"),
+        ("transformer.h.3.attn.c_attn.weight", 2, "attention"),
+        ("model.layers.3.attention.wqkv.weight", 2, "attention"),
+        ("model.layers.3.mlp.up_proj.weight", 2, "mlp"),
+        ("model.layers.3.feed_forward.w1.weight", 2, "mlp"),
+        ("model.layers.3.block_sparse_moe.experts.2.w1.weight", 2, "mlp"),
+        ("model.layers.3.mlp.experts.gate_up_proj", 3, "mlp"),
+        ("model.layers.3.mixer.in_proj.weight", 2, "other"),
+        ("model.layers.3.self_attn.q_proj.bias", 1, "vectors"),
+        ("model.layers.3.mixer.D", 1, "vectors"),
+        ("model.layers.3.self_attn.q_norm.weight", 1, "norms"),
+        ("model.layers.3.post_attention_layernorm.weight", 1, "norms"),
+        ("transformer.h.3.ln_1.weight", 1, "norms"),
+        ("transformer.ln_f.bias", 1, "norms"),
+        ("model.norm.weight", 1, "norms"),
+    ],
+)
+def test_components(name, dims, component):
+    assert names.component_of(name, (2,) * dims) == component in names.COMPONENTS
+
+
+def test_totals_are_over_matrices_if_there_are_any():
+    assert names.in_totals({"norm.weight": (2,), "q_proj.weight": (2, 2), "q_proj.bias": (2,)}) == {"q_proj.weight"}
+    assert names.in_totals({"norm.weight": (2,), "scale": ()}) == {"norm.weight", "scale"}
+
+
 def test_modules_of_weights_and_biases():
     found = [names.module_of(name) for name in ("mlp.up.weight", "mlp.up.bias", "mlp.experts.down_proj")]
     assert found == ["mlp.up", "mlp.up", "mlp.experts.down_proj"]

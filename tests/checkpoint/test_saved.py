@@ -154,7 +154,7 @@ OTHERS = {
     "http://there/a.ckpt": (None, "is http://there/a.ckpt, an address; expected a path of this machine. Download"),
     "registry:a": (None, "an address"),
     "list.ckpt": ([1], "it holds a list. Expected a"),
-    "state.ckpt": (WEIGHTS, "is no checkpoint of a training: it lacks state_dict, global_step"),
+    "state.ckpt": (WEIGHTS, "is not a checkpoint of a training: it lacks state_dict, global_step"),
     "weights.ckpt": ({k: v for k, v in content(1).items() if k != "optimizer_states"},
                      r"holds weights and no optimizer_states \(save_weights_only"),
     "nan.ckpt": (content(1, state_dict={**WEIGHTS, "model.b": torch.full((7,), torch.nan)}),
@@ -184,7 +184,7 @@ def test_other_files_and_folders_are_refused(tmp_path):
     (tmp_path / "c").mkdir()
     write_file(tmp_path / "c/d.ckpt", content(1))
     for name, message in {
-        "a.ckpt": "it is no archive of torch.save",
+        "a.ckpt": "it is not an archive of torch.save",
         "b.ckpt": "is a safetensors file",
         "c": r"is a folder, but no sharded checkpoint: it has no .metadata. Give one of its checkpoints, d.ckpt\.",
     }.items():

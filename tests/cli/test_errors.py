@@ -40,7 +40,7 @@ OPTIMIZERS = "Known: adamw, adamw_8bit; torch.optim: .*Muon"
 CASES = [
     ("model.metrics", {"acc": {"class_path": "torchmetrics.Acuracy"}}, r"torchmetrics\.Acuracy can't be imported "
      r"\(module 'torchmetrics' has no attribute 'Acuracy'\)", METRIC, r"torchmetrics: Accuracy\."),
-    ("model.metrics", {"acc": {"class_path": "torch.nn.Linear"}}, "torch.nn.Linear is no subclass of Metric", METRIC,
+    ("model.metrics", {"acc": {"class_path": "torch.nn.Linear"}}, "torch.nn.Linear is not a subclass of Metric", METRIC,
      "Known: torchmetrics: AUROC, Accuracy"),
     ("model.metrics", 3, "", METRIC, r"Known: torchmetrics: .*, … \(\d+ more\)\.$"),
     ("model.metrics", {"acc": "nowhere.Nope"}, "nowhere.Nope can't be imported", METRIC, "Known: torchmetrics: "),
@@ -48,19 +48,19 @@ CASES = [
      "the class has no option nan_strateg", "", ""),
     ("evaluation.evaluators", {"x": {"class_path": "shadowlit.evaluation.generated.Generatio"}},
      "generated.Generatio can't be imported", EVALUATOR, "shadowlit.evaluation.generated: Generation"),
-    ("evaluation.evaluators", {"x": {"class_path": "torch.nn.Linear"}}, "is no subclass of Evaluator", EVALUATOR,
+    ("evaluation.evaluators", {"x": {"class_path": "torch.nn.Linear"}}, "is not a subclass of Evaluator", EVALUATOR,
      "shadowlit.evaluation.multiple_choice: MultipleChoice"),
     ("evaluation.evaluators", {"x": "Genration"}, "Genration is neither a known name nor", EVALUATOR, "Generation"),
     ("evaluation.evaluators", 3, "", EVALUATOR, "shadowlit.evaluation.forgetting: Divergence"),
     ("evaluation.evaluators", {"x": {"class_path": "shadowlit.evaluation.forgetting.Divergence",
      "init_args": {"data": "d.jsonl", "limit": "abc"}}}, "limit is abc", "int, null", ""),
     ("model.optimizer", "adamww", "adamww is neither a known name nor an import path", OPTIMIZER, OPTIMIZERS),
-    ("model.optimizer", {"class_path": "torch.nn.Linear"}, "Linear is no subclass of Optimizer", OPTIMIZER, OPTIMIZERS),
+    ("model.optimizer", {"class_path": "torch.nn.Linear"}, "Linear is not a subclass of", OPTIMIZER, OPTIMIZERS),
     ("model.optimizer", {"class_path": "torch.optim.Muonn"}, "torch.optim.Muonn can't be imported", OPTIMIZER,
      OPTIMIZERS),
     ("model.optimizer", 3, "", OPTIMIZER, OPTIMIZERS),
     ("model.lr_scheduler", "cosin", "cosin is neither", SCHEDULER, r"Known: .*\bcosine\b"),
-    ("model.lr_scheduler", {"class_path": "torch.optim.SGD"}, "torch.optim.SGD is no subclass of", SCHEDULER,
+    ("model.lr_scheduler", {"class_path": "torch.optim.SGD"}, "torch.optim.SGD is not a subclass of", SCHEDULER,
      r"Known: linear, cosine, .*; torch\.optim\.lr_scheduler: "),
     ("model.lr_scheduler", 3, "", SCHEDULER, "Known: linear, cosine, "),
     ("model.objective", "DPOO", "DPOO is neither", OBJECTIVE, r"Known: SFT, DFT, EAFT, Context.*, DPO, .*, ASFT\."),
@@ -75,7 +75,7 @@ CASES = [
     ("trainer.strategy", 3, "", STRATEGY, "Known: auto, ddp, "),
     ("trainer.callbacks", [{"class_path": "ModelCheckpoin"}], "ModelCheckpoin is neither", CALLBACKS,
      "callbacks: .*ModelCheckpoint"),
-    ("trainer.callbacks", [{"class_path": "torch.nn.Linear"}], "is no subclass of Callback", CALLBACKS, "callbacks: "),
+    ("trainer.callbacks", [{"class_path": "torch.nn.Linear"}], "not a subclass of Callback", CALLBACKS, "callbacks: "),
     ("trainer.callbacks", ["nowhere.Nope"], "nowhere.Nope can't be imported", CALLBACKS, "callbacks: "),
     ("trainer.callbacks", 3, "", CALLBACKS, "callbacks: .*EarlyStopping"),
 ]  # fmt: skip
@@ -181,7 +181,7 @@ def test_what_only_a_class_can_tell_is_wrong_usage_too(tmp_path, capsys, key, va
     ("model.objective", {"class_path": "unreadable.Mine"}, "unreadable.Mine can't be imported "
      "(SyntaxError: invalid syntax (unreadable.py, line 1)); expected", "Known: SFT, DFT"),
     ("model.objective", "unreadable.Mine", "unreadable.Mine can't be imported (SyntaxError: ", "Known"),
-    ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is no "
+    ("model.objective", {"class_path": "torch.nn.Linear", "init_args": {"bias": True}}, "torch.nn.Linear is not a "
      "subclass of Objective; expected", "Known: SFT, DFT"),
     ("model.objective", {"class_path": "DPO", "init_args": {"bta": 1}}, "the class has no option bta. Did you "
      "mean beta?", "Known: beta, loss, label_smoothing, sft_weight."),
@@ -218,6 +218,12 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
     (["sweep", "run", "--gird.model.lr=[1]"], "unrecognized arguments: --gird.model.lr=[1]\nDid you mean grid?"),
     (["graft", "a"], "the following arguments are required: tuned, instruct, out"),
     (["fit", "--config", str(DEMO), "--model.lrr=1"], "unrecognized arguments: --model.lrr=1\nDid you mean model.lr?"),
+    (["fit", "--config", str(DEMO), "--run.folder=x"],
+     "unrecognized arguments: --run.folder=x\nKnown: run.every_n_s"),
+    (["fit", "--config", str(DEMO), "--data.batchsize=1"],
+     "unrecognized arguments: --data.batchsize=1\nDid you mean data.batch_size?"),
+    (["fit", "--config", str(DEMO), "--trainer.folder=x"],
+     "unrecognized arguments: --trainer.folder=x\nDid you mean export.folder?"),
     (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")

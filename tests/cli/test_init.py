@@ -1,7 +1,9 @@
 """``shadowlit init`` writes a configuration that runs as it is written."""
 
+import time
 from typing import get_args
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -9,6 +11,7 @@ import yaml
 from shadowlit.cli import init as module
 from shadowlit.cli.main import main
 from shadowlit.demo import BASE, DATA, INSTRUCT
+from shadowlit.pair import hub
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 EMBEDDED = [f"--base={BASE}", f"--instruct={INSTRUCT}"]
@@ -22,7 +25,7 @@ def test_the_written_file_runs(tmp_path, capsys, monkeypatch, tuning):
     torch.set_num_threads(1)
     assert main(["init", *EMBEDDED, f"--tuning={tuning}", f"--train={DATA / 'train_house.jsonl'}",
                  "--max_length=128"]) == 0  # fmt: skip
-    assert "run.yaml: 32 conversations of 128 tokens, estimated to need " in capsys.readouterr().out
+    assert "run.yaml: 32 conversations of 128 tokens per micro-batch, estimated to need " in capsys.readouterr().out
     written = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert (written["model"]["adapter"] is None) == (tuning == "full")
     assert written["model"].get("quantization") == {"qlora": "nf4"}.get(tuning)
@@ -54,12 +57,40 @@ def test_several_gpus_that_are_too_small(tmp_path):
     assert several["model"]["activation_checkpointing"] == "full"
 
 
-def test_a_known_pair_that_is_out_of_reach_is_written_without_an_estimate(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert main(["init", "smollm2-135m", f"--out={tmp_path / 'a.yaml'}"]) == 0
-    text = (tmp_path / "a.yaml").read_text()
-    assert yaml.safe_load(text)["pair"]["base_revision"] == "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
-    assert "not estimated" in text and yaml.safe_load(text)["data"]["batch_size"] == 1
+def test_a_known_pair_that_is_out_of_reach_is_written_after_one_attempt(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def refuse(self, url, **options):
+        asked.append((url, options["timeout"]))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(type(huggingface_hub.get_session()), "head", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub.unreachable.cache_clear()
+    file, begun = tmp_path / "a.yaml", time.monotonic()
+    assert main(["init", "smollm2-135m", f"--out={file}"]) == 0
+    assert main(["plan", f"--config={file}"]) == 1
+    hub.unreachable.cache_clear()
+    assert asked == [(huggingface_hub.constants.ENDPOINT, 5.0)] and time.monotonic() - begun < 20
+    config = yaml.safe_load(file.read_text())
+    assert config["pair"]["base_revision"] == "93efa2f097d58c2a74874c7e644dbc9b0cee75a2"
+    assert config["data"]["batch_size"] == 1 and "not estimated" in file.read_text()
+    assert "ConnectionError" not in file.read_text() and max(map(len, file.read_text().splitlines())) < 140
+    shown = capsys.readouterr()
+    (line, _) = shown.out.splitlines()
+    assert line.startswith(f"{file}: 1 conversation of 2,048 tokens per micro-batch, without an estimate of the memory")
+    assert "the hub can't be reached: ConnectionError: no network" in line
+    assert len([line for line in shown.err.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_an_existing_file_is_replaced_on_request_only(tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("mine")
+    assert main(["init", *EMBEDDED, f"--out={file}"]) == 1
+    assert "Add --overwrite to replace it, or name another file with --out." in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    assert written(file, "--overwrite", "--memory=80GB")["pair"]["base"] == str(BASE)
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,7 @@ def test_two_formats_of_one_name(folder):
     assert find_format("auto") is None and find_format("alpaca") is None
 
 
-# -- what is no format --------------------------------------------------------------------------------------------
+# -- what is not a format --------------------------------------------------------------------------------------------
 
 
 def test_a_function_itself_is_refused_with_its_import_path():

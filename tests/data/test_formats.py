@@ -99,13 +99,13 @@ def test_prompts_need_no_answer(format, row, expected):
     ("messages", {"messages": [USER, {**ANSWER, "tool_calls": [{"x": 1}]}]},
      r"tool call \{'x': 1\}.*'name' and 'arg"),
     ("messages", {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "{a}"}]}]},
-     r"has 'arguments' of the tool call 'f' in messages\[1\] that is no JSON \(.*\): '\{a\}' \(str\)"),
+     r"has 'arguments' of the tool call 'f' in messages\[1\] that is not JSON \(.*\): '\{a\}' \(str\)"),
     ("messages", {"messages": [USER, {**ANSWER, "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
      r"has \[1\] \(list\) in 'arguments' of the tool call 'f' in messages\[1\]; expected an object"),
     ("messages", {"messages": [USER, {**ANSWER, "value": "c"}]}, r"both 'content' and 'value' in messages\[1\]"),
     ("messages", {"messages": [USER, {**ANSWER, "content": [{"type": "video"}]}]}, r"type text, reasoning, tool_call"),
     ("sharegpt", {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(1)"}]},
-     r"has a tool call in conversations\[1\] that is no JSON"),
+     r"has a tool call in conversations\[1\] that is not JSON"),
     ("sharegpt", {"conversations": [{"from": "system", "value": "t"}, {"from": "human", "value": "a"},
                                     {"from": "gpt", "value": "b"}], "system": "s"},
      r"the system text 's' \(str\) in 'system' and another one, 't' \(str\).*data\.ignore_columns=\[system\] keeps"),
@@ -179,10 +179,10 @@ def test_parquet_files(tmp_path):
     assert [m.get("weight") for c in read for m in c.messages] == [None] * 7 + [0.0]
     assert str(read[2]) == f"sample 2 of {path}"
     for text, told in ((b"version https://git-lfs", "but a pointer of Git LFS"), (b"{}\n", r"but JSON .*\*\.jsonl")):
-        with pytest.raises(DataError, match=rf"f\.parquet is no readable Parquet file {told}"):
+        with pytest.raises(DataError, match=rf"f\.parquet is not a readable Parquet file {told}"):
             read_conversations(write(path, text))
     write(path, b"no parquet")
-    with pytest.raises(DataError, match=r"f\.parquet is no readable Parquet file \(.*\)\. Write it again"):
+    with pytest.raises(DataError, match=r"f\.parquet is not a readable Parquet file \(.*\)\. Write it again"):
         read_conversations(str(path))
 
 
@@ -207,7 +207,7 @@ def test_rows_may_have_unequal_keys(tmp_path):
     ("f.csv", b"prompt,completion\na,\xe9\n", r"f\.csv is not UTF-8: byte 0xe9"),
     ("f.csv", "prompt,completion\na,b\n".encode("utf-16"),
      r"f\.csv is UTF-16 text; .*`iconv -f UTF-16 -t utf-8 .*f\.csv > rows\.csv`"),
-    ("f.csv", 'prompt,completion\na,"b\n', r"f\.csv is no table in line 2: unexpected end of data"),
+    ("f.csv", 'prompt,completion\na,"b\n', r"f\.csv is not a table in line 2: unexpected end of data"),
     ("f.jsonl.gz", gzip.compress(b"x" * 99, mtime=0)[:-9], r"f\.jsonl\.gz can't be read \(OSError: Truncated"),
     ("f.jsonl.gz", "{}", r"f\.jsonl\.gz can't be read \("),
     ("f.jsonl", lines(ROWS) + "\n{\"messages\": [\n",
@@ -216,7 +216,7 @@ def test_rows_may_have_unequal_keys(tmp_path):
      r"f\.json is broken JSON in line 2, column 2.*a list of objects, or one object per line"),
     ("f.jsonl", lines(ROWS).encode() + b"\xe9",
      r"f\.jsonl is not UTF-8: byte 0xe9 in line 3.*iconv -f latin1 -t utf-8"),
-    ("f.jsonl", lines(ROWS) + "3\n", r"sample 2 of \S*f\.jsonl \(line 3\) is no object but int"),
+    ("f.jsonl", lines(ROWS) + "3\n", r"sample 2 of \S*f\.jsonl \(line 3\) is not an object but int"),
     ("f.jsonl", "\n" + lines([*ROWS, {"messages": None}]),
      r"^sample 2 of \S*f\.jsonl \(line 4\) has null in 'messages'"),
     ("f.json", json.dumps([*ROWS, {}]), r"^sample 2 of \S*f\.json lacks the field 'messages'"),
@@ -264,7 +264,7 @@ def test_a_file_of_another_kind_is_recognised_and_the_remedy_works(tmp_path, nam
 def test_a_list_under_the_name_of_lines_is_read(tmp_path):
     path = write(tmp_path / "f.jsonl", json.dumps(ROWS, indent=1))
     assert contents(path) == contents(write(tmp_path / "g.jsonl", lines(ROWS)))
-    with pytest.raises(DataError, match=r"^sample 0 of \S*f\.jsonl \(line 1\) is no object but list"):
+    with pytest.raises(DataError, match=r"^sample 0 of \S*f\.jsonl \(line 1\) is not an object but list"):
         read_conversations(write(tmp_path / "f.jsonl", "[1]\n" + lines(ROWS)))
 
 
@@ -350,7 +350,7 @@ def test_folders(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r"saved:test' has the splits only, and no 'test'"):
         read_conversations(f"{tmp_path}/saved:test")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"the folder \S*empty is no data set that can be read \(.*\)\. Name a file"):
+    with pytest.raises(DataError, match=r"the folder \S*empty is not a data set that can be read \(.*\)\. Name a file"):
         read_conversations(str(tmp_path / "empty"))
 
 
@@ -523,7 +523,7 @@ def test_no_tools_and_wrong_ones(tmp_path):
         (read,) = read_conversations(write(tmp_path / "f.jsonl", lines([{"messages": [USER, ANSWER], "tools": tools}])))
         assert read.tools is None
     for tools, message in (
-        ("[{", "has tools in 'tools' that is no JSON"),
+        ("[{", "has tools in 'tools' that is not JSON"),
         ([3], r"has 3 \(int\) in 'tools'; expected the def"),
     ):
         with pytest.raises(DataError, match=message):

@@ -54,9 +54,9 @@ def test_arguments_nested_too_deep():
 
 
 def test_a_template_that_does_not_parse_and_named_ones():
-    with pytest.raises(DataError, match=r"the chat template is no jinja template: .* in line 1"):
+    with pytest.raises(DataError, match=r"the chat template is not a jinja template: .* in line 1"):
         encode(make_tokenizer("{% for %}"), talk("a", "b"))
-    with pytest.raises(DataError, match=r"the chat template of the Instruct is no jinja template: .* in line 1"):
+    with pytest.raises(DataError, match=r"the chat template of the Instruct is not a jinja template: .* in line 1"):
         check_template(make_tokenizer("{% for %}"), {})
     named = make_tokenizer(CHATML)
     named.chat_template = {"tool_use": CHATML, "rag": CHATML}

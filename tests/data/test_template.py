@@ -419,7 +419,7 @@ def test_template_arguments_are_checked():
 
 
 def test_broken_and_ambiguous_templates_are_told():
-    with pytest.raises(DataError, match=r"is no jinja template: .*'oops'.* in line 2\. Correct it"):
+    with pytest.raises(DataError, match=r"is not a jinja template: .*'oops'.* in line 2\. Correct it"):
         check_template(make_tokenizer("{# #}\n{% oops %}"), {})
     tokenizer = make_tokenizer({"rag": CHATML, "tool_use": CHATML})
     for use in (lambda: check_template(tokenizer, {}), lambda: encode(tokenizer, talk("a", "b"))):
@@ -437,7 +437,7 @@ def test_template_files(tmp_path):
     good.write_text(CHATML)
     bad.write_text("{% for %}")
     assert load_template(str(good)) == CHATML
-    with pytest.raises(DataError, match=r"bad\.jinja is no jinja template: .* in line 1"):
+    with pytest.raises(DataError, match=r"bad\.jinja is not a jinja template: .* in line 1"):
         load_template(str(bad))
     with pytest.raises(DataError, match=r"none\.jinja can't be read.*path of a jinja file"):
         load_template(str(tmp_path / "none.jinja"))

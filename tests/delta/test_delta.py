@@ -7,17 +7,19 @@ import re
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shadowlit.checkpoint import streaming
+from shadowlit.checkpoint.factored import FactoredReader
 from shadowlit.checkpoint.folder import CheckpointReader
 from shadowlit.cli.main import main
-from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
-from shadowlit.delta.transforms import ties
+from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum, write_delta
+from shadowlit.delta.transforms import ties, truncated_svd
 from shadowlit.errors import CheckpointError, GraftError
 from shadowlit.grafting.disk import DiskGraft, Scale, linear_on_disk
+from shadowlit.grafting.factors import Factors
 from shadowlit.grafting.manifest import read_manifest
 from tests.tiny import save_model, save_pair
 
@@ -74,6 +76,9 @@ def test_sizes_and_overlaps():
     assert b.num_elements == 620
     assert sum(t.num_zeros for t in b.statistics()) == int((y[-20:] == 0).sum() + (y[:600] == 0).sum())
     met = overlap(a, b)
+    matrices = [i for i in range(638) if not 600 <= i < 618]  # what is no matrix has no say
+    x, y = x[matrices], y[matrices]
+    assert a.cosine(b) == pytest.approx(met.cosine, rel=1e-12)
     assert met.cosine == pytest.approx(float(x @ y / x.norm() / y.norm()), rel=1e-5)
     both = (x != 0) & (y != 0)
     assert met.sign_agreement == pytest.approx(float((x.sign() == y.sign())[both].double().mean()))
@@ -82,6 +87,115 @@ def test_sizes_and_overlaps():
     assert math.isnan(a.cosine(a * 0))
     peak = {t.name: t.peak for t in a.statistics()}
     assert peak["w"] == float(A["w"].abs().max())
+
+
+def product(seed, out=30, inputs=20, rank=3):
+    return Factors(*sample(seed, up=(out, rank), down=(rank, inputs)).values())
+
+
+def stored_delta(folder, seed):
+    """A matrix as factors, one that is dense, and a vector."""
+    tensors = sample(seed + 100, d=(5, 4), b=(7,))
+    write_delta(folder, [("w", product(seed)), *tensors.items()], torch.float32)
+    return Delta.open(folder), {"w": product(seed).matrix, **tensors}
+
+
+def test_factors_are_stored_and_read_as_what_they_are(tmp_path):
+    """Sizes, angles, spectra and sums against the products written out; an update without factors compares alike."""
+    a, x = stored_delta(tmp_path / "a", 0)
+    b, y = stored_delta(tmp_path / "b", 1)
+    assert tensors(tmp_path / "a", "delta.safetensors").keys() == {"w.lora_A", "w.lora_B", "d", "b"}
+    assert a.shapes == {"b": (7,), "d": (5, 4), "w": (30, 20)} and set(a.factored) == {"w"}
+    assert a.manifest["stored_error"] == 0
+    assert all(torch.allclose(a.tensor(name), x[name], atol=1e-6) for name in x)
+    assert torch.equal(a.rows("w", 3, 9), a.tensor("w")[3:9])
+    dense = Delta.of(x), Delta.of(y)
+    assert a.norm() == pytest.approx(dense[0].norm(), rel=1e-6)
+    assert a.squares()["w"] == pytest.approx(float(x["w"].double().square().sum()), rel=1e-6)
+    for one, other in ((a, b), (a, dense[1]), (dense[0], b)):
+        assert one.cosine(other) == pytest.approx(dense[0].cosine(dense[1]), rel=1e-5)
+        assert one.sign_agreement(other) == pytest.approx(dense[0].sign_agreement(dense[1]), rel=1e-3)
+    assert a.cosine(-a) == pytest.approx(-1, abs=1e-9) and math.isnan(a.cosine(a * 0))
+    values = torch.linalg.svdvals(x["w"].double())
+    torch.testing.assert_close(a.singular_values("w"), values, rtol=1e-6, atol=1e-5)
+    assert a.effective_rank("w") == pytest.approx(dense[0].effective_rank("w"), rel=1e-5) and len(values) == 20
+    total = 2 * a - 0.5 * b
+    assert total.factored["w"]().rank == 6 and set((a + dense[1]).factored) == set()
+    torch.testing.assert_close(total.tensor("w"), 2 * x["w"] - 0.5 * y["w"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.factored["w"]().matrix, total.tensor("w"), rtol=1e-5, atol=1e-5)
+    assert not a.map(lambda name, tensor: tensor * 2).factored  # a transform's result is no product
+    assert total.save(tmp_path / "sum", torch.float32) == 0 and set(Delta.open(tmp_path / "sum").factored) == {"w"}
+    assert not (total + a * 0 + b * 0).only(["d"]).factored
+
+
+def test_products_larger_than_the_matrix_are_stored_dense(tmp_path):
+    write_delta(tmp_path / "d", [("w", product(0, rank=20))], torch.float32)
+    assert tensors(tmp_path / "d", "delta.safetensors").keys() == {"w"}
+    write_delta(tmp_path / "e", [("w", product(0, rank=5))])
+    assert not Delta.open(tmp_path / "d").factored and set(Delta.open(tmp_path / "e").factored) == {"w"}
+    write_delta(tmp_path / "f", [("w", product(0, rank=6))])  # 4 · 6 · 50 = 2 · 30 · 20 bytes
+    assert not Delta.open(tmp_path / "f").factored
+
+
+def test_factors_are_compared_and_cut_without_their_product(tmp_path, monkeypatch):
+    monkeypatch.setattr(FactoredReader, "_multiplied", lambda *_: pytest.fail("multiplied out"))
+    a, b = (stored_delta(tmp_path / name, seed)[0].only(["w"]) for name, seed in (("a", 0), ("b", 1)))
+    assert a.norm() > 0 and abs(a.cosine(b)) < 1 and a.effective_rank("w") > 1
+    cut = truncated_svd(a.factored["w"](), rank=2)
+    whole = truncated_svd(product(0).matrix, rank=2)
+    torch.testing.assert_close(cut.matrix, whole.matrix, rtol=1e-4, atol=1e-5)
+    assert cut.explained == pytest.approx(whole.explained, rel=1e-6) and cut.rank == 2
+
+
+@pytest.mark.parametrize("stored", [
+    {"w.lora_A": (3, 20)}, {"w.lora_A": (3, 20), "w.lora_B": (30, 2)},
+    {"w": (30, 20), "w.lora_A": (3, 20), "w.lora_B": (30, 3)}, {"w.lora_A": (3, 20), "w.lora_B": (30,)},
+])  # fmt: skip
+def test_broken_factors_are_told(tmp_path, stored):
+    save_file(sample(0, **stored), tmp_path / "delta.safetensors")
+    (tmp_path / "shadowlit.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"a factor of w|two factors \[out, r\] and \[r, in\] of w"):
+        Delta.open(tmp_path)
+
+
+def test_a_lora_adapter_makes_a_delta_of_factors(tmp_path, pair, capsys):
+    """rsLoRA; dense rows, the graft and the adapter cut from it are peft's update."""
+    base, _, instruct = pair
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "up_proj", "down_proj"])
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path / "adapter")
+    start = tensors(base)
+    merged = {n: p.detach() for n, p in model.merge_and_unload().named_parameters()}
+    assert main(["delta", "make", str(base), str(tmp_path / "adapter"), str(tmp_path / "d")]) == 0
+    assert "6 of them as factors in float32" in " ".join(capsys.readouterr().out.split())
+    delta = Delta.open(tmp_path / "d")
+    assert len(delta.factored) == len(delta.shapes) == 6 and delta.manifest["stored_error"] == 0
+    for name in delta.shapes:
+        torch.testing.assert_close(delta.tensor(name), merged[name] - start[name].float(), rtol=1e-4, atol=1e-6)
+    assert main(["delta", "lora", str(tmp_path / "d"), str(instruct), str(tmp_path / "cut"), "--rank=4",
+                 "--dtype=float32"]) == 0  # fmt: skip
+    assert "differs from the delta by 0.0% of its norm" in " ".join(capsys.readouterr().out.split())
+    assert main(["delta", "apply", str(tmp_path / "d"), str(instruct), str(tmp_path / "out"), "--dtype=float32"]) == 0
+    got, goal = tensors(tmp_path / "out"), tensors(instruct)
+    for name in delta.shapes:
+        torch.testing.assert_close(got[name], goal[name].float() + delta.tensor(name), rtol=1e-6, atol=1e-7)
+    assert main(["similarity", str(tmp_path / "d"), str(tmp_path / "d")]) == 0
+    assert "1.000" in capsys.readouterr().out
+
+
+def test_dora_makes_a_dense_delta(tmp_path, pair):
+    base, _, _ = pair
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, use_dora=True, init_lora_weights=False, target_modules=["q_proj"]),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    made = Delta.make(base, tmp_path / "adapter")
+    assert made.shapes and not made.factored
 
 
 def test_unequal_shapes_and_unknown_names_are_told():

@@ -174,7 +174,7 @@ def test_architectures_bit_for_bit(tmp_path, arch, select):
 
 
 def test_buffers_come_from_the_architecture(tmp_path):
-    """Whatever a model persists is no buffer, and a name that says nothing is one if the model has it unpersisted."""
+    """What a model persists is not a buffer, and a name that says nothing is one if the model has it unpersisted."""
     stored = {**buffers("gpt_neox", 1.0), "gpt_neox.rotary_emb.original_inv_freq": torch.ones(4)}
     neox = write_three(tmp_path / "neox", "gpt_neox", torch.float32) / "base"
     reader = CheckpointReader(rewrite(neox, **stored, **{"gpt_neox.layers.0.attention.learned": torch.ones(4, 4)}))

@@ -93,8 +93,8 @@ def test_exact_as_the_harness(options):
     [
         ({"match": "regex"}, "match=regex has pattern=None"),
         ({"match": "exact", "pattern": "x"}, "match=exact has pattern='x'"),
-        ({"match": "regex", "pattern": "(a"}, "pattern='\\(a' is no regular expression"),
-        ({"extract": "["}, "extract='\\[' is no regular expression"),
+        ({"match": "regex", "pattern": "(a"}, "pattern='\\(a' is not a regular expression"),
+        ({"extract": "["}, "extract='\\[' is not a regular expression"),
         ({"match": "numeric", "ignore_case": True}, "ignore_case=true does nothing for match=numeric"),
         ({"match": "numeric", "ignore_punctuation": True}, "ignore_punctuation=true does nothing"),
     ],

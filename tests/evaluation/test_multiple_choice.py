@@ -69,7 +69,7 @@ def test_refused_files(tmp_path, folders):
     for text, message in (
         ("", "is empty"),
         ("[]", "has no rows"),
-        ("[1]", "is no object but int"),
+        ("[1]", "is not an object but int"),
         ("{", "broken JSON"),
     ):
         (tmp_path / "rows.json").write_text(text)

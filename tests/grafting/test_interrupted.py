@@ -67,7 +67,7 @@ def test_what_a_killed_run_has_left_is_reported_and_stays(models, tmp_path, capl
     assert main(graft(models, tmp_path / "out")) == 0
     require_whole(tmp_path / "out", models / "whole")
     assert left(tmp_path) == [partial.name, "out"]
-    assert f"{partial} (0.001 GB) was left unfinished by a killed run" in caplog.text
+    assert f"{partial} (1.00 MB) was left unfinished by a killed run" in caplog.text
 
 
 class TestSignals:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shadowlit.checkpoint.alignment import AlignedReader
@@ -300,6 +301,32 @@ def test_statistics_against_independent_numbers(tmp_path):
         assert numbers["survival"] < 0.99
         in_layer = [update for name, update in updates.items() if "layers.1." in name]
         assert numbers["delta_norm/layer_01"] == pytest.approx(norm(in_layer), rel=1e-4)
+
+
+def test_large_norms_do_not_swamp_the_totals(tmp_path):
+    """As in Gemma: norms' weights of 100, in which bfloat16 holds nothing of an update of 1e-4."""
+    folders = save_pair(tmp_path, "gemma3_text", dtype=torch.bfloat16)
+    for folder in folders:
+        state = load_file(folder / "model.safetensors")
+        large = {name: tensor + 100 if tensor.ndim == 1 else tensor for name, tensor in state.items()}
+        save_file(large, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folders[0])
+    train_a_bit(model, size=1e-4)
+    numbers = open_graft(model, folders, select="all").statistics()
+    start, goal = ({n: t.double() for n, t in load_file(f / "model.safetensors").items()} for f in folders)
+    tuned = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    norm = lambda tensors: torch.cat([t.flatten() for t in tensors]).norm().item()  # noqa: E731
+    matrices, norms = ([n for n, t in tuned.items() if (t.ndim == 1) == one] for one in (False, True))
+    for key, names in (("", matrices), ("/norms", norms), ("/mlp", [n for n in matrices if ".mlp." in n])):
+        updates = {name: tuned[name] - start[name] for name in names}
+        lost = [(goal[n] + update).bfloat16().double() - goal[n] - update for n, update in updates.items()]
+        relative = norm(updates.values()) / norm(goal[name] for name in names)
+        assert numbers[f"relative_delta{key}"] == pytest.approx(relative, rel=1e-3)
+        assert numbers[f"survival{key}"] == pytest.approx(1 - norm(lost) / norm(updates.values()), abs=5e-3)
+    parts = {key.partition("/")[2] for key in numbers if key.startswith("survival/")}
+    assert parts == {"attention", "embeddings", "mlp", "norms"}
+    assert numbers["relative_delta"] > 20 * norm(tuned[n] - start[n] for n in tuned) / norm(goal.values())
+    assert numbers["survival/norms"] < 0.05 < 0.5 < numbers["survival"]  # over everything it would be near 0.3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -322,7 +322,7 @@ def test_broken_data_are_told_with_the_task(tmp_path, folder):
 
 def test_a_broken_yaml_file_is_told_although_the_harness_passes_over_it(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: [")
-    with pytest.raises(EvaluationError, match=r"broken\.yaml is no task of the harness' form"):
+    with pytest.raises(EvaluationError, match=r"broken\.yaml is not a task of the harness' form"):
         load_benchmarks(["broken"], tasks_folder=tmp_path)
     (tmp_path / "broken.yaml").write_text("include: nowhere.yaml\ntask: broken")
     with pytest.raises(EvaluationError, match=r"there is no .*nowhere\.yaml, needed by .*broken\.yaml"):
@@ -461,7 +461,7 @@ def test_the_command_refuses_before_it_loads_a_model(options, message, tmp_path,
 
 @pytest.mark.parametrize(
     ("model", "message"),
-    [("no/such/folder", "no folder"), ("EMPTY", "there is no"), ("org/none", "the hub does not give")],
+    [("no/such/folder", "not a folder"), ("EMPTY", "there is no"), ("org/none", "the hub does not give")],
 )
 def test_the_command_tells_a_model_that_is_not_there(model, message, tmp_path, folder, capsys):
     model = model.replace("EMPTY", str(tmp_path))
@@ -487,3 +487,47 @@ def test_an_option_that_is_a_list_takes_all_words_after_it():
         '--model=["a", "b"]', '--suite=["x"]', "--limit", "3", "--execute_code=true",
     ]  # fmt: skip
     assert spell_out(evaluate, ["a", "b", "--suite", '["x", "y"]']) == ['--model=["a", "b"]', '--suite=["x", "y"]']
+
+
+def test_perturbed_copies_are_scored_next_to_the_rows_as_they_are(tmp_path, folder, capsys, monkeypatch):
+    """Through the command: only the rows that could be perturbed are in the copy, under their own numbers."""
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [{"question": f"{row['question']} Nina asks." if i % 3 else row["question"], "answer": row["answer"]}
+            for i, row in enumerate(ROWS[:9])]  # fmt: skip
+    write_rows(tmp_path / "own.jsonl", rows)
+    task = yaml.safe_load((folder / "answer.yaml").read_text())
+    task |= {"task": "own", "dataset_kwargs": {"data_files": {"test": "own.jsonl"}}}
+    task.pop("fewshot_split")
+    task.pop("tag")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
+    out = tmp_path / "out"
+    words = ["--suite", "own", f"--tasks_folder={tmp_path}", "--perturb", "names", "numbers", "distractors"]
+    assert main(["evaluate", str(INSTRUCT), *words, f"--out={out}", "--device=cpu"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "own names A 6 of 9" in shown and "own numbers A 0 of 9 – – –" in shown and "own distractors A 9 of 9" in shown
+    )
+    found = json.loads((out / "results.json").read_text())
+    names, numbers, _ = found["perturbed"]
+    assert (names["num_rows"], names["num_perturbed"], numbers["models"]["A"]) == (9, 6, None)
+    scores = {
+        name: {s["doc_id"]: s["exact_match"] for s in map(json.loads, (out / f"samples/A/{name}.jsonl").open())}
+        for name in ("own", "own_names", "own_distractors")
+    }
+    stored = [json.loads(line) for line in (out / "perturbed/own_names.jsonl").open()]
+    assert [row["index"] for row in stored] == [1, 2, 4, 5, 7, 8] and stored[0]["original"] == rows[1]
+    assert "Nina" not in stored[0]["perturbed"]["question"]
+    before = [scores["own"][i] for i in (1, 2, 4, 5, 7, 8)]
+    after = [scores["own_names"][i] for i in range(6)]
+    assert names["models"]["A"]["before"] == pytest.approx(sum(before) / 6)
+    assert names["models"]["A"]["difference"]["value"] == pytest.approx((sum(after) - sum(before)) / 6)
+    assert len(scores["own_distractors"]) == 9 and "| own | names | A | 6 of 9 |" in (out / "report.md").read_text()
+
+
+def test_what_cannot_be_perturbed_is_told_before_a_model_is_loaded(folder):
+    with pytest.raises(EvaluationError, match="perturb has 'letters'; expected some of names, numbers, words"):
+        Settings(perturb=("letters",))
+    with pytest.raises(EvaluationError, match="perturb works on single tasks, and both is a group"):
+        load_benchmarks(["both"], Settings(perturb=("names",)), folder)
+    with pytest.raises(EvaluationError, match=r"has the columns .*, none of which .*\(text is none\)"):
+        load_benchmarks(["first"], Settings(perturb=("names",), perturb_field="text"), folder)

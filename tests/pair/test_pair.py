@@ -117,7 +117,7 @@ class TestSources:
     @pytest.mark.parametrize("source", ["./nowhere", "/no/where", "a/b/c", "", "with space"])
     def test_missing_folder(self, tied, source):
         pair = ModelPair(source, tied.instruct)
-        with pytest.raises(PairError, match=rf"base model: '{source}' is no folder.*set pair\.base"):
+        with pytest.raises(PairError, match=rf"base model: '{source}' is not a folder.*set pair\.base"):
             pair.base_folder()
         assert only(check_pair(pair)).severity == "error"
 

@@ -139,9 +139,32 @@ def test_missing_data_and_a_missing_device_still_give_an_estimate(pair, capsys):
     with pytest.raises(ShadowlitError, match=r"can't run as it is configured: 1 error; see above"):
         main(["plan", *args, "--trainer.accelerator=gpu", "--trainer.devices=4", "--memory=80GB"])
     shown = capsys.readouterr().out
-    assert "none.jsonl does not exist" in shown and "the trainer can't be created on this machine" in shown
+    assert "none.jsonl does not exist" in shown and "note: this machine can't run the training: " in shown
     assert "estimated memory of a GPU, 4 ranks under DDP: 2 × 4,096 tokens" in shown
     assert "it fits" in shown and "time: not measured" in shown
+
+
+def test_a_missing_device_is_an_error_unless_another_machine_is_planned_for(pair, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = [*arguments(pair), "--trainer.accelerator=gpu"]
+    main(["plan", *given, "--memory=80GB"])
+    shown = capsys.readouterr().out
+    assert "note: this machine can't run the training: No supported gpu" in shown and "it fits" in shown
+    assert shown.endswith("time: not measured\n")
+    with pytest.raises(ShadowlitError, match="as it is configured: 1 error; see above"):
+        main(["plan", *given])
+    shown = capsys.readouterr().out
+    assert "error: this machine can't run the training: " in shown and "e.g. --memory=24GiB" in shown
+
+
+def test_problems_of_several_sets_are_one_list(pair, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n{"other": 1}\n')
+    given = [f"--data.train={tmp_path / 'bad.jsonl'}", f"--data.validation={{task: {tmp_path / 'none.jsonl'}}}"]
+    with pytest.raises(ShadowlitError, match="as it is configured: 3 errors"):
+        main(["plan", *arguments(pair), *given, "--measure_steps=0"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("error: 3 problems with the data:\n  1. sample 0 of ") and shown.count("problems with") == 1
+    assert "\n  3. " in shown and shown.count("  1. ") == 1
 
 
 def test_steps_are_measured_with_the_words_of_the_command_line(pair, capsys):

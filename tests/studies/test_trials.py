@@ -18,6 +18,7 @@ from shadowlit import lightning_cli
 from shadowlit.callbacks.evaluation import EvaluationCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ShadowlitError
+from shadowlit.studies import progress
 from shadowlit.studies.sweep.scheduler import Scheduler
 from shadowlit.studies.trials import folder as module
 from shadowlit.studies.trials import process as process_module
@@ -234,3 +235,18 @@ def test_an_interruption_that_can_not_be_recorded_is_logged(caplog):
     scheduler.study = SimpleNamespace(fail=lambda *_: [][0])
     scheduler._stop()
     assert "lr=1 could not be marked as interrupted: IndexError: list index out of range" in caplog.text
+
+
+def test_progress_without_a_terminal_counts_what_has_ended_and_failed_and_estimates_the_rest(monkeypatch, capsys):
+    now = iter([0.0, 0.0, 90.0, 90.0, 90.0, 90.0, 90.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.StudyProgress("trainings", 6, "report/loss")
+    monkeypatch.setattr(shown._line, "is_due", lambda: True)
+    shown.end("a", progress.SKIPPED)
+    shown.end("b", "complete")
+    shown.end("c", "failed", "no memory")
+    shown.poll([Running("d", None, 0, begun=0.0)], lambda each: vars(each).update(step=40, value=1.25))
+    told = " ".join(capsys.readouterr().out.split())
+    # two have run in 90 s, so that three more take 135 s
+    assert told.endswith("3/6 trainings, 1 failed, 1:30, 2:15 left, d: step 40 report/loss 1.250")
+    assert "c failed: no memory" in told

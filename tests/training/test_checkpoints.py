@@ -92,7 +92,7 @@ def test_only_checkpoints_in_a_callback_s_folder_are_removed(tmp_path, path):
     before = sorted(tmp_path.rglob("*"))
     own = ModelCheckpoint(tmp_path / "own")
     disk = Checkpoints(Trainer(callbacks=[own], accelerator="cpu", logger=False))
-    with pytest.warns(UserWarning, match="is not removed: it is no checkpoint in the folder of one of this run's"):
+    with pytest.warns(UserWarning, match="is not removed: it is not a checkpoint in a folder of this run's"):
         disk.remove_checkpoint(path if "://" in path else f"{tmp_path}/own/{path}")
     assert sorted(tmp_path.rglob("*")) == before
     for name in ("file.ckpt", "deeper/shards.ckpt"):

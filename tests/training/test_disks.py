@@ -16,6 +16,7 @@ from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.distributed import on_all_ranks, on_first_rank
 from shadowlit.errors import CheckpointError, ExportError
+from shadowlit.text import size as shown_size
 from shadowlit.training import disks
 from tests.distributed import run_ranks
 from tests.synthetic import RandomData
@@ -117,10 +118,10 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatc
     free = size - 1
     found = begin(folders, "auto", 1, saver)
     assert (
-        found.startswith("1 checkpoint of 0.000 GB in ")
+        found.startswith(f"1 checkpoint of {shown_size(size)} in ")
         and f"runs will take {size:,} bytes, but only {free:,} " in found
     )
     free = size
     assert begin(folders, "auto", 1, saver) is Begun
     both = begin(folders, "auto", 1, saver, ExportCallback(folder=str(tmp_path / "export")))
-    assert both.startswith("the export to ") and "GB) and 1 checkpoint of " in both
+    assert both.startswith("the export to ") and "B) and 1 checkpoint of " in both

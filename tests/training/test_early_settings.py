@@ -44,7 +44,7 @@ ADAPTERS = [
     (adapter("C3AConfig", block_size=7), r"model\.adapter, a C3AConfig, .*block size is 7"),
     ({"r": 4, "trainable_token_indices": [1, 999999]}, r"model\.adapter\.trainable_token_indices has 999999; .* 0 to"),
     ({"r": 4, "modules_to_save": ["lm_head"]}, "the adapter changes the output head, but .* one tensor"),
-    ({"r": 4, "modules_to_save": ["nope"]}, r"model\.adapter\.modules_to_save has 'nope', which is no module"),
+    ({"r": 4, "modules_to_save": ["nope"]}, r"model\.adapter\.modules_to_save has 'nope', which is not a module"),
     ({"r": 4, "lora_bias": True}, r"adapter\.lora_bias=true adds a bias to"),
     (adapter("OFTConfig", r=8, oft_block_size=32), r"model\.adapter is .*OFTConfig, .*only specify either r \(8\) or"),
 ]  # fmt: skip

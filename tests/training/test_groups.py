@@ -94,8 +94,8 @@ def test_groups_that_do_not_fit(pair, group, message):
     (None, r"none\.json, which can't be read as JSON \(.*Expected an object of positive numbers by tensor name"),
     ("{", "can't be read as JSON"),
     ("[1]", "can't be read as JSON"),
-    (json.dumps({UP: 0.0}), rf"in which {UP} is no positive number. Correct or remove it"),
-    (json.dumps({UP: "2"}), "is no positive number"),
+    (json.dumps({UP: 0.0}), rf"in which {UP} is not a positive number. Correct or remove it"),
+    (json.dumps({UP: "2"}), "is not a positive number"),
     (json.dumps({UP: 1, "model.up.weight": 1}), r"in which model\.up\.weight is not a tensor of pair\.base"),
 ], ids=lambda _: "")  # fmt: skip
 def test_files_of_multipliers_that_do_not_fit(pair, tmp_path, text, message):

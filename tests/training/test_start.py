@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_told_before_the_data_are_read(tmp_path, home):
         assert "\n" not in str(error.value) and "start_from" in str(error.value)
         return str(error.value)
 
-    assert "is no folder, and cannot be a hub id" in told("lora", tmp_path / "nothing")
+    assert "is not a folder, and cannot be a hub id" in told("lora", tmp_path / "nothing")
     assert "is null. Set model.adapter to the settings of the stored adapter" in told("full", stored)
     assert "holds a LORA adapter, but model.adapter is LOHA" in told("loha", stored)
     ADAPTERS["other"] = LoraConfig(r=8, lora_alpha=6)

@@ -74,6 +74,26 @@ def test_padded_batches_are_left_to_sdpa(arch):
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits[mask > 0], expected)  # by the same kernel
 
 
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3_text"])  # the second with a window, shorter than the answer
+@pytest.mark.parametrize("rows", [1, 2])
+def test_answers_to_prompts_of_one_length_are_those_of_sdpa(arch, rows):
+    """There is no padding, and so no mask, when a token sees the keys of a cache."""
+    model = make_model(arch).eval()
+    prompts = torch.randint(3, 250, (rows, 7), generator=torch.Generator().manual_seed(0))
+    asked = {
+        "input_ids": prompts,
+        "attention_mask": torch.ones_like(prompts),
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+    }
+    answers = []
+    for name in ("sdpa", NAME):
+        model.set_attn_implementation(name)
+        answers.append(model.generate(**asked, do_sample=False, output_logits=True, return_dict_in_generate=True))
+    assert answers[0].sequences.shape == (rows, 19) and torch.equal(answers[0].sequences, answers[1].sequences)
+    torch.testing.assert_close(torch.stack(answers[1].logits), torch.stack(answers[0].logits), rtol=1e-4, atol=1e-4)
+
+
 def test_recomputed_and_compiled_layers():
     from shadowlit.training.parallel import parallelize
 

@@ -206,7 +206,7 @@ BROKEN = [
      r"has the image '.*rows.jsonl', which can't be read \(UnidentifiedImageError"),
     (asked({**IMAGE, "path": "https://a.org/b.png"}), r"'https://a.org/b.png', an address in the net; expected"),
     (asked({"type": "image", "path": 3}), r"has 3 for an image; expected a path, bytes"),
-    (asked({"type": "image", "url": "data:image/png;base64,%"}), r"a data: URL that is no base64"),
+    (asked({"type": "image", "url": "data:image/png;base64,%"}), r"a data: URL that is not base64"),
     (asked({"type": "image"}, TEXT), r"has 0 images in 'images', and 1 places for them"),
     ({**asked(TEXT), "images": ["0.png"]}, r"has 1 image in 'images', and 0 places for them; .* Write <image>"),
     ({**asked({"type": "text", "text": "<image> and <image>"}), "images": ["0.png"]},

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowlit.analysis.similarity import compare, in_one_layout
+from shadowlit.checkpoint.names import in_totals
 from shadowlit.delta.delta import Delta
 from shadowlit.grafting.update import FullUpdate
 from shadowlit.pair.buffers import open_model
@@ -132,11 +133,12 @@ class _Facts:
         facts = {"sigma": self._sigma, "delta_norm": delta.norm()}
         for name in ("relative_delta", "survival"):
             facts[name] = logged.get(f"graft/{name}", math.nan)
+        total = in_totals(delta.shapes)  # an Instruct's norms may have moved further than all of its matrices
         if self._offset is None and self._comparable:
             offset = Delta.from_update(FullUpdate(self._base, self._instruct))
-            self._offset = offset.only(delta.shapes).norm()
+            self._offset = offset.only(total).norm()
         if self._offset:
-            facts["delta_over_offset"] = facts["delta_norm"] / self._offset
+            facts["delta_over_offset"] = delta.only(total).norm() / self._offset
         other = self._other(training)
         if other is not None:
             pair = frozenset((training, other))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shadowlit.errors import DataError
-from shadowlit.studies.arms import TUNED
+from shadowlit.studies.arms import TUNED, is_grafted, subject_of
 from shadowlit.studies.rows import LR, Row
 from shadowlit.studies.trials.process import Job
 from shadowlit.studies.trials.recipe import Recipe
@@ -28,20 +28,40 @@ class Training:
         return f"{self.source}_lr{self.lr:g}_seed{self.seed}"
 
     def row(self, arm: str, scale: float | None, **measured: Any) -> Row:
-        """One of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned arm."""
+        """Return one of its arms as a row with what was measured; ``scale`` is the graft's λ, and None for the tuned
+        arm.
+        """
         return Row(arm, scale, {LR: self.lr}, self.seed, self.name, **measured)
 
-    def job(self, recipe: Recipe, folder: Path) -> Job:
-        """The job that runs it in a folder of its own in the comparison's ``folder``."""
+    def job(self, recipe: Recipe, folder: Path, arms: Sequence[str] = TUNED) -> Job:
+        """Return the job that runs it in a folder of its own in the comparison's ``folder``, and measures these of its
+        arms.
+
+        Evaluators run at the end, on the models of these arms alone, and grafts are validated for grafted arms alone,
+        unless a callback monitors what would be left out.
+        """
         home = folder / self.name
+        kinds = {"grafted" if is_grafted(arm) else "tuned": arm for arm in arms if arm[0] == self.source}
+        evaluators, monitored = list(recipe.get("evaluation.evaluators") or ()), recipe.monitored()
+        monitors_evaluators = any(f"/{name}" in metric for name in evaluators for metric in monitored)
         own = {
+            "graft.validate": "grafted" in kinds or any("graft" in metric for metric in monitored),
+            "evaluation.subjects": ["tuned", "grafted"] if monitors_evaluators else sorted(kinds),
+            "evaluation.last_only": not monitors_evaluators,
             "model.lr": self.lr,
             "graft.baselines": False,
             "evaluation.baselines": False,
             "export.parts": ["delta"],
             "export.folder": str(home),
         }
-        return Job(self.name, ("fit", *recipe.arguments(self.source, self.seed, home, {**recipe.overrides, **own})))
+        arguments = recipe.arguments(self.source, self.seed, home, {**recipe.overrides, **own})
+        subjects = [name for arm in kinds.values() for name in self._subjects(arm, recipe, evaluators)]
+        return Job(self.name, ("fit", *arguments), tuple(subjects))
+
+    def _subjects(self, arm: str, recipe: Recipe, evaluators: Sequence[str]) -> Iterator[str]:
+        """What the metrics of an arm's models begin with: of validation, and of evaluators."""
+        yield f"val/{subject_of(arm, recipe.scales[0], recipe.scales)}/"
+        yield from (f"val/{subject_of(arm, recipe.scales[0], recipe.scales)}/{name}/" for name in evaluators)
 
 
 def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]) -> list[Training]:
@@ -72,7 +92,7 @@ def plan(arms: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Seque
 
 
 def rates_of_arms(arms: Sequence[str], rates: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
-    """The learning rates of each compared arm, in ascending order.
+    """Return the learning rates of each compared arm, in ascending order.
 
     Raises:
         DataError: An arm has none, or one that isn't positive.

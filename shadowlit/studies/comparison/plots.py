@@ -53,7 +53,7 @@ def _kept_by(report: Report) -> tuple[bool, str]:
 
 
 def plot_trade(report: Report) -> Figure:
-    """What is learned against what is kept: a point for each arm, rate and scale, over seeds.
+    """Plot what is learned against what is kept: a point for each arm, rate and scale, over seeds.
 
     A bigger marker is a higher rate; an open one is a scale other than 1; the chosen rate has a ring. If no evaluator
     is named for what is kept, the divergence from the Instruct is drawn instead, downwards. A loss is drawn leftwards:
@@ -95,7 +95,9 @@ def plot_trade(report: Report) -> Figure:
 
 
 def plot_table(report: Report) -> Figure:
-    """The main table as dots with standard errors, by score; the untouched models are lines. A panel for each unit."""
+    """Plot the main table as dots with standard errors, by score; the untouched models are lines. A panel for each
+    unit.
+    """
     scoring = report.scoring
     measures = list(dict.fromkeys(map(scoring.measure, report.scores)))
     columns = {measure: [name for name in report.scores if scoring.measure(name) == measure] for measure in measures}
@@ -142,7 +144,7 @@ def _draw_table(axis: Axes, report: Report, measure: Measure, kinds: Sequence[st
 
 
 def facts_shown(predictions: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The facts of which at least two graft's gains are known."""
+    """Return the facts of which at least two graft's gains are known."""
     rows = [row for found in predictions.values() for row in found]
     return [fact for fact in FACTS if sum(len(_fact_points([row], fact)) for row in rows) > 1]
 

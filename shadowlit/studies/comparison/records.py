@@ -18,7 +18,7 @@ _FIELDS = ("arm", "lr", "seed", "scale", "metrics", "samples", "cost", "facts", 
 
 
 def to_json(rows: Sequence[Row]) -> str:
-    """Rows as JSON; a number that is not finite becomes null. A tuned model has the scale 1."""
+    """Return the rows as JSON; a number that is not finite becomes null. A tuned model has the scale 1."""
     found = []
     for row in rows:
         scale = 1.0 if row.scale is None and row.arm not in UNTOUCHED else row.scale
@@ -28,7 +28,7 @@ def to_json(rows: Sequence[Row]) -> str:
 
 
 def from_json(text: str) -> list[Row]:
-    """Rows from :func:`to_json`; null among the numbers becomes NaN.
+    """Return the rows from :func:`to_json`; null among the numbers becomes NaN.
 
     Raises:
         DataError: It isn't a list of records.

@@ -56,7 +56,7 @@ def write(report: Report, folder: Path) -> Path:
 
 
 def render(report: Report, *, level: int = 1, plots: str = "") -> str:
-    """A report as Markdown, with a title of this level; ``plots`` is a prefix of the names of its plots."""
+    """Return a report as Markdown, with a title of this level; ``plots`` is a prefix of the names of its plots."""
     sub, shown = "#" * (level + 1), drawable(report)
 
     def plot(title: str, stem: str) -> str:
@@ -81,7 +81,8 @@ def render(report: Report, *, level: int = 1, plots: str = "") -> str:
 
 
 def sentence(comparison: Comparison, interval: Interval | None, names: Sequence[str], measure: Measure = SHARE) -> str:
-    """What the data support about two arms, by rule: an arm is better only if the whole interval lies on its side.
+    """Return what the data support about two arms, by rule: an arm is better only if the whole interval lies on its
+    side.
 
     The interval is one of the comparison's, over these scores, which ``measure`` says how to read; None if the arms
     can't be compared.
@@ -318,7 +319,7 @@ def _predicting(report: Report) -> str:
 
 
 def correlation_row(found: Mapping[str, Correlation], fact: str) -> list[str]:
-    """The cells under :data:`CORRELATION`."""
+    """Return the cells under :data:`CORRELATION`."""
     correlation = found[fact]
     extent = f"{correlation.low:.3g} to {correlation.high:.3g}" if correlation.count else NONE
     rho = f"{correlation.rho:+.2f}" if math.isfinite(correlation.rho) else NONE
@@ -361,7 +362,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def score_text(found: Average, measure: Measure = SHARE) -> str:
-    """A mean score with its standard error; a share in per cent."""
+    """Return a mean score with its standard error; a share in per cent."""
     return mean_text(found, lambda value: f"{100 * value:.1f}" if measure.unit == "share" else f"{value:.4f}")
 
 
@@ -379,7 +380,7 @@ def _difference(value: float, measure: Measure = SHARE, *, signed: bool = False)
 
 
 def interval_text(found: Interval | None, measure: Measure = SHARE) -> str:
-    """A difference with the ends of its interval; of shares in points."""
+    """Return a difference with the ends of its interval; of shares in points."""
     if found is None:
         return NONE
     difference = _difference(found.difference, measure, signed=True)

@@ -37,7 +37,7 @@ SHARE = Measure()
 
 
 def read_measures(option: str, given: Sequence[str]) -> dict[str, Measure]:
-    """The metrics that an option names, e.g. ``report/loss`` or ``reward_margin:higher``, and how each is read.
+    """Return the metrics that an option names, e.g. ``report/loss`` or ``reward_margin:higher``, and how each is read.
 
     A subject in front, as in ``val/grafted/loss``, is dropped: each arm is measured at its own model.
 
@@ -70,7 +70,7 @@ def read_measures(option: str, given: Sequence[str]) -> dict[str, Measure]:
 
 
 def set_of(metric: str) -> str:
-    """The validation set of a metric, ``report`` of ``report/loss``; empty for all sets together."""
+    """Return the validation set of a metric, ``report`` of ``report/loss``; empty for all sets together."""
     return metric.rpartition("/")[0]
 
 
@@ -106,7 +106,7 @@ class Scoring:
         return tuple(name for name in self.names if name not in self.metrics)
 
     def measure(self, name: str) -> Measure:
-        """How a score is read."""
+        """Return how a score is read."""
         return self.metrics.get(name, SHARE)
 
     @property
@@ -130,7 +130,7 @@ class Scoring:
         return groups | {what: names for what, names in means.items() if names}
 
     def measure_of(self, group: str) -> Measure:
-        """How a kind of score is read, of those of :attr:`groups`."""
+        """Return how a kind of score is read, of those of :attr:`groups`."""
         return self.measure(self.groups[group][0]) if group in self.groups else SHARE
 
     @property
@@ -145,14 +145,15 @@ class Scoring:
         return tuple(n for n in self.metrics if any(of == set_of(n) or "" in (of, set_of(n)) for of in choosing))
 
     def value(self, row: Row, name: str, half: Literal["selection", "reported"]) -> float:
-        """A row's score; an evaluator's is the mean over one half, NaN if a sample lacks its score."""
+        """Return a row's score; an evaluator's is the mean over one half, NaN if a sample lacks its score."""
         if name in self.metrics:
             return row.metrics.get(name, math.nan)
         found = scores_of(row, name, self.halves[name][half == "reported"])
         return math.nan if found is None else float(found.mean())
 
     def rows(self, row: Row, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Scores and weights ``[N]`` of the reported samples; None where the run has none that the score is made of.
+        """Return the scores and weights ``[N]`` of the reported samples; None where the run has none that the score is
+        made of.
 
         Args:
             row: Row of the comparison.

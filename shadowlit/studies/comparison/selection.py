@@ -18,7 +18,7 @@ _EQUAL = 1e-9  # scores are sums of fractions; their order of addition must not 
 
 
 def halves_of(rows: Iterable[Row], evaluator: str) -> tuple[list[int], list[int]]:
-    """Indices of an evaluator's samples for the selection, and to be reported.
+    """Return the indices of an evaluator's samples for the selection, and to be reported.
 
     Samples at even positions, in the order of their index among all that any row has, are for the selection. The
     halves depend on the indices alone, so that all arms, rates and seeds share them.
@@ -28,12 +28,12 @@ def halves_of(rows: Iterable[Row], evaluator: str) -> tuple[list[int], list[int]
 
 
 def seeds_of(rows: Iterable[Row]) -> list[int]:
-    """All seeds that any tuned arm was trained with: the ones that every arm is expected to have."""
+    """Return all seeds that any tuned arm was trained with: the ones that every arm is expected to have."""
     return sorted({row.seed for row in rows if row.arm in TUNED and row.seed is not None})
 
 
 def scored(rows: Sequence[Row], scoring: Scoring) -> list[Row]:
-    """The rows with their scores among their metrics: those that are reported, and those that choose.
+    """Return the rows with their scores among their metrics: those that are reported, and those that choose.
 
     These are ``selection/<name>/score`` and the unweighted means over scores ``selection/mean``, ``selection/gain`` and
     ``selection/keep``, likewise ``reported/…``; NaN where a score is missing. ``selection/mean`` is the mean of
@@ -54,7 +54,7 @@ def scored(rows: Sequence[Row], scoring: Scoring) -> list[Row]:
 
 
 def standings(rows: Sequence[Row]) -> list[Standing]:
-    """The standing of every arm at every rate and scale; all of them are expected to have all seeds."""
+    """Return the standing of every arm at every rate and scale; all of them are expected to have all seeds."""
     names, expected = metric_names(rows), len(seeds_of(rows))
     groups = [(found[0].arm, found) for found in by_place(rows)]
     return [standing_of(arm, found, names, 1 if arm in UNTOUCHED else expected) for arm, found in groups]

@@ -124,7 +124,7 @@ class Report:
         return self.scoring.names
 
     def is_chosen(self, standing: Standing) -> bool:
-        """Whether it is that of its arm's chosen rate, at scale 1."""
+        """Return whether it is that of its arm's chosen rate, at scale 1."""
         choice = self.choices.get(standing.arm)
         return choice is not None and standing.lr == choice.best.lr and standing.is_whole
 
@@ -208,13 +208,13 @@ def summarise(
 
 
 def correlate(predictions: Sequence[Row]) -> dict[str, Correlation]:
-    """The rank correlation of every fact with the gain."""
+    """Return the rank correlation of every fact with the gain."""
     gains = [row.metrics[OVER_INSTRUCT] for row in predictions]
     return {fact: spearman([row.facts.get(fact, math.nan) for row in predictions], gains) for fact in FACTS}
 
 
 def barrier(line: Mapping[float, float]) -> float:
-    """How far the loss rises above the larger end between the target (scale 0) and the graft (scale 1).
+    """Return how far the loss rises above the larger end between the target (scale 0) and the graft (scale 1).
 
     0 means that the line never lies above its ends: they are linearly connected (Frankle et al., arXiv 1912.05671, who
     compare with the mean of the ends; the larger end asks for less, and does not count a slope as a barrier).
@@ -336,7 +336,7 @@ def _intervals(pairs: Sequence[tuple[Row, Row]], scoring: Scoring) -> dict[str, 
 
 
 def in_words(arm: str) -> str:
-    """An arm within a sentence."""
+    """Return an arm within a sentence."""
     return f"the untouched {arm}" if arm in UNTOUCHED else arm
 
 

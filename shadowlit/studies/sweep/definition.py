@@ -51,11 +51,11 @@ class Axis:
         return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
     def parameter(self, label: str | float) -> Any:
-        """The label as Optuna stores it: a number if all labels are numbers."""
+        """Return the label as Optuna stores it: a number if all labels are numbers."""
         return float(self.levels[str(label)][self.name]) if self.levels and self.is_numeric else label
 
     def overrides(self, label: str | float) -> Mapping[str, Any]:
-        """The keys that a label, or a number from the range, sets."""
+        """Return the keys that a label, or a number from the range, sets."""
         return {self.name: label} if self.range is not None else self.levels[str(label)]
 
 
@@ -134,7 +134,7 @@ class Definition:
         return settings * len(self.sources) * len(self.seeds)
 
     def planned(self) -> list[TrialKey]:
-        """All trials of a grid, seed by seed; empty for a sweep that draws its settings."""
+        """Return all trials of a grid, seed by seed; empty for a sweep that draws its settings."""
         if self.draws:
             return []
         settings = [
@@ -145,7 +145,7 @@ class Definition:
         return [TrialKey(setting, source, seed) for seed in self.seeds for setting in kept for source in self.sources]
 
     def is_dropped(self, setting: Mapping[str, str | float]) -> bool:
-        """Whether a setting is one of the combinations to leave out."""
+        """Return whether a setting is one of the combinations to leave out."""
         return any(
             all(
                 str(setting.get(axis)) in {_label(value) for value in _as_list(values)} for axis, values in each.items()
@@ -154,7 +154,7 @@ class Definition:
         )
 
     def wants(self, key: TrialKey) -> bool:
-        """Whether a trial still belongs to the sweep, from which values, seeds or arms may have been removed."""
+        """Return whether a trial still belongs to the sweep, from which values, seeds or arms may have been removed."""
         return key in self._planned if not self.draws else key.source in self.sources and key.seed in self.seeds
 
     @cached_property
@@ -162,11 +162,11 @@ class Definition:
         return set(self.planned())
 
     def siblings(self, key: TrialKey) -> list[TrialKey]:
-        """The trials of a drawn setting: one for each model that is trained and each seed."""
+        """Return the trials of a drawn setting: one for each model that is trained and each seed."""
         return [TrialKey(key.setting, source, seed) for seed in self.seeds for source in self.sources]
 
     def name_of(self, key: TrialKey) -> str:
-        """The name of a trial's folder, from what is changed: the same trial always has the same one."""
+        """Return the name of a trial's folder, from what is changed: the same trial always has the same one."""
         parts = [f"{short}={value:g}" if isinstance(value, float) else f"{short}={value}"
                  for short, (_, value) in zip(self.short_names, key.setting, strict=True)]  # fmt: skip
         # Only trainings of the Instruct are marked: those of the Base keep their names when an arm is added.
@@ -188,12 +188,12 @@ class Definition:
         return [".".join(own[-length:]) for own, length in zip(words, lengths, strict=True)]
 
     def overrides_of(self, key: TrialKey) -> dict[str, Any]:
-        """The keys that distinguish this trial from the others, with their values."""
+        """Return the keys that distinguish this trial from the others, with their values."""
         axes = {axis.name: axis for axis in self.axes}
         return {name: value for axis, label in key.setting for name, value in axes[axis].overrides(label).items()}
 
     def arguments(self, key: TrialKey, folder: Path, more: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-        """The command line of a trial after ``python -m shadowlit``."""
+        """Return the command line of a trial after ``python -m shadowlit``."""
         changed = {**self.overrides_of(key), **(more or {})}
         # What is the same for all trials is measured once, in a job of its own.
         once = {} if self.measures_each else {"graft.baselines": False, "evaluation.baselines": False}
@@ -209,7 +209,7 @@ class Definition:
         return any(key.partition(".")[0] in ("pair", "data", "evaluation") for key in keys - _TRAINING_KEYS)
 
     def identity(self) -> dict[str, Any]:
-        """Everything that must not change within a sweep; values, seeds and arms may be added."""
+        """Return everything that must not change within a sweep; values, seeds and arms may be added."""
         swept = any(key.startswith("pair") for axis in self.axes for key in axis.keys)
         return {
             **self.recipe.identity(),
@@ -221,12 +221,12 @@ class Definition:
         }
 
     def to_json(self) -> str:
-        """The definition as JSON, to be written: secrets are masked."""
+        """Return the definition as JSON, to be written: secrets are masked."""
         return json.dumps(masked(asdict(self)), indent=1, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Definition:
-        """The definition from :meth:`to_json`."""
+        """Return the definition from :meth:`to_json`."""
         return cls(**json.loads(text))
 
     @property
@@ -246,7 +246,7 @@ class Definition:
         return listed if len(self.metrics) == 1 else f"`{MEAN}`, the mean of {listed},"
 
     def judge(self, logged: Mapping[str, float | None], source: str) -> float:
-        """The value of a trial, from the metrics that it logged; NaN if one of them is NaN.
+        """Return the value of a trial, from the metrics that it logged; NaN if one of them is NaN.
 
         Raises:
             KeyError: One of them was not logged.
@@ -257,7 +257,7 @@ class Definition:
         return sum(math.nan if value is None else value for value in found) / len(found)
 
     def is_distributed(self) -> bool:
-        """Whether Lightning may start more processes than one for a trial."""
+        """Return whether Lightning may start more processes than one for a trial."""
         swept = {key for axis in self.axes for key in axis.keys}
         return self.recipe.is_distributed() or bool(swept & {"trainer.devices", "trainer.accelerator"})
 
@@ -293,7 +293,7 @@ class Definition:
         if self.draws and not self.trials:
             yield f"sampler is {self.sampler} but trials is not set; set how many settings it draws, e.g. trials: 20"
         if not self.draws and self.ranges:
-            yield f"ranges ({', '.join(self.ranges)}) are no grid; set sampler: random or tpe, or list the values"
+            yield f"ranges ({', '.join(self.ranges)}) are not a grid; set sampler: random or tpe, or list the values"
         if not self.draws and self.trials is not None:
             yield "trials is set, but a grid runs all of its combinations; set sampler: random or tpe, or leave it out"
         if self.num_planned > self.max_trials:

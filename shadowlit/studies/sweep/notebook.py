@@ -13,12 +13,12 @@ from shadowlit.studies.sweep.table import Table
 
 
 def states(table: Table) -> Counter[str]:
-    """The number of trials in each state."""
+    """Return the number of trials in each state."""
     return Counter({row.trial: row.state for row in table.rows if row.seed is not None}.values())
 
 
 def progress(table: Table) -> Shown:
-    """What was varied, and how many trials are in which state. Example: ``progress(table)``."""
+    """Return what was varied, and how many trials are in which state. Example: ``progress(table)``."""
     definition = table.definition
     axes = [f"{axis}: {', '.join(table.levels(axis))}" for axis in table.axes]
     rows: list[tuple[str, object]] = [
@@ -33,7 +33,7 @@ def progress(table: Table) -> Shown:
 
 
 def best(table: Table, metrics: Sequence[str] | None = None) -> Shown:
-    """The best setting of each arm by what trials are judged by, over seeds, below the untouched models.
+    """Return the best setting of each arm by what trials are judged by, over seeds, below the untouched models.
 
     It is chosen and shown on the same rows, which flatters it. Example: ``best(table)``.
 
@@ -53,7 +53,7 @@ def best(table: Table, metrics: Sequence[str] | None = None) -> Shown:
 
 
 def settings(table: Table, arm: str | None = None, metrics: Sequence[str] | None = None, most: int = 20) -> Shown:
-    """The settings of an arm, the best first. Example: ``settings(table, "B2I")``.
+    """Return the settings of an arm, the best first. Example: ``settings(table, "B2I")``.
 
     Args:
         table: Table of the sweep.
@@ -68,7 +68,7 @@ def settings(table: Table, arm: str | None = None, metrics: Sequence[str] | None
 
 
 def effects(table: Table, metric: str | None = None) -> Shown:
-    """The main effect of every axis on a metric: mean and 95 % interval over seeds at each of its levels.
+    """Return the main effect of every axis on a metric: mean and 95 % interval over seeds at each of its levels.
 
     Example: ``effects(table, "graft/gain")``.
 

@@ -22,7 +22,7 @@ _WIDE = 15  # numbers that lie further apart than this factor are drawn on a log
 
 @styled
 def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Sequence[str] | None = None) -> Figure:
-    """A panel for each metric and axis: the mean of each arm at each level, with its 95 % interval over seeds.
+    """Plot a panel for each metric and axis: the mean of each arm at each level, with its 95 % interval over seeds.
 
     Each mean is over the settings that all levels of its axis share. Dashed and dotted lines are the untouched
     Instruct and Base, where they are near. An axis of drawn numbers shows a point for each trial instead.
@@ -59,7 +59,7 @@ def main_effects(table: Table, metrics: Sequence[str] | None = None, axes: Seque
 def draw_interaction(
     table: Table, x: str | None = None, y: str | None = None, metric: str | None = None, arm: str | None = None
 ) -> Figure:
-    """How two axes act together: the mean over seeds and the other axes, for each pair of their levels.
+    """Plot how two axes act together: the mean over seeds and the other axes, for each pair of their levels.
 
     Example: ``draw_interaction(table)``.
 
@@ -108,7 +108,7 @@ def draw_interaction(
 
 @styled
 def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table) -> Figure:
-    """The metric that each trial was judged by. Example: ``trial_curves(read_curves(folder), table)``."""
+    """Plot the metric that each trial was judged by. Example: ``trial_curves(read_curves(folder), table)``."""
     axis = next((name for name in table.axes if name != SCALE), table.axes[0])
     of_trial = {row.trial: row.level(axis) for row in table.rows}
     levels = list(dict.fromkeys(level for level in of_trial.values() if level is not None))
@@ -131,7 +131,7 @@ def trial_curves(curves: Mapping[str, Sequence[tuple[int, float]]], table: Table
 
 
 def unit(metric: str) -> str:
-    """A metric as an axis names it, with its unit."""
+    """Return a metric as an axis names it, with its unit."""
     what = metric.rpartition("/")[2]
     units = {"loss": "nats per token", "kl": "nats per token", "perplexity": "per token"}
     if what in units:

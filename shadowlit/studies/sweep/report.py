@@ -30,7 +30,7 @@ def write_report(study: SweepStudy, folder: Path) -> Path:
     table = build_table(study)
     write_curves(study, folder)
     failed = {
-        trial.user_attrs["name"]: str(trial.user_attrs.get("reason", "its metric was no number"))
+        trial.user_attrs["name"]: str(trial.user_attrs.get("reason", "its metric was not a number"))
         for trial in study.trials
         if trial.state.name == "FAIL" and "name" in trial.user_attrs
     }
@@ -42,8 +42,8 @@ def write_report(study: SweepStudy, folder: Path) -> Path:
 
 def _plots(table: Table, folder: Path) -> dict[str, tuple[str, Figure]]:
     """Title and figure of what can be drawn, by the stem of the files."""
-    if not any(row.metrics for row in table.rows if row.seed is not None):
-        return {}
+    if sum(bool(row.metrics) for row in table.rows if row.seed is not None) < 2:
+        return {}  # a single point shows nothing
     found = {"main_effects": ("Main effects", main_effects(table))}
     varied = [axis for axis in table.varied if axis not in table.ranges]
     for arm in table.arms if len(varied) == 2 else []:
@@ -111,4 +111,6 @@ def _level(level: Level | None) -> str:
     if level is None or not math.isfinite(level.mean):
         return NONE
     between = f" ({level.low:.4g} to {level.high:.4g})" if math.isfinite(level.low) else ""
+    if level.high == level.low:
+        between = " (no spread between seeds)"
     return f"{level.mean:.4g}{between}"

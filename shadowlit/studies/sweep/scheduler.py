@@ -25,8 +25,8 @@ from shadowlit.studies.trials.process import (
     Pool,
     Running,
     drop_checkpoints,
+    failure,
     is_finished,
-    last_words,
     read_live,
     read_result,
     untouched_failed,
@@ -52,8 +52,8 @@ def keep_definition(folder: Path, definition: Definition) -> None:
         changed = changes(json.loads(file.read_text(encoding="utf-8"))["identity"], identity)
         if changed:
             raise ShadowlitError(
-                f"{folder} holds another sweep: {changed} differ. Give this one another name or folder, or remove that "
-                "folder; values, seeds and arms may be added, nothing else may change."
+                f"{folder} holds another sweep; different: {changed}. Give this one another name or folder, or remove "
+                "that folder; values, seeds and arms may be added, nothing else may change."
             )
     try:
         kept = {"identity": identity, "definition": json.loads(definition.to_json())}
@@ -183,7 +183,7 @@ class Scheduler:
         elif ok:
             self._keep(each.name, each.claim)
         else:
-            self._fail(each.name, each.claim, last_words(home))
+            self._fail(each.name, each.claim, failure(home))
 
     def _fail(self, name: str, claim: Claim, reason: str) -> None:
         _patiently(lambda: self.study.fail(claim, reason))
@@ -235,7 +235,7 @@ def gpus_of_slots(visible: Sequence[str], per_trial: int, workers: int | None) -
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """Return the GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [each.strip() for each in named.split(",") if each.strip() and each.strip() != "-1"]

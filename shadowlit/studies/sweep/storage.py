@@ -91,9 +91,9 @@ def _database(address: str) -> BaseStorage:
 
     try:
         url = make_url(address)
-    except (ArgumentError, ValueError) as error:  # ValueError: of a port that is no number
+    except (ArgumentError, ValueError) as error:  # ValueError: of a port that is not a number
         raise ShadowlitError(
-            "storage is no address of a database; expected e.g. postgresql://user:password@host/name."
+            "storage is not an address of a database; expected e.g. postgresql://user:password@host/name."
         ) from error
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")

@@ -187,7 +187,7 @@ class SweepStudy:
         changed = changes(self._identity_of(study), identity)
         if changed:
             raise ShadowlitError(
-                f"the storage holds another sweep named {self.definition.study!r}: {changed} differ. Give "
+                f"the storage holds another sweep named {self.definition.study!r}; different: {changed}. Give "
                 "this one another name, or remove that one; values, seeds and arms may be added, nothing else may "
                 "change."
             )
@@ -378,14 +378,14 @@ def _is_running(worker: Mapping[str, Any]) -> bool:
 
 
 def state_of(trial: FrozenTrial) -> str:
-    """The state of a trial: waiting, running, complete, pruned, diverged or failed."""
+    """Return the state of a trial: waiting, running, complete, pruned, diverged or failed."""
     if trial.state == TrialState.FAIL:
         return "diverged" if "diverged" in trial.user_attrs else "failed"
     return trial.state.name.lower()
 
 
 def stored_definition(storage: BaseStorage, name: str | None) -> Definition:
-    """The definition of a sweep that a storage holds.
+    """Return the definition of a sweep that a storage holds.
 
     Raises:
         ShadowlitError: It holds none of this name, or several and no name is given.

@@ -77,20 +77,20 @@ class Table:
         return [axis for axis in self.axes if axis not in single] or self.axes
 
     def levels(self, axis: str) -> list[str]:
-        """What an axis varies over, as text; a range is one text."""
+        """Return what an axis varies over, as text; a range is one text."""
         if axis == SCALE:
             return [f"{scale:g}" for scale in self.definition.scales]
         found = next(each for each in self.definition.axes if each.name == axis)
         return list(found.levels) if found.range is None else [f"{found.range['low']:g} to {found.range['high']:g}"]
 
     def shown(self) -> list[str]:
-        """The metrics of the report: what trials are judged by, then the ones of ``show``."""
+        """Return the metrics of the report: what trials are judged by, then the ones of ``show``."""
         judged = self.definition.metrics
         own = [self.definition.judged] if len(judged) == 1 else [self.definition.judged, *map(without_subject, judged)]
         return list(dict.fromkeys([*own, *self.definition.show]))
 
     def short(self, axis: str) -> str:
-        """The name of an axis in the names of folders."""
+        """Return the name of an axis in the names of folders."""
         names = [each.name for each in self.definition.axes]
         return self.definition.short_names[names.index(axis)] if axis in names else axis
 
@@ -100,25 +100,25 @@ class Table:
         return {axis.name for axis in self.definition.axes if axis.range is not None}
 
     def setting_text(self, place: Place) -> str:
-        """A setting in a word for each axis: ``lr=0.001, r=16, λ=0.5``."""
+        """Return a setting in a word for each axis: ``lr=0.001, r=16, λ=0.5``."""
         parts = [f"{self.short(axis)}={level_text(level)}" for axis, level in place.setting.items()]
         if place.scale is not None and len(self.definition.scales) > 1:
             parts.append(f"λ={place.scale:g}")
         return ", ".join(parts)
 
     def of(self, arm: str, scale: float | None = None) -> list[Row]:
-        """The rows of an arm that have a result, at the first scale unless another is given."""
+        """Return the rows of an arm that have a result, at the first scale unless another is given."""
         wanted = scale if scale is not None else self.definition.scales[0]
         found = [row for row in self.rows if row.arm == arm and row.metrics]
         return [row for row in found if row.scale in (None, wanted)]
 
     def untouched(self, arm: str, metric: str) -> float:
-        """A metric of ``Base`` or ``Instruct``; NaN if it wasn't measured."""
+        """Return a metric of ``Base`` or ``Instruct``; NaN if it wasn't measured."""
         values = [row.metrics[metric] for row in self.rows if row.arm == arm and metric in row.metrics]
         return average(values).mean
 
     def effects(self, axis: str, metric: str, arm: str, scale: float | None = None) -> list[Level]:
-        """The main effect of an axis: the mean at each of its levels, over the settings that all levels share.
+        """Return the main effect of an axis: the mean at each of its levels, over the settings that all levels share.
 
         A setting of the other axes counts for a seed if it was measured at every level, so that no level gains from
         easier company. The interval is over seeds alone: it is about other trainings, not about other settings. Without
@@ -146,7 +146,7 @@ class Table:
         return result
 
     def standings(self, arm: str) -> list[Standing]:
-        """Each setting of an arm at each scale, over its finished seeds; best first by the sweep's metric."""
+        """Return each setting of an arm at each scale, over its finished seeds; best first by the sweep's metric."""
         sign = 1 if self.definition.direction == "minimize" else -1
         own = by_place(row for row in self.rows if row.arm == arm and row.state == "complete")
         found = [standing_of(arm, rows, metric_names(rows)) for rows in own]
@@ -159,7 +159,7 @@ class Table:
 
 
 def build_table(study: SweepStudy) -> Table:
-    """The table of what a sweep's storage holds at this moment."""
+    """Return the table of what a sweep's storage holds at this moment."""
     from shadowlit.studies.sweep.study import state_of
 
     definition = study.definition
@@ -243,10 +243,10 @@ def _order(level: Any) -> tuple[int, float]:
 
 
 def is_numeric(levels: Iterable[str | float]) -> bool:
-    """Whether all levels are numbers."""
+    """Return whether all levels are numbers."""
     return all(_order(level)[0] == 0 for level in levels)
 
 
 def level_text(value: str | float) -> str:
-    """A label as it is, or a number with four digits."""
+    """Return a label as it is, or a number with four digits."""
     return value if isinstance(value, str) else f"{value:.4g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,6 +16,7 @@ from shadowlit.masking import masked
 
 LOCK = ".lock"
 _PATIENCE_S = 60.0
+_LONGEST = 80  # of a value in a message
 
 
 @contextmanager
@@ -53,6 +55,31 @@ def _wait_for(file: Path) -> AbstractContextManager[BaseFileLock]:
 
 
 def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The names of what differs between the identities of two studies, separated by commas; empty if nothing does."""
+    """Return what differs between the identities of two studies, ``model.lr 0.001 → 0.002``, separated by commas; empty
+    if nothing does.
+
+    A configuration is compared by its content, and by its hash where an earlier version has kept no more.
+    """
     found = masked(found)  # earlier versions wrote secrets
-    return ", ".join(sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key)))
+    unused = "config" if "content" in found else "content"
+    old, new = ({key: value for key, value in each.items() if key != unused} for each in (found, wanted))
+    return ", ".join(_changed(old, new))
+
+
+def _changed(old: Any, new: Any, key: str = "") -> Iterator[str]:
+    if old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in sorted(old.keys() | new.keys()):
+            # Keys of the configuration are those of the user; of overrides too, which are dotted.
+            inner = name if key in ("", "content", "overrides") else f"{key}.{name}"
+            yield from _changed(old.get(name), new.get(name), inner)
+    elif key == "config":
+        yield "the configuration's file"
+    else:
+        yield f"{key} {_short(old)} → {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    text = "unset" if value is None else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

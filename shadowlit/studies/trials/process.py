@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,15 +24,20 @@ from shadowlit.studies.trials.trial import LIVE, LOG, RESULT, run_logged
 
 _PATIENCE_S = 10.0
 _RESUMED = ("checkpoints", "metrics.csv", "config.yaml")
+_NO_ERROR = ("tip:", "Usage:", "usage:")
 _ERROR = re.compile(r"error: |[\w.]*(Error|Exception|Interrupt)\b")  # of a parser, or at the end of a traceback
 
 
 @dataclass(frozen=True)
 class Job:
-    """A training, or a measurement of untrained models: its folder's name, and the command line of ``shadowlit``."""
+    """A training, or a measurement of untrained models: its folder's name, and the command line of ``shadowlit``.
+
+    Its result has metrics whose names begin with each of ``measures``.
+    """
 
     name: str
     arguments: tuple[str, ...]
+    measures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,17 +165,37 @@ def start(
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a job has left its result."""
+    """Return whether a job has left its result."""
     return (folder / RESULT).is_file()
 
 
+def is_measured(job: Job, folder: Path) -> bool:
+    """Return whether a finished job has measured everything that is asked of it; one of fewer arms has not."""
+    logged = read_result(folder)["metrics"]
+    return all(any(name.startswith(prefix) for name in logged) for prefix in job.measures)
+
+
+def discard(folder: Path) -> None:
+    """Remove what a job has left, so that it runs again from its beginning.
+
+    Raises:
+        ShadowlitError: Another process has not left the folder within a minute.
+    """
+    with vacated(folder):
+        for path in folder.iterdir():
+            if not path.name.startswith(LOCK):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def read_result(folder: Path) -> dict[str, Any]:
-    """What a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
+    """Return what a finished job has left: its ``metrics`` by name, ``step``, and what it cost."""
     return json.loads((folder / RESULT).read_text(encoding="utf-8"))
 
 
 def read_live(folder: Path) -> dict[str, Any] | None:
-    """What the last validation of a running job has measured: ``step`` and ``metrics``; None before the first."""
+    """Return what the last validation of a running job has measured: ``step`` and ``metrics``; None before
+    the first.
+    """
     file = folder / LIVE
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -180,14 +206,26 @@ def drop_checkpoints(folder: Path) -> None:
 
 
 def last_words(folder: Path) -> str:
-    """The last line of a failed job's log that names an error; its last line if none does."""
+    """Return the last message of a failed job's log that names an error, as one line; its last line if none does."""
     text = (folder / LOG).read_text(encoding="utf-8", errors="replace") if (folder / LOG).is_file() else ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return ([line for line in lines if _ERROR.match(line)] or lines or ["it left no log"])[-1]
+    lines = [line.strip() for line in text.splitlines()]
+    begun = [number for number, line in enumerate(lines) if _ERROR.match(line)]
+    if not begun:
+        return ([line for line in lines if line] or ["it left no log"])[-1]
+    # A message that lists several problems has several lines; it ends at an empty one, or where something else begins.
+    message = itertools.takewhile(lambda line: line and not line.startswith(_NO_ERROR), lines[begun[-1] :])
+    return " ".join(message)
+
+
+def failure(folder: Path) -> str:
+    """Return why a job has failed, and where its log is."""
+    return f"{last_words(folder).removesuffix('.')}; the log is {folder / LOG}"
 
 
 def untouched_failed(home: Path) -> ShadowlitError:
-    """The error that ends a study without reference models, which the job in the folder ``home`` should have left."""
+    """Return the error that ends a study without reference models, which the job in the folder ``home`` should have
+    left.
+    """
     return ShadowlitError(
         f"the untouched models could not be measured, so there is nothing to compare with: "
         f"{last_words(home).removesuffix('.')}. Fix the cause, and start the same command again; the log is "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ class Recipe:
     task_scales: tuple[float, ...] = ()
 
     def get(self, key: str) -> Any:
-        """The value of a dotted key, as overridden or in the file; None where neither has it."""
+        """Return the value of a dotted key, as overridden or in the file; None where neither has it."""
         if key in self.overrides:
             return self.overrides[key]
         value: Any = self.content
@@ -45,7 +45,7 @@ class Recipe:
         """The configuration in the file, without overrides.
 
         Raises:
-            DataError: There is no such file, or it is no YAML mapping.
+            DataError: There is no such file, or it is not a YAML mapping.
         """
         try:
             found = load_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
@@ -56,7 +56,7 @@ class Recipe:
         return found
 
     def arguments(self, source: str, seed: int, folder: Path, values: Mapping[str, Any]) -> list[str]:
-        """The command line of ``fit`` with this configuration and what is changed in it, after the word itself.
+        """Return the command line of ``fit`` with this configuration and what is changed in it, after the word itself.
 
         The model that is trained is ``B``, the Base, or ``I``, the Instruct, whose update is grafted onto the Base.
 
@@ -74,34 +74,54 @@ class Recipe:
         return self._arguments(folder, {**values, **swapped, **seeds})
 
     def untouched_job(self, folder: Path) -> Job:
-        """The job that measures the untouched models once for all trainings of the study in a folder."""
+        """Return the job that measures the untouched models once for all trainings of the study in a folder."""
         own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False}
         arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own})
         return Job(UNTOUCHED_TRIAL, ("validate", *arguments))
 
     def identity(self) -> dict[str, Any]:
-        """Everything but the pair that must not change within a study; it is written, so secrets are masked."""
+        """Return everything but the pair that must not change within a study; it is written, so secrets are masked."""
         found = {
             "config": hashlib.sha256(self.config.read_bytes()).hexdigest(),
+            "content": masked(self.content),
             "overrides": masked(self.overrides),
             "scales": list(self.scales),
             "task_scales": list(self.task_scales),
         }
-        return json.loads(json.dumps(found))
+        return json.loads(json.dumps(found, default=str))
 
     def fingerprints(self) -> Mapping[str, Any]:
-        """The fingerprints of the two models of the pair."""
+        """Return the fingerprints of the two models of the pair."""
         from shadowlit.pair.pair import ModelPair
 
         return ModelPair(**self.pair()).fingerprints()
 
     def pair(self) -> dict[str, Any]:
-        """The keys of the section ``pair`` that are set."""
+        """Return the keys of the section ``pair`` that are set."""
         names = ("base", "instruct", "base_revision", "instruct_revision", "trust_remote_code", "template_owner")
         return {name: value for name in names if (value := self.get(f"pair.{name}")) is not None}
 
+    def monitored(self) -> set[str]:
+        """Return the metrics that callbacks and schedules of the configuration monitor."""
+
+        def found(value: Any) -> Iterator[str]:
+            if isinstance(value, Mapping):
+                yield from (
+                    each for key, each in value.items() if str(key).endswith("monitor") and isinstance(each, str)
+                )
+                yield from (name for each in value.values() for name in found(each))
+            for each in value if isinstance(value, list | tuple) else ():
+                yield from found(each)
+
+        kept = {key: self.content[key] for key in self.content if key not in self.overrides}
+        for key in ("trainer.callbacks", "model.lr_scheduler"):  # what overrides replace is not there
+            section, name = key.split(".")
+            if key in self.overrides and isinstance(kept.get(section), Mapping):
+                kept[section] = {part: value for part, value in kept[section].items() if part != name}
+        return {*found(kept), *found(self.overrides)}
+
     def is_distributed(self) -> bool:
-        """Whether Lightning would start more processes than one."""
+        """Return whether Lightning would start more processes than one."""
         devices, accelerator = self.get("trainer.devices"), self.get("trainer.accelerator")
         return not (devices in (1, "1") or (accelerator == "cpu" and devices in (None, "auto")))
 

@@ -39,14 +39,14 @@ class Objective(ABC):
 
         ``loss`` is the summed loss with its gradient, and ``count`` what the loss of the whole effective batch is
         divided by, usually samples or, of tokens, :meth:`Outputs.total_weight`. A term must be a sum over samples that
-        depends on nothing of the rest of the batch, or the loss changes with the size of the micro-batches.
+        does not depend on the rest of the batch, or the loss changes with the size of the micro-batches.
         """
 
     def finish_step(self, sums: Sums) -> Sums:
         """Return what is logged as ``train/<name>`` besides the loss; by default means of the other sums.
 
         Args:
-            sums: Those of :meth:`step` over the effective batch, that is all micro-batches and ranks, in float64.
+            sums: Sums of :meth:`step` over the effective batch, that is all micro-batches and ranks, in float64.
         """
         return {name: one / sums["count"] for name, one in sums.items() if name not in ("loss", "count")}
 

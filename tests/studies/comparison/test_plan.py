@@ -71,6 +71,33 @@ def test_both_sources_get_one_recipe_and_the_instruct_swaps_the_roles(recipe, tm
     assert "pair.base" not in untouched and untouched["evaluation.baselines"] == "true"
 
 
+def test_a_training_measures_its_arms_alone(recipe, tmp_path):
+    recipe = Recipe(recipe.config, {"evaluation.evaluators": {"new": {}}}, (1.0, 0.5))
+    keys = ("graft.validate", "evaluation.subjects", "evaluation.last_only")
+
+    def of(source, arms, recipe=recipe):
+        job = Training(source, 1e-3, 0).job(recipe, tmp_path, arms)
+        return [json.loads(told(job.arguments)[key]) for key in keys], job.measures
+
+    assert of("I", ["B2I", "I2I"]) == ([False, ["tuned"], True], ("val/tuned/", "val/tuned/new/"))
+    assert of("B", ["B2I", "I2I"]) == ([True, ["grafted"], True], ("val/grafted/", "val/grafted/new/"))
+    assert of("B", ["B2I", "B2B"])[0] == [True, ["grafted", "tuned"], True]
+
+
+@pytest.mark.parametrize(("monitor", "expected"), [
+    ("val/tuned/loss", [False, ["tuned"], True]),
+    ("graft/gain", [True, ["tuned"], True]),
+    ("val/grafted/new/score", [True, ["tuned", "grafted"], False]),
+])  # fmt: skip
+def test_what_is_monitored_is_measured(recipe, tmp_path, monitor, expected):
+    callback = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": monitor}}
+    own = {"evaluation.evaluators": {"new": {}}, "trainer.callbacks": [callback]}
+    found = told(Training("I", 1e-3, 0).job(Recipe(recipe.config, own), tmp_path, ["I2I"]).arguments)
+    assert [
+        json.loads(found[key]) for key in ("graft.validate", "evaluation.subjects", "evaluation.last_only")
+    ] == expected
+
+
 def test_values_are_those_of_the_overrides_then_of_the_file(recipe):
     assert recipe.get("trainer.max_epochs") == 3 and recipe.get("model.lr") == 1e-3
     assert recipe.get("trainer.devices") is None and recipe.get("pair.base.deeper") is None

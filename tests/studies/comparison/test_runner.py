@@ -194,10 +194,60 @@ def test_what_is_finished_is_skipped_and_more_can_be_added(compared, setting):
     assert one["val/tuned/loss"] != two["val/tuned/loss"]
 
 
+def test_only_what_is_asked_for_is_measured_and_an_arm_that_is_added_runs_again(setting, tmp_path, caplog):
+    out = tmp_path / "out"
+    run_compare(setting, out, arms="I2I", rates={"I2I": [2e-3]})
+    home = out / "I_lr0.002_seed0"
+    logged = json.loads((home / "result.json").read_text())["metrics"]
+    assert not [name for name in logged if name.startswith(("val/grafted", "val/base", "val/instruct"))]
+    assert [path.name for path in home.glob("evaluation/step-*/*") if path.is_dir()] == ["tuned"]
+    untouched = json.loads((out / "untouched/result.json").read_text())["metrics"]
+    assert untouched["val/grafted@0.5/said/score"] == untouched["val/instruct/said/score"]
+    records = run_compare(setting, out, arms="I2I,I2B", rates={"I2I": [2e-3]})
+    assert "I_lr0.002_seed0 runs again: an arm that is asked for now was not measured then" in caplog.text
+    assert {(r.arm, r.scale) for r in records if r.seed == 0} == {("I2I", None), ("I2B", 1.0), ("I2B", 0.5)}
+    assert all("said" in r.samples for r in records)
+    again = json.loads((home / "result.json").read_text())["metrics"]
+    assert {name: again[name] for name in logged if "/tuned/" in name} == {
+        n: logged[n] for n in logged if "/tuned/" in n
+    }
+
+
 def test_another_recipe_needs_another_folder(compared, setting):
     out, _ = compared
-    with pytest.raises(DataError, match=r"trainings of another recipe: overrides changed since"):
+    with pytest.raises(DataError, match=r"another recipe; changed since: model\.weight_decay unset → 0\.1\. Give"):
         run_compare(setting, out, overrides={"model.weight_decay": 0.1})
+
+
+def test_a_recipe_may_change_while_nothing_is_finished(setting, tmp_path, caplog):
+    """As after a mistake that all trainings failed of; what an interrupted one has left is removed."""
+    before, after = (Recipe(setting / "fit.yaml", {"model.weight_decay": value}) for value in (0.1, 0.2))
+    begun = tmp_path / "B_lr0.001_seed0"
+    with own_folder(tmp_path, before):
+        (begun / "checkpoints").mkdir(parents=True)
+        for name in (".lock", "config.yaml", "log.txt"):
+            (begun / name).touch()
+    (tmp_path / "untouched").mkdir()
+    for name in (".lock", "result.json"):  # no training
+        (tmp_path / "untouched" / name).touch()
+    with own_folder(tmp_path, after):
+        assert not (tmp_path / "untouched/result.json").exists()
+        assert [path.name for path in begun.iterdir()] == [".lock"]
+    assert "model.weight_decay 0.1 → 0.2" in caplog.text
+    (begun / "result.json").write_text("{}")
+    with pytest.raises(DataError, match=r"model\.weight_decay 0\.2 → 0\.1"), own_folder(tmp_path, before):
+        pass
+    with own_folder(tmp_path, after):
+        pass
+
+
+def test_wrong_rows_of_an_evaluator_are_told_whole_before_anything_starts(setting, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"question": f"{i}?", "answer": f"{i}"} for i in range(3)])
+    own = {"class_path": "shadowlit.evaluation.generated.Generation", "init_args": {"data": rows, "match": "numeric"}}
+    with pytest.raises(ShadowlitError) as told:
+        run_compare(setting, tmp_path / "out", gain=["math"], overrides={"evaluation.evaluators": {"math": own}})
+    assert all(word in str(told.value) for word in ("evaluation.evaluators.math", "line 1", "line 3", "answer"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_comparisons_do_not_share_a_folder(setting, tmp_path):
@@ -267,10 +317,12 @@ def test_a_job_in_a_process_of_its_own_that_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("log", "words"), [
-    ("error: data.batch_size is 0\nKnown: 1, 2.\ntip: --help\n", "error: data.batch_size is 0"),
+    ("error: data.batch_size is 0\nKnown: 1, 2.\ntip: --help\n", "error: data.batch_size is 0 Known: 1, 2."),
     ("Traceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA\n\n/a.py:3: UserWarning: late\n",
      "torch.OutOfMemoryError: CUDA"),
-    ("ValueError: one\nDuring handling:\nKeyError: 'two'\na note\n", "KeyError: 'two'"),
+    ("ValueError: one\nDuring handling:\nKeyError: 'two'\na note\n", "KeyError: 'two' a note"),
+    ("x.DataError: 2 problems:\n  rows.jsonl, line 1\n  rows.jsonl, line 2. Correct them.\n\nlate\n",
+     "x.DataError: 2 problems: rows.jsonl, line 1 rows.jsonl, line 2. Correct them."),
     ("loading\nKilled\n\n", "Killed"),
     ("error: data.pair is 3. Give it a folder.\n", "error: data.pair is 3. Give it a folder."),
     ("", "it left no log"),

@@ -102,7 +102,7 @@ def test_what_a_trial_is_judged_by():
     assert define(metric="val/tuned/loss").judge(logged, "B") == 2.0
     assert define(metric=["loss", "a"]).judge(logged, "B") == 2.0
     worth = define(metric=["loss", "a"], arms=["B2B"]).judge(logged, "B")
-    assert worth != worth  # one of them is no number
+    assert worth != worth  # one of them is not a number
     with pytest.raises(KeyError, match="val/grafted/nothing"):
         define(metric="nothing").judge(logged, "B")
 
@@ -134,7 +134,7 @@ def test_a_definition_can_be_stored():
     ({"drop": [{"model.rl": 1e-3}]}, "drop names 'model.rl', expected some of model.lr, model.adapter.r"),
     ({"drop": [{"model.lr": 5e-3}]}, "drop names model.lr=0.005, expected some of 0.001, 0.002"),
     ({"drop": [{"model.lr": [1e-3, 2e-3]}]}, "drop leaves no trial"),
-    ({"ranges": {"model.eps": {"low": 1e-9, "high": 1e-8}}}, "are no grid; set sampler: random or tpe"),
+    ({"ranges": {"model.eps": {"low": 1e-9, "high": 1e-8}}}, "are not a grid; set sampler: random or tpe"),
     ({"sampler": "tpe"}, "sampler is tpe but trials is not set"),
     ({"trials": 5}, "trials is set, but a grid runs all of its combinations"),
     ({"sampler": "random", "trials": 5, "ranges": {"model.eps": {"low": 2, "high": 1}}}, "expected low < high"),

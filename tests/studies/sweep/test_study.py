@@ -102,9 +102,9 @@ def test_what_is_left_out_later_is_neither_run_nor_shown(where, tmp_path, name):
 
 def test_another_sweep_of_the_same_name_is_refused(where, tmp_path, name):
     opened(where, tmp_path, name=name)
-    with pytest.raises(ShadowlitError, match=rf"another sweep named '{name}-demo_lora': overrides differ"):
+    with pytest.raises(ShadowlitError, match=rf"another sweep named '{name}-demo_lora'; different: "):
         opened(where, tmp_path, name=name, overrides={"trainer.max_epochs": 3})
-    with pytest.raises(ShadowlitError, match="axes differ"):
+    with pytest.raises(ShadowlitError, match="different: axes "):
         opened(where, tmp_path, name=name, grid={"model.lr": [1e-3]})
     stored = stored_definition(open_storage(where, tmp_path), f"{name}-demo_lora")
     assert stored.identity() == define(name=name).identity() and stored.planned() == define(name=name).planned()
@@ -234,7 +234,7 @@ def test_a_storage_that_cannot_be_reached(tmp_path, address, message):
 
 
 def test_a_journal_that_is_none(tmp_path):
-    (tmp_path / "x.journal").write_text("these are no trials\nat all\n")
+    (tmp_path / "x.journal").write_text("these are not trials\nat all\n")
     with pytest.raises(ShadowlitError, match=r"x\.journal can't be read or written"):
         opened(str(tmp_path / "x.journal"), tmp_path)
 

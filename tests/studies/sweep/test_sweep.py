@@ -260,7 +260,7 @@ def test_a_worker_of_an_array_runs_as_many_as_it_is_told(tmp_path, monkeypatch):
     ({"grid": {"model.lr": ["fast"]}}, 'model.lr is fast; expected float.'),
     ({"grid": {"model.adapter.r": [4, "x"]}}, 'model.adapter.r is x; expected int.'),
     ({"variants": {"v": {"a": {"model.lr": 1e-3}, "b": {"graft.selct": "all"}}}, "grid": {}}, "graft.selct"),
-    ({"fit": "configs/none.yaml"}, "fit is 'configs/none.yaml', which is no file"),
+    ({"fit": "configs/none.yaml"}, "fit is 'configs/none.yaml', which is not a file"),
     ({"workers": 0}, "workers is 0; expected at least 1"),
     ({"limit": 0}, "limit is 0; expected at least 1"),
     ({"grid": {"model.lr": []}}, "grid.model.lr is"),
@@ -299,9 +299,11 @@ def test_a_folder_has_one_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "start", lambda job, folder, **_: _Stub(job, folder))
     given = {"fit": "configs/demo_lora.yaml", "grid": {"model.lr": [1e-3]}, "threads": 1, "overrides": SHORT}
     run("a", out=str(tmp_path / "out"), **given)
-    with pytest.raises(ShadowlitError, match=r"another sweep: metric differ\. Give this one another name or folder"):
+    with pytest.raises(
+        ShadowlitError, match=r"another sweep; different: metric .* Give this one another name or folder"
+    ):
         run("a", out=str(tmp_path / "out"), storage=str(tmp_path / "y.journal"), metric="accuracy", **given)
-    with pytest.raises(ShadowlitError, match=r"holds another sweep named 'a-demo_lora': metric differ"):
+    with pytest.raises(ShadowlitError, match=r"holds another sweep named 'a-demo_lora'; different: metric"):
         run("a", out=str(tmp_path / "out"), metric="accuracy", **given)
     with pytest.raises(ShadowlitError, match=r"there is no .*study\.journal"):
         report(str(tmp_path / "none"))

@@ -8,12 +8,13 @@ import pytest
 
 from shadowlit.errors import ShadowlitError
 from shadowlit.studies.rows import to_csv
+from shadowlit.studies.sweep import report
 from shadowlit.studies.sweep.plots import draw_interaction, main_effects, trial_curves
 from shadowlit.studies.sweep.report import write_report
 from shadowlit.studies.sweep.scheduler import keep_definition
 from shadowlit.studies.sweep.storage import open_storage
 from shadowlit.studies.sweep.study import SweepStudy
-from shadowlit.studies.sweep.table import Table, build_table, read_curves, read_table, write_curves
+from shadowlit.studies.sweep.table import Level, Table, build_table, read_curves, read_table, write_curves
 from tests.studies.sweep.test_definition import define
 
 ROOT = Path(__file__).parents[3]
@@ -149,7 +150,7 @@ def test_the_report_says_what_was_measured(tmp_path):
     text = write_report(study, tmp_path).read_text()
     assert "| Instruct | untouched |  | 7 | 0.25 |" in text
     assert "| B2I | lr=0.001, r=1 | 3 | 2.1 ± 0.058 | 0.5 ± 0 |" in text
-    assert "| B2I | 0.002 | 2 | 4.6 (4.352 to 4.848) | 0.5 (0.5 to 0.5) |" in text
+    assert "| B2I | 0.002 | 2 | 4.6 (4.352 to 4.848) | 0.5 (no spread between seeds) |" in text
     assert "which flatters the best" in text and "interaction_B2I.png" in text
     assert {file.name for file in tmp_path.glob("*.png")} == {"main_effects.png", "interaction_B2I.png", "trials.png"}
     assert {file.stem for file in tmp_path.glob("*.pdf")} == {"main_effects", "interaction_B2I", "trials"}
@@ -175,3 +176,9 @@ def test_plots_draw_what_the_table_says(tmp_path):
     assert np.asarray(heat) == pytest.approx(np.array([[2.0, 4.0], [5.0, 7.0]]))
     curves = trial_curves({"lr=0.001_r=1_seed=0": [(1, 3.0), (2, 2.0)]}, table).axes[0]
     assert curves.lines[0].get_xydata().tolist() == [[1, 3], [2, 2]]
+
+
+def test_an_interval_without_width_is_told():
+    assert report._level(Level("a", 0.5, 0.5, 0.5, 3, 1)) == "0.5 (no spread between seeds)"
+    assert report._level(Level("a", 0.5, 0.25, 0.75, 3, 1)) == "0.5 (0.25 to 0.75)"
+    assert report._level(Level("a", 0.5, math.nan, math.nan, 1, 1)) == "0.5"
