@@ -1,7 +1,7 @@
 """Scores of models on chat rows, row by row: loss, first token, exactness, and divergence from the Instruct.
 
-Models are loaded in float32 from bfloat16 folders; a graft is rounded to bfloat16 first, as its export is. Linear layers
-compute in bfloat16 (autocast), the output head and everything after it in float32.
+Models are loaded in float32 from bfloat16 folders; a graft is rounded to bfloat16 first, as its export is. Linear
+layers compute in bfloat16 (autocast); the output head and everything after it in float32.
 """
 
 from __future__ import annotations

@@ -122,7 +122,8 @@ class Study:
         if pair != "near":
             fit(
                 HERE / "instruct.yaml", self.runs / "instructs", f"{pair}-dpo",
-                pair=(tuned / "model", tuned / "model"), train=self.data / "preferences.jsonl", validation=None, export=self.runs / pair,
+                pair=(tuned / "model", tuned / "model"), train=self.data / "preferences.jsonl", validation=None,
+                export=self.runs / pair,
                 **{"model.objective": "DPO", "model.lr": 5e-6, "trainer.max_epochs": 2, "data.batch_size": 4,
                    "data.max_length": 512, "data.group_by_length": False, "graft.baselines": True},
             )  # fmt: skip
