@@ -275,14 +275,16 @@ class GraftCallback(Callback):
         if not trainer.sanity_checking:
             self.record.close(trainer)
             self.finished = self.record
-            names = ("graft/gain", f"{self.record.stage}/grafted/loss", "graft/survival")
-            gain, loss, survival = (self.record.metrics.get(name, math.nan) for name in names)
-            if not self.validate:
-                return
-            rank_zero_info(
-                f"graft: step {trainer.global_step:,}: gain {text.number(gain, signed=True)}, "
-                f"grafted loss {text.number(loss)}, survival {survival:.1%}"
-            )
+            metrics, loss = self.record.metrics, f"{self.record.stage}/grafted/loss"
+            parts = []  # of what was measured: without baselines there is no gain, and without an update no survival
+            if "graft/gain" in metrics:
+                parts.append(f"gain {text.number(metrics['graft/gain'], signed=True)}")
+            if loss in metrics:
+                parts.append(f"grafted loss {text.number(metrics[loss])}")
+            if "graft/survival" in metrics:
+                parts.append(f"survival {metrics['graft/survival']:.1%}")
+            if parts:
+                rank_zero_info(f"graft: step {trainer.global_step:,}: {', '.join(parts)}")
 
     # A test is a validation on other sets.
     on_test_start = on_validation_start

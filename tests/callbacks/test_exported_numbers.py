@@ -263,6 +263,13 @@ def test_other_weights_than_those_scored_are_told(tmp_path, folders, caplog, rec
     assert any(record.message.startswith("graft: step 2: gain ") for record in caplog.records)
 
 
+def test_what_was_not_measured_is_not_reported_as_a_number(tmp_path, folders, caplog):
+    caplog.set_level("INFO")
+    fit(folders, "full", max_steps=1, val_check_interval=1, graft={"baselines": False, "statistics": False})
+    (line,) = (r.message for r in caplog.records if r.message.startswith("graft: step 1: "))
+    assert line.startswith("graft: step 1: grafted loss ") and "nan" not in line and "," not in line
+
+
 def test_an_export_that_nobody_has_scored_is_told(tmp_path, folders):
     export = ExportCallback(folder=str(tmp_path), parts=["delta"])
     with pytest.warns(UserWarning, match="weights are those of step 1, but there are no scores"):
