@@ -27,6 +27,7 @@ _PART = re.compile(r"NestedArg\(key='(.+)', val='?(.*?)'?\)")
 _TYPES = re.compile(r"^ *Subtypes: \[(.*)\]$|Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$", re.MULTILINE)
 _OPTION = re.compile(r"Option '(\S+)' is not accepted(?:; known: (.*?)(?:\. Got value: .*)?)?$", re.MULTILINE)
 _MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILINE)
+_ABSENT = re.compile(r"File does not exist: '(.*?)'")
 _CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUE, _MAX_LINES, _MAX_NAMES = 120, 6, 20
@@ -122,6 +123,8 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         known: What keys take.
     """
     found = _KEY.match(message)
+    if found is not None and (absent := _ABSENT.search(message)):
+        return f"{found[1]} is {absent[1]}, which does not exist. Correct the path."
     if found is None or not (values := _VALUE.findall(message)):
         return "\n".join([line for line in message.splitlines() if line.strip()][:_MAX_LINES])
     key, value, details = found[1], values[-1], message[found.end() :]

@@ -1,8 +1,8 @@
 """Copies of questions that ask the same: other names, other numbers, a sentence that doesn't matter.
 
 A model that has learned to solve a question solves its copy too; one that remembers it may not. The idea is that of
-GSM-Symbolic and GSM-NoOp (arXiv 2410.05229), without templates written by hand: a row of which the right answer can't
-be told is left alone. Pure functions of a row and a random generator.
+GSM-Symbolic and GSM-NoOp (arXiv 2410.05229), without templates written by hand: a row is left alone if the right answer
+of its copy can't be derived. Pure functions of a row and a random generator.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ _TRIES = 30
 
 
 def perturb(kind: str, row: Row, field: str, seed: int, index: int) -> dict[str, Any] | None:
-    """Return a copy of a row that asks the same in another way; None where that can't be told.
+    """Return a copy of a row that asks the same in another way; None if its answer can't be derived.
 
     ``names``: common first names in the question become others of the same gender, in all texts of the row.
-    ``numbers``: numbers of the question become others, and the answer is computed anew. It takes a solution with
+    ``numbers``: numbers of the question become others, and the answer is recomputed. It takes a solution with
     annotations as in GSM8K (``<<16-3-4=9>>9``, ``#### 9``) whose whole chain recomputes before and after; every number
     in it must come from the question, an earlier step, or be a usual constant (12 months, 100 per cent).
     ``words``: whole numbers below 1,000 are written in words. ``distractors``: a sentence that doesn't matter is
@@ -147,7 +147,8 @@ def _given(changes: Mapping[Fraction, Fraction], question: str) -> dict[Fraction
 
 
 def _changeable(question: str, solution: str) -> list[Fraction]:
-    """The whole numbers of a question that a solution counts with, each told once, and nothing else of that value."""
+    """The whole numbers of a question that a solution computes with, if each occurs once and no other quantity has "
+    "its value."""
     values, words = _values(question), _spoken(question)
     used = {value for expression, _ in _STEP.findall(solution) for value in _values(expression)}
     return [

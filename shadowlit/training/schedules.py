@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 from transformers import get_scheduler
 
-from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.errors import ShadowlitError, counted, first_line
 
 # transformers' schedules that need no metric.
 ScheduleName = Literal[
@@ -67,8 +67,9 @@ def make_schedule(
         ) from error
     if choice == "warmup_stable_decay" and warmup + (options or {})["num_decay_steps"] > total:
         raise ShadowlitError(
-            f"model.lr_scheduler_kwargs has num_decay_steps={(options or {})['num_decay_steps']}, which with {warmup} "
-            f"steps of warm-up is more than the {total} steps of the training. Set it to fewer steps."
+            f"model.lr_scheduler_kwargs has num_decay_steps={(options or {})['num_decay_steps']}, which with "
+            f"{counted(warmup, 'step')} of warm-up is more than the {counted(total, 'step')} of the training. Set it "
+            "to fewer steps."
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}

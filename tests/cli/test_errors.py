@@ -224,7 +224,7 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
      "unrecognized arguments: --data.batchsize=1\nDid you mean data.batch_size?"),
     (["fit", "--config", str(DEMO), "--trainer.folder=x"],
      "unrecognized arguments: --trainer.folder=x\nDid you mean export.folder?"),
-    (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
+    (["fit", "--config", "/none.yaml"], "config is /none.yaml, which does not exist. Correct the path."),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 def test_other_commands_and_unknown_keys(capsys, arguments, message):

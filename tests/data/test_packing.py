@@ -421,7 +421,7 @@ def test_batches_of_packs_from_a_file(path, caplog):
         batches = list(data.train_dataloader())
     assert all(batch.keys() == {"input_ids", "position_ids", "labels"} for batch in batches)
     report = data.reports["train"]
-    assert f"train: packed into {report.num_packs} rows of up to 150 tokens, " in caplog.text
+    assert f"train: packed into {report.num_packs:,} rows of up to 150 tokens, " in caplog.text
     assert report.num_slots == sum(batch["input_ids"].numel() for batch in batches)
     supervised = sum((batch["labels"] != -100).sum().item() for batch in batches)
     assert supervised == report.num_supervised_tokens

@@ -332,6 +332,6 @@ def test_other_weights_at_the_start_are_not_resumed(tmp_path, home):
         with pytest.raises(ShadowlitError, match=r"written with another start than model\.start_from is now"):
             trainer.fit(make_module(home, "lora", start), RandomData(), ckpt_path=last)
     assert main(["export", str(last), "--parts", "delta"]) == 1
-    with pytest.raises(ShadowlitError, match="Merge both: 'python -m shadowlit graft"):
+    with pytest.raises(ShadowlitError, match="Merge both: 'shadowlit graft"):
         shutil.copy(home / "tuned/model.safetensors", tmp_path / "tuned")
         refused(home, "lora", tmp_path / "run")
