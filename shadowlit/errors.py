@@ -54,7 +54,7 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def as_usage() -> Iterator[None]:
-    """Let errors end the command with the status of wrong usage."""
+    """Give errors the exit status of wrong usage."""
     try:
         yield
     except ShadowlitError as error:

@@ -91,7 +91,7 @@ class PromptEvaluator(Evaluator, Generic[Item]):
             rank_zero_warn(f"{num_too_long} of {len(items)} {self.too_long.format_map(vars(self))}")
 
     def run(self, context: EvalContext) -> EvalResult:
-        """Ask and judge; a collective, to be called on all ranks alike."""
+        """Ask the questions and judge the answers; a collective, which all ranks must call."""
         assert self._items is not None, "read() comes before run()"
         sums = on_device(SampleSums("score", "squares", "num_too_long", *self.sums), context.device)
         ask = self._asks(context)

@@ -245,7 +245,7 @@ class AdaptedLayer:
         return getattr(twin.get_base_layer(), self.parameter).detach()
 
     def set_scale(self, scale: float) -> None:
-        """Let the adapter act with ``scale`` times its own scaling: 1 as it trains; 0 switches it off.
+        """Multiply the adapter's own scaling by ``scale``: 1 as in training, 0 switches it off.
 
         Factors that are not finite, times 0, would not be 0.
         """

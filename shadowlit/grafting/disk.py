@@ -202,7 +202,8 @@ class DiskGraft:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What the graft covers; of what it leaves out only the tensors that changed, for which they are read."""
+        """What the graft covers; of the tensors that it leaves out, only those that changed, which are read for "
+        "this."""
         return replace(self.planned, left_out=tuple(filter(self._update.changes, self.planned.left_out)))
 
     def _has_norm(self, name: str) -> bool:

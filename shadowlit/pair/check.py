@@ -150,7 +150,7 @@ def _check_revision(side: Side, source: str, revision: str | None) -> Iterator[P
 
 
 def _check_unread(base: Side, instruct: Side) -> Iterator[Problem]:
-    """Weights that are not downloaded, and what is not known without them."""
+    """Weights that are not downloaded, and what is unknown without them."""
     unread = [side.title for side in (base, instruct) if side.headers is not None and side.reader is None]
     if unread:
         yield Problem.note(

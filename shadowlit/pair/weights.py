@@ -128,7 +128,8 @@ def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem
         if alone:
             yield Problem.error(
                 "tensors",
-                f"{len(alone)} of {len(one.tensors)} tensors are only in the {one.title} ({some_of(alone)})",
+                f"only the {one.title} has {len(alone)} of its {counted(len(one.tensors), 'tensor')} "
+                f"({some_of(alone)})",
                 "the same names in both",
                 remedy,
             )

@@ -82,7 +82,7 @@ def make_schedule(
 
 
 def _require_numbers(options: dict[str, Any]) -> None:
-    """Raise for an option of transformers' schedules out of its range, of which they would fail in a later step."""
+    """Raise for an option of transformers' schedules that is out of its range and would fail in a later step."""
     for name, value in options.items():
         if value is None or name in ("decay_type", "warmup_type", "last_epoch"):
             continue
@@ -95,7 +95,7 @@ def _require_numbers(options: dict[str, Any]) -> None:
 
 
 def require_no_end(trainer: Trainer, choice: Any, shape: Shape, warmup_ratio: float) -> None:
-    """Raise if a schedule depends on the number of steps, of which a trainer without an end knows none."""
+    """Raise if a schedule depends on the number of steps, but the trainer has no end."""
     if callable(choice) or (choice is None and shape == "constant" and not warmup_ratio):
         return
     raise ShadowlitError(

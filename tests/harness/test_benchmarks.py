@@ -330,7 +330,7 @@ def test_a_broken_yaml_file_is_told_although_the_harness_passes_over_it(tmp_path
     with pytest.raises(EvaluationError, match="names no task"):
         (tmp_path / "broken.yaml").write_text("dataset_path: json")
         load_benchmarks([str(tmp_path / "broken.yaml")])
-    with pytest.raises(EvaluationError, match="there is no such folder"):
+    with pytest.raises(EvaluationError, match="which does not exist"):
         load_benchmarks(["broken"], tasks_folder=tmp_path / "nowhere")
 
 

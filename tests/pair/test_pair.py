@@ -189,13 +189,13 @@ class TestTensors:
         with pytest.raises(PairError) as error:
             require_fit(ModelPair(str(other), tied.instruct))
         assert "model_type is 'llama' in the Base, 'qwen3' in the Instruct" in str(error.value)
-        assert "4 of 24 tensors are only in the Instruct (model.layers.0.self_attn.k_norm" in str(error.value)
+        assert "only the Instruct has 4 of its 24 tensors (model.layers.0.self_attn.k_norm" in str(error.value)
 
     def test_more_layers_and_another_width(self, tied, tmp_path):
         other = save_model(tmp_path / "deep", "qwen3", layers=3, hidden=48)
         with pytest.raises(PairError) as error:
             require_fit(ModelPair(str(other), tied.instruct))
-        assert "11 of 35 tensors are only in the Base (model.layers.2." in str(error.value)
+        assert "only the Base has 11 of its 35 tensors (model.layers.2." in str(error.value)
         assert "24 of 24 common tensors differ" in str(error.value)
         assert "model.layers.0.input_layernorm.weight [48] and [32]" in str(error.value)
 

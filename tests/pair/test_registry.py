@@ -344,7 +344,7 @@ class TestCheckHub:
         save_model(hub.root / "org/instruct", layers=3)
         assert main(["pairs", "check", "org/base", "org/instruct", "--select=all"]) == 1
         shown = capsys.readouterr()
-        assert "11 of 35 tensors are only in the Instruct (model.layers.2." in shown.out
+        assert "only the Instruct has 11 of its 35 tensors (model.layers.2." in shown.out
         assert "model.embed_tokens.weight has 280 rows and 272" in shown.out
         assert "'org/base' is read at its main branch, which can move" in shown.out
         assert re.search(r"^error +config: layer_types is ", shown.out, re.M) and "3 errors, " in shown.err
