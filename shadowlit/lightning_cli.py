@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -376,10 +376,17 @@ def check(args: list[str]) -> None:
     Raises:
         ShadowlitError: The parser's message: a key that doesn't exist, a value of the wrong type.
     """
+    with _raising():
+        _of(_Parsing, args)
+
+
+@contextlib.contextmanager
+def _raising() -> Iterator[None]:
+    """Raise the parser's message instead of ending the process with it."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), warnings.catch_warnings(action="ignore"):
-            _of(_Parsing, args)
+            yield
     except Interrupted:
         raise
     except SystemExit:
@@ -411,7 +418,8 @@ def check_measured(args: list[str]) -> Measured:
     level = logging.root.manager.disable
     logging.disable(logging.INFO)  # every training reports its data by itself
     try:
-        return _of(_Reading, args).measured  # type: ignore[attr-defined]
+        with _raising():
+            return _of(_Reading, args).measured  # type: ignore[attr-defined]
     finally:
         logging.disable(level)
 

@@ -15,6 +15,7 @@ from shadowlit.analysis.run import read_run
 from shadowlit.analysis.run_plots import four_curves
 from shadowlit.cli.main import COMMANDS, main
 from shadowlit.errors import DataError
+from shadowlit.text import number
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_command
 from tests.tiny import save_pair
@@ -110,7 +111,7 @@ def test_validate_and_test_a_checkpoint(root, fitted, capsys):
         row = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["loss"])
         place = "" if command == "validate" else "left/"  # the test set is one of the validation sets
         values = [logged[f"val/{who}/{place}loss"][-1][1] for who in ("base", "instruct", "tuned", "grafted")]
-        assert row[1:5] == [f"{value:.4f}" for value in values]
+        assert row[1:5] == [number(value) for value in values]
 
 
 @pytest.mark.parametrize(("path", "message"), [
