@@ -150,6 +150,14 @@ class ShadowCLI(LightningCLI):
             )
         self.save_config_kwargs = {**self.save_config_kwargs, "class_path": path}
 
+    def _set_seed(self) -> None:
+        """Seed everything, the model and the data too, whose own seeds would leave a run the same."""
+        super()._set_seed()
+        config = self.config[self.config["subcommand"]]
+        for part in ("model", "data"):
+            if config[part].get("seed") == 0:
+                config[part]["seed"] = int(config["seed_everything"] or 0)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the pair, the graft, the evaluation and the export, and the defaults that Lightning's own would spoil."""
         if missing := {"model.pair", "model.objective"} - {action.dest for action in parser._actions}:

@@ -343,7 +343,7 @@ def _prediction(settings: Sequence[Setting]) -> str:
             if one is not None and two is not None:
                 cases.append((setting.name, predictors(setting, run), per_token(two) - per_token(one)))
     if len({name for name, _, _ in cases}) < 2:
-        return "Fewer than two settings are finished.\n"
+        return "This takes two settings with both arms at one rate.\n"
     outcome = np.array([gain for _, _, gain in cases])
     majority = max((outcome > 0).mean(), (outcome <= 0).mean())
     lines = []
@@ -368,14 +368,20 @@ def _prediction(settings: Sequence[Setting]) -> str:
 
 
 def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
-    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other settings."""
+    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other settings.
+
+    Where the other settings have one value only, their more frequent outcome is predicted.
+    """
     groups = np.array(names)
     hits = 0
     for name in dict.fromkeys(names):
         inside = groups == name
         known, truth = values[~inside], better[~inside]
-        sorted_values = np.unique(known)
-        middles = (sorted_values[:-1] + sorted_values[1:]) / 2 if len(sorted_values) > 1 else sorted_values
+        distinct = np.unique(known)
+        if len(distinct) < 2:
+            hits += int((better[inside] == (2 * truth.sum() > len(truth))).sum())
+            continue
+        middles = (distinct[:-1] + distinct[1:]) / 2
         threshold, sign = max(
             ((t, s) for t in middles for s in (1, -1)), key=lambda ts: ((ts[1] * (known - ts[0]) > 0) == truth).mean()
         )

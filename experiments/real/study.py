@@ -177,8 +177,8 @@ class Study:
                 train=self.data / f"{training.task}_train.jsonl",
                 validation={"early": str(self.data / f"{training.task}_early.jsonl")},
                 export=delta,
-                **{"model.lr": training.lr, "seed_everything": training.seed,
-                   "trainer.max_epochs": EPOCHS[training.task],
+                **{"model.lr": training.lr, "seed_everything": training.seed, "model.seed": training.seed,
+                   "data.seed": training.seed, "trainer.max_epochs": EPOCHS[training.task],
                    "trainer.val_check_interval": VALIDATE_EVERY[training.task], **adapter},
             )  # fmt: skip
         run(__file__, "--shared", self.shared, "--runs", self.runs, "--score", json.dumps(training.__dict__))

@@ -77,6 +77,7 @@ def test_a_threshold_is_fitted_on_the_other_settings():
     names = ["a", "a", "b", "b", "c", "c"]
     values, better = np.array([1.0, 9.0, 2.0, 8.0, 3.0, 7.0]), np.array([False, True] * 3)
     assert leave_one_setting_out(names, values, better) == 1.0
+    assert leave_one_setting_out(["a", "b"], np.array([1.0, 2.0]), np.array([True, True])) == 1.0  # by the majority
     better[4:] = [True, False]  # c contradicts: its two are missed, and it misleads no one else's threshold to the end
     assert leave_one_setting_out(names, values, better) <= 4 / 6
 
