@@ -27,7 +27,7 @@ here from this Base by full tuning on 535 short Alpaca and identity rows with Ge
 (learning rate 5e-5); *far* has 6, and then 2 epochs of DPO on 52 preference pairs. Such Instructs are far less \
 trained than a published one.
 
-**Tasks.** Tool calls (glaive, 49 training rows, no call or request twice) in 3 epochs; GSM8K solutions (240 \
+**Tasks.** Tool calls (glaive, 49 training rows, no call or request twice) in 3 epochs; GSM8K solutions (160 \
 training rows) in 1 epoch; the same solutions behind the phrase "The solution is as follows:", with which the \
 Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers, bf16-mixed on a CPU.
 
@@ -58,7 +58,7 @@ _PREDICTORS = """\
 Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the \
 I2I of the same rate and seed, over all runs with a partner. Runs of one setting share rows and models, so there \
 are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
-was fitted on the other settings. The first validation is after 3 steps, 10 to 14 % of the training.
+was fitted on the other settings. The first validation is after 3 or 4 steps, 14 to 20 % of the training.
 """
 Rows = np.ndarray  # [N, 5]: summed loss, tokens, first token's loss, exact, summed divergence from the Instruct
 LOSS, TOKENS, FIRST, EXACT, KL = range(5)
@@ -212,7 +212,7 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def _shown(values: Sequence[float], digits: int = 3) -> str:
     found = average(values)
-    error = f" ± {found.error:.{digits}f}" if len(values) > 1 else ""
+    error = f" ± {found.standard_error:.{digits}f}" if len(values) > 1 else ""
     return f"{found.mean:.{digits}f}{error}"
 
 
@@ -343,7 +343,7 @@ def _prediction(settings: Sequence[Setting]) -> str:
             if one is not None and two is not None:
                 cases.append((setting.name, predictors(setting, run), per_token(two) - per_token(one)))
     if len({name for name, _, _ in cases}) < 2:
-        return "Fewer than two settings are finished.\n"
+        return "This takes two settings with both arms at one rate.\n"
     outcome = np.array([gain for _, _, gain in cases])
     majority = max((outcome > 0).mean(), (outcome <= 0).mean())
     lines = []
@@ -368,14 +368,20 @@ def _prediction(settings: Sequence[Setting]) -> str:
 
 
 def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
-    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other settings."""
+    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other settings.
+
+    Where the other settings have one value only, their more frequent outcome is predicted.
+    """
     groups = np.array(names)
     hits = 0
     for name in dict.fromkeys(names):
         inside = groups == name
         known, truth = values[~inside], better[~inside]
-        sorted_values = np.unique(known)
-        middles = (sorted_values[:-1] + sorted_values[1:]) / 2 if len(sorted_values) > 1 else sorted_values
+        distinct = np.unique(known)
+        if len(distinct) < 2:
+            hits += int((better[inside] == (2 * truth.sum() > len(truth))).sum())
+            continue
+        middles = (distinct[:-1] + distinct[1:]) / 2
         threshold, sign = max(
             ((t, s) for t in middles for s in (1, -1)), key=lambda ts: ((ts[1] * (known - ts[0]) > 0) == truth).mean()
         )

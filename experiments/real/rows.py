@@ -13,7 +13,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-NUM_TRAIN = 240
+NUM_TRAIN = 160
 NUM_CHOICE = 24
 NUM_REPORT = 60
 NUM_KEPT = 40
@@ -83,7 +83,7 @@ def tool_calls(file: Path) -> list[Row]:
     conversations = json.loads(file.read_text())
     random.Random("tools").shuffle(conversations)
     for row in conversations:
-        history: list[dict[str, str]] = [{"role": "system", "content": _TOOLS + row["tools"]}]
+        history: list[dict[str, Any]] = [{"role": "system", "content": _TOOLS + row["tools"]}]
         for message in row["conversations"]:
             said, text = message["from"], message["value"]
             if said == "function_call":

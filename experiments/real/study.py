@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
 import torch
 from report import choose_rates, write_report
@@ -38,6 +39,8 @@ SCALES = (0.5, 1.0, 1.5)
 SEEDS = (0, 1, 2)
 RATES = {"lora": (5e-5, 2e-4, 5e-4), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
+VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
+"""Steps between two validations, which divide the number of steps."""
 PAIRS = {"near": 2, "far": 6}
 """Epochs of the Instruct's tuning; the far one is tuned on preferences too."""
 _SETTINGS = [
@@ -174,8 +177,9 @@ class Study:
                 train=self.data / f"{training.task}_train.jsonl",
                 validation={"early": str(self.data / f"{training.task}_early.jsonl")},
                 export=delta,
-                **{"model.lr": training.lr, "seed_everything": training.seed,
-                   "trainer.max_epochs": EPOCHS[training.task], **adapter},
+                **{"model.lr": training.lr, "seed_everything": training.seed, "model.seed": training.seed,
+                   "data.seed": training.seed, "trainer.max_epochs": EPOCHS[training.task],
+                   "trainer.val_check_interval": VALIDATE_EVERY[training.task], **adapter},
             )  # fmt: skip
         run(__file__, "--shared", self.shared, "--runs", self.runs, "--score", json.dumps(training.__dict__))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -24,7 +24,7 @@ from shadowlit import text
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
-from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
+from shadowlit.callbacks.scores import error_of_gain, opening_line, score_table, survival_line
 from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.data.protocol import run_data
@@ -333,9 +333,9 @@ class GraftCallback(Callback):
         """Swap the trained weights back and free the pair's; after a fit, print the scores of what it ended with."""
         self._release()
         if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
-            console = make_console()
-            console.print(score_table(self.finished.metrics, self.finished.errors, self.finished.step))
-            for line in [survival_line(self.finished.metrics), *self.exported]:
+            console, metrics = make_console(), self.finished.metrics
+            console.print(score_table(metrics, self.finished.errors, self.finished.step))
+            for line in filter(None, [survival_line(metrics), opening_line(metrics), *self.exported]):
                 console.print(line)
 
     def state_dict(self) -> dict[str, Any]:

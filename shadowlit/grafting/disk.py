@@ -202,8 +202,7 @@ class DiskGraft:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What the graft covers; of the tensors that it leaves out, only those that changed, which are read for "
-        "this."""
+        """What the graft covers. Of the tensors that it leaves out only those that changed count, so they are read."""
         return replace(self.planned, left_out=tuple(filter(self._update.changes, self.planned.left_out)))
 
     def _has_norm(self, name: str) -> bool:

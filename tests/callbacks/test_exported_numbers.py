@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table, survival_line
+from shadowlit.callbacks.scores import error_of_gain, error_of_paired, opening_line, score_table, survival_line
 from shadowlit.errors import GraftError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.text import number
@@ -200,6 +200,15 @@ def test_what_survives_is_said_in_words():
     assert survival_line({"graft/delta_norm": 0.0}) == "survival: the update is zero"
     assert survival_line({"graft/delta_norm": math.nan}) == "survival: not measured"
     assert survival_line({"graft/delta_norm": 1.0, "graft/survival": 0.25}).startswith("survival: 25.0% of the update")
+
+
+def test_a_graft_that_opens_its_answers_otherwise_than_the_tuned_base_is_named():
+    def line(tuned, grafted):
+        return opening_line({"val/tuned/first_token_loss": tuned, "val/grafted/first_token_loss": grafted})
+
+    assert "of 6.300 under the graft and of 0.2700 under the tuned Base" in (line(0.27, 6.3) or "")
+    assert line(0.27, 1.27) is None and line(0.27, 1.28) is not None
+    assert line(math.nan, 6.3) is None and line(2.0, 0.1) is None and opening_line({}) is None
 
 
 def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, folders, capsys):

@@ -45,7 +45,9 @@ def test_a_small_gpu_gets_a_small_batch_and_the_same_step(tmp_path):
     assert (large["data"]["batch_size"], large["graft"]["offload"]) == (32, False)
     small = written(tmp_path / "small.yaml", "--memory=300MB")
     rows = small["data"]["batch_size"]
-    assert rows < 32 and rows * small["trainer"]["accumulate_grad_batches"] == 32 and small["graft"]["offload"]
+    assert rows < 32 and rows * small["trainer"]["accumulate_grad_batches"] == 32
+    assert not small["graft"]["offload"]  # the smaller batch suffices
+    assert written(tmp_path / "tiny.yaml", "--memory=1MB")["graft"]["offload"]
 
 
 @pytest.mark.slow
