@@ -60,13 +60,17 @@ class Known(NamedTuple):
 
 
 class ShortErrors(jsonargparse.ArgumentParser):
-    """A parser that reports an error in a few lines, without listing all of its options.
+    """A parser that reports an error in a few lines, without listing all of its options, and takes no abbreviated key.
 
     Attributes:
         known: What keys take, for those whose types don't say it.
     """
 
     known: ClassVar[Mapping[str, Known]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A key that is cut short would be taken for the longer one, and for another once there are two of them.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and the message."""
