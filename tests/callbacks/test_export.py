@@ -114,7 +114,7 @@ def test_a_failed_verification_loses_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module, "require_loadable", fail)
     callbacks = [GraftCallback(), ExportCallback(parts=["model", "adapter", "delta"], folder=str(target))]
-    with pytest.raises(ExportError, match=r"does not load.* is now .*model-rejected, and not to be used"):
+    with pytest.raises(ExportError, match=r"does not load.* renamed to .*model-rejected; do not use it"):
         fit(tmp_path, folders, "lora", callbacks)
     assert times == ["adapter", "delta", "model"]
     assert sorted(path.name for path in target.iterdir()) == ["adapter", "delta", "model-rejected"]

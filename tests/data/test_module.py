@@ -281,7 +281,7 @@ def test_smaller_choices_are_part_of_larger_ones(files):
 
     assert len(chosen(5)) == 5 and chosen(5) < chosen(11) < chosen(40) == chosen(None)
     assert chosen(5) != chosen(5, seed=1)
-    with pytest.warns(UserWarning, match=r"limit_train_samples=50, but there are 40 rows"):
+    with pytest.warns(UserWarning, match=r"limit_train_samples=50, but the set has only 40 rows"):
         assert len(chosen(50)) == 40
 
 

@@ -468,7 +468,7 @@ def test_fewer_packs_than_ranks(path):
     data.setup("fit")
     data.trainer = SimpleNamespace(world_size=2, global_rank=0)
     with pytest.raises(
-        DataError, match=r"23 training samples make 1 packs, fewer than the 2 ranks\. Lower data\.pack_length=4096"
+        DataError, match=r"there are 2 ranks, but only 1 pack of 23 training samples\. Lower data\.pack_length=4096"
     ):
         data.train_dataloader()
 
