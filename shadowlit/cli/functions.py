@@ -46,11 +46,11 @@ class Parser(ShortErrors):
         "parameters": Known('values by the name of the parameter, e.g. {"size": 1e-4}'),
     }
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help, whose first line shows which parameters can be given as words."""
         if function := self.functions.get(self.prog.rpartition(" ")[2]):
             self.usage = f"{self.prog} {' '.join(_words(function))} [--key=value ...]"
-        return str(super().format_help())
+        return str(super().format_help(*args, **kwargs))
 
 
 def _words(function: Callable[..., Any]) -> Iterator[str]:
