@@ -337,7 +337,7 @@ def test_two_ranks_see_what_one_sees(files, loaders):
     seen = {}
     for world_size, batch_size in ((1, 4), (2, 2)):
         data = ShadowData(PAIR, path, path, path, batch_size=batch_size)
-        with pytest.warns(UserWarning, match="11 of 11 samples"):
+        with pytest.warns(UserWarning, match="11 of the 11 samples"):
             data.setup()
         ranks = []
         for rank in range(world_size):

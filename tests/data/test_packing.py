@@ -416,7 +416,7 @@ def test_packs_carry_the_loss_of_their_samples(pair, path, weighed, turns):
 def test_batches_of_packs_from_a_file(path, caplog):
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         data = ShadowData(PAIR, path, path, packing="best_fit", max_length=100, pack_length=150, batch_size=2)
-        with pytest.warns(UserWarning, match="23 of 23 samples"):
+        with pytest.warns(UserWarning, match="23 of the 23 samples"):
             data.setup("fit")
         batches = list(data.train_dataloader())
     assert all(batch.keys() == {"input_ids", "position_ids", "labels"} for batch in batches)

@@ -529,5 +529,5 @@ def test_what_cannot_be_perturbed_is_told_before_a_model_is_loaded(folder):
         Settings(perturb=("letters",))
     with pytest.raises(EvaluationError, match="perturb works on single tasks, and both is a group"):
         load_benchmarks(["both"], Settings(perturb=("names",)), folder)
-    with pytest.raises(EvaluationError, match=r"has the columns .*, none of which .*\(text is none\)"):
+    with pytest.raises(EvaluationError, match=r"has the columns .*, none of which .*\(text is not one\)"):
         load_benchmarks(["first"], Settings(perturb=("names",), perturb_field="text"), folder)
