@@ -62,6 +62,15 @@ class Anchors:
         """Whether there may be steps in which both models have a weight."""
         return not (self.is_constant and self.instruct in (0, 1))
 
+    @property
+    def highest(self) -> float:
+        """The largest weight of any step."""
+        return max(self.instruct, self.initial or 0.0)
+
+    def sets_aside(self, num_micro_batches: int) -> bool:
+        """Return whether there are steps in which the gradients on the Base wait for several micro-batches."""
+        return self.mixes and num_micro_batches > 2 and self.highest * num_micro_batches >= 1.5
+
     def weight(self, step: int, total: int) -> float:
         """Return α in an optimizer step, counted from 0, of a training of ``total`` steps."""
         lasting = max(1, round(self.last * total))
@@ -260,7 +269,7 @@ def require_anchored(adapter: PeftConfig | None, objective: Objective, quantizat
         raise GraftError(f"model.anchors trains one update on two models, which does not work with {reason}.")
 
 
-def require_steps(anchors: Anchors, num_micro_batches: int, has_end: bool) -> None:
+def require_steps(anchors: Anchors, num_micro_batches: int, has_end: bool = True) -> None:
     """Raise unless a trainer's steps can be divided between the two models.
 
     Args:

@@ -130,7 +130,7 @@ def mean_loss(folder, update, samples):
 ])  # fmt: skip
 def test_the_gradient_is_that_of_both_losses_in_float64(pair, kind, samples, accumulate, parts):
     """``(1 - α) ∇L(W_B + Δ) + α ∇L(W_I + Δ)``, with samples of unequal lengths, where α · 5 is no whole number."""
-    weight, start, (of_base, of_instruct) = 0.3, Start(), parts
+    weight, start, of_base = 0.3, Start(), parts[0]
     module = make_module(pair, kind, Anchors(weight), lr=1e-30)
     trainer = fit(module, RandomData(samples, 1), [Moved(), start], accumulate_grad_batches=accumulate)
     assert trainer.global_step == math.ceil(samples / accumulate)
@@ -307,7 +307,7 @@ def test_weights_out_of_range(options, message):
     ({"adapter": {"r": 4, "init_lora_weights": "pissa"}}, "init_lora_weights='pissa', whose update depends"),
     ({"adapter": {"r": 4, "modules_to_save": ["norm"]}}, "modules_to_save=.*, whose update depends"),
     ({"objective": {"class_path": "shadowlit.training.objectives.DPO"}}, "DPO as model.objective"),
-    ({"objective": {"class_path": "shadowlit.training.objectives.SFT", "init_args": {"kl_weight": 0.1}}}, "a reference"),
+    ({"objective": {"class_path": "shadowlit.training.objectives.SFT", "init_args": {"kl_weight": 0.1}}}, "SFT as"),
 ])  # fmt: skip
 def test_what_means_something_else_on_the_other_model_is_refused(pair, options, message):
     with pytest.raises(GraftError, match=message):
