@@ -53,7 +53,8 @@ def make_trainer(strategy, world_size, callbacks, **options):
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         **{
-            "max_epochs": 2, "val_check_interval": 4, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2, **options,
+            "max_epochs": 2, "val_check_interval": 4, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2,
+            **options,
         },
     )  # fmt: skip
 
