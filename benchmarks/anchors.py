@@ -1,11 +1,11 @@
 """What two anchors cost: time and memory of a step, next to a training on the Base alone with the same tokens.
 
-    python benchmarks/anchors.py [--repetitions 3] [--kinds full lora] [--micro 4] [--steps 3]
+    python benchmarks/anchors.py [--repetitions 3] [--kinds full lora] [--micro 4] [--steps 3] [--hidden 768]
 
-Trains a pair of 108M random parameters (that of graft_cost.py) on 4 micro-batches of 4 rows of 64 tokens a step, one of
-them on the Instruct, each run in a process of its own and in turns, with the graft's callback in both. The first step
-is not counted. Prints a Markdown table of medians: processor seconds and seconds of a step, the peak of resident
-memory, and their ratios to the training on the Base alone.
+Trains a pair of 108M random parameters (that of graft_cost.py; 33M with --hidden 384) on 4 micro-batches of 4 rows of
+64 tokens a step, one of them on the Instruct, each run in a process of its own and in turns, with the graft's callback
+in both. The first step is not counted. Prints a Markdown table of medians: processor seconds and seconds of a step, the
+peak of resident memory, and their ratios to the training on the Base alone.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["full", "lora"])
     parser.add_argument("--micro", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=768, help="width, a multiple of 192")
     parser.add_argument("--run", nargs=5, metavar=("ROOT", "KIND", "WEIGHT", "MICRO", "STEPS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -94,7 +95,7 @@ def main() -> None:
     print("| tuning | anchors | processor seconds a step | seconds a step | peak memory, GB | ratios |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
-        make_pair(Path(root))
+        make_pair(Path(root), options.hidden)
         for kind in options.kinds:
             runs: dict[float, list[list[float]]] = {0.0: [], 1 / options.micro: []}
             for _ in range(options.repetitions):  # in turns, so that a slow minute hits all of them
