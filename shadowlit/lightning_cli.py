@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,6 +149,14 @@ class ShadowCLI(LightningCLI):
                 "that is given by --config."
             )
         self.save_config_kwargs = {**self.save_config_kwargs, "class_path": path}
+
+    def _set_seed(self) -> None:
+        """Seed everything, the model and the data too, whose own seeds would leave a run the same."""
+        super()._set_seed()
+        config = self.config[self.config["subcommand"]]
+        for part in ("model", "data"):
+            if config[part].get("seed") == 0:
+                config[part]["seed"] = int(config["seed_everything"] or 0)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the pair, the graft, the evaluation and the export, and the defaults that Lightning's own would spoil."""
@@ -376,10 +384,17 @@ def check(args: list[str]) -> None:
     Raises:
         ShadowlitError: The parser's message: a key that doesn't exist, a value of the wrong type.
     """
+    with _raising():
+        _of(_Parsing, args)
+
+
+@contextlib.contextmanager
+def _raising() -> Iterator[None]:
+    """Raise the parser's message instead of ending the process with it."""
     shown = io.StringIO()
     try:
         with contextlib.redirect_stderr(shown), warnings.catch_warnings(action="ignore"):
-            _of(_Parsing, args)
+            yield
     except Interrupted:
         raise
     except SystemExit:
@@ -411,7 +426,8 @@ def check_measured(args: list[str]) -> Measured:
     level = logging.root.manager.disable
     logging.disable(logging.INFO)  # every training reports its data by itself
     try:
-        return _of(_Reading, args).measured  # type: ignore[attr-defined]
+        with _raising():
+            return _of(_Reading, args).measured  # type: ignore[attr-defined]
     finally:
         logging.disable(level)
 

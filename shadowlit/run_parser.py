@@ -77,7 +77,8 @@ def adapt_subcommands(parsers: Mapping[str, LightningArgumentParser]) -> None:
         "ckpt_path": "Checkpoint to resume from, or to measure: a file, or a folder of shards. For validate, test and "
         "predict of a run with a name also last or best.",
         "weights_only": "Checkpoints are always read as tensors and plain values; false is an error.",
-        "seed_everything": "Seed of Python, NumPy and torch; true draws one.",
+        "seed_everything": "Seed of Python, NumPy and torch, and of the model and the data where theirs are 0; true "
+        "draws one.",
     }
     for name, parser in parsers.items():
         for action in parser._actions:

@@ -24,7 +24,7 @@ from shadowlit import text
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
-from shadowlit.callbacks.scores import error_of_gain, score_table, survival_line
+from shadowlit.callbacks.scores import error_of_gain, opening_line, score_table, survival_line
 from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
 from shadowlit.data.protocol import run_data
@@ -275,14 +275,16 @@ class GraftCallback(Callback):
         if not trainer.sanity_checking:
             self.record.close(trainer)
             self.finished = self.record
-            names = ("graft/gain", f"{self.record.stage}/grafted/loss", "graft/survival")
-            gain, loss, survival = (self.record.metrics.get(name, math.nan) for name in names)
-            if not self.validate:
-                return
-            rank_zero_info(
-                f"graft: step {trainer.global_step:,}: gain {text.number(gain, signed=True)}, "
-                f"grafted loss {text.number(loss)}, survival {survival:.1%}"
-            )
+            metrics, loss = self.record.metrics, f"{self.record.stage}/grafted/loss"
+            parts = []  # of what was measured: without baselines there is no gain, and without an update no survival
+            if "graft/gain" in metrics:
+                parts.append(f"gain {text.number(metrics['graft/gain'], signed=True)}")
+            if loss in metrics:
+                parts.append(f"grafted loss {text.number(metrics[loss])}")
+            if "graft/survival" in metrics:
+                parts.append(f"survival {metrics['graft/survival']:.1%}")
+            if parts:
+                rank_zero_info(f"graft: step {trainer.global_step:,}: {', '.join(parts)}")
 
     # A test is a validation on other sets.
     on_test_start = on_validation_start
@@ -331,9 +333,9 @@ class GraftCallback(Callback):
         """Swap the trained weights back and free the pair's; after a fit, print the scores of what it ended with."""
         self._release()
         if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
-            console = make_console()
-            console.print(score_table(self.finished.metrics, self.finished.errors, self.finished.step))
-            for line in [survival_line(self.finished.metrics), *self.exported]:
+            console, metrics = make_console(), self.finished.metrics
+            console.print(score_table(metrics, self.finished.errors, self.finished.step))
+            for line in filter(None, [survival_line(metrics), opening_line(metrics), *self.exported]):
                 console.print(line)
 
     def state_dict(self) -> dict[str, Any]:

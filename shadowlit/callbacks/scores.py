@@ -16,6 +16,8 @@ from shadowlit.text import number
 SUBJECTS = {"base": "Base", "instruct": "Instruct", "tuned": "tuned Base", "grafted": "grafted Instruct"}
 """Titles of the four models, by the names of their metrics."""
 
+_OPENS_OTHERWISE = 1.0  # nats
+
 
 def error_of_gain(instruct: Tensor, grafted: Tensor) -> float:
     """Return the standard error of the difference of two models' losses per token, over the samples of one set.
@@ -63,6 +65,22 @@ def survival_line(metrics: Mapping[str, float]) -> str:
             f"{number(metrics['graft/gain_unrounded'], signed=True)}"
         )
     return line
+
+
+def opening_line(metrics: Mapping[str, float]) -> str | None:
+    """Return a warning where the graft opens its answers otherwise than the tuned Base, or None.
+
+    The update can carry the content of a task and not its format: the tuned Base opens an answer as the data do, and
+    the graft as the Instruct does. The threshold is one nat, a first token that is 2.7 times less probable.
+    """
+    tuned, grafted = (metrics.get(f"val/{who}/first_token_loss", math.nan) for who in ("tuned", "grafted"))
+    if not grafted - tuned > _OPENS_OTHERWISE:
+        return None
+    return (
+        f"openings: the first token of an answer has a loss of {number(grafted)} under the graft and of "
+        f"{number(tuned)} under the tuned Base: the graft still opens its answers as the Instruct does. Compare it "
+        "with direct tuning (shadowlit compare), or try a larger scale (graft.scales)."
+    )
 
 
 def subject_headings() -> list[str]:

@@ -93,7 +93,7 @@ def run(
     for option, value in (("workers", workers), ("threads", threads), ("limit", limit)):
         if value is not None and value < 1:
             raise ShadowlitError(f"{option} is {value}; expected at least 1.")
-    _check(definition, folder)
+    _check(definition, folder, read=not dry_run)
     planned = definition.planned()
     if dry_run:
         for key in planned:
@@ -163,8 +163,11 @@ COMMANDS = {"run": run, "report": report}
 DEFAULT = "run"
 
 
-def _check(definition: Definition, folder: Path) -> None:
-    """Let the parser of fit check every value that is varied, a few at a time; it names the key of what is wrong."""
+def _check(definition: Definition, folder: Path, read: bool) -> None:
+    """Let the parser of fit check every value that is varied, a few at a time; it names the key of what is wrong.
+
+    With ``read``, the first trial's data and evaluators are read too, and everyone's if these are varied.
+    """
     from shadowlit.lightning_cli import check, check_measured
 
     if not Path(definition.fit).is_file():
@@ -177,6 +180,5 @@ def _check(definition: Definition, folder: Path) -> None:
         chosen = [each[number % len(each)] for each in levels]
         setting = tuple((axis.name, label) for axis, label in zip(definition.axes, chosen, strict=True))
         for source in definition.sources[:: 1 if number == 0 else 2]:
-            # The first trial's data and evaluators are read too, and everyone's if these are varied.
-            look = check_measured if number == 0 or definition.measures_each else check
+            look = check_measured if read and (number == 0 or definition.measures_each) else check
             look(list(definition.arguments(TrialKey(setting, source, definition.seeds[0]), folder / "check")))

@@ -120,7 +120,8 @@ class DataSettings:
         eval_batch_size: Rows per rank and batch in validation, test and predict; null is ``batch_size``.
         drop_last: Leave out an incomplete last batch of an epoch. Otherwise it is trained on, weighted by its size.
         shuffle: Draw a new order for every epoch, from the seed and the epoch.
-        seed: Seed for the order of the samples and for the choice of ``limit_train_samples``.
+        seed: Seed for the order of the samples and for the choice of ``limit_train_samples``. On the command line, 0
+            stands for seed_everything.
         limit_train_samples: Number of training rows to use: the first of a permutation drawn from the seed, so a
             smaller choice is part of each larger one. null uses all rows.
         streaming: Read the training data during the training instead of tokenising everything at the start. Sources

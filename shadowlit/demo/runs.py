@@ -70,7 +70,7 @@ def given_or_made(
     plans: dict[str, dict[str, object]] = {
         "r4": {"model.adapter.r": 4, "model.adapter.lora_alpha": 8},
         "r16": {},
-        "r16, seed 1": {"seed_everything": 1, "model.seed": 1, "data.seed": 1},
+        "r16, seed 1": {"seed_everything": 1},
         "full": {"model.adapter": "null", "model.lr": 3e-4},
         "facts r16": {"data.train": DATA / "facts_train.jsonl"},
         "Δ_I r16": exchanged,

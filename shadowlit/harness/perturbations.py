@@ -2,7 +2,7 @@
 
 A model that has learned to solve a question solves its copy too; one that remembers it may not. The idea is that of
 GSM-Symbolic and GSM-NoOp (arXiv 2410.05229), without templates written by hand: a row of which the right answer can't
-be told is left alone. Pure functions of a row and a random generator.
+be stated is left alone. Pure functions of a row and a random generator.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _QUANTITIES = {
     "triple": 3, "tripled": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fifth": 5, "sixth": 6, "week": 7,
     "dozen": 12, "score": 20, "hundred": 100, "thousand": 1000,
 }
-# What a solution may know without being told: halves, days, months, hours, minutes, weeks, per cent.
+# What a solution may know without being given: halves, days, months, hours, minutes, weeks, per cent.
 _CONSTANTS = frozenset(map(Fraction, (
     "0", "1", "2", "3", "4", "7", "10", "12", "24", "30", "31", "52", "60", "100", "365", "1000",
     "1/2", "1/4", "1/10", "1/100", "3/4",
@@ -63,10 +63,10 @@ _TRIES = 30
 
 
 def perturb(kind: str, row: Row, field: str, seed: int, index: int) -> dict[str, Any] | None:
-    """Return a copy of a row that asks the same in another way; None where that can't be told.
+    """Return a copy of a row that asks the same in another way; None where that can't be determined.
 
     ``names``: common first names in the question become others of the same gender, in all texts of the row.
-    ``numbers``: numbers of the question become others, and the answer is computed anew. It takes a solution with
+    ``numbers``: numbers of the question become others, and the answer is computed again. It takes a solution with
     annotations as in GSM8K (``<<16-3-4=9>>9``, ``#### 9``) whose whole chain recomputes before and after; every number
     in it must come from the question, an earlier step, or be a usual constant (12 months, 100 per cent).
     ``words``: whole numbers below 1,000 are written in words. ``distractors``: a sentence that doesn't matter is
@@ -147,7 +147,7 @@ def _given(changes: Mapping[Fraction, Fraction], question: str) -> dict[Fraction
 
 
 def _changeable(question: str, solution: str) -> list[Fraction]:
-    """The whole numbers of a question that a solution counts with, each told once, and nothing else of that value."""
+    """The whole numbers of a question that a solution counts with, each given once, and nothing else of that value."""
     values, words = _values(question), _spoken(question)
     used = {value for expression, _ in _STEP.findall(solution) for value in _values(expression)}
     return [
@@ -164,9 +164,9 @@ def _changeable(question: str, solution: str) -> list[Fraction]:
 
 def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]) -> dict[Fraction, Fraction] | None:
     """All values that change with those of the question, results included; None unless the chain recomputes."""
-    told = set(_values(question))
-    known = told | _spoken(question) | {value / 100 for value in told} | {1 + value / 100 for value in told}
-    known |= {1 - value / 100 for value in told} | _CONSTANTS
+    stated = set(_values(question))
+    known = stated | _spoken(question) | {value / 100 for value in stated} | {1 + value / 100 for value in stated}
+    known |= {1 - value / 100 for value in stated} | _CONSTANTS
     changes, results = dict(given), set[Fraction]()
     new_values = set(given.values())
     for expression, stated in _STEP.findall(solution):
@@ -175,14 +175,14 @@ def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]
         if old is None or len(result) != 1 or result[0] != old or any(v not in known | results for v in operands):
             return None
         # A share such as 1.5 may be 150 per cent of the question: it doesn't change with it.
-        if any(v not in told | results | _CONSTANTS and v * 100 in changes for v in operands):
+        if any(v not in stated | results | _CONSTANTS and v * 100 in changes for v in operands):
             return None
         new = _computed(expression, changes)
         if new is None or new <= 0 or (old.denominator == 1) != (new.denominator == 1) or new.denominator > 1000:
             return None
         if new.denominator > 1 and not _is_decimal(new):
             return None
-        if changes.get(old, old) != new and (old in changes or old in results or old in told | _spoken(question)):
+        if changes.get(old, old) != new and (old in changes or old in results or old in stated | _spoken(question)):
             return None  # two values of one look, of which one changes
         if new != old:
             if old in _CONSTANTS:
@@ -194,7 +194,7 @@ def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]
     answer = None if final is None else _values(final[1])
     if not answer or answer[0] not in results or answer[0] not in changes:
         return None
-    unchanged = (told | results) - changes.keys()
+    unchanged = (stated | results) - changes.keys()
     return None if new_values & unchanged & (set(given.values())) else changes
 
 

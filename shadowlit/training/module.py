@@ -123,7 +123,7 @@ class ShadowModule(ScoringModule):
         experts_implementation: Implementation of a mixture of experts by its name in transformers: grouped_mm (the
             default), batched_mm, eager. Without FSDP2, only eager computes in bfloat16 under bf16-mixed.
         max_new_tokens: Longest answer that ``predict`` generates, in tokens.
-        seed: Seed of the adapter's initialisation and of dropout.
+        seed: Seed of the adapter's initialisation and of dropout. On the command line, 0 stands for seed_everything.
         train_towers: Parts of a vision-language model that are trained: language, vision, projector, or regular
             expressions that are searched for in parameter names. The rest stays frozen, and only these are adapted.
         metrics: More metrics of the validation and test sets, by name: torchmetrics classes by class_path and

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from shadowlit.callbacks.export import ExportCallback
 from shadowlit.callbacks.graft import GraftCallback
-from shadowlit.callbacks.scores import error_of_gain, error_of_paired, score_table, survival_line
+from shadowlit.callbacks.scores import error_of_gain, error_of_paired, opening_line, score_table, survival_line
 from shadowlit.errors import GraftError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.text import number
@@ -202,6 +202,15 @@ def test_what_survives_is_said_in_words():
     assert survival_line({"graft/delta_norm": 1.0, "graft/survival": 0.25}).startswith("survival: 25.0% of the update")
 
 
+def test_a_graft_that_opens_its_answers_otherwise_than_the_tuned_base_is_named():
+    def line(tuned, grafted):
+        return opening_line({"val/tuned/first_token_loss": tuned, "val/grafted/first_token_loss": grafted})
+
+    assert "of 6.300 under the graft and of 0.2700 under the tuned Base" in (line(0.27, 6.3) or "")
+    assert line(0.27, 1.27) is None and line(0.27, 1.28) is not None
+    assert line(math.nan, 6.3) is None and line(2.0, 0.1) is None and opening_line({}) is None
+
+
 def test_the_fit_ends_with_the_scores_and_how_the_export_is_loaded(tmp_path, folders, capsys):
     logged, graft = fit(folders, "lora", callbacks=[ExportCallback(folder=str(tmp_path))])
     shown = capsys.readouterr().out
@@ -261,6 +270,13 @@ def test_other_weights_than_those_scored_are_told(tmp_path, folders, caplog, rec
     assert any(told in str(w.message) for w in recwarn)
     assert "Scores at step 2" in capsys.readouterr().out
     assert any(record.message.startswith("graft: step 2: gain ") for record in caplog.records)
+
+
+def test_what_was_not_measured_is_not_reported_as_a_number(tmp_path, folders, caplog):
+    caplog.set_level("INFO")
+    fit(folders, "full", max_steps=1, val_check_interval=1, graft={"baselines": False, "statistics": False})
+    (line,) = (r.message for r in caplog.records if r.message.startswith("graft: step 1: "))
+    assert line.startswith("graft: step 1: grafted loss ") and "nan" not in line and "," not in line
 
 
 def test_an_export_that_nobody_has_scored_is_told(tmp_path, folders):

@@ -15,6 +15,7 @@ from shadowlit.analysis.run import read_run
 from shadowlit.analysis.run_plots import four_curves
 from shadowlit.cli.main import COMMANDS, main
 from shadowlit.errors import DataError
+from shadowlit.text import number
 from shadowlit.training.module import ShadowModule
 from tests.distributed import run_command
 from tests.tiny import save_pair
@@ -94,6 +95,14 @@ def test_the_saved_config_runs_again_and_overwrites_nothing(root, fitted):
     assert (fitted / "config.yaml").read_bytes() == before
 
 
+def test_one_seed_for_everything_unless_a_part_has_its_own(root):
+    """A second seed of an ablation gives another run; a part's own default of 0 would repeat the first one."""
+    arguments = ["fit", "--config", str(root / "run.yaml"), "--trainer.max_steps=1", "--export.enabled=false"]
+    assert main([*arguments, "--run.name=seeded", "--seed_everything=3", "--data.seed=5"]) == 0
+    config = yaml.safe_load((root / "runs/seeded/config.yaml").read_text())
+    assert (config["seed_everything"], config["model"]["seed"], config["data"]["seed"]) == (3, 3, 5)
+
+
 def test_validate_and_test_a_checkpoint(root, fitted, capsys):
     """Hyperparameters in it change nothing: no class of theirs is imported."""
     checkpoint = fitted / "checkpoints/last.ckpt"
@@ -110,7 +119,7 @@ def test_validate_and_test_a_checkpoint(root, fitted, capsys):
         row = next(line.split() for line in shown.splitlines() if line.split()[:1] == ["loss"])
         place = "" if command == "validate" else "left/"  # the test set is one of the validation sets
         values = [logged[f"val/{who}/{place}loss"][-1][1] for who in ("base", "instruct", "tuned", "grafted")]
-        assert row[1:5] == [f"{value:.4f}" for value in values]
+        assert row[1:5] == [number(value) for value in values]
 
 
 @pytest.mark.parametrize(("path", "message"), [

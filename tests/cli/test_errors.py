@@ -219,11 +219,11 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
     (["graft", "a"], "the following arguments are required: tuned, instruct, out"),
     (["fit", "--config", str(DEMO), "--model.lrr=1"], "unrecognized arguments: --model.lrr=1\nDid you mean model.lr?"),
     (["fit", "--config", str(DEMO), "--run.folder=x"],
-     "unrecognized arguments: --run.folder=x\nKnown: run.every_n_s"),
+     "unrecognized arguments: --run.folder=x\nKnown: run.allow_changes, run.name, run.resume, run.root."),
     (["fit", "--config", str(DEMO), "--data.batchsize=1"],
      "unrecognized arguments: --data.batchsize=1\nDid you mean data.batch_size?"),
-    (["fit", "--config", str(DEMO), "--trainer.folder=x"],
-     "unrecognized arguments: --trainer.folder=x\nDid you mean export.folder?"),
+    (["fit", "--config", str(DEMO), "--data.optimizer=x"],
+     "unrecognized arguments: --data.optimizer=x\nDid you mean model.optimizer?"),
     (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")

@@ -225,7 +225,7 @@ def test_a_sharded_checkpoint(run, pair, caplog):
     sharded.save({"state_dict": named, "optimizer_0": {"x": torch.zeros(3)}}, checkpoint_id=folder, no_dist=True)
     with caplog.at_level(logging.WARNING), pytest.raises(DataError, match="no complete"):
         stages(run)  # meta.pt is written last
-    assert "no complete sharded checkpoint" in caplog.text
+    assert "is not a complete sharded checkpoint" in caplog.text
     torch.save({"global_step": 6}, folder / "meta.pt")
     (stage,) = stages(run)
     before = load_file(pair[0] / "model.safetensors")

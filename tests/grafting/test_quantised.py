@@ -43,12 +43,19 @@ def open_graft(model, folders, **options):
 
 
 def served_in_4_bits(folder):
-    """A model as transformers loads it with QLoRA's usual settings."""
+    """A model as transformers loads it with QLoRA's usual settings.
+
+    On CPUs with bfloat16 instructions, inference has a kernel of its own, which rounds otherwise; it is switched off.
+    """
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=config, device_map="cpu")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", quantization_config=config, device_map="cpu")
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def dense(model):

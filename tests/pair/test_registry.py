@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from shadowlit.cli.main import main
 from shadowlit.errors import PairError
 from shadowlit.pair.check import check_pair
+from shadowlit.pair.hub import unreachable
 from shadowlit.pair.pair import ModelPair
 from shadowlit.pair.registry import find_pair, load_registry, parse_registry
 from tests.tiny import save_model, save_pair
@@ -320,7 +321,9 @@ class TestCheckHub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", endpoint)
+        unreachable.cache_clear()
         yield hub
+        unreachable.cache_clear()
         hub.server.shutdown()
         hub.server.server_close()
 

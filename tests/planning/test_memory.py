@@ -149,7 +149,7 @@ def test_fsdp_divides_what_is_held_and_gathers_a_layer(pair):
 
 
 def test_what_does_not_fit_ends_with_what_to_change(pair, capsys):
-    with pytest.raises(ShadowlitError, match=r"doesn't fit into 1 MB; see above"):
+    with pytest.raises(ShadowlitError, match=r"doesn't fit into 1\.00 MB; see above"):
         main(["plan", *arguments(pair), "--measure_steps=0", "--memory=1MB"])
     shown = capsys.readouterr().out
     assert "Set, one after the other:" in shown

@@ -60,7 +60,7 @@ def own_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
                 )
             if changed:
                 log.warning(
-                    "no training in %s is finished, and it begins anew with another recipe: %s", folder, changed
+                    "no training in %s is finished, and it begins again with another recipe: %s", folder, changed
                 )
                 for home in homes:
                     discard(home)

@@ -1,0 +1,437 @@
+"""The report of the study, from the result files alone: tables, the plot of learned against forgotten, predictors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from shadowlit.studies.statistics import Interval, average, paired_bootstrap, spearman
+
+_HEAD = """\
+# Shadow-FT on a real language model
+
+Made by `python experiments/real/study.py --shared ../shared` from the result files in `results/`.
+
+**Models.** The Base is Gemma 3 270M, pre-trained, dequantised from 4 bits, with its vocabulary cut to the \
+48,962 tokens of the data (132M parameters left). Its published Instruct is not used: both Instructs are made \
+here from this Base by full tuning on 535 short Alpaca and identity rows with Gemma's turns. *near* has 2 epochs \
+(learning rate 5e-5); *far* has 6, and then 2 epochs of DPO on 52 preference pairs. Such Instructs are far less \
+trained than a published one.
+
+**Tasks.** Tool calls (glaive, 49 training rows, no call or request twice) in 3 epochs; GSM8K solutions (160 \
+training rows) in 1 epoch; the same solutions behind the phrase "The solution is as follows:", with which the \
+Instruct opens some answers. 8 rows per step, LoRA of rank 16 on all linear layers, bf16-mixed on a CPU.
+
+**Arms.** B2I trains the Base and adds scale × Δ to the Instruct; I2I trains the Instruct, and its own update is \
+scaled in the same way. Each arm's learning rate is the one of three with the lowest loss on rows for choosing \
+(first seed, scale 1); all numbers below are from other rows. Further seeds are run at the chosen rates only.
+
+**Scores.** Losses are nats per supervised token of the model as exported, rounded to bfloat16; its layers \
+compute in bfloat16 (autocast), its output head in float32. *first token* is the loss of an answer's first \
+token, *rest* that of all others, *exact* the share of rows whose every token is the most probable one. *KL* is \
+the divergence from the untouched Instruct on 40 held-out Alpaca answers, and *Alpaca loss* and *identity loss* \
+are the losses on held-out rows of what the Instruct was tuned on. *learned* is the untouched Instruct's loss \
+minus the model's, on the reported rows.
+
+Values are means ± standard errors over seeds. Intervals are of 95 %, by a bootstrap over rows, widened by the \
+spread between seeds; with one seed they are over rows alone.
+"""
+_OVERVIEW = """\
+*B2I − I2I* is how much lower B2I's loss is; below zero, direct tuning is better. The comparison at equal KL \
+takes the smaller of both arms' divergences at scale 1, and scales the other arm's update down until it diverges \
+as much (linear between the measured scales).
+"""
+_PREMISE = """\
+The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3.25 times smaller than the \
+Instruct's. Here: loss per token, and norm of its gradient by all weights, on the first 16 training rows.
+"""
+_PREDICTORS = """\
+Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the \
+I2I of the same rate and seed, over all runs with a partner. Runs of one setting share rows and models, so there \
+are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
+was fitted on the other settings. The first validation is after 3 or 4 steps, 14 to 20 % of the training.
+"""
+Rows = np.ndarray  # [N, 5]: summed loss, tokens, first token's loss, exact, summed divergence from the Instruct
+LOSS, TOKENS, FIRST, EXACT, KL = range(5)
+TASKS = {
+    "tools": "tool calls",
+    "gsm8k": "GSM8K solutions",
+    "gsm8k_opened": "GSM8K solutions that open with a phrase of the Instruct's",
+}
+ARMS = {"B": "B2I", "I": "I2I"}
+COLOURS = {"B": "tab:blue", "I": "tab:orange"}
+SCALES = (0.5, 1.0, 1.5)
+
+
+def rows(values: Sequence[Sequence[float]]) -> Rows:
+    """Scores of a set as an array; without a divergence it is zero, as the Instruct's own is."""
+    return np.array([[*row, 0.0][:5] for row in values])
+
+
+def per_token(found: Rows, column: int = LOSS) -> float:
+    """A sum over all rows divided by their tokens."""
+    return float(found[:, column].sum() / found[:, TOKENS].sum())
+
+
+def rest(found: Rows) -> float:
+    """Loss per token without the first one of every answer."""
+    return float((found[:, LOSS] - found[:, FIRST]).sum() / (found[:, TOKENS] - 1).sum())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training and its scores."""
+
+    raw: Mapping[str, Any]
+    instruct: Mapping[str, Rows]
+
+    @property
+    def source(self) -> str:
+        """B or I."""
+        return str(self.raw["source"])
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate."""
+        return float(self.raw["lr"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return int(self.raw["seed"])
+
+    @cached_property
+    def path(self) -> dict[float, dict[str, Rows]]:
+        """Scores by scale of the update, from the untouched Instruct at 0."""
+        scores = self.raw["scores"]
+        measured = {scale: {name: rows(v) for name, v in scores[f"{scale:g}"].items()} for scale in SCALES}
+        return {0.0: dict(self.instruct), **measured}
+
+    def learned(self, scale: float) -> float:
+        """Decrease of the loss on the reported rows, in nats per token."""
+        return per_token(self.instruct["report"]) - per_token(self.path[scale]["report"])
+
+    def divergence(self, scale: float) -> float:
+        """Divergence from the Instruct on Alpaca's held-out answers, in nats per token."""
+        return per_token(self.path[scale]["alpaca"], KL)
+
+    def at_divergence(self, kl: float) -> Rows | None:
+        """Scores of the reported rows where the path first diverges so far, linear between scales; None if never."""
+        scales = sorted(self.path)
+        for low, high in itertools.pairwise(scales):
+            a, b = self.divergence(low), self.divergence(high)
+            if a <= kl <= b:
+                share = (kl - a) / (b - a) if b > a else 0.0
+                return (1 - share) * self.path[low]["report"] + share * self.path[high]["report"]
+        return None
+
+
+class Setting:
+    """All results of one pair, task and method."""
+
+    def __init__(self, results: Path, pair: str, task: str, method: str) -> None:
+        self.pair, self.task, self.method = pair, task, method
+        self.untouched = json.loads((results / pair / f"{task}_untouched.json").read_text())
+        self.instruct, self.base = (
+            {name: rows(v) for name, v in self.untouched[who].items() if name != "initial"}
+            for who in ("instruct", "base")
+        )
+        cosines = results / pair / f"{task}_{method}_cosines.json"
+        self.cosines: dict[str, float] = json.loads(cosines.read_text()) if cosines.exists() else {}
+        files = sorted((results / pair / f"{task}_{method}").glob("*_seed*.json"))
+        self.runs = [Run(json.loads(file.read_text()), self.instruct) for file in files]
+
+    @property
+    def name(self) -> str:
+        """Pair, task and method."""
+        return f"{self.pair}/{self.task}_{self.method}"
+
+    @cached_property
+    def chosen(self) -> dict[str, float]:
+        """The rate of each arm with the lowest loss on the rows for choosing, at scale 1, with the first seed."""
+        best: dict[str, tuple[float, float]] = {}
+        for run in self.runs:
+            if run.seed == 0:
+                found = (per_token(run.path[1.0]["choice"]), run.lr)
+                best[run.source] = min(best.get(run.source, found), found)
+        return {source: lr for source, (_, lr) in best.items()}
+
+    def of(self, source: str) -> list[Run]:
+        """The runs of an arm at its chosen rate, by seed."""
+        return sorted(
+            (r for r in self.runs if r.source == source and r.lr == self.chosen[source]), key=lambda r: r.seed
+        )
+
+    def matched(self) -> Iterator[tuple[Run, Run]]:
+        """Both arms' runs at their chosen rates with equal seeds."""
+        others = {run.seed: run for run in self.of("I")}
+        for run in self.of("B"):
+            if run.seed in others:
+                yield run, others[run.seed]
+
+
+def choose_rates(results: Path, pair: str, task: str, method: str) -> dict[str, float]:
+    """The chosen rate of each arm."""
+    return Setting(results, pair, task, method).chosen
+
+
+def advantage(pairs: Iterable[tuple[Rows, Rows]]) -> Interval:
+    """How much lower the second rows' loss per token is than the first's, over seeds, with its interval."""
+    found = list(pairs)
+    tokens = found[0][0][:, TOKENS]
+    differences = np.stack([(b[:, LOSS] - a[:, LOSS]) / tokens for a, b in found])
+    return paired_bootstrap({"loss": differences}, [["loss"]], weights={"loss": tokens})[0]
+
+
+def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows, Rows]]]:
+    """For every seed the smaller of the arms' divergences at scale 1, and both arms' reported rows there."""
+    levels, pairs = [], []
+    for graft, direct in setting.matched():
+        kl = min(graft.divergence(1.0), direct.divergence(1.0))
+        one, other = graft.at_divergence(kl), direct.at_divergence(kl)
+        if one is not None and other is not None:
+            levels.append(kl)
+            pairs.append((one, other))
+    return levels, pairs
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    parts = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(part) + " |" for part in parts) + "\n"
+
+
+def _shown(values: Sequence[float], digits: int = 3) -> str:
+    found = average(values)
+    error = f" ± {found.standard_error:.{digits}f}" if len(values) > 1 else ""
+    return f"{found.mean:.{digits}f}{error}"
+
+
+def _line(name: str, sets: Sequence[Mapping[str, Rows]]) -> list[str]:
+    report, general = [s["report"] for s in sets], [s["alpaca"] for s in sets]
+    who = [s["identity"] for s in sets if "identity" in s]
+    return [
+        name,
+        _shown([per_token(r) for r in report]),
+        _shown([fmean(r[:, FIRST]) for r in report]),
+        _shown([rest(r) for r in report]),
+        _shown([100 * fmean(r[:, EXACT]) for r in report], 1),
+        _shown([per_token(r, KL) for r in general]),
+        _shown([per_token(r) for r in general]),
+        _shown([per_token(r) for r in who]) if who else "–",
+    ]
+
+
+def _scores(setting: Setting) -> str:
+    lines = [_line("Base", [setting.base]), _line("Instruct", [setting.instruct])]
+    if setting.of("B"):
+        tuned = [{name: rows(v) for name, v in run.raw["scores"]["B2B"].items()} for run in setting.of("B")]
+        lines.append(_line("B2B", tuned))
+    for source, arm in ARMS.items():
+        for scale in SCALES:
+            lines.append(_line(f"{arm}, scale {scale:g}", [run.path[scale] for run in setting.of(source)]))
+    headings = ("model", "loss", "first token", "rest", "exact, %", "KL", "Alpaca loss", "identity loss")
+    return table(headings, lines)
+
+
+def _interval(found: Interval) -> str:
+    return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def _verdict(found: Interval) -> str:
+    return {1: "B2I", -1: "I2I", 0: "no difference shown"}[found.sign]
+
+
+def _overview(settings: Sequence[Setting]) -> str:
+    lines = []
+    for setting in settings:
+        pairs = list(setting.matched())
+        full = advantage((a.path[1.0]["report"], b.path[1.0]["report"]) for a, b in pairs)
+        levels, equal = at_equal_divergence(setting)
+        same = advantage(equal) if equal else None
+        lines.append(
+            [
+                setting.name,
+                f"{setting.chosen['B']:g}, {setting.chosen['I']:g}",
+                str(len(pairs)),
+                f"{_shown([a.learned(1.0) for a, _ in pairs])}",
+                f"{_shown([b.learned(1.0) for _, b in pairs])}",
+                f"{fmean(a.divergence(1.0) for a, _ in pairs):.3f}, {fmean(b.divergence(1.0) for _, b in pairs):.3f}",
+                _interval(full),
+                f"{fmean(levels):.3f}" if levels else "–",
+                _interval(same) if same else "–",
+                _verdict(same) if same else "–",
+            ]
+        )
+    headings = (
+        "setting", "rates", "seeds", "B2I learned", "I2I learned", "KL of both", "B2I − I2I at scale 1",
+        "equal KL", "B2I − I2I there", "better there",
+    )  # fmt: skip
+    return table(headings, lines)
+
+
+def plot(settings: Sequence[Setting], target: Path) -> None:
+    """Learned against forgotten: a line per training through its scales, thick at the chosen rate."""
+    columns = min(3, len(settings))
+    count = -(-len(settings) // columns)
+    figure, axes = plt.subplots(count, columns, figsize=(4.6 * columns, 3.8 * count), squeeze=False)
+    for axis, setting in zip(axes.flat, settings, strict=False):
+        for run in setting.runs:
+            scales = sorted(run.path)
+            best = run.lr == setting.chosen[run.source]
+            axis.plot(
+                [run.divergence(s) for s in scales], [run.learned(s) for s in scales],
+                color=COLOURS[run.source], marker="o", markersize=3.5 if best else 2, linewidth=1.8 if best else 0.8,
+                alpha=1.0 if best else 0.45,
+                label=ARMS[run.source] if best and run.seed == 0 else None,
+            )  # fmt: skip
+        tuned = per_token(setting.instruct["report"]) - per_token(setting.base["report"])
+        axis.axhline(tuned, color="grey", linestyle=":", label="untouched Base")
+        axis.set_title(setting.name, fontsize=9)
+        axis.set_xlabel("KL from the Instruct, Alpaca (nats per token)", fontsize=8)
+        axis.set_ylabel("learned (nats per token)", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.legend(fontsize=8)
+    for axis in axes.flat[len(settings) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def predictors(setting: Setting, run: Run) -> dict[str, float]:
+    """What is known of a training of the Base before its end."""
+    live = run.raw["live"]
+    early = {who: live[f"val/{who}/loss"][0][1] for who in ("tuned", "grafted") if f"val/{who}/loss" in live}
+    base = setting.base["choice"]
+    start, untouched = setting.instruct["choice"], setting.untouched
+    (base_loss, base_norm), (instruct_loss, instruct_norm) = (untouched[who]["initial"] for who in ("base", "instruct"))
+    known = {
+        "σ of the pair": untouched["offset"]["sigma"],
+        "cos(Δ_B, Δ_I)": setting.cosines.get(f"lr{run.lr:g}_seed{run.seed}", np.nan),
+        "‖Δ‖ / ‖offset‖": run.raw["norm"] / untouched["offset"]["offset"],
+        "first-token loss of the Instruct": fmean(start[:, FIRST]),
+        "first-token loss, Instruct − Base": fmean(start[:, FIRST] - base[:, FIRST]),
+        "initial loss, Base / Instruct": base_loss / instruct_loss,
+        "initial gradient, Base / Instruct": base_norm / instruct_norm,
+    }  # fmt: skip
+    if len(early) == 2:
+        known["gain of the graft at the first validation"] = per_token(start[:8]) - early["grafted"]
+    return known
+
+
+def _prediction(settings: Sequence[Setting]) -> str:
+    """Rank correlations with B2I's advantage at equal KL over the I2I of the same rate and seed, and a rule."""
+    cases: list[tuple[str, dict[str, float], float]] = []
+    for setting in settings:
+        direct = {(run.lr, run.seed): run for run in setting.runs if run.source == "I"}
+        for run in setting.runs:
+            other = direct.get((run.lr, run.seed))
+            if run.source != "B" or other is None:
+                continue
+            kl = min(run.divergence(1.0), other.divergence(1.0))
+            one, two = run.at_divergence(kl), other.at_divergence(kl)
+            if one is not None and two is not None:
+                cases.append((setting.name, predictors(setting, run), per_token(two) - per_token(one)))
+    if len({name for name, _, _ in cases}) < 2:
+        return "This takes two settings with both arms at one rate.\n"
+    outcome = np.array([gain for _, _, gain in cases])
+    majority = max((outcome > 0).mean(), (outcome <= 0).mean())
+    lines = []
+    for name in sorted({name for _, known, _ in cases for name in known}):
+        values = np.array([known.get(name, np.nan) for _, known, _ in cases])
+        kept = ~np.isnan(values)
+        if len(set(values[kept])) < 2:
+            lines.append([name, "–", str(int(kept.sum())), "the same in all runs", "–"])
+            continue
+        found = spearman(values[kept].tolist(), outcome[kept].tolist())
+        hits = leave_one_setting_out(
+            [c[0] for c in np.array(cases, dtype=object)[kept]], values[kept], outcome[kept] > 0
+        )
+        span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
+        lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, f"{hits:.0%}"])
+    text = table(("known", "ρ", "n", "values", "hits of a threshold, leave one setting out"), lines)
+    wins = int((outcome > 0).sum())
+    return (
+        f"{text}\nB2I has the lower loss at equal KL in {wins} of {len(cases)} cases, so always naming the more "
+        f"frequent outcome hits {majority:.0%}.\n"
+    )
+
+
+def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
+    """Share of right predictions of ``better`` by a threshold on ``values`` that was fitted on the other settings.
+
+    Where the other settings have one value only, their more frequent outcome is predicted.
+    """
+    groups = np.array(names)
+    hits = 0
+    for name in dict.fromkeys(names):
+        inside = groups == name
+        known, truth = values[~inside], better[~inside]
+        distinct = np.unique(known)
+        if len(distinct) < 2:
+            hits += int((better[inside] == (2 * truth.sum() > len(truth))).sum())
+            continue
+        middles = (distinct[:-1] + distinct[1:]) / 2
+        threshold, sign = max(
+            ((t, s) for t in middles for s in (1, -1)), key=lambda ts: ((ts[1] * (known - ts[0]) > 0) == truth).mean()
+        )
+        hits += int(((sign * (values[inside] - threshold) > 0) == better[inside]).sum())
+    return hits / len(names)
+
+
+def _premise(settings: Sequence[Setting]) -> str:
+    lines = []
+    for setting in {(s.pair, s.task): s for s in settings}.values():
+        base, instruct = setting.untouched["base"]["initial"], setting.untouched["instruct"]["initial"]
+        offset = setting.untouched["offset"]
+        lines.append(
+            [
+                f"{setting.pair}/{setting.task}", f"{offset['sigma']:.4f}",
+                f"{base[0]:.3f}, {instruct[0]:.3f}", f"{base[0] / instruct[0] - 1:+.1%}",
+                f"{base[1]:.2f}, {instruct[1]:.2f}", f"{instruct[1] / base[1]:.2f}",
+                f"{fmean(setting.base['report'][:, FIRST]):.2f}, {fmean(setting.instruct['report'][:, FIRST]):.2f}",
+            ]
+        )  # fmt: skip
+    headings = (
+        "pair and task", "σ", "initial loss of Base, Instruct", "Base lower by", "gradient norm of Base, Instruct",
+        "Instruct's / Base's", "first-token loss of Base, Instruct",
+    )  # fmt: skip
+    return table(headings, lines)
+
+
+def finished(results: Path) -> list[Setting]:
+    """The settings that have a training of both arms."""
+    found = []
+    for folder in sorted(results.glob("*/*_*/")):
+        task, method = folder.name.rsplit("_", 1)
+        setting = Setting(results, folder.parent.name, task, method)
+        if set(setting.chosen) == {"B", "I"}:
+            found.append(setting)
+    order = list(TASKS)
+    return sorted(found, key=lambda s: (s.pair != "near", s.method != "lora", order.index(s.task)))
+
+
+def write_report(results: Path, home: Path) -> None:
+    """Write ``REPORT.md`` and its plot into ``home``."""
+    settings = finished(results)
+    if not settings:
+        return
+    plot(settings, home / "learned_against_kl.png")
+    parts = [_HEAD]
+    parts += ["## Overview\n", _OVERVIEW, _overview(settings), "![learned against KL](learned_against_kl.png)\n"]
+    parts += ["## The premise\n", _PREMISE, _premise(settings)]
+    parts += ["## What predicts it\n", _PREDICTORS, _prediction(settings)]
+    for setting in settings:
+        names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())
+        parts += [f"## {setting.name}: {TASKS[setting.task]}\n", f"Chosen rates: {names}.\n", _scores(setting)]
+    (home / "REPORT.md").write_text("\n".join(parts), encoding="utf-8")

@@ -1,0 +1,317 @@
+"""Shadow-FT against direct tuning on a real language model, Gemma 3 270M, with Instructs that are made from it here.
+
+    python experiments/real/study.py --shared ../shared [--runs runs/real] [--workers 2] [--only near/tools ...]
+
+Makes the models and the rows, trains both arms on every task, scores every trained model row by row, and writes
+``experiments/real/results`` and ``REPORT.md``. What is finished is skipped, so it can be interrupted. ``--shared`` is a
+folder with ``real_models.py``, ``cut_vocabulary.py`` and ``data/``: the Base's weights and the data sets, which are not
+part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
+
+import torch
+from report import choose_rates, write_report
+from rows import files, write
+from score import Scorer, gradient_norm
+
+from shadowlit.analysis.curves import read_metrics
+from shadowlit.delta.delta import Delta
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SCALES = (0.5, 1.0, 1.5)
+SEEDS = (0, 1, 2)
+RATES = {"lora": (5e-5, 2e-4, 5e-4), "full": (1e-5, 3e-5, 1e-4)}
+EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
+VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
+"""Steps between two validations, which divide the number of steps."""
+PAIRS = {"near": 2, "far": 6}
+"""Epochs of the Instruct's tuning; the far one is tuned on preferences too."""
+_SETTINGS = [
+    *((pair, task, "lora") for pair in PAIRS for task in EPOCHS),
+    ("near", "tools", "full"),
+]
+_TEMPLATE = """{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}\
+{% if message['role'] == 'system' %}{% set ns.system = message['content'] | trim + '\\n\\n' %}{% else %}<start_of_turn>\
+{{ 'model' if message['role'] == 'assistant' else message['role'] }}
+{{ ns.system }}{{ message['content'] | trim }}<end_of_turn>
+{% set ns.system = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}<start_of_turn>model
+{% endif %}"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training: of the Base (``B``) or the Instruct (``I``) of a pair, on a task."""
+
+    pair: str
+    task: str
+    method: str
+    source: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the training, of its folder and of its result."""
+        return f"{self.pair}/{self.task}_{self.method}/{self.source}_lr{self.lr:g}_seed{self.seed}"
+
+
+class Study:
+    """The folders of the study, and what is done in them.
+
+    Args:
+        shared: Folder with the scripts and data sets.
+        runs: Folder of the models, rows and trainings, outside the repository's files.
+    """
+
+    def __init__(self, shared: Path, runs: Path) -> None:
+        self.shared, self.runs = shared, runs
+        self.data, self.base = runs / "data", runs / "base"
+
+    def prepare(self, pairs: Iterable[str]) -> None:
+        """Make the rows, the Base and the Instructs."""
+        for name, rows in files(self.shared / "data").items():
+            write(rows, self.data / f"{name}.jsonl")
+        if not self.base.exists():
+            self._make_base()
+        for pair in pairs:
+            if not (self.runs / pair).exists():
+                self._make_instruct(pair)
+
+    def _make_base(self) -> None:
+        """Gemma 3 270M with the tokens of the data alone, Gemma's turns, and their end where generation stops."""
+        whole, cut, template = self.runs / "models", self.runs / "base-partial", self.runs / "template.jinja"
+        template.write_text(_TEMPLATE)
+        if not (whole / "gemma-3-270m").exists():
+            run(self.shared / "real_models.py", whole)
+        shutil.rmtree(cut, ignore_errors=True)
+        texts = sorted(file for file in (self.shared / "data").iterdir() if file.suffix in (".json", ".jsonl"))
+        run(self.shared / "cut_vocabulary.py", whole / "gemma-3-270m", cut, *texts, "--template", template)
+        vocabulary = json.loads((cut / "tokenizer.json").read_text())["model"]["vocab"]
+        generation = json.loads((cut / "generation_config.json").read_text())
+        generation["eos_token_id"] = [generation["eos_token_id"], vocabulary["<end_of_turn>"]]
+        (cut / "generation_config.json").write_text(json.dumps(generation, indent=2))
+        cut.rename(self.base)
+
+    def instruct(self, pair: str) -> Path:
+        """Folder of the Instruct of a pair."""
+        return self.runs / pair / "model"
+
+    def _make_instruct(self, pair: str) -> None:
+        tuned = self.runs / (pair if pair == "near" else f"{pair}-sft")
+        kept = {name: str(self.data / f"{name}.jsonl") for name in ("alpaca", "identity")}
+        if not tuned.exists():
+            fit(
+                HERE / "instruct.yaml", self.runs / "instructs", f"{pair}-sft",
+                pair=(self.base, self.base), train=self.data / "instruct_train.jsonl", validation=kept, export=tuned,
+                **{"trainer.max_epochs": PAIRS[pair]},
+            )  # fmt: skip
+        if pair != "near":
+            fit(
+                HERE / "instruct.yaml", self.runs / "instructs", f"{pair}-dpo",
+                pair=(tuned / "model", tuned / "model"), train=self.data / "preferences.jsonl", validation=None,
+                export=self.runs / pair,
+                **{"model.objective": "DPO", "model.lr": 5e-6, "trainer.max_epochs": 2, "data.batch_size": 4,
+                   "data.max_length": 512, "data.group_by_length": False, "graft.baselines": True},
+            )  # fmt: skip
+
+    def scorer(self, pair: str, task: str) -> Scorer:
+        """A scorer of a task and of what should be kept, with the untouched Instruct as reference."""
+        sets = {
+            "choice": self.data / f"{task}_choice.jsonl",
+            "report": self.data / f"{task}_report.jsonl",
+            "alpaca": self.data / "alpaca.jsonl",
+            "identity": self.data / "identity.jsonl",
+        }
+        scorer, file = Scorer(self.instruct(pair), sets), self.runs / f"{pair}-{task}.pt"
+        if file.exists():
+            scorer.reference = torch.load(file, weights_only=True)
+        return scorer
+
+    def measure_untouched(self, pair: str, task: str) -> None:
+        """Score the untouched models, and their loss and gradient on the first rows that are trained on."""
+        target = RESULTS / pair / f"{task}_untouched.json"
+        reference = self.runs / f"{pair}-{task}.pt"
+        if target.exists() and reference.exists():
+            return
+        scorer = self.scorer(pair, task)
+        found: dict[str, Any] = {"instruct": {name: scorer.measure(name, keep=True) for name in scorer.rows}}
+        torch.save(scorer.reference, reference)
+        scorer.load(self.base)
+        found["base"] = {name: scorer.measure(name) for name in scorer.rows}
+        rows = scorer.read(self.data / f"{task}_train.jsonl")[:16]
+        for who, folder in (("instruct", self.instruct(pair)), ("base", self.base)):
+            found[who]["initial"] = gradient_norm(folder, rows)
+        found["offset"] = offset_norm(self.base, self.instruct(pair))
+        save(found, target)
+
+    def train_and_score(self, training: Training) -> None:
+        """Train, score every scale, and write the result."""
+        target = RESULTS / f"{training.name}.json"
+        if target.exists():
+            return
+        folder = self.runs / "trainings" / training.name
+        delta = folder.parent / f"{folder.name}-delta"
+        if not delta.exists():
+            instruct = self.instruct(training.pair)
+            adapter = {} if training.method == "lora" else {"model.adapter": None}
+            fit(
+                HERE / "lora.yaml", folder.parent, folder.name,
+                pair=(self.base if training.source == "B" else instruct, instruct),
+                train=self.data / f"{training.task}_train.jsonl",
+                validation={"early": str(self.data / f"{training.task}_early.jsonl")},
+                export=delta,
+                **{"model.lr": training.lr, "seed_everything": training.seed, "model.seed": training.seed,
+                   "data.seed": training.seed, "trainer.max_epochs": EPOCHS[training.task],
+                   "trainer.val_check_interval": VALIDATE_EVERY[training.task], **adapter},
+            )  # fmt: skip
+        run(__file__, "--shared", self.shared, "--runs", self.runs, "--score", json.dumps(training.__dict__))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def score(self, training: Training) -> None:
+        """Score a trained delta at every scale."""
+        scorer = self.scorer(training.pair, training.task)
+        folder = self.runs / "trainings" / training.name
+        delta = Delta.open(folder.parent / f"{folder.name}-delta" / "delta")
+        scores: dict[str, Any] = {}
+        for scale in SCALES:
+            scorer.load_graft(delta, scale)
+            scores[f"{scale:g}"] = {name: scorer.measure(name) for name in scorer.rows}
+        if training.source == "B":
+            scorer.load_graft(delta, 1.0, self.base)
+            scores["B2B"] = {name: scorer.measure(name) for name in ("report", "alpaca")}
+        live = {
+            name: values
+            for name, values in read_metrics(folder / "metrics.csv").items()
+            if name.startswith(("val/", "train/loss"))
+        }
+        save(
+            {**training.__dict__, "norm": delta.norm(), "live": live, "scores": scores},
+            RESULTS / f"{training.name}.json",
+        )
+
+    def measure_cosines(self, pair: str, task: str, method: str) -> None:
+        """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
+        target = RESULTS / pair / f"{task}_{method}_cosines.json"
+        found = json.loads(target.read_text()) if target.exists() else {}
+        place = self.runs / "trainings" / pair / f"{task}_{method}"
+        for one in sorted(place.glob("B_*-delta")):
+            other = place / one.name.replace("B_", "I_", 1)
+            name = one.name.removeprefix("B_").removesuffix("-delta")
+            if name not in found and other.exists():
+                found[name] = Delta.open(one / "delta").cosine(Delta.open(other / "delta"))
+        save(found, target)
+
+
+def fit(
+    config: Path,
+    root: Path,
+    name: str,
+    *,
+    pair: tuple[Path, Path],
+    train: Path,
+    validation: dict[str, str] | None,
+    export: Path,
+    **overrides: Any,
+) -> None:
+    """Run ``shadowlit fit`` in a process of its own; its output goes into a file next to its folder."""
+    given = {
+        "pair.base": pair[0], "pair.instruct": pair[1], "data.train": train, "data.validation": validation,
+        "run.root": root, "run.name": name, "export.folder": export, **overrides,
+    }  # fmt: skip
+    root.mkdir(parents=True, exist_ok=True)
+    arguments = [
+        f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in given.items()
+    ]
+    with (root / f"{name}.log").open("w") as log:
+        subprocess.run(
+            [sys.executable, "-m", "shadowlit", "fit", "--config", str(config), *arguments],
+            stdout=log, stderr=subprocess.STDOUT, check=True,
+        )  # fmt: skip
+
+
+def run(script: Path | str, *arguments: object) -> None:
+    """Run a Python script."""
+    subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True)
+
+
+def save(value: Any, file: Path) -> None:
+    """Write JSON atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(value) + "\n")
+    partial.replace(file)
+
+
+@torch.no_grad()
+def offset_norm(base: Path, instruct: Path) -> dict[str, float]:
+    """Norms of ``Instruct - Base`` and of the Base, and sigma, over the matrices of the decoder's layers."""
+    from safetensors.torch import load_file
+
+    one, other = (load_file(folder / "model.safetensors") for folder in (base, instruct))
+    names = [name for name in one if ".layers." in name and one[name].ndim == 2]
+    sums = torch.zeros(3, dtype=torch.float64)
+    sigmas = []
+    for name in names:
+        a, b = one[name].double(), other[name].double()
+        sums += torch.stack([(b - a).square().sum(), a.square().sum(), b.square().sum()])
+        sigmas.append(float((a - b).abs().sum() / (a.abs().sum() + b.abs().sum())))
+    norms = sums.sqrt().tolist()
+    return {"offset": norms[0], "base": norms[1], "instruct": norms[2], "sigma": sum(sigmas) / len(sigmas)}
+
+
+def trainings(pair: str, task: str, method: str, chosen: dict[str, float] | None) -> Iterator[Training]:
+    """The trainings at all rates with the first seed, or at the chosen rates with the others."""
+    for seed in SEEDS[:1] if chosen is None else SEEDS[1:]:
+        for lr in RATES[method]:
+            for source in ("B", "I"):
+                if chosen is None or chosen[source] == lr:
+                    yield Training(pair, task, method, source, lr, seed)
+
+
+def main() -> None:
+    """Run what is missing, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/real"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="settings, e.g. near/tools_lora")
+    parser.add_argument("--score", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    study = Study(given.shared.resolve(), given.runs.resolve())
+    if given.score:
+        return study.score(Training(**json.loads(given.score)))
+    settings = [s for s in _SETTINGS if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
+    study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
+    with ThreadPoolExecutor(given.workers) as pool:
+        for pair, task in dict.fromkeys((pair, task) for pair, task, _ in settings):
+            study.measure_untouched(pair, task)
+        for setting in settings:
+            list(pool.map(study.train_and_score, trainings(*setting, None)))
+            study.measure_cosines(*setting)
+            write_report(RESULTS, HERE)
+        for setting in settings:
+            list(pool.map(study.train_and_score, trainings(*setting, choose_rates(RESULTS, *setting))))
+            study.measure_cosines(*setting)
+            write_report(RESULTS, HERE)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The study on a real language model: its rows are disjoint, and its report compares what it says it compares."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.real.report import Run, Setting, advantage, at_equal_divergence, leave_one_setting_out, write_report
+from experiments.real.rows import alpaca, gsm8k, tool_calls
+
+
+def scores(losses, kl, tokens=10.0):
+    """Rows of one loss each, with a divergence."""
+    return [[loss * tokens, tokens, loss, 0.0, kl * tokens] for loss in losses]
+
+
+def write_setting(folder, pair="near", task="tools", graft=(2.0, 1.5), direct=(1.0, 0.5)):
+    """Untouched models at a loss of 3, and both arms at two rates: losses and divergences at scales 0.5, 1 and 1.5.
+
+    The second rate is better on the rows for choosing and worse on those that are reported.
+    """
+    untouched = {name: scores([3.0, 3.0], 0.0) for name in ("choice", "report", "alpaca", "identity")}
+    found = {"instruct": {**untouched, "initial": [3.0, 1.0]}, "base": {**untouched, "initial": [2.0, 4.0]}}
+    home = folder / pair / f"{task}_lora"
+    home.mkdir(parents=True)
+    offset = {"offset": 1.0, "base": 10.0, "instruct": 10.0, "sigma": 0.01}
+    (folder / pair / f"{task}_untouched.json").write_text(json.dumps({**found, "offset": offset}))
+    kls, spreads = {"B": (0.1, 0.2, 0.4), "I": (0.2, 0.6, 0.9)}, {"B": 0.1, "I": 0.0}  # spread: between the two rows
+    for source, (first, second) in (("B", graft), ("I", direct)):
+        spread = spreads[source]
+        for lr, loss, choice in ((1e-4, first, 2.0), (2e-4, second, 1.0)):
+            path = {
+                f"{scale:g}": {
+                    "choice": scores([choice, choice], kl),
+                    "report": scores([loss + 0.1 / scale, loss + 0.1 / scale + spread], kl),
+                    "alpaca": scores([1.0], kl), "identity": scores([1.0], kl),
+                }
+                for scale, kl in zip((0.5, 1.0, 1.5), kls[source], strict=True)
+            }  # fmt: skip
+            raw = {"source": source, "lr": lr, "seed": 0, "norm": 0.5, "scores": path, "live": {}}
+            if source == "B":
+                raw["scores"]["B2B"] = {"report": scores([1.0], 0.3), "alpaca": scores([1.0], 0.3)}
+            (home / f"{source}_lr{lr:g}_seed0.json").write_text(json.dumps(raw))
+
+
+def test_rates_are_chosen_on_other_rows_and_arms_compared_at_equal_divergence(tmp_path):
+    write_setting(tmp_path)
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert setting.chosen == {"B": 2e-4, "I": 2e-4}
+    levels, ((graft, direct),) = at_equal_divergence(setting)
+    assert levels == pytest.approx([0.2])  # the smaller of 0.2 and 0.6, which I2I has at scale 0.5
+    assert graft[:, 0] / graft[:, 1] == pytest.approx([1.6, 1.7])
+    assert direct[:, 0] / direct[:, 1] == pytest.approx([0.5 + 0.2] * 2)
+    assert advantage([(graft, direct)]).difference == pytest.approx(0.7 - 1.65)  # negative: the graft's loss is higher
+
+
+def test_the_path_is_linear_between_scales_and_begins_at_the_instruct(tmp_path):
+    write_setting(tmp_path)
+    (run,) = Setting(tmp_path, "near", "tools", "lora").of("B")
+    assert isinstance(run, Run) and run.learned(0.0) == 0.0
+    halfway = run.at_divergence(0.05)  # between the Instruct (3.0 at 0) and scale 0.5 (1.7 at 0.1)
+    assert halfway is not None and halfway[:, 0] / halfway[:, 1] == pytest.approx([2.35, 2.4])
+    assert run.at_divergence(0.5) is None
+
+
+def test_the_report_says_which_arm_is_better(tmp_path):
+    write_setting(tmp_path / "results")
+    write_setting(tmp_path / "results", task="gsm8k", graft=(0.5, 0.4), direct=(2.0, 2.5))
+    write_report(tmp_path / "results", tmp_path)
+    text = (tmp_path / "REPORT.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| near/")}
+    assert "I2I" in rows["near/tools_lora"].split(" | ")[-1] and "B2I" in rows["near/gsm8k_lora"].split(" | ")[-1]
+    assert (tmp_path / "learned_against_kl.png").stat().st_size > 10_000
+
+
+def test_a_threshold_is_fitted_on_the_other_settings():
+    names = ["a", "a", "b", "b", "c", "c"]
+    values, better = np.array([1.0, 9.0, 2.0, 8.0, 3.0, 7.0]), np.array([False, True] * 3)
+    assert leave_one_setting_out(names, values, better) == 1.0
+    assert leave_one_setting_out(["a", "b"], np.array([1.0, 2.0]), np.array([True, True])) == 1.0  # by the majority
+    better[4:] = [True, False]  # c contradicts: its two are missed, and it misleads no one else's threshold to the end
+    assert leave_one_setting_out(names, values, better) <= 4 / 6
+
+
+def test_rows_of_tools_are_called_once_and_prompts_of_alpaca_are_told_apart(tmp_path):
+    def conversation(request, call):
+        turns = [("human", "hello"), ("gpt", "hi"), ("human", request), ("function_call", call), ("observation", "ok")]
+        return {"tools": "[]", "conversations": [{"from": who, "value": text} for who, text in turns]}
+
+    calls = [("one", "f(1)"), ("two", "f(2)"), ("three", "f(1)"), ("two", "f(3)")]
+    (tmp_path / "tools.json").write_text(json.dumps([conversation(*each) for each in calls]))
+    rows = tool_calls(tmp_path / "tools.json")
+    assert len({row["messages"][-1]["content"] for row in rows}) == len(rows) < 4
+    assert all([m.get("train") for m in row["messages"]] == [None, None, False, None, True] for row in rows)
+    instructions = [{"instruction": "a", "input": "", "output": "x"}, {"instruction": "a", "input": "", "output": "y"}]
+    (tmp_path / "alpaca.json").write_text(json.dumps([*instructions, {"instruction": "b", "input": "c", "output": ""}]))
+    assert [row["messages"][1]["content"] for row in alpaca(tmp_path / "alpaca.json")] == ["x"]
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    assert gsm8k(tmp_path / "gsm8k.jsonl", "So: ")[0]["messages"][1]["content"] == "So: a"
