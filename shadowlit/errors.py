@@ -54,7 +54,7 @@ class Interrupted(SystemExit):
 
 @contextmanager
 def as_usage() -> Iterator[None]:
-    """Let errors end the command with the status of wrong usage."""
+    """Give errors the exit status of wrong usage."""
     try:
         yield
     except ShadowlitError as error:
@@ -77,5 +77,5 @@ def wrong_names(key: str, names: Iterable[str]) -> list[str]:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2 images``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    """``1 image``, ``2,000 images``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -27,6 +27,7 @@ _PART = re.compile(r"NestedArg\(key='(.+)', val='?(.*?)'?\)")
 _TYPES = re.compile(r"^ *Subtypes: \[(.*)\]$|Expected an? (?!path but)(.+?)(?:\. Got value: .*)?$", re.MULTILINE)
 _OPTION = re.compile(r"Option '(\S+)' is not accepted(?:; known: (.*?)(?:\. Got value: .*)?)?$", re.MULTILINE)
 _MISSING = re.compile(r"the following arguments are required: (.+)$", re.MULTILINE)
+_ABSENT = re.compile(r"File does not exist: '(.*?)'")
 _CLASS = re.compile(r"class_path['\"]?[=:] ?'([\w.]+)'")
 _SPEC = {"class_path", "init_args", "dict_kwargs"}
 _MAX_VALUE, _MAX_LINES, _MAX_NAMES = 120, 6, 20
@@ -59,13 +60,17 @@ class Known(NamedTuple):
 
 
 class ShortErrors(jsonargparse.ArgumentParser):
-    """A parser that reports an error in a few lines, without listing all of its options.
+    """A parser that reports an error in a few lines, without listing all of its options, and takes no abbreviated key.
 
     Attributes:
         known: What keys take, for those whose types don't say it.
     """
 
     known: ClassVar[Mapping[str, Known]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A key that is cut short would be taken for the longer one, and for another once there are two of them.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and the message."""
@@ -122,6 +127,8 @@ def shorten(message: str, known: Mapping[str, Known]) -> str:
         known: What keys take.
     """
     found = _KEY.match(message)
+    if found is not None and (absent := _ABSENT.search(message)):
+        return f"{found[1]} is {absent[1]}, which does not exist. Correct the path."
     if found is None or not (values := _VALUE.findall(message)):
         return "\n".join([line for line in message.splitlines() if line.strip()][:_MAX_LINES])
     key, value, details = found[1], values[-1], message[found.end() :]

@@ -1,4 +1,4 @@
-"""What is kept from the terminal: notes of other libraries that the user can do nothing about."""
+"""Hides notes of other libraries that the user can't act on."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _MESSAGES = (
 def quieten() -> None:
     """Hide other libraries' deprecations and notes, and show a warning without its line of code.
 
-    Commands call it. A program of your own calls it once, before it creates a Trainer, whose first notes come earlier
-    than any callback: importing shadowlit changes nothing about a program's warnings and logs. ``python -W`` shows the
+    Every command calls it. In your own program, call it once before you create a Trainer, which logs its first notes
+    before any callback runs. Importing shadowlit alone changes neither warnings nor logging. ``python -W`` shows the
     deprecations, and where warnings come from.
 
     Example::
@@ -61,7 +61,7 @@ def quieten() -> None:
 
 
 class _Fitted(logging.Formatter):
-    """The message alone, in lines that are broken between words where the handler writes to a terminal."""
+    """Formats the message alone; on a terminal its lines are broken between words."""
 
     def __init__(self, handler: logging.Handler) -> None:
         super().__init__()

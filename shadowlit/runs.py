@@ -152,7 +152,7 @@ class Run:
                 if exports := _changes(*({"of": {"export": each.get("export")}} for each in (old, new))):
                     raise ShadowlitError(
                         f"{self.folder} is complete, and nothing is trained, but the export has changed: "
-                        f"{exports.replace('of.', '')}. Write another export with 'python -m shadowlit export --ckpt "
+                        f"{exports.replace('of.', '')}. Write another export with 'shadowlit export --ckpt "
                         f"{self.folder / 'checkpoints'}/…', or undo the changes."
                     )
                 rank_zero_info(

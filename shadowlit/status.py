@@ -1,4 +1,4 @@
-"""A status line: the last line of a terminal, redrawn in place; without a terminal, a line from time to time."""
+"""A status line: the last line of a terminal, redrawn in place; without a terminal, a line at intervals."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StatusLine:
         self._undo = contextlib.ExitStack()
 
     def start(self) -> None:
-        """Take the last line of the terminal, if there is one; it is given back by :meth:`stop`."""
+        """Reserve the last line of the terminal, if there is one, until :meth:`stop`."""
         if self.live:
             return
         self._due = time.monotonic() + (0.0 if is_terminal(sys.stderr) else self._every_s)
@@ -65,8 +65,8 @@ class StatusLine:
         """Show the line if it is due, or ``now``.
 
         Args:
-            parts: Returns the parts of the line in the order of their importance: those for which the terminal is too
-                narrow are left out.
+            parts: Function that returns the parts of the line, the most important first; parts that don't fit are
+                left out.
             now: Show it even if it is not due.
         """
         if not (now or self.is_due()):
@@ -92,7 +92,7 @@ class StatusLine:
             self._drawn = False
 
     def write_above(self, stream: TextIO, text: str) -> int:
-        """Write the text of others, and draw the line again below it."""
+        """Write other output, and redraw the line below it."""
         with self._lock:
             if not self.live or not text:
                 return stream.write(text)

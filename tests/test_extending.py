@@ -125,7 +125,7 @@ def test_a_transform_on_disk(root):
     lines = re.findall(r"```bash\n(.*?)```", section("A transform of the update"), re.S)[0].splitlines()
     places = {"BASE": "base", "INSTRUCT": "instruct", "OUT": ""}
     for number, line in enumerate(lines):
-        words = [places.get(word, word) for word in shlex.split(line.removeprefix("python -m shadowlit "))]
+        words = [places.get(word, word) for word in shlex.split(line.removeprefix("shadowlit "))]
         assert command([word or f"out{number}" for word in words]) == 0
     delta = Delta.open("out1")
     sizes = {float(x) for name in delta.shapes for x in delta.tensor(name).abs().unique()}

@@ -69,7 +69,7 @@ def dialect_in(paths):
 
 @pytest.mark.parametrize("folder, pattern", [
     ("shadowlit", "*.py"), ("shadowlit", "*.yaml"), ("docs", "*.md"), (".", "*.md"), ("configs", "*.yaml"),
-    ("experiments", "*.yaml"),
+    ("experiments", "*.yaml"), ("experiments", "README.md"), ("benchmarks", "*.md"),
 ])  # fmt: skip
 def test_the_dialect_does_not_come_back(folder, pattern):
     paths = sorted((ROOT / folder).glob(pattern) if folder == "." else (ROOT / folder).rglob(pattern))

@@ -31,7 +31,7 @@ from shadowlit.checkpoint.names import (
 )
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
-from shadowlit.errors import PairError, ShadowlitError
+from shadowlit.errors import PairError, ShadowlitError, counted
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.folders import model_folder
 from shadowlit.pair.side import stated_sides
@@ -307,7 +307,7 @@ def similarity(*models: str | Path, effective_rank: bool = False, progress: bool
         if deltas and effective_rank:
             raise ShadowlitError(
                 "effective_rank is computed for the offset between models; for deltas there is "
-                "'python -m shadowlit delta show DELTA --effective_rank'."
+                "'shadowlit delta show DELTA --effective_rank'."
             )
         readers = in_one_layout(readers)
         names = shared_names(readers, deltas=deltas)
@@ -375,7 +375,7 @@ def compare(
         CheckpointError: A tensor holds NaN or infinities.
     """
     if not 2 <= len(readers) <= _MAX_MODELS:
-        raise PairError(f"{len(readers)} models were given; expected 2 to {_MAX_MODELS}. Give the Base first.")
+        raise PairError(f"found {counted(len(readers), 'model')}; expected 2 to {_MAX_MODELS}. Give the Base first.")
     letters = [chr(ord("A") + i) for i in range(len(readers))]
     names = shared_names(readers, deltas=deltas)
     pairs = list(_pairs(letters, deltas))

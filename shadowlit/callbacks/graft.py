@@ -30,7 +30,7 @@ from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signat
 from shadowlit.data.protocol import run_data
 from shadowlit.data.rendering import load_template
 from shadowlit.delta.transforms import Transforms
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, counted
 from shadowlit.evaluation.routing import Routing, routers_of
 from shadowlit.grafting.disk import LEAST_SURVIVAL
 from shadowlit.grafting.live import LiveGraft, Squares
@@ -488,9 +488,10 @@ class GraftCallback(Callback):
         if self._run.started is not None and trainer.global_step and statistics.get("delta_norm") == 0:
             self._warn_once(
                 "zero",
-                f"graft: the update is zero after {trainer.global_step} steps: no weight that graft.select chooses has "
-                "changed, so the grafted model is the Instruct. Check model.lr and its schedule, that graft.select "
-                f"(now {self.select}) matches what is trained, and that the training rows have supervised tokens.",
+                f"graft: the update is zero after {counted(trainer.global_step, 'step')}: no weight that graft.select "
+                "chooses has changed, so the grafted model is the Instruct. Check model.lr and its schedule, that "
+                f"graft.select (now {self.select}) matches what is trained, and that the training rows have "
+                "supervised tokens.",
             )
 
     def _warn_of_rounding(self, metrics: Metrics) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.checkpoint.folder import require_replaceable
 from shadowlit.distributed import of_all_ranks, on_first_rank
-from shadowlit.errors import ExportError
+from shadowlit.errors import ExportError, counted
 from shadowlit.files import replace_text, require_writable
 
 
@@ -50,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         lines = (json.dumps(answer, ensure_ascii=False) for answer in sorted(answers, key=lambda a: a["index"]))
         replace_text(target, "".join(f"{line}\n" for line in lines))
-        rank_zero_info(f"predict: {len(answers)} answers of the grafted Instruct were written to {target}")
+        rank_zero_info(f"predict: wrote {counted(len(answers), 'answer')} of the grafted Instruct to {target}")
 
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.file) if self.file else run_folder(trainer) / "predictions.jsonl"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowlit.checkpoint.names import is_weight, next_to_modules
-from shadowlit.errors import CheckpointError
+from shadowlit.errors import CheckpointError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     missing = [file for file in files if not os.path.lexists(path.parent / file)]
     if missing:
         raise CheckpointError(
-            f"{path} names {len(files)} files, of which {len(missing)} are missing: {some_of(missing)}. "
+            f"{path} names {counted(len(files), 'file')}, of which {len(missing)} can't be found: {some_of(missing)}. "
             "Finish the download, or copy the missing shards into the index's folder."
         )
     _require_distinct(path, files)
@@ -201,8 +201,12 @@ def match_index(path: Path, weight_map: Mapping[str, str], headers: Mapping[str,
     absent = sorted(name for name, file in weight_map.items() if name not in headers[file])
     unlisted = sorted(name for file, entries in headers.items() for name in entries if weight_map.get(name) != file)
     if absent or unlisted:
-        told = [f"{len(absent)} tensors are not in the file it names ({some_of(absent)})"] if absent else []
-        told += [f"{len(unlisted)} tensors of the shards are not listed ({some_of(unlisted)})"] if unlisted else []
+        told = [f"it names the wrong file for {counted(len(absent), 'tensor')} ({some_of(absent)})"] if absent else []
+        told += (
+            [f"it doesn't list {counted(len(unlisted), 'tensor')} of the shards ({some_of(unlisted)})"]
+            if unlisted
+            else []
+        )
         raise CheckpointError(
             f"{path} does not match its shards: {'; '.join(told)}. The folder mixes files of "
             "two saves; download or save the model again into an empty folder."

@@ -18,7 +18,7 @@ import numpy as np
 
 from shadowlit.checkpoint.headers import TensorInfo, shown, some_of
 from shadowlit.checkpoint.numeric import FLOATS, widen
-from shadowlit.errors import CheckpointError, GraftError
+from shadowlit.errors import CheckpointError, GraftError, counted
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -68,7 +68,8 @@ class TensorReader(ABC):
         """Return dtype and shape of the tensor ``name``; raise a CheckpointError if there is none."""
         if name not in self.tensors:
             raise CheckpointError(
-                f"There is no tensor '{shown(name)}' in {self.folder}, which holds {len(self.tensors)} tensors "
+                f"There is no tensor '{shown(name)}' in {self.folder}, which holds "
+                f"{counted(len(self.tensors), 'tensor')} "
                 f"({some_of(self.tensors)}). Check the name, or whether this is the right model."
             )
         return self.tensors[name]

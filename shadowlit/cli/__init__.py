@@ -1,1 +1,1 @@
-"""The commands of ``python -m shadowlit``, one module each."""
+"""The commands of ``shadowlit``, one module each."""

@@ -1,4 +1,4 @@
-"""``python -m shadowlit compare``; the docstring is the help text."""
+"""``shadowlit compare``; the docstring is the help text."""
 
 from __future__ import annotations
 
@@ -208,4 +208,4 @@ def _require_known(option: str, names: list[str], evaluators: list[str]) -> None
 
 def _command(fit: str, arms: list[str], seeds: Any, rates: dict[str, list[float]]) -> str:
     listed = ",".join(map(str, _listed(seeds)))
-    return f"python -m shadowlit compare {fit} --arms {','.join(arms)} --seeds {listed} --rates '{json.dumps(rates)}'"
+    return f"shadowlit compare {fit} --arms {','.join(arms)} --seeds {listed} --rates '{json.dumps(rates)}'"

@@ -1,4 +1,4 @@
-"""``python -m shadowlit delta``: the update as an artefact; the docstrings are the help."""
+"""``shadowlit delta``: the update as an artefact; the docstrings are the help."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shadowlit.delta.delta import Delta, overlap, ties_sum, weighted_sum
 from shadowlit.delta.folders import is_run, require_same_model
 from shadowlit.delta.lora import export_svd_adapter
 from shadowlit.delta.transforms import Transforms
-from shadowlit.errors import GraftError, as_usage
+from shadowlit.errors import GraftError, as_usage, counted
 from shadowlit.grafting.disk import DiskGraft, Scale, describe_shares, shares_of
 from shadowlit.grafting.manifest import describe_source, versions
 from shadowlit.grafting.update import zero_update
@@ -63,7 +63,7 @@ def make(
         )
     found = Delta.make(base, tuned, select, allow_pickle)
     if not allow_zero and not any(map(found.changes, found.shapes)):
-        raise zero_update(f"{len(found.shapes)} tensors")
+        raise zero_update(counted(len(found.shapes), "tensor"))
     _save(found, out, dtype, shard_size, found.manifest)
     for name, why in found.without.items():
         make_console().print(f"delta: left out for want of an update: {name} ({why})")
@@ -204,7 +204,9 @@ def lora(
             opened, instruct, Path(out), rank, explained_variance, getattr(torch, dtype), lambda: advance(1)
         )
     console = make_console()
-    console.print(f"delta: {out} has {report.num_layers} layers, rank {report.smallest_rank} to {report.largest_rank}")
+    console.print(
+        f"delta: {out} has {counted(report.num_layers, 'layer')}, rank {report.smallest_rank} to {report.largest_rank}"
+    )
     console.print(
         f"delta: the adapter differs from the delta by {report.error:.1%} of its norm "
         f"({report.error_of_adapted:.1%} in the layers that it adapts; left out: {report.left_out or 'nothing'})"
@@ -269,7 +271,9 @@ def _save(found: Delta, out: str, dtype: DType, shard_size: str, manifest: Mappi
     console = make_console()
     factored = sum(found.is_stored_as_factors(name, getattr(torch, dtype)) for name in found.shapes)
     told = f", {factored} of them as factors in float32" if factored else ""
-    console.print(f"delta: {out} has {len(found.shapes)} tensors, {found.num_elements:,} elements in {dtype}{told}")
+    console.print(
+        f"delta: {out} has {counted(len(found.shapes), 'tensor')}, {found.num_elements:,} elements in {dtype}{told}"
+    )
     console.print(f"delta: storing it changes it by {lost:.2%} of its norm")
 
 

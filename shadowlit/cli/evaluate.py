@@ -1,4 +1,4 @@
-"""``python -m shadowlit evaluate``; the docstring is the help."""
+"""``shadowlit evaluate``; the docstring is the help."""
 
 from __future__ import annotations
 

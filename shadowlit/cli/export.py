@@ -1,4 +1,4 @@
-"""``python -m shadowlit export``; the docstring is the help."""
+"""``shadowlit export``; the docstring is the help."""
 
 from __future__ import annotations
 

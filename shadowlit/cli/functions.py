@@ -8,7 +8,7 @@ import inspect
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, ClassVar, TypeAlias, get_origin, get_type_hints
 
@@ -32,14 +32,36 @@ def _transforms() -> list[str]:
 
 
 class Parser(ShortErrors):
-    """The parser of a command; its errors are short."""
+    """The parser of a command; its errors are short.
 
+    Attributes:
+        functions: The functions of the command, by its name or those of its subcommands.
+    """
+
+    functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
     known: ClassVar = {
         "transforms": Known(
             'a list of names with their parameters, e.g. [{"name": "dare", "density": 0.2}]', _transforms
         ),
         "parameters": Known('values by the name of the parameter, e.g. {"size": 1e-4}'),
     }
+
+    def format_help(self) -> str:
+        """Return the help, whose first line shows which parameters can be given as words."""
+        if function := self.functions.get(self.prog.rpartition(" ")[2]):
+            self.usage = f"{self.prog} {' '.join(_words(function))} [--key=value ...]"
+        return str(super().format_help())
+
+
+def _words(function: Callable[..., Any]) -> Iterator[str]:
+    """The parameters that are usually given as words, see :func:`spell_out`: the first, and more without a default."""
+    kinds = get_type_hints(function)
+    for i, parameter in enumerate(inspect.signature(function).parameters.values()):
+        required = parameter.default is parameter.empty
+        if i and not required:
+            return
+        name = f"{parameter.name.upper()}{' ...' if get_origin(kinds[parameter.name]) is list else ''}"
+        yield name if required else f"[{name}]"
 
 
 @contextlib.contextmanager
@@ -91,7 +113,8 @@ def run_function(name: str, module: str, args: Sequence[str]) -> None:
         args = [found.DEFAULT, *args] if hasattr(found, "DEFAULT") and options_only else list(args)
         if args and args[0] in components:
             args = [args[0], *spell_out(components[args[0]], args[1:])]
-    auto_cli(components, args=args, as_positional=False, parser_class=Parser, prog=f"shadowlit {name}")
+    own = type("Parser", (Parser,), {"functions": {name: components} if callable(components) else components})
+    auto_cli(components, args=args, as_positional=False, parser_class=own, prog=f"shadowlit {name}")
 
 
 def spell_out(function: Callable[..., Any], args: Sequence[str]) -> list[str]:

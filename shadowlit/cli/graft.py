@@ -1,4 +1,4 @@
-"""``python -m shadowlit graft``; the docstring is the help."""
+"""``shadowlit graft``; the docstring is the help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m shadowlit init``: write a configuration for a pair; the docstring is the help."""
+"""``shadowlit init``: write a configuration for a pair; the docstring is the help."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from shadowlit.errors import CheckpointError, PairError, ShadowlitError, counted
 from shadowlit.files import replace_text
+from shadowlit.pair.folders import local_folder
 from shadowlit.pair.registry import find_pair
 from shadowlit.progress import make_console
 
@@ -45,7 +46,7 @@ def init(
 ) -> None:
     """Write a commented configuration of 'fit' for a pair.
 
-    The batch size is the largest that the estimate of 'plan' allows, up to 32 conversations per optimizer step; where
+    The batch size is the largest that the estimate of 'plan' allows, up to 32 conversations per optimizer step. If
     one conversation is too large, the configuration offloads, recomputes or shards. For models on the hub only configs,
     tokenizers and headers are downloaded. If a model can't be read, e.g. without a network, the batch size is 1, and
     'plan' estimates it later.
@@ -55,11 +56,11 @@ def init(
         base: Folder or hub id of the Base, instead of a known pair.
         instruct: Folder or hub id of the Instruct, instead of a known pair.
         out: File to write.
-        tuning: lora trains an adapter, qlora one on weights in 4 bits, full trains all weights.
-        train: File or data set to train on; it can be named later.
+        tuning: lora trains an adapter, qlora trains one on 4-bit weights, full trains all weights.
+        train: File or data set to train on; can be set later, in the file.
         devices: Number of GPUs, or of processes on a CPU.
-        memory: Memory of a GPU, e.g. 24GiB; null for that of this machine's. Without a GPU and a size the
-            configuration is for the CPU.
+        memory: Memory of one GPU, e.g. 24GiB; null for that of this machine's GPU. With neither, the configuration is
+            for the CPU.
         max_length: Maximum length of a conversation, in tokens.
         overwrite: Replace the file if it exists.
     """
@@ -70,17 +71,21 @@ def init(
     if devices < 1:
         raise ShadowlitError(f"devices is {devices}; expected at least 1.")
     if (pair is None) != (base is not None and instruct is not None) or (pair and (base or instruct)):
-        raise ShadowlitError("Give the name of a known pair ('pairs' lists them), or both --base and --instruct.")
+        raise ShadowlitError(
+            "Give the name of a known pair ('shadowlit pairs' lists them), or both --base and --instruct."
+        )
     if pair is not None:
         known = find_pair(pair)
         keys = {name: getattr(known, name) for name in ("base", "instruct", "base_revision", "instruct_revision")}
     else:
         keys = {"base": base, "instruct": instruct}
+        for who, source in keys.items():
+            local_folder(who, str(source), f"--{who}")
     pinned = {name: value for name, value in keys.items() if value is not None}
     text = Template(files("shadowlit.planning").joinpath("template.yaml").read_text(encoding="utf-8"))
     values = _planned(pinned, tuning, devices, memory, max_length) | {
         "title": f"{_TITLES[tuning]} on {keys['base']}, grafted onto {keys['instruct']}.",
-        "file": out, "model": _MODELS[tuning], "train": "null" if train is None else train, "max_length": max_length,
+        "file": out, "model": _MODELS[tuning], "train": _scalar(train), "max_length": max_length,
         "pair": "\n".join(f"  {line}" for line in yaml.safe_dump(pinned, sort_keys=False).splitlines()),
         "devices": devices,
     }  # fmt: skip
@@ -90,6 +95,11 @@ def init(
     how = f"without an estimate of the memory: {values['unread']}" if values["unread"] else values["reason"]
     console.print(f"{out}: {rows} of {max_length:,} tokens per micro-batch, {how}")
     console.print(f"Next: {'' if train else 'set data.train, then '}shadowlit plan --config {out}", style="dim")
+
+
+def _scalar(text: str | None) -> str:
+    """A text as YAML writes it, with quotes if it needs them."""
+    return yaml.safe_dump(text, width=math.inf, allow_unicode=True).removesuffix("\n").removesuffix("\n...")
 
 
 def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None, max_length: int) -> dict[str, Any]:
@@ -124,6 +134,11 @@ def _planned(pair: dict[str, Any], tuning: str, devices: int, memory: str | None
         plan.read_headers()
         limit = parse_bytes(memory) if memory else plan.limit() or math.inf
         found = [plan.memory(), *(memory for _, memory in plan.remedies(limit, devices))][-1]
+        if plan.graft.offload:  # the first remedy; a later one may have made it superfluous, and it takes time
+            plan.graft.offload = False
+            whole = plan.memory()
+            plan.graft.offload = not plan.fits(whole, limit)
+            found = found if plan.graft.offload else whole
         reason = f"estimated to need {size(plan.peak(found))} of {size(limit)}"
         if not plan.fits(found, limit):
             reason = f"{reason}, which is too little: use more or larger devices"

@@ -92,6 +92,6 @@ def _overview() -> str:
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items())
     return (
         "shadowlit: adapt an Instruct language model through its Base\n\n"
-        f"usage: python -m shadowlit <command> [--config FILE] [--key=value ...]\n\n{lines}\n\n"
-        "python -m shadowlit <command> --help lists every key; --print_config shows the configuration that would run."
+        f"usage: shadowlit <command> [--config FILE] [--key=value ...]\n\n{lines}\n\n"
+        "shadowlit <command> --help lists every key; --print_config shows the configuration that would run."
     )

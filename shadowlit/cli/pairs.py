@@ -1,4 +1,4 @@
-"""``python -m shadowlit pairs``: list known pairs and check any pair; the docstrings are the help.
+"""``shadowlit pairs``: list known pairs and check any pair; the docstrings are the help.
 
 Listing and showing import no torch.
 """
@@ -29,7 +29,7 @@ def list_pairs() -> None:
         table.add_row(pair.name, pair.base, pair.instruct, _template(pair), ", ".join(pair.peculiarities))
     console = make_console()
     console.print(table)
-    console.print("'python -m shadowlit pairs show NAME' explains a pair, 'pairs check NAME' checks it.", style="dim")
+    console.print("'shadowlit pairs show NAME' explains a pair, 'pairs check NAME' checks it.", style="dim")
 
 
 def show(name: str) -> None:
@@ -46,7 +46,7 @@ def show(name: str) -> None:
         "Instruct": pair.instruct,
         "template": _template(pair),
         "licence": f"{pair.licence or 'not known'}{' (gated: accept it on the hub first)' if pair.gated else ''}",
-        "σ": f"{pair.sigma} (published)" if pair.sigma else "not known: 'python -m shadowlit similarity' computes it",
+        "σ": f"{pair.sigma} (published)" if pair.sigma else "not known: 'shadowlit similarity' computes it",
         **pair.peculiarities,
     }
     if pair.official:
@@ -88,7 +88,9 @@ def check(
     elif len(pair) == 2:
         models = ModelPair(pair[0], pair[1], trust_remote_code=trust_remote_code)
     else:
-        raise PairError(f"{len(pair)} models were given; expected the name of a known pair, or Base and Instruct.")
+        raise PairError(
+            f"found {counted(len(pair), 'model')}; expected the name of a known pair, or Base and Instruct."
+        )
     template = None if chat_template is None else load_template(chat_template)
     console = make_console()
     for who, source, revision in (

@@ -1,4 +1,4 @@
-"""``python -m shadowlit similarity``; the docstring is the help."""
+"""``shadowlit similarity``; the docstring is the help."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shadowlit.analysis.similarity import Group, Report, Similarity
 from shadowlit.analysis.similarity import similarity as compare_models
 from shadowlit.checkpoint.folder import require_replaceable
 from shadowlit.checkpoint.headers import some_of
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, counted
 from shadowlit.files import replace_text
 from shadowlit.progress import make_console, make_table
 from shadowlit.text import number
@@ -41,7 +41,7 @@ def similarity(
         models: Folders or hub ids. BASE INSTRUCT gives σ = Σ|a - b| / (Σ|a| + Σ|b|) as in Shadow-FT (arXiv 2505.12716),
             cosine and relative norm. BASE TUNED INSTRUCT compares each with the first, and the offsets from it with
             each other: the angle between the update and the offset of the Instruct. DELTA_B DELTA_I, the updates
-            learned from the Base and from the Instruct, stored with 'python -m shadowlit delta make', gives their
+            learned from the Base and from the Instruct, stored with 'shadowlit delta make', gives their
             cosine, the first number to look at before a graft.
         out: File for all numbers: .json or .csv.
         heat_map: Image file for a heat map of σ, or of the cosine of updates, by layer and kind of tensor: .png, .pdf
@@ -142,7 +142,8 @@ def _model_level(family: Sequence[Similarity]) -> Table:
     if weights:
         titles[:1] = ["σ (paper)", "σ of matrices"]
     count = len(family[0].total.tensors)
-    over = f"over the {count} matrices" if count < len(family[0].tensors) else f"over all {count} tensors"
+    matrices = "1 matrix" if count == 1 else f"{count:,} matrices"
+    over = f"over the {matrices}" if count < len(family[0].tensors) else f"over {counted(count, 'tensor')}, all of them"
     table = _table(f"whole model, {over}{', but the paper’s σ' if weights else ''}", "pair", *titles)
     for similarity in family:
         values = [similarity.total.measure(name) for name in similarity.measures]

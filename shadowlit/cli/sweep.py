@@ -1,4 +1,4 @@
-"""``python -m shadowlit sweep``; the docstrings are the help texts."""
+"""``shadowlit sweep``; the docstrings are the help texts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shadowlit.cli.functions import Changes, Values
-from shadowlit.errors import ShadowlitError
+from shadowlit.errors import ShadowlitError, counted
 from shadowlit.progress import make_console
 from shadowlit.studies.sweep.definition import Definition, TrialKey
 
@@ -46,7 +46,7 @@ def run(
 ) -> None:
     """Run fit over a grid, or over settings that are drawn; each trial in a process of its own.
 
-    Give it a file: python -m shadowlit sweep --config experiments/rank.yaml; every key of the file can be given on the
+    Give it a file: shadowlit sweep --config experiments/rank.yaml; every key of the file can be given on the
     command line too. The same command resumes after an interruption, adds values and seeds, and joins in on another
     machine that shares the storage: no trial runs twice, and the trials of a killed worker are taken over. Failed
     trials are tried again at the next start.
@@ -98,8 +98,8 @@ def run(
     if dry_run:
         for key in planned:
             console.print(definition.name_of(key))
-        drawn = f"{definition.num_planned} trials, of settings that are drawn" if definition.draws else ""
-        console.print(f"{drawn or f'{len(planned)} trials'} in {folder}")
+        drawn = f"{counted(definition.num_planned, 'trial')} with settings to be drawn" if definition.draws else ""
+        console.print(f"{drawn or counted(len(planned), 'trial')} in {folder}")
         return
     from shadowlit.studies.progress import StudyProgress
     from shadowlit.studies.sweep.report import write_report
@@ -128,8 +128,8 @@ def run(
     console.print(f"report    {report_file}")
     if counts["failed"]:
         raise ShadowlitError(
-            f"{counts['failed']} trials failed; {report_file} has the reasons. Fix the cause, and start the same "
-            "command again: it runs them again."
+            f"{counted(counts['failed'], 'trial')} failed; {report_file} has the reasons. Fix the cause, and start the "
+            "same command again: it repeats what failed."
         )
 
 

@@ -149,9 +149,11 @@ def gathered(errors: list[str]) -> Iterator[None]:
 
 @contextmanager
 def located(origin: object) -> Iterator[None]:
-    """Begin the messages of DataErrors that are raised in the block with the row that they concern."""
+    """Begin the messages of DataErrors that are raised in the block with the row or setting that they concern."""
     try:
         yield
+    except DataErrors as error:  # each message needs it where they become part of a longer list
+        raise DataErrors(f"{origin} {error}", [f"{origin} {message}" for message in error.messages]) from None
     except DataError as error:
         raise type(error)(f"{origin} {error}") from None
 

@@ -18,6 +18,7 @@ from shadowlit.data.images import ImageSource
 from shadowlit.data.packing import Pack
 from shadowlit.data.sampler import FILLER, FILLER_ROW, Filler
 from shadowlit.data.template import Encoded
+from shadowlit.errors import counted
 
 _COUNTS = (
     "num_rows", "num_samples", "num_split", "num_truncated", "num_dropped", "num_tokens", "num_supervised_tokens",
@@ -78,11 +79,11 @@ class DataReport:
     def __str__(self) -> str:
         """``train: 2,000 samples, 512,345 tokens, 31.0 % supervised, longest 4,096; 3 truncated, 1 dropped``."""
         line = (
-            f"{self.name}: {self.num_samples:,} samples, {self.num_tokens:,} tokens, "
+            f"{self.name}: {counted(self.num_samples, 'sample')}, {counted(self.num_tokens, 'token')}, "
             f"{100 * self.supervised_share:.1f} % supervised, longest {self.longest:,}"
         )
         if self.drawn is not None:
-            line += f"; {self.drawn:,} samples per epoch"
+            line += f"; {counted(self.drawn, 'sample')} per epoch"
         return f"{line}; {self.lost}" if self.lost else line
 
     @property

@@ -19,7 +19,7 @@ from math import gcd, lcm
 import numpy as np
 
 from shadowlit.data.packing import PackedOrder, Packs, best_fit_decreasing
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 
 
 def take_turns(weights: Sequence[float], taken: Sequence[int] | None = None) -> Iterator[int]:
@@ -89,7 +89,8 @@ class Mixture:
             last = int(np.argmin([count / share for count, share in zip(sizes, shares, strict=True)]))
             raise DataError(
                 f"data.train[{int(self.counts.argmin())}] has so small a weight that none of its samples is among the "
-                f"{size} of an epoch, which ends when the {sizes[last]} samples of data.train[{last}] have been used. "
+                f"{size:,} of an epoch, which ends when data.train[{last}] is used up, after "
+                f"{counted(sizes[last], 'sample')}. "
                 "Give it a larger weight, or more rows to the other source."
             )
 

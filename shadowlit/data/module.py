@@ -42,7 +42,7 @@ from shadowlit.data.sampler import ShardedBatchSampler, evaluation_order
 from shadowlit.data.settings import DataSettings
 from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 from shadowlit.files import replace_text
 
 _Loader = TypeVar("_Loader", bound=ResumableLoader | StreamLoader)
@@ -283,7 +283,7 @@ class ShadowData(DataSettings, LightningDataModule):
         if packs is not None:
             self._packs, report.num_packs = packs, len(packs)
             rank_zero_info(
-                f"data: train: packed into {report.num_packs:,} rows of up to {self.row_capacity:,} tokens, "
+                f"data: train: packed into {counted(report.num_packs, 'row')} of up to {self.row_capacity:,} tokens, "
                 f"{report.samples_per_pack:.1f} samples and "
                 f"{100 * report.tokens_per_epoch / report.num_packs / self.row_capacity:.1f} % full on average"
             )
@@ -299,8 +299,8 @@ class ShadowData(DataSettings, LightningDataModule):
             rank_zero_info(f"data: {share:.1f} % of {report.name} from {source}")
         if report.skipped:
             rank_zero_warn(
-                f"data: {report.name} lacks {len(report.skipped):,} of {report.num_rows:,} rows, which are wrong and "
-                f"left out by data.on_bad_row=skip:{some_of(report.skipped)}"
+                f"data: {report.name}: data.on_bad_row=skip leaves out {len(report.skipped):,} of "
+                f"{counted(report.num_rows, 'row')}:{some_of(report.skipped)}"
             )
 
     def _write_skipped(self) -> None:
@@ -321,8 +321,9 @@ class ShadowData(DataSettings, LightningDataModule):
             shared = int(np.isin(dataset.hashes(), known).sum())
             if shared:
                 rank_zero_warn(
-                    f"data: {shared} of {len(dataset)} samples of val/{name} are in the training data too, token for "
-                    "token. Its scores measure what was memorised; remove them from one of the two."
+                    f"data: the training data contain {shared:,} of the {counted(len(dataset), 'sample')} of "
+                    f"val/{name} token for token. Its scores measure what was memorised; remove these from one of the "
+                    "two."
                 )
 
     def _training_collate(

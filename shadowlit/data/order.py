@@ -17,7 +17,7 @@ from shadowlit.data.packing import PackedOrder
 from shadowlit.data.preference import PreferenceDataset
 from shadowlit.data.sampler import Order, ShardedBatchSampler, count_slots, grouped_order
 from shadowlit.data.settings import DataSettings, Source
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 
 _CONTENT, _SIZES = "checksum of the samples", "bytes of the files"  # not in checkpoints of earlier versions
 
@@ -101,11 +101,13 @@ def require_enough(settings: DataSettings, num_samples: int, packs: PackedOrder 
     """Raise if an epoch has fewer samples or packs than there are ranks."""
     if num_samples < world_size:
         raise DataError(
-            f"{num_samples} training samples are fewer than the {world_size} ranks. Use fewer devices or more data."
+            f"there are {world_size} ranks, but only {counted(num_samples, 'training sample')}. "
+            "Use fewer devices or more data."
         )
     if packs is not None and len(packs) < world_size:
         raise DataError(
-            f"{num_samples} training samples make {len(packs)} packs, fewer than the {world_size} ranks. "
+            f"there are {world_size} ranks, but only {counted(len(packs), 'pack')} of "
+            f"{counted(num_samples, 'training sample')}. "
             f"Lower data.pack_length={settings.row_capacity}, or use data.packing=padding_free."
         )
 

@@ -37,7 +37,7 @@ from shadowlit.errors import DataError
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """The columns of a kind of preferences."""
+    """The columns of one kind of preference data."""
 
     columns: tuple[tuple[str, ...], ...]  # groups, one of which a source must have
     expected: str  # the columns in words

@@ -29,7 +29,7 @@ from shadowlit.data.settings import DataSettings, Source
 from shadowlit.data.sources import digest_source, folder_of, log_message, read_conversations
 from shadowlit.data.template import encode_document, encode_question, encode_turns
 from shadowlit.data.tokenise import Skipped, tokenise, tokenise_prompts
-from shadowlit.errors import DataError, PairError
+from shadowlit.errors import DataError, PairError, counted
 from shadowlit.progress import progress_bar
 
 
@@ -246,7 +246,11 @@ class Preparation:
         limit = settings.limit_train_samples
         if name == "train" and limit is not None:
             if limit > len(conversations):
-                log(f"data: limit_train_samples={limit}, but there are {len(conversations)} rows; all are used.", True)
+                log(
+                    f"data: limit_train_samples={limit}, but the set has only {counted(len(conversations), 'row')}; "
+                    "all are used.",
+                    True,
+                )
             chosen = epoch_order(len(conversations), settings.seed)[:limit]
             conversations = [conversations[i] for i in sorted(chosen)]
         return _Read(conversations, [source.path for source in sources], skipped)
@@ -282,8 +286,8 @@ def _require_samples(report: DataReport) -> DataReport:
     if not report.num_samples:
         remedy = "Raise data.max_length, or give data with an answer to learn."
         if report.skipped:
-            remedy = f"{len(report.skipped)} of them are wrong:{some_of(report.skipped)}"
-        raise DataError(f"{report.name} has no sample left: all {report.num_rows} rows were dropped. {remedy}")
+            remedy = f"Rows left out by data.on_bad_row=skip: {len(report.skipped):,}:{some_of(report.skipped)}"
+        raise DataError(f"{report.name} has no sample left of {counted(report.num_rows, 'row')}. {remedy}")
     return report
 
 

@@ -18,7 +18,7 @@ from shadowlit.data.conversation import IGNORE_INDEX, some_of
 from shadowlit.data.dataset import DataReport
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preference import PreferenceDataset
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 from shadowlit.progress import make_console, make_table
 
 # Two shades each, to distinguish neighbouring tokens.
@@ -61,7 +61,8 @@ def preview(data: ShadowData, split: str = "train", num_samples: int = 3, consol
             tokens = sample["input_ids"]
             labels = sample.get("labels", [IGNORE_INDEX] * len(tokens))
             supervised = [t for t, label in enumerate(labels) if label != IGNORE_INDEX]
-            head = f"{dataset.origin(index)}{what and ', '}{what}: {len(tokens)} tokens, {len(supervised)} supervised"
+            head = f"{dataset.origin(index)}{what and ', '}{what}: "
+            head += f"{counted(len(tokens), 'token')}, {len(supervised)} supervised"
             if "loss_weights" in sample:
                 counts = Counter(sample["loss_weights"][t] for t in supervised)
                 head += f" ({', '.join(f'{count} with weight {weight:g}' for weight, count in counts.items())})"

@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from torch.utils.data import Sampler
 
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 
 
 class Filler(Enum):
@@ -70,14 +70,14 @@ class ShardedBatchSampler(Sampler[list[Any]]):
     ) -> None:
         if num_samples < 1 or batch_size < 1 or num_replicas < 1 or not 0 <= rank < num_replicas or seed < 0:
             raise DataError(
-                f"can't make batches of {batch_size} from {num_samples} samples for rank {rank} of {num_replicas} "
-                f"with seed {seed}; expected at least one sample, batches of at least 1, ranks from 0 to the number "
-                "of ranks − 1, and a seed of at least 0."
+                f"can't make batches of {batch_size} from {counted(num_samples, 'sample')} for rank {rank} of "
+                f"{num_replicas} with seed {seed}; expected at least one sample, batches of at least 1, ranks from 0 "
+                "to the number of ranks − 1, and a seed of at least 0."
             )
         if drop_last and num_samples < num_replicas * batch_size:
             raise DataError(
-                f"{num_samples} samples make no whole global batch of {num_replicas} ranks × {batch_size}, and "
-                "data.drop_last leaves nothing. Lower data.batch_size or set data.drop_last=false."
+                f"with data.drop_last nothing is left of {counted(num_samples, 'sample')}: a whole global batch has "
+                f"{counted(num_replicas, 'rank')} × {batch_size}. Lower data.batch_size or set data.drop_last=false."
             )
         self.num_samples, self.batch_size = num_samples, batch_size
         self.num_replicas, self.rank = num_replicas, rank

@@ -42,6 +42,7 @@ from shadowlit.data.preference_formats import (
 from shadowlit.data.tables import is_text_table
 from shadowlit.data.turns import Message, listed, read_tools
 from shadowlit.errors import DataError, first_line
+from shadowlit.pair.hub import unreachable
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w.-]+))?(:(?P<split>.+))?")
 _TRIED = 100  # rows that may be wrong before the first one with the columns of a format
@@ -391,16 +392,23 @@ def open_hub(source: str, use: str, streaming: bool = False) -> Any:
 
     parts = _HUB.fullmatch(source)
     assert parts is not None
+    reason = unreachable()
+    before = datasets.config.HF_HUB_OFFLINE
     try:
+        # Without a network the client would repeat every request for half a minute before it reads its cache.
+        datasets.config.HF_HUB_OFFLINE = before or reason is not None
         data = datasets.load_dataset(
             parts["repo"], name=parts["config"], revision=parts["revision"], streaming=streaming
         )
     except Exception as error:  # hub, network and parsing errors share no base class
         raise DataError(
-            f"the data set '{source}' can't be read from the hub, and there is no such file ({first_line(error)}). "
+            f"the data set '{source}' can't be read from the hub, and there is no such file "
+            f"({reason or first_line(error)}). "
             "Expected a file, a folder or org/name[/config][@revision][:split]; correct the name, or without "
             "network give a local file."
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
     return _choose_split(source, data, parts["split"], use)
 
 

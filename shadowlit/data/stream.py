@@ -22,7 +22,7 @@ from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import FILLER
 from shadowlit.data.sources import stream_conversations
 from shadowlit.data.tokenise import Skipped
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 
 _PASS = 2**32  # more than the windows of a pass over the data
 _LOOKED_AT = 64  # rows that are tokenised before the training begins, unless none of them becomes a sample
@@ -72,8 +72,8 @@ class TokenStream(IterableDataset):
             if len(dataset):
                 return dataset
         raise DataError(
-            f"data.train has no sample in its first {len(rows)} rows. Give a source with rows, raise data.max_length, "
-            f"or look at data.overlong.{some_of([message for _, message in skipped or ()])}"
+            f"data.train yields no sample in its first {counted(len(rows), 'row')}. Give a source with rows, raise "
+            f"data.max_length, or change data.overlong.{some_of([message for _, message in skipped or ()])}"
         )
 
     def __iter__(self) -> Iterator[tuple[Position, dict[str, Tensor]]]:
@@ -171,8 +171,8 @@ class TokenStream(IterableDataset):
         if new:
             self._listed.update(new)
             rank_zero_warn(
-                f"data: {len(new)} rows of train are wrong and left out by data.on_bad_row=skip, "
-                f"{len(self._listed)} so far:{some_of(new)}"
+                f"data: train: data.on_bad_row=skip leaves out {counted(len(new), 'row')}, "
+                f"{len(self._listed):,} so far:{some_of(new)}"
             )
         if skipped is not None:
             skipped.clear()

@@ -273,7 +273,7 @@ def _check_image_tokens(
     stray = [t for t in found if not _overlaps(places[t], shown)]
     if stray:
         raise DataError(
-            f"has {len(stray)} tokens of an image in its text (the first is token {stray[0]}), and no image for them. "
+            f"has {counted(len(stray), 'image token')} in its text (the first is token {stray[0]}) without an image. "
             "Remove them from the text, or give the image."
         )
     return len(found), found[-1] + 1 if found else 0

@@ -71,7 +71,7 @@ class TrainedReader(ComputedReader):
             for name, at in sorted(names.items())
         }
         if not infos:
-            raise CheckpointError(f"{path} holds no weights. Give a checkpoint of 'python -m shadowlit fit'.")
+            raise CheckpointError(f"{path} holds no weights. Give a checkpoint of 'shadowlit fit'.")
         super().__init__(path, infos, rows_of(lambda name: load(names[name])))
 
 
@@ -229,7 +229,7 @@ def _open_run(path: Path, pair: ModelPair) -> Start:
     if _start_of(stage, config, home, pair) is not None:
         raise GraftError(
             f"the adapter in {stage.folder} was trained on the tuned weights of that run's own model.start_from, and "
-            f"is not an update of the Base by itself. Merge both: 'python -m shadowlit graft {pair.base} {path} "
+            f"is not an update of the Base by itself. Merge both: 'shadowlit graft {pair.base} {path} "
             f"{pair.base} MERGED --select all --dtype float32', and set model.start_from=MERGED."
         )
     return Start(stage, update_of(stage, pair), adapter_of(config, home))

@@ -51,7 +51,7 @@ def pair_of(config: Mapping[str, Any], folder: Path, trusted: bool = False) -> M
     section = config.get("pair") or {}
     if not section.get("base") or not section.get("instruct"):
         raise DataError(
-            f"{folder} holds no config.yaml that names a pair. Expected the one that 'python -m shadowlit fit' leaves "
+            f"{folder} holds no config.yaml that names a pair. Expected the one that 'shadowlit fit' leaves "
             "there; for another run, give the base."
         )
     if section.get("trust_remote_code") and not trusted:

@@ -47,7 +47,7 @@ def graft(
     r"""Write the Instruct with the update that a tuned Base has learned: ``instruct + scale * (tuned - base)``.
 
     Shadow-FT, arXiv 2505.12716. Only a few rows of each tensor are in memory at a time. Values are computed in float32
-    and rounded once. The same as ``python -m shadowlit graft``, without output.
+    and rounded once. The same as ``shadowlit graft``, without output.
 
     Args:
         base: Folder or hub id of the Base that the tuning started from.

@@ -1,4 +1,4 @@
-"""``python -m shadowlit demo``: from training to the exported Instruct on the embedded pair.
+"""``shadowlit demo``: from training to the exported Instruct on the embedded pair.
 
 Trains the Base, validates the grafted Instruct as it trains, and exports it; then tests the four models on all held-out
 questions, prints the table, draws the curves, and shows how to load the result.
@@ -34,7 +34,7 @@ _TEACHER_FORCED = ("loss", "perplexity", "accuracy", "sequence_accuracy", "first
 
 def main(args: list[str] | None = None) -> None:
     """Run the demonstration; further arguments are passed on to ``fit`` as overrides."""
-    parser = argparse.ArgumentParser(prog="python -m shadowlit demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="shadowlit demo", description=__doc__)
     parser.add_argument("--config", default=str(CONFIG), help="configuration of fit (default: that of the package)")
     options, overrides = parser.parse_known_args(args)
     console = make_console()

@@ -16,7 +16,7 @@ from shadowlit.data.formats import convert_row
 from shadowlit.data.template import render_prompt
 from shadowlit.data.tokens import tokens_of
 from shadowlit.data.turns import read_tools
-from shadowlit.errors import DataError
+from shadowlit.errors import DataError, counted
 from shadowlit.evaluation.evaluator import EvalContext, EvalResult, Evaluator
 from shadowlit.evaluation.rows import Columns, read_items, read_text
 from shadowlit.evaluation.sums import SampleSums, mean, standard_error
@@ -91,7 +91,7 @@ class PromptEvaluator(Evaluator, Generic[Item]):
             rank_zero_warn(f"{num_too_long} of {len(items)} {self.too_long.format_map(vars(self))}")
 
     def run(self, context: EvalContext) -> EvalResult:
-        """Ask and judge; a collective, to be called on all ranks alike."""
+        """Ask the questions and judge the answers; a collective, which all ranks must call."""
         assert self._items is not None, "read() comes before run()"
         sums = on_device(SampleSums("score", "squares", "num_too_long", *self.sums), context.device)
         ask = self._asks(context)
@@ -157,8 +157,9 @@ class PromptEvaluator(Evaluator, Generic[Item]):
         others = [example for example in dict.fromkeys(pool) if example[0] not in asked]
         if len(others) < self.few_shot:
             raise DataError(
-                f"few_shot is {self.few_shot}, but {self.few_shot_data} has {len(others)} rows whose questions are not "
-                f"in {self.data}; examples may not be questions that are asked. Lower few_shot, or give another file."
+                f"few_shot is {self.few_shot}, but {self.few_shot_data} has {counted(len(others), 'row')} with a "
+                f"question that is not in {self.data}; examples may not be questions that are asked. Lower few_shot, "
+                "or give another file."
             )
         return tuple(random.Random(self.few_shot_seed).sample(others, self.few_shot))
 

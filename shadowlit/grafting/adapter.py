@@ -38,7 +38,7 @@ _REFUSED = {
     "use_qalora": "its factors act on pooled inputs, so there is no update of the weights of this shape",
     "use_bdlora": "its factors are block-diagonal, which has not been proven exact here",
     "arrow_config": "it mixes several adapters per token, so there is no one update of the weights",
-    "kasa_config": "it cuts the weights that it is on, which has not been proven exact here",
+    "kasa_config": "it splits the weights that it adapts, which has not been proven exact here",
     "velora_config": "it changes what the backward pass sees, which has not been proven exact here",
     "monteclora_config": "it samples its factors, so there is no one update of the weights",
 }
@@ -75,7 +75,7 @@ def require_graftable(adapter: PeftConfig | None) -> None:
     if isinstance(start, str) and start.startswith(_FROM_DATA):
         problems.append(
             f"adapter.init_lora_weights={start!r} is computed from activations, gradients or quantised weights, which "
-            "aren't there when the adapter is made"
+            "are unavailable when the adapter is created"
         )
     if problems:
         raise GraftError(
@@ -143,7 +143,7 @@ def why_not_movable(adapter: PeftConfig | None, transformed: bool, on_tuned: boo
             "and 'delta lora' make an adapter of the whole update."
         )
     if settings := dependence(adapter) or stored_values(adapter):
-        return f"With {settings} it means another update on the Instruct than on the Base."
+        return f"With {settings} its update of the Instruct differs from that of the Base."
     if transformed:
         return (
             "The graft transforms the update (graft.transforms), so the adapter's factors do not give it; "
@@ -245,7 +245,7 @@ class AdaptedLayer:
         return getattr(twin.get_base_layer(), self.parameter).detach()
 
     def set_scale(self, scale: float) -> None:
-        """Let the adapter act with ``scale`` times its own scaling: 1 as it trains; 0 switches it off.
+        """Multiply the adapter's own scaling by ``scale``: 1 as in training, 0 switches it off.
 
         Factors that are not finite, times 0, would not be 0.
         """

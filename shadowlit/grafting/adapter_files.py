@@ -206,7 +206,9 @@ class MergedUpdate(FromBase):
             )
         missing = [name for name, p in model.named_parameters() if p.requires_grad and name in loaded.missing_keys]
         if missing or loaded.unexpected_keys:
-            raise ValueError(f"its file lacks {some_of(missing)}, and has {some_of(loaded.unexpected_keys)} too much")
+            raise ValueError(
+                f"its file lacks {some_of(missing)}, and has {some_of(loaded.unexpected_keys)} unexpectedly"
+            )
         layers = adapted_layers(model).values()
         return {self._names[id(getattr(layer.layer.get_base_layer(), layer.parameter))]: layer for layer in layers}
 

@@ -202,7 +202,7 @@ class DiskGraft:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What the graft covers; of what it leaves out only the tensors that changed, for which they are read."""
+        """What the graft covers. Of the tensors that it leaves out only those that changed count, so they are read."""
         return replace(self.planned, left_out=tuple(filter(self._update.changes, self.planned.left_out)))
 
     def _has_norm(self, name: str) -> bool:
@@ -349,9 +349,9 @@ class DiskGraft:
         says_untied = stated_sides(("instruct", self.instruct.folder))[0].get("tie_word_embeddings") is False
         if not says_untied and not self._moves_alike(embedding, head):
             raise GraftError(
-                f"the Instruct {self.instruct.folder} is tied: its embedding {embedding} is its output head as well. "
-                "But what was tuned changes embedding and head differently, so that one tensor can't hold both "
-                "updates. Leave them out of the selection ('linear' does), or give an Instruct with a head of its own."
+                f"the Instruct {self.instruct.folder} is tied: its embedding {embedding} is also its output head. "
+                "The update changes embedding and head differently, so one tensor can't hold both. Leave them out of "
+                "the selection ('linear' does), or give an Instruct with a head of its own."
             )
 
     def _moves_alike(self, embedding: str, head: str | None) -> bool:

@@ -228,9 +228,7 @@ def _require_own(path: Path, folder: Path) -> None:
     try:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        raise ExportError(
-            f"{path} is a link that leads nowhere ({error}). Finish the download, or delete the link."
-        ) from error
+        raise ExportError(f"{path} is a broken link ({error}). Finish the download, or delete the link.") from error
     if not real.is_file():
         raise ExportError(
             f"{path} is a pipe, socket or device, expected a file. Delete it, or download the model again."
@@ -306,7 +304,7 @@ def _require_movable(peft_config: PeftConfig) -> None:
 
     if settings := dependence(peft_config):
         raise ExportError(
-            f"An adapter with {settings} means another update on the Instruct than on the Base "
+            f"An adapter with {settings} updates the Instruct differently from the Base "
             "it was trained on. Export the grafted model instead; a plain LoRA or rsLoRA adapter can be "
             "exported as it is."
         )

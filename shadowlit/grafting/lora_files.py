@@ -219,7 +219,7 @@ class LoraUpdate(FromBase):
         odd = sorted(name for name in {*self._reader.tensors, *used} if used[name] != 1)
         if odd:
             raise GraftError(
-                f"{self._folder} should hold each factor of LoRA and each whole tensor once; it is not so for "
+                f"{self._folder} should hold each factor of LoRA and each whole tensor exactly once, but doesn't for "
                 f"{some_of(odd)}. Save the adapter again, or merge it first."
             )
 

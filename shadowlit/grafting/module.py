@@ -81,7 +81,8 @@ class ModuleGraft:
         if not self.selected & trained:
             raise GraftError(
                 f"graft.select={select!r} chooses nothing that is trained: it chooses "
-                f"{some_of(sorted(self.selected))}, and trained are {some_of(sorted(trained))}. Change one of the two."
+                f"{some_of(sorted(self.selected))}, whereas {some_of(sorted(trained))} are trained. Change one of the "
+                "two."
             )
         sizes = {host.name: host.parameter.numel() for host in self._hosts}
         self.coverage = coverage(self.selected & trained, trained, sizes)
@@ -249,7 +250,7 @@ class ModuleGraft:
         if self._transforms is not None:
             raise GraftError(
                 "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
-                "delta; 'python -m shadowlit delta lora' makes an adapter of a delta."
+                "delta; 'shadowlit delta lora' makes an adapter of a delta."
             )
         reshard_all(self.model)
         scales = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}

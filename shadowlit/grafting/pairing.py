@@ -80,7 +80,7 @@ def select_parameters(
         raise GraftError(
             f"graft.select={select!r} chooses some of the matrices that the module holds in {some_of(torn)}, and not "
             "others. Expected all of them or none: in memory they are one tensor, which gets the update as a whole. "
-            "Choose all ('experts'), or graft on disk, where each is chosen by itself (python -m shadowlit graft)."
+            "Choose all ('experts'), or graft on disk, where each is chosen by itself (shadowlit graft)."
         )
     return frozenset(by_file & set(names) | touched | by_parameter)
 

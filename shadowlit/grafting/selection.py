@@ -56,7 +56,7 @@ class Coverage:
             listed = ", ".join(f"{kind} ({n})" if n > 1 else kind for kind, n in kinds.items())
             text += f"; {left_out}: {listed}"
         if self.without:
-            text += f"; left out for want of an update: {some_of(self.without)}"
+            text += f"; left out, without an update: {some_of(self.without)}"
         return text
 
 
@@ -83,8 +83,8 @@ def resolve(select: str | list[str], names: Iterable[str], linear: frozenset[str
     if missing:
         listed = ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
         raise GraftError(
-            f"graft.select names the tower {', '.join(missing)}, but of the {len(names)} tensors of model type "
-            f"{model_type!r} none is of it; there are {listed}. Choose among these."
+            f"graft.select names the tower {', '.join(missing)}, but none of the {len(names)} tensors of model "
+            f"type {model_type!r} belongs to it; there are {listed}. Choose among these."
         )
     if towers:
         names = [name for name in names if tower_of(name) in towers]

@@ -96,5 +96,5 @@ def require_elementwise(transforms: Transforms, num_ranks: int) -> None:
         raise GraftError(
             f"graft.transforms has transforms of whole tensors ({', '.join(transforms.whole)}), but FSDP2 shards the "
             f"tensors over {num_ranks} ranks. Use elementwise transforms (dare), one device or DDP; or train without "
-            "transforms and apply them afterwards (python -m shadowlit graft ... --transforms)."
+            "transforms and apply them afterwards (shadowlit graft ... --transforms)."
         )

@@ -38,7 +38,7 @@ def require_no_graft(tuned: Path, base: TensorReader, instruct: TensorReader) ->
     prints = [reader.fingerprint() for reader in given]
     if list(made) == prints and prints[0] != prints[1]:
         raise GraftError(
-            f"{tuned} is a graft onto this Instruct already ({MANIFEST_FILE}), and no tuned Base: grafted once more, "
-            "it would hold the difference of Instruct and Base twice. Give the tuned Base: of a run of fit its folder, "
-            "in which the checkpoints are, or a *.ckpt."
+            f"{tuned} is already a graft onto this Instruct ({MANIFEST_FILE}), not a tuned Base: grafted again, it "
+            "would contain the difference between Instruct and Base twice. Give the tuned Base, or the folder of a "
+            "run of fit, which holds its checkpoints, or a *.ckpt."
         )

@@ -25,7 +25,7 @@ from shadowlit.checkpoint.names import (
 from shadowlit.checkpoint.numeric import require_finite
 from shadowlit.checkpoint.reader import TensorReader
 from shadowlit.checkpoint.streaming import row_windows
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, counted
 
 if TYPE_CHECKING:
     from shadowlit.grafting.factors import Factors
@@ -261,9 +261,9 @@ def other_vocabulary(base: Path, tuned: Path, shapes: Mapping[str, tuple[tuple[i
 def no_elements(folder: Path, names: list[str]) -> GraftError:
     """Return the error for tensors without elements."""
     return GraftError(
-        f"{folder} holds {len(names)} tensors without any elements ({some_of(names)}), which is what DeepSpeed ZeRO-3 "
-        "saves if the shards are not gathered first. Gather them from the training's checkpoint with zero_to_fp32.py, "
-        "or train again with stage3_gather_16bit_weights_on_model_save=true, and give the result."
+        f"{folder} holds {counted(len(names), 'tensor')} without any elements ({some_of(names)}), which is what "
+        "DeepSpeed ZeRO-3 saves if the shards are not gathered first. Gather them from the training's checkpoint with "
+        "zero_to_fp32.py, or train again with stage3_gather_16bit_weights_on_model_save=true, and give the result."
     )
 
 
@@ -272,5 +272,5 @@ def zero_update(found: str) -> GraftError:
     return GraftError(
         f"the update is zero ({found}), so nothing would change. Check that tuned is the trained model and not the "
         "Base (an adapter whose lora_B are all zero has learned nothing), that select chooses what was trained, and "
-        "that the scale is not 0. With --allow-zero (allow_zero=True) it is no error."
+        "that the scale is not 0. With --allow-zero (allow_zero=True) it is not an error."
     )

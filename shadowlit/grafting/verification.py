@@ -20,18 +20,18 @@ from shadowlit.errors import ExportError, ShadowlitError
 from shadowlit.files import unused
 from shadowlit.pair.folders import is_image_text, load_config
 
-_REMEDY = "Export a checkpoint of the run again (python -m shadowlit export --ckpt)."
+_REMEDY = "Export a checkpoint of the run again (shadowlit export --ckpt)."
 
 
 @contextmanager
 def rejecting(folder: Path) -> Iterator[None]:
-    """Rename a folder to ``<folder>-rejected`` if a check of it fails, so that nobody takes it for a model."""
+    """Rename a folder to ``<folder>-rejected`` if a check of it fails, so that nobody mistakes it for a model."""
     try:
         yield
     except ShadowlitError as error:
         rejected = unused(folder.with_name(f"{folder.name}-rejected"))
         folder.rename(rejected)
-        raise ExportError(f"{error} It is now {rejected}, and not to be used.") from error
+        raise ExportError(f"{error} The folder was renamed to {rejected}; do not use it.") from error
 
 
 def digested(tensors: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,8 +1,8 @@
 """Copies of questions that ask the same: other names, other numbers, a sentence that doesn't matter.
 
 A model that has learned to solve a question solves its copy too; one that remembers it may not. The idea is that of
-GSM-Symbolic and GSM-NoOp (arXiv 2410.05229), without templates written by hand: a row of which the right answer can't
-be stated is left alone. Pure functions of a row and a random generator.
+GSM-Symbolic and GSM-NoOp (arXiv 2410.05229), without templates written by hand: a row whose copy has no certain answer
+is left alone. Pure functions of a row and a random generator.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _TRIES = 30
 
 
 def perturb(kind: str, row: Row, field: str, seed: int, index: int) -> dict[str, Any] | None:
-    """Return a copy of a row that asks the same in another way; None where that can't be determined.
+    """Return a copy of a row that asks the same in another way; None if its answer isn't certain.
 
     ``names``: common first names in the question become others of the same gender, in all texts of the row.
     ``numbers``: numbers of the question become others, and the answer is computed again. It takes a solution with
@@ -147,7 +147,7 @@ def _given(changes: Mapping[Fraction, Fraction], question: str) -> dict[Fraction
 
 
 def _changeable(question: str, solution: str) -> list[Fraction]:
-    """The whole numbers of a question that a solution counts with, each given once, and nothing else of that value."""
+    """The whole numbers of a question that a solution computes with, if each occurs once and no other has its value."""
     values, words = _values(question), _spoken(question)
     used = {value for expression, _ in _STEP.findall(solution) for value in _values(expression)}
     return [

@@ -65,7 +65,7 @@ class Change:
 def require_kinds(kinds: Sequence[str]) -> None:
     """Raise an EvaluationError for unknown or repeated perturbations."""
     if unknown := [kind for kind in kinds if kind not in PERTURBATIONS]:
-        raise EvaluationError(f"perturb has {unknown[0]!r}; expected some of {', '.join(PERTURBATIONS)}.")
+        raise EvaluationError(f"perturb has {unknown[0]!r}; expected one or more of {', '.join(PERTURBATIONS)}.")
     if len(set(kinds)) < len(kinds):
         raise EvaluationError(f"perturb has {', '.join(kinds)}; expected each once.")
 
@@ -124,7 +124,7 @@ def _question(task: Task, doc: Mapping[str, Any], given: str | None) -> str:
     if column is None or not isinstance(doc.get(column), str):
         raise EvaluationError(
             f"task '{task.task_name}' has the columns {', '.join(doc)}, none of which is known to hold the question as "
-            f"a text{f' ({given} is none)' if given else ''}. Name it by perturb_field."
+            f"a text{f' ({given} is not one)' if given else ''}. Name it with perturb_field."
         )
     return column
 

@@ -56,7 +56,7 @@ def make_report(evaluations: Sequence[Evaluation], perturbed: Sequence[Perturbed
     """
     tasks = [[(score.task, score.metric) for suite in found.suites for score in suite.tasks] for found in evaluations]
     if any(other != tasks[0] for other in tasks[1:]):
-        raise EvaluationError("the models were evaluated in different tasks. Evaluate them with the same benchmarks.")
+        raise EvaluationError("the models were evaluated on different tasks. Evaluate them with the same benchmarks.")
     letters = [ascii_uppercase[i] if i < len(ascii_uppercase) else f"M{i + 1}" for i in range(len(evaluations))]
     models = tuple(
         (letter, f"{found.model} ({'' if found.chat else 'no '}chat template)")
@@ -138,7 +138,8 @@ def _notes(evaluations: Sequence[Evaluation]) -> list[str]:
         notes.append(f"not a mean over samples, so no standard error of the difference: {', '.join(unpaired)}")
     limit = first.harness.get("config", {}).get("limit")
     if limit is not None:
-        notes.append(f"only the first {limit:g} samples of every task: not to be compared with published numbers")
+        first_rows = "the first sample" if limit == 1 else f"the first {limit:g} samples"
+        notes.append(f"only {first_rows} of every task: not to be compared with published numbers")
     if len({found.chat for found in evaluations}) > 1:
         notes.append("the models differ in whether a chat template was applied")
     in_suites = {task.task: task for suites in load_suites().values() for suite in suites for task in suite.tasks}

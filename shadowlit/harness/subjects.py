@@ -109,7 +109,9 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of transformers, tokenizers, sentencepiece: many types
-        raise EvaluationError(f"the tokenizer in {folder} cannot be loaded ({error}). Is the folder whole?") from error
+        raise EvaluationError(
+            f"the tokenizer in {folder} cannot be loaded ({error}). Check that the folder is complete."
+        ) from error
 
 
 def _load(folder: Path, adapter: Path | None, dtype: str, device: str) -> Any:

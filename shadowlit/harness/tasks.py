@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowlit.errors import EvaluationError
+from shadowlit.errors import EvaluationError, counted
 from shadowlit.harness.perturbed import Perturbed, perturbed_tasks, require_kinds
 from shadowlit.harness.suites import Suite, SuiteTask, load_suites, select_suites
 
@@ -80,7 +80,7 @@ class Settings:
                 raise EvaluationError(f"{name} is {value}; expected at least {least}.")
         require_kinds(self.perturb)
         if self.perturb_field is not None and not self.perturb:
-            raise EvaluationError("perturb_field is given without perturb. Leave it out, or say what to perturb.")
+            raise EvaluationError("perturb_field is given without perturb. Leave it out, or set perturb.")
         number = self.batch_size.removeprefix("auto:")
         if self.batch_size != "auto" and not (number.isdigit() and int(number) > 0):
             raise EvaluationError(
@@ -210,9 +210,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         return load_yaml(path, resolve_func=False)
     except FileNotFoundError as error:
-        raise EvaluationError(f"there is no {error.filename}, needed by {path}.") from error
+        raise EvaluationError(
+            f"{path} needs {error.filename}, which does not exist. Correct the path, or add the file."
+        ) from error
     except Exception as error:  # of YAML, of a cycle of includes
-        raise EvaluationError(f"{path} is not a task of the harness' form: {' '.join(str(error).split())}") from error
+        raise EvaluationError(f"{path} is not a valid task of the harness: {' '.join(str(error).split())}") from error
 
 
 def _local_manager(tasks_folder: str | Path | None) -> TaskManager:
@@ -223,7 +225,7 @@ def _local_manager(tasks_folder: str | Path | None) -> TaskManager:
         return TaskManager(include_defaults=False)
     folder = Path(tasks_folder).expanduser()
     if not folder.is_dir():
-        raise EvaluationError(f"tasks_folder is '{tasks_folder}', and there is no such folder.")
+        raise EvaluationError(f"tasks_folder is '{tasks_folder}', which does not exist. Correct the path.")
     for path in sorted(folder.rglob("*.yaml")):
         _read_yaml(path)  # the harness skips those that it can't read
     return TaskManager(include_path=folder, include_defaults=False)
@@ -318,8 +320,8 @@ def _require_consent(tasks: Sequence[SuiteTask], settings: Settings) -> None:
         shown = ", ".join(task.name for task in tasks[:_MAX_SHOWN])
         raise EvaluationError(
             f"{shown}: to score these, programs that the model wrote are run on this machine, with your permissions. "
-            "Nothing was loaded. Set execute_code=true (--execute-code) where that harms nobody, in a container for "
-            "instance, or leave them out."
+            "Nothing was loaded. Set execute_code=true (--execute-code) where that is safe, e.g. in a container, or "
+            "leave them out."
         )
 
 
@@ -405,8 +407,8 @@ def _set_fewshot(task: Task, number: int | None) -> None:
     available = _num_examples(task) if number else 0
     if number > available:
         raise EvaluationError(
-            f"fewshot is {number}, but task '{task.task_name}' has {available} examples besides the samples that it "
-            "scores. Choose fewer, or give the task a fewshot_split with more rows."
+            f"fewshot is {number}, but task '{task.task_name}' has {counted(available, 'example')} besides the samples "
+            "that it scores. Choose fewer, or give the task a fewshot_split with more rows."
         )
     task.set_config("num_fewshot", number)
 

@@ -121,9 +121,9 @@ def _rename(base: Side, instruct: Side) -> Iterator[Problem]:
         base.headers = {names[own]: info for own, info in base.headers.items()}
         yield Problem.note(
             "tensors",
-            f"{len(renamed)} of {len(names)} tensors have other names in the Base, as other versions of transformers "
+            f"the Base has other names for {len(renamed)} of {len(names)} tensors, as other versions of transformers "
             f"save them: {some_of(renamed)}",
-            "nothing: they are paired by what the names have in common.",
+            "nothing: they are matched by the common part of their names.",
         )
 
 
@@ -150,12 +150,13 @@ def _check_revision(side: Side, source: str, revision: str | None) -> Iterator[P
 
 
 def _check_unread(base: Side, instruct: Side) -> Iterator[Problem]:
-    """Weights that are not downloaded, and what is not known without them."""
+    """Weights that are not downloaded, and what is unknown without them."""
     unread = [side.title for side in (base, instruct) if side.headers is not None and side.reader is None]
     if unread:
         yield Problem.note(
             "weights",
-            f"of the {' and the '.join(unread)} only headers were read: whether both are one model, whether the Base "
-            "has learned the template's tokens, and whether a tied model's stored head is its embedding, is not known",
+            f"only the headers of the {' and the '.join(unread)} were read, so it is unknown whether both are the same "
+            "model, whether the Base has learned the template's tokens, and whether a tied model's stored head is its "
+            "embedding",
             "nothing: a run downloads the weights and checks all of it.",
         )

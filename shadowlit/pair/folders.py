@@ -77,6 +77,27 @@ class ProblemError(PairError):
         return str(self.problem)
 
 
+def local_folder(who: str, source: str, key: str) -> Path | None:
+    """Return the folder that ``source`` is, or None if it can only be a hub id; see :func:`model_folder`.
+
+    Raises:
+        PairError: It is neither.
+    """
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():
+        return folder
+    is_file = folder.is_file()
+    if is_file or not _HUB_ID.fullmatch(source):
+        kind = "is a file" if is_file else "is not a folder, and cannot be a hub id"
+        raise ProblemError(
+            f"{who} model",
+            f"'{source}' {kind}",
+            "a model's folder, or an id such as 'org/name'",
+            f"set {key} to the folder that holds config.json and the safetensors files.",
+        )
+    return None
+
+
 def model_folder(
     who: str,
     source: str,
@@ -99,18 +120,8 @@ def model_folder(
         PairError: There is no such folder, or the hub does not give it.
     """
     key = key or who
-    folder = Path(source).expanduser()
-    if source and folder.is_dir():
+    if folder := local_folder(who, source, key):
         return folder
-    is_file = folder.is_file()
-    if is_file or not _HUB_ID.fullmatch(source):
-        kind = "is a file" if is_file else "is not a folder, and cannot be a hub id"
-        raise ProblemError(
-            f"{who} model",
-            f"'{source}' {kind}",
-            "a model's folder, or an id such as 'org/name'",
-            f"set {key} to the folder that holds config.json and the safetensors files.",
-        )
     from huggingface_hub import snapshot_download
 
     from shadowlit.pair.hub import unreachable

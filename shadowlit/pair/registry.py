@@ -130,7 +130,7 @@ def find_pair(name: str) -> KnownPair:
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise PairError(
             f"There is no known pair '{name}' among {len(registry)}.{hint} "
-            "'python -m shadowlit pairs' lists them; two folders or hub ids, Base and Instruct, do as well."
+            "'shadowlit pairs' lists them; two folders or hub ids, Base and Instruct, work as well."
         )
     return registry[name]
 

@@ -13,7 +13,7 @@ import torch
 
 from shadowlit.checkpoint.headers import TensorInfo, some_of
 from shadowlit.checkpoint.reader import TensorReader
-from shadowlit.errors import first_line
+from shadowlit.errors import counted, first_line
 from shadowlit.limits import in_time
 from shadowlit.pair.folders import Problem
 from shadowlit.pair.side import Side
@@ -60,7 +60,8 @@ def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
         changes = [f"{i} was {old_at.get(i)!r}, is {new_at[i]!r}" for i in wrong]
         yield Problem.error(
             "tokenizer",
-            f"{len(wrong)} ids mean another token in the {other.title} than in the {owner.title}: {some_of(changes)}",
+            f"{counted(len(wrong), 'id')} with another token in the {other.title} than in the {owner.title}: "
+            f"{some_of(changes)}",
             "one meaning per id",
             f"set pair.base to the Base of this Instruct: both must understand the {owner.title}'s ids.",
         )
@@ -68,7 +69,8 @@ def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
         changes = [f"{i} was {old_at[i]!r}, is {new_at[i]!r}" for i in sorted(named)]
         yield Problem.warning(
             "tokenizer",
-            f"{len(named)} placeholders of the {other.title} have a meaning in the {owner.title}: {some_of(changes)}",
+            f"{counted(len(named), 'placeholder')} of the {other.title} with a meaning in the {owner.title}: "
+            f"{some_of(changes)}",
             "",
             f"nothing, unless they appear in your data: their rows in the {other.title} were never trained.",
         )
@@ -76,7 +78,7 @@ def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
     if extra:
         yield Problem.warning(
             "tokenizer",
-            f"{len(extra)} tokens are only in the {owner.title}'s ({some_of(extra)})",
+            f"only the {owner.title}'s has {counted(len(extra), 'token')}: {some_of(extra)}",
             "the same tokens",
             f"nothing, unless they appear in your data: the {other.title} never saw them (no row at all: see "
             f"'{other.who} vocabulary').",
@@ -85,7 +87,7 @@ def _compare_vocabularies(other: Side, owner: Side) -> Iterator[Problem]:
     if lost:
         yield Problem.note(
             "tokenizer",
-            f"{len(lost)} tokens are only in the {other.title}'s ({some_of(lost)})",
+            f"only the {other.title}'s has {counted(len(lost), 'token')}: {some_of(lost)}",
             f"nothing: the {owner.title}'s tokenizer is used.",
         )
 
@@ -209,8 +211,8 @@ def _check_end_of_turn(owner: Side, ends: list[int]) -> Iterator[Problem]:
         name = owner.tokenizer.convert_ids_to_tokens(end)
         yield Problem.warning(
             "end of turn",
-            f"the template ends a turn with {name!r} (id {end}), generation stops at {stops or 'nothing'}",
-            "the former among the latter",
+            f"the template ends a turn with {name!r} (id {end}), but generation stops at {stops or 'nothing'}",
+            "generation to stop at the token that ends a turn",
             f"add {end} to eos_token_id in the {owner.title}'s generation_config.json, or generations run on.",
         )
 
@@ -225,9 +227,10 @@ def _check_template_rows(base: Side, instruct: Side, owner: Side, ids: list[int]
         if not beyond:
             continue
         needed = [t for t in beyond if vocabulary[t] in ids]
-        written = ", and the chat template writes some" if needed else ""
-        found = f"{len(beyond)} tokens of the {owner.title}'s tokenizer ({some_of(map(repr, needed or beyond))}) lie "
-        found += f"beyond the {rows} rows of the {side.title}'s embedding{written}"
+        written = ", some of which the chat template writes" if needed else ""
+        found = f"the {side.title}'s embedding has {counted(rows or 0, 'row')}, too few for "
+        found += f"{counted(len(beyond), 'token')} of the {owner.title}'s tokenizer{written}: "
+        found += some_of(map(repr, needed or beyond))
         if side is base:
             yield Problem.warning(
                 "base vocabulary",
@@ -261,7 +264,8 @@ def _check_untrained(base: Side, instruct: Side, owner: Side, ids: list[int]) ->
         lora = "" if tied else "; with LoRA also model.adapter.modules_to_save=[embed_tokens, lm_head]"
         yield Problem.warning(
             "untrained tokens",
-            f"the chat template writes {len(seen)} tokens that the Base seems never to have learned: {some_of(tokens)}",
+            f"the chat template writes {counted(len(seen), 'token')} that the Base seems never to have learned: "
+            f"{some_of(tokens)}",
             "rows like those of other tokens",
             f"train the embeddings too and graft them ({'full tuning, ' if tied else ''}graft.select=all{lora}), "
             "or do nothing: with graft.select=linear the grafted model has the Instruct's rows, and only the Base's "

@@ -10,7 +10,7 @@ from typing import Any
 
 from shadowlit.checkpoint.headers import TensorInfo, dtype_of, some_of, weights_in
 from shadowlit.checkpoint.names import is_head, split_selection, tower_of
-from shadowlit.errors import PairError
+from shadowlit.errors import PairError, counted
 from shadowlit.limits import bounded_matching
 from shadowlit.pair.folders import Problem, Severity
 from shadowlit.pair.pair import Select
@@ -95,7 +95,7 @@ def _check_quantised(base: Side, instruct: Side, select: Select) -> Iterator[Pro
             if coarse:
                 stored = sorted({dtype_of(info.code) for info in coarse})
                 names = some_of(info.name for info in coarse)
-                found.append(f"{len(coarse)} tensors are stored as {', '.join(stored)} ({names})")
+                found.append(f"{counted(len(coarse), 'tensor')} stored as {', '.join(stored)} ({names})")
             in_training = " (model.quantization=nf4 trains it in 4 bits)" if side.who == "base" else ""
             yield Problem.error(
                 f"{side.who} quantised",
@@ -128,7 +128,8 @@ def _check_names(base: Side, instruct: Side, select: Select) -> Iterator[Problem
         if alone:
             yield Problem.error(
                 "tensors",
-                f"{len(alone)} of {len(one.tensors)} tensors are only in the {one.title} ({some_of(alone)})",
+                f"only the {one.title} has {len(alone)} of its {counted(len(one.tensors), 'tensor')} "
+                f"({some_of(alone)})",
                 "the same names in both",
                 remedy,
             )

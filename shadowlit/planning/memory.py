@@ -1,4 +1,4 @@
-"""Estimates the memory of a training from configurations and headers: its step is simulated without any weight.
+"""Estimates the memory of a training from configurations and headers: a step is simulated without weights.
 
 The simulation runs the model itself on tensors without data (``FakeTensorMode``) and adds up what is alive, so that
 activations and logits follow from the architecture, the precision, the checkpointing and the kernel. Everything else is
@@ -44,7 +44,7 @@ _MOMENTS = {"adamw": 8, "adamw_8bit": 2}  # bytes per trained parameter
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a rank, by part. What FSDP2 shards is divided by the number of ranks.
+    """Memory of a rank in bytes, by part. What FSDP2 shards is divided by the number of ranks.
 
     Attributes:
         rows: Rows of a micro-batch.
@@ -52,21 +52,22 @@ class Memory:
         num_trained: Number of trained parameters, on all ranks.
         weights: Parameters and buffers: trained ones in float32, frozen ones in the dtype of the files, or in float32
             under ``32-true``.
-        moments: 8 per trained parameter of AdamW, 2 of 8 bits, NaN for an optimizer of another class.
-        frozen: The Instruct's values, and the Base's where it is trained, next to the parameters.
-        gradients: 4 per trained parameter. They stay until the backward pass of the next step, or until Lightning frees
-            them before a validation.
-        buffers: Of DDP a copy of the gradients. Of FSDP2 the root unit, whole in the forward and the backward pass,
-            with its gradients; two more layers, each of which is there twice for a moment; the gradients of one, and
-            two copies of them in float32, which are reduced.
-        activations: What a simulated step has alive besides, without what the head adds.
-        head: What the loss adds, from the last hidden states on.
+        moments: Moments of the optimizer: 8 bytes per trained parameter with AdamW, 2 with 8-bit AdamW, NaN with any
+            other class.
+        frozen: Values of the Instruct, and of the Base where it is trained, that are kept next to the parameters.
+        gradients: Gradients: 4 bytes per trained parameter. They exist until the next backward pass, or until
+            Lightning frees them before a validation.
+        buffers: Communication buffers. DDP: a copy of the gradients. FSDP2: the root unit, whole in the forward and the
+            backward pass, with its gradients; two more layers, each of which briefly exists twice; the gradients of
+            one layer, and two float32 copies of them, which are reduced.
+        activations: Other tensors that are alive in a simulated step, without those of the head.
+        head: Tensors that output head and loss add, from the last hidden states on.
         anchored: With two anchors, copies while the Instruct's micro-batches are trained: of the trained weights, of
             frozen ones that the Instruct stores in another dtype, and of the gradients on the Base where the Instruct
             gets several micro-batches.
         swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest update that is
             computed as a whole: of an adapter, or with transforms.
-        scoring: What a simulated batch of a validation has alive.
+        scoring: Tensors that are alive in a simulated batch of a validation.
         offloaded: Moments and frozen values that are kept on the CPU instead of a GPU.
     """
 
@@ -103,7 +104,7 @@ def estimate(
 
     Args:
         module: The module.
-        data: The data; where they were not read, rows have ``max_length`` tokens, all of them supervised.
+        data: The data; if they have not been read, every row counts as ``max_length`` supervised tokens.
         graft: The callback.
         trainer: ``precision``, ``sharing`` (none, ddp or fsdp), ``ranks``, ``device`` (cpu or cuda) and
             ``accumulate_grad_batches``.
@@ -153,7 +154,7 @@ def estimate(
 
 
 class Alive(TorchDispatchMode):
-    """Adds up the bytes of the storages that operations have made and that still exist.
+    """Adds up the bytes of the storages that operations have created and that still exist.
 
     Args:
         model: Model whose parameters, buffers and gradients are not counted.
@@ -188,7 +189,7 @@ def _simulate(
     module: ShadowModule, model: nn.Module, batches: tuple[tuple[int, int], tuple[int, int]], share: float, packs: bool,
     precision: str, device: str,
 ) -> tuple[float, float, float]:  # fmt: skip
-    """Peaks of a step without and in the head, and of a validation, in bytes; the model is cut.
+    """Peaks of a step without and in the head, and of a validation, in bytes; the model loses layers.
 
     Only the first layers are simulated, up to where their kinds begin to repeat and once more: each further layer holds
     as much as one of the repetition.

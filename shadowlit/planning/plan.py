@@ -1,4 +1,4 @@
-"""``python -m shadowlit plan``: what a configuration of fit needs, and what to change where it doesn't fit."""
+"""``shadowlit plan``: what a configuration of fit needs, and what to change if it doesn't fit."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from shadowlit.text import count, number, size
 from shadowlit.training.anchors import require_steps
 from shadowlit.training.module import ShadowModule
 
-_RESERVE = 0.1  # share of a GPU that is left to its context and to gaps between tensors
+_RESERVE = 0.1  # share of a GPU that is reserved for its context and for fragmentation
 _PARTS = {
     "weights": "weights", "moments": "moments of the optimizer", "frozen": "frozen weights of the pair",
-    "gradients": "gradients", "buffers": "what the ranks gather and reduce", "activations": "activations",
+    "gradients": "gradients", "buffers": "communication buffers of the ranks", "activations": "activations",
     "head": "output head and loss", "anchored": "copies while the Instruct trains",
     "swapped": "copy of the tuned weights while a graft is scored",
     "scoring": "activations and logits of a scored batch",
@@ -65,7 +65,7 @@ def parse_bytes(text: str) -> float:
 
 @dataclass
 class Plan:
-    """A configured training and what it needs; nothing but headers is read of the weights.
+    """A configured training, whose needs are estimated. Only the headers of the weights are read.
 
     Args:
         module: The module.
@@ -151,7 +151,7 @@ class Plan:
         return max(self.phases(memory).values(), key=lambda n: (math.isnan(n), n))
 
     def limit(self) -> float | None:
-        """Memory of this machine's device, of a CPU the share of a rank; None where there is none."""
+        """Memory of this machine's GPU, or a rank's share of the CPU's memory; None if there is no such device."""
         if not self.on_cpu:
             return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
         if not hasattr(os, "sysconf"):  # Windows
@@ -159,11 +159,11 @@ class Plan:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / self.num_devices
 
     def fits(self, memory: Memory, limit: float) -> bool:
-        """Whether it fits into a device; of a GPU, a tenth is left to its context and to gaps between tensors."""
+        """Whether it fits into a device. A tenth of a GPU is reserved for its context and for fragmentation."""
         return not self.peak(memory) > limit * (1.0 if self.on_cpu else 1 - _RESERVE)
 
     def remedies(self, limit: float, most_ranks: int = 64) -> Iterator[tuple[str, Memory]]:
-        """Change one setting after the other until the training fits, and yield each with the estimate."""
+        """Change one setting after another until the training fits, and yield each with the estimate."""
         memory, graft, module, trainer = self.memory(), self.graft, self.module, self.trainer
 
         def changed(owner: Any, name: str, value: Any, setting: str) -> Iterator[tuple[str, Memory]]:
@@ -202,8 +202,8 @@ class Plan:
         Args:
             limit: Bytes of a device, which may be another machine's; None for this machine's.
             measure_steps: Steps to measure; 0 for none.
-            words: Arguments of fit with which they are trained.
-            refused: Why this machine can't run the training: an error, unless a size says that another will.
+            words: Command-line arguments of fit for the measured steps.
+            refused: Why this machine can't run the training, which is an error unless ``limit`` is another machine's.
 
         Raises:
             ShadowlitError: There are errors, or the training doesn't fit.
@@ -221,14 +221,14 @@ class Plan:
         errors = [counted(self.num_errors, "error")] if self.num_errors else []
         needed = size(self.peak(memory))
         if math.isnan(self.peak(memory)):
-            console.print("memory: whether it fits is not known")
+            console.print("memory: it is unknown whether the training fits")
         elif limit is None:
-            console.print(f"memory: {needed}; whether it fits is not known, since this machine has no such device")
+            console.print(f"memory: {needed}; this machine has no such device to compare it with")
         elif self.fits(memory, limit):
             console.print(f"memory: it fits, {needed} of {size(limit)}")
         else:
             errors.append(f"its memory, {needed}, doesn't fit into {size(limit)}")
-            console.print(f"memory: {errors[-1]}. Set, one after the other:")
+            console.print(f"memory: {errors[-1]}. Apply these changes in order, up to the first that fits:")
             for setting, changed in self.remedies(limit):
                 console.print(f"  {setting}: {size(self.peak(changed))}")
         console.print(f"time: {self._measured(0 if errors or refused else measure_steps, words)}")
@@ -255,7 +255,7 @@ class Plan:
         return table
 
     def _print_disk(self, console: Console, memory: Memory) -> None:
-        """Print what checkpoints and export take, and what is free."""
+        """Print the disk space that checkpoints and export take, and the free space."""
         export, module = self.export, self.module
         shards = self.trainer["ranks"] if self.trainer["sharing"] == "fsdp" else 1
         moments = memory.moments * shards if memory.moments else memory.offloaded
@@ -275,7 +275,7 @@ class Plan:
         sizes = {part: sizes[part] for part in export.parts if export.enabled and sizes[part]}
         folder = Path(export.folder or self.options["default_root_dir"] or ".").absolute()
         free = shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.exists())).free
-        number = "one per saving" if -1 in tops else f"at most {kept}"
+        number = "one per save" if -1 in tops else f"at most {kept}"
         parts = ", ".join(f"{part} {size(n)}" for part, n in sizes.items()) or "none"
         total = sum(sizes.values()) + checkpoint * max(kept, 1)
         console.print(
@@ -284,7 +284,7 @@ class Plan:
         )
 
     def _measured(self, steps: int, words: Sequence[str]) -> str:
-        """Train a few steps in a process of its own, and say what an epoch takes."""
+        """Train a few steps in a separate process, and return how long an epoch takes."""
         if steps < 1 or "train" not in self.data.reports:
             return "not measured"
         with tempfile.TemporaryDirectory() as folder:

@@ -48,22 +48,22 @@ class ProgressLine(ProgressBar):
         self.enabled = True
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the terminal's last line; on other ranks than the first, show nothing."""
+        """Reserve the terminal's last line; ranks other than the first show nothing."""
         super().setup(trainer, pl_module, stage)
         if self.enabled:
             self._values = {}
             self._line.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the terminal's last line back."""
+        """Release the terminal's last line."""
         self._line.stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the terminal's last line back before the error is shown."""
+        """Release the terminal's last line before the error is shown."""
         self._line.stop()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count the time that is left."""
+        """Start the clock from which the time left is estimated."""
         if self.enabled:
             self._begun, self._first = time.monotonic(), trainer.global_step
             self._total = trainer.estimated_stepping_batches
@@ -76,7 +76,7 @@ class ProgressLine(ProgressBar):
         self.show()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say that what follows is not a training."""
+        """Show that the training steps are over."""
         self.show("finishing", now=self._line.live)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,7 +87,7 @@ class ProgressLine(ProgressBar):
             self.show(now=self._line.live)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count the time of the validation."""
+        """Start the clock of the validation."""
         if not trainer.sanity_checking:
             self._validation_begun, self._validates = time.monotonic(), True
 
@@ -100,7 +100,7 @@ class ProgressLine(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Show how far the first pass of a validation is."""
+        """Show the progress of a validation's first pass."""
         limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         self.show(f"{stage_of(trainer)} of tuned {batch_idx + 1}/{limits[dataloader_idx]}")
 
@@ -113,7 +113,7 @@ class ProgressLine(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Show how far the first pass of a test is."""
+        """Show the progress of a test's first pass."""
         self.show(f"{stage_of(trainer)} of tuned {batch_idx + 1}/{trainer.num_test_batches[dataloader_idx]}")
 
     def on_predict_batch_end(
@@ -125,14 +125,14 @@ class ProgressLine(ProgressBar):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Show how many batches of prompts are answered."""
+        """Show how many batches of prompts have been answered."""
         self.show(f"answers {batch_idx + 1}/{trainer.num_predict_batches[dataloader_idx]}")
 
     def show(self, doing: str = "", now: bool = False) -> None:
-        """Show the line if it is due, or ``now``; metrics are read only then, since a GPU has to be waited for.
+        """Show the line if it is due, or ``now``; metrics are read only then, since reading them waits for the GPU.
 
         Args:
-            doing: What is being done, unless it is a training step.
+            doing: Current activity, unless it is a training step.
             now: Show it even if it is not due.
         """
         if self.enabled:
@@ -157,7 +157,7 @@ class ProgressLine(ProgressBar):
         return parts
 
     def _left(self, step: int) -> float | None:
-        """Seconds until the end, of the last validation once it has begun; None if they can't be known yet."""
+        """Seconds until the end, of the last validation once it has begun; None if it can't be estimated yet."""
         now, steps = time.monotonic(), self._total - step
         if steps == 0 and self._validates:
             return None if self._lasted is None else max(0.0, self._lasted - (now - self._validation_begun))

@@ -18,7 +18,7 @@ from shadowlit.checkpoint.folder import require_room
 from shadowlit.checkpoint.headers import some_of
 from shadowlit.checkpoint.saved import explained
 from shadowlit.distributed import local, of_all_ranks, on_first_rank, rank
-from shadowlit.errors import CheckpointError
+from shadowlit.errors import CheckpointError, counted
 from shadowlit.files import partial_path, require_writable
 from shadowlit.training.checkpoints import ShardedStrategy
 
@@ -115,4 +115,4 @@ def _checkpoints(trainer: Trainer) -> Iterator[Needed]:
         number = max(0, kept - len(list(folder.glob("*.ckpt")))) + 1
         size = weights + (0 if saver.save_weights_only else moments)
         if kept:
-            yield folder, number * size, f"{number} checkpoint{'s' * (number > 1)} of {text.size(size)} in {folder}"
+            yield folder, number * size, f"{counted(number, 'checkpoint')} of {text.size(size)} in {folder}"

@@ -55,7 +55,7 @@ class ParameterGroup:
             ) from None
         if not found:
             raise ShadowlitError(
-                f"model.parameter_groups has match={self.match!r}, which is in no name of the {len(names)} trained "
+                f"model.parameter_groups has match={self.match!r}, which matches none of the {len(names)} trained "
                 f"parameters: {some_of(sorted(names), 3)}. Write a pattern that matches, or remove the group."
             )
         return found

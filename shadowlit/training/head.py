@@ -115,7 +115,7 @@ class HeadLoss:
             if self.head is None:
                 if way != "auto":
                     raise ShadowlitError(f"model.head_loss is {way!r}, but {why}. Use auto or logits.")
-                log.info("whole logits are computed, since %s", why)
+                log.info("the full logits are computed, since %s", why)
         self.way: Way = _resolved(way, self.head)
 
     def loss(self, inputs: Inputs, positions: Tensor, targets: Tensor, factors: Tensor | None = None) -> Tensor:
@@ -217,8 +217,8 @@ class HeadLoss:
         bias: Tensor | None = head.module.bias
         if self.way != "chunked" and factors is not None:
             rank_zero_warn(
-                f"model.head_loss is {self.way!r}, which knows no weights of tokens. Batches that have some are "
-                "computed as by 'chunked'."
+                f"model.head_loss is {self.way!r}, which doesn't support weights of tokens. Batches that have some "
+                "are computed as with 'chunked'."
             )
         if self.way == "chunked" or factors is not None:
             return linear_cross_entropy_sum(
@@ -320,11 +320,11 @@ def understand(model: nn.Module) -> tuple[Head | None, str]:
         return None, f"{name} calls its output head {len(seen)} times in a forward pass"
     given, ramp = seen[0]
     if not _alike(given, hidden):
-        return None, f"{name} gives its output head something else than its decoder's last hidden state"
+        return None, f"{name} passes something other than its decoder's last hidden state to its output head"
     if not _alike(logits, head.finish(ramp)):
         return None, (
-            f"{name} does something to its logits besides the scale of {head.scale:g} and the soft cap of {head.cap} "
-            "that its config names"
+            f"{name} changes its logits by more than the scale of {head.scale:g} and the soft cap of {head.cap} that "
+            "its config names"
         )
     return head, ""
 

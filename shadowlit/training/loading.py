@@ -318,7 +318,7 @@ def _outside(model: nn.Module, towers: Sequence[str]) -> frozenset[str]:
         if not chosen:
             found = ", ".join(f"{tower} ({count})" for tower, count in count_towers(names).items())
             raise ShadowlitError(
-                f"model.train_towers has {part!r}, which is in no name of the {len(names)} parameters of "
+                f"model.train_towers has {part!r}, which matches none of the {len(names)} parameters of "
                 f"{type(model).__name__}; its towers are {found}. Name these, or a pattern that matches."
             )
         trained |= chosen

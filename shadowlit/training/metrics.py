@@ -17,10 +17,11 @@ from shadowlit.training.outputs import Answers
 
 
 def name_clash(names: Iterable[str]) -> str:
-    """Return the message that metrics would be logged twice, of which Lightning would show the mean."""
+    """Return the message that metrics would be logged twice; Lightning would show their mean."""
     return (
-        f"{', '.join(sorted(names))} would be logged for a validation set and for an evaluator of its name, or a "
-        "callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in the callback."
+        f"{', '.join(sorted(names))} would be logged twice: for a validation set, and for an evaluator of the same "
+        "name or by a callback. Rename one of the two, in data.validation, data.test or evaluation.evaluators, or in "
+        "the callback."
     )
 
 

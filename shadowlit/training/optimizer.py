@@ -299,8 +299,8 @@ def _in_order_of(own: list[list[tuple[str, Tensor]]], state: dict[str, Any]) -> 
         apart = sorted(keys.keys() ^ set(wanted))
         found = f": only one of the two has {some_of(apart, 3)}" if keys else f" ({len(saved)} and {len(wanted)})"
         raise CheckpointError(
-            f"the checkpoint holds optimizer states of other parameters than are trained now{found}. Resume with the "
-            "model.adapter and model.train_towers of its run, or start a new run (no ckpt_path, another run.name)."
+            f"the checkpoint holds optimizer states for other parameters than those trained now{found}. Resume with "
+            "the model.adapter and model.train_towers of its run, or start a new run (no ckpt_path, another run.name)."
         )
     group_of = {key: group for group in groups for key in group["params"]}
     numbers = iter(range(len(wanted)))

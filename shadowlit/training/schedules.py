@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.lr_scheduler import ReduceLROnPlateau as TorchReduceLROnPlateau
 from transformers import get_scheduler
 
-from shadowlit.errors import ShadowlitError, first_line
+from shadowlit.errors import ShadowlitError, counted, first_line
 
 # transformers' schedules that need no metric.
 ScheduleName = Literal[
@@ -67,8 +67,9 @@ def make_schedule(
         ) from error
     if choice == "warmup_stable_decay" and warmup + (options or {})["num_decay_steps"] > total:
         raise ShadowlitError(
-            f"model.lr_scheduler_kwargs has num_decay_steps={(options or {})['num_decay_steps']}, which with {warmup} "
-            f"steps of warm-up is more than the {total} steps of the training. Set it to fewer steps."
+            f"model.lr_scheduler_kwargs has num_decay_steps={(options or {})['num_decay_steps']}, which with "
+            f"{counted(warmup, 'step')} of warm-up is more than the {counted(total, 'step')} of the training. Set it "
+            "to fewer steps."
         )
     if isinstance(scheduler, ReduceLROnPlateau):
         return {"scheduler": scheduler, "interval": "epoch", "monitor": scheduler.monitor}
@@ -81,7 +82,7 @@ def make_schedule(
 
 
 def _require_numbers(options: dict[str, Any]) -> None:
-    """Raise for an option of transformers' schedules out of its range, of which they would fail in a later step."""
+    """Raise for an option of transformers' schedules that is out of its range and would fail in a later step."""
     for name, value in options.items():
         if value is None or name in ("decay_type", "warmup_type", "last_epoch"):
             continue
@@ -94,7 +95,7 @@ def _require_numbers(options: dict[str, Any]) -> None:
 
 
 def require_no_end(trainer: Trainer, choice: Any, shape: Shape, warmup_ratio: float) -> None:
-    """Raise if a schedule depends on the number of steps, of which a trainer without an end knows none."""
+    """Raise if a schedule depends on the number of steps, but the trainer has no end."""
     if callable(choice) or (choice is None and shape == "constant" and not warmup_ratio):
         return
     raise ShadowlitError(

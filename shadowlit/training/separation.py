@@ -40,7 +40,7 @@ def require_separation(model: nn.Module) -> None:
         raise ShadowlitError(
             f"data.packing is set, but in '{kind}' with attn_implementation={kernel!r} a packed sample changes the "
             f"logits of the next one by {leak:.0%} of what it would without borders; expected 0 %: the attention "
-            f"doesn't take position_ids for borders. {advice}"
+            f"ignores the borders in position_ids. {advice}"
         )
 
 

@@ -108,7 +108,7 @@ def _require_same_adapter(start: Start, adapter: PeftConfig | None, model: nn.Mo
     assert start.adapter is not None
     remedy = (
         "Set model.adapter to the settings of the stored adapter; for another adapter on top, merge it into the Base "
-        "('python -m shadowlit graft BASE ADAPTER BASE MERGED --select all --dtype float32') and set "
+        "('shadowlit graft BASE ADAPTER BASE MERGED --select all --dtype float32') and set "
         "model.start_from=MERGED."
     )
     stored = start.adapter.to_dict()

@@ -298,7 +298,7 @@ def test_other_vocabulary_and_other_architectures(tmp_path):
     a, b = (load_file(folder / "model.safetensors")[first.name] for folder in (base, longer))
     assert first.sums.num_elements == 272 * 32  # the shared rows
     assert weights_of(first.sums) == pytest.approx(expected_weights(a, b[:272]), rel=1e-6, abs=1e-8)
-    with pytest.raises(PairError, match="1 models were given; expected 2 to 26"):
+    with pytest.raises(PairError, match="found 1 model; expected 2 to 26"):
         compare(readers(base))
     fewer_rows = models_of(tmp_path, {LAYER.format(0): torch.ones(4, 2)}, {LAYER.format(0): torch.ones(2, 2)})
     with pytest.raises(PairError, match=r"up_proj.weight \(4, 2\) and \(2, 2\)"):

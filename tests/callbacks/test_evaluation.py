@@ -367,7 +367,7 @@ def test_a_known_metric_that_a_validation_set_has_too_is_found_before_the_traini
     module = make_module(folders)
     evaluation = EvaluationCallback({"left": MultipleChoice(files["choices"]), "answers": Probe()})
     with pytest.raises(
-        DataError, match="left/accuracy, left/loss would be logged for a validation set and for an eval"
+        DataError, match="left/accuracy, left/loss would be logged twice: for a validation set, and for an eval"
     ):
         make_trainer(tmp_path, GraftCallback(), evaluation).fit(module, RandomData())
     assert module.model is None

@@ -808,7 +808,9 @@ def test_a_metric_that_the_module_scores_too_is_an_error(tmp_path, folders):
         def on_subject(self, trainer, module, subject, record):
             record.metrics[f"val/{subject.name}/left/loss"] = 1.0
 
-    with pytest.raises(DataError, match="val/tuned/left/loss would be logged for a validation set and for an eval"):
+    with pytest.raises(
+        DataError, match="val/tuned/left/loss would be logged twice: for a validation set, and for an eval"
+    ):
         fit(tmp_path, folders, callbacks=[GraftCallback(baselines=False), Twice()])
 
 

@@ -109,11 +109,11 @@ class TestAdapters:
 
     def test_left_over_and_doubled_tensors(self, models):
         magnitude = self.UP.replace("lora_B.weight", "lora_magnitude_vector")
-        self.refuse(models, r"once; it is not so for .*lora_magnitude_vector", **{magnitude: torch.ones(64)})
-        self.refuse(models, r"once; it is not so for .*layers\.1.*lora_B", **{
+        self.refuse(models, r"once, but doesn't for .*lora_magnitude_vector", **{magnitude: torch.ones(64)})
+        self.refuse(models, r"once, but doesn't for .*layers\.1.*lora_B", **{
             self.UP.replace("layers.0", "layers.1"): torch.ones(64, 2)
         })  # fmt: skip
-        self.refuse(models, r"once; it is not so for model\.norm\.weight|base_model\.model\.model\.norm\.weight", **{
+        self.refuse(models, r"once, but doesn't for model\.norm\.weight|base_model\.model\.model\.norm\.weight", **{
             name: torch.ones(32) for name in ("model.norm.weight", "base_model.model.model.norm.weight")
         })  # fmt: skip
 

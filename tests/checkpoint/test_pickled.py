@@ -176,8 +176,8 @@ def test_files_that_are_no_state_dict(tmp_path, save, message):
     [
         ({"a": "../secret.bin"}, r"names files outside of its folder"),
         ({"a": "/etc/passwd"}, r"names files outside of its folder"),
-        ({"a": "one.bin", "b": "two.bin"}, r"1 are missing: two\.bin"),
-        ({"a": "one.bin", "c": "one.bin"}, r"does not match its shards: 1 tensors are not in the file it names \(c\)"),
+        ({"a": "one.bin", "b": "two.bin"}, r"1 can't be found: two\.bin"),
+        ({"a": "one.bin", "c": "one.bin"}, r"does not match its shards: it names the wrong file for 1 tensor \(c\)"),
         ({}, r"has no 'weight_map'"),
     ],
 )

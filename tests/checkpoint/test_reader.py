@@ -65,7 +65,7 @@ def test_bytes_rows_and_slices(readers, kind):
             reader.read_into(memoryview(buffer), NAME, start)
             assert bytes(buffer) == content[start:stop]
     assert reader.fingerprint() == readers[1]["folder"].fingerprint()
-    with pytest.raises(CheckpointError, match=r"There is no tensor 'x' in .* which holds 1 tensors"):
+    with pytest.raises(CheckpointError, match=r"There is no tensor 'x' in .* which holds 1 tensor "):
         reader.read("x")
 
 

@@ -195,6 +195,16 @@ def test_help_is_made_from_the_docstrings(capsys):
     assert "Peak learning rate of AdamW" in shown
 
 
+@pytest.mark.parametrize("words, expected", [
+    (["init"], "shadowlit init [PAIR]"), (["graft"], "shadowlit graft BASE TUNED INSTRUCT OUT"),
+    (["pairs", "check"], "shadowlit pairs [options] check PAIR ..."),
+])  # fmt: skip
+def test_help_shows_what_is_given_as_words(words, expected, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: {expected} [--key=value ...]\n")
+
+
 def test_an_error_of_the_user_is_told_without_a_traceback(root, tmp_path):
     failed = run_command(tmp_path, "fit", "--config", str(root / "run.yaml"), "--data.train=none.jsonl")
     assert failed.returncode == 1

@@ -224,7 +224,10 @@ def test_what_is_wrong_with_a_class(tmp_path, monkeypatch, capsys, key, value, f
      "unrecognized arguments: --data.batchsize=1\nDid you mean data.batch_size?"),
     (["fit", "--config", str(DEMO), "--data.optimizer=x"],
      "unrecognized arguments: --data.optimizer=x\nDid you mean model.optimizer?"),
-    (["fit", "--config", "none.yaml"], 'Parser key "config": File does not exist: '),
+    (["graft", "a", "b", "c", "d", "--scal=2"], "unrecognized arguments: --scal=2\nDid you mean scale?"),
+    (["fit", "--config", str(DEMO), "--data.trai=x"],
+     "unrecognized arguments: --data.trai=x\nDid you mean data.train?"),
+    (["fit", "--config", "/none.yaml"], "config is /none.yaml, which does not exist. Correct the path."),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
 def test_other_commands_and_unknown_keys(capsys, arguments, message):

@@ -45,7 +45,9 @@ def test_a_small_gpu_gets_a_small_batch_and_the_same_step(tmp_path):
     assert (large["data"]["batch_size"], large["graft"]["offload"]) == (32, False)
     small = written(tmp_path / "small.yaml", "--memory=300MB")
     rows = small["data"]["batch_size"]
-    assert rows < 32 and rows * small["trainer"]["accumulate_grad_batches"] == 32 and small["graft"]["offload"]
+    assert rows < 32 and rows * small["trainer"]["accumulate_grad_batches"] == 32
+    assert not small["graft"]["offload"]  # the smaller batch suffices
+    assert written(tmp_path / "tiny.yaml", "--memory=1MB")["graft"]["offload"]
 
 
 @pytest.mark.slow
@@ -102,11 +104,17 @@ def test_an_existing_file_is_replaced_on_request_only(tmp_path, capsys):
         (["smollm2"], "no known pair 'smollm2'"),
         (["smollm2-135m", "--out=."], "which exists"),
         (["smollm2-135m", "--devices=0"], "devices is 0"),
+        ([EMBEDDED[0], "--instruct=./none"], "'./none' is not a folder, and cannot be a hub id"),
     ],
 )
 def test_wrong_arguments_are_one_line(args, expected, capsys):
     assert main(["init", *args]) == 1
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("train", [None, "my data: set.jsonl", "a.jsonl", "null", "x #1.jsonl", "1" * 200])
+def test_any_path_is_written_as_text(train):
+    assert yaml.safe_load(f"train: {module._scalar(train)}  # comment") == {"train": train}
 
 
 def test_every_kind_of_tuning_has_its_lines():

@@ -98,7 +98,7 @@ def test_the_second_start_reads_what_the_first_one_made(path, tmp_path, tokenise
 
 def test_a_set_of_another_name_with_the_same_rows_is_the_same_file(path, tmp_path, tokenised):
     data = ShadowData(pair_with(), str(path), {"v": str(path)}, cache_dir=str(tmp_path / "cache"))
-    with pytest.warns(UserWarning, match="7 of 7 samples of val/v are in the training data too"):
+    with pytest.warns(UserWarning, match="the training data contain 7 of the 7 samples of val/v"):
         data.setup("fit")
     assert tokenised == ["train"] and data.reports["val/v"].name == "val/v"
 

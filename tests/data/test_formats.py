@@ -8,12 +8,15 @@ import lzma
 import re
 import shutil
 import subprocess
+import time
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from shadowlit.data import sources
 from shadowlit.data.formats import convert_row, detect_format
 from shadowlit.data.sources import is_remote, read_conversations, stream_conversations
 from shadowlit.errors import DataError
@@ -306,6 +309,7 @@ def test_missing_files_and_unknown_data_sets(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise ConnectionError("no network\nat all")
 
+    monkeypatch.setattr(sources, "unreachable", lambda: None)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
         DataError,
@@ -316,7 +320,20 @@ def test_missing_files_and_unknown_data_sets(tmp_path, monkeypatch):
     assert is_remote("org/name:train")
 
 
+def test_without_a_network_the_hub_is_asked_once(tmp_path, monkeypatch):
+    """The client reads its cache instead of repeating each request."""
+    monkeypatch.setattr(sources, "unreachable", lambda: "the hub can't be reached: no network")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a request is repeated"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "hf_hub_download", lambda *_, **__: pytest.fail("the hub is asked"))
+    with pytest.raises(DataError, match=r"no such file \(the hub can't be reached: no network\)\. Expected"):
+        read_conversations("org/name")
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
 def test_hub_data_sets(monkeypatch):
+    monkeypatch.setattr(sources, "unreachable", lambda: None)
     asked = []
 
     def load(repo, name, revision, streaming):

@@ -224,10 +224,10 @@ def test_a_mixed_stream_resumes_with_the_next_batch(folder, tmp_path):
         return fit(data, callbacks=[save], limit_val_batches=0, max_epochs=None, max_steps=24, **options)[0]
 
     with pytest.warns(
-        UserWarning, match=r"(?s)3 rows of train are wrong and left out.*3 so far.*1\. sample 1 of"
+        UserWarning, match=r"(?s)train: data.on_bad_row=skip leaves out 3 rows.*3 so far.*1\. sample 1 of"
     ) as seen:
         whole = run()
-    assert sum("rows of train are wrong" in str(one.message) for one in seen) == 1  # not in every pass
+    assert sum("on_bad_row=skip leaves out" in str(one.message) for one in seen) == 1  # not in every pass
     for step in (4, 5, 19):
         assert run(ckpt_path=tmp_path / "saved" / f"step={step}.ckpt") == whole[step:], step
     with pytest.raises(DataError, match=r"wrong\.jsonl \(line 2\) is broken JSON"):
@@ -290,7 +290,9 @@ def test_wrong_rows_are_an_error_or_are_left_out_and_listed(folder, tmp_path, ca
         )  # fmt: skip
         data = ShadowData(PAIR, train, on_bad_row="skip", cache_dir=str(tmp_path / "cache"), **options)
         data.trainer = trainer
-        with pytest.warns(UserWarning, match=r"(?s)train lacks 3 of 8 rows, which are wrong.*1\. sample 1 of .*3\. "):
+        with pytest.warns(
+            UserWarning, match=r"(?s)train: data.on_bad_row=skip leaves out 3 of 8 rows.*1\. sample 1 of .*3\. "
+        ):
             data.setup("fit")
         report = data.reports["train"]
         assert (report.num_rows, report.num_samples, len(report.skipped)) == (8, 5, 3)
@@ -319,7 +321,8 @@ def test_the_first_row_may_be_a_wrong_one(tmp_path, options):
 def test_nothing_but_wrong_rows_is_an_error(tmp_path):
     (tmp_path / "x.jsonl").write_text('{\n{"messages": []}\n')
     with pytest.raises(
-        DataError, match=r"(?s)train has no sample left: all 2 rows .*2 of them are wrong:.*1\. sample 0"
+        DataError,
+        match=r"(?s)train has no sample left of 2 rows\. Rows left out by data.on_bad_row=skip: 2:.*1\. sample 0",
     ):
         make(tmp_path / "x.jsonl", on_bad_row="skip")
 

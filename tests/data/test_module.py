@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from rich.console import Console
 
-from shadowlit.data.conversation import Conversation
+from shadowlit.data.conversation import Conversation, DataErrors, gathered, located, raise_all
 from shadowlit.data.dataset import DataReport, TokenDataset
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview, token_texts
@@ -68,6 +68,8 @@ def test_counts_by_hand():
     assert report == DataReport("train", num_rows=4, num_samples=3, num_split=0, num_truncated=1, num_dropped=1,
                                 num_tokens=17, num_supervised_tokens=6, longest=10)  # fmt: skip
     assert str(report) == "train: 3 samples, 17 tokens, 35.3 % supervised, longest 10; 1 truncated, 1 dropped"
+    one = DataReport("train", num_samples=1, num_tokens=2000, num_supervised_tokens=1000, longest=2000, drawn=1)
+    assert str(one) == "train: 1 sample, 2,000 tokens, 50.0 % supervised, longest 2,000; 1 sample per epoch"
     assert len(dataset) == 3
     assert dataset[0] == {"input_ids": [0, 1, 2, 3, 4], "labels": [-100, -100, 2, 3, 4]}
     assert dataset[1] == {"input_ids": list(range(10)), "labels": [-100] * 8 + [8, 9]}
@@ -200,6 +202,19 @@ def test_hub_sets_are_fetched_once_per_machine_and_their_errors_told_in_setup(mo
         data.setup("fit")
 
 
+def test_problems_of_several_readers_are_numbered_once():
+    """As of evaluators, each of which has several: the list of one would become an item of the other's."""
+    errors = []
+    for name in ("a", "b"):
+        with gathered(errors), located(f"evaluators.{name}:"):
+            raise_all(["row 0 is wrong", "row 1 is wrong"])
+    with pytest.raises(DataErrors) as raised:
+        raise_all(errors)
+    lines = [f"{i}. evaluators.{name}: row {row} is wrong" for i, name, row in
+             ((1, "a", 0), (2, "a", 1), (3, "b", 0), (4, "b", 1))]  # fmt: skip
+    assert str(raised.value).splitlines() == ["4 problems with the data:", *(f"  {line}" for line in lines)]
+
+
 def test_rows_of_a_template_that_rewrites_history_are_split(files):
     data = ShadowData(pair_with(QWEN3), files("t.jsonl", talk("a", "b", "c", "d"), talk("e", "f")))
     data.setup("fit")
@@ -266,7 +281,7 @@ def test_smaller_choices_are_part_of_larger_ones(files):
 
     assert len(chosen(5)) == 5 and chosen(5) < chosen(11) < chosen(40) == chosen(None)
     assert chosen(5) != chosen(5, seed=1)
-    with pytest.warns(UserWarning, match=r"limit_train_samples=50, but there are 40 rows"):
+    with pytest.warns(UserWarning, match=r"limit_train_samples=50, but the set has only 40 rows"):
         assert len(chosen(50)) == 40
 
 
@@ -276,14 +291,16 @@ def test_identical_samples_in_training_and_validation_are_counted(files):
         files("t.jsonl", *numbered(6)),
         {"bad": files("bad.jsonl", *numbered(6, 4)), "good": files("good.jsonl", *numbered(4, 10))},
     )
-    with pytest.warns(UserWarning, match=r"2 of 6 samples of val/bad are in the training data too.*remove") as caught:
+    with pytest.warns(
+        UserWarning, match=r"the training data contain 2 of the 6 samples of val/bad token for token.*remove"
+    ) as caught:
         data.setup("fit")
     assert not any("val/good" in str(warning.message) for warning in caught)
 
 
 def test_a_set_that_is_wholly_dropped(files):
     path = files("t.jsonl", talk("a", "b"))
-    with pytest.raises(DataError, match=r"train has no sample left: all 1 rows were dropped\. Raise data\.max_length"):
+    with pytest.raises(DataError, match=r"train has no sample left of 1 row\. Raise data\.max_length"):
         ShadowData(PAIR, path, max_length=5, overlong="drop").setup("fit")
 
 
@@ -296,7 +313,7 @@ def test_reports_are_logged_once(files, caplog):
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2
     assert lines[0].endswith("is read as messages; columns not used: extra, id")
-    assert lines[1].startswith("data: train: 1 samples, ")
+    assert lines[1].startswith("data: train: 1 sample, ")
 
 
 # -- ranks --------------------------------------------------------------------------------------------------------
@@ -342,7 +359,7 @@ def test_validation_may_have_fewer_samples_than_ranks_and_training_may_not(files
     for rank in range(3):
         data.trainer = trainer_of(rank, 3)
         seen.append(answers(data, data.val_dataloader()[0]))
-        with pytest.raises(DataError, match=r"2 training samples are fewer than the 3 ranks\. Use fewer devices"):
+        with pytest.raises(DataError, match=r"there are 3 ranks, but only 2 training samples\. Use fewer devices"):
             data.train_dataloader()
     assert seen == [[["005"]], [[""]], [[""]]]
 

@@ -421,7 +421,7 @@ def test_batches_of_packs_from_a_file(path, caplog):
         batches = list(data.train_dataloader())
     assert all(batch.keys() == {"input_ids", "position_ids", "labels"} for batch in batches)
     report = data.reports["train"]
-    assert f"train: packed into {report.num_packs} rows of up to 150 tokens, " in caplog.text
+    assert f"train: packed into {report.num_packs:,} rows of up to 150 tokens, " in caplog.text
     assert report.num_slots == sum(batch["input_ids"].numel() for batch in batches)
     supervised = sum((batch["labels"] != -100).sum().item() for batch in batches)
     assert supervised == report.num_supervised_tokens
@@ -468,7 +468,7 @@ def test_fewer_packs_than_ranks(path):
     data.setup("fit")
     data.trainer = SimpleNamespace(world_size=2, global_rank=0)
     with pytest.raises(
-        DataError, match=r"23 training samples make 1 packs, fewer than the 2 ranks\. Lower data\.pack_length=4096"
+        DataError, match=r"there are 2 ranks, but only 1 pack of 23 training samples\. Lower data\.pack_length=4096"
     ):
         data.train_dataloader()
 

@@ -347,7 +347,7 @@ def test_heads_of_their_own_onto_a_tied_instruct(folders, capsys):
     norms = {name: float((tuned[name].double() - base[name].double()).norm()) for name in base}
     assert done.shares[HEAD] == pytest.approx(norms[HEAD] / sum(n**2 for n in norms.values()) ** 0.5, rel=1e-6)
     for select in ("all", [EMBEDDING, "linear"]):
-        with pytest.raises(GraftError, match=r"is tied: its embedding .* is its output head as well"):
+        with pytest.raises(GraftError, match=r"is tied: its embedding .* is also its output head"):
             graft(folders / "base", folders / "tuned", folders / "instruct", folders / "no", select=select)
     for side in SIDES:  # a head under an unknown name
         rewrite(folders / side, **{"model.projection.weight": torch.ones(ROWS, WIDTH).bfloat16()})
@@ -466,7 +466,7 @@ def test_adapters_of_one_side_of_a_tied_pair(tmp_path, options):
     """
     base, instruct = save_pair(tmp_path, "llama", tied=True)
     tuned = adapter(base, tmp_path / "adapter", **options)
-    with pytest.raises(GraftError, match=r"is tied: its embedding .* is its output head as well"):
+    with pytest.raises(GraftError, match=r"is tied: its embedding .* is also its output head"):
         graft(base, tuned, instruct, tmp_path / "out", select="all")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tuned)
     with pytest.raises(GraftError, match=r"are one tensor \(tie_word_embeddings\)"):
@@ -625,7 +625,7 @@ def test_neither_a_graft_nor_a_run_of_another_base_is_a_tuned_one(tmp_path):
     callbacks = {"GraftCallback": {"fingerprints": ModelPair(str(base), str(instruct)).fingerprints()}}
     torch.save({"state_dict": state, "global_step": 3, "callbacks": callbacks}, tmp_path / "step-3.ckpt")
     graft(base, tmp_path / "step-3.ckpt", instruct, tmp_path / "out")
-    with pytest.raises(GraftError, match=r"out is a graft onto this Instruct already .*Give the tuned Base"):
+    with pytest.raises(GraftError, match=r"out is already a graft onto this Instruct .*Give the tuned Base"):
         graft(base, tmp_path / "out", instruct, tmp_path / "no")
     rewrite(base, **{"model.norm.weight": torch.zeros(32)})
     with pytest.raises(GraftError, match=r"was not trained from .*fingerprints differ.*config\.yaml"):

@@ -95,7 +95,9 @@ def test_questions_that_are_asked_are_no_examples(files):
     for seed in range(5):
         found = items(Generation(answer="answer", chat=False, few_shot=1, few_shot_seed=seed, limit=1, **files))
         assert found[0].prompt.count("1+1=") == 1
-    with pytest.raises(DataError, match=r"few_shot is 3, but .*shown\.jsonl has 2 rows whose questions are not in .*"):
+    with pytest.raises(
+        DataError, match=r"few_shot is 3, but .*shown\.jsonl has 2 rows with a question that is not in .*"
+    ):
         items(Generation(answer="answer", few_shot=3, **files))
     with pytest.raises(DataError, match=r"few_shot is 3 and few_shot_data is None; expected a number of examples and"):
         Generation("x.jsonl", few_shot=3)

@@ -322,15 +322,15 @@ def test_broken_data_are_told_with_the_task(tmp_path, folder):
 
 def test_a_broken_yaml_file_is_told_although_the_harness_passes_over_it(tmp_path):
     (tmp_path / "broken.yaml").write_text("task: [")
-    with pytest.raises(EvaluationError, match=r"broken\.yaml is not a task of the harness' form"):
+    with pytest.raises(EvaluationError, match=r"broken\.yaml is not a valid task of the harness"):
         load_benchmarks(["broken"], tasks_folder=tmp_path)
     (tmp_path / "broken.yaml").write_text("include: nowhere.yaml\ntask: broken")
-    with pytest.raises(EvaluationError, match=r"there is no .*nowhere\.yaml, needed by .*broken\.yaml"):
+    with pytest.raises(EvaluationError, match=r"broken\.yaml needs .*nowhere\.yaml, which does not exist"):
         load_benchmarks(["broken"], tasks_folder=tmp_path)
     with pytest.raises(EvaluationError, match="names no task"):
         (tmp_path / "broken.yaml").write_text("dataset_path: json")
         load_benchmarks([str(tmp_path / "broken.yaml")])
-    with pytest.raises(EvaluationError, match="there is no such folder"):
+    with pytest.raises(EvaluationError, match="which does not exist"):
         load_benchmarks(["broken"], tasks_folder=tmp_path / "nowhere")
 
 
@@ -525,7 +525,7 @@ def test_perturbed_copies_are_scored_next_to_the_rows_as_they_are(tmp_path, fold
 
 
 def test_what_cannot_be_perturbed_is_told_before_a_model_is_loaded(folder):
-    with pytest.raises(EvaluationError, match="perturb has 'letters'; expected some of names, numbers, words"):
+    with pytest.raises(EvaluationError, match="perturb has 'letters'; expected one or more of names, numbers, words"):
         Settings(perturb=("letters",))
     with pytest.raises(EvaluationError, match="perturb works on single tasks, and both is a group"):
         load_benchmarks(["both"], Settings(perturb=("names",)), folder)

@@ -189,13 +189,13 @@ class TestTensors:
         with pytest.raises(PairError) as error:
             require_fit(ModelPair(str(other), tied.instruct))
         assert "model_type is 'llama' in the Base, 'qwen3' in the Instruct" in str(error.value)
-        assert "4 of 24 tensors are only in the Instruct (model.layers.0.self_attn.k_norm" in str(error.value)
+        assert "only the Instruct has 4 of its 24 tensors (model.layers.0.self_attn.k_norm" in str(error.value)
 
     def test_more_layers_and_another_width(self, tied, tmp_path):
         other = save_model(tmp_path / "deep", "qwen3", layers=3, hidden=48)
         with pytest.raises(PairError) as error:
             require_fit(ModelPair(str(other), tied.instruct))
-        assert "11 of 35 tensors are only in the Base (model.layers.2." in str(error.value)
+        assert "only the Base has 11 of its 35 tensors (model.layers.2." in str(error.value)
         assert "24 of 24 common tensors differ" in str(error.value)
         assert "model.layers.0.input_layernorm.weight [48] and [32]" in str(error.value)
 
@@ -307,25 +307,25 @@ class TestVocabulary:
         tokenizer.add_tokens([AddedToken("<tool>", special=True)])
         tokenizer.save_pretrained(tied.instruct)
         problem = only(check_pair(tied))
-        assert problem.severity == "warning" and "1 tokens are only in the Instruct's ('<tool>')" in problem.found
+        assert problem.severity == "warning" and "only the Instruct's has 1 token: '<tool>'" in problem.found
         other_way = only(check_pair(ModelPair(tied.instruct, tied.base)))
-        assert other_way.severity == "note" and "only in the Base's ('<tool>')" in other_way.found
+        assert other_way.severity == "note" and "only the Base's has 1 token: '<tool>'" in other_way.found
 
     def test_id_with_another_meaning(self, tied):
         rename(Path(tied.base), {SPECIAL[1]: "<|header|>"})
         problem = check_pair(tied)[0]
         assert (problem.severity, problem.subject) == ("error", "tokenizer")
-        assert "1 ids mean another token" in problem.found
+        assert "1 id with another token" in problem.found
         assert "258 was '<|header|>', is '<|im_start|>'" in problem.found
 
     def test_swapped_tokens(self, tied):
         rename(Path(tied.base), {SPECIAL[1]: SPECIAL[2], SPECIAL[2]: SPECIAL[1]})
-        assert "2 ids mean another token" in check_pair(tied)[0].found
+        assert "2 ids with another token" in check_pair(tied)[0].found
 
     def test_placeholder_that_the_instruct_named(self, tied):
         rename(Path(tied.base), {SPECIAL[1]: "<|reserved_special_token_0|>"})
         problem = only(check_pair(tied))
-        assert problem.severity == "warning" and "1 placeholders of the Base" in problem.found
+        assert problem.severity == "warning" and "1 placeholder of the Base" in problem.found
 
     def test_equal_tokens_cut_differently(self, tied):
         path = Path(tied.base) / "tokenizer.json"
@@ -341,8 +341,11 @@ class TestVocabulary:
         rows, lacking = check_pair(ModelPair(str(base), str(instruct)), select)
         assert (rows.severity, rows.subject) == (severity, "vocabulary")
         assert (lacking.severity, lacking.subject) == ("warning", "base vocabulary")
-        assert "2 tokens of the Instruct's tokenizer ('<|im_start|>') lie beyond the 257 rows" in lacking.found
-        assert "and the chat template writes some" in lacking.found and "the Instruct's rows" in lacking.remedy
+        assert (
+            "has 257 rows, too few for 2 tokens of the Instruct's tokenizer, some of which the chat template writes: "
+            "'<|im_start|>'"
+        ) in lacking.found
+        assert "the Instruct's rows" in lacking.remedy
 
     def test_template_token_without_a_row_in_the_instruct(self, tmp_path):
         folder = save_model(tmp_path / "both", vocab_size=257)
@@ -453,7 +456,7 @@ class TestTemplate:
         edit_json(Path(tied.instruct) / "generation_config.json", eos_token_id=[257])
         problem = only(check_pair(tied))
         assert (problem.severity, problem.subject) == ("warning", "end of turn")
-        assert "'<|im_end|>' (id 256), generation stops at [257]" in problem.found
+        assert "'<|im_end|>' (id 256), but generation stops at [257]" in problem.found
         assert "add 256 to eos_token_id" in problem.remedy
 
     @pytest.mark.parametrize("eos", [256, [257, 256]])
@@ -487,7 +490,7 @@ class TestUntrainedTokens:
         edit_weights(untied.base, lambda t: change(t[name]))
         problem = only(check_pair(untied))
         assert (problem.severity, problem.subject) == ("warning", "untrained tokens")
-        assert "writes 1 tokens" in problem.found and "'<|im_start|>'" in problem.found
+        assert "writes 1 token that" in problem.found and "'<|im_start|>'" in problem.found
         assert reason in problem.found and f"in {name}" in problem.found
         assert "modules_to_save" in problem.remedy and "graft.select=all" in problem.remedy
 

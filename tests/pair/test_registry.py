@@ -335,7 +335,7 @@ class TestCheckHub:
         problems = check_pair(ModelPair("org/base", "org/instruct", COMMIT, COMMIT), "all", download=False)
         (note,) = problems
         assert (note.severity, note.subject) == ("note", "weights")
-        assert "of the Base and the Instruct only headers were read" in note.found
+        assert "only the headers of the Base and the Instruct were read" in note.found
         assert not list((tmp_path / "cache").rglob("*.safetensors"))
         ranges = [size for path, size in hub.sent if path.endswith(".safetensors")]
         assert len(ranges) == 2 * len(weights) and max(ranges) <= 100_001  # the client's first guess of a header
@@ -347,7 +347,7 @@ class TestCheckHub:
         save_model(hub.root / "org/instruct", layers=3)
         assert main(["pairs", "check", "org/base", "org/instruct", "--select=all"]) == 1
         shown = capsys.readouterr()
-        assert "11 of 35 tensors are only in the Instruct (model.layers.2." in shown.out
+        assert "only the Instruct has 11 of its 35 tensors (model.layers.2." in shown.out
         assert "model.embed_tokens.weight has 280 rows and 272" in shown.out
         assert "'org/base' is read at its main branch, which can move" in shown.out
         assert re.search(r"^error +config: layer_types is ", shown.out, re.M) and "3 errors, " in shown.err
@@ -356,7 +356,7 @@ class TestCheckHub:
         base, _ = save_pair(hub.root / "org")
         local = shutil.copytree(base, tmp_path / "local")
         (note,) = check_pair(ModelPair(str(local), "org/instruct", instruct_revision=COMMIT), download=False)
-        assert "of the Instruct only headers" in note.found
+        assert "only the headers of the Instruct" in note.found
 
     def test_weights_that_are_here_already_are_read(self, hub):
         save_pair(hub.root / "org")

@@ -54,6 +54,9 @@ class Watch(Callback):
         if index == 1:
             self.batch = batch
             self.alive = Alive(module.model)
+            graft = next(c for c in trainer.callbacks if isinstance(c, GraftCallback)).build(module)
+            frozen = [t for host in graft._hosts for t in (host.instruct, host.base) if t is not None]
+            self.alive._seen.update(t.untyped_storage() for t in frozen)  # which an anchor reads
             self.alive.__enter__()
 
     def on_after_backward(self, trainer, module):
@@ -152,7 +155,7 @@ def test_what_does_not_fit_ends_with_what_to_change(pair, capsys):
     with pytest.raises(ShadowlitError, match=r"doesn't fit into 1\.00 MB; see above"):
         main(["plan", *arguments(pair), "--measure_steps=0", "--memory=1MB"])
     shown = capsys.readouterr().out
-    assert "Set, one after the other:" in shown
+    assert "Apply these changes in order" in shown
     places = [shown.index(setting) for setting in (
         "data.batch_size=1, trainer.accumulate_grad_batches=4", "model.activation_checkpointing=full",
         "model.optimizer=adamw_8bit", "2 devices under FSDP2",

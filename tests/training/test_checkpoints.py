@@ -55,11 +55,11 @@ def test_states_of_other_parameters_are_refused():
     _, optimizer = trained("abc", ["abc"])
     state = optimizer.state_dict()
     with pytest.raises(
-        CheckpointError, match=r"of other parameters than are trained now: only one of the two has c, d\."
+        CheckpointError, match=r"for other parameters than those trained now: only one of the two has c, d\."
     ):
         trained("abd", ["abd"])[1].load_state_dict(state)
     del state["param_groups"][0]["param_names"]
-    with pytest.raises(CheckpointError, match=r"of other parameters than are trained now \(3 and 2\)\. Resume with"):
+    with pytest.raises(CheckpointError, match=r"for other parameters than those trained now \(3 and 2\)\. Resume with"):
         trained("ab", ["ab"])[1].load_state_dict(state)
 
 

@@ -206,7 +206,7 @@ def test_other_sets_are_the_student_s_view(folders, tmp_path):
     for _ in range(2):
         sets = {"same": file, "plain": str(tmp_path / "plain.jsonl")}
         data = rows(folders, validation=sets, cache=True, cache_dir=str(tmp_path / "cache"))
-        with pytest.warns(UserWarning, match="4 of 4 samples of val/same are in the training data"):
+        with pytest.warns(UserWarning, match="the training data contain 4 of the 4 samples of val/same"):
             data.setup("fit")
         assert data.dataset("val/same")[0] == data.dataset("val/plain")[0]
         student = data.dataset("train")[0]

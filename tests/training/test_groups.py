@@ -80,7 +80,7 @@ def test_a_step_of_gradient_descent(pair, tmp_path):
 
 
 @pytest.mark.parametrize(("group", "message"), [
-    ({"match": "nowhere"}, r"match='nowhere', which is in no name of the \d+ trained parameters: model.*Write a"),
+    ({"match": "nowhere"}, r"match='nowhere', which matches none of the \d+ trained parameters: model.*Write a"),
     ({"match": "("}, r"match='\(', which is not a regular expression"),
     ({"match": "norm", "lr_scale": 0.0}, r"lr_scale=0.0.*; expected an lr_scale above 0"),
     ({"match": "norm", "weight_decay": -1.0}, r"expected an lr_scale above 0 and a weight_decay of at least 0"),
@@ -312,7 +312,7 @@ def test_a_schedule_free_training(pair):
 @pytest.mark.parametrize(("options", "steps", "message"), [
     ({"lr_scheduler": "warmup_stable_decay"}, 8, "num_decay_steps"),
     ({"lr_scheduler": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 8}}, 8,
-     r"num_decay_steps=8, which with 1 steps of warm-up is more than the 8 steps of the training"),
+     r"num_decay_steps=8, which with 1 step of warm-up is more than the 8 steps of the training"),
     ({"lr_scheduler": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}}, 8, "'constant', which takes none"),
     ({"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, -1, "lr_scheduler is None, which takes none"),
     ({"lr_scheduler": "cosine_with_min_lr"}, -1, "model.lr_scheduler_kwargs can't make a schedule"),

@@ -295,7 +295,7 @@ class Shifted(Qwen3ForCausalLM):
 
 
 @pytest.mark.parametrize(
-    ("cls", "reason"), [(Sharper, "does something to its logits"), (Shifted, "something else than its decoder's last")]
+    ("cls", "reason"), [(Sharper, "changes its logits"), (Shifted, "something other than its decoder's last")]
 )
 def test_what_is_not_proven_goes_through_its_own_logits(cls, reason):
     torch.manual_seed(0)
@@ -352,7 +352,11 @@ def test_every_way_weighs_the_tokens(arch):
     assert not torch.isclose(expected[1], loss_and_gradients(model, "logits")[1], rtol=0.1)
     ways = ["chunked", "recomputed", *(["torch"] if arch == "qwen3" and hasattr(F, "linear_cross_entropy") else [])]
     for way in ways:
-        told = pytest.warns(UserWarning, match="'torch', which knows no weights") if way == "torch" else nullcontext()
+        told = (
+            pytest.warns(UserWarning, match="'torch', which doesn't support weights")
+            if way == "torch"
+            else nullcontext()
+        )
         with told:
             found = loss_and_gradients(model, way, factors=factors)
         assert found[0] == way

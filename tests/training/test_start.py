@@ -292,7 +292,7 @@ def test_what_does_not_fit_is_told_before_the_data_are_read(tmp_path, home):
     assert "layer_types is ['full_attention', 'full_attention'] in" in told("lora", tmp_path / "deep")
     save_model(tmp_path / "vocabulary", "qwen3", tied=False, vocab_size=280)
     assert "its vocabulary was resized" in told("lora", tmp_path / "vocabulary")
-    assert "is a graft onto this Instruct already" in told("lora", tmp_path / "run/export/model")
+    assert "is already a graft onto this Instruct" in told("lora", tmp_path / "run/export/model")
     assert "holds whole weights, but with model.quantization" in told("lora", home / "tuned", quantization="nf4")
     (tmp_path / "empty").mkdir()
     assert "empty" in told("lora", tmp_path / "empty")
@@ -332,6 +332,6 @@ def test_other_weights_at_the_start_are_not_resumed(tmp_path, home):
         with pytest.raises(ShadowlitError, match=r"written with another start than model\.start_from is now"):
             trainer.fit(make_module(home, "lora", start), RandomData(), ckpt_path=last)
     assert main(["export", str(last), "--parts", "delta"]) == 1
-    with pytest.raises(ShadowlitError, match="Merge both: 'python -m shadowlit graft"):
+    with pytest.raises(ShadowlitError, match="Merge both: 'shadowlit graft"):
         shutil.copy(home / "tuned/model.safetensors", tmp_path / "tuned")
         refused(home, "lora", tmp_path / "run")

@@ -228,7 +228,7 @@ def test_bad_images_are_told_with_their_row(pairs, tmp_path, row, message):
 def test_a_stray_soft_token_is_told(pairs, tmp_path):
     """Gemma's template writes another token than the one that an image becomes."""
     row = asked(IMAGE, {"type": "text", "text": "<image_soft_token>"})
-    with pytest.raises(DataError, match=r"sample 0 .* has 1 tokens of an image in its text .* and no image for them"):
+    with pytest.raises(DataError, match=r"sample 0 .* has 1 image token in its text .* without an image"):
         make(pairs["gemma3"], write(tmp_path, row))
 
 

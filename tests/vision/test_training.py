@@ -268,7 +268,7 @@ def test_losses_past_the_logits_are_those_of_the_logits(tmp_path, rows, family):
 
 def test_what_cannot_be_chosen_is_said(tmp_path, rows):
     folders = save_pair(tmp_path, "llava")
-    with pytest.raises(ShadowlitError, match=r"train_towers has 'tongue', which is in no name .* language \(\d+\)"):
+    with pytest.raises(ShadowlitError, match=r"train_towers has 'tongue', which matches none of .* language \(\d+\)"):
         run(folders, rows, train_towers=["tongue"])
     with pytest.raises(ShadowlitError, match=r"'\(', which is not a regular expression"):
         run(folders, rows, train_towers=["("])

@@ -144,7 +144,7 @@ def _draw_table(axis: Axes, report: Report, measure: Measure, kinds: Sequence[st
 
 
 def facts_shown(predictions: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Return the facts of which at least two graft's gains are known."""
+    """Return the facts that are known together with the gains of at least two grafts."""
     rows = [row for found in predictions.values() for row in found]
     return [fact for fact in FACTS if sum(len(_fact_points([row], fact)) for row in rows) > 1]
 

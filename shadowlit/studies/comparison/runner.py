@@ -60,7 +60,7 @@ def own_folder(folder: Path, recipe: Recipe) -> Iterator[None]:
                 )
             if changed:
                 log.warning(
-                    "no training in %s is finished, and it begins again with another recipe: %s", folder, changed
+                    "no training in %s is finished, so it starts again with the changed recipe: %s", folder, changed
                 )
                 for home in homes:
                     discard(home)
@@ -89,7 +89,7 @@ def run(
     judged = {job.name: [prefix + metric for prefix in (*job.measures, "val/grafted/")] for job in found}
     for job in found:
         if is_finished(folder / job.name) and not is_measured(job, folder / job.name):
-            log.warning("%s runs again: an arm that is asked for now was not measured then", job.name)
+            log.warning("%s runs again, since an arm that is requested now was not measured then", job.name)
             discard(folder / job.name)
     waiting = [job for job in found if not is_finished(folder / job.name)]
     for job in found:

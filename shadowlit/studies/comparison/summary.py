@@ -139,7 +139,7 @@ def summarise(
     choose: Mapping[str, Measure] = MappingProxyType({}),
     arms: Sequence[str] = TUNED,
 ) -> Report:
-    """Compare the arms by what is to be learned and what is to be kept.
+    """Compare the arms by what they should learn and what they should keep.
 
     Evaluators without scores of samples, or with scores outside of 0 to 1, and metrics that were not logged are in no
     mean; a note says so, and the evaluators' metrics are shown. The agreement with the Instruct chooses no rate.

@@ -72,7 +72,7 @@ class TrialKey:
 class Definition:
     """A sweep, as its file defines it.
 
-    The attributes are the keys of the file, which ``python -m shadowlit sweep run --help`` describes.
+    The attributes are the keys of the file, which ``shadowlit sweep run --help`` describes.
     """
 
     name: str
@@ -193,7 +193,7 @@ class Definition:
         return {name: value for axis, label in key.setting for name, value in axes[axis].overrides(label).items()}
 
     def arguments(self, key: TrialKey, folder: Path, more: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-        """Return the command line of a trial after ``python -m shadowlit``."""
+        """Return the command line of a trial after ``shadowlit``."""
         changed = {**self.overrides_of(key), **(more or {})}
         # What is the same for all trials is measured once, in a job of its own.
         once = {} if self.measures_each else {"graft.baselines": False, "evaluation.baselines": False}

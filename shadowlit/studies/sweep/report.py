@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.tables import Table as Shown
 from shadowlit.analysis.tables import cell_text
+from shadowlit.errors import counted
 from shadowlit.masking import masked
 from shadowlit.studies.report import NONE, bullets, markdown_table, paragraphs, write_files
 from shadowlit.studies.rows import SCALE
@@ -62,8 +63,9 @@ def _parts(table: Table, failed: dict[str, str], plots: dict[str, str]) -> Itera
     listed = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     yield f"# {definition.study}"
     yield (
-        f"`{definition.fit}`, {sum(counts.values())} trials: {listed or 'none yet'}. Sampler: {definition.sampler}; "
-        f"pruner: {definition.pruner}. Trials are judged by {definition.judged_by} ({definition.direction})."
+        f"`{definition.fit}`, {counted(sum(counts.values()), 'trial')}: {listed or 'none yet'}. Sampler: "
+        f"{definition.sampler}; pruner: {definition.pruner}. Trials are judged by {definition.judged_by} "
+        f"({definition.direction})."
     )
     if definition.overrides:
         changed = masked(definition.overrides).items()
@@ -86,7 +88,7 @@ def _parts(table: Table, failed: dict[str, str], plots: dict[str, str]) -> Itera
             yield f"{count - _LONGEST} more are in `table.csv`."
     if failed:
         yield "## Failed\n\n" + bullets([f"`{name}`: {reason}" for name, reason in failed.items()])
-    yield "Every trial is in `table.csv`. Written by `python -m shadowlit sweep`, definition in `sweep.json`."
+    yield "Every trial is in `table.csv`. Written by `shadowlit sweep`, definition in `sweep.json`."
 
 
 def _effects(table: Table, axis: str) -> Shown:

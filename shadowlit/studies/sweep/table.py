@@ -195,7 +195,7 @@ def read_table(folder: str | Path) -> Table:
         text = (folder / TABLE).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ShadowlitError(
-            f"there is no {error.filename}. Expected the folder of a sweep; python -m shadowlit sweep report writes it."
+            f"there is no {error.filename}. Expected the folder of a sweep; shadowlit sweep report writes it."
         ) from None
     return Table(from_csv(text, {axis.name: axis.range is not None for axis in definition.axes}), definition)
 
@@ -219,7 +219,7 @@ def read_curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     """
     file = Path(folder) / CURVES
     if not file.is_file():
-        raise ShadowlitError(f"there is no {file}. python -m shadowlit sweep report writes it.")
+        raise ShadowlitError(f"there is no {file}. shadowlit sweep report writes it.")
     found: dict[str, list[tuple[int, float]]] = {}
     for row in csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))):
         found.setdefault(row["trial"], []).append((int(row["step"]), float(row["value"] or "nan")))

@@ -53,11 +53,11 @@ class TrialProcess:
     wait: Callable[[float], Any]
 
     def stop(self) -> None:
-        """Terminate it, and kill it if that takes more than ten seconds."""
+        """Terminate the job, and kill it if that takes more than ten seconds."""
         stop_all([self])
 
     def kill(self) -> None:
-        """Kill what is left of it: itself, and the processes that it has started."""
+        """Kill the job and the processes that it has started."""
         self.process.kill()
         with contextlib.suppress(OSError):  # no other process is left, or it hasn't made its group yet
             os.killpg(self.process.pid, signal.SIGKILL)

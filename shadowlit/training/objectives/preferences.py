@@ -23,7 +23,7 @@ NAMES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp
 
 
 class PreferenceObjective(Objective):
-    """A loss per pair of answers, or per labelled answer, of which the mean over the effective batch is minimised.
+    """A loss per pair of answers, or per labelled answer, whose mean over the effective batch is minimised.
 
     A subclass may set ``samples`` to labels and ``has_reference`` to false; then :attr:`Answers.reference` is None.
     Each term of a loss should be a mean over tokens of its sample at most.
@@ -39,7 +39,7 @@ class PreferenceObjective(Objective):
 
     @abstractmethod
     def rewards(self, answers: Answers) -> Tensor:
-        """Return the implicit reward of every answer, ``[N, 2]``, of which margins and accuracy are logged."""
+        """Return the implicit reward of every answer, ``[N, 2]``, from which margins and accuracy are logged."""
 
     def step(self, outputs: Outputs) -> Mapping[str, Tensor | float]:
         """Return the summed losses, and what :func:`preference_metrics` is made of."""

@@ -17,7 +17,7 @@ from shadowlit.training.outputs import Outputs
 
 
 class TokenObjective(Objective):
-    """A loss per supervised token of conversations, of which the mean over the effective batch is minimised.
+    """A loss per supervised token of conversations, whose mean over the effective batch is minimised.
 
     Validation logs cross entropy as ``loss``, which compares models whatever they were trained for. A focal loss
     (arXiv 1708.02002)::

@@ -204,7 +204,7 @@ def test_only_what_is_asked_for_is_measured_and_an_arm_that_is_added_runs_again(
     untouched = json.loads((out / "untouched/result.json").read_text())["metrics"]
     assert untouched["val/grafted@0.5/said/score"] == untouched["val/instruct/said/score"]
     records = run_compare(setting, out, arms="I2I,I2B", rates={"I2I": [2e-3]})
-    assert "I_lr0.002_seed0 runs again: an arm that is asked for now was not measured then" in caplog.text
+    assert "I_lr0.002_seed0 runs again, since an arm that is requested now was not measured then" in caplog.text
     assert {(r.arm, r.scale) for r in records if r.seed == 0} == {("I2I", None), ("I2B", 1.0), ("I2B", 0.5)}
     assert all("said" in r.samples for r in records)
     again = json.loads((home / "result.json").read_text())["metrics"]

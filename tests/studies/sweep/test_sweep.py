@@ -154,14 +154,14 @@ def test_a_failing_trial_costs_itself_alone_and_is_tried_again(tmp_path, capsys)
     given = {
         "name": "failing", "fit": "configs/demo_lora.yaml", "overrides": SHORT, "grid": {"data.batch_size": [32, 0]},
     }  # fmt: skip
-    with pytest.raises(ShadowlitError, match=r"1 trials failed; .*REPORT\.md has the reasons"):
+    with pytest.raises(ShadowlitError, match=r"1 trial failed; .*REPORT\.md has the reasons"):
         run_trials_alone(tmp_path, **given)
     table = read_table(tmp_path)
     assert Counter(row.state for row in table.rows if row.seed is not None) == {"complete": 1, "failed": 1}
     text = (tmp_path / "REPORT.md").read_text()
     assert "batch_size=0_seed=0`: " in text and "data.batch_size" in text.split("## Failed")[1]
     before = results(tmp_path)
-    with pytest.raises(ShadowlitError, match="1 trials failed"):
+    with pytest.raises(ShadowlitError, match="1 trial failed"):
         run_trials_alone(tmp_path, **given)
     assert results(tmp_path) == before
     assert "batch_size=32" not in capsys.readouterr().out.split("report")[1]
