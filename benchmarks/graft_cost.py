@@ -25,7 +25,7 @@ from pathlib import Path
 NUM_BATCHES, BATCH_SIZE, LENGTH, VOCABULARY = 8, 4, 128, 32768
 
 
-def make_pair(root: Path) -> None:
+def make_pair(root: Path, hidden: int = 768) -> None:
     """Save the two models; the Instruct is the Base with noise of a hundredth of its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -34,8 +34,9 @@ def make_pair(root: Path) -> None:
     from tests.tiny import make_tokenizer
 
     config = AutoConfig.for_model(
-        "qwen3", vocab_size=VOCABULARY, hidden_size=768, intermediate_size=2304, num_hidden_layers=12, head_dim=64,
-        num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True, max_position_embeddings=2048,
+        "qwen3", vocab_size=VOCABULARY, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=12,
+        head_dim=64, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 192, tie_word_embeddings=True,
+        max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)

@@ -21,7 +21,7 @@ from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta, delta
 from shadowlit.grafting.module import ModuleGraft, Squares, sums_of_squares
 from shadowlit.grafting.pairing import HostParameter
 from shadowlit.grafting.quantised import four_bits
-from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, Subject
+from shadowlit.grafting.subject import ANCHORED, BASE, INSTRUCT, TUNED, Subject
 from shadowlit.grafting.swap import windows
 
 _Found = TypeVar("_Found")
@@ -36,7 +36,8 @@ class LiveGraft(ModuleGraft):
     includes the adapter's update, rounded once to the dtype of the export, and restored from a copy; the adapter itself
     is switched off. So the module holds the very weights that an export writes. With ``transforms`` it is ``instruct +
     scale * T(tuned - base)``. Other parameters become the Instruct's own. A weight in 4 bits stays, and its layer
-    computes with another.
+    computes with another. ``anchored`` is what can be trained: trained parameters become ``instruct + (tuned - base)``
+    in their own dtype, whatever is selected, and frozen ones the Instruct's, with the adapter at work.
     Parameters are paired by name; experts that the module holds in one tensor and the files one by one (or the other
     way round) by :mod:`shadowlit.checkpoint.layout`.
 
@@ -144,19 +145,24 @@ class LiveGraft(ModuleGraft):
         if subject == TUNED:
             self.restore()
             return
+        if ANCHORED in (self.subject, subject):  # which holds other values than the validation's subjects
+            if self.subject == subject:
+                return
+            self.restore()
         start = time.perf_counter()
         self._busy = True
         reshard_all(self.model)
         if self.subject == TUNED:
             # Lightning moves a module to the CPU when a command ends, and back when the next one begins.
             for host in self._hosts:
-                if host.swap is not None:
-                    host.swap.follow(local(host.parameter))
+                if (swap := host.swap or host.exchange) is not None:
+                    swap.follow(local(host.parameter))
         self.subject = subject
         for host in self._hosts:
             self._write_state(host, subject, squares)
         for name, layer in self._layers.items():
-            layer.set_scale(subject.scale if subject.kind == "adapter" and name in self.selected else 0.0)
+            acts = subject == ANCHORED or (subject.kind == "adapter" and name in self.selected)
+            layer.set_scale(subject.scale if acts else 0.0)
         self._synchronize()
         self._busy = False
         self.apply_s += time.perf_counter() - start
@@ -174,6 +180,8 @@ class LiveGraft(ModuleGraft):
                 host.quantised.load(None)
             elif host.swap is not None:
                 host.swap.undo()
+            elif host.exchange is not None and host.exchange.begun:
+                host.exchange.undo()
             elif host.saved is not None:
                 local(host.parameter).copy_(host.saved, non_blocking=True)
                 host.saved = None
@@ -224,6 +232,9 @@ class LiveGraft(ModuleGraft):
             else:
                 host.swap.apply()
             return
+        if subject == ANCHORED and host.exchange is not None:
+            host.exchange.apply()
+            return
         if host.quantised is not None:
             host.quantised.load(None if subject == BASE else self._replacement(host, subject, squares))
             return
@@ -256,14 +267,16 @@ class LiveGraft(ModuleGraft):
 
     def _write(self, live: Tensor, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
         """Overwrite ``live`` with the Instruct or a graft."""
-        scale = subject.scale if host.selected and host.trained and subject.kind != "adapter" else 0.0
+        grafted = host.selected and host.trained and subject.kind != "adapter"
+        scale = subject.scale if (host.base is not None if subject == ANCHORED else grafted) else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
             rounding = self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
             live.copy_(host.instruct.to(rounding), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
         # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
-        whole_update = self._update(host).reshape(-1) if self._transforms or host.adapted else None
+        computed = (self._transforms or host.adapted) and subject != ANCHORED
+        whole_update = self._update(host).reshape(-1) if computed else None
         out, sides = live.view(-1), [host.instruct, *([host.tuned(), host.base] if whole_update is None else [])]
         for part in windows(out):
             goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)
@@ -272,7 +285,7 @@ class LiveGraft(ModuleGraft):
             rounded = exact.to(self._rounding(host))
             if squares is not None:
                 measured += sums_of_squares(update, exact, rounded)
-            out[part] = exact if subject.kind == "unrounded" else rounded
+            out[part] = exact if subject.kind in ("unrounded", "anchored") else rounded
         if squares is not None:
             squares[host.name] = measured
 

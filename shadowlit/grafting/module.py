@@ -298,7 +298,11 @@ class ModuleGraft:
         held = self._to_storage(target, live)
         before = None if frozen else self._to_storage(start, live)
         swap = Swap(live, held) if swapped else None
-        return HostParameter(name, parameter, held, before, selected, swap, adapted=layer, quantised=four_bit)
+        exchanged = frozen and not swapped and four_bit is None and held.dtype == live.dtype
+        exchange = Swap(live, held) if exchanged else None
+        return HostParameter(
+            name, parameter, held, before, selected, swap, adapted=layer, quantised=four_bit, exchange=exchange
+        )
 
     def _to_storage(self, tensor: Tensor, live: Tensor) -> Tensor:
         tensor = tensor.contiguous()

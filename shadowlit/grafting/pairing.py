@@ -33,6 +33,7 @@ class HostParameter:
     saved: Tensor | None = None  # the tuned values while others are loaded
     adapted: AdaptedLayer | None = None
     quantised: FourBitLinear | None = None  # the layer, where `parameter` stands for its weight in 4 bits
+    exchange: Swap | None = None  # of a frozen weight under an adapter with the Instruct's, where no graft is written
     instruct_square: Tensor | None = None  # sum of squares of `instruct`, once it was computed
 
     @property

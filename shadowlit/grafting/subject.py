@@ -16,12 +16,14 @@ class Subject:
             ``instruct`` are the untouched models. ``unrounded`` is the graft before it is rounded to the export's
             dtype, ``adapter`` the Instruct with the adapter on it, as a server computes that loads an adapter, and
             ``grafted_4bit`` the graft with its linear layers quantised, as a server computes that loads it in 4 bits.
+            ``anchored`` is the Instruct with everything that is trained, unrounded and not transformed, and with the
+            adapter at work: what a training with two anchors computes the Instruct's micro-batches with.
         scale: Scale λ of the update that a graft adds; 0 for models without a graft.
         main: Whether this graft is the main one, called ``grafted``; any other has its scale in its name,
             ``grafted@0.5``.
     """
 
-    kind: Literal["tuned", "grafted", "grafted_4bit", "unrounded", "adapter", "base", "instruct"]
+    kind: Literal["tuned", "grafted", "grafted_4bit", "unrounded", "adapter", "anchored", "base", "instruct"]
     scale: float = 0.0
     main: bool = True
 
@@ -38,6 +40,7 @@ class Subject:
 
 TUNED, BASE, INSTRUCT = Subject("tuned"), Subject("base"), Subject("instruct")
 UNTOUCHED = (BASE, INSTRUCT)
+ANCHORED = Subject("anchored", 1.0)
 
 
 def grafts(scales: Sequence[float]) -> list[Subject]:

@@ -62,6 +62,9 @@ class Memory:
             one layer, and two float32 copies of them, which are reduced.
         activations: Other tensors that are alive in a simulated step, without those of the head.
         head: Tensors that output head and loss add, from the last hidden states on.
+        anchored: With two anchors, copies while the Instruct's micro-batches are trained: of the trained weights, of
+            frozen ones that the Instruct stores in another dtype, and of the gradients on the Base where the Instruct
+            gets several micro-batches.
         swapped: Copy of the tuned weights while a graft is scored, and two float32 copies of the largest update that is
             computed as a whole: of an adapter, or with transforms.
         scoring: Tensors that are alive in a simulated batch of a validation.
@@ -78,6 +81,7 @@ class Memory:
     buffers: float
     activations: float
     head: float
+    anchored: float
     swapped: float
     scoring: float
     offloaded: float
@@ -87,7 +91,7 @@ class Memory:
         """The peaks of a step, and of a grafted validation without the answers of evaluators."""
         held = self.weights + self.moments + self.frozen
         return {
-            "training": held + self.gradients + self.buffers + self.activations + self.head,
+            "training": held + self.gradients + self.buffers + self.activations + self.head + self.anchored,
             "validation": held + self.swapped + self.scoring,
         }
 
@@ -121,7 +125,13 @@ def estimate(
     weights = num_bytes([*model.parameters(), *model.buffers()])
     shards = ranks if trainer["sharing"] == "fsdp" else 1
     moments = _MOMENTS.get(str(module.optimizer), math.nan) * num_trained / shards
-    frozen, saved = (size / shards for size in _graft_bytes(model, graft, headers, module.start.weights is not None))
+    graft_bytes = _graft_bytes(model, graft, headers, module.start.weights is not None)
+    frozen, saved, copied = (size / shards for size in graft_bytes)
+    aside = 0.0
+    if module.anchors is None or not module.anchors.highest:
+        copied = 0.0
+    elif module.anchors.sets_aside(trainer["accumulate_grad_batches"]):
+        aside = 4 * num_trained / shards
     buffers = 4.0 * num_trained if trainer["sharing"] == "ddp" else 0.0
     if trainer["sharing"] == "fsdp":
         whole = trainer["accumulate_grad_batches"] > 1 and module.accumulates_whole
@@ -138,8 +148,8 @@ def estimate(
     return Memory(
         rows, length, num_trained,
         weights / shards, moments * (not away[0]), frozen * (not away[1]), 4 * num_trained / shards, buffers,
-        *peaks[:2], saved + 8 * largest / shards, peaks[2],
-        moments * away[0] + frozen * away[1],
+        *peaks[:2], copied * (not away[1]) + aside, saved + 8 * largest / shards, peaks[2],
+        moments * away[0] + (frozen + copied) * away[1],
     )  # fmt: skip
 
 
@@ -257,11 +267,13 @@ def _layers(model: nn.Module) -> tuple[nn.Module, str, nn.ModuleList]:
 
 def _graft_bytes(
     model: nn.Module, graft: GraftCallback, headers: Mapping[str, TensorInfo], on_tuned: bool
-) -> tuple[float, float]:
-    """Bytes that :class:`shadowlit.grafting.live.LiveGraft` holds, and that it saves while a graft is loaded."""
+) -> tuple[float, float, float]:
+    """Bytes that :class:`shadowlit.grafting.live.LiveGraft` holds, and that it saves while a graft or an anchor is
+    loaded.
+    """
     parameters, layers, usual = host_parameters(model), adapted_layers(model), stored_dtype(headers)
     selected = resolve(graft.select, parameters, linear_names(model), host_of(model).config.model_type)
-    held = saved = 0.0
+    held = saved = copied = 0.0
     for name, parameter in parameters.items():
         stored = headers[name].dtype if name in headers else usual
         size, live = parameter.numel(), parameter.element_size()
@@ -269,7 +281,8 @@ def _graft_bytes(
         swapped = is_swapped(not moves, name in layers and name in selected, graft.dtype, stored)
         held += size * ((live if swapped else stored.itemsize) + stored.itemsize * moves)
         saved += 0 if swapped else size * live
-    return held, saved
+        copied += size * live * (moves or not (swapped or stored == parameter.dtype))
+    return held, saved, copied
 
 
 def _gathered(model: nn.Module, itemsize: int) -> float:

@@ -29,7 +29,7 @@ from shadowlit.checkpoint.names import is_of_experts
 from shadowlit.data.conversation import DataErrors
 from shadowlit.data.module import ShadowData
 from shadowlit.data.rendering import load_template
-from shadowlit.errors import DataError, GraftError, PairError, ShadowlitError, counted
+from shadowlit.errors import DataError, ShadowlitError, counted
 from shadowlit.grafting.adapter import is_plain
 from shadowlit.grafting.export import model_bytes
 from shadowlit.pair.check import check_pair
@@ -40,16 +40,18 @@ from shadowlit.planning.memory import Memory, estimate
 from shadowlit.progress import make_console, make_table
 from shadowlit.status import StatusLine
 from shadowlit.text import count, number, size
+from shadowlit.training.anchors import require_steps
 from shadowlit.training.module import ShadowModule
 
 _RESERVE = 0.1  # share of a GPU that is reserved for its context and for fragmentation
 _PARTS = {
     "weights": "weights", "moments": "moments of the optimizer", "frozen": "frozen weights of the pair",
     "gradients": "gradients", "buffers": "communication buffers of the ranks", "activations": "activations",
-    "head": "output head and loss", "swapped": "copy of the tuned weights while a graft is scored",
+    "head": "output head and loss", "anchored": "copies while the Instruct trains",
+    "swapped": "copy of the tuned weights while a graft is scored",
     "scoring": "activations and logits of a scored batch",
 }  # fmt: skip
-_PHASES = {"training": 7, "validation": 9}  # of each, where its own parts end
+_PHASES = {"training": 8, "validation": 10}  # of each, where its own parts end
 _HELD = 3  # the first parts are there in all phases
 
 
@@ -113,10 +115,12 @@ class Plan:
         try:
             if not isinstance(self.module.pair, PairWithoutWeights):
                 self.module.open_start(self.trainer["precision"])
+            if self.module.anchors is not None:
+                require_steps(self.module.anchors, self.trainer["accumulate_grad_batches"])
             if not data.train:
                 raise DataError("data.train is not set. Give the file to train on.")
             data.setup("fit")
-        except (DataError, GraftError, PairError) as error:
+        except ShadowlitError as error:
             problems.insert(0, f"error: {error}")
             self.num_errors += len(error.messages) if isinstance(error, DataErrors) else 1
         if self.on_cpu:  # the libraries' own memory, as large in this process as in a training

@@ -33,6 +33,15 @@ from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
 from shadowlit.text import count
 from shadowlit.training import resuming
+from shadowlit.training.anchors import (
+    AnchoredTraining,
+    Anchors,
+    BasePart,
+    HoldsGraft,
+    at_least_one,
+    require_anchored,
+    require_steps,
+)
 from shadowlit.training.bar import replace_displays
 from shadowlit.training.checkpoints import ShardedStrategy, name_states, require_same_parameters, take_over
 from shadowlit.training.disks import require_disks
@@ -134,6 +143,10 @@ class ShadowModule(ScoringModule):
         quantization: How the frozen weights of linear layers are stored, except the output head: nf4, in 4 bits with
             double quantisation (QLoRA, needs bitsandbytes), or null, as in the files. They are computed with in the
             dtype of trainer.precision. Needs an adapter; the graft is added to the Instruct's own weights.
+        anchors: Weights of the two models that the update is trained on, e.g. ``{instruct: 0.3}``: 0.7 times the loss
+            on the Base plus 0.3 times that on the Instruct; null trains on the Base alone. ``initial`` and ``last``
+            let the weight follow the steps. Needs a GraftCallback and, for both models, at least two micro-batches per
+            step (docs/beyond.md).
         start_from: What training starts from instead of the Base: a folder or hub id of a tuned Base or of an adapter
             in peft's form, or a run of fit (its folder, or a *.ckpt). An adapter is trained further, with the settings
             that it was made with; a tuned Base gets a new one. The update is still counted from pair.base.
@@ -172,6 +185,7 @@ class ShadowModule(ScoringModule):
         lr_multipliers: str | None = None,
         on_nan: Literal["stop", "warn"] = "stop",
         quantization: Literal["nf4"] | None = None,
+        anchors: Anchors | None = None,
         start_from: str | None = None,
     ) -> None:
         super().__init__(
@@ -185,7 +199,12 @@ class ShadowModule(ScoringModule):
         require_loraplus(loraplus_lr_ratio, adapter)
         if quantization is not None:
             require_quantisable(adapter, compile_layers)
+        if anchors is not None:
+            require_anchored(adapter, self.objective, quantization)
         self.quantization, self.start = quantization, StartFrom(start_from)
+        self.anchors = anchors
+        self._anchored: AnchoredTraining | None = None  # of the running fit
+        self._base_part: BasePart | None = None  # of the effective batch, once it is whole
         self.adapter = adapter
         if adapter is not None:
             adapt_all_linear(adapter)
@@ -263,7 +282,7 @@ class ShadowModule(ScoringModule):
         """Forget what an earlier command has left, and take over how checkpoints are written and read."""
         take_over(self.trainer)
         resuming.take_over(self.trainer)
-        self._sums = self._references.predictions = None
+        self._sums = self._base_part = self._anchored = self._references.predictions = None
         self._scores.clear()
         self.losses = LossWatch(self.losses.on_nan)
         if stage == "fit":
@@ -284,6 +303,10 @@ class ShadowModule(ScoringModule):
                 adapted, total = self.adapter is not None, self.trainer.max_steps
                 try_optimizer(self._optimizer, adapted=adapted, total=total, schedule=self.lr_scheduler)
                 self._multipliers = read_multipliers(self.lr_multipliers, self.pair)
+                if self.anchors is not None:
+                    self._graft_callback()
+                    has_end = (self.trainer.max_epochs, self.trainer.max_steps) != (-1, -1)
+                    require_steps(self.anchors, self.trainer.accumulate_grad_batches, has_end)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             with as_usage():
                 require_unsharded(self.adapter)
@@ -305,6 +328,12 @@ class ShadowModule(ScoringModule):
         if self.start.source is not None:
             in_four_bits, compares = self.quantization is not None, self.objective.token_reference == "start"
             self.start.open(self.pair, self.adapter, model, in_four_bits, compares)
+            if self.anchors is not None and self.adapter is not None and self.start.weights is not None:
+                raise ShadowlitError(
+                    f"model.anchors swaps the frozen weights of two models, but with model.start_from="
+                    f"{self.start.source} and an adapter the frozen ones are those of a tuned Base. Start from an "
+                    "adapter, or train all weights (model.adapter=null)."
+                )
 
     def on_fit_start(self) -> None:
         """Refuse a checkpoint without the optimizer's states, data of another kind than the objective needs, or disks.
@@ -328,10 +357,17 @@ class ShadowModule(ScoringModule):
         """Let the configured settings replace restored ones; refuse packed rows if one sample sees another."""
         if self._settings is not None:
             self._settings.put_back()
+        if self.anchors is not None:
+            self._anchored = AnchoredTraining(self.anchors, self.trainer, self._graft_callback().build(self))
         if run_data(self.trainer).packing is not None:
             assert self.model is not None
             with self.trainer.precision_plugin.val_step_context():
                 require_separation(self.model)
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse an epoch of which a step can't be divided between two anchors."""
+        if self._anchored is not None:
+            self._anchored.require_exact()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Find supervised tokens and samples' borders on the CPU, where nothing has to wait for a GPU."""
@@ -343,35 +379,41 @@ class ShadowModule(ScoringModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Load the weights that gradients are taken at."""
         begin_step(self.trainer.optimizers)
+        weight = None if self._anchored is None else self._anchored.load(batch_idx)
+        if weight is not None:
+            self._base_part = BasePart(weight, self._take_sums(), self.trainer.optimizers)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the summed loss of a micro-batch, scaled such that its gradients add up to those of the sum."""
         self._seed_dropout()
+        steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if self.trainer.accumulate_grad_batches > 1:
             assert self.model is not None
-            steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
-            reduce_gradients(self.model, steps or not self.accumulates_whole)
+            ends_part = self._anchored is not None and self._anchored.ends_part(batch_idx)
+            reduce_gradients(self.model, steps or ends_part or not self.accumulates_whole)
         outputs = self._outputs(batch, BASE, "train")
         with calls(self.objective, "model.objective", "Correct its step."):
             loss = self._add(self.objective.step(outputs))
         require_weighed(self.objective, outputs)
+        if steps and self._base_part is not None:
+            self._base_part.join(self._take_sums())
         # Lightning divides by the micro-batches, and DDP and FSDP by the ranks: undo both, the sum is what counts.
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the objective's count over the whole effective batch; before clipping."""
-        assert self._sums is not None
-        names, reduced = self._sums
-        self._sums = None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(reduced)
-        # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
-        sums = dict(zip(names, reduced.unbind(), strict=True))
-        count = sums["count"]
-        number = torch.where(count > 0, count, 1)  # weights may sum to less than 1
+        if self._anchored is not None:
+            self._anchored.restore()
+        part, self._base_part = self._base_part, None
+        sums = self._take_sums() if part is None else part.mixed()
+        factor = at_least_one((sums if part is None else part.instruct)["count"]).reciprocal()
+        if part is not None:
+            factor = part.weight * factor
+            for name, each in (("base", part.sums), ("instruct", part.instruct)):
+                self.log(f"train/loss_{name}", each["loss"] / at_least_one(each["count"]))
         gradients = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, number.reciprocal())
-        loss, step = sums["loss"] / number, self.trainer.global_step + 1
+        torch._foreach_mul_(gradients, factor)
+        loss, step = sums["loss"] / at_least_one(sums["count"]), self.trainer.global_step + 1
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         self.losses.add(step, optimizer.param_groups[0]["lr"], loss)
         if loss.device.type == "cpu" or (every and step % every == 0):
@@ -381,11 +423,16 @@ class ShadowModule(ScoringModule):
             self.log(f"train/{name}", value)
         self.log("train/lr", optimizer.param_groups[0]["lr"])
 
-    def on_train_end(self) -> None:
-        """Read the losses that were not read yet."""
+    def on_validation_start(self) -> None:
+        """Read the losses that were not read yet, and leave a step that was begun."""
         self.losses.check()
+        if self._anchored is not None:
+            self._anchored.restore()
 
-    on_validation_start = on_train_end
+    def on_train_end(self) -> None:
+        """Do the same, and leave the frozen weights to the callback."""
+        self.on_validation_start()
+        self._anchored = None
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return the module's state; with an adapter only the trained parameters, since the rest is in the Base's
@@ -447,6 +494,26 @@ class ShadowModule(ScoringModule):
     def accumulates_whole(self) -> bool:
         """Whether FSDP2's ranks hold whole gradients until the last micro-batch of a step."""
         return self.reduce_gradients == "step" or (self.reduce_gradients == "auto" and self.adapter is not None)
+
+    def _graft_callback(self) -> HoldsGraft:
+        """The callback that holds the weights of the other anchor."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, HoldsGraft):
+                return callback
+        raise ShadowlitError(
+            "model.anchors trains on the Instruct too, whose weights GraftCallback holds, but the trainer has none. "
+            "Add one to its callbacks, or set model.anchors=null."
+        )
+
+    def _take_sums(self) -> dict[str, Tensor]:
+        """The sums that were added, over all ranks, by name; a collective. The next micro-batch begins new ones."""
+        assert self._sums is not None
+        names, reduced = self._sums
+        self._sums = None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(reduced)
+        # Numbers of the device stay tensors: reading one here would make a GPU wait in every step.
+        return dict(zip(names, reduced.unbind(), strict=True))
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> Tensor:
         """Add a micro-batch's sums to those of the effective batch; return the loss."""

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.errors import ShadowlitError
+from shadowlit.grafting.subject import ANCHORED
 from shadowlit.lightning_cli import main
 from shadowlit.planning.memory import Alive, num_bytes
 from shadowlit.planning.plan import parse_bytes
@@ -26,8 +27,12 @@ CASES = {
     "full, bfloat16": ("--trainer.precision=bf16-mixed",),
     "recomputed": ("--model.activation_checkpointing=full",),
     "selectively recomputed": (LORA, "--model.activation_checkpointing=selective"),
+    "LoRA, two anchors": (LORA, "--model.anchors={instruct: 0.3}"),
+    "LoRA, bfloat16, two anchors": (LORA, "--trainer.precision=bf16-mixed", "--model.anchors={instruct: 0.3}"),
+    "full, two anchors": ("--model.anchors={instruct: 0.3}",),
     "whole logits": (LORA, "--model.head_loss=logits"),
 }
+ALWAYS = ("LoRA, bfloat16", "recomputed", "full, two anchors")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,9 @@ class Watch(Callback):
         if index == 1:
             self.batch = batch
             self.alive = Alive(module.model)
+            graft = next(c for c in trainer.callbacks if isinstance(c, GraftCallback)).build(module)
+            frozen = [t for host in graft._hosts for t in (host.instruct, host.base) if t is not None]
+            self.alive._seen.update(t.untyped_storage() for t in frozen)  # which an anchor reads
             self.alive.__enter__()
 
     def on_after_backward(self, trainer, module):
@@ -66,6 +74,11 @@ class Watch(Callback):
             "moments": num_bytes(t for t in tree_leaves(states) if isinstance(t, torch.Tensor) and t.dim()),
             "frozen": graft.graft.frozen_bytes,
         }
+        graft.graft.apply(ANCHORED)
+        copies = num_bytes(host.saved for host in graft.graft._hosts if host.saved is not None)
+        graft.graft.restore()
+        if module.anchors is not None:
+            self.held["anchored"] = copies
 
 
 def arguments(pair, *more):
@@ -78,7 +91,8 @@ def arguments(pair, *more):
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(case, marks=[] if case in ("LoRA, bfloat16", "recomputed") else [pytest.mark.slow]) for case in CASES
+    pytest.param(case, marks=[] if case in ALWAYS else [pytest.mark.slow])
+    for case in CASES
 ])  # fmt: skip
 def test_the_estimate_is_what_a_step_holds(pair, case):
     watch, args = Watch(), arguments(pair, *CASES[case])
@@ -90,7 +104,7 @@ def test_the_estimate_is_what_a_step_holds(pair, case):
     assert (found.rows, found.length) == tuple(watch.batch["input_ids"].shape)
     assert {name: getattr(found, name) for name in watch.held} == watch.held
     # A real batch also has a few integers by token, and its own share of supervised tokens.
-    assert found.activations + found.head == pytest.approx(watch.peak, rel=0.02)
+    assert found.activations + found.head + found.anchored == pytest.approx(watch.peak, rel=0.02)
 
 
 def test_gradients_do_not_count_in_a_validation_before_which_they_are_freed(pair):
@@ -107,6 +121,21 @@ def test_gradients_do_not_count_in_a_validation_before_which_they_are_freed(pair
     held = found.weights + found.moments + found.frozen
     assert found.phases["validation"] == held + found.swapped + found.scoring
     assert found.phases["training"] == held + found.gradients + found.activations + found.head
+
+
+def test_two_anchors_keep_copies_while_the_instruct_trains(pair):
+    """Full tuning: 4 bytes per parameter of the tuned weights, and 4 of gradients where two micro-batches follow."""
+
+    def anchored(weight, micro_batches):
+        more = f"--model.anchors={{instruct: {weight}}}", f"--trainer.accumulate_grad_batches={micro_batches}"
+        found = main(["plan", *arguments(pair, *more), "--measure_steps=0"]).planned.memory()
+        held = found.weights + found.moments + found.frozen + found.gradients + found.activations + found.head
+        assert found.phases["training"] == held + found.anchored
+        return found.anchored / found.num_trained
+
+    assert [anchored(0.3, 4), anchored(0.3, 8), anchored(0, 8), anchored(1, 8)] == [4, 8, 0, 4]
+    with pytest.raises(ShadowlitError, match="as it is configured: 1 error"):
+        anchored(0.3, 1)
 
 
 def test_fsdp_divides_what_is_held_and_gathers_a_layer(pair):

@@ -32,6 +32,7 @@ from shadowlit.distributed import local, local_slices, reshard_all, whole
 from shadowlit.errors import CheckpointError, DataError, ShadowlitError
 from shadowlit.pair.pair import ModelPair
 from shadowlit.training import checkpoints
+from shadowlit.training.anchors import Anchors
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import SFT
 from tests.distributed import Forked, run_command, run_ranks, shadowlit
@@ -48,10 +49,13 @@ def make_trainer(strategy, world_size, callbacks, **options):
         strategy = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
     return Trainer(
         accelerator="cpu", devices=world_size, strategy=strategy, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, inference_mode=False, accumulate_grad_batches=2,
-        gradient_clip_val=1.0, callbacks=callbacks,
+        enable_model_summary=False, use_distributed_sampler=False, inference_mode=False, gradient_clip_val=1.0,
+        callbacks=callbacks,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        **{"max_epochs": 2, "val_check_interval": 4, "num_sanity_val_steps": 0, **options},
+        **{
+            "max_epochs": 2, "val_check_interval": 4, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2,
+            **options,
+        },
     )  # fmt: skip
 
 
@@ -220,6 +224,29 @@ def test_the_update_of_a_sharded_adapter_lies_as_its_host(tmp_path):
     for found in run_ranks(updates_of_an_adapter, 2, folders):
         assert len(found) == 7
         assert [name for name, right in found.items() if not right] == []
+
+
+def train_on_two_anchors(folders, kind, strategy, world_size, when="auto"):
+    """Weights of two epochs of steps of four micro-batches, two of them on the Instruct, and the last losses."""
+    seed_everything(0)
+    module, start = make_module(folders, kind, anchors=Anchors(0.6), reduce_gradients=when), Start()
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 8, "limit_val_batches": 1}
+    trainer = make_trainer(strategy, world_size, [start, GraftCallback()], **options)
+    trainer.fit(module, RandomData(16))
+    metrics = {k: v.item() for k, v in trainer.callback_metrics.items() if "seconds" not in k and "time" not in k}
+    return whole_parameters(module), metrics, start.weights
+
+
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=SLOW), "lora"])
+def test_two_anchors_on_two_processes_are_those_on_one(tmp_path, kind):
+    """The ranks' counts differ, and each part of a step is divided by that of all of them."""
+    folders = save_pair(tmp_path, "qwen3", distance=0.5)
+    ((expected, losses, start),) = run_ranks(train_on_two_anchors, 1, folders, kind, "auto", 1)
+    assert abs(losses["train/loss_base"] - losses["train/loss_instruct"]) > 1e-3
+    for strategy, when in (("ddp", "auto"), ("fsdp2", "micro_batch"), ("fsdp2", "step")):
+        for weights, metrics, _ in run_ranks(train_on_two_anchors, 2, folders, kind, strategy, 2, when):
+            require_same_update(weights, expected, start)
+            assert metrics == pytest.approx(losses, **SAME)
 
 
 class Seen(Callback):

@@ -1,0 +1,289 @@
+"""Two anchors in one training: one update, learned on the Base and on the Instruct at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import Trainer
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from shadowlit.distributed import local
+from shadowlit.errors import GraftError, ShadowlitError
+from shadowlit.grafting.adapter import dependence, stored_values
+from shadowlit.grafting.live import LiveGraft
+from shadowlit.grafting.subject import ANCHORED
+from shadowlit.plugins import path_of
+from shadowlit.training.objectives import Objective
+
+
+@dataclass
+class Anchors:
+    """Weights of the Base and the Instruct in a training that learns one update Δ on both.
+
+    ``L(Δ) = (1 - α) L(W_B + Δ) + α L(W_I + Δ)``. Each loss is the objective's mean over the micro-batches that the
+    model gets: in every optimizer step the Base gets the first ones, and the Instruct the last ones, ``α`` of all
+    rounded to whole ones, and at least one. The rounding changes how many tokens a loss is averaged over, and never its
+    weight. At 0 the training is that of the Base, and at 1 that of the Instruct.
+
+    Args:
+        instruct: Weight α of the Instruct, between 0 and 1.
+        initial: Weight of the Instruct at first, from which it goes to ``instruct`` along a line; null for a constant
+            one.
+        last: Share of the optimizer steps, at the end, in which the Instruct has a weight; before them it has none.
+            Above 0, at most 1.
+    """
+
+    instruct: float
+    initial: float | None = None
+    last: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise if a weight is out of its range."""
+        weights = [self.instruct, *([] if self.initial is None else [self.initial])]
+        if not all(0 <= weight <= 1 for weight in weights) or not 0 < self.last <= 1:
+            raise ShadowlitError(
+                f"model.anchors is {self}; expected instruct and initial between 0 and 1, and last above 0 and at most "
+                "1. Correct it, e.g. {instruct: 0.3}."
+            )
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weight is the same in every step."""
+        return self.initial in (None, self.instruct) and self.last == 1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether there may be steps in which both models have a weight."""
+        return not (self.is_constant and self.instruct in (0, 1))
+
+    @property
+    def highest(self) -> float:
+        """The largest weight of any step."""
+        return max(self.instruct, self.initial or 0.0)
+
+    def sets_aside(self, num_micro_batches: int) -> bool:
+        """Return whether there are steps in which the gradients on the Base wait for several micro-batches."""
+        return self.mixes and num_micro_batches > 2 and self.highest * num_micro_batches >= 1.5
+
+    def weight(self, step: int, total: int) -> float:
+        """Return α in an optimizer step, counted from 0, of a training of ``total`` steps."""
+        lasting = max(1, round(self.last * total))
+        before = total - lasting
+        if step < before:
+            return 0.0
+        if self.initial is None:
+            return self.instruct
+        progress = min(1.0, (step - before) / max(1, lasting - 1))
+        return (1 - progress) * self.initial + progress * self.instruct
+
+
+class Parts(NamedTuple):
+    """An optimizer step: its micro-batches on the Base, which come first, and on the Instruct, and the Instruct's
+    weight.
+    """
+
+    num_base: int
+    num_instruct: int
+    weight: float
+
+
+def parts_of_step(weight: float, num_micro_batches: int) -> Parts:
+    """Divide the micro-batches of a step by the Instruct's weight; both anchors get one unless a weight is 0.
+
+    Raises:
+        ShadowlitError: There is one micro-batch for two anchors.
+    """
+    if weight in (0, 1):
+        num_instruct = num_micro_batches if weight else 0
+    elif num_micro_batches < 2:
+        raise ShadowlitError(
+            f"model.anchors gives the Instruct a weight of {weight:g} in a step of one micro-batch, but each of the "
+            "two anchors needs one. Set trainer.accumulate_grad_batches=2 or more, with a smaller data.batch_size for "
+            "the same effective batch."
+        )
+    else:
+        num_instruct = min(max(math.floor(weight * num_micro_batches + 0.5), 1), num_micro_batches - 1)
+    return Parts(num_micro_batches - num_instruct, num_instruct, weight)
+
+
+def mixed_sums(base: Mapping[str, Tensor], instruct: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Combine an objective's sums over the two parts of an effective batch.
+
+    Divided by the sum ``count``, each is ``(1 - α) s_B / n_B + α s_I / n_I``, where s and n are the part's sum and
+    count.
+    """
+    count = base["count"] + instruct["count"]
+    numbers = at_least_one(base["count"]), at_least_one(instruct["count"])
+    means = {
+        name: (1 - weight) * base[name] / numbers[0] + weight * instruct[name] / numbers[1]
+        for name in base
+        if name != "count"
+    }
+    return {name: mean * at_least_one(count) for name, mean in means.items()} | {"count": count}
+
+
+def at_least_one(count: Tensor) -> Tensor:
+    """Return a count to divide by: 1 in place of 0, and itself below 1, since weights may sum to less."""
+    return torch.where(count > 0, count, 1)
+
+
+class BasePart:
+    """What the micro-batches on the Base have added to an effective batch, set aside while the Instruct's are added.
+
+    The gradients ``G_B`` and ``G_I`` are of sums, and each has a count of its own to be divided by. The second count is
+    known when the last micro-batch has computed its loss. Then ``(1 - α) / α · n_I / n_B · G_B`` is added to what there
+    is of ``G_I``, before the last backward pass and the sum over ranks; after them ``α / n_I`` times all of it is the
+    gradient of ``(1 - α) L(W_B + Δ) + α L(W_I + Δ)``.
+
+    Args:
+        weight: Weight α of the Instruct, above 0 and below 1.
+        sums: The objective's sums over the part, over all ranks.
+        optimizers: The trainer's optimizers, whose parameters have the gradients and lose them.
+    """
+
+    def __init__(self, weight: float, sums: dict[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+        self.weight, self.sums = weight, sums
+        self.instruct: dict[str, Tensor] = {}  # sums over the other part, once it is whole
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
+        for optimizer in optimizers:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                self._gradients.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def join(self, instruct: dict[str, Tensor]) -> None:
+        """Add the gradients that were set aside; ``instruct`` are the sums over the other part, over all ranks."""
+        self.instruct = instruct
+        counts = at_least_one(instruct["count"]) / at_least_one(self.sums["count"])
+        torch._foreach_mul_([local(grad) for _, grad in self._gradients], (1 - self.weight) / self.weight * counts)
+        for parameter, grad in self._gradients:
+            if parameter.grad is None:
+                parameter.grad = grad
+            else:
+                local(parameter.grad).add_(local(grad))
+        self._gradients.clear()
+
+    def mixed(self) -> dict[str, Tensor]:
+        """The sums over both parts; see :func:`mixed_sums`."""
+        return mixed_sums(self.sums, self.instruct, self.weight)
+
+
+@runtime_checkable
+class HoldsGraft(Protocol):
+    """A callback that has the frozen weights of both models next to the trained ones."""
+
+    def build(self, pl_module: Any) -> LiveGraft:
+        """Return the graft of the module's model."""
+
+
+class AnchoredTraining:
+    """Loads the anchor of every micro-batch of a training, for its forward and its backward pass.
+
+    The Instruct's frozen weights are swapped with the Base's in place, and trained weights become ``instruct + (tuned -
+    base)`` in float32, restored from a copy before the optimizer's step. So checkpoints, validations and the optimizer
+    only ever see the tuned Base.
+
+    Args:
+        anchors: Weights of the two models.
+        trainer: The trainer, whose loop has begun.
+        graft: The graft of the module's model.
+    """
+
+    def __init__(self, anchors: Anchors, trainer: Trainer, graft: LiveGraft) -> None:
+        self._anchors, self._trainer, self._graft = anchors, trainer, graft
+        self._total = 0 if anchors.is_constant else int(trainer.estimated_stepping_batches)
+
+    def require_exact(self) -> None:
+        """Raise if the last step of an epoch has a single micro-batch for two anchors, or its size is unknown.
+
+        Raises:
+            ShadowlitError: With the remedy.
+        """
+        size, micro = self._trainer.num_training_batches, self._trainer.accumulate_grad_batches
+        if not self._anchors.mixes:
+            return
+        if math.isinf(size):
+            raise ShadowlitError(
+                "model.anchors divides the micro-batches of every step between two models, but the training data have "
+                "no length, so it isn't known how many the last step of an epoch has. Give the dataset a __len__, or "
+                "set trainer.limit_train_batches to a number of micro-batches."
+            )
+        parts_of_step(0.5, min(micro, int(size)))
+        if size % micro == 1:
+            raise ShadowlitError(
+                f"an epoch has {size} micro-batches, and its last step of trainer.accumulate_grad_batches={micro} has "
+                "only one of them, but each of the two models of model.anchors needs one. Set "
+                f"trainer.limit_train_batches={size - 1}, which leaves one micro-batch of every epoch out."
+            )
+
+    def place(self, batch_idx: int) -> tuple[int, Parts]:
+        """Return which micro-batch of its step this one is, counted from 0, and the parts of the step."""
+        trainer = self._trainer
+        size, every = trainer.num_training_batches, trainer.accumulate_grad_batches
+        number = batch_idx % every
+        weight = self._anchors.weight(trainer.global_step, self._total)
+        return number, parts_of_step(weight, int(min(every, size - (batch_idx - number))))
+
+    def load(self, batch_idx: int) -> float | None:
+        """Load the anchor of a micro-batch; return the Instruct's weight if this is its first one after the Base's."""
+        number, parts = self.place(batch_idx)
+        if number >= parts.num_base:
+            self._graft.apply(ANCHORED)
+        return parts.weight if number == parts.num_base > 0 else None
+
+    def ends_part(self, batch_idx: int) -> bool:
+        """Return whether a micro-batch is the last one on the Base before the Instruct's."""
+        number, parts = self.place(batch_idx)
+        return number == parts.num_base - 1 and parts.num_instruct > 0
+
+    def restore(self) -> None:
+        """Swap the tuned Base back; harmless when it is loaded already."""
+        self._graft.restore()
+
+
+def require_anchored(adapter: PeftConfig | None, objective: Objective, quantization: str | None) -> None:
+    """Raise unless an update of these settings means the same on two models.
+
+    Raises:
+        GraftError: Naming the setting.
+    """
+    reason = ""
+    if quantization is not None:
+        reason = f"model.quantization={quantization}, whose frozen weights can't be swapped. Set it to null"
+    elif adapter is not None and (settings := dependence(adapter) or stored_values(adapter)):
+        reason = (
+            f"an adapter with {settings}, whose update depends on the weights that it is on, or stores some of them. "
+            "Use LoRA or rsLoRA, or full tuning (model.adapter=null)"
+        )
+    elif objective.has_reference or objective.token_reference is not None:
+        reason = (
+            f"{path_of(objective)} as model.objective, which compares with a reference, and the two models would need "
+            "one each. Use an objective without one, e.g. SFT, DFT, SimPO or ORPO"
+        )
+    if reason:
+        raise GraftError(f"model.anchors trains one update on two models, which does not work with {reason}.")
+
+
+def require_steps(anchors: Anchors, num_micro_batches: int, has_end: bool = True) -> None:
+    """Raise unless a trainer's steps can be divided between the two models.
+
+    Args:
+        anchors: Weights of the two models.
+        num_micro_batches: ``trainer.accumulate_grad_batches``.
+        has_end: Whether the number of steps is limited.
+
+    Raises:
+        ShadowlitError: A step has one micro-batch, or the weight follows a number of steps that is unknown.
+    """
+    if anchors.mixes:
+        parts_of_step(anchors.instruct if 0 < anchors.instruct < 1 else 0.5, num_micro_batches)
+    if not (anchors.is_constant or has_end):
+        raise ShadowlitError(
+            f"model.anchors is {anchors}, whose weight follows the number of steps, but the trainer has no end. Set "
+            "trainer.max_steps or trainer.max_epochs, or a constant weight, e.g. {instruct: 0.3}."
+        )
