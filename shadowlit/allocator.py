@@ -23,9 +23,9 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Let the allocator return every tensor of at least 256 KiB to the system as soon as it is freed.
 
-    For a training on a CPU. By default the heap keeps what was freed, and can't reuse all of the gaps: SmolLM2-135M
-    takes a fifth more than its tensors, and no estimate of the memory holds. Returning costs about a tenth of the
-    processor's time. ``MALLOC_MMAP_THRESHOLD_`` in the environment takes precedence. Only glibc has the switch;
+    For a training of a large model on a CPU. By default the heap keeps what was freed, and can't reuse all of the gaps:
+    SmolLM2-135M takes a fifth more than its tensors, and no estimate of the memory holds. Returning costs about a tenth
+    of the processor's time. ``MALLOC_MMAP_THRESHOLD_`` in the environment takes precedence. Only glibc has the switch;
     elsewhere nothing happens.
     """
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:

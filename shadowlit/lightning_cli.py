@@ -58,6 +58,8 @@ from shadowlit.signals import StopSignals, end_with_parent
 from shadowlit.training.module import ShadowModule
 from shadowlit.training.objectives import samples_of
 
+_SMALL_BYTES = 2**26  # weights of a model for which memory doesn't matter
+
 
 class ShadowTrainer(Trainer):
     """Lightning's Trainer with a command that shows the data it would train on, and boundaries at which it stops."""
@@ -350,7 +352,10 @@ class ShadowCLI(LightningCLI):
             self._refused = str(error).strip().partition("\n")[0]
             return ShadowTrainer(**here)
         take_over(trainer)
-        if trainer.strategy.root_device.type == "cpu":
+        base = Path(str(self.config[self.subcommand]["pair"]["base"]))
+        # Of a small model, the time that it costs is a quarter, and the memory doesn't matter.
+        is_small = base.is_dir() and sum(f.stat().st_size for f in base.glob("*.safetensors")) < _SMALL_BYTES
+        if trainer.strategy.root_device.type == "cpu" and not is_small:
             return_freed_memory()
         return trainer
 

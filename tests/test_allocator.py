@@ -34,10 +34,12 @@ def test_gaps_between_tensors_are_returned():
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter")
-def test_a_training_on_a_cpu_asks_for_it(monkeypatch, tmp_path):
+@pytest.mark.parametrize("small_bytes", [0, 2**26])
+def test_a_training_of_a_large_model_on_a_cpu_asks_for_it(monkeypatch, tmp_path, small_bytes):
     asked = []
+    monkeypatch.setattr(lightning_cli, "_SMALL_BYTES", small_bytes)
     monkeypatch.setattr(lightning_cli, "return_freed_memory", lambda: asked.append(True))
     given = ["plan", f"--pair.base={BASE}", f"--pair.instruct={INSTRUCT}", f"--run.root={tmp_path}",
              f"--data.train={DATA / 'train_house.jsonl'}", "--measure_steps=0"]  # fmt: skip
     lightning_cli.main([*given, "--trainer.accelerator=cpu", "--data.ignore_columns=[skill, answer]"])
-    assert asked == [True]
+    assert asked == ([] if small_bytes else [True])

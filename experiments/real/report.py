@@ -46,9 +46,9 @@ Values are means ± standard errors over seeds. Intervals are of 95 %, by a boot
 spread between seeds; with one seed they are over rows alone.
 """
 _OVERVIEW = """\
-*B2I − I2I* is how much lower B2I's loss is; below zero, direct tuning is better. The comparison at equal KL \
-takes the smaller of both arms' divergences at scale 1, and scales the other arm's update down until it diverges \
-as much (linear between the measured scales).
+*B2I better by* is how much lower B2I's loss is, in nats per token; below zero, direct tuning is better. The \
+comparison at equal KL takes the smaller of both arms' divergences at scale 1, and scales the other arm's update \
+down until it diverges as much (linear between the measured scales).
 """
 _PREMISE = """\
 The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3.25 times smaller than the \
@@ -273,8 +273,8 @@ def _overview(settings: Sequence[Setting]) -> str:
             ]
         )
     headings = (
-        "setting", "rates", "seeds", "B2I learned", "I2I learned", "KL of both", "B2I − I2I at scale 1",
-        "equal KL", "B2I − I2I there", "better there",
+        "setting", "rates", "seeds", "B2I learned", "I2I learned", "KL of both", "B2I better by, at scale 1",
+        "equal KL", "B2I better by, there", "better there",
     )  # fmt: skip
     return table(headings, lines)
 
@@ -346,6 +346,7 @@ def _prediction(settings: Sequence[Setting]) -> str:
         return "This takes two settings with both arms at one rate.\n"
     outcome = np.array([gain for _, _, gain in cases])
     majority = max((outcome > 0).mean(), (outcome <= 0).mean())
+    mixed = majority < 1
     lines = []
     for name in sorted({name for _, known, _ in cases for name in known}):
         values = np.array([known.get(name, np.nan) for _, known, _ in cases])
@@ -358,13 +359,12 @@ def _prediction(settings: Sequence[Setting]) -> str:
             [c[0] for c in np.array(cases, dtype=object)[kept]], values[kept], outcome[kept] > 0
         )
         span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
-        lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, f"{hits:.0%}"])
+        lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, f"{hits:.0%}" if mixed else "–"])
     text = table(("known", "ρ", "n", "values", "hits of a threshold, leave one setting out"), lines)
-    wins = int((outcome > 0).sum())
-    return (
-        f"{text}\nB2I has the lower loss at equal KL in {wins} of {len(cases)} cases, so always naming the more "
-        f"frequent outcome hits {majority:.0%}.\n"
-    )
+    said = f"B2I has the lower loss at equal KL in {int((outcome > 0).sum())} of {len(cases)} cases"
+    if not mixed:
+        return f"{text}\n{said}: with one outcome alone, no rule that predicts it can be tested.\n"
+    return f"{text}\n{said}, so always naming the more frequent outcome hits {majority:.0%}.\n"
 
 
 def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
@@ -403,7 +403,8 @@ def _premise(settings: Sequence[Setting]) -> str:
             ]
         )  # fmt: skip
     headings = (
-        "pair and task", "σ", "initial loss of Base, Instruct", "Base lower by", "gradient norm of Base, Instruct",
+        "pair and task", "σ", "initial loss of Base, Instruct", "Base against Instruct",
+        "gradient norm of Base, Instruct",
         "Instruct's / Base's", "first-token loss of Base, Instruct",
     )  # fmt: skip
     return table(headings, lines)
