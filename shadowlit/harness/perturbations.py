@@ -164,9 +164,9 @@ def _changeable(question: str, solution: str) -> list[Fraction]:
 
 def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]) -> dict[Fraction, Fraction] | None:
     """All values that change with those of the question, results included; None unless the chain recomputes."""
-    stated = set(_values(question))
-    known = stated | _spoken(question) | {value / 100 for value in stated} | {1 + value / 100 for value in stated}
-    known |= {1 - value / 100 for value in stated} | _CONSTANTS
+    asked = set(_values(question))
+    known = asked | _spoken(question) | {value / 100 for value in asked} | {1 + value / 100 for value in asked}
+    known |= {1 - value / 100 for value in asked} | _CONSTANTS
     changes, results = dict(given), set[Fraction]()
     new_values = set(given.values())
     for expression, stated in _STEP.findall(solution):
@@ -175,14 +175,14 @@ def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]
         if old is None or len(result) != 1 or result[0] != old or any(v not in known | results for v in operands):
             return None
         # A share such as 1.5 may be 150 per cent of the question: it doesn't change with it.
-        if any(v not in stated | results | _CONSTANTS and v * 100 in changes for v in operands):
+        if any(v not in asked | results | _CONSTANTS and v * 100 in changes for v in operands):
             return None
         new = _computed(expression, changes)
         if new is None or new <= 0 or (old.denominator == 1) != (new.denominator == 1) or new.denominator > 1000:
             return None
         if new.denominator > 1 and not _is_decimal(new):
             return None
-        if changes.get(old, old) != new and (old in changes or old in results or old in stated | _spoken(question)):
+        if changes.get(old, old) != new and (old in changes or old in results or old in asked | _spoken(question)):
             return None  # two values of one look, of which one changes
         if new != old:
             if old in _CONSTANTS:
@@ -194,7 +194,7 @@ def _recomputed(question: str, solution: str, given: Mapping[Fraction, Fraction]
     answer = None if final is None else _values(final[1])
     if not answer or answer[0] not in results or answer[0] not in changes:
         return None
-    unchanged = (stated | results) - changes.keys()
+    unchanged = (asked | results) - changes.keys()
     return None if new_values & unchanged & (set(given.values())) else changes
 
 
