@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from shadowlit.files import replace_text
+from shadowlit.studies.report import REPORT, markdown_table, mean_text, paragraphs
 from shadowlit.studies.statistics import Interval, average, paired_bootstrap, spearman
 
 _HEAD = """\
@@ -204,16 +206,8 @@ def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows,
     return levels, pairs
 
 
-def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    parts = [headings, ["---"] * len(headings), *lines]
-    return "\n".join("| " + " | ".join(part) + " |" for part in parts) + "\n"
-
-
 def _shown(values: Sequence[float], digits: int = 3) -> str:
-    found = average(values)
-    error = f" ± {found.standard_error:.{digits}f}" if len(values) > 1 else ""
-    return f"{found.mean:.{digits}f}{error}"
+    return mean_text(average(values), lambda value: f"{value:.{digits}f}")
 
 
 def _line(name: str, sets: Sequence[Mapping[str, Rows]]) -> list[str]:
@@ -240,7 +234,7 @@ def _scores(setting: Setting) -> str:
         for scale in SCALES:
             lines.append(_line(f"{arm}, scale {scale:g}", [run.path[scale] for run in setting.of(source)]))
     headings = ("model", "loss", "first token", "rest", "exact, %", "KL", "Alpaca loss", "identity loss")
-    return table(headings, lines)
+    return markdown_table(headings, lines)
 
 
 def _interval(found: Interval) -> str:
@@ -276,7 +270,7 @@ def _overview(settings: Sequence[Setting]) -> str:
         "setting", "rates", "seeds", "B2I learned", "I2I learned", "KL of both", "B2I better by, at scale 1",
         "equal KL", "B2I better by, there", "better there",
     )  # fmt: skip
-    return table(headings, lines)
+    return markdown_table(headings, lines)
 
 
 def plot(settings: Sequence[Setting], target: Path) -> None:
@@ -343,7 +337,7 @@ def _prediction(settings: Sequence[Setting]) -> str:
             if one is not None and two is not None:
                 cases.append((setting.name, predictors(setting, run), per_token(two) - per_token(one)))
     if len({name for name, _, _ in cases}) < 2:
-        return "This takes two settings with both arms at one rate.\n"
+        return "This takes two settings with both arms at one rate."
     outcome = np.array([gain for _, _, gain in cases])
     majority = max((outcome > 0).mean(), (outcome <= 0).mean())
     mixed = majority < 1
@@ -360,11 +354,11 @@ def _prediction(settings: Sequence[Setting]) -> str:
         )
         span = f"{values[kept].min():.3g} to {values[kept].max():.3g}"
         lines.append([name, f"{found.rho:+.2f}", str(int(kept.sum())), span, f"{hits:.0%}" if mixed else "–"])
-    text = table(("known", "ρ", "n", "values", "hits of a threshold, leave one setting out"), lines)
+    text = markdown_table(("known", "ρ", "n", "values", "hits of a threshold, leave one setting out"), lines)
     said = f"B2I has the lower loss at equal KL in {int((outcome > 0).sum())} of {len(cases)} cases"
     if not mixed:
-        return f"{text}\n{said}: with one outcome alone, no rule that predicts it can be tested.\n"
-    return f"{text}\n{said}, so always naming the more frequent outcome hits {majority:.0%}.\n"
+        return f"{text}\n\n{said}: with one outcome alone, no rule that predicts it can be tested."
+    return f"{text}\n\n{said}, so always naming the more frequent outcome hits {majority:.0%}."
 
 
 def leave_one_setting_out(names: Sequence[str], values: np.ndarray, better: np.ndarray) -> float:
@@ -407,7 +401,7 @@ def _premise(settings: Sequence[Setting]) -> str:
         "gradient norm of Base, Instruct",
         "Instruct's / Base's", "first-token loss of Base, Instruct",
     )  # fmt: skip
-    return table(headings, lines)
+    return markdown_table(headings, lines)
 
 
 def finished(results: Path) -> list[Setting]:
@@ -428,11 +422,10 @@ def write_report(results: Path, home: Path) -> None:
     if not settings:
         return
     plot(settings, home / "learned_against_kl.png")
-    parts = [_HEAD]
-    parts += ["## Overview\n", _OVERVIEW, _overview(settings), "![learned against KL](learned_against_kl.png)\n"]
-    parts += ["## The premise\n", _PREMISE, _premise(settings)]
-    parts += ["## What predicts it\n", _PREDICTORS, _prediction(settings)]
+    parts = [_HEAD, "## Overview", _OVERVIEW, _overview(settings), "![learned against KL](learned_against_kl.png)"]
+    parts += ["## The premise", _PREMISE, _premise(settings)]
+    parts += ["## What predicts it", _PREDICTORS, _prediction(settings)]
     for setting in settings:
         names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())
-        parts += [f"## {setting.name}: {TASKS[setting.task]}\n", f"Chosen rates: {names}.\n", _scores(setting)]
-    (home / "REPORT.md").write_text("\n".join(parts), encoding="utf-8")
+        parts += [f"## {setting.name}: {TASKS[setting.task]}", f"Chosen rates: {names}.", _scores(setting)]
+    replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))

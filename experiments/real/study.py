@@ -31,7 +31,9 @@ from rows import files, write
 from score import Scorer, gradient_norm
 
 from shadowlit.analysis.curves import read_metrics
+from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
+from shadowlit.files import replace_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -158,8 +160,8 @@ class Study:
         rows = scorer.read(self.data / f"{task}_train.jsonl")[:16]
         for who, folder in (("instruct", self.instruct(pair)), ("base", self.base)):
             found[who]["initial"] = gradient_norm(folder, rows)
-        found["offset"] = offset_norm(self.base, self.instruct(pair))
-        save(found, target)
+        found["offset"] = offset_of(self.base, self.instruct(pair))
+        replace_text(target, json.dumps(found) + "\n")
 
     def train_and_score(self, training: Training) -> None:
         """Train, score every scale, and write the result."""
@@ -177,8 +179,8 @@ class Study:
                 train=self.data / f"{training.task}_train.jsonl",
                 validation={"early": str(self.data / f"{training.task}_early.jsonl")},
                 export=delta,
-                **{"model.lr": training.lr, "seed_everything": training.seed, "model.seed": training.seed,
-                   "data.seed": training.seed, "trainer.max_epochs": EPOCHS[training.task],
+                **{"model.lr": training.lr, "seed_everything": training.seed,
+                   "trainer.max_epochs": EPOCHS[training.task],
                    "trainer.val_check_interval": VALIDATE_EVERY[training.task], **adapter},
             )  # fmt: skip
         run(__file__, "--shared", self.shared, "--runs", self.runs, "--score", json.dumps(training.__dict__))
@@ -201,10 +203,8 @@ class Study:
             for name, values in read_metrics(folder / "metrics.csv").items()
             if name.startswith(("val/", "train/loss"))
         }
-        save(
-            {**training.__dict__, "norm": delta.norm(), "live": live, "scores": scores},
-            RESULTS / f"{training.name}.json",
-        )
+        found = {**training.__dict__, "norm": delta.norm(), "live": live, "scores": scores}
+        replace_text(RESULTS / f"{training.name}.json", json.dumps(found) + "\n")
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
         """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
@@ -216,7 +216,7 @@ class Study:
             name = one.name.removeprefix("B_").removesuffix("-delta")
             if name not in found and other.exists():
                 found[name] = Delta.open(one / "delta").cosine(Delta.open(other / "delta"))
-        save(found, target)
+        replace_text(target, json.dumps(found) + "\n")
 
 
 def fit(
@@ -251,29 +251,10 @@ def run(script: Path | str, *arguments: object) -> None:
     subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True)
 
 
-def save(value: Any, file: Path) -> None:
-    """Write JSON atomically."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(value) + "\n")
-    partial.replace(file)
-
-
-@torch.no_grad()
-def offset_norm(base: Path, instruct: Path) -> dict[str, float]:
-    """Norms of ``Instruct - Base`` and of the Base, and sigma, over the matrices of the decoder's layers."""
-    from safetensors.torch import load_file
-
-    one, other = (load_file(folder / "model.safetensors") for folder in (base, instruct))
-    names = [name for name in one if ".layers." in name and one[name].ndim == 2]
-    sums = torch.zeros(3, dtype=torch.float64)
-    sigmas = []
-    for name in names:
-        a, b = one[name].double(), other[name].double()
-        sums += torch.stack([(b - a).square().sum(), a.square().sum(), b.square().sum()])
-        sigmas.append(float((a - b).abs().sum() / (a.abs().sum() + b.abs().sum())))
-    norms = sums.sqrt().tolist()
-    return {"offset": norms[0], "base": norms[1], "instruct": norms[2], "sigma": sum(sigmas) / len(sigmas)}
+def offset_of(base: Path, instruct: Path) -> dict[str, float]:
+    """Norm of ``Instruct - Base`` over the linear layers, which LoRA trains, and sigma of the layers' matrices."""
+    offset = Delta.make(base, instruct, select="linear")
+    return {"offset": offset.norm(), "sigma": similarity(base, instruct).similarities[0].sigma_of_matrices}
 
 
 def trainings(pair: str, task: str, method: str, chosen: dict[str, float] | None) -> Iterator[Training]:
