@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.fit_scales import FittedGraft, fit_at_end, open_rows
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
@@ -30,7 +32,7 @@ from shadowlit.distributed import on_first_rank
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
-from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest, plain
 from shadowlit.grafting.verification import digested, logit_difference, rejecting, require_loadable, require_written
 from shadowlit.text import size
 from shadowlit.training.disks import Needed, require_shared
@@ -90,6 +92,12 @@ class ExportCallback(Callback):
         self.verify = verify
         self.exported: Path | None = None  # the model folder, once written
         self._graft: GraftCallback  # the trainer's, from setup on
+        self._fitted: FittedGraft | None = None  # the scales of the running or last fit, if they are fitted
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether ``graft.fit_scales`` has an effect."""
+        return self.enabled
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise before the training where the export at its end would fail."""
@@ -103,6 +111,10 @@ class ExportCallback(Callback):
             )
         (self._graft,) = found
         self._graft.exports_adapter = "adapter" in self.parts and self._no_adapter(pl_module) is None
+        self._fitted = None
+        if self._graft.fit_scales is not None:
+            assert isinstance(pl_module, ShadowModule)
+            open_rows(trainer, pl_module, self._graft.fit_scales)
         target = self._target(trainer)
         on_first_rank(lambda: self._require_target(target, pl_module))
 
@@ -160,10 +172,15 @@ class ExportCallback(Callback):
                 f"export: the exported weights are those of step {step}, but {found}. Let the training end with a "
                 "validation (trainer.val_check_interval), or monitor one of its metrics."
             )
-        statistics = self._graft.build(pl_module).statistics(self._graft.scales[0])
+        graft = self._graft.build(pl_module)
+        statistics = graft.statistics(self._graft.scales[0])
         _require_finite(pl_module.losses.problem, statistics["delta_norm"])
         self._graft.warn_of_zero(trainer, statistics)
-        _warn_of_loss(self._graft.finished.metrics)
+        if self._graft.fit_scales is not None:
+            self._fitted = fit_at_end(trainer, pl_module, self._graft, self._graft.fit_scales)
+            graft.fitted = self._fitted.found.by_tensor
+            statistics = graft.statistics(self._graft.scales[0])
+        _warn_of_loss(self._metrics, "grafted" if self._fitted is None else "fitted")
         target = self._target(trainer)
         manifest = self._manifest(trainer, pl_module, statistics)
         # What is small comes first, and is there whatever happens to the model.
@@ -181,21 +198,30 @@ class ExportCallback(Callback):
         written = [part for part in self.parts if (target / part).is_dir()]
         rank_zero_info(f"export: wrote the grafted Instruct ({', '.join(written)}) to {target}")
         self._graft.exported = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
+        if self._fitted is not None:
+            self._graft.exported = [*self._fitted.lines, *self._graft.exported]
+            on_first_rank(partial(self._fitted.write, target, graft.in_files(graft.fitted)))
 
     def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:
         callback = self._graft
-        return build_manifest(
+        manifest = build_manifest(
             module.pair,
             scale=callback.scales[0],
             select=callback.select,
             dtype=callback.dtype,
             coverage=callback.build(module).coverage,
             survival=_summary(statistics),
-            metrics=callback.finished.metrics,
+            metrics=self._metrics,
             config=_resolved_config(trainer),
             transforms=callback.transforms.specs,
             fingerprints=callback.fingerprints,
         )
+        return manifest if self._fitted is None else {**manifest, "fitted_scales": plain(self._fitted.found.about)}
+
+    @property
+    def _metrics(self) -> dict[str, float]:
+        """The metrics of the exported weights: with fitted scales also those of the fitted graft."""
+        return {**self._graft.finished.metrics, **({} if self._fitted is None else self._fitted.metrics)}
 
     def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
         callback, folder = self._graft, module.pair.instruct_folder()
@@ -278,15 +304,17 @@ def _require_finite(problem: str | None, delta_norm: float) -> None:
     )
 
 
-def _warn_of_loss(metrics: Mapping[str, float]) -> None:
-    """Warn if the graft that is exported scores worse than the untouched Instruct."""
+def _warn_of_loss(metrics: Mapping[str, float], who: str) -> None:
+    """Warn if the graft that is exported, the subject ``who``, scores worse than the untouched Instruct."""
+    instruct, own = "val/instruct/loss", f"val/{who}/loss"
     gain = metrics.get("graft/gain", 0.0)
-    if not gain >= -1e-6 * abs(metrics.get("val/instruct/loss", 0.0)):  # beyond the rounding of float32
+    if who == "fitted":
+        gain = metrics[instruct] - metrics[own] if {instruct, own} <= metrics.keys() else 0.0
+    if not gain >= -1e-6 * abs(metrics.get(instruct, 0.0)):  # beyond the rounding of float32
         rank_zero_warn(
-            "export: the grafted model scores worse than the untouched Instruct: val/grafted/loss is "
-            f"{metrics['val/grafted/loss']:.4g}, val/instruct/loss {metrics['val/instruct/loss']:.4g}, graft/gain "
-            f"{gain:.4g}. Lower model.lr, train for fewer steps, let a ModelCheckpoint monitor val/grafted/loss, or "
-            "put a smaller scale first in graft.scales."
+            f"export: the grafted model scores worse than the untouched Instruct: {own} is {metrics[own]:.4g}, "
+            f"{instruct} {metrics[instruct]:.4g}, graft/gain {gain:.4g}. Lower model.lr, train for fewer steps, let a "
+            "ModelCheckpoint monitor val/grafted/loss, or put a smaller scale first in graft.scales."
         )
 
 
