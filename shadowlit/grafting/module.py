@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,7 @@ class ModuleGraft:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         transforms: Transforms | None = None,
+        variants: Mapping[str, Transforms] | None = None,
         on_tuned: bool = False,
     ) -> None:
         self.model, self.dtype, self.offload, self._on_tuned = model, dtype, offload, on_tuned
@@ -69,7 +70,11 @@ class ModuleGraft:
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
-        self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
+        self._transforms = {  # by variant; none where the update stays as it is
+            name: ParameterTransforms(chosen, parameters, instruct, self._parts)
+            for name, chosen in {"": transforms, **(variants or {})}.items()
+            if chosen
+        }
         layers = self._layers = adapted_layers(model)
         self._quantised = quantised_layers(model)
         self._hosts = [
@@ -104,7 +109,8 @@ class ModuleGraft:
         """
         adapted = [host.adapted for host in self._hosts if host.adapted is not None]
         means_the_same = all(layer.additive and (scale == 1 or layer.scaling is not None) for layer in adapted)
-        return bool(adapted) and means_the_same and not self._transforms and all(h.base is None for h in self._hosts)
+        plain = "" not in self._transforms and all(host.base is None for host in self._hosts)
+        return bool(adapted) and means_the_same and plain
 
     @property
     def holds_float32(self) -> bool:
@@ -121,10 +127,10 @@ class ModuleGraft:
         return all(host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned())) for host in hosts)
 
     @torch.no_grad()
-    def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
+    def statistics(self, scale: float = 1.0, squares: Squares | None = None, variant: str = "") -> dict[str, float]:
         """Norms of the update, and the fraction that survives rounding to the exported dtype; a collective if sharded.
 
-        ``squares`` is what :meth:`apply` collected for this scale, if the weights have not changed since.
+        ``squares`` is what :meth:`apply` collected for this scale and variant, if the weights have not changed since.
 
         Returns:
             Of the selected tensors that are trained: ``delta_norm`` (Frobenius) and ``delta_norm/<layer>``;
@@ -139,7 +145,7 @@ class ModuleGraft:
         grafted = [host for host in self._hosts if host.selected and host.trained]
         rows = []
         for host in grafted:
-            found = known[host.name] if host.name in known else self._squares(host, scale)
+            found = known[host.name] if host.name in known else self._squares(host, scale, variant)
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
                 host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
@@ -165,12 +171,12 @@ class ModuleGraft:
         }
 
     @torch.no_grad()
-    def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    def grafted_tensors(self, scale: float = 1.0, variant: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
 
-        One whole tensor at a time, on the CPU, computed in float32 and rounded once; of experts that the files hold
-        one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
-        has no parameter for keeps the Instruct's values.
+        ``variant`` names the transforms of the update. One whole tensor at a time, on the CPU, computed in float32 and
+        rounded once; of experts that the files hold one by one those of one layer. Every rank must iterate to the end;
+        all ranks get the tensors. What the module has no parameter for keeps the Instruct's values.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -179,7 +185,7 @@ class ModuleGraft:
 
         def grafted(name: str, dtype: torch.dtype) -> Tensor:
             host = self._by_name[name]
-            part = self._grafted(host, scale).to(dtype)
+            part = self._grafted(host, scale, variant).to(dtype)
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
         infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
@@ -195,7 +201,7 @@ class ModuleGraft:
                 yield name, files.read(name).to(dtype)
 
     @torch.no_grad()
-    def delta_tensors(self, factored: bool = False) -> Iterator[tuple[str, Tensor | Factors]]:
+    def delta_tensors(self, factored: bool = False, variant: str = "") -> Iterator[tuple[str, Tensor | Factors]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
         One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
@@ -207,37 +213,37 @@ class ModuleGraft:
 
         def update(name: str) -> Tensor:
             host = trained[name]
-            return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+            return whole(self._update(host, variant).to(host.parameter.device), host.parameter).float().cpu()
 
         infos = described({name: info.shape for name, info in self._infos.items()})
         in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
         cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
         for name in sorted(cut | (trained.keys() - apart)):
-            factors = self._factors(trained[name]) if factored and name not in cut else None
+            factors = self._factors(trained[name], variant) if factored and name not in cut else None
             yield name, factors or (in_files.read(name) if name in cut else update(name))
 
     @torch.no_grad()
-    def delta_bytes(self) -> int:
+    def delta_bytes(self, variant: str = "") -> int:
         """Return the bytes of the update as it is stored, in bfloat16 or as factors; a collective if sharded."""
         reshard_all(self.model)
         total = 0
         for host in self._hosts:
             if host.selected and host.trained:
                 dense = 2 * host.parameter.numel()
-                factors = self._factors(host)
+                factors = self._factors(host, variant)
                 total += dense if factors is None else min(dense, factors.num_bytes)
         return total
 
-    def _factors(self, host: HostParameter) -> Factors | None:
+    def _factors(self, host: HostParameter, variant: str) -> Factors | None:
         """The whole update of a parameter as factors on the CPU; None if it isn't an adapter's product alone."""
-        if self._transforms is not None or host.adapted is None or host.base is not None:
+        if variant in self._transforms or host.adapted is None or host.base is not None:
             return None
         found = host.adapted.factors(self._whole_tuned)
         return None if found is None else Factors(found.up.cpu(), found.down.cpu())
 
     @torch.no_grad()
-    def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+    def adapter_tensors(self, scale: float = 1.0, variant: str = "") -> dict[str, Tensor]:
         """Return the adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
 
         ``scale`` (0 outside the selection) is folded into a factor in which the update is linear, so that the adapter
@@ -247,7 +253,7 @@ class ModuleGraft:
             GraftError: The update is transformed, so that the factors don't give it.
         """
         assert self.subject == TUNED
-        if self._transforms is not None:
+        if variant in self._transforms:
             raise GraftError(
                 "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
                 "delta; 'shadowlit delta lora' makes an adapter of a delta."
@@ -313,11 +319,12 @@ class ModuleGraft:
     def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
-    def _update(self, host: HostParameter) -> Tensor:
-        """This rank's part of an update, transformed if there are transforms."""
-        if self._transforms is None or not host.trained:
+    def _update(self, host: HostParameter, variant: str = "") -> Tensor:
+        """This rank's part of an update, with the transforms of a variant."""
+        transforms = self._transforms.get(variant)
+        if transforms is None or not host.trained:
             return self._learned(host)
-        return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
+        return transforms(host.name, lambda name: self._learned(self._by_name[name]))
 
     def _learned(self, host: HostParameter) -> Tensor:
         device = local(host.parameter).device
@@ -333,17 +340,17 @@ class ModuleGraft:
         part = local(parameter) if host is None else host.tuned().to(parameter.device)
         return whole(part, parameter)
 
-    def _grafted(self, host: HostParameter, scale: float) -> Tensor:
+    def _grafted(self, host: HostParameter, scale: float, variant: str) -> Tensor:
         instruct = host.instruct.to(local(host.parameter).device)
         if not host.selected:
             return instruct.clone()  # the frozen weights themselves are swapped with the Base's in place
-        if host.adapted is None and host.base is not None and self._transforms is None:
+        if host.adapted is None and host.base is not None and variant not in self._transforms:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
-        return add_delta(instruct, self._update(host), scale)
+        return add_delta(instruct, self._update(host, variant), scale)
 
-    def _squares(self, host: HostParameter, scale: float) -> Tensor:
+    def _squares(self, host: HostParameter, scale: float, variant: str) -> Tensor:
         """Sums of squares of an update and of its rounding error, float64 ``[2]``."""
-        update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+        update, instruct = self._update(host, variant).flatten(), host.instruct.view(-1)
         sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
         for part in windows(update):
             exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
