@@ -269,7 +269,7 @@ class LiveGraft(ModuleGraft):
     def _write(self, live: Tensor, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
         """Overwrite ``live`` with the Instruct or a graft."""
         grafted = host.selected and host.trained and subject.kind != "adapter"
-        scale = subject.scale if (host.base is not None if subject == ANCHORED else grafted) else 0.0
+        scale = self._scale(host, subject.scale) if (host.base is not None if subject == ANCHORED else grafted) else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
             rounding = self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
             live.copy_(host.instruct.to(rounding), non_blocking=True)
