@@ -41,11 +41,13 @@ class FittedGraft:
     """Scales that were fitted, and what the graft with them scores.
 
     Attributes:
+        subject: The graft with them, in metrics.
         found: The scales.
         metrics: ``val/fitted/<metric>`` of the exported model; empty without validation data.
         lines: What the fit's last lines say of it.
     """
 
+    subject: Subject
     found: FittedScales
     metrics: dict[str, float]
     lines: list[str]
@@ -106,22 +108,24 @@ def open_rows(trainer: Trainer, module: ShadowModule, options: FitScales) -> Non
             )
 
 
-def fit_at_end(trainer: Trainer, module: ShadowModule, callback: GraftCallback, options: FitScales) -> FittedGraft:
-    """Fit the scales of the graft of the weights that the module holds, and score the graft with them; a collective.
+def fit_at_end(
+    trainer: Trainer, module: ShadowModule, callback: GraftCallback, options: FitScales, subject: Subject
+) -> FittedGraft:
+    """Fit the scales of the graft ``subject`` of the weights that the module holds, and score it; a collective.
 
     The trained weights are loaded again afterwards, bit for bit, and have the gradients that they had.
 
     Raises:
         GraftError: A loss or a derivative is not finite.
     """
-    begun, start = time.perf_counter(), callback.scales[0]
+    begun, start = time.perf_counter(), subject.scale
     graft, data = callback.build(module), getattr(trainer, "datamodule", None)
     assert module.model is not None and data is not None
     with isolate_rng():
         loaders = [data.extra_loader(key, source, options.batch_size) for key, source in _rows(options).items()]
         rows, *keep = [list(loader) for loader in loaders]
     reduce_gradients(module.model, True)
-    host = LiveScaledGraft(graft)
+    host = LiveScaledGraft(graft, subject)
     graft.in_files(dict.fromkeys(host.parameters, start))
     calibration = Calibration(
         host, options, rows, keep[0] if keep else [], module.head_losses(), objective=module.objective,
@@ -144,7 +148,8 @@ def fit_at_end(trainer: Trainer, module: ShadowModule, callback: GraftCallback, 
         f"→ {number(after['loss'])}"
         + (f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}" if keep else "")
     ]
-    metrics = _scores(trainer, module, callback, found, lines)
+    fitted = Subject("fitted", start, variant=subject.variant)
+    metrics = _scores(trainer, module, callback, found, subject, fitted, lines)
     for line in lines:
         rank_zero_info(line)
     logged = {**metrics, "graft/fit_seconds": seconds}
@@ -152,32 +157,32 @@ def fit_at_end(trainer: Trainer, module: ShadowModule, callback: GraftCallback, 
         logged |= {f"graft/scale/{group}": scale for group, scale in found.scales.items()}
     for logger in trainer.loggers:
         logger.log_metrics(logged, step=trainer.global_step)
-    return FittedGraft(found, metrics, lines)
+    return FittedGraft(fitted, found, metrics, lines)
 
 
 def _scores(
-    trainer: Trainer, module: ShadowModule, callback: GraftCallback, found: FittedScales, lines: list[str]
-) -> dict[str, float]:
+    trainer: Trainer, module: ShadowModule, callback: GraftCallback, found: FittedScales, whole: Subject,
+    fitted: Subject, lines: list[str],
+) -> dict[str, float]:  # fmt: skip
     """Score the graft at one scale and with the fitted ones on the validation sets; add a line that compares them."""
     if not trainer.val_dataloaders or not callback.validate:
         lines.append("scales: not scored: there are no validation data, or graft.validate is false")
         return {}
     graft = callback.build(module)
-    whole = Subject("grafted", found.start)
     scored: list[tuple[dict[str, float], dict[str, Tensor]]] = []
-    for subject, scales in ((whole, {}), (Subject("fitted", found.start), found.by_tensor)):
+    for subject, scales in ((whole, {}), (fitted, found.by_tensor)):
         graft.fitted = scales
         try:
             scored.append(graft.measure(whole, partial(_score, trainer, module, subject)))
         finally:
             graft.fitted = {}
-    (plain, plain_rows), (fitted, fitted_rows) = scored
-    gain, error = plain["loss"] - fitted["loss"], ""
-    if "" in plain_rows and "" in fitted_rows:
-        error = f" ± {number(error_of_gain(plain_rows[''][:, :2], fitted_rows[''][:, :2]), digits=3)}"
+    (plain, plain_rows), (own, own_rows) = scored
+    gain, error = plain["loss"] - own["loss"], ""
+    if "" in plain_rows and "" in own_rows:
+        error = f" ± {number(error_of_gain(plain_rows[''][:, :2], own_rows[''][:, :2]), digits=3)}"
     lines.append(
-        f"scales: the exported model has the fitted ones: its validation loss is {number(fitted['loss'])} "
-        f"(val/fitted/loss), and {number(plain['loss'])} at scale {found.start:g} everywhere (val/grafted/*): "
+        f"scales: the exported model has the fitted ones: its validation loss is {number(own['loss'])} "
+        f"(val/fitted/loss), and {number(plain['loss'])} at scale {found.start:g} everywhere (val/{whole.name}/loss): "
         f"{'better' if gain > 0 else 'not better'}, by {number(gain, signed=True)}{error}"
     )
     if not gain > 0:
@@ -186,7 +191,7 @@ def _scores(
             f"{found.start:g} everywhere, but it is what is exported. Remove graft.fit_scales, or give it more rows, "
             "fewer groups or a larger pull."
         )
-    return {f"val/fitted/{name}": value for name, value in fitted.items()}
+    return {f"val/{fitted.name}/{name}": value for name, value in own.items()}
 
 
 def _score(trainer: Trainer, module: ShadowModule, subject: Subject) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -54,6 +54,7 @@ class ModuleGraft:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         transforms: Transforms | None = None,
+        variants: Mapping[str, Transforms] | None = None,
         on_tuned: bool = False,
     ) -> None:
         self.model, self.dtype, self.offload, self._on_tuned = model, dtype, offload, on_tuned
@@ -71,7 +72,11 @@ class ModuleGraft:
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
-        self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
+        self._transforms = {  # by variant; none where the update stays as it is
+            name: ParameterTransforms(chosen, parameters, instruct, self._parts)
+            for name, chosen in {"": transforms, **(variants or {})}.items()
+            if chosen
+        }
         layers = self._layers = adapted_layers(model)
         self._quantised = quantised_layers(model)
         self._hosts = [
@@ -106,7 +111,8 @@ class ModuleGraft:
         """
         adapted = [host.adapted for host in self._hosts if host.adapted is not None]
         means_the_same = all(layer.additive and (scale == 1 or layer.scaling is not None) for layer in adapted)
-        return bool(adapted) and means_the_same and not self._transforms and all(h.base is None for h in self._hosts)
+        plain = "" not in self._transforms and all(host.base is None for host in self._hosts)
+        return bool(adapted) and means_the_same and plain
 
     @property
     def grafted_parameters(self) -> dict[str, Tensor]:
@@ -120,9 +126,9 @@ class ModuleGraft:
         return {name: host.parameter for name, host in grafted.items()}
 
     @torch.no_grad()
-    def update_of(self, name: str) -> Tensor:
+    def update_of(self, name: str, variant: str = "") -> Tensor:
         """Return this rank's part of a parameter's update, transformed and not scaled, whichever weights are loaded."""
-        return self._update(self._by_name[name])
+        return self._update(self._by_name[name], variant)
 
     def in_files(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return numbers of parameters, such as ``fitted``, by the names of the tensors in the Instruct's files.
@@ -157,10 +163,10 @@ class ModuleGraft:
         return all(host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned())) for host in hosts)
 
     @torch.no_grad()
-    def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
+    def statistics(self, scale: float = 1.0, squares: Squares | None = None, variant: str = "") -> dict[str, float]:
         """Norms of the update, and the fraction that survives rounding to the exported dtype; a collective if sharded.
 
-        ``squares`` is what :meth:`apply` collected for this scale, if the weights have not changed since.
+        ``squares`` is what :meth:`apply` collected for this scale and variant, if the weights have not changed since.
 
         Returns:
             Of the selected tensors that are trained: ``delta_norm`` (Frobenius) and ``delta_norm/<layer>``;
@@ -175,7 +181,7 @@ class ModuleGraft:
         grafted = [host for host in self._hosts if host.selected and host.trained]
         rows = []
         for host in grafted:
-            found = known[host.name] if host.name in known else self._squares(host, self._scale(host, scale))
+            found = known[host.name] if host.name in known else self._squares(host, self._scale(host, scale), variant)
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
                 host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
@@ -202,19 +208,19 @@ class ModuleGraft:
         }
 
     @torch.no_grad()
-    def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    def grafted_tensors(self, scale: float = 1.0, variant: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
 
-        One whole tensor at a time, on the CPU, computed in float32 and rounded once; of experts that the files hold
-        one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
-        has no parameter for keeps the Instruct's values.
+        ``variant`` names the transforms of the update. One whole tensor at a time, on the CPU, computed in float32 and
+        rounded once; of experts that the files hold one by one those of one layer. Every rank must iterate to the end;
+        all ranks get the tensors. What the module has no parameter for keeps the Instruct's values.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
 
         def grafted(name: str, dtype: torch.dtype) -> Tensor:
             host = self._by_name[name]
-            part = self._grafted(host, self._scale(host, scale)).to(dtype)
+            part = self._grafted(host, self._scale(host, scale), variant).to(dtype)
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
         infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
@@ -236,7 +242,7 @@ class ModuleGraft:
             yield name, None if host is None or name in self._parts else host.name
 
     @torch.no_grad()
-    def delta_tensors(self, factored: bool = False) -> Iterator[tuple[str, Tensor | Factors]]:
+    def delta_tensors(self, factored: bool = False, variant: str = "") -> Iterator[tuple[str, Tensor | Factors]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
         With :attr:`fitted` scales it is multiplied by them. One whole tensor at a time, float32, on the CPU, in the
@@ -249,7 +255,7 @@ class ModuleGraft:
 
         def update(name: str) -> Tensor:
             host = trained[name]
-            update = whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+            update = whole(self._update(host, variant).to(host.parameter.device), host.parameter).float().cpu()
             return self.fitted[name] * update if name in self.fitted else update
 
         infos = described({name: info.shape for name, info in self._infos.items()})
@@ -257,32 +263,32 @@ class ModuleGraft:
         apart = {part.name for parts in self._parts.values() for part in parts}
         cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
         for name in sorted(cut | (trained.keys() - apart)):
-            factors = self._factors(trained[name]) if factored and name not in cut else None
+            factors = self._factors(trained[name], variant) if factored and name not in cut else None
             if factors is not None and name in self.fitted:
                 factors = Factors(self.fitted[name] * factors.up, factors.down)
             yield name, factors or (in_files.read(name) if name in cut else update(name))
 
     @torch.no_grad()
-    def delta_bytes(self) -> int:
+    def delta_bytes(self, variant: str = "") -> int:
         """Return the bytes of the update as it is stored, in bfloat16 or as factors; a collective if sharded."""
         reshard_all(self.model)
         total = 0
         for host in self._hosts:
             if host.selected and host.trained:
                 dense = 2 * host.parameter.numel()
-                factors = self._factors(host)
+                factors = self._factors(host, variant)
                 total += dense if factors is None else min(dense, factors.num_bytes)
         return total
 
-    def _factors(self, host: HostParameter) -> Factors | None:
+    def _factors(self, host: HostParameter, variant: str) -> Factors | None:
         """The whole update of a parameter as factors on the CPU; None if it isn't an adapter's product alone."""
-        if self._transforms is not None or host.adapted is None or host.base is not None:
+        if variant in self._transforms or host.adapted is None or host.base is not None:
             return None
         found = host.adapted.factors(self._whole_tuned)
         return None if found is None else Factors(found.up.cpu(), found.down.cpu())
 
     @torch.no_grad()
-    def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+    def adapter_tensors(self, scale: float = 1.0, variant: str = "") -> dict[str, Tensor]:
         """Return the adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
 
         ``scale`` (0 outside the selection) is folded into a factor in which the update is linear, so that the adapter
@@ -292,7 +298,7 @@ class ModuleGraft:
             GraftError: The update is transformed, so that the factors don't give it.
         """
         assert self.subject == TUNED
-        if self._transforms is not None:
+        if variant in self._transforms:
             raise GraftError(
                 "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
                 "delta; 'shadowlit delta lora' makes an adapter of a delta."
@@ -362,11 +368,12 @@ class ModuleGraft:
     def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
-    def _update(self, host: HostParameter) -> Tensor:
-        """This rank's part of an update, transformed if there are transforms."""
-        if self._transforms is None or not host.trained:
+    def _update(self, host: HostParameter, variant: str = "") -> Tensor:
+        """This rank's part of an update, with the transforms of a variant."""
+        transforms = self._transforms.get(variant)
+        if transforms is None or not host.trained:
             return self._learned(host)
-        return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
+        return transforms(host.name, lambda name: self._learned(self._by_name[name]))
 
     def _learned(self, host: HostParameter) -> Tensor:
         device = local(host.parameter).device
@@ -382,17 +389,17 @@ class ModuleGraft:
         part = local(parameter) if host is None else host.tuned().to(parameter.device)
         return whole(part, parameter)
 
-    def _grafted(self, host: HostParameter, scale: float) -> Tensor:
+    def _grafted(self, host: HostParameter, scale: float, variant: str) -> Tensor:
         instruct = host.instruct.to(local(host.parameter).device)
         if not host.selected:
             return instruct.clone()  # the frozen weights themselves are swapped with the Base's in place
-        if host.adapted is None and host.base is not None and self._transforms is None:
+        if host.adapted is None and host.base is not None and variant not in self._transforms:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
-        return add_delta(instruct, self._update(host), scale)
+        return add_delta(instruct, self._update(host, variant), scale)
 
-    def _squares(self, host: HostParameter, scale: float) -> Tensor:
+    def _squares(self, host: HostParameter, scale: float, variant: str) -> Tensor:
         """Sums of squares of an update and of its rounding error, float64 ``[2]``."""
-        update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+        update, instruct = self._update(host, variant).flatten(), host.instruct.view(-1)
         sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
         for part in windows(update):
             exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
