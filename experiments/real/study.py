@@ -26,8 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
 import torch
+from answers import answer_all
+from premise import measure
 from report import choose_rates, write_report
-from rows import files, write
+from rows import Row, files, write
 from score import Scorer, gradient_norm
 
 from shadowlit.analysis.curves import read_metrics
@@ -43,6 +45,9 @@ RATES = {"lora": (5e-5, 2e-4, 5e-4), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
+NUM_ANSWERED = 24  # rows of the task that are answered
+NUM_READ = 10  # general answers that are kept to be read
+NUM_PERTURBED = 40  # rows of GSM8K that are perturbed
 PAIRS = {"near": 2, "far": 6}
 """Epochs of the Instruct's tuning; the far one is tuned on preferences too."""
 _SETTINGS = [
@@ -163,11 +168,8 @@ class Study:
         found["offset"] = offset_of(self.base, self.instruct(pair))
         replace_text(target, json.dumps(found) + "\n")
 
-    def train_and_score(self, training: Training) -> None:
-        """Train, score every scale, and write the result."""
-        target = RESULTS / f"{training.name}.json"
-        if target.exists():
-            return
+    def delta_of(self, training: Training) -> Path:
+        """Folder of a training's delta, which is trained if it is not there."""
         folder = self.runs / "trainings" / training.name
         delta = folder.parent / f"{folder.name}-delta"
         if not delta.exists():
@@ -183,14 +185,63 @@ class Study:
                    "trainer.max_epochs": EPOCHS[training.task],
                    "trainer.val_check_interval": VALIDATE_EVERY[training.task], **adapter},
             )  # fmt: skip
-        run(__file__, "--shared", self.shared, "--runs", self.runs, "--score", json.dumps(training.__dict__))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return delta / "delta"
+
+    def train_and_score(self, training: Training) -> None:
+        """Train, score every scale, and write the result."""
+        if not (RESULTS / f"{training.name}.json").exists():
+            self.delta_of(training)
+            self._in_a_process("score", training.__dict__)
+
+    def _in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
+        step = json.dumps([step, arguments])
+        run(__file__, "--shared", self.shared, "--runs", self.runs, "--step", step)
+
+    def answer(self, trained: tuple[Training, ...]) -> None:
+        """Write the answers of both arms with the first seed, and of the untouched models."""
+        first = trained[0]
+        if not (RESULTS / first.pair / f"{first.task}_{first.method}_answers.json").exists():
+            for training in trained:
+                self.delta_of(training)
+            self._in_a_process("answers", {training.source: training.__dict__ for training in trained})
+
+    def write_answers(self, trained: dict[str, dict[str, Any]]) -> None:
+        """Write the answers of trainings by their arm's source, at scale 1, and of the untouched models."""
+        arms = {f"{source}2I": Training(**training) for source, training in trained.items()}
+        first = next(iter(arms.values()))
+        scorer = self.scorer(first.pair, first.task)
+        tasks = read_rows(self.data / f"{first.task}_report.jsonl")[:NUM_ANSWERED]
+        general = read_rows(self.data / "alpaca.jsonl")[:NUM_READ]
+        found = {}
+        for name in ("Base", "Instruct", *arms):
+            if name in arms:
+                scorer.load_graft(Delta.open(self.delta_of(arms[name])), 1.0)
+            elif name == "Base":
+                scorer.load(self.base)
+            else:
+                scorer.load(self.instruct(first.pair))
+            found[name] = answer_all(scorer.model, scorer.tokenizer, first.task, tasks, general)
+        target = RESULTS / first.pair / f"{first.task}_{first.method}_answers.json"
+        replace_text(target, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+    def measure_premise(self, pair: str) -> None:
+        """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
+        target = RESULTS / pair / "premise.json"
+        if target.exists():
+            return
+        scorer = Scorer(self.instruct(pair), {})
+        rows, examples = (read_rows(self.data / f"gsm8k_{part}.jsonl") for part in ("report", "train"))
+        found = {"instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
+        scorer.load(self.base)
+        found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
+        replace_text(target, json.dumps(found) + "\n")
 
     def score(self, training: Training) -> None:
         """Score a trained delta at every scale."""
         scorer = self.scorer(training.pair, training.task)
         folder = self.runs / "trainings" / training.name
-        delta = Delta.open(folder.parent / f"{folder.name}-delta" / "delta")
+        delta = Delta.open(self.delta_of(training))
         scores: dict[str, Any] = {}
         for scale in SCALES:
             scorer.load_graft(delta, scale)
@@ -246,6 +297,11 @@ def fit(
         )  # fmt: skip
 
 
+def read_rows(file: Path) -> list[Row]:
+    """Rows of a file that the study has written."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def run(script: Path | str, *arguments: object) -> None:
     """Run a Python script."""
     subprocess.run([sys.executable, str(script), *map(str, arguments)], check=True)
@@ -273,11 +329,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="settings, e.g. near/tools_lora")
-    parser.add_argument("--score", help=argparse.SUPPRESS)
+    parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
     study = Study(given.shared.resolve(), given.runs.resolve())
-    if given.score:
-        return study.score(Training(**json.loads(given.score)))
+    if given.step:
+        step, arguments = json.loads(given.step)
+        return study.score(Training(**arguments)) if step == "score" else study.write_answers(arguments)
     settings = [s for s in _SETTINGS if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
     study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
     with ThreadPoolExecutor(given.workers) as pool:
@@ -288,9 +345,17 @@ def main() -> None:
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         for setting in settings:
-            list(pool.map(study.train_and_score, trainings(*setting, choose_rates(RESULTS, *setting))))
+            chosen = choose_rates(RESULTS, *setting)
+            list(pool.map(study.train_and_score, trainings(*setting, chosen)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
+        firsts = [
+            tuple(Training(*setting, source, lr, SEEDS[0]) for source, lr in choose_rates(RESULTS, *setting).items())
+            for setting in settings
+        ]
+        list(pool.map(study.answer, firsts))
+        list(pool.map(study.measure_premise, dict.fromkeys(pair for pair, _, _ in settings)))
+        write_report(RESULTS, HERE)
     return None
 
 
