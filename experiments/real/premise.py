@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rows import Row
-from score import Scorer
-
+from experiments.real.rows import Row
+from experiments.real.score import Scorer
 from shadowlit.data.template import Encoded
 from shadowlit.harness.perturbations import PERTURBATIONS, perturb
 

@@ -124,7 +124,7 @@ class Run:
 
     def divergence(self, scale: float) -> float:
         """Divergence from the Instruct on Alpaca's held-out answers, in nats per token."""
-        return per_token(self.path[scale]["alpaca"], KL)
+        return per_token(self.path[scale]["general"], KL)
 
     def at_divergence(self, kl: float) -> Rows | None:
         """Scores of the reported rows where the path first diverges so far, linear between scales; None if never."""
@@ -211,7 +211,7 @@ def _shown(values: Sequence[float], digits: int = 3) -> str:
 
 
 def _line(name: str, sets: Sequence[Mapping[str, Rows]]) -> list[str]:
-    report, general = [s["report"] for s in sets], [s["alpaca"] for s in sets]
+    report, general = [s["report"] for s in sets], [s["general"] for s in sets]
     who = [s["identity"] for s in sets if "identity" in s]
     return [
         name,
