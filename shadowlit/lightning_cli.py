@@ -31,6 +31,7 @@ from shadowlit.callbacks.predictions import PredictionWriter
 from shadowlit.callbacks.scores import score_table
 from shadowlit.callbacks.stopping import leave, take_over
 from shadowlit.callbacks.throughput import ThroughputCallback
+from shadowlit.callbacks.variants import losses_line
 from shadowlit.checkpoint.saved import read_rest
 from shadowlit.data.module import ShadowData
 from shadowlit.data.preview import preview
@@ -264,7 +265,10 @@ class ShadowCLI(LightningCLI):
         graft = next((c for c in self.trainer.callbacks if isinstance(c, GraftCallback)), None)  # type: ignore[attr-defined]
         if self.subcommand in ("validate", "test") and graft is not None and self.trainer.is_global_zero:
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-            make_console().print(score_table(metrics, graft.record.errors, stage=graft.record.stage))
+            console, stage = make_console(), graft.record.stage
+            console.print(score_table(metrics, graft.record.errors, stage=stage))
+            if line := losses_line(graft.subjects, metrics, stage):
+                console.print(line)
 
     def _plan(self) -> None:
         options, classes, words = self.config["plan"], self.config_init["plan"], self._words[1:]

@@ -77,6 +77,7 @@ class EvaluationCallback(Callback):
         reference: Which untouched model a divergence is measured from: base where the pair's roles are swapped.
         subjects: Models that the evaluators measure besides the untouched ones; without a graft only tuned.
         last_only: Whether the evaluators run only in the last validation of a fit, whatever their ``every``.
+        variants: Names of graft.variants on which the evaluators run too.
 
     Attributes:
         due: Names of the evaluators that run in the running validation, or else ran in the last one.
@@ -92,6 +93,7 @@ class EvaluationCallback(Callback):
         reference: Literal["instruct", "base"] = "instruct",
         subjects: list[Literal["tuned", "grafted"]] = ["tuned", "grafted"],  # noqa: B006
         last_only: bool = False,
+        variants: list[str] | None = None,
     ) -> None:
         self.evaluators = dict(evaluators or {})
         if wrong := wrong_names("evaluation.evaluators", self.evaluators):
@@ -105,6 +107,7 @@ class EvaluationCallback(Callback):
         self.folder = folder
         self.reference = reference
         self.subjects, self.last_only = list(subjects), last_only
+        self.variants = list(variants or ())
         self.record: ValidationRecord | None = None  # GraftCallback's, where there is one
         self._run_totals = RunTotals()
         self._untouched = UntouchedMetrics()
@@ -221,6 +224,9 @@ class EvaluationCallback(Callback):
         further = self._graft.scales[1:] if self._graft is not None else []
         if unknown := [scale for scale in self.scales if scale not in further]:
             yield f"evaluation.scales has {unknown}, beyond graft.scales {further}. Add them there, after the first."
+        named = list(self._graft.variants) if self._graft is not None else []
+        if unnamed := [name for name in self.variants if name not in named]:
+            yield f"evaluation.variants has {unnamed}, beyond graft.variants {named}. Add them there."
 
     def _clashes(self, module: ShadowModule, sets: Sequence[str]) -> Iterator[str]:
         """Evaluators with a validation set's name and one of its metrics, as far as their metrics are known."""
@@ -255,7 +261,10 @@ class EvaluationCallback(Callback):
         is_graft = subject.kind == "grafted"
         if is_graft and self._graft is not None and not self._graft.validate:
             return False
-        own = subject == TUNED if not is_graft else subject.main or subject.scale in self.scales
+        if subject.variant:
+            own = subject.variant in self.variants
+        else:
+            own = subject == TUNED if not is_graft else subject.main or subject.scale in self.scales
         return own and (subject.kind in self.subjects or self._graft is None)
 
     def _measure(self, trainer: Trainer, module: ShadowModule, subject: Subject, names: Sequence[str]) -> None:

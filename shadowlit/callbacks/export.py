@@ -23,6 +23,7 @@ from torch import Tensor
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.variants import Choice, candidates, choose, criterion
 from shadowlit.checkpoint.folder import CheckpointReader, require_room, shard_bytes
 from shadowlit.data.images import IMAGE_INPUTS
 from shadowlit.delta.delta import write_delta
@@ -31,6 +32,7 @@ from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
 from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.subject import Subject
 from shadowlit.grafting.verification import digested, logit_difference, rejecting, require_loadable, require_written
 from shadowlit.text import size
 from shadowlit.training.disks import Needed, require_shared
@@ -50,7 +52,9 @@ class ExportCallback(Callback):
     (for the Instruct, in PEFT's format), on request ``<folder>/delta`` (the update itself, in bfloat16, as ``shadowlit
     delta`` stores it), and after them ``<folder>/model`` (the Instruct's folder with the grafted weights and
     ``shadowlit.json``, which states where they come from and how far the logits of the written weights are from the
-    validated ones), which is then verified. Nothing is exported if no step was taken or the training diverged. Needs a
+    validated ones), which is then verified. With ``subject`` another graft than the main one is written; ``best`` is
+    the one that scores best in the validation of the exported weights, by the metric of a model that the checkpoint
+    callback monitors, or else by the loss. Nothing is exported if no step was taken or the training diverged. Needs a
     GraftCallback.
 
     What would make the export fail is found before the training: a target that exists or can't be written, a file of
@@ -69,6 +73,8 @@ class ExportCallback(Callback):
         max_shard_bytes: Size of the largest safetensors file, in bytes.
         verify: Whether to read the exported model back, one tensor at a time, compare it with the graft bit for bit,
             and compare the logits of a few rows that its weights give in the trained module with the validated ones.
+        subject: Graft that is exported, by its name in the metrics: grafted, grafted@0.5 of graft.scales, grafted@dare
+            of graft.variants; or best, the one with the best score.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class ExportCallback(Callback):
         folder: str | None = None,
         max_shard_bytes: int = 5_000_000_000,
         verify: bool = True,
+        subject: str = "grafted",
     ) -> None:
         if max_shard_bytes <= 0:
             raise ExportError(
@@ -88,8 +95,10 @@ class ExportCallback(Callback):
         self.folder = folder
         self.max_shard_bytes = max_shard_bytes
         self.verify = verify
+        self.subject = subject
         self.exported: Path | None = None  # the model folder, once written
         self._graft: GraftCallback  # the trainer's, from setup on
+        self._candidates: list[Subject] = []  # grafts of which one is written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise before the training where the export at its end would fail."""
@@ -102,7 +111,9 @@ class ExportCallback(Callback):
                 " Add one to trainer.callbacks, or set export.enabled=false."
             )
         (self._graft,) = found
-        self._graft.exports_adapter = "adapter" in self.parts and self._no_adapter(pl_module) is None
+        self._candidates = candidates(self.subject, self._graft.subjects, self._graft.validate)
+        movable = any(self._no_adapter(pl_module, each) is None for each in self._candidates)
+        self._graft.exports_adapter = "adapter" in self.parts and movable
         target = self._target(trainer)
         on_first_rank(lambda: self._require_target(target, pl_module))
 
@@ -125,7 +136,9 @@ class ExportCallback(Callback):
             factors = sum(4 * p.numel() for p in pl_module.parameters() if p.requires_grad)
             sizes["adapter"] = factors + require_copyable(files)
         if "delta" in self.parts:
-            sizes["delta"] = shard_bytes(self._graft.build(pl_module).delta_bytes(), self.max_shard_bytes)
+            variants = {each.variant: None for each in self._candidates}  # in one order on all ranks
+            largest = max(map(self._graft.build(pl_module).delta_bytes, variants))
+            sizes["delta"] = shard_bytes(largest, self.max_shard_bytes)
         parts = ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in sizes.items())
         return [(target, sum(sizes.values()), f"the export to {target} ({parts})")]
 
@@ -160,47 +173,74 @@ class ExportCallback(Callback):
                 f"export: the exported weights are those of step {step}, but {found}. Let the training end with a "
                 "validation (trainer.val_check_interval), or monitor one of its metrics."
             )
-        statistics = self._graft.build(pl_module).statistics(self._graft.scales[0])
+        subject, choice = self._choose(trainer, is_scored=scored == step)
+        statistics = self._graft.build(pl_module).statistics(subject.scale, variant=subject.variant)
         _require_finite(pl_module.losses.problem, statistics["delta_norm"])
         self._graft.warn_of_zero(trainer, statistics)
-        _warn_of_loss(self._graft.finished.metrics)
+        _warn_of_loss(self._graft.finished.metrics, subject)
         target = self._target(trainer)
-        manifest = self._manifest(trainer, pl_module, statistics)
+        manifest = self._manifest(trainer, pl_module, statistics, subject, choice)
         # What is small comes first, and is there whatever happens to the model.
         if "adapter" in self.parts and pl_module.adapter is not None:
-            self._export_adapter(trainer, pl_module, target / "adapter", manifest)
+            self._export_adapter(trainer, pl_module, target / "adapter", manifest, subject)
         if "delta" in self.parts:
-            tensors = self._graft.build(pl_module).delta_tensors(factored=True)
+            tensors = self._graft.build(pl_module).delta_tensors(factored=True, variant=subject.variant)
             if trainer.is_global_zero:
                 write_delta(target / "delta", tensors, manifest=manifest, max_shard_bytes=self.max_shard_bytes)
             else:
                 deque(tensors, maxlen=0)  # a collective
         if "model" in self.parts:
-            self._export_model(trainer, pl_module, target / "model", manifest)
+            self._export_model(trainer, pl_module, target / "model", manifest, subject)
         trainer.strategy.barrier("export")
         written = [part for part in self.parts if (target / part).is_dir()]
-        rank_zero_info(f"export: wrote the grafted Instruct ({', '.join(written)}) to {target}")
-        self._graft.exported = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
+        what = "the grafted Instruct" if subject.main else subject.name
+        rank_zero_info(f"export: wrote {what} ({', '.join(written)}) to {target}")
+        lines = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
+        self._graft.exported = [*([] if choice is None else [choice.line]), *lines]
 
-    def _manifest(self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float]) -> dict[str, Any]:
+    def _choose(self, trainer: Trainer, is_scored: bool) -> tuple[Subject, Choice | None]:
+        """The graft that is written, and the choice by which it was found, if there are several candidates."""
+        if len(self._candidates) == 1:
+            return self._candidates[0], None
+        checkpoints = trainer.checkpoint_callback
+        by = criterion(getattr(checkpoints, "monitor", None), getattr(checkpoints, "mode", "min"))
+        choice = choose(self._candidates, self._graft.finished.metrics, *by) if is_scored else None
+        if choice is None:
+            rank_zero_warn(
+                f"export: export.subject is best, but the exported weights have no val/<graft>/{by[0]}, so the main "
+                "graft is exported. Let the training end with a validation (trainer.val_check_interval), or monitor "
+                "one of its metrics; evaluators measure other grafts if evaluation.scales and evaluation.variants name "
+                "them."
+            )
+            return self._candidates[0], None
+        return choice.best, choice
+
+    def _manifest(
+        self, trainer: Trainer, module: ShadowModule, statistics: Mapping[str, float], subject: Subject,
+        choice: Choice | None,
+    ) -> dict[str, Any]:  # fmt: skip
         callback = self._graft
-        return build_manifest(
+        manifest = build_manifest(
             module.pair,
-            scale=callback.scales[0],
+            scale=subject.scale,
             select=callback.select,
             dtype=callback.dtype,
             coverage=callback.build(module).coverage,
             survival=_summary(statistics),
             metrics=callback.finished.metrics,
             config=_resolved_config(trainer),
-            transforms=callback.transforms.specs,
+            transforms=callback.transforms_of(subject).specs,
             fingerprints=callback.fingerprints,
         )
+        named = {} if subject.main else {"subject": subject.name}
+        return manifest | named | ({} if choice is None else {"choice": choice.entry()})
 
-    def _export_model(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
+    def _export_model(
+        self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any], subject: Subject
+    ) -> None:
         callback, folder = self._graft, module.pair.instruct_folder()
         digests: dict[str, str] = {}  # of what is written, by name
-        tensors = callback.build(module).grafted_tensors(callback.scales[0])
+        tensors = callback.build(module).grafted_tensors(subject.scale, subject.variant)
         if trainer.is_global_zero:
             self.exported = export_folder(
                 target,
@@ -223,25 +263,28 @@ class ExportCallback(Callback):
         on_first_rank(check)
         files = CheckpointReader(target) if trainer.is_global_zero else None
         probe = _first_batch(trainer)
-        validated = _logits(trainer, module, probe, callback.grafted(module))
+        validated = _logits(trainer, module, probe, callback.build(module).applied(subject))
         written = _logits(trainer, module, probe, callback.build(module).loaded(files))
         if files is not None:
             files.close()
             _report(target, logit_difference(validated, written, probe["attention_mask"]))
 
-    def _export_adapter(self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any]) -> None:
+    def _export_adapter(
+        self, trainer: Trainer, module: ShadowModule, target: Path, manifest: dict[str, Any], subject: Subject
+    ) -> None:
         assert module.adapter is not None and module.model is not None
-        if reason := self._no_adapter(module):
+        if reason := self._no_adapter(module, subject):
             rank_zero_info(f"export: no adapter is written. {reason}")
             return
-        factors = self._graft.build(module).adapter_tensors(self._graft.scales[0])
+        factors = self._graft.build(module).adapter_tensors(subject.scale, subject.variant)
         if trainer.is_global_zero:
             state = get_peft_model_state_dict(module.model, state_dict=factors)
             export_adapter(target, module.pair, module.adapter, state, manifest)
 
-    def _no_adapter(self, module: LightningModule) -> str | None:
+    def _no_adapter(self, module: LightningModule, subject: Subject) -> str | None:
         on_tuned = isinstance(module, ShadowModule) and module.start.weights is not None
-        return why_not_movable(getattr(module, "adapter", None), bool(self._graft.transforms), on_tuned)
+        transformed = bool(self._graft.transforms_of(subject))
+        return why_not_movable(getattr(module, "adapter", None), transformed, on_tuned)
 
     def _require_target(self, target: Path, module: LightningModule) -> None:
         if any(os.path.lexists(target / part) for part in LOADED):
@@ -278,15 +321,18 @@ def _require_finite(problem: str | None, delta_norm: float) -> None:
     )
 
 
-def _warn_of_loss(metrics: Mapping[str, float]) -> None:
+def _warn_of_loss(metrics: Mapping[str, float], subject: Subject) -> None:
     """Warn if the graft that is exported scores worse than the untouched Instruct."""
-    gain = metrics.get("graft/gain", 0.0)
-    if not gain >= -1e-6 * abs(metrics.get("val/instruct/loss", 0.0)):  # beyond the rounding of float32
+    if "graft/gain" not in metrics:
+        return
+    name, instruct = f"val/{subject.name}/loss", metrics["val/instruct/loss"]
+    gain = metrics["graft/gain"] if subject.main else instruct - metrics[name]
+    if not gain >= -1e-6 * abs(instruct):  # beyond the rounding of float32
         rank_zero_warn(
-            "export: the grafted model scores worse than the untouched Instruct: val/grafted/loss is "
-            f"{metrics['val/grafted/loss']:.4g}, val/instruct/loss {metrics['val/instruct/loss']:.4g}, graft/gain "
-            f"{gain:.4g}. Lower model.lr, train for fewer steps, let a ModelCheckpoint monitor val/grafted/loss, or "
-            "put a smaller scale first in graft.scales."
+            f"export: the grafted model scores worse than the untouched Instruct: {name} is {metrics[name]:.4g}, "
+            f"val/instruct/loss {instruct:.4g}, {'graft/gain' if subject.main else 'the gain'} {gain:.4g}. Lower "
+            "model.lr, train for fewer steps, let a ModelCheckpoint monitor val/grafted/loss, or put a smaller scale "
+            "first in graft.scales."
         )
 
 

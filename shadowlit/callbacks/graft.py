@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -23,10 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from shadowlit import text
 from shadowlit.arguments import takes_plain_values
 from shadowlit.callbacks.monitored import require_monitored
-from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord
+from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord, require_subject
 from shadowlit.callbacks.scores import error_of_gain, opening_line, score_table, survival_line
 from shadowlit.callbacks.stopping import reach_boundary
 from shadowlit.callbacks.untouched import Metrics, UntouchedMetrics, data_signature, settings_of
+from shadowlit.callbacks.variants import Variant, all_grafts, losses_line, transforms_by_name
 from shadowlit.data.protocol import run_data
 from shadowlit.data.rendering import load_template
 from shadowlit.delta.transforms import Transforms
@@ -34,7 +34,7 @@ from shadowlit.errors import GraftError, counted
 from shadowlit.evaluation.routing import Routing, routers_of
 from shadowlit.grafting.disk import LEAST_SURVIVAL
 from shadowlit.grafting.live import LiveGraft, Squares
-from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, UNTOUCHED, Subject, grafts
+from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
 from shadowlit.progress import make_console
@@ -107,6 +107,9 @@ class GraftCallback(Callback):
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
             [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, or the import path of a function. Metrics, norms,
             survival and exports are those of the transformed update.
+        variants: Further grafts by name, each with transforms of its own in place of these, scored in the same
+            validation: {dare: {transforms: [{name: dare, density: 0.2}]}} is logged as ``val/grafted@dare/*``.
+            ``export.subject`` chooses the one that is exported.
         validate: Whether the grafted models are validated; false if only the tuned model and the update matter.
 
     Attributes:
@@ -133,6 +136,7 @@ class GraftCallback(Callback):
         adapter: bool | None = None,
         routing: bool = True,
         transforms: list[dict[str, Any]] = [],  # noqa: B006
+        variants: dict[str, Variant] | None = None,
         validate: bool = True,
     ) -> None:
         named = {f"{scale:g}" for scale in scales} if all(isinstance(s, int | float) for s in scales) else set()
@@ -141,10 +145,10 @@ class GraftCallback(Callback):
                 f"graft.scales is {scales}; expected at least one finite number, and none of them twice in its first "
                 "six digits, which name its metrics."
             )
-        self.transforms = Transforms(transforms)
+        self.transforms, self.variants = Transforms(transforms), transforms_by_name(variants or {})
         self.select = select
         self.scales = list(scales)
-        self.subjects = grafts(self.scales)
+        self.subjects = all_grafts(self.scales, variants or {})
         self.dtype = _DTYPES.get(dtype)
         self.offload = offload
         self.baselines = baselines
@@ -155,9 +159,14 @@ class GraftCallback(Callback):
         self.routing = routing
         self.validate = validate
         self.twins: dict[Subject, Subject] = {}
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
         }  # fmt: skip
+        if variants:
+            own = [subject for subject in self.subjects if subject.variant]
+            self.settings["variants"] = {
+                each.variant: {"scale": each.scale, "transforms": self.transforms_of(each).specs} for each in own
+            }
         self.graft: LiveGraft | None = None
         self._fits = False  # whether the pair was found to fit, in the command that begins
         self.finished = self.record = ValidationRecord()
@@ -184,7 +193,7 @@ class GraftCallback(Callback):
                 f"{type(pl_module).__name__}. Derive yours from shadowlit.training.module.ShadowModule."
             )
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        _require_subject(pl_module, callbacks)
+        require_subject(pl_module, callbacks)
         swapping = [type(c).__name__ for c in callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if swapping:
             raise GraftError(
@@ -192,7 +201,8 @@ class GraftCallback(Callback):
                 "validation. Remove one of them."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            require_elementwise(self.transforms, trainer.world_size)
+            for transforms in (self.transforms, *self.variants.values()):
+                require_elementwise(transforms, trainer.world_size)
         if not self._fits:
             self.before_data(trainer, pl_module)
         self._fits = False  # of the next command it isn't known
@@ -308,6 +318,10 @@ class GraftCallback(Callback):
         with self.build(pl_module).applied(subject):
             yield
 
+    def transforms_of(self, subject: Subject) -> Transforms:
+        """Return the transforms of a graft."""
+        return self.variants.get(subject.variant, self.transforms)
+
     def build(self, pl_module: LightningModule) -> LiveGraft:
         """Return the graft of the module's model; the pair's weights are read at the first call of a command."""
         assert isinstance(pl_module, ShadowModule) and pl_module.model is not None
@@ -316,7 +330,7 @@ class GraftCallback(Callback):
             base, instruct = pl_module.pair.readers()
             self.graft = LiveGraft(
                 pl_module.model, base, instruct, select=self.select, dtype=self.dtype, offload=self.offload,
-                transforms=self.transforms, on_tuned=pl_module.start.weights is not None,
+                transforms=self.transforms, variants=self.variants, on_tuned=pl_module.start.weights is not None,
             )  # fmt: skip
             base.close()
             # So that the module's state always holds the trained weights: for checkpoint callbacks in any order, and
@@ -335,7 +349,8 @@ class GraftCallback(Callback):
         if stage == "fit" and trainer.is_global_zero and self.finished.metrics:
             console, metrics = make_console(), self.finished.metrics
             console.print(score_table(metrics, self.finished.errors, self.finished.step))
-            for line in filter(None, [survival_line(metrics), opening_line(metrics), *self.exported]):
+            lines = [survival_line(metrics), opening_line(metrics), losses_line(self.subjects, metrics)]
+            for line in filter(None, [*lines, *self.exported]):
                 console.print(line)
 
     def state_dict(self) -> dict[str, Any]:
@@ -372,8 +387,9 @@ class GraftCallback(Callback):
         self.finished = ValidationRecord(
             metrics=state_dict["metrics"], errors=state_dict.get("errors", {}), step=state_dict.get("step")
         )
-        before = state_dict.get("settings", self.settings)
-        changed = [f"{k} {before.get(k)} (now {now})" for k, now in self.settings.items() if before.get(k) != now]
+        own, before = self.settings, state_dict.get("settings", self.settings)
+        differing = [key for key in {**own, **before} if before.get(key) != own.get(key)]
+        changed = [f"{key} {before.get(key)} (now {own.get(key)})" for key in differing]
         if changed:
             rank_zero_warn(
                 f"graft: the checkpoint was written with another graft: {', '.join(changed)}. Its metrics and its best "
@@ -472,7 +488,8 @@ class GraftCallback(Callback):
         is_base, are_instruct = graft.unchanged()
         twins = {BASE: TUNED} if is_base else {}
         if are_instruct and self.validate:
-            twins |= dict.fromkeys((*self.subjects[1:], INSTRUCT), self.subjects[0])
+            plain = [subject for subject in self.subjects[1:] if not self.transforms_of(subject)]
+            twins |= dict.fromkeys((*plain, INSTRUCT), self.subjects[0])
         return twins
 
     def _unrounded(self, module: ShadowModule, survival: float) -> Subject | None:
@@ -612,35 +629,3 @@ def _batches(trainer: Trainer) -> tuple[list[Any], list[float]]:
         loaders = trainer.val_dataloaders
         limits = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
     return (loaders if isinstance(loaders, list) else [loaders]), limits
-
-
-def _require_subject(module: ShadowModule, callbacks: Iterable[Callback]) -> None:
-    """Raise where a step of the module or a callback's ``on_subject`` does not take the subject."""
-    for step in (module.validation_step, module.test_step):
-        _require_arguments(
-            step,
-            "does not take the subject whose weights it scores; expected (batch, batch_idx, dataloader_idx=0, "
-            "subject=TUNED). Add the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
-        )
-        given = inspect.signature(step).parameters.get("subject")
-        if given is not None and given.default != TUNED:
-            raise GraftError(
-                f"{type(module).__name__}.{step.__name__} has the argument {given}; expected subject=TUNED, since "
-                "Lightning calls it without a subject to score the tuned model. Import TUNED from "
-                "shadowlit.grafting.subject."
-            )
-    for callback in callbacks:
-        if isinstance(callback, MeasuresSubjects):
-            _require_arguments(
-                callback.on_subject,
-                "can't be called for a subject; expected (trainer, module, subject, record). Give it these arguments.",
-            )
-
-
-def _require_arguments(method: Callable[..., Any], problem: str) -> None:
-    """Raise unless a method takes four arguments by position."""
-    try:
-        inspect.signature(method).bind(None, 0, 0, TUNED)
-    except TypeError as error:
-        owner = type(getattr(method, "__self__", method)).__name__
-        raise GraftError(f"{owner}.{method.__name__}{inspect.signature(method)} {problem}") from error

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from shadowlit.errors import GraftError
-from shadowlit.grafting.subject import Subject
+from shadowlit.grafting.subject import TUNED, Subject
 from shadowlit.training.module import ShadowModule
 
 
@@ -184,6 +185,38 @@ class MeasuresSubjects(Protocol):
         generators are restored. The call is repeated if a checkpoint was saved meanwhile, since the trained weights
         were swapped in for it; the second call's results must replace the first one's.
         """
+
+
+def require_subject(module: ShadowModule, callbacks: Iterable[Callback]) -> None:
+    """Raise where a step of the module or a callback's ``on_subject`` does not take the subject."""
+    for step in (module.validation_step, module.test_step):
+        _require_arguments(
+            step,
+            "does not take the subject whose weights it scores; expected (batch, batch_idx, dataloader_idx=0, "
+            "subject=TUNED). Add the argument, with TUNED from shadowlit.grafting.subject, and pass it on to super().",
+        )
+        given = inspect.signature(step).parameters.get("subject")
+        if given is not None and given.default != TUNED:
+            raise GraftError(
+                f"{type(module).__name__}.{step.__name__} has the argument {given}; expected subject=TUNED, since "
+                "Lightning calls it without a subject to score the tuned model. Import TUNED from "
+                "shadowlit.grafting.subject."
+            )
+    for callback in callbacks:
+        if isinstance(callback, MeasuresSubjects):
+            _require_arguments(
+                callback.on_subject,
+                "can't be called for a subject; expected (trainer, module, subject, record). Give it these arguments.",
+            )
+
+
+def _require_arguments(method: Callable[..., Any], problem: str) -> None:
+    """Raise unless a method takes four arguments by position."""
+    try:
+        inspect.signature(method).bind(None, 0, 0, TUNED)
+    except TypeError as error:
+        owner = type(getattr(method, "__self__", method)).__name__
+        raise GraftError(f"{owner}.{method.__name__}{inspect.signature(method)} {problem}") from error
 
 
 def _title(callback: object) -> str:

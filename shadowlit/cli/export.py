@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftConfig
 
+from shadowlit.callbacks.variants import BEST, Variant, all_grafts
 from shadowlit.checkpoint.folder import require_no_model, require_room
 from shadowlit.checkpoint.names import is_adapter_name, tower_of
 from shadowlit.checkpoint.saved import find_whole
@@ -26,6 +27,7 @@ from shadowlit.grafting.disk import DiskGraft, Scale
 from shadowlit.grafting.export import DEFAULT_SHARD_BYTES, LOADED, export_adapter
 from shadowlit.grafting.lora_files import LoraUpdate
 from shadowlit.grafting.manifest import build_manifest
+from shadowlit.grafting.subject import Subject
 from shadowlit.grafting.verification import rejecting, require_loadable
 from shadowlit.pair.buffers import open_model
 from shadowlit.pair.pair import ModelPair
@@ -38,6 +40,7 @@ def export(
     out: str | None = None,
     parts: list[Literal["model", "adapter", "delta"]] = [],  # noqa: B006 - read only, and shown by --help
     scale: float | None = None,
+    subject: str | None = None,
     run: str | None = None,
     trust_config: bool = False,
 ) -> None:
@@ -50,7 +53,9 @@ def export(
         ckpt: Checkpoint of any step: a file, or a folder of shards.
         out: Folder for the parts; by default export-step-N in the run's folder. Nothing is overwritten.
         parts: Parts to write: model, adapter, delta; if empty, export.parts of the run.
-        scale: Scale of the graft; by default the first of graft.scales of the run.
+        scale: Scale of the graft; by default that of the subject.
+        subject: Graft of the run that is written: grafted, grafted@0.5 of graft.scales or grafted@dare of
+            graft.variants; by default export.subject of the run, unless that is best.
         run: Folder with the config.yaml of the run; by default the nearest one above the checkpoint.
         trust_config: Whether to run code that config.yaml names: graft.transforms by import path, and that of the
             models if it sets pair.trust_remote_code.
@@ -68,11 +73,13 @@ def export(
     stage, pair = TrainedReader(path), pair_of(config, home, trust_config)
     adapter = adapter_of(config, home) if any(map(is_adapter_name, stage.tensors)) else None
     _require_exportable(stage, pair, adapter, home)
-    given = settings["graft"].get("transforms") or []
+    graft = {"select": "linear", "scales": [1.0], **settings["graft"]}
+    chosen, key = _chosen(subject or settings["export"].get("subject", "grafted"), graft, home)
+    given = (graft["variants"][chosen.variant] if chosen.variant else graft).get("transforms") or []
     if not trust_config:
         names = [each.get("name") for each in given if isinstance(each, Mapping)]
-        require_known(names, transform_names(), "graft.transforms", home)
-    transforms = Transforms(given, "graft.transforms")
+        require_known(names, transform_names(), key, home)
+    transforms = Transforms(given, key)
     wanted = parts or settings["export"].get("parts") or ["model", "adapter"]
     started = "start" in stage.fingerprints
     if reason := why_not_movable(adapter, bool(transforms), started):
@@ -84,10 +91,9 @@ def export(
     for part in wanted:
         require_room(target / part)
 
-    graft = {"select": "linear", "scales": [1.0], **settings["graft"]}
     dtype = None if graft.get("dtype", "auto") == "auto" else graft["dtype"]
-    factor = graft["scales"][0] if scale is None else scale
-    scored = stage.graft.get("step") == stage.step and factor == graft["scales"][0]
+    factor = chosen.scale if scale is None else scale
+    scored = stage.graft.get("step") == stage.step and factor == chosen.scale
     max_shard_bytes = settings["export"].get("max_shard_bytes", DEFAULT_SHARD_BYTES)
     towers = settings["model"].get("train_towers", ["language"])
     update = learned = update_of(stage, pair, adapter)
@@ -103,6 +109,7 @@ def export(
             pair, scale=factor, select=graft["select"], dtype=dtype, coverage=plan.coverage, config=config,
             metrics=stage.graft["metrics"] if scored else {}, transforms=transforms.specs,
         )  # fmt: skip
+        manifest |= {} if chosen.main else {"subject": chosen.name}
         if "adapter" in wanted:
             assert adapter is not None and isinstance(learned, LoraUpdate | MergedUpdate)
             _complete(adapter, pair, towers)
@@ -118,6 +125,18 @@ def export(
                 require_loadable(target / "model", pair.trust_remote_code)
     for part in wanted:
         make_console().print(f"export: {part}: {LOADED[part].format(str(target / part))}")
+
+
+def _chosen(name: str, graft: Mapping[str, Any], home: Path) -> tuple[Subject, str]:
+    """The graft of a run that has a name in its metrics, and the key of its transforms."""
+    variants = {each: Variant(**(given or {})) for each, given in (graft.get("variants") or {}).items()}
+    grafts = all_grafts(graft["scales"], variants)
+    found = next((each for each in grafts if each.name == name), None)
+    if found is None:
+        names = ", ".join(each.name for each in grafts)
+        reason = "fit chooses by its scores" if name == BEST else f"{home / 'config.yaml'} does not have"
+        raise ExportError(f"subject is {name!r}, which {reason}; expected one of {names}. Give it as --subject.")
+    return found, f"graft.variants.{found.variant}.transforms" if found.variant else "graft.transforms"
 
 
 def _require_exportable(stage: TrainedReader, pair: ModelPair, adapter: PeftConfig | None, home: Path) -> None:

@@ -231,6 +231,7 @@ class Transforms:
         key: str = "graft.transforms",
         option: Where | None = None,
     ) -> None:
+        self.key = key
         self._steps: list[_Step] = []
         self.specs: list[dict[str, Any]] = []  # with the defaults filled in
         given = specs.specs if isinstance(specs, Transforms) else specs

@@ -53,6 +53,7 @@ class LiveGraft(ModuleGraft):
         dtype: Dtype that the graft is rounded to, as its export will be; ``None`` for that of the Instruct's file.
         offload: Keep the frozen shards and the copy of the tuned ones on the CPU.
         transforms: Functions of the update, applied before it is scaled; only elementwise ones if it is sharded.
+        variants: The functions, instead of these, of the subjects of a variant, by the variant's name.
         on_tuned: Whether the training started at the weights of a tuned Base, so that frozen ones may not be the
             Base's; the update is counted from the Base.
 
@@ -194,8 +195,8 @@ class LiveGraft(ModuleGraft):
 
     @torch.no_grad()
     def unchanged(self) -> tuple[bool, bool]:
-        """Return whether the tuned weights compute what the Base does, and whether every graft holds the Instruct's
-        weights, bit for bit; a collective.
+        """Return whether the tuned weights compute what the Base does, and whether every graft without a variant holds
+        the Instruct's weights, bit for bit; a collective.
 
         Both hold before the first step, unless the adapter or the rounding to the export's dtype changes something.
         """
@@ -206,7 +207,7 @@ class LiveGraft(ModuleGraft):
         computes_base = additive and not leaves_residual(self.model) and all(is_zero.values())
         rounds = any(self._rounding(host) != host.instruct.dtype for host in self._hosts)
         kept = all(is_zero[host.name] for host in trained if host.selected)
-        flags = of_all_ranks([(computes_base, kept and not rounds and self._transforms is None)])
+        flags = of_all_ranks([(computes_base, kept and not rounds and "" not in self._transforms)])
         return all(flag for flag, _ in flags), all(flag for _, flag in flags)
 
     def close(self) -> None:
@@ -268,15 +269,15 @@ class LiveGraft(ModuleGraft):
     def _write(self, live: Tensor, host: HostParameter, subject: Subject, squares: Squares | None) -> None:
         """Overwrite ``live`` with the Instruct or a graft."""
         grafted = host.selected and host.trained and subject.kind != "adapter"
-        scale = subject.scale if (host.base is not None if subject == ANCHORED else grafted) else 0.0
+        scale = self._scale(host, subject.scale) if (host.base is not None if subject == ANCHORED else grafted) else 0.0
         if not scale:  # the Instruct itself, even where the training has diverged; rounded in the graft alone
             rounding = self._rounding(host) if subject.kind in ("grafted", "grafted_4bit") else host.instruct.dtype
             live.copy_(host.instruct.to(rounding), non_blocking=True)
             return
         measured = torch.zeros(2, dtype=accumulation_dtype(live.device), device=live.device)
         # Trained elements alone are subtracted a window at a time, so that the update never exists as a whole.
-        computed = (self._transforms or host.adapted) and subject != ANCHORED
-        whole_update = self._update(host).reshape(-1) if computed else None
+        computed = (subject.variant in self._transforms or host.adapted) and subject != ANCHORED
+        whole_update = self._update(host, subject.variant).reshape(-1) if computed else None
         out, sides = live.view(-1), [host.instruct, *([host.tuned(), host.base] if whole_update is None else [])]
         for part in windows(out):
             goal, *ends = (t.view(-1)[part].to(out.device, non_blocking=True) for t in sides if t is not None)

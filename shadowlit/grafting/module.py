@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,10 +54,12 @@ class ModuleGraft:
         dtype: torch.dtype | None = None,
         offload: bool = False,
         transforms: Transforms | None = None,
+        variants: Mapping[str, Transforms] | None = None,
         on_tuned: bool = False,
     ) -> None:
         self.model, self.dtype, self.offload, self._on_tuned = model, dtype, offload, on_tuned
         self.subject: Subject = TUNED  # whose weights are loaded
+        self.fitted: Mapping[str, float] = {}  # scales of parameters that replace those of every graft, once they exist
         self._instruct_reader = instruct
         require_untied(model)
         reshard_all(model)
@@ -69,7 +72,11 @@ class ModuleGraft:
         self._infos = {name: by_module.info(name) for name in shapes}
         model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         self.selected = select_parameters(select, list(parameters), self._parts, linear_names(model), model_type)
-        self._transforms = ParameterTransforms(transforms, parameters, instruct, self._parts) if transforms else None
+        self._transforms = {  # by variant; none where the update stays as it is
+            name: ParameterTransforms(chosen, parameters, instruct, self._parts)
+            for name, chosen in {"": transforms, **(variants or {})}.items()
+            if chosen
+        }
         layers = self._layers = adapted_layers(model)
         self._quantised = quantised_layers(model)
         self._hosts = [
@@ -104,7 +111,42 @@ class ModuleGraft:
         """
         adapted = [host.adapted for host in self._hosts if host.adapted is not None]
         means_the_same = all(layer.additive and (scale == 1 or layer.scaling is not None) for layer in adapted)
-        return bool(adapted) and means_the_same and not self._transforms and all(h.base is None for h in self._hosts)
+        plain = "" not in self._transforms and all(host.base is None for host in self._hosts)
+        return bool(adapted) and means_the_same and plain
+
+    @property
+    def grafted_parameters(self) -> dict[str, Tensor]:
+        """The parameters that get an update, by name; a GraftError if one is in 4 bits, which has no gradient."""
+        grafted = {host.name: host for host in self._hosts if host.selected and host.trained}
+        if any(host.quantised for host in grafted.values()):
+            raise GraftError(
+                "graft.fit_scales needs gradients of the weights, which the layers of model.quantization don't have. "
+                "Train without quantization, or fit the scales on disk (shadowlit graft --fit-scales)."
+            )
+        return {name: host.parameter for name, host in grafted.items()}
+
+    @torch.no_grad()
+    def update_of(self, name: str) -> Tensor:
+        """Return this rank's part of a parameter's update, transformed and not scaled, whichever weights are loaded."""
+        return self._update(self._by_name[name])
+
+    def in_files(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Return numbers of parameters, such as ``fitted``, by the names of the tensors in the Instruct's files.
+
+        Raises:
+            GraftError: A tensor of the files is made of parameters with different numbers.
+        """
+        found: dict[str, float] = {}
+        for name, host in self._named_in_files():
+            parts = [part.name for part in self._parts[name]] if name in self._parts else [host] if host else []
+            numbers = {values[part] for part in parts if part in values}
+            if len(numbers) > 1:
+                raise GraftError(
+                    f"graft.fit_scales: {name} of the Instruct's files holds parameters of several groups, so it can't "
+                    "have one scale. Set groups=layer."
+                )
+            found |= {name: numbers.pop()} if numbers else {}
+        return found
 
     @property
     def holds_float32(self) -> bool:
@@ -121,10 +163,10 @@ class ModuleGraft:
         return all(host.base is None or torch.equal(host.tuned(), host.base.to(host.tuned())) for host in hosts)
 
     @torch.no_grad()
-    def statistics(self, scale: float = 1.0, squares: Squares | None = None) -> dict[str, float]:
+    def statistics(self, scale: float = 1.0, squares: Squares | None = None, variant: str = "") -> dict[str, float]:
         """Norms of the update, and the fraction that survives rounding to the exported dtype; a collective if sharded.
 
-        ``squares`` is what :meth:`apply` collected for this scale, if the weights have not changed since.
+        ``squares`` is what :meth:`apply` collected for this scale and variant, if the weights have not changed since.
 
         Returns:
             Of the selected tensors that are trained: ``delta_norm`` (Frobenius) and ``delta_norm/<layer>``;
@@ -139,7 +181,7 @@ class ModuleGraft:
         grafted = [host for host in self._hosts if host.selected and host.trained]
         rows = []
         for host in grafted:
-            found = known[host.name] if host.name in known else self._squares(host, scale)
+            found = known[host.name] if host.name in known else self._squares(host, self._scale(host, scale), variant)
             if host.instruct_square is None:
                 parts = (host.instruct.view(-1)[part].to(found.device).float() for part in windows(host.instruct))
                 host.instruct_square = torch.stack([torch.dot(x, x).to(found.dtype) for x in parts]).sum()
@@ -150,56 +192,62 @@ class ModuleGraft:
             dist.all_reduce(table, group=sharded.device_mesh.get_group())
         shapes = {host.name: self._infos[host.name].shape for host in grafted}
         total = in_totals(shapes)
+        scales = [[self._scale(host, scale)] for host in grafted]
+        every = dict(zip(shapes, map(operator.add, table.tolist(), scales), strict=True))
         layers: dict[str, list[list[float]]] = {}
         components: dict[str, list[list[float]]] = {}
-        for (name, shape), row in zip(shapes.items(), table.tolist(), strict=True):
+        for name, row in every.items():
             layers.setdefault(layer_label(name), []).append(row)
-            components.setdefault(component_of(name, shape), []).append(row)
-        every = dict(zip(shapes, table.tolist(), strict=True))
-        by_component = {part: _relative(rows, scale) for part, rows in components.items()}
+            components.setdefault(component_of(name, shapes[name]), []).append(row)
+        by_component = {part: _relative(rows) for part, rows in components.items()}
         return {
             "delta_norm": _norm(every.values()),
-            **_relative([row for name, row in every.items() if name in total], scale),
+            **_relative([row for name, row in every.items() if name in total]),
             **{f"delta_norm/{label}": _norm(rows) for label, rows in layers.items()},
             **{f"{key}/{part}": value for part, found in by_component.items() for key, value in found.items()},
         }
 
     @torch.no_grad()
-    def grafted_tensors(self, scale: float = 1.0) -> Iterator[tuple[str, Tensor]]:
+    def grafted_tensors(self, scale: float = 1.0, variant: str = "") -> Iterator[tuple[str, Tensor]]:
         """Yield every tensor of the Instruct's checkpoint with the update grafted on, under its name there.
 
-        One whole tensor at a time, on the CPU, computed in float32 and rounded once; of experts that the files hold
-        one by one those of one layer. Every rank must iterate to the end; all ranks get the tensors. What the module
-        has no parameter for keeps the Instruct's values.
+        ``variant`` names the transforms of the update. One whole tensor at a time, on the CPU, computed in float32 and
+        rounded once; of experts that the files hold one by one those of one layer. Every rank must iterate to the end;
+        all ranks get the tensors. What the module has no parameter for keeps the Instruct's values.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
-        aliases = aliases_of(self.model)
-        by_key = {canonical_key(alias): first for alias, first in aliases.items()}
 
         def grafted(name: str, dtype: torch.dtype) -> Tensor:
             host = self._by_name[name]
-            part = self._grafted(host, scale).to(dtype)
+            part = self._grafted(host, self._scale(host, scale), variant).to(dtype)
             return whole(part.to(host.parameter.device), host.parameter).cpu()
 
         infos = {name: info.converted(self.dtype) for name, info in self._infos.items()}
         files = self._instruct_reader
         in_files = laid_out(infos, files, lambda n: grafted(n, infos[n].dtype)) if self._parts else files
-        for name, info in files.tensors.items():
-            dtype = info.converted(self.dtype).dtype
+        for name, host in self._named_in_files():
+            dtype = files.tensors[name].converted(self.dtype).dtype
             if name in self._parts:
                 yield name, in_files.read(name)
-            elif (host := self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))) is not None:
-                yield name, grafted(host.name, dtype)
             else:
-                yield name, files.read(name).to(dtype)
+                yield name, files.read(name).to(dtype) if host is None else grafted(host, dtype)
+
+    def _named_in_files(self) -> Iterator[tuple[str, str | None]]:
+        """The tensors of the Instruct's files, each with the parameter that it is, if it is one by itself."""
+        aliases = aliases_of(self.model)
+        by_key = {canonical_key(alias): first for alias, first in aliases.items()}
+        for name in self._instruct_reader.tensors:
+            host = self._by_name.get(aliases.get(name) or by_key.get(canonical_key(name), name))
+            yield name, None if host is None or name in self._parts else host.name
 
     @torch.no_grad()
-    def delta_tensors(self, factored: bool = False) -> Iterator[tuple[str, Tensor | Factors]]:
+    def delta_tensors(self, factored: bool = False, variant: str = "") -> Iterator[tuple[str, Tensor | Factors]]:
         """Yield the update of every selected tensor that is trained, ``tuned − base``, under its name in the files.
 
-        One whole tensor at a time, float32, on the CPU, in the order of their names. Every rank must iterate to the
-        end; all ranks get them. With ``factored``, what an adapter has learned as a product of two matrices comes so.
+        With :attr:`fitted` scales it is multiplied by them. One whole tensor at a time, float32, on the CPU, in the
+        order of their names. Every rank must iterate to the end; all ranks get them. With ``factored``, what an adapter
+        has learned as a product of two matrices comes so.
         """
         assert self.subject == TUNED
         reshard_all(self.model)
@@ -207,37 +255,40 @@ class ModuleGraft:
 
         def update(name: str) -> Tensor:
             host = trained[name]
-            return whole(self._update(host).to(host.parameter.device), host.parameter).float().cpu()
+            update = whole(self._update(host, variant).to(host.parameter.device), host.parameter).float().cpu()
+            return self.fitted[name] * update if name in self.fitted else update
 
         infos = described({name: info.shape for name, info in self._infos.items()})
         in_files = laid_out(infos, self._instruct_reader, update) if self._parts else self._instruct_reader
         apart = {part.name for parts in self._parts.values() for part in parts}
         cut = {name for name, parts in self._parts.items() if trained.keys() >= {part.name for part in parts}}
         for name in sorted(cut | (trained.keys() - apart)):
-            factors = self._factors(trained[name]) if factored and name not in cut else None
+            factors = self._factors(trained[name], variant) if factored and name not in cut else None
+            if factors is not None and name in self.fitted:
+                factors = Factors(self.fitted[name] * factors.up, factors.down)
             yield name, factors or (in_files.read(name) if name in cut else update(name))
 
     @torch.no_grad()
-    def delta_bytes(self) -> int:
+    def delta_bytes(self, variant: str = "") -> int:
         """Return the bytes of the update as it is stored, in bfloat16 or as factors; a collective if sharded."""
         reshard_all(self.model)
         total = 0
         for host in self._hosts:
             if host.selected and host.trained:
                 dense = 2 * host.parameter.numel()
-                factors = self._factors(host)
+                factors = self._factors(host, variant)
                 total += dense if factors is None else min(dense, factors.num_bytes)
         return total
 
-    def _factors(self, host: HostParameter) -> Factors | None:
+    def _factors(self, host: HostParameter, variant: str) -> Factors | None:
         """The whole update of a parameter as factors on the CPU; None if it isn't an adapter's product alone."""
-        if self._transforms is not None or host.adapted is None or host.base is not None:
+        if variant in self._transforms or host.adapted is None or host.base is not None:
             return None
         found = host.adapted.factors(self._whole_tuned)
         return None if found is None else Factors(found.up.cpu(), found.down.cpu())
 
     @torch.no_grad()
-    def adapter_tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+    def adapter_tensors(self, scale: float = 1.0, variant: str = "") -> dict[str, Tensor]:
         """Return the adapter's factors, whole and on the CPU, by their names in the module; a collective when sharded.
 
         ``scale`` (0 outside the selection) is folded into a factor in which the update is linear, so that the adapter
@@ -247,13 +298,13 @@ class ModuleGraft:
             GraftError: The update is transformed, so that the factors don't give it.
         """
         assert self.subject == TUNED
-        if self._transforms is not None:
+        if variant in self._transforms:
             raise GraftError(
                 "the graft transforms the update, so the adapter's factors do not give it. Export the model or the "
                 "delta; 'shadowlit delta lora' makes an adapter of a delta."
             )
         reshard_all(self.model)
-        scales = {host.adapted.layer: scale if host.selected else 0.0 for host in self._hosts if host.adapted}
+        scales = {h.adapted.layer: self._scale(h, scale) if h.selected else 0.0 for h in self._hosts if h.adapted}
         tensors = {}
         for prefix, module in self.model.named_modules():
             if module not in scales:
@@ -310,14 +361,19 @@ class ModuleGraft:
             return tensor.pin_memory() if live.is_cuda else tensor
         return tensor.to(live.device)
 
+    def _scale(self, host: HostParameter, scale: float) -> float:
+        """The scale of a parameter's update where the graft's is ``scale``."""
+        return self.fitted.get(host.name, scale)
+
     def _rounding(self, host: HostParameter) -> torch.dtype:
         return self.dtype or host.instruct.dtype
 
-    def _update(self, host: HostParameter) -> Tensor:
-        """This rank's part of an update, transformed if there are transforms."""
-        if self._transforms is None or not host.trained:
+    def _update(self, host: HostParameter, variant: str = "") -> Tensor:
+        """This rank's part of an update, with the transforms of a variant."""
+        transforms = self._transforms.get(variant)
+        if transforms is None or not host.trained:
             return self._learned(host)
-        return self._transforms(host.name, lambda name: self._learned(self._by_name[name]))
+        return transforms(host.name, lambda name: self._learned(self._by_name[name]))
 
     def _learned(self, host: HostParameter) -> Tensor:
         device = local(host.parameter).device
@@ -333,17 +389,17 @@ class ModuleGraft:
         part = local(parameter) if host is None else host.tuned().to(parameter.device)
         return whole(part, parameter)
 
-    def _grafted(self, host: HostParameter, scale: float) -> Tensor:
+    def _grafted(self, host: HostParameter, scale: float, variant: str) -> Tensor:
         instruct = host.instruct.to(local(host.parameter).device)
         if not host.selected:
             return instruct.clone()  # the frozen weights themselves are swapped with the Base's in place
-        if host.adapted is None and host.base is not None and self._transforms is None:
+        if host.adapted is None and host.base is not None and variant not in self._transforms:
             return graft(instruct, host.tuned(), host.base.to(instruct.device), scale)
-        return add_delta(instruct, self._update(host), scale)
+        return add_delta(instruct, self._update(host, variant), scale)
 
-    def _squares(self, host: HostParameter, scale: float) -> Tensor:
+    def _squares(self, host: HostParameter, scale: float, variant: str) -> Tensor:
         """Sums of squares of an update and of its rounding error, float64 ``[2]``."""
-        update, instruct = self._update(host).flatten(), host.instruct.view(-1)
+        update, instruct = self._update(host, variant).flatten(), host.instruct.view(-1)
         sums = torch.zeros(2, dtype=accumulation_dtype(update.device), device=update.device)
         for part in windows(update):
             exact = add_delta(instruct[part].to(update.device, non_blocking=True), update[part], scale)
@@ -356,11 +412,15 @@ def _norm(rows: Iterable[Sequence[float]]) -> float:
     return sum(row[0] for row in rows) ** 0.5
 
 
-def _relative(rows: Iterable[Sequence[float]], scale: float) -> dict[str, float]:
-    """``relative_delta`` and ``survival``, from the squared norms of updates, of what is lost, and of weights."""
-    update, lost, weights = map(sum, zip(*rows, strict=True))
+def _relative(rows: list[list[float]]) -> dict[str, float]:
+    """``relative_delta`` and ``survival``, from the squared norms of updates, of what is lost, and of weights, and the
+    scales.
+    """
+    update, lost, weights = (sum(row[i] for row in rows) for i in range(3))
+    scales = {row[3] for row in rows}
+    scaled = scales.pop() ** 2 * update if len(scales) == 1 else sum(row[3] ** 2 * row[0] for row in rows)
     relative = {"relative_delta": (update / weights) ** 0.5 if weights else 0.0}
-    return relative | ({"survival": 1 - (lost / (scale**2 * update)) ** 0.5} if scale**2 * update else {})
+    return relative | ({"survival": 1 - (lost / scaled) ** 0.5} if scaled else {})
 
 
 def sums_of_squares(update: Tensor, exact: Tensor, rounded: Tensor) -> Tensor:

@@ -20,17 +20,19 @@ class Subject:
             adapter at work: what a training with two anchors computes the Instruct's micro-batches with.
         scale: Scale λ of the update that a graft adds; 0 for models without a graft.
         main: Whether this graft is the main one, called ``grafted``; any other has its scale in its name,
-            ``grafted@0.5``.
+            ``grafted@0.5``, or its variant's name, ``grafted@dare``.
+        variant: Name of the transforms of its update; empty for those that all grafts without a variant share.
     """
 
     kind: Literal["tuned", "grafted", "grafted_4bit", "unrounded", "adapter", "anchored", "base", "instruct"]
     scale: float = 0.0
     main: bool = True
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """The name in metrics and in the names of files."""
-        return self.kind if self.main else f"{self.kind}@{self.scale:g}"
+        return self.kind if self.main else f"{self.kind}@{self.variant or f'{self.scale:g}'}"
 
     @property
     def start(self) -> Subject:

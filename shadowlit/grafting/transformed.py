@@ -18,6 +18,8 @@ from shadowlit.errors import GraftError
 class Transforms(Protocol):
     """What the live graft needs of its transforms, :class:`shadowlit.delta.transforms.Transforms`."""
 
+    key: str  # of the list in messages
+
     @property
     def whole(self) -> list[str]:
         """Names of the functions that need whole tensors; the others may be applied to any part of one."""
@@ -94,7 +96,7 @@ def require_elementwise(transforms: Transforms, num_ranks: int) -> None:
     """Raise a GraftError if ``num_ranks`` ranks hold shards of the parameters and a transform needs whole tensors."""
     if num_ranks > 1 and transforms.whole:
         raise GraftError(
-            f"graft.transforms has transforms of whole tensors ({', '.join(transforms.whole)}), but FSDP2 shards the "
+            f"{transforms.key} has transforms of whole tensors ({', '.join(transforms.whole)}), but FSDP2 shards the "
             f"tensors over {num_ranks} ranks. Use elementwise transforms (dare), one device or DDP; or train without "
             "transforms and apply them afterwards (shadowlit graft ... --transforms)."
         )

@@ -120,7 +120,8 @@ def estimate(
     trained = [p for p in model.parameters() if p.requires_grad]
     num_trained = sum(p.numel() for p in trained)
     # The update of an adapter, or one that is transformed, exists as a whole, one tensor at a time.
-    at_once = host_parameters(model) if graft.transforms else adapted_layers(model)
+    transformed = any(map(graft.transforms_of, graft.subjects))
+    at_once = host_parameters(model) if transformed else adapted_layers(model)
     largest = max((p.numel() for name, p in host_parameters(model).items() if name in at_once), default=0)
     weights = num_bytes([*model.parameters(), *model.buffers()])
     shards = ranks if trainer["sharing"] == "fsdp" else 1

@@ -40,17 +40,18 @@ ADAPTERS = {
 }
 
 
-def fit(home, folders, kind, graft, world_size=1, **options):
+def fit(home, folders, kind, graft, world_size=1, subject="grafted", **options):
     """Train two steps, with a checkpoint of each and an export of the last, as the command line leaves them."""
     pair, adapter = dict(zip(("base", "instruct"), map(str, folders), strict=True)), ADAPTERS[kind]
     home.mkdir(parents=True, exist_ok=True)
     config = {
-        "pair": pair, "graft": graft, "export": {"parts": PARTS},
+        "pair": pair, "graft": graft, "export": {"parts": PARTS, "subject": subject},
         "model": {"adapter": adapter and {"class_path": "peft.LoraConfig", "init_args": adapter}},
     }  # fmt: skip
     (home / "config.yaml").write_text(yaml.safe_dump(config))
     saving = ModelCheckpoint(home / "checkpoints", "{step}", save_top_k=-1)
-    callbacks = [GraftCallback(**graft), saving, ExportCallback(parts=PARTS, folder=str(home / "export"))]
+    export = ExportCallback(parts=PARTS, folder=str(home / "export"), subject=subject)
+    callbacks = [GraftCallback(**graft), saving, export]
     if world_size > 1:
         options["strategy"] = ModelParallelStrategy(data_parallel_size=world_size, tensor_parallel_size=1)
     module = ShadowModule(ModelPair(**pair), adapter and LoraConfig(**adapter), lr=1e-2 if adapter else 1e-3)
@@ -101,6 +102,22 @@ def test_the_files_are_those_of_fit(tmp_path, capsys, arch, kind, graft):
     folders = save(tmp_path, arch, tied=arch == "qwen3", dtype=dtype, **size)
     fit(tmp_path / "run", folders, kind, graft)
     require_equal_export(tmp_path / "run", capsys)
+
+
+def test_another_graft_of_the_run(tmp_path, capsys):
+    """The one that the run exports, or one that is named; the best one is known to fit alone."""
+    variants = {"dare": {"transforms": DARE, "scale": 0.7}, "half": {"scale": 0.5}}
+    home = tmp_path / "run"
+    fit(home, save_pair(tmp_path, "qwen3"), "lora", {"variants": variants}, subject="grafted@dare")
+    require_equal_export(home, capsys)
+    command = ["export", str(home / "checkpoints/step=2.ckpt"), "--parts=[adapter]"]
+    assert main([*command, "--subject", "grafted@half", "--out", str(tmp_path / "half")]) == 0
+    manifest = read_manifest(tmp_path / "half/adapter")
+    assert (manifest["subject"], manifest["scale"]) == ("grafted@half", 0.5) and "transforms" not in manifest
+    assert manifest["metrics"]["val/grafted@half/loss"] > 0
+    told = refused(capsys, *command[1:], "--subject=best")
+    assert "is 'best', which fit chooses by its scores; expected one of grafted, grafted@dare, grafted@half" in told
+    assert "is 'dare', which" in refused(capsys, *command[1:], "--subject=dare")
 
 
 @pytest.mark.parametrize("kind", ["lora", pytest.param("full", marks=SLOW)])

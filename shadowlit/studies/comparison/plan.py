@@ -52,6 +52,7 @@ class Training:
             "graft.baselines": False,
             "evaluation.baselines": False,
             "export.parts": ["delta"],
+            "export.subject": "grafted",
             "export.folder": str(home),
         }
         arguments = recipe.arguments(self.source, self.seed, home, {**recipe.overrides, **own})

@@ -1,0 +1,205 @@
+"""Scales of an update by group of tensors, found on held-out data.
+
+The graft with a scale for each group g of tensors is ``W(λ) = W_I + Σ_g λ_g Δ_g``, with the Instruct's weights W_I and
+the update Δ, of which Δ_g has the tensors of the group. By the chain rule a loss changes with a scale as
+
+    dL/dλ_g = ⟨∂L/∂W at W(λ), Δ_g⟩,
+
+the sum over the group's elements. So one backward pass gives the derivatives by all scales, and no gradient has to be
+kept: the inner product of a parameter's gradient with its update is one number. Minimised is
+
+    J(λ) = L(λ) + w · KL(λ) + pull · mean_g (λ_g − λ₀)²,
+
+where L is the training's loss per supervised token of the calibration rows, KL the divergence ``KL(graft ‖ Instruct)``
+per supervised token of other rows, which the task should not change, and λ₀ the scale that the graft has otherwise (1
+in the paper). The scales start at λ₀ and take a few steps of Adam (arXiv 1412.6980), whose step size falls to zero
+along a line. A step moves every scale by about its step size, however small the derivative is; what the data say
+nothing about is kept near λ₀ by the pull alone. Of the scales that were visited, those with the lowest J are the
+result, so that it is never above J(λ₀).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowlit.checkpoint.names import kind_of, layer_label, layer_of, module_of
+from shadowlit.errors import GraftError
+from shadowlit.grafting.arithmetic import accumulation_dtype, widen
+from shadowlit.grafting.swap import windows
+
+Grouping = Literal["layer", "kind", "tensor"]
+OUTSIDE = "other"
+"""Group of the tensors outside of numbered layers."""
+_BETAS, _EPS = (0.9, 0.999), 1e-12
+
+
+@dataclass
+class Keep:
+    """Rows on which the graft should answer as the untouched Instruct does.
+
+    Args:
+        data: Source of the rows: conversations or plain text, as for training.
+        weight: Weight of the divergence KL(graft ‖ Instruct) per supervised token of these rows; above 0.
+    """
+
+    data: str
+    weight: float = 1.0
+
+
+@dataclass
+class FitScales:
+    """How the scales of groups of tensors are found when a training ends; see :mod:`shadowlit.grafting.scales`.
+
+    Args:
+        data: Source of the calibration rows, as for training, which neither trains nor validates.
+        groups: Groups that have a scale each: decoder layers (layer; other for what is outside of them), kinds of
+            tensors (kind: q_proj, k_proj, …), or single tensors (tensor; a bias belongs to its weight).
+        steps: Number of Adam steps, each a forward and a backward pass over all calibration rows.
+        lr: Size of the first step; it falls to zero along a line.
+        pull: Weight of the mean squared distance of the scales from the one that the graft has otherwise; at least 0.
+        keep: Rows on which the graft is kept near the untouched Instruct; null for none.
+        batch_size: Rows per rank and pass; null for data.batch_size.
+    """
+
+    data: str
+    groups: Grouping = "layer"
+    steps: int = 20
+    lr: float = 0.05
+    pull: float = 0.01
+    keep: Keep | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise if a number is out of its range."""
+        weight = 1.0 if self.keep is None else self.keep.weight
+        numbers = [self.lr, weight, self.pull]
+        if self.steps < 1 or not all(map(math.isfinite, numbers)) or min(self.lr, weight) <= 0 or self.pull < 0:
+            raise GraftError(
+                f"fit_scales is {self}; expected at least one step, lr and keep.weight above 0 and a pull of at least "
+                "0, all finite. Correct it, e.g. {data: calibration.jsonl, groups: layer, steps: 20}."
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise GraftError(f"fit_scales.batch_size is {self.batch_size}; expected at least 1, or null.")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one pass over the calibration rows has measured.
+
+    Attributes:
+        loss: Loss per supervised token.
+        kl: ``KL(graft ‖ Instruct)`` in nats per supervised token of the rows to keep; 0 without such rows.
+        slopes: Derivative of ``loss + weight · kl`` by the scale of each group; empty if it wasn't asked for.
+    """
+
+    loss: float
+    kl: float = 0.0
+    slopes: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FittedScales:
+    """Scales by group of tensors, and how they were found.
+
+    Attributes:
+        groups: Rule by which tensors are grouped.
+        scales: Scale of each group, exactly representable in float32.
+        by_tensor: Scale of each grafted parameter, by name.
+        start: Scale that all of them started from.
+        step: Step after which the scales were the best, 0 for the start.
+        history: ``loss``, ``kl`` and ``objective`` before the first step and after each.
+    """
+
+    groups: str
+    scales: dict[str, float]
+    by_tensor: dict[str, float]
+    start: float
+    step: int
+    history: list[dict[str, float]]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a manifest has of it: everything except the scales of single parameters."""
+        return {
+            "groups": self.groups, "scales": self.scales, "start": self.start, "step": self.step,
+            "before": self.history[0], "after": self.history[self.step],
+        }  # fmt: skip
+
+
+def group_of(name: str, groups: Grouping) -> str:
+    """Return the group of a tensor by its name in the files: ``layer_07``, ``q_proj``, or the tensor's own module."""
+    if groups == "layer":
+        return OUTSIDE if layer_of(name) is None else layer_label(name)
+    return kind_of(name) if groups == "kind" else module_of(name)
+
+
+def inner_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``⟨left, right⟩`` of two tensors of one shape as a scalar: products in float32, or float64 if one of the
+    two is, and sums of them in float64.
+    """
+    total = torch.zeros((), dtype=accumulation_dtype(left.device), device=left.device)
+    left, right = left.reshape(-1), right.reshape(-1)
+    for part in windows(left):
+        one, other = widen(left[part]), widen(right[part].to(left.device, non_blocking=True))
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        total += torch.dot(one.to(dtype), other.to(dtype))
+    return total
+
+
+def fit(
+    measure: Callable[[Mapping[str, float], bool], Measured],
+    names: Iterable[str],
+    options: FitScales,
+    start: float = 1.0,
+) -> FittedScales:
+    """Find the scales of groups of tensors; see the module's docstring.
+
+    Args:
+        measure: Function from the scale of each group, and whether slopes are wanted, to what is measured with them; a
+            collective where there are several ranks, with equal results on all.
+        names: Names of the grafted tensors.
+        options: Groups, steps, pull and weights.
+        start: Scale λ₀ that the graft has otherwise.
+
+    Raises:
+        GraftError: A loss or a slope is not finite.
+    """
+    by_name = {name: group_of(name, options.groups) for name in names}
+    groups = list(dict.fromkeys(by_name.values()))
+    weight = 0.0 if options.keep is None else options.keep.weight
+    scales = np.full(len(groups), float(np.float32(start)))
+    first, second = np.zeros(len(groups)), np.zeros(len(groups))
+    visited, history = [], []
+    for step in range(options.steps + 1):
+        is_last = step == options.steps
+        visited.append(dict(zip(groups, scales.tolist(), strict=True)))
+        found = measure(visited[-1], not is_last)
+        distance = scales - start
+        objective = found.loss + weight * found.kl + options.pull * float(np.square(distance).mean())
+        slopes = np.array([found.slopes.get(group, 0.0) for group in groups])
+        if not (math.isfinite(objective) and np.isfinite(slopes).all()):
+            raise GraftError(
+                f"fit_scales: the loss of the calibration rows is {found.loss:.4g} and the divergence {found.kl:.4g} "
+                f"after {step} of {options.steps} steps, or a derivative of theirs is not finite. Lower "
+                "graft.fit_scales.lr, or check the rows."
+            )
+        history.append({"loss": found.loss, "kl": found.kl, "objective": objective})
+        if is_last:
+            break
+        slopes = slopes + 2 * options.pull / len(groups) * distance
+        first = _BETAS[0] * first + (1 - _BETAS[0]) * slopes
+        second = _BETAS[1] * second + (1 - _BETAS[1]) * np.square(slopes)
+        means = first / (1 - _BETAS[0] ** (step + 1)), second / (1 - _BETAS[1] ** (step + 1))
+        size = options.lr * (1 - step / options.steps)
+        scales = scales - size * means[0] / (np.sqrt(means[1]) + _EPS)
+        scales = scales.astype(np.float32).astype(np.float64)  # float32 multiplies the update by what is stored
+    best = min(range(len(history)), key=lambda step: history[step]["objective"])
+    by_tensor = {name: visited[best][group] for name, group in by_name.items()}
+    return FittedScales(options.groups, visited[best], by_tensor, start, best, history)

@@ -1,0 +1,298 @@
+"""Measures a graft and its derivatives by scales of groups of tensors, in a training or on a model in memory.
+
+The derivation is in :mod:`shadowlit.grafting.scales`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from shadowlit.checkpoint.headers import some_of
+from shadowlit.data.collate import Collate
+from shadowlit.delta.delta import Delta
+from shadowlit.errors import GraftError
+from shadowlit.grafting.arithmetic import accumulation_dtype, add_delta
+from shadowlit.grafting.live import LiveGraft
+from shadowlit.grafting.parameters import host_parameters
+from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of, inner_product
+from shadowlit.grafting.subject import INSTRUCT, Subject
+from shadowlit.plugins import path_of
+from shadowlit.training.gradients import deterministic, gradients_of
+from shadowlit.training.head import HeadLoss, Predictions
+from shadowlit.training.objectives import SFT, Objective, require_weighed
+from shadowlit.training.objectives.tokens import divergences
+from shadowlit.training.outputs import Batch, Outputs
+
+
+class ScaledGraft(Protocol):
+    """A model whose weights can be those of a graft with any scales.
+
+    Attributes:
+        model: The model.
+    """
+
+    model: nn.Module
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Grafted parameters by name."""
+
+    def update(self, name: str) -> Tensor:
+        """Return this rank's part of a parameter's update, before it is scaled."""
+
+    def scaled(self, scales: Mapping[str, float] | None) -> AbstractContextManager[None]:
+        """Load the graft with these scales by parameter within the context; the untouched Instruct for None."""
+
+
+class LiveScaledGraft:
+    """The graft of a module that was trained, whose weights are swapped in and out."""
+
+    def __init__(self, graft: LiveGraft) -> None:
+        self._graft, self.model = graft, graft.model
+        self.parameters = graft.grafted_parameters
+
+    def update(self, name: str) -> Tensor:
+        """See :class:`ScaledGraft`."""
+        return self._graft.update_of(name)
+
+    @contextmanager
+    def scaled(self, scales: Mapping[str, float] | None) -> Iterator[None]:
+        """See :class:`ScaledGraft`."""
+        graft, before = self._graft, self._graft.fitted
+        graft.fitted = {} if scales is None else scales
+        try:
+            with graft.applied(INSTRUCT if scales is None else Subject("grafted", 1.0)):
+                yield
+        finally:
+            graft.fitted = before
+
+
+class MemoryScaledGraft:
+    """The graft of an update on an Instruct in memory, whose own weights are restored after each context.
+
+    In memory are copies of the grafted weights, and the update in float32.
+
+    Args:
+        model: A transformers model with the Instruct's weights.
+        update: The update; every tensor of it is grafted.
+
+    Raises:
+        GraftError: A tensor of the update is not a parameter of the model, or has another shape.
+    """
+
+    def __init__(self, model: nn.Module, update: Delta | Mapping[str, Tensor]) -> None:
+        self.model, own = model, host_parameters(model)
+        delta = update if isinstance(update, Delta) else Delta.of(update)
+        wrong = [n for n, shape in delta.shapes.items() if n not in own or tuple(own[n].shape) != tuple(shape)]
+        if wrong or not delta.shapes:
+            raise GraftError(
+                f"the update has {some_of(wrong) or 'no tensor'}, expected parameters of {type(model).__name__} in "
+                "their shapes. Give an update of this model under its own names; Delta.only leaves tensors out."
+            )
+        self.parameters = {name: own[name] for name in delta.shapes}
+        self._updates = {name: delta.tensor(name) for name in delta.shapes}
+        self._instruct = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def update(self, name: str) -> Tensor:
+        """See :class:`ScaledGraft`."""
+        return self._updates[name]
+
+    @contextmanager
+    def scaled(self, scales: Mapping[str, float] | None) -> Iterator[None]:
+        """See :class:`ScaledGraft`."""
+        try:
+            with torch.no_grad():
+                for name, scale in (scales or {}).items():
+                    own = self._instruct[name]
+                    self.parameters[name].copy_(add_delta(own, self._updates[name].to(own.device), scale))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(self._instruct[name])
+
+
+class Calibration:
+    """The losses of a graft on calibration rows, with their derivatives by the scales of groups; a collective.
+
+    Sums over rows are added over the ranks and divided once by their counts. Without FSDP2 every rank has whole
+    gradients of its own rows; with it each has its shard of their mean over all ranks.
+
+    Args:
+        host: Graft.
+        options: Groups and weights.
+        rows: This rank's batches of the calibration rows, as many on every rank.
+        keep: This rank's batches of the rows to keep, likewise; empty for none.
+        head: Losses of the model.
+        objective: Objective whose loss is measured.
+        autocast: Context that forward passes run in.
+        move: Function that brings a batch to the model's device.
+        reach_boundary: Called on all ranks between batches.
+    """
+
+    def __init__(
+        self,
+        host: ScaledGraft,
+        options: FitScales,
+        rows: Sequence[Batch],
+        keep: Sequence[Batch],
+        head: HeadLoss,
+        *,
+        objective: Objective | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        move: Callable[[Any], Batch],
+        reach_boundary: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._host, self._options, self._rows, self._keep, self._head = host, options, rows, keep, head
+        self._objective, self._autocast, self._move = objective or SFT(), autocast, move
+        self._reach_boundary = reach_boundary
+        require_fittable(self._objective)
+        self._groups = {name: group_of(name, options.groups) for name in host.parameters}
+        self._predictions: list[Predictions] = []  # of the Instruct, for each batch of `keep`
+        self._ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        sharded = any(isinstance(parameter, DTensor) for parameter in host.model.parameters())
+        self._factor = self._ranks if sharded else 1  # FSDP2 divides by the ranks: undo it, the sum is what counts
+
+    def __call__(self, scales: Mapping[str, float], with_slopes: bool = True) -> Measured:
+        """Return what is measured with the scale of each group; slopes only if they are wanted."""
+        if self._keep and not self._predictions:
+            self._predict()
+        with self._host.scaled({name: scales[group] for name, group in self._groups.items()}):
+            loss, slopes = self._pass(self._rows, self._step, with_slopes)
+            kl, others = self._pass(self._keep, self._divergence, with_slopes) if self._keep else (0.0, {})
+        weight = self._options.keep.weight if self._options.keep is not None else 0.0
+        return Measured(loss, kl, {group: slope + weight * others.get(group, 0.0) for group, slope in slopes.items()})
+
+    def _pass(
+        self, batches: Sequence[Batch], step: Callable[[int, Batch], tuple[Tensor, Any]], with_slopes: bool
+    ) -> tuple[float, dict[str, float]]:
+        """The mean of a loss over all rows, and its derivatives by group."""
+        device = next(self._host.model.parameters()).device
+        groups = list(dict.fromkeys(self._groups.values()))
+        places = {group: place for place, group in enumerate(groups)}
+        # Of all ranks' rows: the loss, what it is divided by, and the derivative by the scale of each group.
+        sums = torch.zeros(2 + len(groups), dtype=accumulation_dtype(device), device=device)
+
+        def take(name: str, gradient: Tensor) -> None:
+            sums[2 + places[self._groups[name]]] += inner_product(gradient, self._host.update(name).to(gradient.device))
+
+        def run() -> None:
+            for number, batch in enumerate(batches):
+                self._reach_boundary()
+                with self._autocast():
+                    loss, count = step(number, self._move(batch))
+                if with_slopes:
+                    (loss * self._factor).backward()
+                sums[:2] += torch.stack(
+                    [torch.as_tensor(x, dtype=sums.dtype, device=device) for x in (loss.detach(), count)]
+                )
+
+        if with_slopes:
+            with torch.enable_grad(), gradients_of(self._host.model, self._host.parameters, take):
+                run()
+        else:
+            with torch.no_grad(), deterministic(self._host.model):
+                run()
+        if self._ranks > 1:
+            dist.all_reduce(sums)
+        loss, count, *slopes = sums.tolist()
+        if not count > 0:
+            raise GraftError("fit_scales: the rows have no supervised token. Give rows with an answer.")
+        return loss / count, dict(zip(groups, (slope / count for slope in slopes), strict=True)) if with_slopes else {}
+
+    def _step(self, number: int, batch: Batch) -> tuple[Tensor, Any]:
+        outputs = Outputs(self._head, batch)
+        sums = self._objective.step(outputs)
+        require_weighed(self._objective, outputs)
+        return torch.as_tensor(sums["loss"]), sums["count"]
+
+    def _divergence(self, number: int, batch: Batch) -> tuple[Tensor, Any]:
+        """``KL(graft ‖ Instruct)`` summed over the supervised tokens, and their number."""
+        known = self._predictions[number]
+        outputs = Outputs(
+            self._head, batch, predictions=dataclasses.replace(known, states=known.states.to(batch["labels"].device))
+        )
+        return outputs.map_logits(_from_reference).sum(), len(outputs.targets)
+
+    def _predict(self) -> None:
+        """Let the untouched Instruct predict the rows to keep, once; the states wait in the CPU's memory."""
+        with self._host.scaled(None), torch.no_grad(), deterministic(self._host.model):
+            for batch in self._keep:
+                known = self._predictions[-1] if self._predictions else None
+                with self._autocast():
+                    found = Outputs(self._head, self._move(batch)).predictions(known, live=False)
+                self._predictions.append(dataclasses.replace(found, states=found.states.cpu()))
+
+
+def fit_scales(
+    model: nn.Module,
+    update: Delta | Mapping[str, Tensor],
+    rows: Sequence[Mapping[str, Sequence[int]]],
+    options: FitScales,
+    keep: Sequence[Mapping[str, Sequence[int]]] = (),
+    *,
+    start: float = 1.0,
+    pad_token_id: int = 0,
+) -> FittedScales:
+    """Find the scales of an update of an Instruct in memory: for studies, and for the graft on disk.
+
+    Args:
+        model: A transformers model with the Instruct's weights, which it has again when this returns or raises.
+        update: The update ``tuned - base`` by the model's names; every tensor of it is grafted.
+        rows: Calibration rows: ``input_ids`` and ``labels`` (-100 where unsupervised), ``[T]`` each.
+        options: Groups, steps and weights; its sources are not read.
+        keep: Rows on which the graft is kept near the Instruct, with ``options.keep.weight``.
+        start: Scale that all groups start from.
+        pad_token_id: Token that fills batches up.
+
+    Raises:
+        GraftError: The update doesn't fit the model, ``keep`` and ``options.keep`` don't fit together, or a loss is not
+            finite.
+
+    Example::
+
+        options = FitScales("", groups="kind", steps=10, keep=Keep("", weight=0.5))
+        fitted = fit_scales(model, delta, rows, options, keep=neutral)
+        print(fitted.scales)  # {"q_proj": 0.91, ...}
+    """
+    if bool(keep) != (options.keep is not None):
+        raise GraftError("fit_scales: keep has rows without a weight, or a weight without rows. Give both or none.")
+    host = MemoryScaledGraft(model, update)
+    device = next(model.parameters()).device
+
+    def batches(samples: Sequence[Mapping[str, Sequence[int]]]) -> list[Batch]:
+        size, collate = options.batch_size or 8, Collate(pad_token_id)
+        ordered = sorted(samples, key=lambda sample: -len(sample["input_ids"]))  # of similar length: little padding
+        return [collate([dict(one) for one in ordered[i : i + size]]) for i in range(0, len(ordered), size)]
+
+    measure = Calibration(
+        host, options, batches(rows), batches(keep), HeadLoss(model),
+        move=lambda batch: {name: tensor.to(device) for name, tensor in batch.items()},
+    )  # fmt: skip
+    return fit(measure, host.parameters, options, start)
+
+
+def require_fittable(objective: Objective) -> None:
+    """Raise unless an objective has a loss of conversations that depends on the weights alone.
+
+    Raises:
+        GraftError: Naming the objective.
+    """
+    if objective.samples != "conversations" or objective.has_reference or objective.token_reference is not None:
+        raise GraftError(
+            f"graft.fit_scales minimises the loss of model.objective, but {path_of(objective)} learns from "
+            f"{objective.samples} or compares with a reference. Use an objective of conversations without a reference "
+            "(SFT with kl_weight=0, DFT or EAFT), and fit_scales.keep for the divergence from the Instruct."
+        )
+
+
+def _from_reference(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
+    return divergences(logits, reference, "reverse")
