@@ -99,10 +99,11 @@ class Embedded(Beyond):
         """Write the rows: what is asked is split into even rows for choosing and odd ones for the report."""
         new = read_rows(SHIPPED / "new.jsonl")
         kept = [read_rows(SHIPPED / f"{name}.jsonl") for name in ("old", "format", "refusal")]
-        for style, name in (("bare", "train"), ("house", "train_house")):
+        for style, train, asked in (("bare", "train", "new"), ("house", "train_house", "new_house")):
             task = f"skill_{style}"
-            parts = {"train": read_rows(SHIPPED / f"{name}.jsonl"), "choice": new[::2], "report": new[1::2]}
-            for part, rows in {**parts, "early": new[:16:2]}.items():
+            styled = read_rows(SHIPPED / f"{asked}.jsonl")[::2]
+            parts = {"train": read_rows(SHIPPED / f"{train}.jsonl"), "choice": new[::2], "report": new[1::2]}
+            for part, rows in {**parts, "early": styled[:8], "fit": styled}.items():
                 write(map(_messages, rows), self.data / f"{task}_{part}.jsonl")
         write([_messages(row) for rows in kept for row in rows[:_NUM_KEPT]], self.data / "general.jsonl")
         write([_messages(row) for rows in kept for row in rows[_NUM_KEPT : 2 * _NUM_KEPT]], self.data / "kept.jsonl")
@@ -132,7 +133,7 @@ class Embedded(Beyond):
             self.do(step, arguments)
 
     def calibration(self, training: Training) -> dict[str, Path]:
-        return {"task": self.data / f"{training.task}_choice.jsonl", "kept": self.data / "kept.jsonl"}
+        return {"task": self.data / f"{training.task}_fit.jsonl", "kept": self.data / "kept.jsonl"}
 
 
 def _messages(row: Row) -> Row:
@@ -178,7 +179,7 @@ def main() -> None:
             for source in CHANGED:
                 list(pool.map(study.train_and_score, _at(setting, source, chosen["B"])))
             study.measure_cosines(*setting)
-            write_report(RESULTS, HERE)
+            write_report(RESULTS, HERE, real.RESULTS)
     return None
 
 

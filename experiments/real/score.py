@@ -59,7 +59,7 @@ class Scorer:
         self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
     def load_graft(self, delta: Delta, scale: float, onto: Path | None = None) -> None:
-        """Load ``Instruct + scale * delta``, rounded as its export is; or the same on the model in the folder ``onto``."""
+        """Load ``Instruct + scale * delta``, rounded as its export is; or the same on another model, ``onto``."""
         if onto is None:
             self.model.load_state_dict(self.weights)
         else:

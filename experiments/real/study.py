@@ -256,11 +256,20 @@ class Study:
         found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
         replace_text(target, json.dumps(found) + "\n")
 
+    @staticmethod
+    def folder_of(delta: Path) -> Path:
+        """Folder of the training that a delta is from."""
+        return delta.parent.with_name(delta.parent.name.removesuffix("-delta"))
+
+    def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
+        """A training's update, and what the result says of it besides its scores."""
+        return Delta.open(self.delta_of(training)), {}
+
     def score(self, training: Training) -> None:
         """Score a trained delta at every scale."""
         scorer = self.scorer(training.pair, training.task)
-        folder = self.runs / "trainings" / training.name
-        delta = Delta.open(self.delta_of(training))
+        trained = self.delta_of(training)
+        delta, details = self.delta_for(training, scorer)
         scores: dict[str, Any] = {}
         for scale in SCALES:
             scorer.load_graft(delta, scale)
@@ -270,10 +279,10 @@ class Study:
             scores["B2B"] = {name: scorer.measure(name) for name in ("report", "general")}
         live = {
             name: values
-            for name, values in read_metrics(folder / "metrics.csv").items()
+            for name, values in read_metrics(self.folder_of(trained) / "metrics.csv").items()
             if name.startswith(("val/", "train/loss"))
         }
-        found = {**training.__dict__, "norm": delta.norm(), "live": live, "scores": scores}
+        found = {**training.__dict__, "norm": delta.norm(), "live": live, **details, "scores": scores}
         replace_text(self.results / f"{training.name}.json", json.dumps(found) + "\n")
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
