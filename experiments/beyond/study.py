@@ -22,6 +22,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
 
+import torch
+
 from experiments.beyond.arms import ANCHORS, CHANGED, changed
 from experiments.beyond.report import write_report
 from experiments.real import study as real
@@ -32,6 +34,7 @@ from experiments.real.study import Study, Training, read_rows, run, trainings
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.template import Encoded
 from shadowlit.delta.delta import Delta
+from shadowlit.kernels import slow_on_cpu
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -161,6 +164,8 @@ def main() -> None:
     embedded = Embedded(runs)
     pairs: dict[str, Study] = {"embedded": embedded}
     if given.shared:
+        if slow := slow_on_cpu(torch.bfloat16, "cpu"):
+            parser.error(f"{slow}. The real pairs are trained in bfloat16, so they need another machine")
         pairs |= dict.fromkeys(real.PAIRS, Beyond(given.shared.resolve(), runs, RESULTS))
     if given.step:
         return pairs["near"].do(*json.loads(given.step))

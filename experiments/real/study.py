@@ -37,6 +37,7 @@ from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
 from shadowlit.files import replace_text
+from shadowlit.kernels import slow_on_cpu
 from shadowlit.studies.trials.process import Job, failure, start
 
 HERE = Path(__file__).parent
@@ -364,6 +365,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="settings, e.g. near/tools_lora")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if slow := slow_on_cpu(torch.bfloat16, "cpu"):
+        parser.error(f"{slow}. The study computes in bfloat16, so it needs another machine")
     study = Study(given.shared.resolve(), given.runs.resolve())
     if given.step:
         return study.do(*json.loads(given.step))
