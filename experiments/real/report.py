@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.real.premise import AS_IS
 from shadowlit.files import replace_text
-from shadowlit.studies.report import REPORT, markdown_table, mean_text, paragraphs
+from shadowlit.studies.report import NONE, REPORT, markdown_table, mean_text, paragraphs
 from shadowlit.studies.statistics import Interval, average, paired_bootstrap, spearman
 
 _HEAD = """\
@@ -62,6 +63,19 @@ I2I of the same rate and seed, over all runs with a partner. Runs of one setting
 are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
 was fitted on the other settings. The first validation is after 3 or 4 steps, 14 to 20 % of the training.
 """
+_COPIES = """\
+Losses of GSM8K's solutions under the untouched models (arXiv 2601.13244: Bases beat their Instructs on some tasks, \
+and Instructs lose more on perturbed questions), in turns or as plain text, with and without four solved examples, \
+on the first 40 reported rows and on their copies with other names, other numbers (and the solution recomputed), \
+numbers in words, or a sentence that does not matter. A copy costs what its mean loss per token is above that of its \
+original.
+"""
+_GENERATED = """\
+Greedy answers with the first seed, scale 1: right on the first 24 reported rows (the same JSON; the same last \
+number), ended before the limit, and forms on request (16 prompts such as "answer with yes or no only", checked by a \
+pattern).
+"""
+_ANSWERS = "Greedy, cut after 64 tokens; prompts are held-out Alpaca rows."
 Rows = np.ndarray  # [N, 5]: summed loss, tokens, first token's loss, exact, summed divergence from the Instruct
 LOSS, TOKENS, FIRST, EXACT, KL = range(5)
 TASKS = {
@@ -124,16 +138,16 @@ class Run:
 
     def divergence(self, scale: float) -> float:
         """Divergence from the Instruct on Alpaca's held-out answers, in nats per token."""
-        return per_token(self.path[scale]["alpaca"], KL)
+        return per_token(self.path[scale]["general"], KL)
 
-    def at_divergence(self, kl: float) -> Rows | None:
-        """Scores of the reported rows where the path first diverges so far, linear between scales; None if never."""
+    def at_divergence(self, kl: float, name: str = "report") -> Rows | None:
+        """Scores of a set where the path first diverges so far, linear between scales; None if never."""
         scales = sorted(self.path)
         for low, high in itertools.pairwise(scales):
             a, b = self.divergence(low), self.divergence(high)
             if a <= kl <= b:
                 share = (kl - a) / (b - a) if b > a else 0.0
-                return (1 - share) * self.path[low]["report"] + share * self.path[high]["report"]
+                return (1 - share) * self.path[low][name] + share * self.path[high][name]
         return None
 
 
@@ -187,7 +201,7 @@ def choose_rates(results: Path, pair: str, task: str, method: str) -> dict[str, 
 
 
 def advantage(pairs: Iterable[tuple[Rows, Rows]]) -> Interval:
-    """How much lower the second rows' loss per token is than the first's, over seeds, with its interval."""
+    """How much lower the first rows' loss per token is than the second's, over seeds, with its interval."""
     found = list(pairs)
     tokens = found[0][0][:, TOKENS]
     differences = np.stack([(b[:, LOSS] - a[:, LOSS]) / tokens for a, b in found])
@@ -206,22 +220,22 @@ def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows,
     return levels, pairs
 
 
-def _shown(values: Sequence[float], digits: int = 3) -> str:
+def shown(values: Sequence[float], digits: int = 3) -> str:
     return mean_text(average(values), lambda value: f"{value:.{digits}f}")
 
 
 def _line(name: str, sets: Sequence[Mapping[str, Rows]]) -> list[str]:
-    report, general = [s["report"] for s in sets], [s["alpaca"] for s in sets]
+    report, general = [s["report"] for s in sets], [s["general"] for s in sets]
     who = [s["identity"] for s in sets if "identity" in s]
     return [
         name,
-        _shown([per_token(r) for r in report]),
-        _shown([fmean(r[:, FIRST]) for r in report]),
-        _shown([rest(r) for r in report]),
-        _shown([100 * fmean(r[:, EXACT]) for r in report], 1),
-        _shown([per_token(r, KL) for r in general]),
-        _shown([per_token(r) for r in general]),
-        _shown([per_token(r) for r in who]) if who else "–",
+        shown([per_token(r) for r in report]),
+        shown([fmean(r[:, FIRST]) for r in report]),
+        shown([rest(r) for r in report]),
+        shown([100 * fmean(r[:, EXACT]) for r in report], 1),
+        shown([per_token(r, KL) for r in general]),
+        shown([per_token(r) for r in general]),
+        shown([per_token(r) for r in who]) if who else "–",
     ]
 
 
@@ -237,7 +251,7 @@ def _scores(setting: Setting) -> str:
     return markdown_table(headings, lines)
 
 
-def _interval(found: Interval) -> str:
+def interval_text(found: Interval) -> str:
     return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
@@ -257,12 +271,12 @@ def _overview(settings: Sequence[Setting]) -> str:
                 setting.name,
                 f"{setting.chosen['B']:g}, {setting.chosen['I']:g}",
                 str(len(pairs)),
-                f"{_shown([a.learned(1.0) for a, _ in pairs])}",
-                f"{_shown([b.learned(1.0) for _, b in pairs])}",
+                f"{shown([a.learned(1.0) for a, _ in pairs])}",
+                f"{shown([b.learned(1.0) for _, b in pairs])}",
                 f"{fmean(a.divergence(1.0) for a, _ in pairs):.3f}, {fmean(b.divergence(1.0) for _, b in pairs):.3f}",
-                _interval(full),
+                interval_text(full),
                 f"{fmean(levels):.3f}" if levels else "–",
-                _interval(same) if same else "–",
+                interval_text(same) if same else "–",
                 _verdict(same) if same else "–",
             ]
         )
@@ -308,6 +322,7 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
     early = {who: live[f"val/{who}/loss"][0][1] for who in ("tuned", "grafted") if f"val/{who}/loss" in live}
     base = setting.base["choice"]
     start, untouched = setting.instruct["choice"], setting.untouched
+    first_rows = setting.instruct.get("early", start[:8])
     (base_loss, base_norm), (instruct_loss, instruct_norm) = (untouched[who]["initial"] for who in ("base", "instruct"))
     known = {
         "σ of the pair": untouched["offset"]["sigma"],
@@ -319,7 +334,7 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
         "initial gradient, Base / Instruct": base_norm / instruct_norm,
     }  # fmt: skip
     if len(early) == 2:
-        known["gain of the graft at the first validation"] = per_token(start[:8]) - early["grafted"]
+        known["gain of the graft at the first validation"] = per_token(first_rows) - early["grafted"]
     return known
 
 
@@ -404,6 +419,61 @@ def _premise(settings: Sequence[Setting]) -> str:
     return markdown_table(headings, lines)
 
 
+def _premise_on_copies(results: Path, pair: str) -> str:
+    """Losses of the untouched models on rows and their copies, and how much a copy costs each of them."""
+    raw = json.loads((results / pair / "premise.json").read_text())
+    lines = []
+    for key in raw["base"]:
+        form, shots, copy = key.split("/")
+        plain = f"{form}/{shots}/{AS_IS}"
+        cells = [f"{'turns' if form == 'chat' else 'plain text'}, {shots} examples", copy, str(len(raw["base"][key]))]
+        costs = []
+        for who in ("base", "instruct"):
+            scores = {int(number): row for number, *row in raw[who][key]}
+            before = {int(number): row for number, *row in raw[who][plain]}
+            new, old = rows(list(scores.values())), rows([before[number] for number in scores])
+            cells.append(f"{per_token(new):.3f}")
+            costs.append((old, new))
+        if copy == AS_IS:
+            (_, base), (_, instruct) = costs
+            cells += [interval_text(advantage([(base, instruct)])), NONE, NONE]
+        else:
+            cells += [NONE, *(interval_text(_more(old, new)) for old, new in costs)]
+        lines.append(cells)
+    headings = (
+        "asked in", "rows", "n", "Base", "Instruct", "Base lower by", "the copy costs the Base", "the Instruct",
+    )  # fmt: skip
+    return markdown_table(headings, lines)
+
+
+def _more(old: Rows, new: Rows) -> Interval:
+    """How much higher the mean loss per token of copies is, over rows; a copy may have other numbers of tokens."""
+    difference = new[:, LOSS] / new[:, TOKENS] - old[:, LOSS] / old[:, TOKENS]
+    return paired_bootstrap({"loss": difference[None]}, [["loss"]])[0]
+
+
+def _answers(raw: Mapping[str, Any]) -> str:
+    lines = []
+    for name in (name for name in raw if name != "prompts"):
+        task, forms, general = (raw[name][part] for part in ("task", "forms", "general"))
+        lines.append(
+            [
+                name, f"{sum(right for _, right, _ in task)} of {len(task)}",
+                f"{sum(ended for _, _, ended in task)} of {len(task)}",
+                f"{sum(right for _, right, _ in forms)} of {len(forms)}",
+                f"{sum(ended for _, _, ended in general)} of {len(general)}",
+            ]
+        )  # fmt: skip
+    return markdown_table(("model", "right", "ended", "forms as asked", "general answers ended"), lines)
+
+
+def _read(raw: Mapping[str, Any], name: str) -> str:
+    """The general answers of a model, to be read."""
+    pairs = zip(raw["prompts"], raw[name]["general"], strict=True)
+    flat = lambda text: " ".join(text.split()).replace("|", "\\|")  # noqa: E731
+    return markdown_table(("asked", "answer"), [[flat(asked), flat(answer)] for asked, (answer, *_) in pairs])
+
+
 def finished(results: Path) -> list[Setting]:
     """The settings that have a training of both arms."""
     found = []
@@ -424,8 +494,19 @@ def write_report(results: Path, home: Path) -> None:
     plot(settings, home / "learned_against_kl.png")
     parts = [_HEAD, "## Overview", _OVERVIEW, _overview(settings), "![learned against KL](learned_against_kl.png)"]
     parts += ["## The premise", _PREMISE, _premise(settings)]
+    for pair in dict.fromkeys(setting.pair for setting in settings):
+        if (results / pair / "premise.json").exists():
+            parts += [f"### Other wordings: {pair}", _COPIES, _premise_on_copies(results, pair)]
     parts += ["## What predicts it", _PREDICTORS, _prediction(settings)]
+    answered: dict[str, Any] = {}
     for setting in settings:
         names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())
         parts += [f"## {setting.name}: {TASKS[setting.task]}", f"Chosen rates: {names}.", _scores(setting)]
+        file = results / setting.pair / f"{setting.task}_{setting.method}_answers.json"
+        if file.exists():
+            raw = json.loads(file.read_text())
+            answered.setdefault(setting.pair, raw)
+            parts += [_GENERATED, _answers(raw)]
+    for pair, raw in answered.items():
+        parts += [f"## Answers of the untouched Instruct: {pair}", _ANSWERS, _read(raw, "Instruct")]
     replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))
