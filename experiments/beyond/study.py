@@ -119,10 +119,8 @@ class Embedded(Beyond):
         sets |= {"early": self.data / f"{task}_early.jsonl", "general": self.data / "general.jsonl"}
         condensed = frozenset(sets) - {"report"}
         scorer = Scorer(self.instruct(pair), sets, autocast=False, condensed=condensed)
-        for name in (
-            "choice",
-            "report",
-        ):  # the value alone: every style begins with it, and they differ in what follows
+        # Of an answer the value alone: every style begins with it, and they differ in what follows.
+        for name in ("choice", "report"):
             scorer.rows[name] = [_without_end(row) for row in scorer.rows[name]]
         return self.with_reference(scorer, pair, task)
 
