@@ -58,10 +58,11 @@ The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3
 Instruct's. Here: loss per token, and norm of its gradient by all weights, on the first 16 training rows.
 """
 _PREDICTORS = """\
-Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the \
-I2I of the same rate and seed, over all runs with a partner. Runs of one setting share rows and models, so there \
-are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
-was fitted on the other settings. The first validation is after 3 or 4 steps, 14 to 20 % of the training.
+Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the I2I of \
+the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
+study](../beyond/REPORT.md), whose loss is that of an answer's value. Runs of one setting share rows and models, so \
+there are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
+was fitted on the other settings. The first validation is after 12 to 20 % of the training.
 """
 _COPIES = """\
 Losses of GSM8K's solutions under the untouched models (arXiv 2601.13244: Bases beat their Instructs on some tasks, \
@@ -486,6 +487,13 @@ def finished(results: Path) -> list[Setting]:
     return sorted(found, key=lambda s: (s.pair != "near", s.method != "lora", order.index(s.task)))
 
 
+def embedded(results: Path) -> list[Setting]:
+    """The settings of the embedded pair, from the results of the study of methods beyond the paper."""
+    folders = [folder.name.rsplit("_", 1) for folder in sorted(results.glob("embedded/*_*/"))]
+    found = [Setting(results, "embedded", task, method) for task, method in folders]
+    return [setting for setting in found if {"B", "I"} <= set(setting.chosen)]
+
+
 def write_report(results: Path, home: Path) -> None:
     """Write ``REPORT.md`` and its plot into ``home``."""
     settings = finished(results)
@@ -497,7 +505,11 @@ def write_report(results: Path, home: Path) -> None:
     for pair in dict.fromkeys(setting.pair for setting in settings):
         if (results / pair / "premise.json").exists():
             parts += [f"### Other wordings: {pair}", _COPIES, _premise_on_copies(results, pair)]
-    parts += ["## What predicts it", _PREDICTORS, _prediction(settings)]
+    parts += [
+        "## What predicts it",
+        _PREDICTORS,
+        _prediction([*settings, *embedded(home.parent / "beyond" / "results")]),
+    ]
     answered: dict[str, Any] = {}
     for setting in settings:
         names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())

@@ -18,6 +18,7 @@ from experiments.real.report import (
     write_report,
 )
 from experiments.real.rows import alpaca, chat, gsm8k, tool_calls
+from experiments.real.score import condense
 
 
 def scores(losses, kl, tokens=10.0):
@@ -154,3 +155,9 @@ def test_copies_are_of_the_rows_that_can_be_perturbed():
     ((_, question, answer),) = found["numbers"]
     first, second = (int(n) for n in re.findall(r"\d+", question))
     assert answer.endswith(f"#### {first + second}") and (first, second) != (13, 25)
+
+
+def test_a_condensed_set_has_the_sums_and_means_of_its_rows():
+    many = [[4.0, 2.0, 3.0, 1.0, 0.5], [9.0, 7.0, 1.0, 0.0, 1.5]]
+    one = condense(many)
+    assert one == [[13.0, 9.0, 2.0, 0.5, 2.0]] and condense([row[:4] for row in many]) == [[13.0, 9.0, 2.0, 0.5]]
