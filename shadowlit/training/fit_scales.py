@@ -173,11 +173,21 @@ class Calibration:
         """Return what is measured with the scale of each group; slopes only if they are wanted."""
         if self._keep and not self._predictions:
             self._predict()
-        with self._host.scaled({name: scales[group] for name, group in self._groups.items()}):
+        with self._holding({name: scales[group] for name, group in self._groups.items()}):
             loss, slopes = self._pass(self._rows, self._step, with_slopes)
             kl, others = self._pass(self._keep, self._divergence, with_slopes) if self._keep else (0.0, {})
         weight = self._options.keep.weight if self._options.keep is not None else 0.0
         return Measured(loss, kl, {group: slope + weight * others.get(group, 0.0) for group, slope in slopes.items()})
+
+    @contextmanager
+    def _holding(self, scales: Mapping[str, float] | None) -> Iterator[None]:
+        """Load weights within the context. A caller's autocast would go on with its casts of those before."""
+        try:
+            with self._host.scaled(scales):
+                torch.clear_autocast_cache()
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     def _pass(
         self, batches: Sequence[Batch], step: Callable[[int, Batch], tuple[Tensor, Any]], with_slopes: bool
@@ -232,7 +242,7 @@ class Calibration:
 
     def _predict(self) -> None:
         """Let the untouched Instruct predict the rows to keep, once; the states wait in the CPU's memory."""
-        with self._host.scaled(None), torch.no_grad(), deterministic(self._host.model):
+        with self._holding(None), torch.no_grad(), deterministic(self._host.model):
             for batch in self._keep:
                 known = self._predictions[-1] if self._predictions else None
                 with self._autocast():
