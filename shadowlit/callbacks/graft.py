@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from shadowlit import text
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.gradient_rows import measure_signs, read_gradient_rows
 from shadowlit.callbacks.monitored import require_monitored
 from shadowlit.callbacks.record import MeasuresSubjects, RunTotals, ValidationRecord, require_subject
 from shadowlit.callbacks.scores import error_of_gain, opening_line, score_table, survival_line
@@ -201,8 +202,9 @@ class GraftCallback(Callback):
                 "validation. Remove one of them."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
-            for transforms in (self.transforms, *self.variants.values()):
+            for transforms in self.all_transforms:
                 require_elementwise(transforms, trainer.world_size)
+        read_gradient_rows(trainer, pl_module, self.all_transforms)
         if not self._fits:
             self.before_data(trainer, pl_module)
         self._fits = False  # of the next command it isn't known
@@ -318,6 +320,11 @@ class GraftCallback(Callback):
         with self.build(pl_module).applied(subject):
             yield
 
+    @property
+    def all_transforms(self) -> list[Transforms]:
+        """The transforms of all grafts."""
+        return [self.transforms, *self.variants.values()]
+
     def transforms_of(self, subject: Subject) -> Transforms:
         """Return the transforms of a graft."""
         return self.variants.get(subject.variant, self.transforms)
@@ -337,6 +344,7 @@ class GraftCallback(Callback):
             # for a signal handler in the middle of a pass.
             self._hook = pl_module.register_state_dict_pre_hook(self._before_state_dict)
             self._routing, self._routing_on = self._new_routing(pl_module), ""
+            measure_signs(pl_module.trainer, pl_module, self.graft, self.all_transforms)
         return self.graft
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
