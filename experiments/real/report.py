@@ -124,16 +124,16 @@ class Run:
 
     def divergence(self, scale: float) -> float:
         """Divergence from the Instruct on Alpaca's held-out answers, in nats per token."""
-        return per_token(self.path[scale]["alpaca"], KL)
+        return per_token(self.path[scale]["general"], KL)
 
-    def at_divergence(self, kl: float) -> Rows | None:
-        """Scores of the reported rows where the path first diverges so far, linear between scales; None if never."""
+    def at_divergence(self, kl: float, name: str = "report") -> Rows | None:
+        """Scores of a set where the path first diverges so far, linear between scales; None if never."""
         scales = sorted(self.path)
         for low, high in itertools.pairwise(scales):
             a, b = self.divergence(low), self.divergence(high)
             if a <= kl <= b:
                 share = (kl - a) / (b - a) if b > a else 0.0
-                return (1 - share) * self.path[low]["report"] + share * self.path[high]["report"]
+                return (1 - share) * self.path[low][name] + share * self.path[high][name]
         return None
 
 
@@ -206,22 +206,22 @@ def at_equal_divergence(setting: Setting) -> tuple[list[float], list[tuple[Rows,
     return levels, pairs
 
 
-def _shown(values: Sequence[float], digits: int = 3) -> str:
+def shown(values: Sequence[float], digits: int = 3) -> str:
     return mean_text(average(values), lambda value: f"{value:.{digits}f}")
 
 
 def _line(name: str, sets: Sequence[Mapping[str, Rows]]) -> list[str]:
-    report, general = [s["report"] for s in sets], [s["alpaca"] for s in sets]
+    report, general = [s["report"] for s in sets], [s["general"] for s in sets]
     who = [s["identity"] for s in sets if "identity" in s]
     return [
         name,
-        _shown([per_token(r) for r in report]),
-        _shown([fmean(r[:, FIRST]) for r in report]),
-        _shown([rest(r) for r in report]),
-        _shown([100 * fmean(r[:, EXACT]) for r in report], 1),
-        _shown([per_token(r, KL) for r in general]),
-        _shown([per_token(r) for r in general]),
-        _shown([per_token(r) for r in who]) if who else "–",
+        shown([per_token(r) for r in report]),
+        shown([fmean(r[:, FIRST]) for r in report]),
+        shown([rest(r) for r in report]),
+        shown([100 * fmean(r[:, EXACT]) for r in report], 1),
+        shown([per_token(r, KL) for r in general]),
+        shown([per_token(r) for r in general]),
+        shown([per_token(r) for r in who]) if who else "–",
     ]
 
 
@@ -237,7 +237,7 @@ def _scores(setting: Setting) -> str:
     return markdown_table(headings, lines)
 
 
-def _interval(found: Interval) -> str:
+def interval_text(found: Interval) -> str:
     return f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
@@ -257,12 +257,12 @@ def _overview(settings: Sequence[Setting]) -> str:
                 setting.name,
                 f"{setting.chosen['B']:g}, {setting.chosen['I']:g}",
                 str(len(pairs)),
-                f"{_shown([a.learned(1.0) for a, _ in pairs])}",
-                f"{_shown([b.learned(1.0) for _, b in pairs])}",
+                f"{shown([a.learned(1.0) for a, _ in pairs])}",
+                f"{shown([b.learned(1.0) for _, b in pairs])}",
                 f"{fmean(a.divergence(1.0) for a, _ in pairs):.3f}, {fmean(b.divergence(1.0) for _, b in pairs):.3f}",
-                _interval(full),
+                interval_text(full),
                 f"{fmean(levels):.3f}" if levels else "–",
-                _interval(same) if same else "–",
+                interval_text(same) if same else "–",
                 _verdict(same) if same else "–",
             ]
         )

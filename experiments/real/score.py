@@ -1,7 +1,7 @@
 """Scores of models on chat rows, row by row: loss, first token, exactness, and divergence from the Instruct.
 
-Models are loaded in float32 from bfloat16 folders; a graft is rounded to bfloat16 first, as its export is. Linear
-layers compute in bfloat16 (autocast); the output head and everything after it in float32.
+Models are loaded in float32; a graft is rounded to the dtype of the Instruct's files first, as its export is. Linear
+layers compute in bfloat16 (autocast), unless that is switched off; the output head and all after it in float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from shadowlit.data.conversation import IGNORE_INDEX
 from shadowlit.data.sources import read_conversations
@@ -33,10 +33,12 @@ class Scorer:
     Args:
         instruct: Folder of the Instruct: its weights are the reference of the divergence, its tokenizer reads the rows.
         sets: Files of rows by their names.
+        autocast: Whether linear layers compute in bfloat16.
     """
 
     instruct: Path
     sets: dict[str, Path]
+    autocast: bool = True
     reference: dict[str, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,14 +59,14 @@ class Scorer:
         self.model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict())
 
     def load_graft(self, delta: Delta, scale: float, onto: Path | None = None) -> None:
-        """Load ``Instruct + scale * delta``, rounded to bfloat16; or the same on the model in the folder ``onto``."""
+        """Load ``Instruct + scale * delta``, rounded as its export is; or the same on another model, ``onto``."""
         if onto is None:
             self.model.load_state_dict(self.weights)
         else:
             self.load(onto)
-        own = self.model.state_dict()
+        own, stored = self.model.state_dict(), AutoConfig.from_pretrained(self.instruct).dtype
         for name in delta.shapes:
-            own[name].copy_(add_delta(own[name], delta.tensor(name), scale).bfloat16())
+            own[name].copy_(add_delta(own[name], delta.tensor(name), scale).to(stored))
 
     @torch.no_grad()
     def measure(self, name: str, *, keep: bool = False, divergence: bool = True) -> list[list[float]]:
@@ -78,7 +80,7 @@ class Scorer:
         found: dict[int, list[float]] = {}
         kept: dict[int, Tensor] = {}
         for rows, inputs in self._batches(name):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
                 hidden = self.model.model(**inputs).last_hidden_state.float()
             for place, row in enumerate(rows):
                 labels = torch.tensor(self.rows[name][row].labels)

@@ -16,7 +16,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thr
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))  # speed matters here, and a little memory does not
 
 import torch
-from report import choose_rates, write_report
-from rows import files, write
-from score import Scorer, gradient_norm
 
+from experiments.real.answers import answer_all
+from experiments.real.premise import measure
+from experiments.real.report import choose_rates, write_report
+from experiments.real.rows import Row, files, write
+from experiments.real.score import Scorer, gradient_norm
 from shadowlit.analysis.curves import read_metrics
 from shadowlit.analysis.similarity import similarity
 from shadowlit.delta.delta import Delta
 from shadowlit.files import replace_text
+from shadowlit.kernels import slow_on_cpu
+from shadowlit.studies.trials.process import Job, failure, start
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -43,6 +48,9 @@ RATES = {"lora": (5e-5, 2e-4, 5e-4), "full": (1e-5, 3e-5, 1e-4)}
 EPOCHS = {"gsm8k": 1, "gsm8k_opened": 1, "tools": 3}
 VALIDATE_EVERY = {"gsm8k": 4, "gsm8k_opened": 4, "tools": 3}
 """Steps between two validations, which divide the number of steps."""
+NUM_ANSWERED = 24  # rows of the task that are answered
+NUM_READ = 10  # general answers that are kept to be read
+NUM_PERTURBED = 40  # rows of GSM8K that are perturbed
 PAIRS = {"near": 2, "far": 6}
 """Epochs of the Instruct's tuning; the far one is tuned on preferences too."""
 _SETTINGS = [
@@ -80,10 +88,11 @@ class Study:
     Args:
         shared: Folder with the scripts and data sets.
         runs: Folder of the models, rows and trainings, outside the repository's files.
+        results: Folder of the result files.
     """
 
-    def __init__(self, shared: Path, runs: Path) -> None:
-        self.shared, self.runs = shared, runs
+    def __init__(self, shared: Path, runs: Path, results: Path = RESULTS) -> None:
+        self.shared, self.runs, self.results = shared, runs, results
         self.data, self.base = runs / "data", runs / "base"
 
     def prepare(self, pairs: Iterable[str]) -> None:
@@ -138,17 +147,21 @@ class Study:
         sets = {
             "choice": self.data / f"{task}_choice.jsonl",
             "report": self.data / f"{task}_report.jsonl",
-            "alpaca": self.data / "alpaca.jsonl",
+            "general": self.data / "alpaca.jsonl",
             "identity": self.data / "identity.jsonl",
         }
-        scorer, file = Scorer(self.instruct(pair), sets), self.runs / f"{pair}-{task}.pt"
+        return self.with_reference(Scorer(self.instruct(pair), sets), pair, task)
+
+    def with_reference(self, scorer: Scorer, pair: str, task: str) -> Scorer:
+        """The scorer with the untouched Instruct's states on its rows, once they have been measured."""
+        file = self.runs / f"{pair}-{task}.pt"
         if file.exists():
             scorer.reference = torch.load(file, weights_only=True)
         return scorer
 
     def measure_untouched(self, pair: str, task: str) -> None:
         """Score the untouched models, and their loss and gradient on the first rows that are trained on."""
-        target = RESULTS / pair / f"{task}_untouched.json"
+        target = self.results / pair / f"{task}_untouched.json"
         reference = self.runs / f"{pair}-{task}.pt"
         if target.exists() and reference.exists():
             return
@@ -163,52 +176,119 @@ class Study:
         found["offset"] = offset_of(self.base, self.instruct(pair))
         replace_text(target, json.dumps(found) + "\n")
 
-    def train_and_score(self, training: Training) -> None:
-        """Train, score every scale, and write the result."""
-        target = RESULTS / f"{training.name}.json"
-        if target.exists():
-            return
+    def delta_of(self, training: Training) -> Path:
+        """Folder of a training's delta, which is trained if it is not there."""
         folder = self.runs / "trainings" / training.name
         delta = folder.parent / f"{folder.name}-delta"
         if not delta.exists():
             instruct = self.instruct(training.pair)
-            adapter = {} if training.method == "lora" else {"model.adapter": None}
+            config, overrides = self.recipe(training)
             fit(
-                HERE / "lora.yaml", folder.parent, folder.name,
-                pair=(self.base if training.source == "B" else instruct, instruct),
+                config, folder.parent, folder.name,
+                pair=(instruct if training.source == "I" else self.base, instruct),
                 train=self.data / f"{training.task}_train.jsonl",
                 validation={"early": str(self.data / f"{training.task}_early.jsonl")},
                 export=delta,
-                **{"model.lr": training.lr, "seed_everything": training.seed,
-                   "trainer.max_epochs": EPOCHS[training.task],
-                   "trainer.val_check_interval": VALIDATE_EVERY[training.task], **adapter},
+                **{"model.lr": training.lr, "seed_everything": training.seed, **overrides},
             )  # fmt: skip
-        run(__file__, "--shared", self.shared, "--runs", self.runs, "--score", json.dumps(training.__dict__))
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return delta / "delta"
+
+    def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
+        """Configuration of a training, and the keys that differ from it."""
+        overrides: dict[str, Any] = {
+            "trainer.max_epochs": EPOCHS[training.task], "trainer.val_check_interval": VALIDATE_EVERY[training.task],
+        }  # fmt: skip
+        return HERE / "lora.yaml", overrides if training.method == "lora" else {**overrides, "model.adapter": None}
+
+    def train_and_score(self, training: Training) -> None:
+        """Train, score every scale, and write the result."""
+        if not (self.results / f"{training.name}.json").exists():
+            self.delta_of(training)
+            self.in_a_process("score", training.__dict__)
+
+    def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
+        """Do a step in a process of its own, whose models are gone when it ends."""
+        run(__file__, "--shared", self.shared, "--runs", self.runs, "--step", json.dumps([step, arguments]))
+
+    def do(self, step: str, arguments: dict[str, Any]) -> None:
+        """Score a training (``score``), or write the answers of both arms (``answers``)."""
+        if step == "score":
+            self.score(Training(**arguments))
+        else:
+            self.write_answers(arguments)
+
+    def answer(self, trained: tuple[Training, ...]) -> None:
+        """Write the answers of both arms with the first seed, and of the untouched models."""
+        first = trained[0]
+        if not (self.results / first.pair / f"{first.task}_{first.method}_answers.json").exists():
+            for training in trained:
+                self.delta_of(training)
+            self.in_a_process("answers", {training.source: training.__dict__ for training in trained})
+
+    def write_answers(self, trained: dict[str, dict[str, Any]]) -> None:
+        """Write the answers of trainings by their arm's source, at scale 1, and of the untouched models."""
+        arms = {f"{source}2I": Training(**training) for source, training in trained.items()}
+        first = next(iter(arms.values()))
+        scorer = self.scorer(first.pair, first.task)
+        tasks = read_rows(self.data / f"{first.task}_report.jsonl")[:NUM_ANSWERED]
+        general = read_rows(self.data / "alpaca.jsonl")[:NUM_READ]
+        found = {}
+        for name in ("Base", "Instruct", *arms):
+            if name in arms:
+                scorer.load_graft(Delta.open(self.delta_of(arms[name])), 1.0)
+            elif name == "Base":
+                scorer.load(self.base)
+            else:
+                scorer.load(self.instruct(first.pair))
+            found[name] = answer_all(scorer.model, scorer.tokenizer, first.task, tasks, general)
+        target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
+        replace_text(target, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+
+    def measure_premise(self, pair: str) -> None:
+        """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""
+        target = self.results / pair / "premise.json"
+        if target.exists():
+            return
+        scorer = Scorer(self.instruct(pair), {})
+        rows, examples = (read_rows(self.data / f"gsm8k_{part}.jsonl") for part in ("report", "train"))
+        found = {"instruct": measure(scorer, rows[:NUM_PERTURBED], examples)}
+        scorer.load(self.base)
+        found["base"] = measure(scorer, rows[:NUM_PERTURBED], examples)
+        replace_text(target, json.dumps(found) + "\n")
+
+    @staticmethod
+    def folder_of(delta: Path) -> Path:
+        """Folder of the training that a delta is from."""
+        return delta.parent.with_name(delta.parent.name.removesuffix("-delta"))
+
+    def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
+        """A training's update, and what the result says of it besides its scores."""
+        return Delta.open(self.delta_of(training)), {}
 
     def score(self, training: Training) -> None:
         """Score a trained delta at every scale."""
         scorer = self.scorer(training.pair, training.task)
-        folder = self.runs / "trainings" / training.name
-        delta = Delta.open(folder.parent / f"{folder.name}-delta" / "delta")
+        trained = self.delta_of(training)
+        delta, details = self.delta_for(training, scorer)
         scores: dict[str, Any] = {}
         for scale in SCALES:
             scorer.load_graft(delta, scale)
             scores[f"{scale:g}"] = {name: scorer.measure(name) for name in scorer.rows}
         if training.source == "B":
             scorer.load_graft(delta, 1.0, self.base)
-            scores["B2B"] = {name: scorer.measure(name) for name in ("report", "alpaca")}
+            scores["B2B"] = {name: scorer.measure(name) for name in ("report", "general")}
         live = {
             name: values
-            for name, values in read_metrics(folder / "metrics.csv").items()
+            for name, values in read_metrics(self.folder_of(trained) / "metrics.csv").items()
             if name.startswith(("val/", "train/loss"))
         }
-        found = {**training.__dict__, "norm": delta.norm(), "live": live, "scores": scores}
-        replace_text(RESULTS / f"{training.name}.json", json.dumps(found) + "\n")
+        found = {**training.__dict__, "norm": delta.norm(), "live": live, **details, "scores": scores}
+        replace_text(self.results / f"{training.name}.json", json.dumps(found) + "\n")
 
     def measure_cosines(self, pair: str, task: str, method: str) -> None:
         """Cosines of the two arms' deltas at equal rate and seed, for those whose deltas are in ``runs``."""
-        target = RESULTS / pair / f"{task}_{method}_cosines.json"
+        target = self.results / pair / f"{task}_{method}_cosines.json"
         found = json.loads(target.read_text()) if target.exists() else {}
         place = self.runs / "trainings" / pair / f"{task}_{method}"
         for one in sorted(place.glob("B_*-delta")):
@@ -230,20 +310,25 @@ def fit(
     export: Path,
     **overrides: Any,
 ) -> None:
-    """Run ``shadowlit fit`` in a process of its own; its output goes into a file next to its folder."""
+    """Run ``shadowlit fit`` in a process of its own; its output goes into a folder next to its own."""
     given = {
         "pair.base": pair[0], "pair.instruct": pair[1], "data.train": train, "data.validation": validation,
         "run.root": root, "run.name": name, "export.folder": export, **overrides,
     }  # fmt: skip
-    root.mkdir(parents=True, exist_ok=True)
     arguments = [
         f"--{key}={value if isinstance(value, str | Path) else json.dumps(value)}" for key, value in given.items()
     ]
-    with (root / f"{name}.log").open("w") as log:
-        subprocess.run(
-            [sys.executable, "-m", "shadowlit", "fit", "--config", str(config), *arguments],
-            stdout=log, stderr=subprocess.STDOUT, check=True,
-        )  # fmt: skip
+    log = root / f"{name}-log"
+    process = start(Job(name, ("fit", "--config", str(config), *arguments)), log, threads=1)
+    while (code := process.poll()) is None:
+        time.sleep(0.2)
+    if code:
+        raise RuntimeError(f"the training {name} failed: {failure(log)}")
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Rows of a file that the study has written."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def run(script: Path | str, *arguments: object) -> None:
@@ -257,13 +342,18 @@ def offset_of(base: Path, instruct: Path) -> dict[str, float]:
     return {"offset": offset.norm(), "sigma": similarity(base, instruct).similarities[0].sigma_of_matrices}
 
 
-def trainings(pair: str, task: str, method: str, chosen: dict[str, float] | None) -> Iterator[Training]:
+def trainings(
+    setting: tuple[str, str, str],
+    rates: Sequence[float],
+    chosen: dict[str, float] | None,
+    sources: Sequence[str] = ("B", "I"),
+) -> Iterator[Training]:
     """The trainings at all rates with the first seed, or at the chosen rates with the others."""
     for seed in SEEDS[:1] if chosen is None else SEEDS[1:]:
-        for lr in RATES[method]:
-            for source in ("B", "I"):
+        for lr in rates:
+            for source in sources:
                 if chosen is None or chosen[source] == lr:
-                    yield Training(pair, task, method, source, lr, seed)
+                    yield Training(*setting, source, lr, seed)
 
 
 def main() -> None:
@@ -273,24 +363,34 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/real"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="*", help="settings, e.g. near/tools_lora")
-    parser.add_argument("--score", help=argparse.SUPPRESS)
+    parser.add_argument("--step", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if slow := slow_on_cpu(torch.bfloat16, "cpu"):
+        parser.error(f"{slow}. The study computes in bfloat16, so it needs another machine")
     study = Study(given.shared.resolve(), given.runs.resolve())
-    if given.score:
-        return study.score(Training(**json.loads(given.score)))
+    if given.step:
+        return study.do(*json.loads(given.step))
     settings = [s for s in _SETTINGS if not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only]
     study.prepare(dict.fromkeys(pair for pair, _, _ in settings))
     with ThreadPoolExecutor(given.workers) as pool:
         for pair, task in dict.fromkeys((pair, task) for pair, task, _ in settings):
             study.measure_untouched(pair, task)
         for setting in settings:
-            list(pool.map(study.train_and_score, trainings(*setting, None)))
+            list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], None)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
         for setting in settings:
-            list(pool.map(study.train_and_score, trainings(*setting, choose_rates(RESULTS, *setting))))
+            chosen = choose_rates(RESULTS, *setting)
+            list(pool.map(study.train_and_score, trainings(setting, RATES[setting[2]], chosen)))
             study.measure_cosines(*setting)
             write_report(RESULTS, HERE)
+        firsts = [
+            tuple(Training(*setting, source, lr, SEEDS[0]) for source, lr in choose_rates(RESULTS, *setting).items())
+            for setting in settings
+        ]
+        list(pool.map(study.answer, firsts))
+        list(pool.map(study.measure_premise, dict.fromkeys(pair for pair, _, _ in settings)))
+        write_report(RESULTS, HERE)
     return None
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from shadowlit.analysis.deltas import pair_table as pair_table
     from shadowlit.analysis.evolution import evolution_table as evolution_table
     from shadowlit.analysis.evolution import evolutions as evolutions
-    from shadowlit.analysis.heat_map import draw_heat_maps as draw_heat_maps
     from shadowlit.analysis.heat_map import of_similarity as of_similarity
     from shadowlit.analysis.run import answers as answers
     from shadowlit.analysis.run import changes as changes
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from shadowlit.analysis.truncation import density_cost as density_cost
     from shadowlit.analysis.truncation import losses as losses
     from shadowlit.analysis.truncation import rank_cost as rank_cost
+    from shadowlit.plotting import draw_heat_maps as draw_heat_maps
     from shadowlit.plotting import save_figure as save_figure
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

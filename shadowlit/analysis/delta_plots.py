@@ -12,10 +12,21 @@ from matplotlib.figure import Figure
 
 from shadowlit.analysis.deltas import Matrix
 from shadowlit.analysis.evolution import Evolution
-from shadowlit.analysis.heat_map import in_order, limits
 from shadowlit.analysis.subspaces import Overlap, Spectrum
 from shadowlit.analysis.truncation import ALL, Cost, Losses
-from shadowlit.plotting import DIVERGING, DOUBLE, SEQUENTIAL, SINGLE, message, panels, series_style, steps_axis, styled
+from shadowlit.plotting import (
+    DIVERGING,
+    DOUBLE,
+    SEQUENTIAL,
+    SINGLE,
+    in_order,
+    limits,
+    message,
+    panels,
+    series_style,
+    steps_axis,
+    styled,
+)
 
 _SMALLEST = 1e-4  # of the largest singular value: what lies below isn't drawn
 _NO_RUNS = "No run with checkpoints was given: a ModelCheckpoint with every_n_train_steps and save_top_k=-1 keeps them."

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.similarity import Report, Similarity, compare, similarity
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.folder import DELTA_FILE
@@ -25,6 +24,7 @@ from shadowlit.grafting.selection import resolve
 from shadowlit.grafting.tuned import open_update
 from shadowlit.pair import buffers
 from shadowlit.pair.folders import model_folder
+from shadowlit.plotting import HeatMap
 
 # -- opening --------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from shadowlit.analysis.deltas import Matrix, matrices
-from shadowlit.analysis.heat_map import HeatMap
 from shadowlit.analysis.sums import mean_of_defined
 from shadowlit.analysis.tables import Table
 from shadowlit.checkpoint.names import kind_of, layer_of
 from shadowlit.delta.delta import Delta
 from shadowlit.delta.spectrum import effective_rank, gram, stable_rank
 from shadowlit.errors import GraftError
+from shadowlit.plotting import HeatMap
 
 Side = Literal["output", "input"]
 _NO_DIRECTION = 1e-6  # of the largest singular value: what float32 matrices have as noise

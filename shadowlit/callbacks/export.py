@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 
 from shadowlit.arguments import takes_plain_values
+from shadowlit.callbacks.fit_scales import FittedGraft, fit_at_end, open_rows
 from shadowlit.callbacks.folder import run_folder
 from shadowlit.callbacks.graft import GraftCallback
 from shadowlit.callbacks.variants import Choice, candidates, choose, criterion
@@ -31,7 +33,7 @@ from shadowlit.distributed import on_first_rank
 from shadowlit.errors import ExportError
 from shadowlit.grafting.adapter import why_not_movable
 from shadowlit.grafting.export import LOADED, export_adapter, export_folder, model_bytes, require_copyable
-from shadowlit.grafting.manifest import add_to_manifest, build_manifest
+from shadowlit.grafting.manifest import add_to_manifest, build_manifest, plain
 from shadowlit.grafting.subject import Subject
 from shadowlit.grafting.verification import digested, logit_difference, rejecting, require_loadable, require_written
 from shadowlit.text import size
@@ -99,6 +101,12 @@ class ExportCallback(Callback):
         self.exported: Path | None = None  # the model folder, once written
         self._graft: GraftCallback  # the trainer's, from setup on
         self._candidates: list[Subject] = []  # grafts of which one is written
+        self._fitted: FittedGraft | None = None  # the scales of the running or last fit, if they are fitted
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether ``graft.fit_scales`` has an effect."""
+        return self.enabled
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raise before the training where the export at its end would fail."""
@@ -114,6 +122,10 @@ class ExportCallback(Callback):
         self._candidates = candidates(self.subject, self._graft.subjects, self._graft.validate)
         movable = any(self._no_adapter(pl_module, each) is None for each in self._candidates)
         self._graft.exports_adapter = "adapter" in self.parts and movable
+        self._fitted = None
+        if self._graft.fit_scales is not None:
+            assert isinstance(pl_module, ShadowModule)
+            open_rows(trainer, pl_module, self._graft.fit_scales)
         target = self._target(trainer)
         on_first_rank(lambda: self._require_target(target, pl_module))
 
@@ -174,10 +186,17 @@ class ExportCallback(Callback):
                 "validation (trainer.val_check_interval), or monitor one of its metrics."
             )
         subject, choice = self._choose(trainer, is_scored=scored == step)
-        statistics = self._graft.build(pl_module).statistics(subject.scale, variant=subject.variant)
+        graft, metrics = self._graft.build(pl_module), self._graft.finished.metrics
+        statistics = graft.statistics(subject.scale, variant=subject.variant)
         _require_finite(pl_module.losses.problem, statistics["delta_norm"])
         self._graft.warn_of_zero(trainer, statistics)
-        _warn_of_loss(self._graft.finished.metrics, subject)
+        if self._graft.fit_scales is None:
+            _warn_of_loss(metrics, subject)
+        else:
+            self._fitted = fit_at_end(trainer, pl_module, self._graft, self._graft.fit_scales, subject)
+            graft.fitted = self._fitted.found.by_tensor
+            statistics = graft.statistics(subject.scale, variant=subject.variant)
+            _warn_of_loss({**metrics, **self._fitted.metrics}, self._fitted.subject)
         target = self._target(trainer)
         manifest = self._manifest(trainer, pl_module, statistics, subject, choice)
         # What is small comes first, and is there whatever happens to the model.
@@ -196,6 +215,9 @@ class ExportCallback(Callback):
         what = "the grafted Instruct" if subject.main else subject.name
         rank_zero_info(f"export: wrote {what} ({', '.join(written)}) to {target}")
         lines = [f"{part}: {LOADED[part].format(str(target / part))}" for part in written]
+        if self._fitted is not None:
+            lines = [*self._fitted.lines, *lines]
+            on_first_rank(partial(self._fitted.write, target, graft.in_files(graft.fitted)))
         self._graft.exported = [*([] if choice is None else [choice.line]), *lines]
 
     def _choose(self, trainer: Trainer, is_scored: bool) -> tuple[Subject, Choice | None]:
@@ -227,12 +249,13 @@ class ExportCallback(Callback):
             dtype=callback.dtype,
             coverage=callback.build(module).coverage,
             survival=_summary(statistics),
-            metrics=callback.finished.metrics,
+            metrics={**callback.finished.metrics, **({} if self._fitted is None else self._fitted.metrics)},
             config=_resolved_config(trainer),
             transforms=callback.transforms_of(subject).specs,
             fingerprints=callback.fingerprints,
         )
-        named = {} if subject.main else {"subject": subject.name}
+        named: dict[str, Any] = {} if subject.main else {"subject": subject.name}
+        named |= {} if self._fitted is None else {"fitted_scales": plain(self._fitted.found.about)}
         return manifest | named | ({} if choice is None else {"choice": choice.entry()})
 
     def _export_model(
@@ -323,14 +346,16 @@ def _require_finite(problem: str | None, delta_norm: float) -> None:
 
 def _warn_of_loss(metrics: Mapping[str, float], subject: Subject) -> None:
     """Warn if the graft that is exported scores worse than the untouched Instruct."""
-    if "graft/gain" not in metrics:
+    name = f"val/{subject.name}/loss"
+    if "graft/gain" not in metrics or name not in metrics:
         return
-    name, instruct = f"val/{subject.name}/loss", metrics["val/instruct/loss"]
-    gain = metrics["graft/gain"] if subject.main else instruct - metrics[name]
+    instruct = metrics["val/instruct/loss"]
+    is_main = subject.main and subject.kind == "grafted"
+    gain = metrics["graft/gain"] if is_main else instruct - metrics[name]
     if not gain >= -1e-6 * abs(instruct):  # beyond the rounding of float32
         rank_zero_warn(
             f"export: the grafted model scores worse than the untouched Instruct: {name} is {metrics[name]:.4g}, "
-            f"val/instruct/loss {instruct:.4g}, {'graft/gain' if subject.main else 'the gain'} {gain:.4g}. Lower "
+            f"val/instruct/loss {instruct:.4g}, {'graft/gain' if is_main else 'the gain'} {gain:.4g}. Lower "
             "model.lr, train for fewer steps, let a ModelCheckpoint monitor val/grafted/loss, or put a smaller scale "
             "first in graft.scales."
         )

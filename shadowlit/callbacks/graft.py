@@ -35,6 +35,7 @@ from shadowlit.errors import GraftError, counted
 from shadowlit.evaluation.routing import Routing, routers_of
 from shadowlit.grafting.disk import LEAST_SURVIVAL
 from shadowlit.grafting.live import LiveGraft, Squares
+from shadowlit.grafting.scales import FitScales
 from shadowlit.grafting.subject import BASE, INSTRUCT, TUNED, UNTOUCHED, Subject
 from shadowlit.grafting.transformed import require_elementwise
 from shadowlit.pair.check import require_fit
@@ -112,6 +113,8 @@ class GraftCallback(Callback):
             validation: {dare: {transforms: [{name: dare, density: 0.2}]}} is logged as ``val/grafted@dare/*``.
             ``export.subject`` chooses the one that is exported.
         validate: Whether the grafted models are validated; false if only the tuned model and the update matter.
+        fit_scales: Calibration rows on which scales of layers, kinds or tensors are found when the training ends, and
+            how; the export has them (docs/beyond.md). null for one scale everywhere.
 
     Attributes:
         subjects: The grafts that are validated, the main one first.
@@ -139,6 +142,7 @@ class GraftCallback(Callback):
         transforms: list[dict[str, Any]] = [],  # noqa: B006
         variants: dict[str, Variant] | None = None,
         validate: bool = True,
+        fit_scales: FitScales | None = None,
     ) -> None:
         named = {f"{scale:g}" for scale in scales} if all(isinstance(s, int | float) for s in scales) else set()
         if not scales or len(named) < len(scales) or not all(map(math.isfinite, scales)):
@@ -159,6 +163,7 @@ class GraftCallback(Callback):
         self.exported: list[str] = []
         self.routing = routing
         self.validate = validate
+        self.fit_scales = fit_scales
         self.twins: dict[Subject, Subject] = {}
         self.settings: dict[str, Any] = {
             "select": select, "scales": self.scales, "dtype": str(self.dtype), "transforms": self.transforms.specs,
@@ -200,6 +205,11 @@ class GraftCallback(Callback):
             raise GraftError(
                 f"GraftCallback can't share a run with {', '.join(swapping)}: both swap the module's weights around "
                 "validation. Remove one of them."
+            )
+        if stage == "fit" and self.fit_scales and not any(getattr(each, "fits_scales", False) for each in callbacks):
+            raise GraftError(
+                "graft.fit_scales finds the scales of the model that is exported, but nothing is exported. Set "
+                "export.enabled=true, or remove graft.fit_scales."
             )
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for transforms in self.all_transforms:

@@ -61,8 +61,8 @@ def similarity(
             replace_text(Path(out), report.to_json() if out.endswith(".json") else report.to_csv())
     if heat_map is not None:
         # late: matplotlib takes longer than a small comparison
-        from shadowlit.analysis.heat_map import draw_heat_maps, of_similarity
-        from shadowlit.plotting import save_image
+        from shadowlit.analysis.heat_map import of_similarity
+        from shadowlit.plotting import draw_heat_maps, save_image
 
         with _writing(heat_map):
             save_image(draw_heat_maps([of_similarity(each) for each in report.similarities]), Path(heat_map), dpi=200)

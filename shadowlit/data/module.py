@@ -39,7 +39,7 @@ from shadowlit.data.preference import PreferenceCollate, PreferenceDataset
 from shadowlit.data.preference_formats import PREFERENCES
 from shadowlit.data.prepare import Preparation
 from shadowlit.data.sampler import ShardedBatchSampler, evaluation_order
-from shadowlit.data.settings import DataSettings
+from shadowlit.data.settings import DataSettings, Given
 from shadowlit.data.sources import is_remote, open_hub
 from shadowlit.data.stream import StreamLoader, TokenStream
 from shadowlit.errors import DataError, counted
@@ -237,6 +237,32 @@ class ShadowData(DataSettings, LightningDataModule):
         """Loader of every sample of a set of preferences, once over all ranks; batches are as in validation."""
         return self._eval_loader(name)
 
+    def extra_loader(self, name: str, given: Given, batch_size: int | None = None) -> DataLoader:
+        """Loader of every sample of a source that is none of the configured sets, once over all ranks.
+
+        It is read and tokenised at the first call, as a validation set is.
+
+        Args:
+            name: Name of the set, which is also its key in messages.
+            given: Source.
+            batch_size: Rows per rank and batch; None for ``data.batch_size``.
+
+        Raises:
+            DataError: The source can't be read, or a row is malformed.
+        """
+        if name not in self._sets:
+            source = self._source(given, name)
+            raise_all(self._wrong_sources)
+            self._add(name, *self._preparation.samples(name, [source], "validation"))
+        return self._eval_loader(name, batch_size=batch_size or self.batch_size)
+
+    def overlap(self, name: str) -> dict[str, int]:
+        """Return how many samples of a set are, token for token, in each other set that was read and shares some."""
+        own = self.dataset(name).hashes()
+        others = {n: one.sequences if isinstance(one, ContextDataset) else one for n, one in self._sets.items()}
+        counts = {n: int(np.isin(own, one.hashes()).sum()) for n, one in others.items() if n != name}
+        return {n: count for n, count in counts.items() if count}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the training data, and a description of the order that it belongs to."""
         loader = self.trainer.train_dataloader if self.trainer is not None else None
@@ -391,25 +417,27 @@ class ShadowData(DataSettings, LightningDataModule):
         """The trainer's limit on the batches of a stage: a number, or a share as a float."""
         return getattr(self.trainer, f"limit_{stage}_batches", 1.0)
 
-    def _eval_loader(self, name: str, limit: int | float | None = 1.0) -> DataLoader:
+    def _eval_loader(self, name: str, limit: int | float | None = 1.0, batch_size: int | None = None) -> DataLoader:
         """Padded rows, since scores are counted by row; rows of similar length together, which reduces padding."""
         dataset = self.dataset(name)
         # In another order, the first batches of a set would have other samples.
         grouped = isinstance(limit, float) and limit == 1.0
         is_pairs = isinstance(dataset, PreferenceDataset)
         lengths = dataset.longest if isinstance(dataset, PreferenceDataset) else dataset.lengths
-        order = evaluation_order(lengths, self.eval_rows * self._ranks()[0]) if grouped else None
+        batch_size = batch_size or self.eval_rows
+        order = evaluation_order(lengths, batch_size * self._ranks()[0]) if grouped else None
         collate = (PreferenceCollate if is_pairs else Collate)(self.pad_token_id, self.pad_to_multiple_of)
-        return self._shard(dataset, collate, order)
+        return self._shard(dataset, collate, order, batch_size)
 
     def _shard(
         self,
         dataset: TokenDataset | PromptDataset | PreferenceDataset | ContextDataset,
         collate: Collate | PromptCollate | PreferenceCollate,
         order: np.ndarray | None = None,
+        batch_size: int | None = None,
     ) -> DataLoader:
         sampler = ShardedBatchSampler(
-            len(dataset), self.eval_rows, *self._ranks(), shuffle=False,
+            len(dataset), batch_size or self.eval_rows, *self._ranks(), shuffle=False,
             order=None if order is None else lambda epoch: order,
         )  # fmt: skip
         collate_fn = self._with_images(collate) if getattr(dataset, "has_images", False) else collate

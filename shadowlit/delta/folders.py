@@ -145,7 +145,8 @@ def plan_graft(
         plan = DiskGraft(update, instruct_reader, scales, select, dtype, allow_zero)
         yield plan, lambda: build_manifest(
             ModelPair(str(base), str(instruct)), scale=scales.default, select=select, dtype=dtype,
-            coverage=plan.coverage, config={"tuned": str(tuned), "scale": str(scale)},
+            coverage=plan.coverage,
+            config={"tuned": str(tuned), "scale": str(scale), **({"scales": scales.by_name} if scales.by_name else {})},
             transforms=chosen.specs if chosen else (),
             fingerprints={"base": base_reader.fingerprint(), "instruct": instruct_reader.fingerprint()},
         )  # fmt: skip

@@ -6,13 +6,15 @@ speed.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ from shadowlit.checkpoint.names import (
 from shadowlit.checkpoint.reader import TensorReader, described
 from shadowlit.checkpoint.streaming import row_windows
 from shadowlit.checkpoint.workers import Room, in_order
-from shadowlit.errors import GraftError
+from shadowlit.errors import GraftError, first_line
 from shadowlit.grafting.selection import Coverage, coverage, resolve
 from shadowlit.grafting.update import Update, zero_update
 from shadowlit.limits import bounded_matching
@@ -49,14 +51,20 @@ LEAST_SURVIVAL = 0.5
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale λ of a graft, and other scales for tensors that match a pattern."""
+    """The scale λ of a graft, other scales for tensors that match a pattern, or one for each grafted tensor by name."""
 
     default: float = 1.0
     by_pattern: tuple[tuple[str, float], ...] = ()  # regular expressions, searched in the names; the first match counts
+    by_name: Mapping[str, float] = field(default_factory=dict)  # of all grafted tensors, or of none
 
     @classmethod
     def parse(cls, text: str) -> Scale:
-        r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``."""
+        r"""Read ``0.5``, or ``1;layers\.(0|1)\.=0.5``: a number, and pattern=number pairs, separated by ``;``.
+
+        Or the path of a ``.json`` file whose ``tensors`` are scales by name, as ``graft.fit_scales`` writes it.
+        """
+        if text.strip().endswith(".json"):
+            return cls(by_name=_read_scales(Path(text.strip())))
         default, pairs = 1.0, []
         for item in filter(None, (part.strip() for part in text.split(";"))):
             pattern, _, number = item.rpartition("=")
@@ -75,11 +83,29 @@ class Scale:
 
     def of(self, name: str) -> float:
         """Return the scale of tensor ``name``."""
+        if self.by_name:
+            return self.by_name[name]
         for pattern, value in self.by_pattern:
             with bounded_matching(f"scale has {pattern!r}"):
                 if re.search(pattern, name):
                     return value
         return self.default
+
+
+def _read_scales(file: Path) -> dict[str, float]:
+    """The scales of tensors in a JSON file."""
+    try:
+        scales = json.loads(file.read_text(encoding="utf-8"))["tensors"]
+        found = {str(name): float(scale) for name, scale in scales.items()}
+        if found and all(map(math.isfinite, found.values())):
+            return found
+        problem = "no scale, or one that is not finite"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = first_line(error)
+    raise GraftError(
+        f"scale is {file}, which can't be read ({problem}); expected a JSON file whose 'tensors' are finite numbers by "
+        "the names of tensors, such as the scales.json of an export with graft.fit_scales."
+    )
 
 
 def linear_on_disk(tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
@@ -188,6 +214,11 @@ class DiskGraft:
                 raise GraftError(
                     f"the scale's pattern {pattern!r} matches none of the {len(self.selected)} grafted tensors."
                 )
+        if scale.by_name and (unequal := sorted(self.selected ^ scale.by_name.keys())):
+            raise GraftError(
+                f"the scales by name and the {len(self.selected)} grafted tensors differ in {some_of(unequal)}. Give a "
+                "scale for every grafted tensor and for no other: those of the same models and selection."
+            )
         sizes = {name: info.num_elements for name, info in own.items()}
         # From the headers: what is left out may have changed or not.
         self.planned = replace(

@@ -127,9 +127,9 @@ class ModuleGraft:
         return {name: host.parameter for name, host in grafted.items()}
 
     @torch.no_grad()
-    def update_of(self, name: str) -> Tensor:
+    def update_of(self, name: str, variant: str = "") -> Tensor:
         """Return this rank's part of a parameter's update, transformed and not scaled, whichever weights are loaded."""
-        return self._update(self._by_name[name])
+        return self._update(self._by_name[name], variant)
 
     def in_files(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return numbers of parameters, such as ``fitted``, by the names of the tensors in the Instruct's files.

@@ -17,14 +17,15 @@ class Subject:
             dtype, ``adapter`` the Instruct with the adapter on it, as a server computes that loads an adapter, and
             ``grafted_4bit`` the graft with its linear layers quantised, as a server computes that loads it in 4 bits.
             ``anchored`` is the Instruct with everything that is trained, unrounded and not transformed, and with the
-            adapter at work: what a training with two anchors computes the Instruct's micro-batches with.
+            adapter at work: what a training with two anchors computes the Instruct's micro-batches with. ``fitted`` is
+            the graft with the scales that were fitted when the training ended.
         scale: Scale λ of the update that a graft adds; 0 for models without a graft.
         main: Whether this graft is the main one, called ``grafted``; any other has its scale in its name,
             ``grafted@0.5``, or its variant's name, ``grafted@dare``.
         variant: Name of the transforms of its update; empty for those that all grafts without a variant share.
     """
 
-    kind: Literal["tuned", "grafted", "grafted_4bit", "unrounded", "adapter", "anchored", "base", "instruct"]
+    kind: Literal["tuned", "grafted", "grafted_4bit", "unrounded", "adapter", "anchored", "fitted", "base", "instruct"]
     scale: float = 0.0
     main: bool = True
     variant: str = ""

@@ -118,6 +118,8 @@ def _load(folder: Path, adapter: Path | None, dtype: str, device: str) -> Any:
     """Load the model with its adapter; the harness would resize embeddings for an adapter."""
     from transformers import AutoModelForCausalLM
 
+    from shadowlit.kernels import slow_on_cpu
+
     where: Any = "auto" if device == "all" else {"": str(_device(device))}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where)
@@ -128,6 +130,8 @@ def _load(folder: Path, adapter: Path | None, dtype: str, device: str) -> Any:
     except Exception as error:  # of transformers, peft, safetensors, the device: many types
         what = folder if adapter is None else f"{folder} with {adapter}"
         raise EvaluationError(f"{what} cannot be loaded ({type(error).__name__}: {error}).") from error
+    if slow := slow_on_cpu(model.dtype, model.device):
+        log.warning("%s. Set --dtype float32.", slow)
     return model.eval()
 
 

@@ -55,13 +55,13 @@ class ScaledGraft(Protocol):
 class LiveScaledGraft:
     """The graft of a module that was trained, whose weights are swapped in and out."""
 
-    def __init__(self, graft: LiveGraft) -> None:
-        self._graft, self.model = graft, graft.model
+    def __init__(self, graft: LiveGraft, subject: Subject) -> None:
+        self._graft, self._subject, self.model = graft, subject, graft.model
         self.parameters = graft.grafted_parameters
 
     def update(self, name: str) -> Tensor:
         """See :class:`ScaledGraft`."""
-        return self._graft.update_of(name)
+        return self._graft.update_of(name, self._subject.variant)
 
     @contextmanager
     def scaled(self, scales: Mapping[str, float] | None) -> Iterator[None]:
@@ -69,7 +69,7 @@ class LiveScaledGraft:
         graft, before = self._graft, self._graft.fitted
         graft.fitted = {} if scales is None else scales
         try:
-            with graft.applied(INSTRUCT if scales is None else Subject("grafted", 1.0)):
+            with graft.applied(INSTRUCT if scales is None else self._subject):
                 yield
         finally:
             graft.fitted = before

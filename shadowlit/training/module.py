@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from shadowlit.errors import ShadowlitError, as_usage
 from shadowlit.grafting.adapter import adapt_all_linear, require_graftable
 from shadowlit.grafting.arithmetic import accumulation_dtype
 from shadowlit.grafting.subject import BASE
+from shadowlit.kernels import slow_on_cpu
 from shadowlit.pair.pair import ModelPair
 from shadowlit.plugins import calls
 from shadowlit.text import count
@@ -231,6 +232,8 @@ class ShadowModule(ScoringModule):
         """Build the Base on the meta device, shard it where the strategy has a mesh, fill it from its files."""
         if self.model is not None:
             return
+        if slow := slow_on_cpu(compute_dtype_of(self.trainer.precision), self.trainer.strategy.root_device):
+            rank_zero_warn(f"{slow}. Set trainer.precision to 32-true.")
         mesh = data_parallel_mesh(self.trainer.strategy, self.device_mesh)
         packs = run_data(self.trainer).packing is not None
         self.model = load_for_training(

@@ -20,9 +20,10 @@ from shadowlit.analysis.deltas import (
     reader_of,
     trimmed,
 )
-from shadowlit.analysis.heat_map import draw_heat_maps, in_order, of_similarity
+from shadowlit.analysis.heat_map import of_similarity
 from shadowlit.delta.delta import Delta
 from shadowlit.errors import DataError, GraftError, ShadowlitError
+from shadowlit.plotting import draw_heat_maps, in_order
 from tests.analysis.test_similarity import save
 from tests.tiny import save_pair
 

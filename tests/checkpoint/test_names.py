@@ -22,7 +22,7 @@ RULE = re.compile(
 )
 # Words that are no rule, by the module that may have them.
 ALLOWED = {
-    "analysis.heat_map": {
+    "plotting": {
         "q_proj",
         "k_proj",
         "v_proj",

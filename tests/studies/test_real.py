@@ -19,7 +19,7 @@ def write_setting(folder, pair="near", task="tools", graft=(2.0, 1.5), direct=(1
 
     The second rate is better on the rows for choosing and worse on those that are reported.
     """
-    untouched = {name: scores([3.0, 3.0], 0.0) for name in ("choice", "report", "alpaca", "identity")}
+    untouched = {name: scores([3.0, 3.0], 0.0) for name in ("choice", "report", "general", "identity")}
     found = {"instruct": {**untouched, "initial": [3.0, 1.0]}, "base": {**untouched, "initial": [2.0, 4.0]}}
     home = folder / pair / f"{task}_lora"
     home.mkdir(parents=True)
@@ -33,13 +33,13 @@ def write_setting(folder, pair="near", task="tools", graft=(2.0, 1.5), direct=(1
                 f"{scale:g}": {
                     "choice": scores([choice, choice], kl),
                     "report": scores([loss + 0.1 / scale, loss + 0.1 / scale + spread], kl),
-                    "alpaca": scores([1.0], kl), "identity": scores([1.0], kl),
+                    "general": scores([1.0], kl), "identity": scores([1.0], kl),
                 }
                 for scale, kl in zip((0.5, 1.0, 1.5), kls[source], strict=True)
             }  # fmt: skip
             raw = {"source": source, "lr": lr, "seed": 0, "norm": 0.5, "scores": path, "live": {}}
             if source == "B":
-                raw["scores"]["B2B"] = {"report": scores([1.0], 0.3), "alpaca": scores([1.0], 0.3)}
+                raw["scores"]["B2B"] = {"report": scores([1.0], 0.3), "general": scores([1.0], 0.3)}
             (home / f"{source}_lr{lr:g}_seed0.json").write_text(json.dumps(raw))
 
 

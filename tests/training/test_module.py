@@ -252,6 +252,17 @@ def test_bf16_mixed_computes_in_bfloat16_and_keeps_the_masters(pair):
     assert math.isfinite(trainer.callback_metrics["train/loss"].item())
 
 
+@pytest.mark.parametrize("has_kernels", [False, True])
+def test_a_cpu_without_kernels_for_bfloat16_is_named_before_the_first_step(pair, monkeypatch, recwarn, has_kernels):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_kernels)
+    train(ShadowModule(pair), max_steps=1)
+    assert not [w for w in recwarn if "no kernels" in str(w.message)]
+    train(ShadowModule(pair), max_steps=1, precision="bf16-mixed")
+    told = [str(w.message) for w in recwarn if "no kernels" in str(w.message)]
+    assert len(told) == (not has_kernels)
+    assert has_kernels or ("bfloat16" in told[0] and "trainer.precision to 32-true" in told[0])
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_other_precisions_are_refused_with_the_reason(pair, precision):
     with pytest.raises(ShadowlitError, match=f"trainer.precision is '{precision}'; expected '32-true' or 'bf16-mixed'"):

@@ -1,0 +1,196 @@
+"""Methods beyond the paper against the graft and direct tuning, on the embedded pair and on a real one.
+
+    python experiments/beyond/study.py [--runs runs/beyond] [--workers 2] [--only embedded/skill_bare_lora ...]
+    python experiments/beyond/study.py --shared ../shared --runs runs/real --only near/tools_lora
+
+Trains one update on both anchors at several weights of the Instruct, changes the Base's update in the ways that
+``arms.py`` lists, scores every scale of all of them row by row, and writes ``experiments/beyond/results`` and
+``REPORT.md``. What is finished is skipped. The real pairs, their rows and the two arms that they share with
+``experiments/real`` are that study's, so it comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a thread for each worker
+
+import torch
+
+from experiments.beyond.arms import ANCHORS, CHANGED, changed
+from experiments.beyond.report import write_report
+from experiments.real import study as real
+from experiments.real.report import choose_rates
+from experiments.real.rows import Row, write
+from experiments.real.score import Scorer
+from experiments.real.study import Study, Training, read_rows, run, trainings
+from shadowlit.data.conversation import IGNORE_INDEX
+from shadowlit.data.template import Encoded
+from shadowlit.delta.delta import Delta
+from shadowlit.kernels import slow_on_cpu
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ROOT = HERE.parents[1]
+SHIPPED = ROOT / "shadowlit" / "demo" / "data"
+RATES = {"lora": (3e-4, 1e-3, 3e-3), "full": (1e-4, 3e-4, 1e-3)}
+"""Learning rates on the embedded pair; those of the real ones are the other study's."""
+_SETTINGS = [
+    *(("embedded", task, method) for task in ("skill_bare", "skill_house") for method in ("lora", "full")),
+    *(("near", task, "lora") for task in ("tools", "gsm8k", "gsm8k_opened")),
+]
+_NUM_KEPT = 40  # rows of each kind of what the Instruct could do before
+
+
+class Beyond(Study):
+    """The study on a real pair, with arms that train on both anchors or change the Base's update."""
+
+    def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
+        config, overrides = super().recipe(training)
+        if training.source not in ANCHORS:
+            return config, overrides
+        # The same rows in a step, in four micro-batches. An epoch of tool calls is 48 of its 49 rows then: its last
+        # micro-batch would be alone in its step, and both models need one.
+        batches = {"data.batch_size": 2, "trainer.accumulate_grad_batches": 4}
+        whole = {"trainer.limit_train_batches": 24} if training.task == "tools" else {}
+        every = overrides["trainer.val_check_interval"] * 4
+        return config, {
+            **overrides, **batches, **whole, "trainer.val_check_interval": every,
+            "model.anchors": ANCHORS[training.source],
+        }  # fmt: skip
+
+    def train_and_score(self, training: Training) -> None:
+        shared = real.RESULTS / f"{training.name}.json"
+        if training.source not in ("B", "I") or not shared.exists() or self.results != RESULTS:
+            super().train_and_score(training)
+
+    def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
+        run(__file__, "--shared", self.shared, "--runs", self.runs, "--step", json.dumps([step, arguments]))
+
+    def delta_for(self, training: Training, scorer: Scorer) -> tuple[Delta, dict[str, Any]]:
+        if training.source not in CHANGED:
+            return super().delta_for(training, scorer)
+        source = Training(training.pair, training.task, training.method, "B", training.lr, training.seed)
+        return changed(training.source, Delta.open(self.delta_of(source)), scorer, self.calibration(training))
+
+    def delta_of(self, training: Training) -> Path:
+        if training.source in CHANGED:  # nothing is trained: the Base's update is changed
+            training = Training(training.pair, training.task, training.method, "B", training.lr, training.seed)
+        return super().delta_of(training)
+
+    def calibration(self, training: Training) -> dict[str, Path]:
+        """Files with rows by which an update may be changed: of the task, and of what should be kept."""
+        return {"task": self.data / f"{training.task}_choice.jsonl", "kept": self.data / "instruct_train.jsonl"}
+
+
+class Embedded(Beyond):
+    """The same on the embedded pair: a new skill, in bare answers or in the Instruct's own style."""
+
+    def __init__(self, runs: Path) -> None:
+        super().__init__(runs, runs, RESULTS)
+        self.data, self.base = runs / "embedded-data", ROOT / "shadowlit/demo/pair/base"
+        self._alone = Lock()
+
+    def prepare(self, pairs: Iterable[str]) -> None:
+        """Write the rows: what is asked is split into even rows for choosing and odd ones for the report."""
+        new = read_rows(SHIPPED / "new.jsonl")
+        kept = [read_rows(SHIPPED / f"{name}.jsonl") for name in ("old", "format", "refusal")]
+        for style, train, asked in (("bare", "train", "new"), ("house", "train_house", "new_house")):
+            task = f"skill_{style}"
+            styled = read_rows(SHIPPED / f"{asked}.jsonl")[::2]
+            parts = {"train": read_rows(SHIPPED / f"{train}.jsonl"), "choice": new[::2], "report": new[1::2]}
+            for part, rows in {**parts, "early": styled[:8], "fit": styled}.items():
+                write(map(_messages, rows), self.data / f"{task}_{part}.jsonl")
+        write([_messages(row) for rows in kept for row in rows[:_NUM_KEPT]], self.data / "general.jsonl")
+        write([_messages(row) for rows in kept for row in rows[_NUM_KEPT : 2 * _NUM_KEPT]], self.data / "kept.jsonl")
+
+    def instruct(self, pair: str) -> Path:
+        return ROOT / "shadowlit/demo/pair/instruct"
+
+    def scorer(self, pair: str, task: str) -> Scorer:
+        sets = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report")}
+        scorer = Scorer(self.instruct(pair), {**sets, "general": self.data / "general.jsonl"}, autocast=False)
+        for name in sets:  # the value alone: every style begins with it, and they differ in what follows
+            scorer.rows[name] = [_without_end(row) for row in scorer.rows[name]]
+        return self.with_reference(scorer, pair, task)
+
+    def recipe(self, training: Training) -> tuple[Path, dict[str, Any]]:
+        anchors = {"model.anchors": ANCHORS[training.source]} if training.source in ANCHORS else {}
+        return ROOT / f"configs/demo_{training.method}.yaml", {
+            "data.ignore_columns": [], "data.batch_size": 8, "trainer.accumulate_grad_batches": 4, "data.test": {},
+            "data.eval_batch_size": 64, "evaluation.evaluators": {}, "graft.baselines": False,
+            "export.parts": ["delta"], "trainer.max_epochs": 8, "trainer.check_val_every_n_epoch": None,
+            "trainer.val_check_interval": 75, "trainer.num_sanity_val_steps": 0, "trainer.log_every_n_steps": 1,
+            "trainer.callbacks": [], "trainer.enable_checkpointing": False, **anchors,
+        }  # fmt: skip
+
+    def in_a_process(self, step: str, arguments: dict[str, Any]) -> None:
+        with self._alone:  # the models are small: starting a process would take longer
+            self.do(step, arguments)
+
+    def calibration(self, training: Training) -> dict[str, Path]:
+        return {"task": self.data / f"{training.task}_fit.jsonl", "kept": self.data / "kept.jsonl"}
+
+
+def _messages(row: Row) -> Row:
+    return {"messages": row["messages"]}
+
+
+def _without_end(row: Encoded) -> Encoded:
+    labels = list(row.labels)
+    last = max(place for place, label in enumerate(labels) if label != IGNORE_INDEX)
+    labels[last] = IGNORE_INDEX
+    return Encoded(row.input_ids, labels)
+
+
+def main() -> None:
+    """Run what is missing, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, help="for the real pairs: as in experiments/real/study.py")
+    parser.add_argument("--runs", type=Path, default=Path("runs/beyond"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="settings, e.g. embedded/skill_bare_lora")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    os.chdir(ROOT)
+    runs = given.runs.resolve()
+    embedded = Embedded(runs)
+    pairs: dict[str, Study] = {"embedded": embedded}
+    if given.shared:
+        if slow := slow_on_cpu(torch.bfloat16, "cpu"):
+            parser.error(f"{slow}. The real pairs are trained in bfloat16, so they need another machine")
+        pairs |= dict.fromkeys(real.PAIRS, Beyond(given.shared.resolve(), runs, RESULTS))
+    if given.step:
+        return pairs["near"].do(*json.loads(given.step))
+    settings = [s for s in _SETTINGS if s[0] in pairs and (not given.only or f"{s[0]}/{s[1]}_{s[2]}" in given.only)]
+    with ThreadPoolExecutor(given.workers) as pool:
+        for setting in settings:
+            pair, task, method = setting
+            study = pairs[pair]
+            study.prepare([pair])
+            study.measure_untouched(pair, task)
+            rates = RATES[method] if pair == "embedded" else real.RATES[method]
+            trained = ("B", "I", *ANCHORS)
+            list(pool.map(study.train_and_score, trainings(setting, rates, None, trained)))
+            chosen = choose_rates(RESULTS, *setting)
+            list(pool.map(study.train_and_score, trainings(setting, rates, chosen, trained)))
+            for source in CHANGED:
+                list(pool.map(study.train_and_score, _at(setting, source, chosen["B"])))
+            study.measure_cosines(*setting)
+            write_report(RESULTS, HERE, real.RESULTS)
+    return None
+
+
+def _at(setting: tuple[str, str, str], source: str, lr: float) -> list[Training]:
+    return [Training(*setting, source, lr, seed) for seed in real.SEEDS]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""Fits the scales of groups of tensors when a training ends, on the weights that are exported."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.callbacks.scores import error_of_gain
+from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
+from shadowlit.errors import GraftError, counted
+from shadowlit.files import replace_text
+from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit
+from shadowlit.grafting.subject import Subject
+from shadowlit.text import duration, number
+from shadowlit.training.bar import show
+from shadowlit.training.fit_scales import Calibration, LiveScaledGraft, require_fittable
+from shadowlit.training.head import evaluating
+from shadowlit.training.module import ShadowModule
+from shadowlit.training.parallel import reduce_gradients
+
+SCALES_FILE = "scales.json"
+"""File next to the parts of an export with the scale of each tensor, as ``shadowlit graft --scale`` takes it."""
+
+
+@dataclass(frozen=True)
+class FittedGraft:
+    """Scales that were fitted, and what the graft with them scores.
+
+    Attributes:
+        subject: The graft with them, in metrics.
+        found: The scales.
+        metrics: ``val/fitted/<metric>`` of the exported model; empty without validation data.
+        lines: What the fit's last lines say of it.
+    """
+
+    subject: Subject
+    found: FittedScales
+    metrics: dict[str, float]
+    lines: list[str]
+
+    def write(self, folder: Path, by_file: Mapping[str, float]) -> None:
+        """Write the scales to a folder, by the names of the files' tensors, and a heat map if there are layers."""
+        text = json.dumps({**self.found.about, "history": self.found.history, "tensors": by_file}, indent=2)
+        replace_text(folder / SCALES_FILE, f"{text}\n")
+        cells = {
+            (kind_of(name), layer): scale
+            for name, scale in by_file.items()
+            if (layer := layer_of(name)) is not None and not is_bias(name)
+        }
+        if cells:
+            from shadowlit.plotting import HeatMap, draw_heat_maps, save_figure  # late: matplotlib takes a second
+
+            start = self.found.start
+            title = f"scales by {self.found.groups}, {min(cells.values()):.2f} to {max(cells.values()):.2f}"
+            save_figure(draw_heat_maps([HeatMap(title, cells, "scale", start)]), folder / "scales")
+
+
+def open_rows(trainer: Trainer, module: ShadowModule, options: FitScales) -> None:
+    """Read the calibration rows before the training, and raise for what can't be fitted.
+
+    Raises:
+        GraftError: The module can't give derivatives, or the rows are used elsewhere.
+        DataError: The rows can't be read.
+    """
+    require_fittable(module.objective)
+    if module.quantization is not None:
+        raise GraftError(
+            f"graft.fit_scales needs gradients of the weights, which model.quantization={module.quantization} doesn't "
+            "have. Set it to null, or fit the scales on disk (shadowlit graft --fit-scales)."
+        )
+    if module.adapter is not None and isinstance(trainer.strategy, ModelParallelStrategy) and trainer.world_size > 1:
+        raise GraftError(
+            "graft.fit_scales doesn't work with an adapter under FSDP2, which would gather the adapter's factors "
+            "within the backward pass. Use DDP, full tuning, or fit the scales on disk (shadowlit graft --fit-scales)."
+        )
+    data: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(data, "extra_loader"):
+        raise GraftError(
+            f"graft.fit_scales reads its rows as the data module does, but {type(data).__name__} has no extra_loader. "
+            "Use ShadowData or a subclass."
+        )
+    taken = dict(_sources(trainer))
+    for key, source in _rows(options).items():
+        if (place := taken.get(_place(source))) is not None:
+            raise GraftError(
+                f"{key} is {source}, which is {place} too: scales that are fitted to these rows would be measured on "
+                "them, or were trained on them. Give rows of their own."
+            )
+        data.extra_loader(key, source)
+        for other, count in data.overlap(key).items():
+            rank_zero_warn(
+                f"data: {key} shares {counted(count, 'sample')} token for token with {other}, so that scores there "
+                "are not independent of the scales. Remove these from one of the two."
+            )
+
+
+def fit_at_end(
+    trainer: Trainer, module: ShadowModule, callback: GraftCallback, options: FitScales, subject: Subject
+) -> FittedGraft:
+    """Fit the scales of the graft ``subject`` of the weights that the module holds, and score it; a collective.
+
+    The trained weights are loaded again afterwards, bit for bit, and have the gradients that they had.
+
+    Raises:
+        GraftError: A loss or a derivative is not finite.
+    """
+    begun, start = time.perf_counter(), subject.scale
+    graft, data = callback.build(module), getattr(trainer, "datamodule", None)
+    assert module.model is not None and data is not None
+    with isolate_rng():
+        loaders = [data.extra_loader(key, source, options.batch_size) for key, source in _rows(options).items()]
+        rows, *keep = [list(loader) for loader in loaders]
+    reduce_gradients(module.model, True)
+    host = LiveScaledGraft(graft, subject)
+    graft.in_files(dict.fromkeys(host.parameters, start))
+    calibration = Calibration(
+        host, options, rows, keep[0] if keep else [], module.head_losses(), objective=module.objective,
+        autocast=trainer.precision_plugin.val_step_context, move=trainer.strategy.batch_to_device,
+    )  # fmt: skip
+    steps = iter(range(options.steps + 1))
+
+    def measure(scales: Mapping[str, float], with_slopes: bool) -> Measured:
+        show(trainer, f"fitting scales {next(steps)}/{options.steps}")
+        return calibration(scales, with_slopes)
+
+    with isolate_rng():
+        found = fit(measure, host.parameters, options, start)
+    seconds = time.perf_counter() - begun
+    before, after = found.history[0], found.history[found.step]
+    least, most = (pick(found.scales, key=found.scales.__getitem__) for pick in (min, max))
+    lines = [
+        f"scales: {counted(len(found.scales), 'group')} by {found.groups}, from {found.scales[least]:.3f} ({least}) to "
+        f"{found.scales[most]:.3f} ({most}), fitted in {duration(seconds)}: calibration loss {number(before['loss'])} "
+        f"→ {number(after['loss'])}"
+        + (f", divergence from the Instruct {number(before['kl'])} → {number(after['kl'])}" if keep else "")
+    ]
+    fitted = Subject("fitted", start, variant=subject.variant)
+    metrics = _scores(trainer, module, callback, found, subject, fitted, lines)
+    for line in lines:
+        rank_zero_info(line)
+    logged = {**metrics, "graft/fit_seconds": seconds}
+    if found.groups != "tensor":  # hundreds, which scales.json has
+        logged |= {f"graft/scale/{group}": scale for group, scale in found.scales.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(logged, step=trainer.global_step)
+    return FittedGraft(fitted, found, metrics, lines)
+
+
+def _scores(
+    trainer: Trainer, module: ShadowModule, callback: GraftCallback, found: FittedScales, whole: Subject,
+    fitted: Subject, lines: list[str],
+) -> dict[str, float]:  # fmt: skip
+    """Score the graft at one scale and with the fitted ones on the validation sets; add a line that compares them."""
+    if not trainer.val_dataloaders or not callback.validate:
+        lines.append("scales: not scored: there are no validation data, or graft.validate is false")
+        return {}
+    graft = callback.build(module)
+    scored: list[tuple[dict[str, float], dict[str, Tensor]]] = []
+    for subject, scales in ((whole, {}), (fitted, found.by_tensor)):
+        graft.fitted = scales
+        try:
+            scored.append(graft.measure(whole, partial(_score, trainer, module, subject)))
+        finally:
+            graft.fitted = {}
+    (plain, plain_rows), (own, own_rows) = scored
+    gain, error = plain["loss"] - own["loss"], ""
+    if "" in plain_rows and "" in own_rows:
+        error = f" ± {number(error_of_gain(plain_rows[''][:, :2], own_rows[''][:, :2]), digits=3)}"
+    lines.append(
+        f"scales: the exported model has the fitted ones: its validation loss is {number(own['loss'])} "
+        f"(val/fitted/loss), and {number(plain['loss'])} at scale {found.start:g} everywhere (val/{whole.name}/loss): "
+        f"{'better' if gain > 0 else 'not better'}, by {number(gain, signed=True)}{error}"
+    )
+    if not gain > 0:
+        rank_zero_warn(
+            "export: on the validation data the graft with fitted scales is not better than at scale "
+            f"{found.start:g} everywhere, but it is what is exported. Remove graft.fit_scales, or give it more rows, "
+            "fewer groups or a larger pull."
+        )
+    return {f"val/{fitted.name}/{name}": value for name, value in own.items()}
+
+
+def _score(trainer: Trainer, module: ShadowModule, subject: Subject) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Score the weights that are loaded on the validation sets, as a validation would."""
+    module.take_scores(subject)  # those of a pass that is repeated
+    loaders: Any = trainer.val_dataloaders
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    with isolate_rng(), torch.no_grad(), evaluating(module):
+        for index, (loader, limit) in enumerate(zip(loaders, trainer.num_val_batches, strict=True)):
+            for number_, batch in enumerate(islice(loader, int(limit))):
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=index)
+                with trainer.precision_plugin.val_step_context():
+                    module.validation_step(batch, number_, index, subject)
+        rows = module.sample_scores(subject)
+        return module.take_scores(subject), rows
+
+
+def _rows(options: FitScales) -> dict[str, str]:
+    """The sources of the rows by their keys."""
+    keep = {} if options.keep is None else {"graft.fit_scales.keep.data": options.keep.data}
+    return {"graft.fit_scales.data": options.data, **keep}
+
+
+def _sources(trainer: Trainer) -> Iterable[tuple[str, str]]:
+    """Where the rows of the run's data and evaluators are, and their keys."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for source in data.train_sources:
+        yield _place(source.path), "data.train"
+    for kind, sets in (("validation", data.validation_sets), ("test", data.test_sets)):
+        yield from ((_place(source.path), f"data.{kind}.{name}") for name, source in sets.items())
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name, evaluator in getattr(callback, "evaluators", {}).items():
+            if isinstance(source := getattr(evaluator, "data", None), str):
+                yield _place(source), f"evaluation.evaluators.{name}.data"
+
+
+def _place(source: str) -> str:
+    return str(Path(source).resolve()) if Path(source).exists() else source

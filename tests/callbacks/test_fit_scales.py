@@ -1,0 +1,303 @@
+"""Scales that are fitted when a training ends: what is exported has them, and nothing else notices."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import shadowlit
+from shadowlit.callbacks import fit_scales as callback_module
+from shadowlit.callbacks.evaluation import EvaluationCallback
+from shadowlit.callbacks.export import ExportCallback
+from shadowlit.callbacks.graft import GraftCallback
+from shadowlit.checkpoint.folder import CheckpointReader
+from shadowlit.data.module import ShadowData
+from shadowlit.delta.delta import Delta
+from shadowlit.errors import GraftError, ShadowlitError
+from shadowlit.evaluation.forgetting import Divergence
+from shadowlit.grafting.manifest import read_manifest
+from shadowlit.grafting.scales import FitScales, FittedScales, group_of
+from shadowlit.training import fit_scales as module_of_pass
+from shadowlit.training.fit_scales import require_fittable
+from shadowlit.training.objectives import DPO
+from tests.callbacks.test_graft import KINDS, assert_same, make_module, make_trainer, metrics, weights
+from tests.data.templates import talk
+from tests.distributed import run_ranks
+from tests.tiny import save_pair
+from tests.training import test_distributed as distributed
+
+FIT = {"groups": "kind", "steps": 3, "lr": 0.2, "pull": 0.001}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"), "qwen3")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Rows for each use, by its name; none is in two of them."""
+    folder = tmp_path_factory.mktemp("rows")
+    for place, name in enumerate(("train", "validation", "calibration", "neutral")):
+        rows = ({"messages": talk(f"{name} {i}", chr(97 + place) * (3 + i % 4))} for i in range(7 + place))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: str(folder / f"{name}.jsonl") for name in ("train", "validation", "calibration", "neutral")}
+
+
+class Watch(Callback):
+    """What the optimizer and the parameters are like when the training is over, and when the fit is."""
+
+    def on_train_end(self, trainer, module):
+        self.before = self._state(trainer, module)
+
+    def teardown(self, trainer, module, stage):
+        self.after = self._state(trainer, module)
+
+    def _state(self, trainer, module):
+        states = [value for one in trainer.optimizers[0].state.values() for value in one.values()]
+        named = dict(module.model.named_parameters())
+        return {
+            "weights": weights(module),
+            "states": [value.clone() if isinstance(value, torch.Tensor) else value for value in states],
+            "requires_grad": {name: p.requires_grad for name, p in named.items()},
+            "gradients": {name: None if p.grad is None else p.grad.clone() for name, p in named.items()},
+            "hooks": [name for name, p in named.items() if p._post_accumulate_grad_hooks],
+            "modes": [each.training for each in module.model.modules()],
+        }
+
+
+def run(tmp_path, folders, files, kind, fit_scales, *callbacks, parts=("model", "adapter", "delta"), **options):
+    module = make_module(folders, kind, lr=3e-3)
+    graft = GraftCallback(fit_scales=fit_scales, **options)
+    export = ExportCallback(folder=str(tmp_path / "x"), parts=list(parts))
+    trainer = make_trainer(tmp_path, graft, export, *callbacks, max_epochs=2, val_check_interval=None)
+    data = ShadowData(
+        module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64, batch_size=2
+    )
+    trainer.fit(module, data)
+    return module, trainer, graft
+
+
+def loss_by_hand(model, data_file, folders):
+    pair = make_module(folders).pair
+    data = ShadowData(pair, validation=data_file, cache=False, max_length=64)
+    data.setup("validate")
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in data.dataset("val/val"):
+            labels = torch.tensor(sample["labels"])[1:]
+            logits = model(input_ids=torch.tensor([sample["input_ids"]])).logits[0, :-1].double()
+            chosen = labels != -100
+            total -= logits.log_softmax(-1)[chosen].gather(1, labels[chosen][:, None]).sum().item()
+            count += int(chosen.sum())
+    return total / count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
+    """Model, delta, adapter and manifest; equal to the graft on disk with scales.json; training is untouched."""
+    fit_scales = {**FIT, "data": files["calibration"], "keep": {"data": files["neutral"], "weight": 0.5}}
+    watch = Watch()
+    module, trainer, callback = run(tmp_path, folders, files, kind, fit_scales, watch)
+    stored = json.loads((tmp_path / "x/scales.json").read_text())
+    scales = stored["tensors"]
+    assert len(scales) == 14 and len(set(scales.values())) == 7 and 1.0 not in scales.values()
+    assert all(stored["scales"][group_of(name, "kind")] == scale for name, scale in scales.items())
+    assert (tmp_path / "x/scales.png").is_file() and (tmp_path / "x/scales.pdf").is_file()
+
+    manifest = read_manifest(tmp_path / "x/model")
+    for part in ("model", "delta", *(["adapter"] if kind == "lora" else [])):
+        assert read_manifest(tmp_path / "x" / part)["fitted_scales"]["scales"] == stored["scales"]
+    assert manifest["logits_against_validated"]["max_abs"] == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
+    by_hand = {use: loss_by_hand(exported, files[use], folders) for use in ("validation", "calibration")}
+    assert manifest["metrics"]["val/fitted/loss"] == pytest.approx(by_hand["validation"], rel=1e-5)
+    assert stored["after"]["loss"] == pytest.approx(by_hand["calibration"], rel=1e-5)
+    assert stored["after"]["objective"] < stored["before"]["objective"] and stored["step"] > 0
+    assert manifest["metrics"]["val/grafted/loss"] == metrics(trainer)["val/grafted/loss"]
+    assert any("the exported model has the fitted ones" in line for line in callback.exported)
+
+    # The update of the export is λ Δ.
+    delta = Delta.open(tmp_path / "x/delta")
+    instruct, grafted = CheckpointReader(folders[1]), CheckpointReader(tmp_path / "x/model")
+    for name in delta.shapes:
+        gained = grafted.read(name).double() - instruct.read(name).double()
+        torch.testing.assert_close(delta.tensor(name).double(), gained, rtol=2**-8, atol=1e-7)
+    if kind == "full":
+        module.model.save_pretrained(tmp_path / "tuned")
+        sides = [folders[0], tmp_path / "tuned", folders[1], tmp_path / "disk"]
+        done = shadowlit.graft(*map(str, sides), scale=str(tmp_path / "x/scales.json"))
+        assert_same(load_file(tmp_path / "disk/model.safetensors"), load_file(tmp_path / "x/model/model.safetensors"))
+        assert done.survival == pytest.approx(manifest["survival"]["survival"], rel=1e-5)
+        assert not (tmp_path / "x/adapter").exists()
+    else:
+        untouched = AutoModelForCausalLM.from_pretrained(folders[1])
+        served = PeftModel.from_pretrained(untouched, str(tmp_path / "x/adapter"))
+        ids = torch.arange(20)[None]
+        torch.testing.assert_close(served(input_ids=ids).logits, exported(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+
+    # The fit leaves everything as it was.
+    assert_same(watch.before["weights"], watch.after["weights"])
+    for part in ("requires_grad", "hooks", "modes"):
+        assert watch.before[part] == watch.after[part], part
+    assert len(watch.before["states"]) == len(watch.after["states"])
+    for one, other in zip(watch.before["states"], watch.after["states"], strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    for name, gradient in watch.before["gradients"].items():
+        after = watch.after["gradients"][name]
+        assert after is None if gradient is None else torch.equal(gradient, after)
+
+    # And the training is the one without it.
+    plain, other, _ = run(tmp_path / "plain", folders, files, kind, None, parts=["model"])
+    assert_same(weights(module), weights(plain))
+    for name, value in metrics(other).items():
+        assert "seconds" in name or "time" in name or metrics(trainer)[name] == value, name
+    assert "fitted_scales" not in read_manifest(tmp_path / "plain/x/model")
+    assert not (tmp_path / "plain/x/scales.json").exists()
+
+
+def test_scales_start_at_the_main_scale_and_count_transforms(tmp_path, folders, files):
+    """With one step of 1e-9 they stay at 0.5, and the export is that of scale 0.5, with the transforms."""
+    options = {"transforms": [{"name": "dare", "density": 0.5}], "scales": [0.5], "select": "all"}
+    fit_scales = FitScales(files["calibration"], groups="layer", steps=1, lr=1e-9)
+    run(tmp_path, folders, files, "full", fit_scales, parts=["model"], **options)
+    assert set(json.loads((tmp_path / "x/scales.json").read_text())["scales"].items()) == {
+        ("layer_00", 0.5), ("layer_01", 0.5), ("other", 0.5),
+    }  # fmt: skip
+    run(tmp_path / "plain", folders, files, "full", None, parts=["model"], **options)
+    assert_same(*(load_file(tmp_path / f"{part}x/model/model.safetensors") for part in ("", "plain/")))
+
+
+def test_an_error_restores_everything(tmp_path, folders, files, monkeypatch):
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) > 20:
+            raise RuntimeError("a hook failed")
+        return torch.zeros(())
+
+    monkeypatch.setattr(module_of_pass, "inner_product", fail)
+    watch = Watch()
+    module = make_module(folders, "lora")
+    graft = GraftCallback(fit_scales={**FIT, "data": files["calibration"]})
+    export = ExportCallback(folder=str(tmp_path / "x"))
+    trainer = make_trainer(tmp_path, graft, export, watch, val_check_interval=None)
+    data = ShadowData(module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64)
+    with pytest.raises(RuntimeError, match="a hook failed"):
+        trainer.fit(module, data)
+    assert_same(watch.before["weights"], weights(module))
+    assert {name: p.requires_grad for name, p in module.model.named_parameters()} == watch.before["requires_grad"]
+    assert not any(p._post_accumulate_grad_hooks for p in module.model.parameters())
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"data": "validation"}, r"graft\.fit_scales\.data is .*validation\.jsonl, which is data\.validation\.val too"),
+    ({"data": "train"}, r"which is data\.train too"),
+    ({"data": "calibration", "keep": {"data": "neutral"}}, r"keep\.data is .* is evaluation\.evaluators\.kl\.data too"),
+    ({"data": "nowhere"}, "nowhere"),
+])  # fmt: skip
+def test_rows_of_other_uses_are_refused(tmp_path, folders, files, options, message):
+    options = json.loads(json.dumps(options))
+    options["data"] = files.get(options["data"], options["data"])
+    if "keep" in options:
+        options["keep"]["data"] = files[options["keep"]["data"]]
+    evaluation = EvaluationCallback({"kl": Divergence(files["neutral"])})
+    with pytest.raises(ShadowlitError, match=message):
+        run(tmp_path, folders, files, "full", options, evaluation)
+
+
+def test_what_has_no_effect_or_no_derivative_is_refused(tmp_path, folders, files):
+    fit_scales = {**FIT, "data": files["calibration"]}
+    data = {"train": files["train"], "validation": files["validation"], "cache": False}
+    for export in ([], [ExportCallback(enabled=False)]):
+        module = make_module(folders)
+        trainer = make_trainer(tmp_path, GraftCallback(fit_scales=fit_scales), *export)
+        with pytest.raises(GraftError, match="but nothing is exported"):
+            trainer.fit(module, ShadowData(module.pair, **data))
+    with pytest.raises(ShadowlitError, match=r"graft\.fit_scales"):
+        GraftCallback(fit_scales={"data": "x", "groups": "layers"})
+    with pytest.raises(GraftError, match="DPO learns from pairs"):
+        require_fittable(DPO())
+
+
+def test_fitted_scales_that_are_not_better_are_reported(tmp_path, folders, files, monkeypatch):
+    def bad(measure, names, options, start):
+        scales = dict.fromkeys(names, 30.0)
+        history = [{"loss": 1.0, "kl": 0.0, "objective": 1.0}]
+        return FittedScales("tensor", scales, scales, start, 0, history)
+
+    monkeypatch.setattr(callback_module, "fit", bad)
+    with pytest.warns(UserWarning, match="not better than at scale 1 everywhere, but it is what is exported"):
+        _, _, callback = run(tmp_path, folders, files, "full", {**FIT, "data": files["calibration"]}, parts=["model"])
+    (line,) = (line for line in callback.exported if "not better, by -" in line)
+    assert not math.isnan(float(line.rpartition("± ")[2]))
+
+
+def test_scales_by_name_must_be_those_of_the_graft(tmp_path, folders):
+    sides = [str(folders[0]), str(folders[1]), str(folders[1])]
+    contents = {"{}": "can't be read", '{"tensors": {"x": 1}}': "differ in", "[": "can't be read"}
+    for content, message in contents.items():
+        (tmp_path / "s.json").write_text(content)
+        with pytest.raises(GraftError, match=message):
+            shadowlit.graft(*sides, str(tmp_path / "out"), scale=str(tmp_path / "s.json"))
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+
+
+def fit_on_ranks(folders, files, kind, strategy, world_size, out):
+    """Train, fit and export; return the scales, their history, and the metrics of the fitted graft."""
+    seed_everything(0)
+    module = distributed.make_module(folders, kind)
+    fit_scales = {**FIT, "steps": 2, "data": files["calibration"], "keep": {"data": files["neutral"]}}
+    export = ExportCallback(folder=str(out), parts=["model"])
+    trainer = distributed.make_trainer(
+        strategy, world_size, [GraftCallback(fit_scales={**fit_scales, "batch_size": 4 // world_size}), export],
+        max_epochs=1, val_check_interval=None,
+    )  # fmt: skip
+    data = ShadowData(
+        module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64,
+        batch_size=4 // world_size,
+    )  # fmt: skip
+    slopes, fit = [], callback_module.fit
+
+    def keep(found):
+        slopes.append(found.slopes)
+        return found
+
+    # Adam's steps don't depend on the size of the slopes, so these are compared too. The process is this test's own.
+    callback_module.fit = lambda measure, *rest: fit(lambda *args: keep(measure(*args)), *rest)
+    trainer.fit(module, data)
+    found = export._fitted
+    return {"slopes": slopes[0], "scales": found.found.scales, "history": found.found.history, "metrics": found.metrics}
+
+
+@pytest.mark.parametrize(("kind", "strategies"), [("full", ["ddp", "fsdp2"]), ("lora", ["ddp"])])
+def test_two_processes_are_one(tmp_path, folders, files, kind, strategies):
+    """9 and 10 rows, which leave a filler to one of the ranks."""
+    (one,) = run_ranks(fit_on_ranks, 1, folders, files, kind, "auto", 1, tmp_path / "one")
+    assert len(set(one["scales"].values())) == 7
+    for strategy in strategies:
+        ranks = run_ranks(fit_on_ranks, 2, folders, files, kind, strategy, 2, tmp_path / strategy)
+        assert ranks[0] == ranks[1]
+        largest = max(map(abs, one["slopes"].values()))
+        assert ranks[0]["slopes"] == pytest.approx(one["slopes"], rel=1e-3, abs=1e-3 * largest)
+        assert ranks[0]["scales"] == pytest.approx(one["scales"], abs=2e-3)
+        for mine, theirs in zip(ranks[0]["history"], one["history"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-7)
+        assert ranks[0]["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+        assert read_manifest(tmp_path / strategy / "model")["logits_against_validated"]["max_abs"] == 0
+
+
+def test_an_adapter_under_fsdp2_is_refused(folders, files):
+    trainer = SimpleNamespace(strategy=ModelParallelStrategy(2, 1), world_size=2)
+    with pytest.raises(GraftError, match="doesn't work with an adapter under FSDP2"):
+        callback_module.open_rows(trainer, make_module(folders, "lora"), FitScales(files["calibration"]))
