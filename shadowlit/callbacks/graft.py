@@ -107,8 +107,8 @@ class GraftCallback(Callback):
         routing: Whether to log how many choices of experts the graft changes, for a mixture of experts. Needs
             baselines; not measured in compiled layers.
         transforms: Transforms of the update, applied in this order before it is scaled, e.g.
-            [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, or the import path of a function. Metrics, norms,
-            survival and exports are those of the transformed update.
+            [{name: dare, density: 0.2}]: magnitude, dare, svd, ties, gradfix, or the import path of a function.
+            Metrics, norms, survival and exports are those of the transformed update.
         variants: Further grafts by name, each with transforms of its own in place of these, scored in the same
             validation: {dare: {transforms: [{name: dare, density: 0.2}]}} is logged as ``val/grafted@dare/*``.
             ``export.subject`` chooses the one that is exported.
