@@ -116,8 +116,11 @@ class Embedded(Beyond):
 
     def scorer(self, pair: str, task: str) -> Scorer:
         sets = {name: self.data / f"{task}_{name}.jsonl" for name in ("choice", "report")}
-        scorer = Scorer(self.instruct(pair), {**sets, "general": self.data / "general.jsonl"}, autocast=False)
-        for name in sets:  # the value alone: every style begins with it, and they differ in what follows
+        sets |= {"early": self.data / f"{task}_early.jsonl", "general": self.data / "general.jsonl"}
+        condensed = frozenset(sets) - {"report"}
+        scorer = Scorer(self.instruct(pair), sets, autocast=False, condensed=condensed)
+        # Of an answer the value alone: every style begins with it, and they differ in what follows.
+        for name in ("choice", "report"):
             scorer.rows[name] = [_without_end(row) for row in scorer.rows[name]]
         return self.with_reference(scorer, pair, task)
 

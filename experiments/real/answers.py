@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 Answered = list[list[Any]]
 """Of each row: the answer, whether it is right (None where nothing says so), and whether it ended by itself."""
@@ -43,7 +43,7 @@ LONGEST = {"tools": 96, "gsm8k": 160, "gsm8k_opened": 160, "forms": 48, "general
 
 
 def answer_all(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, rows: Sequence[Any], general: Sequence[Any]
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: str, rows: Sequence[Any], general: Sequence[Any]
 ) -> dict[str, Answered]:
     """Answers to a task's rows, to :data:`FORMS`, and to general rows.
 
@@ -75,7 +75,7 @@ def _judge(name: str, task: str, rows: Sequence[Any]) -> Callable[[int, str], bo
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], longest: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], longest: int
 ) -> list[tuple[str, bool]]:
     """The greedy answer to each prompt, without white space around it, and whether it ended by itself."""
     tokenizer.padding_side = "left"

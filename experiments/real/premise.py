@@ -43,7 +43,7 @@ def encoded(tokenizer: Any, examples: Sequence[tuple[str, str]], question: str, 
         ending = "<end_of_turn>"
     else:
         shown = [f"Question: {q}\nAnswer: {a}\n\n" for q, a in examples]
-        prompt = tokenizer.bos_token + "".join(shown) + f"Question: {question}\nAnswer: "
+        prompt = (tokenizer.bos_token or "") + "".join(shown) + f"Question: {question}\nAnswer: "
         ending = "\n\n"
     before = tokenizer(prompt, add_special_tokens=False).input_ids
     after = tokenizer(answer.strip() + ending, add_special_tokens=False).input_ids

@@ -14,8 +14,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from experiments.real.premise import AS_IS
 from shadowlit.files import replace_text
-from shadowlit.studies.report import REPORT, markdown_table, mean_text, paragraphs
+from shadowlit.studies.report import NONE, REPORT, markdown_table, mean_text, paragraphs
 from shadowlit.studies.statistics import Interval, average, paired_bootstrap, spearman
 
 _HEAD = """\
@@ -57,11 +58,25 @@ The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3
 Instruct's. Here: loss per token, and norm of its gradient by all weights, on the first 16 training rows.
 """
 _PREDICTORS = """\
-Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the \
-I2I of the same rate and seed, over all runs with a partner. Runs of one setting share rows and models, so there \
-are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
-was fitted on the other settings. The first validation is after 3 or 4 steps, 14 to 20 % of the training.
+Spearman's rank correlation of what is known during training with B2I's advantage in loss at equal KL over the I2I of \
+the same rate and seed, over all runs with a partner: those of this study, and those of the embedded pair in [another \
+study](../beyond/REPORT.md), whose loss is that of an answer's value. Runs of one setting share rows and models, so \
+there are far fewer independent cases than runs. The last column predicts which arm is better, by one threshold that \
+was fitted on the other settings. The first validation is after 12 to 20 % of the training.
 """
+_COPIES = """\
+Losses of GSM8K's solutions under the untouched models (arXiv 2601.13244: Bases beat their Instructs on some tasks, \
+and Instructs lose more on perturbed questions), in turns or as plain text, with and without four solved examples, \
+on the first 40 reported rows and on their copies with other names, other numbers (and the solution recomputed), \
+numbers in words, or a sentence that does not matter. A copy costs what its mean loss per token is above that of its \
+original.
+"""
+_GENERATED = """\
+Greedy answers with the first seed, scale 1: right on the first 24 reported rows (the same JSON; the same last \
+number), ended before the limit, and forms on request (16 prompts such as "answer with yes or no only", checked by a \
+pattern).
+"""
+_ANSWERS = "Greedy, cut after 64 tokens; prompts are held-out Alpaca rows."
 Rows = np.ndarray  # [N, 5]: summed loss, tokens, first token's loss, exact, summed divergence from the Instruct
 LOSS, TOKENS, FIRST, EXACT, KL = range(5)
 TASKS = {
@@ -187,7 +202,7 @@ def choose_rates(results: Path, pair: str, task: str, method: str) -> dict[str, 
 
 
 def advantage(pairs: Iterable[tuple[Rows, Rows]]) -> Interval:
-    """How much lower the second rows' loss per token is than the first's, over seeds, with its interval."""
+    """How much lower the first rows' loss per token is than the second's, over seeds, with its interval."""
     found = list(pairs)
     tokens = found[0][0][:, TOKENS]
     differences = np.stack([(b[:, LOSS] - a[:, LOSS]) / tokens for a, b in found])
@@ -308,6 +323,7 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
     early = {who: live[f"val/{who}/loss"][0][1] for who in ("tuned", "grafted") if f"val/{who}/loss" in live}
     base = setting.base["choice"]
     start, untouched = setting.instruct["choice"], setting.untouched
+    first_rows = setting.instruct.get("early", start[:8])
     (base_loss, base_norm), (instruct_loss, instruct_norm) = (untouched[who]["initial"] for who in ("base", "instruct"))
     known = {
         "σ of the pair": untouched["offset"]["sigma"],
@@ -319,7 +335,7 @@ def predictors(setting: Setting, run: Run) -> dict[str, float]:
         "initial gradient, Base / Instruct": base_norm / instruct_norm,
     }  # fmt: skip
     if len(early) == 2:
-        known["gain of the graft at the first validation"] = per_token(start[:8]) - early["grafted"]
+        known["gain of the graft at the first validation"] = per_token(first_rows) - early["grafted"]
     return known
 
 
@@ -404,6 +420,61 @@ def _premise(settings: Sequence[Setting]) -> str:
     return markdown_table(headings, lines)
 
 
+def _premise_on_copies(results: Path, pair: str) -> str:
+    """Losses of the untouched models on rows and their copies, and how much a copy costs each of them."""
+    raw = json.loads((results / pair / "premise.json").read_text())
+    lines = []
+    for key in raw["base"]:
+        form, shots, copy = key.split("/")
+        plain = f"{form}/{shots}/{AS_IS}"
+        cells = [f"{'turns' if form == 'chat' else 'plain text'}, {shots} examples", copy, str(len(raw["base"][key]))]
+        costs = []
+        for who in ("base", "instruct"):
+            scores = {int(number): row for number, *row in raw[who][key]}
+            before = {int(number): row for number, *row in raw[who][plain]}
+            new, old = rows(list(scores.values())), rows([before[number] for number in scores])
+            cells.append(f"{per_token(new):.3f}")
+            costs.append((old, new))
+        if copy == AS_IS:
+            (_, base), (_, instruct) = costs
+            cells += [interval_text(advantage([(base, instruct)])), NONE, NONE]
+        else:
+            cells += [NONE, *(interval_text(_more(old, new)) for old, new in costs)]
+        lines.append(cells)
+    headings = (
+        "asked in", "rows", "n", "Base", "Instruct", "Base lower by", "the copy costs the Base", "the Instruct",
+    )  # fmt: skip
+    return markdown_table(headings, lines)
+
+
+def _more(old: Rows, new: Rows) -> Interval:
+    """How much higher the mean loss per token of copies is, over rows; a copy may have other numbers of tokens."""
+    difference = new[:, LOSS] / new[:, TOKENS] - old[:, LOSS] / old[:, TOKENS]
+    return paired_bootstrap({"loss": difference[None]}, [["loss"]])[0]
+
+
+def _answers(raw: Mapping[str, Any]) -> str:
+    lines = []
+    for name in (name for name in raw if name != "prompts"):
+        task, forms, general = (raw[name][part] for part in ("task", "forms", "general"))
+        lines.append(
+            [
+                name, f"{sum(right for _, right, _ in task)} of {len(task)}",
+                f"{sum(ended for _, _, ended in task)} of {len(task)}",
+                f"{sum(right for _, right, _ in forms)} of {len(forms)}",
+                f"{sum(ended for _, _, ended in general)} of {len(general)}",
+            ]
+        )  # fmt: skip
+    return markdown_table(("model", "right", "ended", "forms as asked", "general answers ended"), lines)
+
+
+def _read(raw: Mapping[str, Any], name: str) -> str:
+    """The general answers of a model, to be read."""
+    pairs = zip(raw["prompts"], raw[name]["general"], strict=True)
+    flat = lambda text: " ".join(text.split()).replace("|", "\\|")  # noqa: E731
+    return markdown_table(("asked", "answer"), [[flat(asked), flat(answer)] for asked, (answer, *_) in pairs])
+
+
 def finished(results: Path) -> list[Setting]:
     """The settings that have a training of both arms."""
     found = []
@@ -416,6 +487,13 @@ def finished(results: Path) -> list[Setting]:
     return sorted(found, key=lambda s: (s.pair != "near", s.method != "lora", order.index(s.task)))
 
 
+def embedded(results: Path) -> list[Setting]:
+    """The settings of the embedded pair, from the results of the study of methods beyond the paper."""
+    folders = [folder.name.rsplit("_", 1) for folder in sorted(results.glob("embedded/*_*/"))]
+    found = [Setting(results, "embedded", task, method) for task, method in folders]
+    return [setting for setting in found if {"B", "I"} <= set(setting.chosen)]
+
+
 def write_report(results: Path, home: Path) -> None:
     """Write ``REPORT.md`` and its plot into ``home``."""
     settings = finished(results)
@@ -424,8 +502,23 @@ def write_report(results: Path, home: Path) -> None:
     plot(settings, home / "learned_against_kl.png")
     parts = [_HEAD, "## Overview", _OVERVIEW, _overview(settings), "![learned against KL](learned_against_kl.png)"]
     parts += ["## The premise", _PREMISE, _premise(settings)]
-    parts += ["## What predicts it", _PREDICTORS, _prediction(settings)]
+    for pair in dict.fromkeys(setting.pair for setting in settings):
+        if (results / pair / "premise.json").exists():
+            parts += [f"### Other wordings: {pair}", _COPIES, _premise_on_copies(results, pair)]
+    parts += [
+        "## What predicts it",
+        _PREDICTORS,
+        _prediction([*settings, *embedded(home.parent / "beyond" / "results")]),
+    ]
+    answered: dict[str, Any] = {}
     for setting in settings:
         names = ", ".join(f"{ARMS[s]} {lr:g}" for s, lr in setting.chosen.items())
         parts += [f"## {setting.name}: {TASKS[setting.task]}", f"Chosen rates: {names}.", _scores(setting)]
+        file = results / setting.pair / f"{setting.task}_{setting.method}_answers.json"
+        if file.exists():
+            raw = json.loads(file.read_text())
+            answered.setdefault(setting.pair, raw)
+            parts += [_GENERATED, _answers(raw)]
+    for pair, raw in answered.items():
+        parts += [f"## Answers of the untouched Instruct: {pair}", _ANSWERS, _read(raw, "Instruct")]
     replace_text(home / REPORT, paragraphs([part.strip() for part in parts]))

@@ -233,7 +233,7 @@ class Study:
         scorer = self.scorer(first.pair, first.task)
         tasks = read_rows(self.data / f"{first.task}_report.jsonl")[:NUM_ANSWERED]
         general = read_rows(self.data / "alpaca.jsonl")[:NUM_READ]
-        found = {}
+        found: dict[str, Any] = {"prompts": [row["messages"][0]["content"] for row in general]}
         for name in ("Base", "Instruct", *arms):
             if name in arms:
                 scorer.load_graft(Delta.open(self.delta_of(arms[name])), 1.0)
@@ -243,7 +243,7 @@ class Study:
                 scorer.load(self.instruct(first.pair))
             found[name] = answer_all(scorer.model, scorer.tokenizer, first.task, tasks, general)
         target = self.results / first.pair / f"{first.task}_{first.method}_answers.json"
-        replace_text(target, json.dumps(found, ensure_ascii=False, indent=1) + "\n")
+        replace_text(target, json.dumps(found, ensure_ascii=False) + "\n")
 
     def measure_premise(self, pair: str) -> None:
         """Score the untouched models with and without examples, on GSM8K's rows and their perturbed copies."""

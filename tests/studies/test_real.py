@@ -1,12 +1,24 @@
 """The study on a real language model: its rows are disjoint, and its report compares what it says it compares."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from experiments.real.report import Run, Setting, advantage, at_equal_divergence, leave_one_setting_out, write_report
-from experiments.real.rows import alpaca, gsm8k, tool_calls
+from experiments.real.answers import FORMS, right_call, right_number
+from experiments.real.premise import copies
+from experiments.real.report import (
+    Run,
+    Setting,
+    _premise_on_copies,
+    advantage,
+    at_equal_divergence,
+    leave_one_setting_out,
+    write_report,
+)
+from experiments.real.rows import alpaca, chat, gsm8k, tool_calls
+from experiments.real.score import condense
 
 
 def scores(losses, kl, tokens=10.0):
@@ -97,3 +109,55 @@ def test_rows_of_tools_are_called_once_and_prompts_of_alpaca_are_told_apart(tmp_
     assert [row["messages"][1]["content"] for row in alpaca(tmp_path / "alpaca.json")] == ["x"]
     (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
     assert gsm8k(tmp_path / "gsm8k.jsonl", "So: ")[0]["messages"][1]["content"] == "So: a"
+
+
+def test_answers_are_judged_by_their_own_rules():
+    call = '{"name": "f", "arguments": {"a": 1, "b": [2]}}'
+    assert right_call('{"arguments": {"b": [2], "a": 1}, "name": "f"}', call)
+    assert not right_call('{"name": "f", "arguments": {"a": 1, "b": 2}}', call) and not right_call("f(1)", call)
+    solution = "3 * 400 = <<3*400=1200>>1200\n#### 1,200"
+    assert right_number("So it is 1200.", solution) and right_number("#### 1,200.0", solution)
+    assert not right_number("1200 minus 200", solution) and not right_number("none", solution)
+    good = ("Yes", "PARIS.", "- fig\n- kiwi\n- plum", "1. red\n2. blue\n3. pink", '{"city": "Paris"}', "Will it rain?",
+            "Spring", "7", '"Merci"', "[The Sea]", "Certainly! A river flows.", "cat; dog", "The blue door is open.",
+            "william shakespeare.", "Bread is good for you.", "Water is wet. Done.")  # fmt: skip
+    bad = ("Yes, it is.", "Paris", "apple, pear, fig", "red, blue, green", "Paris", "It rains.", "A season is Spring.",
+           "Seven", "Merci", "The Sea", "A river, certainly.", "cat and dog", "The door is open.", "Shakespeare",
+           "Bread is made of flour and water.", "Done with water.")  # fmt: skip
+    for (_, pattern), right, wrong in zip(FORMS, good, bad, strict=True):
+        assert re.fullmatch(pattern, right) and not re.fullmatch(pattern, wrong), pattern
+
+
+def test_a_copy_is_compared_with_its_own_original(tmp_path):
+    """Two rows as they are, of which the second has a copy: it costs 0.5 nats per token the one, 0 the other."""
+
+    def row(number, loss, tokens=10.0):
+        return [number, loss * tokens, tokens, loss, 0.0]
+
+    def model(second, copied):
+        return {"chat/0/as they are": [row(0, 1.0), row(1, second)], "chat/0/numbers": [row(1, copied, 20.0)]}
+
+    (tmp_path / "near").mkdir()
+    raw = {"base": model(2.0, 2.5), "instruct": model(3.0, 3.0)}
+    (tmp_path / "near" / "premise.json").write_text(json.dumps(raw))
+    _, _, as_is, copy = _premise_on_copies(tmp_path, "near").splitlines()
+    assert "| 1.500 | 2.000 | +0.500" in as_is
+    assert "+0.500 (+0.500 to +0.500) | +0.000 (+0.000 to +0.000)" in copy
+
+
+def test_copies_are_of_the_rows_that_can_be_perturbed():
+    rows = [
+        chat("Anna has 13 apples and buys 25. How many?", "She has 13+25=<<13+25=38>>38.\n#### 38"),
+        chat("Why?", "Because."),
+    ]
+    found = copies(rows)
+    assert [number for number, _, _ in found["numbers"]] == [0] and len(found["as they are"]) == 2
+    ((_, question, answer),) = found["numbers"]
+    first, second = (int(n) for n in re.findall(r"\d+", question))
+    assert answer.endswith(f"#### {first + second}") and (first, second) != (13, 25)
+
+
+def test_a_condensed_set_has_the_sums_and_means_of_its_rows():
+    many = [[4.0, 2.0, 3.0, 1.0, 0.5], [9.0, 7.0, 1.0, 0.0, 1.5]]
+    one = condense(many)
+    assert one == [[13.0, 9.0, 2.0, 0.5, 2.0]] and condense([row[:4] for row in many]) == [[13.0, 9.0, 2.0, 0.5]]
