@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,7 +52,7 @@ spread between seeds; with one seed they are over rows alone.
 _OVERVIEW = """\
 *B2I better by* is how much lower B2I's loss is, in nats per token; below zero, direct tuning is better. The \
 comparison at equal KL takes the smaller of both arms' divergences at scale 1, and scales the other arm's update \
-down until it diverges as much (linear between the measured scales).
+down until it diverges as much (between the measured scales, linear in the square root of the divergence).
 """
 _PREMISE = """\
 The paper reports that the Base starts with a loss 22.6 % lower and a gradient 3.25 times smaller than the \
@@ -129,8 +130,8 @@ class Run:
     @cached_property
     def path(self) -> dict[float, dict[str, Rows]]:
         """Scores by scale of the update, from the untouched Instruct at 0."""
-        scores = self.raw["scores"]
-        measured = {scale: {name: rows(v) for name, v in scores[f"{scale:g}"].items()} for scale in SCALES}
+        scores = {float(scale): sets for scale, sets in self.raw["scores"].items() if scale != "B2B"}
+        measured = {scale: {name: rows(v) for name, v in scores[scale].items()} for scale in sorted(scores)}
         return {0.0: dict(self.instruct), **measured}
 
     def learned(self, scale: float) -> float:
@@ -142,12 +143,15 @@ class Run:
         return per_token(self.path[scale]["general"], KL)
 
     def at_divergence(self, kl: float, name: str = "report") -> Rows | None:
-        """Scores of a set where the path first diverges so far, linear between scales; None if never."""
-        scales = sorted(self.path)
-        for low, high in itertools.pairwise(scales):
-            a, b = self.divergence(low), self.divergence(high)
-            if a <= kl <= b:
-                share = (kl - a) / (b - a) if b > a else 0.0
+        """Scores of a set where the path first diverges so far; None if it never does.
+
+        Linear in the square root of the divergence between the measured scales: near the Instruct a divergence grows
+        with the square of the scale.
+        """
+        for low, high in itertools.pairwise(sorted(self.path)):
+            a, b = (math.sqrt(max(0.0, self.divergence(scale))) for scale in (low, high))
+            if a <= math.sqrt(kl) <= b:
+                share = (math.sqrt(kl) - a) / (b - a) if b > a else 0.0
                 return (1 - share) * self.path[low][name] + share * self.path[high][name]
         return None
 

@@ -181,7 +181,7 @@ class Calibration:
 
     @contextmanager
     def _holding(self, scales: Mapping[str, float] | None) -> Iterator[None]:
-        """Load weights within the context. A caller's autocast would go on with its casts of those before."""
+        """Load weights within the context. A caller's autocast would keep using its casts of those before."""
         try:
             with self._host.scaled(scales):
                 torch.clear_autocast_cache()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from experiments.beyond.arms import masked, task_gradients
-from experiments.beyond.report import at_level, best_anchors, better_by, finished, level, write_report
+from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
 from experiments.beyond.study import Embedded
 from experiments.real.report import Setting
 from experiments.real.study import Training
@@ -30,17 +30,29 @@ def add_arm(folder, source, losses, kls, choice=1.0):
 
 def test_every_arm_is_compared_where_it_diverges_as_much_as_the_smaller_of_the_two(tmp_path):
     write_setting(tmp_path)  # B2I diverges by 0.2 at scale 1, and has losses of 1.6 and 1.7 there; I2I 0.7 at 0.2
-    add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5))  # 0.9 at 0.2
+    add_arm(tmp_path, "A0.5", (1.0, 0.8, 0.8), (0.1, 0.3, 0.5))  # between 0.5 and 1 at 0.2
     add_arm(tmp_path, "A0.25", (0.5, 0.5, 0.5), (0.01, 0.02, 0.03), choice=0.1)  # never diverges so far
     setting = Setting(tmp_path, "near", "tools", "lora")
-    (run,) = setting.of("A0.5")
-    assert level(setting, 0) == pytest.approx(0.2)
-    rows = at_level(setting, run)
-    assert rows is not None and rows[:, 0] / rows[:, 1] == pytest.approx([0.9, 0.9])
-    assert better_by(setting, "A0.5", "B").difference == pytest.approx(1.65 - 0.9)
-    assert better_by(setting, "A0.5", "I").difference == pytest.approx(0.7 - 0.9)
+    assert level(setting) == pytest.approx(0.2)
+    there = 1.0 - 0.2 * (0.2**0.5 - 0.1**0.5) / (0.3**0.5 - 0.1**0.5)  # linear in the root of the divergence
+    assert better_by(setting, "A0.5", "B").difference == pytest.approx(1.65 - there)
+    assert better_by(setting, "A0.5", "I").difference == pytest.approx(0.7 - there)
     assert better_by(setting, "A0.25", "B") is None
     assert best_anchors(setting) == "A0.5"  # the other has lower losses on the rows for choosing, but not at equal KL
+
+
+def test_rates_are_chosen_where_the_arms_are_compared(tmp_path):
+    """At scale 1 the second rate is better on the rows for choosing, but at the level the first one is."""
+    write_setting(tmp_path)
+    add_arm(tmp_path, "late", (1.0, 0.8, 0.8), (0.2, 0.3, 0.5), choice=0.9)
+    file = tmp_path / "near" / "tools_lora" / "late_lr0.0001_seed0.json"
+    raw = json.loads(file.read_text())
+    raw["lr"] = 2e-4
+    for scale, loss, kl in (("0.5", 1.5, 0.2), ("1", 0.1, 0.9), ("1.5", 0.1, 2.0)):
+        raw["scores"][scale] |= {"choice": scores([loss], kl), "general": scores([1.0], kl)}
+    file.with_name("late_lr0.0002_seed0.json").write_text(json.dumps(raw))
+    setting = Setting(tmp_path, "near", "tools", "lora")
+    assert setting.chosen["late"] == 2e-4 and rates_at_level(setting)["late"] == 1e-4
 
 
 def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):

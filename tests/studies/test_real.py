@@ -66,12 +66,14 @@ def test_rates_are_chosen_on_other_rows_and_arms_compared_at_equal_divergence(tm
     assert advantage([(graft, direct)]).difference == pytest.approx(0.7 - 1.65)  # negative: the graft's loss is higher
 
 
-def test_the_path_is_linear_between_scales_and_begins_at_the_instruct(tmp_path):
+def test_the_path_is_linear_in_the_root_of_the_divergence_and_begins_at_the_instruct(tmp_path):
     write_setting(tmp_path)
     (run,) = Setting(tmp_path, "near", "tools", "lora").of("B")
     assert isinstance(run, Run) and run.learned(0.0) == 0.0
     halfway = run.at_divergence(0.05)  # between the Instruct (3.0 at 0) and scale 0.5 (1.7 at 0.1)
-    assert halfway is not None and halfway[:, 0] / halfway[:, 1] == pytest.approx([2.35, 2.4])
+    assert halfway is not None and halfway[:, 0] / halfway[:, 1] == pytest.approx(
+        [3 - 1.3 * 0.5**0.5, 3 - 1.2 * 0.5**0.5]
+    )
     assert run.at_divergence(0.5) is None
 
 

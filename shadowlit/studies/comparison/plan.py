@@ -53,6 +53,7 @@ class Training:
             "evaluation.baselines": False,
             "export.parts": ["delta"],
             "export.subject": "grafted",
+            "graft.fit_scales": None,
             "export.folder": str(home),
         }
         arguments = recipe.arguments(self.source, self.seed, home, {**recipe.overrides, **own})
