@@ -23,7 +23,7 @@ from shadowlit.callbacks.scores import error_of_gain
 from shadowlit.checkpoint.names import is_bias, kind_of, layer_of
 from shadowlit.errors import GraftError, counted
 from shadowlit.files import replace_text
-from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit
+from shadowlit.grafting.scales import FitScales, FittedScales, Measured, fit, group_of
 from shadowlit.grafting.subject import Subject
 from shadowlit.text import duration, number
 from shadowlit.training.bar import show
@@ -122,7 +122,9 @@ def fit_at_end(
         rows, *keep = [list(loader) for loader in loaders]
     reduce_gradients(module.model, True)
     host = LiveScaledGraft(graft, subject)
-    graft.in_files(dict.fromkeys(host.parameters, start))
+    groups = {name: group_of(name, options.groups) for name in host.parameters}
+    numbers = {group: float(number) for number, group in enumerate(groups.values())}
+    graft.in_files({name: numbers[group] for name, group in groups.items()})  # raises where a tensor has two of them
     calibration = Calibration(
         host, options, rows, keep[0] if keep else [], module.head_losses(), objective=module.objective,
         autocast=trainer.precision_plugin.val_step_context, move=trainer.strategy.batch_to_device,

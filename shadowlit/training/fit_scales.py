@@ -143,7 +143,6 @@ class Calibration:
         objective: Objective whose loss is measured.
         autocast: Context that forward passes run in.
         move: Function that brings a batch to the model's device.
-        reach_boundary: Called on all ranks between batches.
     """
 
     def __init__(
@@ -157,11 +156,9 @@ class Calibration:
         objective: Objective | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         move: Callable[[Any], Batch],
-        reach_boundary: Callable[[], None] = lambda: None,
     ) -> None:
         self._host, self._options, self._rows, self._keep, self._head = host, options, rows, keep, head
         self._objective, self._autocast, self._move = objective or SFT(), autocast, move
-        self._reach_boundary = reach_boundary
         require_fittable(self._objective)
         self._groups = {name: group_of(name, options.groups) for name in host.parameters}
         self._predictions: list[Predictions] = []  # of the Instruct, for each batch of `keep`
@@ -204,7 +201,6 @@ class Calibration:
 
         def run() -> None:
             for number, batch in enumerate(batches):
-                self._reach_boundary()
                 with self._autocast():
                     loss, count = step(number, self._move(batch))
                 if with_slopes:

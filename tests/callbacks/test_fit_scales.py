@@ -76,8 +76,8 @@ class Watch(Callback):
 
 def run(tmp_path, folders, files, kind, fit_scales, *callbacks, parts=("model", "adapter", "delta"), **options):
     module = make_module(folders, kind, lr=3e-3)
+    export = ExportCallback(folder=str(tmp_path / "x"), parts=list(parts), subject=options.pop("subject", "grafted"))
     graft = GraftCallback(fit_scales=fit_scales, **options)
-    export = ExportCallback(folder=str(tmp_path / "x"), parts=list(parts))
     trainer = make_trainer(tmp_path, graft, export, *callbacks, max_epochs=2, val_check_interval=None)
     data = ShadowData(
         module.pair, train=files["train"], validation=files["validation"], cache=False, max_length=64, batch_size=2
@@ -164,9 +164,14 @@ def test_the_export_has_the_fitted_scales(tmp_path, folders, files, kind):
     assert not (tmp_path / "plain/x/scales.json").exists()
 
 
-def test_scales_start_at_the_main_scale_and_count_transforms(tmp_path, folders, files):
+@pytest.mark.parametrize("main", [True, False])
+def test_scales_start_at_the_exported_grafts_and_count_its_transforms(tmp_path, folders, files, main):
     """With one step of 1e-9 they stay at 0.5, and the export is that of scale 0.5, with the transforms."""
-    options = {"transforms": [{"name": "dare", "density": 0.5}], "scales": [0.5], "select": "all"}
+    transforms = [{"name": "dare", "density": 0.5}]
+    options = {"transforms": transforms, "scales": [0.5], "select": "all"}
+    if not main:
+        options = {"variants": {"thin": {"transforms": transforms, "scale": 0.5}}, "select": "all"}
+        options |= {"subject": "grafted@thin"}
     fit_scales = FitScales(files["calibration"], groups="layer", steps=1, lr=1e-9)
     run(tmp_path, folders, files, "full", fit_scales, parts=["model"], **options)
     assert set(json.loads((tmp_path / "x/scales.json").read_text())["scales"].items()) == {
@@ -174,6 +179,9 @@ def test_scales_start_at_the_main_scale_and_count_transforms(tmp_path, folders, 
     }  # fmt: skip
     run(tmp_path / "plain", folders, files, "full", None, parts=["model"], **options)
     assert_same(*(load_file(tmp_path / f"{part}x/model/model.safetensors") for part in ("", "plain/")))
+    scores = [read_manifest(tmp_path / f"{part}x/model")["metrics"] for part in ("", "plain/")]
+    whole = "val/grafted/loss" if main else "val/grafted@thin/loss"
+    assert scores[0]["val/fitted/loss"] == pytest.approx(scores[1][whole], rel=1e-6)
 
 
 def test_an_error_restores_everything(tmp_path, folders, files, monkeypatch):
