@@ -214,7 +214,7 @@ class GraftCallback(Callback):
         if isinstance(trainer.strategy, ModelParallelStrategy):
             for transforms in self.all_transforms:
                 require_elementwise(transforms, trainer.world_size)
-        read_gradient_rows(trainer, pl_module, self.all_transforms)
+        read_gradient_rows(trainer, pl_module, self._applied_transforms(trainer))
         if not self._fits:
             self.before_data(trainer, pl_module)
         self._fits = False  # of the next command it isn't known
@@ -335,6 +335,10 @@ class GraftCallback(Callback):
         """The transforms of all grafts."""
         return [self.transforms, *self.variants.values()]
 
+    def _applied_transforms(self, trainer: Trainer) -> list[Transforms]:
+        """Those of the grafts that a command loads: answers are the main one's."""
+        return [self.transforms] if trainer.predicting else self.all_transforms
+
     def transforms_of(self, subject: Subject) -> Transforms:
         """Return the transforms of a graft."""
         return self.variants.get(subject.variant, self.transforms)
@@ -354,7 +358,8 @@ class GraftCallback(Callback):
             # for a signal handler in the middle of a pass.
             self._hook = pl_module.register_state_dict_pre_hook(self._before_state_dict)
             self._routing, self._routing_on = self._new_routing(pl_module), ""
-            measure_signs(pl_module.trainer, pl_module, self.graft, self.all_transforms)
+            trainer = pl_module.trainer
+            measure_signs(trainer, pl_module, self.graft, self._applied_transforms(trainer))
         return self.graft
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.beyond.arms import masked, task_gradients
+from experiments.beyond.arms import votes
 from experiments.beyond.report import best_anchors, better_by, finished, level, rates_at_level, write_report
 from experiments.beyond.study import Embedded
 from experiments.real.report import Setting
@@ -65,28 +65,21 @@ def test_results_of_a_real_pair_are_completed_by_the_other_study(tmp_path):
     assert "| GradFix |" in (tmp_path / "REPORT.md").read_text()
 
 
-def test_gradfix_keeps_what_descends():
-    update, gradient = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0]), torch.tensor([0.5, 0.5, -0.5, -0.5, 0.0])
-    assert masked(update, gradient).tolist() == [0.0, -1.0, 2.0, 0.0, 0.0]
-
-
-def test_gradients_of_a_task_are_those_of_autograd(tmp_path):
+def test_rows_vote_on_the_sign_of_a_gradient(tmp_path):
     from transformers import AutoModelForCausalLM
 
     _, instruct = save_pair(tmp_path, "qwen3")
     model = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32).eval()
-    rows = [Encoded([5, 6, 7, 8], [IGNORE_INDEX, IGNORE_INDEX, 7, 8]), Encoded([9, 3, 4], [IGNORE_INDEX, 3, 4])]
     name = "model.layers.0.mlp.up_proj.weight"
-    found = task_gradients(model, {name: None}, rows)
-    total = sum(
-        torch.nn.functional.cross_entropy(
-            model(torch.tensor([r.input_ids])).logits[0, :-1], torch.tensor(r.labels[1:]), reduction="sum"
-        )
-        for r in rows
-    )
-    (wanted,) = torch.autograd.grad(total, [dict(model.named_parameters())[name]])
-    assert list(found) == [name]
-    torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-7)
+    tokens = [[5, 6, 7, 8], [9, 3, 4, 1], [2, 2, 6, 5]]
+    rows = [Encoded(ids, [IGNORE_INDEX, IGNORE_INDEX, *ids[2:]]) for ids in tokens]
+    signs = []
+    for row in rows:
+        logits = model(torch.tensor([row.input_ids])).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(row.labels[1:]))
+        signs.append(torch.autograd.grad(loss, [dict(model.named_parameters())[name]])[0].sign())
+    found = votes(model, {name: None}, rows)
+    assert list(found) == [name] and (found[name] == sum(signs).sign()).float().mean() > 0.999
 
 
 def test_the_embedded_rows_are_disjoint_and_score_the_value_alone(tmp_path):

@@ -11,7 +11,7 @@ from shadowlit.errors import DataError
 from shadowlit.studies.arms import TUNED, is_grafted, subject_of
 from shadowlit.studies.rows import LR, Row
 from shadowlit.studies.trials.process import Job
-from shadowlit.studies.trials.recipe import Recipe
+from shadowlit.studies.trials.recipe import WITHOUT_VARIANTS, Recipe
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class Training:
         arms.
 
         Evaluators run at the end, on the models of these arms alone, and grafts are validated for grafted arms alone,
-        unless a callback monitors what would be left out.
+        without variants, unless a callback monitors what would be left out.
         """
         home = folder / self.name
         kinds = {"grafted" if is_grafted(arm) else "tuned": arm for arm in arms if arm[0] == self.source}
         evaluators, monitored = list(recipe.get("evaluation.evaluators") or ()), recipe.monitored()
         monitors_evaluators = any(f"/{name}" in metric for name in evaluators for metric in monitored)
         own = {
+            **({} if any("/grafted@" in metric for metric in monitored) else WITHOUT_VARIANTS),
             "graft.validate": "grafted" in kinds or any("graft" in metric for metric in monitored),
             "evaluation.subjects": ["tuned", "grafted"] if monitors_evaluators else sorted(kinds),
             "evaluation.last_only": not monitors_evaluators,

@@ -18,6 +18,9 @@ from shadowlit.masking import masked
 from shadowlit.studies.rows import UNTOUCHED_TRIAL
 from shadowlit.studies.trials.process import Job
 
+WITHOUT_VARIANTS: Mapping[str, Any] = {"graft.variants": None, "evaluation.variants": None}
+"""Overrides of a training whose variants of the graft nobody reads."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -75,7 +78,7 @@ class Recipe:
 
     def untouched_job(self, folder: Path) -> Job:
         """Return the job that measures the untouched models once for all trainings of the study in a folder."""
-        own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False}
+        own = {"graft.baselines": True, "evaluation.baselines": True, "export.enabled": False, **WITHOUT_VARIANTS}
         arguments = self._arguments(folder / UNTOUCHED_TRIAL, {**self.overrides, **own})
         return Job(UNTOUCHED_TRIAL, ("validate", *arguments))
 
