@@ -32,7 +32,7 @@ from shadowlit.plugins import path_of
 from shadowlit.training.gradients import deterministic, gradients_of
 from shadowlit.training.head import HeadLoss, Predictions
 from shadowlit.training.objectives import SFT, Objective, require_weighed
-from shadowlit.training.objectives.tokens import divergences
+from shadowlit.training.objectives.tokens import divergence_sums
 from shadowlit.training.outputs import Batch, Outputs
 
 
@@ -234,7 +234,7 @@ class Calibration:
         outputs = Outputs(
             self._head, batch, predictions=dataclasses.replace(known, states=known.states.to(batch["labels"].device))
         )
-        return outputs.map_logits(_from_reference).sum(), len(outputs.targets)
+        return divergence_sums(outputs)
 
     def _predict(self) -> None:
         """Let the untouched Instruct predict the rows to keep, once; the states wait in the CPU's memory."""
@@ -341,7 +341,3 @@ def require_fittable(objective: Objective) -> None:
             f"{objective.samples} or compares with a reference. Use an objective of conversations without a reference "
             "(SFT with kl_weight=0, DFT or EAFT), and fit_scales.keep for the divergence from the Instruct."
         )
-
-
-def _from_reference(logits: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
-    return divergences(logits, reference, "reverse")
